@@ -1,7 +1,7 @@
 """llama.cpp's log, kept off the user's terminal; its last error is what our own messages quote.
 
-llama.cpp writes to stderr unless a callback is set (llama.h, llama_log_set). The callback is process-wide and must outlive
-every call into the library, so it lives in this module and nowhere else. Level 5 continues the line before it.
+llama.cpp writes to stderr unless a callback is set (llama.h, llama_log_set). The callback is process-wide and must
+outlive every call into the library, so it lives in this module and nowhere else. Level 5 continues the line before it.
 """
 
 import re
