@@ -1,0 +1,125 @@
+"""Worker threads that run one kernel together, without the GIL, and meet at barriers inside it.
+
+A job is the address of a C function void(int64 arguments, int64 worker), compiled by jit.kernel. The calling thread is
+worker 0; the others spin for about a millisecond between jobs (a decode step hands out hundreds), then sleep. A
+dispatch with its join costs 0.6 us, a barrier 0.25 us; prange costs 2-19 us and has no barrier (docs/lab-notes.md).
+"""
+
+import threading
+
+import numpy as np
+
+from quant.atomics import atomic_add, atomic_load, atomic_store, call_2, pause, sleep_while_equal, wake_all
+from quant.errors import QuantError
+from quant.jit import inline, kernel
+from quant.simd import load_i64, store_i64
+
+# The control block: words on cache lines of their own.
+_LINE = 64
+GENERATION, JOB, ARGUMENTS, DONE, STOP, SLEEPERS, ARRIVED, BARRIER = (i * _LINE for i in range(8))
+_CONTROL_BYTES = 8 * _LINE
+_SPINS = 20_000  # pauses of 40-140 cycles: about 1 ms
+
+
+@kernel("void(int64, int64)")
+def _work(control, worker):
+    """A worker's life: wait for the next generation, run its job, report, until stopped."""
+    generation = np.int64(0)
+    while True:
+        spins = 0
+        while atomic_load(control + GENERATION) == generation:
+            pause()
+            spins += 1
+            if spins > _SPINS:
+                atomic_add(control + SLEEPERS, 1)
+                while atomic_load(control + GENERATION) == generation:
+                    sleep_while_equal(control + GENERATION, generation)
+                atomic_add(control + SLEEPERS, -1)
+        generation += 1
+        if atomic_load(control + STOP) != 0:
+            return
+        call_2(load_i64(control + JOB), load_i64(control + ARGUMENTS), worker)
+        atomic_add(control + DONE, 1)
+
+
+@kernel("void(int64, int64, int64, int64)")
+def _dispatch(control, n_workers, job, arguments):
+    """Hand a job to all workers, do worker 0's share, wait for the rest."""
+    store_i64(control + JOB, job)
+    store_i64(control + ARGUMENTS, arguments)
+    atomic_store(control + DONE, 0)
+    atomic_add(control + GENERATION, 1)
+    if atomic_load(control + SLEEPERS) > 0:
+        wake_all(control + GENERATION)
+    call_2(job, arguments, 0)
+    while atomic_load(control + DONE) < n_workers - 1:
+        pause()
+
+
+@kernel("void(int64)")
+def _stop(control):
+    atomic_store(control + STOP, 1)
+    atomic_add(control + GENERATION, 1)
+    wake_all(control + GENERATION)
+
+
+@inline
+def barrier(control, n_workers):
+    """Wait inside a job until all its workers are here."""
+    generation = atomic_load(control + BARRIER)
+    if atomic_add(control + ARRIVED, 1) == n_workers - 1:
+        atomic_store(control + ARRIVED, 0)
+        atomic_add(control + BARRIER, 1)
+    else:
+        while atomic_load(control + BARRIER) == generation:
+            pause()
+
+
+def aligned_bytes(n_bytes: int, alignment: int = _LINE) -> np.ndarray:
+    """uint8 (n_bytes,) of zeros whose address is a multiple of `alignment`."""
+    raw = np.zeros(n_bytes + alignment, np.uint8)
+    start = -raw.ctypes.data % alignment
+    return raw[start : start + n_bytes]
+
+
+class Pool:
+    """`n_workers` threads, the caller included. One job at a time; close() ends the threads.
+
+    Attributes:
+        control: address of the control block, for pool.barrier inside jobs.
+    """
+
+    def __init__(self, n_workers: int):
+        """Start the workers. Raises QuantError if n_workers < 1."""
+        if n_workers < 1:
+            raise QuantError(f"{n_workers} threads asked for; at least 1 is needed")
+        self.n_workers = n_workers
+        self._block = aligned_bytes(_CONTROL_BYTES)
+        self.control = self._block.ctypes.data
+        self._lock = threading.Lock()
+        self._buffers: dict[str, np.ndarray] = {}
+        self._threads = [
+            threading.Thread(target=_work.ctypes, args=(self.control, worker), daemon=True, name=f"localrun-{worker}")
+            for worker in range(1, n_workers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def run(self, job: int, arguments: np.ndarray) -> None:
+        """Run the kernel at address `job` on all workers; returns when all have. `arguments`: int64, C order."""
+        with self._lock:
+            _dispatch.ctypes(self.control, self.n_workers, job, arguments.ctypes.data)
+
+    def buffer(self, name: str, n_bytes: int) -> int:
+        """Address of a work buffer of at least n_bytes, 64-byte aligned; kept for the next job that asks by `name`."""
+        if name not in self._buffers or self._buffers[name].nbytes < n_bytes:
+            self._buffers[name] = aligned_bytes(n_bytes)
+        return self._buffers[name].ctypes.data
+
+    def close(self) -> None:
+        """End the worker threads; the pool can't run jobs afterwards."""
+        with self._lock:
+            _stop.ctypes(self.control)
+            for thread in self._threads:
+                thread.join()
+            self._threads = []

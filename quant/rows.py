@@ -1,0 +1,61 @@
+"""Rows of one quantised matrix times a few or many tokens: the step that linear.py and experts.py share.
+
+Few tokens: the format's own gemv, once a token. Many: rows are expanded to float32 in a worker's scratch memory, a
+few at a time, and each expanded row serves all tokens. Both read the same activation records, so they agree to
+float32 rounding.
+"""
+
+from quant.activations import write_record
+from quant.atomics import call_3, call_5
+from quant.jit import inline
+from quant.simd import load_i64
+from quant.tile import multiply
+
+GEMM_TOKENS = 4  # from here on expanding a row costs less than decoding it once a token (docs/lab-notes.md)
+SCRATCH_BYTES = 1 << 18  # expanded rows of one worker: beside a token block in L2
+_TOKEN_BLOCK_BYTES = 1 << 19  # records that stay in L2 while the expanded rows pass over them
+
+
+def scratch_rows(n_cols: int) -> int:
+    """How many rows of n_cols are expanded at a time."""
+    return max(4, min(64, SCRATCH_BYTES // (4 * n_cols) // 4 * 4))
+
+
+def scratch_bytes(n_cols: int) -> int:
+    """Scratch memory that one worker needs for rows of n_cols, a multiple of 64."""
+    return (4 * n_cols * scratch_rows(n_cols) + 63) // 64 * 64
+
+
+@inline
+def write_records(x, n_inputs, n_cols, integer, record_bytes, records, worker, n_workers):
+    """This worker's share of the records of n_inputs contiguous float32 rows at x."""
+    groups = (n_cols + 31) // 32
+    first, end = n_inputs * groups * worker // n_workers, n_inputs * groups * (worker + 1) // n_workers
+    while first < end:
+        i = first // groups
+        last = min(end, (i + 1) * groups)
+        columns = min(n_cols, (last - i * groups) * 32)
+        write_record(
+            x + 4 * n_cols * i, (first - i * groups) * 32, columns, n_cols, integer, records + record_bytes * i
+        )
+        first = last
+
+
+@inline
+def multiply_rows(gemv, expand, block, w, row_bytes, n_rows, n_cols, n_tokens, records, outs, offset, scratch):
+    """outs[t][offset + 4*r] = row r . records[t], for n_rows rows at w.
+
+    gemv, expand, block: of the rows' format. records, outs: addresses of n_tokens addresses. scratch: scratch_bytes.
+    """
+    if n_tokens < GEMM_TOKENS or n_cols % 16 != 0:
+        for t in range(n_tokens):
+            call_5(gemv, w, n_rows, n_cols, load_i64(records + 8 * t), load_i64(outs + 8 * t) + offset)
+        return
+    step = max(4, min(64, SCRATCH_BYTES // (4 * n_cols) // 4 * 4))
+    token_block = max(8, _TOKEN_BLOCK_BYTES // (4 * n_cols))
+    for r in range(0, n_rows, step):
+        count = min(step, n_rows - r)
+        call_3(expand, w + row_bytes * r, count * (n_cols // block), scratch)
+        for t in range(0, n_tokens, token_block):
+            tokens = min(token_block, n_tokens - t)
+            multiply(scratch, count, n_cols, tokens, records + 8 * t, outs + 8 * t, offset + 4 * r)
