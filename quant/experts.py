@@ -38,115 +38,102 @@ class Experts:
             raise QuantError("gate, up and down experts have shapes that do not belong together")
 
 
-_FIELDS = (
-    "control n_workers up_counter down_counter gate_gemv gate_expand gate_block up_gemv up_expand up_block "
-    "down_gemv down_expand down_block in_integer down_integer gate up down gate_stride up_stride down_stride "
-    "gate_row_bytes up_row_bytes down_row_bytes hidden inner n_tokens n_active active start token weight "
-    "x x_record_bytes x_records x_table h_record_bytes h_records h_table gated gated_table upped upped_table "
-    "out up_rows down_rows scratch scratch_bytes sums sums_bytes sums_table"
-).split()
-_AT = {name: 8 * i for i, name in enumerate(_FIELDS)}
-
-
-def _field(name: str):
-    """A kernel helper that reads one argument by name."""
-    offset = _AT[name]
-
-    @inline
-    def read(arguments):
-        return load_i64(arguments + offset)
-
-    return read
-
-
+# Where the job finds its arguments, int64 each.
 (
-    _control, _n_workers, _up_counter, _down_counter, _gate_gemv, _gate_expand, _gate_block, _up_gemv, _up_expand,
-    _up_block, _down_gemv, _down_expand, _down_block, _in_integer, _down_integer, _gate, _up, _down, _gate_stride,
-    _up_stride, _down_stride, _gate_row_bytes, _up_row_bytes, _down_row_bytes, _hidden, _inner, _n_tokens, _n_active,
-    _active, _start, _token, _weight, _x, _x_record_bytes, _x_records, _x_table, _h_record_bytes, _h_records, _h_table,
-    _gated, _gated_table, _upped, _upped_table, _out, _up_rows, _down_rows, _scratch, _scratch_bytes, _sums,
-    _sums_bytes, _sums_table,
-) = (_field(name) for name in _FIELDS)  # fmt: skip
+    CONTROL, N_WORKERS, UP_COUNTER, DOWN_COUNTER, GATE_GEMV, GATE_EXPAND, GATE_BLOCK, UP_GEMV, UP_EXPAND,
+    UP_BLOCK, DOWN_GEMV, DOWN_EXPAND, DOWN_BLOCK, IN_INTEGER, DOWN_INTEGER, GATE, UP, DOWN, GATE_STRIDE,
+    UP_STRIDE, DOWN_STRIDE, GATE_ROW_BYTES, UP_ROW_BYTES, DOWN_ROW_BYTES, HIDDEN, INNER, N_TOKENS, N_ACTIVE,
+    ACTIVE, START, TOKEN, WEIGHT, X, X_RECORD_BYTES, X_RECORDS, X_TABLE, H_RECORD_BYTES, H_RECORDS, H_TABLE,
+    GATED, GATED_TABLE, UPPED, UPPED_TABLE, OUT, UP_ROWS, DOWN_ROWS, SCRATCH, SCRATCH_BYTES, SUMS, SUMS_BYTES,
+    SUMS_TABLE,
+) = range(0, 408, 8)  # fmt: skip
 
 
 @inline
 def _gate_and_up(a, group, first, n_rows, scratch):
     """Rows of gate and up of one active expert for its tokens, SwiGLU, and the result's activation records."""
-    inner, hidden = _inner(a), _hidden(a)
-    expert = load_i64(_active(a) + 8 * group)
-    begin, end = load_i64(_start(a) + 8 * group), load_i64(_start(a) + 8 * group + 8)
-    gate = _gate(a) + _gate_stride(a) * expert + _gate_row_bytes(a) * first
-    up = _up(a) + _up_stride(a) * expert + _up_row_bytes(a) * first
-    x = _x_table(a) + 8 * begin
+    inner, hidden = load_i64(a + INNER), load_i64(a + HIDDEN)
+    expert = load_i64(load_i64(a + ACTIVE) + 8 * group)
+    begin, end = load_i64(load_i64(a + START) + 8 * group), load_i64(load_i64(a + START) + 8 * group + 8)
+    gate = load_i64(a + GATE) + load_i64(a + GATE_STRIDE) * expert + load_i64(a + GATE_ROW_BYTES) * first
+    up = load_i64(a + UP) + load_i64(a + UP_STRIDE) * expert + load_i64(a + UP_ROW_BYTES) * first
+    x = load_i64(a + X_TABLE) + 8 * begin
     multiply_rows(
-        _gate_gemv(a), _gate_expand(a), _gate_block(a), gate, _gate_row_bytes(a),
-        n_rows, hidden, end - begin, x, _gated_table(a) + 8 * begin, 4 * first, scratch,
+        load_i64(a + GATE_GEMV), load_i64(a + GATE_EXPAND), load_i64(a + GATE_BLOCK), gate, load_i64(a + GATE_ROW_BYTES),
+        n_rows, hidden, end - begin, x, load_i64(a + GATED_TABLE) + 8 * begin, 4 * first, scratch,
     )  # fmt: skip
     multiply_rows(
-        _up_gemv(a), _up_expand(a), _up_block(a), up, _up_row_bytes(a),
-        n_rows, hidden, end - begin, x, _upped_table(a) + 8 * begin, 4 * first, scratch,
+        load_i64(a + UP_GEMV), load_i64(a + UP_EXPAND), load_i64(a + UP_BLOCK), up, load_i64(a + UP_ROW_BYTES),
+        n_rows, hidden, end - begin, x, load_i64(a + UPPED_TABLE) + 8 * begin, 4 * first, scratch,
     )  # fmt: skip
     for pair in range(begin, end):
-        gated, upped = _gated(a) + 4 * inner * pair, _upped(a) + 4 * inner * pair
+        gated, upped = load_i64(a + GATED) + 4 * inner * pair, load_i64(a + UPPED) + 4 * inner * pair
         for i in range(first, first + n_rows):
             g = load_f32(gated + 4 * i)
             store_f32(gated + 4 * i, g / (np.float32(1.0) + math.exp(-g)) * load_f32(upped + 4 * i))
-        record = _h_records(a) + _h_record_bytes(a) * pair
-        write_record(gated, first, first + n_rows, inner, _down_integer(a) != 0, record)
+        record = load_i64(a + H_RECORDS) + load_i64(a + H_RECORD_BYTES) * pair
+        write_record(gated, first, first + n_rows, inner, load_i64(a + DOWN_INTEGER) != 0, record)
 
 
 @inline
 def _sum_down(a, first, n_rows, scratch, sums, sums_table):
     """Output rows first..first+n_rows of every token: the weighted sum of its experts' down rows."""
-    inner, hidden, token_of = _inner(a), _hidden(a), _token(a)
-    for t in range(_n_tokens(a)):
+    inner, hidden, token_of = load_i64(a + INNER), load_i64(a + HIDDEN), load_i64(a + TOKEN)
+    for t in range(load_i64(a + N_TOKENS)):
         for i in range(first, first + n_rows):
-            store_f32(_out(a) + 4 * (hidden * t + i), np.float32(0.0))
-    for group in range(_n_active(a)):
-        expert = load_i64(_active(a) + 8 * group)
-        begin, end = load_i64(_start(a) + 8 * group), load_i64(_start(a) + 8 * group + 8)
-        down = _down(a) + _down_stride(a) * expert + _down_row_bytes(a) * first
+            store_f32(load_i64(a + OUT) + 4 * (hidden * t + i), np.float32(0.0))
+    for group in range(load_i64(a + N_ACTIVE)):
+        expert = load_i64(load_i64(a + ACTIVE) + 8 * group)
+        begin, end = load_i64(load_i64(a + START) + 8 * group), load_i64(load_i64(a + START) + 8 * group + 8)
+        down = load_i64(a + DOWN) + load_i64(a + DOWN_STRIDE) * expert + load_i64(a + DOWN_ROW_BYTES) * first
         multiply_rows(
-            _down_gemv(a), _down_expand(a), _down_block(a), down, _down_row_bytes(a),
-            n_rows, inner, end - begin, _h_table(a) + 8 * begin, sums_table, 0, scratch,
+            load_i64(a + DOWN_GEMV), load_i64(a + DOWN_EXPAND), load_i64(a + DOWN_BLOCK), down, load_i64(a + DOWN_ROW_BYTES),
+            n_rows, inner, end - begin, load_i64(a + H_TABLE) + 8 * begin, sums_table, 0, scratch,
         )  # fmt: skip
         for pair in range(begin, end):
-            weight = load_f32(_weight(a) + 4 * pair)
-            out = _out(a) + 4 * (hidden * load_i64(token_of + 8 * pair) + first)
-            row_sums = sums + 4 * _down_rows(a) * (pair - begin)
+            weight = load_f32(load_i64(a + WEIGHT) + 4 * pair)
+            out = load_i64(a + OUT) + 4 * (hidden * load_i64(token_of + 8 * pair) + first)
+            row_sums = sums + 4 * load_i64(a + DOWN_ROWS) * (pair - begin)
             for i in range(n_rows):
                 store_f32(out + 4 * i, load_f32(out + 4 * i) + weight * load_f32(row_sums + 4 * i))
 
 
 @kernel("void(int64, int64)")
 def _run(arguments, worker):
-    """The job of run(); arguments: _FIELDS."""
+    """The job of run()."""
     a = arguments
-    scratch = _scratch(a) + _scratch_bytes(a) * worker
-    sums = _sums(a) + _sums_bytes(a) * worker
-    most = _sums_bytes(a) // (4 * _down_rows(a))
-    sums_table = _sums_table(a) + 8 * most * worker
+    scratch = load_i64(a + SCRATCH) + load_i64(a + SCRATCH_BYTES) * worker
+    sums = load_i64(a + SUMS) + load_i64(a + SUMS_BYTES) * worker
+    most = load_i64(a + SUMS_BYTES) // (4 * load_i64(a + DOWN_ROWS))
+    sums_table = load_i64(a + SUMS_TABLE) + 8 * most * worker
     for i in range(most):
-        store_i64(sums_table + 8 * i, sums + 4 * _down_rows(a) * i)
+        store_i64(sums_table + 8 * i, sums + 4 * load_i64(a + DOWN_ROWS) * i)
     write_records(
-        _x(a), _n_tokens(a), _hidden(a), _in_integer(a) != 0, _x_record_bytes(a), _x_records(a), worker, _n_workers(a)
+        load_i64(a + X),
+        load_i64(a + N_TOKENS),
+        load_i64(a + HIDDEN),
+        load_i64(a + IN_INTEGER) != 0,
+        load_i64(a + X_RECORD_BYTES),
+        load_i64(a + X_RECORDS),
+        worker,
+        load_i64(a + N_WORKERS),
     )
-    barrier(_control(a), _n_workers(a))
-    rows = _up_rows(a)
-    units = (_inner(a) + rows - 1) // rows
+    barrier(load_i64(a + CONTROL), load_i64(a + N_WORKERS))
+    rows = load_i64(a + UP_ROWS)
+    units = (load_i64(a + INNER) + rows - 1) // rows
     while True:
-        unit = atomic_add(_up_counter(a), 1)
-        if unit >= units * _n_active(a):
+        unit = atomic_add(load_i64(a + UP_COUNTER), 1)
+        if unit >= units * load_i64(a + N_ACTIVE):
             break
         first = unit % units * rows
-        _gate_and_up(a, unit // units, first, min(rows, _inner(a) - first), scratch)
-    barrier(_control(a), _n_workers(a))
-    rows = _down_rows(a)
+        _gate_and_up(a, unit // units, first, min(rows, load_i64(a + INNER) - first), scratch)
+    barrier(load_i64(a + CONTROL), load_i64(a + N_WORKERS))
+    rows = load_i64(a + DOWN_ROWS)
     while True:
-        first = atomic_add(_down_counter(a), rows)
-        if first >= _hidden(a):
+        first = atomic_add(load_i64(a + DOWN_COUNTER), rows)
+        if first >= load_i64(a + HIDDEN):
             break
-        _sum_down(a, first, min(rows, _hidden(a) - first), scratch, sums, sums_table)
+        _sum_down(a, first, min(rows, load_i64(a + HIDDEN) - first), scratch, sums, sums_table)
 
 
 def _unit_rows(matrix: Weight, n_units_wanted: int, most_tokens: int) -> int:
@@ -190,25 +177,25 @@ def run(pool: Pool, experts: Experts, x: int, ids: np.ndarray, weights: np.ndarr
         [x_records + x_bytes * token, h_records + h_bytes * pairs, gated + 4 * inner * pairs, upped + 4 * inner * pairs]
     )
     values = {
-        "control": pool.control, "n_workers": pool.n_workers,
-        "up_counter": counters.ctypes.data, "down_counter": counters.ctypes.data + 64,
-        "gate_gemv": gate.format.gemv, "gate_expand": gate.format.expand, "gate_block": gate.format.block,
-        "up_gemv": up.format.gemv, "up_expand": up.format.expand, "up_block": up.format.block,
-        "down_gemv": down.format.gemv, "down_expand": down.format.expand, "down_block": down.format.block,
-        "in_integer": int(gate.format.integer or up.format.integer), "down_integer": int(down.format.integer),
-        "gate": gate.address, "up": up.address, "down": down.address,
-        "gate_stride": gate.group_bytes, "up_stride": up.group_bytes, "down_stride": down.group_bytes,
-        "gate_row_bytes": gate.row_bytes, "up_row_bytes": up.row_bytes, "down_row_bytes": down.row_bytes,
-        "hidden": hidden, "inner": inner, "n_tokens": n_tokens, "n_active": len(active),
-        "active": active.ctypes.data, "start": start.ctypes.data,
-        "token": token.ctypes.data, "weight": sorted_weights.ctypes.data,
-        "x": x, "x_record_bytes": x_bytes, "x_records": x_records, "x_table": tables[0].ctypes.data,
-        "h_record_bytes": h_bytes, "h_records": h_records, "h_table": tables[1].ctypes.data,
-        "gated": gated, "gated_table": tables[2].ctypes.data,
-        "upped": upped, "upped_table": tables[3].ctypes.data,
-        "out": out, "up_rows": _unit_rows(gate, 2, most), "down_rows": down_rows,
-        "scratch": pool.buffer("scratch", per_worker * pool.n_workers), "scratch_bytes": per_worker,
-        "sums": pool.buffer("sums", sums_bytes * pool.n_workers), "sums_bytes": sums_bytes,
-        "sums_table": pool.buffer("sums table", 8 * sums_rows * pool.n_workers),
+        CONTROL: pool.control, N_WORKERS: pool.n_workers,
+        UP_COUNTER: counters.ctypes.data, DOWN_COUNTER: counters.ctypes.data + 64,
+        GATE_GEMV: gate.format.gemv, GATE_EXPAND: gate.format.expand, GATE_BLOCK: gate.format.block,
+        UP_GEMV: up.format.gemv, UP_EXPAND: up.format.expand, UP_BLOCK: up.format.block,
+        DOWN_GEMV: down.format.gemv, DOWN_EXPAND: down.format.expand, DOWN_BLOCK: down.format.block,
+        IN_INTEGER: int(gate.format.integer or up.format.integer), DOWN_INTEGER: int(down.format.integer),
+        GATE: gate.address, UP: up.address, DOWN: down.address,
+        GATE_STRIDE: gate.group_bytes, UP_STRIDE: up.group_bytes, DOWN_STRIDE: down.group_bytes,
+        GATE_ROW_BYTES: gate.row_bytes, UP_ROW_BYTES: up.row_bytes, DOWN_ROW_BYTES: down.row_bytes,
+        HIDDEN: hidden, INNER: inner, N_TOKENS: n_tokens, N_ACTIVE: len(active),
+        ACTIVE: active.ctypes.data, START: start.ctypes.data,
+        TOKEN: token.ctypes.data, WEIGHT: sorted_weights.ctypes.data,
+        X: x, X_RECORD_BYTES: x_bytes, X_RECORDS: x_records, X_TABLE: tables[0].ctypes.data,
+        H_RECORD_BYTES: h_bytes, H_RECORDS: h_records, H_TABLE: tables[1].ctypes.data,
+        GATED: gated, GATED_TABLE: tables[2].ctypes.data,
+        UPPED: upped, UPPED_TABLE: tables[3].ctypes.data,
+        OUT: out, UP_ROWS: _unit_rows(gate, 2, most), DOWN_ROWS: down_rows,
+        SCRATCH: pool.buffer("scratch", per_worker * pool.n_workers), SCRATCH_BYTES: per_worker,
+        SUMS: pool.buffer("sums", sums_bytes * pool.n_workers), SUMS_BYTES: sums_bytes,
+        SUMS_TABLE: pool.buffer("sums table", 8 * sums_rows * pool.n_workers),
     }  # fmt: skip
-    pool.run(_run.address, pack_arguments(_FIELDS, values))
+    pool.run(_run.address, pack_arguments(values))

@@ -1,6 +1,7 @@
 """y = W x for quantised matrices: one, or one a group (attention heads), straight from their blocks.
 
-Matrices are addresses into memory that somebody else keeps mapped; inputs and outputs are addresses of float32, C order.
+Matrices are addresses into memory that somebody else keeps mapped; inputs and outputs are addresses of float32 in C
+order.
 """
 
 from dataclasses import dataclass, replace
@@ -67,52 +68,45 @@ def weight(data: np.ndarray, format_: Format, shape: tuple[int, ...]) -> Weight:
     return Weight(format_, data.ctypes.data, n_groups, n_rows, n_cols, group_bytes, data)
 
 
-# Arguments of _multiply, int64 each.
-_FIELDS = (
-    "control n_workers counter gemv expand block integer w group_bytes row_bytes n_groups n_rows n_cols "
-    "n_tokens x record_bytes records record_table out_table unit_rows scratch scratch_bytes"
-).split()
+# Where the job of multiply() finds its arguments, int64 each.
+(
+    CONTROL, N_WORKERS, COUNTER, GEMV, EXPAND, BLOCK, INTEGER, W, GROUP_BYTES, ROW_BYTES, N_GROUPS, N_ROWS,
+    N_COLS, N_TOKENS, X, RECORD_BYTES, RECORDS, RECORD_TABLE, OUT_TABLE, UNIT_ROWS, SCRATCH, SCRATCH_SIZE,
+) = range(0, 176, 8)  # fmt: skip
 
 
 @kernel("void(int64, int64)")
 def _multiply(arguments, worker):
-    """The job of multiply(); arguments: _FIELDS."""
+    """The job of multiply()."""
     a = arguments
-    control, n_workers, counter = load_i64(a), load_i64(a + 8), load_i64(a + 16)
-    gemv, expand, block, integer = load_i64(a + 24), load_i64(a + 32), load_i64(a + 40), load_i64(a + 48)
-    w, group_bytes, row_bytes = load_i64(a + 56), load_i64(a + 64), load_i64(a + 72)
-    n_groups, n_rows, n_cols, n_tokens = load_i64(a + 80), load_i64(a + 88), load_i64(a + 96), load_i64(a + 104)
-    x, record_bytes, records = load_i64(a + 112), load_i64(a + 120), load_i64(a + 128)
-    record_table, out_table, unit_rows = load_i64(a + 136), load_i64(a + 144), load_i64(a + 152)
-    scratch = load_i64(a + 160) + load_i64(a + 168) * worker
-    n_inputs = n_groups * n_tokens
-    write_records(x, n_inputs, n_cols, integer != 0, record_bytes, records, worker, n_workers)
-    barrier(control, n_workers)
-    units = (n_rows + unit_rows - 1) // unit_rows
+    n_groups, n_rows, n_cols = load_i64(a + N_GROUPS), load_i64(a + N_ROWS), load_i64(a + N_COLS)
+    n_tokens, step = load_i64(a + N_TOKENS), load_i64(a + UNIT_ROWS)
+    write_records(
+        load_i64(a + X), n_groups * n_tokens, n_cols, load_i64(a + INTEGER) != 0,
+        load_i64(a + RECORD_BYTES), load_i64(a + RECORDS), worker, load_i64(a + N_WORKERS),
+    )  # fmt: skip
+    barrier(load_i64(a + CONTROL), load_i64(a + N_WORKERS))
+    units = (n_rows + step - 1) // step
     while True:
-        unit = atomic_add(counter, 1)
+        unit = atomic_add(load_i64(a + COUNTER), 1)
         if unit >= n_groups * units:
             break
-        group, first = unit // units, unit % units * unit_rows
+        group, first = unit // units, unit % units * step
+        w = load_i64(a + W) + load_i64(a + GROUP_BYTES) * group + load_i64(a + ROW_BYTES) * first
         multiply_rows(
-            gemv,
-            expand,
-            block,
-            w + group_bytes * group + row_bytes * first,
-            row_bytes,
-            min(unit_rows, n_rows - first),
-            n_cols,
-            n_tokens,
-            record_table + 8 * n_tokens * group,
-            out_table + 8 * n_tokens * group,
-            4 * first,
-            scratch,
-        )
+            load_i64(a + GEMV), load_i64(a + EXPAND), load_i64(a + BLOCK), w, load_i64(a + ROW_BYTES),
+            min(step, n_rows - first), n_cols, n_tokens,
+            load_i64(a + RECORD_TABLE) + 8 * n_tokens * group, load_i64(a + OUT_TABLE) + 8 * n_tokens * group,
+            4 * first, load_i64(a + SCRATCH) + load_i64(a + SCRATCH_SIZE) * worker,
+        )  # fmt: skip
 
 
-def pack_arguments(fields: list[str], values: dict[str, int]) -> np.ndarray:
-    """int64 array of `values` in the order of `fields`."""
-    return np.array([values[name] for name in fields], np.int64)
+def pack_arguments(values: dict[int, int]) -> np.ndarray:
+    """int64 array with each value at its byte offset."""
+    arguments = np.empty(len(values), np.int64)
+    for offset, value in values.items():
+        arguments[offset // 8] = value
+    return arguments
 
 
 def unit_rows(pool: Pool, matrix: Weight, n_tokens: int) -> int:
@@ -138,30 +132,30 @@ def multiply(pool: Pool, matrix: Weight, x: int, n_tokens: int, out: int) -> Non
     tables = np.stack([records + bytes_ * order, out + 4 * n_rows * order])
     counter = np.zeros(1, np.int64)
     values = {
-        "control": pool.control,
-        "n_workers": pool.n_workers,
-        "counter": counter.ctypes.data,
-        "gemv": matrix.format.gemv,
-        "expand": matrix.format.expand,
-        "block": matrix.format.block,
-        "integer": int(matrix.format.integer),
-        "w": matrix.address,
-        "group_bytes": matrix.group_bytes,
-        "row_bytes": matrix.row_bytes,
-        "n_groups": n_groups,
-        "n_rows": n_rows,
-        "n_cols": n_cols,
-        "n_tokens": n_tokens,
-        "x": x,
-        "record_bytes": bytes_,
-        "records": records,
-        "record_table": tables[0].ctypes.data,
-        "out_table": tables[1].ctypes.data,
-        "unit_rows": unit_rows(pool, matrix, n_tokens),
-        "scratch": pool.buffer("scratch", scratch_bytes(n_cols) * pool.n_workers),
-        "scratch_bytes": scratch_bytes(n_cols),
+        CONTROL: pool.control,
+        N_WORKERS: pool.n_workers,
+        COUNTER: counter.ctypes.data,
+        GEMV: matrix.format.gemv,
+        EXPAND: matrix.format.expand,
+        BLOCK: matrix.format.block,
+        INTEGER: int(matrix.format.integer),
+        W: matrix.address,
+        GROUP_BYTES: matrix.group_bytes,
+        ROW_BYTES: matrix.row_bytes,
+        N_GROUPS: n_groups,
+        N_ROWS: n_rows,
+        N_COLS: n_cols,
+        N_TOKENS: n_tokens,
+        X: x,
+        RECORD_BYTES: bytes_,
+        RECORDS: records,
+        RECORD_TABLE: tables[0].ctypes.data,
+        OUT_TABLE: tables[1].ctypes.data,
+        UNIT_ROWS: unit_rows(pool, matrix, n_tokens),
+        SCRATCH: pool.buffer("scratch", scratch_bytes(n_cols) * pool.n_workers),
+        SCRATCH_SIZE: scratch_bytes(n_cols),
     }
-    pool.run(_multiply.address, pack_arguments(_FIELDS, values))
+    pool.run(_multiply.address, pack_arguments(values))
 
 
 @kernel("void(int64, int64)")

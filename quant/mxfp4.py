@@ -1,4 +1,5 @@
-"""MXFP4: 4-bit floats (E2M1) with a power-of-two scale, x = 2^(e-128) * VALUES[q]. 32 weights in 17 bytes, 4.25 bits each.
+"""MXFP4: 4-bit floats (E2M1) with a power-of-two scale, x = 2^(e-128) * VALUES[q]. 32 weights in 17
+bytes, 4.25 bits each.
 Block: e u8 @0 (E8M0) | qs u8[16] @1, nibbles as in Q4_0. VALUES are doubled, hence 128 instead of 127.
 Source: ggml src/ggml-common.h @d99724f, block_mxfp4, and ggml_e8m0_to_fp32_half."""
 
@@ -10,8 +11,8 @@ from quant.simd import (
     bits_to_f32,
     dot_i8,
     fma_f32x8,
-    i32_to_f32,
     i8_to_f32,
+    i32_to_f32,
     load_f32,
     load_i8x16,
     load_i8x32,
@@ -20,8 +21,8 @@ from quant.simd import (
     mul_f32x32,
     nibbles,
     prefetch,
-    splat_f32x32,
     splat_f32x8,
+    splat_f32x32,
     store_f32,
     store_f32x32,
     sum_f32x8,

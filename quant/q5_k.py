@@ -1,6 +1,6 @@
 """Q5_K: 5-bit weights in 8 sub-blocks of 32, x = d*sc*q - dmin*m. 256 weights in 176 bytes, 5.5 bits each.
-Block: d f16 @0 | dmin f16 @2 | scales u8[12] @4 as in Q4_K | qh u8[32] @16, bit j of byte l is the fifth bit of weight l
-of sub-block j | qs u8[128] @48 as in Q4_K.
+Block: d f16 @0 | dmin f16 @2 | scales u8[12] @4 as in Q4_K | qh u8[32] @16, bit j of byte l is the fifth bit of weight
+l of sub-block j | qs u8[128] @48 as in Q4_K.
 Source: ggml src/ggml-common.h @d99724f, block_q5_K."""
 
 import numpy as np

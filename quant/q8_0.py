@@ -5,19 +5,19 @@ Source: ggml src/ggml-common.h @d99724f, block_q8_0."""
 import numpy as np
 
 from quant.formats import EXPAND, GEMV, Format
-from quant.jit import inline, kernel
+from quant.jit import kernel
 from quant.simd import (
     dot_i8,
     fma_f32x8,
-    i32_to_f32,
     i8_to_f32,
+    i32_to_f32,
     load_f16,
     load_f32,
     load_i8x32,
     mul_f32x32,
     prefetch,
-    splat_f32x32,
     splat_f32x8,
+    splat_f32x32,
     store_f32,
     store_f32x32,
     sum_f32x8,
