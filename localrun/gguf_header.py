@@ -158,10 +158,11 @@ class _Cursor:
 
     def count(self, what: str, limit: int, item_bytes: int) -> int:
         """A u64 count of items that can still fit in the file."""
-        n_items = self.u64()
-        room = min(limit, (self.size - self.position) // item_bytes)
-        if n_items > room:
-            raise self.error(f"has a {what} of {n_items}, more than the {room} there can be")
+        n_items, left = self.u64(), self.size - self.position
+        if n_items > limit:
+            raise self.error(f"declares {n_items} {what}, expected at most {limit}")
+        if n_items > left // item_bytes:
+            raise self.error(f"declares {n_items} {what}, but the {left} bytes left can hold {left // item_bytes}")
         return n_items
 
 
@@ -172,8 +173,8 @@ def read_header(data: mmap, path: Path) -> Header:
     """
     cursor = _Cursor(data, path)
     version = _read_version(cursor)
-    n_tensors = cursor.count("tensor count", MAX_TENSORS, _TENSOR_BYTES)
-    n_keys = cursor.count("key count", MAX_KEYS, _KEY_BYTES)
+    n_tensors = cursor.count("tensors", MAX_TENSORS, _TENSOR_BYTES)
+    n_keys = cursor.count("keys", MAX_KEYS, _KEY_BYTES)
     values = _read_values(cursor, n_keys)
     alignment = _alignment(cursor, values)
     tensors = _read_tensors(cursor, n_tensors, alignment)
@@ -230,11 +231,11 @@ def _read_array(cursor: _Cursor) -> Array:
     if type_ == GGUFValueType.ARRAY:
         raise cursor.error("is an array of arrays, which is not supported")
     if type_ == GGUFValueType.STRING:
-        array = Array(type_, cursor.count("string count", MAX_ITEMS, 8), cursor.position, cursor.data)
+        array = Array(type_, cursor.count("strings", MAX_ITEMS, 8), cursor.position, cursor.data)
         _skip_strings(cursor, array.count)
         return array
     itemsize = np.dtype(_NUMBERS[type_]).itemsize
-    array = Array(type_, cursor.count("item count", MAX_ITEMS, itemsize), cursor.position, cursor.data)
+    array = Array(type_, cursor.count("items", MAX_ITEMS, itemsize), cursor.position, cursor.data)
     cursor.skip(array.count * itemsize)
     if type_ == GGUFValueType.BOOL and array.count:
         highest = int(np.frombuffer(cursor.data, np.uint8, array.count, array.start).max())
@@ -261,9 +262,8 @@ def _skip_strings(cursor: _Cursor, count: int) -> None:
         (length,) = read_length(data, position)
         position += 8 + length
         if position > size or length > MAX_STRING:
-            raise cursor.error(
-                f"is cut off at item {index} of {count}: its {length} bytes pass the end of the file or {MAX_STRING}"
-            )
+            room = min(MAX_STRING, size - position + length)
+            raise cursor.error(f"has {length} bytes in item {index} of {count}, expected at most {room}")
     cursor.position = position
 
 
