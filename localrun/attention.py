@@ -1,0 +1,159 @@
+"""Attention of both architectures over the 16-bit cache: multi-head latent (MLA) and grouped-query (GQA).
+
+Letters: T new tokens, S tokens in the cache (the new ones included), H heads, N heads handled at a time, D hidden_size,
+C kv_lora_rank, R qk_rope_head_dim, P qk_nope_head_dim, V v_head_dim, G key-value heads.
+Source: DeepSeek-V2 (arXiv 2405.04434, section 2.1 and appendix C), deepseek-ai/DeepSeek-V3 @9b4e978 inference/model.py.
+"""
+
+import torch
+from torch.nn.functional import rms_norm
+
+from localrun import names
+from localrun.cache import Cache
+from localrun.config import Config
+from localrun.rope import Rope, attention_scale
+from localrun.weights import Weights
+
+_WORK_BYTES = 1 << 26  # scores and decompressed keys and values at a time: heads are handled in groups that fit
+
+
+def _softmax(scores_NTS: torch.Tensor) -> torch.Tensor:
+    """Over the cache, each token seeing itself and what came before; in place."""
+    n_tokens, n_cached = scores_NTS.shape[-2:]
+    if n_tokens > 1:
+        future = torch.ones(n_tokens, n_cached, dtype=torch.bool).triu(n_cached - n_tokens + 1)
+        scores_NTS.masked_fill_(future, float("-inf"))
+    return torch.softmax(scores_NTS, dim=-1)
+
+
+def _head_groups(n_heads: int, bytes_per_head: int):
+    """(first, count) of the groups of heads that fit the work memory together."""
+    step = max(1, min(n_heads, _WORK_BYTES // bytes_per_head))
+    return [(first, min(step, n_heads - first)) for first in range(0, n_heads, step)]
+
+
+class LatentAttention:
+    """MLA: a token leaves one row of C + R values, shared by all heads.
+
+    Two ways to the same scores. Absorbed: k_b moves the query into latent space and v_b moves the result out of it;
+    cheap for few tokens. Decompressed: keys and values of every head are rebuilt from the cache; cheaper for many.
+    """
+
+    def __init__(self, config: Config, weights: Weights, index: int, rope: Rope):
+        def name(module: str) -> str:
+            return names.layer(index, f"self_attn.{module}")
+
+        self.config, self.index, self.rope = config, index, rope
+        self.scale = attention_scale(config)
+        if config.q_lora_rank is None:
+            self.q_proj = weights.linear(name("q_proj"))
+        else:
+            self.q_a_proj = weights.linear(name("q_a_proj"))
+            self.q_a_layernorm = weights.vector(name("q_a_layernorm"))
+            self.q_b_proj = weights.linear(name("q_b_proj"))
+        self.kv_a_proj_with_mqa = weights.linear(name("kv_a_proj_with_mqa"))
+        self.kv_a_layernorm = weights.vector(name("kv_a_layernorm"))
+        self.is_split = weights.has(name("k_b_proj"))
+        if self.is_split:  # k_b (H, C, P), stored transposed; v_b (H, V, C)
+            self.k_b_proj, self.v_b_proj = weights.heads(name("k_b_proj")), weights.heads(name("v_b_proj"))
+        else:  # kv_b: (P + V, C) a head
+            rows = (config.qk_nope_head_dim, config.v_head_dim)
+            self.k_b_proj, self.v_b_proj = weights.split_heads(name("kv_b_proj"), config.num_attention_heads, rows)
+        self.o_proj = weights.linear(name("o_proj"))
+
+    def __call__(self, x_TD: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """float32 (T, D) of the tokens after cache.length -> (T, D); appends their rows to the cache."""
+        turns = self.rope.turns(cache.length, x_TD.shape[0])
+        q_nope_THP, q_rope_THR = self._queries(x_TD, turns)
+        latent_TC, k_rope_TR = self._latents(x_TD, turns)
+        (rows_SW,) = cache.append(self.index, torch.cat([latent_TC, k_rope_TR], -1))
+        rows_SW = rows_SW.float()
+        attend = self._absorbed if self._absorbing_is_cheaper(x_TD.shape[0]) else self._decompressed
+        return self.o_proj(attend(q_nope_THP, q_rope_THR, rows_SW).flatten(1))
+
+    def _queries(self, x_TD: torch.Tensor, turns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        c = self.config
+        if c.q_lora_rank is None:
+            q = self.q_proj(x_TD)
+        else:
+            q = self.q_b_proj(rms_norm(self.q_a_proj(x_TD), (c.q_lora_rank,), self.q_a_layernorm, c.rms_norm_eps))
+        q_nope, q_rope = q.unflatten(1, (c.num_attention_heads, -1)).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
+        return q_nope, self.rope.rotate(q_rope, turns)
+
+    def _latents(self, x_TD: torch.Tensor, turns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        c = self.config
+        latent, k_rope = self.kv_a_proj_with_mqa(x_TD).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        latent = rms_norm(latent, (c.kv_lora_rank,), self.kv_a_layernorm, c.rms_norm_eps)
+        return latent, self.rope.rotate(k_rope[:, None], turns)[:, 0]
+
+    def _absorbing_is_cheaper(self, n_tokens: int) -> bool:
+        """Multiplications a cached token and head: T*(2C + R) against (P + V)*C + T*(P + V + R)."""
+        c = self.config
+        decompressed = c.qk_nope_head_dim + c.v_head_dim
+        return n_tokens * (2 * c.kv_lora_rank - decompressed) < decompressed * c.kv_lora_rank
+
+    def _absorbed(self, q_nope_THP, q_rope_THR, rows_SW) -> torch.Tensor:
+        """(T, H, V) by attending in latent space."""
+        q_latent_THC = self.k_b_proj(q_nope_THP) if self.is_split else self.k_b_proj.transposed(q_nope_THP)
+        q_HTW = torch.cat([q_latent_THC, q_rope_THR], -1).transpose(0, 1)
+        latent_SC = rows_SW[:, : self.config.kv_lora_rank]
+        mixed_HTC = torch.empty(*q_HTW.shape[:2], self.config.kv_lora_rank)
+        for first, count in _head_groups(q_HTW.shape[0], 4 * q_HTW.shape[1] * rows_SW.shape[0]):
+            heads = slice(first, first + count)
+            weights_NTS = _softmax(q_HTW[heads] @ rows_SW.T * self.scale)
+            mixed_HTC[heads] = weights_NTS @ latent_SC
+        return self.v_b_proj(mixed_HTC.transpose(0, 1))
+
+    def _decompressed(self, q_nope_THP, q_rope_THR, rows_SW) -> torch.Tensor:
+        """(T, H, V) by rebuilding each head's keys and values."""
+        c = self.config
+        latent_SC, k_rope_SR = rows_SW.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        n_tokens, n_cached = q_nope_THP.shape[0], rows_SW.shape[0]
+        out_THV = torch.empty(n_tokens, c.num_attention_heads, c.v_head_dim)
+        bytes_per_head = 4 * n_cached * (n_tokens + c.qk_nope_head_dim + c.v_head_dim)
+        for first, count in _head_groups(c.num_attention_heads, bytes_per_head):
+            heads = slice(first, first + count)
+            k_b, v_b = self.k_b_proj.dense(first, count), self.v_b_proj.dense(first, count)
+            k_NSP = latent_SC @ (k_b if self.is_split else k_b.mT)
+            v_NSV = latent_SC @ v_b.mT
+            scores_NTS = q_nope_THP[:, heads].transpose(0, 1) @ k_NSP.mT
+            scores_NTS += q_rope_THR[:, heads].transpose(0, 1) @ k_rope_SR.T
+            out_THV[:, heads] = (_softmax(scores_NTS.mul_(self.scale)) @ v_NSV).transpose(0, 1)
+        return out_THV
+
+
+class GroupedQueryAttention:
+    """GQA: G heads of keys and values, each shared by H / G query heads."""
+
+    def __init__(self, config: Config, weights: Weights, index: int, rope: Rope):
+        self.config, self.index, self.rope = config, index, rope
+        self.scale = attention_scale(config)
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+            weights.linear(names.layer(index, f"self_attn.{part}_proj")) for part in "qkvo"
+        )
+
+    def __call__(self, x_TD: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """float32 (T, D) of the tokens after cache.length -> (T, D); appends their keys and values to the cache."""
+        c, n_tokens = self.config, x_TD.shape[0]
+        turns = self.rope.turns(cache.length, n_tokens)
+        q_THd = self._rotate(self.q_proj(x_TD).unflatten(1, (-1, c.head_dim)), turns)
+        k_TGd = self._rotate(self.k_proj(x_TD).unflatten(1, (-1, c.head_dim)), turns)
+        keys, values = cache.append(self.index, k_TGd.flatten(1), self.v_proj(x_TD))
+        k_GSd = keys.float().unflatten(1, (-1, c.head_dim)).transpose(0, 1)
+        v_GSV = values.float().unflatten(1, (-1, c.v_head_dim)).transpose(0, 1)
+        per_group = c.num_attention_heads // c.num_key_value_heads
+        out_THV = torch.empty(n_tokens, c.num_attention_heads, c.v_head_dim)
+        for first, count in _head_groups(c.num_key_value_heads, 4 * per_group * n_tokens * keys.shape[0]):
+            heads = slice(first * per_group, (first + count) * per_group)
+            q_Gqd = q_THd[:, heads].transpose(0, 1).reshape(count, per_group * n_tokens, c.head_dim)
+            scores = (q_Gqd @ k_GSd[first : first + count].mT).mul_(self.scale)
+            weights = _softmax(scores.unflatten(1, (per_group, n_tokens))).flatten(1, 2)
+            mixed = (weights @ v_GSV[first : first + count]).reshape(count * per_group, n_tokens, c.v_head_dim)
+            out_THV[:, heads] = mixed.transpose(0, 1)
+        return self.o_proj(out_THV.flatten(1))
+
+    def _rotate(self, x_THd: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+        """Rotate the first R of each head's values."""
+        rope_dim = self.config.qk_rope_head_dim
+        rotated = self.rope.rotate(x_THd[..., :rope_dim], turns)
+        return rotated if rope_dim == x_THd.shape[-1] else torch.cat([rotated, x_THd[..., rope_dim:]], -1)

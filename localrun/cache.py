@@ -1,0 +1,69 @@
+"""The key-value cache: what attention keeps of each token, in 16 bits, one block of memory a layer.
+
+It knows widths, not meanings: multi-head latent attention keeps one row of kv_lora_rank + qk_rope_head_dim values a
+token, grouped-query attention a row of keys and a row of values.
+"""
+
+import torch
+
+from localrun.errors import ContextFullError, LocalrunError
+
+
+class Cache:
+    """Rows for up to `capacity` tokens in every layer; memory is touched only as tokens come.
+
+    Attributes:
+        length: tokens that all layers hold.
+    """
+
+    def __init__(self, n_layers: int, widths: tuple[int, ...], capacity: int, dtype=torch.float16, device="cpu"):
+        self.capacity = capacity
+        self.length = 0
+        self._layers = [
+            tuple(torch.empty(capacity, width, dtype=dtype, device=device) for width in widths) for _ in range(n_layers)
+        ]
+
+    def append(self, layer: int, *rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Write rows (T, width) of one layer behind `length`; returns that layer's rows so far, (length + T, width).
+
+        Raises ContextFullError if they don't fit. `length` moves when advance() is called, after the last layer.
+        """
+        end = self.length + rows[0].shape[0]
+        if end > self.capacity:
+            raise ContextFullError(f"the context is full: {end} tokens, room for {self.capacity}; see -c/--ctx")
+        for part, new in zip(self._layers[layer], rows, strict=True):
+            part[self.length : end] = new
+        return tuple(part[:end] for part in self._layers[layer])
+
+    def advance(self, n_tokens: int) -> None:
+        """All layers have appended n_tokens."""
+        self.length += n_tokens
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens from `length` on."""
+        self.length = min(self.length, max(0, length))
+
+    def save(self) -> dict[str, torch.Tensor]:
+        """Name -> rows in use, for a file."""
+        return {
+            f"{layer}.{part}": rows[: self.length].contiguous()
+            for layer, parts in enumerate(self._layers)
+            for part, rows in enumerate(parts)
+        }
+
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take over what save() gave. Raises LocalrunError if it is not of this model or does not fit."""
+        length = tensors["0.0"].shape[0] if "0.0" in tensors else -1
+        expected = {
+            f"{layer}.{part}": (length, rows.shape[1])
+            for layer, parts in enumerate(self._layers)
+            for part, rows in enumerate(parts)
+        }
+        if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != expected:
+            raise LocalrunError("the saved session belongs to another model")
+        if length > self.capacity:
+            raise ContextFullError(f"the saved session has {length} tokens; the context holds {self.capacity}")
+        for layer, parts in enumerate(self._layers):
+            for part, rows in enumerate(parts):
+                rows[:length] = tensors[f"{layer}.{part}"]
+        self.length = length

@@ -1,0 +1,82 @@
+"""The network: embedding, layers, norm, head. Once for every device; what runs where is decided in weights.py.
+
+Letters: T tokens, D hidden_size.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.nn.functional import rms_norm
+
+from localrun import names
+from localrun.attention import GroupedQueryAttention, LatentAttention
+from localrun.cache import Cache
+from localrun.config import Config
+from localrun.moe import MLP, MoE
+from localrun.rope import Rope
+from localrun.weights import Weights
+
+
+class Layer:
+    """x + attention(norm x), then x + mlp(norm x)."""
+
+    def __init__(self, config: Config, weights: Weights, index: int, rope: Rope):
+        self.config = config
+        self.input_layernorm = weights.vector(names.layer(index, "input_layernorm"))
+        attention = LatentAttention if config.kv_lora_rank else GroupedQueryAttention
+        self.self_attn = attention(config, weights, index, rope)
+        self.post_attention_layernorm = weights.vector(names.layer(index, "post_attention_layernorm"))
+        is_moe = weights.has(names.layer(index, "mlp.gate"))
+        self.mlp = MoE(config, weights, index) if is_moe else MLP(weights, index, "mlp")
+
+    def __call__(self, x_TD: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """float32 (T, D) -> (T, D); appends to the cache."""
+        c = self.config
+        x_TD = x_TD + self.self_attn(rms_norm(x_TD, (c.hidden_size,), self.input_layernorm, c.rms_norm_eps), cache)
+        return x_TD + self.mlp(rms_norm(x_TD, (c.hidden_size,), self.post_attention_layernorm, c.rms_norm_eps))
+
+
+class Model:
+    """A deepseek2 or llama model over the tensors of a file."""
+
+    def __init__(self, config: Config, weights: Weights):
+        self.config = config
+        factors = weights.vector(names.ROPE_FREQS) if weights.has(names.ROPE_FREQS) else None
+        rope = Rope(config, factors)
+        self.embed_tokens = weights.embedding(names.EMBED_TOKENS)
+        self.layers = [Layer(config, weights, index, rope) for index in range(config.num_hidden_layers)]
+        self.norm = weights.vector(names.NORM)
+        self.lm_head = weights.linear(names.LM_HEAD if weights.has(names.LM_HEAD) else names.EMBED_TOKENS)
+
+    @property
+    def vocab_size(self) -> int:
+        """Logits a token."""
+        return self.config.vocab_size
+
+    def new_cache(self, capacity: int) -> Cache:
+        """An empty cache for up to `capacity` tokens."""
+        c = self.config
+        if c.kv_lora_rank:
+            widths: tuple[int, ...] = (c.kv_lora_rank + c.qk_rope_head_dim,)
+        else:
+            widths = (c.num_key_value_heads * c.head_dim, c.num_key_value_heads * c.v_head_dim)
+        return Cache(c.num_hidden_layers, widths, capacity)
+
+    @torch.inference_mode()
+    def forward(self, ids: Sequence[int], cache: Cache, all_logits: bool = False) -> np.ndarray:
+        """Evaluate ids after the cache's tokens; the cache then holds them too.
+
+        Returns:
+            float32 (T, vocab) logits with all_logits, else (1, vocab), those of the last token.
+
+        Raises:
+            ContextFullError: the cache has no room for them.
+        """
+        x_TD = self.embed_tokens(torch.tensor(ids, dtype=torch.int64))
+        for layer in self.layers:
+            x_TD = layer(x_TD, cache)
+        cache.advance(len(ids))
+        x_TD = x_TD if all_logits else x_TD[-1:]
+        x_TD = rms_norm(x_TD, (self.config.hidden_size,), self.norm, self.config.rms_norm_eps)
+        return self.lm_head(x_TD).numpy()
