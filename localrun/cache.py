@@ -1,4 +1,4 @@
-"""The key-value cache: what attention keeps of each token, in 16 bits, one block of memory a layer.
+"""The key-value cache: what attention keeps of each token, one block of memory a layer.
 
 It knows widths, not meanings: multi-head latent attention keeps one row of kv_lora_rank + qk_rope_head_dim values a
 token, grouped-query attention a row of keys and a row of values.
@@ -16,12 +16,10 @@ class Cache:
         length: tokens that all layers hold.
     """
 
-    def __init__(self, n_layers: int, widths: tuple[int, ...], capacity: int, dtype=torch.float16, device="cpu"):
+    def __init__(self, n_layers: int, widths: tuple[int, ...], capacity: int, dtype: torch.dtype):
         self.capacity = capacity
         self.length = 0
-        self._layers = [
-            tuple(torch.empty(capacity, width, dtype=dtype, device=device) for width in widths) for _ in range(n_layers)
-        ]
+        self._layers = [tuple(torch.empty(capacity, width, dtype=dtype) for width in widths) for _ in range(n_layers)]
 
     def append(self, layer: int, *rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Write rows (T, width) of one layer behind `length`; returns that layer's rows so far, (length + T, width).

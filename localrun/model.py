@@ -54,14 +54,14 @@ class Model:
         """Logits a token."""
         return self.config.vocab_size
 
-    def new_cache(self, capacity: int) -> Cache:
-        """An empty cache for up to `capacity` tokens."""
+    def new_cache(self, capacity: int, exact: bool = False) -> Cache:
+        """An empty cache for up to `capacity` tokens, of 16-bit values or, if exact, of 32-bit ones."""
         c = self.config
         if c.kv_lora_rank:
             widths: tuple[int, ...] = (c.kv_lora_rank + c.qk_rope_head_dim,)
         else:
             widths = (c.num_key_value_heads * c.head_dim, c.num_key_value_heads * c.v_head_dim)
-        return Cache(c.num_hidden_layers, widths, capacity)
+        return Cache(c.num_hidden_layers, widths, capacity, torch.float32 if exact else torch.float16)
 
     @torch.inference_mode()
     def forward(self, ids: Sequence[int], cache: Cache, all_logits: bool = False) -> np.ndarray:

@@ -7,6 +7,7 @@ Letters: D hidden_size, H heads, C kv_lora_rank, R qk_rope_head_dim, E experts.
 from localrun.config import Config
 from localrun.errors import GGUFError, UnsupportedModelError
 from localrun.gguf import GGUFFile
+from quant import formats
 
 EMBED_TOKENS = "token_embd.weight"
 NORM = "output_norm.weight"
@@ -65,6 +66,13 @@ def check_tensors(file: GGUFFile, config: Config) -> None:
     for name in file.tensors:
         if name not in expected and not _is_nextn(name, config):
             raise UnsupportedModelError(f"{file.path}: tensor '{name}' has no place in the native network")
+
+
+def check_types(file: GGUFFile) -> None:
+    """Every tensor has a type that there are kernels for. Raises UnsupportedModelError."""
+    for tensor in file.tensors.values():
+        if tensor.type.name not in formats.NAMES:
+            raise UnsupportedModelError(f"{file.path}: tensor '{tensor.name}' has type {tensor.type.name}, not native")
 
 
 def expected_shapes(file: GGUFFile, config: Config) -> dict[str, tuple[int, ...]]:

@@ -10,28 +10,20 @@ import torch
 
 from localrun import names
 from localrun.bridge import Embedding, Experts, HeadLinear, Linear
-from localrun.errors import UnsupportedModelError
 from localrun.gguf import GGUFFile, Tensor
 from quant import formats, linear
 from quant.pool import Pool
 
 
 def prepare_kernels(file: GGUFFile, progress: Callable[[int, int, str], None] | None = None) -> None:
-    """Compile the kernels of every type in the file, or load them from the cache.
-
-    Raises:
-        UnsupportedModelError: a tensor has a type without kernels.
-    """
-    first_of_type = {tensor.type.name: tensor for tensor in reversed(file.tensors.values())}
-    for type_name, tensor in first_of_type.items():
-        if type_name not in formats.NAMES:
-            raise UnsupportedModelError(
-                f"{file.path}: tensor '{tensor.name}' has type {type_name}, which is not native"
-            )
-    for done, type_name in enumerate(first_of_type):
+    """Compile the kernels of every type in the file, or load them from the cache; progress(done, total, what)."""
+    types = sorted({tensor.type.name for tensor in file.tensors.values()})
+    for done, type_name in enumerate(types):
         if progress is not None:
-            progress(done, len(first_of_type), f"kernels for {type_name}")
+            progress(done, len(types), f"kernels for {type_name}")
         formats.get(type_name)
+    if progress is not None:
+        progress(len(types), len(types), "kernels")
 
 
 class Weights:

@@ -39,6 +39,8 @@ atomic_add = define(  # returns the value before
 pause = define(types.void, (), _pause)
 call_2, call_3, call_5 = _call_address(2), _call_address(3), _call_address(5)
 
+give_way = types.ExternalFunction("sched_yield", types.int32())  # let another thread have this core, if one waits
+
 _FUTEX_CALL = {"x86_64": 202, "aarch64": 98}.get(platform.machine()) if sys.platform == "linux" else None
 
 if _FUTEX_CALL is not None:

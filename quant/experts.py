@@ -59,12 +59,12 @@ def _gate_and_up(a, group, first, n_rows, scratch):
     up = load_i64(a + UP) + load_i64(a + UP_STRIDE) * expert + load_i64(a + UP_ROW_BYTES) * first
     x = load_i64(a + X_TABLE) + 8 * begin
     multiply_rows(
-        load_i64(a + GATE_GEMV), load_i64(a + GATE_EXPAND), load_i64(a + GATE_BLOCK), gate, load_i64(a + GATE_ROW_BYTES),
-        n_rows, hidden, end - begin, x, load_i64(a + GATED_TABLE) + 8 * begin, 4 * first, scratch,
+        load_i64(a + GATE_GEMV), load_i64(a + GATE_EXPAND), load_i64(a + GATE_BLOCK), gate,
+        load_i64(a + GATE_ROW_BYTES), n_rows, hidden, end - begin, x, load_i64(a + GATED_TABLE) + 8 * begin, 4 * first, scratch,
     )  # fmt: skip
     multiply_rows(
-        load_i64(a + UP_GEMV), load_i64(a + UP_EXPAND), load_i64(a + UP_BLOCK), up, load_i64(a + UP_ROW_BYTES),
-        n_rows, hidden, end - begin, x, load_i64(a + UPPED_TABLE) + 8 * begin, 4 * first, scratch,
+        load_i64(a + UP_GEMV), load_i64(a + UP_EXPAND), load_i64(a + UP_BLOCK), up,
+        load_i64(a + UP_ROW_BYTES), n_rows, hidden, end - begin, x, load_i64(a + UPPED_TABLE) + 8 * begin, 4 * first, scratch,
     )  # fmt: skip
     for pair in range(begin, end):
         gated, upped = load_i64(a + GATED) + 4 * inner * pair, load_i64(a + UPPED) + 4 * inner * pair
@@ -87,8 +87,8 @@ def _sum_down(a, first, n_rows, scratch, sums, sums_table):
         begin, end = load_i64(load_i64(a + START) + 8 * group), load_i64(load_i64(a + START) + 8 * group + 8)
         down = load_i64(a + DOWN) + load_i64(a + DOWN_STRIDE) * expert + load_i64(a + DOWN_ROW_BYTES) * first
         multiply_rows(
-            load_i64(a + DOWN_GEMV), load_i64(a + DOWN_EXPAND), load_i64(a + DOWN_BLOCK), down, load_i64(a + DOWN_ROW_BYTES),
-            n_rows, inner, end - begin, load_i64(a + H_TABLE) + 8 * begin, sums_table, 0, scratch,
+            load_i64(a + DOWN_GEMV), load_i64(a + DOWN_EXPAND), load_i64(a + DOWN_BLOCK), down,
+            load_i64(a + DOWN_ROW_BYTES), n_rows, inner, end - begin, load_i64(a + H_TABLE) + 8 * begin, sums_table, 0, scratch,
         )  # fmt: skip
         for pair in range(begin, end):
             weight = load_f32(load_i64(a + WEIGHT) + 4 * pair)

@@ -9,7 +9,7 @@ import threading
 
 import numpy as np
 
-from quant.atomics import atomic_add, atomic_load, atomic_store, call_2, pause, sleep_while_equal, wake_all
+from quant.atomics import atomic_add, atomic_load, atomic_store, call_2, give_way, pause, sleep_while_equal, wake_all
 from quant.errors import QuantError
 from quant.jit import inline, kernel
 from quant.simd import load_i64, store_i64
@@ -19,6 +19,7 @@ _LINE = 64
 GENERATION, JOB, ARGUMENTS, DONE, STOP, SLEEPERS, ARRIVED, BARRIER = (i * _LINE for i in range(8))
 _CONTROL_BYTES = 8 * _LINE
 _SPINS = 20_000  # pauses of 40-140 cycles: about 1 ms
+_PATIENCE = 500  # pauses before a waiting worker offers its core: the one it waits for may need it
 
 
 @kernel("void(int64, int64)")
@@ -42,6 +43,16 @@ def _work(control, worker):
         atomic_add(control + DONE, 1)
 
 
+@inline
+def _wait(spins):
+    """One step of waiting for others; returns the steps so far."""
+    if spins > _PATIENCE:
+        give_way()
+    else:
+        pause()
+    return spins + 1
+
+
 @kernel("void(int64, int64, int64, int64)")
 def _dispatch(control, n_workers, job, arguments):
     """Hand a job to all workers, do worker 0's share, wait for the rest."""
@@ -52,8 +63,9 @@ def _dispatch(control, n_workers, job, arguments):
     if atomic_load(control + SLEEPERS) > 0:
         wake_all(control + GENERATION)
     call_2(job, arguments, 0)
+    spins = 0
     while atomic_load(control + DONE) < n_workers - 1:
-        pause()
+        spins = _wait(spins)
 
 
 @kernel("void(int64)")
@@ -71,8 +83,9 @@ def barrier(control, n_workers):
         atomic_store(control + ARRIVED, 0)
         atomic_add(control + BARRIER, 1)
     else:
+        spins = 0
         while atomic_load(control + BARRIER) == generation:
-            pause()
+            spins = _wait(spins)
 
 
 def aligned_bytes(n_bytes: int, alignment: int = _LINE) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Q6_K: 6-bit weights in 16 sub-blocks of 16, x = d*sc*(q-32). 256 weights in 210 bytes, 6.5625 bits each.
 Block: ql u8[128] @0, low 4 bits | qh u8[64] @128, high 2 bits | scales i8[16] @192 | d f16 @208. Each half of 128
-weights has 64 bytes of ql and 32 of qh; its quarter k of 32 weights takes ql[32*(k%2)..], nibble k//2, and bits 2k of qh.
+weights has 64 bytes of ql and 32 of qh; its quarter k of 32 weights takes ql[32*(k%2)..], nibble k//2, and bits 2k
+of qh.
 Source: ggml src/ggml-common.h @d99724f, block_q6_K; dequantize_row_q6_K in ggml-quants.c."""
 
 import numpy as np

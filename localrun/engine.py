@@ -1,0 +1,228 @@
+"""A loaded model: which backend runs it, its tokenizer and template, and sessions over it."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from localrun import hardware
+from localrun.chat_template import ChatTemplate, chat_template
+from localrun.config import Config, read_config
+from localrun.errors import LocalrunError, UnsupportedModelError
+from localrun.gguf import GGUFFile, open_gguf
+from localrun.sampling import Sampling
+from localrun.session import PREFILL_CHUNK, Session
+from localrun.tokenizer import Tokenizer
+
+DEFAULT_CTX = 8192  # tokens, where the model allows as many
+Progress = Callable[[int, int, str], None]
+Notice = Callable[[str], None]
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    ctx: int | None = None,
+    backend: str = "auto",
+    progress: Progress | None = None,
+    notice: Notice | None = None,
+) -> "Engine":
+    """Open a GGUF model for generation.
+
+    Args:
+        path: the file, or the first part of a split one.
+        device: "auto" or "cpu"; this version computes on the CPU.
+        threads: worker threads; None for one a physical core.
+        ctx: tokens that a session can hold; None for DEFAULT_CTX, or the model's own length if that is less.
+        backend: "native", "llama.cpp", or "auto": native where it can, else llama.cpp with a notice.
+        progress: called as progress(done, total, what) during long steps.
+        notice: called with one line for each fact the user should know.
+
+    Raises:
+        LocalrunError: anything the user can mend: no such file, a broken one, too large a context, a wrong option.
+    """
+    if device not in ("auto", "cpu"):
+        raise LocalrunError(f"device '{device}': this version computes on the CPU; use --device cpu")
+    if backend not in ("auto", "native", "llama.cpp"):
+        raise LocalrunError(f"backend '{backend}'; expected auto, native or llama.cpp")
+    if threads is not None and threads < 1:
+        raise LocalrunError(f"{threads} threads; expected 1 or more")
+    if ctx is not None and ctx < 1:
+        raise LocalrunError(f"a context of {ctx} tokens; expected 1 or more")
+    file = open_gguf(path)
+    try:
+        return Engine(file, threads or hardware.usable_cores(), ctx, backend, progress, notice or (lambda line: None))
+    except BaseException:
+        file.close()
+        raise
+
+
+class Engine:
+    """A model ready to run. Close it, or use it as a context manager.
+
+    Attributes:
+        file: the open GGUF file.
+        config: the model's configuration; None where llama.cpp runs it.
+        tokenizer, template: text to ids; chat messages to text (None if the file has no chat template).
+        backend: "native" or "llama.cpp".
+        ctx: tokens that a session can hold.
+        threads: worker threads.
+    """
+
+    def __init__(
+        self,
+        file: GGUFFile,
+        threads: int,
+        ctx: int | None,
+        backend: str,
+        progress: Progress | None,
+        notice: Notice,
+    ):
+        self.file, self.threads = file, threads
+        self.config = None if backend == "llama.cpp" else self._native_config(backend, notice)
+        self.backend = "native" if self.config else "llama.cpp"
+        self.ctx = self._choose_ctx(ctx, notice)
+        self.tokenizer = Tokenizer(file.path, file)
+        self.template: ChatTemplate | None = chat_template(file, self.tokenizer)
+        if self.config:
+            self._load_native(self.config, progress)
+        else:
+            from localrun.backends.llama_cpp import LlamaCppModel
+
+            self.model: Any = LlamaCppModel(file.path, self.ctx, threads, progress)
+        self._warn_of_memory(notice)
+
+    def _native_config(self, backend: str, notice: Notice) -> Config | None:
+        """The configuration if the native backend runs this model; None, with a notice, if llama.cpp is to."""
+        from localrun.names import check_tensors, check_types
+
+        try:
+            config = read_config(self.file)
+            check_tensors(self.file, config)
+            check_types(self.file)
+            return config
+        except UnsupportedModelError as error:
+            if backend == "native":
+                raise
+            notice(f"{error}; running it with llama.cpp")
+            return None
+
+    def _choose_ctx(self, wanted: int | None, notice: Notice) -> int:
+        architecture = self.file.string("general.architecture")
+        trained = self.file.metadata.get(f"{architecture}.context_length", DEFAULT_CTX)
+        trained = trained if isinstance(trained, int) and trained > 0 else DEFAULT_CTX
+        ctx = min(DEFAULT_CTX, trained) if wanted is None else wanted
+        if ctx > trained:
+            notice(f"a context of {ctx} tokens, but the model was made for {trained}: text beyond that may be poor")
+        if self.config:
+            needed, free = ctx * self.config.kv_bytes_per_token, hardware.free_ram()
+            if needed > free:
+                fitting = free // self.config.kv_bytes_per_token
+                raise LocalrunError(
+                    f"a context of {ctx} tokens takes {needed / 2**30:.1f} GiB of RAM and {free / 2**30:.1f} GiB are "
+                    f"free; -c {fitting} would fit"
+                )
+        return ctx
+
+    def _load_native(self, config: Config, progress: Progress | None) -> None:
+        import torch
+
+        from localrun.model import Model
+        from localrun.weights import Weights, prepare_kernels
+        from quant.pool import Pool
+
+        # The workers of quant do the heavy part. torch's own threads would spin on the same cores between its small
+        # operations (measured: 3 times slower decoding, docs/lab-notes.md).
+        self._torch_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        prepare_kernels(self.file, progress)
+        self._pool = Pool(self.threads)
+        self.model = Model(config, Weights(self.file, self._pool))
+
+    def _warn_of_memory(self, notice: Notice) -> None:
+        if self.file.file_size > hardware.total_ram():
+            size, ram = self.file.file_size / 2**30, hardware.total_ram() / 2**30
+            notice(
+                f"the file has {size:.0f} GiB and this machine {ram:.0f} GiB of RAM: it will run at the disk's speed"
+            )
+
+    def new_cache(self) -> Any:
+        """An empty cache for ctx tokens."""
+        return self.model.new_cache(self.ctx) if self.config else self.model.new_cache()
+
+    def cache_tensors(self, cache: Any) -> dict[str, Any]:
+        """A cache's content as named tensors, for a file."""
+        import torch
+
+        return cache.save() if self.config else {"state": torch.frombuffer(bytearray(cache.save()), dtype=torch.uint8)}
+
+    def restore_cache(self, cache: Any, tensors: dict[str, Any]) -> None:
+        """Fill a cache with what cache_tensors gave."""
+        cache.load(tensors if self.config else bytes(tensors["state"].numpy()))
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raises LocalrunError unless there are ids and the model knows them all."""
+        if not len(ids):
+            raise LocalrunError("the prompt is empty")
+        for token in (min(ids), max(ids)):
+            if not 0 <= token < self.model.vocab_size:
+                raise LocalrunError(f"token id {token}; this model has ids 0 to {self.model.vocab_size - 1}")
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """float32 (T, vocab): the logits after each of the ids, from an empty context; no state is kept.
+
+        The native backend keeps the keys and values of this one call in 32 bits, so nothing is rounded to the 16 bits
+        of a session's cache.
+        """
+        self.check_ids(ids)
+        cache = self.model.new_cache(len(ids), exact=True) if self.config else self.model.new_cache()
+        chunks = [ids[start : start + PREFILL_CHUNK] for start in range(0, len(ids), PREFILL_CHUNK)]
+        return np.concatenate([self.model.forward(list(chunk), cache, all_logits=True) for chunk in chunks])
+
+    def generate(
+        self, ids: Sequence[int], sampling: Sampling | None = None, max_tokens: int | None = None
+    ) -> Iterator[int]:
+        """The ids that follow the prompt `ids`; an end token ends it and is not yielded."""
+        yield from self.session().tokens(ids, sampling, max_tokens=max_tokens)
+
+    def session(self) -> Session:
+        """A conversation with a cache of its own."""
+        return Session(self)
+
+    def describe(self) -> dict[str, str | int]:
+        """What runs, where and with what, for -v and --json."""
+        from quant import isa
+
+        facts: dict[str, str | int] = {
+            "model": str(self.file.metadata.get("general.name", self.file.path.name)),
+            "architecture": self.file.string("general.architecture"),
+            "backend": self.backend,
+            "device": "cpu",
+            "threads": self.threads,
+            "ctx": self.ctx,
+            "weight_bytes": sum(tensor.n_bytes for tensor in self.file.tensors.values()),
+        }
+        if self.config:
+            facts |= {"isa": isa.LEVEL, "kv_bytes_per_token": self.config.kv_bytes_per_token}
+        return facts
+
+    def close(self) -> None:
+        """End the worker threads and free the file; sessions can't be used afterwards."""
+        if self.config:
+            import torch
+
+            self._pool.close()
+            torch.set_num_threads(self._torch_threads)
+        else:
+            self.model.close()
+        self.tokenizer.close()
+        self.file.close()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()

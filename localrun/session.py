@@ -1,0 +1,211 @@
+"""A conversation's state: the tokens in the cache, and replies that reuse what they share with the next prompt."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from localrun.errors import ContextFullError, LocalrunError
+from localrun.sampling import Sampler, Sampling
+
+if TYPE_CHECKING:
+    from localrun.engine import Engine
+
+PREFILL_CHUNK = 512  # tokens evaluated at a time: enough to use the cores well, and a bound on work memory
+
+
+@dataclass
+class Stats:
+    """What the last reply took."""
+
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    prefill_s: float = 0.0
+    generated_tokens: int = 0
+    decode_s: float = 0.0
+
+
+class Session:
+    """One cache and the tokens in it.
+
+    Attributes:
+        ids: the tokens whose keys and values are cached.
+        reply_ids: what the last reply generated.
+        stats: what it took.
+        finish_reason: why it ended: "stop" (end token or stop string), "length", "context"; None if it was closed.
+    """
+
+    def __init__(self, engine: "Engine"):
+        self.engine = engine
+        self.ids: list[int] = []
+        self.reply_ids: list[int] = []
+        self.stats = Stats()
+        self.finish_reason: str | None = None
+        self._cache = engine.new_cache()
+
+    def reply(
+        self,
+        ids: Sequence[int],
+        sampling: Sampling | None = None,
+        *,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Iterator[str]:
+        """The text that follows the prompt `ids`, in pieces of whole characters; stop strings are not part of it.
+
+        Closing the iterator early keeps what was evaluated. progress(done, total) counts prompt tokens.
+
+        Raises:
+            ContextFullError: the prompt does not fit.
+            LocalrunError: no prompt, or an id that the vocabulary lacks.
+        """
+        decoder = self.engine.tokenizer.stream_decoder()
+        text = StopStrings(stop)
+        for token in self.tokens(ids, sampling, max_tokens=max_tokens, progress=progress):
+            if piece := text.push(decoder.push(token)):
+                yield piece
+            if text.found:
+                self.finish_reason = "stop"
+                return
+        if rest := text.push(decoder.flush()) + text.flush():
+            yield rest
+
+    def tokens(
+        self,
+        ids: Sequence[int],
+        sampling: Sampling | None = None,
+        *,
+        max_tokens: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Iterator[int]:
+        """Like reply, in token ids; an end token ends it and is not yielded."""
+        self.stats, self.finish_reason, self.reply_ids = Stats(prompt_tokens=len(ids)), None, []
+        sample = Sampler(sampling or Sampling(), ids)
+        logits = self._prefill(list(ids), progress)
+        while max_tokens is None or len(self.reply_ids) < max_tokens:
+            started = time.perf_counter()
+            if self.reply_ids:
+                if self._cache.length >= self.engine.ctx:
+                    self.finish_reason = "context"
+                    return
+                logits = self._evaluate(self.reply_ids[-1:])
+            token = sample(logits)
+            self.stats.decode_s += time.perf_counter() - started
+            if token in self.engine.tokenizer.eog_ids:
+                self.finish_reason = "stop"
+                return
+            self.reply_ids.append(token)
+            self.stats.generated_tokens += 1
+            yield token
+        self.finish_reason = "length"
+
+    def _prefill(self, ids: list[int], progress: Callable[[int, int], None] | None) -> np.ndarray:
+        """Evaluate what the cache lacks of ids; the logits after the last, float32 (vocab)."""
+        self.engine.check_ids(ids)
+        if len(ids) > self.engine.ctx:
+            raise ContextFullError(
+                f"the prompt has {len(ids)} tokens; the context holds {self.engine.ctx}: shorten it, or raise -c/--ctx"
+            )
+        started = time.perf_counter()
+        self._forget(min(_common_prefix(self.ids, ids), len(ids) - 1))
+        self.stats.reused_tokens = len(self.ids)
+        while len(self.ids) < len(ids):
+            logits = self._evaluate(ids[len(self.ids) : len(self.ids) + PREFILL_CHUNK])
+            if progress is not None:
+                progress(len(self.ids), len(ids))
+        self.stats.prefill_s = time.perf_counter() - started
+        return logits
+
+    def _forget(self, length: int) -> None:
+        """Keep the first `length` tokens, or none where the model can't forget a part."""
+        self._cache.truncate(length)
+        del self.ids[self._cache.length :]
+
+    def _evaluate(self, ids: list[int]) -> np.ndarray:
+        logits = self.engine.model.forward(ids, self._cache)[-1]
+        self.ids += ids
+        return logits
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write tokens and cache to `path`, whole or not at all. Raises LocalrunError if it can't be written."""
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        metadata = {"localrun.ids": json.dumps(self.ids), "localrun.model": fingerprint(self.engine)}
+        try:
+            save_file(self.engine.cache_tensors(self._cache), temporary, metadata)
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise LocalrunError(f"{path}: cannot save the session: {error.strerror or error}") from None
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Replace this session by a saved one. Raises LocalrunError if it is no session of this model."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(os.fspath(path), "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except FileNotFoundError:
+            raise LocalrunError(f"{path}: no such file") from None
+        except (OSError, SafetensorError) as error:
+            raise LocalrunError(f"{path}: not a saved session: {error}") from None
+        if metadata.get("localrun.model") != fingerprint(self.engine):
+            raise LocalrunError(f"{path}: the session belongs to another model")
+        ids = json.loads(metadata["localrun.ids"])
+        self.engine.check_ids(ids)
+        self.ids = []
+        self._cache.truncate(0)
+        self.engine.restore_cache(self._cache, tensors)
+        self.ids = ids
+
+
+def fingerprint(engine: "Engine") -> str:
+    """A name for the model and backend that a saved cache is good for: the tensor table's hash."""
+    table = [(t.name, t.shape, t.type.name) for t in engine.file.tensors.values()]
+    facts: list[Any] = [engine.backend, engine.file.metadata.get("general.name"), engine.file.file_size, table]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+class StopStrings:
+    """Passes text on until one of the stop strings comes, holding back what could be the beginning of one."""
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """The text that is certain to come before any stop string."""
+        self._held += text
+        ends = [self._held.find(stop) for stop in self._stops if stop in self._held]
+        if ends:
+            self.found = True
+            return self._held[: min(ends)]
+        keep = max((self._overlap(stop) for stop in self._stops), default=0)
+        passed = self._held[: len(self._held) - keep]
+        self._held = self._held[len(passed) :]
+        return passed
+
+    def flush(self) -> str:
+        """What is held back: no stop string came of it."""
+        held, self._held = self._held, ""
+        return "" if self.found else held
+
+    def _overlap(self, stop: str) -> int:
+        """Length of the longest end of the text that begins `stop`."""
+        longest = min(len(stop) - 1, len(self._held))
+        return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
