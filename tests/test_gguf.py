@@ -41,8 +41,7 @@ def test_every_value_and_tensor_is_read(tmp_path: Path, version: int) -> None:
         assert (file.path, file.paths, file.version, file.alignment) == (path, [path], version, 32)
         assert file.file_size == path.stat().st_size
         found = {key: plain(value) for key, value in file.metadata.items()}
-        assert found == VALUES
-        assert [type(value) for value in found.values()] == [type(value) for value in VALUES.values()]
+        assert repr(found) == repr(VALUES)  # tells True from 1 and 1 from 1.0
         assert {name: (t.shape, t.type, bytes(t.data)) for name, t in file.tensors.items()} == {
             "t.f": ((2, 2, 4), F32, DATA[:64]),
             "t.q": ((2, 64), Q4_0, DATA[64:136]),

@@ -1,0 +1,223 @@
+"""Any GGUF model through llama.cpp, by llama-cpp-python's low-level interface: token ids in, logits out.
+
+Runs on the CPU. Knows nothing of text or sampling. What the functions promise is in include/llama.h of
+https://github.com/ggml-org/llama.cpp; the checks before loading are those that src/llama-model.cpp makes with
+GGML_ASSERT (@3f545becc, load_hparams), which would end the process.
+
+Legend: T new tokens.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet, finalize
+
+import numpy as np
+
+from localrun.backends import llama_log
+from localrun.errors import ContextFullError, LocalrunError
+from localrun.gguf import GGUFFile, open_gguf
+
+Progress = Callable[[int, int, str], None]
+
+_SEQUENCE = 0  # each cache is a context of its own, with this one sequence
+_MAX_LAYERS, _MAX_EXPERTS = 512, 1024  # LLAMA_MAX_LAYERS, LLAMA_MAX_EXPERTS
+
+
+class LlamaCppModel:
+    """A model loaded by llama.cpp. Its caches share the weights and must not be used after close().
+
+    Raises GGUFError or LocalrunError, one line naming the file and llama.cpp's reason, if it cannot be loaded.
+    """
+
+    def __init__(self, path: Path | str, ctx: int, threads: int, progress: Progress | None = None) -> None:
+        import llama_cpp
+
+        self.path, self.ctx, self.threads = Path(path), ctx, threads
+        with open_gguf(path) as file:
+            _check_counts(file)
+            params = _model_params(file, progress)
+        llama_log.silence()
+        llama_log.clear()
+        self._model = llama_cpp.llama_model_load_from_file(bytes(self.path), params)
+        if not self._model:
+            raise LocalrunError(f"{path}: llama.cpp cannot load it: {llama_log.last_error() or 'no reason given'}")
+        self._free = finalize(self, llama_cpp.llama_model_free, self._model)
+        self.vocab_size: int = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
+        self.train_context: int = llama_cpp.llama_model_n_ctx_train(self._model)
+        self._caches: WeakSet[LlamaCppCache] = WeakSet()
+
+    def new_cache(self) -> LlamaCppCache:
+        """An empty cache of ctx tokens. Raises LocalrunError if there is no memory for it, or nothing to cache."""
+        cache = LlamaCppCache(self, self._model)
+        self._caches.add(cache)
+        return cache
+
+    def forward(self, ids: Sequence[int], cache: LlamaCppCache, all_logits: bool = False) -> np.ndarray:
+        """Logits after the last of ids, float32 (1, vocab), or after each of them, (T, vocab), if all_logits.
+
+        The ids follow the cache.length tokens already in cache, and are in it afterwards. Raises ContextFullError if
+        they do not fit and LocalrunError for an id that the vocabulary lacks; the cache is then as it was.
+        """
+        self._check_ids(ids, cache.length)
+        rows = []
+        for start in range(0, len(ids), cache.batch_size):
+            chunk = ids[start : start + cache.batch_size]
+            is_last = start + len(chunk) == len(ids)
+            logits = cache.evaluate(chunk, len(chunk) if all_logits else int(is_last), self.vocab_size)
+            rows.append(logits)
+        return np.concatenate(rows)
+
+    def close(self) -> None:
+        """Frees the caches and the weights. Idempotent."""
+        for cache in list(self._caches):
+            cache.close()
+        self._free()
+
+    def _check_ids(self, ids: Sequence[int], length: int) -> None:
+        if not ids:
+            raise LocalrunError(f"{self.path}: no tokens to evaluate, expected at least one")
+        if length + len(ids) > self.ctx:
+            raise ContextFullError(f"{length + len(ids)} tokens do not fit in a context of {self.ctx}")
+        if min(ids) < 0 or max(ids) >= self.vocab_size:
+            wrong = next(token for token in ids if not 0 <= token < self.vocab_size)
+            raise LocalrunError(f"{self.path}: token id {wrong}, expected 0 to {self.vocab_size - 1}")
+
+
+class LlamaCppCache:
+    """What llama.cpp remembers of one sequence: keys and values, or a recurrent state. Made by new_cache()."""
+
+    def __init__(self, model: LlamaCppModel, handle: Any) -> None:
+        import llama_cpp
+
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = model.ctx
+        params.n_threads = params.n_threads_batch = model.threads
+        params.offload_kqv = params.op_offload = False
+        llama_log.clear()
+        self._context = llama_cpp.llama_init_from_model(handle, params)
+        if not self._context:
+            reason = llama_log.last_error() or "no reason given"
+            raise LocalrunError(f"{model.path}: llama.cpp cannot make a context of {model.ctx} tokens: {reason}")
+        self._free = finalize(self, llama_cpp.llama_free, self._context)
+        self._memory = llama_cpp.llama_get_memory(self._context)
+        if not self._memory or llama_cpp.llama_model_has_encoder(handle):
+            raise LocalrunError(f"{model.path}: an encoder, expected a model that generates text")
+        self._path = model.path
+        self._owner = model  # keeps the weights alive as long as any cache
+        self.batch_size: int = llama_cpp.llama_n_batch(self._context)
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache; asked of llama.cpp, so it is right after an interrupted evaluation too."""
+        import llama_cpp
+
+        return llama_cpp.llama_memory_seq_pos_max(self._memory, _SEQUENCE) + 1
+
+    def truncate(self, n: int) -> None:
+        """Forgets all but the first n tokens; all of them where the model cannot forget a part (a recurrent state).
+
+        The caller looks at length afterwards and evaluates again what is missing.
+        """
+        import llama_cpp
+
+        if n < self.length and not llama_cpp.llama_memory_seq_rm(self._memory, _SEQUENCE, n, -1):
+            llama_cpp.llama_memory_clear(self._memory, True)
+
+    def save(self) -> bytes:
+        """The state of the sequence, for load() into a cache of the same model. It holds no logits."""
+        import llama_cpp
+
+        size = llama_cpp.llama_state_seq_get_size(self._context, _SEQUENCE)
+        buffer = (ctypes.c_uint8 * size)()
+        written = llama_cpp.llama_state_seq_get_data(self._context, buffer, size, _SEQUENCE)
+        return bytes(memoryview(buffer)[:written])
+
+    def load(self, state: bytes) -> None:
+        """Replaces what is in the cache by a saved state. Raises LocalrunError, and is empty, if it does not fit."""
+        import llama_cpp
+
+        llama_cpp.llama_memory_clear(self._memory, True)
+        pointer = ctypes.cast(ctypes.c_char_p(state), ctypes.POINTER(ctypes.c_uint8))
+        llama_log.clear()
+        read = llama_cpp.llama_state_seq_set_data(self._context, pointer, len(state), _SEQUENCE)
+        if not state or read != len(state):
+            llama_cpp.llama_memory_clear(self._memory, True)
+            reason = llama_log.last_error() or "its length is wrong"
+            raise LocalrunError(f"{self._path}: a saved state that is not one of this model and context: {reason}")
+
+    def evaluate(self, ids: Sequence[int], n_logits: int, vocab_size: int) -> np.ndarray:
+        """Appends ids, at most batch_size of them; the logits after the last n_logits, float32 (n_logits, vocab)."""
+        import llama_cpp
+
+        start, first_logits = self.length, len(ids) - n_logits
+        batch = llama_cpp.llama_batch_init(len(ids), 0, 1)
+        try:
+            batch.n_tokens = len(ids)
+            for i, token in enumerate(ids):
+                batch.token[i], batch.pos[i], batch.logits[i] = token, start + i, i >= first_logits
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, _SEQUENCE
+            status = llama_cpp.llama_decode(self._context, batch)
+        finally:
+            llama_cpp.llama_batch_free(batch)
+        if status:
+            self.truncate(start)
+            reason = llama_log.last_error() or "no reason given"
+            raise LocalrunError(f"{self._path}: llama.cpp failed to evaluate {len(ids)} tokens ({status}): {reason}")
+        if not n_logits:
+            return np.empty((0, vocab_size), np.float32)
+        rows = llama_cpp.llama_get_logits(self._context)  # those asked for only, in order
+        return np.ctypeslib.as_array(rows, (n_logits, vocab_size)).copy()
+
+    def close(self) -> None:
+        """Frees the memory. Idempotent."""
+        self._free()
+
+
+def _model_params(file: GGUFFile, progress: Progress | None) -> Any:
+    import llama_cpp
+
+    params = llama_cpp.llama_model_default_params()
+    params.n_gpu_layers = 0
+    # On CPUs with AMX, llama.cpp puts weights into AMX buffers, and aborts on the batched product with attn_k_b that
+    # multi-head latent attention makes (deepseek2 and its relatives).
+    params.use_extra_bufts = not any(name.endswith(".attn_k_b.weight") for name in file.tensors)
+    if progress is not None:
+
+        def report(fraction: float, _user_data: Any) -> bool:
+            progress(int(fraction * file.file_size), file.file_size, "loading")
+            return True
+
+        params.progress_callback = llama_cpp.llama_progress_callback(report)
+    return params
+
+
+def _check_counts(file: GGUFFile) -> None:
+    """Refuses numbers on which llama.cpp would abort, whatever the architecture; it reports all other faults itself."""
+    arch = file.string("general.architecture")
+
+    def count(name: str) -> int:
+        value = file.metadata.get(f"{arch}.{name}", 0)
+        return value if isinstance(value, int) else 0  # other types, and arrays by layer, are llama.cpp's to judge
+
+    n_experts, n_groups = count("expert_count"), count("expert_group_count")
+    limits = {"block_count": (1, _MAX_LAYERS), "expert_count": (0, _MAX_EXPERTS)}
+    if isinstance(file.metadata.get(f"{arch}.expert_used_count", 0), int):
+        limits["expert_used_count"] = (min(1, n_experts), n_experts)
+    limits["expert_group_count"] = (0, max(0, n_experts - 1))
+    if n_groups > 1:
+        limits["expert_group_used_count"] = (1, n_groups - 1)
+    for name, (low, high) in limits.items():
+        if not low <= count(name) <= high:
+            raise LocalrunError(f"{file.path}: key '{arch}.{name}' is {count(name)}, expected {low} to {high}")
+    if n_groups > 1 and n_experts % n_groups:
+        key = f"{arch}.expert_group_count"
+        raise LocalrunError(f"{file.path}: key {key!r} is {n_groups}, expected a divisor of {n_experts}")
+    for name in ("layer_norm_rms_epsilon", "layer_norm_epsilon"):
+        epsilon = file.metadata.get(f"{arch}.attention.{name}", 0.0)
+        if isinstance(epsilon, float) and not 0 <= epsilon < math.inf:
+            raise LocalrunError(f"{file.path}: key '{arch}.attention.{name}' is {epsilon}, expected at least 0")
