@@ -14,9 +14,17 @@ from quant.activations import record_bytes, write_record
 from quant.atomics import atomic_add
 from quant.errors import QuantError
 from quant.jit import inline, kernel
-from quant.linear import Weight, pack_arguments
+from quant.linear import Weight
 from quant.pool import Pool, barrier
-from quant.rows import GEMM_TOKENS, multiply_rows, scratch_bytes, scratch_rows, write_records
+from quant.rows import (
+    GEMM_TOKENS,
+    MATRIX_BYTES,
+    multiply_rows,
+    pack_arguments,
+    scratch_bytes,
+    scratch_rows,
+    write_records,
+)
 from quant.simd import load_f32, load_i64, store_f32, store_i64
 
 _UNIT_BYTES = 1 << 17  # weights that a worker takes at a time
@@ -38,15 +46,14 @@ class Experts:
             raise QuantError("gate, up and down experts have shapes that do not belong together")
 
 
-# Where the job finds its arguments, int64 each.
+# Where the job finds its arguments, int64 each: three matrices, then the rest.
+GATE, UP, DOWN = range(0, 3 * MATRIX_BYTES, MATRIX_BYTES)
 (
-    CONTROL, N_WORKERS, UP_COUNTER, DOWN_COUNTER, GATE_GEMV, GATE_EXPAND, GATE_BLOCK, UP_GEMV, UP_EXPAND,
-    UP_BLOCK, DOWN_GEMV, DOWN_EXPAND, DOWN_BLOCK, IN_INTEGER, DOWN_INTEGER, GATE, UP, DOWN, GATE_STRIDE,
-    UP_STRIDE, DOWN_STRIDE, GATE_ROW_BYTES, UP_ROW_BYTES, DOWN_ROW_BYTES, HIDDEN, INNER, N_TOKENS, N_ACTIVE,
+    CONTROL, N_WORKERS, UP_COUNTER, DOWN_COUNTER, IN_INTEGER, DOWN_INTEGER, HIDDEN, INNER, N_TOKENS, N_ACTIVE,
     ACTIVE, START, TOKEN, WEIGHT, X, X_RECORD_BYTES, X_RECORDS, X_TABLE, H_RECORD_BYTES, H_RECORDS, H_TABLE,
     GATED, GATED_TABLE, UPPED, UPPED_TABLE, OUT, UP_ROWS, DOWN_ROWS, SCRATCH, SCRATCH_BYTES, SUMS, SUMS_BYTES,
     SUMS_TABLE,
-) = range(0, 408, 8)  # fmt: skip
+) = range(144, 408, 8)  # fmt: skip
 
 
 @inline
@@ -55,17 +62,10 @@ def _gate_and_up(a, group, first, n_rows, scratch):
     inner, hidden = load_i64(a + INNER), load_i64(a + HIDDEN)
     expert = load_i64(load_i64(a + ACTIVE) + 8 * group)
     begin, end = load_i64(load_i64(a + START) + 8 * group), load_i64(load_i64(a + START) + 8 * group + 8)
-    gate = load_i64(a + GATE) + load_i64(a + GATE_STRIDE) * expert + load_i64(a + GATE_ROW_BYTES) * first
-    up = load_i64(a + UP) + load_i64(a + UP_STRIDE) * expert + load_i64(a + UP_ROW_BYTES) * first
-    x = load_i64(a + X_TABLE) + 8 * begin
-    multiply_rows(
-        load_i64(a + GATE_GEMV), load_i64(a + GATE_EXPAND), load_i64(a + GATE_BLOCK), gate,
-        load_i64(a + GATE_ROW_BYTES), n_rows, hidden, end - begin, x, load_i64(a + GATED_TABLE) + 8 * begin, 4 * first, scratch,
-    )  # fmt: skip
-    multiply_rows(
-        load_i64(a + UP_GEMV), load_i64(a + UP_EXPAND), load_i64(a + UP_BLOCK), up,
-        load_i64(a + UP_ROW_BYTES), n_rows, hidden, end - begin, x, load_i64(a + UPPED_TABLE) + 8 * begin, 4 * first, scratch,
-    )  # fmt: skip
+    x, n_tokens = load_i64(a + X_TABLE) + 8 * begin, end - begin
+    gated_table, upped_table = load_i64(a + GATED_TABLE) + 8 * begin, load_i64(a + UPPED_TABLE) + 8 * begin
+    multiply_rows(a + GATE, expert, first, n_rows, hidden, n_tokens, x, gated_table, 4 * first, scratch)
+    multiply_rows(a + UP, expert, first, n_rows, hidden, n_tokens, x, upped_table, 4 * first, scratch)
     for pair in range(begin, end):
         gated, upped = load_i64(a + GATED) + 4 * inner * pair, load_i64(a + UPPED) + 4 * inner * pair
         for i in range(first, first + n_rows):
@@ -85,11 +85,8 @@ def _sum_down(a, first, n_rows, scratch, sums, sums_table):
     for group in range(load_i64(a + N_ACTIVE)):
         expert = load_i64(load_i64(a + ACTIVE) + 8 * group)
         begin, end = load_i64(load_i64(a + START) + 8 * group), load_i64(load_i64(a + START) + 8 * group + 8)
-        down = load_i64(a + DOWN) + load_i64(a + DOWN_STRIDE) * expert + load_i64(a + DOWN_ROW_BYTES) * first
-        multiply_rows(
-            load_i64(a + DOWN_GEMV), load_i64(a + DOWN_EXPAND), load_i64(a + DOWN_BLOCK), down,
-            load_i64(a + DOWN_ROW_BYTES), n_rows, inner, end - begin, load_i64(a + H_TABLE) + 8 * begin, sums_table, 0, scratch,
-        )  # fmt: skip
+        h = load_i64(a + H_TABLE) + 8 * begin
+        multiply_rows(a + DOWN, expert, first, n_rows, inner, end - begin, h, sums_table, 0, scratch)
         for pair in range(begin, end):
             weight = load_f32(load_i64(a + WEIGHT) + 4 * pair)
             out = load_i64(a + OUT) + 4 * (hidden * load_i64(token_of + 8 * pair) + first)
@@ -179,13 +176,7 @@ def run(pool: Pool, experts: Experts, x: int, ids: np.ndarray, weights: np.ndarr
     values = {
         CONTROL: pool.control, N_WORKERS: pool.n_workers,
         UP_COUNTER: counters.ctypes.data, DOWN_COUNTER: counters.ctypes.data + 64,
-        GATE_GEMV: gate.format.gemv, GATE_EXPAND: gate.format.expand, GATE_BLOCK: gate.format.block,
-        UP_GEMV: up.format.gemv, UP_EXPAND: up.format.expand, UP_BLOCK: up.format.block,
-        DOWN_GEMV: down.format.gemv, DOWN_EXPAND: down.format.expand, DOWN_BLOCK: down.format.block,
         IN_INTEGER: int(gate.format.integer or up.format.integer), DOWN_INTEGER: int(down.format.integer),
-        GATE: gate.address, UP: up.address, DOWN: down.address,
-        GATE_STRIDE: gate.group_bytes, UP_STRIDE: up.group_bytes, DOWN_STRIDE: down.group_bytes,
-        GATE_ROW_BYTES: gate.row_bytes, UP_ROW_BYTES: up.row_bytes, DOWN_ROW_BYTES: down.row_bytes,
         HIDDEN: hidden, INNER: inner, N_TOKENS: n_tokens, N_ACTIVE: len(active),
         ACTIVE: active.ctypes.data, START: start.ctypes.data,
         TOKEN: token.ctypes.data, WEIGHT: sorted_weights.ctypes.data,
@@ -198,4 +189,4 @@ def run(pool: Pool, experts: Experts, x: int, ids: np.ndarray, weights: np.ndarr
         SUMS: pool.buffer("sums", sums_bytes * pool.n_workers), SUMS_BYTES: sums_bytes,
         SUMS_TABLE: pool.buffer("sums table", 8 * sums_rows * pool.n_workers),
     }  # fmt: skip
-    pool.run(_run.address, pack_arguments(values))
+    pool.run(_run.address, pack_arguments([gate, up, down], values))

@@ -14,7 +14,19 @@ from quant.errors import QuantError
 from quant.formats import Format
 from quant.jit import kernel
 from quant.pool import Pool, barrier
-from quant.rows import GEMM_TOKENS, multiply_rows, scratch_bytes, scratch_rows, write_records
+from quant.rows import (
+    ADDRESS,
+    BLOCK,
+    EXPAND,
+    GEMM_TOKENS,
+    GROUP_BYTES,
+    ROW_BYTES,
+    multiply_rows,
+    pack_arguments,
+    scratch_bytes,
+    scratch_rows,
+    write_records,
+)
 from quant.simd import (
     fma_f32x16,
     load_f32,
@@ -68,11 +80,11 @@ def weight(data: np.ndarray, format_: Format, shape: tuple[int, ...]) -> Weight:
     return Weight(format_, data.ctypes.data, n_groups, n_rows, n_cols, group_bytes, data)
 
 
-# Where the job of multiply() finds its arguments, int64 each.
+# Where the job of multiply() finds its arguments behind the matrix, int64 each.
 (
-    CONTROL, N_WORKERS, COUNTER, GEMV, EXPAND, BLOCK, INTEGER, W, GROUP_BYTES, ROW_BYTES, N_GROUPS, N_ROWS,
-    N_COLS, N_TOKENS, X, RECORD_BYTES, RECORDS, RECORD_TABLE, OUT_TABLE, UNIT_ROWS, SCRATCH, SCRATCH_SIZE,
-) = range(0, 176, 8)  # fmt: skip
+    CONTROL, N_WORKERS, COUNTER, INTEGER, N_GROUPS, N_ROWS, N_COLS, N_TOKENS, X, RECORD_BYTES, RECORDS,
+    RECORD_TABLE, OUT_TABLE, UNIT_ROWS, SCRATCH, SCRATCH_SIZE,
+) = range(48, 176, 8)  # fmt: skip
 
 
 @kernel("void(int64, int64)")
@@ -92,21 +104,11 @@ def _multiply(arguments, worker):
         if unit >= n_groups * units:
             break
         group, first = unit // units, unit % units * step
-        w = load_i64(a + W) + load_i64(a + GROUP_BYTES) * group + load_i64(a + ROW_BYTES) * first
         multiply_rows(
-            load_i64(a + GEMV), load_i64(a + EXPAND), load_i64(a + BLOCK), w, load_i64(a + ROW_BYTES),
-            min(step, n_rows - first), n_cols, n_tokens,
+            a, group, first, min(step, n_rows - first), n_cols, n_tokens,
             load_i64(a + RECORD_TABLE) + 8 * n_tokens * group, load_i64(a + OUT_TABLE) + 8 * n_tokens * group,
             4 * first, load_i64(a + SCRATCH) + load_i64(a + SCRATCH_SIZE) * worker,
         )  # fmt: skip
-
-
-def pack_arguments(values: dict[int, int]) -> np.ndarray:
-    """int64 array with each value at its byte offset."""
-    arguments = np.empty(len(values), np.int64)
-    for offset, value in values.items():
-        arguments[offset // 8] = value
-    return arguments
 
 
 def unit_rows(pool: Pool, matrix: Weight, n_tokens: int) -> int:
@@ -135,13 +137,7 @@ def multiply(pool: Pool, matrix: Weight, x: int, n_tokens: int, out: int) -> Non
         CONTROL: pool.control,
         N_WORKERS: pool.n_workers,
         COUNTER: counter.ctypes.data,
-        GEMV: matrix.format.gemv,
-        EXPAND: matrix.format.expand,
-        BLOCK: matrix.format.block,
         INTEGER: int(matrix.format.integer),
-        W: matrix.address,
-        GROUP_BYTES: matrix.group_bytes,
-        ROW_BYTES: matrix.row_bytes,
         N_GROUPS: n_groups,
         N_ROWS: n_rows,
         N_COLS: n_cols,
@@ -155,17 +151,17 @@ def multiply(pool: Pool, matrix: Weight, x: int, n_tokens: int, out: int) -> Non
         SCRATCH: pool.buffer("scratch", scratch_bytes(n_cols) * pool.n_workers),
         SCRATCH_SIZE: scratch_bytes(n_cols),
     }
-    pool.run(_multiply.address, pack_arguments(values))
+    pool.run(_multiply.address, pack_arguments([matrix], values))
 
 
 @kernel("void(int64, int64)")
 def _multiply_transposed(arguments, worker):
     """The job of multiply_transposed(): a worker takes a group at a time."""
     a = arguments
-    counter, expand, block, w = load_i64(a), load_i64(a + 8), load_i64(a + 16), load_i64(a + 24)
-    group_bytes, row_bytes, n_groups = load_i64(a + 32), load_i64(a + 40), load_i64(a + 48)
-    n_rows, n_cols, n_tokens = load_i64(a + 56), load_i64(a + 64), load_i64(a + 72)
-    x, out, row = load_i64(a + 80), load_i64(a + 88), load_i64(a + 96) + 4 * n_cols * worker
+    counter, n_groups, n_rows, n_cols = load_i64(a + 48), load_i64(a + 56), load_i64(a + 64), load_i64(a + 72)
+    n_tokens, x, out = load_i64(a + 80), load_i64(a + 88), load_i64(a + 96)
+    row = load_i64(a + 104) + 4 * n_cols * worker
+    n_blocks = n_cols // load_i64(a + BLOCK)
     while True:
         group = atomic_add(counter, 1)
         if group >= n_groups:
@@ -174,7 +170,8 @@ def _multiply_transposed(arguments, worker):
             for c in range(0, n_cols, 16):
                 store_f32x16(out + 4 * ((t * n_groups + group) * n_cols + c), zero_f32x16())
         for r in range(n_rows):
-            call_3(expand, w + group_bytes * group + row_bytes * r, n_cols // block, row)
+            w = load_i64(a + ADDRESS) + load_i64(a + GROUP_BYTES) * group + load_i64(a + ROW_BYTES) * r
+            call_3(load_i64(a + EXPAND), w, n_blocks, row)
             for t in range(n_tokens):
                 factor = splat_f32x16(load_f32(x + 4 * ((t * n_groups + group) * n_rows + r)))
                 total = out + 4 * (t * n_groups + group) * n_cols
@@ -197,9 +194,9 @@ def multiply_transposed(pool: Pool, matrix: Weight, x: int, n_tokens: int, out: 
         raise QuantError(f"rows of {matrix.n_cols} weights; a transposed product needs multiples of 16")
     counter = np.zeros(1, np.int64)
     row = pool.buffer("scratch", 4 * matrix.n_cols * pool.n_workers)
-    arguments = [counter.ctypes.data, matrix.format.expand, matrix.format.block, matrix.address, matrix.group_bytes]
-    arguments += [matrix.row_bytes, matrix.n_groups, matrix.n_rows, matrix.n_cols, n_tokens, x, out, row]
-    pool.run(_multiply_transposed.address, np.array(arguments, np.int64))
+    fields = [counter.ctypes.data, matrix.n_groups, matrix.n_rows, matrix.n_cols, n_tokens, x, out, row]
+    arguments = pack_arguments([matrix], dict(zip(range(48, 112, 8), fields, strict=True)))
+    pool.run(_multiply_transposed.address, arguments)
 
 
 @kernel("void(int64, int64)")

@@ -5,11 +5,19 @@ few at a time, and each expanded row serves all tokens. Both read the same activ
 float32 rounding.
 """
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
 from quant.activations import write_record
 from quant.atomics import call_3, call_5
 from quant.jit import inline
 from quant.simd import load_i64
 from quant.tile import multiply
+
+if TYPE_CHECKING:
+    from quant.linear import Weight
 
 GEMM_TOKENS = 4  # from here on expanding a row costs less than decoding it once a token (docs/lab-notes.md)
 SCRATCH_BYTES = 1 << 18  # expanded rows of one worker: beside a token block in L2
@@ -41,21 +49,40 @@ def write_records(x, n_inputs, n_cols, integer, record_bytes, records, worker, n
         first = last
 
 
-@inline
-def multiply_rows(gemv, expand, block, w, row_bytes, n_rows, n_cols, n_tokens, records, outs, offset, scratch):
-    """outs[t][offset + 4*r] = row r . records[t], for n_rows rows at w.
+# A matrix as the kernels see it: six int64 at the head of a job's arguments.
+GEMV, EXPAND, BLOCK, ROW_BYTES, ADDRESS, GROUP_BYTES = range(0, 48, 8)
+MATRIX_BYTES = 48
 
-    gemv, expand, block: of the rows' format. records, outs: addresses of n_tokens addresses. scratch: scratch_bytes.
+
+def pack_arguments(matrices: Sequence["Weight"], values: dict[int, int]) -> np.ndarray:
+    """A job's arguments, int64: the matrices' fields, then each value at its byte offset."""
+    fields = [(m.format.gemv, m.format.expand, m.format.block, m.row_bytes, m.address, m.group_bytes) for m in matrices]
+    arguments = np.empty(6 * len(matrices) + len(values), np.int64)
+    arguments[: 6 * len(matrices)] = np.ravel(fields)
+    for offset, value in values.items():
+        arguments[offset // 8] = value
+    return arguments
+
+
+@inline
+def multiply_rows(matrix, group, first, n_rows, n_cols, n_tokens, records, outs, offset, scratch):
+    """outs[t][offset + 4*r] = row first+r . records[t], for n_rows rows of one group of the matrix.
+
+    matrix: address of its fields. records, outs: addresses of n_tokens addresses. scratch: of scratch_bytes.
     """
+    row_bytes = load_i64(matrix + ROW_BYTES)
+    w = load_i64(matrix + ADDRESS) + load_i64(matrix + GROUP_BYTES) * group + row_bytes * first
     if n_tokens < GEMM_TOKENS or n_cols % 16 != 0:
         for t in range(n_tokens):
-            call_5(gemv, w, n_rows, n_cols, load_i64(records + 8 * t), load_i64(outs + 8 * t) + offset)
+            record, out = load_i64(records + 8 * t), load_i64(outs + 8 * t) + offset
+            call_5(load_i64(matrix + GEMV), w, n_rows, n_cols, record, out)
         return
     step = max(4, min(64, SCRATCH_BYTES // (4 * n_cols) // 4 * 4))
     token_block = max(8, _TOKEN_BLOCK_BYTES // (4 * n_cols))
+    row_blocks = n_cols // load_i64(matrix + BLOCK)
     for r in range(0, n_rows, step):
         count = min(step, n_rows - r)
-        call_3(expand, w + row_bytes * r, count * (n_cols // block), scratch)
+        call_3(load_i64(matrix + EXPAND), w + row_bytes * r, count * row_blocks, scratch)
         for t in range(0, n_tokens, token_block):
             tokens = min(token_block, n_tokens - t)
             multiply(scratch, count, n_cols, tokens, records + 8 * t, outs + 8 * t, offset + 4 * r)
