@@ -1,0 +1,101 @@
+"""Renders one chat template in a process of its own; run as a script by chat_template.py, never imported.
+
+A template is a program from an untrusted file. The sandbox keeps it from Python's internals; the limits of the
+operating system, set before the template is even parsed, keep it from taking memory, CPU time or disk space.
+Reads {"path", "limits", "source", "variables"} as JSON from stdin, writes {"text"} or {"error"} to stdout. Whatever
+ends it otherwise leaves stdout empty.
+
+The environment is the one Hugging Face templates are written for: transformers, utils/chat_template_utils.py @v5.0.0,
+_compile_jinja_template.
+"""
+
+import json
+import sys
+from contextlib import suppress
+from datetime import datetime
+from typing import Any
+
+
+def limit(memory_bytes: int, output_bytes: int, cpu_s: int) -> None:
+    """Sets the hard limits this process cannot lift again, as far as the system has them."""
+    try:
+        import resource
+    except ImportError:  # Windows; the parent's time limit is left
+        return
+    limits = {
+        resource.RLIMIT_AS: memory_bytes,
+        resource.RLIMIT_FSIZE: output_bytes,  # stdout is a file
+        resource.RLIMIT_CPU: cpu_s,
+        resource.RLIMIT_CORE: 0,
+    }
+    for kind, value in limits.items():
+        with suppress(ValueError, OSError):  # lower already, or not to be had on this system
+            resource.setrlimit(kind, (value, value))
+
+
+def environment() -> Any:
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %}, which marks the assistant's text for training: renders as what it holds."""
+
+        tags = frozenset({"generation"})
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body).set_lineno(line)
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        # Jinja's own escapes HTML characters, which a prompt must hold as they are.
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    def strftime_now(format: str) -> str:
+        return datetime.now().strftime(format)
+
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    env.filters["tojson"] = tojson
+    env.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
+    return env
+
+
+def render(env: Any, source: str, variables: dict[str, Any], max_chars: int) -> dict[str, str]:
+    pieces, size = [], 0
+    for piece in env.from_string(source).generate(**variables):
+        pieces.append(piece)
+        size += len(piece)
+        if size > max_chars:
+            return {"error": f"it writes more than {max_chars} characters"}
+    return {"text": "".join(pieces)}
+
+
+def describe(kind: type[BaseException], error: BaseException, _trace: Any) -> None:
+    """The excepthook: a template can raise anything, and its message is the answer."""
+    text = "it needs too much memory" if issubclass(kind, MemoryError) else " ".join(f"{error}".split())
+    sys.stdout.write(json.dumps({"error": text[:500] or kind.__name__}))
+    sys.stdout.flush()
+
+
+def main() -> None:
+    request = json.load(sys.stdin)
+    sys.path[:] = request["path"]
+    sys.excepthook = describe
+    limits = request["limits"]
+    limit(limits["memory_bytes"], limits["output_bytes"], limits["cpu_s"])
+    answer = render(environment(), request["source"], request["variables"], limits["chars"])
+    sys.stdout.write(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()
