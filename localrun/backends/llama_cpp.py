@@ -141,7 +141,6 @@ class LlamaCppCache:
         """Replaces what is in the cache by a saved state. Raises LocalrunError, and is empty, if it does not fit."""
         import llama_cpp
 
-        llama_cpp.llama_memory_clear(self._memory, True)
         pointer = ctypes.cast(ctypes.c_char_p(state), ctypes.POINTER(ctypes.c_uint8))
         llama_log.clear()
         read = llama_cpp.llama_state_seq_set_data(self._context, pointer, len(state), _SEQUENCE)
