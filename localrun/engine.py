@@ -82,7 +82,7 @@ class Engine:
         notice: Notice,
     ):
         self.file, self.threads = file, threads
-        self.config = None if backend == "llama.cpp" else self._native_config(backend, notice)
+        self.config = self._native_config(backend, notice)
         self.backend = "native" if self.config else "llama.cpp"
         self.ctx = self._choose_ctx(ctx, notice)
         self.tokenizer = Tokenizer(file.path, file)
@@ -103,12 +103,13 @@ class Engine:
             config = read_config(self.file)
             check_tensors(self.file, config)
             check_types(self.file)
-            return config
         except UnsupportedModelError as error:
             if backend == "native":
                 raise
-            notice(f"{error}; running it with llama.cpp")
+            if backend == "auto":
+                notice(f"{error}; running it with llama.cpp")
             return None
+        return config if backend != "llama.cpp" else None  # checked all the same: llama.cpp aborts on some faults
 
     def _choose_ctx(self, wanted: int | None, notice: Notice) -> int:
         architecture = self.file.string("general.architecture")

@@ -1,0 +1,69 @@
+"""Calls quant's kernels from NumPy arrays, and makes weights of every format for their tests."""
+
+import ctypes
+
+import gguf
+import numpy as np
+
+from quant import activations, formats, linear
+from quant.jit import kernel
+from quant.pool import Pool, aligned_bytes
+
+_INT64 = ctypes.c_int64
+
+
+def call(address: int, *arguments: int | np.ndarray) -> None:
+    """Call a kernel of int64 arguments by its address; arrays go by theirs."""
+    values = [a.ctypes.data if isinstance(a, np.ndarray) else a for a in arguments]
+    ctypes.CFUNCTYPE(None, *[_INT64] * len(values))(address)(*values)
+
+
+@kernel("void(int64, int64, int64, int64)")
+def _record(x, n_cols, integer, record):
+    activations.write_record(x, 0, n_cols, n_cols, integer != 0, record)
+
+
+def record(x: np.ndarray, format_: formats.Format) -> np.ndarray:
+    """The activation record of float32 (K,)."""
+    out = aligned_bytes(activations.record_bytes(x.size))
+    call(_record.address, x, x.size, int(format_.integer), out)
+    return out
+
+
+def rounded(x: np.ndarray, format_: formats.Format) -> np.ndarray:
+    """float32 (..., K) as a format's kernels see it: to 8 bits and back, or unchanged."""
+    if not format_.integer:
+        return x
+    q, d = activations.round_ref(x)
+    return (q.reshape(*d.shape, activations.GROUP) * d[..., None]).reshape(x.shape)
+
+
+def random_blocks(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """uint8 (..., row bytes): every bit pattern of the quants, with scales near 1/64 so that sums stay finite."""
+    format_ = formats.get(name)
+    if not format_.integer:
+        values = rng.standard_normal(shape).astype(np.float32)
+        return gguf.quants.quantize(values, gguf.GGMLQuantizationType[name]).view(np.uint8).reshape(*shape[:-1], -1)
+    raw = rng.integers(0, 256, (*shape[:-1], format_.row_bytes(shape[-1])), dtype=np.uint8)
+    blocks = raw.reshape(-1, format_.block_bytes)
+    if name == "MXFP4":
+        blocks[:, 0] = rng.integers(118, 126, len(blocks))
+        return raw
+    for at in {"Q6_K": (208,), "Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2)}.get(name, (0,)):
+        scales = (rng.standard_normal(len(blocks)) / 64).astype(np.float16)
+        blocks[:, at : at + 2] = scales[:, None].view(np.uint8)
+    return raw
+
+
+def random_weight(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> tuple[linear.Weight, np.ndarray]:
+    """A quantised matrix of `shape`, and its values by gguf's dequantize, float64."""
+    raw = random_blocks(name, shape, rng)
+    values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[name]).reshape(shape).astype(np.float64)
+    return linear.weight(np.ascontiguousarray(raw).reshape(-1), formats.get(name), shape), values
+
+
+def multiply(pool: Pool, weight: linear.Weight, x: np.ndarray) -> np.ndarray:
+    """linear.multiply on float32 (T, G, in) -> (T, G, out)."""
+    out = np.full((*x.shape[:2], weight.n_rows), np.nan, np.float32)
+    linear.multiply(pool, weight, x.ctypes.data, x.shape[0], out.ctypes.data)
+    return out

@@ -1,0 +1,93 @@
+"""The fused expert job against its formula in float64."""
+
+import kernels
+import numpy as np
+import pytest
+
+from quant import experts
+from quant.errors import QuantError
+from quant.pool import Pool
+
+N_EXPERTS, PER_TOKEN = 8, 3
+
+
+@pytest.fixture(scope="module")
+def pool():
+    pool = Pool(2)
+    yield pool
+    pool.close()
+
+
+def naive(values, formats_, x, ids, weights) -> np.ndarray:
+    """sum_k w * down(silu(gate x) * up x), with the activations rounded as the formats want."""
+    gate, up, down = values
+    seen = kernels.rounded(x, formats_[0]).astype(np.float64)
+    out = np.zeros(x.shape)
+    for t, k in np.ndindex(*ids.shape):
+        expert = ids[t, k]
+        gated = gate[expert] @ seen[t]
+        inner = gated / (1 + np.exp(-gated)) * (up[expert] @ seen[t])
+        out[t] += weights[t, k] * (down[expert] @ kernels.rounded(inner.astype(np.float32), formats_[1]))
+    return out
+
+
+def run(pool, matrices, x, ids, weights) -> np.ndarray:
+    out = np.full(x.shape, np.nan, np.float32)
+    experts.run(pool, experts.Experts(*matrices), x.ctypes.data, ids, weights, out.ctypes.data)
+    return out
+
+
+def random_case(n_tokens, hidden, rng):
+    x = rng.standard_normal((n_tokens, hidden)).astype(np.float32)
+    ids = np.stack([rng.permutation(N_EXPERTS)[:PER_TOKEN] for _ in range(n_tokens)]).astype(np.int64)
+    return x, ids, rng.random((n_tokens, PER_TOKEN)).astype(np.float32)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 7, 40])
+@pytest.mark.parametrize(
+    ("gate", "up", "down", "hidden", "inner"),
+    [
+        ("F32", "F32", "F32", 64, 48),
+        ("Q4_0", "Q4_0", "Q8_0", 128, 96),  # as V2-Lite's: other types below, and no multiple of 256
+        ("Q4_K", "Q4_K", "Q6_K", 256, 512),
+        ("Q5_0", "Q4_1", "BF16", 64, 80),
+    ],
+)
+def test_run(pool, gate, up, down, hidden, inner, n_tokens):
+    if hidden % 32 or (inner % 32 and down != "BF16" and down != "F32"):
+        raise AssertionError("integer formats need whole groups of 32")
+    rng = np.random.default_rng(n_tokens)
+    matrices, values = zip(
+        kernels.random_weight(gate, (N_EXPERTS, inner, hidden), rng),
+        kernels.random_weight(up, (N_EXPERTS, inner, hidden), rng),
+        kernels.random_weight(down, (N_EXPERTS, hidden, inner), rng),
+        strict=True,
+    )
+    x, ids, weights = random_case(n_tokens, hidden, rng)
+    x /= np.sqrt(hidden)
+    want = naive(values, (matrices[0].format, matrices[2].format), x, ids, weights)
+    got = run(pool, matrices, x, ids, weights)
+    # A float32 rounding of `inner` may tip an 8-bit rounding of it: one step of 1/127 in one of `inner` terms.
+    tolerance = 2**-20 if not matrices[2].format.integer else 2e-3
+    assert np.abs(got - want).max() <= tolerance * np.abs(want).max()
+
+
+def test_one_worker_gives_the_same_bits(pool):
+    rng = np.random.default_rng(0)
+    matrices = [
+        kernels.random_weight("Q4_0", shape, rng)[0]
+        for shape in ((N_EXPERTS, 96, 64), (N_EXPERTS, 96, 64), (N_EXPERTS, 64, 96))
+    ]
+    single = Pool(1)
+    for n_tokens in (1, 30):
+        x, ids, weights = random_case(n_tokens, 64, rng)
+        assert np.array_equal(run(pool, matrices, x, ids, weights), run(single, matrices, x, ids, weights))
+    single.close()
+
+
+def test_shapes_that_do_not_belong_together_are_refused():
+    rng = np.random.default_rng(0)
+    gate, _ = kernels.random_weight("F32", (4, 32, 64), rng)
+    down, _ = kernels.random_weight("F32", (4, 64, 48), rng)
+    with pytest.raises(QuantError, match="do not belong together"):
+        experts.Experts(gate, gate, down)

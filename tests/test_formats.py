@@ -1,0 +1,132 @@
+"""Every block format: layout and kernels against gguf's dequantize and libggml's dot products."""
+
+import ggml
+import gguf
+import kernels
+import numpy as np
+import pytest
+
+from quant import activations, formats
+from quant.errors import QuantError
+
+COLS = 768  # three blocks of 256, a multiple of 32 and of no larger power of two than 256
+
+
+def oracle(name: str, raw: np.ndarray) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        return gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[name])
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    """Equal to the bit, but for the payload of NaNs."""
+    return np.array_equal(np.isnan(a), np.isnan(b)) and np.array_equal(
+        np.nan_to_num(a).view(np.uint32), np.nan_to_num(b).view(np.uint32)
+    )
+
+
+def any_bytes(name: str, rng: np.random.Generator) -> np.ndarray:
+    """Blocks of random bytes: scales that are NaN, infinite, subnormal or negative included."""
+    raw = rng.integers(0, 256, (50, formats.get(name).row_bytes(COLS)), dtype=np.uint8)
+    raw[0] = 0
+    raw[1] = 255
+    return raw
+
+
+@pytest.mark.parametrize("name", formats.NAMES)
+def test_sizes_are_ggmls(name):
+    format_ = formats.get(name)
+    assert (format_.block, format_.block_bytes) == gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+
+
+@pytest.mark.parametrize("name", formats.NAMES)
+def test_unpack_is_bit_equal_to_gguf(name):
+    raw = any_bytes(name, np.random.default_rng(1))
+    with np.errstate(all="ignore"):
+        assert same_bits(formats.get(name).unpack(raw), oracle(name, raw))
+
+
+@pytest.mark.parametrize("name", formats.NAMES)
+def test_expand_is_bit_equal_to_gguf(name):
+    raw = any_bytes(name, np.random.default_rng(2))
+    out = np.empty((len(raw), COLS), np.float32)
+    format_ = formats.get(name)
+    kernels.call(format_.expand, raw, out.size // format_.block, out)
+    assert same_bits(out, oracle(name, raw))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7])
+@pytest.mark.parametrize("name", formats.NAMES)
+def test_gemv_is_the_product_with_rounded_activations(name, rows):
+    rng = np.random.default_rng(3)
+    format_ = formats.get(name)
+    raw = kernels.random_blocks(name, (rows, COLS), rng)
+    x = rng.standard_normal(COLS).astype(np.float32) * 3
+    out = np.empty(rows, np.float32)
+    kernels.call(format_.gemv, raw, rows, COLS, kernels.record(x, format_), out)
+    weights, x = oracle(name, raw).astype(np.float64), kernels.rounded(x, format_).astype(np.float64)
+    # The integers are exact; what is left is float32 rounding of a few dozen scaled sums, each below 2^-24 of the
+    # magnitudes summed. 8-bit integers in place of the true ones would show as 2^-8.
+    assert np.all(np.abs(out - weights @ x) <= 2**-20 * (np.abs(weights) @ np.abs(x)))
+
+
+@pytest.mark.parametrize("name", [name for name in formats.NAMES if formats.get(name).integer])
+def test_gemv_is_as_close_to_the_truth_as_libggmls_dot(name):
+    rng = np.random.default_rng(4)
+    format_ = formats.get(name)
+    raw = kernels.random_blocks(name, (64, COLS), rng)
+    x = rng.standard_normal(COLS).astype(np.float32) * np.exp(rng.standard_normal(COLS)).astype(np.float32)
+    out = np.empty(len(raw), np.float32)
+    kernels.call(format_.gemv, raw, len(raw), COLS, kernels.record(x, format_), out)
+    exact = oracle(name, raw).astype(np.float64) @ x
+    kind = gguf.GGMLQuantizationType[name]
+    quantized = ggml.quantize_activations(x, ggml.activation_type(kind))
+    theirs = np.array([ggml.vec_dot(kind, row, quantized, COLS) for row in raw])
+    ours_rms, theirs_rms = (np.sqrt(np.mean((values - exact) ** 2)) for values in (out, theirs))
+    assert ours_rms <= 1.1 * theirs_rms  # same number of bits, a scale at least as fine; 64 samples scatter by a few %
+
+
+def test_float_rows_of_any_length():
+    rng = np.random.default_rng(5)
+    for name in ("F32", "F16", "BF16"):
+        format_ = formats.get(name)
+        for n_cols in (1, 2, 3, 15, 16, 17, 31, 33, 100):
+            raw = np.ascontiguousarray(kernels.random_blocks(name, (3, n_cols), rng))
+            x = rng.standard_normal(n_cols).astype(np.float32)
+            out = np.empty(3, np.float32)
+            record = kernels.record(x, format_)
+            kernels.call(format_.gemv, raw, 3, n_cols, record, out)
+            want = oracle(name, raw).reshape(3, n_cols).astype(np.float64) @ x
+            np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)  # float32 sums of up to 100 terms near 1
+
+
+def test_half_scales_convert_exactly():
+    """All 65,536 bit patterns of a 16-bit float through the F16 kernel."""
+    bits = np.arange(65536, dtype=np.uint16)
+    out = np.empty(bits.size, np.float32)
+    kernels.call(formats.get("F16").expand, bits, bits.size, out)
+    assert same_bits(out, bits.view(np.float16).astype(np.float32))
+
+
+def test_activation_record():
+    rng = np.random.default_rng(6)
+    x = rng.standard_normal(256).astype(np.float32)
+    x[32:64] = 0
+    x[64:96] = 1e-30
+    x[100] = 1e6
+    record = kernels.record(x, formats.get("Q4_0"))
+    q, d = activations.round_ref(x)
+    assert np.array_equal(record[1024:1280].view(np.int8), q)
+    assert np.array_equal(record[1280:1312].view(np.float32), d)
+    np.testing.assert_array_equal(record[1312:1344].view(np.float32), d * q.reshape(8, 32).sum(1, dtype=np.float32))
+    np.testing.assert_array_equal(record[:1024].view(np.float32), kernels.rounded(x, formats.get("Q4_0")))
+    assert np.array_equal(kernels.record(x, formats.get("F32"))[:1024].view(np.float32), x)
+
+
+def test_rows_are_whole_blocks():
+    with pytest.raises(QuantError, match="Q4_K rows are multiples of 256 weights; found 300"):
+        formats.get("Q4_K").row_bytes(300)
+
+
+def test_unknown_type():
+    with pytest.raises(QuantError, match="no kernels for type Q2_K"):
+        formats.get("Q2_K")
