@@ -20,7 +20,6 @@ from quant.rows import (
     GEMM_TOKENS,
     MATRIX_BYTES,
     multiply_rows,
-    pack_arguments,
     scratch_bytes,
     scratch_rows,
     write_records,
@@ -189,4 +188,8 @@ def run(pool: Pool, experts: Experts, x: int, ids: np.ndarray, weights: np.ndarr
         SUMS: pool.buffer("sums", sums_bytes * pool.n_workers), SUMS_BYTES: sums_bytes,
         SUMS_TABLE: pool.buffer("sums table", 8 * sums_rows * pool.n_workers),
     }  # fmt: skip
-    pool.run(_run.address, pack_arguments([gate, up, down], values))
+    arguments = np.empty(3 * MATRIX_BYTES // 8 + len(values), np.int64)
+    arguments[: 3 * MATRIX_BYTES // 8] = [*gate.fields, *up.fields, *down.fields]
+    for offset, value in values.items():
+        arguments[offset // 8] = value
+    pool.run(_run.address, arguments)

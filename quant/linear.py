@@ -5,14 +5,15 @@ order.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
 from quant.activations import record_bytes
-from quant.atomics import atomic_add, call_3
+from quant.atomics import atomic_add, atomic_store, call_3
 from quant.errors import QuantError
 from quant.formats import Format
-from quant.jit import kernel
+from quant.jit import inline, kernel
 from quant.pool import Pool, barrier
 from quant.rows import (
     ADDRESS,
@@ -20,9 +21,9 @@ from quant.rows import (
     EXPAND,
     GEMM_TOKENS,
     GROUP_BYTES,
+    MATRIX_BYTES,
     ROW_BYTES,
     multiply_rows,
-    pack_arguments,
     scratch_bytes,
     scratch_rows,
     write_records,
@@ -34,6 +35,7 @@ from quant.simd import (
     load_i64,
     splat_f32x16,
     store_f32x16,
+    store_i64,
     zero_f32x16,
 )
 
@@ -58,10 +60,18 @@ class Weight:
     group_bytes: int
     owner: object = None
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Bytes from one row to the next."""
         return self.format.row_bytes(self.n_cols)
+
+    @cached_property
+    def fields(self) -> tuple[int, ...]:
+        """The matrix as jobs see it, in the order of rows.GEMV and its neighbours."""
+        return (
+            self.format.gemv, self.format.expand, self.format.block,
+            self.row_bytes, self.address, self.group_bytes,
+        )  # fmt: skip
 
     def rows(self, start: int, count: int) -> "Weight":
         """The same groups, restricted to `count` rows from `start`: a view."""
@@ -82,9 +92,21 @@ def weight(data: np.ndarray, format_: Format, shape: tuple[int, ...]) -> Weight:
 
 # Where the job of multiply() finds its arguments behind the matrix, int64 each.
 (
-    CONTROL, N_WORKERS, COUNTER, INTEGER, N_GROUPS, N_ROWS, N_COLS, N_TOKENS, X, RECORD_BYTES, RECORDS,
+    CONTROL, N_WORKERS, COUNTER, INTEGER, N_GROUPS, N_ROWS, N_COLS, N_TOKENS, X, OUT, RECORD_BYTES, RECORDS,
     RECORD_TABLE, OUT_TABLE, UNIT_ROWS, SCRATCH, SCRATCH_SIZE,
-) = range(48, 176, 8)  # fmt: skip
+) = range(MATRIX_BYTES, MATRIX_BYTES + 17 * 8, 8)  # fmt: skip
+
+
+@inline
+def _fill_tables(a):
+    """Addresses of each group's records and outputs, by group, then token; and the first unit to take."""
+    n_groups, n_tokens = load_i64(a + N_GROUPS), load_i64(a + N_TOKENS)
+    atomic_store(load_i64(a + COUNTER), 0)
+    for group in range(n_groups):
+        for t in range(n_tokens):
+            at, i = 8 * (n_tokens * group + t), n_groups * t + group
+            store_i64(load_i64(a + RECORD_TABLE) + at, load_i64(a + RECORDS) + load_i64(a + RECORD_BYTES) * i)
+            store_i64(load_i64(a + OUT_TABLE) + at, load_i64(a + OUT) + 4 * load_i64(a + N_ROWS) * i)
 
 
 @kernel("void(int64, int64)")
@@ -92,23 +114,23 @@ def _multiply(arguments, worker):
     """The job of multiply()."""
     a = arguments
     n_groups, n_rows, n_cols = load_i64(a + N_GROUPS), load_i64(a + N_ROWS), load_i64(a + N_COLS)
-    n_tokens, step = load_i64(a + N_TOKENS), load_i64(a + UNIT_ROWS)
-    write_records(
-        load_i64(a + X), n_groups * n_tokens, n_cols, load_i64(a + INTEGER) != 0,
-        load_i64(a + RECORD_BYTES), load_i64(a + RECORDS), worker, load_i64(a + N_WORKERS),
-    )  # fmt: skip
-    barrier(load_i64(a + CONTROL), load_i64(a + N_WORKERS))
+    n_tokens, step, integer = load_i64(a + N_TOKENS), load_i64(a + UNIT_ROWS), load_i64(a + INTEGER) != 0
+    record_bytes, n_workers = load_i64(a + RECORD_BYTES), load_i64(a + N_WORKERS)
+    if worker == 0:
+        _fill_tables(a)
+    x, records, n_inputs = load_i64(a + X), load_i64(a + RECORDS), n_groups * n_tokens
+    write_records(x, n_inputs, n_cols, integer, record_bytes, records, worker, n_workers)
+    barrier(load_i64(a + CONTROL), n_workers)
+    scratch = load_i64(a + SCRATCH) + load_i64(a + SCRATCH_SIZE) * worker
     units = (n_rows + step - 1) // step
     while True:
         unit = atomic_add(load_i64(a + COUNTER), 1)
         if unit >= n_groups * units:
             break
         group, first = unit // units, unit % units * step
-        multiply_rows(
-            a, group, first, min(step, n_rows - first), n_cols, n_tokens,
-            load_i64(a + RECORD_TABLE) + 8 * n_tokens * group, load_i64(a + OUT_TABLE) + 8 * n_tokens * group,
-            4 * first, load_i64(a + SCRATCH) + load_i64(a + SCRATCH_SIZE) * worker,
-        )  # fmt: skip
+        records, outs = load_i64(a + RECORD_TABLE), load_i64(a + OUT_TABLE)
+        at, count = 8 * n_tokens * group, min(step, n_rows - first)
+        multiply_rows(a, group, first, count, n_cols, n_tokens, records + at, outs + at, 4 * first, scratch)
 
 
 def unit_rows(pool: Pool, matrix: Weight, n_tokens: int) -> int:
@@ -126,32 +148,16 @@ def multiply(pool: Pool, matrix: Weight, x: int, n_tokens: int, out: int) -> Non
         x: address of float32 (n_tokens, n_groups, n_cols).
         out: address of float32 (n_tokens, n_groups, n_rows).
     """
-    n_groups, n_rows, n_cols = matrix.n_groups, matrix.n_rows, matrix.n_cols
-    n_inputs = n_tokens * n_groups
-    bytes_ = record_bytes(n_cols)
-    records = pool.buffer("records", bytes_ * n_inputs)
-    order = np.arange(n_inputs, dtype=np.int64).reshape(n_tokens, n_groups).T.ravel()  # by group, then token
-    tables = np.stack([records + bytes_ * order, out + 4 * n_rows * order])
-    counter = np.zeros(1, np.int64)
-    values = {
-        CONTROL: pool.control,
-        N_WORKERS: pool.n_workers,
-        COUNTER: counter.ctypes.data,
-        INTEGER: int(matrix.format.integer),
-        N_GROUPS: n_groups,
-        N_ROWS: n_rows,
-        N_COLS: n_cols,
-        N_TOKENS: n_tokens,
-        X: x,
-        RECORD_BYTES: bytes_,
-        RECORDS: records,
-        RECORD_TABLE: tables[0].ctypes.data,
-        OUT_TABLE: tables[1].ctypes.data,
-        UNIT_ROWS: unit_rows(pool, matrix, n_tokens),
-        SCRATCH: pool.buffer("scratch", scratch_bytes(n_cols) * pool.n_workers),
-        SCRATCH_SIZE: scratch_bytes(n_cols),
-    }
-    pool.run(_multiply.address, pack_arguments([matrix], values))
+    n_inputs = n_tokens * matrix.n_groups
+    per_record, per_worker = record_bytes(matrix.n_cols), scratch_bytes(matrix.n_cols)
+    arguments = (
+        *matrix.fields, pool.control, pool.n_workers, pool.buffer("counter", 64), matrix.format.integer,
+        matrix.n_groups, matrix.n_rows, matrix.n_cols, n_tokens, x, out,
+        per_record, pool.buffer("records", per_record * n_inputs),
+        pool.buffer("record table", 8 * n_inputs), pool.buffer("out table", 8 * n_inputs),
+        unit_rows(pool, matrix, n_tokens), pool.buffer("scratch", per_worker * pool.n_workers), per_worker,
+    )  # fmt: skip
+    pool.run(_multiply.address, np.array(arguments, np.int64))
 
 
 @kernel("void(int64, int64)")
@@ -194,8 +200,8 @@ def multiply_transposed(pool: Pool, matrix: Weight, x: int, n_tokens: int, out: 
         raise QuantError(f"rows of {matrix.n_cols} weights; a transposed product needs multiples of 16")
     counter = np.zeros(1, np.int64)
     row = pool.buffer("scratch", 4 * matrix.n_cols * pool.n_workers)
-    fields = [counter.ctypes.data, matrix.n_groups, matrix.n_rows, matrix.n_cols, n_tokens, x, out, row]
-    arguments = pack_arguments([matrix], dict(zip(range(48, 112, 8), fields, strict=True)))
+    sizes = (matrix.n_groups, matrix.n_rows, matrix.n_cols, n_tokens)
+    arguments = np.array([*matrix.fields, counter.ctypes.data, *sizes, x, out, row], np.int64)
     pool.run(_multiply_transposed.address, arguments)
 
 

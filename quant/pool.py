@@ -110,7 +110,7 @@ class Pool:
         self._block = aligned_bytes(_CONTROL_BYTES)
         self.control = self._block.ctypes.data
         self._lock = threading.Lock()
-        self._buffers: dict[str, np.ndarray] = {}
+        self._buffers: dict[str, tuple[int, int, np.ndarray]] = {}  # address, size, owner
         self._threads = [
             threading.Thread(target=_work.ctypes, args=(self.control, worker), daemon=True, name=f"localrun-{worker}")
             for worker in range(1, n_workers)
@@ -125,9 +125,12 @@ class Pool:
 
     def buffer(self, name: str, n_bytes: int) -> int:
         """Address of a work buffer of at least n_bytes, 64-byte aligned; kept for the next job that asks by `name`."""
-        if name not in self._buffers or self._buffers[name].nbytes < n_bytes:
-            self._buffers[name] = aligned_bytes(n_bytes)
-        return self._buffers[name].ctypes.data
+        address, size, _ = self._buffers.get(name, (0, -1, None))
+        if size < n_bytes:
+            array = aligned_bytes(n_bytes)
+            address = array.ctypes.data
+            self._buffers[name] = (address, n_bytes, array)
+        return address
 
     def close(self) -> None:
         """End the worker threads; the pool can't run jobs afterwards."""

@@ -5,19 +5,11 @@ few at a time, and each expanded row serves all tokens. Both read the same activ
 float32 rounding.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-import numpy as np
-
 from quant.activations import write_record
 from quant.atomics import call_3, call_5
 from quant.jit import inline
 from quant.simd import load_i64
 from quant.tile import multiply
-
-if TYPE_CHECKING:
-    from quant.linear import Weight
 
 GEMM_TOKENS = 4  # from here on expanding a row costs less than decoding it once a token (docs/lab-notes.md)
 SCRATCH_BYTES = 1 << 18  # expanded rows of one worker: beside a token block in L2
@@ -49,19 +41,9 @@ def write_records(x, n_inputs, n_cols, integer, record_bytes, records, worker, n
         first = last
 
 
-# A matrix as the kernels see it: six int64 at the head of a job's arguments.
+# A matrix as the kernels see it: six int64 among a job's arguments (linear.Weight.fields).
 GEMV, EXPAND, BLOCK, ROW_BYTES, ADDRESS, GROUP_BYTES = range(0, 48, 8)
 MATRIX_BYTES = 48
-
-
-def pack_arguments(matrices: Sequence["Weight"], values: dict[int, int]) -> np.ndarray:
-    """A job's arguments, int64: the matrices' fields, then each value at its byte offset."""
-    fields = [(m.format.gemv, m.format.expand, m.format.block, m.row_bytes, m.address, m.group_bytes) for m in matrices]
-    arguments = np.empty(6 * len(matrices) + len(values), np.int64)
-    arguments[: 6 * len(matrices)] = np.ravel(fields)
-    for offset, value in values.items():
-        arguments[offset // 8] = value
-    return arguments
 
 
 @inline
