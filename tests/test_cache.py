@@ -1,0 +1,144 @@
+"""The cache: rows in, rows out, what does not fit, and what it takes a token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+import tiny_models
+import torch
+
+import localrun
+from localrun.cache import Cache
+from localrun.errors import ContextFullError, LocalrunError
+
+
+def rows(first: int, count: int, width: int) -> torch.Tensor:
+    """Row i holds first + i everywhere: exact in 16 bits up to 2048."""
+    return torch.arange(first, first + count, dtype=torch.float32)[:, None].repeat(1, width)
+
+
+@pytest.fixture
+def cache() -> Cache:
+    return Cache(2, (3, 5), capacity=8, dtype=torch.float16)
+
+
+def fill(cache: Cache, first: int, count: int) -> None:
+    for layer in range(2):
+        cache.append(layer, rows(first, count, 3), 100 + rows(first, count, 5))
+    cache.advance(count)
+
+
+def test_rows_accumulate_in_order(cache: Cache) -> None:
+    fill(cache, 0, 2)
+    fill(cache, 2, 1)
+    assert cache.length == 3
+    keys, values = cache.append(1, rows(3, 4, 3), 100 + rows(3, 4, 5))
+    assert (keys.shape, values.shape, keys.dtype) == ((7, 3), (7, 5), torch.float16)
+    assert keys.tolist() == rows(0, 7, 3).tolist()
+    assert values.tolist() == (100 + rows(0, 7, 5)).tolist()
+    assert cache.length == 3  # until all layers have theirs
+
+
+def test_an_append_without_advance_is_written_over(cache: Cache) -> None:
+    fill(cache, 0, 2)
+    cache.append(0, rows(50, 3, 3), rows(50, 3, 5))
+    keys, _ = cache.append(0, rows(7, 1, 3), rows(7, 1, 5))
+    assert keys[:, 0].tolist() == [0, 1, 7]
+
+
+def test_full(cache: Cache) -> None:
+    fill(cache, 0, 8)
+    with pytest.raises(ContextFullError, match="the context is full: 9 tokens, room for 8; see -c/--ctx"):
+        cache.append(0, rows(8, 1, 3), rows(8, 1, 5))
+    assert cache.length == 8
+    assert cache.save()["1.1"][:, 0].tolist() == list(range(100, 108))
+
+
+def test_too_many_at_once_write_nothing(cache: Cache) -> None:
+    fill(cache, 0, 6)
+    with pytest.raises(ContextFullError):
+        cache.append(0, rows(6, 3, 3), rows(6, 3, 5))
+    fill(cache, 6, 2)
+    assert cache.save()["0.0"][:, 0].tolist() == list(range(8))
+
+
+@pytest.mark.parametrize(("length", "left"), [(3, 3), (0, 0), (-1, 0), (5, 5), (99, 5)])
+def test_truncate(cache: Cache, length: int, left: int) -> None:
+    fill(cache, 0, 5)
+    cache.truncate(length)
+    assert cache.length == left
+    fill(cache, 200, 1)
+    assert cache.save()["1.0"][:, 0].tolist() == [*range(left), 200]
+
+
+def test_save_and_load(cache: Cache) -> None:
+    fill(cache, 0, 5)
+    saved = cache.save()
+    assert {name: tuple(t.shape) for name, t in saved.items()} == {
+        "0.0": (5, 3), "0.1": (5, 5), "1.0": (5, 3), "1.1": (5, 5)
+    }  # fmt: skip
+    saved = {name: tensor.clone() for name, tensor in saved.items()}
+    other = Cache(2, (3, 5), capacity=6, dtype=torch.float16)
+    fill(other, 300, 6)
+    other.load(saved)
+    fill(other, 5, 1)
+    assert other.length == 6
+    assert other.save()["1.1"][:, 4].tolist() == list(range(100, 106))
+
+
+def test_an_empty_cache_saves_and_loads(cache: Cache) -> None:
+    saved = Cache(2, (3, 5), 4, torch.float16).save()
+    fill(cache, 0, 5)
+    cache.load(saved)
+    assert cache.length == 0
+
+
+@pytest.mark.parametrize(
+    ("layers", "widths"), [(1, (3, 5)), (3, (3, 5)), (2, (3, 4)), (2, (5, 3)), (2, (3,)), (2, (3, 5, 5)), (0, (3, 5))]
+)
+def test_another_models_rows_are_refused(cache: Cache, layers: int, widths: tuple[int, ...]) -> None:
+    other = Cache(layers, widths, capacity=8, dtype=torch.float16)
+    fill(cache, 0, 2)
+    with pytest.raises(LocalrunError, match="the saved session belongs to another model"):
+        cache.load(other.save())
+    assert cache.length == 2
+
+
+def test_layers_of_different_length_are_refused(cache: Cache) -> None:
+    fill(cache, 0, 5)
+    saved = cache.save()
+    saved["1.1"] = saved["1.1"][:4]
+    with pytest.raises(LocalrunError, match="belongs to another model"):
+        cache.load(saved)
+
+
+def test_more_than_fits_is_refused(cache: Cache) -> None:
+    fill(cache, 0, 5)
+    small = Cache(2, (3, 5), capacity=4, dtype=torch.float16)
+    fill(small, 40, 1)
+    with pytest.raises(ContextFullError, match="the saved session has 5 tokens; the context holds 4"):
+        small.load(cache.save())
+    assert small.length == 1 and small.save()["0.0"][0, 0] == 40
+
+
+@pytest.mark.parametrize("variant", ["v3", "v2-lite", "v3-legacy-kv-b", "v3-nextn", "llama", "llama-mha"])
+def test_bytes_a_token_are_what_the_configuration_says(variant: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    with localrun.load(tiny_models.shared(variant), threads=1, ctx=16) as model:
+        session = model.session()
+        list(session.tokens([1, 2, 3, 4, 5], localrun.Sampling(temperature=0.0), max_tokens=1))
+        session.save(tmp_path / "session")
+        tensors = load_file(tmp_path / "session").values()
+        assert all(tensor.dtype == torch.float16 for tensor in tensors)
+        assert sum(tensor.nbytes for tensor in tensors) == 5 * model.config.kv_bytes_per_token
+
+
+def test_memory_is_touched_as_tokens_come() -> None:
+    """Of 2 GiB only what tokens fill is used."""
+    used = psutil.Process().memory_info().rss
+    cache = Cache(2, (1 << 17,), capacity=4096, dtype=torch.float16)
+    cache.append(1, torch.ones(8, 1 << 17))
+    assert psutil.Process().memory_info().rss - used < 64 << 20  # the rows take 2 MiB, their source 4
