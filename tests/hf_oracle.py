@@ -1,0 +1,145 @@
+"""transformers' logits for a tiny deepseek2 file: DeepseekV2ForCausalLM for a softmax gate, DeepseekV3 for a sigmoid.
+
+The GGUF is read back by gguf-py and its tensors are renamed to the checkpoint's (the inverse of llama.cpp's
+conversion/deepseek.py): k_b is transposed and merged with v_b into kv_b_proj, gate and up experts are stacked. Rotary
+dimensions need no permutation: both classes rotate consecutive pairs as the file has them (V3 with rope_interleave).
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import tiny_models
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_LAYER = {
+    "attn_norm.weight": "input_layernorm.weight",
+    "attn_q.weight": "self_attn.q_proj.weight",
+    "attn_q_a.weight": "self_attn.q_a_proj.weight",
+    "attn_q_a_norm.weight": "self_attn.q_a_layernorm.weight",
+    "attn_q_b.weight": "self_attn.q_b_proj.weight",
+    "attn_kv_a_mqa.weight": "self_attn.kv_a_proj_with_mqa.weight",
+    "attn_kv_a_norm.weight": "self_attn.kv_a_layernorm.weight",
+    "attn_kv_b.weight": "self_attn.kv_b_proj.weight",
+    "attn_output.weight": "self_attn.o_proj.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "ffn_gate_inp.weight": "mlp.gate.weight",
+    "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
+    "ffn_gate_up_exps.weight": "mlp.experts.gate_up_proj",
+    "ffn_down_exps.weight": "mlp.experts.down_proj",
+} | {
+    f"ffn_{part}{gguf_suffix}.weight": f"mlp.{folder}{part}_proj.weight"
+    for part in ("gate", "up", "down")
+    for gguf_suffix, folder in (("", ""), ("_shexp", "shared_experts."))
+}
+_GLOBAL = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+
+
+@functools.lru_cache(maxsize=256)
+def _logits(path: str, ids: tuple[int, ...]) -> np.ndarray:
+    import torch
+
+    metadata, tensors = tiny_models.read(path)
+    config = _config(metadata, tensors)
+    state = {name: torch.from_numpy(values) for name, values in _state_dict(config, tensors).items()}
+    model = _model_class(config)(config).eval()
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    allowed = {name for name in missing if name.endswith("e_score_correction_bias")}  # a zero bias is no bias
+    if unexpected or set(missing) - allowed:
+        raise KeyError(f"{path}: transformers misses {sorted(missing)} and does not know {sorted(unexpected)}")
+    with torch.no_grad():
+        result = model(torch.tensor([ids])).logits[0].numpy()
+    result.flags.writeable = False
+    return result
+
+
+def logits(path: Path | str, ids: list[int]) -> np.ndarray:
+    """float32 (T, vocab): transformers' logits after every token of `ids`."""
+    return _logits(str(path), tuple(ids))
+
+
+def _model_class(config: PreTrainedConfig) -> type:
+    from transformers import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM
+
+    return {"deepseek_v2": DeepseekV2ForCausalLM, "deepseek_v3": DeepseekV3ForCausalLM}[config.model_type]
+
+
+def _config(metadata: dict[str, object], tensors: dict[str, np.ndarray]) -> PreTrainedConfig:
+    from transformers import DeepseekV2Config, DeepseekV3Config
+
+    meta = {key.removeprefix("deepseek2."): value for key, value in metadata.items()}
+    softmax = meta.get("expert_gating_func", 1) == 1
+    n_rope = meta["rope.dimension_count"]
+    qk_head_dim = meta.get("attention.key_length_mla", meta["attention.key_length"])
+    fields = {
+        "vocab_size": meta["vocab_size"],
+        "hidden_size": meta["embedding_length"],
+        "intermediate_size": meta["feed_forward_length"],
+        "moe_intermediate_size": meta["expert_feed_forward_length"],
+        "num_hidden_layers": meta["block_count"] - meta.get("nextn_predict_layers", 0),
+        "num_attention_heads": meta["attention.head_count"],
+        "num_key_value_heads": meta["attention.head_count"],
+        "n_shared_experts": meta["expert_shared_count"],
+        "n_routed_experts": meta["expert_count"],
+        "num_experts_per_tok": meta["expert_used_count"],
+        "routed_scaling_factor": float(meta.get("expert_weights_scale", 1.0)),
+        "kv_lora_rank": meta["attention.kv_lora_rank"],
+        "q_lora_rank": meta.get("attention.q_lora_rank"),
+        "qk_rope_head_dim": n_rope,
+        "qk_nope_head_dim": qk_head_dim - n_rope,
+        "v_head_dim": meta.get("attention.value_length_mla", meta["attention.value_length"]),
+        "n_group": meta.get("expert_group_count", 1),
+        "topk_group": meta.get("expert_group_used_count", 1),
+        "first_k_dense_replace": meta["leading_dense_block_count"],
+        "norm_topk_prob": meta.get("expert_weights_norm", False),
+        "max_position_embeddings": meta["context_length"],
+        "rms_norm_eps": float(meta["attention.layer_norm_rms_epsilon"]),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "rope_parameters": _rope_parameters(meta),
+        "attn_implementation": "eager",
+    }
+    if softmax:
+        method = "group_limited_greedy" if fields["n_group"] > 1 else "greedy"
+        return DeepseekV2Config(**fields, topk_method=method)
+    return DeepseekV3Config(**fields, rope_interleave=True, num_mtp_layers=0)
+
+
+def _rope_parameters(meta: dict[str, object]) -> dict[str, object]:
+    if "rope.scaling.type" not in meta:
+        return {"rope_type": "default", "rope_theta": float(meta["rope.freq_base"])}
+    mscale = meta["rope.scaling.yarn_log_multiplier"] / 0.1  # all published checkpoints have mscale == mscale_all_dim
+    return {
+        "rope_type": meta["rope.scaling.type"],
+        "rope_theta": float(meta["rope.freq_base"]),
+        "factor": float(meta["rope.scaling.factor"]),
+        "original_max_position_embeddings": meta["rope.scaling.original_context_length"],
+        "mscale": mscale,
+        "mscale_all_dim": mscale,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+    }
+
+
+def _state_dict(config: PreTrainedConfig, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    state = {new: tensors[old] for old, new in _GLOBAL.items() if old in tensors}
+    state.setdefault("lm_head.weight", tensors["token_embd.weight"])
+    for i in range(config.num_hidden_layers):
+        layer = {n.removeprefix(f"blk.{i}."): t for n, t in tensors.items() if re.match(rf"blk\.{i}\.", n)}
+        if "attn_k_b.weight" in layer:
+            k_b, v_b = layer.pop("attn_k_b.weight").transpose(0, 2, 1), layer.pop("attn_v_b.weight")
+            layer["attn_kv_b.weight"] = np.concatenate([k_b, v_b], axis=1).reshape(-1, config.kv_lora_rank)
+        if "ffn_gate_exps.weight" in layer:
+            gate_up = layer.pop("ffn_gate_exps.weight"), layer.pop("ffn_up_exps.weight")
+            layer["ffn_gate_up_exps.weight"] = np.concatenate(gate_up, axis=1)
+        state |= {f"model.layers.{i}.{_LAYER[name]}": values for name, values in layer.items()}
+    return state

@@ -1,0 +1,95 @@
+"""llama.cpp's logits and greedy tokens, at their most exact: flash attention off, F32 keys and values, no repacking.
+
+Each call runs in a process of its own: a failed GGML_ASSERT ends that process and comes back as OracleError with
+llama.cpp's message. Answers are kept for as long as the process lives. With flash attention (16-bit accumulation on the
+CPU) or 16-bit keys, random weights turn the rounding into errors of the size of the tolerances.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+_TIMEOUT_S = 120
+
+
+class OracleError(RuntimeError):
+    """llama.cpp refused the file or aborted; the message is the end of its log."""
+
+
+def logits(path: Path | str, ids: list[int]) -> np.ndarray:
+    """float32 (T, vocab): llama.cpp's logits after every token of `ids`, evaluated as one batch."""
+    return _ask(str(path), tuple(ids), 0)
+
+
+def greedy(path: Path | str, ids: list[int], n: int) -> tuple[list[int], np.ndarray]:
+    """(n tokens, float32 (n, vocab)): the likeliest continuation of `ids` and the logits that each token came from."""
+    rows = _ask(str(path), tuple(ids), n)[len(ids) - 1 :]
+    return rows.argmax(axis=1).tolist(), rows
+
+
+@functools.lru_cache(maxsize=256)
+def _ask(path: str, ids: tuple[int, ...], n_greedy: int) -> np.ndarray:
+    request = json.dumps({"path": path, "ids": ids, "n_greedy": n_greedy})
+    with tempfile.NamedTemporaryFile(suffix=".npy") as answer:
+        command = [sys.executable, __file__, answer.name]
+        done = subprocess.run(command, input=request, text=True, capture_output=True, timeout=_TIMEOUT_S, check=False)
+        if done.returncode != 0:
+            log = "\n".join(done.stderr.strip().splitlines()[-12:])
+            raise OracleError(f"llama.cpp on {path} ended with {done.returncode}:\n{log}")
+        result = np.load(answer.name)
+    result.flags.writeable = False
+    return result
+
+
+def _evaluate(path: str, ids: list[int], n_greedy: int) -> np.ndarray:
+    """Runs in the child: logits of all prompt positions, then of n_greedy - 1 greedy steps."""
+    import llama_cpp
+
+    llama_cpp.llama_backend_init()
+    model_params = llama_cpp.llama_model_default_params()
+    model_params.n_gpu_layers = 0
+    model_params.use_extra_bufts = False
+    model = llama_cpp.llama_model_load_from_file(path.encode(), model_params)
+    if not model:
+        raise SystemExit(f"llama.cpp could not load {path}")
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx = params.n_batch = params.n_ubatch = len(ids) + n_greedy
+    params.n_threads = params.n_threads_batch = 2
+    params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
+    context = llama_cpp.llama_init_from_model(model, params)
+    if not context:
+        raise SystemExit(f"llama.cpp could not make a context for {path}")
+    n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+    rows = _decode(context, ids, 0, n_vocab)
+    for step in range(n_greedy - 1):
+        rows = np.concatenate([rows, _decode(context, [int(rows[-1].argmax())], len(ids) + step, n_vocab)])
+    return rows
+
+
+def _decode(context: object, ids: list[int], start: int, n_vocab: int) -> np.ndarray:
+    import llama_cpp
+
+    batch = llama_cpp.llama_batch_init(len(ids), 0, 1)
+    batch.n_tokens = len(ids)
+    for i, token in enumerate(ids):
+        batch.token[i], batch.pos[i] = token, start + i
+        batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, 0, 1
+    status = llama_cpp.llama_decode(context, batch)
+    if status != 0:
+        raise SystemExit(f"llama_decode returned {status}")
+    rows = [np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, i), (n_vocab,)) for i in range(len(ids))]
+    result = np.array(rows, dtype=np.float32)
+    llama_cpp.llama_batch_free(batch)
+    return result
+
+
+if __name__ == "__main__":
+    np.save(sys.argv[1], _evaluate(**json.load(sys.stdin)))

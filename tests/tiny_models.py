@@ -1,0 +1,493 @@
+"""Tiny random GGUF files of every architecture variant, and the reader that the other oracles share.
+
+Weights are random, scaled so that activations stay near 1 through all layers and no layer dominates; every tensor
+draws from its own generator (seed, name), so two variants that share a tensor's name and shape share its values.
+Metadata keys and their exact types follow llama.cpp's loader (src/models/deepseek2.cpp, src/llama-model.cpp @3f545becc)
+and converter (conversion/deepseek.py). Files are written by gguf.GGUFWriter and quantized by libggml: none of our code.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import re
+import shutil
+import tempfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import ggml
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType
+
+Types = str | Mapping[str, str]
+
+# What llama-quantize falls back to when a row is not whole blocks (llama-quant.cpp, llama_tensor_get_type).
+_FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
+
+# The shape of llama-quantize's Q4_K_M: 6 bits for the head and for the down projections of some layers, 4 elsewhere.
+Q4_K_M = {r"^output\.": "Q6_K", r"^blk\.[02]\.ffn_down": "Q6_K", r"": "Q4_K"}
+
+
+@dataclass(frozen=True)
+class Deepseek2:
+    """One deepseek2 model: sizes (named as in config.json) and the choices in which the published models differ."""
+
+    hidden_size: int = 256
+    intermediate_size: int = 320
+    moe_intermediate_size: int = 96
+    num_hidden_layers: int = 4
+    first_k_dense_replace: int = 1
+    num_attention_heads: int = 8
+    q_lora_rank: int | None = 128
+    kv_lora_rank: int = 192
+    qk_nope_head_dim: int = 64
+    qk_rope_head_dim: int = 32
+    v_head_dim: int = 32
+    vocab_size: int = 320
+    n_routed_experts: int = 16
+    n_shared_experts: int = 1
+    num_experts_per_tok: int = 4
+    n_group: int | None = None
+    topk_group: int | None = None
+    scoring_func: str = "sigmoid"
+    e_score_correction_bias: bool = True
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float | None = 2.5
+    yarn_factor: float | None = 40.0
+    mscale_all_dim: float | None = 1.0  # None: the key yarn_log_multiplier is left out
+    original_max_position_embeddings: int = 256
+    rms_norm_eps: float = 1e-6
+    split_kv_b: bool = True
+    fused_gate_up: bool = False
+    num_nextn_predict_layers: int = 0
+    write_gating_func: bool = True
+    tie_word_embeddings: bool = False
+    steady_routing: bool = False
+
+
+@dataclass(frozen=True)
+class Llama:
+    """One dense llama model with grouped-query attention."""
+
+    hidden_size: int = 256
+    intermediate_size: int = 352
+    num_hidden_layers: int = 3
+    num_attention_heads: int = 6
+    num_key_value_heads: int = 2
+    head_dim: int = 32
+    vocab_size: int = 320
+    rope_theta: float = 10000.0
+    rope_linear_factor: float | None = None
+    rope_freqs: bool = False
+    write_head_dim: bool = True
+    tie_word_embeddings: bool = False
+    rms_norm_eps: float = 1e-5
+
+
+# V2-Lite and Moonlight have no q_lora; llama.cpp tells that by the layer count (26 or 27), hence so deep and narrow.
+_LITE = {
+    "num_hidden_layers": 27,
+    "q_lora_rank": None,
+    "hidden_size": 128,
+    "intermediate_size": 160,
+    "moe_intermediate_size": 32,
+    "num_attention_heads": 4,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "n_shared_experts": 2,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "vocab_size": 160,
+}
+_V2 = {
+    "scoring_func": "softmax",
+    "e_score_correction_bias": False,
+    "norm_topk_prob": False,
+    "mscale_all_dim": 0.707,
+    "n_shared_experts": 2,
+}
+# Every row a multiple of 256 but for k_b (64 columns), as in the published models; 8 groups of 2.
+_WIDE = {
+    "kv_lora_rank": 256,
+    "q_lora_rank": 256,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "n_group": 8,
+    "topk_group": 4,
+    "steady_routing": True,
+}
+
+VARIANTS: dict[str, Deepseek2 | Llama] = {
+    "v2-lite": Deepseek2(**_V2 | _LITE | {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}),
+    "v2": Deepseek2(**_V2 | {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 16.0}),
+    "v2-no-groups": Deepseek2(**_V2 | {"routed_scaling_factor": 16.0}),
+    "v3": Deepseek2(n_group=8, topk_group=4, first_k_dense_replace=3, num_hidden_layers=5),
+    "v3-no-yarn": Deepseek2(n_group=4, topk_group=2, yarn_factor=None),
+    "v3-odd": Deepseek2(n_group=4, topk_group=2, qk_nope_head_dim=32, v_head_dim=64, n_routed_experts=12),
+    "v3-legacy-kv-b": Deepseek2(n_group=4, topk_group=2, split_kv_b=False),
+    "v3-fused-gate-up": Deepseek2(n_group=4, topk_group=2, fused_gate_up=True),
+    "v3-nextn": Deepseek2(n_group=4, topk_group=2, num_nextn_predict_layers=1),
+    "v3-tied": Deepseek2(n_group=4, topk_group=2, tie_word_embeddings=True),
+    "v3-all-moe": Deepseek2(n_group=4, topk_group=2, first_k_dense_replace=0),
+    "v3-no-bias": Deepseek2(e_score_correction_bias=False, norm_topk_prob=False, routed_scaling_factor=None),
+    "v3-large-eps": Deepseek2(n_group=4, topk_group=2, rms_norm_eps=0.1),  # a hard-coded epsilon shows
+    "yarn-no-log-multiplier": Deepseek2(n_group=4, topk_group=2, mscale_all_dim=None),
+    "kimi-k2": Deepseek2(n_group=1, topk_group=1, routed_scaling_factor=2.827, yarn_factor=32.0, num_attention_heads=4),
+    "moonlight": Deepseek2(
+        **_LITE, n_group=1, topk_group=1, routed_scaling_factor=2.446, yarn_factor=None, rms_norm_eps=1e-5
+    ),
+    # As converters wrote it before April 2025: softmax is what a missing expert_gating_func means.
+    "v2-lite-legacy-kv-b": Deepseek2(
+        **_V2 | _LITE | {"routed_scaling_factor": None, "split_kv_b": False, "write_gating_func": False}
+    ),
+    "wide": Deepseek2(**_WIDE),
+    "wide-odd": Deepseek2(**_WIDE | {"moe_intermediate_size": 352, "kv_lora_rank": 288}),
+    "llama": Llama(),
+    "llama-tied": Llama(num_attention_heads=8, tie_word_embeddings=True, write_head_dim=False),
+    "llama-rope-freqs": Llama(rope_freqs=True, rope_theta=500000.0),
+    "llama-linear-rope": Llama(rope_linear_factor=4.0),
+    "llama-mha": Llama(num_key_value_heads=6, head_dim=64, rms_norm_eps=0.1),
+    "llama-wide": Llama(num_attention_heads=8, num_key_value_heads=4, head_dim=64, intermediate_size=512),
+}
+
+ROUTING_MARGIN = 1.5e-4
+_PROMPT_SEED = {  # found by search, checked by test_logits.py; the deep models make some 700 choices a prompt
+    "v2-lite": 296,
+    "v2-lite-legacy-kv-b": 296,
+    "moonlight": 122,
+    "v2": 231,
+    "v2-no-groups": 173,
+    "v3": 1,
+    "v3-no-yarn": 1,
+    "v3-odd": 3,
+    "v3-legacy-kv-b": 3,
+    "v3-fused-gate-up": 3,
+    "v3-nextn": 3,
+    "v3-tied": 3,
+    "v3-all-moe": 3,
+    "v3-large-eps": 0,
+    "kimi-k2": 10,
+    "wide-odd": 1,
+}
+
+_N_TAGS = 8  # leading hidden dimensions that only the embedding writes, where steady_routing reads the experts from
+
+
+def tiny_model(path: Path | str, variant: str, *, type: Types = "F32", seed: int = 0) -> Path:
+    """Writes the GGUF file of VARIANTS[variant] and returns its path.
+
+    type: the quantization type of every matrix, or a mapping from regular expressions on tensor names to types, first
+    match wins. 1-D tensors and the router stay F32; rows that are not whole blocks get llama-quantize's fallback type.
+    """
+    model = VARIANTS[variant]
+    tensors = _Weights(seed).of(model)
+    writer = gguf.GGUFWriter(path, "llama" if isinstance(model, Llama) else "deepseek2")
+    _write_metadata(writer, model, f"{variant}, seed {seed}")
+    for name, values in tensors.items():
+        kind = _type_of(name, values.shape, type)
+        writer.add_tensor(name, ggml.quantize(values, kind), raw_dtype=kind)
+    _write(writer)
+    return Path(path)
+
+
+def dequantized_twin(path: Path | str, twin: Path | str) -> Path:
+    """Writes the same model with every tensor as F32, unpacked by gguf-py, and returns `twin`."""
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(twin, reader.get_field("general.architecture").contents())
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            writer.add_key_value(key, field.contents(), field.types[0])
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type))
+    _write(writer)
+    return Path(twin)
+
+
+def read(path: Path | str) -> tuple[dict[str, object], dict[str, np.ndarray]]:
+    """(metadata, tensors as float32 in NumPy order) of a GGUF file, by gguf-py's reader."""
+    reader = gguf.GGUFReader(path)
+    metadata = {key: field.contents() for key, field in reader.fields.items()}
+    tensors = {t.name: np.array(gguf.dequantize(t.data, t.tensor_type), dtype=np.float32) for t in reader.tensors}
+    return metadata, tensors
+
+
+@functools.cache
+def _folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="tiny-models-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@functools.cache
+def _file_of(variant: str, types: tuple[tuple[str, str], ...], seed: int) -> Path:
+    name = f"{variant}-{zlib.crc32(repr(types).encode()):08x}-{seed}.gguf"
+    return tiny_model(_folder() / name, variant, type=dict(types), seed=seed)
+
+
+def shared(variant: str, *, type: Types = "F32", seed: int = 0) -> Path:
+    """As tiny_model, into a folder that lives as long as the process; the same arguments give the same file."""
+    types = {"": type} if isinstance(type, str) else type
+    return _file_of(variant, tuple(types.items()), seed)
+
+
+@functools.cache
+def shared_twin(path: Path) -> Path:
+    """The dequantized twin of a shared file, written once."""
+    return dequantized_twin(path, path.with_name(f"{path.stem}-twin.gguf"))
+
+
+def token_ids(variant: str, n: int, *, seed: int = 0) -> list[int]:
+    """n random token ids of the variant's vocabulary."""
+    return np.random.default_rng([seed, 77]).integers(0, VARIANTS[variant].vocab_size, n).tolist()
+
+
+def prompt(variant: str) -> list[int]:
+    """40 token ids on which no expert of the F32 model is chosen by less than ROUTING_MARGIN.
+
+    A 16-bit cache or another order of summation moves a score by less than that; nearer to a tie, two right
+    implementations choose different experts and the logits say nothing.
+    """
+    return token_ids(variant, 40, seed=_PROMPT_SEED.get(variant, 0))
+
+
+class _Weights:
+    """Random tensors by GGUF name."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def _normal(self, name: str, *shape: int) -> np.ndarray:
+        generator = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
+        return generator.standard_normal(shape, dtype=np.float32)
+
+    def _matrix(self, name: str, *shape: int, gain: float = 1.0) -> np.ndarray:
+        """Rows that map unit-variance inputs to outputs of standard deviation `gain`."""
+        return self._normal(name, *shape) * np.float32(gain / np.sqrt(shape[-1]))
+
+    def _norm(self, name: str, n: int) -> np.ndarray:
+        return 1 + 0.1 * self._normal(name, n)
+
+    def of(self, m: Deepseek2 | Llama) -> dict[str, np.ndarray]:
+        embedding = self._normal("token_embd.weight", m.vocab_size, m.hidden_size)
+        if isinstance(m, Deepseek2) and m.steady_routing:
+            embedding[:, :_N_TAGS] = np.sign(embedding[:, :_N_TAGS]) * 2
+        tensors = {
+            "token_embd.weight": embedding,
+            "output_norm.weight": self._norm("output_norm.weight", m.hidden_size),
+        }
+        if m.tie_word_embeddings:  # the embedding's rows are sqrt(D) longer than a head's
+            tensors["output_norm.weight"] /= np.float32(np.sqrt(m.hidden_size))
+        else:
+            tensors["output.weight"] = self._matrix("output.weight", m.vocab_size, m.hidden_size)
+        if isinstance(m, Llama):
+            return tensors | self._llama(m)
+        for i in range(m.num_hidden_layers + m.num_nextn_predict_layers):
+            tensors |= self._mla(m, f"blk.{i}.")
+            tensors |= self._dense(m, f"blk.{i}.") if i < m.first_k_dense_replace else self._moe(m, f"blk.{i}.")
+        for i in range(m.num_hidden_layers, m.num_hidden_layers + m.num_nextn_predict_layers):
+            tensors |= self._nextn(m, f"blk.{i}.nextn.")
+        return tensors
+
+    def _residual_gain(self, m: Deepseek2 | Llama) -> float:
+        """Two branches a layer add up to about the embedding's own variance over all layers."""
+        return 1.5 / np.sqrt(2 * m.num_hidden_layers)
+
+    def _mla(self, m: Deepseek2, blk: str) -> dict[str, np.ndarray]:
+        heads, nope, rope, v, rank = (
+            m.num_attention_heads,
+            m.qk_nope_head_dim,
+            m.qk_rope_head_dim,
+            m.v_head_dim,
+            m.kv_lora_rank,
+        )
+        w, d = {}, m.hidden_size
+        w["attn_norm.weight"] = self._norm(blk + "attn_norm", d)
+        if m.q_lora_rank is None:
+            w["attn_q.weight"] = self._matrix(blk + "attn_q", heads * (nope + rope), d, gain=1.5)
+        else:
+            w["attn_q_a.weight"] = self._matrix(blk + "attn_q_a", m.q_lora_rank, d, gain=0.7)
+            w["attn_q_a_norm.weight"] = self._norm(blk + "attn_q_a_norm", m.q_lora_rank)
+            w["attn_q_b.weight"] = self._matrix(blk + "attn_q_b", heads * (nope + rope), m.q_lora_rank, gain=1.5)
+        w["attn_kv_a_mqa.weight"] = self._matrix(blk + "attn_kv_a_mqa", rank + rope, d)
+        w["attn_kv_a_norm.weight"] = self._norm(blk + "attn_kv_a_norm", rank)
+        k_b = self._normal(blk + "attn_k_b", heads, rank, nope) / np.float32(np.sqrt(rank))
+        v_b = self._matrix(blk + "attn_v_b", heads, v, rank)
+        if m.split_kv_b:
+            w["attn_k_b.weight"], w["attn_v_b.weight"] = k_b, v_b
+        else:
+            kv_b = np.concatenate([k_b.transpose(0, 2, 1), v_b], axis=1)
+            w["attn_kv_b.weight"] = kv_b.reshape(heads * (nope + v), rank)
+        w["attn_output.weight"] = self._writer(m, blk + "attn_output", d, heads * v)
+        return {blk + name: values for name, values in w.items()}
+
+    def _writer(self, m: Deepseek2 | Llama, name: str, *shape: int, gain: float = 1.0) -> np.ndarray:
+        """A matrix whose output is added to the residual stream: the routing tags are left as they are."""
+        matrix = self._matrix(name, *shape, gain=gain * self._residual_gain(m))
+        if isinstance(m, Deepseek2) and m.steady_routing:
+            matrix[..., :_N_TAGS, :] = 0
+        return matrix
+
+    def _mlp(self, m: Deepseek2 | Llama, blk: str, suffix: str, width: int, *stack: int) -> dict[str, np.ndarray]:
+        # silu(gate) * up has a standard deviation near 0.6 for unit gate and up: 1.6 brings the output back to 1.
+        return {
+            f"{blk}ffn_gate{suffix}.weight": self._matrix(f"{blk}ffn_gate{suffix}", *stack, width, m.hidden_size),
+            f"{blk}ffn_up{suffix}.weight": self._matrix(f"{blk}ffn_up{suffix}", *stack, width, m.hidden_size),
+            f"{blk}ffn_down{suffix}.weight": self._writer(
+                m, f"{blk}ffn_down{suffix}", *stack, m.hidden_size, width, gain=1.6
+            ),
+        }
+
+    def _dense(self, m: Deepseek2 | Llama, blk: str) -> dict[str, np.ndarray]:
+        norm = {blk + "ffn_norm.weight": self._norm(blk + "ffn_norm", m.hidden_size)}
+        return norm | self._mlp(m, blk, "", m.intermediate_size)
+
+    def _moe(self, m: Deepseek2, blk: str) -> dict[str, np.ndarray]:
+        w = {
+            blk + "ffn_norm.weight": self._norm(blk + "ffn_norm", m.hidden_size),
+            blk + "ffn_gate_inp.weight": self._router(m, blk + "ffn_gate_inp"),
+        }
+        if m.e_score_correction_bias:
+            w[blk + "exp_probs_b.bias"] = 0.2 * self._normal(blk + "exp_probs_b", m.n_routed_experts)
+        w |= self._mlp(m, blk, "_exps", m.moe_intermediate_size, m.n_routed_experts)
+        w |= self._mlp(m, blk, "_shexp", m.moe_intermediate_size * m.n_shared_experts)
+        if m.scoring_func == "softmax":  # unnormalised probabilities are near 1/experts: bring the sum back to 1
+            total = m.num_experts_per_tok / m.n_routed_experts * (m.routed_scaling_factor or 1.0)
+            w[blk + "ffn_down_exps.weight"] /= np.float32(total)
+        if m.fused_gate_up:
+            gate, up = w.pop(blk + "ffn_gate_exps.weight"), w.pop(blk + "ffn_up_exps.weight")
+            w[blk + "ffn_gate_up_exps.weight"] = np.concatenate([gate, up], axis=1)
+        return w
+
+    def _router(self, m: Deepseek2, name: str) -> np.ndarray:
+        router = self._matrix(name, m.n_routed_experts, m.hidden_size, gain=2.0)
+        if m.steady_routing:
+            router[:, _N_TAGS:] = 0
+            router[:, :_N_TAGS] *= np.float32(np.sqrt(m.hidden_size / _N_TAGS) / 2)
+        return router
+
+    def _nextn(self, m: Deepseek2, blk: str) -> dict[str, np.ndarray]:
+        d = m.hidden_size
+        w = {"eh_proj.weight": self._matrix(blk + "eh_proj", d, 2 * d)}
+        for norm in ("enorm", "hnorm", "shared_head_norm"):
+            w[f"{norm}.weight"] = self._norm(blk + norm, d)
+        for matrix in ("embed_tokens", "shared_head_head"):
+            w[f"{matrix}.weight"] = self._matrix(blk + matrix, m.vocab_size, d)
+        return {blk + name: values for name, values in w.items()}
+
+    def _llama(self, m: Llama) -> dict[str, np.ndarray]:
+        w, d, head = {}, m.hidden_size, m.head_dim
+        for blk in (f"blk.{i}." for i in range(m.num_hidden_layers)):
+            w[blk + "attn_norm.weight"] = self._norm(blk + "attn_norm", d)
+            w[blk + "attn_q.weight"] = self._matrix(blk + "attn_q", m.num_attention_heads * head, d, gain=1.5)
+            w[blk + "attn_k.weight"] = self._matrix(blk + "attn_k", m.num_key_value_heads * head, d)
+            w[blk + "attn_v.weight"] = self._matrix(blk + "attn_v", m.num_key_value_heads * head, d)
+            w[blk + "attn_output.weight"] = self._writer(m, blk + "attn_output", d, m.num_attention_heads * head)
+            w |= self._dense(m, blk)
+        if m.rope_freqs:  # llama 3.1's divisors: 1 for high frequencies, growing to 8 for low ones
+            w["rope_freqs.weight"] = np.linspace(1, 8, head // 2, dtype=np.float32)
+        return w
+
+
+def _type_of(name: str, shape: tuple[int, ...], types: Types) -> GGMLQuantizationType:
+    if len(shape) == 1 or name.endswith("ffn_gate_inp.weight"):
+        return GGMLQuantizationType.F32
+    if not isinstance(types, str):
+        types = next((kind for pattern, kind in types.items() if re.search(pattern, name)), "F32")
+    for kind in (types, _FALLBACK.get(types, "F16")):
+        if shape[-1] % gguf.GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0] == 0:
+            return GGMLQuantizationType[kind]
+    return GGMLQuantizationType.F16
+
+
+def _write_metadata(writer: gguf.GGUFWriter, m: Deepseek2 | Llama, name: str) -> None:
+    prefix = writer.arch + "."
+
+    def u32(key: str, value: int) -> None:
+        writer.add_uint32(prefix + key, value)
+
+    writer.add_string("general.type", "model")
+    writer.add_string("general.name", name)
+    writer.add_uint32("general.quantization_version", 2)
+    writer.add_string("tokenizer.ggml.model", "none")
+    u32("vocab_size", m.vocab_size)
+    u32("context_length", 1024)
+    u32("embedding_length", m.hidden_size)
+    u32("feed_forward_length", m.intermediate_size)
+    u32("attention.head_count", m.num_attention_heads)
+    writer.add_float32(prefix + "attention.layer_norm_rms_epsilon", m.rms_norm_eps)
+    if isinstance(m, Llama):
+        _write_llama_metadata(writer, m)
+    else:
+        _write_deepseek2_metadata(writer, m)
+
+
+def _write_llama_metadata(writer: gguf.GGUFWriter, m: Llama) -> None:
+    writer.add_uint32("llama.block_count", m.num_hidden_layers)
+    writer.add_uint32("llama.attention.head_count_kv", m.num_key_value_heads)
+    writer.add_uint32("llama.rope.dimension_count", m.head_dim)
+    writer.add_float32("llama.rope.freq_base", m.rope_theta)
+    if m.write_head_dim:
+        writer.add_uint32("llama.attention.key_length", m.head_dim)
+        writer.add_uint32("llama.attention.value_length", m.head_dim)
+    if m.rope_linear_factor is not None:
+        writer.add_string("llama.rope.scaling.type", "linear")
+        writer.add_float32("llama.rope.scaling.factor", m.rope_linear_factor)
+
+
+def _write_deepseek2_metadata(writer: gguf.GGUFWriter, m: Deepseek2) -> None:
+    nope, rope, v, rank = m.qk_nope_head_dim, m.qk_rope_head_dim, m.v_head_dim, m.kv_lora_rank
+    counts = {
+        "block_count": m.num_hidden_layers + m.num_nextn_predict_layers,
+        # The legacy files run MLA as multi-head attention: every head has its own decompressed key and value.
+        "attention.head_count_kv": 1 if m.split_kv_b else m.num_attention_heads,
+        "attention.key_length": rank + rope if m.split_kv_b else nope + rope,
+        "attention.value_length": rank if m.split_kv_b else v,
+        "attention.kv_lora_rank": rank,
+        "leading_dense_block_count": m.first_k_dense_replace,
+        "expert_feed_forward_length": m.moe_intermediate_size,
+        "expert_count": m.n_routed_experts,
+        "expert_used_count": m.num_experts_per_tok,
+        "expert_shared_count": m.n_shared_experts,
+        "rope.dimension_count": rope,
+    }
+    if m.write_gating_func:
+        counts["expert_gating_func"] = {"softmax": 1, "sigmoid": 2}[m.scoring_func]
+    if m.q_lora_rank is not None:
+        counts["attention.q_lora_rank"] = m.q_lora_rank
+    if m.split_kv_b:
+        counts |= {"attention.key_length_mla": nope + rope, "attention.value_length_mla": v}
+    if m.n_group is not None:
+        counts |= {"expert_group_count": m.n_group, "expert_group_used_count": m.topk_group}
+    if m.num_nextn_predict_layers:
+        counts["nextn_predict_layers"] = m.num_nextn_predict_layers
+    for key, value in counts.items():
+        writer.add_uint32("deepseek2." + key, value)
+    writer.add_float32("deepseek2.rope.freq_base", 10000.0)
+    if m.norm_topk_prob:
+        writer.add_bool("deepseek2.expert_weights_norm", True)
+    if m.routed_scaling_factor is not None:
+        writer.add_float32("deepseek2.expert_weights_scale", m.routed_scaling_factor)
+    if m.yarn_factor is not None:
+        _write_yarn_metadata(writer, m)
+
+
+def _write_yarn_metadata(writer: gguf.GGUFWriter, m: Deepseek2) -> None:
+    scaling = "deepseek2.rope.scaling."
+    writer.add_string(scaling + "type", "yarn")
+    writer.add_float32(scaling + "factor", m.yarn_factor)
+    writer.add_uint32(scaling + "original_context_length", m.original_max_position_embeddings)
+    if m.mscale_all_dim is not None:
+        writer.add_float32(scaling + "yarn_log_multiplier", 0.1 * m.mscale_all_dim)
+
+
+def _write(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
