@@ -114,7 +114,14 @@ def _in_child(source: str, variables: dict[str, Any]) -> dict[str, str]:
 
 def _run(command: list[str], stdin: Any, stdout: Any) -> int:
     try:
-        return subprocess.run(command, stdin=stdin, stdout=stdout, stderr=subprocess.DEVNULL, timeout=TIME_S).returncode
+        return subprocess.run(
+            command,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=subprocess.DEVNULL,
+            timeout=TIME_S,
+            start_new_session=True,  # Ctrl-C is for the parent to deal with
+        ).returncode
     except subprocess.TimeoutExpired:
         raise TemplateError(f"the chat template failed: it takes more than {TIME_S:g} s") from None
     except OSError as error:

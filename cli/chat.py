@@ -1,0 +1,63 @@
+"""localrun chat: a conversation on the terminal, or through a pipe."""
+
+import sys
+from typing import TYPE_CHECKING
+
+from cli import options
+from cli.output import note, printable, size
+from cli.text import check_text
+
+if TYPE_CHECKING:
+    from localrun.engine import Engine
+
+
+def chat(
+    model: options.Model = None,
+    n_tokens: options.NTokens = -1,
+    system: options.System = None,
+    stop: options.Stop = None,
+    temp: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repeat_penalty: options.RepeatPenalty = None,
+    seed: options.Seed = None,
+    device: options.Device = options.DeviceChoice.auto,
+    threads: options.Threads = None,
+    ctx: options.Ctx = None,
+    backend: options.Backend = options.BackendChoice.auto,
+    verbose: options.Verbose = False,
+) -> None:
+    """Chat with a model; /help lists the commands.
+
+    Reads messages from the terminal, or a line each from a pipe. Replies go to stdout, all else to stderr.
+    """
+    from cli.conversation import Conversation
+    from cli.lines import EditedLines, PlainLines
+    from cli.model import given_sampling, max_tokens, open_model, sampling_for
+    from cli.repl import Repl
+
+    limit = max_tokens(n_tokens)
+    given = given_sampling(
+        temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p, repeat_penalty=repeat_penalty, seed=seed
+    )
+    if system is not None:
+        system = check_text(system, "the system message")
+    with open_model(model, device, threads, ctx, backend, verbose) as engine:
+        _banner(engine)
+        conversation = Conversation(engine, sampling_for(engine, given), system, stop or [], limit)
+        on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        Repl(conversation, EditedLines() if on_terminal else PlainLines()).run()
+
+
+def _banner(engine: "Engine") -> None:
+    facts = engine.describe()
+    where = f"{facts['backend']} on {facts['device']} with {facts['threads']} threads"
+    print(
+        f"{printable(str(facts['model']))} ({facts['architecture']}, {size(int(facts['weight_bytes']))}), {where}, "
+        f"context {facts['ctx']} tokens",
+        file=sys.stderr,
+    )
+    if engine.template is None:
+        note("the file has no chat template; using ChatML, as llama.cpp does")
+    print("/help lists the commands, Ctrl-C stops a reply, Ctrl-D ends.", file=sys.stderr, flush=True)

@@ -1,0 +1,143 @@
+"""localrun generate: one prompt, one reply."""
+
+import dataclasses
+import secrets
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli import options
+from cli.output import note, print_json, rate, write
+from cli.text import check_text, read_text
+from localrun.errors import LocalrunError
+
+if TYPE_CHECKING:
+    from localrun.engine import Engine
+    from localrun.session import Session
+
+
+def generate(
+    model: options.Model = None,
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", metavar="TEXT", help="The prompt.")] = None,
+    file: options.File = None,
+    n_tokens: options.NTokens = 128,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    system: options.System = None,
+    stop: options.Stop = None,
+    temp: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repeat_penalty: options.RepeatPenalty = None,
+    seed: options.Seed = None,
+    device: options.Device = options.DeviceChoice.auto,
+    threads: options.Threads = None,
+    ctx: options.Ctx = None,
+    backend: options.Backend = options.BackendChoice.auto,
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Reply once to a prompt from -p, -f, or stdin.
+
+    The prompt is the user's message in the model's chat template; --raw continues it as plain text.
+    """
+    from cli.model import given_sampling, max_tokens, open_model, sampling_for, stream
+
+    if raw and system is not None:
+        raise typer.BadParameter("--system needs the chat template, which --raw leaves out")
+    limit = max_tokens(n_tokens)
+    seed = secrets.randbelow(2**32) if seed is None else seed  # drawn here, so that --json can tell it
+    given = given_sampling(
+        temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p, repeat_penalty=repeat_penalty, seed=seed
+    )
+    text = _prompt(prompt, file)
+    started = time.perf_counter()
+    with open_model(model, device, threads, ctx, backend, verbose) as engine:
+        load_s = time.perf_counter() - started
+        ids = _prompt_ids(engine, text, system, raw)
+        sampling, session = sampling_for(engine, given), engine.session()
+        pieces = stream(session, ids, sampling, limit, stop or [])
+        if as_json:
+            reply = "".join(pieces)
+            print_json(_document(engine, session, reply, load_s, dataclasses.asdict(sampling)))
+            return
+        _print(pieces)
+        if session.finish_reason == "context":
+            note(f"the context of {engine.ctx} tokens is full")
+        if verbose:
+            note(timing_line(session))
+
+
+def timing_line(session: "Session") -> str:
+    """How many tokens the last reply read and wrote, and how fast."""
+    stats = session.stats
+    read = rate(stats.prompt_tokens - stats.reused_tokens, stats.prefill_s)
+    reused = f" ({stats.reused_tokens} reused)" if stats.reused_tokens else ""
+    wrote = rate(stats.generated_tokens, stats.decode_s)
+    prompt = f"prompt {stats.prompt_tokens} tokens{reused} {read} t/s"
+    return f"[ {prompt} | reply {stats.generated_tokens} tokens {wrote} t/s ]"
+
+
+def _prompt(prompt: str | None, file: str | None) -> str:
+    if prompt is not None and file is not None:
+        raise typer.BadParameter("give the prompt with -p or with -f, not both")
+    if prompt is not None:
+        text = check_text(prompt, "the prompt")
+    elif file is not None:
+        text = read_text(file)
+    elif sys.stdin.isatty():
+        raise typer.BadParameter("no prompt: give one with -p or -f, or through a pipe")
+    else:
+        text = read_text("-")
+    if not text:
+        raise LocalrunError("the prompt is empty")
+    return text
+
+
+def _prompt_ids(engine: "Engine", text: str, system: str | None, raw: bool) -> list[int]:
+    from localrun.chat_template import chat_ids
+
+    if not raw and engine.template is None:
+        if system is not None:
+            raise LocalrunError("the file has no chat template, so --system has no place in the prompt")
+        note("the file has no chat template: the prompt is continued as it is")
+    if raw or engine.template is None:
+        return engine.tokenizer.encode(text)
+    messages = [{"role": "user", "content": text}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": check_text(system, "the system message")})
+    return chat_ids(engine.template, engine.tokenizer, messages)
+
+
+def _print(pieces: Any) -> None:
+    last = ""
+    for piece in pieces:
+        write(piece)
+        last = piece or last
+    if not last.endswith("\n"):
+        write("\n")
+
+
+def _document(
+    engine: "Engine", session: "Session", text: str, load_s: float, sampling: dict[str, Any]
+) -> dict[str, Any]:
+    stats = session.stats
+    return {
+        **engine.describe(),
+        "path": str(engine.file.path),
+        "text": text,
+        "ids": session.reply_ids,
+        "finish_reason": session.finish_reason,
+        "prompt_tokens": stats.prompt_tokens,
+        "generated_tokens": stats.generated_tokens,
+        "sampling": sampling,
+        "timings": {
+            "load_s": round(load_s, 3),
+            "prompt_s": round(stats.prefill_s, 3),
+            "prompt_tokens_per_s": rate(stats.prompt_tokens - stats.reused_tokens, stats.prefill_s),
+            "generate_s": round(stats.decode_s, 3),
+            "generated_tokens_per_s": rate(stats.generated_tokens, stats.decode_s),
+        },
+    }

@@ -1,0 +1,63 @@
+"""localrun inspect: what a GGUF file holds, without loading it."""
+
+from typing import Any
+
+from cli import options
+from cli.output import print_json, printable, size
+
+
+def inspect(
+    model: options.Model = None,
+    as_json: options.Json = False,
+) -> None:
+    """Show what a model file holds: shapes, types, bits per weight, and where the bytes are."""
+    from localrun.bundled import model_path
+    from localrun.facts import facts
+    from localrun.gguf import open_gguf
+
+    with open_gguf(model_path(model)) as file:
+        document = facts(file)
+    if as_json:
+        print_json(document)
+        return
+    for line in [*_summary(document), "", *_shares(document), "", *_table(document)]:
+        print(line)
+
+
+def _summary(document: dict[str, Any]) -> list[str]:
+    lines = [
+        ("file", f"{document['paths'][0]}, {size(document['file_bytes'])}, {len(document['paths'])} part(s)"),
+        ("name", document["name"] or "-"),
+        ("architecture", document["architecture"] + ("" if document["native"] else ", through llama.cpp")),
+        ("parameters", f"{document['parameters']:,}"),
+        ("bits per weight", document["bits_per_weight"]),
+        ("KV cache", _kv(document["kv_bytes_per_token"])),
+    ]
+    if not document["native"]:
+        lines.append(("not native", document["not_native_because"]))
+    config = document["config"] or {}
+    lines += [(name, value) for name, value in config.items() if value not in (None, 0) and name != "architecture"]
+    return [f"{name:<24} {printable(str(value))}" for name, value in lines]
+
+
+def _kv(n_bytes: int | None) -> str:
+    return "not known" if n_bytes is None else f"{n_bytes:,} bytes a token"
+
+
+def _shares(document: dict[str, Any]) -> list[str]:
+    lines = [f"{'part':<24} {'size':>12} {'share':>8}"]
+    for group, share in document["groups"].items():
+        lines.append(f"{group:<24} {size(share['bytes']):>12} {share['percent']:>7}%")
+    lines += ["", f"{'type':<24} {'size':>12} {'tensors':>8} {'bits a weight':>14}"]
+    for name, counts in document["types"].items():
+        bits = 8 * counts["bytes"] / counts["weights"]
+        lines.append(f"{name:<24} {size(counts['bytes']):>12} {counts['tensors']:>8} {bits:>14.3f}")
+    return lines
+
+
+def _table(document: dict[str, Any]) -> list[str]:
+    lines = [f"{'tensor':<40} {'shape':<20} {'type':<8} {'size':>12}"]
+    for tensor in document["tensors"]:
+        shape = " x ".join(map(str, tensor["shape"]))
+        lines.append(f"{printable(tensor['name']):<40} {shape:<20} {tensor['type']:<8} {size(tensor['bytes']):>12}")
+    return lines

@@ -1,0 +1,90 @@
+"""Opening a model for a command, and streaming a reply from it, both with progress shown."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import localrun
+from cli.options import BackendChoice, DeviceChoice
+from cli.output import note, progress_bar
+from localrun.bundled import model_path
+
+if TYPE_CHECKING:
+    from localrun.engine import Engine
+    from localrun.sampling import Sampling
+    from localrun.session import Session
+
+
+def open_model(
+    model: str | None,
+    device: DeviceChoice,
+    threads: int | None,
+    ctx: int | None,
+    backend: BackendChoice,
+    verbose: bool = False,
+) -> "Engine":
+    """The loaded model; with verbose, what runs where on stderr."""
+    path = model_path(model)
+    started = time.perf_counter()
+    with progress_bar() as report:
+        engine = localrun.load(
+            path,
+            device=device.value,
+            threads=threads,
+            ctx=ctx,
+            backend=backend.value,
+            progress=report,
+            notice=note,
+        )
+    if verbose:
+        facts = ", ".join(f"{name} {value}" for name, value in engine.describe().items())
+        note(f"loaded in {time.perf_counter() - started:.1f} s: {facts}")
+    return engine
+
+
+def sampling_for(engine: "Engine", given: dict[str, Any]) -> "Sampling":
+    """The sampling the model recommends, with what the user gave in its place."""
+    return replace(localrun.Sampling.recommended(engine.file.metadata), **given)
+
+
+def given_sampling(**options: Any) -> dict[str, Any]:
+    """The sampling options the user gave. Raises LocalrunError on a wrong one, before anything is loaded."""
+    given = {name: value for name, value in options.items() if value is not None}
+    localrun.Sampling(**given)
+    return given
+
+
+def max_tokens(n: int) -> int | None:
+    """-n as the engine takes it: None for -1, which is until the end."""
+    if n < -1 or n == 0:
+        raise localrun.LocalrunError(f"-n {n}; expected 1 or more, or -1 for until the end")
+    return None if n == -1 else n
+
+
+def stream(
+    session: "Session",
+    ids: Sequence[int],
+    sampling: "Sampling",
+    limit: int | None,
+    stop: Sequence[str],
+    between: Callable[[], None] = lambda: None,
+) -> Iterator[str]:
+    """The reply in pieces, with a progress bar while the prompt is read; closing it early ends the reply.
+
+    between is called between the steps of reading the prompt; what it raises ends the reply.
+    """
+    with progress_bar() as report:
+
+        def read(done: int, total: int) -> None:
+            between()
+            if report is not None:
+                report(done, total, "Reading the prompt")
+
+        pieces = session.reply(ids, sampling, max_tokens=limit, stop=list(stop), progress=read)
+        first = next(pieces, "")
+    try:
+        yield first
+        yield from pieces
+    finally:
+        pieces.close()

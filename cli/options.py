@@ -1,0 +1,83 @@
+"""The arguments and options that commands share, declared once. localrun, which uses the values, checks them."""
+
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+
+class DeviceChoice(str, Enum):
+    """Where to compute."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class BackendChoice(str, Enum):
+    """Whose code computes."""
+
+    auto = "auto"
+    native = "native"
+    llama_cpp = "llama.cpp"
+
+
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="A GGUF file, the first part of a split one, or a bundled model's name (smollm2, the default).",
+        show_default=False,
+    ),
+]
+Device = Annotated[DeviceChoice, typer.Option("--device", help="Where to compute.")]
+Threads = Annotated[
+    int | None,
+    typer.Option("-t", "--threads", help="Worker threads; one a physical core if not given.", show_default=False),
+]
+Ctx = Annotated[
+    int | None,
+    typer.Option("-c", "--ctx", help="Tokens of context; 8192 or the model's own if not given.", show_default=False),
+]
+Backend = Annotated[BackendChoice, typer.Option("--backend", help="Whose code computes.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say on stderr what runs where, and how fast.")]
+
+NTokens = Annotated[int, typer.Option("-n", "--n-tokens", help="Tokens to generate; -1 until the end.")]
+System = Annotated[
+    str | None,
+    typer.Option("--system", metavar="TEXT", help="The system message.", show_default=False),
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option("--stop", metavar="TEXT", help="End the reply before this text; may be repeated.", show_default=False),
+]
+_UNSET = "the model's own if it names one"
+Temperature = Annotated[
+    float | None,
+    typer.Option("--temp", help=f"Temperature, 0 for the likeliest token; {_UNSET}, or 0.8.", show_default=False),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option("--top-k", help=f"Keep the k likeliest tokens, 0 for all; {_UNSET}, or 40.", show_default=False),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option("--top-p", help=f"Keep the likeliest that reach this sum; {_UNSET}, or 0.95.", show_default=False),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option("--min-p", help=f"Drop those below this part of the best; {_UNSET}, or 0.05.", show_default=False),
+]
+RepeatPenalty = Annotated[
+    float | None,
+    typer.Option("--repeat-penalty", help=f"Weaken recent tokens, 1 for no; {_UNSET}, or 1.0.", show_default=False),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", help="For the same reply again; drawn if not given.", show_default=False),
+]
+File = Annotated[
+    str | None,
+    typer.Option("-f", "--file", metavar="FILE", help="Read it from a file, - for stdin.", show_default=False),
+]

@@ -1,0 +1,158 @@
+"""The chat's loop and its commands."""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from cli.conversation import Conversation
+from cli.generate import timing_line
+from cli.lines import Lines, Message, read_message
+from cli.model import max_tokens
+from cli.output import note, printable, size, write
+from cli.text import read_text
+from localrun.errors import ContextFullError, LocalrunError
+
+_NAMES = {"temp": "temperature", "n": "n", "num_predict": "n"}  # names that users know from llama-cli and ollama
+
+
+class Repl:
+    """Reads messages and commands until the end of input or /exit."""
+
+    def __init__(self, conversation: Conversation, lines: Lines) -> None:
+        self._conversation = conversation
+        self._lines = lines
+        self._commands: dict[str, tuple[str, Callable[[str], None]]] = {
+            "/help": ("this list", self._help),
+            "/exit": ("end, as Ctrl-D and /bye do", lambda _: None),
+            "/bye": ("end", lambda _: None),
+            "/clear": ("forget the conversation, keep the system message", self._clear),
+            "/regen": ("generate the last reply again", self._regenerate),
+            "/system": ('TEXT: set the system message; "" for none; without TEXT show it', self._system),
+            "/set": ("NAME VALUE: temp, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed, n", self._set),
+            "/show": ("what runs, the settings and the messages", self._show),
+            "/save": ("FILE: save messages and cache", self._save),
+            "/load": ("FILE: go on with a saved conversation", self._load),
+            "/read": ("FILE: put the text of a file before the next message", self._read),
+            "/stats": ("tokens and speed of the last reply", self._stats),
+        }
+
+    def run(self) -> None:
+        """The loop. An error in a turn is a line on stderr, and the chat goes on."""
+        while True:
+            try:
+                message = read_message(self._lines)
+            except KeyboardInterrupt:
+                note("Ctrl-D or /exit ends the chat")
+                continue
+            if message is None or (message.is_command and message.text in ("/exit", "/bye")):
+                return
+            try:
+                self._handle(message)
+            except ContextFullError as error:
+                note(f"{error}; /clear starts afresh")
+            except LocalrunError as error:
+                note(" ".join(str(error).split()))
+
+    def _handle(self, message: Message) -> None:
+        if message.is_command:
+            name, _, rest = message.text.partition(" ")
+            if name not in self._commands:
+                raise LocalrunError(f'unknown command {printable(name)}; /help lists them, """ starts a text with a /')
+            self._commands[name][1](rest.strip())
+        elif message.text.strip():
+            self._answer(lambda: self._conversation.say(message.text, write))
+
+    def _answer(self, reply: Callable[[], bool]) -> None:
+        """Has a reply written, and says what there is to say about it."""
+        complete = reply()
+        write("\n")
+        session = self._conversation.session
+        if not complete:
+            note("stopped" if session.reply_ids else "stopped before the reply began; the message is forgotten")
+        elif not session.reply_ids:
+            note("the reply is empty; the message is forgotten")
+        elif session.finish_reason == "context":
+            note(f"the context of {session.engine.ctx} tokens is full; /clear starts afresh")
+        elif session.finish_reason == "length":
+            note(f"the reply reached {self._conversation.limit} tokens; /set n -1 lifts the limit")
+        print(timing_line(session), file=sys.stderr, flush=True)
+
+    def _help(self, _rest: str) -> None:
+        for name, (text, _) in self._commands.items():
+            print(f"{name:<8} {text}", file=sys.stderr)
+        print('A line that ends in \\ goes on; """ starts and ends a text of several lines.', file=sys.stderr)
+        print("Ctrl-C stops a reply, Ctrl-D ends the chat.", file=sys.stderr)
+
+    def _clear(self, _rest: str) -> None:
+        self._conversation.clear()
+        note("the conversation is forgotten")
+
+    def _regenerate(self, _rest: str) -> None:
+        self._answer(lambda: self._conversation.regenerate(write))
+
+    def _system(self, rest: str) -> None:
+        if rest:
+            self._conversation.system = None if rest == '""' else rest
+        note(f"system message: {self._conversation.system or 'none'}")
+
+    def _set(self, rest: str) -> None:
+        name, _, value = rest.partition(" ")
+        if name == "system":
+            self._system(value)
+            return
+        if name:
+            self._change(_NAMES.get(name, name), value.strip())
+        note(self._settings())
+
+    def _change(self, name: str, value: str) -> None:
+        sampling = self._conversation.sampling
+        if name != "n" and not hasattr(sampling, name):
+            raise LocalrunError(f"unknown setting {printable(name)}; there are {self._settings()}")
+        kind = float if name in ("temperature", "top_p", "min_p", "repeat_penalty") else int
+        try:
+            number = kind(value)
+        except ValueError:
+            raise LocalrunError(f"{name} is {printable(value)!r}; expected a number") from None
+        if name == "n":
+            self._conversation.limit = max_tokens(int(number))
+        else:
+            self._conversation.sampling = dataclasses.replace(sampling, **{name: number})
+
+    def _settings(self) -> str:
+        settings = {"n": self._conversation.limit or -1} | dataclasses.asdict(self._conversation.sampling)
+        return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+    def _show(self, _rest: str) -> None:
+        conversation = self._conversation
+        lines = [f"{name}: {value}" for name, value in conversation.engine.describe().items()]
+        lines += [f"settings: {self._settings()}", f"system: {conversation.system or 'none'}"]
+        lines += [f"{message['role']}: {message['content']}" for message in conversation.messages]
+        print("\n".join(lines), file=sys.stderr)
+
+    def _save(self, rest: str) -> None:
+        self._conversation.save(_path(rest, "/save"))
+        note(f"saved {len(self._conversation.messages)} messages and {len(self._conversation.session.ids)} tokens")
+
+    def _load(self, rest: str) -> None:
+        problem = self._conversation.load(_path(rest, "/load"))
+        cached = f"without their cache ({problem})" if problem else f"and {len(self._conversation.session.ids)} tokens"
+        note(f"loaded {len(self._conversation.messages)} messages {cached}")
+
+    def _read(self, rest: str) -> None:
+        text = read_text(str(_path(rest, "/read")))
+        self._conversation.carried += text + "\n"
+        note(f"read {len(text)} characters; they go before the next message")
+
+    def _stats(self, _rest: str) -> None:
+        session = self._conversation.session
+        print(timing_line(session), file=sys.stderr)
+        config = session.engine.config
+        cache = f", {size(len(session.ids) * config.kv_bytes_per_token)}" if config else ""
+        note(f"the context holds {len(session.ids)} of {session.engine.ctx} tokens{cache}")
+
+
+def _path(rest: str, command: str) -> Path:
+    if not rest:
+        raise LocalrunError(f"{command} needs a file name")
+    return Path(rest).expanduser()

@@ -1,0 +1,420 @@
+"""The command line: options, exit codes, one-line errors, what goes to stdout and what to stderr."""
+
+import inspect as python_inspect
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import typer.main
+from fake_engine import Engine, feed, install
+from typer.testing import CliRunner
+
+import localrun
+from cli.main import app, run
+from cli.output import printable, size
+from localrun.bundled import model_path
+
+HEAVY = ("torch", "numba", "llvmlite", "llama_cpp", "gguf", "numpy", "jinja2", "rich.console", "prompt_toolkit")
+
+SAMPLING = ["--temp", "--top-k", "--top-p", "--min-p", "--repeat-penalty", "--seed"]
+RUNTIME = ["--device", "-t", "--threads", "-c", "--ctx", "--backend"]
+OPTIONS = {
+    "chat": [
+        *["-n", "--n-tokens", "--system", "--stop", *SAMPLING, *RUNTIME],
+        *["-v", "--verbose"],
+    ],
+    "generate": [
+        *["-p", "--prompt", "-f", "--file", "-n", "--n-tokens", "--raw", "--system", "--stop", *SAMPLING, *RUNTIME],
+        *["--json", "-v", "--verbose"],
+    ],
+    "inspect": ["--json"],
+    "perplexity": [
+        *["-f", "--file", "-c", "--ctx", "--chunks", "--device", "-t", "--threads", "--backend"],
+        *["--json", "-v", "--verbose"],
+    ],
+}
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    return install(monkeypatch)
+
+
+def command(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cli.main", *args], capture_output=True, text=True, timeout=300, **options
+    )
+
+
+# --- the frame
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_options_are_these(name: str) -> None:
+    """A changed option is a changed interface: scripts of users rely on them."""
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert sorted(commands) == sorted(OPTIONS)
+    found = [option for parameter in commands[name].params for option in parameter.opts if option.startswith("-")]
+    assert found == OPTIONS[name]
+
+
+@pytest.mark.parametrize("args", [["--help"], ["-h"], ["chat", "--help"], ["generate", "-h"], ["inspect", "-h"]])
+def test_help(args: list[str]) -> None:
+    result = CliRunner().invoke(app, args)
+    assert result.exit_code == 0
+    assert "Usage:" in result.output
+
+
+def test_help_is_quick_and_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, cli.main\n"
+        "try: cli.main.main()\n"
+        f"finally: print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    )
+    best = float("inf")
+    for _ in range(3):
+        start = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
+        best = min(best, time.monotonic() - start)
+        assert (done.returncode, done.stderr) == (0, "[]\n")
+    assert best < 0.5  # 0.08 s on an idle machine of 2026; the limit users were promised
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"localrun {localrun.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["nosuch"],
+        ["generate", "--nosuch"],
+        ["generate", "-p", "a", "-f", "b"],
+        ["generate", "-p", "a", "--raw", "--system", "b"],
+        ["generate", "-p", "a", "--device", "tpu"],
+        ["generate", "-p", "a", "-n", "many"],
+        ["perplexity"],
+    ],
+)
+def test_usage_errors_are_2(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(args) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "Error:" in err and "Traceback" not in err
+
+
+# --- generate
+
+
+def test_generate_streams_the_reply_to_stdout(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", "-p", "Is all well?"]) == 0
+    assert capsys.readouterr() == ("Aye, all is well.\n", "")
+    assert engine.loaded_with["path"] == model_path(None)
+
+
+def test_generate_passes_its_options_on(engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "m.gguf").touch()
+    options = ["-t", "3", "-c", "77", "--device", "cpu", "--backend", "llama.cpp"]
+    assert run(["generate", str(tmp_path / "m.gguf"), "-p", "x", *options]) == 0
+    found = {name: engine.loaded_with[name] for name in ("path", "threads", "ctx", "device", "backend")}
+    assert found == {
+        "path": tmp_path / "m.gguf",
+        "threads": 3,
+        "ctx": 77,
+        "device": "cpu",
+        "backend": "llama.cpp",
+    }
+
+
+def test_generate_json(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", "-p", "Well?", "--json", "--temp", "0.5", "--seed", "7", "--system", "Be brief."]) == 0
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    prompt = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWell?<|im_end|>\n<|im_start|>assistant\n"
+    assert document["text"] == "Aye, all is well." and err == ""
+    assert document["ids"] == list(b"Aye, all is well.")
+    assert (document["prompt_tokens"], document["generated_tokens"]) == (len(prompt), 17)
+    assert (document["finish_reason"], document["model"], document["backend"]) == ("stop", "fake", "native")
+    assert document["sampling"] == {
+        "temperature": 0.5,
+        "top_k": 40,
+        "top_p": 0.95,
+        "min_p": 0.05,
+        "repeat_penalty": 1.0,
+        "repeat_last_n": 64,
+        "seed": 7,
+    }
+    assert set(document["timings"]) == {
+        "load_s",
+        "prompt_s",
+        "prompt_tokens_per_s",
+        "generate_s",
+        "generated_tokens_per_s",
+    }
+
+
+def test_a_seed_is_drawn_and_told(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    seeds = set()
+    for _ in range(3):
+        assert run(["generate", "-p", "x", "--json"]) == 0
+        seeds.add(json.loads(capsys.readouterr().out)["sampling"]["seed"])
+    assert len(seeds) == 3
+
+
+@pytest.mark.parametrize(
+    ("args", "text", "reason"),
+    [
+        (["-n", "3"], "Aye", "length"),
+        (["-n", "-1"], "Aye, all is well.", "stop"),
+        (["--stop", "is", "--stop", ", a"], "Aye", "stop"),
+    ],
+)
+def test_generate_ends(
+    engine: Engine, args: list[str], text: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["generate", "-p", "x", "--json", *args]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["text"], document["finish_reason"]) == (text, reason)
+
+
+def test_generate_raw_continues_the_text(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", "-p", "abc", "--raw", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["prompt_tokens"] == 3
+
+
+def test_generate_without_a_template_says_so(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    engine.template = None
+    assert run(["generate", "-p", "abc"]) == 0
+    assert "has no chat template" in capsys.readouterr().err
+    assert run(["generate", "-p", "abc", "--system", "x"]) == 1
+    assert "--system has no place" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("args", [[], ["-f", "-"]])
+def test_generate_reads_a_pipe(
+    engine: Engine, args: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    feed(monkeypatch, "abc\n")
+    assert run(["generate", "--raw", "--json", *args]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt_tokens"] == 3  # the one newline at the end is not the prompt's
+
+
+def test_generate_reads_a_file(engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "p.txt").write_text("é\n\n", encoding="utf-8")
+    assert run(["generate", "-f", str(tmp_path / "p.txt"), "--raw", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt_tokens"] == 3
+
+
+def test_generate_fills_the_context(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    engine.ctx, engine.model.reply = 70, "y" * 500
+    assert run(["generate", "-p", "x", "-n", "-1"]) == 0
+    out, err = capsys.readouterr()
+    assert 0 < len(out) < 70 and err == "localrun: the context of 70 tokens is full\n"
+
+
+def test_generate_verbose(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", "-p", "x", "-v"]) == 0
+    err = capsys.readouterr().err
+    assert "localrun: loaded in" in err and "backend native" in err
+    assert "[ prompt 51 tokens" in err and "reply 17 tokens" in err
+
+
+ERRORS = {
+    "empty prompt": (["generate", "-p", ""], "the prompt is empty"),
+    "empty pipe": (["generate"], "the prompt is empty"),
+    "no such file": (["generate", "-f", "/no/such"], "/no/such: cannot be read: No such file or directory"),
+    "a directory": (["generate", "-f", "/"], "/: cannot be read: Is a directory"),
+    "no such model": (["generate", "none.gguf", "-p", "x"], "none.gguf: no such file"),
+    "-n 0": (["generate", "-p", "x", "-n", "0"], "-n 0; expected 1 or more"),
+    "-n -2": (["chat", "-n", "-2"], "-n -2; expected 1 or more"),
+    "temperature": (["generate", "-p", "x", "--temp", "-1"], "temperature is -1.0; expected 0 or more"),
+    "NaN": (["chat", "--temp", "nan"], "temperature is nan"),
+    "top-p": (["generate", "-p", "x", "--top-p", "1.5"], "top_p is 1.5"),
+    "argument": (["generate", "-p", "\udcff"], "the prompt: is not UTF-8 text: byte 0xff at 0"),
+    "long prompt": (["generate", "-p", "x" * 2000], "prompt has 2050 tokens; the context holds 1000"),
+    "short text": (["perplexity", "-f", __file__, "-c", "100000"], "chunks of 100000 need at least 200000"),
+    "chunk of 0": (["perplexity", "-f", __file__, "-c", "0"], "chunks of 0 tokens"),
+    "no chunks": (["perplexity", "-f", __file__, "--chunks", "0"], "0 chunks"),
+    "no text": (["perplexity", "-f", "-"], "-: is empty"),
+    "not a model": (["inspect", __file__], "not a GGUF file"),
+}
+
+
+@pytest.mark.parametrize(("args", "message"), ERRORS.values(), ids=ERRORS.keys())
+def test_errors_are_one_line_and_1(
+    engine: Engine,
+    args: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    feed(monkeypatch, "")
+    assert run(args) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("localrun: ") and err.count("\n") == 1
+    assert message in err
+
+
+def test_a_file_that_is_not_utf_8(engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad").write_bytes(b"ok \xff")
+    for args in (["generate", "-f"], ["perplexity", "-f"]):
+        assert run([*args, str(tmp_path / "bad")]) == 1
+        assert "bad: is not UTF-8 text: byte 0xff at 3\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"), [(["-c", "0"], "a context of 0 tokens"), (["-c", "-5"], "-5"), (["-t", "0"], "0 threads")]
+)
+def test_errors_of_the_real_engine(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", "-p", "x", *args]) == 1
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def test_interrupted_is_130(engine: Engine) -> None:
+    def interrupt(_cache: Any) -> None:
+        raise KeyboardInterrupt
+
+    engine.model.before_step = interrupt
+    assert run(["generate", "-p", "x"]) == 130
+
+
+def test_quant_errors_are_caught_too(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    from quant.errors import QuantError
+
+    def fail(_cache: Any) -> None:
+        raise QuantError("no kernel\nfor this")
+
+    engine.model.before_step = fail
+    assert run(["generate", "-p", "x"]) == 1
+    assert capsys.readouterr().err == "localrun: no kernel for this\n"
+
+
+# --- real processes
+
+
+def test_module_run_and_one_line_error() -> None:
+    done = command("inspect", "/no/such.gguf")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert (
+        done.stderr == "localrun: /no/such.gguf: no such file, and no bundled model of that name (there is: smollm2)\n"
+    )
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cli.main", "inspect", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()  # before anything is written
+    assert process.stderr.read() == b""
+    assert process.wait() == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no device that is always full")
+def test_a_full_disk_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "cli.main", "inspect"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (1, "localrun: output: No space left on device\n")
+
+
+def test_closed_streams() -> None:
+    done = subprocess.run(["sh", "-c", f"exec {sys.executable} -m cli.main inspect <&- >&- 2>&-"])
+    assert done.returncode == 0
+
+
+def test_inspect_loads_no_engine() -> None:
+    code = (
+        "import sys, cli.main\n"
+        "cli.main.run(['inspect', '--json'])\n"
+        "print([n for n in ('torch', 'numba', 'llama_cpp') if n in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr == "[]\n"
+    assert json.loads(done.stdout)["parameters"] == 134_515_008
+
+
+# --- inspect and perplexity
+
+
+def test_inspect_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split() == ["parameters", "134,515,008"] for line in lines)
+    assert any(line.split() == ["KV", "cache", "23,040", "bytes", "a", "token"] for line in lines)
+    assert any(line.split() == ["Q4_1", "63.3", "MiB", "210", "5.000"] for line in lines)
+    assert sum(line.startswith("blk.") for line in lines) == 30 * 9
+
+
+def test_inspect_spells_out_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_name("evil\x1b[2J")
+    writer.add_tensor("t\x07", np.zeros(4, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert run(["inspect", str(tmp_path / "a.gguf")]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "\x07" not in out
+    assert "evil\\x1b[2J" in out and "t\\x07" in out
+
+
+def test_perplexity_prints_and_reports(engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "t.txt").write_text("A" * 40)  # raw text: after anything the fake says "A" for certain
+    assert run(["perplexity", "-f", str(tmp_path / "t.txt"), "-c", "8", "--chunks", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "perplexity 1.0000 +/- 0.00000 (2 chunks of 8 tokens)\n"
+    assert err == "localrun: 2 chunks, about 0 s left\n[1]1.0000,[2]1.0000\n"
+    assert run(["perplexity", "-f", str(tmp_path / "t.txt"), "-c", "8", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    expected = {"perplexity": 1.0, "error": 0.0, "chunk_tokens": 8, "chunks": 5, "tokens": 40, "counted_tokens": 15}
+    assert {name: document[name] for name in expected} == expected
+    assert document["running"] == [1.0] * 5
+
+
+def test_the_demo_model_twice_the_same() -> None:
+    """The main job, as the README has it."""
+    texts = [
+        json.loads(command("generate", "-p", "Write a sentence.", "--temp", "0", "-n", "12", "--json").stdout)["text"]
+        for _ in range(2)
+    ]
+    assert texts[0] == texts[1] and texts[0]
+
+
+# --- small things
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (5_000_000, "4.8 MiB"),
+        (2**30, "1.0 GiB"),
+        (2**43, "8192.0 GiB"),
+    ],
+)
+def test_size(n_bytes: int, text: str) -> None:
+    assert size(n_bytes) == text
+
+
+def test_printable() -> None:
+    assert printable("Größe 漢字") == "Größe 漢字"
+    assert printable("a\x1b[0m\n") == "a\\x1b[0m\\n"
+
+
+def test_every_command_documents_itself() -> None:
+    for registered in app.registered_commands:
+        assert python_inspect.getdoc(registered.callback)
