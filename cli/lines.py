@@ -82,7 +82,7 @@ def read_message(lines: Lines) -> Message | None:
     while line is not None and line.endswith("\\"):
         parts.append(line[:-1])
         line = lines.read(". ")
-    return Message("\n".join([*parts, line or ""]))
+    return Message("\n".join(parts if line is None else [*parts, line]))
 
 
 def _quoted(line: str | None, lines: Lines) -> str:
