@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -39,7 +40,10 @@ def _ask(path: str, ids: tuple[int, ...], n_greedy: int) -> np.ndarray:
     request = json.dumps({"path": path, "ids": ids, "n_greedy": n_greedy})
     with tempfile.NamedTemporaryFile(suffix=".npy") as answer:
         command = [sys.executable, __file__, answer.name]
-        done = subprocess.run(command, input=request, text=True, capture_output=True, timeout=_TIMEOUT_S, check=False)
+        environment = os.environ | {"GGML_NO_BACKTRACE": "1"}  # or gdb's pages push the assertion off the end
+        done = subprocess.run(
+            command, input=request, text=True, capture_output=True, timeout=_TIMEOUT_S, env=environment, check=False
+        )
         if done.returncode != 0:
             log = "\n".join(done.stderr.strip().splitlines()[-12:])
             raise OracleError(f"llama.cpp on {path} ended with {done.returncode}:\n{log}")
