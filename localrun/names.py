@@ -41,6 +41,13 @@ LAYER = {
     "mlp.shared_experts.gate_proj": "ffn_gate_shexp.weight",
     "mlp.shared_experts.up_proj": "ffn_up_shexp.weight",
     "mlp.shared_experts.down_proj": "ffn_down_shexp.weight",
+    # of layers for multi-token prediction
+    "eh_proj": "nextn.eh_proj.weight",
+    "enorm": "nextn.enorm.weight",
+    "hnorm": "nextn.hnorm.weight",
+    "embed_tokens": "nextn.embed_tokens.weight",
+    "shared_head.head": "nextn.shared_head_head.weight",
+    "shared_head.norm": "nextn.shared_head_norm.weight",
 }
 
 

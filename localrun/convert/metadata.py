@@ -1,0 +1,61 @@
+"""GGUF keys with their exact types, in order, to be written by gguf.GGUFWriter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gguf import GGUFValueType, GGUFWriter
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A value; item_type is that of an array's items."""
+
+    type: GGUFValueType
+    value: Any
+    item_type: GGUFValueType | None = None
+
+
+class Metadata:
+    """The keys of a file. The setters take a full key, or one that starts with a dot: that of the architecture."""
+
+    def __init__(self, architecture: str) -> None:
+        self.architecture = architecture
+        self.entries: dict[str, Entry] = {}
+        self.string("general.architecture", architecture)
+
+    def set(self, key: str, entry: Entry) -> None:
+        self.entries[self.architecture + key if key.startswith(".") else key] = entry
+
+    def u32(self, key: str, value: int) -> None:
+        self.set(key, Entry(GGUFValueType.UINT32, int(value)))
+
+    def i32(self, key: str, value: int) -> None:
+        self.set(key, Entry(GGUFValueType.INT32, int(value)))
+
+    def f32(self, key: str, value: float) -> None:
+        self.set(key, Entry(GGUFValueType.FLOAT32, float(value)))
+
+    def bool(self, key: str, value: bool) -> None:
+        self.set(key, Entry(GGUFValueType.BOOL, bool(value)))
+
+    def string(self, key: str, value: str) -> None:
+        self.set(key, Entry(GGUFValueType.STRING, value))
+
+    def array(self, key: str, item_type: GGUFValueType, items: Sequence[Any]) -> None:
+        """An array; one without items is left out, since the format's writers know none."""
+        if len(items):
+            self.set(key, Entry(GGUFValueType.ARRAY, items, item_type))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key, full or starting with a dot."""
+        entry = self.entries.get(self.architecture + key if key.startswith(".") else key)
+        return default if entry is None else entry.value
+
+    def write(self, writer: GGUFWriter) -> None:
+        """Add all keys to a writer that was made with the architecture."""
+        for key, entry in self.entries.items():
+            if key != "general.architecture":  # GGUFWriter adds it itself
+                writer.add_key_value(key, entry.value, entry.type, entry.item_type)

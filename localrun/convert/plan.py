@@ -1,0 +1,131 @@
+"""Decides all about a conversion before a weight is read: keys, tensors, types, files, units of work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gguf.utility import size_label
+
+import localrun
+from localrun.convert import architecture, gguf_source, vocabulary
+from localrun.convert.checkpoint import Checkpoint
+from localrun.convert.gguf_source import GGUFSource
+from localrun.convert.imatrix import Importances, read_imatrix
+from localrun.convert.layout import Layout, make_layout
+from localrun.convert.metadata import Metadata
+from localrun.convert.mixes import MIXES, Override, choose_types
+from localrun.convert.targets import Target, Unit, units
+
+UNIT_BYTES = 64 << 20  # as float32; some of these are in memory at a time
+QUANTIZATION_VERSION = 2  # ggml.h, GGML_QNT_VERSION
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user may choose.
+
+    Attributes:
+        mix: a key of mixes.MIXES.
+        overrides: types by name; the first that matches counts.
+        keep_mtp: whether layers for multi-token prediction go in.
+        imatrix: a file with importances.
+        split_max_bytes: the most a part's tensors may take; 0 for one file.
+        allow_requantize: pack anew what has been packed before.
+        pre: the pre-tokenizer's name, where it is not recognised.
+        unit_bytes: float32 bytes that are read, packed and written at once.
+    """
+
+    mix: str = "Q4_K_M"
+    overrides: Sequence[Override] = ()
+    keep_mtp: bool = True
+    imatrix: Path | None = None
+    split_max_bytes: int = 0
+    allow_requantize: bool = False
+    pre: str | None = None
+    unit_bytes: int = UNIT_BYTES
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion that can be carried out. types and layout.places go with targets."""
+
+    source: Checkpoint | GGUFSource
+    destination: Path
+    metadata: Metadata
+    targets: list[Target]
+    types: list[str]
+    layout: Layout
+    units: list[Unit]
+    importances: Importances | None
+    warnings: list[str]
+    fingerprint: str
+
+    @property
+    def n_weights(self) -> int:
+        return sum(target.n_weights for target in self.targets)
+
+    @property
+    def tensor_bytes(self) -> int:
+        return sum(place.n_bytes for place in self.layout.places)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.tensor_bytes / self.n_weights
+
+
+def make_plan(source_path: Path, destination: Path, options: Options) -> Plan:
+    """The plan for a checkpoint folder or a GGUF. Raises LocalrunError on anything that would go wrong later."""
+    source: Checkpoint | GGUFSource
+    if source_path.is_dir():
+        source = Checkpoint(source_path)
+        model = architecture.read_model(source, keep_mtp=options.keep_mtp)
+        model.warnings.extend(vocabulary.add_vocabulary(model.metadata, source, options.pre))
+        model.metadata.string("general.size_label", _size_label(model.targets))
+    else:
+        source = GGUFSource(source_path)
+        model = gguf_source.read_model(source, keep_mtp=options.keep_mtp)
+    importances = read_imatrix(options.imatrix, model.targets) if options.imatrix else None
+    types = choose_types(
+        model.targets, model.metadata, options.mix, options.overrides, has_imatrix=importances is not None
+    )
+    if isinstance(source, GGUFSource):
+        gguf_source.check_requantize(source, model.targets, types, options.allow_requantize)
+    model.metadata.u32("general.quantization_version", QUANTIZATION_VERSION)
+    model.metadata.u32("general.file_type", MIXES[options.mix][0])
+    layout = make_layout(destination, model.metadata, model.targets, types, options.split_max_bytes)
+    work = list(units(model.targets, options.unit_bytes))
+    fingerprint = _fingerprint(source, layout, options)
+    return Plan(
+        source,
+        destination,
+        model.metadata,
+        model.targets,
+        types,
+        layout,
+        work,
+        importances,
+        model.warnings,
+        fingerprint,
+    )
+
+
+def _size_label(targets: list[Target]) -> str:
+    """ "8x7B" or "1.2B", as llama.cpp's converter labels models."""
+    stacked = [target for target in targets if "_exps." in target.name]
+    experts = sum(target.n_weights // target.shape[0] for target in stacked)
+    total = sum(target.n_weights for target in targets)
+    shared = total - sum(target.n_weights for target in stacked)
+    return size_label(total, shared, experts, stacked[0].shape[0] if stacked else 0)
+
+
+def _fingerprint(source: Checkpoint | GGUFSource, layout: Layout, options: Options) -> str:
+    """Changes with anything that the bytes of the result depend on."""
+    files = [*source.files, *([options.imatrix] if options.imatrix else [])]
+    states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    headers = [hashlib.sha256(part.header).hexdigest() for part in layout.parts]
+    document = [localrun.__version__, states, headers, options.unit_bytes]
+    return hashlib.sha256(json.dumps(document).encode()).hexdigest()

@@ -1,0 +1,94 @@
+"""One safetensors file: which tensors it holds and where, checked before anything is read.
+
+Layout: u64 length of the header, the header as JSON, the data (https://github.com/huggingface/safetensors, README.md
+"Format" @v0.6). The data is read with plain reads: the safetensors library maps it, and the pages of a map count as
+this process's memory, which a converter of 700 GB models must keep bounded.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from localrun.convert.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}  # the dtypes that there are conversions for
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies; shape in NumPy order, offset in bytes from the start of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    path: Path
+    offset: int
+    n_bytes: int
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file by name. Raises CheckpointError, naming the file, if the file is not sound."""
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise CheckpointError(f"{path}: is not a safetensors file, or cut off: a header of {length} bytes")
+            header = _json_object(file.read(length), path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    header.pop("__metadata__", None)
+    tensors = {name: _tensor(name, entry, path, 8 + length) for name, entry in header.items()}
+    _check_extent(path, list(tensors.values()), 8 + length, size)
+    return tensors
+
+
+def _json_object(text: bytes, path: Path) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if len(set(names)) != len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise CheckpointError(f"{path}: tensor '{twice}' is there twice")
+        return dict(pairs)
+
+    try:
+        header = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{path}: the header is not JSON, expected a safetensors file") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: the header is no JSON object, expected a safetensors file")
+    return header
+
+
+def _tensor(name: str, entry: Any, path: Path, data_start: int) -> StoredTensor:
+    """The tensor that a header entry tells of, dtype and extent checked."""
+    try:
+        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        sound = all(isinstance(number, int) and number >= 0 for number in (*shape, start, end))
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise CheckpointError(f"{path}: tensor '{name}' has a broken header entry")
+    if dtype in DTYPE_BYTES and end - start != prod(shape) * DTYPE_BYTES[dtype]:
+        raise CheckpointError(f"{path}: tensor '{name}' has {end - start} bytes; expected {dtype} {list(shape)}")
+    return StoredTensor(name, shape, dtype, path, data_start + start, end - start)
+
+
+def _check_extent(path: Path, tensors: list[StoredTensor], data_start: int, size: int) -> None:
+    """The tensors lie one behind another and end where the file does, as the format demands."""
+    at = data_start
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.n_bytes)):
+        if tensor.offset != at:
+            raise CheckpointError(f"{path}: tensor '{tensor.name}' starts at byte {tensor.offset}; expected {at}")
+        at += tensor.n_bytes
+        if at > size:
+            raise CheckpointError(f"{path}: is cut off in tensor '{tensor.name}': {size} bytes; expected {at} or more")
+    if at != size:
+        raise CheckpointError(f"{path}: has {size} bytes; expected {at} from its header")
