@@ -52,10 +52,8 @@ def run(args: list[str]) -> int:
             app(args, prog_name="localrun")
         finally:
             sys.stdout.flush()  # so that a closed or full output shows here
-    except SystemExit as end:
+    except SystemExit as end:  # typer's, 2 and 130 too
         return end.code if isinstance(end.code, int) else 0
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone; nor tries the exit again
         return 1

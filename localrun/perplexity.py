@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULT_CHUNK = 512  # tokens; llama-perplexity's
 MIN_CHUNK = 4  # the least with a prediction in each half
+_MAX_LOSS = 700.0  # nats; a loss beyond it is a fault, and its exp is more than a float64 holds
 _ROWS = 32  # positions turned to float64 at a time: 33 MB of a 129,280-word vocabulary
 
 Progress = Callable[[int, int, float], None]
@@ -57,8 +58,8 @@ def perplexity(
     for index, chunk in enumerate(chunks):
         with np.errstate(invalid="ignore"):  # of infinite logits; reported below
             losses[index] = negative_log_probabilities(engine.logits(chunk)[first:-1], chunk[first + 1 :])
-        if not np.isfinite(losses[index]).all():
-            raise LocalrunError(f"chunk {index + 1} of {len(chunks)}: the model gives logits that are not numbers")
+        if not (losses[index] < _MAX_LOSS).all():  # nor NaN
+            raise LocalrunError(f"chunk {index + 1} of {len(chunks)}: the model gives logits that make no sense")
         running.append(math.exp(losses[: index + 1].mean()))
         if progress is not None:
             progress(index + 1, len(chunks), running[-1])
