@@ -49,7 +49,7 @@ def perplexity(
     Args:
         progress: called as progress(done, total, ppl) after each chunk.
 
-    Raises LocalrunError if there are fewer than 2 * n_ctx ids (llama.cpp's rule), or a logit is not a number.
+    Raises LocalrunError if there are fewer than 2 * n_ctx ids (llama.cpp's rule), or the logits make no sense.
     """
     chunks = _chunks(engine, ids, n_ctx, n_chunks)
     first = n_ctx // 2
