@@ -61,7 +61,7 @@ def load(
 
 
 class Engine:
-    """A model ready to run. Close it, or use it as a context manager.
+    """A model ready to run, for one thread at a time. Close it, or use it as a context manager.
 
     Attributes:
         file: the open GGUF file.
@@ -181,7 +181,8 @@ class Engine:
         self.check_ids(ids)
         cache = self.model.new_cache(len(ids), exact=True) if self.config else self.model.new_cache()
         chunks = [ids[start : start + PREFILL_CHUNK] for start in range(0, len(ids), PREFILL_CHUNK)]
-        return np.concatenate([self.model.forward(list(chunk), cache, all_logits=True) for chunk in chunks])
+        rows = [self.model.forward(list(chunk), cache, all_logits=True) for chunk in chunks]
+        return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
     def generate(
         self, ids: Sequence[int], sampling: Sampling | None = None, max_tokens: int | None = None

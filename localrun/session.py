@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -170,10 +170,12 @@ class Session:
 
 
 def fingerprint(engine: "Engine") -> str:
-    """A name for the model and backend that a saved cache is good for: the tensor table's hash."""
-    table = [(t.name, t.shape, t.type.name) for t in engine.file.tensors.values()]
-    facts: list[Any] = [engine.backend, engine.file.metadata.get("general.name"), engine.file.file_size, table]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    """A name for the model and backend that a saved cache is good for: a hash of all tensors' records and first bytes."""
+    digest = hashlib.sha256(engine.backend.encode())
+    for tensor in engine.file.tensors.values():
+        digest.update(f"{tensor.name} {tensor.shape} {tensor.type.name}".encode())
+        digest.update(tensor.data[:64].tobytes())
+    return digest.hexdigest()
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
