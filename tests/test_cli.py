@@ -312,8 +312,9 @@ def test_module_run_and_one_line_error() -> None:
 @pytest.mark.parametrize("args", [["--version"], ["inspect", "--json"]], ids=["short", "long"])
 def test_a_reader_that_goes_away_is_no_error(args: list[str]) -> None:
     """Short output meets the closed pipe when it is flushed at the end, long output while it is printed."""
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "cli.main", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "cli.main", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=buffered
     )
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()  # before anything is written
