@@ -135,6 +135,7 @@ class Session:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write tokens and cache to `path`, whole or not at all. Raises LocalrunError if it can't be written."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         path = Path(path)
@@ -143,9 +144,9 @@ class Session:
         try:
             save_file(self.engine.cache_tensors(self._cache), temporary, metadata)
             os.replace(temporary, path)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # a full disk, a missing folder
             temporary.unlink(missing_ok=True)
-            raise LocalrunError(f"{path}: cannot save the session: {error.strerror or error}") from None
+            raise LocalrunError(f"{path}: cannot save the session: {error}") from None
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Replace this session by a saved one. Raises LocalrunError if it is no session of this model."""
@@ -170,7 +171,7 @@ class Session:
 
 
 def fingerprint(engine: "Engine") -> str:
-    """A name for the model and backend that a saved cache is good for: a hash of all tensors' records and first bytes."""
+    """A name for the model and backend that a saved cache is good for: a hash over all tensors' first bytes."""
     digest = hashlib.sha256(engine.backend.encode())
     for tensor in engine.file.tensors.values():
         digest.update(f"{tensor.name} {tensor.shape} {tensor.type.name}".encode())
