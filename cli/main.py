@@ -11,6 +11,7 @@ import typer
 
 import localrun
 from cli.chat import chat
+from cli.convert import convert
 from cli.generate import generate
 from cli.inspect import inspect
 from cli.perplexity import perplexity
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (chat, generate, inspect, perplexity):
+for command in (chat, generate, inspect, perplexity, convert):
     app.command()(command)
 
 

@@ -35,6 +35,10 @@ OPTIONS = {
         *["--json", "-v", "--verbose"],
     ],
     "inspect": ["--json"],
+    "convert": [
+        *["--type", "--tensor-type", "--no-mtp", "--imatrix", "--pre", "--resume", "--force", "--dry-run"],
+        *["--split-max-size", "--allow-requantize", "-t", "--threads", "--json"],
+    ],
     "perplexity": [
         *["-f", "--file", "-c", "--ctx", "--chunks", "--device", "-t", "--threads", "--backend"],
         *["--json", "-v", "--verbose"],

@@ -99,6 +99,7 @@ def _run(plan: Plan, output: Output, threads: int, progress: Callable[[Progress]
     finally:
         output.close()
         pool.close()
+        plan.source.close()
 
 
 class _Pipeline:

@@ -1,0 +1,124 @@
+"""Checkpoint folders of tiny random models, made and evaluated by transformers: the oracle for the converter.
+
+Weights are scaled so that activations stay near 1 and attention, router and experts all matter to the logits.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+DEEPSEEK = {
+    "vocab_size": 320,
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "moe_intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "kv_lora_rank": 64,
+    "q_lora_rank": 48,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 1024,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 40.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 256,
+}
+V3 = DEEPSEEK | {"n_group": 4, "topk_group": 2, "rope_parameters": YARN}
+# llama.cpp tells models without q_lora_rank by their 27 layers, hence so deep and narrow.
+LITE = DEEPSEEK | {"num_hidden_layers": 27, "q_lora_rank": None, "hidden_size": 64, "n_shared_experts": 2}
+LLAMA = {
+    "vocab_size": 320,
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 1024,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+PROMPT = [3, 17, 200, 5, 9, 80, 41, 7, 7, 250, 11, 13, 319, 0, 64, 128]
+
+
+def make(kind: str, config: dict[str, Any], seed: int = 0) -> torch.nn.Module:
+    """A model of transformers' class (DeepseekV3, DeepseekV2 or Llama), random weights in float32."""
+    import transformers
+
+    settings = getattr(transformers, f"{kind}Config")(**config, attn_implementation="eager")
+    model = getattr(transformers, f"{kind}ForCausalLM")(settings).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            values = torch.randn(tensor.shape, generator=generator)
+            if "norm" in name:
+                tensor.copy_(1 + 0.1 * values)
+            elif name.endswith("e_score_correction_bias"):
+                tensor.copy_(0.1 * values)
+            else:
+                tensor.copy_(values * (1.0 if "embed" in name else 1.2 / tensor.shape[-1] ** 0.5))
+    return model
+
+
+def save(model: torch.nn.Module, folder: Path, **options: Any) -> Path:
+    """The folder, as save_pretrained writes it."""
+    model.save_pretrained(folder, **options)
+    return folder
+
+
+def logits(model: torch.nn.Module, ids: list[int] = PROMPT) -> np.ndarray:
+    """float32 (T, vocab)."""
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0].numpy()
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Set keys of config.json; None removes one."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def edit_tensors(folder: Path, change: Any, file: str = "model.safetensors") -> None:
+    """Let change() edit the dict of a shard's tensors in place."""
+    tensors = load_file(folder / file)
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / file)
+
+
+def to_fp8(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(FP8 weight, scale_inv a block, what they stand for), blocks at the edges trimmed."""
+    rows, cols = weight.shape
+    scale = torch.empty(-(-rows // block[0]), -(-cols // block[1]))
+    quantized, meant = torch.empty(weight.shape, dtype=torch.float8_e4m3fn), torch.empty_like(weight)
+    for i in range(scale.shape[0]):
+        for j in range(scale.shape[1]):
+            place = np.s_[i * block[0] : (i + 1) * block[0], j * block[1] : (j + 1) * block[1]]
+            scale[i, j] = weight[place].abs().max() / 448
+            quantized[place] = (weight[place] / scale[i, j]).to(torch.float8_e4m3fn)
+            meant[place] = quantized[place].float() * scale[i, j]
+    return quantized, scale, meant

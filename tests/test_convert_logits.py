@@ -1,0 +1,169 @@
+"""Converted models against transformers, which made them, and llama.cpp, which must load and agree.
+
+Tolerances are fractions of the logit range. 1e-5: float32 summation in another order gives up to 1e-6 here; a wrong
+permutation, split or key moves the logits by over 1e-2.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import hf_checkpoints as hf
+import llama_cpp_oracle
+import numpy as np
+import pytest
+import torch
+
+import localrun
+from localrun.convert import Options, convert, make_plan
+
+TOLERANCE = 1e-5
+PROJECTIONS = ("_proj.weight", "kv_a_proj_with_mqa.weight")
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "v3": ("DeepseekV3", hf.V3),
+    "v3-no-groups": ("DeepseekV3", hf.DEEPSEEK | {"n_group": 1, "topk_group": 1, "norm_topk_prob": False}),
+    "v2": ("DeepseekV2", hf.DEEPSEEK | {"routed_scaling_factor": 2.0}),
+    "v2-lite": ("DeepseekV2", hf.LITE),
+    "moonlight": ("DeepseekV3", hf.LITE | {"n_group": 1, "topk_group": 1}),
+    "v3-tied": ("DeepseekV3", hf.V3 | {"tie_word_embeddings": True}),
+    "llama": ("Llama", hf.LLAMA),
+    "llama-tied": ("Llama", hf.LLAMA | {"tie_word_embeddings": True}),
+    "llama3-rope": ("Llama", hf.LLAMA | {"rope_parameters": hf.LLAMA3_ROPE}),
+    "llama-linear": (
+        "Llama",
+        hf.LLAMA | {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    ),
+}
+
+
+def error(found: np.ndarray, expected: np.ndarray) -> float:
+    assert found.shape == expected.shape
+    return float(np.abs(found - expected).max() / np.ptp(expected))
+
+
+def converted(folder: Path, **options: Any) -> Path:
+    path = folder.with_suffix(".gguf")
+    convert(make_plan(folder, path, Options(**({"mix": "F32"} | options))))
+    return path
+
+
+def ours(path: Path) -> np.ndarray:
+    with localrun.load(path, device="cpu", threads=1, ctx=64, backend="native") as model:
+        return model.logits(hf.PROMPT)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_transformers_and_llama_cpps(name: str, tmp_path: Path) -> None:
+    kind, config = MODELS[name]
+    model = hf.make(kind, config)
+    path = converted(hf.save(model, tmp_path / "model"))
+    expected = hf.logits(model)
+    assert error(ours(path), expected) < TOLERANCE
+    assert error(llama_cpp_oracle.logits(path, hf.PROMPT), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("block", [(32, 32), (40, 56), (128, 128)], ids=str)
+def test_an_fp8_checkpoint_means_its_dequantised_weights(block: tuple[int, int], tmp_path: Path) -> None:
+    """Most block sizes here divide no shape: 96, 160, 112 and 48 rows; 96, 64 and 48 columns."""
+    model = hf.make("DeepseekV3", hf.V3)
+    folder = hf.save(model, tmp_path / "model")
+    meant: dict[str, torch.Tensor] = {}
+
+    def pack(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(PROJECTIONS)]:
+            tensors[name], tensors[name + "_scale_inv"], meant[name] = hf.to_fp8(tensors[name], block)
+
+    hf.edit_tensors(folder, pack)
+    hf.edit_config(folder, quantization_config={"quant_method": "fp8", "weight_block_size": list(block)})
+    reference = hf.save(model, tmp_path / "reference")
+    hf.edit_tensors(reference, lambda tensors: tensors.update(meant))
+    from transformers import DeepseekV3ForCausalLM
+
+    expected = hf.logits(DeepseekV3ForCausalLM.from_pretrained(reference, attn_implementation="eager").eval())
+    assert error(hf.logits(model), expected) > 1e-3  # or FP8 would have rounded nothing
+    path = converted(folder)
+    assert error(ours(path), expected) < TOLERANCE
+    assert error(llama_cpp_oracle.logits(path, hf.PROMPT), expected) < TOLERANCE
+
+
+def test_both_spellings_of_rope_settings_give_the_same_file(tmp_path: Path) -> None:
+    folder = hf.save(hf.make("DeepseekV3", hf.V3), tmp_path / "model")
+    new = converted(folder).read_bytes()
+    scaling = {key: value for key, value in hf.YARN.items() if key not in ("rope_type", "rope_theta")}
+    hf.edit_config(folder, rope_parameters=None, rope_theta=10000, rope_scaling=scaling | {"type": "yarn"})
+    (tmp_path / "model.gguf").unlink()
+    assert converted(folder).read_bytes() == new
+
+
+def add_mtp(folder: Path, index: int = 3) -> dict[str, torch.Tensor]:
+    """Give a checkpoint a layer for multi-token prediction, as DeepSeek-V3's: a copy of the last layer and its own."""
+    config, added = hf.V3, {}
+    generator = torch.Generator().manual_seed(1)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        last = f"model.layers.{index - 1}."
+        for name in [name for name in tensors if name.startswith(last)]:
+            added[f"model.layers.{index}." + name.removeprefix(last)] = tensors[name].clone()
+        hidden, vocab = config["hidden_size"], config["vocab_size"]
+        shapes = {"eh_proj": (hidden, 2 * hidden), "enorm": (hidden,), "hnorm": (hidden,)}
+        shapes |= {"embed_tokens": (vocab, hidden), "shared_head.head": (vocab, hidden), "shared_head.norm": (hidden,)}
+        for module, shape in shapes.items():
+            added[f"model.layers.{index}.{module}.weight"] = torch.randn(shape, generator=generator)
+        tensors.update(added)
+
+    hf.edit_tensors(folder, change)
+    return added
+
+
+def test_the_layer_for_multi_token_prediction_is_kept(tmp_path: Path) -> None:
+    model = hf.make("DeepseekV3", hf.V3)
+    folder = hf.save(model, tmp_path / "model")
+    added = add_mtp(folder)
+    path = converted(folder)
+    with localrun.gguf.open_gguf(path) as file:
+        assert file.u32("deepseek2.block_count") == 4
+        assert file.u32("deepseek2.nextn_predict_layers") == 1
+        for gguf_name, name in {
+            "blk.3.nextn.eh_proj.weight": "model.layers.3.eh_proj.weight",
+            "blk.3.nextn.shared_head_head.weight": "model.layers.3.shared_head.head.weight",
+            "blk.3.attn_q_a.weight": "model.layers.3.self_attn.q_a_proj.weight",
+        }.items():
+            stored = file.tensors[gguf_name]
+            assert np.array_equal(stored.data.view(np.float32).reshape(stored.shape), added[name].numpy())
+    assert error(ours(path), hf.logits(model)) < TOLERANCE
+    assert error(llama_cpp_oracle.logits(path, hf.PROMPT), hf.logits(model)) < TOLERANCE
+
+
+def test_the_layer_for_multi_token_prediction_can_be_left_out(tmp_path: Path) -> None:
+    folder = hf.save(hf.make("DeepseekV3", hf.V3), tmp_path / "model")
+    add_mtp(folder)
+    with localrun.gguf.open_gguf(converted(folder, keep_mtp=False)) as file:
+        assert file.u32("deepseek2.block_count") == 3
+        assert not file.has("deepseek2.nextn_predict_layers")
+        assert not [name for name in file.tensors if name.startswith("blk.3.")]
+
+
+def test_a_config_that_names_a_layer_the_shards_lack_is_warned_of(tmp_path: Path) -> None:
+    """transformers writes num_nextn_predict_layers: 1 but never such a layer."""
+    folder = hf.save(hf.make("DeepseekV3", hf.V3), tmp_path / "model")
+    assert json.loads((folder / "config.json").read_text())["num_nextn_predict_layers"] == 1
+    plan = make_plan(folder, tmp_path / "x.gguf", Options(mix="F32"))
+    assert "multi-token prediction" in plan.warnings[0]
+    assert plan.metadata.get(".block_count") == 3
+
+
+def test_shards_and_wider_types_give_the_same_tensors(tmp_path: Path) -> None:
+    """One BF16 file, the same in many shards, and the same as F32."""
+    model = hf.make("DeepseekV3", hf.V3).to(torch.bfloat16)
+    folders = [hf.save(model, tmp_path / "one"), hf.save(model, tmp_path / "wide")]
+    folders.append(hf.save(model, tmp_path / "shards", max_shard_size="200KB"))
+    assert len(list(folders[2].glob("*.safetensors"))) > 3
+    hf.edit_tensors(folders[1], lambda tensors: tensors.update({n: t.float() for n, t in tensors.items()}))
+    contents = []
+    for folder in folders:
+        with localrun.gguf.open_gguf(converted(folder)) as file:
+            contents.append({name: tensor.data.tobytes() for name, tensor in file.tensors.items()})
+    assert contents[0] == contents[1] == contents[2]

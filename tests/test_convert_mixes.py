@@ -1,0 +1,176 @@
+"""The type of every tensor, against what llama.cpp's own llama_model_quantize makes of the same F16 file."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import gguf
+import pytest
+import tiny_models
+
+from localrun.convert import Options, make_plan
+from localrun.convert.mixes import MIXES, choose_types, parse_mix, parse_override
+from localrun.convert.plan import Plan
+from localrun.errors import LocalrunError
+
+_SMALL = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 2,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 256,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "vocab_size": 64,
+    "n_routed_experts": 3,
+    "num_experts_per_tok": 2,
+}
+_SMALL_LLAMA = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "vocab_size": 64,
+}
+# 256-wide rows, 32-wide ones (expert down projections) that K-quants cannot take, and the rules' special numbers.
+MODELS = {
+    "deepseek": tiny_models.Deepseek2(**_SMALL),
+    "deepseek-wide-experts": tiny_models.Deepseek2(**_SMALL | {"moe_intermediate_size": 256, "num_hidden_layers": 9}),
+    "deepseek-8-experts": tiny_models.Deepseek2(**_SMALL | {"n_routed_experts": 8, "num_hidden_layers": 8}),
+    "deepseek-nextn": tiny_models.Deepseek2(**_SMALL | {"num_nextn_predict_layers": 1}),
+    "deepseek-legacy-kv-b": tiny_models.Deepseek2(**_SMALL | {"split_kv_b": False}),
+    "llama": tiny_models.Llama(**_SMALL_LLAMA),
+    "llama-mha-tied": tiny_models.Llama(**_SMALL_LLAMA | {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "llama-80-layers": tiny_models.Llama(**_SMALL_LLAMA | {"num_hidden_layers": 80, "intermediate_size": 256}),
+}
+QUANTIZED = [mix for mix, (_, type_) in MIXES.items() if type_ not in ("F32", "F16", "BF16")]
+MLA = re.compile(r"attn_[kv]_b\.weight$")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    folder = tmp_path_factory.mktemp("f16")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, model in MODELS.items():
+            patch.setitem(tiny_models.VARIANTS, name, model)
+        yield {name: tiny_models.tiny_model(folder / f"{name}.gguf", name, type="F16") for name in MODELS}
+
+
+# Run in a process of its own, whose log is ours to read: dry runs name the type of every tensor there.
+_DRY_RUN = """
+import ctypes, json, sys, llama_cpp, numpy as np
+path, ftypes, with_imatrix = json.loads(sys.argv[1])
+params = llama_cpp.llama_model_quantize_default_params()
+params.nthread, params.dry_run = 1, True
+if with_imatrix:  # of one tensor: the rules only look at whether there is one
+    weights = np.ones(256, np.float32)
+    entries = (llama_cpp.llama_model_imatrix_data * 2)()
+    entries[0].name, entries[0].size = b"output.weight", weights.size
+    entries[0].data = weights.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    params.imatrix = entries
+for params.ftype in ftypes:
+    print("NEXT", file=sys.stderr, flush=True)
+    if llama_cpp.llama_model_quantize(path.encode(), b"none.gguf", ctypes.byref(params)):
+        sys.exit(1)
+"""
+_LINE = re.compile(r"^\[ *\d+/ *\d+\] (\S+) .* type = *(\w+), size = .*?(?:\((\w+)\))?$", re.MULTILINE)
+
+
+def llama_cpp_types(source: Path, mixes: list[str], with_imatrix: bool = False) -> list[dict[str, str]]:
+    """Tensor -> type, for each mix."""
+    arguments = json.dumps([str(source), [MIXES[mix][0] for mix in mixes], with_imatrix])
+    done = subprocess.run([sys.executable, "-c", _DRY_RUN, arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    logs = done.stderr.split("NEXT\n")[1:]
+    found = [{name: (new or old).upper() for name, old, new in _LINE.findall(log)} for log in logs]
+    assert [len(types) for types in found] == [len(gguf.GGUFReader(source).tensors)] * len(mixes)
+    return found
+
+
+def plan_for(source: Path, folder: Path, mix: str = "Q4_K_M") -> Plan:
+    return make_plan(source, folder / "ours.gguf", Options(mix=mix))
+
+
+def types_of(plan: Plan, mix: str, *, has_imatrix: bool = False) -> dict[str, str]:
+    types = choose_types(plan.targets, plan.metadata, mix, has_imatrix=has_imatrix)
+    return {target.name: type_ for target, type_ in zip(plan.targets, types, strict=True)}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_types_are_llama_cpps_but_for_k_b_and_v_b(model: str, sources: dict[str, Path], tmp_path: Path) -> None:
+    plan = plan_for(sources[model], tmp_path)
+    for mix, theirs in zip(QUANTIZED, llama_cpp_types(sources[model], QUANTIZED), strict=True):
+        ours = types_of(plan, mix)
+        differing = {name for name in theirs if theirs[name] != ours[name]}
+        assert theirs.keys() == ours.keys()
+        assert {name for name in differing if not MLA.search(name)} == set(), mix
+        # The departure: small tensors that every position passes through stay at 8 bits.
+        assert {ours[name] for name in ours if MLA.search(name)} <= {"Q8_0"}
+
+
+def test_an_imatrix_changes_types_as_in_llama_cpp(sources: dict[str, Path], tmp_path: Path) -> None:
+    plan = plan_for(sources["llama"], tmp_path)
+    theirs = llama_cpp_types(sources["llama"], QUANTIZED, with_imatrix=True)
+    assert [types_of(plan, mix, has_imatrix=True) for mix in QUANTIZED] == theirs
+    changed = [mix for mix in QUANTIZED if types_of(plan, mix, has_imatrix=True) != types_of(plan, mix)]
+    assert changed == ["Q4_0", "Q5_0", "IQ4_NL"]
+
+
+@pytest.mark.parametrize("mix", ["F32", "F16", "BF16"])
+def test_plain_types_leave_vectors_and_routers_f32(mix: str, sources: dict[str, Path], tmp_path: Path) -> None:
+    plan = plan_for(sources["deepseek"], tmp_path)
+    for target, type_ in zip(plan.targets, choose_types(plan.targets, plan.metadata, mix), strict=True):
+        kept = len(target.shape) == 1 or "ffn_gate_inp" in target.name
+        assert type_ == ("F32" if kept else mix)
+
+
+def test_overrides_win_in_their_order(sources: dict[str, Path], tmp_path: Path) -> None:
+    plan = plan_for(sources["deepseek"], tmp_path)
+    overrides = [parse_override(r"blk\.1\.ffn_up_exps=q6_k"), parse_override(r"ffn_(up|gate)_exps=Q4_0")]
+    overrides.append(parse_override("attn_k_b=Q4_1"))
+    types = dict(
+        zip([t.name for t in plan.targets], choose_types(plan.targets, plan.metadata, "Q4_K_M", overrides), strict=True)
+    )
+    assert types["blk.1.ffn_up_exps.weight"] == "Q6_K"
+    assert types["blk.2.ffn_up_exps.weight"] == types["blk.1.ffn_gate_exps.weight"] == "Q4_0"
+    assert types["blk.2.attn_k_b.weight"] == "Q4_1"
+    assert types["blk.0.attn_norm.weight"] == "F32"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("x", "expected REGEX=TYPE"),
+        ("a=Q9_K", "expected REGEX=TYPE, TYPE one of"),
+        ("(=Q8_0", "no regular expression"),
+        ("nothing_like_that=Q8_0", "matches no tensor"),
+        ("down_exps=Q4_K", "rows of 'blk.1.ffn_down_exps.weight' are 32"),
+    ],
+)
+def test_a_wrong_override_is_refused(override: str, expected: str, sources: dict[str, Path], tmp_path: Path) -> None:
+    plan = plan_for(sources["deepseek"], tmp_path)
+    with pytest.raises(LocalrunError, match=re.escape(expected)):
+        choose_types(plan.targets, plan.metadata, "Q4_K_M", [parse_override(override)])
+
+
+def test_names_of_mixes() -> None:
+    assert parse_mix("q4_k_m") == "Q4_K_M"
+    assert parse_mix("Q4_K") == "Q4_K_M"
+    with pytest.raises(LocalrunError, match="unknown type 'Q9'; expected one of F32, F16"):
+        parse_mix("Q9")
+
+
+def test_the_file_type_is_llama_cpps_number() -> None:
+    names = {"F32": "ALL_F32"}
+    for mix, (number, _) in MIXES.items():
+        assert gguf.LlamaFileType[names.get(mix, f"MOSTLY_{mix}")] == number
