@@ -49,18 +49,17 @@ class Cache:
             for part, rows in enumerate(parts)
         }
 
-    def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take over what save() gave. Raises LocalrunError if it is not of this model or does not fit."""
-        length = tensors["0.0"].shape[0] if "0.0" in tensors else -1
+    def load(self, tensors: dict[str, torch.Tensor], length: int) -> None:
+        """Take over what save() gave for `length` tokens. Raises LocalrunError if it is something else, or too long."""
+        if length > self.capacity:
+            raise ContextFullError(f"the saved session has {length} tokens; the context holds {self.capacity}")
         expected = {
-            f"{layer}.{part}": (length, rows.shape[1])
+            f"{layer}.{part}": ((length, rows.shape[1]), rows.dtype)
             for layer, parts in enumerate(self._layers)
             for part, rows in enumerate(parts)
         }
-        if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != expected:
-            raise LocalrunError("the saved session belongs to another model")
-        if length > self.capacity:
-            raise ContextFullError(f"the saved session has {length} tokens; the context holds {self.capacity}")
+        if {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()} != expected:
+            raise LocalrunError(f"the saved session does not hold {length} tokens of this model")
         for layer, parts in enumerate(self._layers):
             for part, rows in enumerate(parts):
                 rows[:length] = tensors[f"{layer}.{part}"]

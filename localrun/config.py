@@ -4,6 +4,7 @@ Which variant of an architecture a file holds is decided by the tensors and keys
 count or a file name. Keys and their types: llama.cpp 3f545becc, src/llama-model.cpp and conversion/deepseek.py.
 """
 
+import math
 from dataclasses import dataclass
 
 from localrun.errors import GGUFError, UnsupportedModelError
@@ -116,7 +117,10 @@ class _Keys:
         return value
 
     def f32(self, name: str, *default):
-        return self._get(self.file.f32, name, default)
+        value = self._get(self.file.f32, name, default)
+        if not math.isfinite(value):
+            self.fail(name, value, "a finite number")
+        return value
 
     def bool(self, name: str, *default):
         return self._get(self.file.bool, name, default)
@@ -160,25 +164,28 @@ def _common(keys: _Keys) -> dict:
 
 
 def _read_rope_scaling(keys: _Keys) -> RopeScaling | None:
-    type_ = keys.string("rope.scaling.type", "none")
+    type_ = keys.string("rope.scaling.type", "linear")  # what llama.cpp takes where the file does not say
     factor = keys.f32("rope.scaling.factor", 1.0)
-    original = keys.u32("rope.scaling.original_context_length", 0)
+    original = keys.u32("rope.scaling.original_context_length", 0) or keys.u32("context_length")
     log_multiplier = keys.f32("rope.scaling.yarn_log_multiplier", 0.0)
     betas = keys.f32("rope.scaling.yarn_beta_fast", 32.0), keys.f32("rope.scaling.yarn_beta_slow", 1.0)
     for name in ("rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor", "rope.scaling.attn_factor"):
         if keys.f32(name, 1.0) != 1.0:
             raise UnsupportedModelError(f"{keys.file.path}: key '{keys.prefix}{name}' other than 1 is not native")
     keys.bool("rope.scaling.finetuned", False)
-    if type_ == "none":
-        return None
-    if type_ not in ("linear", "yarn"):
+    if type_ not in ("none", "linear", "yarn"):
         raise UnsupportedModelError(f"{keys.file.path}: rope scaling '{type_}' is not native")
     if not factor > 0:
         keys.fail("rope.scaling.factor", factor, "a positive number")
+    if type_ == "none" or (type_ == "linear" and factor == 1.0):
+        return None
     if type_ == "linear":
         return RopeScaling(type_, factor)
-    if original == 0:
-        original = max(1, int(keys.u32("context_length") / factor))
+    for name, beta in zip(("fast", "slow"), betas, strict=True):
+        if not beta > 0:
+            keys.fail(f"rope.scaling.yarn_beta_{name}", beta, "a positive number")
+    if not keys.f32("rope.freq_base", 10000.0) > 1:
+        keys.fail("rope.freq_base", keys.f32("rope.freq_base"), "more than 1 with yarn")
     # The key holds 0.1 * mscale_all_dim, a quirk that llama.cpp keeps for old files' sake.
     return RopeScaling(type_, factor, original, log_multiplier / 0.1 if log_multiplier else None, *betas)
 
@@ -234,6 +241,9 @@ def _read_deepseek2(keys: _Keys) -> Config:
     q_lora_rank = keys.u32("attention.q_lora_rank", 0)
     has_q_lora = "blk.0.attn_q_a.weight" in keys.file.tensors
     n_group = keys.u32("expert_group_count", 1) or 1
+    topk_group = keys.u32("expert_group_used_count", *([] if n_group > 1 else [1]))
+    if common["rope_scaling"] is not None and common["rope_scaling"].type == "linear":
+        raise UnsupportedModelError(f"{keys.file.path}: deepseek2 with linear rope scaling is not native")
     return Config(
         **common,
         num_hidden_layers=keys.u32("block_count") - n_nextn,
@@ -247,7 +257,7 @@ def _read_deepseek2(keys: _Keys) -> Config:
         num_experts_per_tok=keys.u32("expert_used_count"),
         moe_intermediate_size=keys.u32("expert_feed_forward_length"),
         n_group=n_group,
-        topk_group=keys.u32("expert_group_used_count") if n_group > 1 else keys.u32("expert_group_used_count", 1),
+        topk_group=topk_group if n_group > 1 else 1,
         scoring_func=_read_scoring(keys),
         norm_topk_prob=keys.bool("expert_weights_norm", False),
         routed_scaling_factor=keys.f32("expert_weights_scale", 1.0) or 1.0,  # 0 and absent mean no scaling
@@ -259,8 +269,10 @@ def _check(keys: _Keys, config: Config) -> None:
     c = config
     if c.num_hidden_layers < 1:
         keys.fail("nextn_predict_layers", c.num_nextn_predict_layers, "fewer than block_count")
-    if c.qk_rope_head_dim % 2:
-        keys.fail("rope.dimension_count", c.qk_rope_head_dim, "an even number")
+    if c.num_hidden_layers > len(keys.file.tensors):
+        keys.fail("block_count", c.num_hidden_layers, f"layers for the {len(keys.file.tensors)} tensors of the file")
+    if c.qk_rope_head_dim % 2 or not c.qk_rope_head_dim:
+        keys.fail("rope.dimension_count", c.qk_rope_head_dim, "an even number, 2 or more")
     if not c.rms_norm_eps >= 0:
         keys.fail("attention.layer_norm_rms_epsilon", c.rms_norm_eps, "not negative")
     if not c.rope_theta > 0:

@@ -129,17 +129,12 @@ class Engine:
         return ctx
 
     def _load_native(self, config: Config, progress: Progress | None) -> None:
-        import torch
-
         from localrun.model import Model
         from localrun.weights import Weights, prepare_kernels
         from quant.pool import Pool
 
-        # The workers of quant do the heavy part. torch's own threads would spin on the same cores between its small
-        # operations (measured: 3 times slower decoding, docs/lab-notes.md).
-        self._torch_threads = torch.get_num_threads()
-        torch.set_num_threads(1)
         prepare_kernels(self.file, progress)
+        _TorchThreads.hold()
         self._pool = Pool(self.threads)
         self.model = Model(config, Weights(self.file, self._pool))
 
@@ -160,9 +155,14 @@ class Engine:
 
         return cache.save() if self.config else {"state": torch.frombuffer(bytearray(cache.save()), dtype=torch.uint8)}
 
-    def restore_cache(self, cache: Any, tensors: dict[str, Any]) -> None:
-        """Fill a cache with what cache_tensors gave."""
-        cache.load(tensors if self.config else bytes(tensors["state"].numpy()))
+    def restore_cache(self, cache: Any, tensors: dict[str, Any], n_tokens: int) -> None:
+        """Fill a cache with what cache_tensors gave for n_tokens. Raises LocalrunError if it is something else."""
+        if self.config:
+            cache.load(tensors, n_tokens)
+            return
+        cache.load(tensors["state"].numpy().tobytes() if "state" in tensors else b"")
+        if cache.length != n_tokens:
+            raise LocalrunError(f"the saved session holds {cache.length} tokens; expected {n_tokens}")
 
     def check_ids(self, ids: Sequence[int]) -> None:
         """Raises LocalrunError unless there are ids and the model knows them all."""
@@ -214,10 +214,8 @@ class Engine:
     def close(self) -> None:
         """End the worker threads and free the file; sessions can't be used afterwards."""
         if self.config:
-            import torch
-
             self._pool.close()
-            torch.set_num_threads(self._torch_threads)
+            _TorchThreads.release()
         else:
             self.model.close()
         self.tokenizer.close()
@@ -228,3 +226,31 @@ class Engine:
 
     def __exit__(self, *exc_info) -> None:
         self.close()
+
+
+class _TorchThreads:
+    """One torch thread while any native engine is open: a setting of the whole process, so it is counted here.
+
+    The workers of quant do the heavy part. torch's own threads would spin on the same cores between its small
+    operations (measured: 3 times slower decoding, docs/lab-notes.md).
+    """
+
+    _holders = 0
+    _before = 1
+
+    @classmethod
+    def hold(cls) -> None:
+        import torch
+
+        if cls._holders == 0:
+            cls._before = torch.get_num_threads()
+            torch.set_num_threads(1)
+        cls._holders += 1
+
+    @classmethod
+    def release(cls) -> None:
+        import torch
+
+        cls._holders -= 1
+        if cls._holders == 0:
+            torch.set_num_threads(cls._before)

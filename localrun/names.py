@@ -4,6 +4,8 @@ Source: llama.cpp 3f545becc, gguf-py/gguf/tensor_mapping.py and conversion/deeps
 Letters: D hidden_size, H heads, C kv_lora_rank, R qk_rope_head_dim, E experts.
 """
 
+import re
+
 from localrun.config import Config
 from localrun.errors import GGUFError, UnsupportedModelError
 from localrun.gguf import GGUFFile
@@ -100,12 +102,8 @@ def expected_shapes(file: GGUFFile, config: Config) -> dict[str, tuple[int, ...]
 
 def _is_nextn(name: str, config: Config) -> bool:
     """Whether a tensor belongs to a multi-token-prediction layer, behind the last ordinary one."""
-    parts = name.split(".")
-    return (
-        parts[0] == "blk"
-        and parts[1].isdigit()
-        and 0 <= int(parts[1]) - config.num_hidden_layers < config.num_nextn_predict_layers
-    )
+    match = re.match(r"blk\.([0-9]+)\.", name)
+    return match is not None and 0 <= int(match[1]) - config.num_hidden_layers < config.num_nextn_predict_layers
 
 
 def _gqa(c: Config) -> dict[str, tuple[int, ...]]:

@@ -4,6 +4,7 @@ Order and defaults follow llama.cpp (common/common.h @3f545becc): repeat penalty
 filters look at probabilities before temperature, as there.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -67,8 +68,12 @@ class Sampling:
         settings = cls()
         for key, name in _RECOMMENDED.items():
             value = metadata.get(f"general.sampling.{key}")
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                settings = replace(settings, **{name: type(getattr(settings, name))(value)})
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            if not math.isfinite(value):
+                raise LocalrunError(f"key 'general.sampling.{key}' is {value}; expected a finite number")
+            value = max(0, value) if name == "top_k" else value  # llama.cpp reads -1 as all, too
+            settings = replace(settings, **{name: type(getattr(settings, name))(value)})
         return settings
 
 
@@ -84,8 +89,8 @@ class Sampler:
         """The next token's id, from float32 (vocab). Raises LocalrunError if a logit is not a number."""
         logits = self._penalised(logits.astype(np.float64))
         best = int(logits.argmax())
-        if np.isnan(logits[best]):
-            raise LocalrunError("the model's output is not a number: the file's weights are damaged")
+        if not np.isfinite(logits[best]):
+            raise LocalrunError("the model's output is not a finite number: the file's weights are damaged")
         token = best if self.sampling.temperature == 0 else self._draw(logits)
         self._seen.append(token)
         return token
@@ -107,7 +112,9 @@ class Sampler:
             n_kept = int(np.searchsorted(probabilities.cumsum(), s.top_p)) + 1
             ids, probabilities = ids[:n_kept], probabilities[:n_kept]
         ids = ids[probabilities >= s.min_p * probabilities[0]]
-        return int(self._random.choice(ids, p=_softmax(logits[ids] / s.temperature)))
+        with np.errstate(over="ignore"):  # next to no temperature: all but the best get -inf
+            scaled = (logits[ids] - logits[ids[0]]) / s.temperature
+        return int(self._random.choice(ids, p=_softmax(scaled)))
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

@@ -86,9 +86,10 @@ class Session:
         progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[int]:
         """Like reply, in token ids; an end token ends it and is not yielded."""
+        ids = [int(token) for token in ids]
         self.stats, self.finish_reason, self.reply_ids = Stats(prompt_tokens=len(ids)), None, []
         sample = Sampler(sampling or Sampling(), ids)
-        logits = self._prefill(list(ids), progress)
+        logits = self._prefill(ids, progress)
         while max_tokens is None or len(self.reply_ids) < max_tokens:
             started = time.perf_counter()
             if self.reply_ids:
@@ -162,12 +163,28 @@ class Session:
             raise LocalrunError(f"{path}: not a saved session: {error}") from None
         if metadata.get("localrun.model") != fingerprint(self.engine):
             raise LocalrunError(f"{path}: the session belongs to another model")
-        ids = json.loads(metadata["localrun.ids"])
-        self.engine.check_ids(ids)
+        ids = _read_ids(metadata.get("localrun.ids", ""))
+        if ids is None:
+            raise LocalrunError(f"{path}: not a saved session: its token ids are damaged")
         self.ids = []
         self._cache.truncate(0)
-        self.engine.restore_cache(self._cache, tensors)
+        try:
+            if ids:
+                self.engine.check_ids(ids)
+            self.engine.restore_cache(self._cache, tensors, len(ids))
+        except LocalrunError as error:
+            self._cache.truncate(0)
+            raise LocalrunError(f"{path}: {error}") from None
         self.ids = ids
+
+
+def _read_ids(text: str) -> list[int] | None:
+    """The list of whole numbers that `text` holds in JSON; None if it holds anything else."""
+    try:
+        ids = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return ids if isinstance(ids, list) and all(type(token) is int for token in ids) else None
 
 
 def fingerprint(engine: "Engine") -> str:
@@ -194,10 +211,13 @@ class StopStrings:
     def push(self, text: str) -> str:
         """The text that is certain to come before any stop string."""
         self._held += text
-        ends = [self._held.find(stop) for stop in self._stops if stop in self._held]
-        if ends:
+        # The one that ends first wins, so that it does not matter in what pieces the text comes.
+        found = [
+            (self._held.find(stop) + len(stop), self._held.find(stop)) for stop in self._stops if stop in self._held
+        ]
+        if found:
             self.found = True
-            return self._held[: min(ends)]
+            return self._held[: min(found)[1]]
         keep = max((self._overlap(stop) for stop in self._stops), default=0)
         passed = self._held[: len(self._held) - keep]
         self._held = self._held[len(passed) :]
