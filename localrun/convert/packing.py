@@ -9,8 +9,6 @@ from localrun.convert.targets import Target, Unit
 from quant import formats
 from quant.pool import Pool
 
-F16_MAX = 65504.0
-
 
 def pack_unit(
     pool: Pool, rows: np.ndarray, target: Target, unit: Unit, type_: str, importance: np.ndarray | None
@@ -21,36 +19,40 @@ def pack_unit(
         rows: float32 (n_rows, n_cols), finite, C order; or uint8, already in the type.
         importance: float32 (slices of the target, n_cols), NaN in the rows of slices without one; or None.
 
-    Raises CheckpointError if a value is too large for F16.
+    Raises CheckpointError if a weight is too large for the type, whose values or scales are 16-bit floats.
     """
     if rows.dtype == np.uint8:
         return rows.reshape(-1)
     if type_ == "F32":
         return rows.reshape(-1).view(np.uint8)
-    if type_ == "F16" and np.abs(rows).max() > F16_MAX:
-        raise CheckpointError(
-            f"'{target.name}' has a weight of {np.abs(rows).max():g}, too large for F16; BF16 holds it"
-        )
     format_ = formats.get(type_)
     out = np.empty((len(rows), format_.row_bytes(target.n_cols)), np.uint8)
     if importance is None:
-        _pack(pool, format_, rows, out, None)
+        _pack(pool, format_, rows, out, None, target)
         return out.reshape(-1)
     slice_rows = target.shape[-2]
     at = 0
     while at < len(rows):
         index, row = divmod(unit.first_row + at, slice_rows)
         stop = min(at + slice_rows - row, len(rows))
-        weights = importance[index]
-        _pack(pool, format_, rows[at:stop], out[at:stop], None if np.isnan(weights[0]) else weights)
+        weights = None if np.isnan(importance[index, 0]) else importance[index]
+        _pack(pool, format_, rows[at:stop], out[at:stop], weights, target)
         at = stop
     return out.reshape(-1)
 
 
 def _pack(
-    pool: Pool, format_: formats.Format, rows: np.ndarray, out: np.ndarray, importance: np.ndarray | None
+    pool: Pool,
+    format_: formats.Format,
+    rows: np.ndarray,
+    out: np.ndarray,
+    importance: np.ndarray | None,
+    target: Target,
 ) -> None:
     from quant.pack import pack
 
     address = 0 if importance is None else importance.ctypes.data
-    pack(pool, format_, rows.ctypes.data, len(rows), rows.shape[1], out.ctypes.data, address)
+    wrong = pack(pool, format_, rows.ctypes.data, len(rows), rows.shape[1], out.ctypes.data, address)
+    if wrong >= 0:
+        value = rows.reshape(-1)[wrong]
+        raise CheckpointError(f"'{target.name}' has a weight of {value:g}, too large for {format_.name}; BF16 holds it")
