@@ -296,14 +296,23 @@ def _sum(vector: Vector):
 
 
 def _largest_magnitude(builder, v):
-    """max |x| over lanes."""
-    magnitude = call(builder, "llvm.fabs.v32f32", v.type, v)
-    return call(builder, "llvm.vector.reduce.fmax.v32f32", F32, magnitude)
+    """max |x| over lanes, but for NaN; halves on halves, as LLVM's own reduction goes lane by lane."""
+    v = call(builder, "llvm.fabs.v32f32", v.type, v)
+    while v.type.count > 1:
+        half = v.type.count // 2
+        low, high = shuffle(builder, v, None, range(half)), shuffle(builder, v, None, range(half, 2 * half))
+        v = call(builder, f"llvm.maxnum.v{half}f32", low.type, low, high)
+    return builder.extract_element(v, I32(0))
 
 
 def _round_to_i8(builder, v):
-    """Nearest, ties to even; NaN -> 0, out of range -> the nearest limit."""
-    return call(builder, "llvm.fptosi.sat.v32i8.v32f32", i8x32.ir, call(builder, "llvm.rint.v32f32", v.type, v))
+    """Nearest, ties to even; NaN -> 0, out of range -> the nearest limit. LLVM's fptosi.sat goes lane by lane."""
+    v = call(builder, "llvm.rint.v32f32", v.type, v)
+    v = builder.select(builder.fcmp_ordered("ord", v, v), v, constant(v.type, 0.0))
+    low, high = constant(v.type, -128.0), constant(v.type, 127.0)
+    v = builder.select(builder.fcmp_ordered(">", v, low), v, low)
+    v = builder.select(builder.fcmp_ordered("<", v, high), v, high)
+    return builder.trunc(builder.fptosi(v, ir.VectorType(I32, 32)), i8x32.ir)
 
 
 fma_f32x8, fma_f32x16 = _fma(f32x8), _fma(f32x16)
