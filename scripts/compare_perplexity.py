@@ -40,7 +40,10 @@ def main() -> None:
         text.flush()
         ours, theirs = (perplexity(backend, Path(text.name), arguments) for backend in ("native", "llama.cpp"))
     difference = abs(ours["perplexity"] / theirs["perplexity"] - 1)
-    print(f"native {ours['ppl']:.4f}, llama.cpp {theirs['ppl']:.4f}: {difference:.3%} apart", file=sys.stderr)
+    print(
+        f"native {ours['perplexity']:.4f}, llama.cpp {theirs['perplexity']:.4f}: {difference:.3%} apart",
+        file=sys.stderr,
+    )
     print(json.dumps({"bytes": len(data), "native": ours, "llama.cpp": theirs, "relative_difference": difference}))
 
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from localrun.errors import GGUFError
 from localrun.gguf import GGUFFile, open_gguf
 
-VOCAB_DIR = Path(__file__).parents[2] / "shared" / "data" / "vocab"
+VOCAB_DIR = Path(__file__).parent / "data" / "vocab"
 VOCABS = ("deepseek-coder", "deepseek-llm", "gpt-2", "llama-spm")
 
 
