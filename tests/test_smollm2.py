@@ -1,4 +1,4 @@
-"""The bundled SmolLM2, real weights: text that repeats, and quality equal to llama.cpp's."""
+"""The bundled SmolLM2, real weights: quality equal to llama.cpp's."""
 
 import json
 import subprocess
@@ -14,13 +14,6 @@ def output_of(*command: str) -> dict:
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout[done.stdout.index("{") :])
-
-
-def test_greedy_text_is_the_same_twice_and_is_english():
-    command = ("-m", "cli.main", "generate", "-p", "Why is the sky blue?", "--temp", "0", "-n", "24", "--json")
-    first, second = output_of(*command), output_of(*command)
-    assert first["ids"] == second["ids"] and first["text"] == second["text"]
-    assert "sky" in first["text"] and first["generated_tokens"] == 24
 
 
 def test_perplexity_is_llama_cpps():
