@@ -1,13 +1,20 @@
 """localrun inspect: what a GGUF file holds, without loading it."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from cli import options
-from cli.output import print_json, printable, size
+from cli.output import note, print_json, printable, progress_bar, size
+from localrun.errors import LocalrunError
+
+if TYPE_CHECKING:
+    from localrun.gguf import GGUFFile
 
 
 def inspect(
     model: options.Model = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read all weights; fail if one is not finite.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Show what a model file holds: shapes, types, bits per weight, and where the bytes are."""
@@ -17,11 +24,26 @@ def inspect(
 
     with open_gguf(model_path(model)) as file:
         document = facts(file)
+        if verify:
+            document["verified"] = _verify(file)
     if as_json:
         print_json(document)
         return
     for line in [*_summary(document), "", *_shares(document), "", *_table(document)]:
         print(line)
+
+
+def _verify(file: "GGUFFile") -> dict[str, Any]:
+    """What was looked at. Raises LocalrunError, after a line for each, if tensors hold numbers that are none."""
+    from localrun.verify import verify
+
+    with progress_bar() as report:
+        found = verify(file, report)
+    for problem in found.problems:
+        note(problem)
+    if found.problems:
+        raise LocalrunError(f"{file.path}: {len(found.problems)} of {found.n_tensors} tensors are not sound")
+    return {"tensors": found.n_tensors, "bytes": found.n_bytes, "unchecked_types": found.unchecked}
 
 
 def _summary(document: dict[str, Any]) -> list[str]:
@@ -35,6 +57,10 @@ def _summary(document: dict[str, Any]) -> list[str]:
     ]
     if not document["native"]:
         lines.append(("not native", document["not_native_because"]))
+    if "verified" in document:
+        verified = document["verified"]
+        unchecked = ", ".join(verified["unchecked_types"])
+        lines.append(("verified", size(verified["bytes"]) + (f", but for {unchecked}" if unchecked else "")))
     config = document["config"] or {}
     lines += [(name, value) for name, value in config.items() if value not in (None, 0) and name != "architecture"]
     return [f"{name:<24} {printable(str(value))}" for name, value in lines]

@@ -34,7 +34,7 @@ OPTIONS = {
         *["-p", "--prompt", "-f", "--file", "-n", "--n-tokens", "--raw", "--system", "--stop", *SAMPLING, *RUNTIME],
         *["--json", "-v", "--verbose"],
     ],
-    "inspect": ["--json"],
+    "inspect": ["--verify", "--json"],
     "convert": [
         *["--type", "--tensor-type", "--no-mtp", "--imatrix", "--pre", "--resume", "--force", "--dry-run"],
         *["--split-max-size", "--allow-requantize", "-t", "--threads", "--json"],
