@@ -10,6 +10,7 @@ from quant.errors import QuantError
 
 GEMV = "void(int64, int64, int64, int64, int64)"
 EXPAND = "void(int64, int64, int64)"
+PACK = "void(int64, int64, int64, int64, int64)"  # of the packing kernels: pack.py
 
 
 @dataclass(frozen=True)
