@@ -1,6 +1,6 @@
 """Rows of one quantised matrix times a few or many tokens: the step that linear.py and experts.py share.
 
-Few tokens: the format's own gemv, once a token. Many: rows are expanded to float32 in a worker's scratch memory, a
+One or two tokens: the format's own gemv, once a token. Many: rows are expanded to float32 in a worker's scratch memory, a
 few at a time, and each expanded row serves all tokens. Both read the same activation records, so they agree to
 float32 rounding.
 """
@@ -11,7 +11,7 @@ from quant.jit import inline
 from quant.simd import load_i64
 from quant.tile import multiply
 
-GEMM_TOKENS = 4  # from here on expanding a row costs less than decoding it once a token (docs/lab-notes.md)
+GEMM_TOKENS = 3  # from here on expanding a row costs less than decoding it once a token (docs/lab-notes.md)
 SCRATCH_BYTES = 1 << 18  # expanded rows of one worker: beside a token block in L2
 _TOKEN_BLOCK_BYTES = 1 << 19  # records that stay in L2 while the expanded rows pass over them
 
