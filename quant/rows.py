@@ -1,8 +1,8 @@
 """Rows of one quantised matrix times a few or many tokens: the step that linear.py and experts.py share.
 
-One or two tokens: the format's own gemv, once a token. Many: rows are expanded to float32 in a worker's scratch memory, a
-few at a time, and each expanded row serves all tokens. Both read the same activation records, so they agree to
-float32 rounding.
+One or two tokens: the format's own gemv, once a token. Many: rows are expanded to float32 in a worker's scratch
+memory, a few at a time, and each expanded row serves all tokens. Both read the same activation records, so they agree
+to float32 rounding.
 """
 
 from quant.activations import write_record
