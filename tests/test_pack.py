@@ -76,9 +76,10 @@ def test_bytes_are_ggmls(name, kind):
 def test_bytes_are_ggmls_where_rounding_is_delicate(name):
     """Ties, signed zeros, both signs of the largest weight, powers of two and their neighbours, scales that vanish."""
     rng = np.random.default_rng(2)
-    x = rng.integers(-127, 128, (40, COLS)).astype(np.float32) / 8
+    x = rng.integers(-254, 255, (40, COLS)).astype(np.float32) / 2
+    x[:, ::32] = 127  # scales of 1 for Q8_0, where halves are ties
     x[0] = -0.0
-    x[1, ::2] = -0.0
+    x[1] = np.copysign(np.float32(0), rng.standard_normal(COLS))
     x[2], x[2, 5], x[2, 9] = 0, -1, 1
     x[3:20] = np.exp2(rng.integers(-8, 8, (17, COLS)))
     x[4:20:2] = np.nextafter(x[4:20:2], np.float32(0))
