@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -82,7 +83,7 @@ def test_save_and_load(cache: Cache) -> None:
     saved = {name: tensor.clone() for name, tensor in saved.items()}
     other = Cache(2, (3, 5), capacity=6, dtype=torch.float16)
     fill(other, 300, 6)
-    other.load(saved)
+    other.load(saved, 5)
     fill(other, 5, 1)
     assert other.length == 6
     assert other.save()["1.1"][:, 4].tolist() == list(range(100, 106))
@@ -91,7 +92,7 @@ def test_save_and_load(cache: Cache) -> None:
 def test_an_empty_cache_saves_and_loads(cache: Cache) -> None:
     saved = Cache(2, (3, 5), 4, torch.float16).save()
     fill(cache, 0, 5)
-    cache.load(saved)
+    cache.load(saved, 0)
     assert cache.length == 0
 
 
@@ -101,17 +102,31 @@ def test_an_empty_cache_saves_and_loads(cache: Cache) -> None:
 def test_another_models_rows_are_refused(cache: Cache, layers: int, widths: tuple[int, ...]) -> None:
     other = Cache(layers, widths, capacity=8, dtype=torch.float16)
     fill(cache, 0, 2)
-    with pytest.raises(LocalrunError, match="the saved session belongs to another model"):
-        cache.load(other.save())
+    with pytest.raises(LocalrunError, match="the saved session does not hold 0 tokens of this model"):
+        cache.load(other.save(), 0)
     assert cache.length == 2
 
 
-def test_layers_of_different_length_are_refused(cache: Cache) -> None:
+@pytest.mark.parametrize(
+    ("change", "length"),
+    [
+        (lambda rows: rows[:4], 5),
+        (lambda rows: rows[:, :1], 5),
+        (lambda rows: rows.float(), 5),
+        (lambda rows: rows.sum(), 5),
+        (lambda rows: rows, 4),
+        (lambda rows: rows, 6),
+    ],
+    ids=["a row too few", "narrower", "32 bits", "no rows", "fewer tokens", "more tokens"],
+)
+def test_rows_that_do_not_fit_together_are_refused(cache: Cache, change: Callable, length: int) -> None:
     fill(cache, 0, 5)
     saved = cache.save()
-    saved["1.1"] = saved["1.1"][:4]
-    with pytest.raises(LocalrunError, match="belongs to another model"):
-        cache.load(saved)
+    saved["1.1"] = change(saved["1.1"])
+    other = Cache(2, (3, 5), capacity=8, dtype=torch.float16)
+    with pytest.raises(LocalrunError, match=f"the saved session does not hold {length} tokens of this model"):
+        other.load(saved, length)
+    assert other.length == 0
 
 
 def test_more_than_fits_is_refused(cache: Cache) -> None:
@@ -119,7 +134,7 @@ def test_more_than_fits_is_refused(cache: Cache) -> None:
     small = Cache(2, (3, 5), capacity=4, dtype=torch.float16)
     fill(small, 40, 1)
     with pytest.raises(ContextFullError, match="the saved session has 5 tokens; the context holds 4"):
-        small.load(cache.save())
+        small.load(cache.save(), 5)
     assert small.length == 1 and small.save()["0.0"][0, 0] == 40
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import gguf
 import gguf_builder as b
+import llama_cpp_oracle
 import numpy as np
 import pytest
 import tiny_models
@@ -297,6 +298,9 @@ PRESENCE: dict[str, tuple[dict[str, Value | None], dict[str, Shape | None], dict
     "a nextn layer": (NEXTN, {"blk.3.nextn.eh_proj.weight": (64, 128)}, {"num_hidden_layers": 3}),
     "no groups": ({"expert_group_count": None, "expert_group_used_count": None}, {}, {"n_group": 1, "topk_group": 1}),
     "zero groups": ({"expert_group_count": (b.U32, 0), "expert_group_used_count": None}, {}, {"n_group": 1}),
+    "one group": (
+        {"expert_group_count": (b.U32, 1), "expert_group_used_count": (b.U32, 0)}, {}, {"n_group": 1, "topk_group": 1}
+    ),
     "no scale": ({"expert_weights_scale": None}, {}, {"routed_scaling_factor": 1.0}),
     "scale 0 is none": ({"expert_weights_scale": (b.F32, 0.0)}, {}, {"routed_scaling_factor": 1.0}),
     "no norm flag": ({"expert_weights_norm": None}, {}, {"norm_topk_prob": False}),
@@ -315,6 +319,24 @@ def test_variants_by_presence(name: str, tmp_path: Path) -> None:
 def test_mscale_of_a_file_without_it(tmp_path: Path) -> None:
     path = TINY.changed({"rope.scaling.yarn_log_multiplier": None}, {}, {}).write(tmp_path / "model.gguf")
     assert config_of(path).rope_scaling.mscale_all_dim is None
+
+
+@pytest.mark.parametrize(
+    ("variant", "key"),
+    [
+        ("llama-linear-rope", "llama.rope.scaling.type"),  # linear is meant
+        ("v3", "deepseek2.rope.scaling.original_context_length"),  # context_length is meant
+    ],
+)
+def test_missing_rope_keys_mean_what_they_mean_to_llama_cpp(variant: str, key: str, tmp_path: Path) -> None:
+    path, content = tmp_path / "model.gguf", tiny_models.shared(variant).read_bytes()
+    assert content.count(key.encode()) == 1
+    path.write_bytes(content.replace(key.encode(), b"x" + key.encode()[1:]))  # a key of no architecture
+    ids = tiny_models.prompt(variant)
+    expected = llama_cpp_oracle.logits(path, ids)
+    with localrun.load(path, threads=1, ctx=64, backend="native") as model:
+        found = model.logits(ids)
+    assert np.abs(found - expected).max() < 1e-3 * np.ptp(expected)  # as in test_logits.py
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -386,12 +408,21 @@ for _base in BASES:
         case(f"{_base}: {_key} is a count", _wrong, base=_base, keys={_key: (b.U32, 1)})
     _eps = "attention.layer_norm_rms_epsilon"
     case(f"{_base}: no epsilon", f"key '{_base}.{_eps}' (float32) is missing", base=_base, keys={_eps: None})
-    for _value, _text in ((-1.0, "-1.0"), (math.nan, "nan")):
-        _wrong = f"key '{_base}.{_eps}' is {_text}; expected not negative"
-        case(f"{_base}: epsilon {_text}", _wrong, base=_base, keys={_eps: (b.F32, _value)})
-        _wrong = f"key '{_base}.rope.freq_base' is {_text}; expected a positive number"
-        case(f"{_base}: base {_text}", _wrong, base=_base, keys={"rope.freq_base": (b.F32, _value)})
-    case(f"{_base}: base 0", "rope.freq_base' is 0.0; expected", base=_base, keys={"rope.freq_base": (b.F32, 0.0)})
+    _wrong = f"key '{_base}.{_eps}' is -1.0; expected not negative"
+    case(f"{_base}: epsilon -1", _wrong, base=_base, keys={_eps: (b.F32, -1.0)})
+    for _key in _FLOATS + (_FLOATS_MLA if _base == "deepseek2" else ()):
+        for _value in (math.nan, math.inf, -math.inf):
+            _wrong = f"key '{_base}.{_key}' is {_value}; expected a finite number"
+            case(f"{_base}: {_key} {_value}", _wrong, base=_base, keys={_key: (b.F32, _value)})
+    for _value in (-1.0, 0.0):
+        _wrong = f"key '{_base}.rope.freq_base' is {_value}; expected "
+        _wrong += "more than 1 with yarn" if _base == "deepseek2" else "a positive number"
+        case(f"{_base}: base {_value}", _wrong, base=_base, keys={"rope.freq_base": (b.F32, _value)})
+    _wrong = f"block_count' is {MAX_U32}; expected layers for the {len(BASES[_base].tensors)} tensors of the file"
+    case(f"{_base}: 2^32 layers", _wrong, base=_base, keys={"block_count": (b.U32, MAX_U32)})
+    for _name in ("blk", "blk.\u00b2.x", "blk..x", "blk.-1.x", "blk.9.x"):
+        _wrong = f"tensor '{_name}' has no place in the native network"
+        case(f"{_base}: {_name}", _wrong, base=_base, tensors={_name: (4,)}, error=UnsupportedModelError)
     _wrong = f"key '{_base}.vocab_size' is 33; expected 32, the rows of token_embd"
     case(f"{_base}: vocabulary of 33", _wrong, base=_base, keys={"vocab_size": (b.U32, 33)})
     case(
@@ -405,10 +436,10 @@ for _base in BASES:
         f"{_base}: longrope", "rope scaling 'longrope' is not native", base=_base,
         keys={"rope.scaling.type": (b.STRING, "longrope")}, error=UnsupportedModelError,
     )  # fmt: skip
-    for _value, _text in ((0.0, "0.0"), (-4.0, "-4.0"), (math.nan, "nan")):
+    for _value in (0.0, -4.0):
         _keys = {"rope.scaling.type": (b.STRING, "linear"), "rope.scaling.factor": (b.F32, _value)}
-        _wrong = f"key '{_base}.rope.scaling.factor' is {_text}; expected a positive number"
-        case(f"{_base}: factor {_text}", _wrong, base=_base, keys=_keys)
+        _wrong = f"key '{_base}.rope.scaling.factor' is {_value}; expected a positive number"
+        case(f"{_base}: factor {_value}", _wrong, base=_base, keys=_keys)
     _wrong = "tensor 'blk.0.attn_extra.weight' has no place in the native network"
     case(
         f"{_base}: a tensor too many", _wrong, base=_base, tensors={"blk.0.attn_extra.weight": (64,)},
@@ -482,6 +513,14 @@ case("groups that do not divide", "expert_group_count' is 3; expected a divisor 
      keys={"expert_group_count": (b.U32, 3)})  # fmt: skip
 case("more groups used than there are", "expert_group_used_count' is 5; expected at most expert_group_count, 4",
      keys={"expert_group_used_count": (b.U32, 5)})  # fmt: skip
+case("yarn with base 1", "rope.freq_base' is 1.0; expected more than 1 with yarn",
+     keys={"rope.freq_base": (b.F32, 1.0)})  # fmt: skip
+for _key in ("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"):
+    for _value in (0.0, -1.0):
+        case(f"{_key} {_value}", f"{_key}' is {_value}; expected a positive number", keys={_key: (b.F32, _value)})
+for _type in ((b.STRING, "linear"), None):  # linear is what no type means
+    case(f"scaling {_type}", "deepseek2 with linear rope scaling is not native", keys={"rope.scaling.type": _type},
+         error=UnsupportedModelError)  # fmt: skip
 for _number in (4, 5, MAX_U32):
     case(f"gating function {_number}", f"expert gating function {_number} is not native",
          keys={"expert_gating_func": (b.U32, _number)}, error=UnsupportedModelError)  # fmt: skip
@@ -502,6 +541,8 @@ case("llama: no key-value heads", "tensor 'blk.0.attn_k.weight' has shape (32, 6
      keys={"attention.head_count_kv": (b.U32, 0)})  # fmt: skip
 case("llama: rotated beyond the head", "rope.dimension_count' is 18; expected at most the head's 16", base="llama",
      keys={"rope.dimension_count": (b.U32, 18)})  # fmt: skip
+case("llama: nothing rotated", "rope.dimension_count' is 0; expected an even number, 2 or more", base="llama",
+     keys={"rope.dimension_count": (b.U32, 0)})  # fmt: skip
 case("llama: odd rotated part", "rope.dimension_count' is 7; expected an even number", base="llama",
      keys={"rope.dimension_count": (b.U32, 7)})  # fmt: skip
 case("llama: experts", "llama with experts is not native", base="llama", keys={"expert_count": (b.U32, 8)},

@@ -84,7 +84,7 @@ def test_cli_modules_import_heavy_libraries_where_they_use_them(path: Path) -> N
 def loaded_by(statement: str) -> set[str]:
     """Top-level modules that a new interpreter has after the statement."""
     code = f"import sys\n{statement}\nprint(*{{name.split('.')[0] for name in sys.modules}})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     return set(done.stdout.split())
 
 

@@ -50,6 +50,7 @@ def test_yarn_without_mscale_all_dim() -> None:
 
 def test_attention_scale_elsewhere() -> None:
     assert attention_scale(LLAMA) == 1 / 8
+    assert attention_scale(dataclasses.replace(LLAMA, qk_rope_head_dim=32)) == 1 / 8  # half of the head is rotated
     linear = RopeScaling("linear", 4.0)
     assert attention_scale(dataclasses.replace(LLAMA, rope_scaling=linear)) == 1 / 8
     assert attention_scale(scaled(yarn(factor=0.5))) == pytest.approx(192**-0.5)  # nothing is stretched

@@ -14,6 +14,7 @@ from localrun.errors import LocalrunError
 from localrun.sampling import Sampler, Sampling
 
 N_VOCAB = 500
+DAMAGED = "the model's output is not a finite number: the file's weights are damaged"
 OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "temperature": 1.0, "seed": 0}
 
 
@@ -226,8 +227,23 @@ def test_only_survivors_are_drawn() -> None:
 def test_an_output_that_is_no_number(temperature: float) -> None:
     logits = logits_of(0)
     logits[17] = np.nan
-    with pytest.raises(LocalrunError, match="the model's output is not a number: the file's weights are damaged"):
+    with pytest.raises(LocalrunError, match=DAMAGED):
         Sampler(Sampling(temperature=temperature, seed=0))(logits)
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_an_infinite_output(value: float, temperature: float) -> None:
+    """One +inf, or nothing but -inf."""
+    logits = logits_of(0) if value > 0 else np.full(N_VOCAB, -np.inf, np.float32)
+    logits[17] = value
+    with pytest.raises(LocalrunError, match=DAMAGED):
+        Sampler(Sampling(temperature=temperature, seed=0))(logits)
+
+
+def test_next_to_no_temperature() -> None:
+    """Dividing by 1e-310 gives infinity."""
+    assert Sampler(Sampling(**OFF | {"temperature": 1e-310}))(logits_of(0)) == int(logits_of(0).argmax())
 
 
 def test_tokens_ruled_out_are_never_drawn() -> None:
@@ -288,6 +304,18 @@ def test_recommended_without_recommendations() -> None:
     assert Sampling.recommended({}) == Sampling()
     assert Sampling.recommended({"general.sampling.temp": 0.0}) == Sampling(temperature=0.0)
     assert Sampling.recommended({"general.sampling.temp": "hot", "general.sampling.top_k": True}) == Sampling()
+
+
+def test_a_recommended_top_k_below_0_means_all() -> None:
+    """As in llama.cpp (include/llama.h: k <= 0 makes top-k a no-op)."""
+    assert Sampling.recommended({"general.sampling.top_k": -1}).top_k == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("key", ["top_k", "penalty_last_n", "temp"])
+def test_recommendations_that_are_no_numbers(key: str, value: float) -> None:
+    with pytest.raises(LocalrunError, match=f"key 'general.sampling.{key}' is {value}; expected a finite number"):
+        Sampling.recommended({f"general.sampling.{key}": value})
 
 
 def test_the_recommended_keys_are_ggufs() -> None:
