@@ -340,7 +340,7 @@ def test_saving_over_a_folder(engine: Engine, tmp_path: Path) -> None:
     session, path = engine.session(), tmp_path / "saved"
     path.mkdir()
     list(session.tokens([1, 2, 3], GREEDY, max_tokens=1))
-    with pytest.raises(LocalrunError, match="saved: cannot save the session: .*Is a directory"):
+    with pytest.raises(LocalrunError, match=r"saved: cannot save the session: .*Is a directory"):
         session.save(path)
     assert list(tmp_path.iterdir()) == [path]
 
