@@ -1,7 +1,7 @@
 """The routed experts of one layer: down(silu(gate x) * up x) for the chosen ones, weighted and summed.
 
-One job for any number of tokens. Tokens are grouped by expert; the rows of all active experts form one pool of units,
-first gate and up (with SwiGLU and the rounding of its result), then, behind a barrier, down. A worker owns the output
+Two jobs for any number of tokens, which are grouped by expert: the rows of all active experts form one pool of units,
+first gate and up (with SwiGLU and the rounding of its result), then down. A worker owns the output
 rows it sums into, so the order of summation does not depend on the number of workers.
 """
 
@@ -15,7 +15,7 @@ from quant.atomics import atomic_add
 from quant.errors import QuantError
 from quant.jit import inline, kernel
 from quant.linear import Weight
-from quant.pool import Pool, barrier
+from quant.pool import Pool
 from quant.rows import (
     GEMM_TOKENS,
     MATRIX_BYTES,
@@ -48,11 +48,10 @@ class Experts:
 # Where the job finds its arguments, int64 each: three matrices, then the rest.
 GATE, UP, DOWN = range(0, 3 * MATRIX_BYTES, MATRIX_BYTES)
 (
-    CONTROL, N_WORKERS, UP_COUNTER, DOWN_COUNTER, IN_INTEGER, DOWN_INTEGER, HIDDEN, INNER, N_TOKENS, N_ACTIVE,
-    ACTIVE, START, TOKEN, WEIGHT, X, X_RECORD_BYTES, X_RECORDS, X_TABLE, H_RECORD_BYTES, H_RECORDS, H_TABLE,
-    GATED, GATED_TABLE, UPPED, UPPED_TABLE, OUT, UP_ROWS, DOWN_ROWS, SCRATCH, SCRATCH_BYTES, SUMS, SUMS_BYTES,
-    SUMS_TABLE,
-) = range(144, 408, 8)  # fmt: skip
+    UP_COUNTER, DOWN_COUNTER, IN_INTEGER, DOWN_INTEGER, HIDDEN, INNER, N_TOKENS, N_ACTIVE, ACTIVE, START, TOKEN,
+    WEIGHT, X, X_RECORD_BYTES, X_RECORDS, X_TABLE, H_RECORD_BYTES, H_RECORDS, H_TABLE, GATED, GATED_TABLE,
+    UPPED, UPPED_TABLE, OUT, UP_ROWS, DOWN_ROWS, SCRATCH, SCRATCH_BYTES, SUMS, SUMS_BYTES, SUMS_TABLE,
+) = range(144, 392, 8)  # fmt: skip
 
 
 @inline
@@ -94,27 +93,20 @@ def _sum_down(a, first, n_rows, scratch, sums, sums_table):
                 store_f32(out + 4 * i, load_f32(out + 4 * i) + weight * load_f32(row_sums + 4 * i))
 
 
+@kernel("void(int64)")
+def _prepare(arguments):
+    """What comes before the jobs: the tokens' activation records."""
+    a = arguments
+    x, n_tokens, hidden = load_i64(a + X), load_i64(a + N_TOKENS), load_i64(a + HIDDEN)
+    integer = load_i64(a + IN_INTEGER) != 0
+    write_records(x, n_tokens, hidden, integer, load_i64(a + X_RECORD_BYTES), load_i64(a + X_RECORDS))
+
+
 @kernel("void(int64, int64)")
-def _run(arguments, worker):
-    """The job of run()."""
+def _run_up(arguments, worker):
+    """The first job of run(): gate and up of all active experts."""
     a = arguments
     scratch = load_i64(a + SCRATCH) + load_i64(a + SCRATCH_BYTES) * worker
-    sums = load_i64(a + SUMS) + load_i64(a + SUMS_BYTES) * worker
-    most = load_i64(a + SUMS_BYTES) // (4 * load_i64(a + DOWN_ROWS))
-    sums_table = load_i64(a + SUMS_TABLE) + 8 * most * worker
-    for i in range(most):
-        store_i64(sums_table + 8 * i, sums + 4 * load_i64(a + DOWN_ROWS) * i)
-    write_records(
-        load_i64(a + X),
-        load_i64(a + N_TOKENS),
-        load_i64(a + HIDDEN),
-        load_i64(a + IN_INTEGER) != 0,
-        load_i64(a + X_RECORD_BYTES),
-        load_i64(a + X_RECORDS),
-        worker,
-        load_i64(a + N_WORKERS),
-    )
-    barrier(load_i64(a + CONTROL), load_i64(a + N_WORKERS))
     rows = load_i64(a + UP_ROWS)
     units = (load_i64(a + INNER) + rows - 1) // rows
     while True:
@@ -123,8 +115,19 @@ def _run(arguments, worker):
             break
         first = unit % units * rows
         _gate_and_up(a, unit // units, first, min(rows, load_i64(a + INNER) - first), scratch)
-    barrier(load_i64(a + CONTROL), load_i64(a + N_WORKERS))
+
+
+@kernel("void(int64, int64)")
+def _run_down(arguments, worker):
+    """The second job of run(): down, and the weighted sums."""
+    a = arguments
+    scratch = load_i64(a + SCRATCH) + load_i64(a + SCRATCH_BYTES) * worker
     rows = load_i64(a + DOWN_ROWS)
+    sums = load_i64(a + SUMS) + load_i64(a + SUMS_BYTES) * worker
+    most = load_i64(a + SUMS_BYTES) // (4 * rows)
+    sums_table = load_i64(a + SUMS_TABLE) + 8 * most * worker
+    for i in range(most):
+        store_i64(sums_table + 8 * i, sums + 4 * rows * i)
     while True:
         first = atomic_add(load_i64(a + DOWN_COUNTER), rows)
         if first >= load_i64(a + HIDDEN):
@@ -173,7 +176,6 @@ def run(pool: Pool, experts: Experts, x: int, ids: np.ndarray, weights: np.ndarr
         [x_records + x_bytes * token, h_records + h_bytes * pairs, gated + 4 * inner * pairs, upped + 4 * inner * pairs]
     )
     values = {
-        CONTROL: pool.control, N_WORKERS: pool.n_workers,
         UP_COUNTER: counters.ctypes.data, DOWN_COUNTER: counters.ctypes.data + 64,
         IN_INTEGER: int(gate.format.integer or up.format.integer), DOWN_INTEGER: int(down.format.integer),
         HIDDEN: hidden, INNER: inner, N_TOKENS: n_tokens, N_ACTIVE: len(active),
@@ -192,4 +194,6 @@ def run(pool: Pool, experts: Experts, x: int, ids: np.ndarray, weights: np.ndarr
     arguments[: 3 * MATRIX_BYTES // 8] = [*gate.fields, *up.fields, *down.fields]
     for offset, value in values.items():
         arguments[offset // 8] = value
-    pool.run(_run.address, arguments)
+    _prepare.ctypes(arguments.ctypes.data)
+    pool.run(_run_up.address, arguments)
+    pool.run(_run_down.address, arguments)

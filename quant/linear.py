@@ -13,8 +13,8 @@ from quant.activations import record_bytes
 from quant.atomics import atomic_add, atomic_store, call_3
 from quant.errors import QuantError
 from quant.formats import Format
-from quant.jit import inline, kernel
-from quant.pool import Pool, barrier
+from quant.jit import kernel
+from quant.pool import Pool
 from quant.rows import (
     ADDRESS,
     BLOCK,
@@ -92,21 +92,24 @@ def weight(data: np.ndarray, format_: Format, shape: tuple[int, ...]) -> Weight:
 
 # Where the job of multiply() finds its arguments behind the matrix, int64 each.
 (
-    CONTROL, N_WORKERS, COUNTER, INTEGER, N_GROUPS, N_ROWS, N_COLS, N_TOKENS, X, OUT, RECORD_BYTES, RECORDS,
+    COUNTER, INTEGER, N_GROUPS, N_ROWS, N_COLS, N_TOKENS, X, OUT, RECORD_BYTES, RECORDS,
     RECORD_TABLE, OUT_TABLE, UNIT_ROWS, SCRATCH, SCRATCH_SIZE,
-) = range(MATRIX_BYTES, MATRIX_BYTES + 17 * 8, 8)  # fmt: skip
+) = range(MATRIX_BYTES, MATRIX_BYTES + 15 * 8, 8)  # fmt: skip
 
 
-@inline
-def _fill_tables(a):
-    """Addresses of each group's records and outputs, by group, then token; and the first unit to take."""
-    n_groups, n_tokens = load_i64(a + N_GROUPS), load_i64(a + N_TOKENS)
+@kernel("void(int64)")
+def _prepare(arguments):
+    """What comes before the job: records, their and the outputs' addresses by group, then token; the first unit."""
+    a = arguments
+    n_groups, n_tokens, n_cols = load_i64(a + N_GROUPS), load_i64(a + N_TOKENS), load_i64(a + N_COLS)
+    records, record_bytes, integer = load_i64(a + RECORDS), load_i64(a + RECORD_BYTES), load_i64(a + INTEGER) != 0
     atomic_store(load_i64(a + COUNTER), 0)
     for group in range(n_groups):
         for t in range(n_tokens):
             at, i = 8 * (n_tokens * group + t), n_groups * t + group
-            store_i64(load_i64(a + RECORD_TABLE) + at, load_i64(a + RECORDS) + load_i64(a + RECORD_BYTES) * i)
+            store_i64(load_i64(a + RECORD_TABLE) + at, records + record_bytes * i)
             store_i64(load_i64(a + OUT_TABLE) + at, load_i64(a + OUT) + 4 * load_i64(a + N_ROWS) * i)
+    write_records(load_i64(a + X), n_groups * n_tokens, n_cols, integer, record_bytes, records)
 
 
 @kernel("void(int64, int64)")
@@ -114,13 +117,7 @@ def _multiply(arguments, worker):
     """The job of multiply()."""
     a = arguments
     n_groups, n_rows, n_cols = load_i64(a + N_GROUPS), load_i64(a + N_ROWS), load_i64(a + N_COLS)
-    n_tokens, step, integer = load_i64(a + N_TOKENS), load_i64(a + UNIT_ROWS), load_i64(a + INTEGER) != 0
-    record_bytes, n_workers = load_i64(a + RECORD_BYTES), load_i64(a + N_WORKERS)
-    if worker == 0:
-        _fill_tables(a)
-    x, records, n_inputs = load_i64(a + X), load_i64(a + RECORDS), n_groups * n_tokens
-    write_records(x, n_inputs, n_cols, integer, record_bytes, records, worker, n_workers)
-    barrier(load_i64(a + CONTROL), n_workers)
+    n_tokens, step = load_i64(a + N_TOKENS), load_i64(a + UNIT_ROWS)
     scratch = load_i64(a + SCRATCH) + load_i64(a + SCRATCH_SIZE) * worker
     units = (n_rows + step - 1) // step
     while True:
@@ -151,13 +148,15 @@ def multiply(pool: Pool, matrix: Weight, x: int, n_tokens: int, out: int) -> Non
     n_inputs = n_tokens * matrix.n_groups
     per_record, per_worker = record_bytes(matrix.n_cols), scratch_bytes(matrix.n_cols)
     arguments = (
-        *matrix.fields, pool.control, pool.n_workers, pool.buffer("counter", 64), matrix.format.integer,
+        *matrix.fields, pool.buffer("counter", 64), matrix.format.integer,
         matrix.n_groups, matrix.n_rows, matrix.n_cols, n_tokens, x, out,
         per_record, pool.buffer("records", per_record * n_inputs),
         pool.buffer("record table", 8 * n_inputs), pool.buffer("out table", 8 * n_inputs),
         unit_rows(pool, matrix, n_tokens), pool.buffer("scratch", per_worker * pool.n_workers), per_worker,
     )  # fmt: skip
-    pool.run(_multiply.address, np.array(arguments, np.int64))
+    packed = np.array(arguments, np.int64)
+    _prepare.ctypes(packed.ctypes.data)
+    pool.run(_multiply.address, packed)
 
 
 @kernel("void(int64, int64)")

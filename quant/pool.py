@@ -1,8 +1,10 @@
-"""Worker threads that run one kernel together, without the GIL, and meet at barriers inside it.
+"""Worker threads that run one kernel together, without the GIL.
 
-A job is the address of a C function void(int64 arguments, int64 worker), compiled by jit.kernel. The calling thread is
-worker 0; the others spin for about a millisecond between jobs (a decode step hands out hundreds), then sleep. Measured
-here: 5 us for a dispatch and its join from Python, 0.2 us for a barrier (docs/lab-notes.md).
+A job is the address of a C function void(int64 arguments, int64 worker), compiled by jit.kernel, that takes units of
+work from a shared counter until there are none. The calling thread is worker 0; the others spin for about a millisecond
+between jobs (a decode step hands out hundreds), then sleep. A worker that comes too late is not waited for: on a busy
+machine a job then takes as long as on one core, instead of until the system finds time for the second
+(docs/lab-notes.md).
 """
 
 import threading
@@ -11,20 +13,21 @@ import numpy as np
 
 from quant.atomics import atomic_add, atomic_load, atomic_store, call_2, give_way, pause, sleep_while_equal, wake_all
 from quant.errors import QuantError
-from quant.jit import inline, kernel
+from quant.jit import kernel
 from quant.simd import load_i64, store_i64
 
 # The control block: words on cache lines of their own.
 _LINE = 64
-GENERATION, JOB, ARGUMENTS, DONE, STOP, SLEEPERS, ARRIVED, BARRIER = (i * _LINE for i in range(8))
-_CONTROL_BYTES = 8 * _LINE
+GENERATION, JOB, ARGUMENTS, TICKETS, DONE, STOP, SLEEPERS = (i * _LINE for i in range(7))
+_CONTROL_BYTES = 7 * _LINE
+_CLOSED = 1 << 32  # added to TICKETS when no worker may join the job any more
 _SPINS = 20_000  # pauses of 40-140 cycles: about 1 ms
-_PATIENCE = 500  # pauses before a waiting worker offers its core: the one it waits for may need it
+_PATIENCE = 500  # pauses before the caller, waiting for others, offers its core: they may need it
 
 
 @kernel("void(int64, int64)")
 def _work(control, worker):
-    """A worker's life: wait for the next generation, run its job, report, until stopped."""
+    """A worker's life: wait for the next generation, join its job if that is still open, until stopped."""
     generation = np.int64(0)
     while True:
         spins = 0
@@ -36,36 +39,34 @@ def _work(control, worker):
                 while atomic_load(control + GENERATION) == generation:
                     sleep_while_equal(control + GENERATION, generation)
                 atomic_add(control + SLEEPERS, -1)
-        generation += 1
+        generation = atomic_load(control + GENERATION)
         if atomic_load(control + STOP) != 0:
             return
-        call_2(load_i64(control + JOB), load_i64(control + ARGUMENTS), worker)
-        atomic_add(control + DONE, 1)
+        # The ticket may be one of the next job: then JOB and ARGUMENTS, set before TICKETS is opened, are that job's.
+        if atomic_add(control + TICKETS, 1) < _CLOSED:
+            call_2(load_i64(control + JOB), load_i64(control + ARGUMENTS), worker)
+            atomic_add(control + DONE, 1)
 
 
-@inline
-def _wait(spins):
-    """One step of waiting for others; returns the steps so far."""
-    if spins > _PATIENCE:
-        give_way()
-    else:
-        pause()
-    return spins + 1
-
-
-@kernel("void(int64, int64, int64, int64)")
-def _dispatch(control, n_workers, job, arguments):
-    """Hand a job to all workers, do worker 0's share, wait for the rest."""
+@kernel("void(int64, int64, int64)")
+def _dispatch(control, job, arguments):
+    """Hand out a job, do worker 0's share of it, wait for those who joined."""
     store_i64(control + JOB, job)
     store_i64(control + ARGUMENTS, arguments)
     atomic_store(control + DONE, 0)
+    atomic_store(control + TICKETS, 0)
     atomic_add(control + GENERATION, 1)
     if atomic_load(control + SLEEPERS) > 0:
         wake_all(control + GENERATION)
     call_2(job, arguments, 0)
+    joined = atomic_add(control + TICKETS, _CLOSED)
     spins = 0
-    while atomic_load(control + DONE) < n_workers - 1:
-        spins = _wait(spins)
+    while atomic_load(control + DONE) < joined:
+        if spins > _PATIENCE:
+            give_way()
+        else:
+            pause()
+        spins += 1
 
 
 @kernel("void(int64)")
@@ -73,19 +74,6 @@ def _stop(control):
     atomic_store(control + STOP, 1)
     atomic_add(control + GENERATION, 1)
     wake_all(control + GENERATION)
-
-
-@inline
-def barrier(control, n_workers):
-    """Wait inside a job until all its workers are here."""
-    generation = atomic_load(control + BARRIER)
-    if atomic_add(control + ARRIVED, 1) == n_workers - 1:
-        atomic_store(control + ARRIVED, 0)
-        atomic_add(control + BARRIER, 1)
-    else:
-        spins = 0
-        while atomic_load(control + BARRIER) == generation:
-            spins = _wait(spins)
 
 
 def aligned_bytes(n_bytes: int, alignment: int = _LINE) -> np.ndarray:
@@ -96,11 +84,7 @@ def aligned_bytes(n_bytes: int, alignment: int = _LINE) -> np.ndarray:
 
 
 class Pool:
-    """`n_workers` threads, the caller included. One job at a time; close() ends the threads.
-
-    Attributes:
-        control: address of the control block, for pool.barrier inside jobs.
-    """
+    """`n_workers` threads, the caller included. One job at a time; close() ends the threads."""
 
     def __init__(self, n_workers: int):
         """Start the workers. Raises QuantError if n_workers < 1."""
@@ -119,9 +103,9 @@ class Pool:
             thread.start()
 
     def run(self, job: int, arguments: np.ndarray) -> None:
-        """Run the kernel at address `job` on all workers; returns when all have. `arguments`: int64, C order."""
+        """Run the kernel at address `job` on the workers; returns when it is done. `arguments`: int64, C order."""
         with self._lock:
-            _dispatch.ctypes(self.control, self.n_workers, job, arguments.ctypes.data)
+            _dispatch.ctypes(self.control, job, arguments.ctypes.data)
 
     def buffer(self, name: str, n_bytes: int) -> int:
         """Address of a work buffer of at least n_bytes, 64-byte aligned; kept for the next job that asks by `name`."""

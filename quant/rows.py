@@ -27,18 +27,10 @@ def scratch_bytes(n_cols: int) -> int:
 
 
 @inline
-def write_records(x, n_inputs, n_cols, integer, record_bytes, records, worker, n_workers):
-    """This worker's share of the records of n_inputs contiguous float32 rows at x."""
-    groups = (n_cols + 31) // 32
-    first, end = n_inputs * groups * worker // n_workers, n_inputs * groups * (worker + 1) // n_workers
-    while first < end:
-        i = first // groups
-        last = min(end, (i + 1) * groups)
-        columns = min(n_cols, (last - i * groups) * 32)
-        write_record(
-            x + 4 * n_cols * i, (first - i * groups) * 32, columns, n_cols, integer, records + record_bytes * i
-        )
-        first = last
+def write_records(x, n_inputs, n_cols, integer, record_bytes, records):
+    """The records of n_inputs contiguous float32 rows at x."""
+    for i in range(n_inputs):
+        write_record(x + 4 * n_cols * i, 0, n_cols, n_cols, integer, records + record_bytes * i)
 
 
 # A matrix as the kernels see it: six int64 among a job's arguments (linear.Weight.fields).

@@ -1,4 +1,4 @@
-"""The worker pool: every worker runs every job once, barriers hold, threads end."""
+"""The worker pool: every unit of a job is done once, by whoever has time; threads end."""
 
 import threading
 import time
@@ -9,51 +9,52 @@ import pytest
 from quant.atomics import atomic_add
 from quant.errors import QuantError
 from quant.jit import kernel
-from quant.pool import Pool, barrier
-from quant.simd import load_i64, store_i64
+from quant.pool import Pool
+from quant.simd import load_i64
 
 
 @kernel("void(int64, int64)")
-def _count(arguments, worker):
-    atomic_add(arguments + 8 * worker, 1)
+def _take(arguments, worker):
+    """Count each unit by its number and by who took it: [counter, n_units, by unit.., by worker..]."""
+    n_units = load_i64(arguments + 8)
+    while True:
+        unit = atomic_add(arguments, 1)
+        if unit >= n_units:
+            break
+        atomic_add(arguments + 16 + 8 * unit, 1)
+        atomic_add(arguments + 16 + 8 * (n_units + worker), 1)
 
 
-@kernel("void(int64, int64)")
-def _meet(arguments, worker):
-    """Each worker writes its number, and after the barrier reads the other's: [control, n, written.., read..]."""
-    control, n_workers = load_i64(arguments), load_i64(arguments + 8)
-    for step in range(100):
-        store_i64(arguments + 16 + 8 * worker, step + 1)
-        barrier(control, n_workers)
-        if load_i64(arguments + 16 + 8 * ((worker + 1) % n_workers)) != step + 1:
-            atomic_add(arguments + 16 + 8 * n_workers, 1)
-        barrier(control, n_workers)
+def take(pool: Pool, n_units: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each unit was done, and how many units each worker did."""
+    arguments = np.zeros(2 + n_units + pool.n_workers, np.int64)
+    arguments[1] = n_units
+    pool.run(_take.address, arguments)
+    return arguments[2 : 2 + n_units], arguments[2 + n_units :]
 
 
 @pytest.mark.parametrize("n_workers", [1, 2, 5])
-def test_every_worker_runs_every_job(n_workers):
+def test_every_unit_is_done_once_when_run_returns(n_workers):
     pool = Pool(n_workers)
-    counts = np.zeros(n_workers, np.int64)
-    for _ in range(50):
-        pool.run(_count.address, counts)
+    for n_units in [1, 2, 1000] * 100:
+        by_unit, by_worker = take(pool, n_units)
+        assert by_unit.tolist() == [1] * n_units
+        assert by_worker.sum() == n_units
     time.sleep(0.05)  # long enough for the workers to fall asleep
-    pool.run(_count.address, counts)
+    assert take(pool, 1000)[0].tolist() == [1] * 1000
     pool.close()
-    assert counts.tolist() == [51] * n_workers
 
 
-def test_barriers_hold():
+def test_the_other_workers_take_part():
     pool = Pool(3)
-    arguments = np.zeros(6, np.int64)
-    arguments[:2] = pool.control, pool.n_workers
-    pool.run(_meet.address, arguments)
+    others = sum(take(pool, 200_000)[1][1:].sum() for _ in range(20))
     pool.close()
-    assert arguments[2:].tolist() == [100, 100, 100, 0]
+    assert others > 0
 
 
 def test_idle_workers_sleep_and_close_ends_them():
     pool = Pool(2)
-    pool.run(_count.address, np.zeros(2, np.int64))
+    take(pool, 100)
     time.sleep(0.1)
     before = time.process_time()
     time.sleep(0.3)
