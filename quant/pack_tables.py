@@ -1,7 +1,7 @@
 """Packing the formats whose levels are a table: MXFP4, bit-equal to ggml's, and IQ4_NL.
 
-Source: ggml src/ggml-quants.c, quantize_row_mxfp4_ref, quantize_row_iq4_nl_impl. For IQ4_NL ggml tries 15 scales and
-weights errors by x^2 where there are no importances; so does this, with 32 scales, half of them of the other sign.
+Source: ggml src/ggml-quants.c, quantize_row_mxfp4_ref, quantize_row_iq4_nl_impl. For IQ4_NL ggml tries 15 scales that
+bring the largest weight near the lowest level; here 16 compete with 16 that bring it near the highest.
 """
 
 import math
@@ -59,7 +59,7 @@ _magnitude_index = count_below(_midpoints(mxfp4.VALUES[:8]))
 
 @inline
 def _exponent(largest):
-    """E8M0 of the power of two that brings `largest` into 4..8, the table's last octave (of 2 * 2 to 2 * 4)."""
+    """E8M0 of the power of two in whose units `largest` is in 4..8, where the largest level, 6, is."""
     if largest == 0:
         return 0
     # Rounded to float32 first: just below a power of two ggml's log2f gives the next integer.

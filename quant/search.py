@@ -2,7 +2,8 @@
 
 Every sum runs over the weights in order inside each lane, so results are the same on every machine. x and w are
 addresses of float32: the weights of a group and how much an error in each counts.
-Method: ggml's make_qx_quants and make_qkx2_quants (ggml-quants.c), which try the candidates one after the other.
+Method: ggml's make_qx_quants and make_qkx2_quants (ggml-quants.c), which try the candidates one after the other; lines
+are fitted twice, the second time to the levels that the first fit rounds to.
 """
 
 import numpy as np
