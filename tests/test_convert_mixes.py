@@ -49,6 +49,7 @@ MODELS = {
     "deepseek-8-experts": tiny_models.Deepseek2(**_SMALL | {"n_routed_experts": 8, "num_hidden_layers": 8}),
     "deepseek-nextn": tiny_models.Deepseek2(**_SMALL | {"num_nextn_predict_layers": 1}),
     "deepseek-legacy-kv-b": tiny_models.Deepseek2(**_SMALL | {"split_kv_b": False}),
+    "deepseek-legacy-8-experts": tiny_models.Deepseek2(**_SMALL | {"split_kv_b": False, "n_routed_experts": 8}),
     "llama": tiny_models.Llama(**_SMALL_LLAMA),
     "llama-mha-tied": tiny_models.Llama(**_SMALL_LLAMA | {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     "llama-80-layers": tiny_models.Llama(**_SMALL_LLAMA | {"num_hidden_layers": 80, "intermediate_size": 256}),

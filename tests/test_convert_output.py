@@ -158,6 +158,25 @@ def test_an_interrupt_keeps_what_is_written(folder: Path, tmp_path: Path) -> Non
     assert names(tmp_path) == ["x.gguf", "y.gguf"]
 
 
+def test_what_the_journal_does_not_vouch_for_is_written_anew(folder: Path, tmp_path: Path) -> None:
+    """A crash of the machine may lose what was written since the last sync: here it is overwritten with junk."""
+    path = tmp_path / "x.gguf"
+    plan = plan_for(folder, path)
+    with pytest.raises(KeyboardInterrupt):
+        convert(plan, progress=stop_after(50), sync_bytes=30_000)
+    done = json.loads((tmp_path / "x.gguf.journal").read_text().splitlines()[-1])["done"]
+    assert 10 < done <= 50
+    unit = plan.units[done]
+    place, target = plan.layout.places[unit.target], plan.targets[unit.target]
+    offset = place.offset + place.n_bytes // target.n_rows * unit.first_row
+    with (tmp_path / "x.gguf.partial").open("r+b") as file:
+        file.seek(offset)
+        file.write(b"\xff" * (plan.layout.size - offset))
+    convert(plan_for(folder, path), resume=True)
+    convert(plan_for(folder, tmp_path / "y.gguf"))
+    assert path.read_bytes() == (tmp_path / "y.gguf").read_bytes()
+
+
 def test_resuming_with_other_options_or_sources_is_refused(folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(folder, tmp_path / "model")
     path = tmp_path / "x.gguf"
@@ -194,6 +213,21 @@ def test_a_kill_between_the_renames_is_made_good(n_renamed: int, folder: Path, t
     journal.close()
     convert(plan_for(folder, tmp_path / "x.gguf", split_max_bytes=100_000), resume=True)
     assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == contents
+
+
+def test_the_first_part_gets_its_name_last(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever finds the first part, which is the one to open, finds all of them."""
+    renamed: list[str] = []
+    replace = os.replace
+
+    def record(old: Path, new: Path) -> None:
+        renamed.append(new.name)
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", record)
+    convert(plan_for(folder, tmp_path / "x.gguf", split_max_bytes=100_000))
+    assert renamed == sorted(renamed, reverse=True)
+    assert len(renamed) > 3
 
 
 def test_a_line_of_the_journal_that_was_cut_short_does_not_count(tmp_path: Path) -> None:
@@ -285,7 +319,9 @@ def test_a_weight_that_is_no_number_is_named(name: str, value: float, folder: Pa
 def test_a_weight_too_large_for_f16_is_refused(folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(folder, tmp_path / "model")
     hf.edit_tensors(copy, lambda tensors: tensors["lm_head.weight"][3].__setitem__(7, 70000.0))
-    with pytest.raises(CheckpointError, match=r"'output\.weight' has a weight of 70000, too large for F16"):
+    with pytest.raises(
+        CheckpointError, match=r"'lm_head\.weight' has 70000 at row 3, column 7, too large for F16; BF16"
+    ):
         convert(plan_for(copy, tmp_path / "x.gguf", "F16"))
     convert(plan_for(copy, tmp_path / "x.gguf", "BF16"))
 
@@ -328,6 +364,29 @@ def test_a_gguf_is_copied_with_its_keys(folder: Path, tmp_path: Path) -> None:
     convert(plan_for(folder, first))
     convert(plan_for(first, second))
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_tensors_that_keep_their_type_keep_their_bytes(tmp_path: Path) -> None:
+    """Q4_K unpacked and packed again would not come out the same."""
+    source = tiny_models.shared("llama-wide", type="Q4_K")
+    convert(plan_for(source, tmp_path / "x.gguf", "Q4_K_S", allow_requantize=True))
+    before = {t.name: t for t in gguf.GGUFReader(source).tensors}
+    after = {t.name: t for t in gguf.GGUFReader(tmp_path / "x.gguf").tensors}
+    same = [name for name in before if before[name].tensor_type == after[name].tensor_type]
+    assert 10 < len(same) < len(before)
+    for name in same:
+        assert np.array_equal(before[name].data, after[name].data)
+
+
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "qwen3moe")
+    writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(LocalrunError, match="types are known for deepseek2 and llama, not for 'qwen3moe'"):
+        plan_for(tmp_path / "x.gguf", tmp_path / "y.gguf")
 
 
 def test_a_gguf_of_higher_precision_is_packed_like_its_checkpoint(folder: Path, tmp_path: Path) -> None:
@@ -381,20 +440,25 @@ def test_each_expert_is_packed_by_its_own_importance(
     seen = []
     from localrun.convert import packing
 
-    def record(_pool: Any, _format: Any, rows: np.ndarray, _out: Any, importance: Any, _target: Any) -> None:
+    def record(_pool: Any, _format: Any, rows: np.ndarray, _out: Any, importance: Any, _first: int) -> None:
         seen.append((rows.copy(), None if importance is None else importance.copy()))
 
     monkeypatch.setattr(packing, "_pack", record)
     convert(plan)
-    weights = plan.source
+
+    def rows_of(name: str, n_rows: int) -> np.ndarray:
+        rows = np.empty((n_rows, 96), np.float32)
+        plan.source.read(name, 0, n_rows, rows)
+        return rows
+
     for expert in range(8):
-        rows = weights.rows(f"model.layers.1.mlp.experts.{expert}.up_proj.weight", 0, 64)
+        rows = rows_of(f"model.layers.1.mlp.experts.{expert}.up_proj.weight", 64)
         (importance,) = [each for found, each in seen if found.shape == rows.shape and np.array_equal(found, rows)]
         if expert == 1:
             assert importance is None
         else:
             assert np.allclose(importance, sums[EXPERTS][expert] / counts[EXPERTS][expert, 0], rtol=1e-6)
-    dense = weights.rows("model.layers.0.mlp.up_proj.weight", 0, 160)
+    dense = rows_of("model.layers.0.mlp.up_proj.weight", 160)
     (importance,) = [each for found, each in seen if np.array_equal(found, dense)]
     assert np.allclose(importance, sums[DENSE][0] / 10, rtol=1e-6)
 

@@ -153,6 +153,10 @@ def test_kinds_of_tokens(trained: dict[str, tokenizers.Tokenizer], folder: Path)
     assert kinds["<think>"] == TokenType.USER_DEFINED
     assert kinds["Ġ"] == TokenType.NORMAL
     assert kinds[f"[PAD{N_VOCAB - 1}]"] == TokenType.UNUSED
+    edit(folder / "tokenizer.json", lambda d: d["added_tokens"][-1].update(special=True))
+    plan = make_plan(folder, folder.with_suffix(".x"), Options(mix="F32"))
+    think = original.token_to_id("<think>")
+    assert plan.metadata.get("tokenizer.ggml.token_type")[think] == TokenType.CONTROL
     assert types.tolist().count(TokenType.UNUSED) == N_VOCAB - original.get_vocab_size()
 
 
@@ -223,7 +227,7 @@ def test_a_way_of_splitting_that_is_not_known_needs_a_name(
 ) -> None:
     path = folder / "tokenizer.json"
     trained["deepseek-v3"].save(str(path))
-    edit(path, lambda d: d["pre_tokenizer"]["pretokenizers"].pop(1))
+    edit(path, lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed"))
     with pytest.raises(
         CheckpointError, match=r"tokenizer\.json: splits text in a way not known here; --pre .*deepseek-v3"
     ):

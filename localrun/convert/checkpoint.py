@@ -10,15 +10,16 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from math import prod
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from localrun.convert.errors import CheckpointError
+from localrun.convert.reading import Reader
 from localrun.convert.safetensors_file import DTYPE_BYTES, StoredTensor, read_header
+from quant import fp8
 
 INDEX = "model.safetensors.index.json"
 _SCALE = "_scale_inv"
@@ -63,7 +64,7 @@ class Checkpoint:
         self._block = _block_size(self.config, path)
         self.tensors = {name: self._checked(tensor) for name, tensor in self._stored.items()}
         self.files = [path / "config.json", *shards]
-        self._open_file: tuple[Path, BinaryIO] | None = None
+        self._reader = Reader()
 
     def _checked(self, tensor: StoredTensor) -> SourceTensor:
         where = f"{tensor.path}: tensor '{tensor.name}'"
@@ -91,55 +92,38 @@ class Checkpoint:
             found = f"{scale.dtype} {scale.shape}"
             raise CheckpointError(f"{scale.path}: tensor '{scale.name}' is {found}; expected F32 of shape {shapes}")
 
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """float32 (stop - start, n_cols): rows of a tensor, a new array. Raises CheckpointError if a read fails."""
-        stored = self._stored[name]
-        n_cols = stored.shape[-1] if stored.shape else 1
-        raw = self._read(stored, start * n_cols, (stop - start) * n_cols)
-        values = _to_float32(raw, stored.dtype).reshape(stop - start, n_cols)
-        if name in self._scales:
-            self._apply_scale(values, self._scales[name], start)
-        return values
-
-    def _apply_scale(self, values: np.ndarray, stored: StoredTensor, start: int) -> None:
-        """values *= the scales of rows from start, in place."""
-        scale = _to_float32(self._read(stored, 0, prod(stored.shape)), stored.dtype)
-        if scale.size == 1:
-            values *= scale[0]
-        elif self._block is None:
-            values *= scale[start : start + len(values), None]
-        else:
-            block_rows, block_cols = self._block
-            by_block = scale.reshape(stored.shape)
-            for block in range(start // block_rows, -(-(start + len(values)) // block_rows)):
-                first, last = max(block * block_rows, start) - start, (block + 1) * block_rows - start
-                values[first:last] *= np.repeat(by_block[block], block_cols)[: values.shape[1]]
-
-    def _read(self, stored: StoredTensor, first: int, count: int) -> np.ndarray:
-        """uint8: the bytes of `count` elements from the `first`-th."""
+    def read(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
+        """out = rows start..stop of a tensor, float32 (stop - start, n_cols), C order. Raises CheckpointError."""
+        stored, reader = self._stored[name], self._reader
         item = DTYPE_BYTES[stored.dtype]
-        raw = np.empty(count * item, np.uint8)
-        try:
-            file = self._file(stored.path)
-            file.seek(stored.offset + first * item)
-            n_read = file.readinto(raw)
-        except OSError as error:
-            raise CheckpointError(f"{stored.path}: tensor '{stored.name}': {error.strerror}") from None
-        if n_read != raw.size:
-            raise CheckpointError(f"{stored.path}: is cut off in tensor '{stored.name}'; it was whole at the start")
-        return raw
+        offset = stored.offset + start * out.shape[1] * item
+        if stored.dtype == "F32":
+            reader.read(stored.path, offset, out.reshape(-1).view(np.uint8), name)
+            return
+        scale = self._scale(name) if stored.dtype == "F8_E4M3" else None
+        raw = reader.fetch(stored.path, offset, out.size * item, name)
+        if scale is not None:
+            fp8.expand(raw.reshape(out.shape), scale, start, self._scale_block(name), out)
+        else:
+            reader.widen(raw, stored.dtype, out)
 
-    def _file(self, path: Path) -> BinaryIO:
-        """The shard, opened: one at a time, since a tensor's neighbours are mostly in the same."""
-        if self._open_file is None or self._open_file[0] != path:
-            self.close()
-            self._open_file = path, path.open("rb", buffering=0)
-        return self._open_file[1]
+    def _scale(self, name: str) -> np.ndarray:
+        """float32 (blocks,): all scales of an FP8 tensor."""
+        stored = self._scales[name]
+        scale = np.empty((1, prod(stored.shape)), np.float32)
+        raw = self._reader.fetch(stored.path, stored.offset, stored.n_bytes, stored.name)
+        self._reader.widen(raw, stored.dtype, scale)
+        return scale[0]
+
+    def _scale_block(self, name: str) -> tuple[int, int]:
+        """Rows and columns that share a scale."""
+        rows, cols = self._stored[name].shape
+        if self._block is not None:
+            return self._block
+        return (1 if prod(self._scales[name].shape) > 1 else rows, cols)
 
     def close(self) -> None:
-        if self._open_file is not None:
-            self._open_file[1].close()
-        self._open_file = None
+        self._reader.close()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -207,26 +191,3 @@ def _block_size(config: dict[str, Any], path: Path) -> tuple[int, int] | None:
         if isinstance(rows, int) and isinstance(cols, int) and min(rows, cols) > 0:
             return rows, cols
     raise CheckpointError(f"{path / 'config.json'}: weight_block_size is {block}; expected two positive numbers")
-
-
-def _to_float32(raw: np.ndarray, dtype: str) -> np.ndarray:
-    """float32 (n,) from the little-endian bytes of n values."""
-    if dtype == "F32":
-        return raw.view("<f4").astype(np.float32, copy=False)
-    if dtype == "F16":
-        return raw.view("<f2").astype(np.float32)
-    if dtype == "BF16":
-        values = raw.view("<u2").astype(np.uint32)
-        np.left_shift(values, 16, out=values)
-        return values.view(np.float32)
-    return _e4m3_values()[raw]
-
-
-@cache
-def _e4m3_values() -> np.ndarray:
-    """float32 (256,): what each byte means in OCP FP8 E4M3 (sign, 4 bits of exponent, 3 of mantissa, no infinities)."""
-    code = np.arange(256)
-    exponent, mantissa = code >> 3 & 15, code & 7
-    size = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0))
-    size[(code & 127) == 127] = np.nan
-    return np.where(code & 128, -size, size).astype(np.float32)

@@ -10,55 +10,68 @@ import numpy as np
 from localrun.convert.architecture import Model
 from localrun.convert.checkpoint import SourceTensor
 from localrun.convert.metadata import Entry, Metadata
+from localrun.convert.reading import Reader
 from localrun.convert.targets import Piece, Target
 from localrun.errors import LocalrunError, UnsupportedModelError
-from localrun.gguf import GGUFFile, open_gguf
-from localrun.gguf_header import Array, read_header
+from localrun.gguf import open_gguf
+from localrun.gguf_header import Array, Header, read_header
 from quant import formats
-from quant.linear import expand_rows, weight
-from quant.pool import Pool
 
 FREE_SOURCES = ("F32", "F16", "BF16", "Q8_0")  # near enough to the original to be packed anew without a word
 
+ARCHITECTURES = ("deepseek2", "llama")  # whose tensors the rules for types know
+
 
 class GGUFSource:
-    """An open GGUF file, all its parts.
+    """A GGUF model, all its parts.
 
     Attributes:
         tensors: name -> SourceTensor; dtype is ggml's name of the type.
         files: the parts.
+        keys: all keys of the first part, with their types.
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises GGUFError."""
-        self.path = path
-        self.file: GGUFFile = open_gguf(path)
-        self.files = self.file.paths
-        self.tensors = {
-            tensor.name: SourceTensor(tensor.name, tensor.shape, tensor.type.name, tensor.n_bytes)
-            for tensor in self.file.tensors.values()
-        }
-        self._pool = Pool(1)  # of the reading thread, beside the packers'
+        """Read and check all headers. Raises GGUFError."""
+        with open_gguf(path) as file:  # checks the parts against each other, too
+            self.path, self.files = path, file.paths
+            self.architecture = file.string("general.architecture")
+        self.tensors: dict[str, SourceTensor] = {}
+        self._places: dict[str, tuple[Path, int]] = {}
+        headers = [_read_header(part) for part in self.files]
+        self.keys = headers[0].values
+        for part, header in zip(self.files, headers, strict=True):
+            for record in header.tensors:
+                self.tensors[record.name] = SourceTensor(record.name, record.shape, record.type.name, record.n_bytes)
+                self._places[record.name] = part, header.data_start + record.offset
+        self._reader = Reader()
 
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """float32 (stop - start, n_cols)."""
-        tensor = self.file.tensors[name]
-        format_ = formats.get(tensor.type.name)
-        n_cols = tensor.shape[-1]
-        matrix = weight(tensor.data, format_, (self.tensors[name].n_rows, n_cols))
-        out = np.empty((stop - start, n_cols), np.float32)
-        expand_rows(self._pool, matrix, np.arange(start, stop, dtype=np.int64), out.ctypes.data)
-        return out
+    def read(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
+        """out = rows start..stop of a tensor, float32 (stop - start, n_cols), C order. Raises CheckpointError."""
+        path, offset, n_bytes = self._extent(name, start, stop)
+        self._reader.widen(self._reader.fetch(path, offset, n_bytes, name), self.tensors[name].dtype, out)
 
     def blocks(self, name: str, start: int, stop: int) -> np.ndarray:
-        """uint8: the rows as they are in the file."""
-        tensor = self.file.tensors[name]
-        row_bytes = tensor.n_bytes // self.tensors[name].n_rows
-        return tensor.data[start * row_bytes : stop * row_bytes].copy()
+        """uint8: the rows as they are in the file, a new array. Raises CheckpointError."""
+        path, offset, n_bytes = self._extent(name, start, stop)
+        out = np.empty(n_bytes, np.uint8)
+        self._reader.read(path, offset, out, name)
+        return out
+
+    def _extent(self, name: str, start: int, stop: int) -> tuple[Path, int, int]:
+        """Where rows are: file, offset, bytes."""
+        path, offset = self._places[name]
+        row_bytes = self.tensors[name].n_bytes // self.tensors[name].n_rows
+        return path, offset + start * row_bytes, (stop - start) * row_bytes
 
     def close(self) -> None:
-        self._pool.close()
-        self.file.close()
+        self._reader.close()
+
+
+def _read_header(path: Path) -> Header:
+    with path.open("rb") as file:
+        map_ = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # arrays are decoded from it later
+    return read_header(map_, path)
 
 
 def read_model(source: GGUFSource, *, keep_mtp: bool = True) -> Model:
@@ -66,6 +79,9 @@ def read_model(source: GGUFSource, *, keep_mtp: bool = True) -> Model:
     if not keep_mtp:
         raise LocalrunError(f"{source.path}: --no-mtp needs a checkpoint folder, not a GGUF")
     metadata = _copy_metadata(source)
+    if metadata.architecture not in ARCHITECTURES:
+        known = " and ".join(ARCHITECTURES)
+        raise UnsupportedModelError(f"{source.path}: types are known for {known}, not for '{metadata.architecture}'")
     targets = []
     for tensor in source.tensors.values():
         if tensor.dtype not in formats.NAMES:
@@ -78,17 +94,15 @@ def read_model(source: GGUFSource, *, keep_mtp: bool = True) -> Model:
 
 
 def _copy_metadata(source: GGUFSource) -> Metadata:
-    """All keys with their types, but for those of a split."""
-    with source.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as map_:
-        values = read_header(map_, source.path).values
-        metadata = Metadata(source.file.string("general.architecture"))
-        for key, entry in values.items():
-            if key.startswith("split.") or key == "general.alignment":  # the writer's own affair
-                continue
-            if not isinstance(entry, Array):
-                metadata.set(key, Entry(entry.type, entry.value))
-            else:
-                metadata.array(key, entry.type, _items(entry))
+    """All keys with their types, but for those of a split and of the alignment, which are the writer's own affair."""
+    metadata = Metadata(source.architecture)
+    for key, entry in source.keys.items():
+        if key.startswith("split.") or key == "general.alignment":
+            continue
+        if isinstance(entry, Array):
+            metadata.array(key, entry.type, _items(entry))
+        else:
+            metadata.set(key, Entry(entry.type, entry.value))
     return metadata
 
 

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from localrun.convert.errors import CheckpointError
 from localrun.convert.targets import Target, Unit
 from quant import formats
 from quant.pool import Pool
+
+
+class BadWeight(Exception):
+    """A weight that cannot be packed: where in the unit, and its value."""
+
+    def __init__(self, row: int, column: int, value: float) -> None:
+        super().__init__(row, column, value)
+        self.row, self.column, self.value = row, column, value
 
 
 def pack_unit(
@@ -16,19 +23,15 @@ def pack_unit(
     """uint8, 1-D: the unit's rows in a type.
 
     Args:
-        rows: float32 (n_rows, n_cols), finite, C order; or uint8, already in the type.
+        rows: float32 (n_rows, n_cols), C order.
         importance: float32 (slices of the target, n_cols), NaN in the rows of slices without one; or None.
 
-    Raises CheckpointError if a weight is too large for the type, whose values or scales are 16-bit floats.
+    Raises BadWeight if a weight is not finite, or beyond what the type can hold.
     """
-    if rows.dtype == np.uint8:
-        return rows.reshape(-1)
-    if type_ == "F32":
-        return rows.reshape(-1).view(np.uint8)
     format_ = formats.get(type_)
     out = np.empty((len(rows), format_.row_bytes(target.n_cols)), np.uint8)
     if importance is None:
-        _pack(pool, format_, rows, out, None, target)
+        _pack(pool, format_, rows, out, None, 0)
         return out.reshape(-1)
     slice_rows = target.shape[-2]
     at = 0
@@ -36,7 +39,7 @@ def pack_unit(
         index, row = divmod(unit.first_row + at, slice_rows)
         stop = min(at + slice_rows - row, len(rows))
         weights = None if np.isnan(importance[index, 0]) else importance[index]
-        _pack(pool, format_, rows[at:stop], out[at:stop], weights, target)
+        _pack(pool, format_, rows[at:stop], out[at:stop], weights, at)
         at = stop
     return out.reshape(-1)
 
@@ -47,12 +50,13 @@ def _pack(
     rows: np.ndarray,
     out: np.ndarray,
     importance: np.ndarray | None,
-    target: Target,
+    first: int,
 ) -> None:
+    """Packs rows, the first of which is number `first` of the unit."""
     from quant.pack import pack
 
     address = 0 if importance is None else importance.ctypes.data
     wrong = pack(pool, format_, rows.ctypes.data, len(rows), rows.shape[1], out.ctypes.data, address)
     if wrong >= 0:
-        value = rows.reshape(-1)[wrong]
-        raise CheckpointError(f"'{target.name}' has a weight of {value:g}, too large for {format_.name}; BF16 holds it")
+        row, column = divmod(wrong, rows.shape[1])
+        raise BadWeight(first + row, column, float(rows[row, column]))

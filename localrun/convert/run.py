@@ -16,9 +16,9 @@ import numpy as np
 from localrun.convert.errors import CheckpointError
 from localrun.convert.gguf_source import GGUFSource
 from localrun.convert.output import Output, journal_path, partial_path, remove_partial
-from localrun.convert.packing import pack_unit
+from localrun.convert.packing import BadWeight, pack_unit
 from localrun.convert.plan import Plan
-from localrun.convert.targets import Unit, read_unit
+from localrun.convert.targets import Unit, origin, read_unit
 from localrun.errors import LocalrunError
 from quant.pool import Pool
 
@@ -109,6 +109,8 @@ class _Pipeline:
         self._plan, self._output, self._pool, self._progress = plan, output, pool, progress
         self._bytes_in = self._bytes_out = 0
         self._weights = sum(self._n_weights(unit) for unit in plan.units[: output.done])
+        largest = max(self._n_weights(unit) for unit in plan.units)
+        self._buffers = [np.empty(largest, np.float32) for _ in range(2)]  # one is read into, the other packed from
 
     def run(self) -> Progress:
         """Everything that is not yet done. On an interrupt, what is written is noted for a later run."""
@@ -117,10 +119,11 @@ class _Pipeline:
         last = self._state("")
         with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
             try:
-                ahead = reader.submit(self._read, work[0]) if work else None
+                ahead = reader.submit(self._read, work[0], 0) if work else None
                 for index, unit in enumerate(work):
                     rows = ahead.result()
-                    ahead = reader.submit(self._read, work[index + 1]) if index + 1 < len(work) else None
+                    if index + 1 < len(work):
+                        ahead = reader.submit(self._read, work[index + 1], (index + 1) % 2)
                     pending.append(writer.submit(self._write, unit, self._pack(unit, rows)))
                     while len(pending) > _PENDING_WRITES:
                         pending.popleft().result()
@@ -132,20 +135,31 @@ class _Pipeline:
                 raise
         return last
 
-    def _read(self, unit: Unit) -> np.ndarray:
-        """float32 (n_rows, n_cols), finite; uint8 where the source has the type already."""
+    def _read(self, unit: Unit, which: int) -> np.ndarray:
+        """float32 (n_rows, n_cols), a view of a buffer; uint8 where the source has the type already."""
         plan = self._plan
         target, source = plan.targets[unit.target], plan.source
         if isinstance(source, GGUFSource) and target.from_type == plan.types[unit.target]:
             (piece,) = unit.pieces
             return source.blocks(piece.source, piece.start, piece.stop)
-        return read_unit(source, target, unit)
+        rows = self._buffers[which][: unit.n_rows * target.n_cols].reshape(unit.n_rows, target.n_cols)
+        read_unit(source, target, unit, rows)
+        return rows
 
     def _pack(self, unit: Unit, rows: np.ndarray) -> np.ndarray:
+        """uint8, 1-D: the unit as it goes into the file. Raises CheckpointError if a weight cannot be packed."""
+        if rows.dtype == np.uint8:
+            return rows
         plan = self._plan
-        target = plan.targets[unit.target]
+        target, type_ = plan.targets[unit.target], plan.types[unit.target]
         importances = plan.importances.by_name if plan.importances else {}
-        return pack_unit(self._pool, rows, target, unit, plan.types[unit.target], importances.get(target.name))
+        try:
+            return pack_unit(self._pool, rows, target, unit, type_, importances.get(target.name))
+        except BadWeight as bad:
+            name, row, column = origin(unit, bad.row, bad.column) or (target.name, bad.row, bad.column)
+            what = f"{plan.source.path}: tensor '{name}' has {bad.value:g} at row {row}, column {column}"
+            reason = f", too large for {type_}; BF16 holds it" if np.isfinite(bad.value) else ""
+            raise CheckpointError(what + reason) from None
 
     def _write(self, unit: Unit, data: np.ndarray) -> None:
         plan = self._plan

@@ -1,8 +1,7 @@
 """One safetensors file: which tensors it holds and where, checked before anything is read.
 
 Layout: u64 length of the header, the header as JSON, the data (https://github.com/huggingface/safetensors, README.md
-"Format" @v0.6). The data is read with plain reads: the safetensors library maps it, and the pages of a map count as
-this process's memory, which a converter of 700 GB models must keep bounded.
+"Format" @v0.6). The safetensors library would map the data; reading.py says why this does not.
 """
 
 from __future__ import annotations

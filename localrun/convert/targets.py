@@ -11,7 +11,6 @@ from typing import Protocol
 import numpy as np
 
 from localrun.convert.checkpoint import SourceTensor
-from localrun.convert.errors import CheckpointError
 
 
 class Source(Protocol):
@@ -20,8 +19,8 @@ class Source(Protocol):
     path: Path
     tensors: dict[str, SourceTensor]
 
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """float32 (stop - start, n_cols), rows of a tensor."""
+    def read(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
+        """out = rows start..stop of a tensor, float32 (stop - start, n_cols), C order."""
 
 
 @dataclass(frozen=True)
@@ -38,25 +37,25 @@ class Piece:
     n_rows: int
     order: str = "rows"
 
-    def read(self, source: Source) -> np.ndarray:
-        """float32 (n_rows, n_cols of the target), C order. Raises CheckpointError if a weight is not finite."""
-        rows = source.rows(self.source, self.start, self.stop)
-        self._check_finite(source, rows)
-        if self.order == "transposed":
-            return np.ascontiguousarray(rows.T)
-        if self.order == "pairs":
-            return rows.reshape(2, len(rows) // 2, -1).swapaxes(0, 1).reshape(rows.shape)
-        return rows
-
-    def _check_finite(self, source: Source, rows: np.ndarray) -> None:
-        values = rows.reshape(-1)
-        if np.isfinite(np.dot(values, values)):  # one quick pass; a sum that overflows is looked at again
+    def read(self, source: Source, out: np.ndarray) -> None:
+        """out = the target's rows, float32 (n_rows, n_cols), C order."""
+        if self.order == "rows":
+            source.read(self.source, self.start, self.stop, out)
             return
-        wrong = ~np.isfinite(rows)
-        if wrong.any():
-            row, column = np.unravel_index(wrong.argmax(), rows.shape)
-            where = f"row {self.start + row}, column {column}"
-            raise CheckpointError(f"{source.path}: tensor '{self.source}' has {rows[row, column]} at {where}")
+        rows = np.empty((self.stop - self.start, source.tensors[self.source].n_cols), np.float32)
+        source.read(self.source, self.start, self.stop, rows)
+        if self.order == "transposed":
+            out[...] = rows.T
+        else:
+            out.reshape(-1, 2, out.shape[1])[...] = rows.reshape(2, -1, out.shape[1]).swapaxes(0, 1)
+
+    def origin(self, row: int, column: int) -> tuple[int, int]:
+        """Where in the source tensor the weight at (row, column) of this piece comes from."""
+        if self.order == "transposed":
+            return self.start + column, row
+        if self.order == "pairs":
+            return self.start + row % 2 * (self.n_rows // 2) + row // 2, column
+        return self.start + row, column
 
 
 @dataclass(frozen=True)
@@ -127,15 +126,20 @@ def _cut(piece: Piece, limit: int) -> Iterator[Piece]:
         yield replace(piece, start=start, stop=stop, n_rows=stop - start)
 
 
-def read_unit(source: Source, target: Target, unit: Unit) -> np.ndarray:
-    """float32 (n_rows, n_cols), C order: the unit's rows."""
+def read_unit(source: Source, target: Target, unit: Unit, out: np.ndarray) -> None:
+    """out = the unit's rows, float32 (n_rows, n_cols), C order."""
     if target.values:
-        return np.array([target.values], np.float32)
-    if len(unit.pieces) == 1:
-        return unit.pieces[0].read(source)
-    rows = np.empty((unit.n_rows, target.n_cols), np.float32)
+        out[0] = target.values
     first = 0
     for piece in unit.pieces:
-        rows[first : first + piece.n_rows] = piece.read(source)
+        piece.read(source, out[first : first + piece.n_rows])
         first += piece.n_rows
-    return rows
+
+
+def origin(unit: Unit, row: int, column: int) -> tuple[str, int, int] | None:
+    """Which source tensor, row and column the weight at (row, column) of a unit comes from; None if from nowhere."""
+    for piece in unit.pieces:
+        if row < piece.n_rows:
+            return (piece.source, *piece.origin(row, column))
+        row -= piece.n_rows
+    return None
