@@ -408,7 +408,10 @@ def test_packing_twice_needs_permission(tmp_path: Path) -> None:
     for name, values in expected.items():
         # Q8_0 rounds to half of 1/127 of a block's largest weight, and its scale to 11 bits
         assert np.abs(found[name] - values).max() <= np.abs(values).max() * (1 / 254 + 2**-11)
-    convert(plan_for(tiny_models.shared("llama-wide", type="Q8_0"), tmp_path / "y.gguf", "F16"))
+    convert(plan_for(source, tmp_path / "f32.gguf", "F32"))  # unpacking loses nothing
+    found = dequantised(tmp_path / "f32.gguf")
+    assert all(np.array_equal(found[name], values) for name, values in expected.items())
+    convert(plan_for(tiny_models.shared("llama-wide", type="Q8_0"), tmp_path / "y.gguf", "Q4_0"))
 
 
 def write_imatrix(path: Path, sums: dict[str, np.ndarray], counts: dict[str, np.ndarray], **keys: str) -> Path:

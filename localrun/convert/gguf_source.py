@@ -10,6 +10,7 @@ import numpy as np
 from localrun.convert.architecture import Model
 from localrun.convert.checkpoint import SourceTensor
 from localrun.convert.metadata import Entry, Metadata
+from localrun.convert.mixes import PLAIN
 from localrun.convert.reading import Reader
 from localrun.convert.targets import Piece, Target
 from localrun.errors import LocalrunError, UnsupportedModelError
@@ -115,9 +116,12 @@ def _items(entry: Array) -> list:
 
 
 def check_requantize(source: GGUFSource, targets: list[Target], types: list[str], allowed: bool) -> None:
-    """Raises LocalrunError if a tensor would be packed anew from a type that has already lost much."""
+    """Raises LocalrunError if a tensor would be packed anew from a type that has already lost much.
+
+    Unpacking to floats loses nothing more.
+    """
     for target, type_ in zip(targets, types, strict=True):
-        if not allowed and target.from_type not in (*FREE_SOURCES, type_):
+        if not allowed and type_ not in PLAIN and target.from_type not in (*FREE_SOURCES, type_):
             raise LocalrunError(
                 f"{source.path}: tensor '{target.name}' is {target.from_type}; packing it again as {type_} loses twice "
                 "(--allow-requantize does it)"
