@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from localrun.convert import Options, make_plan
+from localrun.convert import Options, layout, make_plan
 from localrun.convert.checkpoint import Checkpoint
 from localrun.convert.errors import CheckpointError
+from localrun.errors import LocalrunError
 
 FP8 = torch.float8_e4m3fn
 
@@ -227,6 +230,12 @@ UNSUITED: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "another gate": (with_config(scoring_func="sqrtsoftplus"), ["scoring_func is 'sqrtsoftplus'"]),
     "another activation": (with_config(hidden_act="gelu"), ["hidden_act is 'gelu'"]),
     "unequal mscale": (with_config(rope_parameters=hf.YARN | {"mscale": 0.5}), ["mscale 0.5"]),
+    "a number that is none": (with_config(rms_norm_eps=float("nan")), ["rms_norm_eps is nan"]),
+    "too large for 32 bits": (with_config(routed_scaling_factor=1e300), ["routed_scaling_factor is 1e+300"]),
+    "a size of 0": (with_config(vocab_size=0), ["model.embed_tokens.weight", "[0, 96]"]),
+    "no end of layers": (with_config(num_hidden_layers=2**31), ["model.layers.3.input_layernorm.weight", "missing"]),
+    "no end of experts": (with_config(n_routed_experts=2**31), [GATE, "[2147483648, 96]"]),
+    "no end of heads": (with_config(num_attention_heads=2**31), ["o_proj.weight", "[96, 68719476736]"]),
     "unknown rope": (with_config(rope_parameters={"rope_type": "longrope"}), ["'longrope'"]),
     "yarn without a factor": (with_config(rope_parameters={"rope_type": "yarn"}), ["factor is missing"]),
 }
@@ -235,10 +244,7 @@ UNSUITED: dict[str, tuple[Callable[[Path], None], list[str]]] = {
 @pytest.mark.parametrize("case", UNSUITED)
 def test_what_has_no_place_in_a_gguf_is_refused_in_one_line(case: str, good: Path, tmp_path: Path) -> None:
     breaks, expected = UNSUITED[case]
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for file in good.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
+    folder = shutil.copytree(good, tmp_path / "model")
     breaks(folder)
     with pytest.raises(CheckpointError) as raised:
         make_plan(folder, tmp_path / "x.gguf", Options(mix="F32"))
@@ -249,11 +255,40 @@ def test_what_has_no_place_in_a_gguf_is_refused_in_one_line(case: str, good: Pat
         assert part in message
 
 
+def test_no_end_of_prediction_layers_is_but_a_warning(good: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(good, tmp_path / "model")
+    hf.edit_config(folder, num_nextn_predict_layers=2**31)
+    for keep_mtp in (True, False):
+        plan = make_plan(folder, tmp_path / "x.gguf", Options(mix="F32", keep_mtp=keep_mtp))
+        assert plan.metadata.get(".block_count") == 3
+
+
+LLAMA_UNSUITED: dict[str, tuple[dict[str, Any], str]] = {
+    "no heads": ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+    "odd heads": ({"head_dim": 33}, "head_dim is 33"),
+    "huge heads": ({"head_dim": 2**31, "rope_parameters": hf.LLAMA3_ROPE}, "has shape [192, 96]"),
+    "bad factors": ({"rope_parameters": hf.LLAMA3_ROPE | {"high_freq_factor": 1.0}}, "high_freq_factor is 1.0"),
+    "biases": ({"pretraining_tp": 2}, "pretraining_tp is 2"),
+}
+
+
+@pytest.mark.parametrize("case", LLAMA_UNSUITED)
+def test_what_has_no_place_in_a_llama_gguf_is_refused_in_one_line(case: str, tmp_path: Path) -> None:
+    changes, expected = LLAMA_UNSUITED[case]
+    folder = hf.save(hf.make("Llama", hf.LLAMA), tmp_path / "model")
+    hf.edit_config(folder, **changes)
+    with pytest.raises(CheckpointError, match=re.escape(expected)):
+        make_plan(folder, tmp_path / "x.gguf", Options(mix="F32"))
+
+
+def test_too_many_parts_are_refused(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "MAX_PARTS", 20)
+    with pytest.raises(LocalrunError, match=r"x\.gguf: would be \d+ parts, more than 20; allow larger ones"):
+        make_plan(good, tmp_path / "x.gguf", Options(mix="F32", split_max_bytes=1000))
+
+
 def test_what_every_runner_computes_itself_is_ignored(good: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for file in good.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
+    folder = shutil.copytree(good, tmp_path / "model")
     hf.edit_tensors(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)}))
     plan = make_plan(folder, tmp_path / "x.gguf", Options(mix="F32"))
     assert len(plan.targets) == len(make_plan(good, tmp_path / "x.gguf", Options(mix="F32")).targets)

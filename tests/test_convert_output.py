@@ -299,21 +299,38 @@ def test_a_disk_that_fills_up_is_one_line_and_resumable(folder: Path, tmp_path: 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize(
-    "name",
+    ("name", "row"),
     [
-        "model.layers.1.mlp.experts.5.up_proj.weight",
-        "model.layers.2.self_attn.kv_b_proj.weight",
-        "model.layers.0.input_layernorm.weight",
+        ("model.layers.1.mlp.experts.5.up_proj.weight", 63),
+        ("model.layers.2.self_attn.kv_b_proj.weight", 3 * 64 + 63),  # goes into v_b
+        ("model.layers.2.self_attn.kv_b_proj.weight", 2 * 64 + 5),  # into k_b, transposed
+        ("model.layers.0.input_layernorm.weight", 0),
     ],
 )
-def test_a_weight_that_is_no_number_is_named(name: str, value: float, folder: Path, tmp_path: Path) -> None:
+def test_a_weight_that_is_no_number_is_named(name: str, row: int, value: float, folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(folder, tmp_path / "model")
-    hf.edit_tensors(copy, lambda tensors: tensors[name].view(-1, tensors[name].shape[-1])[-1].__setitem__(7, value))
+    hf.edit_tensors(copy, lambda tensors: tensors[name].view(-1, tensors[name].shape[-1])[row].__setitem__(7, value))
     with pytest.raises(CheckpointError) as raised:
         convert(plan_for(copy, tmp_path / "x.gguf"))
-    rows = make_plan(folder, tmp_path / "z.gguf", Options()).source.tensors[name].n_rows
-    assert str(raised.value) == f"{copy}: tensor '{name}' has {value} at row {rows - 1}, column 7"
+    assert str(raised.value) == f"{copy}: tensor '{name}' has {value} at row {row}, column 7"
     assert names(tmp_path) == ["model"]  # nothing is left that --resume could use
+
+
+def test_a_weight_of_a_reordered_head_is_named(tmp_path: Path) -> None:
+    copy = hf.save(hf.make("Llama", hf.LLAMA), tmp_path / "model")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    hf.edit_tensors(copy, lambda tensors: tensors[name][32 + 19].__setitem__(7, float("nan")))
+    with pytest.raises(CheckpointError, match=f"'{name}' has nan at row 51, column 7"):
+        convert(plan_for(copy, tmp_path / "x.gguf"))
+
+
+def test_a_weight_is_named_where_each_expert_is_packed_apart(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "model")
+    name = "model.layers.1.mlp.experts.5.up_proj.weight"
+    hf.edit_tensors(copy, lambda tensors: tensors[name][3].__setitem__(7, float("nan")))
+    imatrix = write_imatrix(tmp_path / "i.gguf", {EXPERTS: np.ones((8, 96))}, {EXPERTS: np.ones((8, 1))})
+    with pytest.raises(CheckpointError, match=f"'{name}' has nan at row 3, column 7"):
+        convert(plan_for(copy, tmp_path / "x.gguf", imatrix=imatrix, unit_bytes=1 << 26))
 
 
 def test_a_weight_too_large_for_f16_is_refused(folder: Path, tmp_path: Path) -> None:

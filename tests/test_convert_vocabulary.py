@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import gguf
 import hf_checkpoints as hf
 import pytest
 import tokenizers
@@ -18,6 +19,7 @@ from gguf import TokenType
 import localrun
 from localrun.convert import Options, convert, make_plan
 from localrun.convert.errors import CheckpointError
+from localrun.errors import LocalrunError
 from localrun.tokenizer import Tokenizer
 
 N_VOCAB = 700
@@ -244,6 +246,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no model": (lambda d: d.pop("model"), "no byte-level BPE tokenizer"),
     "no vocabulary": (lambda d: d["model"].pop("vocab"), "broken vocabulary, merge or added token"),
     "a merge of three": (lambda d: d["model"].update(merges=["a b c"]), "broken vocabulary, merge or added token"),
+    "half a character": (lambda d: d["model"]["vocab"].update({"\ud800": 690}), "is not Unicode text"),
     "an id too large": (lambda d: d["model"]["vocab"].update(zzz=N_VOCAB), "the tokenizer has id 700; config.json's"),
 }
 
@@ -253,8 +256,41 @@ def test_a_broken_tokenizer_is_one_line(case: str, trained: dict[str, tokenizers
     change, expected = BROKEN[case]
     trained["gpt-2"].save(str(folder / "tokenizer.json"))
     edit(folder / "tokenizer.json", change)
-    with pytest.raises(CheckpointError, match=expected):
+    with pytest.raises(LocalrunError, match=expected):
         make_plan(folder, folder.with_suffix(".gguf"), Options(mix="F32"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", b"{"),
+        ("tokenizer_config.json", b"[1]"),
+        ("tokenizer_config.json", b'{"chat_template": [{"template": 1}]}'),
+        ("chat_template.jinja", b"\xff"),
+        ("config.json", None),
+    ],
+)
+def test_broken_special_tokens_are_one_line(
+    name: str, content: bytes | None, trained: dict[str, tokenizers.Tokenizer], folder: Path
+) -> None:
+    trained["gpt-2"].save(str(folder / "tokenizer.json"))
+    write_config(folder, bos_token="<|begin|>")
+    if content is None:
+        hf.edit_config(folder, bos_token_id=-3)
+    else:
+        (folder / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model: special tokens or chat template are broken"):
+        make_plan(folder, folder.with_suffix(".gguf"), Options(mix="F32"))
+
+
+def test_a_vocabulary_alone_is_nothing_to_convert(folder: Path, tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "v.gguf", "llama")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(LocalrunError, match=r"v\.gguf: holds no tensors"):
+        make_plan(tmp_path / "v.gguf", folder.with_suffix(".gguf"), Options(mix="F32"))
 
 
 def test_sentencepiece_is_refused(folder: Path) -> None:

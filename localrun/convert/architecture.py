@@ -70,7 +70,7 @@ def add_ends(builder: Builder, settings: Settings) -> None:
     shape = settings.get("vocab_size", int), settings.get("hidden_size", int)
     builder.plain(EMBED_TOKENS, "model.embed_tokens.weight", shape)
     if settings.get("tie_word_embeddings", bool, False):
-        builder.skip(r"lm_head\.weight$")
+        builder.skip("lm_head.weight")
     else:
         builder.plain(LM_HEAD, "lm_head.weight", shape)
     builder.plain(NORM, "model.norm.weight", shape[1:])

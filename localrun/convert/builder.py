@@ -12,6 +12,7 @@ from localrun.convert.targets import Piece, Target
 
 # Not weights: what a runner computes itself, and the activation scales of other FP8 runtimes.
 _IGNORED = re.compile(r"\.rotary_emb\.inv_freq$|\.activation_scale$|\.input_scale$")
+_FLOAT32_MAX = 3.4e38
 REQUIRED: Any = object()
 
 
@@ -34,14 +35,14 @@ class Settings:
 
 
 def typed(values: dict[str, Any], key: str, kind: type, default: Any, where: str) -> Any:
-    """values[key], checked to be of this kind (a positive or zero number if int); an int will do for a float."""
+    """values[key], checked to be of this kind: an int at least 0; a float that fits 32 bits, also written as an int."""
     value = values.get(key)
     if value is None:
         if default is REQUIRED:
             raise CheckpointError(f"{where}: {key} is missing; expected {kind.__name__}")
         return default
     sound = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
-    if not sound or (kind is int and not 0 <= value < 2**32):
+    if not sound or (kind is int and not 0 <= value < 2**32) or (kind is float and not abs(value) <= _FLOAT32_MAX):
         raise CheckpointError(f"{where}: {key} is {value!r}; expected {kind.__name__}")
     return kind(value)
 
@@ -96,9 +97,16 @@ class Builder:
         """A vector that is computed here."""
         self.targets.append(Target(name, (len(values),), "F32", values=tuple(values)))
 
-    def skip(self, pattern: str) -> None:
-        """Sources that match are left out on purpose."""
-        self._used |= {name for name in self.checkpoint.tensors if re.match(pattern, name)}
+    def skip(self, source: str) -> None:
+        """A source that is left out on purpose, if it is there."""
+        self._used.add(source)
+
+    def skip_layers(self, first: int, count: int) -> None:
+        """Layers whose sources are left out on purpose."""
+        for name in self.checkpoint.tensors:
+            match = re.match(r"model\.layers\.(\d+)\.", name)
+            if match and first <= int(match[1]) < first + count:
+                self._used.add(name)
 
     def finish(self) -> list[Target]:
         """All targets. Raises CheckpointError if a source tensor has found no place."""
@@ -114,7 +122,7 @@ class Builder:
         tensor = self.checkpoint.tensors.get(source)
         if tensor is None:
             raise CheckpointError(f"{self.checkpoint.path}: tensor '{source}' is missing; '{target}' is made of it")
-        if tensor.shape != shape:
+        if tensor.shape != shape or 0 in shape:
             found, path = list(tensor.shape), self.checkpoint.path
             raise CheckpointError(f"{path}: tensor '{source}' has shape {found}; expected {list(shape)}")
         self._used.add(source)

@@ -74,20 +74,19 @@ def _read_sizes(settings: Settings, n_nextn: int) -> _Sizes:
 def _count_nextn(builder: Builder, settings: Settings, keep_mtp: bool, warnings: list[str]) -> int:
     """Layers for multi-token prediction that go into the file; those that do not are skipped."""
     named, first = settings.get("num_nextn_predict_layers", int, 0), settings.get("num_hidden_layers", int)
-    present = [i for i in range(named) if builder.has(f"model.layers.{first + i}.eh_proj.weight")]
     if not keep_mtp:
-        for i in range(named):
-            builder.skip(rf"model\.layers\.{first + i}\.")
+        builder.skip_layers(first, named)
         return 0
-    if len(present) < named:
-        if present:
-            raise CheckpointError(
-                f"{settings.where}: {named} prediction layers are named; the shards hold {len(present)}"
-            )
+    present = 0
+    while present < named and builder.has(f"model.layers.{first + present}.eh_proj.weight"):
+        present += 1
+    if 0 < present < named:
+        raise CheckpointError(f"{settings.where}: names {named} prediction layers; the shards hold {present}")
+    if not present and named:
         warnings.append(
             f"config.json names {named} layer(s) for multi-token prediction, the shards hold none: left out"
         )
-    return len(present)
+    return present
 
 
 def _warn_of_lite(sizes: _Sizes, warnings: list[str]) -> None:

@@ -16,6 +16,9 @@ from gguf.gguf_writer import WriterState
 
 from localrun.convert.metadata import Metadata
 from localrun.convert.targets import Target
+from localrun.errors import LocalrunError
+
+MAX_PARTS = 2**16 - 1  # split.count has 16 bits
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,10 @@ def tensor_bytes(target: Target, type_: str) -> int:
 def make_layout(
     path: Path, metadata: Metadata, targets: list[Target], types: list[str], split_max_bytes: int = 0
 ) -> Layout:
-    """The files to write for path: path itself, or with a limit name-00001-of-00003.gguf and so on."""
+    """The files to write for path: path itself, or with a limit name-00001-of-00003.gguf and so on.
+
+    Raises LocalrunError if there would be too many.
+    """
     writer = GGUFWriter(None, metadata.architecture, split_max_size=split_max_bytes)
     metadata.write(writer)
     for target, type_ in zip(targets, types, strict=True):
@@ -66,6 +72,9 @@ def make_layout(
         writer.add_tensor_info(
             target.name, target.shape, np.dtype(np.float32), tensor_bytes(target, type_), raw_dtype=kind
         )
+    if len(writer.tensors) > MAX_PARTS:
+        raise LocalrunError(f"{path}: would be {len(writer.tensors)} parts, more than {MAX_PARTS}; allow larger ones")
+    writer.split_max_size = 0  # has done its work; if there is one part only, the writer would warn
     paths, members = writer.format_shard_names(path), [list(tensors) for tensors in writer.tensors]
     headers = _headers(writer)
     return _place(

@@ -19,9 +19,11 @@ def read(checkpoint: Checkpoint, settings: Settings, _keep_mtp: bool) -> Model:
     """Keys and targets. Raises CheckpointError."""
     heads, hidden = settings.get("num_attention_heads", int), settings.get("hidden_size", int)
     if not heads:
-        raise CheckpointError(f"{settings.where}: num_attention_heads is 0")
+        raise CheckpointError(f"{settings.where}: num_attention_heads is 0; expected 1 or more")
     kv_heads, head_dim = settings.get("num_key_value_heads", int, heads), settings.get("head_dim", int, hidden // heads)
     n_layers, rope = settings.get("num_hidden_layers", int), read_rope(settings)
+    if not head_dim or head_dim % 2:
+        raise CheckpointError(f"{settings.where}: head_dim is {head_dim}; expected an even number")
     settings.expect("pretraining_tp", [0, 1], "only 1 can be converted")
     metadata = new_metadata("llama", checkpoint, settings)
     metadata.u32(".block_count", n_layers)
@@ -32,10 +34,10 @@ def read(checkpoint: Checkpoint, settings: Settings, _keep_mtp: bool) -> Model:
     add_rope(metadata, rope)
     builder = Builder(checkpoint)
     add_ends(builder, settings)
-    if rope.type == "llama3":
-        builder.values(ROPE_FREQS, _frequency_divisors(rope, head_dim))
     for index in range(n_layers):
         _add_layer(builder, settings, index, (heads, kv_heads, head_dim))
+    if rope.type == "llama3" and n_layers:
+        builder.values(ROPE_FREQS, _frequency_divisors(rope, head_dim))
     return Model(metadata, builder.finish())
 
 

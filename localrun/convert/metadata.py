@@ -8,6 +8,8 @@ from typing import Any
 
 from gguf import GGUFValueType, GGUFWriter
 
+from localrun.errors import LocalrunError
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -42,10 +44,14 @@ class Metadata:
         self.set(key, Entry(GGUFValueType.BOOL, bool(value)))
 
     def string(self, key: str, value: str) -> None:
+        """Raises LocalrunError if the text is not Unicode: JSON can spell halves of characters."""
+        _check_text(key, [value])
         self.set(key, Entry(GGUFValueType.STRING, value))
 
     def array(self, key: str, item_type: GGUFValueType, items: Sequence[Any]) -> None:
         """An array; one without items is left out, since the format's writers know none."""
+        if item_type == GGUFValueType.STRING:
+            _check_text(key, items)
         if len(items):
             self.set(key, Entry(GGUFValueType.ARRAY, items, item_type))
 
@@ -59,3 +65,11 @@ class Metadata:
         for key, entry in self.entries.items():
             if key != "general.architecture":  # GGUFWriter adds it itself
                 writer.add_key_value(key, entry.value, entry.type, entry.item_type)
+
+
+def _check_text(key: str, items: Sequence[str | bytes]) -> None:
+    for item in items:
+        try:
+            item if isinstance(item, bytes) else item.encode()
+        except UnicodeEncodeError:
+            raise LocalrunError(f"key '{key}': {item[:50]!r} is not Unicode text") from None

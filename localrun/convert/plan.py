@@ -19,6 +19,7 @@ from localrun.convert.layout import Layout, make_layout
 from localrun.convert.metadata import Metadata
 from localrun.convert.mixes import MIXES, Override, choose_types
 from localrun.convert.targets import Target, Unit, units
+from localrun.errors import LocalrunError
 
 UNIT_BYTES = 64 << 20  # as float32; some of these are in memory at a time
 QUANTIZATION_VERSION = 2  # ggml.h, GGML_QNT_VERSION
@@ -88,6 +89,8 @@ def make_plan(source_path: Path, destination: Path, options: Options) -> Plan:
     else:
         source = GGUFSource(source_path)
         model = gguf_source.read_model(source, keep_mtp=options.keep_mtp)
+    if not model.targets:
+        raise LocalrunError(f"{source_path}: holds no tensors to convert")
     importances = read_imatrix(options.imatrix, model.targets) if options.imatrix else None
     types = choose_types(
         model.targets, model.metadata, options.mix, options.overrides, has_imatrix=importances is not None

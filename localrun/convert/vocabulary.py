@@ -183,26 +183,29 @@ _ID_KEYS = {"unk": "unknown", "sep": "seperator", "pad": "padding"}
 
 def _add_special(metadata: Metadata, checkpoint: Checkpoint, n_vocab: int) -> list[str]:
     """Special ids, whether they are added to texts, chat templates."""
-    for name in ("tokenizer_config.json", "chat_template.json"):
-        if (checkpoint.path / name).exists():
-            read_json(checkpoint.path / name)  # for its one-line error
-    special = SpecialVocab(checkpoint.path, n_vocab=n_vocab)
+    try:
+        special = SpecialVocab(checkpoint.path, n_vocab=n_vocab)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # what its reading of broken files ends in
+        raise CheckpointError(f"{checkpoint.path}: special tokens or chat template are broken: {error!r}") from None
     for kind, id in special.special_token_ids.items():
         metadata.u32(f"tokenizer.ggml.{_ID_KEYS.get(kind, kind)}_token_id", id)
     for kind, added in special.add_special_token.items():
         metadata.bool(f"tokenizer.ggml.add_{kind}_token", added)
     if special.chat_template is None:
         return ["no chat template: chat falls back to ChatML"]
-    _add_templates(metadata, special.chat_template)
+    _add_templates(metadata, special.chat_template, checkpoint.path)
     return []
 
 
-def _add_templates(metadata: Metadata, templates: Any) -> None:
+def _add_templates(metadata: Metadata, templates: Any, folder: Path) -> None:
     """One template, or several by name, of which "default" is the one that is used."""
     if isinstance(templates, str):
         metadata.string("tokenizer.chat_template", templates)
         return
-    named = {re.sub(r"[^A-Za-z0-9]", "_", each["name"]): each["template"] for each in templates}
+    try:
+        named = {re.sub(r"[^A-Za-z0-9]", "_", each["name"]): str(each["template"]) for each in templates}
+    except (KeyError, TypeError):
+        raise CheckpointError(f"{folder}: special tokens or chat template are broken: one has no name") from None
     others = sorted(name for name in named if name != "default")
     for name in others:
         metadata.string(f"tokenizer.chat_template.{name}", named[name])
