@@ -120,8 +120,9 @@ class Engine:
     def cache_tensors(self, cache: Cache) -> dict[str, torch.Tensor]:
         return {"ids": torch.tensor(cache.ids, dtype=torch.uint8)}
 
-    def restore_cache(self, cache: Cache, tensors: dict[str, torch.Tensor]) -> None:
+    def restore_cache(self, cache: Cache, tensors: dict[str, torch.Tensor], n_tokens: int) -> None:
         cache.ids = tensors["ids"].tolist()
+        assert len(cache.ids) == n_tokens
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         return self.model.forward(ids, Cache(), all_logits=True)

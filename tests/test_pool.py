@@ -1,6 +1,5 @@
 """The worker pool: every unit of a job is done once, by whoever has time; threads end."""
 
-import threading
 import time
 
 import numpy as np
@@ -59,8 +58,10 @@ def test_idle_workers_sleep_and_close_ends_them():
     before = time.process_time()
     time.sleep(0.3)
     assert time.process_time() - before < 0.1  # a spinning worker would use all of the 0.3 s
+    workers = pool._threads
+    assert workers and all(thread.is_alive() for thread in workers)
     pool.close()
-    assert not any(thread.name.startswith("localrun-") for thread in threading.enumerate())
+    assert not any(thread.is_alive() for thread in workers)
 
 
 def test_buffers_grow_and_are_kept():
