@@ -208,6 +208,19 @@ def with_config(**changes: Any) -> Callable[[Path], None]:
 
 
 GATE = "model.layers.1.mlp.gate.weight"
+
+
+def empty_vocabulary(folder: Path) -> None:
+    ends = ("model.embed_tokens.weight", "lm_head.weight")
+    hf.edit_tensors(folder, lambda tensors: tensors.update({name: torch.zeros(0, 96) for name in ends}))
+    hf.edit_config(folder, vocab_size=0)
+
+
+def one_prediction_layer_of_two(folder: Path) -> None:
+    hf.edit_tensors(folder, lambda tensors: tensors.update({"model.layers.3.eh_proj.weight": torch.zeros(96, 192)}))
+    hf.edit_config(folder, num_nextn_predict_layers=2)
+
+
 UNSUITED: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "unknown tensor": (with_tensors(lambda t: t.update(extra=torch.zeros(3))), ["'extra'", "unknown"]),
     "bias": (
@@ -236,6 +249,8 @@ UNSUITED: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "no end of layers": (with_config(num_hidden_layers=2**31), ["model.layers.3.input_layernorm.weight", "missing"]),
     "no end of experts": (with_config(n_routed_experts=2**31), [GATE, "[2147483648, 96]"]),
     "no end of heads": (with_config(num_attention_heads=2**31), ["o_proj.weight", "[96, 68719476736]"]),
+    "tensors without weights": (empty_vocabulary, ["model.embed_tokens.weight", "[0, 96]"]),
+    "one prediction layer of two": (one_prediction_layer_of_two, ["names 2 prediction layers; the shards hold 1"]),
     "unknown rope": (with_config(rope_parameters={"rope_type": "longrope"}), ["'longrope'"]),
     "yarn without a factor": (with_config(rope_parameters={"rope_type": "yarn"}), ["factor is missing"]),
 }
