@@ -45,6 +45,7 @@ class LatentAttention:
 
         self.config, self.index, self.rope = config, index, rope
         self.scale = attention_scale(config)
+        self.may_decompress = True  # not where the inputs of k_b_proj and v_b_proj are to be observed
         if config.q_lora_rank is None:
             self.q_proj = weights.linear(name("q_proj"))
         else:
@@ -68,7 +69,8 @@ class LatentAttention:
         latent_TC, k_rope_TR = self._latents(x_TD, turns)
         (rows_SW,) = cache.append(self.index, torch.cat([latent_TC, k_rope_TR], -1))
         rows_SW = rows_SW.float()
-        attend = self._absorbed if self._absorbing_is_cheaper(x_TD.shape[0]) else self._decompressed
+        absorb = not self.may_decompress or self._absorbing_is_cheaper(x_TD.shape[0])
+        attend = self._absorbed if absorb else self._decompressed
         return self.o_proj(attend(q_nope_THP, q_rope_THR, rows_SW).flatten(1))
 
     def _queries(self, x_TD: torch.Tensor, turns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -51,7 +51,7 @@ def perplexity(
 
     Raises LocalrunError if there are fewer than 2 * n_ctx ids (llama.cpp's rule), or the logits make no sense.
     """
-    chunks = _chunks(engine, ids, n_ctx, n_chunks)
+    chunks = text_chunks(engine, ids, n_ctx, n_chunks)
     first = n_ctx // 2
     losses = np.empty((len(chunks), n_ctx - first - 1))
     running: list[float] = []
@@ -68,7 +68,8 @@ def perplexity(
     return Perplexity(ppl, error, running, n_ctx, len(chunks) * n_ctx, n_counted)
 
 
-def _chunks(engine: Engine, ids: Sequence[int], n_ctx: int, n_chunks: int | None) -> list[list[int]]:
+def text_chunks(engine: Engine, ids: Sequence[int], n_ctx: int, n_chunks: int | None) -> list[list[int]]:
+    """The ids in chunks of n_ctx, each to be read from an empty cache. Raises LocalrunError, as perplexity does."""
     if n_ctx < MIN_CHUNK:
         raise LocalrunError(f"chunks of {n_ctx} tokens; expected {MIN_CHUNK} or more")
     if n_chunks is not None and n_chunks < 1:
