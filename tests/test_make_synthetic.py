@@ -1,0 +1,93 @@
+"""scripts/make_synthetic.py: files of the published sizes and types, that llama.cpp reads as we do."""
+
+import json
+import runpy
+import subprocess
+import sys
+from math import prod
+from pathlib import Path
+
+import gguf
+import llama_cpp_oracle
+import numpy as np
+import pytest
+
+import localrun
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "make_synthetic.py"
+script = runpy.run_path(str(SCRIPT))
+
+
+def run(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, SCRIPT, *args], capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("synthetic") / "tiny.gguf"
+    done = run("tiny", path)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert document["path"] == str(path) and document["file_bytes"] == path.stat().st_size
+    assert list(path.parent.iterdir()) == [path]
+    return path
+
+
+def test_v2_lite_is_llama_quantize_s_size() -> None:
+    """15.7 billion weights as on the model's card; 9,883.84 MiB is what llama-quantize --dry-run says for Q4_K_M."""
+    tensors, types, layout = script["plan"]("v2-lite", Path("v2-lite.gguf"))
+    assert sum(prod(tensor.shape) for tensor in tensors) == 15_706_484_224
+    assert round(sum(place.n_bytes for place in layout.places) / 2**20, 2) == 9883.84
+    kinds = {tensor.name: type_ for tensor, type_ in zip(tensors, types, strict=True)}
+    assert [kinds[f"blk.{i}.ffn_down_exps.weight"] for i in (1, 3, 5, 26)] == ["Q8_0", "Q5_0", "Q8_0", "Q8_0"]
+    assert (kinds["blk.0.attn_k_b.weight"], kinds["blk.0.attn_v_b.weight"]) == ("Q5_0", "Q4_K")
+
+
+def test_v3_slice_has_v3_s_layers() -> None:
+    """A MoE layer of V3 has 11.5 billion weights: 671 billion, less embedding, head and dense layers, by 58."""
+    tensors, _, _ = script["plan"]("v3-slice", Path("v3-slice.gguf"))
+    weights = sum(prod(tensor.shape) for tensor in tensors if tensor.name.startswith("blk.1."))
+    assert weights == pytest.approx((671e9 - 2 * 129280 * 7168 - 3 * 0.58e9) / 58, rel=0.002)  # 671 is rounded
+
+
+def test_llama_cpp_computes_what_we_compute(tiny: Path) -> None:
+    ids = [256, 17, 300, 400]
+    expected = llama_cpp_oracle.logits(tiny, ids)
+    with localrun.load(tiny, threads=2, backend="native") as engine:
+        found = engine.logits(ids)
+        assert engine.tokenizer.decode(engine.tokenizer.encode("the moth")[1:]) == "the moth"
+    for row, other in zip(found, expected, strict=True):
+        # Both round activations to 8 bits, differently: 0.4% each in every one of some 30 products.
+        assert np.corrcoef(row, other)[0, 1] > 0.998
+        assert 0.5 < row.std() < 2  # activations stay near 1
+
+
+def test_weights_are_gaussian_and_varied(tiny: Path) -> None:
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tiny).tensors}
+    stack = tensors["blk.1.ffn_gate_exps.weight"]
+    values = gguf.dequantize(stack.data, stack.tensor_type)
+    assert values.shape == (16, 256, 256)
+    assert values.std() == pytest.approx(1 / 16, rel=0.02)  # 1/sqrt(256); a draw of blocks deviates by less than 1%
+    assert abs(values.mean()) < 0.001
+    blocks = stack.data.reshape(-1, 144)
+    assert len(np.unique(blocks, axis=0)) > 0.7 * len(blocks)  # 4,096 draws from 8,192 blocks: 0.79 differ
+    norm = tensors["blk.1.attn_norm.weight"].data
+    assert norm.mean() == pytest.approx(1, abs=0.03) and norm.std() == pytest.approx(0.1, rel=0.2)
+
+
+def test_the_same_bytes_again(tiny: Path, tmp_path: Path) -> None:
+    script["write"]("tiny", tmp_path / "again.gguf")
+    assert (tmp_path / "again.gguf").read_bytes() == tiny.read_bytes()
+
+
+def test_a_failure_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.gguf"
+    path.write_bytes(b"old")
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script["Weights"], "chunks", fail)
+    with pytest.raises(KeyboardInterrupt):
+        script["write"]("tiny", path)
+    assert [each.name for each in tmp_path.iterdir()] == ["a.gguf"] and path.read_bytes() == b"old"
