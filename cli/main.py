@@ -13,6 +13,7 @@ import localrun
 from cli.chat import chat
 from cli.convert import convert
 from cli.generate import generate
+from cli.imatrix import imatrix
 from cli.inspect import inspect
 from cli.perplexity import perplexity
 
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (chat, generate, inspect, perplexity, convert):
+for command in (chat, generate, inspect, perplexity, convert, imatrix):
     app.command()(command)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import tiny_models
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig
 
 _LAYER = {
@@ -45,8 +46,8 @@ _GLOBAL = {
 }
 
 
-@functools.lru_cache(maxsize=256)
-def _logits(path: str, ids: tuple[int, ...]) -> np.ndarray:
+def model(path: Path | str) -> torch.nn.Module:
+    """transformers' model with the file's weights."""
     import torch
 
     metadata, tensors = tiny_models.read(path)
@@ -57,8 +58,15 @@ def _logits(path: str, ids: tuple[int, ...]) -> np.ndarray:
     allowed = {name for name in missing if name.endswith("e_score_correction_bias")}  # a zero bias is no bias
     if unexpected or set(missing) - allowed:
         raise KeyError(f"{path}: transformers misses {sorted(missing)} and does not know {sorted(unexpected)}")
+    return model
+
+
+@functools.lru_cache(maxsize=256)
+def _logits(path: str, ids: tuple[int, ...]) -> np.ndarray:
+    import torch
+
     with torch.no_grad():
-        result = model(torch.tensor([ids])).logits[0].numpy()
+        result = model(path)(torch.tensor([ids])).logits[0].numpy()
     result.flags.writeable = False
     return result
 

@@ -39,6 +39,10 @@ OPTIONS = {
         *["--type", "--tensor-type", "--no-mtp", "--imatrix", "--pre", "--resume", "--force", "--dry-run"],
         *["--split-max-size", "--allow-requantize", "-t", "--threads", "--json"],
     ],
+    "imatrix": [
+        *["-f", "--file", "-o", "--output", "-c", "--ctx", "--chunks", "--device", "-t", "--threads"],
+        *["--json", "-v", "--verbose"],
+    ],
     "perplexity": [
         *["-f", "--file", "-c", "--ctx", "--chunks", "--device", "-t", "--threads", "--backend"],
         *["--json", "-v", "--verbose"],
@@ -106,6 +110,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ["generate", "-p", "a", "--device", "tpu"],
         ["generate", "-p", "a", "-n", "many"],
         ["perplexity"],
+        ["imatrix", "-f", "x"],
+        ["imatrix", "-o", "x"],
     ],
 )
 def test_usage_errors_are_2(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -248,6 +254,12 @@ ERRORS = {
     "chunk of 0": (["perplexity", "-f", __file__, "-c", "0"], "chunks of 0 tokens"),
     "no chunks": (["perplexity", "-f", __file__, "--chunks", "0"], "0 chunks"),
     "no text": (["perplexity", "-f", "-"], "-: is empty"),
+    "imatrix, no text": (["imatrix", "-f", "-", "-o", "/tmp/x"], "-: is empty"),
+    "imatrix, no folder": (
+        ["imatrix", "-f", __file__, "-o", "/no/such/x"],
+        "/no/such/x: folder /no/such does not exist",
+    ),
+    "imatrix into a folder": (["imatrix", "-f", __file__, "-o", "/tmp"], "/tmp: is a folder"),
     "not a model": (["inspect", __file__], "not a GGUF file"),
 }
 
