@@ -4,6 +4,7 @@ It knows widths, not meanings: multi-head latent attention keeps one row of kv_l
 token, grouped-query attention a row of keys and a row of values.
 """
 
+import numpy as np
 import torch
 
 from localrun.errors import ContextFullError, LocalrunError
@@ -14,12 +15,16 @@ class Cache:
 
     Attributes:
         length: tokens that all layers hold.
+        is_exact: whether values have 32 bits.
+        addresses: int64, of the blocks of rows: layer by layer, and in a layer by `widths`.
     """
 
     def __init__(self, n_layers: int, widths: tuple[int, ...], capacity: int, dtype: torch.dtype):
         self.capacity = capacity
         self.length = 0
+        self.is_exact = dtype == torch.float32
         self._layers = [tuple(torch.empty(capacity, width, dtype=dtype) for width in widths) for _ in range(n_layers)]
+        self.addresses = np.array([rows.data_ptr() for parts in self._layers for rows in parts], np.int64)
 
     def append(self, layer: int, *rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Write rows (T, width) of one layer behind `length`; returns that layer's rows so far, (length + T, width).
@@ -27,11 +32,16 @@ class Cache:
         Raises ContextFullError if they don't fit. `length` moves when advance() is called, after the last layer.
         """
         end = self.length + rows[0].shape[0]
-        if end > self.capacity:
-            raise ContextFullError(f"the context is full: {end} tokens, room for {self.capacity}; see -c/--ctx")
+        self.check_room(rows[0].shape[0])
         for part, new in zip(self._layers[layer], rows, strict=True):
             part[self.length : end] = new
         return tuple(part[:end] for part in self._layers[layer])
+
+    def check_room(self, n_tokens: int) -> None:
+        """Raises ContextFullError unless n_tokens more fit."""
+        end = self.length + n_tokens
+        if end > self.capacity:
+            raise ContextFullError(f"the context is full: {end} tokens, room for {self.capacity}; see -c/--ctx")
 
     def advance(self, n_tokens: int) -> None:
         """All layers have appended n_tokens."""

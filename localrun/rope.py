@@ -67,16 +67,21 @@ def rotation_magnitude(config: Config) -> float:
 
 
 class Rope:
-    """Turns pairs by position."""
+    """Turns pairs by position.
+
+    Attributes:
+        frequencies: float64 (R/2,), radians a position.
+        magnitude: the length that rotation gives to a unit vector.
+    """
 
     def __init__(self, config: Config, factors: torch.Tensor | None = None):
-        self._frequencies = frequencies(config, factors)
-        self._magnitude = rotation_magnitude(config)
+        self.frequencies = frequencies(config, factors)
+        self.magnitude = rotation_magnitude(config)
 
     def turns(self, start: int, n_tokens: int) -> torch.Tensor:
         """Unit complex numbers (times the magnitude), complex64 (T, 1, R/2), for positions start..start+T-1."""
-        angles = torch.outer(torch.arange(start, start + n_tokens, dtype=torch.float64), self._frequencies)
-        return torch.polar(torch.full_like(angles, self._magnitude), angles).to(torch.complex64)[:, None]
+        angles = torch.outer(torch.arange(start, start + n_tokens, dtype=torch.float64), self.frequencies)
+        return torch.polar(torch.full_like(angles, self.magnitude), angles).to(torch.complex64)[:, None]
 
     @staticmethod
     def rotate(x_THR: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,193 @@
+"""One token through the whole network in one job: a program of phases that all workers go through together.
+
+A phase is a piece of the network whose units of work don't depend on each other (rows of matrices, heads). Its record
+holds the addresses of two kernels, prepare(phase, work) and run(phase, unit, work), and their arguments. Every worker
+prepares a phase for itself, in work memory of its own (the norm of the input, its 8-bit form, the router's choice:
+microseconds), then takes units until there are none, then waits until all are done.
+
+There is no barrier: a phase ends when its units are done, not when all workers have come. A worker that the system
+took the core from finds the phases it missed without units and passes through them. What it prepares there may be
+made of vectors that others are already changing; nothing comes of it, since it gets no unit of that phase.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from quant.atomics import atomic_add, atomic_load, call_2, call_3, give_way, pause
+from quant.jit import kernel
+from quant.linear import Weight
+from quant.pool import Pool, aligned_bytes
+from quant.simd import bits_to_f32, load_i64, store_f32, store_i64
+from quant.vectors import load_f64
+
+# A phase's record: two counters on cache lines of their own, then int64 words; from ARGUMENTS on they are the kernels'.
+NEXT, DONE, N_UNITS, UNITS_PER_CHUNK, PREPARE, RUN, STATE = 0, 64, 128, 136, 144, 152, 160
+ARGUMENTS = 192
+PHASE_BYTES = 1024
+
+# The program: how many phases, where; workers' memory; then the state of the step, STATE in every phase.
+N_PHASES, PHASES, WORK, WORK_BYTES, EXPAND, EMBEDDING, EMBEDDING_ROW_BYTES, EMBEDDING_BLOCKS, X = range(0, 72, 8)
+TOKEN, POSITION, N_CACHED, CHUNK, N_CHUNKS, FREQUENCIES, N_FREQUENCIES, MAGNITUDE, TURNS, CACHE = range(72, 152, 8)
+_PROGRAM_BYTES = 192
+
+MOST_CHUNKS = 64  # pieces of the context that attention hands out
+LEAST_CHUNK = 64  # tokens of a piece, at least; pieces are multiples of it
+_PATIENCE = 500  # pauses before a waiting worker offers its core, as in pool.py
+
+
+@kernel("void(int64)")
+def _begin(program):
+    """Reset the counters; this step's pieces of context, rotations and embedding."""
+    n_cached = load_i64(program + POSITION) + 1
+    chunk = (n_cached + MOST_CHUNKS * LEAST_CHUNK - 1) // (MOST_CHUNKS * LEAST_CHUNK) * LEAST_CHUNK
+    n_chunks = (n_cached + chunk - 1) // chunk
+    store_i64(program + N_CACHED, n_cached)
+    store_i64(program + CHUNK, chunk)
+    store_i64(program + N_CHUNKS, n_chunks)
+    for p in range(load_i64(program + N_PHASES)):
+        phase = load_i64(program + PHASES) + PHASE_BYTES * p
+        store_i64(phase + NEXT, 0)
+        store_i64(phase + DONE, 0)
+        if load_i64(phase + UNITS_PER_CHUNK) > 0:
+            store_i64(phase + N_UNITS, load_i64(phase + UNITS_PER_CHUNK) * n_chunks)
+    magnitude = bits_to_f32(load_i64(program + MAGNITUDE))
+    for i in range(load_i64(program + N_FREQUENCIES)):
+        angle = load_i64(program + POSITION) * load_f64(load_i64(program + FREQUENCIES) + 8 * i)
+        store_f32(load_i64(program + TURNS) + 8 * i, np.float32(math.cos(angle)) * magnitude)
+        store_f32(load_i64(program + TURNS) + 8 * i + 4, np.float32(math.sin(angle)) * magnitude)
+    row = load_i64(program + EMBEDDING) + load_i64(program + EMBEDDING_ROW_BYTES) * load_i64(program + TOKEN)
+    call_3(load_i64(program + EXPAND), row, load_i64(program + EMBEDDING_BLOCKS), load_i64(program + X))
+
+
+@kernel("void(int64, int64)")
+def _step(program, worker):
+    """The job: all phases in order."""
+    work = load_i64(program + WORK) + load_i64(program + WORK_BYTES) * worker
+    for p in range(load_i64(program + N_PHASES)):
+        phase = load_i64(program + PHASES) + PHASE_BYTES * p
+        n_units = load_i64(phase + N_UNITS)
+        if atomic_load(phase + NEXT) < n_units:
+            call_2(load_i64(phase + PREPARE), phase, work)
+            finished = 0
+            unit = atomic_add(phase + NEXT, 1)
+            while unit < n_units:
+                call_3(load_i64(phase + RUN), phase, unit, work)
+                finished += 1
+                unit = atomic_add(phase + NEXT, 1)
+            atomic_add(phase + DONE, finished)
+        spins = 0
+        while atomic_load(phase + DONE) < n_units:
+            if spins > _PATIENCE:
+                give_way()
+            else:
+                pause()
+            spins += 1
+
+
+@kernel("void(int64, int64)")
+def _nothing(phase, work):
+    pass
+
+
+NOTHING = _nothing.address  # to prepare where there is nothing to
+
+
+def float_bits(value: float) -> int:
+    """A float32 as a word of a phase's arguments; kernels read it with bits_to_f32."""
+    return int(np.float32(value).view(np.int32))
+
+
+def padded(n_bytes: int) -> int:
+    """n_bytes rounded up to whole cache lines."""
+    return -(-n_bytes // 64) * 64
+
+
+@dataclass
+class Phase:
+    """What a worker does between two points where all must have arrived.
+
+    Attributes:
+        prepare, run: addresses of void(phase, work) and void(phase, unit, work).
+        n_units: units of work; with per_chunk, times the pieces of the context.
+        arguments: int64 words for the kernels.
+        work_bytes: memory that a worker needs for it.
+    """
+
+    prepare: int
+    run: int
+    n_units: int
+    arguments: list[int]
+    work_bytes: int
+    per_chunk: bool = False
+
+
+class Program:
+    """A network's phases, in memory that workers read. One step at a time.
+
+    Args:
+        embedding: rows by token id.
+        frequencies: float64 (R/2,), radians a position.
+        magnitude: the length of the rotated unit vector.
+        n_cache_rows: how many blocks of cache rows there are (attend phases name them by index).
+    """
+
+    def __init__(self, pool: Pool, embedding: Weight, frequencies: np.ndarray, magnitude: float, n_cache_rows: int):
+        self.pool = pool
+        self._memory: list[object] = [embedding]
+        self._phases: list[Phase] = []
+        self._frequencies = np.ascontiguousarray(frequencies, np.float64)
+        self._program = aligned_bytes(_PROGRAM_BYTES).view(np.int64)
+        self.address = self._program.ctypes.data
+        self.cache = np.zeros(n_cache_rows, np.int64)
+        self.x = self.vector(embedding.n_cols)
+        self._set(
+            {
+                EXPAND: embedding.format.expand,
+                EMBEDDING: embedding.address,
+                EMBEDDING_ROW_BYTES: embedding.row_bytes,
+                EMBEDDING_BLOCKS: embedding.n_cols // embedding.format.block,
+                X: self.x,
+                FREQUENCIES: self._frequencies.ctypes.data,
+                N_FREQUENCIES: self._frequencies.size,
+                MAGNITUDE: float_bits(magnitude),
+                TURNS: self.vector(2 * self._frequencies.size),
+                CACHE: self.cache.ctypes.data,
+            }
+        )
+
+    def _set(self, words: dict[int, int]) -> None:
+        for offset, value in words.items():
+            self._program[offset // 8] = value
+
+    def keep(self, owner: np.ndarray) -> int:
+        """The address of an array that lives as long as the program."""
+        self._memory.append(owner)
+        return owner.ctypes.data
+
+    def vector(self, n: int) -> int:
+        """Address of float32 (n,) that phases share, zero at first."""
+        return self.keep(aligned_bytes(padded(4 * n)))
+
+    def add(self, phase: Phase) -> None:
+        """Append a phase."""
+        self._phases.append(phase)
+
+    def finish(self) -> None:
+        """Lay the phases out in memory; none can be added afterwards."""
+        words = aligned_bytes(PHASE_BYTES * len(self._phases)).view(np.int64).reshape(len(self._phases), -1)
+        for row, phase in zip(words, self._phases, strict=True):
+            row[N_UNITS // 8], row[UNITS_PER_CHUNK // 8] = phase.n_units, phase.n_units * phase.per_chunk
+            row[PREPARE // 8], row[RUN // 8], row[STATE // 8] = phase.prepare, phase.run, self.address
+            row[ARGUMENTS // 8 : ARGUMENTS // 8 + len(phase.arguments)] = phase.arguments
+        per_worker = padded(max(phase.work_bytes for phase in self._phases))
+        work = self.keep(aligned_bytes(per_worker * self.pool.n_workers))
+        self._set({N_PHASES: len(words), PHASES: self.keep(words), WORK: work, WORK_BYTES: per_worker})
+
+    def run(self, token: int, position: int, cache: np.ndarray) -> None:
+        """One step: `token` at `position`; cache: int64 addresses of the blocks of cache rows."""
+        self.cache[:] = cache
+        self._set({TOKEN: token, POSITION: position})
+        _begin.ctypes(self.address)
+        self.pool.run(_step.address, self._program)
