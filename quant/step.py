@@ -32,7 +32,7 @@ N_PHASES, PHASES, WORK, WORK_BYTES, EXPAND, EMBEDDING, EMBEDDING_ROW_BYTES, EMBE
 TOKEN, POSITION, N_CACHED, CHUNK, N_CHUNKS, FREQUENCIES, N_FREQUENCIES, MAGNITUDE, TURNS, CACHE = range(72, 152, 8)
 _PROGRAM_BYTES = 192
 
-MOST_CHUNKS = 64  # pieces of the context that attention hands out
+MOST_CHUNKS = 32  # pieces of the context that attention hands out
 LEAST_CHUNK = 64  # tokens of a piece, at least; pieces are multiples of it
 _PATIENCE = 500  # pauses before a waiting worker offers its core, as in pool.py
 
