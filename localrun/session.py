@@ -147,7 +147,8 @@ class Session:
             os.replace(temporary, path)
         except (OSError, SafetensorError) as error:  # a full disk, a missing folder
             temporary.unlink(missing_ok=True)
-            raise LocalrunError(f"{path}: cannot save the session: {error}") from None
+            reason = getattr(error, "strerror", None) or error  # the system's words alone: its line names the temporary
+            raise LocalrunError(f"{path}: cannot save the session: {reason}") from None
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Replace this session by a saved one. Raises LocalrunError if it is no session of this model."""
@@ -174,7 +175,7 @@ class Session:
             self.engine.restore_cache(self._cache, tensors, len(ids))
         except LocalrunError as error:
             self._cache.truncate(0)
-            raise LocalrunError(f"{path}: {error}") from None
+            raise type(error)(f"{path}: {error}") from None
         self.ids = ids
 
 
