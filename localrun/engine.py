@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from localrun import hardware
+from localrun import hardware, kernels
 from localrun.chat_template import ChatTemplate, chat_template
 from localrun.config import Config, read_config
 from localrun.errors import LocalrunError, UnsupportedModelError
@@ -88,7 +88,7 @@ class Engine:
         self.tokenizer = Tokenizer(file.path, file)
         self.template: ChatTemplate | None = chat_template(file, self.tokenizer)
         if self.config:
-            self._load_native(self.config, progress)
+            self._load_native(self.config, progress, notice)
         else:
             from localrun.backends.llama_cpp import LlamaCppModel
 
@@ -128,12 +128,12 @@ class Engine:
                 )
         return ctx
 
-    def _load_native(self, config: Config, progress: Progress | None) -> None:
+    def _load_native(self, config: Config, progress: Progress | None, notice: Notice) -> None:
+        kernels.prepare(self.file, progress, notice)  # before the imports below, which would compile them unannounced
         from localrun.model import Model
-        from localrun.weights import Weights, prepare_kernels
+        from localrun.weights import Weights
         from quant.pool import Pool
 
-        prepare_kernels(self.file, progress)
         _TorchThreads.hold()
         self._pool = Pool(self.threads)
         self.model = Model(config, Weights(self.file, self._pool))

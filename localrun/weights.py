@@ -3,8 +3,6 @@
 Today everything lives on the CPU; the network asks for modules by name and never learns where they run.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 
@@ -13,17 +11,6 @@ from localrun.bridge import Embedding, Experts, HeadLinear, Linear
 from localrun.gguf import GGUFFile, Tensor
 from quant import formats, linear
 from quant.pool import Pool
-
-
-def prepare_kernels(file: GGUFFile, progress: Callable[[int, int, str], None] | None = None) -> None:
-    """Compile the kernels of every type in the file, or load them from the cache; progress(done, total, what)."""
-    types = sorted({tensor.type.name for tensor in file.tensors.values()})
-    for done, type_name in enumerate(types):
-        if progress is not None:
-            progress(done, len(types), f"kernels for {type_name}")
-        formats.get(type_name)
-    if progress is not None:
-        progress(len(types), len(types), "kernels")
 
 
 class Weights:

@@ -49,3 +49,5 @@ def cache_dir() -> Path:
 
 
 config.CACHE_DIR = str(cache_dir())
+# Whether earlier processes have left kernels there.
+WAS_WARM = any(Path(config.CACHE_DIR).iterdir())

@@ -1,0 +1,43 @@
+"""Getting the kernels a file needs: compiled on a machine's first run (some 20 seconds), from the cache afterwards."""
+
+from collections.abc import Callable
+from importlib import import_module
+
+from localrun.gguf import GGUFFile
+
+# In the order of their imports, so that each step of the progress compiles its own part.
+_MODULES = {
+    "quant.pool": "worker pool",
+    "quant.linear": "matrix products",
+    "quant.experts": "experts",
+    "quant.step": "decoding",
+    "quant.step_rows": "decoding: rows",
+    "quant.step_queries": "decoding: queries",
+    "quant.step_attention": "decoding: attention",
+    "quant.step_experts": "decoding: experts",
+}
+
+
+def prepare(file: GGUFFile, progress: Callable[[int, int, str], None] | None, notice: Callable[[str], None]) -> None:
+    """Compile the kernels for every type in the file, or load them from the cache.
+
+    Args:
+        progress: called as progress(done, total, what).
+        notice: called with one line if there is something to compile and no progress to show it by.
+    """
+    from quant import formats, jit
+
+    if progress is None and not jit.WAS_WARM:
+        notice("first run on this machine: compiling the kernels, which takes a while")
+    types = sorted({tensor.type.name for tensor in file.tensors.values()})
+    total = len(_MODULES) + len(types)
+    for done, (module, what) in enumerate(_MODULES.items()):
+        if progress is not None:
+            progress(done, total, f"Kernels: {what}")
+        import_module(module)
+    for done, type_name in enumerate(types, len(_MODULES)):
+        if progress is not None:
+            progress(done, total, f"Kernels: {type_name}")
+        formats.get(type_name)
+    if progress is not None:
+        progress(total, total, "Kernels")
