@@ -17,56 +17,65 @@ if TYPE_CHECKING:
 _LINE_S = 30.0  # between two lines of progress in a log
 
 
+Source = Annotated[
+    Path, typer.Argument(metavar="SRC", help="A Hugging Face checkpoint folder, or a GGUF to pack anew.")
+]
+Destination = Annotated[Path, typer.Argument(metavar="DST", help="The GGUF file to write.")]
+Type = Annotated[
+    str, typer.Option("--type", metavar="TYPE", help="F32, F16, BF16, Q8_0, Q4_K_M, MXFP4_MOE, and others.")
+]
+TensorTypes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tensor-type",
+        metavar="REGEX=TYPE",
+        help="A type for tensors whose name matches; may be repeated, the first match counts.",
+        show_default=False,
+    ),
+]
+NoMtp = Annotated[bool, typer.Option("--no-mtp", help="Leave out layers for multi-token prediction.")]
+Imatrix = Annotated[
+    Path | None,
+    typer.Option("--imatrix", metavar="FILE", help="A GGUF importance matrix to pack by.", show_default=False),
+]
+Pre = Annotated[
+    str | None,
+    typer.Option("--pre", metavar="NAME", help="llama.cpp's name for how text is split.", show_default=False),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished conversion.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace a file that exists; begin anew.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")]
+SplitMaxSize = Annotated[
+    str | None,
+    typer.Option("--split-max-size", metavar="SIZE", help="Write parts of at most 40G, say.", show_default=False),
+]
+AllowRequantize = Annotated[bool, typer.Option("--allow-requantize", help="Pack anew even what has lost much already.")]
+
+
 def convert(
-    source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="A Hugging Face checkpoint folder, or a GGUF to pack anew.")
-    ],
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="The GGUF file to write.")],
-    type_: Annotated[
-        str, typer.Option("--type", metavar="TYPE", help="F32, F16, BF16, Q8_0, Q4_K_M, MXFP4_MOE, and others.")
-    ] = "Q4_K_M",
-    tensor_types: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--tensor-type",
-            metavar="REGEX=TYPE",
-            help="A type for tensors whose name matches; may be repeated, the first match counts.",
-            show_default=False,
-        ),
-    ] = None,
-    no_mtp: Annotated[bool, typer.Option("--no-mtp", help="Leave out layers for multi-token prediction.")] = False,
-    imatrix: Annotated[
-        Path | None,
-        typer.Option("--imatrix", metavar="FILE", help="A GGUF importance matrix to pack by.", show_default=False),
-    ] = None,
-    pre: Annotated[
-        str | None,
-        typer.Option("--pre", metavar="NAME", help="llama.cpp's name for how text is split.", show_default=False),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished conversion.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists; begin anew.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
-    split_max_size: Annotated[
-        str | None,
-        typer.Option("--split-max-size", metavar="SIZE", help="Write parts of at most 40G, say.", show_default=False),
-    ] = None,
-    allow_requantize: Annotated[
-        bool, typer.Option("--allow-requantize", help="Pack anew even what has lost much already.")
-    ] = False,
+    source: Source,
+    destination: Destination,
+    type_: Type = "Q4_K_M",
+    tensor_types: TensorTypes = None,
+    no_mtp: NoMtp = False,
+    imatrix: Imatrix = None,
+    pre: Pre = None,
+    resume: Resume = False,
+    force: Force = False,
+    dry_run: DryRun = False,
+    split_max_size: SplitMaxSize = None,
+    allow_requantize: AllowRequantize = False,
     threads: options.Threads = None,
     as_json: options.Json = False,
 ) -> None:
     """Convert a checkpoint to a GGUF file, or a GGUF file to another type, in one pass."""
     from localrun.convert import Options, make_plan
-    from localrun.convert import convert as carry_out
     from localrun.convert.mixes import parse_mix, parse_override
-    from localrun.hardware import usable_cores
 
     if threads is not None and threads < 1:
         raise LocalrunError(f"-t {threads}; expected 1 or more")
-    mix = parse_mix(type_)
     chosen = Options(
-        mix=mix,
+        mix=parse_mix(type_),
         overrides=[parse_override(text) for text in tensor_types or []],
         keep_mtp=not no_mtp,
         imatrix=imatrix,
@@ -78,8 +87,17 @@ def convert(
     for warning in plan.warnings:
         note(warning)
     if dry_run:
-        _show(plan, mix, as_json)
-        return
+        _show(plan, chosen.mix, as_json)
+    else:
+        last, seconds = _carry_out(plan, threads, resume, force)
+        _report(plan, chosen.mix, last, seconds, as_json)
+
+
+def _carry_out(plan: "Plan", threads: int | None, resume: bool, force: bool) -> "tuple[Progress, float]":
+    """Write the file, with progress on stderr; what was moved, and the seconds it took."""
+    from localrun.convert import convert as carry_out
+    from localrun.hardware import usable_cores
+
     eta = _Eta()
     try:
         last = carry_out(plan, threads=threads or usable_cores(), resume=resume, force=force, progress=eta.show)
@@ -87,7 +105,7 @@ def convert(
         note("interrupted; --resume goes on from here")
         raise
     eta.end()
-    _report(plan, mix, last, eta.seconds(), as_json)
+    return last, eta.seconds()
 
 
 def _parse_size(text: str) -> int:
@@ -111,11 +129,13 @@ def _facts(plan: "Plan", mix: str) -> dict[str, Any]:
         "tensor_bytes": plan.tensor_bytes,
         "bits_per_weight": round(plan.bits_per_weight, 3),
         "without_importance": unreached,
+        "matrices_without_importance": plan.importances.missing if plan.importances else [],
         "warnings": plan.warnings,
     }
 
 
 def _show(plan: "Plan", mix: str, as_json: bool) -> None:
+    """The plan on stdout, a line for each tensor."""
     rows = [
         {
             "name": target.name,
@@ -146,10 +166,18 @@ def _report(plan: "Plan", mix: str, last: "Progress", seconds: float, as_json: b
         done = {"bytes_in": last.bytes_in, "bytes_out": last.bytes_out, "seconds": round(seconds, 3)}
         print_json(_facts(plan, mix) | done)
         return
-    if plan.importances and plan.importances.unreached:
-        count = sum(map(len, plan.importances.unreached.values()))
-        note(f"{count} experts have no importance in the imatrix and were packed without; --json lists them")
+    _note_without_importance(plan)
     print(f"{printable(str(plan.layout.parts[0].path))}: {_summary(plan)}, {_duration(seconds)}")
+
+
+def _note_without_importance(plan: "Plan") -> None:
+    """Experts are counted once for each of their matrices."""
+    if plan.importances and (plan.importances.unreached or plan.importances.missing):
+        experts, matrices = sum(map(len, plan.importances.unreached.values())), len(plan.importances.missing)
+        note(
+            f"{experts} matrices of experts and {matrices} others have no importance in the imatrix and are packed "
+            "without; --json lists them"
+        )
 
 
 class _Eta:
@@ -165,6 +193,7 @@ class _Eta:
         return time.perf_counter() - self._started
 
     def show(self, progress: "Progress") -> None:
+        """Says how far it is; in a log, seldom."""
         if self._first_weights is None:  # an earlier run's share has taken this one no time
             self._first_weights = progress.weights
         if not self._terminal and self.seconds() < self._next_line:
@@ -181,6 +210,7 @@ class _Eta:
             note(line.strip())
 
     def end(self) -> None:
+        """Clears the line."""
         if self._terminal:
             print(f"\r{'':<100}\r", end="", file=sys.stderr, flush=True)
 

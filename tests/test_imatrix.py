@@ -110,12 +110,35 @@ def test_experts_that_the_text_never_reaches(tmp_path: Path) -> None:
     convert(plan)
 
 
+def test_the_prediction_layer_is_packed_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The runner does not run it, so its matrices are told of."""
+    path = tiny_models.shared("v3-nextn")
+    imatrix.write(tmp_path / "i.gguf", collect(path, tiny_models.prompt("v3-nextn")), "t.txt")
+    arguments = [
+        "convert",
+        str(path),
+        str(tmp_path / "x.gguf"),
+        "--type",
+        "Q4_0",
+        "--imatrix",
+        str(tmp_path / "i.gguf"),
+    ]
+    assert run(arguments) == 0
+    with localrun.gguf.open_gguf(path) as file:
+        last = file.u32("deepseek2.block_count") - 1
+        missing = [t.name for t in file.tensors.values() if t.name.startswith(f"blk.{last}.") and len(t.shape) > 1]
+    assert f" and {len(missing)} others have no importance in the imatrix" in capsys.readouterr().err
+    assert run([*arguments, "--force", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["matrices_without_importance"] == missing
+
+
 def test_our_reader_gets_the_means(tmp_path: Path) -> None:
     path = tiny_models.shared("v3-odd")
     found = collect(path, tiny_models.prompt("v3-odd"))
     imatrix.write(tmp_path / "i.gguf", found, "t.txt")
     read = read_imatrix(tmp_path / "i.gguf", read_model(GGUFSource(path)).targets)
     assert set(read.by_name) == set(found.squares)
+    assert read.missing == []
     for name, means in read.by_name.items():
         reached = found.counts[name] > 0
         expected = found.squares[name][reached] / found.counts[name][reached, None]

@@ -25,10 +25,12 @@ class Importances:
     Attributes:
         by_name: target -> float32 (slices, n_cols); NaN rows for slices that the text never reached.
         unreached: target -> numbers of such slices.
+        missing: matrices of layers that the file has nothing for, such as those for multi-token prediction.
     """
 
     by_name: dict[str, np.ndarray]
     unreached: dict[str, list[int]]
+    missing: list[str]
 
 
 def read_imatrix(path: Path, targets: list[Target]) -> Importances:
@@ -49,7 +51,8 @@ def read_imatrix(path: Path, targets: list[Target]) -> Importances:
                     unreached[target.name] = missed
     if not by_name:
         raise GGUFError(f"{path}: has no importances for any tensor of this model")
-    return Importances(by_name, unreached)
+    matrices = [target.name for target in targets if len(target.shape) > 1 and target.name.startswith("blk.")]
+    return Importances(by_name, unreached, [name for name in matrices if name not in by_name])
 
 
 def _mean(file: GGUFFile, target: Target) -> np.ndarray:
