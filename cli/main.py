@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 import localrun
+from cli.bench import bench
 from cli.chat import chat
 from cli.convert import convert
 from cli.generate import generate
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (chat, generate, inspect, perplexity, convert, imatrix):
+for command in (chat, generate, inspect, perplexity, convert, imatrix, bench):
     app.command()(command)
 
 

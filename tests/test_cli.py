@@ -34,6 +34,10 @@ OPTIONS = {
         *["-p", "--prompt", "-f", "--file", "-n", "--n-tokens", "--raw", "--system", "--stop", *SAMPLING, *RUNTIME],
         *["--json", "-v", "--verbose"],
     ],
+    "bench": [
+        *["-p", "--n-prompt", "-n", "--n-tokens", "-r", "--repetitions", "-t", "--threads", "--against"],
+        *["--json", "-v", "--verbose"],
+    ],
     "inspect": ["--verify", "--json"],
     "convert": [
         *["--type", "--tensor-type", "--no-mtp", "--imatrix", "--pre", "--resume", "--force", "--dry-run"],

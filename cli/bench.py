@@ -1,0 +1,99 @@
+"""localrun bench: how fast a model runs here, and how near that is to what the memory allows."""
+
+from contextlib import ExitStack
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli import options
+from cli.output import note, print_json, progress_bar, size
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+class Peer(str, Enum):
+    """Who else runs the same file."""
+
+    llama_cpp = "llama.cpp"
+
+
+def bench(
+    model: options.Model = None,
+    n_prompt: Annotated[int, typer.Option("-p", "--n-prompt", help="Tokens of prompt; 0 to leave it out.")] = 512,
+    n_tokens: Annotated[int, typer.Option("-n", "--n-tokens", help="Tokens to generate; 0 to leave it out.")] = 128,
+    repetitions: Annotated[int, typer.Option("-r", "--repetitions", help="How often; a warm-up comes first.")] = 3,
+    threads: options.Threads = None,
+    against: Annotated[
+        Peer | None,
+        typer.Option("--against", help="Run the same file there too, in turn with ours.", show_default=False),
+    ] = None,
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Measure tokens a second of a prompt (pp) and of generation (tg), and memory bandwidth."""
+    from cli.model import open_model
+    from localrun.bench import Settings, run
+
+    settings = Settings(n_prompt, n_tokens, repetitions)
+    settings.check()
+    device, backend = options.DeviceChoice.cpu, options.BackendChoice.native
+    with ExitStack() as stack:
+        engine = stack.enter_context(open_model(model, device, threads, settings.ctx, backend, verbose))
+        settings.check_fits(engine.config)
+        peer = None
+        if against is not None:
+            from localrun.peer import LlamaCpp
+
+            peer = LlamaCpp(engine.file, engine.threads, settings.ctx)
+            stack.callback(peer.close)
+            if verbose:
+                note(f"llama.cpp: {', '.join(f'{name} {value}' for name, value in peer.description.items())}")
+        with progress_bar() as report:
+            document = run(engine, settings, peer, report)
+    if as_json:
+        print_json(document)
+    else:
+        _print(document)
+
+
+def _print(document: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    console = Console(width=max(100, Console().width), highlight=False, markup=False)
+    machine, isa, threads = document["machine"], document["isa"], document["threads"]
+    console.print(f"{document['model']}, {size(document['weight_bytes'])}")
+    console.print(f"{machine['cpu']}, {threads} of {machine['cores']} cores, {isa}")
+    console.print(_table(document))
+    for line in _reading(document):
+        console.print(line)
+    for test, ratio in document.get("ratio", {}).items():
+        console.print(f"{test}: {ratio:.2f} times as fast as llama.cpp")
+
+
+def _table(document: dict[str, Any]) -> "Table":
+    from rich.table import Table
+
+    table = Table("test", "engine", box=None, pad_edge=False)
+    for column in ("tokens/s", "", "median", "best"):
+        table.add_column(column, justify="left" if not column else "right")
+    engines = {"localrun": document["results"]}
+    if "against" in document:
+        engines["llama.cpp"] = document["against"]["results"]
+    for test in document["results"]:
+        for engine, results in engines.items():
+            r = results[test]
+            rates = f"{r['mean']:.2f}", f"+/- {r['deviation']:.2f}", f"{r['median']:.2f}", f"{r['best']:.2f}"
+            table.add_row(test, engine, *rates)
+    return table
+
+
+def _reading(document: dict[str, Any]) -> list[str]:
+    read = document["read_bytes_per_s"]
+    roof = f"{document['threads']} thread(s) can read {read['median'] / 1e9:.1f} GB/s (best {read['best'] / 1e9:.1f})"
+    weights = f"weights read a token: {document['weight_bytes_per_token'] / 1e9:.3f} GB"
+    if "weight_bytes_per_s" not in document:
+        return [weights, roof]
+    rate, fraction = document["weight_bytes_per_s"] / 1e9, document["fraction_of_read"]
+    return [f"{weights}; generation reads {rate:.1f} GB/s, {fraction:.0%} of what can be read", roof]

@@ -1,0 +1,209 @@
+"""localrun bench: bytes a token, rates, who runs when, what is printed, and what is refused."""
+
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import tiny_models
+
+import localrun
+from cli.main import run as command
+from localrun import bench
+from localrun.config import read_config
+from localrun.errors import LocalrunError
+from localrun.gguf import open_gguf
+from localrun.peer import LlamaCpp
+
+
+def read_bytes(path: Path) -> int:
+    with open_gguf(path) as file:
+        return bench.weight_bytes_per_token(file, read_config(file))
+
+
+def sizes(path: Path) -> dict[str, int]:
+    """Bytes of each tensor, by gguf's own reader."""
+    return {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors}
+
+
+def test_a_dense_model_reads_all_but_the_embedding() -> None:
+    path = tiny_models.shared("llama", type="Q8_0")
+    n_bytes = sizes(path)
+    embedding = n_bytes.pop("token_embd.weight")
+    assert read_bytes(path) == sum(n_bytes.values()) + embedding // 320
+
+
+def test_a_tied_head_is_read_whole() -> None:
+    path = tiny_models.shared("llama-tied", type="Q8_0")
+    n_bytes = sizes(path)
+    assert read_bytes(path) == sum(n_bytes.values()) + n_bytes["token_embd.weight"] // 320
+
+
+@pytest.mark.parametrize("variant", ["v3", "v3-fused-gate-up", "v3-nextn"])
+def test_the_chosen_experts_only(variant: str) -> None:
+    """4 of 16 experts; the layer for multi-token prediction (the fifth of v3-nextn) is not run."""
+    path = tiny_models.shared(variant, type="Q8_0")
+    n_bytes = {name: size for name, size in sizes(path).items() if variant != "v3-nextn" or "blk.4." not in name}
+    experts = sum(size for name, size in n_bytes.items() if "_exps." in name)
+    embedding = n_bytes["token_embd.weight"]
+    assert experts > 0 and read_bytes(path) == sum(n_bytes.values()) - experts * 12 // 16 - embedding * 319 // 320
+
+
+class Fake:
+    """An engine that takes the time it is told, and notes what runs when."""
+
+    def __init__(self, log: list[tuple[str, float, float]], name: str, token_s: float) -> None:
+        self.description = {"weights": "none"}
+        self.log, self.name, self.token_s = log, name, token_s
+
+    def _work(self, seconds: float) -> float:
+        start = time.perf_counter()
+        time.sleep(seconds)
+        self.log.append((self.name, start, time.perf_counter()))
+        return time.perf_counter() - start
+
+    def prompt(self, ids: Sequence[int]) -> None:
+        self._work(len(ids) * self.token_s)
+
+    def generate(self, ids: Sequence[int]) -> list[float]:
+        return [self._work(self.token_s) for _ in ids]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Any:
+    with localrun.load(tiny_models.shared("v3", type="Q8_0"), threads=2, ctx=64) as engine:
+        yield engine
+
+
+def test_engines_take_turns(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[tuple[str, float, float]] = []
+    monkeypatch.setattr(bench, "Native", lambda engine: Fake(log, "ours", 0.002))
+    document = bench.run(engine, bench.Settings(10, 4, 3), Fake(log, "theirs", 0.001))
+    names = [name for name, _, _ in log]
+    one = ["ours"] + ["theirs"] + ["ours"] * 4 + ["theirs"] * 4
+    assert names == ["ours"] * 5 + ["theirs"] * 5 + one * 3  # a warm-up, then three repetitions
+    for (before, _, end), (after, start, _) in pairwise(log):
+        assert end <= start
+        if before != after:
+            assert start - end >= bench.IDLE_S  # threads of the other have gone to sleep
+    ours, theirs = document["results"], document["against"]["results"]
+    # A sleep takes at least as long as it is told: rates are upper bounds.
+    for results, limit in ((ours, 500), (theirs, 1000)):
+        assert set(results) == {"pp10", "tg4"}
+        for result in results.values():
+            assert 0.2 * limit < result["mean"] <= limit  # a busy machine wakes sleepers late
+            assert result["median"] <= result["best"] <= limit
+            assert result["mean"] == pytest.approx(statistics.mean(result["repetitions"]), rel=1e-3)
+            assert result["deviation"] == pytest.approx(statistics.stdev(result["repetitions"]), abs=2e-3)
+            assert len(result["repetitions"]) == 3
+    assert document["ratio"]["tg4"] == pytest.approx(ours["tg4"]["median"] / theirs["tg4"]["median"], rel=2e-3)
+
+
+def test_what_is_read_and_could_be(engine: Any) -> None:
+    document = bench.run(engine, bench.Settings(8, 8, 2))
+    n_bytes, read = document["weight_bytes_per_token"], document["read_bytes_per_s"]
+    assert n_bytes == read_bytes(engine.file.path)
+    assert 0 < read["median"] <= read["best"]
+    assert document["weight_bytes_per_s"] == pytest.approx(n_bytes * document["results"]["tg8"]["median"], rel=1e-3)
+    expected = document["weight_bytes_per_s"] / read["median"]
+    assert document["fraction_of_read"] == pytest.approx(expected, abs=6e-4)  # three digits
+    assert 0 < document["fraction_of_read"] < 1  # the tiny model's time is spent elsewhere
+    assert document["repetitions"] == 2 and document["threads"] == 2 and document["isa"]
+    assert {"cpu", "cores", "ram_bytes"} <= set(document["machine"])
+    assert {"python", "numba", "torch", "localrun"} <= set(document["versions"])
+
+
+def test_one_kind_only(engine: Any) -> None:
+    assert set(bench.run(engine, bench.Settings(8, 0, 1))["results"]) == {"pp8"}
+    document = bench.run(engine, bench.Settings(0, 3, 1))
+    assert set(document["results"]) == {"tg3"} and document["results"]["tg3"]["deviation"] == 0
+
+
+def test_the_map_is_read_in_whole(engine: Any) -> None:
+    """Every tensor lies in a run, runs hold little else, and no two overlap."""
+    tensors, runs = engine.file.tensors.values(), bench._runs(engine.file)
+    for tensor in tensors:
+        address = tensor.data.ctypes.data
+        assert sum(start <= address and address + tensor.n_bytes <= start + size for start, size in runs) == 1
+    padding = 32 * len(tensors)  # GGUF's alignment
+    assert sum(size for _, size in runs) <= sum(tensor.n_bytes for tensor in tensors) + padding
+
+
+@pytest.mark.parametrize("variant", ["v3", "llama"])
+def test_llama_cpp_runs_the_same_file(variant: str) -> None:
+    path = tiny_models.shared(variant, type="Q8_0")
+    with open_gguf(path) as file:
+        peer = LlamaCpp(file, 2, 40)
+        peer.prompt([1, 2, 3] * 13)
+        seconds = peer.generate([1, 2, 3, 4, 5])
+        assert len(seconds) == 5 and min(seconds) > 0
+        assert set(peer.description["flash_attention"]) == {"prompt", "generation"}
+        time.sleep(bench.IDLE_S)
+        before = time.process_time()
+        time.sleep(0.2)
+        assert time.process_time() - before < 0.1  # its threads sleep: one that spun would use all of the 0.2 s
+        peer.close()
+
+
+def test_command_json_against_llama_cpp(capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(tiny_models.shared("v3", type="Q8_0"))
+    assert (
+        command(["bench", path, "-p", "20", "-n", "5", "-r", "2", "-t", "2", "--against", "llama.cpp", "--json"]) == 0
+    )
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert err == "" and document["path"] == path
+    assert set(document["ratio"]) == {"pp20", "tg5"} == set(document["against"]["results"])
+    assert document["against"]["threads"] == document["threads"] == 2
+
+
+def test_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(tiny_models.shared("v3", type="Q8_0"))
+    assert command(["bench", path, "-p", "20", "-n", "5", "-r", "1", "-v"]) == 0
+    out, err = capsys.readouterr()
+    rows = [line.split()[:2] for line in out.splitlines()]
+    assert ["pp20", "localrun"] in rows and ["tg5", "localrun"] in rows
+    assert "of what can be read" in out and "\x1b" not in out
+    assert err.startswith("localrun: loaded in") and "isa" in err
+
+
+REFUSALS = {
+    "nothing to do": (["-p", "0", "-n", "0"], "-p 0 and -n 0: there is nothing to do"),
+    "negative": (["-p", "-1"], "-p -1; expected 0 or more"),
+    "no repetitions": (["-r", "0"], "-r 0; expected 1 or more"),
+    "longer than the model's context": (["-p", "1025"], "-p 1025: this model's context is 1024 tokens"),
+    "generation too": (["-n", "1025"], "-n 1025: this model's context is 1024 tokens"),
+    "no threads": (["-t", "0"], "0 threads"),
+    "more than RAM": (["-n", "99999999999"], "of RAM"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals_are_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    args, message = REFUSALS[name]
+    assert command(["bench", str(tiny_models.shared("v3", type="Q8_0")), *args]) == 1
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if "text beyond that may be poor" not in line]
+    assert out == "" and len(lines) == 1 and lines[0].startswith("localrun: ")
+    assert message in lines[0]
+
+
+def test_a_model_that_is_not_native(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "mamba")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert command(["bench", str(tmp_path / "a.gguf")]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "architecture 'mamba' is not native" in err
+
+
+def test_settings_that_a_caller_gets_wrong() -> None:
+    with pytest.raises(LocalrunError, match="-r -3; expected 1 or more"):
+        bench.Settings(repetitions=-3).check()
