@@ -35,13 +35,17 @@ def bench(
     """Measure tokens a second of a prompt (pp) and of generation (tg), and memory bandwidth."""
     from cli.model import open_model
     from localrun.bench import Settings, run
+    from localrun.bundled import model_path
+    from localrun.config import read_config
+    from localrun.gguf import open_gguf
 
     settings = Settings(n_prompt, n_tokens, repetitions)
     settings.check()
+    with open_gguf(model_path(model)) as file:  # before kernels are compiled for nothing
+        settings.check_fits(read_config(file))
     device, backend = options.DeviceChoice.cpu, options.BackendChoice.native
     with ExitStack() as stack:
         engine = stack.enter_context(open_model(model, device, threads, settings.ctx, backend, verbose))
-        settings.check_fits(engine.config)
         peer = None
         if against is not None:
             from localrun.peer import LlamaCpp
@@ -69,7 +73,8 @@ def _print(document: dict[str, Any]) -> None:
     for line in _reading(document):
         console.print(line)
     for test, ratio in document.get("ratio", {}).items():
-        console.print(f"{test}: {ratio:.2f} times as fast as llama.cpp")
+        best = document["ratio_of_best"][test]
+        console.print(f"{test}: {ratio:.2f} times as fast as llama.cpp (best by best {best:.2f})")
 
 
 def _table(document: dict[str, Any]) -> "Table":

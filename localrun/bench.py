@@ -185,10 +185,8 @@ def _runs(file: GGUFFile) -> list[tuple[int, int]]:
 def run(engine: Engine, settings: Settings, peer: Runner | None = None, report: Report | None = None) -> dict[str, Any]:
     """Measure a native engine, and another runner in turn with it, as one JSON document; rates in tokens/s.
 
-    Raises LocalrunError if the settings do not go with the model.
+    The settings must fit the model: Settings.check, check_fits.
     """
-    assert engine.config is not None
-    settings.check_fits(engine.config)
     runners: dict[str, Runner] = {"localrun": Native(engine)} | ({"llama.cpp": peer} if peer else {})
     roof = Roof(engine.file, engine.threads)
     try:
@@ -210,11 +208,13 @@ def run(engine: Engine, settings: Settings, peer: Runner | None = None, report: 
             **getattr(peer, "description", {}),
             "results": results["llama.cpp"],
         }
-        document["ratio"] = {
-            test: round(ours["median"] / results["llama.cpp"][test]["median"], 3)
-            for test, ours in results["localrun"].items()
-        }
+        document["ratio"] = _ratios(results["localrun"], results["llama.cpp"], "median")
+        document["ratio_of_best"] = _ratios(results["localrun"], results["llama.cpp"], "best")
     return document
+
+
+def _ratios(ours: dict[str, Any], theirs: dict[str, Any], figure: str) -> dict[str, float]:
+    return {test: round(ours[test][figure] / theirs[test][figure], 3) for test in ours}
 
 
 def _measure(
@@ -263,12 +263,13 @@ def _reading(engine: Engine, results: dict[str, dict[str, Any]], roof: Roof) -> 
 
 
 def machine() -> dict[str, Any]:
-    """The machine, as figures are quoted with it."""
+    """The machine, as figures are quoted with it; busy_cores includes this program's own."""
     return {
         "cpu": hardware.cpu_model(),
         "cores": hardware.physical_cores(),
         "ram_bytes": hardware.total_ram(),
         "system": platform.platform(),
+        "busy_cores": round(hardware.busy_cores(), 2),
     }
 
 

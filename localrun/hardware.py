@@ -56,6 +56,11 @@ def cpu_quota(root: Path = ROOT) -> int | None:
     return min(quotas, default=None)
 
 
+def busy_cores() -> float:
+    """Threads that ran or waited for a core, on average over the last minute: the load average; 0 where unknown."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
 def total_ram(root: Path = ROOT) -> int:
     """Bytes of RAM that this process and its like may use together: the machine's, or a control group's limit."""
     info = _meminfo(root)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from math import inf
 from typing import Any
 
 from localrun import hardware
@@ -17,7 +18,7 @@ from localrun.errors import LocalrunError
 from localrun.gguf import GGUFFile
 
 N_BATCH = 512
-_TRIAL_PROMPT, _TRIAL_REPLY = 32, 6  # tokens
+_TRIALS, _TRIAL_PROMPT, _TRIAL_REPLY = 3, 32, 6  # how often, tokens
 
 
 class LlamaCpp:
@@ -64,15 +65,15 @@ class LlamaCpp:
         return self._lib.llama_init_from_model(self._model, params)
 
     def _choose(self) -> tuple[bool, bool]:
-        """Whether flash attention is on, for prompts and for replies: the faster of two tries each."""
-        prompt_s, reply_s = {}, {}
-        for _ in range(2):  # the first try brings pages in
+        """Whether flash attention is on, for prompts and for replies: what was faster in the best of some tries."""
+        prompt_s, reply_s = dict.fromkeys(self._contexts, inf), dict.fromkeys(self._contexts, inf)
+        for _ in range(_TRIALS):
             for flash in self._contexts:
                 self._for_prompt = self._for_reply = flash
                 start = time.perf_counter()
                 self.prompt([1] * _TRIAL_PROMPT)
-                prompt_s[flash] = time.perf_counter() - start
-                reply_s[flash] = min(self.generate([1] * _TRIAL_REPLY))
+                prompt_s[flash] = min(prompt_s[flash], time.perf_counter() - start)
+                reply_s[flash] = min(reply_s[flash], *self.generate([1] * _TRIAL_REPLY))
         return min(prompt_s, key=prompt_s.__getitem__), min(reply_s, key=reply_s.__getitem__)
 
     def prompt(self, ids: Sequence[int]) -> None:
