@@ -138,14 +138,23 @@ def test_plain_types_leave_vectors_and_routers_f32(mix: str, sources: dict[str, 
 def test_overrides_win_in_their_order(sources: dict[str, Path], tmp_path: Path) -> None:
     plan = plan_for(sources["deepseek"], tmp_path)
     overrides = [parse_override(r"blk\.1\.ffn_up_exps=q6_k"), parse_override(r"ffn_(up|gate)_exps=Q4_0")]
-    overrides.append(parse_override("attn_k_b=Q4_1"))
+    overrides.append(parse_override("attn_k_b=F16"))
     types = dict(
         zip([t.name for t in plan.targets], choose_types(plan.targets, plan.metadata, "Q4_K_M", overrides), strict=True)
     )
     assert types["blk.1.ffn_up_exps.weight"] == "Q6_K"
     assert types["blk.2.ffn_up_exps.weight"] == types["blk.1.ffn_gate_exps.weight"] == "Q4_0"
-    assert types["blk.2.attn_k_b.weight"] == "Q4_1"
+    assert types["blk.2.attn_k_b.weight"] == "F16"
     assert types["blk.0.attn_norm.weight"] == "F32"
+
+
+def test_no_override_makes_k_b_and_v_b_less_than_q8_0(sources: dict[str, Path], tmp_path: Path) -> None:
+    options = Options(mix="Q4_0", overrides=[parse_override("attn_=Q4_1")])
+    plan = make_plan(sources["deepseek"], tmp_path / "x.gguf", options)
+    types = {target.name: type_ for target, type_ in zip(plan.targets, plan.types, strict=True)}
+    assert types["blk.2.attn_k_b.weight"] == types["blk.2.attn_v_b.weight"] == "Q8_0"
+    assert types["blk.2.attn_output.weight"] == "Q4_1"
+    assert "attn_k_b and attn_v_b get at least Q8_0, whatever --tensor-type says" in plan.warnings
 
 
 @pytest.mark.parametrize(

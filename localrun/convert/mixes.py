@@ -2,8 +2,8 @@
 
 Source: src/llama-quant.cpp of https://github.com/ggml-org/llama.cpp @007dbbf3, tensor_allows_quantization and
 llama_tensor_get_type. Departures: attn_k_b and attn_v_b get at least Q8_0 (they are small, and all positions pass
-through them), also in MXFP4_MOE, where llama.cpp takes them for experts; rows that are no whole blocks of a type
-without a fallback get F16 instead of an error.
+through them), whatever an override says, and in MXFP4_MOE, where llama.cpp takes them for experts; rows that are no
+whole blocks of a type without a fallback get F16 instead of an error.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ PLAIN = ("F32", "F16", "BF16")
 _FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 _KEPT = re.compile(r"_norm\.weight$|ffn_gate_inp\.weight$|(?<!weight)$")  # stays F32 whatever its dimensions
 _MLA = re.compile(r"attn_[kv]_b\.weight$")
+_MLA_TYPES = (*PLAIN, "Q8_0")
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def choose_types(
     types = []
     for target in targets:
         override = next((each for each in overrides if each.pattern.search(target.name)), None)
-        if override is None or not _may_be_quantized(target):
+        if override is None or not _may_be_quantized(target) or is_overruled(target, override):
             types.append(rules.type_of(target))
         else:
             types.append(_checked(target, override.type))
@@ -105,6 +106,11 @@ def choose_types(
             f"--tensor-type {each.pattern.pattern}={each.type}: matches no tensor (or an earlier one did)"
         )
     return types
+
+
+def is_overruled(target: Target, override: Override) -> bool:
+    """Whether an override would have made attn_k_b or attn_v_b less than Q8_0."""
+    return bool(_MLA.search(target.name) and override.pattern.search(target.name)) and override.type not in _MLA_TYPES
 
 
 def fits(type_: str, n_cols: int) -> bool:

@@ -17,7 +17,7 @@ from localrun.convert.gguf_source import GGUFSource
 from localrun.convert.imatrix import Importances, read_imatrix
 from localrun.convert.layout import Layout, make_layout
 from localrun.convert.metadata import Metadata
-from localrun.convert.mixes import MIXES, Override, choose_types
+from localrun.convert.mixes import MIXES, Override, choose_types, is_overruled
 from localrun.convert.targets import Target, Unit, units
 from localrun.errors import LocalrunError
 
@@ -95,6 +95,8 @@ def make_plan(source_path: Path, destination: Path, options: Options) -> Plan:
     types = choose_types(
         model.targets, model.metadata, options.mix, options.overrides, has_imatrix=importances is not None
     )
+    if any(is_overruled(target, override) for target in model.targets for override in options.overrides):
+        model.warnings.append("attn_k_b and attn_v_b get at least Q8_0, whatever --tensor-type says")
     if isinstance(source, GGUFSource):
         gguf_source.check_requantize(source, model.targets, types, options.allow_requantize)
     model.metadata.u32("general.quantization_version", QUANTIZATION_VERSION)
