@@ -4,22 +4,32 @@
 
 FOLDER needs room for the checkpoint (kept for the next call) and twice the result. The checkpoint has the widths of
 DeepSeek-V2-Lite, in FP8 with scales by block. The last line of stdout is one JSON document: sizes, seconds, peak
-resident memory of all runs, how far each killed run came, and whether the hashes are equal.
+resident memory of all runs, how far each killed run came, and whether the hashes are equal. The undisturbed run's
+seconds are compared with what packing alone takes, and with what the disk takes to read as much and to write as much.
 """
 
 import argparse
 import hashlib
 import json
+import os
 import random
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
+from math import prod
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
+
+from localrun.hardware import usable_cores
+from quant import formats, pack
+from quant.pool import Pool
 
 HIDDEN, INNER, DENSE, EXPERTS, VOCAB = 2048, 1408, 10944, 64, 32000
 HEADS, NOPE, ROPE, VALUE, LATENT = 16, 128, 64, 128, 512
@@ -100,16 +110,26 @@ def make_checkpoint(folder: Path, gigabytes: float) -> None:
     config.write_text(json.dumps(CONFIG | {"num_hidden_layers": n_layers}))  # last: its presence means all is there
 
 
+def command(arguments: argparse.Namespace, destination: Path, *options: str) -> list[str]:
+    """localrun convert, of the checkpoint."""
+    threads = ["-t", str(arguments.threads)] if arguments.threads else []
+    checkpoint = str(arguments.folder / "checkpoint")
+    convert = [sys.executable, "-m", "cli.main", "convert", checkpoint, str(destination), "--type", arguments.type]
+    return [*convert, "--json", *threads, *options]
+
+
+def dry_run(arguments: argparse.Namespace) -> list[dict]:
+    """The plan, a dict a tensor."""
+    options = command(arguments, arguments.folder / "none.gguf", "--dry-run")
+    return json.loads(subprocess.run(options, capture_output=True, check=True).stdout)["plan"]
+
+
 class Run:
     """One `localrun convert`, watched: its resident memory is read ten times a second."""
 
     def __init__(self, arguments: argparse.Namespace, destination: Path) -> None:
-        threads = ["-t", str(arguments.threads)] if arguments.threads else []
-        command = [sys.executable, "-m", "cli.main", "convert", str(arguments.folder / "checkpoint"), str(destination)]
         self._started = time.perf_counter()
-        self._process = subprocess.Popen(
-            [*command, "--type", arguments.type, "--resume", "--json", *threads], stdout=subprocess.PIPE, text=True
-        )
+        self._process = subprocess.Popen(command(arguments, destination, "--resume"), stdout=subprocess.PIPE, text=True)
         self.peak_bytes = 0
 
     def wait(self, seconds: float = float("inf")) -> bool:
@@ -133,6 +153,54 @@ class Run:
         return json.loads(self._process.stdout.read()) | {"wall_s": time.perf_counter() - self._started}
 
 
+def best_of(repetitions: int, function: Callable[[], None]) -> float:
+    """Seconds of the fastest call."""
+    times = []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def packing_seconds(plan: list[dict], threads: int) -> float:
+    """What packing alone takes: as many weights in each type, from memory to memory, by rates of 16 million."""
+    pool, shape, seconds = Pool(threads), (8192, HIDDEN), 0.0
+    rows = (np.random.default_rng(0).standard_normal(shape) * 0.02).astype(np.float32)
+    weights = Counter()
+    for tensor in plan:
+        weights[tensor["to"]] += prod(tensor["shape"])
+    for type_, n_weights in weights.items():
+        format_ = formats.get(type_)
+        out = np.empty((shape[0], format_.row_bytes(shape[1])), np.uint8)
+        once = best_of(4, lambda f=format_, o=out: pack.pack(pool, f, rows.ctypes.data, *shape, o.ctypes.data))
+        seconds += once / rows.size * n_weights
+    pool.close()
+    return seconds
+
+
+def disk_seconds(arguments: argparse.Namespace, bytes_in: int, bytes_out: int) -> float:
+    """What the disk takes to read and write so much, one after the other, by rates of a gigabyte."""
+    size, chunk = 1 << 30, memoryview(bytearray(os.urandom(1 << 26)))
+    path = arguments.folder / "rate"
+
+    def write() -> None:
+        with path.open("wb", buffering=0) as file:
+            for _ in range(size // len(chunk)):
+                file.write(chunk)
+            os.fsync(file.fileno())
+
+    def read() -> None:
+        with path.open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # not from the system's cache
+            while file.readinto(chunk):
+                pass
+
+    write_s, read_s = best_of(2, write), best_of(2, read)
+    path.unlink()
+    return bytes_in * read_s / size + bytes_out * write_s / size
+
+
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _digest(file)
@@ -154,19 +222,20 @@ def torture(arguments: argparse.Namespace) -> dict:
     first = Run(arguments, undisturbed)
     first.wait()
     facts, peaks = first.result(), [first.peak_bytes]
-    print(f"undisturbed: {facts['seconds']} s", file=sys.stderr)
+    packing_s = packing_seconds(dry_run(arguments), arguments.threads or usable_cores())
+    disk_s = disk_seconds(arguments, facts["bytes_in"], facts["bytes_out"])
+    print(f"undisturbed: {facts['seconds']} s; packing {packing_s:.1f} s, disk {disk_s:.1f} s", file=sys.stderr)
     choose, done = random.Random(arguments.seed), []
     for _ in range(arguments.kills):
         run = Run(arguments, killed)
-        # On average a share of the whole such that all kills fall within it; a second is what it takes to start.
-        ended = run.wait(choose.uniform(0.2, 2.0) * facts["wall_s"] / (arguments.kills + 1) + 1.0)
+        # All kills together take some 60% of the whole; a second is what it takes to start.
+        if run.wait(choose.uniform(0.2, 1.0) * facts["wall_s"] / (arguments.kills + 1) + 1.0):
+            raise SystemExit(f"the conversion ended before kill {len(done) + 1}; more --gigabytes leave time for all")
         run.kill()
         peaks.append(run.peak_bytes)
         journal = killed.with_name(killed.name + ".journal")
-        done.append(json.loads(journal.read_text().splitlines()[-1]).get("done", 0) if journal.exists() else None)
+        done.append(json.loads(journal.read_text().splitlines()[-1]).get("done", 0) if journal.exists() else 0)
         print(f"killed at unit {done[-1]}", file=sys.stderr)
-        if ended:
-            break
     last = Run(arguments, killed)
     last.wait()
     last.result()
@@ -174,6 +243,8 @@ def torture(arguments: argparse.Namespace) -> dict:
     keys = ("type", "parameters", "file_bytes", "bytes_in", "bytes_out", "seconds")
     return {key: facts[key] for key in keys} | {
         "weights_per_s": round(facts["parameters"] / facts["seconds"]),
+        "part_of_packing_rate": packing_s / facts["seconds"],
+        "part_of_disk_rate": disk_s / facts["seconds"],
         "killed_at_unit": done,
         "peak_rss_bytes": max(peaks),
         "sha256": sha256(undisturbed),
