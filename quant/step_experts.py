@@ -265,7 +265,8 @@ def expert_phases(
 
     shared_gated, shared_upped, shared_down = shared or (0, 0, None)
     shared_inner = shared_down.n_cols if shared_down else 0
-    rows = max(8, min(_DOWN_BYTES // down.row_bytes, hidden // (8 * n_workers)) // 8 * 8)
+    # Whole vectors: scale_add rounds once in them and twice behind, and where units end must not change results.
+    rows = max(16, min(_DOWN_BYTES // down.row_bytes, hidden // (8 * n_workers)) // 16 * 16)
     size = record_bytes(max(inner, shared_inner))
     temporary = size * (top_k + 1)
     choice = temporary + padded(4 * max(rows, inner, shared_inner))
