@@ -8,7 +8,9 @@ from localrun.gguf import GGUFFile
 # In the order of their imports, so that each step of the progress compiles its own part.
 _MODULES = {
     "quant.pool": "worker pool",
+    "quant.panel_linear": "products of many tokens",
     "quant.linear": "matrix products",
+    "quant.panel_experts": "experts of many tokens",
     "quant.experts": "experts",
     "quant.step": "decoding",
     "quant.step_rows": "decoding: rows",
@@ -25,7 +27,7 @@ def prepare(file: GGUFFile, progress: Callable[[int, int, str], None] | None, no
         progress: called as progress(done, total, what).
         notice: called with one line if there is something to compile and no progress to show it by.
     """
-    from quant import formats, jit
+    from quant import formats, jit, panel
 
     if progress is None and not jit.WAS_WARM:
         notice("first run on this machine: compiling the kernels, which takes a while")
@@ -38,6 +40,6 @@ def prepare(file: GGUFFile, progress: Callable[[int, int, str], None] | None, no
     for done, type_name in enumerate(types, len(_MODULES)):
         if progress is not None:
             progress(done, total, f"Kernels: {type_name}")
-        formats.get(type_name)
+        panel.find(formats.get(type_name))
     if progress is not None:
         progress(total, total, "Kernels")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from quant import panel, panel_experts
 from quant.activations import record_bytes, write_record
 from quant.atomics import atomic_add
 from quant.errors import QuantError
@@ -155,6 +156,10 @@ def run(pool: Pool, experts: Experts, x: int, ids: np.ndarray, weights: np.ndarr
     """
     gate, up, down = experts.gate, experts.up, experts.down
     n_tokens, per_token = ids.shape
+    panel_formats = [panel.find(matrix.format) for matrix in (gate, up, down)]
+    if all(panel_formats) and ids.size >= panel.TOKENS_FROM * len(np.unique(ids)):
+        panel_experts.run(pool, experts, panel_formats, x, ids, weights, out)
+        return
     order = np.argsort(ids, axis=None, kind="stable")
     active, start = np.unique(ids.ravel()[order], return_index=True)
     start = np.append(start, order.size).astype(np.int64)

@@ -9,6 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
+from quant import panel, panel_linear
 from quant.activations import record_bytes
 from quant.atomics import atomic_add, atomic_store, call_3
 from quant.errors import QuantError
@@ -145,6 +146,10 @@ def multiply(pool: Pool, matrix: Weight, x: int, n_tokens: int, out: int) -> Non
         x: address of float32 (n_tokens, n_groups, n_cols).
         out: address of float32 (n_tokens, n_groups, n_rows).
     """
+    panel_format = panel.find(matrix.format) if n_tokens >= panel.TOKENS_FROM else None
+    if panel_format is not None:
+        panel_linear.multiply(pool, matrix, panel_format, x, n_tokens, out)
+        return
     n_inputs = n_tokens * matrix.n_groups
     per_record, per_worker = record_bytes(matrix.n_cols), scratch_bytes(matrix.n_cols)
     arguments = (

@@ -1,0 +1,193 @@
+"""Panels: weights and activations arranged for the integer products of many tokens (panel_tile.py).
+
+A weight panel holds 32 rows, repacked from their blocks a few columns at a time into a worker's L1-sized scratch. For
+16 of them a step of 32 columns takes 640 bytes: u8[8][16 rows][4 columns] | f32[16] | f32[16]; the other 16 follow. A
+weight is scale * (u - offset) - minimum. The two vectors by the kind of the format:
+
+    MINIMUM   scale, -minimum                           one of each for every 32 weights; offset 0
+    OFFSET    scale, nothing                            one for every 32
+    HALVES    scale of columns 0-15, of columns 16-31   one for every 16
+
+A token panel holds the tokens of one product in blocks of up to 6. A block of n takes 44*n bytes a step:
+q i8[n][32] | d f32[n] | two words [n]. The words of MINIMUM: s f32 = d * sum of q, and nothing. Of the others:
+-offset * sum of q, i32, over all 32 columns and nothing, or over each half; the dot products start there.
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+
+from quant import isa, rows
+from quant.activations import record_bytes, write_record
+from quant.atomics import call_3, call_5
+from quant.formats import Format
+from quant.jit import inline
+from quant.panel_tile import (
+    AHEAD,
+    HALVES,
+    LANES,
+    MINIMUM,
+    PART_BYTES,
+    PARTS,
+    ROWS,
+    STEP,
+    STEPS,
+    TILES,
+    TOKEN_BYTES,
+    TOKENS,
+)
+from quant.rows import ADDRESS, BLOCK, GROUP_BYTES, ROW_BYTES
+from quant.simd import (
+    load_f32,
+    load_i8x16,
+    load_i8x32,
+    load_i64,
+    store_f32,
+    store_f32x16,
+    store_i8x32,
+    store_i64,
+    sum_i8,
+    zero_f32x16,
+)
+from quant.simd_panel import store_i32, sum_i8x16
+
+GROUP_RECORD_BYTES = record_bytes(STEP)
+REPACK = "void(int64, int64, int64)"
+_ADDRESSES = AHEAD + 64  # in a worker's scratch, behind the panel and what to prefetch: addresses of its rows
+SCRATCH_BYTES = _ADDRESSES + 8 * LANES
+
+
+@dataclass(frozen=True)
+class PanelFormat:
+    """How blocks of one format become panels.
+
+    Attributes:
+        kind, offset: see the module.
+        repack: address of void(rows, n_blocks, out): n_blocks blocks behind each of 16 addresses at `rows`, to steps.
+    """
+
+    kind: int
+    offset: int
+    repack: int
+
+    @property
+    def fields(self) -> tuple[int, ...]:
+        """As jobs see it, in the order of REPACKER and its neighbours."""
+        return self.repack, TILES[self.kind], self.kind, self.offset
+
+
+_MODULES = {
+    "Q4_K": "panel_k",
+}
+
+
+TOKENS_FROM = 4  # repacking a row pays from here on
+
+
+def find(format_: Format) -> PanelFormat | None:
+    """How to make panels of a format; None where float32 tiles are used instead."""
+    if format_.name not in _MODULES or not isa.has("avx512_vnni"):
+        return None
+    return getattr(import_module(f"quant.{_MODULES[format_.name]}"), format_.name)
+
+
+# A matrix in panel jobs: those int64 of rows.py and these.
+REPACKER, TILE, KIND, OFFSET = range(rows.MATRIX_BYTES, rows.MATRIX_BYTES + 32, 8)
+MATRIX_BYTES = rows.MATRIX_BYTES + 32
+
+
+# ---- token panels ----------------------------------------------------------------------------------------------------
+
+
+def tokens_bytes(n_cols: int, n_tokens: int) -> int:
+    """Bytes of a token panel."""
+    return TOKEN_BYTES * (n_cols // STEP) * n_tokens
+
+
+@inline
+def token_block(i, n_tokens):
+    """(first, size) of the block of token i: as few blocks as possible, their sizes differing by at most 1."""
+    n_blocks = (n_tokens + TOKENS - 1) // TOKENS
+    size, larger = n_tokens // n_blocks, n_tokens % n_blocks
+    if i < larger * (size + 1):
+        return i // (size + 1) * (size + 1), size + 1
+    return i - (i - larger) % size, size
+
+
+@inline
+def round_groups(x, n_cols, groups):
+    """Round float32 at x: an activation record for every 32 columns, of GROUP_BYTES each."""
+    for g in range(n_cols // STEP):
+        write_record(x + 4 * STEP * g, 0, STEP, STEP, True, groups + GROUP_RECORD_BYTES * g)
+
+
+@inline
+def write_steps(kind, offset, groups, count, panel, first_step, n_steps, i, n_tokens):
+    """Write `count` rounded groups to steps first_step.. of token i in a panel of n_steps steps and n_tokens tokens."""
+    first, size = token_block(i, n_tokens)
+    at = panel + TOKEN_BYTES * (first * n_steps + size * first_step)
+    for g in range(count):
+        record = groups + GROUP_RECORD_BYTES * g
+        q, words = record + 4 * STEP, at + STEP * size + 4 * (i - first)
+        store_i8x32(at + STEP * (i - first), load_i8x32(q))
+        store_f32(words, load_f32(record + 5 * STEP))
+        if kind == MINIMUM:
+            store_f32(words + 4 * size, load_f32(record + 5 * STEP + 4))
+        elif kind == HALVES:
+            store_i32(words + 4 * size, -offset * sum_i8x16(load_i8x16(q)))
+            store_i32(words + 8 * size, -offset * sum_i8x16(load_i8x16(q + 16)))
+        else:
+            store_i32(words + 4 * size, -offset * sum_i8(load_i8x32(q)))
+        at += TOKEN_BYTES * size
+
+
+# ---- products --------------------------------------------------------------------------------------------------------
+
+
+@inline
+def n_panels(n_rows):
+    """Panels that n_rows rows fill."""
+    return (n_rows + ROWS - 1) // ROWS
+
+
+@inline
+def _repack(matrix, w, row_bytes, n_rows, n_blocks, addresses, panel):
+    """A panel of the rows from w on; behind the last of n_rows the last one again. addresses: scratch."""
+    for part in range(PARTS):
+        for r in range(LANES):
+            store_i64(addresses + 8 * r, w + row_bytes * min(LANES * part + r, n_rows - 1))
+        call_3(load_i64(matrix + REPACKER), addresses, n_blocks, panel + PART_BYTES * part)
+
+
+@inline
+def multiply_panels(matrix, group, first, n_rows, n_cols, tokens, n_tokens, sums, scratch, ahead, ahead_bytes):
+    """sums[p][t] f32[32] = rows first+32p.. of one group of the matrix . token t, for the panels p of n_rows rows.
+
+    matrix: address of its fields. tokens: a token panel. scratch: of SCRATCH_BYTES. ahead: what to prefetch meanwhile.
+    """
+    row_bytes, block = load_i64(matrix + ROW_BYTES), load_i64(matrix + BLOCK)
+    w = load_i64(matrix + ADDRESS) + load_i64(matrix + GROUP_BYTES) * group + row_bytes * first
+    panels, n_steps = n_panels(n_rows), n_cols // STEP
+    for i in range(0, 4 * ROWS * panels * n_tokens, 64):
+        store_f32x16(sums + i, zero_f32x16())
+    tile_steps = panels * n_steps * ((n_tokens + TOKENS - 1) // TOKENS)
+    store_i64(scratch + AHEAD, ahead)
+    store_i64(scratch + AHEAD + 8, (ahead_bytes // 64 + tile_steps - 1) // tile_steps)
+    for step in range(0, n_steps, STEPS):
+        steps = min(STEPS, n_steps - step)
+        n_blocks, skipped = steps * STEP // block, step * STEP // block * (row_bytes * block // n_cols)
+        for p in range(panels):
+            _repack(
+                matrix,
+                w + row_bytes * ROWS * p + skipped,
+                row_bytes,
+                n_rows - ROWS * p,
+                n_blocks,
+                scratch + _ADDRESSES,
+                scratch,
+            )
+            t = 0
+            while t < n_tokens:
+                _, size = token_block(t, n_tokens)
+                x = tokens + TOKEN_BYTES * (t * n_steps + size * step)
+                call_5(load_i64(matrix + TILE), scratch, x, sums + 4 * ROWS * (n_tokens * p + t), steps, size)
+                t += size

@@ -1,0 +1,164 @@
+"""y = W x for many tokens through panels: linear.multiply's way from panel.TOKENS_FROM tokens on.
+
+Two jobs: the inputs are rounded and written to token panels, one a group; then workers take rows of the matrix.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from quant.atomics import atomic_add
+from quant.jit import inline, kernel
+from quant.panel import (
+    GROUP_RECORD_BYTES,
+    MATRIX_BYTES,
+    ROWS,
+    SCRATCH_BYTES,
+    STEP,
+    TOKEN_BYTES,
+    PanelFormat,
+    multiply_panels,
+    round_groups,
+    tokens_bytes,
+    write_steps,
+)
+from quant.pool import Pool
+from quant.rows import ADDRESS, GROUP_BYTES, ROW_BYTES
+from quant.simd import load_f32, load_f32x16, load_i64, store_f32, store_f32x16
+
+if TYPE_CHECKING:
+    from quant.linear import Weight
+
+UNIT_ROWS = 64  # rows that a worker takes at a time
+_UNIT_INPUTS = 4
+
+# ---- inputs ----------------------------------------------------------------------------------------------------------
+
+# Where the job of write_panels() finds its arguments.
+(
+    IN_COUNTER, IN_X, N_INPUTS, IN_COLS, IN_COPIES, POSITION, GROUP, IN_START, IN_KIND, IN_OFFSET, PANELS, ROUNDED,
+    ROUNDED_BYTES,
+) = range(0, 13 * 8, 8)  # fmt: skip
+
+
+@inline
+def _write_input(a, i, groups):
+    """Input i to each of its places."""
+    n_cols, copies, start = load_i64(a + IN_COLS), load_i64(a + IN_COPIES), load_i64(a + IN_START)
+    n_steps = n_cols // STEP
+    round_groups(load_i64(a + IN_X) + 4 * n_cols * i, n_cols, groups)
+    for copy in range(i * copies, (i + 1) * copies):
+        group = load_i64(load_i64(a + GROUP) + 8 * copy)
+        begin, end = load_i64(start + 8 * group), load_i64(start + 8 * group + 8)
+        panel = load_i64(a + PANELS) + TOKEN_BYTES * n_steps * begin
+        token = load_i64(load_i64(a + POSITION) + 8 * copy) - begin
+        kind, offset = load_i64(a + IN_KIND), load_i64(a + IN_OFFSET)
+        write_steps(kind, offset, groups, n_steps, panel, 0, n_steps, token, end - begin)
+
+
+@kernel("void(int64, int64)")
+def _write_panels(arguments, worker):
+    """The job of write_panels()."""
+    a = arguments
+    n_inputs, groups = load_i64(a + N_INPUTS), load_i64(a + ROUNDED) + load_i64(a + ROUNDED_BYTES) * worker
+    while True:
+        first = atomic_add(load_i64(a + IN_COUNTER), _UNIT_INPUTS)
+        if first >= n_inputs:
+            break
+        for i in range(first, min(first + _UNIT_INPUTS, n_inputs)):
+            _write_input(a, i, groups)
+
+
+def write_panels(
+    pool: Pool,
+    format_: PanelFormat,
+    x: int,
+    n_cols: int,
+    position: np.ndarray,
+    group: np.ndarray,
+    start: np.ndarray,
+    panels: int,
+) -> None:
+    """Round inputs to 8 bits and write them to the token panels of their groups, one behind the other.
+
+    Args:
+        x: address of float32 (n, n_cols).
+        position, group: int64 (n, copies): which tokens of all panels, and which panels, the i-th input becomes.
+        start: int64 (n_groups + 1,): first token of each panel.
+        panels: address of tokens_bytes(n_cols, start[-1]).
+    """
+    n_inputs, copies = position.shape
+    counter = np.zeros(1, np.int64)
+    rounded_bytes = GROUP_RECORD_BYTES * (n_cols // STEP)
+    arguments = (
+        counter.ctypes.data, x, n_inputs, n_cols, copies,
+        position.ctypes.data, group.ctypes.data, start.ctypes.data, format_.kind, format_.offset, panels,
+        pool.buffer("rounded", rounded_bytes * pool.n_workers), rounded_bytes,
+    )  # fmt: skip
+    pool.run(_write_panels.address, np.array(arguments, np.int64))
+
+
+# ---- product ---------------------------------------------------------------------------------------------------------
+
+# Where the job of multiply() finds its arguments behind the matrix.
+COUNTER, N_GROUPS, N_ROWS, N_COLS, N_TOKENS, TOKENS, OUT, SUMS, SUMS_BYTES, SCRATCH = range(
+    MATRIX_BYTES, MATRIX_BYTES + 10 * 8, 8
+)
+
+
+@inline
+def _store_sums(sums, n_tokens, n_rows, out, stride):
+    """out[stride*t + 4*r] = row r of the sums of token t."""
+    for first in range(0, n_rows, 16):
+        part, rows = sums + 4 * (first // ROWS * ROWS * n_tokens + first % ROWS), min(16, n_rows - first)
+        for t in range(n_tokens):
+            at, to = part + 4 * ROWS * t, out + stride * t + 4 * first
+            if rows == 16:
+                store_f32x16(to, load_f32x16(at))
+            else:
+                for r in range(rows):
+                    store_f32(to + 4 * r, load_f32(at + 4 * r))
+
+
+@kernel("void(int64, int64)")
+def _multiply(arguments, worker):
+    """The job of multiply(). The next unit is taken before this one is done, so that it can be prefetched."""
+    a = arguments
+    n_groups, n_rows, n_cols = load_i64(a + N_GROUPS), load_i64(a + N_ROWS), load_i64(a + N_COLS)
+    n_tokens, counter, row_bytes = load_i64(a + N_TOKENS), load_i64(a + COUNTER), load_i64(a + ROW_BYTES)
+    sums, scratch = (
+        load_i64(a + SUMS) + load_i64(a + SUMS_BYTES) * worker,
+        load_i64(a + SCRATCH) + SCRATCH_BYTES * worker,
+    )
+    units = (n_rows + UNIT_ROWS - 1) // UNIT_ROWS
+    unit = atomic_add(counter, 1)
+    while unit < n_groups * units:
+        upcoming = atomic_add(counter, 1)
+        ahead = load_i64(a + ADDRESS) + load_i64(a + GROUP_BYTES) * (upcoming // units)
+        ahead += row_bytes * UNIT_ROWS * (upcoming % units)
+        ahead_bytes = row_bytes * UNIT_ROWS if upcoming < n_groups * units else 0
+        group, first = unit // units, unit % units * UNIT_ROWS
+        count = min(UNIT_ROWS, n_rows - first)
+        tokens = load_i64(a + TOKENS) + TOKEN_BYTES * (n_cols // STEP) * n_tokens * group
+        multiply_panels(a, group, first, count, n_cols, tokens, n_tokens, sums, scratch, ahead, ahead_bytes)
+        out = load_i64(a + OUT) + 4 * (n_rows * group + first)
+        _store_sums(sums, n_tokens, count, out, 4 * n_rows * n_groups)
+        unit = upcoming
+
+
+def multiply(pool: Pool, matrix: "Weight", format_: PanelFormat, x: int, n_tokens: int, out: int) -> None:
+    """out[t, g] = matrix[g] @ x[t, g]; arguments as linear.multiply's."""
+    n_groups, n_inputs = matrix.n_groups, n_tokens * matrix.n_groups
+    group = np.tile(np.arange(n_groups), n_tokens)
+    position = group * n_tokens + np.repeat(np.arange(n_tokens), n_groups)
+    start = np.arange(0, n_inputs + 1, n_tokens)
+    tokens = pool.buffer("panels", tokens_bytes(matrix.n_cols, n_inputs))
+    write_panels(pool, format_, x, matrix.n_cols, position[:, None], group[:, None], start, tokens)
+    counter, sums_bytes = np.zeros(1, np.int64), 4 * UNIT_ROWS * n_tokens
+    arguments = (
+        *matrix.fields, *format_.fields, counter.ctypes.data,
+        n_groups, matrix.n_rows, matrix.n_cols, n_tokens, tokens, out,
+        pool.buffer("sums", sums_bytes * pool.n_workers), sums_bytes,
+        pool.buffer("scratch", SCRATCH_BYTES * pool.n_workers),
+    )  # fmt: skip
+    pool.run(_multiply.address, np.array(arguments, np.int64))

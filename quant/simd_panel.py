@@ -1,0 +1,100 @@
+"""More of the SIMD vocabulary, for panels: one 32-bit word of each of 16 rows, side by side in a vector (i32x16).
+
+As in simd.py, LLVM splits vectors that are wider than the machine's.
+"""
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from quant.simd import F16, I16, I32, I64, Vector, call, constant, define, f32x16, i8x16, load, shuffle, splat, store
+
+ROWS = 16  # rows of a panel: the lanes of its vectors
+i32x16 = Vector(I32, ROWS, "i32x16")
+
+
+def _addresses(builder, rows, offset):
+    """`offset` behind each of the 16 addresses at `rows`."""
+    return [builder.add(load(builder, builder.add(rows, I64(8 * r)), I64), offset) for r in range(ROWS)]
+
+
+def _gather(builder, rows, offset):
+    found = ir.Constant(i32x16.ir, ir.Undefined)
+    for r, address in enumerate(_addresses(builder, rows, offset)):
+        found = builder.insert_element(found, load(builder, address, I32), I32(r))
+    return found
+
+
+def _interleave(builder, a, b, width):
+    """Of each 4 lanes the first 2 of a and of b in turns of `width`, then the same of the last 2."""
+    halves = []
+    for half in (0, 2):
+        lanes = []
+        for first in range(half, ROWS, 4):
+            for i in range(0, 2, width):
+                turn = range(first + i, first + i + width)
+                lanes += [*turn, *(ROWS + lane for lane in turn)]
+        halves.append(shuffle(builder, a, b, lanes))
+    return halves
+
+
+def _transpose(builder, rows, offset):
+    """In two steps of 2x2 inside 128 bits, after rows r, r+4, r+8, r+12 have been put into one vector."""
+    pieces = [load(builder, address, ir.VectorType(I32, 4)) for address in _addresses(builder, rows, offset)]
+    four = []
+    for r in range(4):
+        low = shuffle(builder, pieces[r], pieces[r + 4], range(8))
+        high = shuffle(builder, pieces[r + 8], pieces[r + 12], range(8))
+        four.append(shuffle(builder, low, high, range(16)))
+    low_01, high_01 = _interleave(builder, four[0], four[1], 1)
+    low_23, high_23 = _interleave(builder, four[2], four[3], 1)
+    return [*_interleave(builder, low_01, low_23, 2), *_interleave(builder, high_01, high_23, 2)]
+
+
+@intrinsic
+def transpose(context, rows, offset):
+    """The 4 words at `offset` behind each of the 16 addresses at `rows`, as 4 vectors of one word a row."""
+    result = types.UniTuple(i32x16, 4)
+
+    def codegen(context, builder, _, values):
+        return context.make_tuple(builder, result, _transpose(builder, *values))
+
+    return result(types.int64, types.int64), codegen
+
+
+gather = define(i32x16, (types.int64, types.int64), _gather)  # the word at `offset` behind each address at `rows`
+load_i32x16 = define(i32x16, (types.int64,), lambda b, p: load(b, p, i32x16.ir))
+store_i32x16 = define(types.void, (types.int64, i32x16), store)
+
+
+def _word(builder, value):
+    return splat(builder, builder.trunc(value, I32), i32x16.ir)
+
+
+and_i32 = define(i32x16, (i32x16, types.int64), lambda b, v, word: b.and_(v, _word(b, word)))
+xor_i32 = define(i32x16, (i32x16, types.int64), lambda b, v, word: b.xor(v, _word(b, word)))
+add_i32 = define(i32x16, (i32x16, types.int64), lambda b, v, word: b.add(v, _word(b, word)))
+or_i32 = define(i32x16, (i32x16, i32x16), lambda b, v, other: b.or_(v, other))
+shift_right_i32 = define(i32x16, (i32x16, types.int64), lambda b, v, bits: b.lshr(v, _word(b, bits)))
+shift_left_i32 = define(i32x16, (i32x16, types.int64), lambda b, v, bits: b.shl(v, _word(b, bits)))
+sign_extend_i8 = define(  # of the lowest 8 bits of each lane
+    i32x16, (i32x16,), lambda b, v: b.ashr(b.shl(v, constant(v.type, 24)), constant(v.type, 24))
+)
+i32_to_f32x16 = define(f32x16, (i32x16,), lambda b, v: b.sitofp(v, f32x16.ir))
+bits_to_f32x16 = define(f32x16, (i32x16,), lambda b, v: b.bitcast(v, f32x16.ir))
+negate_f32x16 = define(f32x16, (f32x16,), lambda b, v: b.fneg(v))
+
+
+def _half_to_f32x16(builder, v):
+    """The lower 16 bits of each lane, an IEEE half; needs F16C."""
+    halves = builder.bitcast(builder.trunc(v, ir.VectorType(I16, ROWS)), ir.VectorType(F16, ROWS))
+    return builder.fpext(halves, f32x16.ir)
+
+
+def _sum_i8x16(builder, v):
+    return builder.sext(call(builder, "llvm.vector.reduce.add.v16i32", I32, builder.sext(v, i32x16.ir)), I64)
+
+
+half_to_f32x16 = define(f32x16, (i32x16,), _half_to_f32x16)
+store_i32 = define(types.void, (types.int64, types.int64), lambda b, p, v: store(b, p, b.trunc(v, I32)))
+sum_i8x16 = define(types.int64, (i8x16,), _sum_i8x16)

@@ -1,0 +1,107 @@
+"""Panels: repacked blocks against unpack, products of many tokens against float64, at levels that have the tile."""
+
+import kernels
+import numpy as np
+import pytest
+
+from quant import formats, linear, panel
+from quant.panel_tile import PART_BYTES, STEP_BYTES
+from quant.pool import Pool, aligned_bytes
+
+NAMES = [name for name in formats.NAMES if panel.find(formats.get(name))]
+
+if not NAMES:
+    pytest.skip("no integer tile at this ISA level: float32 tiles are used", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    pool = Pool(2)
+    yield pool
+    pool.close()
+
+
+def unpacked(steps: np.ndarray, format_: panel.PanelFormat) -> np.ndarray:
+    """The float32 (16, n*32) weights of n steps, uint8 (n, PART_BYTES): what panel.py says of the layout."""
+    u = steps[:, :512].reshape(-1, 8, 16, 4).transpose(2, 0, 1, 3).reshape(16, -1, 2, 16)
+    first, second = steps[:, 512:].copy().view(np.float32).reshape(-1, 2, 16).transpose(1, 2, 0)[..., None, None]
+    w = u.astype(np.float32) - np.float32(format_.offset)
+    if format_.kind == panel.HALVES:
+        return (np.concatenate([first, second], -2) * w).reshape(16, -1)
+    return (first * w + (second if format_.kind == panel.MINIMUM else 0)).reshape(16, -1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_repacked_blocks_are_the_weights(name):
+    format_ = formats.get(name)
+    raw = kernels.random_blocks(name, (16, 3 * format_.block), np.random.default_rng(0))
+    rows = np.array([row.ctypes.data for row in raw])
+    n_steps = 3 * format_.block // panel.STEP
+    out = aligned_bytes(n_steps * STEP_BYTES)
+    kernels.call(panel.find(format_).repack, rows, 3, out)
+    steps = out.reshape(n_steps, STEP_BYTES)[:, :PART_BYTES]
+    assert np.array_equal(unpacked(steps, panel.find(format_)), format_.unpack(raw))
+
+
+@pytest.mark.parametrize("n_tokens", [1, 4, 7, 12, 13, 31])
+@pytest.mark.parametrize("shape", [(1, 100, 512), (3, 64, 1280), (1, 33, 256), (2, 5, 256)])
+@pytest.mark.parametrize("name", NAMES)
+def test_multiply(pool, name, shape, n_tokens, monkeypatch):
+    monkeypatch.setattr(panel, "TOKENS_FROM", 1)
+    rng = np.random.default_rng(n_tokens)
+    weight, values = kernels.random_weight(name, shape, rng)
+    x = rng.standard_normal((n_tokens, shape[0], shape[2])).astype(np.float32)
+    seen = kernels.rounded(x, weight.format).astype(np.float64)
+    want = np.einsum("grc,tgc->tgr", values, seen)
+    # Float32 rounding of products and sums: a few units of 2^-24 of the sum of the terms' magnitudes.
+    magnitude = np.einsum("grc,tgc->tgr", np.abs(values), np.abs(seen))
+    assert np.all(np.abs(kernels.multiply(pool, weight, x) - want) <= 2**-21 * magnitude)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_integer_part_is_exact(pool, name):
+    """Columns of one group and activations of scale 1: a product is one float32 rounding away from the integers'."""
+    block = formats.get(name).block
+    weight, values = kernels.random_weight(name, (1, 40, block), np.random.default_rng(1))
+    x = np.zeros((9, 1, block), np.float32)
+    x[:, 0, 32:48] = np.random.default_rng(2).integers(-127, 128, (9, 16)) if block > 32 else 0
+    x[:, 0, :16] = np.random.default_rng(2).integers(-127, 128, (9, 16)) if block == 32 else 0
+    x[..., 0 if block == 32 else 32] = 127
+    want = np.einsum("grc,tgc->tgr", values, x.astype(np.float64))
+    magnitude = np.einsum("grc,tgc->tgr", np.abs(values), np.abs(x))
+    # The scales' product, the product and the minimum's are each rounded once.
+    assert np.all(np.abs(kernels.multiply(pool, weight, x) - want) <= 3 * 2**-24 * magnitude)
+
+
+def test_one_worker_gives_the_same_bits(pool):
+    rng = np.random.default_rng(1)
+    weight, _ = kernels.random_weight(NAMES[0], (2, 300, 512), rng)
+    x = rng.standard_normal((20, 2, 512)).astype(np.float32)
+    single = Pool(1)
+    assert np.array_equal(kernels.multiply(pool, weight, x), kernels.multiply(single, weight, x))
+    single.close()
+
+
+def test_nan_reaches_its_row_only(pool):
+    weight, _ = kernels.random_weight("Q4_K", (1, 40, 512), np.random.default_rng(4))
+    weight.owner[weight.row_bytes * 7 : weight.row_bytes * 7 + 2] = 0xFF  # d
+    out = kernels.multiply(pool, weight, np.ones((8, 1, 512), np.float32))
+    assert np.array_equal(np.isnan(out[3, 0]), np.arange(40) == 7)
+
+
+@pytest.mark.parametrize("n_tokens", range(1, 40))
+def test_token_blocks_are_few_and_even(n_tokens):
+    blocks = {panel.token_block.py_func(i, n_tokens) for i in range(n_tokens)}
+    assert sorted(i for first, size in blocks for i in range(first, first + size)) == list(range(n_tokens))
+    assert len(blocks) == -(-n_tokens // panel.TOKENS)
+    assert max(size for _, size in blocks) - min(size for _, size in blocks) <= 1
+
+
+def test_float_formats_have_no_panels():
+    assert all(panel.find(formats.get(name)) is None for name in ("F32", "F16", "BF16"))
+
+
+def test_weight_fields_start_a_panel_jobs_matrix():
+    weight, _ = kernels.random_weight("Q4_K", (1, 2, 256), np.random.default_rng(0))
+    assert isinstance(weight, linear.Weight)
+    assert 8 * len(weight.fields) == panel.REPACKER
