@@ -13,10 +13,12 @@ import localrun
 from cli.bench import bench
 from cli.chat import chat
 from cli.convert import convert
+from cli.doctor import doctor
 from cli.generate import generate
 from cli.imatrix import imatrix
 from cli.inspect import inspect
 from cli.perplexity import perplexity
+from cli.plan import app as plan
 
 app = typer.Typer(
     name="localrun",
@@ -27,8 +29,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (chat, generate, inspect, perplexity, convert, imatrix, bench):
+for command in (chat, generate, inspect, perplexity, convert, imatrix, bench, doctor):
     app.command()(command)
+app.add_typer(plan, name="plan")
 
 
 def _print_version(wanted: bool) -> None:

@@ -38,6 +38,7 @@ OPTIONS = {
         *["-p", "--n-prompt", "-n", "--n-tokens", "-r", "--repetitions", "-t", "--threads", "--against"],
         *["--json", "-v", "--verbose"],
     ],
+    "doctor": ["--json"],
     "inspect": ["--verify", "--json"],
     "convert": [
         *["--type", "--tensor-type", "--no-mtp", "--imatrix", "--pre", "--resume", "--force", "--dry-run"],
@@ -47,6 +48,7 @@ OPTIONS = {
         *["-f", "--file", "-o", "--output", "-c", "--ctx", "--chunks", "--device", "-t", "--threads"],
         *["--json", "-v", "--verbose"],
     ],
+    "plan": [],  # a group: the options of its commands are in tests/test_plan_cli.py
     "perplexity": [
         *["-f", "--file", "-c", "--ctx", "--chunks", "--device", "-t", "--threads", "--backend"],
         *["--json", "-v", "--verbose"],

@@ -1,0 +1,256 @@
+"""localrun doctor: every finding on this machine and on machines made up, in narrow places, and in time."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cli.main import run as command
+from localrun import doctor, hardware
+from localrun.bundled import model_path
+from localrun.doctor import Finding
+from localrun.hardware import NumaNode
+
+NAMES = [
+    *["python", "packages", "cpu", "cores", "load", "numa", "ram", "huge pages", "kernel cache", "memory", "gpu"],
+    "disk",
+]
+
+
+def run(*args: str, before: str = "true", **variables: str) -> subprocess.CompletedProcess[str]:
+    line = f'{before}; exec "$0" -m cli.main doctor "$@"'
+    environment = os.environ | variables
+    return subprocess.run(
+        ["bash", "-c", line, sys.executable, *args], capture_output=True, text=True, env=environment, timeout=300
+    )
+
+
+def test_json_here() -> None:
+    run()  # compiles kernels where they are not cached
+    start = time.monotonic()
+    done = run("--json")
+    seconds = time.monotonic() - start
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert list(found) == NAMES
+    for finding in found.values():
+        assert set(finding) == {"status", "text", "advice", "data"}
+        assert (finding["status"] == "warning") == bool(finding["advice"]) and finding["text"]
+    assert found["packages"]["status"] == "ok"  # the tests' own environment is whole
+    assert {"torch", "numba", "jinja2"} <= set(found["packages"]["data"])
+    rates = found["memory"]["data"]
+    assert "1" in rates and str(hardware.usable_cores()) in rates
+    assert all(1e8 < rate["median"] <= rate["best"] < 1e13 for rate in rates.values())  # from a tape to a dream
+    assert found["disk"]["data"]["path"] == str(model_path(None))
+    assert found["disk"]["data"]["read_bytes_per_s"] > 1e6
+    # 20 s is what users were promised, on a machine with nothing else to do; here a suite may run beside it.
+    assert seconds < 20 + 5 * os.getloadavg()[0]
+
+
+def test_a_table_for_people(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(doctor, "READ_BYTES", 1 << 24)
+    monkeypatch.setattr(hardware, "last_level_cache", lambda: 1 << 20)
+    assert command(["doctor"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.lstrip().startswith("->")]
+    assert [line[9:24].strip() for line in lines] == NAMES
+    assert {line.split()[0] for line in lines} <= {"ok", "warning"}
+
+
+def test_a_forced_level_is_shown() -> None:
+    found = json.loads(run("--json", LOCALRUN_ISA="generic").stdout)["cpu"]
+    assert found["data"]["isa"] == "generic" and found["data"]["LOCALRUN_ISA"] == "generic"
+    assert "level generic, forced by LOCALRUN_ISA" in found["text"]
+    best = found["data"]["best_isa"]
+    assert found["advice"] == ("" if best == "generic" else f"unset LOCALRUN_ISA to use {best}")
+
+
+def test_a_wrong_level_is_a_finding() -> None:
+    done = run("--json", LOCALRUN_ISA="sse9")
+    found = json.loads(done.stdout)
+    assert done.returncode == 0 and list(found) == NAMES
+    assert "LOCALRUN_ISA=sse9 is no level" in found["cpu"]["advice"]
+    assert found["memory"]["text"] == "not measured" and found["disk"]["status"] in ("ok", "warning")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ulimit -v limits addresses on Linux only")
+@pytest.mark.parametrize("kib", [1_400_000, 3_000_000])
+def test_little_address_space(kib: int) -> None:
+    """Somewhere between starting and nothing at all, every finding is there, and RAM is what is left."""
+    done = run("--json", before=f"ulimit -v {kib}")
+    found = json.loads(done.stdout)
+    assert (done.returncode, list(found)) == (0, NAMES), done.stderr
+    assert 0 <= found["ram"]["data"]["free"] < 1024 * kib
+
+
+def test_no_place_for_kernels(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    found = json.loads(run("--json", LOCALRUN_CACHE=str(tmp_path / "file")).stdout)["kernel cache"]
+    assert found["status"] == "warning" and "LOCALRUN_CACHE" in found["advice"]
+
+
+@pytest.mark.parametrize(("path", "message"), [("/no/such", "/no/such: no such file or folder")])
+def test_a_wrong_path_is_one_line(path: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(["doctor", path]) == 1
+    assert capsys.readouterr() == ("", f"localrun: {message}\n")
+
+
+# --- machines made up
+
+
+def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = ["torch<2.14,>=2.6", "nosuch-thing>=3", "pytest>=8; extra == 'test'"]
+    monkeypatch.setattr(doctor, "requires", lambda name: wanted)
+    found = doctor._packages()
+    assert list(found.data) == ["torch", "nosuch-thing"] and found.data["nosuch-thing"] is None
+    assert found.advice == "missing: nosuch-thing; pip install nosuch-thing"
+
+
+@pytest.mark.parametrize(
+    ("logical", "quota", "allowed", "advice"),
+    [
+        (8, None, 8, ""),
+        (16, None, 16, ""),
+        (8, 3, 8, "a control group's quota leaves 3 of 8 cores"),
+        (8, None, 2, "the CPU affinity leaves 2 of 8 cores"),
+    ],
+)
+def test_cores(logical: int, quota: int | None, allowed: int, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "physical_cores", lambda: 8)
+    monkeypatch.setattr(os, "cpu_count", lambda: logical)
+    monkeypatch.setattr(hardware, "logical_cores", lambda: allowed)
+    monkeypatch.setattr(hardware, "cpu_quota", lambda root=None: quota)
+    found = doctor._cores()
+    assert found.data["smt"] == (logical == 16) and found.advice.startswith(advice)
+    assert bool(found.advice) == bool(advice)
+
+
+def test_two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "numa_nodes", lambda: [NumaNode(0, "0-7", 2**34), NumaNode(1, "8-15", 2**34)])
+    found = doctor._numa()
+    assert found.text == "node 0: cores 0-7, 16.0 GiB; node 1: cores 8-15, 16.0 GiB"
+    assert "numactl" in found.advice
+    monkeypatch.setattr(hardware, "numa_nodes", lambda: [])
+    assert doctor._numa() == Finding("numa", "not known", [])
+
+
+def test_little_memory_and_much_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "free_ram", lambda: 1 << 30)
+    monkeypatch.setattr(hardware, "busy_cores", lambda: 99.0)
+    assert doctor._ram().status == doctor._load().status == "warning"
+    monkeypatch.setattr(hardware, "free_ram", lambda: 1 << 34)
+    monkeypatch.setattr(hardware, "busy_cores", lambda: 0.1)
+    assert doctor._ram().status == doctor._load().status == "ok"
+
+
+def test_no_memory_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    from quant import stream
+
+    def none_left(pool: Any, n_bytes: int) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(stream, "buffer", none_left)
+    found = doctor._bandwidth()
+    assert found.data is None and "ulimit -v" in found.advice
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A torch.cuda with a card behind a link of 20 GB/s."""
+    import torch
+
+    cuda = SimpleNamespace(
+        is_available=lambda: True,
+        get_device_name=lambda index: "Acme 5000",
+        mem_get_info=lambda index: (20 << 30, 24 << 30),
+        device_count=lambda: 2,
+    )
+    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(doctor, "_copy_rate", lambda: 20e9)
+    monkeypatch.setattr(doctor, "_driver", lambda: "570.86")
+    return cuda
+
+
+def test_a_gpu(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = doctor._gpu()
+    assert found.text == "Acme 5000, 24.0 GiB, 20.0 GiB free, driver 570.86, copies to it 20.0 GB/s"
+    assert found.data["count"] == 2 and found.status == "ok"
+    monkeypatch.setattr(doctor, "_copy_rate", lambda: 1.5e9)
+    assert "lanes" in doctor._gpu().advice
+
+
+def test_a_gpu_that_refuses(gpu: SimpleNamespace) -> None:
+    def refuse(index: int) -> Any:
+        raise RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
+
+    gpu.mem_get_info = refuse
+    assert doctor._gpu().advice == "CUDA: CUDA error: out of memory"
+
+
+def test_a_gpu_without_cuda_in_torch(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu.is_available = lambda: False
+    monkeypatch.setattr(doctor, "_nvidia_cards", lambda: True)
+    assert "torch with CUDA" in doctor._gpu().advice
+    monkeypatch.setattr(doctor, "_nvidia_cards", lambda: False)
+    assert doctor._gpu() == Finding("gpu", "none", None)
+
+
+# --- disks
+
+
+def test_the_read_rate_is_bytes_by_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four threads read a file of 10 chunks once, each chunk as it is in the file."""
+    path, seen = tmp_path / "a.gguf", []
+    path.write_bytes(b"".join(bytes([i]) * doctor._DISK_CHUNK for i in range(10)))
+    real = os.preadv
+
+    def preadv(fd: int, buffers: list[Any], offset: int) -> int:
+        n_read = real(fd, buffers, offset)
+        if n_read == doctor._DISK_CHUNK:
+            seen.append((offset // doctor._DISK_CHUNK, buffers[0][0], buffers[0][-1]))
+        return n_read
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    start = time.perf_counter()
+    rate, _ = doctor.read_rate(path)
+    seconds = time.perf_counter() - start
+    assert sorted(seen) == [(i, i, i) for i in range(10)]
+    assert rate >= 10 * doctor._DISK_CHUNK / seconds
+
+
+def test_reading_ends_in_time(tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    with open(path, "wb") as file:
+        file.truncate(1 << 36)  # holes, but as long as a large model
+    start = time.perf_counter()
+    doctor.read_rate(path, seconds=0.2)
+    assert time.perf_counter() - start < 5  # chunks under way are read to the end
+
+
+def test_a_file_system_without_direct_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"x" * 100)
+    monkeypatch.delattr(os, "O_DIRECT", raising=False)
+    rate, direct = doctor.read_rate(path)
+    assert rate > 0 and not direct
+    assert "perhaps from the file cache" in doctor._disk(path).text
+
+
+def test_which_file_of_a_folder(tmp_path: Path) -> None:
+    for name, mib in (("large.bin", 9), ("small.gguf", 5), ("smaller.gguf", 4)):
+        (tmp_path / name).write_bytes(bytes(mib << 20))
+    assert doctor._disk(tmp_path).data["path"] == str(tmp_path / "small.gguf")
+    (tmp_path / "none").mkdir()
+    assert doctor._disk(tmp_path / "none").text.endswith("holds no file to read")
+    assert doctor._disk(None).text == "not measured: no model is installed"
+
+
+def test_a_slow_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_bytes(b"x")
+    monkeypatch.setattr(doctor, "read_rate", lambda path: (100e6, True))
+    assert doctor._disk(tmp_path / "a").advice == "a model of 10 GB takes 100 s to come in; keep models on an SSD"
