@@ -18,7 +18,6 @@ from cli.generate import generate
 from cli.imatrix import imatrix
 from cli.inspect import inspect
 from cli.perplexity import perplexity
-from cli.plan import app as plan
 
 app = typer.Typer(
     name="localrun",
@@ -31,7 +30,6 @@ app = typer.Typer(
 )
 for command in (chat, generate, inspect, perplexity, convert, imatrix, bench, doctor):
     app.command()(command)
-app.add_typer(plan, name="plan")
 
 
 def _print_version(wanted: bool) -> None:
