@@ -18,6 +18,7 @@ from cli.generate import generate
 from cli.imatrix import imatrix
 from cli.inspect import inspect
 from cli.perplexity import perplexity
+from cli.plan import app as plan
 
 app = typer.Typer(
     name="localrun",
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 for command in (chat, generate, inspect, perplexity, convert, imatrix, bench, doctor):
     app.command()(command)
+app.add_typer(plan, name="plan")
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,0 +1,302 @@
+"""localrun plan: whether a model fits a machine, how fast it should be, and why; and the same for clusters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from cli import options
+from cli.output import note, print_json, printable, size
+from localrun.errors import LocalrunError
+
+if TYPE_CHECKING:
+    from localrun.plan.machine import Machine
+    from localrun.plan.shapes import ModelShape
+
+
+class _PlanGroup(TyperGroup):
+    """`plan MODEL ...` is `plan model MODEL ...`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the command's name before arguments that begin with none."""
+        return super().parse_args(ctx, args if args and args[0] in self.commands else ["model", *args])
+
+
+app = typer.Typer(
+    cls=_PlanGroup,
+    help="Say whether a model fits a machine or a cluster, how fast it should be, and why.",
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+_PLOT = typer.Option("--plot", metavar="FILE", help="Draw a picture: png, svg or pdf.", show_default=False)
+
+
+@app.command("model")
+def model(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A GGUF, a config.json or its folder, or a name such as deepseek-v3 (--kv-table lists them).",
+            show_default=False,
+        ),
+    ] = None,
+    type_: Annotated[
+        str | None,
+        typer.Option("--type", metavar="TYPE", help="As for convert; Q4_K_M, or a GGUF's own.", show_default=False),
+    ] = None,
+    ctx: Annotated[int, typer.Option("-c", "--ctx", help="Tokens of context.")] = 8192,
+    prompt: Annotated[int, typer.Option("--prompt", help="Tokens of the prompt whose reading is timed.")] = 512,
+    machine: Annotated[
+        str, typer.Option("--machine", metavar="NAME", help="this (measured), a preset, or a JSON file.")
+    ] = "this",
+    threads: options.Threads = None,
+    acceptance: Annotated[
+        float, typer.Option("--acceptance", help="Part of the drafted tokens that are kept, for models that draft.")
+    ] = 0.85,
+    kv_table: Annotated[bool, typer.Option("--kv-table", help="KV cache a token of the known models.")] = False,
+    compute_table: Annotated[bool, typer.Option("--compute-table", help="GFLOP a token of the known models.")] = False,
+    plot: Annotated[Path | None, _PLOT] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Say whether a model fits a machine, how fast it should be, and what would change that.
+
+    `localrun plan cluster` does so for many machines.
+    """
+    from localrun.plan.plots import check_plot, plot_decode, plot_kv
+    from localrun.plan.shapes import known_models, load_model
+
+    if plot is not None:
+        check_plot(plot)
+    if kv_table or compute_table:
+        _print_tables(kv_table, compute_table, as_json)
+        if plot is not None:
+            plot_kv(plot, known_models())
+        return
+    for name, value in (("-c/--ctx", ctx), ("--prompt", prompt)):
+        if not 1 <= value <= 10**8:
+            raise LocalrunError(f"{name} {value}; expected 1 to 10^8")
+    if not 0 <= acceptance <= 1:
+        raise LocalrunError(f"--acceptance {acceptance}; expected 0 to 1")
+    shape = load_model(model, type_)
+    where = _machine(machine, shape, ctx, threads, as_json)
+    if where is None:
+        return
+    _report(shape, where, ctx, prompt, acceptance, as_json)
+    if plot is not None:
+        plot_decode(plot, shape, where, ctx)
+
+
+def _machine(name: str, shape: ModelShape, ctx: int, threads: int | None, as_json: bool) -> Machine | None:
+    """The machine; this one is measured only if the model fits. Raises LocalrunError if it does not."""
+    from localrun.plan.machine import load_machine
+
+    if name != "this":
+        if threads is not None:
+            raise LocalrunError("-t/--threads goes with --machine this; a description says its cores")
+        return load_machine(name)
+    from localrun.plan.measure import this_machine, unmeasured
+    from localrun.plan.memory import refusal
+
+    if threads is not None and threads < 1:
+        raise LocalrunError(f"-t {threads}; expected 1 or more")
+    unknown = unmeasured()
+    if refusal(shape, unknown, ctx):
+        return unknown
+    note("measuring this machine; the first time kernels are compiled, which takes a minute or two")
+    return this_machine(shape, threads)
+
+
+def _report(shape: ModelShape, machine: Machine, ctx: int, prompt: int, acceptance: float, as_json: bool) -> None:
+    from localrun.plan.report import make_report
+
+    document = make_report(shape, machine, ctx, prompt, acceptance)
+    if as_json:
+        print_json(document)
+    else:
+        print("\n".join(_text(document)))
+    if document["refusal"]:
+        raise LocalrunError(document["refusal"])
+
+
+def _text(document: dict[str, Any]) -> list[str]:
+    facts, memory = document["model"], document["memory"]
+    lines = [
+        f"{printable(facts['name'])}, {facts['type']}: {facts['weights'] / 1e9:.2f} G weights, "
+        f"{facts['active_weights'] / 1e9:.2f} G active, {facts['bits_per_weight']} bits a weight",
+        f"on {printable(document['machine']['title'])}",
+        "",
+        f"{'memory':<8} {'size':>12}  of",
+        *(f"{row['where']:<8} {size(row['n_bytes']):>12}  {row['what']}" for row in memory["rows"]),
+        *(f"{where:<8} {size(need):>12}  needed, {size(max(0, memory['available'][where]))} usable"
+          for where, need in memory["needed"].items()),
+        "",
+        f"{'read a token':<20} {'weights':>10} {'size':>12}",
+        *(f"{name:<20} {part['weights_per_token'] / 1e9:>8.2f} G {size(part['bytes_per_token']):>12}"
+          for name, part in facts["parts"].items() if part["bytes_per_token"]),
+    ]  # fmt: skip
+    if not document["refusal"]:
+        lines += ["", *_speed_lines(document), "", *_sensitivity_lines(document["sensitivity"])]
+    return lines
+
+
+def _speed_lines(document: dict[str, Any]) -> list[str]:
+    lines = []
+    for name, key in (("decode", "decode"), ("decode", "decode_full_context"), ("prompt", "prefill")):
+        speed = document[key]
+        what = f"{speed['tokens']} tokens" if key == "prefill" else f"at {speed['ctx']} tokens"
+        split = ", ".join(f"{kind} {1e3 * seconds:.1f}" for kind, seconds in speed["split_s"].items())
+        lines.append(f"{name:<7} {what:<18} {speed['tokens_per_s']:>9.2f} tokens/s   ms: {split}")
+    return [*lines, f"bound by {document['decode']['bottleneck']}; prompts by {document['prefill']['bottleneck']}"]
+
+
+def _sensitivity_lines(rows: list[dict[str, Any]]) -> list[str]:
+    def cell(row: dict[str, Any], key: str) -> str:
+        value, ratio = row[f"{key}_tokens_per_s"], row[f"{key}_ratio"]
+        return f"{value:>9.2f} {ratio:>6.2f}x" if value else f"{'-':>9} {'':>7}"
+
+    head = f"{'what if':<58} {'decode':>17} {'prompt':>17}"
+    return [head, *(f"{row['change']:<58} {cell(row, 'decode')} {cell(row, 'prefill')}" for row in rows)]
+
+
+def _print_tables(kv: bool, compute: bool, as_json: bool) -> None:
+    from localrun.plan.shapes import known_models
+    from localrun.plan.tables import compute_row, kv_row
+
+    tables = {"kv": kv and [kv_row(name) for name in known_models()]}
+    tables["compute"] = compute and [compute_row(name) for name in known_models()]
+    if as_json:
+        print_json({name: rows for name, rows in tables.items() if rows})
+        return
+    if tables["kv"]:
+        print(f"{'bytes a token, 16 bits':<20} {'':<4} {'cache':>10} {'all heads':>12} {'8 heads':>10} {'1 head':>10}")
+        for row in tables["kv"]:
+            sizes = f"{row['bytes_per_token']:>10,} {row['mha']:>12,} {row['gqa8']:>10,} {row['mqa']:>10,}"
+            print(f"{row['model']:<20} {row['attention']:<6} {sizes}{_published(row)}")
+    if tables["compute"]:
+        print(f"{'GFLOP a token':<20} {'weights':>10} {'active':>10} {'training':>10} {'decoding':>10}")
+        for row in tables["compute"]:
+            counts = f"{row['parameters'] / 1e9:>8.1f} G {row['active'] / 1e9:>8.1f} G"
+            costs = f"{row['training_gflop_per_token']:>10.1f} {row['decoding_gflop_per_token']:>10.1f}"
+            print(f"{row['model']:<20} {counts} {costs}{_published(row)}")
+
+
+def _published(row: dict[str, Any]) -> str:
+    if row["published"] is None:
+        return ""
+    remark = f"; {row['note']}" if row["note"] else ""
+    return f"  published {row['published']:,} ({row['difference_percent']:+.1f}%){remark}"
+
+
+@app.command("cluster")
+def cluster(
+    model: Annotated[
+        str, typer.Option("--model", metavar="MODEL", help="As for plan: a name, a config.json or a GGUF.")
+    ] = "deepseek-v3",
+    device: Annotated[str, typer.Option("--device", metavar="NAME", help="h800 or gb200-nvl72.")] = "h800",
+    bandwidth: Annotated[
+        float | None,
+        typer.Option(
+            "--bandwidth", metavar="GB/S", help="Of a device's network, not the device's.", show_default=False
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", help="Tokens a device takes at a time.")] = 32,
+    hidden: Annotated[
+        int | None,
+        typer.Option("--hidden", help="Values of a token's vector, not the model's own.", show_default=False),
+    ] = None,
+    ctx: Annotated[int, typer.Option("-c", "--ctx", help="Tokens of context, for attention's time.")] = 4096,
+    acceptance: Annotated[float, typer.Option("--acceptance", help="Part of the drafted tokens that are kept.")] = 0.85,
+    requests: Annotated[float, typer.Option("--requests", help="Requests a second to be served.")] = 10.0,
+    prompt: Annotated[int, typer.Option("--prompt", help="Tokens of a prompt.")] = 4096,
+    reply: Annotated[int, typer.Option("--reply", help="Tokens of a reply.")] = 1024,
+    utilisation: Annotated[float, typer.Option("--utilisation", help="Part of the FLOPs that prompts reach.")] = 0.4,
+    prefill_unit: Annotated[int, typer.Option("--prefill-unit", help="Devices that read prompts together.")] = 32,
+    decode_unit: Annotated[int, typer.Option("--decode-unit", help="Devices that decode together.")] = 320,
+    ports: Annotated[int, typer.Option("--ports", help="Ports of a switch.")] = 64,
+    planes: Annotated[int, typer.Option("--planes", help="Planes of the multi-plane fat tree.")] = 8,
+    endpoints: Annotated[
+        int | None,
+        typer.Option("--endpoints", help="Endpoints wanted; the largest networks if not given.", show_default=False),
+    ] = None,
+    prices: Annotated[
+        Path | None,
+        typer.Option("--prices", metavar="FILE", help="JSON: dollars of switch, link, endpoint.", show_default=False),
+    ] = None,
+    fabric: Annotated[
+        str, typer.Option("--fabric", metavar="PxLxSxN", help="Simulated: planes, leaves, spines, nodes a leaf.")
+    ] = "4x4x4x4",
+    plot: Annotated[Path | None, _PLOT] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Say what an interconnect allows: decoding speed, devices for a load, networks and their failures."""
+    from localrun.plan import cluster_report
+    from localrun.plan.plots import check_plot, plot_interconnect
+
+    if plot is not None:
+        check_plot(plot)
+    wanted = cluster_report.Wanted(
+        model=model,
+        device=device,
+        bytes_per_s=None if bandwidth is None else bandwidth * 1e9,
+        n_tokens=tokens,
+        hidden_size=hidden,
+        ctx=ctx,
+        acceptance=acceptance,
+        requests_per_s=requests,
+        prompt_tokens=prompt,
+        reply_tokens=reply,
+        utilisation=utilisation,
+        units=(prefill_unit, decode_unit),
+        ports=ports,
+        planes=planes,
+        endpoints=endpoints,
+        prices=prices,
+        fabric=fabric,
+    )
+    document = cluster_report.make_report(wanted)
+    if as_json:
+        print_json(document)
+    else:
+        print("\n".join(_cluster_text(document)))
+    if plot is not None:
+        shape = cluster_report.model_of(wanted)
+        plot_interconnect(plot, shape, tokens, document["expert_parallel"]["layer_compute_s"])
+
+
+def _cluster_text(document: dict[str, Any]) -> list[str]:
+    limit, split = document["expert_parallel"], document["split"]
+    lines = [
+        f"{printable(document['model'])} on {document['device']}, {limit['gb_per_s']:g} GB/s a device",
+        f"a step moves {limit['bytes_per_step']:,} bytes a device and takes {1e6 * limit['step_s']:.2f} us",
+        f"messages alone: {1e6 * limit['ideal_layer_s']:.2f} us a layer, {1e3 * limit['ideal_token_s']:.2f} ms "
+        f"a token: {limit['ideal_tokens_per_s']:.1f} tokens/s",
+        f"with drafts kept at {limit['acceptance']:.0%}: {limit['ideal_mtp_tokens_per_s']:.1f} tokens/s",
+        f"with {1e6 * limit['layer_compute_s']:.0f} us of arithmetic a layer: {1e3 * limit['token_s']:.2f} ms a token "
+        f"overlapped, {1e3 * limit['token_without_overlap_s']:.2f} ms not",
+        "",
+        f"for the load: {split['prefill_devices']} devices read prompts ({split['prefill_tokens_per_device_s']:,.0f} "
+        f"tokens/s each), {split['decode_devices']} decode ({split['decode_tokens_per_device_s']:,.0f} tokens/s each; "
+        f"bound by {split['bound']}), {split['concurrent']:.0f} requests at a time",
+        "",
+        f"{'network':<8} {'endpoints':>10} {'switches':>9} {'links':>9} {'M$':>9} {'k$ each':>8}  ",
+    ]
+    for row in document["topologies"]:
+        costs = f"{row['cost'] / 1e6:>9.1f} {row['cost_per_endpoint'] / 1e3:>8.2f}"
+        lines.append(
+            f"{row['name']:<8} {row['endpoints']:>10,} {row['switches']:>9,} {row['links']:>9,} {costs}  {row['note']}"
+        )
+    lines += ["", f"all-to-all on {document['fabric']}: bandwidth kept when this fails in plane 0"]
+    lines.append(f"{'failure':<16} {'mean':>6} {'slowest':>8} {'others':>7}   without other planes' help")
+    for name, kept in document["failures"].items():
+        alone = document["failures_without_rerouting"][name]
+        lines.append(
+            f"{name:<16} {kept['mean']:>6.3f} {kept['slowest']:>8.3f} {kept['other_planes']:>7.3f}   mean "
+            f"{alone['mean']:.3f}, others {alone['other_planes']:.3f}, {alone['lost']} flows lost"
+        )
+    kept = ", ".join(f"{name} {value:.2f}" for name, value in document["isolation"].items())
+    return [*lines, f"kept while all send to one node on plane 0: {kept}"]

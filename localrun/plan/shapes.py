@@ -1,0 +1,241 @@
+"""A model as the planner sees it: its configuration and every tensor's shape, type and bytes; no weights.
+
+From a GGUF, from a Hugging Face config.json, or by the name of a known model. The last two are put through the
+converter itself, which decides names, shapes and types as it would for the checkpoint, so the bytes are those of
+`localrun convert`, all but the vocabulary, which a config.json does not hold.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from localrun.config import Config, read_config
+from localrun.errors import LocalrunError
+from localrun.facts import group_of
+from localrun.plan.known import load_data
+
+DEFAULT_TYPE = "Q4_K_M"
+_ABSENT: Any = object()
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of the file: GGUF name, shape in NumPy order, ggml's type, bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    n_bytes: int
+
+    @property
+    def n_weights(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What the converter knows of a model: keys (convert.metadata), and targets (convert.targets) without content."""
+
+    metadata: Any
+    targets: list[Any]
+
+    def types(self, mix: str) -> list[str]:
+        """The type of each target."""
+        from localrun.convert.mixes import choose_types
+
+        return choose_types(self.targets, self.metadata, mix)
+
+    def tensors(self, mix: str) -> tuple[Tensor, ...]:
+        """The file's tensors."""
+        from localrun.convert.layout import tensor_bytes
+
+        pairs = zip(self.targets, self.types(mix), strict=True)
+        return tuple(Tensor(t.name, t.shape, type_, tensor_bytes(t, type_)) for t, type_ in pairs)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model without its weights.
+
+    Attributes:
+        name: for people.
+        type: the mix that was asked for; "as in the file" for a GGUF.
+        source: where the shapes come from.
+        file: the GGUF, if it was one.
+        conversion: what the converter would do; None where that is not known yet.
+    """
+
+    name: str
+    config: Config
+    tensors: tuple[Tensor, ...]
+    type: str
+    source: str
+    file: Path | None = None
+    conversion: Conversion | None = field(default=None, repr=False)
+
+    def with_type(self, type_: str) -> ModelShape:
+        """The same in another mix. Raises LocalrunError if its types can't be changed."""
+        from localrun.convert.mixes import parse_mix
+
+        mix, conversion = parse_mix(type_), self.conversion
+        if conversion is None:
+            from localrun.convert.gguf_source import GGUFSource, read_model
+
+            model = read_model(GGUFSource(self.file))
+            conversion = Conversion(model.metadata, model.targets)
+        return replace(self, tensors=conversion.tensors(mix), type=mix, file=None, conversion=conversion)
+
+    def is_nextn(self, tensor: Tensor) -> bool:
+        """Whether a tensor belongs to a layer for multi-token prediction, which plain decoding leaves alone."""
+        match = re.match(r"blk\.(\d+)\.", tensor.name)
+        return match is not None and int(match[1]) >= self.config.num_hidden_layers
+
+    def groups(self) -> dict[str, list[Tensor]]:
+        """Tensors by the part of the model they belong to: facts.GROUPS, and "mtp"."""
+        groups: dict[str, list[Tensor]] = {}
+        for tensor in self.tensors:
+            group = "mtp" if self.is_nextn(tensor) else group_of(tensor.name)
+            groups.setdefault(group, []).append(tensor)
+        return groups
+
+    @property
+    def is_moe(self) -> bool:
+        return self.config.n_routed_experts > 0
+
+    @property
+    def n_moe_layers(self) -> int:
+        """Layers with routed experts, without those for multi-token prediction."""
+        return sum(t.name.endswith("ffn_down_exps.weight") and not self.is_nextn(t) for t in self.tensors)
+
+    @property
+    def n_weights(self) -> int:
+        return sum(tensor.n_weights for tensor in self.tensors)
+
+
+def n_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of some tensors."""
+    return sum(tensor.n_bytes for tensor in tensors)
+
+
+def known_models() -> list[str]:
+    """The names that load_model knows."""
+    return list(load_data("models"))
+
+
+def load_model(model: str | None, type_: str | None = None) -> ModelShape:
+    """The model that an argument names: a known name, a bundled one, a config.json or its folder, or a GGUF.
+
+    Args:
+        type_: a mix of localrun.convert.mixes; None for a GGUF's own types, or DEFAULT_TYPE.
+
+    Raises:
+        LocalrunError: no such model, a broken file, or an unknown type.
+    """
+    from localrun.bundled import model_path
+
+    if model is not None and model.lower() in load_data("models"):
+        entry = load_data("models")[model.lower()]
+        return from_config(entry["config"], Path(model.lower()), type_, entry["title"], entry["source"])
+    if model is not None and (path := _config_path(Path(model).expanduser())):
+        return from_config(_read_config_json(path), path, type_, path.resolve().parent.name or str(path), str(path))
+    try:
+        path = model_path(model)
+    except LocalrunError as error:
+        raise LocalrunError(f"{error}; known models: {', '.join(known_models())}") from None
+    return _from_gguf(path, type_)
+
+
+def _config_path(path: Path) -> Path | None:
+    if path.is_dir():
+        return path / "config.json"
+    return path if path.suffix == ".json" and path.exists() else None
+
+
+def _read_config_json(path: Path) -> dict[str, Any]:
+    from localrun.convert.checkpoint import read_json
+
+    return read_json(path)
+
+
+@dataclass
+class _Checkpoint:
+    """What the converter asks of a checkpoint before it reads weights."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Any] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
+
+
+class _PlannedFile:
+    """The header of a file that is not there, with the getters of GGUFFile that read_config uses."""
+
+    def __init__(self, path: Path, metadata: Any, tensors: Iterable[Tensor]) -> None:
+        self.path = path
+        self.metadata = {key: entry.value for key, entry in metadata.entries.items()}
+        self.tensors = {tensor.name: tensor for tensor in tensors}
+
+    def has(self, key: str) -> bool:
+        return key in self.metadata
+
+    def _get(self, key: str, default: Any = _ABSENT) -> Any:
+        return self.metadata[key] if default is _ABSENT else self.metadata.get(key, default)
+
+    u32 = f32 = bool = string = _get
+
+
+def from_config(
+    values: dict[str, Any], path: Path, type_: str | None = None, name: str = "", source: str = ""
+) -> ModelShape:
+    """The model of a config.json, packed as `localrun convert --type` would. Raises LocalrunError."""
+    from localrun.convert.architecture import read_model
+    from localrun.convert.builder import Settings
+    from localrun.convert.checkpoint import SourceTensor
+    from localrun.convert.mixes import parse_mix
+    from localrun.plan.checkpoint_shapes import checkpoint_shapes
+
+    mix = parse_mix(type_ or DEFAULT_TYPE)
+    checkpoint = _Checkpoint(path.parent if path.suffix == ".json" else path, dict(values))
+    is_qwen2 = values.get("architectures") == ["Qwen2ForCausalLM"]
+    if is_qwen2:  # the same tensors and, of 80 layers, the same rules for types; biases besides
+        checkpoint.config["architectures"] = ["LlamaForCausalLM"]
+    settings = Settings(checkpoint)
+    settings.where = str(path)
+    try:
+        settings.get("architectures", list)
+        for tensor, shape in checkpoint_shapes(settings).items():
+            checkpoint.tensors[tensor] = SourceTensor(tensor, shape, "BF16", 2 * prod(shape))
+        model = read_model(checkpoint)
+    except LocalrunError as error:
+        raise LocalrunError(str(error).replace(str(checkpoint.path / "config.json"), str(path))) from None
+    if is_qwen2:
+        _add_biases(model.targets)
+    conversion = Conversion(model.metadata, model.targets)
+    tensors = conversion.tensors(mix)
+    config = read_config(_PlannedFile(path, model.metadata, tensors))
+    return ModelShape(name, config, tensors, mix, source, conversion=conversion)
+
+
+def _add_biases(targets: list[Any]) -> None:
+    """Qwen2's: one vector for each of q, k and v."""
+    from localrun.convert.targets import Target
+
+    for target in list(targets):
+        if re.search(r"attn_[qkv]\.weight$", target.name):
+            targets.append(Target(target.name.replace(".weight", ".bias"), target.shape[:1], "BF16"))
+
+
+def _from_gguf(path: Path, type_: str | None) -> ModelShape:
+    from localrun.gguf import open_gguf
+
+    with open_gguf(path) as file:
+        config = read_config(file)
+        tensors = tuple(Tensor(t.name, t.shape, t.type.name, t.n_bytes) for t in file.tensors.values())
+        name = str(file.metadata.get("general.name", path.name))
+    model = ModelShape(name, config, tensors, "as in the file", str(path), path)
+    return model if type_ is None else model.with_type(type_)

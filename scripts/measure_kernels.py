@@ -1,0 +1,37 @@
+"""Rates of one core for every type that can be packed: the rows of a machine description's kernels (docs/plan.md).
+
+    python scripts/measure_kernels.py [--columns 2048 7168] [--level avx2]
+
+The last line of stdout is one JSON document.
+"""
+
+import argparse
+import json
+import os
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--columns", type=int, nargs="+", default=[2048, 7168])
+    parser.add_argument("--level", help="a lower ISA level, as LOCALRUN_ISA takes it")
+    arguments = parser.parse_args()
+    if arguments.level:
+        os.environ["LOCALRUN_ISA"] = arguments.level
+    from localrun.convert.mixes import TYPES
+    from localrun.plan.measure import kernel_rates
+    from quant import isa
+    from quant.pool import Pool
+
+    pool = Pool(1)
+    rates = [kernel_rates(pool, type_, n_cols) for type_ in TYPES for n_cols in arguments.columns]
+    rounded = [{name: _rounded(value) for name, value in row.items()} for row in rates]
+    print(json.dumps({"level": isa.LEVEL, "rates": rounded}))
+
+
+def _rounded(value: float | int | str) -> float | int | str:
+    return float(f"{value:.3g}") if isinstance(value, float) else value
+
+
+if __name__ == "__main__":
+    main()
