@@ -1,6 +1,14 @@
 """Activations as the kernels read them: one record a token, float32 and 8 bits side by side.
 
-A record of K columns: x f32[K] @0 | q i8[K] @4K | d f32[K/32] @5K | s f32[K/32] @5K+K/8, s = d * sum(q) of the 32.
+A record of K columns: x f32[K] @0 | q i8[K] @4K | d f32[K/32] @5K | s f32[K/32] @5K+K/8, s = d * sum(q) of the 32 |
+steps. A step holds 256 columns, 8 groups of 32, once more, in the orders in which decoded weights lie in vectors:
+    nibbles i8[256] @0: groups 0 2 1 3 4 6 5 7, as K-quants' low and high nibbles of 64 bytes
+    quarters i8[256] @256: first halves of groups 0 2 4 6, their second halves; the same of 1 3 5 7
+    scales f32[16] @512: d and s of each group in turn
+    sums f32[16] @576: sum(q) of each group and 0 in turn
+    scales_16 f32[16] @640: d of each 16 columns; sub-block i at lane 4*(i%4) + i//4
+    sums_16 f32[16] @704: sum(q) of each 16 columns, in the same order
+    in order i8[256] @768
 Each 32 columns have a scale of their own in float32; llama.cpp's Q8_0 keeps it in 16 bits and its Q8_K shares one
 among 256, so this rounding is at least as fine as either. For integer formats x holds the rounded values, d*q, so
 that a matrix product over x and an integer one over q differ in float rounding alone.
@@ -14,21 +22,53 @@ from quant.simd import (
     largest_magnitude,
     load_f32,
     load_f32x32,
+    load_i8x16,
+    load_i8x32,
     mul_f32x32,
     round_to_i8,
     splat_f32x32,
     store_f32,
     store_f32x32,
+    store_i8x16,
     store_i8x32,
     sum_i8,
+    sum_i8x16,
 )
 
 GROUP = 32  # columns that share a scale
+STEP_BYTES = 1088  # 64 more than it holds: steps a power of two apart would share the same few sets of the L1 cache
+NIBBLES, QUARTERS, SCALES, SUMS, SCALES_16, SUMS_16, IN_ORDER = 0, 256, 512, 576, 640, 704, 768
 
 
 def record_bytes(n_cols: int) -> int:
     """Bytes of one record, a multiple of 64."""
-    return (5 * n_cols + 8 * (n_cols // GROUP) + 63) // 64 * 64
+    return (5 * n_cols + 8 * (n_cols // GROUP) + 63) // 64 * 64 + STEP_BYTES * (n_cols // 256)
+
+
+@inline
+def steps_at(n_cols):
+    """Where a record's steps begin."""
+    return (5 * n_cols + 8 * (n_cols // 32) + 63) // 64 * 64
+
+
+@inline
+def _write_step(step, j, q, d):
+    """Group j of a step from the 32 bytes at q."""
+    v, low, high = load_i8x32(q), load_i8x16(q), load_i8x16(q + 16)
+    store_i8x32(step + IN_ORDER + 32 * j, v)
+    store_i8x32(step + NIBBLES + 32 * (j & 4 | (j & 1) << 1 | (j >> 1) & 1), v)
+    store_i8x16(step + QUARTERS + 128 * (j & 1) + 16 * (j >> 1), low)
+    store_i8x16(step + QUARTERS + 128 * (j & 1) + 16 * (j >> 1) + 64, high)
+    sum_low, sum_high = np.float32(sum_i8x16(low)), np.float32(sum_i8x16(high))
+    store_f32(step + SCALES + 8 * j, d)
+    store_f32(step + SCALES + 8 * j + 4, d * (sum_low + sum_high))
+    store_f32(step + SUMS + 8 * j, sum_low + sum_high)
+    store_f32(step + SUMS + 8 * j + 4, np.float32(0.0))
+    lane = 4 * (4 * (2 * j & 3) + (j >> 1))
+    store_f32(step + SCALES_16 + lane, d)
+    store_f32(step + SCALES_16 + lane + 16, d)
+    store_f32(step + SUMS_16 + lane, sum_low)
+    store_f32(step + SUMS_16 + lane + 16, sum_high)
 
 
 def round_ref(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -59,3 +99,6 @@ def write_record(x, first, last, n_cols, integer, record):
         store_i8x32(record + 4 * n_cols + 32 * group, q)
         store_f32(scales + 4 * group, d)
         store_f32(sums + 4 * group, d * np.float32(sum_i8(q)))
+        if group < n_cols // 256 * 8:
+            step = record + steps_at(n_cols) + STEP_BYTES * (group // 8)
+            _write_step(step, group % 8, record + 4 * n_cols + 32 * group, d)

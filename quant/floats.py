@@ -3,9 +3,12 @@
 Source: IEEE 754; bfloat16 is the upper half of a float32.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
-from quant.formats import EXPAND, GEMV, Format
+from quant.formats import EXPAND, GEMV, GEMV_FEW, Format
+from quant.gemv import AHEAD, MOST_FEW, specialize
 from quant.jit import inline, kernel
 from quant.simd import (
     bits_to_f32,
@@ -15,12 +18,17 @@ from quant.simd import (
     load_f16x16,
     load_f32,
     load_f32x16,
+    load_i64,
     load_u16,
+    prefetch,
     store_f32,
     store_f32x16,
     sum_f32x16,
     zero_f32x16,
 )
+from quant.simd_wide import stack
+
+_sums = stack(64 * MOST_FEW)
 
 
 @inline
@@ -28,43 +36,62 @@ def _load_bf16(address):
     return bits_to_f32(load_u16(address) << 16)
 
 
-@kernel(GEMV)
-def _f32_gemv(w, n_rows, n_cols, record, out):
+# What specialize() gives the two templates below; _kernels() describes them.
+SIZE = 4
+load_16 = load_1 = None
+
+
+def _gemv(w, n_rows, n_cols, record, out):
     for r in range(n_rows):
-        row = w + 4 * n_cols * r
-        total = zero_f32x16()
-        for i in range(0, n_cols - 15, 16):
-            total = fma_f32x16(load_f32x16(row + 4 * i), load_f32x16(record + 4 * i), total)
+        row = w + SIZE * n_cols * r
+        even, odd = zero_f32x16(), zero_f32x16()
+        for i in range(0, n_cols - 31, 32):
+            prefetch(row + SIZE * i + AHEAD)
+            even = fma_f32x16(load_16(row + SIZE * i), load_f32x16(record + 4 * i), even)
+            odd = fma_f32x16(load_16(row + SIZE * (i + 16)), load_f32x16(record + 4 * (i + 16)), odd)
         tail = np.float32(0.0)
-        for i in range(n_cols // 16 * 16, n_cols):
-            tail += load_f32(row + 4 * i) * load_f32(record + 4 * i)
-        store_f32(out + 4 * r, sum_f32x16(total) + tail)
+        for i in range(n_cols // 32 * 32, n_cols):
+            tail += load_1(row + SIZE * i) * load_f32(record + 4 * i)
+        store_f32(out + 4 * r, sum_f32x16(even) + sum_f32x16(odd) + tail)
 
 
-@kernel(GEMV)
-def _f16_gemv(w, n_rows, n_cols, record, out):
+def _gemv_few(w, n_rows, n_cols, records, outs, offset, n_tokens):
+    sums = _sums()
     for r in range(n_rows):
-        row = w + 2 * n_cols * r
-        total = zero_f32x16()
-        for i in range(0, n_cols - 15, 16):
-            total = fma_f32x16(load_f16x16(row + 2 * i), load_f32x16(record + 4 * i), total)
-        tail = np.float32(0.0)
-        for i in range(n_cols // 16 * 16, n_cols):
-            tail += load_f16(row + 2 * i) * load_f32(record + 4 * i)
-        store_f32(out + 4 * r, sum_f32x16(total) + tail)
+        row = w + SIZE * n_cols * r
+        for t in range(n_tokens):
+            store_f32x16(sums + 64 * t, zero_f32x16())
+        for i in range(0, n_cols - 63, 64):
+            at = row + SIZE * i
+            for line in range(SIZE):
+                prefetch(at + AHEAD + 64 * line)
+            w_0, w_1, w_2, w_3 = load_16(at), load_16(at + 16 * SIZE), load_16(at + 32 * SIZE), load_16(at + 48 * SIZE)
+            for t in range(n_tokens):
+                x = load_i64(records + 8 * t) + 4 * i
+                total = fma_f32x16(
+                    w_1, load_f32x16(x + 64), fma_f32x16(w_0, load_f32x16(x), load_f32x16(sums + 64 * t))
+                )
+                total = fma_f32x16(w_3, load_f32x16(x + 192), fma_f32x16(w_2, load_f32x16(x + 128), total))
+                store_f32x16(sums + 64 * t, total)
+        for t in range(n_tokens):
+            tail = np.float32(0.0)
+            for i in range(n_cols // 64 * 64, n_cols):
+                tail += load_1(row + SIZE * i) * load_f32(load_i64(records + 8 * t) + 4 * i)
+            store_f32(load_i64(outs + 8 * t) + offset + 4 * r, sum_f32x16(load_f32x16(sums + 64 * t)) + tail)
 
 
-@kernel(GEMV)
-def _bf16_gemv(w, n_rows, n_cols, record, out):
-    for r in range(n_rows):
-        row = w + 2 * n_cols * r
-        total = zero_f32x16()
-        for i in range(0, n_cols - 15, 16):
-            total = fma_f32x16(load_bf16x16(row + 2 * i), load_f32x16(record + 4 * i), total)
-        tail = np.float32(0.0)
-        for i in range(n_cols // 16 * 16, n_cols):
-            tail += _load_bf16(row + 2 * i) * load_f32(record + 4 * i)
-        store_f32(out + 4 * r, sum_f32x16(total) + tail)
+def _kernels(name: str, size: int, load_16: Callable, load_1: Callable):
+    """gemv and gemv_few of a format with `size` bytes a number, that these two load as float32."""
+    names = {"SIZE": size, "load_16": load_16, "load_1": load_1}
+    return (
+        kernel(GEMV)(specialize(_gemv, f"gemv_{name}", **names)),
+        kernel(GEMV_FEW)(specialize(_gemv_few, f"gemv_few_{name}", **names)),
+    )
+
+
+_f32_gemv, _f32_gemv_few = _kernels("F32", 4, load_f32x16, load_f32)
+_f16_gemv, _f16_gemv_few = _kernels("F16", 2, load_f16x16, load_f16)
+_bf16_gemv, _bf16_gemv_few = _kernels("BF16", 2, load_bf16x16, _load_bf16)
 
 
 @kernel(EXPAND)
@@ -93,8 +120,10 @@ def _unpack_bf16(blocks: np.ndarray) -> np.ndarray:
     return (blocks.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
-F32 = Format("F32", 1, 4, False, lambda b: b.view(np.float32), _f32_gemv.address, _f32_expand.address)
-F16 = Format(
-    "F16", 1, 2, False, lambda b: b.view(np.float16).astype(np.float32), _f16_gemv.address, _f16_expand.address
-)
-BF16 = Format("BF16", 1, 2, False, _unpack_bf16, _bf16_gemv.address, _bf16_expand.address)
+def _format(name: str, size: int, unpack: Callable[[np.ndarray], np.ndarray], gemv, gemv_few, expand) -> Format:
+    return Format(name, 1, size, False, unpack, gemv.address, gemv_few.address, expand.address)
+
+
+F32 = _format("F32", 4, lambda b: b.view(np.float32), _f32_gemv, _f32_gemv_few, _f32_expand)
+F16 = _format("F16", 2, lambda b: b.view(np.float16).astype(np.float32), _f16_gemv, _f16_gemv_few, _f16_expand)
+BF16 = _format("BF16", 2, _unpack_bf16, _bf16_gemv, _bf16_gemv_few, _bf16_expand)

@@ -9,6 +9,7 @@ import numpy as np
 from quant.errors import QuantError
 
 GEMV = "void(int64, int64, int64, int64, int64)"
+GEMV_FEW = "void(int64, int64, int64, int64, int64, int64, int64)"
 EXPAND = "void(int64, int64, int64)"
 PACK = "void(int64, int64, int64, int64, int64)"  # of the packing kernels: pack.py
 
@@ -25,6 +26,9 @@ class Format:
         unpack: uint8 (..., n * block_bytes) -> float32 (..., n * block): NumPy, bit-equal to ggml's.
         gemv: address of void(w, n_rows, n_cols, record, out): out[r] f32 = row r . x, integer inside a block's
             sub-blocks, float32 across them.
+        gemv_few: address of void(w, n_rows, n_cols, records, outs, offset, n_tokens): the same for up to
+            gemv.MOST_FEW tokens, each block decoded once. records, outs: addresses of n_tokens addresses;
+            outs[t][offset + 4*r] = row r . records[t].
         expand: address of void(w, n_blocks, out): the same float32 values as unpack.
     """
 
@@ -34,6 +38,7 @@ class Format:
     integer: bool
     unpack: Callable[[np.ndarray], np.ndarray]
     gemv: int
+    gemv_few: int
     expand: int
 
     def row_bytes(self, n_cols: int) -> int:

@@ -4,35 +4,36 @@ Source: ggml src/ggml-common.h @d99724f, block_iq4_nl and kvalues_iq4nl."""
 
 import numpy as np
 
-from quant.formats import EXPAND, GEMV, Format
+from quant import gemv
+from quant.blocks_32 import add_offset, add_single, biased_dots_of_quarters, eight_scales
+from quant.formats import EXPAND, Format
 from quant.jit import inline, kernel
 from quant.simd import (
     dot_i8,
-    fma_f32x8,
     i8_to_f32,
-    i32_to_f32,
     load_f16,
-    load_f32,
     load_i8x16,
     load_i8x32,
     lookup_in,
     mul_f32x32,
     nibbles,
-    prefetch,
-    splat_f32x8,
     splat_f32x32,
-    store_f32,
     store_f32x32,
-    sum_f32x8,
-    zero_f32x8,
     zero_i32x8,
+)
+from quant.simd_wide import (
+    BIAS,
+    high_nibbles,
+    load_quarters,
+    lookup_in_64,
+    low_nibbles,
 )
 
 BLOCK, BLOCK_BYTES = 32, 18
-_AHEAD = 4096  # bytes between the weights in use and those being prefetched
 
 VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
 _value = lookup_in(VALUES)
+_raised_value = lookup_in_64(VALUES.astype(np.int16) + BIAS)
 
 
 def unpack(blocks: np.ndarray) -> np.ndarray:
@@ -49,19 +50,29 @@ def _quants(block):
     return _value(nibbles(load_i8x16(block + 2)))
 
 
-@kernel(GEMV)
-def _gemv(w, n_rows, n_cols, record, out):
-    n_blocks = n_cols // BLOCK
-    q8, d8 = record + 4 * n_cols, record + 5 * n_cols
-    block = w
-    for r in range(n_rows):
-        total = zero_f32x8()
-        for b in range(n_blocks):
-            prefetch(block + _AHEAD)
-            dots = dot_i8(zero_i32x8(), _quants(block), load_i8x32(q8 + 32 * b))
-            total = fma_f32x8(splat_f32x8(load_f16(block) * load_f32(d8 + 4 * b)), i32_to_f32(dots), total)
-            block += BLOCK_BYTES
-        store_f32(out + 4 * r, sum_f32x8(total))
+@inline
+def raised_values(qs):
+    """The grid's values + BIAS of 64 bytes' low nibbles, of their high ones."""
+    return _raised_value(low_nibbles(qs)), _raised_value(high_nibbles(qs))
+
+
+@inline
+def _weights(block):
+    """Raised values of low and high nibbles of blocks 0 2 4 6, of blocks 1 3 5 7; the blocks' scales."""
+    even, odd = load_quarters(block + 2, 2 * BLOCK_BYTES), load_quarters(block + BLOCK_BYTES + 2, 2 * BLOCK_BYTES)
+    scales = eight_scales(block, BLOCK_BYTES)
+    return *raised_values(even), *raised_values(odd), scales
+
+
+@inline
+def _add_step(weights, step, total):
+    return add_offset(biased_dots_of_quarters(weights, step), BIAS, weights[4], step, total)
+
+
+@inline
+def _add_block(block, record, n_cols, group, total):
+    dots = dot_i8(zero_i32x8(), _quants(block), load_i8x32(record + 4 * n_cols + 32 * group))
+    return add_single(dots, load_f16(block), record, n_cols, group, total)
 
 
 @kernel(EXPAND)
@@ -71,4 +82,6 @@ def _expand(w, n_blocks, out):
         store_f32x32(out + 128 * b, mul_f32x32(i8_to_f32(_quants(block)), splat_f32x32(load_f16(block))))
 
 
-IQ4_NL = Format("IQ4_NL", BLOCK, BLOCK_BYTES, True, unpack, _gemv.address, _expand.address)
+_gemv, _gemv_few = gemv.kernels("IQ4_NL", 8 * BLOCK_BYTES, _weights, _add_step, _add_block)
+
+IQ4_NL = Format("IQ4_NL", BLOCK, BLOCK_BYTES, True, unpack, _gemv.address, _gemv_few.address, _expand.address)

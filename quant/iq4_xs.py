@@ -6,35 +6,37 @@ Source: ggml src/ggml-common.h @d99724f, block_iq4_xs; dequantize_row_iq4_xs in 
 
 import numpy as np
 
-from quant.formats import EXPAND, GEMV, Format
-from quant.iq4_nl import VALUES
+from quant import gemv
+from quant.blocks_32 import add_offset, biased_dots_of_quarters
+from quant.formats import EXPAND, Format
+from quant.iq4_nl import VALUES, raised_values
 from quant.jit import inline, kernel
 from quant.simd import (
-    dot_i8,
-    fma_f32x8,
     i8_to_f32,
-    i32_to_f32,
     load_f16,
-    load_f32,
     load_i8x16,
-    load_i8x32,
     load_u8,
     load_u16,
+    load_u32,
     lookup_in,
+    mul_f32x16,
     mul_f32x32,
     nibbles,
-    prefetch,
-    splat_f32x8,
+    splat_f32x16,
     splat_f32x32,
-    store_f32,
     store_f32x32,
-    sum_f32x8,
-    zero_f32x8,
-    zero_i32x8,
+)
+from quant.simd_wide import (
+    BIAS,
+    add_scaled,
+    even_quarters,
+    interleaved_bytes,
+    load_f16_everywhere,
+    load_i8x64,
+    odd_quarters,
 )
 
 BLOCK, BLOCK_BYTES = 256, 136
-_AHEAD = 4096  # bytes between the weights in use and those being prefetched
 
 _value = lookup_in(VALUES)
 
@@ -66,22 +68,32 @@ def _scale(block, j):
     return load_f16(block) * np.float32((low | high << 4) - 32)
 
 
-@kernel(GEMV)
-def _gemv(w, n_rows, n_cols, record, out):
-    q8, d8 = record + 4 * n_cols, record + 5 * n_cols
-    block = w
-    for r in range(n_rows):
-        total = zero_f32x8()
-        for b in range(n_cols // BLOCK):
-            for line in range(3):
-                prefetch(block + _AHEAD + 64 * line)
-            for j in range(8):
-                group = 8 * b + j
-                dots = dot_i8(zero_i32x8(), _quants(block, j), load_i8x32(q8 + 32 * group))
-                scale = _scale(block, j) * load_f32(d8 + 4 * group)
-                total = fma_f32x8(splat_f32x8(scale), i32_to_f32(dots), total)
-            block += BLOCK_BYTES
-        store_f32(out + 4 * r, sum_f32x8(total))
+@inline
+def _packed_scales(block):
+    """The 8 ls, each below 64, as the bytes of one int64: 2 bits of scales_h above 4 of scales_l."""
+    low, high = load_u32(block + 4), load_u16(block + 2)
+    low = (low | low << 16) & 0x0000FFFF0000FFFF
+    low = (low | low << 8) & 0x00FF00FF00FF00FF
+    low = (low | low << 4) & 0x0F0F0F0F0F0F0F0F
+    high = (high | high << 24) & 0x000000FF000000FF
+    high = (high | high << 12) & 0x000F000F000F000F
+    high = (high | high << 6) & 0x0303030303030303
+    return low | high << 4
+
+
+@inline
+def _weights(block):
+    """Raised values of low and high nibbles of sub-blocks 0 2 4 6, of 1 3 5 7; d * (ls - 32) in two lanes each."""
+    low, high = load_i8x64(block + 8), load_i8x64(block + 72)
+    packed = _packed_scales(block)
+    scales = add_scaled(np.float32(1.0), interleaved_bytes(packed, packed), splat_f32x16(np.float32(-32.0)))
+    scales = mul_f32x16(scales, load_f16_everywhere(block))
+    return *raised_values(even_quarters(low, high)), *raised_values(odd_quarters(low, high)), scales
+
+
+@inline
+def _add_step(weights, step, total):
+    return add_offset(biased_dots_of_quarters(weights, step), BIAS, weights[4], step, total)
 
 
 @kernel(EXPAND)
@@ -93,4 +105,6 @@ def _expand(w, n_blocks, out):
             store_f32x32(out + 1024 * b + 128 * j, x)
 
 
-IQ4_XS = Format("IQ4_XS", BLOCK, BLOCK_BYTES, True, unpack, _gemv.address, _expand.address)
+_gemv, _gemv_few = gemv.kernels("IQ4_XS", BLOCK_BYTES, _weights, _add_step)
+
+IQ4_XS = Format("IQ4_XS", BLOCK, BLOCK_BYTES, True, unpack, _gemv.address, _gemv_few.address, _expand.address)

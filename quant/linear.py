@@ -71,7 +71,7 @@ class Weight:
         """The matrix as jobs see it, in the order of rows.GEMV and its neighbours."""
         return (
             self.format.gemv, self.format.expand, self.format.block,
-            self.row_bytes, self.address, self.group_bytes,
+            self.row_bytes, self.address, self.group_bytes, self.format.gemv_few,
         )  # fmt: skip
 
     def rows(self, start: int, count: int) -> "Weight":
@@ -168,9 +168,10 @@ def multiply(pool: Pool, matrix: Weight, x: int, n_tokens: int, out: int) -> Non
 def _multiply_transposed(arguments, worker):
     """The job of multiply_transposed(): a worker takes a group at a time."""
     a = arguments
-    counter, n_groups, n_rows, n_cols = load_i64(a + 48), load_i64(a + 56), load_i64(a + 64), load_i64(a + 72)
-    n_tokens, x, out = load_i64(a + 80), load_i64(a + 88), load_i64(a + 96)
-    row = load_i64(a + 104) + 4 * n_cols * worker
+    b = arguments + MATRIX_BYTES
+    counter, n_groups, n_rows, n_cols = load_i64(b), load_i64(b + 8), load_i64(b + 16), load_i64(b + 24)
+    n_tokens, x, out = load_i64(b + 32), load_i64(b + 40), load_i64(b + 48)
+    row = load_i64(b + 56) + 4 * n_cols * worker
     n_blocks = n_cols // load_i64(a + BLOCK)
     while True:
         group = atomic_add(counter, 1)

@@ -5,36 +5,37 @@ Source: ggml src/ggml-common.h @d99724f, block_mxfp4, and ggml_e8m0_to_fp32_half
 
 import numpy as np
 
-from quant.formats import EXPAND, GEMV, Format
+from quant import gemv
+from quant.blocks_32 import add_offset, add_single, dots_of_quarters
+from quant.formats import EXPAND, Format
 from quant.jit import inline, kernel
 from quant.simd import (
     bits_to_f32,
     dot_i8,
-    fma_f32x8,
     i8_to_f32,
-    i32_to_f32,
-    load_f32,
     load_i8x16,
     load_i8x32,
     load_u8,
     lookup_in,
     mul_f32x32,
     nibbles,
-    prefetch,
-    splat_f32x8,
     splat_f32x32,
-    store_f32,
     store_f32x32,
-    sum_f32x8,
-    zero_f32x8,
     zero_i32x8,
+)
+from quant.simd_wide import (
+    half_powers,
+    high_nibbles,
+    load_quarters,
+    lookup_in_64,
+    low_nibbles,
 )
 
 BLOCK, BLOCK_BYTES = 32, 17
-_AHEAD = 4096  # bytes between the weights in use and those being prefetched
 
 VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
 _value = lookup_in(VALUES)
+_raised_value = lookup_in_64(VALUES + 12)
 
 
 def unpack(blocks: np.ndarray) -> np.ndarray:
@@ -59,19 +60,32 @@ def _quants(block):
     return _value(nibbles(load_i8x16(block + 1)))
 
 
-@kernel(GEMV)
-def _gemv(w, n_rows, n_cols, record, out):
-    n_blocks = n_cols // BLOCK
-    q8, d8 = record + 4 * n_cols, record + 5 * n_cols
-    block = w
-    for r in range(n_rows):
-        total = zero_f32x8()
-        for b in range(n_blocks):
-            prefetch(block + _AHEAD)
-            dots = dot_i8(zero_i32x8(), _quants(block), load_i8x32(q8 + 32 * b))
-            total = fma_f32x8(splat_f32x8(_scale(block) * load_f32(d8 + 4 * b)), i32_to_f32(dots), total)
-            block += BLOCK_BYTES
-        store_f32(out + 4 * r, sum_f32x8(total))
+@inline
+def _four_exponents(block):
+    """The bytes at the start of four blocks, in the low halves of 16-bit lanes."""
+    low = load_u8(block) | load_u8(block + BLOCK_BYTES) << 16
+    return low | (load_u8(block + 2 * BLOCK_BYTES) | load_u8(block + 3 * BLOCK_BYTES) << 16) << 32
+
+
+@inline
+def _weights(block):
+    """Values + 12 of low and high nibbles of blocks 0 2 4 6, of blocks 1 3 5 7; the blocks' scales."""
+    even, odd = load_quarters(block + 1, 2 * BLOCK_BYTES), load_quarters(block + BLOCK_BYTES + 1, 2 * BLOCK_BYTES)
+    scales = half_powers(_four_exponents(block), _four_exponents(block + 4 * BLOCK_BYTES))
+    low_even, high_even = _raised_value(low_nibbles(even)), _raised_value(high_nibbles(even))
+    low_odd, high_odd = _raised_value(low_nibbles(odd)), _raised_value(high_nibbles(odd))
+    return low_even, high_even, low_odd, high_odd, scales
+
+
+@inline
+def _add_step(weights, step, total):
+    return add_offset(dots_of_quarters(weights, step), 12, weights[4], step, total)
+
+
+@inline
+def _add_block(block, record, n_cols, group, total):
+    dots = dot_i8(zero_i32x8(), _quants(block), load_i8x32(record + 4 * n_cols + 32 * group))
+    return add_single(dots, _scale(block), record, n_cols, group, total)
 
 
 @kernel(EXPAND)
@@ -81,4 +95,6 @@ def _expand(w, n_blocks, out):
         store_f32x32(out + 128 * b, mul_f32x32(i8_to_f32(_quants(block)), splat_f32x32(_scale(block))))
 
 
-MXFP4 = Format("MXFP4", BLOCK, BLOCK_BYTES, True, unpack, _gemv.address, _expand.address)
+_gemv, _gemv_few = gemv.kernels("MXFP4", 8 * BLOCK_BYTES, _weights, _add_step, _add_block)
+
+MXFP4 = Format("MXFP4", BLOCK, BLOCK_BYTES, True, unpack, _gemv.address, _gemv_few.address, _expand.address)

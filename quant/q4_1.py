@@ -4,32 +4,30 @@ Source: ggml src/ggml-common.h @d99724f, block_q4_1."""
 
 import numpy as np
 
-from quant.formats import EXPAND, GEMV, Format
+from quant import gemv
+from quant.blocks_32 import add_minimum, add_single, add_single_minimum, dots_of_quarters, eight_pairs
+from quant.formats import EXPAND, Format
 from quant.jit import inline, kernel
 from quant.simd import (
     add_f32x32,
     dot_u8,
-    fma_f32x8,
     i8_to_f32,
-    i32_to_f32,
     load_f16,
-    load_f32,
     load_i8x16,
     load_i8x32,
     mul_f32x32,
     nibbles,
-    prefetch,
-    splat_f32x8,
     splat_f32x32,
-    store_f32,
     store_f32x32,
-    sum_f32x8,
-    zero_f32x8,
     zero_i32x8,
+)
+from quant.simd_wide import (
+    high_nibbles,
+    load_quarters,
+    low_nibbles,
 )
 
 BLOCK, BLOCK_BYTES = 32, 20
-_AHEAD = 4096  # bytes between the weights in use and those being prefetched
 
 
 def unpack(blocks: np.ndarray) -> np.ndarray:
@@ -46,22 +44,24 @@ def _quants(block):
     return nibbles(load_i8x16(block + 4))
 
 
-@kernel(GEMV)
-def _gemv(w, n_rows, n_cols, record, out):
-    n_blocks = n_cols // BLOCK
-    q8, d8 = record + 4 * n_cols, record + 5 * n_cols
-    s8 = d8 + 4 * n_blocks
-    block = w
-    for r in range(n_rows):
-        total = zero_f32x8()
-        mins = np.float32(0.0)
-        for b in range(n_blocks):
-            prefetch(block + _AHEAD)
-            dots = dot_u8(zero_i32x8(), _quants(block), load_i8x32(q8 + 32 * b))
-            total = fma_f32x8(splat_f32x8(load_f16(block) * load_f32(d8 + 4 * b)), i32_to_f32(dots), total)
-            mins += load_f16(block + 2) * load_f32(s8 + 4 * b)
-            block += BLOCK_BYTES
-        store_f32(out + 4 * r, sum_f32x8(total) + mins)
+@inline
+def _weights(block):
+    """Low and high nibbles of blocks 0 2 4 6, of blocks 1 3 5 7; the blocks' d and m in turn."""
+    even, odd = load_quarters(block + 4, 2 * BLOCK_BYTES), load_quarters(block + BLOCK_BYTES + 4, 2 * BLOCK_BYTES)
+    scales = eight_pairs(block, BLOCK_BYTES)
+    return low_nibbles(even), high_nibbles(even), low_nibbles(odd), high_nibbles(odd), scales
+
+
+@inline
+def _add_step(weights, step, total):
+    return add_minimum(dots_of_quarters(weights, step), weights[4], step, total)
+
+
+@inline
+def _add_block(block, record, n_cols, group, total):
+    dots = dot_u8(zero_i32x8(), _quants(block), load_i8x32(record + 4 * n_cols + 32 * group))
+    total = add_single(dots, load_f16(block), record, n_cols, group, total)
+    return add_single_minimum(load_f16(block + 2), record, n_cols, group, total)
 
 
 @kernel(EXPAND)
@@ -76,4 +76,6 @@ def _expand(w, n_blocks, out):
         )
 
 
-Q4_1 = Format("Q4_1", BLOCK, BLOCK_BYTES, True, unpack, _gemv.address, _expand.address)
+_gemv, _gemv_few = gemv.kernels("Q4_1", 8 * BLOCK_BYTES, _weights, _add_step, _add_block)
+
+Q4_1 = Format("Q4_1", BLOCK, BLOCK_BYTES, True, unpack, _gemv.address, _gemv_few.address, _expand.address)

@@ -5,33 +5,42 @@ Source: ggml src/ggml-common.h @d99724f, block_q4_K; get_scale_min_k4 in ggml-qu
 
 import numpy as np
 
-from quant.formats import EXPAND, GEMV, Format
+from quant import gemv
+from quant.activations import NIBBLES, SCALES
+from quant.formats import EXPAND, Format
 from quant.jit import inline, kernel
 from quant.simd import (
-    dot_u8,
-    fma_f32x8,
+    fma_f32x16,
     i8_to_f32,
-    i32_to_f32,
     load_f16,
-    load_f32,
+    load_f32x16,
     load_i8x32,
     load_u32,
     mask,
+    mul_f32x16,
     mul_f32x32,
-    prefetch,
     shift_right,
-    splat_f32x8,
     splat_f32x32,
-    store_f32,
     store_f32x32,
     sub_f32x32,
-    sum_f32x8,
-    zero_f32x8,
-    zero_i32x8,
+)
+from quant.simd_wide import (
+    dot_u8x64,
+    high_nibbles,
+    interleaved_bytes,
+    load_f16_pair,
+    load_i8x64,
+    low_nibbles,
+    pair_sums,
+    picked,
+    subtract_odd,
+    to_f32x16,
+    zero_i32x16,
 )
 
 BLOCK, BLOCK_BYTES = 256, 144
-_AHEAD = 4096  # bytes between the weights in use and those being prefetched
+# pair_sums leaves sub-blocks 0 1 4 5 in quarters 0 and 1, and 2 3 6 7 in the others.
+_in_order_of_dots = picked([2 * j for j in (0, 1, 4, 5, 0, 1, 4, 5, 2, 3, 6, 7, 2, 3, 6, 7)])
 
 
 def unpack_scales(scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -79,27 +88,25 @@ def _quants(block, j):
     return mask(shift_right(load_i8x32(block + 16 + 32 * (j // 2)), 4 * (j % 2)), 15)
 
 
-@kernel(GEMV)
-def _gemv(w, n_rows, n_cols, record, out):
-    q8, d8 = record + 4 * n_cols, record + 5 * n_cols
-    s8 = d8 + n_cols // 8
-    block = w
-    for r in range(n_rows):
-        total = zero_f32x8()
-        mins = np.float32(0.0)
-        for b in range(n_cols // BLOCK):
-            for line in range(3):
-                prefetch(block + _AHEAD + 64 * line)
-            d, dmin = load_f16(block), load_f16(block + 2)
-            scales, minima = packed_scales(block), packed_mins(block)
-            for j in range(8):
-                group = 8 * b + j
-                dots = dot_u8(zero_i32x8(), _quants(block, j), load_i8x32(q8 + 32 * group))
-                scale = d * byte(scales, j) * load_f32(d8 + 4 * group)
-                total = fma_f32x8(splat_f32x8(scale), i32_to_f32(dots), total)
-                mins += dmin * byte(minima, j) * load_f32(s8 + 4 * group)
-            block += BLOCK_BYTES
-        store_f32(out + 4 * r, sum_f32x8(total) - mins)
+@inline
+def _weights(block):
+    """Sub-blocks 0|2, 1|3, 4|6, 5|7 in 0..15; d*sc and dmin*m of each sub-block in turn."""
+    low, high = load_i8x64(block + 16), load_i8x64(block + 80)
+    scales = mul_f32x16(interleaved_bytes(packed_scales(block), packed_mins(block)), load_f16_pair(block))
+    return low_nibbles(low), high_nibbles(low), low_nibbles(high), high_nibbles(high), scales
+
+
+@inline
+def add_nibbles(weights, step, total):
+    """total + the products of 256 weights laid out as _weights has them; the sums of 4 products are below 2^14."""
+    q, zero = step + NIBBLES, zero_i32x16()
+    dots_0 = dot_u8x64(zero, weights[0], load_i8x64(q))
+    dots_1 = dot_u8x64(zero, weights[1], load_i8x64(q + 64))
+    dots_4 = dot_u8x64(zero, weights[2], load_i8x64(q + 128))
+    dots_5 = dot_u8x64(zero, weights[3], load_i8x64(q + 192))
+    dots = to_f32x16(pair_sums(pair_sums(dots_0, dots_1), pair_sums(dots_4, dots_5)))
+    scales = mul_f32x16(weights[4], load_f32x16(step + SCALES))
+    return fma_f32x16(dots, _in_order_of_dots(scales), subtract_odd(total, scales))
 
 
 @kernel(EXPAND)
@@ -114,4 +121,6 @@ def _expand(w, n_blocks, out):
             store_f32x32(out + 1024 * b + 128 * j, x)
 
 
-Q4_K = Format("Q4_K", BLOCK, BLOCK_BYTES, True, unpack, _gemv.address, _expand.address)
+_gemv, _gemv_few = gemv.kernels("Q4_K", BLOCK_BYTES, _weights, add_nibbles)
+
+Q4_K = Format("Q4_K", BLOCK, BLOCK_BYTES, True, unpack, _gemv.address, _gemv_few.address, _expand.address)

@@ -4,35 +4,34 @@ Source: ggml src/ggml-common.h @d99724f, block_q5_0."""
 
 import numpy as np
 
-from quant.formats import EXPAND, GEMV, Format
+from quant import gemv
+from quant.blocks_32 import add_offset, add_single, dots_of_quarters, eight_scales, four_u16
+from quant.formats import EXPAND, Format
 from quant.jit import inline, kernel
 from quant.simd import (
     dot_i8,
     either,
-    fma_f32x8,
     i8_to_f32,
-    i32_to_f32,
     load_f16,
-    load_f32,
     load_i8x16,
     load_i8x32,
     load_u32,
     mul_f32x32,
     nibbles,
-    prefetch,
-    splat_f32x8,
     splat_f32x32,
     spread_bits,
-    store_f32,
     store_f32x32,
     subtract_i8,
-    sum_f32x8,
-    zero_f32x8,
     zero_i32x8,
+)
+from quant.simd_wide import (
+    high_nibbles,
+    load_quarters,
+    low_nibbles,
+    set_where,
 )
 
 BLOCK, BLOCK_BYTES = 32, 22
-_AHEAD = 4096  # bytes between the weights in use and those being prefetched
 
 
 def unpack(blocks: np.ndarray) -> np.ndarray:
@@ -50,19 +49,31 @@ def _quants(block):
     return subtract_i8(either(nibbles(load_i8x16(block + 6)), spread_bits(load_u32(block + 2), 16)), 16)
 
 
-@kernel(GEMV)
-def _gemv(w, n_rows, n_cols, record, out):
-    n_blocks = n_cols // BLOCK
-    q8, d8 = record + 4 * n_cols, record + 5 * n_cols
-    block = w
-    for r in range(n_rows):
-        total = zero_f32x8()
-        for b in range(n_blocks):
-            prefetch(block + _AHEAD)
-            dots = dot_i8(zero_i32x8(), _quants(block), load_i8x32(q8 + 32 * b))
-            total = fma_f32x8(splat_f32x8(load_f16(block) * load_f32(d8 + 4 * b)), i32_to_f32(dots), total)
-            block += BLOCK_BYTES
-        store_f32(out + 4 * r, sum_f32x8(total))
+@inline
+def _even_blocks(block):
+    """Weights 0..15 of blocks 0 2 4 6 from `block` on, then weights 16..31 of the same, in 0..31."""
+    qs, stride = load_quarters(block + 6, 2 * BLOCK_BYTES), 2 * BLOCK_BYTES
+    low = set_where(low_nibbles(qs), four_u16(block + 2, stride), 16)
+    return low, set_where(high_nibbles(qs), four_u16(block + 4, stride), 16)
+
+
+@inline
+def _weights(block):
+    """Both halves of blocks 0 2 4 6, of blocks 1 3 5 7; the blocks' scales."""
+    even_low, even_high = _even_blocks(block)
+    odd_low, odd_high = _even_blocks(block + BLOCK_BYTES)
+    return even_low, even_high, odd_low, odd_high, eight_scales(block, BLOCK_BYTES)
+
+
+@inline
+def _add_step(weights, step, total):
+    return add_offset(dots_of_quarters(weights, step), 16, weights[4], step, total)
+
+
+@inline
+def _add_block(block, record, n_cols, group, total):
+    dots = dot_i8(zero_i32x8(), _quants(block), load_i8x32(record + 4 * n_cols + 32 * group))
+    return add_single(dots, load_f16(block), record, n_cols, group, total)
 
 
 @kernel(EXPAND)
@@ -72,4 +83,6 @@ def _expand(w, n_blocks, out):
         store_f32x32(out + 128 * b, mul_f32x32(i8_to_f32(_quants(block)), splat_f32x32(load_f16(block))))
 
 
-Q5_0 = Format("Q5_0", BLOCK, BLOCK_BYTES, True, unpack, _gemv.address, _expand.address)
+_gemv, _gemv_few = gemv.kernels("Q5_0", 8 * BLOCK_BYTES, _weights, _add_step, _add_block)
+
+Q5_0 = Format("Q5_0", BLOCK, BLOCK_BYTES, True, unpack, _gemv.address, _gemv_few.address, _expand.address)

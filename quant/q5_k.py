@@ -5,35 +5,43 @@ Source: ggml src/ggml-common.h @d99724f, block_q5_K."""
 
 import numpy as np
 
-from quant.formats import EXPAND, GEMV, Format
+from quant import gemv
+from quant.formats import EXPAND, Format
 from quant.jit import inline, kernel
-from quant.q4_k import byte, packed_mins, packed_scales, unpack_scales
+from quant.q4_k import add_nibbles, byte, packed_mins, packed_scales, unpack_scales
 from quant.simd import (
-    dot_u8,
     either,
-    fma_f32x8,
     i8_to_f32,
-    i32_to_f32,
     load_f16,
-    load_f32,
     load_i8x32,
     mask,
+    mul_f32x16,
     mul_f32x32,
-    prefetch,
     shift_left,
     shift_right,
-    splat_f32x8,
     splat_f32x32,
-    store_f32,
     store_f32x32,
     sub_f32x32,
-    sum_f32x8,
-    zero_f32x8,
-    zero_i32x8,
+)
+from quant.simd_wide import (
+    high_nibbles,
+    interleaved_bytes,
+    load_f16_pair,
+    load_i8x64,
+    load_twice,
+    low_nibbles,
+    or_masked,
+    shifted,
 )
 
 BLOCK, BLOCK_BYTES = 256, 176
-_AHEAD = 4096  # bytes between the weights in use and those being prefetched
+# Bits j and j+2 to bit 4.
+_fifth_of_0_2, _fifth_of_1_3, _fifth_of_4_6, _fifth_of_5_7 = (
+    shifted(4, 2),
+    shifted(3, 1),
+    shifted(0, -2),
+    shifted(-1, -3),
+)
 
 
 def unpack(blocks: np.ndarray) -> np.ndarray:
@@ -55,27 +63,18 @@ def _quants(block, j):
     return either(low, shift_left(mask(shift_right(load_i8x32(block + 16), j), 1), 4))
 
 
-@kernel(GEMV)
-def _gemv(w, n_rows, n_cols, record, out):
-    q8, d8 = record + 4 * n_cols, record + 5 * n_cols
-    s8 = d8 + n_cols // 8
-    block = w
-    for r in range(n_rows):
-        total = zero_f32x8()
-        mins = np.float32(0.0)
-        for b in range(n_cols // BLOCK):
-            for line in range(3):
-                prefetch(block + _AHEAD + 64 * line)
-            d, dmin = load_f16(block), load_f16(block + 2)
-            scales, minima = packed_scales(block), packed_mins(block)
-            for j in range(8):
-                group = 8 * b + j
-                dots = dot_u8(zero_i32x8(), _quants(block, j), load_i8x32(q8 + 32 * group))
-                scale = d * byte(scales, j) * load_f32(d8 + 4 * group)
-                total = fma_f32x8(splat_f32x8(scale), i32_to_f32(dots), total)
-                mins += dmin * byte(minima, j) * load_f32(s8 + 4 * group)
-            block += BLOCK_BYTES
-        store_f32(out + 4 * r, sum_f32x8(total) - mins)
+@inline
+def _weights(block):
+    """Sub-blocks 0|2, 1|3, 4|6, 5|7 in 0..31; d*sc and dmin*m of each sub-block in turn."""
+    low, high, fifth = load_i8x64(block + 48), load_i8x64(block + 112), load_twice(block + 16)
+    scales = mul_f32x16(interleaved_bytes(packed_scales(block), packed_mins(block)), load_f16_pair(block))
+    return (
+        or_masked(low_nibbles(low), _fifth_of_0_2(fifth), 16),
+        or_masked(high_nibbles(low), _fifth_of_1_3(fifth), 16),
+        or_masked(low_nibbles(high), _fifth_of_4_6(fifth), 16),
+        or_masked(high_nibbles(high), _fifth_of_5_7(fifth), 16),
+        scales,
+    )
 
 
 @kernel(EXPAND)
@@ -90,4 +89,6 @@ def _expand(w, n_blocks, out):
             store_f32x32(out + 1024 * b + 128 * j, x)
 
 
-Q5_K = Format("Q5_K", BLOCK, BLOCK_BYTES, True, unpack, _gemv.address, _expand.address)
+_gemv, _gemv_few = gemv.kernels("Q5_K", BLOCK_BYTES, _weights, add_nibbles)
+
+Q5_K = Format("Q5_K", BLOCK, BLOCK_BYTES, True, unpack, _gemv.address, _gemv_few.address, _expand.address)

@@ -6,35 +6,49 @@ Source: ggml src/ggml-common.h @d99724f, block_q6_K; dequantize_row_q6_K in ggml
 
 import numpy as np
 
-from quant.formats import EXPAND, GEMV, Format
+from quant import gemv
+from quant.activations import IN_ORDER, SCALES_16, SUMS_16
+from quant.formats import EXPAND, Format
 from quant.jit import inline, kernel
 from quant.simd import (
-    dot_i8,
     either,
-    fma_f32x8,
-    halves_f32x8,
+    fma_f32x16,
     halves_f32x32,
     i8_to_f32,
-    i32_to_f32,
     load_f16,
-    load_f32,
+    load_f32x16,
     load_i8,
     load_i8x32,
     mask,
+    mul_f32x16,
     mul_f32x32,
-    prefetch,
     shift_left,
     shift_right,
-    store_f32,
     store_f32x32,
     subtract_i8,
-    sum_f32x8,
-    zero_f32x8,
-    zero_i32x8,
+)
+from quant.simd_wide import (
+    add_scaled,
+    dot_u8x64,
+    high_nibbles,
+    load_f16_everywhere,
+    load_i8x16_picked,
+    load_i8x64,
+    load_twice,
+    low_nibbles,
+    or_masked,
+    pair_sums,
+    pair_sums_wide,
+    shifted,
+    to_f32x16,
+    zero_i32x16,
 )
 
 BLOCK, BLOCK_BYTES = 256, 210
-_AHEAD = 4096  # bytes between the weights in use and those being prefetched
+# The upper two bits of quarters 0|1 and 2|3 of a half, at bits 0|2 and 4|6, to bits 4 and 5.
+_bits_0_2, _bits_4_6 = shifted(4, 2), shifted(0, -2)
+# A sub-block of 16 fills a quarter; pair_sums, twice, leaves sub-block i in lane 4*(i%4) + i//4.
+_scales = load_i8x16_picked([4 * (lane % 4) + lane // 4 for lane in range(16)])
 
 
 def unpack(blocks: np.ndarray) -> np.ndarray:
@@ -66,24 +80,30 @@ def _scale(block, i):
     return np.float32(load_i8(block + 192 + i))
 
 
-@kernel(GEMV)
-def _gemv(w, n_rows, n_cols, record, out):
-    q8, d8 = record + 4 * n_cols, record + 5 * n_cols
-    block = w
-    for r in range(n_rows):
-        total = zero_f32x8()
-        for b in range(n_cols // BLOCK):
-            for line in range(4):
-                prefetch(block + _AHEAD + 64 * line)
-            d = load_f16(block + 208)
-            for j in range(8):
-                group = 8 * b + j
-                dots = dot_i8(zero_i32x8(), _quants(block, j), load_i8x32(q8 + 32 * group))
-                scale = d * load_f32(d8 + 4 * group)
-                scales = halves_f32x8(scale * _scale(block, 2 * j), scale * _scale(block, 2 * j + 1))
-                total = fma_f32x8(scales, i32_to_f32(dots), total)
-            block += BLOCK_BYTES
-        store_f32(out + 4 * r, sum_f32x8(total))
+@inline
+def _weights(block):
+    """Weights 0..63, 64..127, ... in 0..63; d*sc of each sub-block."""
+    low, low_bits = load_i8x64(block), load_twice(block + 128)
+    high, high_bits = load_i8x64(block + 64), load_twice(block + 160)
+    return (
+        or_masked(low_nibbles(low), _bits_0_2(low_bits), 48),
+        or_masked(high_nibbles(low), _bits_4_6(low_bits), 48),
+        or_masked(low_nibbles(high), _bits_0_2(high_bits), 48),
+        or_masked(high_nibbles(high), _bits_4_6(high_bits), 48),
+        mul_f32x16(_scales(block + 192), load_f16_everywhere(block + 208)),
+    )
+
+
+@inline
+def _add_step(weights, step, total):
+    q, zero = step + IN_ORDER, zero_i32x16()
+    dots_0 = dot_u8x64(zero, weights[0], load_i8x64(q))
+    dots_4 = dot_u8x64(zero, weights[1], load_i8x64(q + 64))
+    dots_8 = dot_u8x64(zero, weights[2], load_i8x64(q + 128))
+    dots_12 = dot_u8x64(zero, weights[3], load_i8x64(q + 192))
+    dots = to_f32x16(pair_sums_wide(pair_sums(dots_0, dots_4), pair_sums(dots_8, dots_12)))
+    dots = add_scaled(np.float32(-32.0), load_f32x16(step + SUMS_16), dots)
+    return fma_f32x16(dots, mul_f32x16(weights[4], load_f32x16(step + SCALES_16)), total)
 
 
 @kernel(EXPAND)
@@ -96,4 +116,6 @@ def _expand(w, n_blocks, out):
             store_f32x32(out + 1024 * b + 128 * j, mul_f32x32(i8_to_f32(_quants(block, j)), scales))
 
 
-Q6_K = Format("Q6_K", BLOCK, BLOCK_BYTES, True, unpack, _gemv.address, _expand.address)
+_gemv, _gemv_few = gemv.kernels("Q6_K", BLOCK_BYTES, _weights, _add_step)
+
+Q6_K = Format("Q6_K", BLOCK, BLOCK_BYTES, True, unpack, _gemv.address, _gemv_few.address, _expand.address)

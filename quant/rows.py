@@ -1,17 +1,19 @@
 """Rows of one quantised matrix times a few or many tokens: the step that linear.py and experts.py share.
 
-One or two tokens: the format's own gemv, once a token. Many: rows are expanded to float32 in a worker's scratch
-memory, a few at a time, and each expanded row serves all tokens. Both read the same activation records, so they agree
-to float32 rounding.
+One token: the format's gemv. A few: its gemv_few, which decodes each block once for up to four of them; more go in
+passes over rows that stay in the cache. Many: rows are expanded to float32 in a worker's scratch memory, a few at a
+time, and each expanded row serves all tokens. All read the same activation records, so they agree to float32 rounding.
 """
 
 from quant.activations import write_record
-from quant.atomics import call_3, call_5
+from quant.atomics import call_3, call_5, call_7
+from quant.gemv import MOST_FEW
 from quant.jit import inline
 from quant.simd import load_i64
 from quant.tile import multiply
 
 GEMM_TOKENS = 3  # from here on expanding a row costs less than decoding it once a token (docs/lab-notes.md)
+_PASS_BYTES = 1 << 16  # of weights that several passes of a few tokens share: they stay in L2
 SCRATCH_BYTES = 1 << 18  # expanded rows of one worker: beside a token block in L2
 _TOKEN_BLOCK_BYTES = 1 << 19  # records that stay in L2 while the expanded rows pass over them
 
@@ -33,9 +35,9 @@ def write_records(x, n_inputs, n_cols, integer, record_bytes, records):
         write_record(x + 4 * n_cols * i, 0, n_cols, n_cols, integer, records + record_bytes * i)
 
 
-# A matrix as the kernels see it: six int64 among a job's arguments (linear.Weight.fields).
-GEMV, EXPAND, BLOCK, ROW_BYTES, ADDRESS, GROUP_BYTES = range(0, 48, 8)
-MATRIX_BYTES = 48
+# A matrix as the kernels see it: seven int64 among a job's arguments (linear.Weight.fields).
+GEMV, EXPAND, BLOCK, ROW_BYTES, ADDRESS, GROUP_BYTES, GEMV_FEW = range(0, 56, 8)
+MATRIX_BYTES = 56
 
 
 @inline
@@ -46,10 +48,16 @@ def multiply_rows(matrix, group, first, n_rows, n_cols, n_tokens, records, outs,
     """
     row_bytes = load_i64(matrix + ROW_BYTES)
     w = load_i64(matrix + ADDRESS) + load_i64(matrix + GROUP_BYTES) * group + row_bytes * first
+    if n_tokens == 1:
+        call_5(load_i64(matrix + GEMV), w, n_rows, n_cols, load_i64(records), load_i64(outs) + offset)
+        return
     if n_tokens < GEMM_TOKENS or n_cols % 16 != 0:
-        for t in range(n_tokens):
-            record, out = load_i64(records + 8 * t), load_i64(outs + 8 * t) + offset
-            call_5(load_i64(matrix + GEMV), w, n_rows, n_cols, record, out)
+        step = n_rows if n_tokens <= MOST_FEW else max(1, _PASS_BYTES // row_bytes)
+        for r in range(0, n_rows, step):
+            at, count = offset + 4 * r, min(step, n_rows - r)
+            for t in range(0, n_tokens, MOST_FEW):
+                few, tokens = load_i64(matrix + GEMV_FEW), min(MOST_FEW, n_tokens - t)
+                call_7(few, w + row_bytes * r, count, n_cols, records + 8 * t, outs + 8 * t, at, tokens)
         return
     step = max(4, min(64, SCRATCH_BYTES // (4 * n_cols) // 4 * 4))
     token_block = max(8, _TOKEN_BLOCK_BYTES // (4 * n_cols))

@@ -59,6 +59,8 @@ def define(result: types.Type, arguments: tuple[types.Type, ...], emit: Callable
         lambda context, a, b, c, d: (signature, codegen),
         lambda context, a, b, c, d, e: (signature, codegen),
         lambda context, a, b, c, d, e, f: (signature, codegen),
+        lambda context, a, b, c, d, e, f, g: (signature, codegen),
+        lambda context, a, b, c, d, e, f, g, h: (signature, codegen),
     )
     return intrinsic(typers[len(arguments)])
 
@@ -148,6 +150,7 @@ load_i8x16 = define(i8x16, (types.int64,), lambda b, p: load(b, p, i8x16.ir))
 load_i8x32 = define(i8x32, (types.int64,), lambda b, p: load(b, p, i8x32.ir))
 load_f32x16 = define(f32x16, (types.int64,), lambda b, p: load(b, p, f32x16.ir))
 load_f32x32 = define(f32x32, (types.int64,), lambda b, p: load(b, p, f32x32.ir))
+store_i8x16 = define(types.void, (types.int64, i8x16), store)
 store_i8x32 = define(types.void, (types.int64, i8x32), store)
 store_f32x16 = define(types.void, (types.int64, f32x16), store)
 store_f32x32 = define(types.void, (types.int64, f32x32), store)
@@ -328,8 +331,10 @@ mul_f32x16 = define(f32x16, (f32x16, f32x16), lambda b, x, y: b.fmul(x, y))
 
 
 def _sum_i8(builder, v):
-    wide = builder.sext(v, ir.VectorType(I32, 32))
-    return builder.sext(call(builder, "llvm.vector.reduce.add.v32i32", I32, wide), I64)
+    lanes = v.type.count
+    wide = builder.sext(v, ir.VectorType(I32, lanes))
+    return builder.sext(call(builder, f"llvm.vector.reduce.add.v{lanes}i32", I32, wide), I64)
 
 
 sum_i8 = define(types.int64, (i8x32,), _sum_i8)
+sum_i8x16 = define(types.int64, (i8x16,), _sum_i8)

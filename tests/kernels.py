@@ -10,6 +10,8 @@ from quant.jit import kernel
 from quant.pool import Pool, aligned_bytes
 
 _INT64 = ctypes.c_int64
+# Where a block's f16 numbers are, if not at its start alone.
+SCALES_AT = {"Q6_K": (208,), "Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2)}
 
 
 def call(address: int, *arguments: int | np.ndarray) -> None:
@@ -49,7 +51,7 @@ def random_blocks(name: str, shape: tuple[int, ...], rng: np.random.Generator) -
     if name == "MXFP4":
         blocks[:, 0] = rng.integers(118, 126, len(blocks))
         return raw
-    for at in {"Q6_K": (208,), "Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2)}.get(name, (0,)):
+    for at in SCALES_AT.get(name, (0,)):
         scales = (rng.standard_normal(len(blocks)) / 64).astype(np.float16)
         blocks[:, at : at + 2] = scales[:, None].view(np.uint8)
     return raw

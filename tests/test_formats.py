@@ -1,12 +1,14 @@
 """Every block format: layout and kernels against gguf's dequantize and libggml's dot products."""
 
+import itertools
+
 import ggml
 import gguf
 import kernels
 import numpy as np
 import pytest
 
-from quant import activations, formats
+from quant import activations, formats, gemv
 from quant.errors import QuantError
 
 COLS = 768  # three blocks of 256, a multiple of 32 and of no larger power of two than 256
@@ -69,6 +71,58 @@ def test_gemv_is_the_product_with_rounded_activations(name, rows):
     assert np.all(np.abs(out - weights @ x) <= 2**-20 * (np.abs(weights) @ np.abs(x)))
 
 
+@pytest.mark.parametrize("n_tokens", range(1, gemv.MOST_FEW + 1))
+@pytest.mark.parametrize("name", formats.NAMES)
+def test_gemv_few_is_the_product_for_each_token(name, n_tokens):
+    rng = np.random.default_rng(n_tokens)
+    format_ = formats.get(name)
+    raw = kernels.random_blocks(name, (5, COLS), rng)
+    x = rng.standard_normal((n_tokens, COLS)).astype(np.float32) * 3
+    out = np.full((n_tokens, 8), np.nan, np.float32)
+    records = [kernels.record(row, format_) for row in x]
+    addresses, outs = (np.array([a.ctypes.data for a in arrays], np.int64) for arrays in (records, out))
+    kernels.call(format_.gemv_few, raw, 5, COLS, addresses, outs, 8, n_tokens)
+    weights, x = oracle(name, raw).astype(np.float64), kernels.rounded(x, format_).astype(np.float64)
+    assert np.all(np.abs(out[:, 2:7] - x @ weights.T) <= 2**-20 * (np.abs(x) @ np.abs(weights.T)))  # as above
+    assert np.isnan(out[:, [0, 1, 7]]).all()
+
+
+@pytest.mark.parametrize("n_cols", [32, 96, 256, 576, 1408])
+@pytest.mark.parametrize("name", [name for name in formats.NAMES if formats.get(name).block == 32])
+def test_rows_that_end_in_single_blocks(name, n_cols):
+    rng = np.random.default_rng(n_cols)
+    format_ = formats.get(name)
+    raw = kernels.random_blocks(name, (3, n_cols), rng)
+    x = rng.standard_normal(n_cols).astype(np.float32)
+    single, few = np.empty(3, np.float32), np.empty((2, 3), np.float32)
+    record = kernels.record(x, format_)
+    kernels.call(format_.gemv, raw, 3, n_cols, record, single)
+    kernels.call(
+        format_.gemv_few, raw, 3, n_cols, np.array([record.ctypes.data] * 2), few.ctypes.data + np.arange(2) * 12, 0, 2
+    )
+    weights, x = oracle(name, raw).astype(np.float64), kernels.rounded(x, format_).astype(np.float64)
+    for out in (single, *few):
+        assert np.all(np.abs(out - weights @ x) <= 2**-20 * (np.abs(weights) @ np.abs(x)))  # as above
+
+
+@pytest.mark.parametrize("name", [name for name in formats.NAMES if formats.get(name).integer])
+def test_products_are_exact_at_the_extremes_of_the_integers(name):
+    """All bits of the quants set or clear against activations of one sign: no 16-bit sum may saturate."""
+    format_ = formats.get(name)
+    for fill, sign in itertools.product((0, 255), (-1, 1)):
+        raw = kernels.random_blocks(name, (2, COLS), np.random.default_rng(0))
+        blocks = raw.reshape(-1, format_.block_bytes)
+        scales = blocks.copy()
+        blocks[:] = fill
+        for at in kernels.SCALES_AT.get(name, (0,)):
+            blocks[:, at : at + 2] = scales[:, at : at + 2]
+        x = np.full(COLS, sign * 3, np.float32)
+        out = np.empty(2, np.float32)
+        kernels.call(format_.gemv, raw, 2, COLS, kernels.record(x, format_), out)
+        weights, x = oracle(name, raw).astype(np.float64), kernels.rounded(x, format_).astype(np.float64)
+        assert np.all(np.abs(out - weights @ x) <= 2**-20 * (np.abs(weights) @ np.abs(x)))  # as above
+
+
 @pytest.mark.parametrize("name", [name for name in formats.NAMES if formats.get(name).integer])
 def test_gemv_is_as_close_to_the_truth_as_libggmls_dot(name):
     rng = np.random.default_rng(4)
@@ -118,6 +172,18 @@ def test_activation_record():
     assert np.array_equal(record[1024:1280].view(np.int8), q)
     assert np.array_equal(record[1280:1312].view(np.float32), d)
     np.testing.assert_array_equal(record[1312:1344].view(np.float32), d * q.reshape(8, 32).sum(1, dtype=np.float32))
+    step = record[activations.steps_at.py_func(256) :][: activations.STEP_BYTES]
+    groups, floats = q.reshape(8, 32), step[activations.SCALES : activations.IN_ORDER].view(np.float32).reshape(4, 16)
+    assert np.array_equal(step[activations.NIBBLES :][:256].view(np.int8), groups[[0, 2, 1, 3, 4, 6, 5, 7]].ravel())
+    halves = groups.reshape(8, 2, 16)
+    quarters = [halves[parity::2, half] for parity in range(2) for half in range(2)]
+    assert np.array_equal(step[activations.QUARTERS :][:256].view(np.int8), np.ravel(quarters))
+    assert np.array_equal(step[activations.IN_ORDER :][:256].view(np.int8), q)
+    sums = groups.sum(1, dtype=np.float32)
+    assert np.array_equal(floats[0], np.stack([d, d * sums], -1).ravel())
+    assert np.array_equal(floats[1], np.stack([sums, 0 * sums], -1).ravel())
+    assert np.array_equal(floats[2], np.repeat(d, 2).reshape(4, 4).T.ravel())
+    assert np.array_equal(floats[3], halves.sum(2, dtype=np.float32).reshape(4, 4).T.ravel())
     np.testing.assert_array_equal(record[:1024].view(np.float32), kernels.rounded(x, formats.get("Q4_0")))
     assert np.array_equal(kernels.record(x, formats.get("F32"))[:1024].view(np.float32), x)
 

@@ -1,0 +1,102 @@
+"""The row loops of the decode kernels, shared by all formats: rows of blocks times one activation record, or a few.
+
+A format says how it decodes 256 weights at a time and multiplies them with a record's step, in float32 lanes whose sum
+is the product. What is left of a row that is no multiple of 256 goes by single blocks of 32.
+"""
+
+from collections.abc import Callable
+from types import FunctionType
+
+from quant.activations import STEP_BYTES, steps_at
+from quant.formats import GEMV, GEMV_FEW
+from quant.jit import inline, kernel
+from quant.simd import (
+    load_f32x16,
+    load_i64,
+    prefetch,
+    store_f32,
+    store_f32x16,
+    sum_f32x16,
+    zero_f32x16,
+)
+from quant.simd_wide import stack
+
+MOST_FEW = 4  # tokens of one gemv_few: more than fit the registers together with the weights gain nothing
+AHEAD = 4096  # bytes between the weights in use and those being prefetched
+_sums = stack(64 * MOST_FEW)
+
+
+def specialize(template: Callable, name: str, **names: object) -> Callable:
+    """A copy of the function `template`, called `name`, whose global names have these meanings.
+
+    Numba caches it on disk, as it can't a closure over compiled functions.
+    """
+    copy = FunctionType(template.__code__, {**template.__globals__, **names}, name)
+    copy.__qualname__ = name
+    return copy
+
+
+# What specialize() gives the two templates below; kernels() describes them.
+STRIDE, LINES = 256, 4
+weights = add_step = add_block = None
+
+
+def _gemv(w, n_rows, n_cols, record, out):
+    block = w
+    for r in range(n_rows):
+        total = zero_f32x16()
+        for s in range(n_cols // 256):
+            for line in range(LINES):
+                prefetch(block + AHEAD + 64 * line)
+            total = add_step(weights(block), record + steps_at(n_cols) + STEP_BYTES * s, total)
+            block += STRIDE
+        for group in range(n_cols // 256 * 8, n_cols // 32):
+            total = add_block(block, record, n_cols, group, total)
+            block += STRIDE // 8
+        store_f32(out + 4 * r, sum_f32x16(total))
+
+
+def _gemv_few(w, n_rows, n_cols, records, outs, offset, n_tokens):
+    block, sums = w, _sums()
+    for r in range(n_rows):
+        for t in range(n_tokens):
+            store_f32x16(sums + 64 * t, zero_f32x16())
+        for s in range(n_cols // 256):
+            for line in range(LINES):
+                prefetch(block + AHEAD + 64 * line)
+            decoded = weights(block)
+            for t in range(n_tokens):
+                step = load_i64(records + 8 * t) + steps_at(n_cols) + STEP_BYTES * s
+                store_f32x16(sums + 64 * t, add_step(decoded, step, load_f32x16(sums + 64 * t)))
+            block += STRIDE
+        for group in range(n_cols // 256 * 8, n_cols // 32):
+            for t in range(n_tokens):
+                total = add_block(block, load_i64(records + 8 * t), n_cols, group, load_f32x16(sums + 64 * t))
+                store_f32x16(sums + 64 * t, total)
+            block += STRIDE // 8
+        for t in range(n_tokens):
+            store_f32(load_i64(outs + 8 * t) + offset + 4 * r, sum_f32x16(load_f32x16(sums + 64 * t)))
+
+
+@inline
+def no_block(block, record, n_cols, group, total):
+    """add_block of formats whose rows are multiples of 256."""
+    return total
+
+
+def kernels(name: str, stride: int, weights: Callable, add_step: Callable, add_block: Callable = no_block):
+    """gemv and gemv_few of a format.
+
+    Args:
+        name: of the format.
+        stride: bytes of 256 weights.
+        weights: inline (address) -> a tuple of vectors: 256 decoded weights.
+        add_step: inline (weights, address of a record's step, total f32x16) -> total.
+        add_block: inline (address, record, n_cols, group, total f32x16) -> total, for one block of 32.
+    """
+    names = {"STRIDE": stride, "LINES": -(-stride // 64)}
+    names |= {"weights": weights, "add_step": add_step, "add_block": add_block}
+    return (
+        kernel(GEMV)(specialize(_gemv, f"gemv_{name}", **names)),
+        kernel(GEMV_FEW)(specialize(_gemv_few, f"gemv_few_{name}", **names)),
+    )
