@@ -76,8 +76,8 @@ class Embedding:
 class Experts:
     """The routed experts of a layer."""
 
-    def __init__(self, pool: Pool, gate: Weight, up: Weight, down: Weight):
-        self.pool, self.experts = pool, quant_experts.Experts(gate, up, down)
+    def __init__(self, pool: Pool, experts: quant_experts.Experts):
+        self.pool, self.experts = pool, experts
 
     def __call__(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """float32 (T, D), expert ids int64 (T, K) and float32 weights (T, K) -> weighted sum, float32 (T, D)."""

@@ -4,10 +4,15 @@ It knows widths, not meanings: multi-head latent attention keeps one row of kv_l
 token, grouped-query attention a row of keys and a row of values.
 """
 
-import numpy as np
-import torch
+from typing import TYPE_CHECKING
 
+import numpy as np
+
+from localrun.config import Config
 from localrun.errors import ContextFullError, LocalrunError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Cache:
@@ -19,23 +24,26 @@ class Cache:
         addresses: int64, of the blocks of rows: layer by layer, and in a layer by `widths`.
     """
 
-    def __init__(self, n_layers: int, widths: tuple[int, ...], capacity: int, dtype: torch.dtype):
+    def __init__(self, n_layers: int, widths: tuple[int, ...], capacity: int, dtype: type[np.floating]):
         self.capacity = capacity
         self.length = 0
-        self.is_exact = dtype == torch.float32
-        self._layers = [tuple(torch.empty(capacity, width, dtype=dtype) for width in widths) for _ in range(n_layers)]
-        self.addresses = np.array([rows.data_ptr() for parts in self._layers for rows in parts], np.int64)
+        self.is_exact = dtype == np.float32
+        self._layers = [tuple(np.empty((capacity, width), dtype) for width in widths) for _ in range(n_layers)]
+        self.addresses = np.array([rows.ctypes.data for parts in self._layers for rows in parts], np.int64)
 
-    def append(self, layer: int, *rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def append(self, layer: int, *rows: "torch.Tensor") -> "tuple[torch.Tensor, ...]":
         """Write rows (T, width) of one layer behind `length`; returns that layer's rows so far, (length + T, width).
 
         Raises ContextFullError if they don't fit. `length` moves when advance() is called, after the last layer.
         """
+        import torch
+
         end = self.length + rows[0].shape[0]
         self.check_room(rows[0].shape[0])
-        for part, new in zip(self._layers[layer], rows, strict=True):
+        parts = [torch.from_numpy(part) for part in self._layers[layer]]
+        for part, new in zip(parts, rows, strict=True):
             part[self.length : end] = new
-        return tuple(part[:end] for part in self._layers[layer])
+        return tuple(part[:end] for part in parts)
 
     def check_room(self, n_tokens: int) -> None:
         """Raises ContextFullError unless n_tokens more fit."""
@@ -51,15 +59,15 @@ class Cache:
         """Forget all tokens from `length` on."""
         self.length = min(self.length, max(0, length))
 
-    def save(self) -> dict[str, torch.Tensor]:
+    def save(self) -> dict[str, np.ndarray]:
         """Name -> rows in use, for a file."""
         return {
-            f"{layer}.{part}": rows[: self.length].contiguous()
+            f"{layer}.{part}": rows[: self.length]
             for layer, parts in enumerate(self._layers)
             for part, rows in enumerate(parts)
         }
 
-    def load(self, tensors: dict[str, torch.Tensor], length: int) -> None:
+    def load(self, tensors: dict[str, np.ndarray], length: int) -> None:
         """Take over what save() gave for `length` tokens. Raises LocalrunError if it is something else, or too long."""
         if length > self.capacity:
             raise ContextFullError(f"the saved session has {length} tokens; the context holds {self.capacity}")
@@ -74,3 +82,15 @@ class Cache:
             for part, rows in enumerate(parts):
                 rows[:length] = tensors[f"{layer}.{part}"]
         self.length = length
+
+
+def row_widths(config: Config) -> tuple[int, ...]:
+    """Values that a layer keeps of a token: of latents, or of keys and of values."""
+    if config.kv_lora_rank:
+        return (config.kv_lora_rank + config.qk_rope_head_dim,)
+    return config.num_key_value_heads * config.head_dim, config.num_key_value_heads * config.v_head_dim
+
+
+def new_cache(config: Config, capacity: int, exact: bool = False) -> Cache:
+    """An empty cache for up to `capacity` tokens of a model, of 16-bit values or, if exact, of 32-bit ones."""
+    return Cache(config.num_hidden_layers, row_widths(config), capacity, np.float32 if exact else np.float16)

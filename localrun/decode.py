@@ -1,16 +1,16 @@
-"""Decoding one token in one call: the network's modules laid out as phases that the workers run without Python.
+"""Decoding one token in one call: a model's tensors laid out as phases that the workers run without Python or torch.
 
 The network itself is model.py, for any number of tokens; this is the same arithmetic over the same weights and caches,
 and is tested against it.
 """
 
 import numpy as np
-import torch
 
-from localrun.attention import GroupedQueryAttention, LatentAttention
+from localrun import names
 from localrun.cache import Cache
-from localrun.moe import MLP, MoE
-from localrun.rope import Rope
+from localrun.config import Config
+from localrun.rope import attention_scale, frequencies, rotation_magnitude
+from localrun.tensors import Tensors
 from quant.linear import Weight
 from quant.pool import Pool
 from quant.step import Program
@@ -26,29 +26,29 @@ _HEADS_TOGETHER = 16  # of MLA: they share each expanded cache row; more would c
 class DecodeStep:
     """The step of one model. Its buffers hold one token, so one step at a time."""
 
-    def __init__(self, model, pool: Pool):
-        """`model`: a localrun.model.Model; its weights must stay mapped."""
-        self.config, self.pool = model.config, pool
-        rope: Rope = model.rope
-        n_slots = self.config.num_hidden_layers * (1 if self.config.kv_lora_rank else 2)
-        embedding = model.embed_tokens.weight
-        self.program = Program(pool, embedding, rope.frequencies, rope.magnitude, n_slots)
+    def __init__(self, config: Config, tensors: Tensors, pool: Pool):
+        """The tensors must stay mapped."""
+        self.config, self.tensors, self.pool = config, tensors, pool
+        factors = tensors.array(names.ROPE_FREQS) if tensors.has(names.ROPE_FREQS) else None
+        embedding = tensors.matrix(names.EMBED_TOKENS)
+        n_slots = config.num_hidden_layers * (1 if config.kv_lora_rank else 2)
+        turns = frequencies(config, factors), rotation_magnitude(config)
+        self.program = Program(pool, embedding, *turns, n_slots)
         self._buffers: dict[str, tuple[int, int]] = {}
-        for index, layer in enumerate(model.layers):
-            norm = Input(self.program.x, self._norm(layer.input_layernorm), self.config.rms_norm_eps)
-            if isinstance(layer.self_attn, LatentAttention):
-                self._latent_attention(layer.self_attn, index, norm)
+        for index in range(config.num_hidden_layers):
+            norm = self._normed(self.program.x, names.layer(index, "input_layernorm"))
+            if config.kv_lora_rank:
+                self._latent_attention(index, norm)
             else:
-                self._grouped_attention(layer.self_attn, index, norm)
-            norm = Input(self.program.x, self._norm(layer.post_attention_layernorm), self.config.rms_norm_eps)
-            if isinstance(layer.mlp, MoE):
-                self._moe(layer.mlp, norm)
+                self._grouped_attention(index, norm)
+            norm = self._normed(self.program.x, names.layer(index, "post_attention_layernorm"))
+            if tensors.has(names.layer(index, "mlp.gate")):
+                self._moe(index, norm)
             else:
-                self._mlp(layer.mlp, norm)
-        head: Weight = model.lm_head.weight
+                self._mlp(index, norm)
+        head = tensors.matrix(names.LM_HEAD if tensors.has(names.LM_HEAD) else names.EMBED_TOKENS)
         self._logits = np.zeros(head.n_rows, np.float32)
-        norm = Input(self.program.x, self._norm(model.norm), self.config.rms_norm_eps)
-        self._rows(norm, [(head, self.program.keep(self._logits))])
+        self._rows(self._normed(self.program.x, names.NORM), [(head, self.program.keep(self._logits))])
         self.program.finish()
 
     def __call__(self, token: int, cache: Cache) -> np.ndarray:
@@ -58,9 +58,13 @@ class DecodeStep:
         cache.advance(1)
         return self._logits.copy()
 
-    def _norm(self, weight: torch.Tensor) -> int:
-        """Address of a norm's weight."""
-        return self.program.keep(weight.numpy())
+    def _array(self, name: str) -> int:
+        """Address of a 1-D tensor in float32."""
+        return self.program.keep(self.tensors.array(name))
+
+    def _normed(self, x: int, name: str) -> Input:
+        """The vector at x after the norm `name`."""
+        return Input(x, self._array(name), self.config.rms_norm_eps)
 
     def _vector(self, name: str, n: int) -> int:
         """Address of float32 (n,) that all layers use in turn under this name."""
@@ -81,19 +85,29 @@ class DecodeStep:
         self.program.add(lift_phase(heads, partials, v_b, mixed))
         self._rows(Input(mixed), [(o_proj, self.program.x)], residual=True)
 
-    def _latent_attention(self, attention: LatentAttention, index: int, norm: Input) -> None:
+    def _latent_attention(self, index: int, norm: Input) -> None:
         c = self.config
+
+        def name(module: str) -> str:
+            return names.layer(index, f"self_attn.{module}")
+
         row_width = c.kv_lora_rank + c.qk_rope_head_dim
         q_width = c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
         projected, kv = self._vector("queries projected", q_width), self._vector("kv", row_width)
-        kv_a = (attention.kv_a_proj_with_mqa.weight, kv)
+        kv_a = (self.tensors.matrix(name("kv_a_proj_with_mqa")), kv)
         if c.q_lora_rank is None:
-            self._rows(norm, [(attention.q_proj.weight, projected), kv_a])
+            self._rows(norm, [(self.tensors.matrix(name("q_proj")), projected), kv_a])
         else:
             q_a = self._vector("q_a", c.q_lora_rank)
-            self._rows(norm, [(attention.q_a_proj.weight, q_a), kv_a])
-            q_norm = Input(q_a, self._norm(attention.q_a_layernorm), c.rms_norm_eps)
-            self._rows(q_norm, [(attention.q_b_proj.weight, projected)])
+            self._rows(norm, [(self.tensors.matrix(name("q_a_proj")), q_a), kv_a])
+            q_norm = self._normed(q_a, name("q_a_layernorm"))
+            self._rows(q_norm, [(self.tensors.matrix(name("q_b_proj")), projected)])
+        is_split = self.tensors.has(name("k_b_proj"))
+        if is_split:
+            k_b, v_b = self.tensors.matrix(name("k_b_proj")), self.tensors.matrix(name("v_b_proj"))
+        else:
+            rows = c.qk_nope_head_dim, c.v_head_dim
+            k_b, v_b = self.tensors.split_matrix(name("kv_b_proj"), c.num_attention_heads, rows)
         together = max(n for n in range(1, _HEADS_TOGETHER + 1) if c.num_attention_heads % n == 0)
         heads = Heads(
             n_groups=c.num_attention_heads // together, per_group=together,
@@ -106,26 +120,28 @@ class DecodeStep:
                 projected,
                 queries,
                 kv,
-                self._norm(attention.kv_a_layernorm),
-                attention.k_b_proj.weight,
-                transposed=not attention.is_split,
+                self._array(name("kv_a_layernorm")),
+                k_b,
+                transposed=not is_split,
                 n_rope=c.qk_rope_head_dim,
                 query_width=heads.query_width,
-                scale=attention.scale,
+                scale=attention_scale(c),
                 epsilon=c.rms_norm_eps,
                 slot=index,
             )
         )
-        self._attend(heads, queries, attention.v_b_proj.weight, attention.o_proj.weight)
+        self._attend(heads, queries, v_b, self.tensors.matrix(name("o_proj")))
 
-    def _grouped_attention(self, attention: GroupedQueryAttention, index: int, norm: Input) -> None:
+    def _grouped_attention(self, index: int, norm: Input) -> None:
         c = self.config
+        q_proj, k_proj, v_proj, o_proj = (
+            self.tensors.matrix(names.layer(index, f"self_attn.{part}_proj")) for part in "qkvo"
+        )
         groups = c.num_key_value_heads
         key_width, value_width = groups * c.head_dim, groups * c.v_head_dim
         projected = self._vector("queries projected", c.num_attention_heads * c.head_dim)
         keys, values = self._vector("keys", key_width), self._vector("values", value_width)
-        matrices = [(attention.q_proj.weight, projected), (attention.k_proj.weight, keys)]
-        self._rows(norm, [*matrices, (attention.v_proj.weight, values)])
+        self._rows(norm, [(q_proj, projected), (k_proj, keys), (v_proj, values)])
         heads = Heads(
             n_groups=groups, per_group=c.num_attention_heads // groups,
             key_width=c.head_dim, value_width=c.v_head_dim, key_slot=2 * index, value_slot=2 * index + 1,
@@ -144,37 +160,41 @@ class DecodeStep:
                 value_width=value_width,
                 n_rope=c.qk_rope_head_dim,
                 query_width=heads.query_width,
-                scale=attention.scale,
+                scale=attention_scale(c),
                 slot=2 * index,
             )
         )
-        self._attend(heads, queries, None, attention.o_proj.weight)
+        self._attend(heads, queries, None, o_proj)
 
-    def _mlp(self, mlp: MLP, norm: Input) -> None:
-        gate, up = self._gate_and_up(mlp, "mlp")
+    def _mlp(self, index: int, norm: Input) -> None:
+        gate, up, down = self._gate_up_down(index, "mlp")
         self._rows(norm, [gate, up])
-        self._rows(Input(gate[1], up=up[1]), [(mlp.down_proj.weight, self.program.x)], residual=True)
+        self._rows(Input(gate[1], up=up[1]), [(down, self.program.x)], residual=True)
 
-    def _gate_and_up(self, mlp: MLP, name: str) -> tuple[tuple[Weight, int], tuple[Weight, int]]:
-        """Both matrices with where their outputs go."""
-        gate, up = mlp.gate_proj.weight, mlp.up_proj.weight
-        return (gate, self._vector(f"{name} gated", gate.n_rows)), (up, self._vector(f"{name} upped", up.n_rows))
+    def _gate_up_down(self, index: int, prefix: str) -> tuple[tuple[Weight, int], tuple[Weight, int], Weight]:
+        """Gate and up with the places of their outputs, and down."""
+        gate, up, down = (
+            self.tensors.matrix(names.layer(index, f"{prefix}.{part}_proj")) for part in ("gate", "up", "down")
+        )
+        gated, upped = (self._vector(f"{prefix} {part}", gate.n_rows) for part in ("gated", "upped"))
+        return (gate, gated), (up, upped), down
 
-    def _moe(self, moe: MoE, norm: Input) -> None:
+    def _moe(self, index: int, norm: Input) -> None:
         c = self.config
         logits = self._vector("router", c.n_routed_experts)
-        first, shared = [(moe.gate.weight, logits)], None
-        if moe.shared_experts is not None:
-            gate, up = self._gate_and_up(moe.shared_experts, "shared")
+        first, shared = [(self.tensors.matrix(names.layer(index, "mlp.gate")), logits)], None
+        if self.tensors.has(names.layer(index, "mlp.shared_experts.gate_proj")):
+            gate, up, down = self._gate_up_down(index, "mlp.shared_experts")
             first += [gate, up]
-            shared = gate[1], up[1], moe.shared_experts.down_proj.weight
+            shared = gate[1], up[1], down
         self._rows(norm, first)
-        bias = 0 if moe.e_score_correction_bias is None else self._norm(moe.e_score_correction_bias)
+        bias_name = names.layer(index, "mlp.gate.e_score_correction_bias")
+        bias = self._array(bias_name) if self.tensors.has(bias_name) else 0
         router = Router(
             logits, bias, c.n_routed_experts, c.num_experts_per_tok, c.n_group, c.topk_group,
             _SCORING[c.scoring_func], c.norm_topk_prob, c.routed_scaling_factor,
         )  # fmt: skip
-        experts = moe.experts.experts
+        experts = self.tensors.expert_matrices(index)
         n_inner = c.num_experts_per_tok * experts.gate.n_rows
         gated, upped = self._vector("experts gated", n_inner), self._vector("experts upped", n_inner)
         x = self.program.x

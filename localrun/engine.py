@@ -129,14 +129,10 @@ class Engine:
         return ctx
 
     def _load_native(self, config: Config, progress: Progress | None, notice: Notice) -> None:
-        kernels.prepare(self.file, progress, notice)  # before the imports below, which would compile them unannounced
-        from localrun.model import Model
-        from localrun.weights import Weights
-        from quant.pool import Pool
+        kernels.prepare(self.file, progress, notice)  # before the import below, which would compile them unannounced
+        from localrun.native import NativeModel
 
-        _TorchThreads.hold()
-        self._pool = Pool(self.threads)
-        self.model = Model(config, Weights(self.file, self._pool))
+        self.model = NativeModel(config, self.file, self.threads)
 
     def _warn_of_memory(self, notice: Notice) -> None:
         if self.file.file_size > hardware.total_ram():
@@ -151,16 +147,14 @@ class Engine:
 
     def cache_tensors(self, cache: Any) -> dict[str, Any]:
         """A cache's content as named tensors, for a file."""
-        import torch
-
-        return cache.save() if self.config else {"state": torch.frombuffer(bytearray(cache.save()), dtype=torch.uint8)}
+        return cache.save() if self.config else {"state": np.frombuffer(cache.save(), np.uint8)}
 
     def restore_cache(self, cache: Any, tensors: dict[str, Any], n_tokens: int) -> None:
         """Fill a cache with what cache_tensors gave for n_tokens. Raises LocalrunError if it is something else."""
         if self.config:
             cache.load(tensors, n_tokens)
             return
-        cache.load(tensors["state"].numpy().tobytes() if "state" in tensors else b"")
+        cache.load(tensors["state"].tobytes() if "state" in tensors else b"")
         if cache.length != n_tokens:
             raise LocalrunError(f"the saved session holds {cache.length} tokens; expected {n_tokens}")
 
@@ -213,11 +207,7 @@ class Engine:
 
     def close(self) -> None:
         """End the worker threads and free the file; sessions can't be used afterwards."""
-        if self.config:
-            self._pool.close()
-            _TorchThreads.release()
-        else:
-            self.model.close()
+        self.model.close()
         self.tokenizer.close()
         self.file.close()
 
@@ -226,31 +216,3 @@ class Engine:
 
     def __exit__(self, *exc_info) -> None:
         self.close()
-
-
-class _TorchThreads:
-    """One torch thread while any native engine is open: a setting of the whole process, so it is counted here.
-
-    The workers of quant do the heavy part. torch's own threads would spin on the same cores between its small
-    operations (measured: 3 times slower decoding, docs/lab-notes.md).
-    """
-
-    _holders = 0
-    _before = 1
-
-    @classmethod
-    def hold(cls) -> None:
-        import torch
-
-        if cls._holders == 0:
-            cls._before = torch.get_num_threads()
-            torch.set_num_threads(1)
-        cls._holders += 1
-
-    @classmethod
-    def release(cls) -> None:
-        import torch
-
-        cls._holders -= 1
-        if cls._holders == 0:
-            torch.set_num_threads(cls._before)

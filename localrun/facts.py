@@ -11,9 +11,10 @@ from dataclasses import asdict
 from math import prod
 from typing import Any
 
-from localrun.config import read_config
+from localrun.config import Config, read_config
 from localrun.errors import LocalrunError
 from localrun.gguf import GGUFFile, Tensor
+from localrun.names import EMBED_TOKENS, LM_HEAD
 
 # The first pattern that matches a name decides.
 GROUPS = {
@@ -30,6 +31,23 @@ GROUPS = {
 def group_of(name: str) -> str:
     """The part of the model a tensor belongs to, a key of GROUPS; routers and norms are "other"."""
     return next(group for group, pattern in GROUPS.items() if re.match(pattern, name))
+
+
+def weight_bytes_per_token(file: GGUFFile, config: Config) -> int:
+    """Bytes of weights that evaluating one token reads: the chosen experts', one row of the embedding, all the rest."""
+    total = 0
+    for tensor in file.tensors.values():
+        layer = re.match(r"blk\.(\d+)\.", tensor.name)
+        if layer and int(layer[1]) >= config.num_hidden_layers:
+            continue  # of a layer for multi-token prediction
+        if tensor.name == EMBED_TOKENS:
+            total += tensor.n_bytes // tensor.shape[0]
+            total += tensor.n_bytes if LM_HEAD not in file.tensors else 0
+        elif group_of(tensor.name) == "routed experts":
+            total += tensor.n_bytes * config.num_experts_per_tok // config.n_routed_experts
+        else:
+            total += tensor.n_bytes
+    return total
 
 
 def facts(file: GGUFFile) -> dict[str, Any]:

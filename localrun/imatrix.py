@@ -23,7 +23,7 @@ from torch.nn.functional import silu
 from localrun import names
 from localrun.attention import LatentAttention
 from localrun.bridge import Experts, HeadLinear, Linear
-from localrun.cache import Cache
+from localrun.cache import Cache, row_widths
 from localrun.errors import LocalrunError
 from localrun.model import Model
 from localrun.perplexity import text_chunks
@@ -102,13 +102,8 @@ def _observed_model(config: Config, file: GGUFFile, pool: Pool, inputs: _Inputs)
 
 def _evaluate(model: Model, chunk: list[int], inputs: _Inputs) -> np.ndarray:
     """float32 (1, vocab): the logits after a chunk, from an empty cache of 32-bit values."""
-    config = model.config
-    if config.kv_lora_rank:
-        widths = (config.kv_lora_rank + config.qk_rope_head_dim,)
-        cache: Cache = _ObservedCache(config, widths, len(chunk), inputs)
-    else:
-        cache = model.new_cache(len(chunk), exact=True)
-    n_parts = -(-len(chunk) // PREFILL_CHUNK)  # of equal length: none is a single token, which models may run otherwise
+    cache = _ObservedCache(model.config, len(chunk), inputs)
+    n_parts = -(-len(chunk) // PREFILL_CHUNK)
     parts = [part.tolist() for part in np.array_split(np.array(chunk), n_parts)]
     return [model.forward(part, cache) for part in parts][-1]
 
@@ -228,10 +223,10 @@ def _slice(stack: Weight, index: int) -> Weight:
 
 
 class _ObservedCache(Cache):
-    """A cache of latents, 32-bit: they are the input of a kv_b matrix, where a file has that instead of k_b and v_b."""
+    """A 32-bit cache; latents are the input of a kv_b matrix, where a file has that instead of k_b and v_b."""
 
-    def __init__(self, config: Config, widths: tuple[int, ...], capacity: int, inputs: _Inputs) -> None:
-        super().__init__(config.num_hidden_layers, widths, capacity, torch.float32)
+    def __init__(self, config: Config, capacity: int, inputs: _Inputs) -> None:
+        super().__init__(config.num_hidden_layers, row_widths(config), capacity, np.float32)
         self._n_latent, self._inputs = config.kv_lora_rank, inputs
 
     def append(self, layer: int, *rows: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -13,7 +13,6 @@ from localrun import names
 from localrun.attention import GroupedQueryAttention, LatentAttention
 from localrun.cache import Cache
 from localrun.config import Config
-from localrun.decode import DecodeStep
 from localrun.moe import MLP, MoE
 from localrun.rope import Rope
 from localrun.weights import Weights
@@ -43,27 +42,12 @@ class Model:
 
     def __init__(self, config: Config, weights: Weights):
         self.config = config
-        factors = weights.vector(names.ROPE_FREQS) if weights.has(names.ROPE_FREQS) else None
-        self.rope = Rope(config, factors)
+        factors = weights.array(names.ROPE_FREQS) if weights.has(names.ROPE_FREQS) else None
+        rope = Rope(config, factors)
         self.embed_tokens = weights.embedding(names.EMBED_TOKENS)
-        self.layers = [Layer(config, weights, index, self.rope) for index in range(config.num_hidden_layers)]
+        self.layers = [Layer(config, weights, index, rope) for index in range(config.num_hidden_layers)]
         self.norm = weights.vector(names.NORM)
         self.lm_head = weights.linear(names.LM_HEAD if weights.has(names.LM_HEAD) else names.EMBED_TOKENS)
-        self._pool, self._step = weights.pool, None
-
-    @property
-    def vocab_size(self) -> int:
-        """Logits a token."""
-        return self.config.vocab_size
-
-    def new_cache(self, capacity: int, exact: bool = False) -> Cache:
-        """An empty cache for up to `capacity` tokens, of 16-bit values or, if exact, of 32-bit ones."""
-        c = self.config
-        if c.kv_lora_rank:
-            widths: tuple[int, ...] = (c.kv_lora_rank + c.qk_rope_head_dim,)
-        else:
-            widths = (c.num_key_value_heads * c.head_dim, c.num_key_value_heads * c.v_head_dim)
-        return Cache(c.num_hidden_layers, widths, capacity, torch.float32 if exact else torch.float16)
 
     @torch.inference_mode()
     def forward(self, ids: Sequence[int], cache: Cache, all_logits: bool = False) -> np.ndarray:
@@ -75,9 +59,6 @@ class Model:
         Raises:
             ContextFullError: the cache has no room for them.
         """
-        if len(ids) == 1 and not cache.is_exact:
-            self._step = self._step or DecodeStep(self, self._pool)
-            return self._step(ids[0], cache)[None]
         x_TD = self.embed_tokens(torch.tensor(ids, dtype=torch.int64))
         for layer in self.layers:
             x_TD = layer(x_TD, cache)

@@ -6,13 +6,17 @@ src/models/deepseek2.cpp, deepseek-ai/DeepSeek-V3 inference/model.py.
 """
 
 import math
+from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
 from localrun.config import Config
 
+if TYPE_CHECKING:
+    import torch
 
-def _yarn_ramp(config: Config) -> torch.Tensor:
+
+def _yarn_ramp(config: Config) -> np.ndarray:
     """Per pair: 0 keeps the trained frequency, 1 divides it by the factor (YaRN, eq. 23)."""
     scaling, dim = config.rope_scaling, config.qk_rope_head_dim
 
@@ -22,16 +26,15 @@ def _yarn_ramp(config: Config) -> torch.Tensor:
 
     low = max(0, math.floor(pair_with_rotations(scaling.beta_fast)))
     high = min(dim - 1, math.ceil(pair_with_rotations(scaling.beta_slow)))
-    pairs = torch.arange(dim // 2, dtype=torch.float64)
-    return ((pairs - low) / max(0.001, high - low)).clamp(0, 1)
+    return np.clip((np.arange(dim // 2) - low) / max(0.001, high - low), 0, 1)
 
 
-def frequencies(config: Config, factors: torch.Tensor | None = None) -> torch.Tensor:
+def frequencies(config: Config, factors: np.ndarray | None = None) -> np.ndarray:
     """Radians a position, float64 (qk_rope_head_dim / 2,); `factors` divide them pair by pair (Llama 3)."""
     dim, scaling = config.qk_rope_head_dim, config.rope_scaling
-    plain = config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    plain = config.rope_theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
     if factors is not None:
-        plain = plain / factors.double()
+        plain = plain / factors.astype(np.float64)
     if scaling is None:
         return plain
     if scaling.type == "linear":
@@ -74,17 +77,21 @@ class Rope:
         magnitude: the length that rotation gives to a unit vector.
     """
 
-    def __init__(self, config: Config, factors: torch.Tensor | None = None):
+    def __init__(self, config: Config, factors: np.ndarray | None = None):
         self.frequencies = frequencies(config, factors)
         self.magnitude = rotation_magnitude(config)
 
-    def turns(self, start: int, n_tokens: int) -> torch.Tensor:
+    def turns(self, start: int, n_tokens: int) -> "torch.Tensor":
         """Unit complex numbers (times the magnitude), complex64 (T, 1, R/2), for positions start..start+T-1."""
-        angles = torch.outer(torch.arange(start, start + n_tokens, dtype=torch.float64), self.frequencies)
-        return torch.polar(torch.full_like(angles, self.magnitude), angles).to(torch.complex64)[:, None]
+        import torch
+
+        angles = np.outer(np.arange(start, start + n_tokens), self.frequencies)
+        return torch.from_numpy((self.magnitude * np.exp(1j * angles)).astype(np.complex64))[:, None]
 
     @staticmethod
-    def rotate(x_THR: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    def rotate(x_THR: "torch.Tensor", turns: "torch.Tensor") -> "torch.Tensor":
         """float32 (T, H, R) with each token's pairs turned by its position."""
+        import torch
+
         pairs = torch.view_as_complex(x_THR.reshape(*x_THR.shape[:-1], -1, 2))
         return torch.view_as_real(pairs * turns).flatten(-2)

@@ -137,7 +137,7 @@ class Session:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write tokens and cache to `path`, whole or not at all. Raises LocalrunError if it can't be written."""
         from safetensors import SafetensorError
-        from safetensors.torch import save_file
+        from safetensors.numpy import save_file
 
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -155,7 +155,7 @@ class Session:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(os.fspath(path), "pt") as file:
+            with safe_open(os.fspath(path), "np") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except FileNotFoundError:

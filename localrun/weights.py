@@ -3,60 +3,43 @@
 Today everything lives on the CPU; the network asks for modules by name and never learns where they run.
 """
 
-import numpy as np
 import torch
 
-from localrun import names
-from localrun.bridge import Embedding, Experts, HeadLinear, Linear
-from localrun.gguf import GGUFFile, Tensor
-from quant import formats, linear
+from localrun import bridge
+from localrun.bridge import Embedding, HeadLinear, Linear
+from localrun.gguf import GGUFFile
+from localrun.tensors import Tensors
 from quant.pool import Pool
 
 
-class Weights:
-    """The tensors of one file."""
+class Weights(Tensors):
+    """The tensors of one file as modules over torch tensors."""
 
     def __init__(self, file: GGUFFile, pool: Pool):
-        self.file, self.pool = file, pool
-
-    def has(self, name: str) -> bool:
-        """Whether the file holds the tensor `name` (GGUF spelling)."""
-        return name in self.file.tensors
-
-    def _weight(self, name: str, shape: tuple[int, ...] | None = None) -> linear.Weight:
-        tensor = self.file.tensors[name]
-        return linear.weight(tensor.data, formats.get(tensor.type.name), shape or tensor.shape)
+        super().__init__(file)
+        self.pool = pool
 
     def vector(self, name: str) -> torch.Tensor:
         """A 1-D tensor, float32."""
-        tensor: Tensor = self.file.tensors[name]
-        values = formats.get(tensor.type.name).unpack(tensor.data)
-        return torch.from_numpy(np.ascontiguousarray(values, np.float32))
+        return torch.from_numpy(self.array(name))
 
     def embedding(self, name: str) -> Embedding:
         """Rows by token id."""
-        return Embedding(self.pool, self._weight(name))
+        return Embedding(self.pool, self.matrix(name))
 
     def linear(self, name: str) -> Linear:
         """A matrix (out, in)."""
-        return Linear(self.pool, self._weight(name))
+        return Linear(self.pool, self.matrix(name))
 
     def heads(self, name: str) -> HeadLinear:
         """One matrix a head, (H, out, in)."""
-        return HeadLinear(self.pool, self._weight(name))
+        return HeadLinear(self.pool, self.matrix(name))
 
     def split_heads(self, name: str, n_heads: int, rows: tuple[int, int]) -> tuple[HeadLinear, HeadLinear]:
         """A matrix of n_heads * sum(rows) rows as two: each head's first rows[0] rows, and its last rows[1]."""
-        tensor = self.file.tensors[name]
-        both = self._weight(name, (n_heads, sum(rows), tensor.shape[-1]))
-        return HeadLinear(self.pool, both.rows(0, rows[0])), HeadLinear(self.pool, both.rows(*rows))
+        first, last = self.split_matrix(name, n_heads, rows)
+        return HeadLinear(self.pool, first), HeadLinear(self.pool, last)
 
-    def experts(self, index: int) -> Experts:
-        """The routed experts of layer `index`, from separate or fused gate and up tensors (gate rows first)."""
-        fused = names.layer(index, "mlp.experts.gate_up_proj")
-        if self.has(fused):
-            both = self._weight(fused)
-            gate, up = both.rows(0, both.n_rows // 2), both.rows(both.n_rows // 2, both.n_rows // 2)
-        else:
-            gate, up = (self._weight(names.layer(index, f"mlp.experts.{part}_proj")) for part in ("gate", "up"))
-        return Experts(self.pool, gate, up, self._weight(names.layer(index, "mlp.experts.down_proj")))
+    def experts(self, index: int) -> bridge.Experts:
+        """The routed experts of layer `index`."""
+        return bridge.Experts(self.pool, self.expert_matrices(index))

@@ -69,7 +69,7 @@ def latent(pool: Pool, variant: str, type_: str = "F32") -> tuple[LatentAttentio
     file = open_gguf(path)
     config = read_config(file)
     module = LatentAttention(config, Weights(file, pool), 0, Rope(config))
-    cache = Cache(1, (config.kv_lora_rank + config.qk_rope_head_dim,), N_TOKENS, torch.float32)
+    cache = Cache(1, (config.kv_lora_rank + config.qk_rope_head_dim,), N_TOKENS, np.float32)
     return module, cache, naive.Naive(path)
 
 
@@ -150,7 +150,7 @@ def test_what_is_cached_is_latent_and_rotated_key(pool: Pool) -> None:
     latent_TC, rope_TR = np.split(x_TD.double().numpy() @ weights["attn_kv_a_mqa.weight"].T, [c.kv_lora_rank], axis=1)
     latent_TC = naive.rms_norm(latent_TC, weights["attn_kv_a_norm.weight"], c.rms_norm_eps)
     rope_TR = naive.rotate_pairs(rope_TR, np.arange(N_TOKENS), model._rope()[0])
-    assert_close(cache.save()["0.0"], np.concatenate([latent_TC, rope_TR], axis=1))
+    assert_close(torch.from_numpy(cache.save()["0.0"]), np.concatenate([latent_TC, rope_TR], axis=1))
 
 
 @pytest.mark.parametrize(("n_tokens", "absorbing"), [(1, True), (170, True), (171, False), (512, False)])
@@ -219,7 +219,7 @@ def torch_gqa(config: Config, weights: RandomWeights, x_TD: torch.Tensor) -> tor
     return out_HTV.transpose(0, 1).flatten(1) @ w["output"].T
 
 
-def gqa_cache(config: Config, dtype: torch.dtype = torch.float32) -> Cache:
+def gqa_cache(config: Config, dtype: type[np.floating] = np.float32) -> Cache:
     groups = config.num_key_value_heads
     return Cache(1, (groups * config.head_dim, groups * config.v_head_dim), N_TOKENS, dtype)
 
@@ -248,7 +248,7 @@ def test_the_16_bit_cache_rounds_and_nothing_else() -> None:
     weights = RandomWeights(GQA)
     module = GroupedQueryAttention(GQA, weights, 0, Rope(GQA))
     x_TD = random(N_TOKENS, 48)
-    found = by_chunks(module, x_TD, [5] * 8, gqa_cache(GQA, torch.float16))
+    found = by_chunks(module, x_TD, [5] * 8, gqa_cache(GQA, np.float16))
     assert_close(found, torch_gqa(GQA, weights, x_TD), 2e-3)  # keys and values are rounded by up to 2^-11 = 5e-4
 
 

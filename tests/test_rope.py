@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -84,7 +85,7 @@ def test_yarn_frequencies_are_transformers(name: str) -> None:
     found = frequencies(scaled(yarn(factor, original, **names), qk_rope_head_dim=dim, rope_theta=theta))
     yarn_names = {"factor": factor, "original_max_position_embeddings": original}
     expected = of_transformers("yarn", dim, theta, **yarn_names, mscale=1.0, mscale_all_dim=1.0, **names)
-    assert found.dtype == torch.float64
+    assert found.dtype == np.float64
     # transformers computes powers and the blend in float32, 2^-24 each
     assert found.tolist() == pytest.approx(expected, rel=1e-6)
     plain = frequencies(scaled(None, qk_rope_head_dim=dim, rope_theta=theta))
@@ -99,7 +100,7 @@ def test_linear_frequencies_are_transformers() -> None:
 def test_frequencies_by_formula() -> None:
     expected = [10000 ** (-2 * i / 64) for i in range(32)]
     assert frequencies(PLAIN).tolist() == pytest.approx(expected, rel=1e-14)
-    factors = torch.linspace(1, 8, 32)
+    factors = np.linspace(1, 8, 32, dtype=np.float32)
     divided = [f / factor for f, factor in zip(expected, factors.tolist(), strict=True)]
     assert frequencies(PLAIN, factors).tolist() == pytest.approx(divided, rel=1e-14)
     linear = scaled(RopeScaling("linear", 4.0))
@@ -135,7 +136,7 @@ def test_rotation_by_hand(start: int, mscale: float | None) -> None:
 
 def test_rotation_uses_the_factors() -> None:
     x = torch.randn(2, 1, 64, generator=torch.Generator().manual_seed(0))
-    rope = Rope(LLAMA, torch.full((32,), 2.0))
+    rope = Rope(LLAMA, np.full(32, 2.0, np.float32))
     halved = [f / 2 for f in frequencies(LLAMA).tolist()]
     torch.testing.assert_close(
         rope.rotate(x, rope.turns(9, 2)).double(), rotated_by_hand(x, 9, halved, 1.0), rtol=0, atol=3e-6

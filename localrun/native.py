@@ -1,0 +1,109 @@
+"""The native backend's model: which of its two ways tokens take through the network, and the caches that both share.
+
+One token, or a few of a small model, go through the decode step; more go through the network in torch, which is
+imported only then.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from localrun.cache import Cache, new_cache
+from localrun.config import Config
+from localrun.decode import DecodeStep
+from localrun.facts import weight_bytes_per_token
+from localrun.gguf import GGUFFile
+from localrun.tensors import Tensors
+from quant.pool import Pool
+
+if TYPE_CHECKING:
+    from localrun.model import Model
+
+# Prompts this short go token by token: that takes some 0.2 s, importing torch 1 to 2.
+_STEP_TOKENS = 32
+_STEP_BYTES = 1 << 32  # of weights read for all of them
+
+
+class NativeModel:
+    """A deepseek2 or llama model over the tensors of a file.
+
+    Attributes:
+        vocab_size: logits a token.
+    """
+
+    def __init__(self, config: Config, file: GGUFFile, n_threads: int):
+        self.config, self.file, self.vocab_size = config, file, config.vocab_size
+        self._pool = Pool(n_threads)
+        self._step = DecodeStep(config, Tensors(file), self._pool)
+        self._most_steps = max(1, min(_STEP_TOKENS, _STEP_BYTES // weight_bytes_per_token(file, config)))
+        self._network: Model | None = None
+
+    @property
+    def network(self) -> "Model":
+        """The network for any number of tokens."""
+        if self._network is None:
+            from localrun.model import Model
+            from localrun.weights import Weights
+
+            TorchThreads.hold()
+            self._network = Model(self.config, Weights(self.file, self._pool))
+        return self._network
+
+    def new_cache(self, capacity: int, exact: bool = False) -> Cache:
+        """An empty cache for up to `capacity` tokens, of 16-bit values or, if exact, of 32-bit ones."""
+        return new_cache(self.config, capacity, exact)
+
+    def forward(self, ids: Sequence[int], cache: Cache, all_logits: bool = False) -> np.ndarray:
+        """Evaluate ids after the cache's tokens; the cache then holds them too.
+
+        Returns:
+            float32 (T, vocab) logits with all_logits, else (1, vocab), those of the last token.
+
+        Raises:
+            ContextFullError: the cache has no room for them.
+        """
+        cache.check_room(len(ids))
+        if cache.is_exact or len(ids) > self._most_steps:
+            return self.network.forward(ids, cache, all_logits)
+        start = cache.length
+        try:
+            rows = [self._step(token, cache) for token in ids]
+        except BaseException:  # Ctrl-C between two of them: all or none
+            cache.truncate(start)
+            raise
+        return np.stack(rows if all_logits else rows[-1:])
+
+    def close(self) -> None:
+        """End the worker threads."""
+        self._pool.close()
+        if self._network is not None:
+            TorchThreads.release()
+
+
+class TorchThreads:
+    """One torch thread while any native network is open: a setting of the whole process, so it is counted here.
+
+    The workers of quant do the heavy part. torch's own threads would spin on the same cores between its small
+    operations (measured: 3 times slower decoding, docs/lab-notes.md).
+    """
+
+    _holders = 0
+    _before = 1
+
+    @classmethod
+    def hold(cls) -> None:
+        import torch
+
+        if cls._holders == 0:
+            cls._before = torch.get_num_threads()
+            torch.set_num_threads(1)
+        cls._holders += 1
+
+    @classmethod
+    def release(cls) -> None:
+        import torch
+
+        cls._holders -= 1
+        if cls._holders == 0:
+            torch.set_num_threads(cls._before)
