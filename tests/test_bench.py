@@ -2,6 +2,8 @@
 
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from itertools import pairwise
@@ -207,3 +209,27 @@ def test_a_model_that_is_not_native(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_settings_that_a_caller_gets_wrong() -> None:
     with pytest.raises(LocalrunError, match="-r -3; expected 1 or more"):
         bench.Settings(repetitions=-3).check()
+
+
+# --- scripts/bench_experts.py
+
+
+def test_the_experts_script() -> None:
+    script = Path(__file__).parent.parent / "scripts" / "bench_experts.py"
+    sizes = ["--hidden", "512", "--inner", "256", "--experts", "4", "--top-k", "2"]
+    done = subprocess.run(
+        [sys.executable, script, *sizes, "--tokens", "1,9", "-r", "1"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["layer"]["expert_bytes"] == 3 * 512 * 256 * 144 // 256  # Q4_K: 144 bytes for 256 weights
+    assert set(document["tokens"]) == {"1", "9"}
+    for count, results in document["tokens"].items():
+        ours = results["localrun"]
+        flops = int(count) * 2 * 2 * 3 * 512 * 256  # 2 experts a token, 2 operations a weight
+        # Three digits of milliseconds, three of TFLOPS.
+        assert ours["tflops"]["best"] == pytest.approx(flops / ours["ms"]["best"] / 1e9, rel=0.02, abs=6e-4)
+        rate = ours["gb_per_s"]["best"] * 1e9
+        most = ours["experts"] * document["layer"]["expert_bytes"] * 1.5 + 1e4  # the mean, and a run may have had more
+        assert 0 < rate * ours["ms"]["best"] / 1e3 < most
+    assert document["tokens"]["1"]["localrun"]["experts"] == 2
