@@ -19,7 +19,7 @@ import gguf
 
 from localrun.bundled import model_path
 from localrun.convert.gguf_source import GGUFSource, read_model
-from localrun.convert.imatrix import read_imatrix
+from localrun.convert.imatrix import Importances
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import llama_quantize
@@ -43,7 +43,7 @@ def pack(folder: Path, model: Path, arguments: argparse.Namespace) -> dict[str, 
     ours = localrun("convert", str(paths["F16"]), str(paths["localrun"]), "--type", arguments.type, *imatrix, *threads)
     means = None
     if arguments.imatrix:
-        means = read_imatrix(arguments.imatrix, read_model(GGUFSource(paths["F16"])).targets).by_name
+        means = dict(Importances(arguments.imatrix, read_model(GGUFSource(paths["F16"])).targets))
     started = time.perf_counter()
     llama_quantize.quantize(paths["F16"], paths["llama.cpp"], arguments.type, means, arguments.threads)
     seconds = {"F16": unpacked["seconds"], "localrun": ours["seconds"], "llama.cpp": time.perf_counter() - started}

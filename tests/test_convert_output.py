@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -194,6 +196,44 @@ def test_an_imatrix_that_does_not_fit_is_refused(
     path = write_imatrix(tmp_path / "i.gguf", {EXPERTS: sums}, {EXPERTS: counts}, **keys)
     with pytest.raises(LocalrunError, match=expected):
         plan_for(folder, tmp_path / "x.gguf", imatrix=path)
+
+
+def legacy_imatrix(path: Path, entries: dict[str, tuple[int, np.ndarray]]) -> Path:
+    """llama.cpp's format before GGUF: a name has the number of calls, and the means times that."""
+    with path.open("wb") as file:
+        file.write(struct.pack("<i", len(entries)))
+        for name, (calls, values) in entries.items():
+            file.write(struct.pack("<i", len(name)) + name.encode() + struct.pack("<ii", calls, values.size))
+            file.write(values.astype("<f4").tobytes())
+        file.write(struct.pack("<ii", 7, 5) + b"a.txt")  # calls of the last run, the data set
+    return path
+
+
+def test_an_imatrix_of_the_older_format(folder: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    means = {EXPERTS: rng.uniform(1, 2, (8, 96)), DENSE: rng.uniform(1, 2, (1, 96))}
+    path = legacy_imatrix(tmp_path / "i.dat", {EXPERTS: (5, means[EXPERTS] * 5), DENSE: (0, means[DENSE])})
+    importances = plan_for(folder, tmp_path / "x.gguf", imatrix=path).importances
+    assert set(importances) == {EXPERTS, DENSE}
+    for name, expected in means.items():
+        np.testing.assert_allclose(importances[name], expected, rtol=1e-6)  # two roundings to float32
+    assert importances.unreached == {}
+
+
+@pytest.mark.parametrize("n_bytes", [0, 3, 4, 6, 20, 40, 41, 44, 60, 300, 3000])
+def test_an_imatrix_that_is_cut_short_is_refused(n_bytes: int, folder: Path, tmp_path: Path) -> None:
+    path = legacy_imatrix(tmp_path / "i.dat", {EXPERTS: (5, np.ones((8, 96)))})
+    os.truncate(path, n_bytes)
+    with pytest.raises(LocalrunError, match=r"i\.dat: is (no importance matrix|cut off in)"):
+        plan_for(folder, tmp_path / "x.gguf", imatrix=path)
+
+
+def test_importances_too_small_to_compute_with(folder: Path, tmp_path: Path) -> None:
+    """Products with numbers near the least of float32 are 0 or not finite; packed by them, so were weights."""
+    sums = np.full((8, 96), 1e-42)
+    path = write_imatrix(tmp_path / "i.gguf", {EXPERTS: sums}, {EXPERTS: np.ones((8, 1))})
+    convert(plan_for(folder, tmp_path / "x.gguf", "Q4_0", imatrix=path))
+    assert all(np.isfinite(values).all() for values in dequantised(tmp_path / "x.gguf").values())
 
 
 def test_an_imatrix_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:

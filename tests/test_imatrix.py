@@ -23,7 +23,7 @@ from cli.main import run
 from localrun import imatrix
 from localrun.convert import Options, convert, make_plan
 from localrun.convert.gguf_source import GGUFSource, read_model
-from localrun.convert.imatrix import read_imatrix
+from localrun.convert.imatrix import Importances
 from localrun.errors import LocalrunError
 
 N_CTX = 20
@@ -136,10 +136,10 @@ def test_our_reader_gets_the_means(tmp_path: Path) -> None:
     path = tiny_models.shared("v3-odd")
     found = collect(path, tiny_models.prompt("v3-odd"))
     imatrix.write(tmp_path / "i.gguf", found, "t.txt")
-    read = read_imatrix(tmp_path / "i.gguf", read_model(GGUFSource(path)).targets)
-    assert set(read.by_name) == set(found.squares)
+    read = Importances(tmp_path / "i.gguf", read_model(GGUFSource(path)).targets)
+    assert set(read) == set(found.squares)
     assert read.missing == []
-    for name, means in read.by_name.items():
+    for name, means in read.items():
         reached = found.counts[name] > 0
         expected = found.squares[name][reached] / found.counts[name][reached, None]
         np.testing.assert_allclose(means[reached], expected, rtol=1e-6)  # a division in float32
@@ -172,7 +172,7 @@ def test_llama_cpp_packs_by_it(tmp_path: Path) -> None:
     """Its 2-bit types demand an importance of the right size for every matrix; without any it refuses."""
     path, ids = tiny_models.shared("llama-wide"), tiny_models.prompt("llama-wide")
     imatrix.write(tmp_path / "i.gguf", collect(path, ids), "t.txt")
-    means = read_imatrix(tmp_path / "i.gguf", read_model(GGUFSource(path)).targets).by_name
+    means = dict(Importances(tmp_path / "i.gguf", read_model(GGUFSource(path)).targets))
     llama_quantize.quantize(path, tmp_path / "x.gguf", "IQ2_XXS", means)
     types = {tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "x.gguf").tensors}
     assert "IQ2_XXS" in types

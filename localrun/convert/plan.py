@@ -14,7 +14,7 @@ import localrun
 from localrun.convert import architecture, gguf_source, vocabulary
 from localrun.convert.checkpoint import Checkpoint
 from localrun.convert.gguf_source import GGUFSource
-from localrun.convert.imatrix import Importances, read_imatrix
+from localrun.convert.imatrix import Importances
 from localrun.convert.layout import Layout, make_layout
 from localrun.convert.metadata import Metadata
 from localrun.convert.mixes import MIXES, Override, choose_types, is_overruled
@@ -91,7 +91,7 @@ def make_plan(source_path: Path, destination: Path, options: Options) -> Plan:
         model = gguf_source.read_model(source, keep_mtp=options.keep_mtp)
     if not model.targets:
         raise LocalrunError(f"{source_path}: holds no tensors to convert")
-    importances = read_imatrix(options.imatrix, model.targets) if options.imatrix else None
+    importances = Importances(options.imatrix, model.targets) if options.imatrix else None
     types = choose_types(
         model.targets, model.metadata, options.mix, options.overrides, has_imatrix=importances is not None
     )

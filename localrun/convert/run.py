@@ -108,6 +108,7 @@ class _Pipeline:
     def __init__(self, plan: Plan, output: Output, pool: Pool, progress: Callable[[Progress], None] | None) -> None:
         self._plan, self._output, self._pool, self._progress = plan, output, pool, progress
         self._bytes_in = self._bytes_out = 0
+        self._importance_of: tuple[str, np.ndarray | None] = "", None
         self._weights = sum(self._n_weights(unit) for unit in plan.units[: output.done])
         largest = max(self._n_weights(unit) for unit in plan.units)
         self._buffers = [np.empty(largest, np.float32) for _ in range(2)]  # one is read into, the other packed from
@@ -152,14 +153,20 @@ class _Pipeline:
             return rows
         plan = self._plan
         target, type_ = plan.targets[unit.target], plan.types[unit.target]
-        importances = plan.importances.by_name if plan.importances else {}
         try:
-            return pack_unit(self._pool, rows, target, unit, type_, importances.get(target.name))
+            return pack_unit(self._pool, rows, target, unit, type_, self._importance(target.name))
         except BadWeight as bad:
             name, row, column = origin(unit, bad.row, bad.column) or (target.name, bad.row, bad.column)
             what = f"{plan.source.path}: tensor '{name}' has {bad.value:g} at row {row}, column {column}"
             reason = f", too large for {type_}; BF16 holds it" if np.isfinite(bad.value) else ""
             raise CheckpointError(what + reason) from None
+
+    def _importance(self, name: str) -> np.ndarray | None:
+        """A target's importances; those of the last target are kept, since units follow each other."""
+        if name != self._importance_of[0]:
+            importances = self._plan.importances or {}
+            self._importance_of = name, importances.get(name)
+        return self._importance_of[1]
 
     def _write(self, unit: Unit, data: np.ndarray) -> None:
         plan = self._plan
