@@ -15,9 +15,13 @@ MAX_LAYERS, MAX_EXPERTS = 512, 1024  # llama.cpp's limits, llama.h @3f545becc; n
 
 
 def checkpoint_shapes(settings: Settings) -> dict[str, tuple[int, ...]]:
-    """Name -> shape. Raises CheckpointError on what is missing or no number, LocalrunError on absurd counts."""
+    """Name -> shape. Raises CheckpointError on what is missing or no number, LocalrunError on absurd sizes."""
     _refuse_absurd(settings)
-    return dict(_model(settings))
+    shapes = dict(_model(settings))
+    for name, shape in shapes.items():
+        if 0 in shape:
+            raise LocalrunError(f"{settings.where}: its sizes give '{name}' the shape {list(shape)}")
+    return shapes
 
 
 def _refuse_absurd(settings: Settings) -> None:

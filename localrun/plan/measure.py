@@ -19,10 +19,10 @@ from localrun import hardware
 from localrun.plan.decode import attention_flops
 from localrun.plan.machine import Cpu, Machine, parse_machine
 from localrun.plan.memory import CHUNK
-from localrun.plan.shapes import Conversion, ModelShape, from_config
+from localrun.plan.shapes import Conversion, ModelShape, from_config, n_bytes
 
-_LARGE_BYTES = 1 << 28  # what a probe's matrix takes at most: far beyond any cache but the largest servers'
-_READ_BYTES = 1 << 30
+_LARGE_BYTES = 1 << 28  # what a matrix takes at most: far beyond any cache but the largest servers'
+_READ_BYTES = 1 << 30  # what is read at most
 _FEW, _MANY = 16, 256  # tokens whose times give expansion and product apart
 _TRY_S = 0.15  # each figure: the best of several runs within this time
 _MEASURED = "measured by localrun plan"
@@ -40,8 +40,10 @@ def describe(model: ModelShape, threads: int) -> dict[str, Any]:
 
     pool, one = Pool(threads), Pool(1)
     try:
-        read = _read_bandwidth(pool)
-        kernels = [kernel_rates(one, type_, n_cols) for type_, n_cols in _matrices(model)]
+        # No more memory than the model has: where caches help it, they help its rates.
+        size = n_bytes(model.tensors)
+        read = _read_bandwidth(pool, min(size, _READ_BYTES))
+        kernels = [kernel_rates(one, *matrix, min(size, _LARGE_BYTES)) for matrix in _matrices(model)]
     finally:
         pool.close()
         one.close()
@@ -82,11 +84,11 @@ def _best_s(*runs: Callable[[], None], threads: int = 1) -> list[float]:
     return best
 
 
-def _read_bandwidth(pool: Any) -> float:
-    """Bytes/s of all workers reading memory that no cache holds."""
+def _read_bandwidth(pool: Any, size: int) -> float:
+    """Bytes/s of all workers reading this much memory again and again."""
     from quant import stream
 
-    memory = stream.buffer(pool, min(_READ_BYTES, hardware.free_ram() // 4))
+    memory = stream.buffer(pool, min(size, hardware.free_ram() // 4))
     return stream.read_bandwidth(pool, memory.ctypes.data, memory.nbytes).best
 
 
@@ -101,12 +103,12 @@ def _random_blocks(pool: Any, format_: Any, n_rows: int, n_cols: int) -> np.ndar
     return np.resize(packed, n_rows * format_.row_bytes(n_cols))
 
 
-def kernel_rates(pool: Any, type_: str, n_cols: int) -> dict[str, Any]:
-    """The rates of one core for a type: a row of machine.Kernel. The pool has one worker."""
+def kernel_rates(pool: Any, type_: str, n_cols: int, size: int = _LARGE_BYTES) -> dict[str, Any]:
+    """The rates of one core for a type, on a matrix of this size: a row of machine.Kernel. The pool has one worker."""
     from quant import formats, linear
 
     format_ = formats.get(type_)
-    n_rows = max(64, _LARGE_BYTES // format_.row_bytes(n_cols))
+    n_rows = max(64, size // format_.row_bytes(n_cols))
     matrix = linear.weight(_random_blocks(pool, format_, n_rows, n_cols), format_, (n_rows, n_cols))
     (one,) = _best_s(_product(pool, matrix, 1))
     part = matrix.rows(0, min(n_rows, max(64, (1 << 21) // n_cols)))
