@@ -73,6 +73,11 @@ class GGUFFile:
         self._values = header.values
         self._maps = [part.map for part in parts]
 
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Address and size of each part's map."""
+        return [(np.frombuffer(map_, np.uint8).ctypes.data, len(map_)) for map_ in self._maps]
+
     def close(self) -> None:
         """Let go of the maps. Views that others still hold stay valid; a map ends with the last of its views."""
         self.tensors = {}

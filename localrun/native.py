@@ -14,6 +14,7 @@ from localrun.config import Config
 from localrun.decode import DecodeStep
 from localrun.facts import weight_bytes_per_token
 from localrun.gguf import GGUFFile
+from localrun.residency import Resident
 from localrun.tensors import Tensors
 from quant.pool import Pool
 
@@ -34,6 +35,7 @@ class NativeModel:
 
     def __init__(self, config: Config, file: GGUFFile, n_threads: int):
         self.config, self.file, self.vocab_size = config, file, config.vocab_size
+        self._resident = Resident(file)
         self._pool = Pool(n_threads)
         self._step = DecodeStep(config, Tensors(file), self._pool)
         self._most_steps = max(1, min(_STEP_TOKENS, _STEP_BYTES // weight_bytes_per_token(file, config)))
@@ -75,7 +77,8 @@ class NativeModel:
         return np.stack(rows if all_logits else rows[-1:])
 
     def close(self) -> None:
-        """End the worker threads."""
+        """End all threads."""
+        self._resident.close()
         self._pool.close()
         if self._network is not None:
             TorchThreads.release()
