@@ -4,8 +4,8 @@
 
 In each round every number of tokens is measured once or for a tenth of a second, each time with other experts, chosen
 at random, so that weights come from RAM; then a kernel that only reads measures the same weights' memory. GB/s counts
-the weights of the experts that were chosen, once each, however many tokens they had. --kt measures kt-kernel (pip
-install --no-deps kt-kernel: KTransformers' kernels) in turn: its AMXINT4 experts, on AMX if this CPU has it, or AVX-512.
+the weights of the experts that were chosen, once each, however many tokens they had. --kt measures kt-kernel in turn
+(pip install --no-deps kt-kernel): its AMXINT4 experts, on AMX if this CPU has it, else on AVX-512.
 A table goes to stderr; stdout is one JSON document.
 """
 
