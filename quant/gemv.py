@@ -22,7 +22,7 @@ from quant.simd import (
 from quant.simd_wide import stack
 
 MOST_FEW = 4  # tokens of one gemv_few: more than fit the registers together with the weights gain nothing
-AHEAD = 4096  # bytes between the weights in use and those being prefetched
+AHEAD = 8192  # bytes between the weights in use and those being prefetched
 _sums = stack(64 * MOST_FEW)
 
 
@@ -37,39 +37,51 @@ def specialize(template: Callable, name: str, **names: object) -> Callable:
 
 
 # What specialize() gives the two templates below; kernels() describes them.
-STRIDE, LINES = 256, 4
+STRIDE = 256
 weights = add_step = add_block = None
 
 
+@inline
+def _prefetch_ahead(block, n_bytes):
+    for line in range(0, n_bytes, 64):
+        prefetch(block + AHEAD + line)
+
+
 def _gemv(w, n_rows, n_cols, record, out):
+    n_steps, steps = n_cols // 256, record + steps_at(n_cols)
     block = w
     for r in range(n_rows):
         total = zero_f32x16()
-        for s in range(n_cols // 256):
-            for line in range(LINES):
-                prefetch(block + AHEAD + 64 * line)
-            total = add_step(weights(block), record + steps_at(n_cols) + STEP_BYTES * s, total)
+        for s in range(0, n_steps // 4 * 4, 4):
+            _prefetch_ahead(block, 4 * STRIDE)
+            for i in range(4):
+                total = add_step(weights(block), steps + STEP_BYTES * (s + i), total)
+                block += STRIDE
+        for s in range(n_steps // 4 * 4, n_steps):
+            _prefetch_ahead(block, STRIDE)
+            total = add_step(weights(block), steps + STEP_BYTES * s, total)
             block += STRIDE
-        for group in range(n_cols // 256 * 8, n_cols // 32):
+        for group in range(8 * n_steps, n_cols // 32):
             total = add_block(block, record, n_cols, group, total)
             block += STRIDE // 8
         store_f32(out + 4 * r, sum_f32x16(total))
 
 
 def _gemv_few(w, n_rows, n_cols, records, outs, offset, n_tokens):
+    n_steps, steps = n_cols // 256, steps_at(n_cols)
     block, sums = w, _sums()
     for r in range(n_rows):
         for t in range(n_tokens):
             store_f32x16(sums + 64 * t, zero_f32x16())
-        for s in range(n_cols // 256):
-            for line in range(LINES):
-                prefetch(block + AHEAD + 64 * line)
+        for s in range(n_steps):
+            if s % 4 == 0:
+                _prefetch_ahead(block, 4 * STRIDE)
             decoded = weights(block)
             for t in range(n_tokens):
-                step = load_i64(records + 8 * t) + steps_at(n_cols) + STEP_BYTES * s
+                step = load_i64(records + 8 * t) + steps + STEP_BYTES * s
                 store_f32x16(sums + 64 * t, add_step(decoded, step, load_f32x16(sums + 64 * t)))
             block += STRIDE
-        for group in range(n_cols // 256 * 8, n_cols // 32):
+        for group in range(8 * n_steps, n_cols // 32):
             for t in range(n_tokens):
                 total = add_block(block, load_i64(records + 8 * t), n_cols, group, load_f32x16(sums + 64 * t))
                 store_f32x16(sums + 64 * t, total)
@@ -94,8 +106,7 @@ def kernels(name: str, stride: int, weights: Callable, add_step: Callable, add_b
         add_step: inline (weights, address of a record's step, total f32x16) -> total.
         add_block: inline (address, record, n_cols, group, total f32x16) -> total, for one block of 32.
     """
-    names = {"STRIDE": stride, "LINES": -(-stride // 64)}
-    names |= {"weights": weights, "add_step": add_step, "add_block": add_block}
+    names = {"STRIDE": stride, "weights": weights, "add_step": add_step, "add_block": add_block}
     return (
         kernel(GEMV)(specialize(_gemv, f"gemv_{name}", **names)),
         kernel(GEMV_FEW)(specialize(_gemv_few, f"gemv_few_{name}", **names)),

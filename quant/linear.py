@@ -40,7 +40,7 @@ from quant.simd import (
     zero_f32x16,
 )
 
-_UNIT_BYTES = 1 << 16  # weights that a worker takes at a time: long enough to stream, short enough to share out
+_UNIT_BYTES = 1 << 19  # weights that a worker takes at a time: its start is read without prefetching, so few starts
 
 
 @dataclass(frozen=True)
