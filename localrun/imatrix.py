@@ -26,6 +26,7 @@ from localrun.bridge import Experts, HeadLinear, Linear
 from localrun.cache import Cache, row_widths
 from localrun.errors import LocalrunError
 from localrun.model import Model
+from localrun.native import TorchThreads
 from localrun.perplexity import text_chunks
 from localrun.session import PREFILL_CHUNK
 from localrun.weights import Weights
@@ -73,6 +74,7 @@ def collect(
     """
     chunks = text_chunks(engine, ids, n_ctx, n_chunks)
     inputs, pool = _Inputs(), Pool(engine.threads)
+    TorchThreads.hold()
     try:
         model = _observed_model(engine.config, engine.file, pool, inputs)
         for index, chunk in enumerate(chunks):
@@ -81,6 +83,7 @@ def collect(
             if progress is not None:
                 progress(index + 1, len(chunks))
     finally:
+        TorchThreads.release()
         pool.close()
     return Importance(
         {name: sums.numpy() for name, sums in inputs.squares.items()},
