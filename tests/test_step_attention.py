@@ -1,0 +1,214 @@
+"""The step's attention phases over a 16-bit cache against a softmax in float64.
+
+Letters: H heads, G groups of heads that share keys, S tokens in the cache, V values of a head.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+
+import kernels
+import numpy as np
+import pytest
+
+from quant.linear import Weight
+from quant.pool import Pool, aligned_bytes
+from quant.step import LEAST_CHUNK, MOST_CHUNKS, Program
+from quant.step_attention import Heads, attend_phase, lift_phase
+
+# Scores are sums of up to 300 float32 products, values of up to 5000 weighted ones: some sqrt(5000) roundings of 2^-24.
+TOLERANCE = 1e-5
+GUARD = 7  # rows behind the cache and floats behind the output, which nobody may use
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    with closing(Pool(2)) as two_workers:
+        yield two_workers
+
+
+def floats(address: int, *shape: int) -> np.ndarray:
+    """float32 memory as an array."""
+    n = int(np.prod(shape))
+    return np.frombuffer((ctypes.c_float * n).from_address(address), np.float32).reshape(shape)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of an attention; latent: values are the first part of keys, as in MLA, and all groups share them."""
+
+    latent: bool
+    n_groups: int
+    per_group: int
+    key_width: int
+    value_width: int
+
+    @property
+    def heads(self) -> Heads:
+        groups = 1 if self.latent else self.n_groups
+        key_row, value_row = 2 * groups * self.key_width, 2 * groups * self.value_width
+        return Heads(
+            n_groups=self.n_groups, per_group=self.per_group, key_width=self.key_width, value_width=self.value_width,
+            key_slot=1, value_slot=1 if self.latent else 2,
+            key_row=key_row, value_row=key_row if self.latent else value_row,
+            key_group=0 if self.latent else 2 * self.key_width, value_group=0 if self.latent else 2 * self.value_width,
+        )  # fmt: skip
+
+    def random(self, n_cached: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """queries float32 (H, key_width), keys float16 (S, groups, key_width), values float16 (S, groups, V)."""
+        rng, groups = np.random.default_rng([n_cached, seed]), 1 if self.latent else self.n_groups
+        queries = rng.standard_normal((self.heads.n_heads, self.key_width)) * 2 / np.sqrt(self.key_width)
+        keys = rng.standard_normal((n_cached, groups, self.key_width)).astype(np.float16)
+        values = rng.standard_normal((n_cached, groups, self.value_width)).astype(np.float16)
+        return queries.astype(np.float32), keys, keys[..., : self.value_width] if self.latent else values
+
+
+def attend(
+    pool: Pool, shape: Shape, queries: np.ndarray, keys: np.ndarray, values: np.ndarray, v_b: Weight | None = None
+) -> np.ndarray:
+    """float32 (H, V): the two phases for the last of the cached tokens. What they must not read is NaN."""
+    heads, n_cached = shape.heads, len(keys)
+    embedding, _ = kernels.random_weight("F32", (1, 1, 16), np.random.default_rng(0))
+    program = Program(pool, embedding, np.ones(1), 1.0, 3)
+    query_address = program.vector(heads.n_heads * heads.query_width)
+    floats(query_address, heads.n_heads, heads.query_width)[:, : shape.key_width] = queries
+    width = v_b.n_rows if v_b else shape.value_width
+    out_address = program.vector(heads.n_heads * width + GUARD)
+    out = floats(out_address, heads.n_heads * width + GUARD)
+    out[:] = np.nan
+    partials = aligned_bytes(heads.partials_bytes + 64 * GUARD)
+    partials.view(np.float32)[:] = np.nan
+    program.add(attend_phase(heads, query_address, program.keep(partials)))
+    program.add(lift_phase(heads, partials.ctypes.data, v_b, out_address))
+    program.finish()
+    blocks = [np.full((n_cached + GUARD, rows[0].size), np.nan, np.float16) for rows in (keys, values)]
+    for block, rows in zip(blocks, (keys, values), strict=True):
+        block[:n_cached] = rows.reshape(n_cached, -1)
+    program.run(0, n_cached - 1, np.array([0, *(block.ctypes.data for block in blocks)], np.int64))
+    assert np.all(np.isnan(out[-GUARD:]))
+    assert np.all(np.isnan(partials.view(np.float32)[-16 * GUARD :]))
+    return out[:-GUARD].reshape(heads.n_heads, width).copy()
+
+
+def expected(shape: Shape, queries: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """float64 (H, V)."""
+    groups = [0 if shape.latent else head // shape.per_group for head in range(shape.heads.n_heads)]
+    keys_SHd, values_SHV = (part[:, groups].astype(np.float64) for part in (keys, values))
+    scores_HS = np.einsum("hd,shd->hs", queries.astype(np.float64), keys_SHd)
+    weights_HS = np.exp(scores_HS - scores_HS.max(1, keepdims=True))
+    return np.einsum("hs,shv->hv", weights_HS / weights_HS.sum(1, keepdims=True), values_SHV)
+
+
+def error(found: np.ndarray, wanted: np.ndarray) -> float:
+    """The largest difference, of the largest value."""
+    assert found.shape == wanted.shape and np.all(np.isfinite(found))
+    return float(np.abs(found - wanted).max() / np.abs(wanted).max())
+
+
+MLA, GQA = Shape(True, 1, 8, 80, 64), Shape(False, 2, 3, 32, 32)
+FULL = MOST_CHUNKS * LEAST_CHUNK  # from here on pieces get longer
+LENGTHS = [1, 2, 63, 64, 65, 127, 128, 129, FULL - 1, FULL, FULL + 1, 4096, 4097, 5000, 2 * FULL + 1]
+SHAPES = {
+    "1 head": Shape(True, 1, 1, 48, 32),
+    "3 heads": Shape(True, 1, 3, 48, 32),
+    "16 heads": Shape(True, 1, 16, 48, 32),
+    "20 heads": Shape(True, 1, 20, 48, 32),
+    "2 groups of 10": Shape(True, 2, 10, 48, 32),
+    "odd widths": Shape(True, 2, 8, 53, 37),
+    "narrower than a vector": Shape(True, 1, 9, 7, 5),
+    "V3's widths": Shape(True, 2, 16, 576, 512),
+    "GQA, a group a head": Shape(False, 6, 1, 32, 32),
+    "GQA, 8 heads a group": Shape(False, 2, 8, 64, 64),
+    "GQA, 20 heads a group": Shape(False, 1, 20, 32, 32),
+    "GQA, odd widths": Shape(False, 3, 3, 29, 43),
+    "GQA, values shorter": Shape(False, 2, 4, 40, 24),
+    "GQA, values longer": Shape(False, 2, 11, 24, 72),
+}
+
+
+@pytest.mark.parametrize("n_cached", LENGTHS)
+@pytest.mark.parametrize("shape", [MLA, GQA], ids=["MLA", "GQA"])
+def test_lengths(pool: Pool, shape: Shape, n_cached: int) -> None:
+    case = shape.random(n_cached)
+    assert error(attend(pool, shape, *case), expected(shape, *case)) < TOLERANCE
+
+
+@pytest.mark.parametrize("n_cached", [1, 65, 200])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_shapes(pool: Pool, shape: Shape, n_cached: int) -> None:
+    case = shape.random(n_cached)
+    assert error(attend(pool, shape, *case), expected(shape, *case)) < TOLERANCE
+
+
+@pytest.mark.parametrize("shape", [MLA, GQA, SHAPES["odd widths"]], ids=["MLA", "GQA", "odd widths"])
+def test_workers_do_not_change_the_result(shape: Shape) -> None:
+    case, answers = shape.random(1000), []
+    for n_workers in (1, 2, 3, 7):
+        with closing(Pool(n_workers)) as pool:
+            answers += [attend(pool, shape, *case) for _ in range(3)]
+    assert all(np.array_equal(answers[0], answer) for answer in answers[1:])
+
+
+@pytest.mark.parametrize(("type_", "tolerance"), [("F32", TOLERANCE), ("F16", TOLERANCE), ("Q8_0", 1e-2)])
+@pytest.mark.parametrize("n_cached", [1, 300])
+def test_values_are_lifted_out_of_latent_space(pool: Pool, type_: str, tolerance: float, n_cached: int) -> None:
+    """v_b (H, 24, V). For integer types the mix is rounded to 8 bits, half a step of 1/127 of the largest of 32."""
+    weight, matrices = kernels.random_weight(type_, (8, 24, MLA.value_width), np.random.default_rng(5))
+    case = MLA.random(n_cached)
+    wanted = np.einsum("hvc,hc->hv", matrices, expected(MLA, *case))
+    assert error(attend(pool, MLA, *case, weight), wanted) < tolerance
+
+
+# ---- scores of any size ----------------------------------------------------------------------------------------------
+
+
+def whole_numbers(shape: Shape, n_cached: int, order: int, offset: int, factor: float):
+    """Scores exact in float32: factor * (whole numbers + offset); order 1: rising, -1: falling, 0: any."""
+    rng, groups = np.random.default_rng(n_cached), 1 if shape.latent else shape.n_groups
+    keys = rng.integers(-2, 3, (n_cached, groups, shape.key_width)).astype(np.float16)
+    values = rng.standard_normal((n_cached, groups, shape.value_width)).astype(np.float16)
+    keys[..., 0] = rng.integers(-40, 40, (n_cached, groups)) if order == 0 else order * np.arange(n_cached)[:, None]
+    keys[..., 1] = 1
+    queries = np.zeros((shape.heads.n_heads, shape.key_width), np.float32)
+    queries[:, :3] = [1, offset, 2]
+    queries[1::2, 2] = -1
+    return queries * np.float32(factor), keys, keys[..., : shape.value_width] if shape.latent else values
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0**10, 2.0**40, 2.0**108], ids=["1", "2^10", "2^40", "2^108"])
+@pytest.mark.parametrize("order", [-1, 0, 1], ids=["falling", "any order", "rising"])
+@pytest.mark.parametrize("offset", [-2000, 0, 2000])
+@pytest.mark.parametrize("shape", [MLA, GQA], ids=["MLA", "GQA"])
+def test_huge_scores(pool: Pool, shape: Shape, offset: int, order: int, factor: float) -> None:
+    """Up to 1e36 of either sign: softmax takes the largest, ties in equal parts, and nothing overflows.
+
+    Rising scores make every piece larger than what was summed before it, falling ones smaller.
+    """
+    case = whole_numbers(shape, 500, order, offset, factor)
+    # The largest value is up to 500 here where keys are values; its weight has the exponential's rounding.
+    assert error(attend(pool, shape, *case), expected(shape, *case)) < TOLERANCE
+
+
+def test_equal_scores_take_the_mean(pool: Pool) -> None:
+    queries, keys, values = GQA.random(777)
+    found = attend(pool, GQA, np.zeros_like(queries), keys, values)
+    mean = values.astype(np.float64).mean(0)
+    # The mean of 777 values of size 1 is some 0.04: rounding is of the values' size.
+    assert np.abs(found - mean[[0, 0, 0, 1, 1, 1]]).max() < TOLERANCE
+
+
+def test_one_token_is_its_value(pool: Pool) -> None:
+    queries, keys, values = GQA.random(1)
+    assert np.array_equal(attend(pool, GQA, queries, keys, values), values[0, [0, 0, 0, 1, 1, 1]].astype(np.float32))
+
+
+def test_nan_in_the_cache_reaches_the_heads_that_read_it(pool: Pool) -> None:
+    queries, keys, values = GQA.random(100)
+    keys[70, 1, 3] = np.nan
+    with pytest.raises(AssertionError):
+        error(attend(pool, GQA, queries, keys, values), expected(GQA, queries, keys, values))
+    found = attend(pool, GQA, queries, keys, values)
+    assert np.isnan(found[3:]).all() and np.isfinite(found[:3]).all()
