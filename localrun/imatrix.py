@@ -11,7 +11,8 @@ Letters: T tokens, N those of one expert, D hidden_size, I moe_intermediate_size
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -240,26 +241,38 @@ class _ObservedCache(Cache):
 
 
 def check_destination(path: Path) -> None:
-    """Raises LocalrunError where a file of that name cannot be written."""
+    """Raises LocalrunError where a file of that name cannot be written: sooner than after all of the text."""
     folder = path.absolute().parent
     if not folder.is_dir():
         raise LocalrunError(f"{path}: folder {folder} does not exist")
     if path.is_dir():
         raise LocalrunError(f"{path}: is a folder; expected the name of the file to write")
+    with _partial(path) as partial:
+        partial.touch()
 
 
 def write(path: Path, importance: Importance, dataset: str) -> None:
-    """Write the file, in place of one of that name only when all of it is there. Raises OSError.
+    """Write the file, in place of one of that name only when all of it is there. Raises LocalrunError.
 
     Args:
         dataset: what the text was, for who looks into the file.
     """
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with _partial(path) as partial:
         _write(partial, importance, dataset)
         os.replace(partial, path)
+
+
+@contextmanager
+def _partial(path: Path) -> Iterator[Path]:
+    """A name beside path to write to, where nothing is left afterwards. Raises LocalrunError on errors of writing."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+    except OSError as error:
+        raise LocalrunError(f"{path}: cannot be written: {error.strerror}") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # most often there is none any more
+            partial.unlink()
 
 
 def _write(path: Path, importance: Importance, dataset: str) -> None:

@@ -266,6 +266,7 @@ ERRORS = {
         "/no/such/x: folder /no/such does not exist",
     ),
     "imatrix into a folder": (["imatrix", "-f", __file__, "-o", "/tmp"], "/tmp: is a folder"),
+    "imatrix, no place": (["imatrix", "-f", __file__, "-o", "x" * 250], "xxx: cannot be written: File name too long"),
     "not a model": (["inspect", __file__], "not a GGUF file"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -213,6 +214,18 @@ def test_an_interrupted_writing_leaves_what_was(tmp_path: Path, monkeypatch: pyt
         imatrix.write(path, found, "t.txt")
     assert path.read_text() == "an older one"
     assert os.listdir(tmp_path) == ["i.gguf"]
+
+
+def test_a_full_disk_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = collect(tiny_models.shared("llama"), [0] * 40)
+
+    def fail(_: gguf.GGUFWriter) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", fail)
+    with pytest.raises(LocalrunError, match=r"i\.gguf: cannot be written: No space left on device"):
+        imatrix.write(tmp_path / "i.gguf", found, "t.txt")
+    assert os.listdir(tmp_path) == []
 
 
 # --- the command
