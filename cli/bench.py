@@ -50,6 +50,7 @@ def bench(
         if against is not None:
             from localrun.peer import LlamaCpp
 
+            note("loading the file into llama.cpp, which may take minutes where it repacks weights")
             peer = LlamaCpp(engine.file, engine.threads, settings.ctx)
             stack.callback(peer.close)
             if verbose:
