@@ -98,13 +98,12 @@ def _carry_out(plan: "Plan", threads: int | None, resume: bool, force: bool) -> 
     from localrun.convert import convert as carry_out
     from localrun.hardware import usable_cores
 
-    eta = _Eta()
     try:
-        last = carry_out(plan, threads=threads or usable_cores(), resume=resume, force=force, progress=eta.show)
+        with _Eta() as eta:
+            last = carry_out(plan, threads=threads or usable_cores(), resume=resume, force=force, progress=eta.show)
     except KeyboardInterrupt:
         note("interrupted; --resume goes on from here")
         raise
-    eta.end()
     return last, eta.seconds()
 
 
@@ -185,7 +184,7 @@ class _Eta:
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
-        self._first_weights: int | None = None
+        self._first: tuple[int, float] | None = None  # weights and seconds when the first unit of this run was done
         self._next_line = _LINE_S
         self._terminal = sys.stderr.isatty()
 
@@ -194,13 +193,13 @@ class _Eta:
 
     def show(self, progress: "Progress") -> None:
         """Says how far it is; in a log, seldom."""
-        if self._first_weights is None:  # an earlier run's share has taken this one no time
-            self._first_weights = progress.weights
+        if self._first is None:  # neither an earlier run's share nor the compiling of kernels tells of what is left
+            self._first = progress.weights, self.seconds()
         if not self._terminal and self.seconds() < self._next_line:
             return
         self._next_line = self.seconds() + _LINE_S
-        done, left = progress.weights - self._first_weights, progress.total_weights - progress.weights
-        eta = f", {_duration(self.seconds() / done * left)} left" if done else ""
+        done, left = progress.weights - self._first[0], progress.total_weights - progress.weights
+        eta = f", {_duration((self.seconds() - self._first[1]) / done * left)} left" if done else ""
         percent = 100 * progress.weights / progress.total_weights
         moved = f"{size(progress.bytes_in)} in, {size(progress.bytes_out)} out"
         line = f"{percent:5.1f}% {moved}{eta}, {printable(progress.tensor)}"
@@ -209,8 +208,11 @@ class _Eta:
         else:
             note(line.strip())
 
-    def end(self) -> None:
-        """Clears the line."""
+    def __enter__(self) -> "_Eta":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Clears the line, for what is said next."""
         if self._terminal:
             print(f"\r{'':<100}\r", end="", file=sys.stderr, flush=True)
 
