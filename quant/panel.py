@@ -77,6 +77,16 @@ class PanelFormat:
 
 _MODULES = {
     "Q4_K": "panel_k",
+    "Q5_K": "panel_k",
+    "Q6_K": "panel_k",
+    "IQ4_XS": "panel_k",
+    "Q4_0": "panel_32",
+    "Q4_1": "panel_32",
+    "Q5_0": "panel_32",
+    "Q5_1": "panel_32",
+    "Q8_0": "panel_32",
+    "IQ4_NL": "panel_32",
+    "MXFP4": "panel_32",
 }
 
 

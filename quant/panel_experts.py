@@ -67,13 +67,14 @@ def _swiglu(a, begin, n_tokens, step, gated, upped, rounded):
     panel = load_i64(a + DOWN_TOKENS) + TOKEN_BYTES * (load_i64(a + INNER) // STEP) * begin
     kind, offset, n_steps = load_i64(a + DOWN + KIND), load_i64(a + DOWN + OFFSET), load_i64(a + INNER) // STEP
     values = rounded + GROUP_RECORD_BYTES
-    for t in range(n_tokens):
-        for p in range(2):
-            at = 4 * ROWS * t + 64 * p
-            h = silu_times_f32x16(load_f32x16(gated + at), load_f32x16(upped + at))
-            store_f32x16(values + 64 * p, h)
-        round_groups(values, STEP, rounded)
-        write_steps(kind, offset, rounded, 1, panel, step, n_steps, t, n_tokens)
+    for i in range(UP_ROWS // ROWS):
+        for t in range(n_tokens):
+            at = 4 * ROWS * (n_tokens * i + t)
+            for half in range(0, 128, 64):
+                h = silu_times_f32x16(load_f32x16(gated + at + half), load_f32x16(upped + at + half))
+                store_f32x16(values + half, h)
+            round_groups(values, STEP, rounded)
+            write_steps(kind, offset, rounded, 1, panel, step + i, n_steps, t, n_tokens)
 
 
 @inline

@@ -3,11 +3,30 @@
 As in simd.py, LLVM splits vectors that are wider than the machine's.
 """
 
+from collections.abc import Sequence
+
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from quant.simd import F16, I16, I32, I64, Vector, call, constant, define, f32x16, i8x16, load, shuffle, splat, store
+from quant import isa
+from quant.simd import (
+    F16,
+    I8,
+    I16,
+    I32,
+    I64,
+    Vector,
+    call,
+    constant,
+    define,
+    f32x16,
+    i8x16,
+    load,
+    shuffle,
+    splat,
+    store,
+)
 
 ROWS = 16  # rows of a panel: the lanes of its vectors
 i32x16 = Vector(I32, ROWS, "i32x16")
@@ -81,8 +100,52 @@ sign_extend_i8 = define(  # of the lowest 8 bits of each lane
     i32x16, (i32x16,), lambda b, v: b.ashr(b.shl(v, constant(v.type, 24)), constant(v.type, 24))
 )
 i32_to_f32x16 = define(f32x16, (i32x16,), lambda b, v: b.sitofp(v, f32x16.ir))
-bits_to_f32x16 = define(f32x16, (i32x16,), lambda b, v: b.bitcast(v, f32x16.ir))
 negate_f32x16 = define(f32x16, (f32x16,), lambda b, v: b.fneg(v))
+
+
+def _with_fifth_bits(builder, words, bits, e):
+    """Or 16 into byte i of each lane of `words` where bit 4e + i of `bits` is set, for i in 0..3."""
+    bytes_ = ir.VectorType(I8, 4 * ROWS)
+    shifted = builder.bitcast(builder.lshr(bits, _word(builder, builder.shl(builder.lshr(e, I64(1)), I64(3)))), bytes_)
+    copies = shuffle(builder, shifted, None, [lane // 4 * 4 for lane in range(4 * ROWS)])
+    nibble = builder.trunc(builder.shl(builder.and_(e, I64(1)), I64(2)), I8)
+    chosen = builder.shl(ir.Constant(bytes_, [1, 2, 4, 8] * ROWS), splat(builder, nibble, bytes_))
+    is_set = builder.icmp_signed("!=", builder.and_(copies, chosen), constant(bytes_, 0))
+    value = builder.select(is_set, constant(bytes_, 16), constant(bytes_, 0))
+    return builder.or_(words, builder.bitcast(value, i32x16.ir))
+
+
+with_fifth_bits = define(i32x16, (i32x16, i32x16, types.int64), _with_fifth_bits)
+
+
+def bytes_lookup_in(table: Sequence[int]):
+    """An intrinsic i32x16(i32x16): table[byte] for each byte, all below 16. Needs AVX2."""
+    entries = [int(value) for value in table]
+
+    def emit(builder, words):
+        if isa.has("avx512_vnni"):
+            vector = ir.VectorType(I8, 4 * ROWS)
+            found = call(
+                builder, "llvm.x86.avx512.pshuf.b.512", vector,
+                ir.Constant(vector, entries * 4), builder.bitcast(words, vector),
+            )  # fmt: skip
+            return builder.bitcast(found, words.type)
+        half, parts = ir.VectorType(I8, 2 * ROWS), []
+        for first in (0, ROWS // 2):
+            part = builder.bitcast(shuffle(builder, words, None, range(first, first + ROWS // 2)), half)
+            found = call(builder, "llvm.x86.avx2.pshuf.b", half, ir.Constant(half, entries * 2), part)
+            parts.append(builder.bitcast(found, ir.VectorType(I32, ROWS // 2)))
+        return shuffle(builder, *parts, range(ROWS))
+
+    return define(i32x16, (i32x16,), emit)
+
+
+def _e8m0_half_to_f32x16(builder, v):
+    """2^(v-128) for v in 0..255, which is subnormal below 2."""
+    small = builder.shl(constant(v.type, 0x00200000), v)
+    normal = builder.shl(builder.sub(v, constant(v.type, 1)), constant(v.type, 23))
+    bits = builder.select(builder.icmp_unsigned("<", v, constant(v.type, 2)), small, normal)
+    return builder.bitcast(bits, f32x16.ir)
 
 
 def _half_to_f32x16(builder, v):
@@ -95,6 +158,7 @@ def _sum_i8x16(builder, v):
     return builder.sext(call(builder, "llvm.vector.reduce.add.v16i32", I32, builder.sext(v, i32x16.ir)), I64)
 
 
+e8m0_half_to_f32x16 = define(f32x16, (i32x16,), _e8m0_half_to_f32x16)
 half_to_f32x16 = define(f32x16, (i32x16,), _half_to_f32x16)
 store_i32 = define(types.void, (types.int64, types.int64), lambda b, p, v: store(b, p, b.trunc(v, I32)))
 sum_i8x16 = define(types.int64, (i8x16,), _sum_i8x16)
