@@ -144,23 +144,34 @@ _SHORT_CTX, _LONG_CTX = 16, 1024  # tokens in the cache in two runs whose differ
 
 
 def _probe(model: ModelShape, threads: int) -> dict[str, float]:
-    """The rates of attention, and what a layer takes besides: two probes, with small heads and with the model's."""
+    """The rates of attention, and what a layer takes besides: two probes, with the model's heads and with small ones.
+
+    Attention over the cache is what a longer context adds to a token, and what a chunk takes beyond two half as long:
+    everything else is the same for each token.
+    """
+    with _Probe(_probe_config(model), threads) as probe:
+        decode_s = probe.decode_s(_LONG_CTX) - probe.decode_s(_SHORT_CTX)
+        prefill_s = probe.prefill_s(CHUNK) - 2 * probe.prefill_s(CHUNK // 2)
+        decode_flops = attention_flops(probe.shape, _LONG_CTX - _SHORT_CTX, 1)
+        prefill_flops = _own_flops(probe.shape, CHUNK) - 2 * _own_flops(probe.shape, CHUNK // 2)
+    prefill_rate = prefill_flops / max(prefill_s, 1e-6)
     small = _probe_config(model)
     small |= {name: value for name, value in _SMALL_HEADS.items() if name in small}
     with _Probe(small, threads) as probe:
         layer_s = probe.decode_s(_SHORT_CTX) / _PROBE_LAYERS
-        chunk_layer_s = probe.prefill_s(0) / _PROBE_LAYERS
-    with _Probe(_probe_config(model), threads) as probe:
-        decode_s = probe.decode_s(_LONG_CTX) - probe.decode_s(_SHORT_CTX)
-        prefill_s = probe.prefill_s(_LONG_CTX) - probe.prefill_s(0)
-        flops = attention_flops(probe.shape, _LONG_CTX - _SHORT_CTX, 1), attention_flops(probe.shape, _LONG_CTX, CHUNK)
+        chunk_s = probe.prefill_s(CHUNK) - _own_flops(probe.shape, CHUNK) / prefill_rate
     return {
         "layer_s": layer_s,
-        "chunk_layer_s": chunk_layer_s,
-        "attention_decode_flops": flops[0] / max(decode_s, 1e-6),
-        "attention_prefill_flops": flops[1] / max(prefill_s, 1e-6),
+        "chunk_layer_s": max(0.0, chunk_s) / _PROBE_LAYERS,
+        "attention_decode_flops": decode_flops / max(decode_s, 1e-6),
+        "attention_prefill_flops": prefill_rate,
         "activation_bytes_per_s": _activation_bytes_per_s(model.config.hidden_size),
     }
+
+
+def _own_flops(model: ModelShape, n_tokens: int) -> float:
+    """Attention of a chunk over itself."""
+    return attention_flops(model, n_tokens, n_tokens)
 
 
 def _activation_bytes_per_s(hidden_size: int) -> float:
@@ -234,10 +245,9 @@ class _Probe:
         self._fill(ctx)
         return _best_s(lambda: self._again([1], ctx), threads=self._threads)[0]
 
-    def prefill_s(self, ctx: int) -> float:
-        """Seconds of a chunk after ctx others."""
-        self._fill(ctx)
-        return _best_s(lambda: self._again(_ids(CHUNK), ctx), threads=self._threads)[0]
+    def prefill_s(self, n_tokens: int) -> float:
+        """Seconds of a chunk, from an empty context."""
+        return _best_s(lambda: self._again(_ids(n_tokens), 0), threads=self._threads)[0]
 
     def _fill(self, ctx: int) -> None:
         self._cache.truncate(ctx)

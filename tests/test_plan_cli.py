@@ -1,0 +1,230 @@
+"""localrun plan and plan cluster: options, output, exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import typer.main
+
+from cli.main import app, run
+from localrun.plan.known import load_data
+from localrun.plan.machine import load_machine
+
+OPTIONS = {
+    "model": [
+        *["--type", "-c", "--ctx", "--prompt", "--machine", "-t", "--threads", "--acceptance"],
+        *["--kv-table", "--compute-table", "--plot", "--json"],
+    ],
+    "cluster": [
+        *["--model", "--device", "--bandwidth", "--tokens", "--hidden", "-c", "--ctx", "--acceptance", "--requests"],
+        *["--prompt", "--reply", "--utilisation", "--prefill-unit", "--decode-unit", "--ports", "--planes"],
+        *["--endpoints", "--prices", "--fabric", "--plot", "--json"],
+    ],
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_options_are_these(name: str) -> None:
+    group = typer.main.get_command(app).commands["plan"]  # type: ignore[attr-defined]
+    assert sorted(group.commands) == sorted(OPTIONS)
+    found = [option for parameter in group.commands[name].params for option in parameter.opts if option[0] == "-"]
+    assert found == OPTIONS[name]
+
+
+@pytest.mark.parametrize("args", [["--help"], ["cluster", "--help"], ["model", "-h"]])
+def test_help(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", *args]) == 0
+    assert "Usage:" in capsys.readouterr().out
+
+
+def test_a_plan_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "deepseek-v3", "--machine", "10k-server"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.startswith("DeepSeek-V3 671B, Q4_K_M: 684.49 G weights, 36.63 G active")
+    assert "tokens/s" in out and "13 memory channels, not 12" in out and "bound by routed experts on the CPU" in out
+
+
+def test_a_refusal_prints_the_memory_and_is_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "deepseek-v3", "--machine", "laptop"]) == 1
+    out, err = capsys.readouterr()
+    assert "weights, mapped from the file" in out and "tokens/s" not in out
+    assert err.startswith("localrun: DeepSeek-V3 671B, Q4_K_M, 8192 tokens of context, does not fit a laptop")
+    assert err.count("\n") == 1
+
+
+def test_a_refusal_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "kimi-k2", "--machine", "desktop", "--json"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert document["memory"]["fits"] is False and "no type fits" in document["refusal"]
+
+
+def test_tables_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "--kv-table", "--compute-table"]) == 0
+    out = capsys.readouterr().out
+    assert "70,272" in out and "published 250 (+0.2%)" in out
+
+
+def test_a_cluster_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "cluster", "--hidden", "7000", "--fabric", "2x2x2x2"]) == 0
+    out = capsys.readouterr().out
+    assert "takes 120.96 us" in out and "14.76 ms a token" in out and "MPFT" in out
+
+
+def test_a_config_json_and_a_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(load_data("models")["deepseek-v2-lite"]["config"]))
+    found = []
+    for model in (str(path), str(tmp_path), "deepseek-v2-lite"):
+        assert run(["plan", model, "--machine", "laptop", "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["decode"])
+    assert found[0] == found[1] == found[2]
+    assert run(["plan", str(tiny_models.shared("v3")), "--machine", "laptop", "-c", "100", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"]["type"] == "as in the file"
+
+
+def test_a_machine_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What --json says of a machine can be saved and used again."""
+    assert run(["plan", "deepseek-v2-lite", "--machine", "laptop", "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(first["machine"]["file"]))
+    assert run(["plan", "deepseek-v2-lite", "--machine", str(path), "--json"]) == 0
+    second = json.loads(capsys.readouterr().out)
+    assert second["decode"] == first["decode"] and second["machine"]["name"] == "mine"
+
+
+def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    """Measured: of the right order, and every rate there. How near it comes is scripts/compare_plan.py's to say."""
+    assert run(["plan", str(tiny_models.shared("v2-lite")), "-t", "1", "-c", "256", "--prompt", "64", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert err.startswith("localrun: measuring this machine") and err.count("\n") == 1
+    document = json.loads(out)
+    cpu = document["machine"]["file"]["cpu"]
+    assert 1e8 < cpu["memory"]["read_bytes_per_s"]["value"] < 1e12
+    assert {row["type"] for row in cpu["kernels"]} == {"F32"}
+    assert 10 < document["decode"]["tokens_per_s"] < 1e5
+    assert document["prefill"]["tokens_per_s"] > document["decode"]["tokens_per_s"] / 10
+
+
+def test_this_machine_is_not_measured_in_vain(capsys: pytest.CaptureFixture[str]) -> None:
+    """A model of a terabyte is refused by this machine's memory before anything is measured."""
+    assert run(["plan", "kimi-k2", "--type", "F32"]) == 1
+    err = capsys.readouterr().err
+    assert "measuring" not in err and "does not fit this machine" in err
+
+
+def edited(path: Path, **changes: Any) -> str:
+    """The laptop's description with some keys changed (dotted), None for removed."""
+    document = json.loads(json.dumps(load_machine("laptop").document))
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        place = document
+        for parent in parents:
+            place = place[parent]
+        if value is None:
+            del place[last]
+        else:
+            place[last] = value
+    path.write_text(json.dumps(document))
+    return str(path)
+
+
+BAD_MACHINES = {
+    "missing": ({"ram_bytes": None}, "ram_bytes is missing"),
+    "no cpu": ({"cpu": None}, "cpu is missing"),
+    "text": ({"ram_bytes": "much"}, "ram_bytes is 'much'; expected a positive number"),
+    "zero": ({"cpu__cores": 0}, "cpu.cores is 0; expected a positive number"),
+    "half a core": ({"cpu__cores": 1.5}, "cpu.cores is 1.5; expected a whole number"),
+    "negative": ({"cpu__layer_s": -1}, "cpu.layer_s is -1; expected a number of at least 0"),
+    "more than all": ({"cpu__memory__read_fraction": 1.5}, "read_fraction is 1.5; expected a number between 0 and 1"),
+    "unknown key": ({"cpu__colour": "red"}, "cpu.colour is not known"),
+    "unknown kernels": ({"cpu__kernels": "mmx"}, "cpu.kernels is 'mmx'; expected a table, or one of"),
+    "no kernels": ({"cpu__kernels": []}, "expected a list of rates"),
+    "kernel without rate": (
+        {"cpu__kernels": [{"type": "Q4_K", "n_cols": 1}]},
+        "cpu.kernels[0].gemv is missing",
+    ),
+    "a list": ({"cpu": []}, "cpu is no object"),
+    "type without rates": (
+        {"cpu__kernels": [{"type": "Q2_K", "n_cols": 256, "gemv": 1, "expand": 1, "gemm": 1}]},
+        "has no rates for",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_MACHINES.values(), ids=BAD_MACHINES.keys())
+def test_bad_machine_files(
+    changes: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = edited(tmp_path / "machine.json", **changes)
+    assert run(["plan", "deepseek-v2-lite", "--machine", path]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and err.count("\n") == 1
+
+
+ERRORS = {
+    "unknown machine": (["deepseek-v3", "--machine", "cray"], "cray: no such machine file; presets: this, 10k-server"),
+    "not JSON": (["deepseek-v3", "--machine", __file__], "not JSON"),
+    "a folder": (["deepseek-v3", "--machine", "/"], "/: cannot be read"),
+    "unknown model": (["deepseek-v9", "--machine", "laptop"], "known models: deepseek-v3"),
+    "unknown type": (["deepseek-v3", "--type", "Q9", "--machine", "laptop"], "unknown type 'Q9'"),
+    "ctx": (["deepseek-v3", "-c", "0", "--machine", "laptop"], "-c/--ctx 0; expected 1"),
+    "prompt": (["deepseek-v3", "--prompt", "-1", "--machine", "laptop"], "--prompt -1"),
+    "acceptance": (["deepseek-v3", "--acceptance", "nan", "--machine", "laptop"], "--acceptance nan"),
+    "threads": (["deepseek-v2-lite", "-t", "0"], "-t 0; expected 1 or more"),
+    "threads of a preset": (["deepseek-v3", "-t", "2", "--machine", "laptop"], "-t/--threads goes with --machine this"),
+    "not a model": ([__file__, "--machine", "laptop"], "not a GGUF file"),
+    "plot's name": (["--kv-table", "--plot", "x.txt"], "x.txt: a picture's name ends in"),
+    "device": (["cluster", "--device", "abacus"], "unknown device 'abacus'"),
+    "bandwidth": (["cluster", "--bandwidth", "0"], "bytes a second 0.0; expected more than 0"),
+    "tokens": (["cluster", "--tokens", "0"], "tokens 0; expected 1"),
+    "ports": (["cluster", "--ports", "7"], "switches of 7 ports"),
+    "fabric": (["cluster", "--fabric", "big"], "--fabric 'big'"),
+    "large fabric": (["cluster", "--fabric", "8x64x32x32"], "are too many flows"),
+    "prices": (["cluster", "--prices", "/no/such"], "/no/such: no such file"),
+    "dense": (["cluster", "--model", "llama-3.1-405b"], "no routed experts"),
+    "unit": (["cluster", "--decode-unit", "0"], "a unit of 0 devices"),
+}
+
+
+@pytest.mark.parametrize(("args", "message"), ERRORS.values(), ids=ERRORS.keys())
+def test_errors_are_one_line_and_1(
+    args: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["plan", *args]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("localrun: ") and err.count("\n") == 1
+    assert message in err
+
+
+@pytest.mark.parametrize("args", [["--nosuch"], ["cluster", "--tokens", "many"], ["cluster", "extra"]])
+def test_usage_errors_are_2(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", *args]) == 2
+    assert "Error:" in capsys.readouterr().err
+
+
+def test_plots_need_matplotlib(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    assert run(["plan", "--kv-table", "--plot", "kv.png"]) == 1
+    assert capsys.readouterr().err == "localrun: --plot needs matplotlib: pip install 'localrun[plot]'\n"
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["--kv-table"], ["deepseek-v3", "--machine", "10k-server"], ["cluster", "--fabric", "2x2x2x2"]],
+    ids=["kv", "decode", "interconnect"],
+)
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_plots(args: list[str], suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="the extra 'plot' is not installed")
+    path = tmp_path / f"picture.{suffix}"
+    assert run(["plan", *args, "--plot", str(path)]) == 0
+    assert path.read_bytes().startswith(b"\x89PNG" if suffix == "png" else b"<?xml")
+    assert run(["plan", *args, "--plot", str(tmp_path / "none" / f"x.{suffix}")]) == 1
+    assert "cannot be written" in capsys.readouterr().err
