@@ -227,7 +227,7 @@ def main() -> None:
     counts = [int(count) for count in arguments.tokens.split(",")]
     layer = Layer(arguments.hidden, arguments.inner, arguments.experts, arguments.top_k, arguments.type)
     pool, reads = Pool(arguments.threads), []
-    kt_kernel = KtKernel(layer, arguments.threads, max(counts)) if arguments.kt else None
+    kt_kernel = KtKernel(layer, arguments.threads, -(-max(counts) // 32) * 32) if arguments.kt else None
     ours = Ours(layer, pool)
     engines: dict[str, Run] = {"localrun": ours} | ({"kt-kernel": kt_kernel} if kt_kernel else {})
     n_read = min(ours.memory.nbytes, 1 << 30)
