@@ -5,10 +5,11 @@ A weight panel holds 32 rows, repacked from their blocks a few columns at a time
 weight is scale * (u - offset) - minimum. The two vectors by the kind of the format:
 
     MINIMUM   scale, -minimum                           one of each for every 32 weights; offset 0
-    OFFSET    scale, nothing                            one for every 32
+    OFFSET    scale, nothing                            one for every 32; u below 32
+    BYTES     the same                                  one for every 32; u of 8 bits
     HALVES    scale of columns 0-15, of columns 16-31   one for every 16
 
-A token panel holds the tokens of one product in blocks of up to 6. A block of n takes 44*n bytes a step:
+A token panel holds the tokens of one product in blocks of up to 6 (4 with AVX2). A block of n takes 44*n bytes a step:
 q i8[n][32] | d f32[n] | two words [n]. The words of MINIMUM: s f32 = d * sum of q, and nothing. Of the others:
 -offset * sum of q, i32, over all 32 columns and nothing, or over each half; the dot products start there.
 """
@@ -23,11 +24,10 @@ from quant.formats import Format
 from quant.jit import inline
 from quant.panel_tile import (
     AHEAD,
+    GROUPS,
     HALVES,
-    LANES,
     MINIMUM,
     PART_BYTES,
-    PARTS,
     ROWS,
     STEP,
     STEPS,
@@ -48,12 +48,13 @@ from quant.simd import (
     sum_i8,
     zero_f32x16,
 )
+from quant.simd_panel import ROWS as VECTOR_ROWS
 from quant.simd_panel import store_i32, sum_i8x16
 
 GROUP_RECORD_BYTES = record_bytes(STEP)
 REPACK = "void(int64, int64, int64)"
 _ADDRESSES = AHEAD + 64  # in a worker's scratch, behind the panel and what to prefetch: addresses of its rows
-SCRATCH_BYTES = _ADDRESSES + 8 * LANES
+SCRATCH_BYTES = _ADDRESSES + 8 * VECTOR_ROWS
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ TOKENS_FROM = 4  # repacking a row pays from here on
 
 def find(format_: Format) -> PanelFormat | None:
     """How to make panels of a format; None where float32 tiles are used instead."""
-    if format_.name not in _MODULES or not isa.has("avx512_vnni"):
+    if format_.name not in _MODULES or not isa.has("avx2"):
         return None
     return getattr(import_module(f"quant.{_MODULES[format_.name]}"), format_.name)
 
@@ -162,9 +163,9 @@ def n_panels(n_rows):
 @inline
 def _repack(matrix, w, row_bytes, n_rows, n_blocks, addresses, panel):
     """A panel of the rows from w on; behind the last of n_rows the last one again. addresses: scratch."""
-    for part in range(PARTS):
-        for r in range(LANES):
-            store_i64(addresses + 8 * r, w + row_bytes * min(LANES * part + r, n_rows - 1))
+    for part in range(2):
+        for r in range(VECTOR_ROWS):
+            store_i64(addresses + 8 * r, w + row_bytes * min(VECTOR_ROWS * part + r, n_rows - 1))
         call_3(load_i64(matrix + REPACKER), addresses, n_blocks, panel + PART_BYTES * part)
 
 
@@ -179,7 +180,7 @@ def multiply_panels(matrix, group, first, n_rows, n_cols, tokens, n_tokens, sums
     panels, n_steps = n_panels(n_rows), n_cols // STEP
     for i in range(0, 4 * ROWS * panels * n_tokens, 64):
         store_f32x16(sums + i, zero_f32x16())
-    tile_steps = panels * n_steps * ((n_tokens + TOKENS - 1) // TOKENS)
+    tile_steps = GROUPS * panels * n_steps * ((n_tokens + TOKENS - 1) // TOKENS)
     store_i64(scratch + AHEAD, ahead)
     store_i64(scratch + AHEAD + 8, (ahead_bytes // 64 + tile_steps - 1) // tile_steps)
     for step in range(0, n_steps, STEPS):

@@ -4,7 +4,7 @@ from quant.iq4_nl import VALUES as IQ4_VALUES
 from quant.jit import inline, kernel
 from quant.mxfp4 import VALUES as MXFP4_VALUES
 from quant.panel import REPACK, PanelFormat
-from quant.panel_tile import MINIMUM, OFFSET, STEP, STEP_BYTES
+from quant.panel_tile import BYTES, MINIMUM, OFFSET, STEP, STEP_BYTES
 from quant.simd import store_f32x16
 from quant.simd_panel import (
     and_i32,
@@ -133,6 +133,6 @@ Q4_0 = PanelFormat(OFFSET, 8, _q4_0.address)
 Q4_1 = PanelFormat(MINIMUM, 0, _q4_1.address)
 Q5_0 = PanelFormat(OFFSET, 16, _q5_0.address)
 Q5_1 = PanelFormat(MINIMUM, 0, _q5_1.address)
-Q8_0 = PanelFormat(OFFSET, 128, _q8_0.address)
-IQ4_NL = PanelFormat(OFFSET, 128, _iq4_nl.address)
+Q8_0 = PanelFormat(BYTES, 128, _q8_0.address)
+IQ4_NL = PanelFormat(BYTES, 128, _iq4_nl.address)
 MXFP4 = PanelFormat(OFFSET, 12, _mxfp4.address)

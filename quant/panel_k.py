@@ -6,7 +6,7 @@ Layouts of the blocks: q4_k.py, q5_k.py, q6_k.py, iq4_xs.py.
 from quant.iq4_nl import VALUES
 from quant.jit import inline, kernel
 from quant.panel import REPACK, PanelFormat
-from quant.panel_tile import HALVES, MINIMUM, OFFSET, STEP, STEP_BYTES
+from quant.panel_tile import BYTES, HALVES, MINIMUM, STEP, STEP_BYTES
 from quant.simd import mul_f32x16, store_f32x16
 from quant.simd_panel import (
     add_i32,
@@ -167,4 +167,4 @@ def _iq4_xs(rows, n_blocks, out):
 Q4_K = PanelFormat(MINIMUM, 0, _q4_k.address)
 Q5_K = PanelFormat(MINIMUM, 0, _q5_k.address)
 Q6_K = PanelFormat(HALVES, 32, _q6_k.address)
-IQ4_XS = PanelFormat(OFFSET, 128, _iq4_xs.address)
+IQ4_XS = PanelFormat(BYTES, 128, _iq4_xs.address)
