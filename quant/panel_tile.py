@@ -175,6 +175,8 @@ def _tile(kind: int):
             store(builder, address, builder.load(total))
 
     def emit(builder, weights, tokens, sums, n_steps, n_tokens) -> None:
+        if not isa.has("avx2"):
+            return  # panel.find() gives the tiles to nobody then, and LLVM can't compile them
         done = builder.append_basic_block("done")
         switch = builder.switch(n_tokens, done)
         for n in range(1, TOKENS + 1):
