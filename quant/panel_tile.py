@@ -175,8 +175,6 @@ def _tile(kind: int):
             store(builder, address, builder.load(total))
 
     def emit(builder, weights, tokens, sums, n_steps, n_tokens) -> None:
-        if not isa.has("avx2"):
-            return  # panel.find() gives the tiles to nobody then, and LLVM can't compile them
         done = builder.append_basic_block("done")
         switch = builder.switch(n_tokens, done)
         for n in range(1, TOKENS + 1):
@@ -194,33 +192,27 @@ def _tile(kind: int):
     return define(types.void, (types.int64,) * 5, emit)
 
 
-_minimum, _offset, _halves, _bytes = _tile(MINIMUM), _tile(OFFSET), _tile(HALVES), _tile(BYTES)
 TILE = "void(int64, int64, int64, int64, int64)"
+TILES: dict[int, int] = {}  # addresses by kind; none below AVX2, where their instructions would abort the process
 
+if isa.has("avx2"):
+    _minimum, _offset, _halves, _bytes = _tile(MINIMUM), _tile(OFFSET), _tile(HALVES), _tile(BYTES)
 
-@kernel(TILE)
-def _minimum_tile(weights, tokens, sums, n_steps, n_tokens):
-    _minimum(weights, tokens, sums, n_steps, n_tokens)
+    @kernel(TILE)
+    def _minimum_tile(weights, tokens, sums, n_steps, n_tokens):
+        _minimum(weights, tokens, sums, n_steps, n_tokens)
 
+    @kernel(TILE)
+    def _offset_tile(weights, tokens, sums, n_steps, n_tokens):
+        _offset(weights, tokens, sums, n_steps, n_tokens)
 
-@kernel(TILE)
-def _offset_tile(weights, tokens, sums, n_steps, n_tokens):
-    _offset(weights, tokens, sums, n_steps, n_tokens)
+    @kernel(TILE)
+    def _halves_tile(weights, tokens, sums, n_steps, n_tokens):
+        _halves(weights, tokens, sums, n_steps, n_tokens)
 
+    @kernel(TILE)
+    def _bytes_tile(weights, tokens, sums, n_steps, n_tokens):
+        _bytes(weights, tokens, sums, n_steps, n_tokens)
 
-@kernel(TILE)
-def _halves_tile(weights, tokens, sums, n_steps, n_tokens):
-    _halves(weights, tokens, sums, n_steps, n_tokens)
-
-
-@kernel(TILE)
-def _bytes_tile(weights, tokens, sums, n_steps, n_tokens):
-    _bytes(weights, tokens, sums, n_steps, n_tokens)
-
-
-TILES = {
-    MINIMUM: _minimum_tile.address,
-    OFFSET: _offset_tile.address,
-    HALVES: _halves_tile.address,
-    BYTES: _bytes_tile.address,
-}
+    TILES[MINIMUM], TILES[OFFSET] = _minimum_tile.address, _offset_tile.address
+    TILES[HALVES], TILES[BYTES] = _halves_tile.address, _bytes_tile.address
