@@ -18,21 +18,21 @@ import numpy as np
 
 from quant.jit import inline
 from quant.simd import (
+    first_half,
     i8_to_f32,
     largest_magnitude,
     load_f32,
     load_f32x32,
-    load_i8x16,
-    load_i8x32,
     mul_f32x32,
     round_to_i8,
+    second_half,
     splat_f32x32,
     store_f32,
     store_f32x32,
     store_i8x16,
     store_i8x32,
-    sum_i8,
-    sum_i8x16,
+    sum_first_i8,
+    sum_second_i8,
 )
 
 GROUP = 32  # columns that share a scale
@@ -52,23 +52,22 @@ def steps_at(n_cols):
 
 
 @inline
-def _write_step(step, j, q, d):
-    """Group j of a step from the 32 bytes at q."""
-    v, low, high = load_i8x32(q), load_i8x16(q), load_i8x16(q + 16)
-    store_i8x32(step + IN_ORDER + 32 * j, v)
-    store_i8x32(step + NIBBLES + 32 * (j & 4 | (j & 1) << 1 | (j >> 1) & 1), v)
-    store_i8x16(step + QUARTERS + 128 * (j & 1) + 16 * (j >> 1), low)
-    store_i8x16(step + QUARTERS + 128 * (j & 1) + 16 * (j >> 1) + 64, high)
-    sum_low, sum_high = np.float32(sum_i8x16(low)), np.float32(sum_i8x16(high))
+def _write_step(step, j, q, d, first, second):
+    """Group j of a step: q i8x32, its scale, and the sums of its halves."""
+    store_i8x32(step + IN_ORDER + 32 * j, q)
+    store_i8x32(step + NIBBLES + 32 * (j & 4 | (j & 1) << 1 | (j >> 1) & 1), q)
+    quarter = step + QUARTERS + 128 * (j & 1) + 16 * (j >> 1)
+    store_i8x16(quarter, first_half(q))
+    store_i8x16(quarter + 64, second_half(q))
     store_f32(step + SCALES + 8 * j, d)
-    store_f32(step + SCALES + 8 * j + 4, d * (sum_low + sum_high))
-    store_f32(step + SUMS + 8 * j, sum_low + sum_high)
+    store_f32(step + SCALES + 8 * j + 4, d * (first + second))
+    store_f32(step + SUMS + 8 * j, first + second)
     store_f32(step + SUMS + 8 * j + 4, np.float32(0.0))
     lane = 4 * (4 * (2 * j & 3) + (j >> 1))
     store_f32(step + SCALES_16 + lane, d)
     store_f32(step + SCALES_16 + lane + 16, d)
-    store_f32(step + SUMS_16 + lane, sum_low)
-    store_f32(step + SUMS_16 + lane + 16, sum_high)
+    store_f32(step + SUMS_16 + lane, first)
+    store_f32(step + SUMS_16 + lane + 16, second)
 
 
 def round_ref(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -98,7 +97,8 @@ def write_record(x, first, last, n_cols, integer, record):
         store_f32x32(record + 128 * group, mul_f32x32(i8_to_f32(q), splat_f32x32(d)))
         store_i8x32(record + 4 * n_cols + 32 * group, q)
         store_f32(scales + 4 * group, d)
-        store_f32(sums + 4 * group, d * np.float32(sum_i8(q)))
+        first_sum, second_sum = sum_first_i8(q), sum_second_i8(q)
+        store_f32(sums + 4 * group, d * (first_sum + second_sum))
         if group < n_cols // 256 * 8:
             step = record + steps_at(n_cols) + STEP_BYTES * (group // 8)
-            _write_step(step, group % 8, record + 4 * n_cols + 32 * group, d)
+            _write_step(step, group % 8, q, d, first_sum, second_sum)

@@ -16,12 +16,7 @@ from quant.errors import QuantError
 from quant.jit import inline, kernel
 from quant.linear import Weight
 from quant.pool import Pool
-from quant.rows import (
-    MATRIX_BYTES,
-    multiply_rows,
-    scratch_bytes,
-    write_records,
-)
+from quant.rows import MATRIX_BYTES, multiply_rows, scratch_bytes, write_records
 from quant.simd import load_f32, load_i64, store_f32, store_i64
 from quant.vectors import scale_add, swiglu
 
@@ -42,11 +37,7 @@ class Experts:
         """Raises QuantError on shapes that don't belong together."""
         gate, up, down = self.gate, self.up, self.down
         shape = (gate.n_groups, gate.n_rows, gate.n_cols)
-        if shape != (up.n_groups, up.n_rows, up.n_cols) or shape != (
-            down.n_groups,
-            down.n_cols,
-            down.n_rows,
-        ):
+        if shape != (up.n_groups, up.n_rows, up.n_cols) or shape != (down.n_groups, down.n_cols, down.n_rows):
             raise QuantError("gate, up and down experts have shapes that do not belong together")
 
 
@@ -64,44 +55,13 @@ def _gate_and_up(a, group, first, n_rows, scratch):
     """Rows of gate and up of one active expert for its tokens, SwiGLU, and the result's activation records."""
     inner, hidden = load_i64(a + INNER), load_i64(a + HIDDEN)
     expert = load_i64(load_i64(a + ACTIVE) + 8 * group)
-    begin, end = (
-        load_i64(load_i64(a + START) + 8 * group),
-        load_i64(load_i64(a + START) + 8 * group + 8),
-    )
+    begin, end = load_i64(load_i64(a + START) + 8 * group), load_i64(load_i64(a + START) + 8 * group + 8)
     x, n_tokens = load_i64(a + X_TABLE) + 8 * begin, end - begin
-    gated_table, upped_table = (
-        load_i64(a + GATED_TABLE) + 8 * begin,
-        load_i64(a + UPPED_TABLE) + 8 * begin,
-    )
-    multiply_rows(
-        a + GATE,
-        expert,
-        first,
-        n_rows,
-        hidden,
-        n_tokens,
-        x,
-        gated_table,
-        4 * first,
-        scratch,
-    )
-    multiply_rows(
-        a + UP,
-        expert,
-        first,
-        n_rows,
-        hidden,
-        n_tokens,
-        x,
-        upped_table,
-        4 * first,
-        scratch,
-    )
+    gated_table, upped_table = load_i64(a + GATED_TABLE) + 8 * begin, load_i64(a + UPPED_TABLE) + 8 * begin
+    multiply_rows(a + GATE, expert, first, n_rows, hidden, n_tokens, x, gated_table, 4 * first, scratch)
+    multiply_rows(a + UP, expert, first, n_rows, hidden, n_tokens, x, upped_table, 4 * first, scratch)
     for pair in range(begin, end):
-        gated, upped = (
-            load_i64(a + GATED) + 4 * inner * pair,
-            load_i64(a + UPPED) + 4 * inner * pair,
-        )
+        gated, upped = load_i64(a + GATED) + 4 * inner * pair, load_i64(a + UPPED) + 4 * inner * pair
         swiglu(gated + 4 * first, upped + 4 * first, n_rows, gated + 4 * first)
         record = load_i64(a + H_RECORDS) + load_i64(a + H_RECORD_BYTES) * pair
         write_record(gated, first, first + n_rows, inner, load_i64(a + DOWN_INTEGER) != 0, record)
@@ -110,33 +70,15 @@ def _gate_and_up(a, group, first, n_rows, scratch):
 @inline
 def _sum_down(a, first, n_rows, scratch, sums, sums_table):
     """Output rows first..first+n_rows of every token: the weighted sum of its experts' down rows."""
-    inner, hidden, token_of = (
-        load_i64(a + INNER),
-        load_i64(a + HIDDEN),
-        load_i64(a + TOKEN),
-    )
+    inner, hidden, token_of = load_i64(a + INNER), load_i64(a + HIDDEN), load_i64(a + TOKEN)
     for t in range(load_i64(a + N_TOKENS)):
         for i in range(first, first + n_rows):
             store_f32(load_i64(a + OUT) + 4 * (hidden * t + i), np.float32(0.0))
     for group in range(load_i64(a + N_ACTIVE)):
         expert = load_i64(load_i64(a + ACTIVE) + 8 * group)
-        begin, end = (
-            load_i64(load_i64(a + START) + 8 * group),
-            load_i64(load_i64(a + START) + 8 * group + 8),
-        )
+        begin, end = load_i64(load_i64(a + START) + 8 * group), load_i64(load_i64(a + START) + 8 * group + 8)
         h = load_i64(a + H_TABLE) + 8 * begin
-        multiply_rows(
-            a + DOWN,
-            expert,
-            first,
-            n_rows,
-            inner,
-            end - begin,
-            h,
-            sums_table,
-            0,
-            scratch,
-        )
+        multiply_rows(a + DOWN, expert, first, n_rows, inner, end - begin, h, sums_table, 0, scratch)
         for pair in range(begin, end):
             weight = load_f32(load_i64(a + WEIGHT) + 4 * pair)
             out = load_i64(a + OUT) + 4 * (hidden * load_i64(token_of + 8 * pair) + first)
@@ -148,22 +90,13 @@ def _sum_down(a, first, n_rows, scratch, sums, sums_table):
 def _write_records(arguments, worker):
     """The job before the others: the tokens' activation records."""
     a = arguments
-    hidden, integer, per_record = (
-        load_i64(a + HIDDEN),
-        load_i64(a + IN_INTEGER) != 0,
-        load_i64(a + X_RECORD_BYTES),
-    )
+    hidden, integer, per_record = load_i64(a + HIDDEN), load_i64(a + IN_INTEGER) != 0, load_i64(a + X_RECORD_BYTES)
     while True:
         t = atomic_add(load_i64(a + TOKEN_COUNTER), 1)
         if t >= load_i64(a + N_TOKENS):
             break
         write_records(
-            load_i64(a + X) + 4 * hidden * t,
-            1,
-            hidden,
-            integer,
-            per_record,
-            load_i64(a + X_RECORDS) + per_record * t,
+            load_i64(a + X) + 4 * hidden * t, 1, hidden, integer, per_record, load_i64(a + X_RECORDS) + per_record * t
         )
 
 
@@ -241,12 +174,7 @@ def run(pool: Pool, experts: Experts, x: int, ids: np.ndarray, weights: np.ndarr
     sums_rows = sums_bytes // (4 * down_rows)
     counters = np.zeros(24, np.int64)  # on three cache lines
     tables = np.stack(
-        [
-            x_records + x_bytes * token,
-            h_records + h_bytes * pairs,
-            gated + 4 * inner * pairs,
-            upped + 4 * inner * pairs,
-        ]
+        [x_records + x_bytes * token, h_records + h_bytes * pairs, gated + 4 * inner * pairs, upped + 4 * inner * pairs]
     )
     values = {
         TOKEN_COUNTER: counters.ctypes.data,

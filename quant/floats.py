@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from quant.formats import EXPAND, GEMV, GEMV_FEW, Format
-from quant.gemv import AHEAD, MOST_FEW, specialize
+from quant.gemv import MOST_FEW, prefetch_ahead, prefetch_start, specialize
 from quant.jit import inline, kernel
 from quant.simd import (
     bits_to_f32,
@@ -20,7 +20,6 @@ from quant.simd import (
     load_f32x16,
     load_i64,
     load_u16,
-    prefetch,
     store_f32,
     store_f32x16,
     sum_f32x16,
@@ -42,11 +41,12 @@ load_16 = load_1 = None
 
 
 def _gemv(w, n_rows, n_cols, record, out):
+    end = prefetch_start(w, SIZE * n_cols * n_rows)
     for r in range(n_rows):
         row = w + SIZE * n_cols * r
         even, odd = zero_f32x16(), zero_f32x16()
         for i in range(0, n_cols - 31, 32):
-            prefetch(row + SIZE * i + AHEAD)
+            prefetch_ahead(row + SIZE * i, 32 * SIZE, end)
             even = fma_f32x16(load_16(row + SIZE * i), load_f32x16(record + 4 * i), even)
             odd = fma_f32x16(load_16(row + SIZE * (i + 16)), load_f32x16(record + 4 * (i + 16)), odd)
         tail = np.float32(0.0)
@@ -56,15 +56,14 @@ def _gemv(w, n_rows, n_cols, record, out):
 
 
 def _gemv_few(w, n_rows, n_cols, records, outs, offset, n_tokens):
-    sums = _sums()
+    sums, end = _sums(), prefetch_start(w, SIZE * n_cols * n_rows)
     for r in range(n_rows):
         row = w + SIZE * n_cols * r
         for t in range(n_tokens):
             store_f32x16(sums + 64 * t, zero_f32x16())
         for i in range(0, n_cols - 63, 64):
             at = row + SIZE * i
-            for line in range(SIZE):
-                prefetch(at + AHEAD + 64 * line)
+            prefetch_ahead(at, 64 * SIZE, end)
             w_0, w_1, w_2, w_3 = load_16(at), load_16(at + 16 * SIZE), load_16(at + 32 * SIZE), load_16(at + 48 * SIZE)
             for t in range(n_tokens):
                 x = load_i64(records + 8 * t) + 4 * i

@@ -40,9 +40,7 @@ from quant.simd import (
     zero_f32x16,
 )
 
-_UNIT_BYTES = (
-    1 << 19
-)  # weights that a worker takes at a time: its start is read without prefetching, so few starts
+_UNIT_BYTES = 1 << 19  # weights that a worker takes at a time: its start is read without prefetching, so few starts
 
 
 @dataclass(frozen=True)
@@ -79,12 +77,8 @@ class Weight:
     def rows(self, start: int, count: int) -> "Weight":
         """The same groups, restricted to `count` rows from `start`: a view."""
         if start < 0 or start + count > self.n_rows:
-            raise QuantError(
-                f"rows {start}..{start + count} of a matrix with {self.n_rows}"
-            )
-        return replace(
-            self, address=self.address + start * self.row_bytes, n_rows=count
-        )
+            raise QuantError(f"rows {start}..{start + count} of a matrix with {self.n_rows}")
+        return replace(self, address=self.address + start * self.row_bytes, n_rows=count)
 
 
 def weight(data: np.ndarray, format_: Format, shape: tuple[int, ...]) -> Weight:
@@ -92,17 +86,9 @@ def weight(data: np.ndarray, format_: Format, shape: tuple[int, ...]) -> Weight:
     *groups, n_rows, n_cols = shape
     n_groups = groups[0] if groups else 1
     group_bytes = n_rows * format_.row_bytes(n_cols)
-    if (
-        data.dtype != np.uint8
-        or not data.flags.c_contiguous
-        or data.nbytes != n_groups * group_bytes
-    ):
-        raise QuantError(
-            f"{format_.name} {shape} takes {n_groups * group_bytes} contiguous bytes; found {data.nbytes}"
-        )
-    return Weight(
-        format_, data.ctypes.data, n_groups, n_rows, n_cols, group_bytes, data
-    )
+    if data.dtype != np.uint8 or not data.flags.c_contiguous or data.nbytes != n_groups * group_bytes:
+        raise QuantError(f"{format_.name} {shape} takes {n_groups * group_bytes} contiguous bytes; found {data.nbytes}")
+    return Weight(format_, data.ctypes.data, n_groups, n_rows, n_cols, group_bytes, data)
 
 
 # Where the job of multiply() finds its arguments behind the matrix, int64 each.
@@ -116,39 +102,22 @@ def weight(data: np.ndarray, format_: Format, shape: tuple[int, ...]) -> Weight:
 def _prepare(arguments):
     """What comes before the job: records, their and the outputs' addresses by group, then token; the first unit."""
     a = arguments
-    n_groups, n_tokens, n_cols = (
-        load_i64(a + N_GROUPS),
-        load_i64(a + N_TOKENS),
-        load_i64(a + N_COLS),
-    )
-    records, record_bytes, integer = (
-        load_i64(a + RECORDS),
-        load_i64(a + RECORD_BYTES),
-        load_i64(a + INTEGER) != 0,
-    )
+    n_groups, n_tokens, n_cols = load_i64(a + N_GROUPS), load_i64(a + N_TOKENS), load_i64(a + N_COLS)
+    records, record_bytes, integer = load_i64(a + RECORDS), load_i64(a + RECORD_BYTES), load_i64(a + INTEGER) != 0
     atomic_store(load_i64(a + COUNTER), 0)
     for group in range(n_groups):
         for t in range(n_tokens):
             at, i = 8 * (n_tokens * group + t), n_groups * t + group
             store_i64(load_i64(a + RECORD_TABLE) + at, records + record_bytes * i)
-            store_i64(
-                load_i64(a + OUT_TABLE) + at,
-                load_i64(a + OUT) + 4 * load_i64(a + N_ROWS) * i,
-            )
-    write_records(
-        load_i64(a + X), n_groups * n_tokens, n_cols, integer, record_bytes, records
-    )
+            store_i64(load_i64(a + OUT_TABLE) + at, load_i64(a + OUT) + 4 * load_i64(a + N_ROWS) * i)
+    write_records(load_i64(a + X), n_groups * n_tokens, n_cols, integer, record_bytes, records)
 
 
 @kernel("void(int64, int64)")
 def _multiply(arguments, worker):
     """The job of multiply()."""
     a = arguments
-    n_groups, n_rows, n_cols = (
-        load_i64(a + N_GROUPS),
-        load_i64(a + N_ROWS),
-        load_i64(a + N_COLS),
-    )
+    n_groups, n_rows, n_cols = load_i64(a + N_GROUPS), load_i64(a + N_ROWS), load_i64(a + N_COLS)
     n_tokens, step = load_i64(a + N_TOKENS), load_i64(a + UNIT_ROWS)
     scratch = load_i64(a + SCRATCH) + load_i64(a + SCRATCH_SIZE) * worker
     units = (n_rows + step - 1) // step
@@ -159,18 +128,7 @@ def _multiply(arguments, worker):
         group, first = unit // units, unit % units * step
         records, outs = load_i64(a + RECORD_TABLE), load_i64(a + OUT_TABLE)
         at, count = 8 * n_tokens * group, min(step, n_rows - first)
-        multiply_rows(
-            a,
-            group,
-            first,
-            count,
-            n_cols,
-            n_tokens,
-            records + at,
-            outs + at,
-            4 * first,
-            scratch,
-        )
+        multiply_rows(a, group, first, count, n_cols, n_tokens, records + at, outs + at, 4 * first, scratch)
 
 
 def unit_rows(pool: Pool, matrix: Weight, n_tokens: int) -> int:
@@ -211,12 +169,7 @@ def _multiply_transposed(arguments, worker):
     """The job of multiply_transposed(): a worker takes a group at a time."""
     a = arguments
     b = arguments + MATRIX_BYTES
-    counter, n_groups, n_rows, n_cols = (
-        load_i64(b),
-        load_i64(b + 8),
-        load_i64(b + 16),
-        load_i64(b + 24),
-    )
+    counter, n_groups, n_rows, n_cols = load_i64(b), load_i64(b + 8), load_i64(b + 16), load_i64(b + 24)
     n_tokens, x, out = load_i64(b + 32), load_i64(b + 40), load_i64(b + 48)
     row = load_i64(b + 56) + 4 * n_cols * worker
     n_blocks = n_cols // load_i64(a + BLOCK)
@@ -226,31 +179,19 @@ def _multiply_transposed(arguments, worker):
             break
         for t in range(n_tokens):
             for c in range(0, n_cols, 16):
-                store_f32x16(
-                    out + 4 * ((t * n_groups + group) * n_cols + c), zero_f32x16()
-                )
+                store_f32x16(out + 4 * ((t * n_groups + group) * n_cols + c), zero_f32x16())
         for r in range(n_rows):
-            w = (
-                load_i64(a + ADDRESS)
-                + load_i64(a + GROUP_BYTES) * group
-                + load_i64(a + ROW_BYTES) * r
-            )
+            w = load_i64(a + ADDRESS) + load_i64(a + GROUP_BYTES) * group + load_i64(a + ROW_BYTES) * r
             call_3(load_i64(a + EXPAND), w, n_blocks, row)
             for t in range(n_tokens):
-                factor = splat_f32x16(
-                    load_f32(x + 4 * ((t * n_groups + group) * n_rows + r))
-                )
+                factor = splat_f32x16(load_f32(x + 4 * ((t * n_groups + group) * n_rows + r)))
                 total = out + 4 * (t * n_groups + group) * n_cols
                 for c in range(0, n_cols, 16):
-                    summed = fma_f32x16(
-                        factor, load_f32x16(row + 4 * c), load_f32x16(total + 4 * c)
-                    )
+                    summed = fma_f32x16(factor, load_f32x16(row + 4 * c), load_f32x16(total + 4 * c))
                     store_f32x16(total + 4 * c, summed)
 
 
-def multiply_transposed(
-    pool: Pool, matrix: Weight, x: int, n_tokens: int, out: int
-) -> None:
+def multiply_transposed(pool: Pool, matrix: Weight, x: int, n_tokens: int, out: int) -> None:
     """out[t, g] = matrix[g].T @ x[t, g], in float32.
 
     Args:
@@ -261,15 +202,11 @@ def multiply_transposed(
         QuantError: n_cols is no multiple of 16.
     """
     if matrix.n_cols % 16:
-        raise QuantError(
-            f"rows of {matrix.n_cols} weights; a transposed product needs multiples of 16"
-        )
+        raise QuantError(f"rows of {matrix.n_cols} weights; a transposed product needs multiples of 16")
     counter = np.zeros(1, np.int64)
     row = pool.buffer("scratch", 4 * matrix.n_cols * pool.n_workers)
     sizes = (matrix.n_groups, matrix.n_rows, matrix.n_cols, n_tokens)
-    arguments = np.array(
-        [*matrix.fields, counter.ctypes.data, *sizes, x, out, row], np.int64
-    )
+    arguments = np.array([*matrix.fields, counter.ctypes.data, *sizes, x, out, row], np.int64)
     pool.run(_multiply_transposed.address, arguments)
 
 
@@ -277,12 +214,7 @@ def multiply_transposed(
 def _expand_rows(arguments, worker):
     """The job of expand_rows(): a worker takes 16 rows at a time."""
     a = arguments
-    counter, expand, n_blocks, out_bytes = (
-        load_i64(a),
-        load_i64(a + 8),
-        load_i64(a + 16),
-        load_i64(a + 24),
-    )
+    counter, expand, n_blocks, out_bytes = load_i64(a), load_i64(a + 8), load_i64(a + 16), load_i64(a + 24)
     rows, n_rows, out = load_i64(a + 32), load_i64(a + 40), load_i64(a + 48)
     while True:
         first = atomic_add(counter, 16)
@@ -304,7 +236,4 @@ def expand_rows(pool: Pool, matrix: Weight, rows: np.ndarray, out: int) -> None:
     counter = np.zeros(1, np.int64)
     n_blocks = matrix.n_cols // matrix.format.block
     arguments = [counter.ctypes.data, matrix.format.expand, n_blocks, 4 * matrix.n_cols]
-    pool.run(
-        _expand_rows.address,
-        np.array([*arguments, addresses.ctypes.data, len(rows), out], np.int64),
-    )
+    pool.run(_expand_rows.address, np.array([*arguments, addresses.ctypes.data, len(rows), out], np.int64))

@@ -14,13 +14,9 @@ from quant.tile import multiply
 
 # From here on expanding a row costs less than decoding it for four tokens at a time (docs/lab-notes.md).
 GEMM_TOKENS, GEMM_TOKENS_OF_FLOATS = 16, 6
-_PASS_BYTES = (
-    1 << 16
-)  # of weights that several passes of a few tokens share: they stay in L2
+_PASS_BYTES = 1 << 16  # of weights that several passes of a few tokens share: they stay in L2
 SCRATCH_BYTES = 1 << 18  # expanded rows of one worker: beside a token block in L2
-_TOKEN_BLOCK_BYTES = (
-    1 << 19
-)  # records that stay in L2 while the expanded rows pass over them
+_TOKEN_BLOCK_BYTES = 1 << 19  # records that stay in L2 while the expanded rows pass over them
 
 
 @inline
@@ -43,9 +39,7 @@ def scratch_bytes(n_cols: int) -> int:
 def write_records(x, n_inputs, n_cols, integer, record_bytes, records):
     """The records of n_inputs contiguous float32 rows at x."""
     for i in range(n_inputs):
-        write_record(
-            x + 4 * n_cols * i, 0, n_cols, n_cols, integer, records + record_bytes * i
-        )
+        write_record(x + 4 * n_cols * i, 0, n_cols, n_cols, integer, records + record_bytes * i)
 
 
 # A matrix as the kernels see it: seven int64 among a job's arguments (linear.Weight.fields).
@@ -54,28 +48,15 @@ MATRIX_BYTES = 56
 
 
 @inline
-def multiply_rows(
-    matrix, group, first, n_rows, n_cols, n_tokens, records, outs, offset, scratch
-):
+def multiply_rows(matrix, group, first, n_rows, n_cols, n_tokens, records, outs, offset, scratch):
     """outs[t][offset + 4*r] = row first+r . records[t], for n_rows rows of one group of the matrix.
 
     matrix: address of its fields. records, outs: addresses of n_tokens addresses. scratch: of scratch_bytes.
     """
     row_bytes = load_i64(matrix + ROW_BYTES)
-    w = (
-        load_i64(matrix + ADDRESS)
-        + load_i64(matrix + GROUP_BYTES) * group
-        + row_bytes * first
-    )
+    w = load_i64(matrix + ADDRESS) + load_i64(matrix + GROUP_BYTES) * group + row_bytes * first
     if n_tokens == 1:
-        call_5(
-            load_i64(matrix + GEMV),
-            w,
-            n_rows,
-            n_cols,
-            load_i64(records),
-            load_i64(outs) + offset,
-        )
+        call_5(load_i64(matrix + GEMV), w, n_rows, n_cols, load_i64(records), load_i64(outs) + offset)
         return
     if not expands(load_i64(matrix + BLOCK), n_tokens) or n_cols % 16 != 0:
         step = n_rows if n_tokens <= MOST_FEW else max(1, _PASS_BYTES // row_bytes)
@@ -83,33 +64,14 @@ def multiply_rows(
             at, count = offset + 4 * r, min(step, n_rows - r)
             for t in range(0, n_tokens, MOST_FEW):
                 few, tokens = load_i64(matrix + GEMV_FEW), min(MOST_FEW, n_tokens - t)
-                call_7(
-                    few,
-                    w + row_bytes * r,
-                    count,
-                    n_cols,
-                    records + 8 * t,
-                    outs + 8 * t,
-                    at,
-                    tokens,
-                )
+                call_7(few, w + row_bytes * r, count, n_cols, records + 8 * t, outs + 8 * t, at, tokens)
         return
     step = max(4, min(64, SCRATCH_BYTES // (4 * n_cols) // 4 * 4))
     token_block = max(8, _TOKEN_BLOCK_BYTES // (4 * n_cols))
     row_blocks = n_cols // load_i64(matrix + BLOCK)
     for r in range(0, n_rows, step):
         count = min(step, n_rows - r)
-        call_3(
-            load_i64(matrix + EXPAND), w + row_bytes * r, count * row_blocks, scratch
-        )
+        call_3(load_i64(matrix + EXPAND), w + row_bytes * r, count * row_blocks, scratch)
         for t in range(0, n_tokens, token_block):
             tokens = min(token_block, n_tokens - t)
-            multiply(
-                scratch,
-                count,
-                n_cols,
-                tokens,
-                records + 8 * t,
-                outs + 8 * t,
-                offset + 4 * r,
-            )
+            multiply(scratch, count, n_cols, tokens, records + 8 * t, outs + 8 * t, offset + 4 * r)

@@ -331,10 +331,24 @@ mul_f32x16 = define(f32x16, (f32x16, f32x16), lambda b, x, y: b.fmul(x, y))
 
 
 def _sum_i8(builder, v):
-    lanes = v.type.count
-    wide = builder.sext(v, ir.VectorType(I32, lanes))
-    return builder.sext(call(builder, f"llvm.vector.reduce.add.v{lanes}i32", I32, wide), I64)
+    wide = builder.sext(v, ir.VectorType(I32, 32))
+    return builder.sext(call(builder, "llvm.vector.reduce.add.v32i32", I32, wide), I64)
 
 
 sum_i8 = define(types.int64, (i8x32,), _sum_i8)
-sum_i8x16 = define(types.int64, (i8x16,), _sum_i8)
+
+
+def _half_sum_i8(half: int):
+    """An intrinsic float32(i8x32): the sum of 16 lanes."""
+
+    def emit(builder, v):
+        dots = _dot_u8(builder, constant(i32x8.ir, 0), constant(v.type, 1), v)
+        dots = shuffle(builder, dots, None, range(4 * half, 4 * half + 4))
+        return builder.sitofp(call(builder, "llvm.vector.reduce.add.v4i32", I32, dots), F32)
+
+    return define(types.float32, (i8x32,), emit)
+
+
+sum_first_i8, sum_second_i8 = _half_sum_i8(0), _half_sum_i8(1)
+first_half = define(i8x16, (i8x32,), lambda b, v: shuffle(b, v, None, range(16)))
+second_half = define(i8x16, (i8x32,), lambda b, v: shuffle(b, v, None, range(16, 32)))
