@@ -4,6 +4,8 @@ One token, or a few of a small model, go through the decode step; more go throug
 imported only then.
 """
 
+import os
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -45,10 +47,10 @@ class NativeModel:
     def network(self) -> "Model":
         """The network for any number of tokens."""
         if self._network is None:
+            TorchThreads.hold(self._pool.n_workers)
             from localrun.model import Model
             from localrun.weights import Weights
 
-            TorchThreads.hold()
             self._network = Model(self.config, Weights(self.file, self._pool))
         return self._network
 
@@ -85,26 +87,32 @@ class NativeModel:
 
 
 class TorchThreads:
-    """One torch thread while any native network is open: a setting of the whole process, so it is counted here.
+    """How many threads torch uses while any native network is open: a setting of the whole process, so counted here.
 
-    The workers of quant do the heavy part. torch's own threads would spin on the same cores between its small
-    operations (measured: 3 times slower decoding, docs/lab-notes.md).
+    The workers of quant do the heavy part, on the same cores. torch's threads (OpenMP's) spin after each operation,
+    unless told to sleep before they exist; where torch was imported before, one thread is faster (docs/lab-notes.md).
     """
 
     _holders = 0
     _before = 1
+    _sleep = False  # whether the threads sleep between operations
 
     @classmethod
-    def hold(cls) -> None:
+    def hold(cls, n_threads: int) -> None:
+        """Let torch use n_threads if they sleep, else one."""
+        if "torch" not in sys.modules:
+            policy = os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+            cls._sleep = policy.upper() == "PASSIVE"
         import torch
 
         if cls._holders == 0:
             cls._before = torch.get_num_threads()
-            torch.set_num_threads(1)
+            torch.set_num_threads(n_threads if cls._sleep else 1)
         cls._holders += 1
 
     @classmethod
     def release(cls) -> None:
+        """The last one brings back what was before."""
         import torch
 
         cls._holders -= 1
