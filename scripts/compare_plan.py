@@ -1,16 +1,81 @@
 """Predictions of `localrun plan --machine this` beside what `localrun bench` measures, in turn, in one run.
 
     python scripts/compare_plan.py [MODEL ...] [-t 1 2] [-p 512] [-n 128] [-r 3]
+    python scripts/compare_plan.py --public
 
 Both take the best of several runs, since other programs only ever add time. The last line of stdout is one JSON
-document: predicted and measured tokens/s of prompt and reply, and how far off the prediction is.
+document: predicted and measured tokens/s of prompt and reply, and how far off the prediction is. With --public: what
+localrun should reach on machines for which others have published the speed of their programs.
 """
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
 from typing import Any
+
+# DeepSeek-V3 or R1, one request. What changes from the preset 10k-server; decode tokens/s as published, and by whom.
+_ONE_8_CHANNEL = {"channels": 8, "read_fraction": 220 / 307.2}  # Intel MLC inside a socket, SOSP 2025 artifact
+PUBLIC = [
+    {
+        "what": "KTransformers, one EPYC 9654, 12 x DDR5-4800, RTX 4090, R1 at 4 bits, 1K context",
+        "decode": 14.0,
+        "source": "https://github.com/kvcache-ai/ktransformers/issues/314",
+        "cpu": {"cores": 84},
+    },
+    {
+        "what": "KTransformers 0.2, one Xeon Gold 6454S, 8 x DDR5-4800, RTX 4090D, Q4_K_M",
+        "decode": 8.73,
+        "source": "ktransformers doc/en/DeepseekR1_V3_tutorial.md",
+        "cpu": {"cores": 32},
+        "memory": _ONE_8_CHANNEL,
+    },
+    {
+        "what": "ik_llama.cpp, one EPYC 9355, 12 x DDR5-6400, RTX 4090, UD-Q4_K_XL",
+        "decode": 17.0,
+        "source": "ik_llama.cpp discussion 258",
+        "cpu": {"cores": 32},
+        "memory": {"mega_transfers": 6400},
+    },
+    {
+        "what": "KTransformers, two Xeon 8452Y, 8 x DDR5-4800 each, RTX 4080, int4",
+        "decode": 16.15,
+        "source": "ktransformers branch sosp25-ae, Figure12-decode",
+        "cpu": {"cores": 72},
+        "memory": _ONE_8_CHANNEL | {"sockets": 2, "numa_fraction": 0.7},
+        "type": "Q4_0",
+    },
+]
+
+
+def compare_public() -> list[dict[str, Any]]:
+    """The prediction for each of PUBLIC, with the preset's kernels and card."""
+    from localrun.plan.decode import decode_speed
+    from localrun.plan.machine import load_machine, parse_machine
+    from localrun.plan.memory import plan_memory
+    from localrun.plan.shapes import load_model
+
+    rows = []
+    for case in PUBLIC:
+        document = copy.deepcopy(load_machine("10k-server").document)
+        document["cpu"] |= case.get("cpu", {})
+        document["cpu"]["memory"] |= case.get("memory", {})
+        machine, model = parse_machine(document, "public", case["what"]), load_model("deepseek-v3", case.get("type"))
+        speed = decode_speed(model, machine, plan_memory(model, machine, 4096).placement, 1024)
+        experts = speed.split()["experts"]
+        rows.append(
+            {
+                "what": case["what"],
+                "published": case["decode"],
+                "predicted": round(speed.tokens_per_s, 2),
+                "published_to_predicted": round(case["decode"] / speed.tokens_per_s, 2),
+                "read_gb_per_s": round(machine.cpu.read_bytes_per_s / 1e9),
+                "experts_ms": round(1e3 * experts, 1),
+                "source": case["source"],
+            }
+        )
+    return rows
 
 
 def localrun(*args: str) -> dict[str, Any]:
@@ -53,7 +118,14 @@ def main() -> None:
     parser.add_argument("-p", type=int, default=512, help="tokens of prompt")
     parser.add_argument("-n", type=int, default=128, help="tokens of reply")
     parser.add_argument("-r", type=int, default=3, help="repetitions of bench")
+    parser.add_argument("--public", action="store_true", help="against published figures; measures nothing")
     arguments = parser.parse_args()
+    if arguments.public:
+        rows = compare_public()
+        for row in rows:
+            print(f"{row['what']}: {row['predicted']} predicted, {row['published']} published")
+        print(json.dumps(rows))
+        return
     runs = {model: [compare(model, threads, arguments) for threads in arguments.threads] for model in arguments.models}
     for model, figures in runs.items():
         for run in figures:
