@@ -142,6 +142,12 @@ class Run:
             time.sleep(0.1)
         return self._process.poll() is not None
 
+    def wait_for_work(self) -> None:
+        """Until it writes, or has ended."""
+        io = Path(f"/proc/{self._process.pid}/io")
+        while not self.wait(0.1) and int(re.search(r"wchar: (\d+)", io.read_text())[1]) < 1 << 20:
+            pass
+
     def kill(self) -> None:
         self._process.send_signal(signal.SIGKILL)
         self._process.wait()
@@ -228,8 +234,9 @@ def torture(arguments: argparse.Namespace) -> dict:
     choose, done = random.Random(arguments.seed), []
     for _ in range(arguments.kills):
         run = Run(arguments, killed)
-        # All kills together take some 60% of the whole; a second is what it takes to start.
-        if run.wait(choose.uniform(0.2, 1.0) * facts["wall_s"] / (arguments.kills + 1) + 1.0):
+        run.wait_for_work()
+        # All kills together take some 80% of the whole on average, of which what was not yet synced is lost.
+        if run.wait(choose.uniform(0.0, 1.6) * facts["seconds"] / arguments.kills):
             raise SystemExit(f"the conversion ended before kill {len(done) + 1}; more --gigabytes leave time for all")
         run.kill()
         peaks.append(run.peak_bytes)
