@@ -14,22 +14,39 @@ from localrun.config import Config
 from localrun.rope import Rope, attention_scale
 from localrun.weights import Weights
 
-_WORK_BYTES = 1 << 26  # scores and decompressed keys and values at a time: heads are handled in groups that fit
+_WORK_BYTES = 1 << 26  # decompressed keys and values at a time: heads are handled in groups that fit
+_SCORES_BYTES = 1 << 23  # scores at a time
+_MOST_TOKENS = 256  # at a time: the next ones see more, so that half of a long prompt's scores are never computed
 
 
-def _softmax(scores_NTS: torch.Tensor) -> torch.Tensor:
-    """Over the cache, each token seeing itself and what came before; in place."""
-    n_tokens, n_cached = scores_NTS.shape[-2:]
-    if n_tokens > 1:
-        future = torch.ones(n_tokens, n_cached, dtype=torch.bool).triu(n_cached - n_tokens + 1)
-        scores_NTS.masked_fill_(future, float("-inf"))
-    return torch.softmax(scores_NTS, dim=-1)
-
-
-def _head_groups(n_heads: int, bytes_per_head: int):
+def _head_groups(n_heads: int, bytes_per_head: int, work_bytes: int):
     """(first, count) of the groups of heads that fit the work memory together."""
-    step = max(1, min(n_heads, _WORK_BYTES // bytes_per_head))
+    step = max(1, min(n_heads, work_bytes // bytes_per_head))
     return [(first, min(step, n_heads - first)) for first in range(0, n_heads, step)]
+
+
+def _attend(q_NTd: torch.Tensor, k_NSd: torch.Tensor, v_NSV: torch.Tensor) -> torch.Tensor:
+    """softmax(q k^T) v, float32 (N, T, V), each token seeing itself and what came before; q is scaled.
+
+    Some heads and tokens at a time, with what these see: scores take _SCORES_BYTES (16 tokens' if that is more), not
+    N x T x S. k and v without N are shared by all heads.
+    """
+    n_heads, n_tokens = q_NTd.shape[:2]
+    n_cached = k_NSd.shape[-2]
+    n_before = n_cached - n_tokens
+    out_NTV = torch.empty(n_heads, n_tokens, v_NSV.shape[-1])
+    step = min(_MOST_TOKENS, max(16, _SCORES_BYTES // (4 * n_cached)))
+    future = torch.ones(min(step, n_tokens), min(step, n_tokens), dtype=torch.bool).triu(1)
+    for first_head, count in _head_groups(n_heads, 4 * min(step, n_tokens) * n_cached, _SCORES_BYTES):
+        heads = slice(first_head, first_head + count)
+        k, v = (x[heads] if x.dim() == 3 else x for x in (k_NSd, v_NSV))
+        for first in range(0, n_tokens, step):
+            last = min(first + step, n_tokens)
+            seen = n_before + last
+            scores = q_NTd[heads, first:last] @ k[..., :seen, :].mT
+            scores[..., n_before + first :].masked_fill_(future[: last - first, : last - first], float("-inf"))
+            out_NTV[heads, first:last] = torch.softmax(scores, -1) @ v[..., :seen, :]
+    return out_NTV
 
 
 class LatentAttention:
@@ -99,11 +116,7 @@ class LatentAttention:
         q_latent_THC = self.k_b_proj(q_nope_THP) if self.is_split else self.k_b_proj.transposed(q_nope_THP)
         q_HTW = torch.cat([q_latent_THC, q_rope_THR], -1).transpose(0, 1)
         latent_SC = rows_SW[:, : self.config.kv_lora_rank]
-        mixed_HTC = torch.empty(*q_HTW.shape[:2], self.config.kv_lora_rank)
-        for first, count in _head_groups(q_HTW.shape[0], 4 * q_HTW.shape[1] * rows_SW.shape[0]):
-            heads = slice(first, first + count)
-            weights_NTS = _softmax(q_HTW[heads] @ rows_SW.T * self.scale)
-            mixed_HTC[heads] = weights_NTS @ latent_SC
+        mixed_HTC = _attend(q_HTW * self.scale, rows_SW, latent_SC)
         return self.v_b_proj(mixed_HTC.transpose(0, 1))
 
     def _decompressed(self, q_nope_THP, q_rope_THR, rows_SW) -> torch.Tensor:
@@ -112,15 +125,14 @@ class LatentAttention:
         latent_SC, k_rope_SR = rows_SW.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
         n_tokens, n_cached = q_nope_THP.shape[0], rows_SW.shape[0]
         out_THV = torch.empty(n_tokens, c.num_attention_heads, c.v_head_dim)
-        bytes_per_head = 4 * n_cached * (n_tokens + c.qk_nope_head_dim + c.v_head_dim)
-        for first, count in _head_groups(c.num_attention_heads, bytes_per_head):
+        q_HTd = torch.cat([q_nope_THP, q_rope_THR], -1).transpose(0, 1) * self.scale
+        bytes_per_head = 4 * n_cached * (2 * c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
+        for first, count in _head_groups(c.num_attention_heads, bytes_per_head, _WORK_BYTES):
             heads = slice(first, first + count)
             k_b, v_b = self.k_b_proj.dense(first, count), self.v_b_proj.dense(first, count)
             k_NSP = latent_SC @ (k_b if self.is_split else k_b.mT)
-            v_NSV = latent_SC @ v_b.mT
-            scores_NTS = q_nope_THP[:, heads].transpose(0, 1) @ k_NSP.mT
-            scores_NTS += q_rope_THR[:, heads].transpose(0, 1) @ k_rope_SR.T
-            out_THV[:, heads] = (_softmax(scores_NTS.mul_(self.scale)) @ v_NSV).transpose(0, 1)
+            k_NSd = torch.cat([k_NSP, k_rope_SR.expand(count, -1, -1)], -1)
+            out_THV[:, heads] = _attend(q_HTd[heads], k_NSd, latent_SC @ v_b.mT).transpose(0, 1)
         return out_THV
 
 
@@ -145,13 +157,10 @@ class GroupedQueryAttention:
         v_GSV = values.float().unflatten(1, (-1, c.v_head_dim)).transpose(0, 1)
         per_group = c.num_attention_heads // c.num_key_value_heads
         out_THV = torch.empty(n_tokens, c.num_attention_heads, c.v_head_dim)
-        for first, count in _head_groups(c.num_key_value_heads, 4 * per_group * n_tokens * keys.shape[0]):
-            heads = slice(first * per_group, (first + count) * per_group)
-            q_Gqd = q_THd[:, heads].transpose(0, 1).reshape(count, per_group * n_tokens, c.head_dim)
-            scores = (q_Gqd @ k_GSd[first : first + count].mT).mul_(self.scale)
-            weights = _softmax(scores.unflatten(1, (per_group, n_tokens))).flatten(1, 2)
-            mixed = (weights @ v_GSV[first : first + count]).reshape(count * per_group, n_tokens, c.v_head_dim)
-            out_THV[:, heads] = mixed.transpose(0, 1)
+        q_HTd = q_THd.transpose(0, 1) * self.scale
+        for group in range(c.num_key_value_heads):
+            heads = slice(group * per_group, (group + 1) * per_group)
+            out_THV[:, heads] = _attend(q_HTd[heads], k_GSd[group], v_GSV[group]).transpose(0, 1)
         return self.o_proj(out_THV.flatten(1))
 
     def _rotate(self, x_THd: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:

@@ -102,27 +102,36 @@ def test_latent_attention_in_chunks(
     assert_close(by_chunks(module, x_TD, chunks, cache), naive_mla(model, x_TD))
 
 
-@pytest.mark.parametrize("heads_at_a_time", [1, 3])
+@pytest.fixture(params=[1, 3, 7], ids="tokens_{}".format)
+def small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One head and a few tokens at a time."""
+    monkeypatch.setattr(attention, "_WORK_BYTES", 1)
+    monkeypatch.setattr(attention, "_SCORES_BYTES", 1)
+    monkeypatch.setattr(attention, "_MOST_TOKENS", request.param)
+
+
 @pytest.mark.parametrize("absorbing", [True, False], ids=["absorbed", "decompressed"])
 @pytest.mark.parametrize("variant", ["v3", "v3-legacy-kv-b"])
-def test_latent_attention_by_groups_of_heads(
-    pool: Pool, variant: str, absorbing: bool, heads_at_a_time: int, monkeypatch: pytest.MonkeyPatch
+def test_latent_attention_by_blocks(
+    pool: Pool, variant: str, absorbing: bool, small_blocks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, cache, model = latent(pool, variant)
-    groups: list[int] = []
-    split = attention._head_groups
-
-    def small_groups(n_heads: int, bytes_per_head: int) -> list[tuple[int, int]]:
-        monkeypatch.setattr(attention, "_WORK_BYTES", heads_at_a_time * bytes_per_head)
-        found = split(n_heads, bytes_per_head)
-        groups.extend(count for _, count in found)
-        return found
-
-    monkeypatch.setattr(attention, "_head_groups", small_groups)
     monkeypatch.setattr(module, "_absorbing_is_cheaper", lambda n_tokens: absorbing)
     x_TD = random(N_TOKENS, module.config.hidden_size)
-    assert_close(by_chunks(module, x_TD, [N_TOKENS], cache), naive_mla(model, x_TD))
-    assert groups == ([1] * 8 if heads_at_a_time == 1 else [3, 3, 2])
+    assert_close(by_chunks(module, x_TD, [3, N_TOKENS - 3], cache), naive_mla(model, x_TD))
+
+
+def test_scores_of_a_long_prompt_stay_within_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    softmax = torch.softmax
+    monkeypatch.setattr(torch, "softmax", lambda x, dim: sizes.append(4 * x.numel()) or softmax(x, dim))
+    q, k, v = random(2, 600, 8), random(2, 9000, 8), random(2, 9000, 4)
+    got = attention._attend(q, k, v)
+    assert max(sizes) <= attention._SCORES_BYTES
+    for t in (0, 256, 599):
+        seen = 8400 + t + 1
+        want = torch.softmax((q[:, t : t + 1] @ k[:, :seen].mT).double(), -1) @ v[:, :seen].double()
+        assert torch.allclose(got[:, t : t + 1].double(), want, atol=2e-6)  # float32 rounding of values of 1
 
 
 @pytest.mark.parametrize("type_", ["F32", "F16", "Q8_0", "Q4_0"])
@@ -234,10 +243,12 @@ def test_grouped_query_attention(shape: dict[str, object]) -> None:
     assert_close(found, torch_gqa(config, weights, x_TD))
 
 
-@pytest.mark.parametrize("work_bytes", [1, 1 << 26])
+@pytest.mark.parametrize("scores_bytes", [1, 1 << 26])
 @pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
-def test_grouped_query_attention_in_chunks(chunks: list[int], work_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_WORK_BYTES", work_bytes)
+def test_grouped_query_attention_in_chunks(
+    chunks: list[int], scores_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_SCORES_BYTES", scores_bytes)
     weights = RandomWeights(GQA)
     module = GroupedQueryAttention(GQA, weights, 0, Rope(GQA))
     x_TD = random(N_TOKENS, 48)
@@ -262,6 +273,5 @@ def test_the_16_bit_cache_rounds_and_nothing_else() -> None:
         (1, 1, [(0, 1)]),
     ],
 )
-def test_head_groups(n_heads: int, bytes_per_head: int, expected: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_WORK_BYTES", 100)
-    assert attention._head_groups(n_heads, bytes_per_head) == expected
+def test_head_groups(n_heads: int, bytes_per_head: int, expected: list) -> None:
+    assert attention._head_groups(n_heads, bytes_per_head, 100) == expected
