@@ -29,7 +29,7 @@ def specialize(template: Callable, name: str, **names: object) -> Callable:
 
 
 # What specialize() gives the two templates below; kernels() describes them.
-STRIDE = 256
+STRIDE, TOGETHER = 256, 4
 weights = add_step = add_block = None
 
 
@@ -57,12 +57,12 @@ def _gemv(w, n_rows, n_cols, record, out):
     block, end = w, prefetch_start(w, n_rows * (n_cols // 32) * (STRIDE // 8))
     for r in range(n_rows):
         total = zero_f32x16()
-        for s in range(0, n_steps // 4 * 4, 4):
-            prefetch_ahead(block, 4 * STRIDE, end)
-            for i in range(4):
+        for s in range(0, n_steps // TOGETHER * TOGETHER, TOGETHER):
+            prefetch_ahead(block, TOGETHER * STRIDE, end)
+            for i in range(TOGETHER):
                 total = add_step(weights(block), steps + STEP_BYTES * (s + i), total)
                 block += STRIDE
-        for s in range(n_steps // 4 * 4, n_steps):
+        for s in range(n_steps // TOGETHER * TOGETHER, n_steps):
             prefetch_ahead(block, STRIDE, end)
             total = add_step(weights(block), steps + STEP_BYTES * s, total)
             block += STRIDE
@@ -102,7 +102,14 @@ def no_block(block, record, n_cols, group, total):
     return total
 
 
-def kernels(name: str, stride: int, weights: Callable, add_step: Callable, add_block: Callable = no_block):
+def kernels(
+    name: str,
+    stride: int,
+    weights: Callable,
+    add_step: Callable,
+    add_block: Callable = no_block,
+    together: int = 4,
+):
     """gemv and gemv_few of a format.
 
     Args:
@@ -111,8 +118,9 @@ def kernels(name: str, stride: int, weights: Callable, add_step: Callable, add_b
         weights: inline (address) -> a tuple of vectors: 256 decoded weights.
         add_step: inline (weights, address of a record's step, total f32x16) -> total.
         add_block: inline (address, record, n_cols, group, total f32x16) -> total, for one block of 32.
+        together: steps in one turn of gemv's loop, prefetched as one range: 4 unless they need too many registers.
     """
-    names = {"STRIDE": stride, "weights": weights, "add_step": add_step, "add_block": add_block}
+    names = {"STRIDE": stride, "TOGETHER": together, "weights": weights, "add_step": add_step, "add_block": add_block}
     return (
         kernel(GEMV)(specialize(_gemv, f"gemv_{name}", **names)),
         kernel(GEMV_FEW)(specialize(_gemv_few, f"gemv_few_{name}", **names)),
