@@ -21,7 +21,7 @@ from quant.vectors import rms_norm, scale_add, swiglu
 
 SOFTMAX, SIGMOID, SOFTMAX_AFTER_TOPK = range(3)
 SMALLEST_SUM = 6.103515625e-5  # float16's smallest normal number, as in llama.cpp
-_DOWN_BYTES = 1 << 17  # of one expert's rows that a worker takes at a time
+_DOWN_BYTES = 1 << 19  # of one expert's rows that a worker takes at a time
 _NEVER = float("-inf")
 
 # Arguments of both phases: the router's, then their own; at the end the matrices.

@@ -12,8 +12,8 @@ from quant.simd import bits_to_f32, load_f32, load_f32x16, load_i64, store_f32, 
 from quant.step import ARGUMENTS, PHASE_BYTES, Phase, float_bits, padded
 from quant.vectors import rms_norm, scale_add, swiglu
 
-_UNIT_BYTES = 1 << 17  # weights that a worker takes at a time: long enough to stream, short enough to share out
-_UNITS_PER_WORKER = 8  # at least, so that workers end together
+_UNIT_BYTES = 1 << 19  # weights that a worker takes at a time: long enough to stream, short enough to share out
+_UNITS_PER_WORKER = 4  # at least, so that workers end together
 
 # Arguments: the vector; a norm's weight or a gate's other half; then the matrices.
 X, SECOND, EPSILON, N_COLS, RECORD, ROUNDED, RESIDUAL, TEMPORARY, N_MATRICES = range(ARGUMENTS, ARGUMENTS + 72, 8)
