@@ -23,6 +23,7 @@ from localrun.plan.shapes import Conversion, ModelShape, from_config, n_bytes
 
 _LARGE_BYTES = 1 << 28  # what a matrix takes at most: far beyond any cache but the largest servers'
 _READ_BYTES = 1 << 30  # what is read at most
+_PASSED_BYTES = 1 << 33  # about as much in all: some spans of it will be undisturbed
 _FEW, _MANY = 16, 256  # tokens whose times give expansion and product apart
 _TRY_S = 0.15  # each figure: the best of several runs within this time
 _MEASURED = "measured by localrun plan"
@@ -89,7 +90,8 @@ def _read_bandwidth(pool: Any, size: int) -> float:
     from quant import stream
 
     memory = stream.buffer(pool, min(size, hardware.free_ram() // 4))
-    return stream.read_bandwidth(pool, memory.ctypes.data, memory.nbytes).best
+    passes = max(3, _PASSED_BYTES // memory.nbytes)
+    return stream.read_bandwidth(pool, memory.ctypes.data, memory.nbytes, passes).best
 
 
 def _random_blocks(pool: Any, format_: Any, n_rows: int, n_cols: int) -> np.ndarray:
