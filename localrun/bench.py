@@ -9,7 +9,6 @@ reaches is the roof of generation, in cache or out of it.
 from __future__ import annotations
 
 import platform
-import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -23,9 +22,8 @@ from localrun import hardware
 from localrun.config import Config
 from localrun.engine import Engine
 from localrun.errors import LocalrunError
-from localrun.facts import group_of
+from localrun.facts import weight_bytes_per_token
 from localrun.gguf import GGUFFile
-from localrun.names import EMBED_TOKENS, LM_HEAD
 from localrun.session import PREFILL_CHUNK
 from quant import stream
 from quant.pool import Pool
@@ -126,23 +124,6 @@ class Rates:
             "best": round(max(self.by_step), 3),
             "repetitions": [round(rate, 3) for rate in rates],
         }
-
-
-def weight_bytes_per_token(file: GGUFFile, config: Config) -> int:
-    """Bytes of weights that evaluating one token reads: the chosen experts', one row of the embedding, all the rest."""
-    total = 0
-    for tensor in file.tensors.values():
-        layer = re.match(r"blk\.(\d+)\.", tensor.name)
-        if layer and int(layer[1]) >= config.num_hidden_layers:
-            continue  # of a layer for multi-token prediction
-        if tensor.name == EMBED_TOKENS:
-            total += tensor.n_bytes // tensor.shape[0]
-            total += tensor.n_bytes if LM_HEAD not in file.tensors else 0
-        elif group_of(tensor.name) == "routed experts":
-            total += tensor.n_bytes * config.num_experts_per_tok // config.n_routed_experts
-        else:
-            total += tensor.n_bytes
-    return total
 
 
 class Roof:

@@ -16,7 +16,7 @@ import tiny_models
 
 import localrun
 from cli.main import run as command
-from localrun import bench
+from localrun import bench, facts
 from localrun.config import read_config
 from localrun.errors import LocalrunError
 from localrun.gguf import open_gguf
@@ -25,7 +25,7 @@ from localrun.peer import LlamaCpp
 
 def read_bytes(path: Path) -> int:
     with open_gguf(path) as file:
-        return bench.weight_bytes_per_token(file, read_config(file))
+        return facts.weight_bytes_per_token(file, read_config(file))
 
 
 def sizes(path: Path) -> dict[str, int]:
