@@ -75,7 +75,7 @@ def collect(
     """
     chunks = text_chunks(engine, ids, n_ctx, n_chunks)
     inputs, pool = _Inputs(), Pool(engine.threads)
-    TorchThreads.hold()
+    TorchThreads.hold(engine.threads)
     try:
         model = _observed_model(engine.config, engine.file, pool, inputs)
         for index, chunk in enumerate(chunks):

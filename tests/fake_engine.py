@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import localrun
 from localrun.chat_template import CHATML, ChatTemplate
@@ -117,10 +116,10 @@ class Engine:
         """The text of the last session, prompts and replies."""
         return bytes(self.cache.ids).decode()
 
-    def cache_tensors(self, cache: Cache) -> dict[str, torch.Tensor]:
-        return {"ids": torch.tensor(cache.ids, dtype=torch.uint8)}
+    def cache_tensors(self, cache: Cache) -> dict[str, np.ndarray]:
+        return {"ids": np.array(cache.ids, np.uint8)}
 
-    def restore_cache(self, cache: Cache, tensors: dict[str, torch.Tensor], n_tokens: int) -> None:
+    def restore_cache(self, cache: Cache, tensors: dict[str, np.ndarray], n_tokens: int) -> None:
         cache.ids = tensors["ids"].tolist()
         assert len(cache.ids) == n_tokens
 

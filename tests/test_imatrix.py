@@ -86,12 +86,12 @@ def test_long_chunks_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("type_", ["Q4_K", "Q8_0"])
 def test_inputs_of_a_quantised_model(type_: str) -> None:
     """Against the same weights as float32. Inputs are rounded to 8 bits on the way, half of 1/127 of the largest of 32:
-    0.4% of most values, and 0.8% of their squares, in each of three layers."""
+    0.4% of most values, and 0.8% of their squares, in each of three layers; twice that for single columns."""
     path, ids = tiny_models.shared("wide", type=type_), tiny_models.prompt("wide")
     watched = Watched(hf_oracle.model(tiny_models.shared_twin(path)))
     for start in (0, N_CTX):
         watched.run(ids[start : start + N_CTX])
-    agree(collect(path, ids), watched, 0.025)
+    agree(collect(path, ids), watched, 0.05)
 
 
 def test_experts_that_the_text_never_reaches(tmp_path: Path) -> None:

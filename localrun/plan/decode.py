@@ -13,7 +13,7 @@ from localrun.plan.machine import Cpu, Gpu, Machine
 from localrun.plan.memory import CHUNK, Placement
 from localrun.plan.shapes import ModelShape, Tensor
 
-GEMM_TOKENS = 3  # fewer tokens run the decoding kernel once each: quant.rows.GEMM_TOKENS
+GEMM_TOKENS = 4  # fewer tokens run the decoding kernels, taken as once each: quant.panel.TOKENS_FROM
 
 
 @dataclass(frozen=True)
