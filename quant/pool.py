@@ -8,6 +8,7 @@ machine a job then takes as long as on one core, instead of until the system fin
 """
 
 import threading
+import weakref
 
 import numpy as np
 
@@ -83,8 +84,20 @@ def aligned_bytes(n_bytes: int, alignment: int = _LINE) -> np.ndarray:
     return raw[start : start + n_bytes]
 
 
+def _live(block: np.ndarray, worker: int) -> None:
+    """A worker's thread. It holds the control block, which must not be freed while anybody looks at it."""
+    _work.ctypes(block.ctypes.data, worker)
+
+
+def _end(block: np.ndarray, threads: list[threading.Thread]) -> None:
+    """Tell the workers to stop, and wait until they have."""
+    _stop.ctypes(block.ctypes.data)
+    for thread in threads:
+        thread.join()
+
+
 class Pool:
-    """`n_workers` threads, the caller included. One job at a time; close() ends the threads."""
+    """`n_workers` threads, the caller included. One job at a time; close(), or losing the pool, ends the threads."""
 
     def __init__(self, n_workers: int):
         """Start the workers. Raises QuantError if n_workers < 1."""
@@ -96,11 +109,12 @@ class Pool:
         self._lock = threading.Lock()
         self._buffers: dict[str, tuple[int, int, np.ndarray]] = {}  # address, size, owner
         self._threads = [
-            threading.Thread(target=_work.ctypes, args=(self.control, worker), daemon=True, name=f"localrun-{worker}")
+            threading.Thread(target=_live, args=(self._block, worker), daemon=True, name=f"localrun-{worker}")
             for worker in range(1, n_workers)
         ]
         for thread in self._threads:
             thread.start()
+        self._finalizer = weakref.finalize(self, _end, self._block, self._threads)
 
     def run(self, job: int, arguments: np.ndarray) -> None:
         """Run the kernel at address `job` on the workers; returns when it is done. `arguments`: int64, C order."""
@@ -119,7 +133,4 @@ class Pool:
     def close(self) -> None:
         """End the worker threads; the pool can't run jobs afterwards."""
         with self._lock:
-            _stop.ctypes(self.control)
-            for thread in self._threads:
-                thread.join()
-            self._threads = []
+            self._finalizer()

@@ -131,7 +131,7 @@ def reachable(root: object) -> Iterator[object]:
 VARIANTS = ["v3", "v3-legacy-kv-b", "v3-fused-gate-up", "v2-lite", "llama", "llama-rope-freqs", "wide"]
 
 
-@pytest.mark.parametrize("type_", ["F32", "F16", "Q8_0", "Q4_K"])
+@pytest.mark.parametrize("type_", ["F32", "Q4_K"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_no_layer_holds_dequantised_weights(variant: str, type_: str) -> None:
     """Tensors of the model are its vectors; arrays are views of the mapped file. Also after it has been used."""
@@ -140,8 +140,8 @@ def test_no_layer_holds_dequantised_weights(variant: str, type_: str) -> None:
         list(model.session().tokens([1, 2, 3], localrun.Sampling(temperature=0.0), max_tokens=2))
         vectors = [tensor for tensor in model.file.tensors.values() if len(tensor.shape) == 1]
         mapped = [(t.data.ctypes.data, t.data.ctypes.data + t.n_bytes) for t in model.file.tensors.values()]
-        assert isinstance(model.model, Model)
-        things = list(reachable(model.model))
+        assert isinstance(model.model.network, Model)
+        things = list(reachable(model.model.network))
         tensors = {t.data_ptr(): t for t in things if isinstance(t, torch.Tensor)}
         rope_bytes = 8 * model.config.qk_rope_head_dim // 2  # the frequencies, float64
         assert sum(t.nbytes for t in tensors.values()) <= 4 * sum(t.shape[0] for t in vectors) + rope_bytes

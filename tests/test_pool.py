@@ -1,5 +1,6 @@
 """The worker pool: every unit of a job is done once, by whoever has time; threads end."""
 
+import gc
 import time
 
 import numpy as np
@@ -76,3 +77,13 @@ def test_buffers_grow_and_are_kept():
 def test_no_workers():
     with pytest.raises(QuantError, match="0 threads"):
         Pool(0)
+
+
+def test_a_lost_pool_ends_its_threads() -> None:
+    """They would look at freed memory otherwise, and count in it."""
+    pool = Pool(3)
+    threads = list(pool._threads)
+    assert all(thread.is_alive() for thread in threads)
+    del pool
+    gc.collect()
+    assert not any(thread.is_alive() for thread in threads)
