@@ -166,7 +166,7 @@ def _kernels() -> Finding:
     folder = Path(config.CACHE_DIR)
     is_temporary = folder.name.startswith("localrun-kernels-")
     advice = "set LOCALRUN_CACHE to a folder that can be written to: kernels are compiled at every start"
-    text = f"{folder}, {'kernels are there' if jit.WAS_WARM else 'empty: the first run compiles'}"
+    text = f"{folder}, {'kernels are there' if jit.has_kernels() else 'empty: the first run compiles'}"
     return Finding("kernel cache", text, str(folder), advice if is_temporary else "")
 
 

@@ -27,9 +27,9 @@ def prepare(file: GGUFFile, progress: Callable[[int, int, str], None] | None, no
         progress: called as progress(done, total, what).
         notice: called with one line if there is something to compile and no progress to show it by.
     """
-    from quant import formats, jit, panel
+    from quant import formats, jit
 
-    if progress is None and not jit.WAS_WARM:
+    if progress is None and not jit.has_kernels():
         notice("first run on this machine: compiling the kernels, which takes a while")
     types = sorted({tensor.type.name for tensor in file.tensors.values()})
     total = len(_MODULES) + len(types)
@@ -37,6 +37,8 @@ def prepare(file: GGUFFile, progress: Callable[[int, int, str], None] | None, no
         if progress is not None:
             progress(done, total, f"Kernels: {what}")
         import_module(module)
+    from quant import panel  # only now: importing it compiles it, which the loop above has shown
+
     for done, type_name in enumerate(types, len(_MODULES)):
         if progress is not None:
             progress(done, total, f"Kernels: {type_name}")

@@ -49,5 +49,8 @@ def cache_dir() -> Path:
 
 
 config.CACHE_DIR = str(cache_dir())
-# Whether earlier processes have left kernels there.
-WAS_WARM = any(Path(config.CACHE_DIR).iterdir())
+
+
+def has_kernels() -> bool:
+    """Whether compiled kernels are kept from before."""
+    return any(Path(config.CACHE_DIR).iterdir())
