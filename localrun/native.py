@@ -76,7 +76,7 @@ class NativeModel:
         except BaseException:  # Ctrl-C between two of them: all or none
             cache.truncate(start)
             raise
-        return np.stack(rows if all_logits else rows[-1:])
+        return np.stack(rows) if all_logits else rows[-1][None]
 
     def close(self) -> None:
         """End all threads."""

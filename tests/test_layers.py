@@ -131,7 +131,7 @@ def reachable(root: object) -> Iterator[object]:
 VARIANTS = ["v3", "v3-legacy-kv-b", "v3-fused-gate-up", "v2-lite", "llama", "llama-rope-freqs", "wide"]
 
 
-@pytest.mark.parametrize("type_", ["F32", "Q4_K"])
+@pytest.mark.parametrize("type_", ["F32", "F16", "Q8_0", "Q4_K"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_no_layer_holds_dequantised_weights(variant: str, type_: str) -> None:
     """Tensors of the model are its vectors; arrays are views of the mapped file. Also after it has been used."""

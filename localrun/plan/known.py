@@ -1,12 +1,27 @@
-"""The JSON files that come with this package: models, machines, devices and prices, each entry with its sources."""
+"""JSON files: those that come along (models, machines, devices and prices, each entry with its sources), and the user's."""
 
 import json
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
+
+from localrun.errors import LocalrunError
 
 
 @cache
 def load_data(name: str) -> dict[str, Any]:
     """The content of data/<name>.json; not to be changed."""
     return json.loads(files("localrun.plan").joinpath("data", f"{name}.json").read_text(encoding="utf-8"))
+
+
+def read_json(path: Path, shown: str, missing: str) -> Any:
+    """What a user's JSON file holds. Raises LocalrunError that calls it `shown` and, where there is none, `missing`."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise LocalrunError(f"{shown}: {missing}") from None
+    except OSError as error:
+        raise LocalrunError(f"{shown}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise LocalrunError(f"{shown}: not JSON: {error}") from None

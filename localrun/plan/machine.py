@@ -7,14 +7,13 @@ FLOP/s. The format is docs/plan.md's.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from localrun.errors import LocalrunError
-from localrun.plan.known import load_data
+from localrun.plan.known import load_data, read_json
 
 TRANSFER_BYTES = 8  # a DDR channel is 64 bits wide
 
@@ -128,14 +127,7 @@ def load_machine(name: str) -> Machine:
     if name in known:
         return parse_machine(known[name], name, f"preset {name}")
     path = Path(name).expanduser()
-    try:
-        document = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise LocalrunError(f"{name}: no such machine file; presets: this, {', '.join(known)}") from None
-    except OSError as error:
-        raise LocalrunError(f"{name}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise LocalrunError(f"{name}: not JSON: {error}") from None
+    document = read_json(path, name, f"no such machine file; presets: this, {', '.join(known)}")
     return parse_machine(document, path.stem, name)
 
 

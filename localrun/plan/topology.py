@@ -9,14 +9,13 @@ table: arXiv 2505.09343, table 3.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from localrun.errors import LocalrunError
-from localrun.plan.known import load_data
+from localrun.plan.known import load_data, read_json
 
 MOST_PORTS = 4096
 
@@ -60,15 +59,7 @@ def load_prices(path: Path | None = None) -> Prices:
     """The price list in a JSON file, see Prices, or the one that comes along. Raises LocalrunError."""
     if path is None:
         return Prices(**load_data("prices"))
-    try:
-        document = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise LocalrunError(f"{path}: no such file") from None
-    except OSError as error:
-        raise LocalrunError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise LocalrunError(f"{path}: not JSON: {error}") from None
-    return _parse_prices(document, path)
+    return _parse_prices(read_json(path, str(path), "no such file"), path)
 
 
 def _parse_prices(document: Any, path: Path) -> Prices:
