@@ -1,4 +1,4 @@
-"""JSON files: those that come along (models, machines, devices and prices, each entry with its sources), and the user's."""
+"""JSON files: the package's own (models, machines, devices and prices, each entry with its sources), and the user's."""
 
 import json
 from functools import cache
