@@ -39,6 +39,7 @@ atomic_add = define(  # returns the value before
 pause = define(types.void, (), _pause)
 call_2, call_3, call_5, call_7 = (_call_address(n) for n in (2, 3, 5, 7))
 
+_PATIENCE = 500  # pauses before a waiting thread offers its core: those it waits for may need it
 give_way = types.ExternalFunction("sched_yield", types.int32())  # let another thread have this core, if one waits
 
 _FUTEX_CALL = {"x86_64": 202, "aarch64": 98}.get(platform.machine()) if sys.platform == "linux" else None
@@ -71,3 +72,15 @@ else:
     @inline
     def wake_all(address):
         """Nothing to do: sleepers poll."""
+
+
+@inline
+def wait_for(address, count):
+    """Spin until the counter at `address` has reached count."""
+    spins = 0
+    while atomic_load(address) < count:
+        if spins > _PATIENCE:
+            give_way()
+        else:
+            pause()
+        spins += 1

@@ -12,7 +12,7 @@ import weakref
 
 import numpy as np
 
-from quant.atomics import atomic_add, atomic_load, atomic_store, call_2, give_way, pause, sleep_while_equal, wake_all
+from quant.atomics import atomic_add, atomic_load, atomic_store, call_2, pause, sleep_while_equal, wait_for, wake_all
 from quant.errors import QuantError
 from quant.jit import kernel
 from quant.simd import load_i64, store_i64
@@ -23,7 +23,6 @@ GENERATION, JOB, ARGUMENTS, TICKETS, DONE, STOP, SLEEPERS = (i * _LINE for i in 
 _CONTROL_BYTES = 7 * _LINE
 _CLOSED = 1 << 32  # added to TICKETS when no worker may join the job any more
 _SPINS = 20_000  # pauses of 40-140 cycles: about 1 ms
-_PATIENCE = 500  # pauses before the caller, waiting for others, offers its core: they may need it
 
 
 @kernel("void(int64, int64)")
@@ -61,13 +60,7 @@ def _dispatch(control, job, arguments):
         wake_all(control + GENERATION)
     call_2(job, arguments, 0)
     joined = atomic_add(control + TICKETS, _CLOSED)
-    spins = 0
-    while atomic_load(control + DONE) < joined:
-        if spins > _PATIENCE:
-            give_way()
-        else:
-            pause()
-        spins += 1
+    wait_for(control + DONE, joined)
 
 
 @kernel("void(int64)")

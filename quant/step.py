@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from quant.atomics import atomic_add, atomic_load, call_2, call_3, give_way, pause
+from quant.atomics import atomic_add, atomic_load, call_2, call_3, wait_for
 from quant.jit import kernel
 from quant.linear import Weight
 from quant.pool import Pool, aligned_bytes
@@ -34,7 +34,6 @@ _PROGRAM_BYTES = 192
 
 MOST_CHUNKS = 32  # pieces of the context that attention hands out
 LEAST_CHUNK = 64  # tokens of a piece, at least; pieces are multiples of it
-_PATIENCE = 500  # pauses before a waiting worker offers its core, as in pool.py
 
 
 @kernel("void(int64)")
@@ -77,13 +76,7 @@ def _step(program, worker):
                 finished += 1
                 unit = atomic_add(phase + NEXT, 1)
             atomic_add(phase + DONE, finished)
-        spins = 0
-        while atomic_load(phase + DONE) < n_units:
-            if spins > _PATIENCE:
-                give_way()
-            else:
-                pause()
-            spins += 1
+        wait_for(phase + DONE, n_units)
 
 
 @kernel("void(int64, int64)")
