@@ -1,10 +1,12 @@
 """Bytes out of files and into float32, for both kinds of source: plain reads into memory that is used again.
 
 Nothing is mapped: the pages of a map count as this process's memory, which must stay bounded whatever the model's size.
+Nor does the system keep what was read: a checkpoint goes by once, and would push what others read often out of memory.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,6 +32,8 @@ class Reader:
             file = self._file(path)
             file.seek(offset)
             n_read = file.readinto(out)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), offset, out.size, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             raise CheckpointError(f"{path}: tensor '{tensor}': {error.strerror}") from None
         if n_read != out.size:
