@@ -26,6 +26,8 @@ def chat(
     threads: options.Threads = None,
     ctx: options.Ctx = None,
     backend: options.Backend = options.BackendChoice.auto,
+    speculative: options.Speculative = "auto",
+    draft: options.Draft = None,
     verbose: options.Verbose = False,
 ) -> None:
     """Chat with a model; /help lists the commands.
@@ -43,7 +45,7 @@ def chat(
     )
     if system is not None:
         system = check_text(system, "the system message")
-    with open_model(model, device, threads, ctx, backend, verbose) as engine:
+    with open_model(model, device, threads, ctx, backend, verbose, speculative, draft) as engine:
         _banner(engine)
         conversation = Conversation(engine, sampling_for(engine, given), system, stop or [], limit)
         on_terminal = sys.stdin.isatty() and sys.stdout.isatty()

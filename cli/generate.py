@@ -15,7 +15,7 @@ from localrun.errors import LocalrunError
 
 if TYPE_CHECKING:
     from localrun.engine import Engine
-    from localrun.session import Session
+    from localrun.session import Session, Stats
 
 
 def generate(
@@ -36,6 +36,8 @@ def generate(
     threads: options.Threads = None,
     ctx: options.Ctx = None,
     backend: options.Backend = options.BackendChoice.auto,
+    speculative: options.Speculative = "auto",
+    draft: options.Draft = None,
     as_json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -54,7 +56,7 @@ def generate(
     )
     text = _prompt(prompt, file)
     started = time.perf_counter()
-    with open_model(model, device, threads, ctx, backend, verbose) as engine:
+    with open_model(model, device, threads, ctx, backend, verbose, speculative, draft) as engine:
         load_s = time.perf_counter() - started
         ids = _prompt_ids(engine, text, system, raw)
         sampling, session = sampling_for(engine, given), engine.session()
@@ -77,7 +79,16 @@ def timing_line(session: "Session") -> str:
     reused = f" ({stats.reused_tokens} reused)" if stats.reused_tokens else ""
     wrote = rate(stats.generated_tokens, stats.decode_s)
     prompt = f"prompt {stats.prompt_tokens} tokens{reused} {read} t/s"
-    return f"[ {prompt} | reply {stats.generated_tokens} tokens {wrote} t/s ]"
+    return f"[ {prompt} | reply {stats.generated_tokens} tokens {wrote} t/s{_drafts(stats)} ]"
+
+
+def _drafts(stats: "Stats") -> str:
+    """What drafts did for the reply, if there were any."""
+    if not stats.drafted_tokens:
+        return ""
+    accepted = f"{stats.accepted_tokens} of {stats.drafted_tokens} drafts accepted"
+    gain = f", {stats.speed_up:.2f} times plain speed" if stats.speed_up else ""
+    return f" | {accepted}, {stats.tokens_per_step:.2f} tokens a step{gain}"
 
 
 def _prompt(prompt: str | None, file: str | None) -> str:
@@ -139,5 +150,13 @@ def _document(
             "prompt_tokens_per_s": rate(stats.prompt_tokens - stats.reused_tokens, stats.prefill_s),
             "generate_s": round(stats.decode_s, 3),
             "generated_tokens_per_s": rate(stats.generated_tokens, stats.decode_s),
+        },
+        "speculation": {
+            "draft": session.speculation.draft.name if session.speculation else None,
+            "drafted_tokens": stats.drafted_tokens,
+            "accepted_tokens": stats.accepted_tokens,
+            "steps": stats.steps,
+            "tokens_per_step": round(stats.tokens_per_step, 3),
+            "speed_up": round(stats.speed_up, 3) if stats.speed_up else None,
         },
     }

@@ -23,9 +23,11 @@ def open_model(
     ctx: int | None,
     backend: BackendChoice,
     verbose: bool = False,
+    speculative: str = "off",
+    draft: str | None = None,
 ) -> "Engine":
     """The loaded model; with verbose, what runs where on stderr."""
-    path = model_path(model)
+    path, draft_path = model_path(model), None if draft is None else model_path(draft)
     started = time.perf_counter()
     with progress_bar() as report:
         engine = localrun.load(
@@ -34,6 +36,8 @@ def open_model(
             threads=threads,
             ctx=ctx,
             backend=backend.value,
+            speculative=speculative,
+            draft=draft_path,
             progress=report,
             notice=note,
         )

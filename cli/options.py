@@ -40,6 +40,20 @@ Ctx = Annotated[
     typer.Option("-c", "--ctx", help="Tokens of context; 8192 or the model's own if not given.", show_default=False),
 ]
 Backend = Annotated[BackendChoice, typer.Option("--backend", help="Whose code computes.")]
+Speculative = Annotated[
+    str,
+    typer.Option(
+        "--speculative",
+        metavar="auto|off|K",
+        help="Verify K drafts (1 to 4) a step, as many as pay, or none; the reply is the same.",
+    ),
+]
+Draft = Annotated[
+    str | None,
+    typer.Option(
+        "--draft", metavar="MODEL", help="A small model of the same vocabulary, for the drafts.", show_default=False
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say on stderr what runs where, and how fast.")]
 

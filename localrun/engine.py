@@ -9,10 +9,12 @@ import numpy as np
 from localrun import hardware, kernels
 from localrun.chat_template import ChatTemplate, chat_template
 from localrun.config import Config, read_config
+from localrun.drafts import Draft, ModelDraft, NGramDraft, check_vocabulary
 from localrun.errors import LocalrunError, UnsupportedModelError
 from localrun.gguf import GGUFFile, open_gguf
 from localrun.sampling import Sampling
 from localrun.session import PREFILL_CHUNK, Session
+from localrun.speculative import Speculation, check_setting
 from localrun.tokenizer import Tokenizer
 
 DEFAULT_CTX = 8192  # tokens, where the model allows as many
@@ -27,6 +29,8 @@ def load(
     threads: int | None = None,
     ctx: int | None = None,
     backend: str = "auto",
+    speculative: str | int = "auto",
+    draft: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     notice: Notice | None = None,
 ) -> "Engine":
@@ -38,6 +42,9 @@ def load(
         threads: worker threads; None for one a physical core.
         ctx: tokens that a session can hold; None for DEFAULT_CTX, or the model's own length if that is less.
         backend: "native", "llama.cpp", or "auto": native where it can, else llama.cpp with a notice.
+        speculative: how many drafts of the next tokens a step verifies: "off", 1 to 4, or "auto" for as many as make
+            it faster. The reply is the same (docs/speculative.md).
+        draft: a small model with the same vocabulary that makes them; None for what followed the same tokens before.
         progress: called as progress(done, total, what) during long steps.
         notice: called with one line for each fact the user should know.
 
@@ -52,12 +59,20 @@ def load(
         raise LocalrunError(f"{threads} threads; expected 1 or more")
     if ctx is not None and ctx < 1:
         raise LocalrunError(f"a context of {ctx} tokens; expected 1 or more")
-    file = open_gguf(path)
+    if check_setting(speculative) == "off" and draft is not None:
+        raise LocalrunError("a draft model, but speculative 'off'; expected auto, or 1 to 4 drafts a step")
+    file, notice = open_gguf(path), notice or (lambda line: None)
     try:
-        return Engine(file, threads or hardware.usable_cores(), ctx, backend, progress, notice or (lambda line: None))
+        engine = Engine(file, threads or hardware.usable_cores(), ctx, backend, progress, notice)
     except BaseException:
         file.close()
         raise
+    try:
+        engine.speculate(speculative, draft, progress, notice)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
 
 
 class Engine:
@@ -70,6 +85,8 @@ class Engine:
         backend: "native" or "llama.cpp".
         ctx: tokens that a session can hold.
         threads: worker threads.
+        speculative: "auto", "off", or how many drafts every step verifies.
+        draft_model: the model that makes them, if another does.
     """
 
     def __init__(
@@ -94,6 +111,45 @@ class Engine:
 
             self.model: Any = LlamaCppModel(file.path, self.ctx, threads, progress)
         self._warn_of_memory(notice)
+        self.speculative: str | int = "off"
+        self.draft_model: Engine | None = None
+
+    def speculate(
+        self,
+        setting: str | int,
+        draft: str | os.PathLike[str] | None = None,
+        progress: Progress | None = None,
+        notice: Notice = lambda line: None,
+    ) -> None:
+        """Let sessions made from now on verify drafts, as load() says.
+
+        llama.cpp's logits depend on how many tokens it evaluates at once: there "auto" without a draft model is "off".
+
+        Raises:
+            LocalrunError: a wrong setting, a draft model that can't be loaded or has another vocabulary, or a model
+                whose cache can't forget single tokens.
+        """
+        setting = check_setting(setting)
+        if setting == "auto" and draft is None and not self.config:
+            setting = "off"
+        if draft is not None:
+            self.draft_model = load(draft, threads=self.threads, speculative="off", progress=progress, notice=notice)
+            check_vocabulary(self, self.draft_model)
+        for engine in (self, self.draft_model):
+            if setting != "off" and engine and not engine._can_forget():
+                raise LocalrunError(f"{engine.file.path}: its state can't forget single tokens, as drafts need it to")
+        self.speculative = setting
+
+    def _can_forget(self) -> bool:
+        """Whether a part of a cache can be dropped: not where llama.cpp runs a recurrent network."""
+        if self.config:
+            return True
+        cache = self.model.new_cache()
+        self.model.forward([0, 0], cache)
+        cache.truncate(1)
+        can_forget = cache.length == 1
+        cache.close()
+        return can_forget
 
     def _native_config(self, backend: str, notice: Notice) -> Config | None:
         """The configuration if the native backend runs this model; None, with a notice, if llama.cpp is to."""
@@ -184,9 +240,15 @@ class Engine:
         """The ids that follow the prompt `ids`; an end token ends it and is not yielded."""
         yield from self.session().tokens(ids, sampling, max_tokens=max_tokens)
 
-    def session(self) -> Session:
-        """A conversation with a cache of its own."""
-        return Session(self)
+    def session(self, speculative: str | int | None = None) -> Session:
+        """A conversation with a cache of its own; speculative, if given, in place of the engine's."""
+        setting = self.speculative if speculative is None else check_setting(speculative)
+        return Session(self, None if setting == "off" else Speculation(self._new_draft(), setting))
+
+    def _new_draft(self) -> Draft:
+        if self.draft_model:
+            return ModelDraft(self.draft_model.session())
+        return NGramDraft()
 
     def describe(self) -> dict[str, str | int]:
         """What runs, where and with what, for -v and --json."""
@@ -199,6 +261,7 @@ class Engine:
             "device": "cpu",
             "threads": self.threads,
             "ctx": self.ctx,
+            "speculative": self.speculative,
             "weight_bytes": sum(tensor.n_bytes for tensor in self.file.tensors.values()),
         }
         if self.config:
@@ -207,6 +270,8 @@ class Engine:
 
     def close(self) -> None:
         """End the worker threads and free the file; sessions can't be used afterwards."""
+        if self.draft_model:
+            self.draft_model.close()
         self.model.close()
         self.tokenizer.close()
         self.file.close()

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,19 +16,35 @@ from localrun.sampling import Sampler, Sampling
 
 if TYPE_CHECKING:
     from localrun.engine import Engine
+    from localrun.speculative import Speculation
 
 PREFILL_CHUNK = 512  # tokens evaluated at a time: enough to use the cores well, and a bound on work memory
 
 
 @dataclass
 class Stats:
-    """What the last reply took."""
+    """What the last reply took.
+
+    Attributes:
+        steps: how often the model was run to generate; each gives a token, and one more for every accepted draft.
+        drafted_tokens, accepted_tokens: drafts that were verified, and that came true.
+        speed_up: how much faster the tokens came than plain steps would have brought them; None if that is not known.
+    """
 
     prompt_tokens: int = 0
     reused_tokens: int = 0
     prefill_s: float = 0.0
     generated_tokens: int = 0
     decode_s: float = 0.0
+    steps: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    speed_up: float | None = None
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens that a step gave; 0 if there was none."""
+        return (self.steps + self.accepted_tokens) / self.steps if self.steps else 0.0
 
 
 class Session:
@@ -39,10 +55,11 @@ class Session:
         reply_ids: what the last reply generated.
         stats: what it took.
         finish_reason: why it ended: "stop" (end token or stop string), "length", "context"; None if it was closed.
+        speculation: what drafts tokens to be verified together; None for one token a step.
     """
 
-    def __init__(self, engine: "Engine"):
-        self.engine = engine
+    def __init__(self, engine: "Engine", speculation: "Speculation | None" = None):
+        self.engine, self.speculation = engine, speculation
         self.ids: list[int] = []
         self.reply_ids: list[int] = []
         self.stats = Stats()
@@ -89,23 +106,59 @@ class Session:
         ids = [int(token) for token in ids]
         self.stats, self.finish_reason, self.reply_ids = Stats(prompt_tokens=len(ids)), None, []
         sample = Sampler(sampling or Sampling(), ids)
-        logits = self._prefill(ids, progress)
-        while max_tokens is None or len(self.reply_ids) < max_tokens:
-            started = time.perf_counter()
+        step = _Step(self._prefill(ids, progress)[None], [])
+        limit = float("inf") if max_tokens is None else max_tokens
+        while len(self.reply_ids) < limit:
             if self.reply_ids:
-                if self._cache.length >= self.engine.ctx:
+                room = self.engine.ctx - self._cache.length
+                if room <= 0:
                     self.finish_reason = "context"
                     return
-                logits = self._evaluate(self.reply_ids[-1:])
-            token = sample(logits)
-            self.stats.decode_s += time.perf_counter() - started
-            if token in self.engine.tokenizer.eog_ids:
+                step = self._step(int(min(limit - len(self.reply_ids), room)) - 1)
+            if (yield from self._accept(step, sample)):
                 self.finish_reason = "stop"
                 return
-            self.reply_ids.append(token)
-            self.stats.generated_tokens += 1
-            yield token
+            if self.speculation and self.stats.steps:
+                self.speculation.record(len(step.drafts), step.n_accepted, step.propose_s, step.verify_s)
+                self.stats.speed_up = self.speculation.speed_up
         self.finish_reason = "length"
+
+    def _step(self, most_drafts: int) -> "_Step":
+        """Evaluate the reply's last token and drafts behind it."""
+        started, last, drafts = time.perf_counter(), self.reply_ids[-1], []
+        if self.speculation:
+            drafts = self.speculation.propose([*self.ids, last], most_drafts)
+        proposed = time.perf_counter()
+        rows = self._evaluate([last, *drafts], all_logits=bool(drafts))
+        verified = time.perf_counter()
+        self.stats.decode_s += verified - started
+        self.stats.steps += 1
+        self.stats.drafted_tokens += len(drafts)
+        return _Step(rows, drafts, proposed - started, verified - proposed)
+
+    def _accept(self, step: "_Step", sample: Sampler) -> Generator[int, None, bool]:
+        """Yield a token for each row as long as the drafts come true; whether the reply is at its end.
+
+        What is cached afterwards is what plain decoding would have cached, wherever this stops.
+        """
+        cached = len(self.ids) - len(step.drafts)
+        try:
+            for row, draft in zip(step.rows, [*step.drafts, None], strict=True):
+                started = time.perf_counter()
+                token = sample(row)
+                self.stats.decode_s += time.perf_counter() - started
+                if token in self.engine.tokenizer.eog_ids:
+                    return True
+                self.reply_ids.append(token)
+                self.stats.generated_tokens += 1
+                yield token
+                if token != draft:
+                    return False
+                step.n_accepted += 1
+        finally:
+            self.stats.accepted_tokens += step.n_accepted
+            self.forget(cached + step.n_accepted)
+        return False
 
     def _prefill(self, ids: list[int], progress: Callable[[int, int], None] | None) -> np.ndarray:
         """Evaluate what the cache lacks of ids; the logits after the last, float32 (vocab)."""
@@ -115,24 +168,37 @@ class Session:
                 f"the prompt has {len(ids)} tokens; the context holds {self.engine.ctx}: shorten it, or raise -c/--ctx"
             )
         started = time.perf_counter()
-        self._forget(min(_common_prefix(self.ids, ids), len(ids) - 1))
+        self.forget(min(_common_prefix(self.ids, ids), len(ids) - 1))
         self.stats.reused_tokens = len(self.ids)
-        while len(self.ids) < len(ids):
-            logits = self._evaluate(ids[len(self.ids) : len(self.ids) + PREFILL_CHUNK])
-            if progress is not None:
-                progress(len(self.ids), len(ids))
+        logits = self.advance(ids[len(self.ids) :], progress)
+        if self.speculation:
+            self.speculation.start_reply(ids)
         self.stats.prefill_s = time.perf_counter() - started
         return logits
 
-    def _forget(self, length: int) -> None:
+    def advance(self, ids: Sequence[int], progress: Callable[[int, int], None] | None = None) -> np.ndarray:
+        """Evaluate at least one token after those that are cached; the logits after the last, float32 (vocab)."""
+        total = len(self.ids) + len(ids)
+        for start in range(0, len(ids), PREFILL_CHUNK):
+            logits = self._evaluate(ids[start : start + PREFILL_CHUNK])[-1]
+            if progress is not None:
+                progress(len(self.ids), total)
+        return logits
+
+    def forget(self, length: int) -> None:
         """Keep the first `length` tokens, or none where the model can't forget a part."""
         self._cache.truncate(length)
         del self.ids[self._cache.length :]
+        if self.speculation:
+            self.speculation.draft.forget(len(self.ids))
 
-    def _evaluate(self, ids: list[int]) -> np.ndarray:
-        logits = self.engine.model.forward(ids, self._cache)[-1]
+    def _evaluate(self, ids: Sequence[int], all_logits: bool = False) -> np.ndarray:
+        """Logits after each of ids, or after the last: float32 (T, vocab) or (1, vocab)."""
+        rows = self.engine.model.forward(list(ids), self._cache, all_logits=all_logits)
         self.ids += ids
-        return logits
+        if self.speculation:
+            self.speculation.draft.evaluated(len(self.ids) - len(ids), len(ids))
+        return rows
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write tokens and cache to `path`, whole or not at all. Raises LocalrunError if it can't be written."""
@@ -167,8 +233,7 @@ class Session:
         ids = _read_ids(metadata.get("localrun.ids", ""))
         if ids is None:
             raise LocalrunError(f"{path}: not a saved session: its token ids are damaged")
-        self.ids = []
-        self._cache.truncate(0)
+        self.forget(0)
         try:
             if ids:
                 self.engine.check_ids(ids)
@@ -177,6 +242,17 @@ class Session:
             self._cache.truncate(0)
             raise type(error)(f"{path}: {error}") from None
         self.ids = ids
+
+
+@dataclass
+class _Step:
+    """Logits, float32 (1 + drafts, vocab), the drafts that they judge, and how many came true."""
+
+    rows: np.ndarray
+    drafts: list[int]
+    propose_s: float = 0.0
+    verify_s: float = 0.0
+    n_accepted: int = 0
 
 
 def _read_ids(text: str) -> list[int] | None:

@@ -25,13 +25,15 @@ HEAVY = ("torch", "numba", "llvmlite", "llama_cpp", "gguf", "numpy", "jinja2", "
 
 SAMPLING = ["--temp", "--top-k", "--top-p", "--min-p", "--repeat-penalty", "--seed"]
 RUNTIME = ["--device", "-t", "--threads", "-c", "--ctx", "--backend"]
+DRAFTS = ["--speculative", "--draft"]
 OPTIONS = {
     "chat": [
-        *["-n", "--n-tokens", "--system", "--stop", *SAMPLING, *RUNTIME],
+        *["-n", "--n-tokens", "--system", "--stop", *SAMPLING, *RUNTIME, *DRAFTS],
         *["-v", "--verbose"],
     ],
     "generate": [
-        *["-p", "--prompt", "-f", "--file", "-n", "--n-tokens", "--raw", "--system", "--stop", *SAMPLING, *RUNTIME],
+        *["-p", "--prompt", "-f", "--file", "-n", "--n-tokens", "--raw", "--system", "--stop"],
+        *[*SAMPLING, *RUNTIME, *DRAFTS],
         *["--json", "-v", "--verbose"],
     ],
     "bench": [

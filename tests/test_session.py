@@ -63,9 +63,10 @@ class Spy:
         self.logits: list[np.ndarray] = []
         evaluate = session._evaluate
 
-        def spying(ids: list[int]) -> np.ndarray:
-            self.logits.append(evaluate(ids))
-            return self.logits[-1]
+        def spying(ids: list[int], all_logits: bool = False) -> np.ndarray:
+            rows = evaluate(ids, all_logits)
+            self.logits += list(rows)
+            return rows
 
         monkeypatch.setattr(session, "_evaluate", spying)
 
@@ -442,7 +443,7 @@ class Script:
     def check_ids(self, ids: list[int]) -> None:
         pass
 
-    def forward(self, ids: list[int], cache: Cache) -> np.ndarray:
+    def forward(self, ids: list[int], cache: Cache, all_logits: bool = False) -> np.ndarray:
         cache.advance(len(ids))
         logits = np.zeros((1, self.tokenizer.n_vocab), np.float32)
         logits[0, self.ids[cache.length - 1]] = 1
