@@ -77,12 +77,15 @@ def collect(
     inputs, pool = _Inputs(), Pool(engine.threads)
     TorchThreads.hold(engine.threads)
     try:
-        model = _observed_model(engine.config, engine.file, pool, inputs)
-        for index, chunk in enumerate(chunks):
-            if not np.isfinite(_evaluate(model, chunk, inputs)).all():
-                raise LocalrunError(f"chunk {index + 1} of {len(chunks)}: the model gives logits that make no sense")
-            if progress is not None:
-                progress(index + 1, len(chunks))
+        with pool.drowsy():
+            model = _observed_model(engine.config, engine.file, pool, inputs)
+            for index, chunk in enumerate(chunks):
+                if not np.isfinite(_evaluate(model, chunk, inputs)).all():
+                    raise LocalrunError(
+                        f"chunk {index + 1} of {len(chunks)}: the model gives logits that make no sense"
+                    )
+                if progress is not None:
+                    progress(index + 1, len(chunks))
     finally:
         TorchThreads.release()
         pool.close()

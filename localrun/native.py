@@ -4,6 +4,7 @@ One token, or a few of a small model, go through the decode step; more go throug
 imported only then.
 """
 
+import ctypes
 import os
 import sys
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 # Prompts this short go token by token: that takes some 0.2 s, importing torch 1 to 2.
 _STEP_TOKENS = 32
 _STEP_BYTES = 1 << 32  # of weights read for all of them
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 class NativeModel:
@@ -69,7 +71,8 @@ class NativeModel:
         """
         cache.check_room(len(ids))
         if cache.is_exact or len(ids) > self._most_steps:
-            return self.network.forward(ids, cache, all_logits)
+            with self._pool.drowsy():  # torch's threads want the cores
+                return self.network.forward(ids, cache, all_logits)
         start = cache.length
         try:
             rows = [self._step(token, cache) for token in ids]
@@ -87,27 +90,30 @@ class NativeModel:
 
 
 class TorchThreads:
-    """How many threads torch uses while any native network is open: a setting of the whole process, so counted here.
+    """How torch works while any native network is open: a setting of the whole process, so counted here.
 
-    The workers of quant do the heavy part, on the same cores. torch's threads (OpenMP's) spin after each operation,
-    unless told to sleep before they exist; where torch was imported before, one thread is faster (docs/lab-notes.md).
+    The workers of quant do the heavy part, on the same cores. torch's threads (OpenMP's) spin for milliseconds after
+    each operation, unless told otherwise before they exist; where torch was imported before, one thread is faster
+    (docs/lab-notes.md).
     """
 
+    _SPINS = "3000"  # pauses: 0.1 ms, longer than from one operation to the next and short beside a job of the workers
     _holders = 0
     _before = 1
-    _sleep = False  # whether the threads sleep between operations
+    _yields = False  # whether the threads stop spinning soon
 
     @classmethod
     def hold(cls, n_threads: int) -> None:
-        """Let torch use n_threads if they sleep, else one."""
+        """Let torch use n_threads if they yield to the workers, else one."""
         if "torch" not in sys.modules:
-            policy = os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-            cls._sleep = policy.upper() == "PASSIVE"
+            os.environ.setdefault("GOMP_SPINCOUNT", cls._SPINS)
+            cls._yields = True
         import torch
 
         if cls._holders == 0:
             cls._before = torch.get_num_threads()
-            torch.set_num_threads(n_threads if cls._sleep else 1)
+            torch.set_num_threads(n_threads if cls._yields else 1)
+            _keep_freed_memory()
         cls._holders += 1
 
     @classmethod
@@ -118,3 +124,11 @@ class TorchThreads:
         cls._holders -= 1
         if cls._holders == 0:
             torch.set_num_threads(cls._before)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep freed tensors' memory for the next ones: new pages cost more than most operations on them."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_TRIM_THRESHOLD, 256 << 20)
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most there is

@@ -9,6 +9,8 @@ machine a job then takes as long as on one core, instead of until the system fin
 
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -19,8 +21,8 @@ from quant.simd import load_i64, store_i64
 
 # The control block: words on cache lines of their own.
 _LINE = 64
-GENERATION, JOB, ARGUMENTS, TICKETS, DONE, STOP, SLEEPERS = (i * _LINE for i in range(7))
-_CONTROL_BYTES = 7 * _LINE
+GENERATION, JOB, ARGUMENTS, TICKETS, DONE, STOP, SLEEPERS, SPINS = (i * _LINE for i in range(8))
+_CONTROL_BYTES = 8 * _LINE
 _CLOSED = 1 << 32  # added to TICKETS when no worker may join the job any more
 _SPINS = 20_000  # pauses of 40-140 cycles: about 1 ms
 
@@ -34,7 +36,7 @@ def _work(control, worker):
         while atomic_load(control + GENERATION) == generation:
             pause()
             spins += 1
-            if spins > _SPINS:
+            if spins > atomic_load(control + SPINS):
                 atomic_add(control + SLEEPERS, 1)
                 while atomic_load(control + GENERATION) == generation:
                     sleep_while_equal(control + GENERATION, generation)
@@ -61,6 +63,11 @@ def _dispatch(control, job, arguments):
     call_2(job, arguments, 0)
     joined = atomic_add(control + TICKETS, _CLOSED)
     wait_for(control + DONE, joined)
+
+
+@kernel("void(int64, int64)")
+def _set_spins(control, spins):
+    atomic_store(control + SPINS, spins)
 
 
 @kernel("void(int64)")
@@ -99,6 +106,7 @@ class Pool:
         self.n_workers = n_workers
         self._block = aligned_bytes(_CONTROL_BYTES)
         self.control = self._block.ctypes.data
+        _set_spins.ctypes(self.control, _SPINS)
         self._lock = threading.Lock()
         self._buffers: dict[str, tuple[int, int, np.ndarray]] = {}  # address, size, owner
         self._threads = [
@@ -113,6 +121,15 @@ class Pool:
         """Run the kernel at address `job` on the workers; returns when it is done. `arguments`: int64, C order."""
         with self._lock:
             _dispatch.ctypes(self.control, job, arguments.ctypes.data)
+
+    @contextmanager
+    def drowsy(self) -> Iterator[None]:
+        """Within, workers sleep as soon as a job ends: what the caller does between jobs has use for all cores."""
+        _set_spins.ctypes(self.control, 0)
+        try:
+            yield
+        finally:
+            _set_spins.ctypes(self.control, _SPINS)
 
     def buffer(self, name: str, n_bytes: int) -> int:
         """Address of a work buffer of at least n_bytes, 64-byte aligned; kept for the next job that asks by `name`."""

@@ -65,6 +65,25 @@ def test_idle_workers_sleep_and_close_ends_them():
     assert not any(thread.is_alive() for thread in workers)
 
 
+def busy_seconds(pool: Pool) -> float:
+    """Processor time of 100 short jobs with 2 ms between them."""
+    before = time.process_time()
+    for _ in range(100):
+        take(pool, 1)
+        time.sleep(0.002)
+    return time.process_time() - before
+
+
+def test_drowsy_workers_do_not_spin() -> None:
+    pool = Pool(2)
+    lively = busy_seconds(pool)
+    with pool.drowsy():
+        drowsy = busy_seconds(pool)
+    again = busy_seconds(pool)
+    pool.close()
+    assert drowsy < 0.5 * min(lively, again)  # a lively worker spins for about 1 ms of each 2
+
+
 def test_buffers_grow_and_are_kept():
     pool = Pool(1)
     small = pool.buffer("a", 100)
