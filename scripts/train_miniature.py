@@ -3,6 +3,8 @@
     python scripts/train_miniature.py prepare DATA --stories FOLDER
     python scripts/train_miniature.py train RUN --data DATA --steps 4000 --decay-steps 400
     python scripts/train_miniature.py train RUN2 --data DATA --start RUN/checkpoint.pt --steps 4400 --decay-steps 400
+    python scripts/train_miniature.py export RUN2/checkpoint.pt FOLDER --data DATA [--fp8]
+    python scripts/train_miniature.py evaluate RUN2/checkpoint.pt --data DATA
 
 `train` goes on from RUN/checkpoint.pt if there is one. Without --decay-steps the learning rate stays, and --start
 branches a decayed model off such a run.
@@ -21,6 +23,8 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     _add_prepare(commands)
     _add_train(commands)
+    _add_export(commands)
+    _add_evaluate(commands)
     arguments = parser.parse_args()
     arguments.command(arguments)
 
@@ -80,6 +84,60 @@ def _train(arguments: argparse.Namespace) -> None:
         trainer.restore(start)
     schedule = training.Schedule(arguments.steps, arguments.decay_steps)
     training.run(trainer, schedule, arguments.run, arguments.checkpoint_seconds)
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("export", help="write a Hugging Face checkpoint")
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("folder", type=Path, help="its last part becomes the model's name")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--fp8", action="store_true", help="E4M3 with scales by 128x128 blocks instead of BF16")
+    parser.set_defaults(command=_export)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    import torch
+    from miniature import export
+    from miniature.config import Config
+
+    state = torch.load(arguments.checkpoint, weights_only=True)
+    config = Config(**state["settings"]["model"])
+    export.export(config, state["model"], arguments.data / "tokenizer.json", arguments.folder, arguments.fp8)
+
+
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("evaluate", help="held-out loss, acceptance of drafts, load, sample texts, as JSON")
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--stories", type=int, help="the first so many of the held-out ones; all if not given")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a story that count")
+    parser.add_argument("--precision", choices=("bf16", "fp8", "f32"), default="bf16", help="of linear layers")
+    parser.add_argument("--prompt", action="append", default=[], help="beginning of a sample text; may be repeated")
+    parser.add_argument("--sample-tokens", type=int, default=160)
+    parser.add_argument("--temperature", type=float, default=0.7, help="of the sample texts")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.set_defaults(command=_evaluate)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    import torch
+    from miniature import data, evaluate
+    from miniature.config import Config
+    from miniature.model import Model
+    from tokenizers import Tokenizer
+
+    torch.set_num_threads(arguments.threads)
+    torch.compiler.set_stance("force_eager")  # every length would be compiled for itself
+    state = torch.load(arguments.checkpoint, weights_only=True)
+    model = Model(Config(**state["settings"]["model"]), arguments.precision)
+    model.load_state_dict(state["model"])
+    tokenizer = Tokenizer.from_file(str(arguments.data / "tokenizer.json"))
+    stories = data.Tokens.load(arguments.data / "validation.npz").first(arguments.stories)
+    with torch.inference_mode():
+        report = {"step": state["step"], **evaluate.held_out(model, stories, tokenizer, arguments.length)}
+        report["greedy_acceptance"] = evaluate.greedy_acceptance(model, stories, n_prompt=32, n_tokens=64, n_stories=32)
+        texts = evaluate.samples(model, tokenizer, arguments.prompt, arguments.sample_tokens, arguments.temperature)
+    print(json.dumps(report | {"samples": texts}, indent=1, ensure_ascii=False))
 
 
 if __name__ == "__main__":

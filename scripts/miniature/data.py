@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
-# Whose text is TinyStories (CDLA-Sharing-1.0), TinyFabulist's (MIT) or the public-domain Aesop of the Library of Congress.
+# Text of TinyStories (CDLA-Sharing-1.0), TinyFabulist (MIT) and the Library of Congress's Aesop (public domain).
 SOURCES = (
     "ToonTalk-1000",
     "chaitanya-nb",
@@ -127,6 +127,11 @@ class Tokens:
         with np.load(path) as arrays:
             return cls(arrays["tokens"], arrays["starts"])
 
+    def first(self, n: int | None) -> Tokens:
+        """The first n stories; all for None."""
+        starts = self.starts if n is None else self.starts[: n + 1]
+        return Tokens(self.tokens[: starts[-1]], starts)
+
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self.tokens[start:end] for start, end in zip(self.starts[:-1], self.starts[1:], strict=True))
 
@@ -142,7 +147,7 @@ class Stream:
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
     def batch(self, step: int, n_sequences: int, length: int) -> np.ndarray:
-        """int64 (n_sequences, length + 2): the inputs and the two tokens behind them, which the next sequence repeats."""
+        """int64 (n_sequences, length + 2): inputs and the two tokens behind them, which the next sequence repeats."""
         first = step * n_sequences * length
         flat = self._read(first, n_sequences * length + 2)
         return np.stack([flat[i * length : (i + 1) * length + 2] for i in range(n_sequences)]).astype(np.int64)

@@ -4,7 +4,7 @@ FP8 is DeepSeek-V3's recipe (arXiv 2412.19437, section 3.3): E4M3 throughout, ac
 tiles of 1x128, weights by blocks of 128x128, each scale its tile's largest magnitude over 448, found online. All three
 products of a layer (forward, gradient of the input, gradient of the weight) take rounded operands; the weights that the
 optimiser moves stay float32. One difference: V3 rounds activations and gradients again in tiles of 128x1 for the weight
-gradient, because the scale must lie along the contraction of its tensor cores; here the tiles of 1x128 serve for it, too.
+gradient, because its tensor cores want scales along the contraction; here the tiles of 1x128 serve for it, too.
 
 N rows (tokens), I input features, O output features, E experts.
 """

@@ -1,7 +1,7 @@
 """Which experts a token goes to, the order that puts each expert's tokens together, and the bias that balances them.
 
 Routing as transformers' DeepseekV3TopkRouter and section 2.1.2 of arXiv 2412.19437: sigmoid affinities; the groups are
-chosen by the sum of their two best biased affinities, the experts by the biased affinity, the weights are the affinities
+chosen by the sum of their two best biased affinities, the experts by the biased affinity; the weights are affinities
 without the bias. N tokens, D hidden_size, E experts, K experts per token.
 """
 

@@ -1,4 +1,4 @@
-"""The training loop: AdamW, warm-up-stable-decay, bias balancing, a log line a step, checkpoints that continue bit by bit."""
+"""The training loop: AdamW, warm-up, stable rate and decay, bias balancing, a log, checkpoints that go on exactly."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def _show(line: dict[str, Any], schedule: Schedule, settings: Settings) -> None:
 
 
 def keep_memory() -> None:
-    """Lets glibc's malloc keep what it has: giving buffers of some MB back to the system each step costs page faults."""
+    """Lets glibc's malloc keep what it has: giving buffers of some MB back to the system costs page faults."""
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
     libc = ctypes.CDLL("libc.so.6")
     libc.mallopt(mmap_threshold, 1 << 30)
