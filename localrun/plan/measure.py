@@ -167,7 +167,7 @@ def _probe(model: ModelShape, threads: int) -> dict[str, float]:
         "chunk_layer_s": max(0.0, chunk_s) / _PROBE_LAYERS,
         "attention_decode_flops": decode_flops / max(decode_s, 1e-6),
         "attention_prefill_flops": prefill_rate,
-        "activation_bytes_per_s": _activation_bytes_per_s(model.config.hidden_size),
+        "activation_bytes_per_s": _activation_bytes_per_s(model.config.hidden_size, threads),
     }
 
 
@@ -176,15 +176,16 @@ def _own_flops(model: ModelShape, n_tokens: int) -> float:
     return attention_flops(model, n_tokens, n_tokens)
 
 
-def _activation_bytes_per_s(hidden_size: int) -> float:
-    """Small operations of torch over a chunk's activations, with the one thread it has while an engine is open."""
+def _activation_bytes_per_s(hidden_size: int, threads: int) -> float:
+    """Small operations of torch over a chunk's activations, with the threads it has while an engine is open."""
+    from localrun.native import TorchThreads
+
+    TorchThreads.hold(threads)
     import torch
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     x, y = torch.ones(CHUNK, hidden_size), torch.ones(CHUNK, hidden_size)
-    (seconds,) = _best_s(lambda: x + y)
-    torch.set_num_threads(before)
+    (seconds,) = _best_s(lambda: x + y, threads=torch.get_num_threads())
+    TorchThreads.release()
     return 3 * 4 * CHUNK * hidden_size / seconds
 
 
