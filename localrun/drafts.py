@@ -10,12 +10,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from localrun.errors import LocalrunError
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from localrun.engine import Engine
+    from localrun.native import NativeModel
     from localrun.session import Session
 
 MOST = 4  # drafts a step: the decode step takes up to five tokens at once
@@ -82,6 +83,70 @@ class NGramDraft(Draft):
         """How many tokens before `place` are the last of the text."""
         ids, longest = self._ids, min(self._longest, place)
         return next((i for i in range(self._shortest, longest) if ids[place - 1 - i] != ids[-1 - i]), longest)
+
+
+class MTPDraft(Draft):
+    """What the model's own head for multi-token prediction takes for likeliest; for more than one draft it is chained.
+
+    Its row for position i takes the model's hidden state there and the token at i + 1, and predicts the token at i + 2
+    (DeepSeek-V3, arXiv 2412.19437, section 2.2). Its cache is contiguous but may begin anywhere: only the last hidden
+    states that it has not read are kept, so a stretch without drafts, a long prompt or a saved session costs little,
+    and what lies before is not attended to.
+    """
+
+    name = "mtp"
+    _WINDOW = 64  # hidden states kept
+
+    def __init__(self, model: NativeModel, ctx: int):
+        assert model.mtp is not None
+        model.keep_hidden = True
+        self._model, self._mtp = model, model.mtp
+        self._cache = self._mtp.new_cache(ctx + MOST)
+        self._first = 0  # the position of the cache's first row
+        self._hidden: list[np.ndarray] = []  # of the positions after the cache's last
+
+    def evaluated(self, start: int, count: int) -> None:
+        if start != self._first + self._cache.length + len(self._hidden):
+            self._start_at(start)
+        kept = [*self._hidden, *self._model.hidden[-self._WINDOW :].copy()][-self._WINDOW :]
+        if len(kept) < len(self._hidden) + count:
+            self._start_at(start + count - len(kept))
+        self._hidden = kept
+
+    def forget(self, length: int) -> None:
+        next_position = self._first + self._cache.length
+        if length >= next_position:
+            del self._hidden[length - next_position :]
+        else:
+            self._start_at(length)
+
+    def read(self, ids: Sequence[int]) -> None:
+        if len(ids) > 1:
+            self._follow(ids)
+
+    def propose(self, ids: Sequence[int], n: int) -> list[int]:
+        logits, hidden = self._follow(ids)
+        length, drafts = self._cache.length, [int(logits.argmax())]
+        try:
+            while len(drafts) < n:
+                logits, hidden = self._mtp.forward(drafts[-1:], hidden, self._cache)
+                drafts.append(int(logits.argmax()))
+        finally:
+            self._cache.truncate(length)
+        return drafts
+
+    def _follow(self, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Read the hidden states whose next token is in ids: the last one's logits, float32 (1, vocab), and hidden."""
+        start = self._first + self._cache.length
+        count = len(ids) - 1 - start
+        result = self._mtp.forward(ids[start + 1 : start + 1 + count], np.stack(self._hidden[:count]), self._cache)
+        del self._hidden[:count]
+        return result
+
+    def _start_at(self, position: int) -> None:
+        self._cache.truncate(0)
+        self._first = position
+        self._hidden = []
 
 
 class ModelDraft(Draft):

@@ -19,13 +19,12 @@ from collections.abc import Sequence
 from localrun.drafts import MOST, Draft
 from localrun.errors import LocalrunError
 
-_SAMPLES = 3  # steps before a cost is believed, that of plain ones too
+_SAMPLES, _PLAIN_SAMPLES = 3, 5  # steps before a cost is believed; that of plain steps is what all others are held to
 _RECENT = 31  # of which a cost is the median: other programs disturb single steps by any factor
 _MARGIN = 1.04  # more tokens a second than plain steps give, for drafts to be used: medians are uncertain by as much
 _MEMORY = 16  # steps that acceptance is remembered for
 _STALE_MEMORY = 2  # what it still counts for when drafts are tried again
 _FIRST_PAUSE, _LONGEST_PAUSE = 16, 1024  # tokens between tries
-_REFRESH = 32  # steps with drafts between two without, to see what those cost now
 _LOSS, _GRACE = 0.007, 3  # of the plain time, and plain steps: what trying may cost a reply
 
 
@@ -41,9 +40,13 @@ def check_setting(value: str | int) -> str | int:
 class _Typical:
     """The median of the last few times that something took; seconds is 0 before the first."""
 
-    def __init__(self) -> None:
+    def __init__(self, n_needed: int):
         self._recent: deque[float] = deque(maxlen=_RECENT)
+        self._n_needed = n_needed
         self.seconds = 0.0
+
+    def __len__(self) -> int:
+        return len(self._recent)
 
     def add(self, seconds: float) -> None:
         self._recent.append(seconds)
@@ -51,7 +54,7 @@ class _Typical:
 
     @property
     def is_known(self) -> bool:
-        return len(self._recent) >= _SAMPLES
+        return len(self._recent) >= self._n_needed
 
 
 class Pace:
@@ -69,8 +72,8 @@ class Pace:
     """
 
     def __init__(self) -> None:
-        self._verifying = [_Typical() for _ in range(MOST + 1)]
-        self._proposing = [_Typical() for _ in range(MOST + 1)]
+        self._verifying = [_Typical(_SAMPLES if k else _PLAIN_SAMPLES) for k in range(MOST + 1)]
+        self._proposing = [_Typical(_SAMPLES) for _ in range(MOST + 1)]
         self._chance = [0.0] * MOST  # that a draft at this depth comes true when those before it did
         self._weight = [0] * MOST  # the steps that this rests on, at most _MEMORY
         self._best = 0  # drafts
@@ -88,8 +91,8 @@ class Pace:
         """The drafts that the next step should verify."""
         if not self._verifying[0].is_known or self.lost_s > self._allowance():
             return 0
-        if self._best and self._since_plain >= _REFRESH:
-            return 0
+        if self._best and self._since_plain >= len(self._verifying[0]):
+            return 0  # what plain steps cost now, the sooner the less is known of it
         more = self._best + 1
         if more <= MOST and self._tokens >= self._next_try and self._worst_loss(more) <= self._allowance():
             return more
