@@ -155,6 +155,15 @@ def test_the_fp8_checkpoint_converts_to_the_rounded_weights(prepared: Path, tmp_
     assert error(found, our_logits(model, hf_checkpoints.PROMPT)) < 1e-5  # both float32
 
 
+def test_rounding_to_e4m3_is_torchs() -> None:
+    finite = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    values = finite[finite.isfinite()].sort().values.double()
+    near = [(values + factor * 2.0**-20 * values.abs()).float() for factor in (-1, 0, 1)]
+    between = ((values[1:] + values[:-1]) / 2).float()  # ties
+    x = torch.cat((*near, between, between.nextafter(torch.tensor(1e9)), between.nextafter(torch.tensor(-1e9))))
+    assert torch.equal(precision.to_e4m3(x), x.to(torch.float8_e4m3fn).float())
+
+
 def by_tiles(x: torch.Tensor, tile: tuple[int, int]) -> torch.Tensor:
     """Through torch's E4M3 tile by tile, the scale of each its largest magnitude over 448."""
     out = torch.empty_like(x)
