@@ -1,8 +1,10 @@
-"""Decoding one token in one call: a model's tensors laid out as phases that the workers run without Python or torch.
+"""Decoding a few tokens in one call: a model's tensors laid out as phases that the workers run without Python or torch.
 
 The network itself is model.py, for any number of tokens; this is the same arithmetic over the same weights and caches,
 and is tested against it.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -13,50 +15,70 @@ from localrun.rope import attention_scale, frequencies, rotation_magnitude
 from localrun.tensors import Tensors
 from quant.linear import Weight
 from quant.pool import Pool
-from quant.step import Program
+from quant.step import MOST_TOKENS, Program
 from quant.step_attention import Heads, attend_phase, lift_phase
 from quant.step_experts import SIGMOID, SOFTMAX, SOFTMAX_AFTER_TOPK, Router, expert_phases
 from quant.step_queries import grouped_queries_phase, latent_queries_phase
-from quant.step_rows import Input, rows_phase
+from quant.step_rows import Input, normed, rows_phase
 
 _SCORING = {"softmax": SOFTMAX, "sigmoid": SIGMOID, "softmax_after_topk": SOFTMAX_AFTER_TOPK}
 _HEADS_TOGETHER = 16  # of MLA: they share each expanded cache row; more would crowd the second-level cache
 
 
-class DecodeStep:
-    """The step of one model. Its buffers hold one token, so one step at a time."""
+class Layers:
+    """A program whose phases are layers of a model, laid out one after the other. T: quant.step.MOST_TOKENS.
 
-    def __init__(self, config: Config, tensors: Tensors, pool: Pool):
-        """The tensors must stay mapped."""
+    Attributes:
+        x: address of float32 (T, hidden_size), the sums that layers add to; set before the first.
+    """
+
+    def __init__(self, config: Config, tensors: Tensors, pool: Pool, embedding: Weight, n_layers: int):
+        """The tensors must stay mapped. n_layers: with a cache row each."""
         self.config, self.tensors, self.pool = config, tensors, pool
         factors = tensors.array(names.ROPE_FREQS) if tensors.has(names.ROPE_FREQS) else None
-        embedding = tensors.matrix(names.EMBED_TOKENS)
-        n_slots = config.num_hidden_layers * (1 if config.kv_lora_rank else 2)
-        turns = frequencies(config, factors), rotation_magnitude(config)
-        self.program = Program(pool, embedding, *turns, n_slots)
+        n_slots = n_layers * (1 if config.kv_lora_rank else 2)
+        self.program = Program(pool, embedding, frequencies(config, factors), rotation_magnitude(config), n_slots)
+        self.x = self.program.x
         self._buffers: dict[str, tuple[int, int]] = {}
-        for index in range(config.num_hidden_layers):
-            norm = self._normed(self.program.x, names.layer(index, "input_layernorm"))
-            if config.kv_lora_rank:
-                self._latent_attention(index, norm)
-            else:
-                self._grouped_attention(index, norm)
-            norm = self._normed(self.program.x, names.layer(index, "post_attention_layernorm"))
-            if tensors.has(names.layer(index, "mlp.gate")):
-                self._moe(index, norm)
-            else:
-                self._mlp(index, norm)
-        head = tensors.matrix(names.LM_HEAD if tensors.has(names.LM_HEAD) else names.EMBED_TOKENS)
-        self._logits = np.zeros(head.n_rows, np.float32)
-        self._rows(self._normed(self.program.x, names.NORM), [(head, self.program.keep(self._logits))])
+
+    def _layer(self, index: int, cache_layer: int) -> None:
+        """Layer `index` of the file, over one layer of the cache."""
+        norm = self._normed(self.x, names.layer(index, "input_layernorm"))
+        if self.config.kv_lora_rank:
+            self._latent_attention(index, cache_layer, norm)
+        else:
+            self._grouped_attention(index, cache_layer, norm)
+        norm = self._normed(self.x, names.layer(index, "post_attention_layernorm"))
+        if self.tensors.has(names.layer(index, "mlp.gate")):
+            self._moe(index, norm)
+        else:
+            self._mlp(index, norm)
+
+    def _head(self, norm: str, head: Weight) -> None:
+        """The last phase: logits of the normed sums."""
+        self._final, self._logits = self._normed(self.x, norm), np.zeros((MOST_TOKENS, head.n_rows), np.float32)
+        logits = self.program.keep(self._logits)
+        self.program.add(rows_phase(self._final, [(head, logits)], self.pool.n_workers, is_head=True))
         self.program.finish()
 
-    def __call__(self, token: int, cache: Cache) -> np.ndarray:
-        """float32 (vocab,): the logits after `token`, which the cache then holds. Raises ContextFullError."""
-        cache.check_room(1)
-        self.program.run(token, cache.length, cache.addresses)
-        cache.advance(1)
-        return self._logits.copy()
+    def __call__(self, ids: Sequence[int], cache: Cache, n_logits: int) -> np.ndarray:
+        """Evaluate up to MOST_TOKENS ids, which the cache then holds.
+
+        Returns:
+            float32 (n_logits, vocab): the logits after the last ones.
+
+        Raises:
+            ContextFullError: the cache has no room for them.
+        """
+        cache.check_room(len(ids))
+        first = len(ids) - n_logits
+        self.program.run(ids, cache.length, cache.addresses, first)
+        cache.advance(len(ids))
+        return self._logits[first : len(ids)].copy()
+
+    def hidden(self, first: int, last: int) -> np.ndarray:
+        """float32 (last - first, hidden_size): what the head reads of the last step's tokens first..last."""
+        return normed(self._final, first, last, self.config.hidden_size)
 
     def _array(self, name: str) -> int:
         """Address of a 1-D tensor in float32."""
@@ -67,7 +89,7 @@ class DecodeStep:
         return Input(x, self._array(name), self.config.rms_norm_eps)
 
     def _vector(self, name: str, n: int) -> int:
-        """Address of float32 (n,) that all layers use in turn under this name."""
+        """Address of float32 (T, n) that all layers use in turn under this name."""
         address, size = self._buffers.get(name, (0, -1))
         if size < n:
             address = self.program.vector(n)
@@ -83,9 +105,9 @@ class DecodeStep:
         mixed = self._vector("mixed", o_proj.n_cols)
         self.program.add(attend_phase(heads, queries, partials))
         self.program.add(lift_phase(heads, partials, v_b, mixed))
-        self._rows(Input(mixed), [(o_proj, self.program.x)], residual=True)
+        self._rows(Input(mixed), [(o_proj, self.x)], residual=True)
 
-    def _latent_attention(self, index: int, norm: Input) -> None:
+    def _latent_attention(self, index: int, cache_layer: int, norm: Input) -> None:
         c = self.config
 
         def name(module: str) -> str:
@@ -111,7 +133,7 @@ class DecodeStep:
         together = max(n for n in range(1, _HEADS_TOGETHER + 1) if c.num_attention_heads % n == 0)
         heads = Heads(
             n_groups=c.num_attention_heads // together, per_group=together,
-            key_width=row_width, value_width=c.kv_lora_rank, key_slot=index, value_slot=index,
+            key_width=row_width, value_width=c.kv_lora_rank, key_slot=cache_layer, value_slot=cache_layer,
             key_row=2 * row_width, value_row=2 * row_width, key_group=0, value_group=0,
         )  # fmt: skip
         queries = self._vector("queries", heads.n_heads * heads.query_width)
@@ -127,12 +149,12 @@ class DecodeStep:
                 query_width=heads.query_width,
                 scale=attention_scale(c),
                 epsilon=c.rms_norm_eps,
-                slot=index,
+                slot=cache_layer,
             )
         )
         self._attend(heads, queries, v_b, self.tensors.matrix(name("o_proj")))
 
-    def _grouped_attention(self, index: int, norm: Input) -> None:
+    def _grouped_attention(self, index: int, cache_layer: int, norm: Input) -> None:
         c = self.config
         q_proj, k_proj, v_proj, o_proj = (
             self.tensors.matrix(names.layer(index, f"self_attn.{part}_proj")) for part in "qkvo"
@@ -144,7 +166,7 @@ class DecodeStep:
         self._rows(norm, [(q_proj, projected), (k_proj, keys), (v_proj, values)])
         heads = Heads(
             n_groups=groups, per_group=c.num_attention_heads // groups,
-            key_width=c.head_dim, value_width=c.v_head_dim, key_slot=2 * index, value_slot=2 * index + 1,
+            key_width=c.head_dim, value_width=c.v_head_dim, key_slot=2 * cache_layer, value_slot=2 * cache_layer + 1,
             key_row=2 * key_width, value_row=2 * value_width, key_group=2 * c.head_dim, value_group=2 * c.v_head_dim,
         )  # fmt: skip
         queries = self._vector("queries", heads.n_heads * heads.query_width)
@@ -161,7 +183,7 @@ class DecodeStep:
                 n_rope=c.qk_rope_head_dim,
                 query_width=heads.query_width,
                 scale=attention_scale(c),
-                slot=2 * index,
+                slot=2 * cache_layer,
             )
         )
         self._attend(heads, queries, None, o_proj)
@@ -169,7 +191,7 @@ class DecodeStep:
     def _mlp(self, index: int, norm: Input) -> None:
         gate, up, down = self._gate_up_down(index, "mlp")
         self._rows(norm, [gate, up])
-        self._rows(Input(gate[1], up=up[1]), [(down, self.program.x)], residual=True)
+        self._rows(Input(gate[1], up=up[1]), [(down, self.x)], residual=True)
 
     def _gate_up_down(self, index: int, prefix: str) -> tuple[tuple[Weight, int], tuple[Weight, int], Weight]:
         """Gate and up with the places of their outputs, and down."""
@@ -197,6 +219,17 @@ class DecodeStep:
         experts = self.tensors.expert_matrices(index)
         n_inner = c.num_experts_per_tok * experts.gate.n_rows
         gated, upped = self._vector("experts gated", n_inner), self._vector("experts upped", n_inner)
-        x = self.program.x
-        for phase in expert_phases(norm, router, experts, gated, upped, shared, x, self.pool.n_workers):
+        for phase in expert_phases(norm, router, experts, gated, upped, shared, self.x, self.pool.n_workers):
             self.program.add(phase)
+
+
+class DecodeStep(Layers):
+    """The step of one model. Its buffers hold a few tokens of one context, so one step at a time."""
+
+    def __init__(self, config: Config, tensors: Tensors, pool: Pool):
+        """The tensors must stay mapped."""
+        n_layers = config.num_hidden_layers
+        super().__init__(config, tensors, pool, tensors.matrix(names.EMBED_TOKENS), n_layers)
+        for index in range(n_layers):
+            self._layer(index, index)
+        self._head(names.NORM, tensors.matrix(names.LM_HEAD if tensors.has(names.LM_HEAD) else names.EMBED_TOKENS))

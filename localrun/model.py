@@ -50,11 +50,14 @@ class Model:
         self.lm_head = weights.linear(names.LM_HEAD if weights.has(names.LM_HEAD) else names.EMBED_TOKENS)
 
     @torch.inference_mode()
-    def forward(self, ids: Sequence[int], cache: Cache, all_logits: bool = False) -> np.ndarray:
+    def forward(
+        self, ids: Sequence[int], cache: Cache, all_logits: bool = False, all_hidden: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Evaluate ids after the cache's tokens; the cache then holds them too.
 
         Returns:
-            float32 (T, vocab) logits with all_logits, else (1, vocab), those of the last token.
+            What the head reads of each token with all_logits or all_hidden, else of the last, float32 (T, D) or (1, D).
+            Logits, float32 (T, vocab) with all_logits, else (1, vocab), those of the last token.
 
         Raises:
             ContextFullError: the cache has no room for them.
@@ -63,6 +66,6 @@ class Model:
         for layer in self.layers:
             x_TD = layer(x_TD, cache)
         cache.advance(len(ids))
-        x_TD = x_TD if all_logits else x_TD[-1:]
+        x_TD = x_TD if all_logits or all_hidden else x_TD[-1:]
         x_TD = rms_norm(x_TD, (self.config.hidden_size,), self.norm, self.config.rms_norm_eps)
-        return self.lm_head(x_TD).numpy()
+        return x_TD.numpy(), self.lm_head(x_TD if all_logits else x_TD[-1:]).numpy()

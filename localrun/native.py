@@ -1,6 +1,6 @@
 """The native backend's model: which of its two ways tokens take through the network, and the caches that both share.
 
-One token, or a few of a small model, go through the decode step; more go through the network in torch, which is
+A few tokens, or some more of a small model, go through the decode step; more go through the network in torch, which is
 imported only then.
 """
 
@@ -20,13 +20,14 @@ from localrun.gguf import GGUFFile
 from localrun.residency import Resident
 from localrun.tensors import Tensors
 from quant.pool import Pool
+from quant.step import MOST_TOKENS
 
 if TYPE_CHECKING:
     from localrun.model import Model
 
-# Prompts this short go token by token: that takes some 0.2 s, importing torch 1 to 2.
+# Prompts this short go through the step: that takes some 0.2 s, importing torch 1 to 2.
 _STEP_TOKENS = 32
-_STEP_BYTES = 1 << 32  # of weights read for all of them
+_STEP_BYTES = 1 << 32  # of weights read for all of them, if each read its own
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
@@ -35,6 +36,8 @@ class NativeModel:
 
     Attributes:
         vocab_size: logits a token.
+        keep_hidden: whether forward() is to leave `hidden` behind.
+        hidden: float32 (T, hidden_size), what the head reads (after the final norm) of the last forward()'s tokens.
     """
 
     def __init__(self, config: Config, file: GGUFFile, n_threads: int):
@@ -42,7 +45,10 @@ class NativeModel:
         self._resident = Resident(file)
         self._pool = Pool(n_threads)
         self._step = DecodeStep(config, Tensors(file), self._pool)
-        self._most_steps = max(1, min(_STEP_TOKENS, _STEP_BYTES // weight_bytes_per_token(file, config)))
+        fitting = _STEP_BYTES // weight_bytes_per_token(file, config)
+        self._most_steps = max(MOST_TOKENS, min(_STEP_TOKENS, fitting))  # tokens that go through it
+        self.keep_hidden = False
+        self.hidden = np.empty((0, config.hidden_size), np.float32)
         self._network: Model | None = None
 
     @property
@@ -71,15 +77,32 @@ class NativeModel:
         """
         cache.check_room(len(ids))
         if cache.is_exact or len(ids) > self._most_steps:
-            with self._pool.drowsy():  # torch's threads want the cores
-                return self.network.forward(ids, cache, all_logits)
+            return self._by_network(ids, cache, all_logits)
         start = cache.length
         try:
-            rows = [self._step(token, cache) for token in ids]
+            return self._by_steps(ids, cache, all_logits)
         except BaseException:  # Ctrl-C between two of them: all or none
             cache.truncate(start)
             raise
-        return np.stack(rows) if all_logits else rows[-1][None]
+
+    def _by_network(self, ids: Sequence[int], cache: Cache, all_logits: bool) -> np.ndarray:
+        with self._pool.drowsy():  # torch's threads want the cores
+            hidden, logits = self.network.forward(ids, cache, all_logits, self.keep_hidden)
+        if self.keep_hidden:
+            self.hidden = hidden
+        return logits
+
+    def _by_steps(self, ids: Sequence[int], cache: Cache, all_logits: bool) -> np.ndarray:
+        hidden, rows = [], []
+        for first in range(0, len(ids), MOST_TOKENS):
+            few = ids[first : first + MOST_TOKENS]
+            is_last = first + len(few) == len(ids)
+            rows.append(self._step(few, cache, len(few) if all_logits else int(is_last)))
+            if self.keep_hidden:
+                hidden.append(self._step.hidden(0, len(few)))
+        if self.keep_hidden:
+            self.hidden = np.concatenate(hidden)
+        return np.concatenate(rows)
 
     def close(self) -> None:
         """End all threads."""

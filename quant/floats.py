@@ -27,7 +27,7 @@ from quant.simd import (
 )
 from quant.simd_wide import stack
 
-_sums = stack(64 * MOST_FEW)
+_sums = stack(128 * MOST_FEW)
 
 
 @inline
@@ -59,24 +59,21 @@ def _gemv_few(w, n_rows, n_cols, records, outs, offset, n_tokens):
     sums, end = _sums(), prefetch_start(w, SIZE * n_cols * n_rows)
     for r in range(n_rows):
         row = w + SIZE * n_cols * r
-        for t in range(n_tokens):
+        for t in range(2 * n_tokens):
             store_f32x16(sums + 64 * t, zero_f32x16())
-        for i in range(0, n_cols - 63, 64):
-            at = row + SIZE * i
-            prefetch_ahead(at, 64 * SIZE, end)
-            w_0, w_1, w_2, w_3 = load_16(at), load_16(at + 16 * SIZE), load_16(at + 32 * SIZE), load_16(at + 48 * SIZE)
+        for i in range(0, n_cols - 31, 32):
+            prefetch_ahead(row + SIZE * i, 32 * SIZE, end)
+            w_even, w_odd = load_16(row + SIZE * i), load_16(row + SIZE * (i + 16))
             for t in range(n_tokens):
-                x = load_i64(records + 8 * t) + 4 * i
-                total = fma_f32x16(
-                    w_1, load_f32x16(x + 64), fma_f32x16(w_0, load_f32x16(x), load_f32x16(sums + 64 * t))
-                )
-                total = fma_f32x16(w_3, load_f32x16(x + 192), fma_f32x16(w_2, load_f32x16(x + 128), total))
-                store_f32x16(sums + 64 * t, total)
+                x, even = load_i64(records + 8 * t) + 4 * i, sums + 128 * t
+                store_f32x16(even, fma_f32x16(w_even, load_f32x16(x), load_f32x16(even)))
+                store_f32x16(even + 64, fma_f32x16(w_odd, load_f32x16(x + 64), load_f32x16(even + 64)))
         for t in range(n_tokens):
-            tail = np.float32(0.0)
-            for i in range(n_cols // 64 * 64, n_cols):
+            tail, even = np.float32(0.0), sums + 128 * t
+            for i in range(n_cols // 32 * 32, n_cols):
                 tail += load_1(row + SIZE * i) * load_f32(load_i64(records + 8 * t) + 4 * i)
-            store_f32(load_i64(outs + 8 * t) + offset + 4 * r, sum_f32x16(load_f32x16(sums + 64 * t)) + tail)
+            total = sum_f32x16(load_f32x16(even)) + sum_f32x16(load_f32x16(even + 64)) + tail
+            store_f32(load_i64(outs + 8 * t) + offset + 4 * r, total)
 
 
 def _kernels(name: str, size: int, load_16: Callable, load_1: Callable):

@@ -13,7 +13,7 @@ from quant.jit import inline, kernel
 from quant.simd import load_f32x16, load_i64, prefetch, store_f32, store_f32x16, sum_f32x16, zero_f32x16
 from quant.simd_wide import stack
 
-MOST_FEW = 4  # tokens of one gemv_few: more than fit the registers together with the weights gain nothing
+MOST_FEW = 5  # tokens of one gemv_few, whose sums are kept in memory: a step's token with four drafted ones
 AHEAD = 8192  # bytes between the weights in use and those being prefetched
 _sums = stack(64 * MOST_FEW)
 

@@ -1,7 +1,7 @@
 """Rows of one quantised matrix times a few or many tokens: the step that linear.py and experts.py share.
 
-One token: the format's gemv. A few: its gemv_few, which decodes each block once for up to four of them; more go in
-passes over rows that stay in the cache. Many: rows are expanded to float32 in a worker's scratch memory, a few at a
+One token: the format's gemv. A few: its gemv_few, which decodes each block once for all of them; more go in passes
+over rows that stay in the cache. Many: rows are expanded to float32 in a worker's scratch memory, a few at a
 time, and each expanded row serves all tokens. All read the same activation records, so they agree to float32 rounding.
 """
 
@@ -12,7 +12,7 @@ from quant.jit import inline
 from quant.simd import load_i64
 from quant.tile import multiply
 
-# From here on expanding a row costs less than decoding it for four tokens at a time (docs/lab-notes.md).
+# From here on expanding a row costs less than decoding it for a few tokens at a time (docs/lab-notes.md).
 GEMM_TOKENS, GEMM_TOKENS_OF_FLOATS = 16, 6
 _PASS_BYTES = 1 << 16  # of weights that several passes of a few tokens share: they stay in L2
 SCRATCH_BYTES = 1 << 18  # expanded rows of one worker: beside a token block in L2

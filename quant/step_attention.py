@@ -1,8 +1,9 @@
-"""Phases of attention for one token: scores and values over the cache, then heads' results.
+"""Phases of attention: scores and values over the cache, then heads' results.
 
 Both kinds of attention are one: groups of heads that share keys (all heads of MLA, in groups that fit registers; the
-heads of one key-value head of GQA) meet pieces of the context. A unit is one group and one piece: cache rows are read
-once for all heads of the group, in float32 tiles, with an online softmax (Milakov and Gimelshein, arXiv 1805.02867).
+heads of one key-value head of GQA) meet pieces of the context. A unit is one token, one group and one piece: cache rows
+are read once for all heads of the group, in float32 tiles, with an online softmax (Milakov and Gimelshein, arXiv
+1805.02867).
 Pieces are combined afterwards, in order, so that results do not depend on the number of workers.
 """
 
@@ -38,17 +39,20 @@ from quant.simd import (
 from quant.step import (
     ARGUMENTS,
     CACHE,
-    CHUNK,
     LEAST_CHUNK,
     MOST_CHUNKS,
-    N_CACHED,
-    N_CHUNKS,
+    MOST_TOKENS,
     NOTHING,
     STATE,
     Phase,
+    cached_by,
+    chunk_length,
+    chunks_of,
     padded,
+    tokens_of,
 )
-from quant.step_rows import gemv
+from quant.step_rows import multiply as multiply_rows
+from quant.step_rows import set_token, token_tables
 from quant.tile import LANES, multiply
 from quant.vectors import (
     add_f32x16,
@@ -74,7 +78,7 @@ def _padded_lanes(n: int) -> int:
 # Groups of heads share the keys of their group; offsets of groups in bytes of a cache row.
 (
     A_SLOT, A_N_GROUPS, A_HEADS, A_QUERIES, A_QUERY_WIDTH, A_KEY_WIDTH, A_KEY_ROW, A_KEY_GROUP, A_VALUE_SLOT,
-    A_VALUE_WIDTH, A_VALUE_ROW, A_VALUE_GROUP, A_PARTIALS, A_PADDED_VALUE,
+    A_VALUE_WIDTH, A_VALUE_ROW, A_VALUE_GROUP, A_PARTIALS, A_PADDED,
 ) = range(ARGUMENTS, ARGUMENTS + 14 * 8, 8)  # fmt: skip
 # A partial result, of one head over one piece: the scores' maximum, the sum of exp(score - maximum), then the values.
 MAXIMUM, SUM, MIXED = 0, 4, 64
@@ -142,29 +146,41 @@ def _soften(scores, n_tokens, partial, width):
     store_f32(partial + MAXIMUM, maximum)
 
 
-@kernel("void(int64, int64, int64)")
-def _run_attend(phase, unit, work):
-    """One group of heads over one piece of the context; work: expanded rows, scores, two tables of addresses."""
-    state, n_heads = load_i64(phase + STATE), load_i64(phase + A_HEADS)
-    group, piece = unit % load_i64(phase + A_N_GROUPS), unit // load_i64(phase + A_N_GROUPS)
-    chunk, query_width = load_i64(state + CHUNK), load_i64(phase + A_QUERY_WIDTH)
-    value_width, padded_value = load_i64(phase + A_VALUE_WIDTH), load_i64(phase + A_PADDED_VALUE)
-    partial_bytes = MIXED + 4 * padded_value
-    head = load_i64(phase + A_N_GROUPS) * n_heads * piece + n_heads * group
-    partials = load_i64(phase + A_PARTIALS) + partial_bytes * head
-    scores = work + 4 * _TOKENS * max(query_width, padded_value)
+@inline
+def _start_heads(phase, first, partials, scores):
+    """Empty results of a group's heads; returns the addresses of their queries, from head `first` on, and of scores."""
+    n_heads, query_width, width = load_i64(phase + A_HEADS), load_i64(phase + A_QUERY_WIDTH), load_i64(phase + A_PADDED)
     queries, outs = scores + 4 * _TOKENS * n_heads, scores + 4 * _TOKENS * n_heads + 8 * n_heads
     for h in range(n_heads):
-        store_i64(queries + 8 * h, load_i64(phase + A_QUERIES) + 4 * query_width * (n_heads * group + h))
+        partial = partials + (MIXED + 4 * width) * h
+        store_i64(queries + 8 * h, load_i64(phase + A_QUERIES) + 4 * query_width * (first + h))
         store_i64(outs + 8 * h, scores + 4 * _TOKENS * h)
-        store_f32(partials + partial_bytes * h + MAXIMUM, np.float32(_NEVER))
-        store_f32(partials + partial_bytes * h + SUM, np.float32(0.0))
-        for i in range(0, padded_value, 16):
-            store_f32x16(partials + partial_bytes * h + MIXED + 4 * i, zero_f32x16())
+        store_f32(partial + MAXIMUM, np.float32(_NEVER))
+        store_f32(partial + SUM, np.float32(0.0))
+        for i in range(0, width, 16):
+            store_f32x16(partial + MIXED + 4 * i, zero_f32x16())
+    return queries, outs
+
+
+@kernel("void(int64, int64, int64)")
+def _run_attend(phase, unit, work):
+    """One group of a token's heads over one piece; work: expanded rows, scores, two tables of addresses."""
+    state, n_groups, n_heads = load_i64(phase + STATE), load_i64(phase + A_N_GROUPS), load_i64(phase + A_HEADS)
+    group, token, piece = unit % n_groups, unit // n_groups % tokens_of(phase), unit // n_groups // tokens_of(phase)
+    n_cached = cached_by(phase, token)
+    chunk, query_width = chunk_length(n_cached), load_i64(phase + A_QUERY_WIDTH)
+    value_width, padded_value = load_i64(phase + A_VALUE_WIDTH), load_i64(phase + A_PADDED)
+    partial_bytes, all_heads = MIXED + 4 * padded_value, n_groups * n_heads
+    head = all_heads * (MOST_CHUNKS * token + piece) + n_heads * group
+    partials = load_i64(phase + A_PARTIALS) + partial_bytes * head
+    scores = work + 4 * _TOKENS * max(query_width, padded_value)
+    end = min(n_cached, chunk * (piece + 1))
+    if chunk * piece >= end:
+        return
+    queries, outs = _start_heads(phase, all_heads * token + n_heads * group, partials, scores)
     cache, same_rows = load_i64(state + CACHE), load_i64(phase + A_VALUE_SLOT) == load_i64(phase + A_SLOT)
     keys = load_i64(cache + 8 * load_i64(phase + A_SLOT)) + load_i64(phase + A_KEY_GROUP) * group
     values = load_i64(cache + 8 * load_i64(phase + A_VALUE_SLOT)) + load_i64(phase + A_VALUE_GROUP) * group
-    end = min(load_i64(state + N_CACHED), chunk * (piece + 1))
     for first in range(chunk * piece, end, _TOKENS):
         n_tokens = min(_TOKENS, end - first)
         for i in range(n_tokens):
@@ -184,38 +200,49 @@ def _run_attend(phase, unit, work):
 
 # ---- heads' results --------------------------------------------------------------------------------------------------
 
-L_PARTIALS, L_PARTIAL_BYTES, L_HEADS, L_WIDTH, L_OUT, L_OUT_WIDTH, L_INTEGER, L_HAS_V_B = range(
-    ARGUMENTS, ARGUMENTS + 8 * 8, 8
-)
-V_B = ARGUMENTS + 8 * 8
+(
+    L_PARTIALS, L_PARTIAL_BYTES, L_HEADS, L_WIDTH, L_OUT, L_OUT_WIDTH, L_RECORD, L_TOKEN_BYTES, L_INTEGER, L_HAS_V_B,
+) = range(ARGUMENTS, ARGUMENTS + 10 * 8, 8)  # fmt: skip
+V_B = ARGUMENTS + 10 * 8
 
 
-@kernel("void(int64, int64, int64)")
-def _run_lift(phase, unit, work):
-    """Unit h: head h's pieces combined and, for MLA, moved out of latent space by v_b."""
-    n_chunks, n_heads = load_i64(load_i64(phase + STATE) + N_CHUNKS), load_i64(phase + L_HEADS)
+@inline
+def _combine(phase, head, token, out):
+    """A head's result float32 (L_WIDTH,): its pieces of the token's context, in order."""
+    n_chunks, n_heads = chunks_of(cached_by(phase, token)), load_i64(phase + L_HEADS)
     width, partial_bytes = load_i64(phase + L_WIDTH), load_i64(phase + L_PARTIAL_BYTES)
-    first = load_i64(phase + L_PARTIALS) + partial_bytes * unit
+    first = load_i64(phase + L_PARTIALS) + partial_bytes * (n_heads * MOST_CHUNKS * token + head)
     maximum = np.float32(_NEVER)
     for c in range(n_chunks):
         maximum = max(maximum, load_f32(first + partial_bytes * n_heads * c + MAXIMUM))
     for i in range(width):
-        store_f32(work + 4 * i, np.float32(0.0))
+        store_f32(out + 4 * i, np.float32(0.0))
     total = np.float32(0.0)
     for c in range(n_chunks):
         partial = first + partial_bytes * n_heads * c
         factor = np.float32(math.exp(load_f32(partial + MAXIMUM) - maximum))
         total += factor * load_f32(partial + SUM)
-        scale_add(factor, partial + MIXED, width, work)
-    out = load_i64(phase + L_OUT) + 4 * load_i64(phase + L_OUT_WIDTH) * unit
-    scale(np.float32(1.0) / total, width, work)
-    if load_i64(phase + L_HAS_V_B) == 0:
-        for i in range(width):
-            store_f32(out + 4 * i, load_f32(work + 4 * i))
-        return
-    record = work + (4 * width + 63) // 64 * 64
-    write_record(work, 0, width, width, load_i64(phase + L_INTEGER) != 0, record)
-    gemv(phase + V_B, unit, 0, load_i64(phase + L_OUT_WIDTH), width, record, out)
+        scale_add(factor, partial + MIXED, width, out)
+    scale(np.float32(1.0) / total, width, out)
+
+
+@kernel("void(int64, int64, int64)")
+def _run_lift(phase, unit, work):
+    """Unit h: head h's results and, for MLA, moved out of latent space by v_b."""
+    width, out_width, n_heads = load_i64(phase + L_WIDTH), load_i64(phase + L_OUT_WIDTH), load_i64(phase + L_HEADS)
+    tables, n_tokens = token_tables(), tokens_of(phase)
+    for t in range(n_tokens):
+        out = load_i64(phase + L_OUT) + 4 * out_width * (n_heads * t + unit)
+        if load_i64(phase + L_HAS_V_B) == 0:
+            _combine(phase, unit, t, out)
+        else:
+            own = work + load_i64(phase + L_TOKEN_BYTES) * t
+            record = own + load_i64(phase + L_RECORD)
+            _combine(phase, unit, t, own)
+            write_record(own, 0, width, width, load_i64(phase + L_INTEGER) != 0, record)
+            set_token(tables, t, record, out)
+    if load_i64(phase + L_HAS_V_B) != 0:
+        multiply_rows(phase + V_B, unit, 0, out_width, width, tables, n_tokens)
 
 
 @dataclass(frozen=True)
@@ -257,7 +284,7 @@ class Heads:
 
     @property
     def partials_bytes(self) -> int:
-        """Memory of all partial results of a layer."""
+        """Memory of all partial results of a layer for one token."""
         return self.partial_bytes * self.n_heads * MOST_CHUNKS
 
 
@@ -265,8 +292,8 @@ def attend_phase(heads: Heads, queries: int, partials: int) -> Phase:
     """Partial results of all heads over all pieces of the context.
 
     Args:
-        queries: address of float32 (H, query_width).
-        partials: address of partials_bytes.
+        queries: address of float32 (MOST_TOKENS, H, query_width).
+        partials: address of partials_bytes a token.
     """
     value_width = _padded_lanes(heads.value_width)
     words = [
@@ -274,14 +301,15 @@ def attend_phase(heads: Heads, queries: int, partials: int) -> Phase:
         heads.key_group, heads.value_slot, heads.value_width, heads.value_row, heads.value_group, partials, value_width,
     ]  # fmt: skip
     work_bytes = 4 * _TOKENS * (max(heads.query_width, value_width) + heads.per_group) + 16 * heads.per_group
-    return Phase(NOTHING, _run_attend.address, heads.n_groups, words, work_bytes, per_chunk=True)
+    return Phase(NOTHING, _run_attend.address, heads.n_groups, words, work_bytes, per_token=True, per_chunk=True)
 
 
 def lift_phase(heads: Heads, partials: int, v_b: Weight | None, out: int) -> Phase:
-    """Heads' results float32 (H, V) at `out`: the pieces combined, times v_b (H, V, C) where there is one."""
+    """Heads' results float32 (MOST_TOKENS, H, V) at `out`: pieces combined, times v_b (H, V, C) where there is one."""
     width = heads.value_width
+    record, token_bytes = padded(4 * width), padded(4 * width) + record_bytes(width)
     words = [
-        partials, heads.partial_bytes, heads.n_heads, width, out, v_b.n_rows if v_b else width,
+        partials, heads.partial_bytes, heads.n_heads, width, out, v_b.n_rows if v_b else width, record, token_bytes,
         bool(v_b and v_b.format.integer), v_b is not None, *(v_b.fields if v_b else []),
     ]  # fmt: skip
-    return Phase(NOTHING, _run_lift.address, heads.n_heads, words, padded(4 * width) + record_bytes(width))
+    return Phase(NOTHING, _run_lift.address, heads.n_heads, words, token_bytes * MOST_TOKENS)

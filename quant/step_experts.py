@@ -1,7 +1,8 @@
 """Phases of the mixture of experts: the router's choice, gate and up of the chosen experts, down with the weighted sum.
 
-The router's logits come from a rows phase; every worker makes the choice for itself. Source: as localrun/moe.py, whose
-choose_experts is the reference.
+The router's logits come from a rows phase; every worker makes the choice for itself. Experts that several tokens chose
+are read once: a group is one expert with the tokens that chose it. Source: as localrun/moe.py, whose choose_experts is
+the reference.
 """
 
 import math
@@ -15,8 +16,8 @@ from quant.jit import inline, kernel
 from quant.linear import Weight
 from quant.rows import MATRIX_BYTES
 from quant.simd import bits_to_f32, load_f32, load_i64, store_f32, store_i64
-from quant.step import ARGUMENTS, Phase, float_bits, padded
-from quant.step_rows import Input, gemv, unit_rows
+from quant.step import ARGUMENTS, MOST_TOKENS, Phase, float_bits, padded, tokens_of
+from quant.step_rows import Input, multiply, set_token, token_tables, unit_rows
 from quant.vectors import rms_norm, scale_add, swiglu
 
 SOFTMAX, SIGMOID, SOFTMAX_AFTER_TOPK = range(3)
@@ -27,17 +28,45 @@ _NEVER = float("-inf")
 # Arguments of both phases: the router's, then their own; at the end the matrices.
 (
     LOGITS, BIAS, N_EXPERTS, TOP_K, N_GROUP, TOPK_GROUP, SCORING, NORMALISE, FACTOR, CHOICE,
-    X, NORM, EPSILON, HIDDEN, INNER, ROUNDED, RECORD, GATED, UPPED, ROWS, OUT, RECORDS_BYTES,
+    X, NORM, EPSILON, HIDDEN, INNER, ROUNDED, RECORD, GATED, UPPED, ROWS, OUT, RECORD_BYTES,
     SHARED_GATED, SHARED_UPPED, SHARED_INNER, SHARED_ROUNDED, TEMPORARY,
 ) = range(ARGUMENTS, ARGUMENTS + 27 * 8, 8)  # fmt: skip
 FIRST, SECOND = ARGUMENTS + 27 * 8, ARGUMENTS + 27 * 8 + MATRIX_BYTES
-# A worker's choice, at the phase's CHOICE: ids i64[K], weights f32[K] behind them, then scores f32[E] to choose by.
+
+# A worker's choice, at the phase's CHOICE. A pair is a token and one of its experts, number K * token + slot; there are
+# up to P = MOST_TOKENS * K: ids i64[P] | members i64[P], the pairs group by group | starts i64[P + 1] of groups among
+# members; those of groups that are not there are where the last one ends | weights f32[P] | scores f32[] to choose by.
 
 
 @inline
-def _affinities(phase, scores):
-    """What the router's logits say of each expert, float32 (E,)."""
-    logits, n_experts, scoring = load_i64(phase + LOGITS), load_i64(phase + N_EXPERTS), load_i64(phase + SCORING)
+def _members(phase):
+    """Where a choice keeps its members."""
+    return 8 * MOST_TOKENS * load_i64(phase + TOP_K)
+
+
+@inline
+def _starts(phase):
+    """Where it keeps its groups' starts."""
+    return 16 * MOST_TOKENS * load_i64(phase + TOP_K)
+
+
+@inline
+def _weights(phase):
+    """Where it keeps the weights."""
+    return 24 * MOST_TOKENS * load_i64(phase + TOP_K) + 8
+
+
+@inline
+def _scores(phase):
+    """Where it keeps scores."""
+    return _weights(phase) + 4 * MOST_TOKENS * load_i64(phase + TOP_K)
+
+
+@inline
+def _affinities(phase, t, scores):
+    """What the router's logits of token t say of each expert, float32 (E,)."""
+    n_experts, scoring = load_i64(phase + N_EXPERTS), load_i64(phase + SCORING)
+    logits = load_i64(phase + LOGITS) + 4 * n_experts * t
     largest = load_f32(logits)
     for e in range(1, n_experts):
         largest = max(largest, load_f32(logits + 4 * e))
@@ -98,13 +127,13 @@ def _keep_best_groups(phase, scores, group_scores):
 
 
 @inline
-def _choose(phase, ids):
-    """The chosen experts' ids and weights, at a worker's own memory."""
+def _choose_for(phase, t, choice):
+    """Token t's experts and their weights."""
     n_experts, top_k, bias = load_i64(phase + N_EXPERTS), load_i64(phase + TOP_K), load_i64(phase + BIAS)
-    weights = ids + 8 * top_k
-    affinities = weights + 4 * top_k
+    ids, weights = choice + 8 * top_k * t, choice + _weights(phase) + 4 * top_k * t
+    affinities = choice + _scores(phase)
     scores = affinities + 4 * n_experts
-    _affinities(phase, affinities)
+    _affinities(phase, t, affinities)
     for e in range(n_experts):
         biased = load_f32(affinities + 4 * e)
         if bias != 0:
@@ -120,6 +149,45 @@ def _choose(phase, ids):
         store_f32(weights + 4 * k, weight)
         total += weight
     _normalise(phase, weights, total)
+
+
+@inline
+def _is_member(pair, members, n_members):
+    """Whether a pair is among the members so far."""
+    found = False
+    for i in range(n_members):
+        found = found or load_i64(members + 8 * i) == pair
+    return found
+
+
+@inline
+def _group(phase, choice, n_tokens):
+    """Members and starts: each group has at most one pair of a token, even where NaN made it choose an expert twice."""
+    top_k, members, starts = load_i64(phase + TOP_K), choice + _members(phase), choice + _starts(phase)
+    n_groups, n_members = 0, 0
+    for pair in range(top_k * n_tokens):
+        if not _is_member(pair, members, n_members):
+            store_i64(starts + 8 * n_groups, n_members)
+            store_i64(members + 8 * n_members, pair)
+            n_groups += 1
+            n_members += 1
+            for t in range(pair // top_k + 1, n_tokens):
+                for other in range(top_k * t, top_k * (t + 1)):
+                    same = load_i64(choice + 8 * other) == load_i64(choice + 8 * pair)
+                    if same and not _is_member(other, members, n_members):
+                        store_i64(members + 8 * n_members, other)
+                        n_members += 1
+                        break
+    for group in range(n_groups, top_k * n_tokens + 1):
+        store_i64(starts + 8 * group, n_members)
+
+
+@inline
+def _choose(phase, choice):
+    """All tokens' experts, in a worker's own memory."""
+    for t in range(tokens_of(phase)):
+        _choose_for(phase, t, choice)
+    _group(phase, choice, tokens_of(phase))
 
 
 @inline
@@ -146,58 +214,95 @@ def _normalise(phase, weights, total):
 
 @kernel("void(int64, int64)")
 def _prepare_up(phase, work):
-    """The normed vector, its record, and the choice."""
-    n_cols = load_i64(phase + HIDDEN)
-    rms_norm(load_i64(phase + X), load_i64(phase + NORM), bits_to_f32(load_i64(phase + EPSILON)), n_cols, work)
-    if load_i64(phase + ROUNDED) != 0:
-        write_record(work, 0, n_cols, n_cols, True, work + load_i64(phase + RECORD))
+    """The normed vectors, their records, and the choice. RECORD_BYTES a token: its vector, then its record."""
+    n_cols, epsilon = load_i64(phase + HIDDEN), bits_to_f32(load_i64(phase + EPSILON))
+    for t in range(tokens_of(phase)):
+        own = work + load_i64(phase + RECORD_BYTES) * t
+        rms_norm(load_i64(phase + X) + 4 * n_cols * t, load_i64(phase + NORM), epsilon, n_cols, own)
+        if load_i64(phase + ROUNDED) != 0:
+            write_record(own, 0, n_cols, n_cols, True, own + load_i64(phase + RECORD))
     _choose(phase, work + load_i64(phase + CHOICE))
 
 
 @kernel("void(int64, int64, int64)")
 def _run_up(phase, unit, work):
-    """Rows of gate or up of one chosen expert: units go expert by expert, gate before up, as they lie in memory."""
+    """Rows of gate or up of one group: units go group by group, gate before up, as they lie in memory."""
     hidden, inner, rows = load_i64(phase + HIDDEN), load_i64(phase + INNER), load_i64(phase + ROWS)
     per_matrix = (inner + rows - 1) // rows
-    slot, rest = unit // (2 * per_matrix), unit % (2 * per_matrix)
+    group, rest = unit // (2 * per_matrix), unit % (2 * per_matrix)
     first = rest % per_matrix * rows
-    expert = load_i64(work + load_i64(phase + CHOICE) + 8 * slot)
+    choice = work + load_i64(phase + CHOICE)
+    members, starts = choice + _members(phase), choice + _starts(phase) + 8 * group
+    begin, end = load_i64(starts), load_i64(starts + 8)
+    if begin == end:
+        return
     matrix = phase + FIRST if rest < per_matrix else phase + SECOND
     out = load_i64(phase + GATED) if rest < per_matrix else load_i64(phase + UPPED)
-    record = work + load_i64(phase + RECORD) if load_i64(phase + ROUNDED) != 0 else work
-    gemv(matrix, expert, first, min(rows, inner - first), hidden, record, out + 4 * (inner * slot + first))
+    record = load_i64(phase + RECORD) if load_i64(phase + ROUNDED) != 0 else 0
+    tables = token_tables()
+    for i in range(begin, end):
+        pair = load_i64(members + 8 * i)
+        own = work + load_i64(phase + RECORD_BYTES) * (pair // load_i64(phase + TOP_K))
+        set_token(tables, i - begin, own + record, out + 4 * (inner * pair + first))
+    expert = load_i64(choice + 8 * load_i64(members + 8 * begin))
+    multiply(matrix, expert, first, min(rows, inner - first), hidden, tables, end - begin)
 
 
 @kernel("void(int64, int64)")
 def _prepare_down(phase, work):
-    """silu(gate) * up of the chosen experts and the shared one as records, and the choice again for its weights."""
-    inner, size, shared = load_i64(phase + INNER), load_i64(phase + RECORDS_BYTES), load_i64(phase + SHARED_INNER)
-    temporary = work + load_i64(phase + TEMPORARY)
-    for slot in range(load_i64(phase + TOP_K)):
-        at = 4 * inner * slot
+    """silu(gate) * up of all pairs and of the shared expert behind them as records, and the choice again."""
+    inner, size, shared = load_i64(phase + INNER), load_i64(phase + RECORD_BYTES), load_i64(phase + SHARED_INNER)
+    temporary, n_tokens, top_k = work + load_i64(phase + TEMPORARY), tokens_of(phase), load_i64(phase + TOP_K)
+    for pair in range(top_k * n_tokens):
+        at = 4 * inner * pair
         swiglu(load_i64(phase + GATED) + at, load_i64(phase + UPPED) + at, inner, temporary)
-        write_record(temporary, 0, inner, inner, load_i64(phase + ROUNDED) != 0, work + size * slot)
+        write_record(temporary, 0, inner, inner, load_i64(phase + ROUNDED) != 0, work + size * pair)
     if shared > 0:
-        swiglu(load_i64(phase + SHARED_GATED), load_i64(phase + SHARED_UPPED), shared, temporary)
-        record = work + size * load_i64(phase + TOP_K)
-        write_record(temporary, 0, shared, shared, load_i64(phase + SHARED_ROUNDED) != 0, record)
+        for t in range(n_tokens):
+            at = 4 * shared * t
+            swiglu(load_i64(phase + SHARED_GATED) + at, load_i64(phase + SHARED_UPPED) + at, shared, temporary)
+            record = work + size * (top_k * n_tokens + t)
+            write_record(temporary, 0, shared, shared, load_i64(phase + SHARED_ROUNDED) != 0, record)
     _choose(phase, work + load_i64(phase + CHOICE))
+
+
+@inline
+def _down_rows(phase, choice, first, n_rows, work):
+    """Rows of down of all groups, float32 (n_rows,) a pair, ROWS apart, at TEMPORARY."""
+    inner, size, tables = load_i64(phase + INNER), load_i64(phase + RECORD_BYTES), token_tables()
+    members, starts = choice + _members(phase), choice + _starts(phase)
+    for group in range(load_i64(phase + TOP_K) * tokens_of(phase)):
+        begin, end = load_i64(starts + 8 * group), load_i64(starts + 8 * group + 8)
+        if begin == end:
+            break
+        for i in range(begin, end):
+            pair = load_i64(members + 8 * i)
+            out = work + load_i64(phase + TEMPORARY) + 4 * load_i64(phase + ROWS) * pair
+            set_token(tables, i - begin, work + size * pair, out)
+        expert = load_i64(choice + 8 * load_i64(members + 8 * begin))
+        multiply(phase + FIRST, expert, first, n_rows, inner, tables, end - begin)
 
 
 @kernel("void(int64, int64, int64)")
 def _run_down(phase, unit, work):
     """Output rows: the residual plus the weighted sum of the chosen experts' down rows and the shared one's."""
     hidden, rows, top_k = load_i64(phase + HIDDEN), load_i64(phase + ROWS), load_i64(phase + TOP_K)
-    first, size, inner = rows * unit, load_i64(phase + RECORDS_BYTES), load_i64(phase + INNER)
+    first, n_tokens = rows * unit, tokens_of(phase)
     n_rows = min(rows, hidden - first)
     out, temporary = load_i64(phase + OUT) + 4 * first, work + load_i64(phase + TEMPORARY)
-    ids = work + load_i64(phase + CHOICE)
-    for slot in range(top_k):
-        gemv(phase + FIRST, load_i64(ids + 8 * slot), first, n_rows, inner, work + size * slot, temporary)
-        scale_add(load_f32(ids + 8 * top_k + 4 * slot), temporary, n_rows, out)
+    choice = work + load_i64(phase + CHOICE)
+    _down_rows(phase, choice, first, n_rows, work)
+    for pair in range(top_k * n_tokens):
+        weight = load_f32(choice + _weights(phase) + 4 * pair)
+        scale_add(weight, temporary + 4 * rows * pair, n_rows, out + 4 * hidden * (pair // top_k))
     if load_i64(phase + SHARED_INNER) > 0:
-        gemv(phase + SECOND, 0, first, n_rows, load_i64(phase + SHARED_INNER), work + size * top_k, temporary)
-        scale_add(1.0, temporary, n_rows, out)
+        tables = token_tables()
+        for t in range(n_tokens):
+            record = work + load_i64(phase + RECORD_BYTES) * (top_k * n_tokens + t)
+            set_token(tables, t, record, temporary + 4 * rows * t)
+        multiply(phase + SECOND, 0, first, n_rows, load_i64(phase + SHARED_INNER), tables, n_tokens)
+        for t in range(n_tokens):
+            scale_add(1.0, temporary + 4 * rows * t, n_rows, out + 4 * hidden * t)
 
 
 @dataclass(frozen=True)
@@ -231,7 +336,8 @@ class Router:
     @property
     def choice_bytes(self) -> int:
         """Work memory of one choice."""
-        return padded(12 * self.num_experts_per_tok + 8 * self.n_routed_experts + 8 * self.n_group)
+        pairs = MOST_TOKENS * self.num_experts_per_tok
+        return padded(28 * pairs + 8 + 8 * self.n_routed_experts + 8 * self.n_group)
 
 
 def expert_phases(
@@ -244,32 +350,33 @@ def expert_phases(
     out: int,
     n_workers: int,
 ) -> tuple[Phase, Phase]:
-    """The two phases of a layer's experts, from the normed input to the sum added to `out`.
+    """The two phases of a layer's experts, from the normed input to the sum added to `out`. T: MOST_TOKENS.
 
     Args:
-        gated, upped: addresses of float32 (K, inner) between the phases.
-        shared: addresses of the shared expert's gate and up outputs, computed before, and its down matrix.
-        out: address of float32 (hidden,), where the experts' sum is added.
+        gated, upped: addresses of float32 (T, K, inner) between the phases.
+        shared: addresses of the shared expert's gate and up outputs (T, shared inner), computed before, and its down.
+        out: address of float32 (T, hidden), where the experts' sum is added.
     """
     gate, up, down = experts.gate, experts.up, experts.down
     hidden, inner, top_k = gate.n_cols, gate.n_rows, router.num_experts_per_tok
     rows = unit_rows(gate, 2 * top_k * inner * gate.row_bytes, n_workers)
-    record, choice = padded(4 * hidden), padded(4 * hidden) + record_bytes(hidden)
+    record, size = padded(4 * hidden), padded(4 * hidden) + record_bytes(hidden)
+    choice = MOST_TOKENS * size
     rounded = gate.format.integer or up.format.integer
     up_words = [
         *router.words, choice, input_.x, input_.norm, float_bits(input_.epsilon), hidden, inner, rounded, record,
-        gated, upped, rows, 0, 0, 0, 0, 0, 0, 0, *gate.fields, *up.fields,
+        gated, upped, rows, 0, size, 0, 0, 0, 0, 0, *gate.fields, *up.fields,
     ]  # fmt: skip
-    n_units = 2 * top_k * -(-inner // rows)
-    up_phase = Phase(_prepare_up.address, _run_up.address, n_units, up_words, choice + router.choice_bytes)
+    n_units, work_bytes = 2 * top_k * -(-inner // rows), choice + router.choice_bytes
+    up_phase = Phase(_prepare_up.address, _run_up.address, n_units, up_words, work_bytes, per_token=True)
 
     shared_gated, shared_upped, shared_down = shared or (0, 0, None)
     shared_inner = shared_down.n_cols if shared_down else 0
     # Whole vectors: scale_add rounds once in them and twice behind, and where units end must not change results.
     rows = max(16, min(_DOWN_BYTES // down.row_bytes, hidden // (8 * n_workers)) // 16 * 16)
     size = record_bytes(max(inner, shared_inner))
-    temporary = size * (top_k + 1)
-    choice = temporary + padded(4 * max(rows, inner, shared_inner))
+    temporary = size * MOST_TOKENS * (top_k + 1)
+    choice = temporary + padded(4 * max(rows * MOST_TOKENS * top_k, inner, shared_inner))
     down_words = [
         *router.words, choice, 0, 0, 0, hidden, inner, down.format.integer, 0, gated, upped, rows, out, size,
         shared_gated, shared_upped, shared_inner, bool(shared_down and shared_down.format.integer), temporary,

@@ -1,94 +1,163 @@
-"""Phases of matrix rows: up to four matrices times one vector, which is taken as it is, normed, or gated first."""
+"""Phases of matrix rows: a few matrices times one vector a token, which is taken as it is, normed, or gated first.
+
+Vectors of a step's tokens lie one behind the other, float32 (MOST_TOKENS, n).
+"""
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from quant.activations import record_bytes, write_record
-from quant.atomics import call_5
+from quant.atomics import call_5, call_7
 from quant.errors import QuantError
 from quant.jit import inline, kernel
 from quant.linear import Weight
-from quant.rows import ADDRESS, GEMV, GROUP_BYTES, MATRIX_BYTES, ROW_BYTES
-from quant.simd import bits_to_f32, load_f32, load_f32x16, load_i64, store_f32, store_f32x16
-from quant.step import ARGUMENTS, PHASE_BYTES, Phase, float_bits, padded
+from quant.rows import ADDRESS, GEMV, GEMV_FEW, GROUP_BYTES, MATRIX_BYTES, ROW_BYTES
+from quant.simd import bits_to_f32, load_f32, load_f32x16, load_i64, store_f32, store_f32x16, store_i64
+from quant.simd_wide import stack
+from quant.step import ARGUMENTS, HEAD_FROM, MOST_TOKENS, PHASE_BYTES, STATE, Phase, float_bits, padded, tokens_of
 from quant.vectors import rms_norm, scale_add, swiglu
 
 _UNIT_BYTES = 1 << 19  # weights that a worker takes at a time: long enough to stream, short enough to share out
 _UNITS_PER_WORKER = 4  # at least, so that workers end together
 
-# Arguments: the vector; a norm's weight or a gate's other half; then the matrices.
-X, SECOND, EPSILON, N_COLS, RECORD, ROUNDED, RESIDUAL, TEMPORARY, N_MATRICES = range(ARGUMENTS, ARGUMENTS + 72, 8)
-MATRICES = ARGUMENTS + 72
+# Arguments: the vector; a norm's weight or a gate's other half; a second vector to be normed; then the matrices.
+(
+    X, SECOND, EPSILON, BESIDE, BESIDE_NORM, N_COLS, RECORD, TEMPORARY, TOKEN_BYTES, ROUNDED, RESIDUAL, IS_HEAD,
+    N_MATRICES,
+) = range(ARGUMENTS, ARGUMENTS + 13 * 8, 8)  # fmt: skip
+MATRICES = ARGUMENTS + 13 * 8
 # A matrix: rows.py's fields, then these.
 N_ROWS, UNIT_ROWS, FIRST_UNIT, OUT, INTEGER = range(MATRIX_BYTES, MATRIX_BYTES + 40, 8)
 MATRIX_SIZE = MATRIX_BYTES + 40
 MOST_MATRICES = (PHASE_BYTES - MATRICES) // MATRIX_SIZE
 
+# ---- rows of one matrix times a few records --------------------------------------------------------------------------
+
+token_tables = stack(16 * MOST_TOKENS)  # addresses of tokens' records, then of their outputs
+
 
 @inline
-def gemv(matrix, group, first, n_rows, n_cols, record, out):
-    """out[r] = row first+r of a group of the matrix times the record."""
+def set_token(tables, i, record, out):
+    """The record and the output of the i-th token."""
+    store_i64(tables + 8 * i, record)
+    store_i64(tables + 8 * (MOST_TOKENS + i), out)
+
+
+@inline
+def multiply(matrix, group, first, n_rows, n_cols, tables, n_tokens):
+    """out[r] = row first+r of a group of the matrix times the record, for the first n_tokens of the tables."""
     w = load_i64(matrix + ADDRESS) + load_i64(matrix + GROUP_BYTES) * group + load_i64(matrix + ROW_BYTES) * first
-    call_5(load_i64(matrix + GEMV), w, n_rows, n_cols, record, out)
+    outs = tables + 8 * MOST_TOKENS
+    if n_tokens == 1:
+        call_5(load_i64(matrix + GEMV), w, n_rows, n_cols, load_i64(tables), load_i64(outs))
+    else:
+        call_7(load_i64(matrix + GEMV_FEW), w, n_rows, n_cols, tables, outs, 0, n_tokens)
+
+
+# ---- the phase -------------------------------------------------------------------------------------------------------
+# A worker's memory has TOKEN_BYTES a token: its vector, its record, then rows that are to be added to the residual.
 
 
 @inline
-def _round(phase, work):
-    """The activation record of the vector at `work`, if a matrix of the phase wants one."""
+def _first_token(phase):
+    """The first token that there is anything to do for."""
+    return load_i64(load_i64(phase + STATE) + HEAD_FROM) if load_i64(phase + IS_HEAD) != 0 else 0
+
+
+@inline
+def _round(phase, own):
+    """The activation record of the vector at `own`, if a matrix of the phase wants one."""
     n_cols = load_i64(phase + N_COLS)
     if load_i64(phase + ROUNDED) != 0:
-        write_record(work, 0, n_cols, n_cols, True, work + load_i64(phase + RECORD))
+        write_record(own, 0, n_cols, n_cols, True, own + load_i64(phase + RECORD))
 
 
 @kernel("void(int64, int64)")
 def _prepare_plain(phase, work):
-    x, n_cols = load_i64(phase + X), load_i64(phase + N_COLS)
-    for i in range(0, n_cols // 16 * 16, 16):
-        store_f32x16(work + 4 * i, load_f32x16(x + 4 * i))
-    for i in range(n_cols // 16 * 16, n_cols):
-        store_f32(work + 4 * i, load_f32(x + 4 * i))
-    _round(phase, work)
+    n_cols = load_i64(phase + N_COLS)
+    for t in range(_first_token(phase), tokens_of(phase)):
+        x, own = load_i64(phase + X) + 4 * n_cols * t, work + load_i64(phase + TOKEN_BYTES) * t
+        for i in range(0, n_cols // 16 * 16, 16):
+            store_f32x16(own + 4 * i, load_f32x16(x + 4 * i))
+        for i in range(n_cols // 16 * 16, n_cols):
+            store_f32(own + 4 * i, load_f32(x + 4 * i))
+        _round(phase, own)
 
 
 @kernel("void(int64, int64)")
 def _prepare_norm(phase, work):
-    epsilon = bits_to_f32(load_i64(phase + EPSILON))
-    rms_norm(load_i64(phase + X), load_i64(phase + SECOND), epsilon, load_i64(phase + N_COLS), work)
-    _round(phase, work)
+    n_cols, epsilon = load_i64(phase + N_COLS), bits_to_f32(load_i64(phase + EPSILON))
+    for t in range(_first_token(phase), tokens_of(phase)):
+        own = work + load_i64(phase + TOKEN_BYTES) * t
+        rms_norm(load_i64(phase + X) + 4 * n_cols * t, load_i64(phase + SECOND), epsilon, n_cols, own)
+        _round(phase, own)
+
+
+@kernel("void(int64, int64)")
+def _prepare_two_norms(phase, work):
+    half, epsilon = load_i64(phase + N_COLS) // 2, bits_to_f32(load_i64(phase + EPSILON))
+    for t in range(_first_token(phase), tokens_of(phase)):
+        own, at = work + load_i64(phase + TOKEN_BYTES) * t, 4 * half * t
+        rms_norm(load_i64(phase + X) + at, load_i64(phase + SECOND), epsilon, half, own)
+        rms_norm(load_i64(phase + BESIDE) + at, load_i64(phase + BESIDE_NORM), epsilon, half, own + 4 * half)
+        _round(phase, own)
 
 
 @kernel("void(int64, int64)")
 def _prepare_gated(phase, work):
-    swiglu(load_i64(phase + X), load_i64(phase + SECOND), load_i64(phase + N_COLS), work)
-    _round(phase, work)
+    n_cols = load_i64(phase + N_COLS)
+    for t in range(_first_token(phase), tokens_of(phase)):
+        own, at = work + load_i64(phase + TOKEN_BYTES) * t, 4 * n_cols * t
+        swiglu(load_i64(phase + X) + at, load_i64(phase + SECOND) + at, n_cols, own)
+        _round(phase, own)
 
 
-@kernel("void(int64, int64, int64)")
-def _run(phase, unit, work):
+@inline
+def _matrix_of(phase, unit):
+    """The matrix that a unit is rows of."""
     matrix = phase + MATRICES
     for _ in range(1, load_i64(phase + N_MATRICES)):
         if unit < load_i64(matrix + MATRIX_SIZE + FIRST_UNIT):
             break
         matrix += MATRIX_SIZE
+    return matrix
+
+
+@kernel("void(int64, int64, int64)")
+def _run(phase, unit, work):
+    matrix, from_token, n_tokens = _matrix_of(phase, unit), _first_token(phase), tokens_of(phase)
     first = (unit - load_i64(matrix + FIRST_UNIT)) * load_i64(matrix + UNIT_ROWS)
     n_rows = min(load_i64(matrix + UNIT_ROWS), load_i64(matrix + N_ROWS) - first)
-    record = work + load_i64(phase + RECORD) if load_i64(matrix + INTEGER) != 0 else work
-    out, n_cols = load_i64(matrix + OUT) + 4 * first, load_i64(phase + N_COLS)
-    if load_i64(phase + RESIDUAL) == 0:
-        gemv(matrix, 0, first, n_rows, n_cols, record, out)
+    record = load_i64(phase + RECORD) if load_i64(matrix + INTEGER) != 0 else 0
+    is_residual, temporary = load_i64(phase + RESIDUAL) != 0, load_i64(phase + TEMPORARY)
+    out, out_bytes = load_i64(matrix + OUT) + 4 * first, 4 * load_i64(matrix + N_ROWS)
+    if from_token == n_tokens:
         return
-    temporary = work + load_i64(phase + TEMPORARY)
-    gemv(matrix, 0, first, n_rows, n_cols, record, temporary)
-    scale_add(1.0, temporary, n_rows, out)
+    tables = token_tables()
+    for t in range(from_token, n_tokens):
+        own = work + load_i64(phase + TOKEN_BYTES) * t
+        set_token(tables, t - from_token, own + record, own + temporary if is_residual else out + out_bytes * t)
+    multiply(matrix, 0, first, n_rows, load_i64(phase + N_COLS), tables, n_tokens - from_token)
+    if is_residual:
+        for t in range(from_token, n_tokens):
+            scale_add(1.0, work + load_i64(phase + TOKEN_BYTES) * t + temporary, n_rows, out + out_bytes * t)
 
 
 @dataclass(frozen=True)
 class Input:
-    """The vector of a phase: x, or rms_norm(x) * weight, or silu(x) * up; addresses of float32 (n_cols,)."""
+    """A token's vector of a phase: addresses of float32 (MOST_TOKENS, n_cols), of norms' weights (n_cols,).
+
+    x; or rms_norm(x) * norm; or silu(x) * up; or rms_norm(x) * norm and rms_norm(beside) * beside_norm behind it, half
+    of the columns each.
+    """
 
     x: int
     norm: int = 0
     epsilon: float = 0.0
     up: int = 0
+    beside: int = 0
+    beside_norm: int = 0
 
 
 def unit_rows(weight: Weight, n_bytes: int, n_workers: int) -> int:
@@ -97,8 +166,16 @@ def unit_rows(weight: Weight, n_bytes: int, n_workers: int) -> int:
     return max(8, wanted // weight.row_bytes // 8 * 8)
 
 
-def rows_phase(input_: Input, matrices: list[tuple[Weight, int]], n_workers: int, residual: bool = False) -> Phase:
+def rows_phase(
+    input_: Input,
+    matrices: list[tuple[Weight, int]],
+    n_workers: int,
+    residual: bool = False,
+    is_head: bool = False,
+) -> Phase:
     """A phase that computes W x of each (W, address of its float32 output), or adds it there if `residual`.
+
+    Of a head it does so from the step's token head_from on.
 
     Raises QuantError if there are more matrices than a phase holds, or their columns differ.
     """
@@ -115,9 +192,32 @@ def rows_phase(input_: Input, matrices: list[tuple[Weight, int]], n_workers: int
         words += [*weight.fields, weight.n_rows, rows, n_units, out, weight.format.integer]
         n_units += -(-weight.n_rows // rows)
         most_rows = max(most_rows, rows)
-    prepare = _prepare_norm if input_.norm else _prepare_gated if input_.up else _prepare_plain
+    token_bytes = temporary + padded(4 * most_rows * residual)
     head = [
-        input_.x, input_.norm or input_.up, float_bits(input_.epsilon), n_cols,
-        record, rounded, residual, temporary, len(matrices),
+        input_.x, input_.norm or input_.up, float_bits(input_.epsilon), input_.beside, input_.beside_norm, n_cols,
+        record, temporary, token_bytes, rounded, residual, is_head, len(matrices),
     ]  # fmt: skip
-    return Phase(prepare.address, _run.address, n_units, [*head, *words], temporary + padded(4 * most_rows))
+    return Phase(_preparation(input_), _run.address, n_units, [*head, *words], token_bytes * MOST_TOKENS)
+
+
+def _preparation(input_: Input) -> int:
+    """The kernel that prepares such an input."""
+    if input_.beside:
+        return _prepare_two_norms.address
+    if input_.norm:
+        return _prepare_norm.address
+    return _prepare_gated.address if input_.up else _prepare_plain.address
+
+
+@kernel("void(int64, int64, int64, int64, int64)")
+def _norm_row(x, norm, epsilon, n_cols, out):
+    rms_norm(x, norm, bits_to_f32(epsilon), n_cols, out)
+
+
+def normed(input_: Input, first: int, last: int, n_cols: int) -> np.ndarray:
+    """float32 (last - first, n_cols): a normed input as its phase has it, of the step's tokens first..last."""
+    out = np.empty((last - first, n_cols), np.float32)
+    for t, row in enumerate(out, first):
+        x = input_.x + 4 * n_cols * t
+        _norm_row.ctypes(x, input_.norm, float_bits(input_.epsilon), n_cols, row.ctypes.data)
+    return out

@@ -87,6 +87,24 @@ def test_gemv_few_is_the_product_for_each_token(name, n_tokens):
     assert np.isnan(out[:, [0, 1, 7]]).all()
 
 
+@pytest.mark.parametrize("name", formats.NAMES)
+def test_gemv_few_gives_each_token_gemvs_bits(name):
+    """A token's result does not depend on which others it is computed with."""
+    format_, rng = formats.get(name), np.random.default_rng(11)
+    lengths = {1: [1, 17, 33, 48, 100, COLS], 32: [32, 96, 256, 576, 1408, COLS], 256: [256, 512, COLS]}
+    for n_cols in lengths[format_.block]:
+        raw = np.ascontiguousarray(kernels.random_blocks(name, (5, n_cols), rng))
+        x = rng.standard_normal((gemv.MOST_FEW, n_cols)).astype(np.float32) * 3
+        records, single = [kernels.record(row, format_) for row in x], np.empty((gemv.MOST_FEW, 5), np.float32)
+        for record, out in zip(records, single, strict=True):
+            kernels.call(format_.gemv, raw, 5, n_cols, record, out)
+        for n_tokens in range(1, gemv.MOST_FEW + 1):
+            few = np.empty((n_tokens, 5), np.float32)
+            addresses, outs = (np.array([a.ctypes.data for a in arrays], np.int64) for arrays in (records, few))
+            kernels.call(format_.gemv_few, raw, 5, n_cols, addresses, outs, 0, n_tokens)
+            assert np.array_equal(few, single[:n_tokens])
+
+
 @pytest.mark.parametrize("n_cols", [32, 96, 256, 576, 1408])
 @pytest.mark.parametrize("name", [name for name in formats.NAMES if formats.get(name).block == 32])
 def test_rows_that_end_in_single_blocks(name, n_cols):

@@ -70,16 +70,23 @@ def attend(
     pool: Pool, shape: Shape, queries: np.ndarray, keys: np.ndarray, values: np.ndarray, v_b: Weight | None = None
 ) -> np.ndarray:
     """float32 (H, V): the two phases for the last of the cached tokens. What they must not read is NaN."""
-    heads, n_cached = shape.heads, len(keys)
+    return attend_few(pool, shape, queries[None], keys, values, v_b)[0]
+
+
+def attend_few(
+    pool: Pool, shape: Shape, queries: np.ndarray, keys: np.ndarray, values: np.ndarray, v_b: Weight | None = None
+) -> np.ndarray:
+    """float32 (T, H, V): the same for the last T tokens, whose queries are (T, H, key_width)."""
+    heads, n_cached, n_tokens = shape.heads, len(keys), len(queries)
     embedding, _ = kernels.random_weight("F32", (1, 1, 16), np.random.default_rng(0))
     program = Program(pool, embedding, np.ones(1), 1.0, 3)
     query_address = program.vector(heads.n_heads * heads.query_width)
-    floats(query_address, heads.n_heads, heads.query_width)[:, : shape.key_width] = queries
+    floats(query_address, n_tokens, heads.n_heads, heads.query_width)[..., : shape.key_width] = queries
     width = v_b.n_rows if v_b else shape.value_width
     out_address = program.vector(heads.n_heads * width + GUARD)
-    out = floats(out_address, heads.n_heads * width + GUARD)
+    out = floats(out_address, n_tokens * heads.n_heads * width + GUARD)
     out[:] = np.nan
-    partials = aligned_bytes(heads.partials_bytes + 64 * GUARD)
+    partials = aligned_bytes(n_tokens * heads.partials_bytes + 64 * GUARD)
     partials.view(np.float32)[:] = np.nan
     program.add(attend_phase(heads, query_address, program.keep(partials)))
     program.add(lift_phase(heads, partials.ctypes.data, v_b, out_address))
@@ -87,10 +94,11 @@ def attend(
     blocks = [np.full((n_cached + GUARD, rows[0].size), np.nan, np.float16) for rows in (keys, values)]
     for block, rows in zip(blocks, (keys, values), strict=True):
         block[:n_cached] = rows.reshape(n_cached, -1)
-    program.run(0, n_cached - 1, np.array([0, *(block.ctypes.data for block in blocks)], np.int64))
+    cache = np.array([0, *(block.ctypes.data for block in blocks)], np.int64)
+    program.run([0] * n_tokens, n_cached - n_tokens, cache)
     assert np.all(np.isnan(out[-GUARD:]))
     assert np.all(np.isnan(partials.view(np.float32)[-16 * GUARD :]))
-    return out[:-GUARD].reshape(heads.n_heads, width).copy()
+    return out[:-GUARD].reshape(n_tokens, heads.n_heads, width).copy()
 
 
 def expected(shape: Shape, queries: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -150,6 +158,21 @@ def test_workers_do_not_change_the_result(shape: Shape) -> None:
         with closing(Pool(n_workers)) as pool:
             answers += [attend(pool, shape, *case) for _ in range(3)]
     assert all(np.array_equal(answers[0], answer) for answer in answers[1:])
+
+
+@pytest.mark.parametrize("type_", [None, "F16", "Q8_0"])
+@pytest.mark.parametrize("n_cached", [5, 66, FULL + 2, 2 * FULL + 3])  # pieces' lengths and number differ by token
+@pytest.mark.parametrize("shape", [MLA, GQA, SHAPES["GQA, odd widths"]], ids=["MLA", "GQA", "GQA, odd widths"])
+def test_tokens_together_are_tokens_alone(pool: Pool, shape: Shape, n_cached: int, type_: str | None) -> None:
+    rng, v_b = np.random.default_rng(6), None
+    if type_ and shape.latent:
+        v_b, _ = kernels.random_weight(type_, (8, 24, shape.value_width), rng)
+    _, keys, values = shape.random(n_cached)
+    queries = rng.standard_normal((5, shape.heads.n_heads, shape.key_width)).astype(np.float32)
+    together = attend_few(pool, shape, queries, keys, values, v_b)
+    for t in range(5):
+        seen = n_cached - 4 + t
+        assert np.array_equal(together[t], attend(pool, shape, queries[t], keys[:seen], values[:seen], v_b))
 
 
 @pytest.mark.parametrize(("type_", "tolerance"), [("F32", TOLERANCE), ("F16", TOLERANCE), ("Q8_0", 1e-2)])

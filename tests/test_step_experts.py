@@ -6,6 +6,7 @@ Letters: T tokens, E experts, K experts per token.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -21,7 +22,7 @@ from quant.jit import kernel
 from quant.linear import Weight
 from quant.pool import Pool, aligned_bytes
 from quant.simd import load_i64, store_i64
-from quant.step import ARGUMENTS, PHASE_BYTES, Program
+from quant.step import ARGUMENTS, MOST_TOKENS, PHASE_BYTES, Program
 from quant.step_experts import SIGMOID, SOFTMAX, SOFTMAX_AFTER_TOPK, Router, expert_phases
 from quant.step_rows import Input, rows_phase
 
@@ -62,7 +63,7 @@ def _choose_all(phase, n_tokens, choices, choice_bytes):
     n_bytes, first = 4 * load_i64(phase + step_experts.N_EXPERTS), load_i64(phase + step_experts.LOGITS)
     for t in range(n_tokens):
         store_i64(phase + step_experts.LOGITS, first + n_bytes * t)
-        step_experts._choose(phase, choices + choice_bytes * t)
+        step_experts._choose_for(phase, 0, choices + choice_bytes * t)
 
 
 def choose(settings: Router, logits_TE: np.ndarray, bias_E: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -78,7 +79,8 @@ def choose(settings: Router, logits_TE: np.ndarray, bias_E: np.ndarray | None = 
     kernels.call(_choose_all.address, phase, len(logits_TE), rows, settings.choice_bytes)
     assert np.all(rows[-settings.choice_bytes :] == 171)
     rows = rows.reshape(-1, settings.choice_bytes)[:-1]
-    ids, weights = rows[:, : 8 * top_k], rows[:, 8 * top_k : 12 * top_k]
+    at = 24 * MOST_TOKENS * top_k + 8
+    ids, weights = rows[:, : 8 * top_k], rows[:, at : at + 4 * top_k]
     return np.ascontiguousarray(ids).view(np.int64), np.ascontiguousarray(weights).view(np.float32)
 
 
@@ -213,6 +215,50 @@ def test_nan_logits_give_experts_that_exist(name: str, with_bias: bool) -> None:
     assert np.all(np.isnan(weights_TK[0]))  # a NaN in the network stays one
 
 
+# ---- groups ----------------------------------------------------------------------------------------------------------
+
+
+@kernel("void(int64, int64, int64)")
+def _group(phase, choice, n_tokens):
+    step_experts._group(phase, choice, n_tokens)
+
+
+def groups(ids_TK: np.ndarray) -> list[list[tuple[int, int]]]:
+    """(token, slot) of each group's pairs."""
+    n_tokens, top_k = ids_TK.shape
+    n_pairs = MOST_TOKENS * top_k
+    phase, choice = np.zeros(PHASE_BYTES // 8, np.int64), np.full(3 * n_pairs + 1, -1, np.int64)
+    phase[step_experts.TOP_K // 8] = top_k
+    choice[: ids_TK.size] = ids_TK.ravel()
+    kernels.call(_group.address, phase, choice, n_tokens)
+    members, starts = choice[n_pairs : 2 * n_pairs].tolist(), choice[2 * n_pairs :][: ids_TK.size + 1].tolist()
+    spans = [span for span in itertools.pairwise(starts) if span[0] < span[1]]
+    assert starts[: len(spans) + 1] == [0, *(end for _, end in spans)]  # those without work come last
+    return [[divmod(pair, top_k) for pair in members[begin:end]] for begin, end in spans]
+
+
+@pytest.mark.parametrize("n_experts", [8, 12, 256])
+@pytest.mark.parametrize("n_tokens", range(1, MOST_TOKENS + 1))
+def test_groups_are_the_union_of_the_choices(n_tokens: int, n_experts: int) -> None:
+    rng = np.random.default_rng(n_tokens)
+    for _ in range(50):
+        ids_TK = np.stack([rng.permutation(n_experts)[:8] for _ in range(n_tokens)])
+        found = groups(ids_TK)
+        assert sorted(pair for group in found for pair in group) == [*np.ndindex(n_tokens, 8)]
+        experts = [{int(ids_TK[pair]) for pair in group} for group in found]
+        assert all(len(group) == 1 for group in experts)
+        assert len(experts) == len(np.unique(ids_TK))
+
+
+def test_an_expert_that_a_token_chose_twice_is_in_two_groups() -> None:
+    """gemv_few takes each token once."""
+    ids_TK = np.array([[3, 3, 3, 5], [3, 7, 5, 3], [0, 0, 0, 0], [3, 3, 3, 3], [0, 3, 5, 7]])
+    found = groups(ids_TK)
+    assert sorted(pair for group in found for pair in group) == [*np.ndindex(5, 4)]
+    assert all(len({token for token, _ in group}) == len(group) for group in found)
+    assert all(len({int(ids_TK[pair]) for pair in group}) == 1 for group in found)
+
+
 # ---- the two phases --------------------------------------------------------------------------------------------------
 
 
@@ -231,7 +277,7 @@ class Layer:
     inner: int
     shared_inner: int
     settings: Router
-    n_tokens: int = 3
+    n_tokens: int = 6
 
     def __post_init__(self) -> None:
         rng, n_experts = np.random.default_rng(self.hidden), self.settings.n_routed_experts
@@ -253,8 +299,8 @@ class Layer:
                 self.weights[name], self.values[name] = kernels.random_weight(type_, shape, rng)
         self.norm = (1 + 0.1 * rng.standard_normal(self.hidden)).astype(np.float32) / np.float32(np.sqrt(self.hidden))
 
-    def run(self, pool: Pool) -> np.ndarray:
-        """float32 (T, hidden): each token's vector after the layer, by the step."""
+    def run(self, pool: Pool, together: int = 1) -> np.ndarray:
+        """float32 (T, hidden): each token's vector after the layer, by steps of so many tokens."""
         program = Program(pool, self.weights["tokens"], np.ones(1), 1.0, 1)
         w, n_inner = self.weights, self.settings.num_experts_per_tok * self.inner
         input_ = Input(program.x, program.keep(self.norm), 1e-6)
@@ -269,12 +315,12 @@ class Layer:
         for phase in expert_phases(input_, settings, experts, gated, upped, shared, program.x, pool.n_workers):
             program.add(phase)
         program.finish()
-        x = floats(program.x, self.hidden)
-        rows = []
-        for token in range(self.n_tokens):
-            program.run(token, 0, np.zeros(1, np.int64))
-            rows.append(x.copy())
-        return np.stack(rows)
+        x, rows = floats(program.x, together, self.hidden), []
+        for first in range(0, self.n_tokens, together):
+            ids = range(self.n_tokens)[first : first + together]
+            program.run(ids, 0, np.zeros(1, np.int64))
+            rows.append(x[: len(ids)].copy())
+        return np.concatenate(rows)
 
     def _mlp(self, name: str, expert: int, x: np.ndarray) -> np.ndarray:
         """down(silu(gate x) * up x) as the formats see their inputs."""
@@ -333,3 +379,10 @@ def test_workers_do_not_change_the_experts_sum(name: str) -> None:
         with closing(Pool(n_workers)) as pool:
             answers.append(LAYERS[name].run(pool))
     assert all(np.array_equal(answers[0], answer) for answer in answers[1:])
+
+
+@pytest.mark.parametrize("together", range(2, MOST_TOKENS + 1))
+@pytest.mark.parametrize("name", LAYERS)
+def test_tokens_together_are_tokens_alone(pool: Pool, name: str, together: int) -> None:
+    """Six tokens of 4 or 8 experts: most experts have several."""
+    assert np.array_equal(LAYERS[name].run(pool, together), LAYERS[name].run(pool))

@@ -1,0 +1,338 @@
+"""The native model: its step of a few tokens against the network in torch and other programs, over whole models.
+
+Tolerances on logits are fractions of their range.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import llama_cpp_oracle
+import naive
+import numpy as np
+import pytest
+import test_isa
+import tiny_models
+import torch
+from test_engine import QUANTIZED_TOLERANCE, SESSION_TOLERANCE
+from test_logits import MIXES, error, rms_error
+from test_step import LATE, add_late
+
+import localrun
+from localrun.cache import Cache
+from localrun.engine import Engine
+from localrun.errors import ContextFullError
+from quant.step import LEAST_CHUNK, MOST_CHUNKS, MOST_TOKENS, Program
+
+# Between the step and torch on the same cache rows only the order of float32 sums differs: up to 8e-7 here.
+ROUNDING_TOLERANCE = 3e-6
+# Where it tips the rounding of an activation to 8 bits, cache rows differ by QUANTIZED_TOLERANCE of their range of 6.
+ROW_TOLERANCE = 0.2
+
+
+# ---- whole models ----------------------------------------------------------------------------------------------------
+
+VARIANTS = list(tiny_models.VARIANTS)
+QUANTISED = [
+    ("wide", "Q4_K_M"), ("wide", "Q8_0"), ("wide", "MXFP4_MOE"), ("wide", "F16"), ("wide-odd", "Q4_K_M"),
+    ("wide-odd", "IQ4_XS"), ("llama-wide", "Q4_K_M"), ("llama-wide", "Q4_1"), ("llama-wide", "Q5_0"),
+    ("llama-wide", "IQ4_NL"), ("llama-wide", "BF16"),
+]  # fmt: skip
+
+
+def quantised(variant: str, mix: str) -> Path:
+    return tiny_models.shared(variant, type=MIXES[mix])
+
+
+def one_by_one(model: Engine, ids: list[int] | range, cache: Cache | None = None) -> np.ndarray:
+    """float32 (T, vocab): the step's logits."""
+    cache = cache or model.new_cache()
+    assert not cache.is_exact
+    return np.concatenate([model.model.forward([token], cache) for token in ids])
+
+
+def torch_on_the_same_rows(model: Engine, token: int, cache: Cache, atol: float) -> np.ndarray:
+    """float32 (vocab,): torch's logits of the cache's last token, over the rows that the step has left.
+
+    Its own rows of that token are compared instead of written: rounding to 16 bits is 2^-11 of the value, and a sum
+    near zero differs by what its terms had (`atol`; rows have a standard deviation of 1).
+    """
+
+    def compare(layer: int, *rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        kept = tuple(torch.from_numpy(np.asarray(part)[: cache.length + 1]) for part in cache._layers[layer])
+        for part, new in zip(kept, rows, strict=True):
+            torch.testing.assert_close(part[-1:].float(), new, rtol=2**-11 + 1e-5, atol=atol)
+        return kept
+
+    cache.truncate(cache.length - 1)
+    cache.append, cache.is_exact = compare, True
+    logits = model.model.forward([token], cache)[0]
+    cache.is_exact = False
+    del cache.append
+    return logits
+
+
+def both_ways(
+    model: Engine, ids: list[int], cache: Cache | None = None, atol: float = 2e-5
+) -> tuple[np.ndarray, np.ndarray]:
+    """float32 (T, vocab) twice: the step's logits, and torch's on the same cache."""
+    cache = cache or model.new_cache()
+    step, by_torch = [], []
+    for token in ids:
+        step.append(one_by_one(model, [token], cache)[0])
+        by_torch.append(torch_on_the_same_rows(model, token, cache, atol))
+    return np.stack(step), np.stack(by_torch)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_step_is_the_network(variant: str) -> None:
+    with localrun.load(tiny_models.shared(variant), threads=2, ctx=64) as model:
+        assert error(*both_ways(model, tiny_models.prompt(variant))) < ROUNDING_TOLERANCE
+
+
+@pytest.mark.parametrize(("variant", "mix"), QUANTISED, ids=lambda value: value)
+def test_the_step_is_the_network_quantised(variant: str, mix: str) -> None:
+    path = quantised(variant, mix)
+    with localrun.load(path, threads=2, ctx=64) as model:
+        ids = naive.steady_prompt(path, 40)
+        if mix in ("F16", "BF16"):
+            assert error(*both_ways(model, ids)) < ROUNDING_TOLERANCE
+        else:
+            assert error(*both_ways(model, ids, atol=ROW_TOLERANCE)) < QUANTIZED_TOLERANCE
+
+
+def test_the_step_is_the_network_with_a_quantised_joint_kv_b() -> None:
+    """Its k_b is multiplied from the other side, in float32."""
+    path = tiny_models.shared("v3-legacy-kv-b", type={"attn_kv_b": "Q8_0"})
+    ids, reference = tiny_models.token_ids("v3-legacy-kv-b", 64), naive.Naive(path)
+    reference.logits(ids)
+    sure = reference.margins > 0.003  # where rounding the mix to 8 bits does not choose other experts
+    assert sure.sum() >= 20
+    with localrun.load(path, threads=2, ctx=64) as model:
+        step, by_torch = both_ways(model, ids, atol=ROW_TOLERANCE)
+    assert error(step[sure], by_torch[sure]) < QUANTIZED_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "v2", "v2-no-groups", "v3-all-moe", "v3-fused-gate-up", "v3-tied", "kimi-k2", "yarn-no-log-multiplier",
+        "llama-mha", "llama-rope-freqs", "llama-linear-rope",
+    ],
+)  # fmt: skip
+def test_logits_equal_the_float64_reference(variant: str) -> None:
+    path, ids = tiny_models.shared(variant), tiny_models.prompt(variant)
+    with localrun.load(path, threads=2, ctx=64) as model:
+        assert error(one_by_one(model, ids), naive.Naive(path).logits(ids)) < SESSION_TOLERANCE
+
+
+@pytest.mark.parametrize("variant", ["v3-odd", "v3-no-bias", "llama-tied"])
+def test_logits_equal_llama_cpps(variant: str) -> None:
+    path, ids = tiny_models.shared(variant), tiny_models.prompt(variant)
+    with localrun.load(path, threads=2, ctx=64) as model:
+        assert error(one_by_one(model, ids), llama_cpp_oracle.logits(path, ids)) < SESSION_TOLERANCE
+
+
+@pytest.mark.parametrize(("variant", "mix"), [("wide", "Q4_K_M"), ("llama-wide", "Q4_1")])
+def test_quantised_logits_are_as_exact_as_llama_cpps(variant: str, mix: str) -> None:
+    """As in test_logits.py; the 16-bit cache costs a hundredth of what rounding activations does."""
+    path = quantised(variant, mix)
+    twin = tiny_models.shared_twin(path)
+    ids = naive.steady_prompt(twin, 96)
+    truth = llama_cpp_oracle.logits(twin, ids)
+    theirs = rms_error(llama_cpp_oracle.logits(path, ids), truth)
+    with localrun.load(path, threads=2, ctx=128) as model:
+        assert rms_error(one_by_one(model, ids), truth) <= 1.2 * theirs
+
+
+@pytest.mark.parametrize("mix", ["F32", "quantised"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_workers_do_not_change_the_logits(variant: str, mix: str) -> None:
+    """Nor does doing it again."""
+    path = tiny_models.shared(variant, type=tiny_models.Q4_K_M if mix == "quantised" else "F32")
+    ids, answers = tiny_models.token_ids(variant, 6), []
+    for threads in (1, 2, 3):
+        with localrun.load(path, threads=threads, ctx=16) as model:
+            answers += [one_by_one(model, ids) for _ in range(2)]
+    assert all(np.array_equal(answers[0], answer) for answer in answers[1:])
+
+
+@pytest.mark.parametrize("variant", ["wide", "llama", "llama-mha"])
+def test_far_into_the_context(variant: str) -> None:
+    """4200 tokens by prefill, then steps: pieces of the context are longer than a tile."""
+    path, n_before = tiny_models.shared(variant), 4200
+    assert n_before > MOST_CHUNKS * LEAST_CHUNK
+    with localrun.load(path, threads=2, ctx=64) as model:
+        cache, ids = model.model.new_cache(n_before + 8), tiny_models.token_ids(variant, n_before)
+        for first in range(0, n_before, 600):
+            model.model.forward(ids[first : first + 600], cache)
+        step, by_torch = both_ways(model, [1, 2, 3, 4, 5, 6, 7, 8], cache)
+        assert cache.length == n_before + 8
+    assert error(step, by_torch) < ROUNDING_TOLERANCE
+
+
+# ---- a few tokens together -------------------------------------------------------------------------------------------
+
+
+def rows_of(cache: Cache) -> list[np.ndarray]:
+    """All rows in use."""
+    return [np.array(part[: cache.length]) for parts in cache._layers for part in parts]
+
+
+def check_few(model: Engine, ids: list[int], cache: Cache) -> None:
+    """Steps of 2 to MOST_TOKENS tokens give the bits of steps of one, and leave the same rows."""
+    start = cache.length
+    expected = one_by_one(model, ids, cache)
+    expected_rows = rows_of(cache)
+    for n_tokens in range(2, MOST_TOKENS + 1):
+        cache.truncate(start)
+        few = [model.model.forward(ids[i : i + n_tokens], cache, all_logits=True) for i in range(0, len(ids), n_tokens)]
+        assert np.array_equal(np.concatenate(few), expected)
+        assert all(np.array_equal(a, b) for a, b in zip(rows_of(cache), expected_rows, strict=True))
+
+
+@pytest.mark.parametrize("mix", ["F32", "quantised"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tokens_together_are_tokens_alone(variant: str, mix: str) -> None:
+    """From an empty cache, and over the end of the first piece of the context."""
+    path = tiny_models.shared(variant, type=tiny_models.Q4_K_M if mix == "quantised" else "F32")
+    with localrun.load(path, threads=2, ctx=128) as model:
+        cache, ids = model.new_cache(), tiny_models.token_ids(variant, 70)
+        check_few(model, ids[:10], cache)
+        model.model.forward(ids[10:60], cache)
+        check_few(model, ids[60:70], cache)
+
+
+@pytest.mark.parametrize(("variant", "mix"), QUANTISED, ids=lambda value: value)
+def test_tokens_together_are_tokens_alone_in_every_type(variant: str, mix: str) -> None:
+    with localrun.load(quantised(variant, mix), threads=2, ctx=64) as model:
+        check_few(model, tiny_models.token_ids(variant, 20), model.new_cache())
+
+
+@pytest.mark.parametrize("variant", ["v3", "v3-legacy-kv-b", "llama"])
+def test_tokens_together_where_pieces_get_longer(variant: str) -> None:
+    """Some of a step's tokens have more and shorter pieces than the others."""
+    full = MOST_CHUNKS * LEAST_CHUNK
+    with localrun.load(tiny_models.shared(variant, type=tiny_models.Q4_K_M), threads=2, ctx=64) as model:
+        cache, ids = model.model.new_cache(full + 16), tiny_models.token_ids(variant, full)
+        for first in range(0, full - 10, 509):
+            model.model.forward(ids[first : min(first + 509, full - 10)], cache)
+        check_few(model, tiny_models.token_ids(variant, 20, seed=1), cache)
+
+
+def test_short_prompts_give_the_last_tokens_logits() -> None:
+    with localrun.load(tiny_models.shared("v3"), threads=2, ctx=64) as model:
+        ids = tiny_models.token_ids("v3", 23)
+        expected = one_by_one(model, ids)
+        for n_tokens in range(1, 24):
+            found = model.model.forward(ids[:n_tokens], model.new_cache())
+            assert np.array_equal(found, expected[n_tokens - 1 : n_tokens])
+        found = model.model.forward(ids, model.new_cache(), all_logits=True)
+        assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("variant", ["v3", "llama-tied"])
+def test_hidden_states_are_what_the_head_reads(variant: str) -> None:
+    """Of all tokens, by the step (two and a half steps here) and by the network."""
+    path, ids = tiny_models.shared(variant), tiny_models.token_ids(variant, 50)
+    _, tensors = tiny_models.read(path)
+    head = tensors.get("output.weight", tensors["token_embd.weight"]).astype(np.float64)
+    with localrun.load(path, threads=2, ctx=64) as model:
+        model.model.keep_hidden = True
+        for n_tokens in (1, 12, 50):
+            logits = model.model.forward(ids[:n_tokens], model.new_cache(), all_logits=True)
+            hidden = model.model.hidden
+            model.model.forward(ids[:n_tokens], model.new_cache())
+            assert hidden.shape == (n_tokens, head.shape[1]) and hidden.dtype == np.float32
+            assert np.array_equal(model.model.hidden, hidden)
+            assert error(hidden.astype(np.float64) @ head.T, logits) < ROUNDING_TOLERANCE
+
+
+# ---- what a step leaves behind ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["v3", "llama"])
+def test_a_full_context_is_left_as_it_is(variant: str) -> None:
+    with localrun.load(tiny_models.shared(variant), threads=2, ctx=8) as model:
+        cache = model.new_cache()
+        expected = one_by_one(model, range(8), cache)
+        before = {name: np.array(rows) for name, rows in cache.save().items()}
+        with pytest.raises(ContextFullError, match="the context is full: 9 tokens, room for 8"):
+            model.model.forward([3], cache)
+        assert cache.length == 8
+        assert all(np.array_equal(rows, before[name]) for name, rows in cache.save().items())
+        cache.truncate(7)
+        assert np.array_equal(one_by_one(model, [7], cache)[0], expected[7])
+
+
+def test_a_step_writes_one_row_of_each_block() -> None:
+    with localrun.load(tiny_models.shared("llama"), threads=2, ctx=8) as model:
+        cache = model.new_cache()
+        blocks = [np.asarray(part) for parts in cache._layers for part in parts]
+        for block in blocks:
+            block[:] = 0.5
+        one_by_one(model, [1], cache)
+        one_by_one(model, [2], cache)
+        assert all((block[:2] != 0.5).any(1).all() and (block[2:] == 0.5).all() for block in blocks)
+
+
+def test_logits_stay_after_the_next_step() -> None:
+    with localrun.load(tiny_models.shared("llama"), threads=1, ctx=8) as model:
+        cache = model.new_cache()
+        first = model.model.forward([1], cache)
+        kept = first.copy()
+        model.model.forward([2], cache)
+        assert np.array_equal(first, kept)
+
+
+def test_two_caches_in_turn() -> None:
+    prompts = ([1, 2, 3, 4], [5, 6, 7, 8])
+    with localrun.load(tiny_models.shared("v3"), threads=2, ctx=8) as model:
+        alone = [one_by_one(model, ids) for ids in prompts]
+        caches = [model.new_cache() for _ in prompts]
+        for i in range(4):
+            for ids, cache, expected in zip(prompts, caches, alone, strict=True):
+                assert np.array_equal(one_by_one(model, [ids[i]], cache)[0], expected[i])
+
+
+def test_workers_sleep_after_a_reply_and_end_with_close() -> None:
+    def workers() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name.startswith("localrun-")]
+
+    before = workers()
+    model = localrun.load(tiny_models.shared("v3"), threads=3, ctx=16)
+    assert len(list(model.generate([1, 2, 3], localrun.Sampling(temperature=0.0), max_tokens=8))) == 8
+    assert len(workers()) == len(before) + 2
+    time.sleep(0.1)
+    used = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - used < 0.1  # a spinning worker would use all of the 0.3 s
+    model.close()
+    assert workers() == before
+
+
+@pytest.mark.parametrize("late", LATE.values(), ids=LATE)
+@pytest.mark.parametrize("variant", ["v3", "llama", "wide"])
+def test_late_workers_do_not_change_the_logits(variant: str, late: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, ids = quantised("wide", "Q4_K_M") if variant == "wide" else tiny_models.shared(variant), range(8)
+    with localrun.load(path, threads=1, ctx=16) as model:
+        expected = one_by_one(model, ids)
+    missed = np.zeros(1, np.int64)
+    monkeypatch.setattr(Program, "add", add_late(late, missed))
+    with localrun.load(path, threads=4, ctx=16) as model:
+        assert np.array_equal(one_by_one(model, ids), expected)
+    assert missed[0] > 0
+
+
+# ---- other machines --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", test_isa.LOWER)
+def test_the_step_at_a_lower_level(level: str) -> None:
+    """Some of the models."""
+    tests = "test_the_step_is_the_network or test_tokens_together_are_tokens_alone"
+    some = f"({tests}) and (v3-odd or legacy or llama-mha or wide-Q4_K_M or llama-wide-Q4_1)"
+    done = test_isa.run(level, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", some)
+    assert done.returncode == 0, done.stdout[-3000:]
