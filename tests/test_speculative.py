@@ -419,6 +419,7 @@ class Head:
 
     def forward(self, next_ids: Sequence[int], hidden: np.ndarray, cache: Cache) -> tuple[np.ndarray, np.ndarray]:
         assert len(next_ids) == len(hidden) > 0 and self.keep_hidden
+        assert int(hidden[0, 0]) - 1 == self.draft._first + cache.length  # rows of the cache without a gap
         cache.check_room(len(next_ids))
         cache.advance(len(next_ids))
         self.longest = max(self.longest, len(next_ids))
@@ -446,13 +447,15 @@ def test_the_models_own_head_gets_each_state_with_the_token_after_it(
         replies.append(plain(engine, turns[-1], 12))
     head.watch(monkeypatch)
     monkeypatch.setattr(MTPDraft, "_WINDOW", 16)
-    session = Session(engine, Speculation(MTPDraft(head, CTX), setting))
+    head.draft = MTPDraft(head, CTX)
+    session = Session(engine, Speculation(head.draft, setting))
     for ids, expected in zip(turns, replies, strict=True):
         head.truth = [*ids, *expected]
         assert list(session.tokens(ids, GREEDY, max_tokens=12)) == expected
         if setting != "auto":
             assert session.stats.drafted_tokens >= 10 - session.stats.accepted_tokens  # the last needs none
             assert acceptance < 1 or session.stats.accepted_tokens == session.stats.drafted_tokens
+            assert head.draft._first < len(ids)  # it did not begin anew in the reply
     assert head.longest in (15, 16)  # the prompt's end, then what was kept of it
 
 
@@ -566,6 +569,33 @@ def test_slow_proposals_count(draft_cost: float = 0.8) -> None:
             accepted += 1
         pace.record(k, accepted, draft_cost * k, 1.0)
         total, tokens = total + 1 + draft_cost * k, tokens + 1 + accepted
+    assert tokens / total >= 0.98 and pace._best == 0
+
+
+def test_reading_what_was_missed_counts() -> None:
+    """A draft that takes 6 steps to catch up after each stretch without it, and then pays for itself but no more."""
+    pace, rng = Pace(), random.Random(0)
+    total = tokens = missed = 0
+    while tokens < 4000:
+        k = pace.next()
+        behind = 6.0 if k and missed > 8 else 0.0
+        accepted = int(k > 0 and rng.random() < 0.5)
+        cost = [1, 1.5, 2.4, 3.3, 4.2][k]
+        pace.record(k, accepted, behind, cost)
+        missed = 0 if k else missed + 1
+        total, tokens = total + cost + behind, tokens + 1 + accepted
+    assert tokens / total >= 0.98
+
+
+@pytest.mark.parametrize("block", [4, 8, 16, 32, 64, 128])
+def test_text_that_keeps_changing(block: int) -> None:
+    """Drafts that come true in one stretch and fail in the next: what was learnt is wrong whenever it is used."""
+    pace, total, tokens = Pace(), 0.0, 0
+    while tokens < 4000:
+        k = pace.next()
+        accepted = k if tokens // block % 4 == 0 else 0
+        pace.record(k, accepted, 0.0, [1, 1.8, 2.6, 3.4, 4.2][k])
+        total, tokens = total + [1, 1.8, 2.6, 3.4, 4.2][k], tokens + 1 + accepted
     assert tokens / total >= 0.98
 
 
