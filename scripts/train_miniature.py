@@ -5,6 +5,7 @@
     python scripts/train_miniature.py train RUN2 --data DATA --start RUN/checkpoint.pt --steps 4400 --decay-steps 400
     python scripts/train_miniature.py export RUN2/checkpoint.pt FOLDER --data DATA [--fp8]
     python scripts/train_miniature.py evaluate RUN2/checkpoint.pt --data DATA
+    python scripts/train_miniature.py compare RUN RUN3 [--plot losses.svg]
 
 `train` goes on from RUN/checkpoint.pt if there is one. Without --decay-steps the learning rate stays, and --start
 branches a decayed model off such a run.
@@ -25,6 +26,7 @@ def main() -> None:
     _add_train(commands)
     _add_export(commands)
     _add_evaluate(commands)
+    _add_compare(commands)
     arguments = parser.parse_args()
     arguments.command(arguments)
 
@@ -138,6 +140,21 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         report["greedy_acceptance"] = evaluate.greedy_acceptance(model, stories, n_prompt=32, n_tokens=64, n_stories=32)
         texts = evaluate.samples(model, tokenizer, arguments.prompt, arguments.sample_tokens, arguments.temperature)
     print(json.dumps(report | {"samples": texts}, indent=1, ensure_ascii=False))
+
+
+def _add_compare(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("compare", help="smoothed losses of runs, as JSON, where the shortest ends")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders; the others are compared with the first")
+    parser.add_argument("--plot", type=Path, help="picture to write")
+    parser.set_defaults(command=_compare)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from miniature import compare
+
+    print(json.dumps(compare.compare(arguments.runs), indent=1))
+    if arguments.plot:
+        compare.draw(arguments.runs, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from localrun.convert import Options, convert, make_plan, pretokenizers
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from miniature import data, evaluate, precision, training  # noqa: E402
+from miniature import compare, data, evaluate, precision, training  # noqa: E402
 from miniature.config import Config  # noqa: E402
 from miniature.export import export  # noqa: E402
 from miniature.model import Model, cross_entropy  # noqa: E402
@@ -354,6 +354,21 @@ def test_held_out_loss_is_that_of_single_stories(prepared: Path) -> None:
     assert report["loss"] == pytest.approx(nats / n_tokens, rel=1e-5)  # float32 sums
     assert report["bits_per_byte"] == pytest.approx(nats / np.log(2) / n_bytes, rel=1e-5)
     assert 0 <= report["acceptance"] <= 1
+
+
+def test_runs_are_compared_where_the_shortest_ends(tmp_path: Path) -> None:
+    losses = {"a": [4.0] * 150 + [2.0] * 60, "b": [4.0] * 150 + [3.0] * 50}
+    for name, values in losses.items():
+        lines = [
+            {"tokens": 10 * (i + 1), "loss": loss, "mtp_loss": loss + 1, "max_violation": {"1": 0.5, "2": 0.25}}
+            for i, loss in enumerate(values)
+        ]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    a, b = compare.compare([tmp_path / "a", tmp_path / "b"])
+    assert a == {"run": "a", "tokens": 2000, "loss": 3.0, "mtp_loss": 4.0, "violation": 0.5, "over_first": 0.0}
+    assert (b["run"], b["tokens"], b["loss"]) == ("b", 2000, 3.5)
+    assert b["over_first"] == pytest.approx(3.5 / 3 - 1)
 
 
 def test_the_script_runs_from_stories_to_a_report(prepared: Path, tmp_path: Path, capsys, monkeypatch) -> None:
