@@ -25,6 +25,8 @@ def bench(
     n_tokens: Annotated[int, typer.Option("-n", "--n-tokens", help="Tokens to generate; 0 to leave it out.")] = 128,
     repetitions: Annotated[int, typer.Option("-r", "--repetitions", help="How often; a warm-up comes first.")] = 3,
     threads: options.Threads = None,
+    speculative: options.Speculative = "off",
+    draft: options.Draft = None,
     against: Annotated[
         Peer | None,
         typer.Option("--against", help="Run the same file there too, in turn with ours.", show_default=False),
@@ -45,7 +47,8 @@ def bench(
         settings.check_fits(read_config(file))
     device, backend = options.DeviceChoice.cpu, options.BackendChoice.native
     with ExitStack() as stack:
-        engine = stack.enter_context(open_model(model, device, threads, settings.ctx, backend, verbose))
+        opened = open_model(model, device, threads, settings.ctx, backend, verbose, speculative, draft)
+        engine = stack.enter_context(opened)
         peer = None
         if against is not None:
             from localrun.peer import LlamaCpp
@@ -72,6 +75,8 @@ def _print(document: dict[str, Any]) -> None:
     console.print(f"{machine['cpu']}, {threads} of {machine['cores']} cores, {isa}")
     console.print(_table(document))
     for line in _reading(document):
+        console.print(line)
+    for line in _speculation(document["speculation"]) if "speculation" in document else ():
         console.print(line)
     for test, ratio in document.get("ratio", {}).items():
         best = document["ratio_of_best"][test]
@@ -103,3 +108,12 @@ def _reading(document: dict[str, Any]) -> list[str]:
         return [weights, roof]
     rate, fraction = document["weight_bytes_per_s"] / 1e9, document["fraction_of_read"]
     return [f"{weights}; generation reads {rate:.1f} GB/s, {fraction:.0%} of what can be read", roof]
+
+
+def _speculation(found: dict[str, Any]) -> list[str]:
+    rates = f"{found['tokens_per_s']:.2f} against {found['plain_tokens_per_s']:.2f} tokens/s"
+    accepted = f"{found['accepted_tokens']} of {found['drafted_tokens']} drafts accepted ({found['draft']})"
+    return [
+        f"greedy text with drafts: {rates}, {found['speed_up']:.2f} times as fast",
+        f"{accepted}, {found['tokens_per_step']:.2f} tokens a step",
+    ]

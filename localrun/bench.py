@@ -4,6 +4,9 @@ Like llama-bench: ppN evaluates a prompt of N tokens, tgN evaluates N tokens one
 context, without sampling. Engines take turns, repetition by repetition; none runs while another does. Between
 repetitions a kernel that only reads measures the same pages of the file's map with the same number of threads: what it
 reaches is the roof of generation, in cache or out of it.
+
+These rates are always those of one token a step. Where speculative decoding is on, it is measured beside them: the
+greedy reply to a short text, with drafts and without in turn.
 """
 
 from __future__ import annotations
@@ -24,13 +27,15 @@ from localrun.engine import Engine
 from localrun.errors import LocalrunError
 from localrun.facts import weight_bytes_per_token
 from localrun.gguf import GGUFFile
-from localrun.session import PREFILL_CHUNK
+from localrun.sampling import Sampling
+from localrun.session import PREFILL_CHUNK, Stats
 from quant import stream
 from quant.pool import Pool
 
 ROOF_BYTES = 1 << 30  # of the map, to be read between repetitions: beyond all caches but the largest servers'
 IDLE_S = 0.05  # until the threads of the engine before have gone to sleep; OpenMP's spin for up to 20 ms
 WARM_UP_TOKENS = 8
+STORY = "Once upon a time, there was a little girl named Lily. She had a dog and a cat, and every day"
 
 Report = Callable[[int, int, str], None]
 
@@ -191,7 +196,52 @@ def run(engine: Engine, settings: Settings, peer: Runner | None = None, report: 
         }
         document["ratio"] = _ratios(results["localrun"], results["llama.cpp"], "median")
         document["ratio_of_best"] = _ratios(results["localrun"], results["llama.cpp"], "best")
+    if engine.speculative != "off" and settings.n_generate:
+        document["speculation"] = speculation(engine, settings)
     return document
+
+
+def speculation(engine: Engine, settings: Settings) -> dict[str, Any]:
+    """The greedy reply to a text with the engine's drafts and without, in turn: tokens/s, and what drafts did.
+
+    Reading the prompt is left out. A model without a vocabulary gets random tokens.
+    """
+    greedy = Sampling(temperature=0.0)
+    ids = _story_ids(engine)[: max(1, engine.ctx // 2)]
+    found: dict[str, list[Stats]] = {"plain": [], "with_drafts": []}
+    replies = []
+    for repetition in range(settings.repetitions + 1):  # the first warms up
+        for name, stats in found.items():
+            time.sleep(IDLE_S)
+            session = engine.session("off" if name == "plain" else None)
+            replies.append(list(session.tokens(ids, greedy, max_tokens=settings.n_generate)))
+            if repetition:
+                stats.append(session.stats)
+    rates = {name: statistics.median(_rate(each) for each in stats) for name, stats in found.items()}
+    last = found["with_drafts"][-1]
+    return {
+        "setting": engine.speculative,
+        "draft": engine.session().speculation.draft.name,
+        "generated_tokens": last.generated_tokens,
+        "same_reply": all(reply == replies[0] for reply in replies),
+        "plain_tokens_per_s": round(rates["plain"], 3),
+        "tokens_per_s": round(rates["with_drafts"], 3),
+        "speed_up": round(rates["with_drafts"] / rates["plain"], 3),
+        "drafted_tokens": last.drafted_tokens,
+        "accepted_tokens": last.accepted_tokens,
+        "tokens_per_step": round(last.tokens_per_step, 3),
+    }
+
+
+def _story_ids(engine: Engine) -> list[int]:
+    if engine.file.metadata.get("tokenizer.ggml.tokens") is not None:
+        return engine.tokenizer.encode(STORY)
+    return np.random.default_rng(0).integers(0, engine.model.vocab_size, WARM_UP_TOKENS).tolist()
+
+
+def _rate(stats: Stats) -> float:
+    """Tokens a second of what followed the reading of the prompt, which brings the first of them."""
+    return (stats.generated_tokens - 1) / stats.decode_s if stats.generated_tokens > 1 else 0.0
 
 
 def _ratios(ours: dict[str, Any], theirs: dict[str, Any], figure: str) -> dict[str, float]:

@@ -11,9 +11,11 @@ import pytest
 
 import localrun
 from localrun.chat_template import CHATML, ChatTemplate
+from localrun.drafts import Draft
 from localrun.errors import LocalrunError
 from localrun.gguf import open_gguf
 from localrun.session import Session
+from localrun.speculative import Speculation
 
 END = 0
 _FILE = Path(__file__).parent / "data" / "vocab" / "ggml-vocab-gpt-2.gguf"  # for metadata; its vocabulary is not used
@@ -86,6 +88,7 @@ class Engine:
         self.template = ChatTemplate(CHATML, bos_token="", eos_token="") if template else None
         self.backend, self.ctx, self.threads, self.config = "native", ctx, 1, None
         self.loaded_with: dict[str, Any] = {}
+        self.draft: Draft | None = None
 
     def __enter__(self) -> "Engine":
         return self
@@ -127,7 +130,8 @@ class Engine:
         return self.model.forward(ids, Cache(), all_logits=True)
 
     def session(self) -> Session:
-        return Session(self)  # type: ignore[arg-type]
+        speculation = Speculation(self.draft, 2) if self.draft else None
+        return Session(self, speculation)  # type: ignore[arg-type]
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> Engine:

@@ -175,6 +175,28 @@ def test_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "localrun: loaded in" in err and "isa" in err
 
 
+@pytest.mark.parametrize("variant", ["v3", "llama"])
+def test_drafts_are_measured_beside_the_rates(variant: str) -> None:
+    path = tiny_models.shared(variant, type="Q8_0")
+    with localrun.load(path, threads=1, ctx=64, speculative=2) as engine:
+        document = bench.run(engine, bench.Settings(0, 40, 2))
+    found = document["speculation"]
+    assert (found["setting"], found["generated_tokens"], found["same_reply"]) == (2, 40, True)
+    assert found["draft"] == "n-gram" and 0 <= found["accepted_tokens"] <= found["drafted_tokens"] <= 2 * 39
+    assert found["speed_up"] == pytest.approx(found["tokens_per_s"] / found["plain_tokens_per_s"], abs=2e-3)
+    assert set(document["results"]) == {"tg40"}
+
+
+def test_no_drafts_where_none_were_asked_for(engine: Any) -> None:
+    assert "speculation" not in bench.run(engine, bench.Settings(8, 0, 1))
+
+
+def test_command_prints_what_drafts_did(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(["bench", "-p", "0", "-n", "30", "-r", "1", "--speculative", "auto"]) == 0
+    out = capsys.readouterr().out
+    assert "greedy text with drafts: " in out and " times as fast\n" in out and "drafts accepted (n-gram), " in out
+
+
 REFUSALS = {
     "nothing to do": (["-p", "0", "-n", "0"], "-p 0 and -n 0: there is nothing to do"),
     "negative": (["-p", "-1"], "-p -1; expected 0 or more"),

@@ -20,6 +20,7 @@ import localrun
 from cli.main import app, run
 from cli.output import printable, size
 from localrun.bundled import model_path
+from localrun.drafts import NGramDraft
 
 HEAVY = ("torch", "numba", "llvmlite", "llama_cpp", "gguf", "numpy", "jinja2", "rich.console", "prompt_toolkit")
 
@@ -37,7 +38,7 @@ OPTIONS = {
         *["--json", "-v", "--verbose"],
     ],
     "bench": [
-        *["-p", "--n-prompt", "-n", "--n-tokens", "-r", "--repetitions", "-t", "--threads", "--against"],
+        *["-p", "--n-prompt", "-n", "--n-tokens", "-r", "--repetitions", "-t", "--threads", *DRAFTS, "--against"],
         *["--json", "-v", "--verbose"],
     ],
     "doctor": ["--json"],
@@ -245,7 +246,26 @@ def test_generate_verbose(engine: Engine, capsys: pytest.CaptureFixture[str]) ->
     assert "[ prompt 51 tokens" in err and "reply 17 tokens" in err
 
 
+def test_generate_tells_what_drafts_did(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    """The text says itself three times, so drafts of what followed before come true."""
+    engine.model.reply, engine.draft = "Aye, aye, aye, aye, all is well.", NGramDraft()
+    assert run(["generate", "-p", "x", "--json", "--speculative", "2"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    found = document["speculation"]
+    assert (found["draft"], document["text"]) == ("n-gram", engine.model.reply)
+    assert 0 < found["accepted_tokens"] <= found["drafted_tokens"]
+    assert found["tokens_per_step"] == pytest.approx(1 + found["accepted_tokens"] / found["steps"], abs=1e-3)
+    assert engine.loaded_with["speculative"] == "2" and engine.loaded_with["draft"] is None
+    assert run(["generate", "-p", "x", "-v"]) == 0
+    err = capsys.readouterr().err
+    assert " drafts accepted, " in err and " tokens a step" in err
+    engine.draft = None
+    assert run(["generate", "-p", "x", "-v", "--draft", "smollm2"]) == 0
+    assert "drafts" not in capsys.readouterr().err and engine.loaded_with["draft"] == model_path("smollm2")
+
+
 ERRORS = {
+    "no such draft": (["generate", "-p", "x", "--draft", "none.gguf"], "none.gguf: no such file"),
     "empty prompt": (["generate", "-p", ""], "the prompt is empty"),
     "empty pipe": (["generate"], "the prompt is empty"),
     "no such file": (["generate", "-f", "/no/such"], "/no/such: cannot be read: No such file or directory"),
@@ -293,6 +313,14 @@ def test_a_file_that_is_not_utf_8(engine: Engine, tmp_path: Path, capsys: pytest
     for args in (["generate", "-f"], ["perplexity", "-f"]):
         assert run([*args, str(tmp_path / "bad")]) == 1
         assert "bad: is not UTF-8 text: byte 0xff at 3\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["generate", "chat", "bench"])
+def test_wrong_numbers_of_drafts(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for value in ("5", "0", "x"):
+        assert run([name, *(["-p", "x"] if name == "generate" else []), "--speculative", value]) == 1
+        expected = f"localrun: speculative '{value}'; expected auto, off, or 1 to 4 drafts a step\n"
+        assert capsys.readouterr() == ("", expected)
 
 
 @pytest.mark.parametrize(
