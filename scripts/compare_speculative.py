@@ -1,0 +1,200 @@
+"""What drafts cost and bring, against plain decoding in the same run.
+
+    python scripts/compare_speculative.py forced MODEL        # drafts that come true as often as one likes
+    python scripts/compare_speculative.py edit [MODEL]        # n-grams of a text to be repeated with a small change
+    python scripts/compare_speculative.py text MODEL -f FILE  # the model's own drafts, after beginnings of paragraphs
+
+`forced` times steps of 1 to 5 tokens, then replies with 1 to 4 drafts and with "auto" at several acceptances, beside
+what (1 + a + a^2 + ...) / (cost of the step) predicts. `text` counts how many of the greedy replies are those without
+drafts. Runs with drafts and without take turns. The last line of stdout is one JSON document.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+import localrun
+from localrun import bench
+from localrun.bundled import model_path
+from localrun.chat_template import chat_ids
+from localrun.engine import Engine
+from localrun.sampling import Sampling
+from localrun.session import Session, Stats
+from localrun.speculative import Speculation
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from forced_draft import ForcedDraft
+
+SETTINGS = (1, 2, 3, 4, "auto")
+GREEDY = Sampling(temperature=0.0)
+PROMPT = 16  # random tokens before a forced reply
+
+STORY = """\
+Tom lived in a small house at the edge of the forest with his grandmother. Every morning he fed the chickens, fetched
+water from the well and swept the path that led to the garden gate. One day in early spring he found a wooden box under
+the old apple tree. The box was locked, and there was no key anywhere. Tom carried it into the kitchen and put it on the
+table. His grandmother looked at it for a long time. She said that it had belonged to a sailor who had come through the
+village many years ago, on his way to the mountains. He had promised to return before winter, but nobody ever saw him
+again. In the afternoon Tom walked to the village to ask the blacksmith for help. The blacksmith was a tall man with a
+grey beard and hands as big as shovels. He turned the box around, knocked on its sides and listened. Then he took a thin
+piece of wire from the wall, pushed it into the lock and moved it slowly to the left. The lock opened with a click.
+Inside the box lay a map, a silver whistle and a letter. The letter said that whoever found the box should follow the
+map to the lake behind the mountains, and blow the whistle three times at sunrise. Tom ran home as fast as he could. His
+grandmother packed bread, cheese and a warm coat, and told him to be careful near the water. He left before the stars
+were gone. After two days he came to the lake. The water was as smooth as glass, and there was mist between the reeds.
+When the sun came up, he blew the whistle three times, and from the mist came a small white boat without anybody in it.
+Tom stepped into the boat, sat down and waited. Slowly the boat turned around and carried him across the lake, to a
+green island that was not on any map."""
+EDIT = "Repeat the following text word by word, but write Anna in place of grandmother.\n\n" + STORY
+
+
+def rate(stats: Stats) -> float:
+    """Tokens a second of what followed the reading of the prompt."""
+    return (stats.generated_tokens - 1) / stats.decode_s
+
+
+def in_turn(
+    sessions: dict[str, Callable[[], Session]], ids: list[int], n: int, sampling: Sampling, rounds: int
+) -> dict:
+    """Statistics and replies by name, all sessions taking turns."""
+    found: dict[str, list[tuple[Stats, list[int]]]] = {name: [] for name in sessions}
+    for _ in range(rounds):
+        for name, make in sessions.items():
+            session = make()
+            reply = list(session.tokens(ids, sampling, max_tokens=n))
+            found[name].append((session.stats, reply))
+    return found
+
+
+def summary(found: dict, plain: str = "off") -> dict:
+    """Rates, speed-ups over plain decoding and acceptance, by name."""
+    rates = {name: statistics.median(rate(stats) for stats, _ in runs) for name, runs in found.items()}
+    rows = {}
+    for name, runs in found.items():
+        stats = runs[-1][0]
+        rows[name] = {
+            "tokens_per_s": round(rates[name], 3),
+            "speed_up": round(rates[name] / rates[plain], 3),
+            "drafted": stats.drafted_tokens,
+            "accepted": stats.accepted_tokens,
+            "tokens_per_step": round(stats.tokens_per_step, 3),
+            "same_reply": all(reply == found[plain][0][1] for _, reply in runs),
+        }
+    return rows
+
+
+def step_costs(engine: Engine, ids: list[int], rounds: int) -> list[float]:
+    """Median seconds of steps of 1 to 5 tokens after PROMPT others."""
+    cache, seconds = engine.new_cache(), [[] for _ in range(5)]
+    engine.model.forward(ids[:PROMPT], cache)
+    for turn in range(rounds + 1):
+        for n in range(1, 6):
+            start = PROMPT + 5 * turn % max(1, len(ids) - PROMPT - 5)
+            started = time.perf_counter()
+            engine.model.forward(ids[start : start + n], cache, all_logits=n > 1)
+            if turn:
+                seconds[n - 1].append(time.perf_counter() - started)
+            cache.truncate(PROMPT)
+    return [statistics.median(each) for each in seconds]
+
+
+def forced(engine: Engine, arguments: argparse.Namespace) -> dict:
+    """The curve of speed-up over acceptance, and what auto makes of it."""
+    n_vocab = engine.model.vocab_size
+    ids = np.random.default_rng(0).integers(0, n_vocab, PROMPT).tolist()
+    sampling = Sampling(
+        temperature=1.5, top_k=0, top_p=1.0, min_p=0.0, seed=0
+    )  # as varied as text, unlike a greedy loop
+    truth = [*ids, *engine.session("off").tokens(ids, sampling, max_tokens=arguments.n)]
+    costs = step_costs(engine, truth, arguments.rounds * 8)
+    ratios = [cost / costs[0] for cost in costs]
+    print("step of 1 to 5 tokens, ms:", *(f"{1e3 * cost:.2f}" for cost in costs), "ratios:", *np.round(ratios, 3))
+    rows = {}
+    for acceptance in arguments.acceptance:
+        sessions = {"off": lambda: engine.session("off")} | {
+            str(setting): lambda setting=setting, a=acceptance: Session(
+                engine, Speculation(ForcedDraft(truth, a, n_vocab), setting)
+            )
+            for setting in arguments.settings
+        }
+        rows[acceptance] = summary(in_turn(sessions, ids, arguments.n, sampling, arguments.rounds))
+        for k in range(1, 5):
+            if str(k) in rows[acceptance]:
+                predicted = sum(acceptance**i for i in range(k + 1)) / ratios[k]
+                rows[acceptance][str(k)]["predicted"] = round(predicted, 3)
+        print(acceptance, {name: (row["speed_up"], row.get("predicted")) for name, row in rows[acceptance].items()})
+    return {"step_s": costs, "cost_ratios": [round(ratio, 3) for ratio in ratios], "by_acceptance": rows}
+
+
+def edit(engine: Engine, arguments: argparse.Namespace) -> dict:
+    """Repeating a text of some 300 words with one word changed."""
+    assert engine.template is not None
+    ids = chat_ids(engine.template, engine.tokenizer, [{"role": "user", "content": EDIT}])
+    sessions = {str(setting): lambda setting=setting: engine.session(setting) for setting in ("off", *SETTINGS)}
+    found = in_turn(sessions, ids, arguments.n, GREEDY, arguments.rounds)
+    print(engine.tokenizer.decode(found["off"][0][1])[:400])
+    rows = summary(found)
+    for name, row in rows.items():
+        print(name, row)
+    return {"prompt_tokens": len(ids), "words": len(STORY.split()), "runs": rows}
+
+
+def text(engine: Engine, arguments: argparse.Namespace) -> dict:
+    """Greedy replies to the beginnings of paragraphs."""
+    paragraphs = [part for part in Path(arguments.file).read_text(encoding="utf-8").split("\n\n") if len(part) > 200]
+    prompts = [engine.tokenizer.encode(part[:120]) for part in paragraphs[: arguments.prompts]]
+    totals: dict[str, Stats] = {}
+    equal = dict.fromkeys(map(str, arguments.settings), 0)
+    for ids in prompts:
+        plain = None
+        for setting in ("off", *arguments.settings):
+            session = engine.session(setting)
+            reply = list(session.tokens(ids, GREEDY, max_tokens=arguments.n))
+            total = totals.setdefault(str(setting), Stats())
+            for name in ("generated_tokens", "decode_s", "steps", "drafted_tokens", "accepted_tokens"):
+                setattr(total, name, getattr(total, name) + getattr(session.stats, name))
+            plain = reply if plain is None else plain
+            if setting != "off":
+                equal[str(setting)] += reply == plain
+    rows = {}
+    for name, total in totals.items():
+        rows[name] = {
+            "tokens_per_s": round(total.generated_tokens / total.decode_s, 2),
+            "drafted": total.drafted_tokens,
+            "acceptance": round(total.accepted_tokens / total.drafted_tokens, 4) if total.drafted_tokens else None,
+            "tokens_per_step": round(total.tokens_per_step, 3),
+            "speed_up": round(totals["off"].decode_s / total.decode_s, 3),
+            "equal_replies": equal.get(name),
+        }
+        print(name, rows[name])
+    draft = engine.session(1).speculation.draft.name
+    return {"prompts": len(prompts), "reply_tokens": arguments.n, "draft": draft, "runs": rows}
+
+
+def main() -> None:
+    """Print the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("forced", "edit", "text"))
+    parser.add_argument("model", nargs="?", help="a GGUF file; the bundled model if not given")
+    parser.add_argument("-f", "--file", help="text in paragraphs, for `text`")
+    parser.add_argument("-n", type=int, default=64, help="tokens of each reply")
+    parser.add_argument("-r", "--rounds", type=int, default=3)
+    parser.add_argument("-t", "--threads", type=int)
+    parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--acceptance", type=float, nargs="*", default=[0.0, 0.5, 0.85, 1.0])
+    parser.add_argument("--settings", nargs="*", default=SETTINGS, type=lambda s: s if s == "auto" else int(s))
+    arguments = parser.parse_args()
+    with localrun.load(model_path(arguments.model), threads=arguments.threads, ctx=2048) as engine:
+        measure = {"forced": forced, "edit": edit, "text": text}[arguments.what]
+        document = {"what": arguments.what} | engine.describe() | measure(engine, arguments)
+    print(json.dumps(document | {"machine": bench.machine(), "versions": bench.versions()}))
+
+
+if __name__ == "__main__":
+    main()
