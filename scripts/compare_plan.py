@@ -3,7 +3,7 @@
     python scripts/compare_plan.py [MODEL ...] [-t 1 2] [-p 512] [-n 128] [-r 3]
     python scripts/compare_plan.py --public
 
-Both take the best of several runs, since other programs only ever add time. The last line of stdout is one JSON
+Both take turns, several times, and medians count, since the machine's speed drifts. The last line of stdout is one JSON
 document: predicted and measured tokens/s of prompt and reply, and how far off the prediction is. With --public: what
 localrun should reach on machines for which others have published the speed of their programs.
 """
@@ -11,6 +11,7 @@ localrun should reach on machines for which others have published the speed of t
 import argparse
 import copy
 import json
+import statistics
 import subprocess
 import sys
 from typing import Any
@@ -89,23 +90,27 @@ def localrun(*args: str) -> dict[str, Any]:
 def compare(model: str, threads: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """One model with one number of threads."""
     n_prompt, n_reply = str(arguments.p), str(arguments.n)
-    plan = localrun("plan", model, "-t", str(threads), "--prompt", n_prompt, "-c", str(max(arguments.p, arguments.n)))
-    bench = localrun("bench", model, "-t", str(threads), "-p", n_prompt, "-n", n_reply, "-r", str(arguments.r))
-    results = bench["results"]
-    figures = {"threads": threads, "busy_cores": bench["machine"]["busy_cores"]}
+    plans, benches = [], []
+    for _ in range(arguments.r):
+        ctx = str(max(arguments.p, arguments.n))
+        plans.append(localrun("plan", model, "-t", str(threads), "--prompt", n_prompt, "-c", ctx))
+        benches.append(localrun("bench", model, "-t", str(threads), "-p", n_prompt, "-n", n_reply, "-r", "1"))
+    figures: dict[str, Any] = {"threads": threads, "busy_cores": benches[-1]["machine"]["busy_cores"]}
     for what, key in (("prefill", f"pp{n_prompt}"), ("decode", f"tg{n_reply}")):
-        predicted, measured = plan[what]["tokens_per_s"], results[key]["best"]
+        each = [plan[what]["tokens_per_s"] for plan in plans], [bench["results"][key]["median"] for bench in benches]
+        predicted, measured = map(statistics.median, each)
         figures[what] = {
             "predicted": round(predicted, 2),
-            "measured_best": measured,
-            "measured_median": results[key]["median"],
+            "measured": round(measured, 2),
             "error_percent": round(100 * (predicted / measured - 1), 1),
-            "split_s": {name: round(seconds, 5) for name, seconds in plan[what]["split_s"].items()},
+            "predicted_each": each[0],
+            "measured_each": each[1],
+            "split_s": {name: round(seconds, 5) for name, seconds in plans[-1][what]["split_s"].items()},
         }
-    cpu = plan["machine"]["file"]["cpu"]
+    read = [plan["machine"]["file"]["cpu"]["memory"]["read_bytes_per_s"]["value"] for plan in plans]
     figures["read_bytes_per_s"] = {
-        "plan": round(cpu["memory"]["read_bytes_per_s"]["value"]),
-        "bench": bench["read_bytes_per_s"]["best"],
+        "plan": round(statistics.median(read)),
+        "bench": round(statistics.median(bench["read_bytes_per_s"]["median"] for bench in benches)),
     }
     return figures
 
@@ -117,7 +122,7 @@ def main() -> None:
     parser.add_argument("-t", "--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("-p", type=int, default=512, help="tokens of prompt")
     parser.add_argument("-n", type=int, default=128, help="tokens of reply")
-    parser.add_argument("-r", type=int, default=3, help="repetitions of bench")
+    parser.add_argument("-r", type=int, default=3, help="rounds, of which medians are taken")
     parser.add_argument("--public", action="store_true", help="against published figures; measures nothing")
     arguments = parser.parse_args()
     if arguments.public:
@@ -131,9 +136,8 @@ def main() -> None:
         for run in figures:
             for what in ("prefill", "decode"):
                 row = run[what]
-                print(
-                    f"{model} -t {run['threads']} {what}: {row['predicted']} predicted, {row['measured_best']} measured"
-                )
+                line = f"{row['predicted']} predicted, {row['measured']} measured ({row['error_percent']:+}%)"
+                print(f"{model} -t {run['threads']} {what}: {line}")
     print(json.dumps(runs))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from localrun.plan import decode
 from localrun.plan.decode import (
     attention_flops,
     decode_speed,
@@ -237,3 +238,11 @@ def test_a_saved_description_gives_the_same_machine() -> None:
     machine = load_machine("10k-server")
     again = parse_machine(machine.document, "again", "again.json")
     assert (again.cpu, again.gpu, again.ram_bytes) == (machine.cpu, machine.gpu, machine.ram_bytes)
+
+
+def test_the_runners_own_thresholds() -> None:
+    from localrun import attention
+    from quant import panel
+
+    assert decode.GEMM_TOKENS == panel.TOKENS_FROM
+    assert decode.ATTENTION_TOKENS == attention._MOST_TOKENS

@@ -15,6 +15,8 @@ from localrun.plan.shapes import ModelShape, Tensor
 
 GEMM_TOKENS = 4  # fewer tokens run the decoding kernels, taken as once each: quant.panel.TOKENS_FROM
 
+ATTENTION_TOKENS = 256  # of a prompt, that see the same part of the cache: localrun.attention
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -81,7 +83,7 @@ def prefill_speed(
     done = 0
     while done < n_tokens:
         count = min(CHUNK, n_tokens - done)
-        seen = ctx + done + count  # scores are computed for the whole square, then masked
+        seen = ctx + done + (count + min(count, ATTENTION_TOKENS)) / 2  # on average, by blocks of tokens
         chunk = _step(model, machine, placement, seen, count, layer_s=_chunk_layer_s, is_prompt=True)
         phases = _merged(phases, list(chunk.phases))
         done += count

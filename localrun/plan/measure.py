@@ -7,9 +7,12 @@ matrices are so small that little else is left.
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +26,11 @@ from localrun.plan.shapes import Conversion, ModelShape, from_config, n_bytes
 
 _LARGE_BYTES = 1 << 28  # what a matrix takes at most: far beyond any cache but the largest servers'
 _READ_BYTES = 1 << 30  # what is read at most
-_PASSED_BYTES = 1 << 33  # about as much in all: some spans of it will be undisturbed
+_PASSED_BYTES = 1 << 33  # about as much in all
 _FEW, _MANY = 16, 256  # tokens whose times give expansion and product apart
-_TRY_S = 0.15  # each figure: the best of several runs within this time
+_MANY_WEIGHTS = 1 << 26  # that they are multiplied with, at most
+_ACTIVATION_BYTES = 1 << 25  # more than a core's own caches
+_TRY_S = 0.2  # each figure: the median of several runs within this time
 _MEASURED = "measured by localrun plan"
 
 
@@ -39,15 +44,14 @@ def describe(model: ModelShape, threads: int) -> dict[str, Any]:
     """The same as a JSON document, to be kept in a file."""
     from quant.pool import Pool
 
-    pool, one = Pool(threads), Pool(1)
+    pool = Pool(threads)
     try:
         # No more memory than the model has: where caches help it, they help its rates.
         size = n_bytes(model.tensors)
         read = _read_bandwidth(pool, min(size, _READ_BYTES))
-        kernels = [kernel_rates(one, *matrix, min(size, _LARGE_BYTES)) for matrix in _matrices(model)]
+        kernels = [kernel_rates(pool, *matrix, size=min(size, _LARGE_BYTES)) for matrix in _matrices(model)]
     finally:
         pool.close()
-        one.close()
     rates = _probe(model, threads)
     return {
         "title": "this machine",
@@ -63,26 +67,31 @@ def describe(model: ModelShape, threads: int) -> dict[str, Any]:
     }
 
 
-def _matrices(model: ModelShape) -> list[tuple[str, int]]:
-    """The types and widths of the model's matrices."""
-    return sorted({(t.type, t.shape[-1]) for t in model.tensors if len(t.shape) > 1})
+def _matrices(model: ModelShape) -> list[tuple[str, int, list[int]]]:
+    """The types and widths of the model's matrices, with the rows of each."""
+    rows: dict[tuple[str, int], list[int]] = {}
+    for tensor in model.tensors:
+        if len(tensor.shape) > 1:
+            rows.setdefault((tensor.type, tensor.shape[-1]), []).append(tensor.shape[-2])
+    return [(*key, counts) for key, counts in sorted(rows.items())]
 
 
-def _best_s(*runs: Callable[[], None], threads: int = 1) -> list[float]:
-    """The least time of each call, over several turns for _TRY_S: other programs only ever add to it.
+def _typical_s(*runs: Callable[[], None], threads: int = 1) -> list[float]:
+    """The median time of each call, over several turns for _TRY_S.
 
     Of one thread the processor time counts, which does not include the time that others had the core.
     """
     clock = time.thread_time if threads == 1 else time.perf_counter
-    best, until = [float("inf")] * len(runs), time.perf_counter() + _TRY_S * len(runs)
+    taken: list[list[float]] = [[] for _ in runs]
     for run in runs:
         run()
-    while time.perf_counter() < until or float("inf") in best:
-        for index, run in enumerate(runs):
+    until = time.perf_counter() + _TRY_S * len(runs)
+    while time.perf_counter() < until or not taken[-1]:
+        for run, seconds in zip(runs, taken, strict=True):
             started = clock()
             run()
-            best[index] = min(best[index], clock() - started)
-    return best
+            seconds.append(clock() - started)
+    return [statistics.median(seconds) for seconds in taken]
 
 
 def _read_bandwidth(pool: Any, size: int) -> float:
@@ -91,7 +100,7 @@ def _read_bandwidth(pool: Any, size: int) -> float:
 
     memory = stream.buffer(pool, min(size, hardware.free_ram() // 4))
     passes = max(3, _PASSED_BYTES // memory.nbytes)
-    return stream.read_bandwidth(pool, memory.ctypes.data, memory.nbytes, passes).best
+    return stream.read_bandwidth(pool, memory.ctypes.data, memory.nbytes, passes).median
 
 
 def _random_blocks(pool: Any, format_: Any, n_rows: int, n_cols: int) -> np.ndarray:
@@ -105,24 +114,55 @@ def _random_blocks(pool: Any, format_: Any, n_rows: int, n_cols: int) -> np.ndar
     return np.resize(packed, n_rows * format_.row_bytes(n_cols))
 
 
-def kernel_rates(pool: Any, type_: str, n_cols: int, size: int = _LARGE_BYTES) -> dict[str, Any]:
-    """The rates of one core for a type, on a matrix of this size: a row of machine.Kernel. The pool has one worker."""
+def kernel_rates(
+    pool: Any, type_: str, n_cols: int, rows: list[int] | None = None, size: int = _LARGE_BYTES
+) -> dict[str, Any]:
+    """The rates of one core for a type, while all of the pool's work: a row of machine.Kernel.
+
+    Args:
+        rows: of the model's matrices: in small ones a core waits for the other's last piece, and little shares the
+            rounding of activations. None: one of two million weights.
+        size: bytes of all matrices that one token is multiplied with.
+    """
     from quant import formats, linear
 
     format_ = formats.get(type_)
-    n_rows = max(64, size // format_.row_bytes(n_cols))
-    matrix = linear.weight(_random_blocks(pool, format_, n_rows, n_cols), format_, (n_rows, n_cols))
-    (one,) = _best_s(_product(pool, matrix, 1))
-    part = matrix.rows(0, min(n_rows, max(64, (1 << 21) // n_cols)))
-    few, many = _best_s(_product(pool, part, _FEW), _product(pool, part, _MANY))
-    weights, per_token = part.n_rows * n_cols, (many - few) / (_MANY - _FEW)
+    large = max(64, size // format_.row_bytes(n_cols))
+    rows = [min(count, large) for count in rows or [(1 << 21) // n_cols]]
+    matrix = linear.weight(_random_blocks(pool, format_, large, n_cols), format_, (large, n_cols))
+    step, used = _step(pool, matrix, rows)
+    (one,) = _typical_s(lambda: step.run([0], 0, step.cache), threads=pool.n_workers)
+    weights = few = many = 0.0
+    for n_rows, count in Counter(min(n_rows, max(64, _MANY_WEIGHTS // n_cols)) for n_rows in rows).items():
+        part = matrix.rows(0, n_rows)
+        times = _typical_s(_product(pool, part, _FEW), _product(pool, part, _MANY), threads=pool.n_workers)
+        weights, few, many = weights + count * n_rows * n_cols, few + count * times[0], many + count * times[1]
+    per_token = (many - few) / (_MANY - _FEW)
     return {
         "type": type_,
         "n_cols": n_cols,
-        "gemv": n_rows * format_.row_bytes(n_cols) / one,
-        "expand": weights / max(few - _FEW * per_token, few / 20),  # of floats there is nothing to expand
-        "gemm": 2 * weights / per_token,
+        "gemv": used * format_.row_bytes(n_cols) / one / pool.n_workers,
+        "expand": weights / max(few - _FEW * per_token, few / 20) / pool.n_workers,  # floats need none
+        "gemm": 2 * weights / per_token / pool.n_workers,
     }
+
+
+def _step(pool: Any, matrix: Any, rows: list[int]) -> tuple[Any, int]:
+    """A decode step over the matrix, cut into the model's, as a program; and the rows of the matrix that it uses."""
+    from quant import formats, linear
+    from quant.step import Program
+    from quant.step_rows import Input, rows_phase
+
+    vector = linear.weight(np.zeros(4 * matrix.n_cols, np.uint8), formats.get("F32"), (1, matrix.n_cols))
+    program, used = Program(pool, vector, np.zeros(0), 1.0, 0), 0
+    out = program.vector(max(rows))
+    for n_rows in cycle(rows):
+        if used + n_rows > matrix.n_rows:
+            break
+        program.add(rows_phase(Input(program.x), [(matrix.rows(used, n_rows), out)], pool.n_workers))
+        used += n_rows
+    program.finish()
+    return program, used
 
 
 def _product(pool: Any, matrix: Any, n_tokens: int) -> Callable[[], None]:
@@ -139,7 +179,8 @@ def _process_bytes() -> int:
     return psutil.Process().memory_info().rss
 
 
-_PROBE_HIDDEN, _PROBE_INNER, _PROBE_LAYERS, _PROBE_VOCAB = 256, 64, 8, 512
+_PROBE_HIDDEN, _PROBE_INNER, _PROBE_VOCAB = 256, 64, 512
+_ATTENTION_LAYERS, _SMALL_LAYERS = 2, 8  # of the two probes: enough to be timed
 _SMALL_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "q_lora_rank": None,
                 "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32}  # fmt: skip
 _SHORT_CTX, _LONG_CTX = 16, 1024  # tokens in the cache in two runs whose difference is attention's
@@ -148,32 +189,26 @@ _SHORT_CTX, _LONG_CTX = 16, 1024  # tokens in the cache in two runs whose differ
 def _probe(model: ModelShape, threads: int) -> dict[str, float]:
     """The rates of attention, and what a layer takes besides: two probes, with the model's heads and with small ones.
 
-    Attention over the cache is what a longer context adds to a token, and what a chunk takes beyond two half as long:
-    everything else is the same for each token.
+    Attention over the cache is what a longer context adds to a token or a chunk: everything else is the same.
     """
-    with _Probe(_probe_config(model), threads) as probe:
+    with _Probe(_probe_config(model, _ATTENTION_LAYERS), threads) as probe:
         decode_s = probe.decode_s(_LONG_CTX) - probe.decode_s(_SHORT_CTX)
-        prefill_s = probe.prefill_s(CHUNK) - 2 * probe.prefill_s(CHUNK // 2)
+        prefill_s = probe.prefill_s(_LONG_CTX) - probe.prefill_s(0)
         decode_flops = attention_flops(probe.shape, _LONG_CTX - _SHORT_CTX, 1)
-        prefill_flops = _own_flops(probe.shape, CHUNK) - 2 * _own_flops(probe.shape, CHUNK // 2)
+        prefill_flops = attention_flops(probe.shape, _LONG_CTX, CHUNK)
     prefill_rate = prefill_flops / max(prefill_s, 1e-6)
-    small = _probe_config(model)
+    small = _probe_config(model, _SMALL_LAYERS)
     small |= {name: value for name, value in _SMALL_HEADS.items() if name in small}
     with _Probe(small, threads) as probe:
-        layer_s = probe.decode_s(_SHORT_CTX) / _PROBE_LAYERS
-        chunk_s = probe.prefill_s(CHUNK) - _own_flops(probe.shape, CHUNK) / prefill_rate
+        layer_s = probe.decode_s(_SHORT_CTX) / _SMALL_LAYERS
+        chunk_s = probe.prefill_s(0) - attention_flops(probe.shape, CHUNK, CHUNK) / prefill_rate
     return {
         "layer_s": layer_s,
-        "chunk_layer_s": max(0.0, chunk_s) / _PROBE_LAYERS,
+        "chunk_layer_s": max(0.0, chunk_s) / _SMALL_LAYERS,
         "attention_decode_flops": decode_flops / max(decode_s, 1e-6),
         "attention_prefill_flops": prefill_rate,
         "activation_bytes_per_s": _activation_bytes_per_s(model.config.hidden_size, threads),
     }
-
-
-def _own_flops(model: ModelShape, n_tokens: int) -> float:
-    """Attention of a chunk over itself."""
-    return attention_flops(model, n_tokens, n_tokens)
 
 
 def _activation_bytes_per_s(hidden_size: int, threads: int) -> float:
@@ -183,14 +218,14 @@ def _activation_bytes_per_s(hidden_size: int, threads: int) -> float:
     TorchThreads.hold(threads)
     import torch
 
-    x, y = torch.ones(CHUNK, hidden_size), torch.ones(CHUNK, hidden_size)
-    (seconds,) = _best_s(lambda: x + y, threads=torch.get_num_threads())
+    vectors = [torch.ones(CHUNK, hidden_size) for _ in range(max(2, _ACTIVATION_BYTES // (4 * CHUNK * hidden_size)))]
+    (seconds,) = _typical_s(lambda: [x + y for x, y in pairwise(vectors)], threads=torch.get_num_threads())
     TorchThreads.release()
-    return 3 * 4 * CHUNK * hidden_size / seconds
+    return (len(vectors) - 1) * 3 * 4 * CHUNK * hidden_size / seconds
 
 
-def _probe_config(model: ModelShape) -> dict[str, Any]:
-    """A config.json with the model's heads, ranks and experts, everything else small."""
+def _probe_config(model: ModelShape, n_layers: int) -> dict[str, Any]:
+    """A config.json of n_layers with the model's heads, ranks and experts, everything else small."""
     c = model.config
     values: dict[str, Any] = {
         "hidden_act": "silu",
@@ -198,7 +233,7 @@ def _probe_config(model: ModelShape) -> dict[str, Any]:
         "intermediate_size": _PROBE_INNER,
         "max_position_embeddings": 4096,
         "num_attention_heads": c.num_attention_heads,
-        "num_hidden_layers": _PROBE_LAYERS,
+        "num_hidden_layers": n_layers,
         "rms_norm_eps": c.rms_norm_eps,
         "rope_theta": 10000.0,
         "tie_word_embeddings": True,
@@ -215,7 +250,7 @@ def _probe_config(model: ModelShape) -> dict[str, Any]:
         | {name: getattr(c, name) for name in latent + routing}
         | {
             "architectures": ["DeepseekV3ForCausalLM" if is_sigmoid else "DeepseekV2ForCausalLM"],
-            "first_k_dense_replace": 0 if c.n_routed_experts else _PROBE_LAYERS,
+            "first_k_dense_replace": 0 if c.n_routed_experts else n_layers,
             "moe_intermediate_size": _PROBE_INNER,
             "n_shared_experts": int("shared experts" in model.groups()),
             "topk_method": "noaux_tc" if is_sigmoid else "group_limited_greedy",
@@ -246,11 +281,12 @@ class _Probe:
     def decode_s(self, ctx: int) -> float:
         """Seconds of one token after ctx others."""
         self._fill(ctx)
-        return _best_s(lambda: self._again([1], ctx), threads=self._threads)[0]
+        return _typical_s(lambda: self._again([1], ctx), threads=self._threads)[0]
 
-    def prefill_s(self, n_tokens: int) -> float:
-        """Seconds of a chunk, from an empty context."""
-        return _best_s(lambda: self._again(_ids(n_tokens), 0), threads=self._threads)[0]
+    def prefill_s(self, ctx: int) -> float:
+        """Seconds of a chunk after ctx tokens."""
+        self._fill(ctx)
+        return _typical_s(lambda: self._again(_ids(CHUNK), ctx), threads=self._threads)[0]
 
     def _fill(self, ctx: int) -> None:
         self._cache.truncate(ctx)
