@@ -14,7 +14,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -54,48 +54,68 @@ green island that was not on any map."""
 EDIT = "Repeat the following text word by word, but write Anna in place of grandmother.\n\n" + STORY
 
 
-def rate(stats: Stats) -> float:
-    """Tokens a second of what followed the reading of the prompt."""
-    return (stats.generated_tokens - 1) / stats.decode_s
+@dataclass
+class Run:
+    """A reply, and the seconds of each step that was taken for it (sampling included)."""
+
+    reply: list[int] = field(default_factory=list)
+    steps: list[float] = field(default_factory=list)
+    stats: Stats = field(default_factory=Stats)
+
+    def seconds(self) -> float:
+        """Of all steps; one that was held up, 5 times as long as most, counts as most do."""
+        typical = statistics.median(self.steps)
+        return sum(step if step < 5 * typical else typical for step in self.steps)
 
 
-def in_turn(
-    sessions: dict[str, Callable[[], Session]], ids: list[int], n: int, sampling: Sampling, rounds: int
-) -> dict:
-    """Statistics and replies by name, all sessions taking turns."""
-    found: dict[str, list[tuple[Stats, list[int]]]] = {name: [] for name in sessions}
-    for _ in range(rounds):
-        for name, make in sessions.items():
-            session = make()
-            reply = list(session.tokens(ids, sampling, max_tokens=n))
-            found[name].append((session.stats, reply))
-    return found
+def in_turn(sessions: dict[str, Session], ids: list[int], n: int, sampling: Sampling) -> dict[str, Run]:
+    """Replies of all sessions, step by step in turn, so that what else the machine does slows all of them alike."""
+    runs = {name: Run() for name in sessions}
+    for session in sessions.values():
+        session.stats = Stats()
+    replies = {name: session.tokens(ids, sampling, max_tokens=n) for name, session in sessions.items()}
+    while replies:
+        for name in list(replies):
+            stats, run = sessions[name].stats, runs[name]
+            n_steps, seconds = stats.steps, stats.decode_s
+            for token in replies[name]:
+                run.reply.append(token)
+                stats = sessions[name].stats
+                if stats.steps > n_steps:
+                    run.steps.append(stats.decode_s - seconds)
+                    break
+                if run.steps:
+                    run.steps[-1] += stats.decode_s - seconds
+                seconds = stats.decode_s
+            else:
+                run.stats = sessions[name].stats
+                del replies[name]
+    return runs
 
 
-def summary(found: dict, plain: str = "off") -> dict:
+def summary(runs: dict[str, Run], plain: str = "off") -> dict[str, dict]:
     """Rates, speed-ups over plain decoding and acceptance, by name."""
-    rates = {name: statistics.median(rate(stats) for stats, _ in runs) for name, runs in found.items()}
-    rows = {}
-    for name, runs in found.items():
-        stats = runs[-1][0]
-        rows[name] = {
+    rates = {name: (len(run.reply) - 1) / run.seconds() for name, run in runs.items()}
+    return {
+        name: {
             "tokens_per_s": round(rates[name], 3),
             "speed_up": round(rates[name] / rates[plain], 3),
-            "drafted": stats.drafted_tokens,
-            "accepted": stats.accepted_tokens,
-            "tokens_per_step": round(stats.tokens_per_step, 3),
-            "same_reply": all(reply == found[plain][0][1] for _, reply in runs),
+            "drafted": run.stats.drafted_tokens,
+            "accepted": run.stats.accepted_tokens,
+            "tokens_per_step": round(run.stats.tokens_per_step, 3),
+            "same_reply": run.reply == runs[plain].reply,
         }
-    return rows
+        for name, run in runs.items()
+    }
 
 
 def step_costs(engine: Engine, ids: list[int], rounds: int) -> list[float]:
     """Median seconds of steps of 1 to 5 tokens after PROMPT others."""
     cache, seconds = engine.new_cache(), [[] for _ in range(5)]
     engine.model.forward(ids[:PROMPT], cache)
-    for turn in range(rounds + 1):
+    for turn in range(rounds + 1):  # the first meets cold weights
         for n in range(1, 6):
-            start = PROMPT + 5 * turn % max(1, len(ids) - PROMPT - 5)
+            start = PROMPT + 5 * turn % (len(ids) - PROMPT - 5)
             started = time.perf_counter()
             engine.model.forward(ids[start : start + n], cache, all_logits=n > 1)
             if turn:
@@ -112,18 +132,16 @@ def forced(engine: Engine, arguments: argparse.Namespace) -> dict:
         temperature=1.5, top_k=0, top_p=1.0, min_p=0.0, seed=0
     )  # as varied as text, unlike a greedy loop
     truth = [*ids, *engine.session("off").tokens(ids, sampling, max_tokens=arguments.n)]
-    costs = step_costs(engine, truth, arguments.rounds * 8)
+    costs = step_costs(engine, truth, arguments.rounds)
     ratios = [cost / costs[0] for cost in costs]
     print("step of 1 to 5 tokens, ms:", *(f"{1e3 * cost:.2f}" for cost in costs), "ratios:", *np.round(ratios, 3))
     rows = {}
     for acceptance in arguments.acceptance:
-        sessions = {"off": lambda: engine.session("off")} | {
-            str(setting): lambda setting=setting, a=acceptance: Session(
-                engine, Speculation(ForcedDraft(truth, a, n_vocab), setting)
-            )
-            for setting in arguments.settings
-        }
-        rows[acceptance] = summary(in_turn(sessions, ids, arguments.n, sampling, arguments.rounds))
+        sessions = {"off": engine.session("off")}
+        for setting in arguments.settings:
+            draft = ForcedDraft(truth, acceptance, n_vocab)
+            sessions[str(setting)] = Session(engine, Speculation(draft, setting))
+        rows[acceptance] = summary(in_turn(sessions, ids, arguments.n, sampling))
         for k in range(1, 5):
             if str(k) in rows[acceptance]:
                 predicted = sum(acceptance**i for i in range(k + 1)) / ratios[k]
@@ -136,10 +154,10 @@ def edit(engine: Engine, arguments: argparse.Namespace) -> dict:
     """Repeating a text of some 300 words with one word changed."""
     assert engine.template is not None
     ids = chat_ids(engine.template, engine.tokenizer, [{"role": "user", "content": EDIT}])
-    sessions = {str(setting): lambda setting=setting: engine.session(setting) for setting in ("off", *SETTINGS)}
-    found = in_turn(sessions, ids, arguments.n, GREEDY, arguments.rounds)
-    print(engine.tokenizer.decode(found["off"][0][1])[:400])
-    rows = summary(found)
+    sessions = {str(setting): engine.session(setting) for setting in ("off", *arguments.settings)}
+    runs = in_turn(sessions, ids, arguments.n, GREEDY)
+    print(engine.tokenizer.decode(runs["off"].reply))
+    rows = summary(runs)
     for name, row in rows.items():
         print(name, row)
     return {"prompt_tokens": len(ids), "words": len(STORY.split()), "runs": rows}
@@ -149,28 +167,28 @@ def text(engine: Engine, arguments: argparse.Namespace) -> dict:
     """Greedy replies to the beginnings of paragraphs."""
     paragraphs = [part for part in Path(arguments.file).read_text(encoding="utf-8").split("\n\n") if len(part) > 200]
     prompts = [engine.tokenizer.encode(part[:120]) for part in paragraphs[: arguments.prompts]]
-    totals: dict[str, Stats] = {}
-    equal = dict.fromkeys(map(str, arguments.settings), 0)
+    sessions = {str(setting): engine.session(setting) for setting in ("off", *arguments.settings)}
+    totals, equal = {name: Run() for name in sessions}, dict.fromkeys(sessions, 0)
     for ids in prompts:
-        plain = None
-        for setting in ("off", *arguments.settings):
-            session = engine.session(setting)
-            reply = list(session.tokens(ids, GREEDY, max_tokens=arguments.n))
-            total = totals.setdefault(str(setting), Stats())
-            for name in ("generated_tokens", "decode_s", "steps", "drafted_tokens", "accepted_tokens"):
-                setattr(total, name, getattr(total, name) + getattr(session.stats, name))
-            plain = reply if plain is None else plain
-            if setting != "off":
-                equal[str(setting)] += reply == plain
+        runs = in_turn(sessions, ids, arguments.n, GREEDY)
+        for name, run in runs.items():
+            total = totals[name]
+            total.reply += run.reply[1:]
+            total.steps += run.steps
+            for count in ("steps", "drafted_tokens", "accepted_tokens"):
+                setattr(total.stats, count, getattr(total.stats, count) + getattr(run.stats, count))
+            equal[name] += run.reply == runs["off"].reply
+    plain_rate = len(totals["off"].reply) / totals["off"].seconds()
     rows = {}
     for name, total in totals.items():
+        stats, rate = total.stats, len(total.reply) / total.seconds()
         rows[name] = {
-            "tokens_per_s": round(total.generated_tokens / total.decode_s, 2),
-            "drafted": total.drafted_tokens,
-            "acceptance": round(total.accepted_tokens / total.drafted_tokens, 4) if total.drafted_tokens else None,
-            "tokens_per_step": round(total.tokens_per_step, 3),
-            "speed_up": round(totals["off"].decode_s / total.decode_s, 3),
-            "equal_replies": equal.get(name),
+            "tokens_per_s": round(rate, 2),
+            "speed_up": round(rate / plain_rate, 3),
+            "drafted": stats.drafted_tokens,
+            "acceptance": round(stats.accepted_tokens / stats.drafted_tokens, 4) if stats.drafted_tokens else None,
+            "tokens_per_step": round(stats.tokens_per_step, 3),
+            "equal_replies": equal[name],
         }
         print(name, rows[name])
     draft = engine.session(1).speculation.draft.name
@@ -184,7 +202,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", help="a GGUF file; the bundled model if not given")
     parser.add_argument("-f", "--file", help="text in paragraphs, for `text`")
     parser.add_argument("-n", type=int, default=64, help="tokens of each reply")
-    parser.add_argument("-r", "--rounds", type=int, default=3)
+    parser.add_argument("-r", "--rounds", type=int, default=15, help="how often steps are timed")
     parser.add_argument("-t", "--threads", type=int)
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--acceptance", type=float, nargs="*", default=[0.0, 0.5, 0.85, 1.0])
