@@ -1,4 +1,5 @@
-"""The network: embedding, layers, norm, head. Once for every device; what runs where is decided in weights.py.
+"""The network: embedding, layers, norm, head, and the head for multi-token prediction. Once for every device; what runs
+where is decided in weights.py.
 
 Letters: T tokens, D hidden_size.
 """
@@ -41,11 +42,11 @@ class Model:
     """A deepseek2 or llama model over the tensors of a file."""
 
     def __init__(self, config: Config, weights: Weights):
-        self.config = config
+        self.config, self.weights = config, weights
         factors = weights.array(names.ROPE_FREQS) if weights.has(names.ROPE_FREQS) else None
-        rope = Rope(config, factors)
+        self.rope = Rope(config, factors)
         self.embed_tokens = weights.embedding(names.EMBED_TOKENS)
-        self.layers = [Layer(config, weights, index, rope) for index in range(config.num_hidden_layers)]
+        self.layers = [Layer(config, weights, index, self.rope) for index in range(config.num_hidden_layers)]
         self.norm = weights.vector(names.NORM)
         self.lm_head = weights.linear(names.LM_HEAD if weights.has(names.LM_HEAD) else names.EMBED_TOKENS)
 
@@ -69,3 +70,33 @@ class Model:
         x_TD = x_TD if all_logits or all_hidden else x_TD[-1:]
         x_TD = rms_norm(x_TD, (self.config.hidden_size,), self.norm, self.config.rms_norm_eps)
         return x_TD.numpy(), self.lm_head(x_TD if all_logits else x_TD[-1:]).numpy()
+
+
+class MTPBlock:
+    """The head for multi-token prediction, as mtp.py has it: many tokens at once."""
+
+    def __init__(self, model: Model):
+        """The model's file must have it (names.has_mtp)."""
+        self.config, weights, index = model.config, model.weights, model.config.num_hidden_layers
+        embed_tokens, lm_head = names.mtp_shared(weights.has, index)
+        self.embed_tokens = weights.embedding(embed_tokens)
+        self.enorm, self.hnorm, self.shared_head_norm = (
+            weights.vector(names.layer(index, norm)) for norm in ("enorm", "hnorm", "shared_head.norm")
+        )
+        self.eh_proj = weights.linear(names.layer(index, "eh_proj"))
+        self.layer = Layer(self.config, weights, index, model.rope)
+        self.layer.self_attn.index = 0  # the only layer of a cache of its own
+        self.lm_head = weights.linear(lm_head)
+
+    @torch.inference_mode()
+    def forward(self, next_ids: Sequence[int], hidden_TD: np.ndarray, cache: Cache) -> tuple[np.ndarray, np.ndarray]:
+        """As mtp.MTP.forward."""
+        embedded_TD = self._norm(self.embed_tokens(torch.tensor(next_ids, dtype=torch.int64)), self.enorm)
+        x_TD = self.eh_proj(torch.cat([embedded_TD, self._norm(torch.from_numpy(hidden_TD), self.hnorm)], -1))
+        x_TD = self.layer(x_TD, cache)
+        cache.advance(len(next_ids))
+        last_1D = self._norm(x_TD[-1:], self.shared_head_norm)
+        return self.lm_head(last_1D).numpy(), last_1D.numpy()
+
+    def _norm(self, x_TD: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x_TD, (self.config.hidden_size,), weight, self.config.rms_norm_eps)

@@ -5,6 +5,7 @@ Letters: D hidden_size, H heads, C kv_lora_rank, R qk_rope_head_dim, E experts.
 """
 
 import re
+from collections.abc import Callable
 
 from localrun.config import Config
 from localrun.errors import GGUFError, UnsupportedModelError
@@ -93,11 +94,34 @@ def expected_shapes(file: GGUFFile, config: Config) -> dict[str, tuple[int, ...]
     if ROPE_FREQS in file.tensors and c.architecture == "llama":
         shapes[ROPE_FREQS] = (c.qk_rope_head_dim // 2,)
     for index in range(c.num_hidden_layers):
-        attention = _mla(file, c, index) if c.kv_lora_rank else _gqa(c)
-        modules = {"input_layernorm": (c.hidden_size,), "post_attention_layernorm": (c.hidden_size,)}
-        for module, shape in (modules | attention | _mlp(file, c, index)).items():
-            shapes[layer(index, module)] = shape
+        shapes |= _layer_shapes(file, c, index)
     return shapes
+
+
+def _layer_shapes(file: GGUFFile, c: Config, index: int) -> dict[str, tuple[int, ...]]:
+    attention = _mla(file, c, index) if c.kv_lora_rank else _gqa(c)
+    modules = {"input_layernorm": (c.hidden_size,), "post_attention_layernorm": (c.hidden_size,)}
+    return {layer(index, module): shape for module, shape in (modules | attention | _mlp(file, c, index)).items()}
+
+
+def has_mtp(file: GGUFFile, config: Config) -> bool:
+    """Whether all of the first layer for multi-token prediction is there, in its shapes."""
+    if config.num_nextn_predict_layers == 0:
+        return False
+    shapes, index = _layer_shapes(file, config, config.num_hidden_layers), config.num_hidden_layers
+    shapes[layer(index, "eh_proj")] = (config.hidden_size, 2 * config.hidden_size)
+    for norm in ("enorm", "hnorm", "shared_head.norm"):
+        shapes[layer(index, norm)] = (config.hidden_size,)
+    for name in mtp_shared(file.tensors.__contains__, index):
+        shapes[name] = (config.vocab_size, config.hidden_size)
+    return all(name in file.tensors and file.tensors[name].shape == shape for name, shape in shapes.items())
+
+
+def mtp_shared(has: Callable[[str], bool], index: int) -> tuple[str, str]:
+    """Names of the embedding and the head of layer `index`, for multi-token prediction: its own, or the model's."""
+    embedding, head = layer(index, "embed_tokens"), layer(index, "shared_head.head")
+    model_head = LM_HEAD if has(LM_HEAD) else EMBED_TOKENS
+    return embedding if has(embedding) else EMBED_TOKENS, head if has(head) else model_head
 
 
 def _is_nextn(name: str, config: Config) -> bool:

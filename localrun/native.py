@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from localrun import names
 from localrun.cache import Cache, new_cache
 from localrun.config import Config
 from localrun.decode import DecodeStep
@@ -23,7 +24,8 @@ from quant.pool import Pool
 from quant.step import MOST_TOKENS
 
 if TYPE_CHECKING:
-    from localrun.model import Model
+    from localrun.model import Model, MTPBlock
+    from localrun.mtp import MTP
 
 # Prompts this short go through the step: that takes some 0.2 s, importing torch 1 to 2.
 _STEP_TOKENS = 32
@@ -44,11 +46,13 @@ class NativeModel:
         self.config, self.file, self.vocab_size = config, file, config.vocab_size
         self._resident = Resident(file)
         self._pool = Pool(n_threads)
-        self._step = DecodeStep(config, Tensors(file), self._pool)
+        self._tensors = Tensors(file)
+        self._step = DecodeStep(config, self._tensors, self._pool)
         fitting = _STEP_BYTES // weight_bytes_per_token(file, config)
         self._most_steps = max(MOST_TOKENS, min(_STEP_TOKENS, fitting))  # tokens that go through it
         self.keep_hidden = False
         self.hidden = np.empty((0, config.hidden_size), np.float32)
+        self._mtp: MTP | None = None
         self._network: Model | None = None
 
     @property
@@ -61,6 +65,21 @@ class NativeModel:
 
             self._network = Model(self.config, Weights(self.file, self._pool))
         return self._network
+
+    @property
+    def mtp(self) -> "MTP | None":
+        """The model's head for multi-token prediction, if the file has all of it."""
+        if self._mtp is None and names.has_mtp(self.file, self.config):
+            from localrun.mtp import MTP
+
+            self._mtp = MTP(self.config, self._tensors, self._pool, self._mtp_block)
+        return self._mtp
+
+    def _mtp_block(self) -> "MTPBlock":
+        network = self.network  # before the import: it settles how torch's threads wait
+        from localrun.model import MTPBlock
+
+        return MTPBlock(network)
 
     def new_cache(self, capacity: int, exact: bool = False) -> Cache:
         """An empty cache for up to `capacity` tokens, of 16-bit values or, if exact, of 32-bit ones."""

@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -200,13 +200,33 @@ def dequantized_twin(path: Path | str, twin: Path | str) -> Path:
     """Writes the same model with every tensor as F32, unpacked by gguf-py, and returns `twin`."""
     reader = gguf.GGUFReader(path)
     writer = gguf.GGUFWriter(twin, reader.get_field("general.architecture").contents())
-    for key, field in reader.fields.items():
-        if not key.startswith("GGUF.") and key != "general.architecture":
-            writer.add_key_value(key, field.contents(), field.types[0])
+    _copy_metadata(reader, writer)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type))
     _write(writer)
     return Path(twin)
+
+
+def without(
+    path: Path | str, out: Path | str, names: Collection[str], instead: Mapping[str, np.ndarray] | None = None
+) -> Path:
+    """Writes the same model without some tensors, and with others, and returns `out`."""
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(out, reader.get_field("general.architecture").contents())
+    _copy_metadata(reader, writer)
+    for tensor in reader.tensors:
+        if tensor.name not in names:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    for name, values in (instead or {}).items():
+        writer.add_tensor(name, values)
+    _write(writer)
+    return Path(out)
+
+
+def _copy_metadata(reader: gguf.GGUFReader, writer: gguf.GGUFWriter) -> None:
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            writer.add_key_value(key, field.contents(), field.types[0])
 
 
 def read(path: Path | str) -> tuple[dict[str, object], dict[str, np.ndarray]]:
