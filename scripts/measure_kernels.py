@@ -9,6 +9,8 @@ import argparse
 import json
 import os
 
+ROWS = 2048  # of an expert's gate and up in V3
+
 
 def main() -> None:
     """Print the table."""
@@ -24,7 +26,7 @@ def main() -> None:
     from quant.pool import Pool
 
     pool = Pool(1)
-    rates = [kernel_rates(pool, type_, n_cols) for type_ in TYPES for n_cols in arguments.columns]
+    rates = [kernel_rates(pool, type_, n_cols, [ROWS]) for type_ in TYPES for n_cols in arguments.columns]
     rounded = [{name: _rounded(value) for name, value in row.items()} for row in rates]
     print(json.dumps({"level": isa.LEVEL, "rates": rounded}))
 

@@ -114,21 +114,19 @@ def _random_blocks(pool: Any, format_: Any, n_rows: int, n_cols: int) -> np.ndar
     return np.resize(packed, n_rows * format_.row_bytes(n_cols))
 
 
-def kernel_rates(
-    pool: Any, type_: str, n_cols: int, rows: list[int] | None = None, size: int = _LARGE_BYTES
-) -> dict[str, Any]:
+def kernel_rates(pool: Any, type_: str, n_cols: int, rows: list[int], size: int = _LARGE_BYTES) -> dict[str, Any]:
     """The rates of one core for a type, while all of the pool's work: a row of machine.Kernel.
 
     Args:
         rows: of the model's matrices: in small ones a core waits for the other's last piece, and little shares the
-            rounding of activations. None: one of two million weights.
+            rounding of activations.
         size: bytes of all matrices that one token is multiplied with.
     """
     from quant import formats, linear
 
     format_ = formats.get(type_)
     large = max(64, size // format_.row_bytes(n_cols))
-    rows = [min(count, large) for count in rows or [(1 << 21) // n_cols]]
+    rows = [min(count, large) for count in rows]
     matrix = linear.weight(_random_blocks(pool, format_, large, n_cols), format_, (large, n_cols))
     step, used = _step(pool, matrix, rows)
     (one,) = _typical_s(lambda: step.run([0], 0, step.cache), threads=pool.n_workers)
