@@ -95,7 +95,7 @@ class MTPDraft(Draft):
     """
 
     name = "mtp"
-    _WINDOW = 64  # hidden states kept
+    _WINDOW = 32  # hidden states kept: as many as the head takes without torch
 
     def __init__(self, model: NativeModel, ctx: int):
         assert model.mtp is not None
@@ -121,7 +121,7 @@ class MTPDraft(Draft):
             self._start_at(length)
 
     def read(self, ids: Sequence[int]) -> None:
-        if len(ids) > 1:
+        if len(ids) - 1 > self._first + self._cache.length:  # the last position waits for the token after it
             self._follow(ids)
 
     def propose(self, ids: Sequence[int], n: int) -> list[int]:

@@ -9,7 +9,7 @@ import numpy as np
 from localrun import hardware, kernels
 from localrun.chat_template import ChatTemplate, chat_template
 from localrun.config import Config, read_config
-from localrun.drafts import Draft, ModelDraft, NGramDraft, check_vocabulary
+from localrun.drafts import Draft, ModelDraft, MTPDraft, NGramDraft, check_vocabulary
 from localrun.errors import LocalrunError, UnsupportedModelError
 from localrun.gguf import GGUFFile, open_gguf
 from localrun.sampling import Sampling
@@ -44,7 +44,8 @@ def load(
         backend: "native", "llama.cpp", or "auto": native where it can, else llama.cpp with a notice.
         speculative: how many drafts of the next tokens a step verifies: "off", 1 to 4, or "auto" for as many as make
             it faster. The reply is the same (docs/speculative.md).
-        draft: a small model with the same vocabulary that makes them; None for what followed the same tokens before.
+        draft: a small model with the same vocabulary that makes them; None for the model's own head for multi-token
+            prediction, or where it has none, for what followed the same tokens before.
         progress: called as progress(done, total, what) during long steps.
         notice: called with one line for each fact the user should know.
 
@@ -248,6 +249,8 @@ class Engine:
     def _new_draft(self) -> Draft:
         if self.draft_model:
             return ModelDraft(self.draft_model.session())
+        if self.config and self.model.mtp:
+            return MTPDraft(self.model, self.ctx)
         return NGramDraft()
 
     def describe(self) -> dict[str, str | int]:

@@ -459,6 +459,22 @@ def test_the_models_own_head_gets_each_state_with_the_token_after_it(
     assert head.longest in (15, 16)  # the prompt's end, then what was kept of it
 
 
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_file_with_a_head_uses_it(setting: str | int, tmp_path: Path) -> None:
+    """Of random weights: almost never right, over turns and a saved session."""
+    with localrun.load(tiny_models.shared("v3-nextn"), threads=2, ctx=CTX, speculative=setting) as model:
+        session, ids = model.session(), tiny_models.prompt("v3-nextn")
+        assert session.speculation.draft.name == "mtp"
+        for n in (40, 12, 50):
+            assert list(session.tokens(ids[:n], GREEDY, max_tokens=30)) == plain(model, ids[:n], 30)
+            assert session.stats.drafted_tokens > 0 or setting == "auto"
+        session.save(tmp_path / "saved")
+        loaded = model.session()
+        loaded.load(tmp_path / "saved")
+        following = [*loaded.ids, 1, 2, 3]
+        assert list(loaded.tokens(following, GREEDY, max_tokens=12)) == plain(model, following, 12)
+
+
 # ---------------------------------------------------------------------------------------------------------------- pace
 
 # Seconds of a step with 0 to 4 drafts, over a plain one's.
