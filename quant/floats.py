@@ -27,6 +27,7 @@ from quant.simd import (
 )
 from quant.simd_wide import stack
 
+_TURN = 256  # columns that each of a few tokens takes in turn, its sums in registers
 _sums = stack(128 * MOST_FEW)
 
 
@@ -61,18 +62,22 @@ def _gemv_few(w, n_rows, n_cols, records, outs, offset, n_tokens):
         row = w + SIZE * n_cols * r
         for t in range(2 * n_tokens):
             store_f32x16(sums + 64 * t, zero_f32x16())
-        for i in range(0, n_cols - 31, 32):
-            prefetch_ahead(row + SIZE * i, 32 * SIZE, end)
-            w_even, w_odd = load_16(row + SIZE * i), load_16(row + SIZE * (i + 16))
+        for first in range(0, n_cols // 32 * 32, _TURN):
+            last = min(first + _TURN, n_cols // 32 * 32)
+            prefetch_ahead(row + SIZE * first, _TURN * SIZE, end)
             for t in range(n_tokens):
-                x, even = load_i64(records + 8 * t) + 4 * i, sums + 128 * t
-                store_f32x16(even, fma_f32x16(w_even, load_f32x16(x), load_f32x16(even)))
-                store_f32x16(even + 64, fma_f32x16(w_odd, load_f32x16(x + 64), load_f32x16(even + 64)))
+                x, own = load_i64(records + 8 * t), sums + 128 * t
+                even, odd = load_f32x16(own), load_f32x16(own + 64)
+                for i in range(first, last, 32):
+                    even = fma_f32x16(load_16(row + SIZE * i), load_f32x16(x + 4 * i), even)
+                    odd = fma_f32x16(load_16(row + SIZE * (i + 16)), load_f32x16(x + 4 * (i + 16)), odd)
+                store_f32x16(own, even)
+                store_f32x16(own + 64, odd)
         for t in range(n_tokens):
-            tail, even = np.float32(0.0), sums + 128 * t
+            tail = np.float32(0.0)
             for i in range(n_cols // 32 * 32, n_cols):
                 tail += load_1(row + SIZE * i) * load_f32(load_i64(records + 8 * t) + 4 * i)
-            total = sum_f32x16(load_f32x16(even)) + sum_f32x16(load_f32x16(even + 64)) + tail
+            total = sum_f32x16(load_f32x16(sums + 128 * t)) + sum_f32x16(load_f32x16(sums + 128 * t + 64)) + tail
             store_f32(load_i64(outs + 8 * t) + offset + 4 * r, total)
 
 
