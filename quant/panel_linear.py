@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from quant.linear import Weight
 
 UNIT_ROWS = 64  # rows that a worker takes at a time
-_UNIT_INPUTS = 4
+_UNIT_INPUTS = 12  # that a worker rounds at a time: whole blocks of panels, whose tokens share cache lines
 
 # ---- inputs ----------------------------------------------------------------------------------------------------------
 
