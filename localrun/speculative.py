@@ -20,12 +20,14 @@ from localrun.drafts import MOST, Draft
 from localrun.errors import LocalrunError
 
 _SAMPLES, _PLAIN_SAMPLES = 3, 5  # steps before a cost is believed; that of plain steps is what all others are held to
-_RECENT = 31  # of which a cost is the median: other programs disturb single steps by any factor
+_RECENT, _PLAIN_RECENT = 31, 5  # steps that a median is over; short for plain steps, as load comes and goes
 _MARGIN = 1.04  # more tokens a second than plain steps give, for drafts to be used: medians are uncertain by as much
 _MEMORY = 16  # steps that acceptance is remembered for
 _STALE_MEMORY = 2  # what it still counts for when drafts are tried again
 _FIRST_PAUSE, _LONGEST_PAUSE = 16, 1024  # tokens between tries
-_LOSS, _GRACE = 0.007, 3  # of the plain time, and plain steps: what trying may cost a reply
+_REFRESH = 15  # steps with drafts between two without, at most
+_LOSS, _GRACE = 0.007, 3.0  # what trying may cost, in plain steps: a token, and at once
+_CREDIT = 10.0  # plain steps: gains that are set against it
 
 
 def check_setting(value: str | int) -> str | int:
@@ -38,134 +40,135 @@ def check_setting(value: str | int) -> str | int:
 
 
 class _Typical:
-    """The median of the last few times that something took; seconds is 0 before the first."""
+    """The median of the last `n_recent` values; 0 before the first."""
 
-    def __init__(self, n_needed: int):
-        self._recent: deque[float] = deque(maxlen=_RECENT)
-        self._n_needed = n_needed
-        self.seconds = 0.0
+    def __init__(self, n_recent: int):
+        self._recent: deque[float] = deque(maxlen=n_recent)
+        self.value, self.n_seen = 0.0, 0
 
-    def __len__(self) -> int:
-        return len(self._recent)
-
-    def add(self, seconds: float) -> None:
-        self._recent.append(seconds)
-        self.seconds = sorted(self._recent)[(len(self._recent) - 1) // 2]
-
-    @property
-    def is_known(self) -> bool:
-        return len(self._recent) >= self._n_needed
+    def add(self, value: float) -> None:
+        self._recent.append(value)
+        self.n_seen += 1
+        self.value = sorted(self._recent)[(len(self._recent) - 1) // 2]
 
 
 class Pace:
     """How many drafts the next step should verify, by what steps took and how many drafts came true.
 
-    With k drafts a step costs c(k) and gives 1 + E(k) tokens: the k with most tokens a second is taken, 0 among them.
-    One draft more than that is tried now and then, in pauses that double as long as tries fail. What all steps took
-    beyond plain steps for the same tokens is kept as a debt: at _LOSS of the reply's plain time and _GRACE steps there
-    are no drafts until the reply has grown, whatever the estimates say. Sampling takes as long a token either way, so
-    it is left out.
+    Costs are in plain steps, those of the same moment, since what else the machine does slows all steps. With k drafts
+    a step costs c(k) and gives 1 + E(k) tokens: the k with most tokens for its cost is taken, 0 among them. One draft
+    more than that is tried now and then, in pauses that double as long as tries fail. What steps cost beyond the tokens
+    they gave is a debt, of which _LOSS a token is forgiven: at _GRACE there are no drafts until it has shrunk, whatever
+    the estimates say. Gains are set against it, up to _CREDIT. So n tokens lose no more than _GRACE + _LOSS n. Sampling
+    takes as long a token either way and is left out.
 
     Attributes:
-        plain_s: what the tokens of this reply would have taken in plain steps, as far as known.
-        lost_s: what they took more than that; negative where drafts paid.
+        tokens: of this reply, since plain steps are known.
+        cost: what they took, in plain steps.
     """
 
     def __init__(self) -> None:
-        self._verifying = [_Typical(_SAMPLES if k else _PLAIN_SAMPLES) for k in range(MOST + 1)]
-        self._proposing = [_Typical(_SAMPLES) for _ in range(MOST + 1)]
+        self._plain_s = _Typical(_PLAIN_RECENT)
+        self._verifying = [_Typical(_RECENT) for _ in range(MOST + 1)]  # plain steps, by the number of drafts
+        self._proposing = [_Typical(_RECENT) for _ in range(MOST + 1)]
         self._chance = [0.0] * MOST  # that a draft at this depth comes true when those before it did
         self._weight = [0] * MOST  # the steps that this rests on, at most _MEMORY
         self._best = 0  # drafts
         self._since_plain = 0  # steps
-        self._tokens = self._next_try = 0
+        self._position = self._next_try = 0  # tokens
+        self._debt = 0.0  # plain steps
         self.start_reply()
 
     def start_reply(self) -> None:
-        """Debts end with a reply; what is known of costs and drafts stays."""
-        self.plain_s = self.lost_s = 0.0
+        """What is known of costs and drafts stays, and debts do; tries come as often again as at first."""
+        self.tokens, self.cost = 0, 0.0
         self._pause = _FIRST_PAUSE
-        self._next_try = min(self._next_try, self._tokens + self._pause)
+        self._next_try = min(self._next_try, self._position + self._pause)
 
     def next(self) -> int:
         """The drafts that the next step should verify."""
-        if not self._verifying[0].is_known or self.lost_s > self._allowance():
+        if self._plain_s.n_seen < _PLAIN_SAMPLES or self._debt > _GRACE:
             return 0
-        if self._best and self._since_plain >= len(self._verifying[0]):
+        if self._best and self._since_plain >= min(_REFRESH, self._plain_s.n_seen):
             return 0  # what plain steps cost now, the sooner the less is known of it
         more = self._best + 1
-        if more <= MOST and self._tokens >= self._next_try and self._worst_loss(more) <= self._allowance():
+        if more <= MOST and self._position >= self._next_try and self._debt + self._risk(more) <= _GRACE:
             return more
         return self._best
 
     def record(self, n_drafts: int, n_accepted: int, propose_s: float, verify_s: float) -> None:
         """A step: what was verified, how many came true, and the seconds that proposing and verifying took."""
-        self._verifying[n_drafts].add(verify_s)
-        self._proposing[n_drafts].add(propose_s)
+        self._position += 1 + n_accepted
         self._since_plain = self._since_plain + 1 if n_drafts else 0
-        self._tokens += 1 + n_accepted
+        if not n_drafts:
+            self._plain_s.add(verify_s)
+        if self._plain_s.n_seen < _PLAIN_SAMPLES:
+            return
+        proposing = propose_s / self._plain_s.value
+        if n_drafts:
+            self._verifying[n_drafts].add(verify_s / self._plain_s.value)
+            self._proposing[n_drafts].add(proposing)
         if n_drafts > self._best:
             self._tried(n_drafts, n_accepted)
         for depth in range(min(n_drafts, n_accepted + 1)):
             self._weight[depth] = min(self._weight[depth] + 1, _MEMORY)
             self._chance[depth] += ((depth < n_accepted) - self._chance[depth]) / self._weight[depth]
-        if self._verifying[0].is_known:
-            self._charge(n_drafts, n_accepted, propose_s)
-            self._best = self._fastest()
+        self._charge(n_drafts, 1 + n_accepted, proposing)
+        self._best = self._fastest()
 
-    def _charge(self, n_drafts: int, n_accepted: int, propose_s: float) -> None:
-        """Add a step to what the reply took and would have taken.
+    def _charge(self, n_drafts: int, n_tokens: int, proposing: float) -> None:
+        """Add a step to what the reply cost.
 
-        Verifying counts by its median, so that a disturbed step is no debt, and never for more than one by one, so that
-        neither is the first, which meets cold weights. Proposing counts as it was: after a pause, with reading what was
-        missed.
+        Verifying counts by its median, so that a disturbed step is no debt, and before that is known for no more than
+        one by one, so that neither is the first, which meets cold weights. Proposing counts as it was: after a pause,
+        with reading what was missed.
         """
-        plain, verify = self._verifying[0].seconds, self._verifying[n_drafts]
-        verify_s = verify.seconds if verify.is_known else min(verify.seconds, (1 + n_drafts) * plain)
-        self.plain_s += (1 + n_accepted) * plain
-        self.lost_s += propose_s + verify_s - (1 + n_accepted) * plain
+        verifying = self._verifying[n_drafts].value if n_drafts else 1.0
+        cost = proposing + (verifying if self._is_known(n_drafts) else min(verifying, 1.0 + n_drafts))
+        self.tokens += n_tokens
+        self.cost += cost
+        self._debt = max(-_CREDIT, self._debt + cost - (1 + _LOSS) * n_tokens)
 
     def _tried(self, n_drafts: int, n_accepted: int) -> None:
         """One more than usual: the next try is at once where all came true, or their cost is not known yet."""
         newest = n_drafts - 1
         self._weight[newest] = min(self._weight[newest], _STALE_MEMORY)
-        if n_accepted == n_drafts or not self._verifying[n_drafts].is_known:
+        if n_accepted == n_drafts or not self._is_known(n_drafts):
             self._pause = _FIRST_PAUSE
-            self._next_try = self._tokens
+            self._next_try = self._position
         else:
-            self._next_try = self._tokens + self._pause
+            self._next_try = self._position + self._pause
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
 
     def _fastest(self) -> int:
-        """The number of drafts that gives most tokens a second, of those tried; none where the gain is uncertain."""
-        tried = [k for k in range(1, MOST + 1) if self._verifying[k].is_known]
+        """The number of drafts that gives most tokens for its cost; none where the gain is uncertain."""
+        tried = [k for k in range(1, MOST + 1) if self._is_known(k)]
         best = max(tried, key=self._rate, default=0)
-        return best if best and self._rate(best) > _MARGIN * self._rate(0) else 0
+        return best if best and self._rate(best) > _MARGIN else 0
+
+    def _is_known(self, n_drafts: int) -> bool:
+        return n_drafts == 0 or self._verifying[n_drafts].n_seen >= _SAMPLES
 
     def _rate(self, n_drafts: int) -> float:
-        """Tokens a second of steps with this many drafts."""
+        """Tokens that steps with this many drafts give for the cost of a plain step."""
         return self._tokens_expected(n_drafts) / self._cost(n_drafts)
 
-    def _cost(self, n_drafts: int) -> float:
-        """Seconds of a step; a plain one has nothing to propose."""
-        return self._verifying[n_drafts].seconds + (self._proposing[n_drafts].seconds if n_drafts else 0.0)
-
     def _tokens_expected(self, n_drafts: int) -> float:
-        """What a step with this many drafts gives."""
         expected = reached = 1.0
         for chance in self._chance[:n_drafts]:
             reached *= chance
             expected += reached
         return expected
 
-    def _allowance(self) -> float:
-        """The debt that trying may run up, in seconds."""
-        return _LOSS * self.plain_s + _GRACE * self._verifying[0].seconds
+    def _cost(self, n_drafts: int) -> float:
+        """Of a step; before it is known, that of one token after the other."""
+        if not self._is_known(n_drafts):
+            return 1.0 + n_drafts
+        return self._verifying[n_drafts].value + self._proposing[n_drafts].value
 
-    def _worst_loss(self, n_drafts: int) -> float:
-        """The debt after a step of which no draft comes true; an unknown one may cost as much as one by one."""
-        plain, cost = self._verifying[0].seconds, self._cost(n_drafts)
-        return self.lost_s + (cost - plain if self._verifying[n_drafts].is_known else n_drafts * plain)
+    def _risk(self, n_drafts: int) -> float:
+        """What a step loses of which all but the last draft do as expected, and that one fails."""
+        return self._cost(n_drafts) - self._tokens_expected(n_drafts - 1)
 
 
 class Speculation:
@@ -196,6 +199,5 @@ class Speculation:
 
     @property
     def speed_up(self) -> float | None:
-        """Of this reply over plain steps, without sampling; None as long as no plain step tells."""
-        pace = self._pace
-        return pace.plain_s / (pace.plain_s + pace.lost_s) if pace.plain_s else None
+        """Of this reply over plain steps, without sampling; None as long as no plain steps tell."""
+        return self._pace.tokens / self._pace.cost if self._pace.tokens else None
