@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from localrun.mtp import MTP
 
 # Prompts this short go through the step: that takes some 0.2 s, importing torch 1 to 2.
-_STEP_TOKENS = 32
-_STEP_BYTES = 1 << 32  # of weights read for all of them, if each read its own
+_STEP_TOKENS = 96
+_STEP_BYTES = 1 << 34  # of weights read for all of them, if each read its own
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
