@@ -69,13 +69,17 @@ class Run:
 
 
 def in_turn(sessions: dict[str, Session], ids: list[int], n: int, sampling: Sampling) -> dict[str, Run]:
-    """Replies of all sessions, step by step in turn, so that what else the machine does slows all of them alike."""
+    """Replies of all sessions, step by step in turns of random order.
+
+    So what else the machine does, and what the step before left in the caches, slows all of them alike.
+    """
+    random = np.random.default_rng(0)
     runs = {name: Run() for name in sessions}
     for session in sessions.values():
         session.stats = Stats()
     replies = {name: session.tokens(ids, sampling, max_tokens=n) for name, session in sessions.items()}
     while replies:
-        for name in list(replies):
+        for name in random.permutation(list(replies)).tolist():
             stats, run = sessions[name].stats, runs[name]
             n_steps, seconds = stats.steps, stats.decode_s
             for token in replies[name]:
