@@ -235,15 +235,16 @@ def test_short_prompts_give_the_last_tokens_logits() -> None:
 
 @pytest.mark.parametrize("variant", ["v3", "llama-tied"])
 def test_hidden_states_are_what_the_head_reads(variant: str) -> None:
-    """Of all tokens, by the step (two and a half steps here) and by the network."""
-    path, ids = tiny_models.shared(variant), tiny_models.token_ids(variant, 50)
+    """Of all tokens, by steps (three here) and by the network."""
+    path, ids = tiny_models.shared(variant), tiny_models.token_ids(variant, 120)
     _, tensors = tiny_models.read(path)
     head = tensors.get("output.weight", tensors["token_embd.weight"]).astype(np.float64)
-    with localrun.load(path, threads=2, ctx=64) as model:
+    with localrun.load(path, threads=2, ctx=128) as model:
         model.model.keep_hidden = True
-        for n_tokens in (1, 12, 50):
+        for n_tokens in (1, 12, 120):
             logits = model.model.forward(ids[:n_tokens], model.new_cache(), all_logits=True)
             hidden = model.model.hidden
+            assert (model.model._network is not None) == (n_tokens == 120)
             model.model.forward(ids[:n_tokens], model.new_cache())
             assert hidden.shape == (n_tokens, head.shape[1]) and hidden.dtype == np.float32
             assert np.array_equal(model.model.hidden, hidden)
