@@ -112,7 +112,7 @@ def _evaluate(model: Model, chunk: list[int], inputs: _Inputs) -> np.ndarray:
     cache = _ObservedCache(model.config, len(chunk), inputs)
     n_parts = -(-len(chunk) // PREFILL_CHUNK)
     parts = [part.tolist() for part in np.array_split(np.array(chunk), n_parts)]
-    return [model.forward(part, cache) for part in parts][-1]
+    return [model.forward(part, cache)[1] for part in parts][-1]
 
 
 def _reached(inputs: _Inputs, config: Config) -> tuple[dict[int, int], dict[int, list[int]]]:
