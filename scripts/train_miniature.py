@@ -58,7 +58,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--dense", action="store_true", help="a dense model of equal active size")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="1 where others compute, too")
     parser.add_argument("--checkpoint-seconds", type=float, default=180)
     parser.set_defaults(command=_train)
 
@@ -117,7 +117,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--prompt", action="append", default=[], help="beginning of a sample text; may be repeated")
     parser.add_argument("--sample-tokens", type=int, default=160)
     parser.add_argument("--temperature", type=float, default=0.7, help="of the sample texts")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="1 where others compute, too")
     parser.set_defaults(command=_evaluate)
 
 
