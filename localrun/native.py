@@ -139,7 +139,7 @@ class TorchThreads:
     (docs/lab-notes.md).
     """
 
-    _SPINS = "1500"  # pauses: some 0.1 ms, longer than from one operation to the next and short beside a job of the workers
+    _SPINS = "1500"  # pauses: some 0.1 ms, longer than between operations and short beside a job of the workers
     _holders = 0
     _before = 1
     _yields = False  # whether the threads stop spinning soon
