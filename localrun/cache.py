@@ -4,6 +4,8 @@ It knows widths, not meanings: multi-head latent attention keeps one row of kv_l
 token, grouped-query attention a row of keys and a row of values.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -58,6 +60,16 @@ class Cache:
     def truncate(self, length: int) -> None:
         """Forget all tokens from `length` on."""
         self.length = min(self.length, max(0, length))
+
+    @contextmanager
+    def all_or_none(self) -> Iterator[None]:
+        """Forget what came within if anything ends it early: Ctrl-C between two steps, among others."""
+        start = self.length
+        try:
+            yield
+        except BaseException:
+            self.truncate(start)
+            raise
 
     def save(self) -> dict[str, np.ndarray]:
         """Name -> rows in use, for a file."""

@@ -87,12 +87,8 @@ class MTP:
                 self._network = self._get_network()
             with self._pool.drowsy():  # torch's threads want the cores
                 return self._network.forward(next_ids, hidden, cache)
-        start = cache.length
-        try:
+        with cache.all_or_none():
             return self._by_steps(next_ids, hidden, cache)
-        except BaseException:  # Ctrl-C between two of them: all or none
-            cache.truncate(start)
-            raise
 
     def _by_steps(self, next_ids: Sequence[int], hidden: np.ndarray, cache: Cache) -> tuple[np.ndarray, np.ndarray]:
         for first in range(0, len(next_ids), MOST_TOKENS):

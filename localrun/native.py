@@ -97,12 +97,8 @@ class NativeModel:
         cache.check_room(len(ids))
         if cache.is_exact or len(ids) > self._most_steps:
             return self._by_network(ids, cache, all_logits)
-        start = cache.length
-        try:
+        with cache.all_or_none():
             return self._by_steps(ids, cache, all_logits)
-        except BaseException:  # Ctrl-C between two of them: all or none
-            cache.truncate(start)
-            raise
 
     def _by_network(self, ids: Sequence[int], cache: Cache, all_logits: bool) -> np.ndarray:
         with self._pool.drowsy():  # torch's threads want the cores

@@ -127,7 +127,7 @@ class Session:
         """Evaluate the reply's last token and drafts behind it."""
         started, last, drafts = time.perf_counter(), self.reply_ids[-1], []
         if self.speculation:
-            drafts = self.speculation.propose([*self.ids, last], most_drafts)
+            drafts = self.speculation.propose(self.ids, last, most_drafts)
         proposed = time.perf_counter()
         rows = self._evaluate([last, *drafts], all_logits=bool(drafts))
         verified = time.perf_counter()

@@ -188,10 +188,10 @@ class Speculation:
         self.draft.read(ids)
         self._pace.start_reply()
 
-    def propose(self, ids: Sequence[int], most: int) -> list[int]:
-        """Up to `most` drafts of what follows ids, the last of which the model has not evaluated."""
+    def propose(self, ids: Sequence[int], last: int, most: int) -> list[int]:
+        """Up to `most` drafts of what follows ids, which the model has evaluated, and the token `last`."""
         n = min(most, self._pace.next() if self.setting == "auto" else int(self.setting))
-        return self.draft.propose(ids, n) if n > 0 else []
+        return self.draft.propose([*ids, last], n) if n > 0 else []
 
     def record(self, n_drafts: int, n_accepted: int, propose_s: float, verify_s: float) -> None:
         """A step was verified: how many came true, and the seconds that proposing and verifying took."""

@@ -71,6 +71,12 @@ def make(kind: str, config: dict[str, Any], seed: int = 0) -> torch.nn.Module:
 
     settings = getattr(transformers, f"{kind}Config")(**config, attn_implementation="eager")
     model = getattr(transformers, f"{kind}ForCausalLM")(settings).eval()
+    randomise(model, seed)
+    return model
+
+
+def randomise(model: torch.nn.Module, seed: int, matrices: bool = True) -> None:
+    """Random norms and biases for the choice of experts, away from where training starts, and matrices."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -79,9 +85,8 @@ def make(kind: str, config: dict[str, Any], seed: int = 0) -> torch.nn.Module:
                 tensor.copy_(1 + 0.1 * values)
             elif name.endswith("e_score_correction_bias"):
                 tensor.copy_(0.1 * values)
-            else:
+            elif matrices:
                 tensor.copy_(values * (1.0 if "embed" in name else 1.2 / tensor.shape[-1] ** 0.5))
-    return model
 
 
 def save(model: torch.nn.Module, folder: Path, **options: Any) -> Path:

@@ -58,14 +58,8 @@ def small_scale() -> Iterator[None]:
 
 def lively(config: Config = TINY) -> Model:
     """A model with every bias and norm away from where training starts."""
-    model, generator = Model(config, seed=3), torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            values = torch.randn(tensor.shape, generator=generator)
-            if "norm" in name:
-                tensor.copy_(1 + 0.1 * values)
-            elif name.endswith("e_score_correction_bias"):
-                tensor.copy_(0.1 * values)
+    model = Model(config, seed=3)
+    hf_checkpoints.randomise(model, 4, matrices=False)
     return model
 
 
