@@ -35,14 +35,19 @@ def _add_prepare(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("prepare", help="tokenizer and token files from the stories")
     parser.add_argument("data", type=Path, help="folder to write")
     parser.add_argument("--stories", type=Path, required=True, help="folder with stories.txt and stories_index.tsv")
+    parser.add_argument("--only", action="append", metavar="COLLECTION", help="of those in data.py; may be repeated")
     parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json to use as it is; else one is trained")
     parser.set_defaults(command=_prepare)
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
     from miniature import data
+    from tokenizers import Tokenizer
 
-    report = data.prepare(data.read_stories(arguments.stories), arguments.data, arguments.vocab_size)
+    tokenizer = Tokenizer.from_file(str(arguments.tokenizer)) if arguments.tokenizer else None
+    stories = data.read_stories(arguments.stories, arguments.only or data.SOURCES)
+    report = data.prepare(stories, arguments.data, arguments.vocab_size, tokenizer)
     print(json.dumps(report, indent=1))
 
 

@@ -69,7 +69,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = np.random.default_rng(0)
     texts = [" ".join(generator.choice(WORDS, 40)).capitalize() + "." for _ in range(150)]
     folder = tmp_path_factory.mktemp("data")
-    data.prepare([data.Story(data.SOURCES[0], text) for text in texts], folder, vocab_size=300)
+    data.prepare([data.Story("tf1-fables", text) for text in texts], folder, vocab_size=300)
     return folder
 
 

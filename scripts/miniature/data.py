@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,19 +18,22 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
-# Text of TinyStories (CDLA-Sharing-1.0), TinyFabulist (MIT) and the Library of Congress's Aesop (public domain).
-SOURCES = (
-    "ToonTalk-1000",
-    "chaitanya-nb",
-    "lab:ts_2M.txt",
-    "lab:ts_val_decoded.txt",
-    "lab:ts_test_decoded.txt",
-    "maxme1-3000",
-    "yuninxia-val",
-    "aditya-bpe1024",
-    "tf1-fables",
-    "aesop4children",
-)
+# What may be used, by collection: TinyStories (CDLA-Sharing-1.0), TinyFabulist (MIT), the Library of Congress's Aesop
+# (public domain).
+SOURCES = {
+    "tinystories": (
+        "ToonTalk-1000",
+        "chaitanya-nb",
+        "lab:ts_2M.txt",
+        "lab:ts_val_decoded.txt",
+        "lab:ts_test_decoded.txt",
+        "maxme1-3000",
+        "yuninxia-val",
+        "aditya-bpe1024",
+    ),
+    "tinyfabulist": ("tf1-fables",),
+    "aesop": ("aesop4children",),
+}
 VALIDATION_SHARE = 100  # one story in so many
 # DeepSeek-V3's: numbers of up to three digits, scripts without spaces, then words with what stands before them.
 _PATTERNS = (
@@ -52,13 +56,14 @@ class Story:
         return hashlib.sha256(self.text.encode()).digest()[0] * VALIDATION_SHARE < 256
 
 
-def read_stories(folder: Path) -> list[Story]:
-    """The stories of SOURCES from stories.txt, by the places in stories_index.tsv."""
+def read_stories(folder: Path, collections: Iterable[str] = SOURCES) -> list[Story]:
+    """The stories of some collections of SOURCES from stories.txt, by the places in stories_index.tsv."""
+    used = {source for collection in collections for source in SOURCES[collection]}
     corpus = (folder / "stories.txt").read_bytes()
     stories = []
     for line in (folder / "stories_index.tsv").read_text().splitlines()[1:]:
         _, source, offset, n_bytes = line.split("\t")
-        if source in SOURCES:
+        if source in used:
             text = corpus[int(offset) : int(offset) + int(n_bytes)].decode().translate(_PLAIN).strip()
             stories.append(Story(source, text))
     return stories
@@ -84,19 +89,24 @@ def train_tokenizer(texts: Iterator[str] | list[str], vocab_size: int) -> Tokeni
     return tokenizer
 
 
-def prepare(stories: list[Story], folder: Path, vocab_size: int) -> dict[str, object]:
-    """Writes tokenizer.json, {train,validation}.npz and sources.json to the folder; what sources.json says."""
+def prepare(
+    stories: list[Story], folder: Path, vocab_size: int, tokenizer: Tokenizer | None = None
+) -> dict[str, object]:
+    """Writes tokenizer.json, {train,validation}.npz and sources.json to the folder; what sources.json says.
+
+    A given tokenizer is used as it is; else one of vocab_size entries is trained on the stories.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     split = {
         "train": [story for story in stories if not story.is_validation()],
         "validation": [story for story in stories if story.is_validation()],
     }
-    tokenizer = train_tokenizer((story.text for story in split["train"]), vocab_size)
+    tokenizer = tokenizer or train_tokenizer((story.text for story in split["train"]), vocab_size)
     tokenizer.save(str(folder / "tokenizer.json"))
     report: dict[str, object] = {}
     for name, part in split.items():
         n_tokens = _write_tokens(folder / f"{name}.npz", tokenizer, part)
-        sources = {source: sum(story.source == source for story in part) for source in SOURCES}
+        sources = dict(Counter(story.source for story in part))
         n_bytes = sum(len(story.text.encode()) for story in part)
         report[name] = {"stories": len(part), "bytes": n_bytes, "tokens": n_tokens, "stories_by_source": sources}
     (folder / "sources.json").write_text(json.dumps(report, indent=1) + "\n")
