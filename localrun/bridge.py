@@ -4,6 +4,8 @@ The only module that passes torch memory to quant. Weights stay in the file's ma
 a dequantised copy. Letters: T tokens, G groups (attention heads), E experts, K experts per token.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from quant import experts as quant_experts
@@ -79,9 +81,13 @@ class Experts:
     def __init__(self, pool: Pool, experts: quant_experts.Experts):
         self.pool, self.experts = pool, experts
 
-    def __call__(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """float32 (T, D), expert ids int64 (T, K) and float32 weights (T, K) -> weighted sum, float32 (T, D)."""
+    def begin(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """float32 (T, D), expert ids int64 (T, K) and float32 weights (T, K) -> weighted sum, float32 (T, D).
+
+        An id of -1 stands for an expert that is not here. The sum comes when the result is called: other kinds of
+        experts compute until then.
+        """
         x = _as_rows(x)
         out = torch.empty_like(x)
         quant_experts.run(self.pool, self.experts, x.data_ptr(), ids.numpy(), weights.numpy(), out.data_ptr())
-        return out
+        return lambda: out

@@ -208,7 +208,7 @@ class _ObservedExperts(Experts):
         inputs.expect(self.experts.gate.n_groups, self.experts.gate.n_cols, *first)
         inputs.expect(self.experts.down.n_groups, self.experts.down.n_cols, down)
 
-    def __call__(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def begin(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Callable[[], torch.Tensor]:
         out = torch.zeros_like(x)
         for expert in ids.unique().tolist():
             tokens, places = (ids == expert).nonzero(as_tuple=True)
@@ -221,7 +221,7 @@ class _ObservedExperts(Experts):
             self._inputs.add(self._first, x_ND[:, None], expert)
             self._inputs.add(self._down, h_NI[:, None], expert)
             out.index_add_(0, tokens, down(h_NI) * weights[tokens, places, None])
-        return out
+        return lambda: out
 
 
 def _slice(stack: Weight, index: int) -> Weight:

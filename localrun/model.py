@@ -4,7 +4,7 @@ where is decided in weights.py.
 Letters: T tokens, D hidden_size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -33,9 +33,14 @@ class Layer:
 
     def __call__(self, x_TD: torch.Tensor, cache: Cache) -> torch.Tensor:
         """float32 (T, D) -> (T, D); appends to the cache."""
+        return self.begin(x_TD, cache)()
+
+    def begin(self, x_TD: torch.Tensor, cache: Cache) -> Callable[[], torch.Tensor]:
+        """All but waiting for experts that compute elsewhere: the result's call does that and gives (T, D)."""
         c = self.config
         x_TD = x_TD + self.self_attn(rms_norm(x_TD, (c.hidden_size,), self.input_layernorm, c.rms_norm_eps), cache)
-        return x_TD + self.mlp(rms_norm(x_TD, (c.hidden_size,), self.post_attention_layernorm, c.rms_norm_eps))
+        finish = self.mlp.begin(rms_norm(x_TD, (c.hidden_size,), self.post_attention_layernorm, c.rms_norm_eps))
+        return lambda: x_TD + finish()
 
 
 class Model:

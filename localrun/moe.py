@@ -5,6 +5,8 @@ Source: DeepSeek-V3 (arXiv 2412.19437, eq. 12-16), deepseek-ai/DeepSeek-V3 @9b4e
 modeling_deepseek.py of DeepSeek-V2 (group_limited_greedy).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch.nn.functional import silu
 
@@ -27,6 +29,11 @@ class MLP:
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
         """float32 (T, D) -> (T, D)."""
         return self.down_proj(silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+
+    def begin(self, x_TD: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """As MoE.begin: there is nothing to wait for."""
+        out_TD = self(x_TD)
+        return lambda: out_TD
 
 
 def choose_experts(
@@ -78,8 +85,14 @@ class MoE:
         has_shared = weights.has(names.layer(index, "mlp.shared_experts.gate_proj"))
         self.shared_experts = MLP(weights, index, "mlp.shared_experts") if has_shared else None
 
-    def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """float32 (T, D) -> (T, D)."""
+    def begin(self, x_TD: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Start on float32 (T, D); the result's call waits for the routed experts and gives (T, D).
+
+        Routed experts elsewhere work while the shared ones do here, and until the call.
+        """
         ids_TK, weights_TK = choose_experts(self.gate(x_TD), self.e_score_correction_bias, self.config)
-        out_TD = self.experts(x_TD, ids_TK, weights_TK)
-        return out_TD if self.shared_experts is None else out_TD + self.shared_experts(x_TD)
+        finish = self.experts.begin(x_TD, ids_TK, weights_TK)
+        if self.shared_experts is None:
+            return finish
+        shared_TD = self.shared_experts(x_TD)
+        return lambda: finish() + shared_TD

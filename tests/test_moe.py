@@ -191,7 +191,7 @@ def test_mixture(pool: Pool, variant: str, n_tokens: int) -> None:
     model.margins = np.full(n_tokens, np.inf)
     expected = model._moe(x_TD.astype(np.float64), weights)
     assert model.margins.min() > 1e-6  # or rounding decides
-    assert_close(MoE(config, Weights(file, pool), index)(torch.from_numpy(x_TD)), expected)
+    assert_close(MoE(config, Weights(file, pool), index).begin(torch.from_numpy(x_TD))(), expected)
 
 
 @pytest.mark.parametrize("n_tokens", [1, 40])
