@@ -17,35 +17,17 @@ if TYPE_CHECKING:
     import torch
 
 
-class Cache:
-    """Rows for up to `capacity` tokens in every layer; memory is touched only as tokens come.
+class Context:
+    """How many tokens a cache holds, wherever its rows live.
 
     Attributes:
+        capacity: the most tokens.
         length: tokens that all layers hold.
-        is_exact: whether values have 32 bits.
-        addresses: int64, of the blocks of rows: layer by layer, and in a layer by `widths`.
     """
 
-    def __init__(self, n_layers: int, widths: tuple[int, ...], capacity: int, dtype: type[np.floating]):
+    def __init__(self, capacity: int):
         self.capacity = capacity
         self.length = 0
-        self.is_exact = dtype == np.float32
-        self._layers = [tuple(np.empty((capacity, width), dtype) for width in widths) for _ in range(n_layers)]
-        self.addresses = np.array([rows.ctypes.data for parts in self._layers for rows in parts], np.int64)
-
-    def append(self, layer: int, *rows: "torch.Tensor") -> "tuple[torch.Tensor, ...]":
-        """Write rows (T, width) of one layer behind `length`; returns that layer's rows so far, (length + T, width).
-
-        Raises ContextFullError if they don't fit. `length` moves when advance() is called, after the last layer.
-        """
-        import torch
-
-        end = self.length + rows[0].shape[0]
-        self.check_room(rows[0].shape[0])
-        parts = [torch.from_numpy(part) for part in self._layers[layer]]
-        for part, new in zip(parts, rows, strict=True):
-            part[self.length : end] = new
-        return tuple(part[:end] for part in parts)
 
     def check_room(self, n_tokens: int) -> None:
         """Raises ContextFullError unless n_tokens more fit."""
@@ -71,6 +53,50 @@ class Cache:
             self.truncate(start)
             raise
 
+    def _check_saved(
+        self, tensors: dict[str, np.ndarray], length: int, widths: list[tuple[int, ...]], dtype: type[np.floating]
+    ) -> None:
+        """Raises LocalrunError unless tensors are `length` tokens' rows of these widths by layer, and fit."""
+        if length > self.capacity:
+            raise ContextFullError(f"the saved session has {length} tokens; the context holds {self.capacity}")
+        expected = {
+            f"{layer}.{part}": ((length, width), np.dtype(dtype))
+            for layer, parts in enumerate(widths)
+            for part, width in enumerate(parts)
+        }
+        if {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()} != expected:
+            raise LocalrunError(f"the saved session does not hold {length} tokens of this model")
+
+
+class Cache(Context):
+    """Rows for up to `capacity` tokens in every layer; memory is touched only as tokens come.
+
+    Attributes:
+        is_exact: whether values have 32 bits.
+        addresses: int64, of the blocks of rows: layer by layer, and in a layer by `widths`.
+    """
+
+    def __init__(self, n_layers: int, widths: tuple[int, ...], capacity: int, dtype: type[np.floating]):
+        super().__init__(capacity)
+        self._widths, self._dtype = widths, dtype
+        self.is_exact = dtype == np.float32
+        self._layers = [tuple(np.empty((capacity, width), dtype) for width in widths) for _ in range(n_layers)]
+        self.addresses = np.array([rows.ctypes.data for parts in self._layers for rows in parts], np.int64)
+
+    def append(self, layer: int, *rows: "torch.Tensor") -> "tuple[torch.Tensor, ...]":
+        """Write rows (T, width) of one layer behind `length`; returns that layer's rows so far, (length + T, width).
+
+        Raises ContextFullError if they don't fit. `length` moves when advance() is called, after the last layer.
+        """
+        import torch
+
+        end = self.length + rows[0].shape[0]
+        self.check_room(rows[0].shape[0])
+        parts = [torch.from_numpy(part) for part in self._layers[layer]]
+        for part, new in zip(parts, rows, strict=True):
+            part[self.length : end] = new
+        return tuple(part[:end] for part in parts)
+
     def save(self) -> dict[str, np.ndarray]:
         """Name -> rows in use, for a file."""
         return {
@@ -81,15 +107,7 @@ class Cache:
 
     def load(self, tensors: dict[str, np.ndarray], length: int) -> None:
         """Take over what save() gave for `length` tokens. Raises LocalrunError if it is something else, or too long."""
-        if length > self.capacity:
-            raise ContextFullError(f"the saved session has {length} tokens; the context holds {self.capacity}")
-        expected = {
-            f"{layer}.{part}": ((length, rows.shape[1]), rows.dtype)
-            for layer, parts in enumerate(self._layers)
-            for part, rows in enumerate(parts)
-        }
-        if {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()} != expected:
-            raise LocalrunError(f"the saved session does not hold {length} tokens of this model")
+        self._check_saved(tensors, length, [self._widths] * len(self._layers), self._dtype)
         for layer, parts in enumerate(self._layers):
             for part, rows in enumerate(parts):
                 rows[:length] = tensors[f"{layer}.{part}"]
