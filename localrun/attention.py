@@ -19,7 +19,7 @@ _SCORES_BYTES = 1 << 23  # scores at a time
 _MOST_TOKENS = 256  # at a time: the next ones see more, so that half of a long prompt's scores are never computed
 
 
-def _head_groups(n_heads: int, bytes_per_head: int, work_bytes: int):
+def head_groups(n_heads: int, bytes_per_head: int, work_bytes: int):
     """(first, count) of the groups of heads that fit the work memory together."""
     step = max(1, min(n_heads, work_bytes // bytes_per_head))
     return [(first, min(step, n_heads - first)) for first in range(0, n_heads, step)]
@@ -34,10 +34,10 @@ def _attend(q_NTd: torch.Tensor, k_NSd: torch.Tensor, v_NSV: torch.Tensor) -> to
     n_heads, n_tokens = q_NTd.shape[:2]
     n_cached = k_NSd.shape[-2]
     n_before = n_cached - n_tokens
-    out_NTV = torch.empty(n_heads, n_tokens, v_NSV.shape[-1])
+    out_NTV = q_NTd.new_empty(n_heads, n_tokens, v_NSV.shape[-1])
     step = min(_MOST_TOKENS, max(16, _SCORES_BYTES // (4 * n_cached)))
-    future = torch.ones(min(step, n_tokens), min(step, n_tokens), dtype=torch.bool).triu(1)
-    for first_head, count in _head_groups(n_heads, 4 * min(step, n_tokens) * n_cached, _SCORES_BYTES):
+    future = torch.ones(min(step, n_tokens), min(step, n_tokens), dtype=torch.bool, device=q_NTd.device).triu(1)
+    for first_head, count in head_groups(n_heads, 4 * min(step, n_tokens) * n_cached, _SCORES_BYTES):
         heads = slice(first_head, first_head + count)
         k, v = (x[heads] if x.dim() == 3 else x for x in (k_NSd, v_NSV))
         for first in range(0, n_tokens, step):
@@ -124,10 +124,10 @@ class LatentAttention:
         c = self.config
         latent_SC, k_rope_SR = rows_SW.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
         n_tokens, n_cached = q_nope_THP.shape[0], rows_SW.shape[0]
-        out_THV = torch.empty(n_tokens, c.num_attention_heads, c.v_head_dim)
+        out_THV = rows_SW.new_empty(n_tokens, c.num_attention_heads, c.v_head_dim)
         q_HTd = torch.cat([q_nope_THP, q_rope_THR], -1).transpose(0, 1) * self.scale
         bytes_per_head = 4 * n_cached * (2 * c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
-        for first, count in _head_groups(c.num_attention_heads, bytes_per_head, _WORK_BYTES):
+        for first, count in head_groups(c.num_attention_heads, bytes_per_head, _WORK_BYTES):
             heads = slice(first, first + count)
             k_b, v_b = self.k_b_proj.dense(first, count), self.v_b_proj.dense(first, count)
             k_NSP = latent_SC @ (k_b if self.is_split else k_b.mT)
@@ -156,7 +156,7 @@ class GroupedQueryAttention:
         k_GSd = keys.float().unflatten(1, (-1, c.head_dim)).transpose(0, 1)
         v_GSV = values.float().unflatten(1, (-1, c.v_head_dim)).transpose(0, 1)
         per_group = c.num_attention_heads // c.num_key_value_heads
-        out_THV = torch.empty(n_tokens, c.num_attention_heads, c.v_head_dim)
+        out_THV = x_TD.new_empty(n_tokens, c.num_attention_heads, c.v_head_dim)
         q_HTd = q_THd.transpose(0, 1) * self.scale
         for group in range(c.num_key_value_heads):
             heads = slice(group * per_group, (group + 1) * per_group)
