@@ -5,7 +5,8 @@
     python scripts/train_miniature.py train RUN2 --data DATA --start RUN/checkpoint.pt --steps 4400 --decay-steps 400
     python scripts/train_miniature.py export RUN2/checkpoint.pt FOLDER --data DATA [--fp8]
     python scripts/train_miniature.py evaluate RUN2/checkpoint.pt --data DATA
-    python scripts/train_miniature.py compare RUN RUN3 [--plot losses.svg]
+    python scripts/train_miniature.py quality RUN2/checkpoint.pt --data DATA
+    python scripts/train_miniature.py compare RUN RUN3 [--plot losses.png] [--plot-balance balance.png]
 
 `train` goes on from RUN/checkpoint.pt if there is one. Without --decay-steps the learning rate stays, and --start
 branches a decayed model off such a run.
@@ -26,6 +27,7 @@ def main() -> None:
     _add_train(commands)
     _add_export(commands)
     _add_evaluate(commands)
+    _add_quality(commands)
     _add_compare(commands)
     arguments = parser.parse_args()
     arguments.command(arguments)
@@ -147,10 +149,39 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     print(json.dumps(report | {"samples": texts}, indent=1, ensure_ascii=False))
 
 
+def _add_quality(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("quality", help="what packing costs: a table, and as the last line one JSON document")
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--stories", type=int, help="the first so many of the held-out ones; all if not given")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a story that count")
+    parser.add_argument("--keep", type=Path, help="folder for the files it makes; else they are removed")
+    parser.add_argument("--threads", type=int, default=2, help="1 where others compute, too")
+    parser.set_defaults(command=_quality)
+
+
+def _quality(arguments: argparse.Namespace) -> None:
+    import tempfile
+
+    import torch
+    from miniature import quality
+
+    torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory() as temporary:
+        work = arguments.keep or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
+        report = quality.table(
+            arguments.checkpoint, arguments.data, work, arguments.stories, arguments.length, arguments.threads
+        )
+    print(quality.markdown(report))
+    print(json.dumps(report))
+
+
 def _add_compare(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("compare", help="smoothed losses of runs, as JSON, where the shortest ends")
     parser.add_argument("runs", type=Path, nargs="+", help="folders; the others are compared with the first")
-    parser.add_argument("--plot", type=Path, help="picture to write")
+    parser.add_argument("--plot", type=Path, help="picture of the losses to write")
+    parser.add_argument("--plot-balance", type=Path, help="picture of the experts' load by layer to write")
     parser.set_defaults(command=_compare)
 
 
@@ -159,7 +190,9 @@ def _compare(arguments: argparse.Namespace) -> None:
 
     print(json.dumps(compare.compare(arguments.runs), indent=1))
     if arguments.plot:
-        compare.draw(arguments.runs, arguments.plot)
+        compare.draw_losses(arguments.runs, arguments.plot)
+    if arguments.plot_balance:
+        compare.draw_balance(arguments.runs, arguments.plot_balance)
 
 
 if __name__ == "__main__":

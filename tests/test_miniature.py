@@ -18,12 +18,13 @@ import torch
 from tokenizers import Tokenizer
 
 import localrun
+from cli.main import run as run_localrun
 from localrun.convert import Options, convert, make_plan, pretokenizers
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from miniature import compare, data, evaluate, precision, training  # noqa: E402
+from miniature import compare, data, evaluate, precision, quality, training  # noqa: E402
 from miniature.config import Config  # noqa: E402
 from miniature.export import export  # noqa: E402
 from miniature.model import Model, cross_entropy  # noqa: E402
@@ -350,19 +351,93 @@ def test_held_out_loss_is_that_of_single_stories(prepared: Path) -> None:
     assert 0 <= report["acceptance"] <= 1
 
 
-def test_runs_are_compared_where_the_shortest_ends(tmp_path: Path) -> None:
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    """Logs of two runs, the first ten steps longer and with experts."""
     losses = {"a": [4.0] * 150 + [2.0] * 60, "b": [4.0] * 150 + [3.0] * 50}
     for name, values in losses.items():
+        violation = {"1": 0.5, "2": 0.25} if name == "a" else {}
         lines = [
-            {"tokens": 10 * (i + 1), "loss": loss, "mtp_loss": loss + 1, "max_violation": {"1": 0.5, "2": 0.25}}
+            {"tokens": 10 * (i + 1), "loss": loss, "mtp_loss": loss + 1, "max_violation": violation}
             for i, loss in enumerate(values)
         ]
         (tmp_path / name).mkdir()
         (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    a, b = compare.compare([tmp_path / "a", tmp_path / "b"])
-    assert a == {"run": "a", "tokens": 2000, "loss": 3.0, "mtp_loss": 4.0, "violation": 0.5, "over_first": 0.0}
-    assert (b["run"], b["tokens"], b["loss"]) == ("b", 2000, 3.5)
+    return [tmp_path / name for name in losses]
+
+
+def test_runs_are_compared_where_the_shortest_ends(runs: list[Path]) -> None:
+    a, b = compare.compare(runs)
+    at_the_end = {"tokens": 2000, "mean_of_steps": 100}
+    violation = {"1": 0.5, "2": 0.25}
+    assert a == {"run": "a", **at_the_end, "loss": 3.0, "mtp_loss": 4.0, "max_violation": violation, "over_first": 0.0}
+    assert (b["run"], b["tokens"], b["loss"], b["max_violation"]) == ("b", 2000, 3.5, {})
     assert b["over_first"] == pytest.approx(3.5 / 3 - 1)
+
+
+def test_pictures_of_runs(runs: list[Path], tmp_path: Path) -> None:
+    compare.draw_losses(runs, tmp_path / "losses.svg")
+    text = (tmp_path / "losses.svg").read_text()
+    assert "<!-- b, at the end +16.67% -->" in text  # matplotlib notes a text before it draws its letters
+    compare.draw_balance(runs, tmp_path / "balance.svg")
+    text = (tmp_path / "balance.svg").read_text()
+    assert "<!-- layer 2 -->" in text and "<!-- a -->" in text and "<!-- b -->" not in text
+    with pytest.raises(SystemExit, match="none of the runs"):
+        compare.draw_balance(runs[1:], tmp_path / "none.svg")
+
+
+def test_the_figures_of_packed_weights_are_those_of_obvious_code() -> None:
+    generator = np.random.default_rng(0)
+    stories = [generator.integers(0, 50, length) for length in (9, 5)]
+    p, q = ([torch.from_numpy(generator.normal(0, 2, (len(ids), 50))) for ids in stories] for _ in "pq")
+    logits = {len(ids): rows for ids, *rows in zip(stories, p, q, strict=True)}
+    reference, found = (
+        quality.log_probabilities(lambda ids, which=which: logits[len(ids)][which].float().numpy(), stories)
+        for which in (0, 1)
+    )
+    figures = quality.compare(found, reference, stories)
+    p, q = (torch.cat([rows[:-1] for rows in part]).log_softmax(1) for part in (p, q))
+    targets = torch.from_numpy(np.concatenate([ids[1:] for ids in stories]))
+    # log-probabilities are held in float32
+    assert figures["loss"] == pytest.approx(float(torch.nn.functional.nll_loss(q, targets)), rel=1e-6)
+    divergence = torch.nn.functional.kl_div(q, p, reduction="batchmean", log_target=True)
+    assert figures["kl"] == pytest.approx(float(divergence), rel=1e-5)
+    assert figures["top_1"] == float((p.argmax(1) == q.argmax(1)).double().mean())
+    assert figures["perplexity"] == pytest.approx(np.exp(figures["loss"]))
+
+
+def test_the_quality_table(prepared: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    """All commands, in this process. Random weights: what matters is which file each row is of."""
+
+    def in_process(*arguments: str) -> dict:
+        capsys.readouterr()
+        assert run_localrun([*arguments, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    monkeypatch.setattr(quality, "_localrun", in_process)
+    monkeypatch.setattr(quality, "PACKED", {"Q8_0": False, "Q4_0": True})
+    model = lively()
+    state = {"settings": {"model": TINY.to_dict()}, "step": 7, "model": model.state_dict()}
+    torch.save(state, tmp_path / "checkpoint.pt")
+    report = quality.table(tmp_path / "checkpoint.pt", prepared, tmp_path, stories=2, length=40, threads=1)
+    rows = {(row["name"], row["imatrix"]): row for row in report["rows"]}
+    fp8, fp8_too = "FP8 (block)", "FP8 (block), activations too"
+    names = [("F32", False), ("BF16", False), (fp8, False), (fp8_too, False)]
+    assert list(rows) == [*names, ("Q8_0", False), ("Q4_0", False), ("Q4_0", True)]
+    assert report["tokens"] == 2 * 39
+    kl = {key: row["kl"] for key, row in rows.items()}
+    assert kl["F32", False] == 0 < kl["BF16", False] < kl[fp8, False] < kl[fp8_too, False]
+    assert kl["BF16", False] < kl["Q8_0", False] < kl["Q4_0", False] != kl["Q4_0", True]
+    nats = [
+        float(torch.nn.functional.cross_entropy(torch.from_numpy(our_logits(model, ids[:-1])), torch.tensor(ids[1:])))
+        for ids in (story[:40].tolist() for story in data.Tokens.load(prepared / "validation.npz").first(2))
+    ]
+    assert rows["F32", False]["loss"] == pytest.approx(np.mean(nats), rel=1e-5)  # both float32
+    assert report["fp8_loss_over_bf16"][fp8] == rows[fp8, False]["loss"] / rows["BF16", False]["loss"] - 1
+    bits = {key: row["bits_per_weight"] for key, row in rows.items()}
+    assert (bits["F32", False], bits["BF16", False], bits["Q4_0", False]) == pytest.approx((32, 16, 5), abs=0.7)
+    assert 8 < bits[fp8, False] < 16
+    assert "| Q4_0 | yes |" in quality.markdown(report)
 
 
 def test_the_script_runs_from_stories_to_a_report(prepared: Path, tmp_path: Path, capsys, monkeypatch) -> None:

@@ -1,8 +1,12 @@
-"""Runs beside each other: their smoothed losses, how far they are apart, and a picture."""
+"""Runs beside each other: their smoothed losses, how far they are apart, how even their experts' load is; pictures.
+
+Pictures need matplotlib (the extra 'plot').
+"""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +15,27 @@ import numpy as np
 WINDOW = 100  # steps of the average: batches differ by about 0.2 nats, which leaves 0.02; runs share theirs
 
 
-def read_log(run: Path) -> dict[str, np.ndarray]:
-    """Of each step: tokens so far, loss, mtp_loss, and violation, the largest excess of load of any layer."""
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    columns = {name: np.array([line[name] for line in lines]) for name in ("tokens", "loss", "mtp_loss")}
-    violation = [max(line["max_violation"].values(), default=np.nan) for line in lines]
-    return columns | {"violation": np.array(violation)}
+@dataclass(frozen=True)
+class Run:
+    """A run's log; all arrays have a value a step.
+
+    Attributes:
+        violations: layer to its largest excess of load over the mean; empty for a dense model.
+    """
+
+    name: str
+    tokens: np.ndarray
+    loss: np.ndarray
+    mtp_loss: np.ndarray
+    violations: dict[str, np.ndarray]
+
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        columns = [np.array([line[name] for line in lines]) for name in ("tokens", "loss", "mtp_loss")]
+        layers = lines[0]["max_violation"]
+        violations = {layer: np.array([line["max_violation"][layer] for line in lines]) for layer in layers}
+        return cls(folder.name, *columns, violations)
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
@@ -27,32 +46,76 @@ def smoothed(values: np.ndarray) -> np.ndarray:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def compare(runs: list[Path]) -> list[dict[str, Any]]:
+def compare(folders: list[Path]) -> list[dict[str, Any]]:
     """Smoothed figures of each run where the shortest ends, and its loss over that of the first, less 1."""
-    logs = [read_log(run) for run in runs]
-    last = min(len(log["tokens"]) for log in logs) - 1
-    final = [{name: float(smoothed(log[name])[last]) for name in ("loss", "mtp_loss", "violation")} for log in logs]
-    first = final[0]["loss"]
+    runs = [Run.read(folder) for folder in folders]
+    last = min(len(run.tokens) for run in runs) - 1
+    losses = [float(smoothed(run.loss)[last]) for run in runs]
     return [
-        {"run": run.name, "tokens": int(log["tokens"][last]), **figures, "over_first": figures["loss"] / first - 1}
-        for run, log, figures in zip(runs, logs, final, strict=True)
+        {
+            "run": run.name,
+            "tokens": int(run.tokens[last]),
+            "mean_of_steps": min(WINDOW, last + 1),
+            "loss": loss,
+            "mtp_loss": float(smoothed(run.mtp_loss)[last]),
+            "max_violation": {layer: float(smoothed(v)[last]) for layer, v in run.violations.items()},
+            "over_first": loss / losses[0] - 1,
+        }
+        for run, loss in zip(runs, losses, strict=True)
     ]
 
 
-def draw(runs: list[Path], path: Path) -> None:
-    """Loss and largest violation over tokens, smoothed. Needs matplotlib (the extra 'plot')."""
+def draw_losses(folders: list[Path], path: Path) -> None:
+    """Losses over tokens, faintly each step's, and how far the others are from the first. Needs matplotlib."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    figure = Figure(figsize=(7, 5.5), layout="constrained")
+    losses, differences = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    runs = [Run.read(folder) for folder in folders]
+    first = smoothed(runs[0].loss)
+    for number, run in enumerate(runs):
+        loss, color = smoothed(run.loss), f"C{number}"
+        dashes = (0, (4, 2)) if number else "-"  # or one would hide the other
+        losses.plot(run.tokens / 1e6, run.loss, color=color, alpha=0.25, linewidth=0.5)
+        middles = run.tokens[WINDOW // 2 : -(WINDOW // 2)] / 1e6  # of the steps that a mean is of
+        losses.plot(middles, loss[WINDOW:], label=run.name, color=color, linestyle=dashes)
+        n = min(len(first), len(loss))
+        if number and n > WINDOW:
+            over = loss[WINDOW:n] / first[WINDOW:n] - 1
+            differences.plot(middles[: n - WINDOW], over, color=color, label=f"{run.name}, at the end {over[-1]:+.2%}")
+    losses.set(ylabel=f"loss, nats a token (mean of {WINDOW} steps)", yscale="log")
+    losses.yaxis.set_major_formatter("{x:.0f}")
+    losses.yaxis.set_minor_formatter("{x:.1f}")
+    differences.axhline(0, color="C0")
+    differences.set(xlabel="million tokens", ylabel=f"over {runs[0].name}")
+    differences.yaxis.set_major_formatter(PercentFormatter(1, decimals=2))
+    if len(runs) > 1:
+        differences.legend()
+    _finish(figure, (losses, differences), path)
+
+
+def draw_balance(folders: list[Path], path: Path) -> None:
+    """Smoothed max violation over tokens, a panel a layer with experts. Needs matplotlib."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    loss, violation = figure.subplots(1, 2)
-    for run in runs:
-        log = read_log(run)
-        millions = log["tokens"] / 1e6
-        loss.plot(millions, smoothed(log["loss"]), label=run.name, linewidth=1)
-        violation.plot(millions, smoothed(log["violation"]), label=run.name, linewidth=1)
-    loss.set(xlabel="million tokens", ylabel=f"nats a token, mean of {WINDOW} steps")
-    violation.set(xlabel="million tokens", ylabel="max violation, worst layer", ylim=(0, None))
-    for axes in (loss, violation):
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path)
+    runs = [run for run in map(Run.read, folders) if run.violations]
+    if not runs:
+        raise SystemExit("none of the runs has routed experts")
+    layers = list(runs[0].violations)
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    grid = figure.subplots(2, -(-len(layers) // 2), sharex=True, squeeze=False)
+    for axes, layer in zip(grid.flat, layers, strict=False):
+        for run in runs:
+            axes.plot(run.tokens / 1e6, smoothed(run.violations[layer]), label=run.name)
+        axes.set(title=f"layer {layer}", ylim=(0, None))
+    figure.supxlabel("million tokens")
+    figure.supylabel(f"max violation (mean of {WINDOW} steps)")
+    _finish(figure, grid.flat[: len(layers)], path)
+
+
+def _finish(figure: Any, panels: Any, path: Path) -> None:
+    for axes in panels:
+        axes.grid(alpha=0.3, which="both")
+    panels[0].legend()
+    figure.savefig(path, dpi=110)

@@ -1,4 +1,4 @@
-"""A trained model as a Hugging Face checkpoint: BF16, or FP8 as DeepSeek-V3 is published.
+"""A trained model as a Hugging Face checkpoint: BF16, FP8 as DeepSeek-V3 is published, or float32 as it was trained.
 
 Names and shapes are those of deepseek-ai/DeepSeek-V3: one tensor an expert and projection, the MTP module as the layer
 behind the last. Embedding and head, which the module shares, are stored once. In FP8 the linear layers' weights are
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from miniature.config import Config
 from miniature.data import BOS, EOS
 from miniature.precision import E4M3_MAX, TILE
 
-_STAYS_FLOAT32 = "e_score_correction_bias"
+_STAY = ("e_score_correction_bias", "_scale_inv")  # in float32
 _NOT_FP8 = ("embed_tokens", "lm_head", "mlp.gate.weight", "norm", "eh_proj")
 _FP8_CONFIG = {
     "quant_method": "fp8",
@@ -29,20 +29,29 @@ _FP8_CONFIG = {
 }
 
 
-def export(config: Config, state: dict[str, torch.Tensor], tokenizer: Path, folder: Path, fp8: bool = False) -> None:
+def export(
+    config: Config,
+    state: dict[str, torch.Tensor],
+    tokenizer: Path,
+    folder: Path,
+    fp8: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
     """Writes the checkpoint folder.
 
     Args:
         state: of miniature.model.Model.
         tokenizer: its tokenizer.json.
+        dtype: of all weights that fp8 does not put into E4M3.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = dict(_unstack(state))
-    tensors = dict(_to_fp8(tensors)) if fp8 else {name: _to_bf16(name, tensor) for name, tensor in tensors.items()}
+    tensors = _to_fp8(_unstack(state)) if fp8 else _unstack(state)
+    tensors = {name: tensor.to(_stored_dtype(name, tensor, dtype)) for name, tensor in tensors}
     save_file(
         {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
     )
-    _write_json(folder / "config.json", checkpoint_config(config, fp8))
+    config_json = checkpoint_config(config, fp8) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    _write_json(folder / "config.json", config_json)
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
     _write_json(folder / "tokenizer_config.json", _tokenizer_config(config))
     _write_json(folder / "generation_config.json", _GENERATION)
@@ -67,7 +76,6 @@ def checkpoint_config(config: Config, fp8: bool = False) -> dict[str, object]:
         "scoring_func": "sigmoid",
         "tie_word_embeddings": False,
         "topk_method": "noaux_tc",
-        "torch_dtype": "bfloat16",
         "use_cache": True,
     }
     return fixed | config.to_dict() | ({"quantization_config": _FP8_CONFIG} if fp8 else {})
@@ -101,14 +109,14 @@ def _unstack(state: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor
                 yield f"{prefix}experts.{index}.{projection}.weight", weight
 
 
-def _to_bf16(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() if name.endswith(_STAYS_FLOAT32) else tensor.bfloat16()
+def _stored_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
+    return tensor.dtype if name.endswith(_STAY) or tensor.dtype == torch.float8_e4m3fn else dtype
 
 
-def _to_fp8(tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in tensors.items():
-        if name.endswith(_STAYS_FLOAT32) or any(part in name for part in _NOT_FP8):
-            yield name, _to_bf16(name, tensor)
+def _to_fp8(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in tensors:
+        if name.endswith(_STAY) or any(part in name for part in _NOT_FP8):
+            yield name, tensor
             continue
         scale_inv = _block_scales(tensor)
         spread = scale_inv.repeat_interleave(TILE, 0).repeat_interleave(TILE, 1)
