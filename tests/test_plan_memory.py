@@ -39,7 +39,11 @@ def test_all_weights_are_somewhere(v3: ModelShape) -> None:
 def test_the_target_machine_holds_the_model(v3: ModelShape) -> None:
     """Attention and all but the routed experts in 24 GB, the experts in RAM (arXiv 2505.09343, section 2.2.2)."""
     memory = plan_memory(v3, load_machine("10k-server"), 8192)
-    assert memory.fits and memory.placement == Placement(layers=61, head=True, experts=False)
+    assert memory.fits and memory.placement == Placement(61, head=True, experts=memory.placement.experts)
+    # What is left takes the experts of one layer: 256 times gate, up and down of 2048 x 7168, at 4.5, 4.5, 6.5625 bits.
+    layer = next(row for row in memory.rows if row.what == "weights on the GPU: routed experts, 1 of 58 layers")
+    assert layer.n_bytes == 256 * 2048 * 7168 * (4.5 + 4.5 + 6.5625) / 8
+    assert memory.placement.experts == layer.n_bytes / n_bytes(v3.groups()["routed experts"])
     on_gpu = next(row.n_bytes for row in memory.rows if row.what == "weights on the GPU")
     assert on_gpu == n_bytes(
         t for group, ts in v3.groups().items() if group not in ("routed experts", "mtp") for t in ts
@@ -50,15 +54,25 @@ def test_a_small_model_is_all_on_the_gpu(lite: ModelShape) -> None:
     assert plan_memory(lite, load_machine("10k-server"), 8192).placement == Placement(27, head=True, experts=True)
 
 
-def test_as_many_layers_as_there_is_room_for() -> None:
-    model, machine = load_model("qwen2.5-72b"), load_machine("10k-server")
-    memory = plan_memory(model, machine, 8192)
-    assert 0 < memory.placement.layers < 80 and not memory.placement.head
-    assert memory.needed["VRAM"] <= memory.available["VRAM"]
+def test_a_card_that_is_too_small_is_left_out(v3: ModelShape) -> None:
+    """Part of a network on the GPU is nothing the runner does."""
+    machine = load_machine("10k-server")
     assert machine.gpu is not None
-    smaller = replace(machine, gpu=replace(machine.gpu, vram_bytes=machine.gpu.vram_bytes / 2))
-    assert plan_memory(model, smaller, 8192).placement.layers < memory.placement.layers
-    assert plan_memory(model, machine, 65536).placement.layers < memory.placement.layers  # the cache takes their room
+    small = replace(machine, gpu=replace(machine.gpu, vram_bytes=10 * 2**30))
+    for model, where in ((load_model("qwen2.5-72b"), machine), (v3, small)):
+        memory = plan_memory(model, where, 8192)
+        assert memory.placement == Placement(0, head=False, experts=False) and memory.needed["VRAM"] == 0
+        assert plan_memory(model, replace(where, gpu=None), 8192).rows == memory.rows
+
+
+def test_more_layers_of_experts_on_larger_cards(v3: ModelShape) -> None:
+    machine, before = load_machine("10k-server"), 0.0
+    assert machine.gpu is not None
+    for gib in (16, 24, 48, 96):
+        memory = plan_memory(v3, replace(machine, gpu=replace(machine.gpu, vram_bytes=gib * 2**30)), 8192)
+        assert memory.fits and (memory.placement.experts > before or gib == 16)
+        before = memory.placement.experts
+    assert plan_memory(v3, machine, 131_072).placement.experts == 0  # the cache takes their room
 
 
 def test_without_a_gpu_nothing_is_on_one(lite: ModelShape) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from localrun.placement import CHUNK
 from localrun.plan.machine import Cpu, Gpu, Machine
-from localrun.plan.memory import CHUNK, Placement
+from localrun.plan.memory import Placement
 from localrun.plan.shapes import ModelShape, Tensor
 
 GEMM_TOKENS = 4  # fewer tokens run the decoding kernels, taken as once each: quant.panel.TOKENS_FROM
@@ -131,9 +132,10 @@ def _step(
         if is_prompt:
             between += activation_bytes(model, n_tokens) / machine.cpu.activation_bytes_per_s
         phases.append(Phase("between kernels", "CPU", between * (1 - share)))
-    if gpu and share and model.is_moe and not placement.experts:
+    if gpu and share and model.is_moe and placement.experts < 1:
         moved = 2 * 4 * c.hidden_size * n_tokens / gpu.link_bytes_per_s  # float32 there and back
-        phases.append(Phase("waiting", "", (gpu.handover_s + moved) * model.n_moe_layers * share))
+        n_layers = model.n_moe_layers * (1 - placement.experts)  # of which the experts are in RAM
+        phases.append(Phase("waiting", "", (gpu.handover_s + moved) * n_layers * share))
     return Speed(n_tokens, tuple(phases), 0.0 if is_prompt else _hidden_s(phases))
 
 
@@ -231,8 +233,7 @@ def _attention(
 def mtp_speed(model: ModelShape, machine: Machine, placement: Placement, ctx: float, acceptance: float) -> Speed | None:
     """Decoding with one drafted token a step, kept at the given rate; None if the model has no layer for it.
 
-    A step verifies two tokens and runs the prediction layer and the head once more. The layer's experts are read from
-    RAM like any other layer's.
+    A step verifies two tokens and runs the prediction layer and the head once more, on the CPU (localrun.placement).
     """
     mtp = model.groups().get("mtp")
     if mtp is None:
@@ -246,6 +247,5 @@ def mtp_speed(model: ModelShape, machine: Machine, placement: Placement, ctx: fl
         config=replace(model.config, num_hidden_layers=1),
         tensors=tuple(ends + draft_tensors),
     )
-    draft_placement = Placement(int(placement.layers > 0), placement.head, placement.experts)
-    draft = decode_speed(layer, machine, draft_placement, ctx)
+    draft = decode_speed(layer, machine, Placement(0, head=False, experts=0.0), ctx)  # it lives in RAM
     return Speed(1 + acceptance, verify.phases + draft.phases, verify.hidden_s + draft.hidden_s)

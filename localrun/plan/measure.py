@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from localrun import hardware
+from localrun.placement import CHUNK
 from localrun.plan.decode import attention_flops
 from localrun.plan.machine import Cpu, Machine, parse_machine
-from localrun.plan.memory import CHUNK
 from localrun.plan.shapes import Conversion, ModelShape, from_config, n_bytes
 
 _LARGE_BYTES = 1 << 28  # what a matrix takes at most: far beyond any cache but the largest servers'

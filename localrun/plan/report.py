@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
+from localrun.placement import CHUNK
 from localrun.plan.decode import Phase, Speed, decode_speed, mtp_speed, prefill_speed
 from localrun.plan.machine import Machine
-from localrun.plan.memory import CHUNK, Memory, plan_memory, refusal
+from localrun.plan.memory import Memory, plan_memory, refusal
 from localrun.plan.shapes import ModelShape, n_bytes
 from localrun.plan.tables import active_weights
 
