@@ -20,7 +20,6 @@ from math import ceil
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from localrun.cache import row_widths
 from localrun.config import Config
 from localrun.errors import LocalrunError
 from localrun.facts import group_of
@@ -32,10 +31,10 @@ VRAM, RAM = "VRAM", "RAM"
 CHUNK = 512  # tokens of a prompt evaluated at a time: session.PREFILL_CHUNK
 CTX_STEP = 256  # contexts that are proposed are multiples of it
 ATTENTION_WORK_BYTES = 1 << 26  # attention._WORK_BYTES: scores, keys and values at a time
-GPU_ATTENTION_WORK_BYTES = 1 << 28  # the same on the GPU, and the parts of a context that decoding adds up
+GPU_ATTENTION_WORK_BYTES = 1 << 28  # the same on the GPU: gpu.attention._WORK_BYTES
 # What comes with a CUDA process besides tensors: kernels, graphs, the allocator's rounding. Assumed.
 RESERVE_BYTES = 1 << 28
-_SCALE_BYTES = 4  # of each part of a row of 8-bit values
+_SCALE_BYTES = 4  # of each row of 8-bit values
 
 EXPERTS, MTP = "routed experts", "multi-token prediction"
 _LABELS = {"other": "routers and norms", "mtp": MTP}
@@ -212,13 +211,16 @@ def settings_that_fit(request: Request) -> list[str]:
     return [option for option in options if option]
 
 
+def runs_on_gpu(config: Config) -> bool:
+    """Whether the GPU has kernels for the model's attention: latent attention only."""
+    return config.kv_lora_rank > 0
+
+
 def cache_bytes_per_token(config: Config, bits: int) -> int:
-    """Bytes that all layers keep of a token; of 8-bit rows each part (latent and rotated; keys; values) has a scale."""
-    if bits == 16:
+    """Bytes that all layers keep of a token; of 8 bits are latents, which have a scale, while rotated keys keep 16."""
+    if bits == 16 or not runs_on_gpu(config):
         return config.kv_bytes_per_token
-    widths = row_widths(config)
-    n_scales = 2 if config.kv_lora_rank else len(widths)
-    return config.num_hidden_layers * (sum(widths) + _SCALE_BYTES * n_scales)
+    return config.num_hidden_layers * (config.kv_lora_rank + 2 * config.qk_rope_head_dim + _SCALE_BYTES)
 
 
 def work_bytes(config: Config) -> int:

@@ -75,7 +75,7 @@ def _place(model: ModelShape, machine: Machine, ctx: int) -> placement.Placement
         model.tensors, model.config, ctx, int(machine.ram_bytes), runner_bytes=int(machine.cpu.process_bytes)
     )
     alone = placement.lay_out(request)
-    if gpu is None:
+    if gpu is None or not (gpu.unified or placement.runs_on_gpu(model.config)):
         return alone
     vram = 2 * n_bytes(model.tensors) + alone.needed[RAM] if gpu.unified else gpu.vram_bytes - gpu.reserved_bytes
     found = placement.lay_out(replace(request, vram=int(vram)))
