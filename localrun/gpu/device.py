@@ -1,0 +1,171 @@
+"""What the hybrid path asks of a device: a second stream, memory that both sides copy, host nodes, steps captured once.
+
+The only module that knows CUDA's streams, events and graphs. `Cuda` is a GPU; `StandIn` does the same on the CPU at
+once, so that everything else is testable without one.
+
+A host node is a C function void(void*) that the driver calls from a thread of its own, when what was queued before is
+done; what is queued behind waits until it returns. It must not call CUDA. It goes straight to the driver's
+cuLaunchHostFunc (https://docs.nvidia.com/cuda/cuda-driver-api/, "Execution Control"): cuda-bindings hands over a
+function of its own instead, depending on its version (12.8.0 in its runtime module; 12.9.10 and 13.0.0 in its driver
+module, too), which takes the GIL and frees its argument at the first call, so that a graph can't be replayed
+(github.com/NVIDIA/cuda-python, issue 790).
+"""
+
+import ctypes
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from localrun.errors import LocalrunError
+
+_WARM_UPS = 2  # of a step before it is captured: kernels are compiled and libraries make their work memory
+_FAILURES = ("CUDA error", "CUDA driver error", "Triton Error [CUDA]")  # how torch's and Triton's messages begin
+
+
+class StandIn:
+    """The CPU as if it were a device: everything is done when it is asked for."""
+
+    def __init__(self) -> None:
+        self.torch = torch.device("cpu")
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Memory of the host that the device copies to and from."""
+        return torch.empty(shape, dtype=dtype)
+
+    @contextmanager
+    def side(self) -> Iterator[None]:
+        """A branch of what is queued here, from now on; join() it."""
+        yield
+
+    def join(self, branch: None) -> None:
+        """Go on after a branch."""
+
+    def call(self, function: int, argument: int) -> None:
+        """Call a C function void(void*) by its address."""
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)(argument)
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        """What does the same as step, later and more than once."""
+        return step
+
+    def mark(self) -> Callable[[], None]:
+        """What waits until all that has been queued is done."""
+        return self.synchronize
+
+    def synchronize(self) -> None:
+        """Wait for all that has been queued."""
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Within, the device's failures are errors of one line."""
+        yield
+
+
+class Cuda:
+    """A GPU with its main stream, which is torch's current one, and one more.
+
+    A tensor may be used on the other stream than the one it was made on, as long as it is held until join().
+    """
+
+    def __init__(self, index: int = 0):
+        """Raises LocalrunError if there is no driver, or the GPU can't be used."""
+        self.torch = torch.device("cuda", index)
+        self._driver = load_driver()
+        with self.errors():
+            self._side, self._capture = torch.cuda.Stream(self.torch), torch.cuda.Stream(self.torch)
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Page-locked memory of the host: only with it copies are asynchronous, and may be captured."""
+        with self.errors():
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+
+    @contextmanager
+    def side(self) -> Iterator[torch.cuda.Stream]:
+        """What is queued within goes on another stream, which starts after what the current one has so far."""
+        self._side.wait_stream(torch.cuda.current_stream(self.torch))
+        with torch.cuda.stream(self._side):
+            yield self._side
+
+    def join(self, branch: torch.cuda.Stream) -> None:
+        """The current stream goes on after the branch."""
+        torch.cuda.current_stream(self.torch).wait_stream(branch)
+
+    def call(self, function: int, argument: int) -> None:
+        """A host node on the current stream: a C function void(void*) at an address, with its argument."""
+        stream = torch.cuda.current_stream(self.torch).cuda_stream
+        result = self._driver.cuLaunchHostFunc(stream, function, argument)
+        if result != 0:
+            raise LocalrunError(f"the GPU failed: cuLaunchHostFunc returned CUDA error {result}")
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        """A CUDA graph of what step queues, as what launches it on the current stream.
+
+        step runs a few times before; it must leave its branches joined and its buffers where they are, and neither wait
+        for the device nor read from it.
+        """
+        graph, stream = torch.cuda.CUDAGraph(), self._capture
+        with self.errors(), torch.cuda.device(self.torch):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UPS):
+                    step()
+            torch.cuda.current_stream().wait_stream(stream)
+            # Other threads may use CUDA meanwhile, as long as they keep off this stream.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                step()
+
+        def replay() -> None:
+            with self.errors():
+                graph.replay()
+
+        return replay
+
+    def mark(self) -> Callable[[], None]:
+        """What waits until the current stream has done what it has so far; any thread may call it.
+
+        It sleeps. torch.cuda.synchronize() would spin on a core that one of the workers needs.
+        """
+        with self.errors():
+            event = torch.cuda.Event(blocking=True)
+            event.record(torch.cuda.current_stream(self.torch))
+
+        def wait() -> None:
+            with self.errors():
+                event.synchronize()
+
+        return wait
+
+    def synchronize(self) -> None:
+        """Wait, asleep, for all that the current stream has; branches that were joined are part of it."""
+        self.mark()()
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Within, the GPU's failures are a LocalrunError of one line; other exceptions stay what they are."""
+        try:
+            yield
+        except torch.cuda.OutOfMemoryError as error:
+            raise LocalrunError(f"the GPU's memory is full: {_sentence(error)}; see --ctx and --vram") from error
+        except RuntimeError as error:
+            if not str(error).startswith(_FAILURES):
+                raise
+            raise LocalrunError(f"the GPU failed: {_sentence(error)}; --device cpu does without it") from error
+
+
+def load_driver() -> ctypes.CDLL:
+    """The CUDA driver's library, with the one function that torch does not offer. Raises LocalrunError without it."""
+    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    try:
+        driver = ctypes.CDLL(name)
+    except OSError as error:
+        raise LocalrunError(f"no CUDA driver: {name} can't be loaded ({error})") from None
+    driver.cuLaunchHostFunc.argtypes = [ctypes.c_void_p] * 3  # stream, function, its argument
+    driver.cuLaunchHostFunc.restype = ctypes.c_int
+    return driver
+
+
+def _sentence(error: RuntimeError) -> str:
+    """The first sentence of a message; torch's go on with advice on how to debug."""
+    return str(error).split("\n")[0].split(". ")[0].rstrip(".")
