@@ -6,6 +6,7 @@
     python scripts/train_miniature.py export RUN2/checkpoint.pt FOLDER --data DATA [--fp8]
     python scripts/train_miniature.py evaluate RUN2/checkpoint.pt --data DATA
     python scripts/train_miniature.py quality RUN2/checkpoint.pt --data DATA
+    python scripts/train_miniature.py text DATA held-out.txt
     python scripts/train_miniature.py compare RUN RUN3 [--plot losses.png] [--plot-balance balance.png]
 
 `train` goes on from RUN/checkpoint.pt if there is one. Without --decay-steps the learning rate stays, and --start
@@ -28,6 +29,7 @@ def main() -> None:
     _add_export(commands)
     _add_evaluate(commands)
     _add_quality(commands)
+    _add_text(commands)
     _add_compare(commands)
     arguments = parser.parse_args()
     arguments.command(arguments)
@@ -175,6 +177,21 @@ def _quality(arguments: argparse.Namespace) -> None:
         )
     print(quality.markdown(report))
     print(json.dumps(report))
+
+
+def _add_text(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("text", help="the held-out stories as a text file, for other programs")
+    parser.add_argument("data", type=Path, help="what `prepare` wrote")
+    parser.add_argument("file", type=Path, help="to write")
+    parser.set_defaults(command=_text)
+
+
+def _text(arguments: argparse.Namespace) -> None:
+    from miniature import data
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(arguments.data / "tokenizer.json"))
+    arguments.file.write_text(data.plain_text(data.Tokens.load(arguments.data / "validation.npz"), tokenizer))
 
 
 def _add_compare(commands: argparse._SubParsersAction) -> None:

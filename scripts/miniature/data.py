@@ -146,6 +146,11 @@ class Tokens:
         return (self.tokens[start:end] for start, end in zip(self.starts[:-1], self.starts[1:], strict=True))
 
 
+def plain_text(stories: Iterable[np.ndarray], tokenizer: Tokenizer) -> str:
+    """Stories as text, a blank line between them: for programs that read a text file."""
+    return "\n\n".join(tokenizer.decode(story.tolist()) for story in stories)
+
+
 class Stream:
     """The endless text of training: all stories in an order drawn for each epoch, packed without gaps.
 

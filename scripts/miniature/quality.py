@@ -22,7 +22,7 @@ import torch
 from tokenizers import Tokenizer
 
 from miniature.config import Config
-from miniature.data import Tokens
+from miniature.data import Tokens, plain_text
 from miniature.export import export
 from miniature.model import Model
 
@@ -106,7 +106,7 @@ def collect_imatrix(data: Path, work: Path, threads: int) -> Path:
     tokenizer, stories = Tokenizer.from_file(str(data / "tokenizer.json")), list(Tokens.load(data / "train.npz"))
     chosen = stories[:: max(1, len(stories) // N_IMATRIX_STORIES)]
     text, path = work / "imatrix.txt", work / "imatrix.gguf"
-    text.write_text("\n\n".join(tokenizer.decode(story.tolist()) for story in chosen))
+    text.write_text(plain_text(chosen, tokenizer))
     _localrun("imatrix", str(work / "BF16.gguf"), "-f", str(text), "-o", str(path), "-t", str(threads))
     return path
 
