@@ -1,0 +1,128 @@
+"""Which GPU can be used, or in one line why none can. Asks the driver before it imports torch, which takes 1 to 2 s.
+
+What is needed: an NVIDIA card of compute capability 8.0 or more (bfloat16 and asynchronous copies), its driver, torch
+with CUDA no newer (in its major version) than the driver's, and Triton. Of several cards the first is taken;
+CUDA_VISIBLE_DEVICES says which that is. Functions and numbers: CUDA Driver API, cuda.h of CUDA 12.4.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+CAPABILITY = (8, 0)
+LEAST_BYTES = 1 << 30  # of free VRAM: work memory takes most of it
+_NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
+_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+_INSTALL_TRITON = "pip install 'localrun[gpu]'"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The card in use: compute capability, bytes of VRAM in all and free, versions of driver ("" unknown) and CUDA."""
+
+    name: str
+    capability: tuple[int, int]
+    total: int
+    free: int
+    driver: str
+    cuda: str
+
+
+@dataclass(frozen=True)
+class NoGpu:
+    """Why there is none, in one line; whether there is a card all the same, so that the user may wonder."""
+
+    reason: str
+    has_card: bool
+
+
+def find() -> Gpu | NoGpu:
+    """The GPU, or why there is none. Imports torch only where a driver, a card and Triton are there."""
+    driver = _driver_library()
+    if driver is None:
+        has_card = _on_the_bus()
+        reason = "there is an NVIDIA card, but no driver for it" if has_card else "there is no NVIDIA card"
+        return NoGpu(reason, has_card)
+    code = driver.cuInit(0)
+    if code == _NO_DEVICE:
+        hidden = "CUDA_VISIBLE_DEVICES" in os.environ
+        return NoGpu("CUDA sees no card" + (" (CUDA_VISIBLE_DEVICES is set)" if hidden else ""), _on_the_bus())
+    if code:
+        return NoGpu(f"the NVIDIA driver does not start: CUDA error {code}", True)
+    name, capability = _first_card(driver)
+    if capability < CAPABILITY:
+        needed = ".".join(map(str, CAPABILITY))
+        return NoGpu(f"{name} has compute capability {'.'.join(map(str, capability))}; {needed} is needed", True)
+    if importlib.util.find_spec("triton") is None:
+        return NoGpu(f"Triton is not installed: {_INSTALL_TRITON}", True)
+    return _by_torch(name, capability, _cuda_version(driver))
+
+
+def driver_version() -> str:
+    """The NVIDIA driver's: "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86  Wed ..."; "" where not known."""
+    with suppress(OSError):
+        for line in Path("/proc/driver/nvidia/version").read_text().splitlines():
+            if line.startswith("NVRM"):
+                return next((word for word in line.split() if word[0].isdigit() and "." in word), "")
+    return ""
+
+
+def _by_torch(name: str, capability: tuple[int, int], driver_cuda: tuple[int, int]) -> Gpu | NoGpu:
+    """What torch can do with the card that the driver has."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return NoGpu(f"torch cannot be imported: {error}", True)
+    if torch.version.cuda is None:
+        return NoGpu(f"torch {torch.__version__} is built without CUDA: install one with it (pytorch.org)", True)
+    if driver_cuda[0] < int(torch.version.cuda.split(".")[0]):
+        found = ".".join(map(str, driver_cuda))
+        return NoGpu(f"the NVIDIA driver is too old: it has CUDA {found}, torch needs {torch.version.cuda}", True)
+    try:
+        torch.cuda.init()
+        free, total = torch.cuda.mem_get_info(0)  # makes a context, whose own memory is gone then
+    except RuntimeError as error:  # torch's, for anything that CUDA refuses
+        return NoGpu(f"CUDA does not start: {str(error).splitlines()[0]}", True)
+    if free < LEAST_BYTES:
+        return NoGpu(f"{name} has {free / 2**30:.1f} of {total / 2**30:.1f} GiB of VRAM free, too little", True)
+    return Gpu(name, capability, total, free, driver_version(), torch.version.cuda)
+
+
+def _driver_library() -> ctypes.CDLL | None:
+    """The driver's library, if it is installed."""
+    try:
+        return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return None
+
+
+def _first_card(driver: ctypes.CDLL) -> tuple[str, tuple[int, int]]:
+    """Name and compute capability; the driver has been started."""
+    name, major, minor = ctypes.create_string_buffer(256), ctypes.c_int(), ctypes.c_int()
+    driver.cuDeviceGetName(name, len(name), 0)
+    driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, 0)
+    driver.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, 0)
+    return name.value.decode(errors="replace"), (major.value, minor.value)
+
+
+def _cuda_version(driver: ctypes.CDLL) -> tuple[int, int]:
+    """(12, 4) for 12040: the latest that the driver knows."""
+    version = ctypes.c_int()
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    return version.value // 1000, version.value % 1000 // 10
+
+
+def _on_the_bus() -> bool:
+    """Whether the PCI bus has a display or compute controller of NVIDIA's."""
+    for folder in Path("/sys/bus/pci/devices").glob("*"):
+        with suppress(OSError):
+            vendor, kind = (folder / "vendor").read_text().strip(), (folder / "class").read_text().strip()
+            if vendor == "0x10de" and kind.startswith("0x03"):
+                return True
+    return False
