@@ -192,7 +192,7 @@ def test_no_drafts_where_none_were_asked_for(engine: Any) -> None:
 
 
 def test_command_prints_what_drafts_did(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command(["bench", "-p", "0", "-n", "30", "-r", "1", "--speculative", "auto"]) == 0
+    assert command(["bench", "smollm2", "-p", "0", "-n", "30", "-r", "1", "--speculative", "auto"]) == 0
     out = capsys.readouterr().out
     assert "greedy text with drafts: " in out and " times as fast\n" in out and "drafts accepted (n-gram), " in out
 

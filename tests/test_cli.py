@@ -392,7 +392,7 @@ def test_closed_streams() -> None:
 def test_inspect_loads_no_engine() -> None:
     code = (
         "import sys, cli.main\n"
-        "cli.main.run(['inspect', '--json'])\n"
+        "cli.main.run(['inspect', 'smollm2', '--json'])\n"
         "print([n for n in ('torch', 'numba', 'llama_cpp') if n in sys.modules], file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -404,7 +404,7 @@ def test_inspect_loads_no_engine() -> None:
 
 
 def test_inspect_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["inspect"]) == 0
+    assert run(["inspect", "smollm2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split() == ["parameters", "134,515,008"] for line in lines)
     assert any(line.split() == ["KV", "cache", "23,040", "bytes", "a", "token"] for line in lines)

@@ -236,7 +236,7 @@ TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind. 
 def test_the_command_on_the_bundled_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "t.txt").write_text(TEXT)
     out = tmp_path / "i.gguf"
-    arguments = ["imatrix", "-f", str(tmp_path / "t.txt"), "-o", str(out), "-c", "16", "--chunks", "2"]
+    arguments = ["imatrix", "smollm2", "-f", str(tmp_path / "t.txt"), "-o", str(out), "-c", "16", "--chunks", "2"]
     assert run(arguments) == 0
     printed, err = capsys.readouterr()
     assert printed == f"{out}: 210 matrices, 2 chunks of 16 tokens\n"

@@ -64,7 +64,7 @@ INVALID = [
 
 @pytest.fixture(scope="module", params=[*NAMES, "smollm2"])
 def path(request: pytest.FixtureRequest) -> Path:
-    return model_path(None) if request.param == "smollm2" else VOCABULARIES / f"ggml-vocab-{request.param}.gguf"
+    return model_path("smollm2") if request.param == "smollm2" else VOCABULARIES / f"ggml-vocab-{request.param}.gguf"
 
 
 @pytest.fixture(scope="module")
