@@ -1,0 +1,323 @@
+"""How the blocks of each GGUF format become weights inside Triton kernels, from the file's bytes as they are.
+
+A row is a sequence of units: 32 weights, two halves (low, high) of 16. Where the format has nibbles, one 16-byte string holds both.
+unit() loads the bytes of many units as words, as wide as a block's alignment allows, each once, and with them what a half's
+weights share; plane() takes byte b out of every word. A word of n bytes thus gives n planes, and a plane's element i is the
+half's weight n * i + b. Columns may come in any order, as long as activations come in the same.
+
+A plane holds u, float32. Integer codes are written into the mantissa of 1.0, u = 1 + code / 2^bits, which takes a shift and one
+logical operation instead of a conversion at a fraction of the rate: a weight is scale * (u - 1) - minimum. Of floats u is the
+weight, of FP8 the weight is scale * u.
+
+Shapes: R rows, U units, N words in 16 bytes. Source of the layouts: the modules of quant, one a format.
+"""
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+FLOATS = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How kernels read a format.
+
+    Attributes:
+        name: ggml's, or FP8_E4M3 (one byte a weight, and a float32 scale for every 128 x 128).
+        block: weights in a block.
+        block_bytes: bytes of a block.
+        word: bytes of a word, and planes of a half.
+    """
+
+    name: str
+    block: int
+    block_bytes: int
+    word: int
+
+    @property
+    def n_words(self) -> int:
+        """Words that hold the codes of a half (or of both)."""
+        return 16 // self.word
+
+
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        Layout("F32", 1, 4, 1),
+        Layout("F16", 1, 2, 1),
+        Layout("BF16", 1, 2, 1),
+        Layout("FP8_E4M3", 1, 1, 1),
+        Layout("Q4_0", 32, 18, 2),
+        Layout("Q4_1", 32, 20, 4),
+        Layout("Q5_0", 32, 22, 2),
+        Layout("Q5_1", 32, 24, 4),
+        Layout("Q8_0", 32, 34, 2),
+        Layout("Q4_K", 256, 144, 4),
+        Layout("Q5_K", 256, 176, 4),
+        Layout("Q6_K", 256, 210, 2),
+        Layout("IQ4_NL", 32, 18, 2),
+        Layout("IQ4_XS", 256, 136, 4),
+        Layout("MXFP4", 32, 17, 1),
+    )
+}
+
+# The grids of IQ4_NL (plus 128) and MXFP4 (plus 12), four bytes a word, first value lowest.
+_IQ4 = tuple(tl.constexpr(word) for word in (0x3F2D1801, 0x766A5D4F, 0xA6998D81, 0xF1D9C5B5))
+_E2M1 = tuple(tl.constexpr(word) for word in (0x0F0E0D0C, 0x18141210, 0x090A0B0C, 0x00040608))
+_IQ4_0, _IQ4_1, _IQ4_2, _IQ4_3 = _IQ4
+_E2M1_0, _E2M1_1, _E2M1_2, _E2M1_3 = _E2M1
+
+
+@triton.jit
+def columns(unit, FORMAT: tl.constexpr):
+    """The first columns of the low and of the high halves of units."""
+    if FORMAT == "Q4_K" or FORMAT == "Q5_K":
+        low = unit // 2 * 64 + unit % 2 * 16
+        high = low + 32
+    elif FORMAT == "Q6_K":
+        low = unit // 4 * 128 + unit % 4 * 16
+        high = low + 64
+    else:
+        low = unit * 32
+        high = low + 16
+    return low, high
+
+
+@triton.jit
+def _u16(address):
+    return tl.load(address).to(tl.uint32)
+
+
+@triton.jit
+def _half(address):
+    """f16, loaded as 16 bits, in float32."""
+    return tl.load(address).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _half_pair(word):
+    """The two f16 in a 32-bit word, in float32."""
+    low = (word & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    high = (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    return low, high
+
+
+@triton.jit
+def _float_bits(bits):
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _unit_float(w, row, unit, stride, n_cols, FORMAT: tl.constexpr):
+    """32 numbers as they are; columns past the row's end are read from its last one."""
+    if FORMAT == "F32":
+        w = w.to(tl.pointer_type(tl.float32))
+    elif FORMAT == "F16":
+        w = w.to(tl.pointer_type(tl.float16))
+    elif FORMAT == "BF16":
+        w = w.to(tl.pointer_type(tl.bfloat16))
+    column = unit * 32 + tl.arange(0, 16)[None, None, :]
+    low = tl.load(w + row * stride + tl.minimum(column, n_cols - 1))
+    high = tl.load(w + row * stride + tl.minimum(column + 16, n_cols - 1))
+    return low, high
+
+
+@triton.jit
+def _unit_32(w, row, unit, stride, FORMAT: tl.constexpr):
+    """A unit is a block: words of both halves, fifth bits of both, scale, minimum."""
+    block = row * stride + unit
+    if FORMAT == "MXFP4":
+        codes = tl.load(w + block * 17 + 1 + tl.arange(0, 16)[None, None, :]).to(tl.uint32)
+        e = tl.load(w + block * 17).to(tl.uint32)
+        # 2^(e-128); e below 2 gives a subnormal. Codes are 12 too high, and 2^5 makes up for the mantissa.
+        scale = _float_bits(tl.where(e < 2, 0x00200000 << tl.minimum(e, 1), (tl.maximum(e, 1) - 1) << 23))
+        return codes, codes, codes, codes, scale * 32.0, scale * 12.0
+    w16 = w.to(tl.pointer_type(tl.uint16))
+    w32 = w.to(tl.pointer_type(tl.uint32))
+    n8 = tl.arange(0, 8)[None, None, :]
+    n4 = tl.arange(0, 4)[None, None, :]
+    if FORMAT == "Q8_0":
+        scale = _half(w16 + block * 17)
+        low = _u16(w16 + block * 17 + 1 + n8)
+        high = _u16(w16 + block * 17 + 9 + n8)
+        return low, high, low, high, scale * 256.0, scale * 128.0
+    elif FORMAT == "Q4_1":
+        scale, minimum = _half_pair(tl.load(w32 + block * 5))
+        codes = tl.load(w32 + block * 5 + 1 + n4)
+        return codes, codes, codes, codes, scale * 16.0, -minimum
+    elif FORMAT == "Q5_1":
+        scale, minimum = _half_pair(tl.load(w32 + block * 6))
+        fifth = tl.load(w32 + block * 6 + 1)
+        codes = tl.load(w32 + block * 6 + 2 + n4)
+        return codes, codes, fifth >> (4 * n4), fifth >> (4 * n4 + 16), scale * 32.0, -minimum
+    elif FORMAT == "Q5_0":
+        scale = _half(w16 + block * 11)
+        low, high = _u16(w16 + block * 11 + 1), _u16(w16 + block * 11 + 2)
+        codes = _u16(w16 + block * 11 + 3 + n8)
+        return codes, codes, low >> (2 * n8), high >> (2 * n8), scale * 32.0, scale * 16.0
+    else:  # Q4_0, IQ4_NL
+        scale = _half(w16 + block * 9)
+        codes = _u16(w16 + block * 9 + 1 + n8)
+        if FORMAT == "Q4_0":
+            return codes, codes, codes, codes, scale * 16.0, scale * 8.0
+        else:
+            return codes, codes, codes, codes, scale * 256.0, scale * 128.0
+
+
+@triton.jit
+def _unit_4k(w, row, unit, stride, FORMAT: tl.constexpr):
+    """Q4_K, Q5_K: 16 of the 32 bytes of a pair of sub-blocks; the first one's codes are the low nibbles."""
+    w32 = w.to(tl.pointer_type(tl.uint32))
+    n4 = tl.arange(0, 4)[None, None, :]
+    WORDS: tl.constexpr = 36 if FORMAT == "Q4_K" else 44
+    at = (row * stride + unit // 8) * WORDS
+    pair = unit % 8 // 2
+    d, dmin = _half_pair(tl.load(w32 + at))
+    s, m, both = tl.load(w32 + at + 1), tl.load(w32 + at + 2), tl.load(w32 + at + 3)
+    # 6 bits each: of sub-blocks 0-3 in bytes of their own, of 4-7 with the upper two bits in those bytes.
+    shift = pair % 2 * 16
+    s = tl.where(pair < 2, s & 0x3F3F3F3F, (both & 0x0F0F0F0F) | (s >> 2 & 0x30303030)) >> shift
+    m = tl.where(pair < 2, m & 0x3F3F3F3F, (both >> 4 & 0x0F0F0F0F) | (m >> 2 & 0x30303030)) >> shift
+    s_low, s_high = d * (s & 255).to(tl.float32), d * (s >> 8 & 255).to(tl.float32)
+    m_low, m_high = dmin * (m & 255).to(tl.float32), dmin * (m >> 8 & 255).to(tl.float32)
+    codes = tl.load(w32 + at + (WORDS - 32) + unit % 8 * 4 + n4)
+    if FORMAT == "Q4_K":
+        return codes, codes, codes, codes, s_low * 16.0, m_low, s_high * 16.0, m_high
+    else:
+        fifth = tl.load(w32 + at + 4 + unit % 2 * 4 + n4) >> (2 * pair)
+        return codes, codes, fifth, fifth >> 1, s_low * 32.0, m_low, s_high * 32.0, m_high
+
+
+@triton.jit
+def _unit_6k(w, row, unit, stride):
+    """Q6_K: 16 bytes of ql; low nibbles are of one sub-block of 16, high ones of the sub-block 64 weights on."""
+    w16 = w.to(tl.pointer_type(tl.uint16))
+    n8 = tl.arange(0, 8)[None, None, :]
+    block = row * stride + unit // 8
+    half, quarter = unit % 8 // 4, unit % 4 // 2
+    d = _half(w16 + block * 105 + 104)
+    at = w + block * 210 + 192 + half * 8 + unit % 4
+    s_low = d * tl.load(at).to(tl.int8, bitcast=True).to(tl.float32)
+    s_high = d * tl.load(at + 4).to(tl.int8, bitcast=True).to(tl.float32)
+    codes = _u16(w16 + block * 105 + unit % 8 * 8 + n8)
+    upper = _u16(w16 + block * 105 + 64 + half * 16 + unit % 2 * 8 + n8) >> (2 * quarter)
+    return codes, codes, upper, upper >> 4, s_low * 64.0, s_low * 32.0, s_high * 64.0, s_high * 32.0
+
+
+@triton.jit
+def _unit_4xs(w, row, unit, stride):
+    """IQ4_XS: 16 bytes of a sub-block; its scale has 4 bits in scales_l and 2 in scales_h."""
+    w32 = w.to(tl.pointer_type(tl.uint32))
+    n4 = tl.arange(0, 4)[None, None, :]
+    at = (row * stride + unit // 8) * 34
+    sub = unit % 8
+    first = tl.load(w32 + at)
+    d, _ = _half_pair(first)
+    scale = (tl.load(w32 + at + 1) >> (4 * sub) & 15) | ((first >> 16) >> (2 * sub) & 3) << 4
+    scale = d * (scale.to(tl.float32) - 32.0)
+    codes = tl.load(w32 + at + 2 + sub * 4 + n4)
+    return codes, scale * 256.0, scale * 128.0
+
+
+@triton.jit
+def unit(w, row, unit, stride, n_cols, scales, FORMAT: tl.constexpr):
+    """Units of rows.
+
+    Args:
+        w: uint8 pointer to row 0.
+        row, unit: int32 (R, 1, 1) and (1, U, 1).
+        stride: blocks in a row.
+        n_cols: weights in a row.
+        scales: of FP8 only: float32 pointer to the row of scales that all rows share.
+
+    Returns:
+        Words of the low and high halves, what else plane() needs of them (R, U, N); scale and minimum of the low half,
+        then of the high one, float32 (R, U, 1).
+    """
+    if FORMAT == "F32" or FORMAT == "F16" or FORMAT == "BF16":
+        low, high = _unit_float(w, row, unit, stride, n_cols, FORMAT)
+        one = tl.full((1, 1, 1), 1.0, tl.float32)
+        zero = tl.full((1, 1, 1), 0.0, tl.float32)
+        return low, high, low, high, one, zero, one, zero
+    elif FORMAT == "FP8_E4M3":
+        low, high = _unit_float(w, row, unit, stride, n_cols, FORMAT)
+        scale = tl.load(scales + unit // 4) * 256.0
+        zero = tl.full((1, 1, 1), 0.0, tl.float32)
+        return low, high, low, high, scale, zero, scale, zero
+    elif FORMAT == "Q4_K" or FORMAT == "Q5_K":
+        return _unit_4k(w, row, unit, stride, FORMAT)
+    elif FORMAT == "Q6_K":
+        return _unit_6k(w, row, unit, stride)
+    elif FORMAT == "IQ4_XS":
+        codes, scale, minimum = _unit_4xs(w, row, unit, stride)
+        return codes, codes, codes, codes, scale, minimum, scale, minimum
+    else:
+        low, high, low_bits, high_bits, scale, minimum = _unit_32(w, row, unit, stride, FORMAT)
+        return low, high, low_bits, high_bits, scale, minimum, scale, minimum
+
+
+@triton.jit
+def _fraction(code, BITS: tl.constexpr):
+    """1 + code / 2^BITS"""
+    return _float_bits((code << (23 - BITS)) | 0x3F800000)
+
+
+@triton.jit
+def _pick(code, a, b, c, d):
+    """Byte number `code`, below 16, of four words."""
+    word = tl.where(code < 8, tl.where(code < 4, a, b), tl.where(code < 12, c, d)).to(tl.uint32)
+    return word >> (code % 4 * 8) & 255
+
+
+@triton.jit
+def e4m3_half(code):
+    """2^-8 times what E4M3 bytes mean, f16: its exponent's field is one bit wider, and its bias 8 more."""
+    size = code & 0x7F
+    bits = tl.where(size == 0x7F, 0x7E00, size << 7) | (code & 0x80) << 8
+    return bits.to(tl.uint16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _code(words, extra, SHIFT: tl.constexpr, B: tl.constexpr, FORMAT: tl.constexpr):
+    """u of the codes at bit SHIFT of the words' bytes B."""
+    if FORMAT == "Q8_0":
+        u = _fraction((words >> (8 * B) & 255) ^ 128, 8)
+    elif FORMAT == "FP8_E4M3":
+        u = e4m3_half(words.to(tl.uint32)).to(tl.float32)
+    elif FORMAT == "F32" or FORMAT == "F16" or FORMAT == "BF16":
+        u = words.to(tl.float32)
+    else:
+        code = words >> (8 * B + SHIFT) & 15
+        if FORMAT == "Q5_0" or FORMAT == "Q5_1":
+            u = _fraction(code | (extra >> B & 1) << 4, 5)
+        elif FORMAT == "Q5_K":
+            u = _fraction(code | (extra >> (8 * B) & 1) << 4, 5)
+        elif FORMAT == "Q6_K":
+            u = _fraction(code | (extra >> (8 * B) & 3) << 4, 6)
+        elif FORMAT == "IQ4_NL" or FORMAT == "IQ4_XS":
+            u = _fraction(_pick(code, _IQ4_0, _IQ4_1, _IQ4_2, _IQ4_3), 8)
+        elif FORMAT == "MXFP4":
+            u = _fraction(_pick(code, _E2M1_0, _E2M1_1, _E2M1_2, _E2M1_3), 5)
+        else:
+            u = _fraction(code, 4)
+    return u
+
+
+@triton.jit
+def plane(low, high, low_extra, high_extra, B: tl.constexpr, FORMAT: tl.constexpr):
+    """u of byte B of every word of the low and of the high halves, float32 (R, U, N)."""
+    return _code(low, low_extra, 0, B, FORMAT), _code(high, high_extra, 4, B, FORMAT)
+
+
+@triton.jit
+def weights(low, high, low_extra, high_extra, s_low, m_low, s_high, m_high, B: tl.constexpr, FORMAT: tl.constexpr):
+    """The weights of byte B of every word of the low and of the high halves, float32 (R, U, N), as gguf unpacks them."""
+    u_low, u_high = plane(low, high, low_extra, high_extra, B, FORMAT)
+    if FORMAT == "F32" or FORMAT == "F16" or FORMAT == "BF16":
+        return u_low, u_high
+    elif FORMAT == "FP8_E4M3":
+        return u_low * s_low, u_high * s_high
+    else:
+        return (u_low - 1.0) * s_low - m_low, (u_high - 1.0) * s_high - m_high

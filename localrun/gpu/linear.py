@@ -1,0 +1,64 @@
+"""Quantised matrices in VRAM with the interface of localrun.bridge: blocks as they are in the file, expanded inside kernels.
+
+Letters: T tokens, G groups (attention heads).
+"""
+
+import torch
+
+from localrun.gpu import gemm, gemv
+from localrun.gpu.matrix import Matrix, upload
+from quant.linear import Weight
+
+
+def multiply(matrix: Matrix, x: torch.Tensor) -> torch.Tensor:
+    """float32 (T, G, in) -> (T, G, out): each matrix times its part of every token."""
+    x = x.to(torch.float32).contiguous()
+    if x.shape[0] == 0:
+        return x.new_empty(0, matrix.n_groups, matrix.n_rows)
+    return (gemv if x.shape[0] <= gemv.MOST_TOKENS else gemm).multiply(matrix, x)
+
+
+class Linear:
+    """y = W x for one matrix (out, in)."""
+
+    def __init__(self, weight: Weight, device: torch.device):
+        self.matrix = upload(weight, device)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """float32 (T, in) -> (T, out)."""
+        return multiply(self.matrix, x[:, None]).squeeze(1)
+
+
+class HeadLinear:
+    """One matrix a head: W (G, out, in)."""
+
+    def __init__(self, weight: Weight, device: torch.device):
+        self.matrix = upload(weight, device)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """float32 (T, G, in) -> (T, G, out): W[g] x[t, g]."""
+        return multiply(self.matrix, x)
+
+    def transposed(self, x: torch.Tensor) -> torch.Tensor:
+        """float32 (T, G, out) -> (T, G, in): W[g]^T x[t, g]."""
+        x = x.to(torch.float32).contiguous()
+        if x.shape[0] <= gemv.MOST_TOKENS:
+            return gemv.multiply_transposed(self.matrix, x)
+        return torch.einsum("tgo,goi->tgi", x, self.dense(0, self.matrix.n_groups))
+
+    def dense(self, first: int, count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """(count, out, in): the matrices of heads first..first+count, for one product over many tokens."""
+        matrix = self.matrix
+        rows = torch.arange(first * matrix.n_rows, (first + count) * matrix.n_rows, device=matrix.data.device)
+        return gemv.expand_rows(matrix, rows, dtype).view(count, matrix.n_rows, matrix.n_cols)
+
+
+class Embedding:
+    """Rows of a matrix by token id."""
+
+    def __init__(self, weight: Weight, device: torch.device):
+        self.matrix = upload(weight, device)
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        """int64 (T,) on the device -> float32 (T, D)."""
+        return gemv.expand_rows(self.matrix, ids)

@@ -1,0 +1,38 @@
+"""Expansion of every format's blocks inside Triton kernels, against gguf's dequantize."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from gpu_device import DEVICE
+from kernels import random_weight
+
+from localrun.gpu import gemv, matrix
+from localrun.gpu.blocks import LAYOUTS
+from quant import formats
+
+
+def test_all_formats_of_the_cpu_are_there() -> None:
+    assert set(LAYOUTS) == {*formats.NAMES, "FP8_E4M3"}
+
+
+@pytest.mark.parametrize("name", formats.NAMES)
+def test_expanded_rows_are_those_of_gguf(name: str, rng: np.random.Generator) -> None:
+    """Of one group and of several, in any order; to the bit, as quant's own expansion."""
+    weight, values = random_weight(name, (3, 5, 512), rng)
+    rows = torch.tensor([14, 0, 7, 7, 3], device=DEVICE)
+    found = gemv.expand_rows(matrix.upload(weight, DEVICE), rows)
+    np.testing.assert_array_equal(found.cpu().numpy(), values.reshape(15, 512)[rows.cpu().numpy()].astype(np.float32))
+
+
+@pytest.mark.parametrize("name", ["F32", "F16", "BF16"])
+def test_rows_of_any_length(name: str, rng: np.random.Generator) -> None:
+    weight, values = random_weight(name, (3, 75), rng)
+    found = gemv.expand_rows(matrix.upload(weight, DEVICE), torch.arange(3, device=DEVICE))
+    np.testing.assert_array_equal(found.cpu().numpy(), values.astype(np.float32))
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(5)

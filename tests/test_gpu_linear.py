@@ -1,0 +1,126 @@
+"""Quantised matrices over device tensors against gguf's dequantize and a float64 product."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from gpu_device import DEVICE
+from kernels import random_weight
+
+from localrun.gpu import gemv
+from localrun.gpu.linear import Embedding, HeadLinear, Linear
+from quant import formats
+from quant.errors import QuantError
+from quant.linear import Weight
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(11)
+
+
+def on_device(x: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(x.astype(np.float32)).to(DEVICE)
+
+
+def assert_close(found: torch.Tensor, values: np.ndarray, x: np.ndarray, equation: str, relative: float) -> None:
+    """found = einsum(equation, values, x) but for a part of what the same sum of absolute values is."""
+    expected = np.einsum(equation, values, x)
+    bound = relative * np.einsum(equation, np.abs(values), np.abs(x))
+    assert found.dtype == torch.float32 and found.shape == expected.shape
+    assert (np.abs(found.cpu().numpy() - expected) <= bound + 1e-30).all()
+
+
+# Codes are multiplied as 1 + q / 16 (or / 32 .. 256), and what is too much taken off after the sum: where weights are small
+# against their block's range, float32's 2^-24 counts for the range. Blocks of random bytes have weights of all sizes.
+FEW = 2.0**-17
+# Weights and activations rounded to float16: 2^-11 each, of their own size.
+MANY = 2.0**-10
+
+
+@pytest.mark.parametrize("n_tokens", [1, 3])
+@pytest.mark.parametrize("name", formats.NAMES)
+def test_few_tokens(name: str, n_tokens: int, rng: np.random.Generator) -> None:
+    """An odd number of rows, several tiles of columns of which the last is cut."""
+    weight, values = random_weight(name, (19, 768), rng)
+    x = rng.standard_normal((n_tokens, 768))
+    assert_close(Linear(weight, DEVICE)(on_device(x)), values, x, "oi,ti->to", FEW)
+
+
+@pytest.mark.parametrize("n_tokens", range(1, gemv.MOST_TOKENS + 1))
+def test_every_number_of_few_tokens_gives_each_what_it_gets_alone(n_tokens: int, rng: np.random.Generator) -> None:
+    linear = Linear(random_weight("Q4_K", (5, 256), rng)[0], DEVICE)
+    x = on_device(rng.standard_normal((n_tokens, 256)))
+    together = linear(x)
+    torch.testing.assert_close(
+        together, torch.cat([linear(x[t : t + 1]) for t in range(n_tokens)]), rtol=1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("name", formats.NAMES)
+def test_many_tokens(name: str, rng: np.random.Generator) -> None:
+    """Rows, tokens and columns that fill no whole tile."""
+    weight, values = random_weight(name, (70, 768), rng)
+    x = rng.standard_normal((gemv.MOST_TOKENS + 10, 768))
+    assert_close(Linear(weight, DEVICE)(on_device(x)), values, x, "oi,ti->to", MANY)
+
+
+@pytest.mark.parametrize("n_tokens", [2, 20])
+@pytest.mark.parametrize("name", ["F32", "F16", "BF16"])
+def test_plain_rows_of_any_length(name: str, n_tokens: int, rng: np.random.Generator) -> None:
+    weight, values = random_weight(name, (7, 75), rng)
+    x = rng.standard_normal((n_tokens, 75))
+    assert_close(Linear(weight, DEVICE)(on_device(x)), values, x, "oi,ti->to", MANY)
+
+
+def test_large_activations_stay_finite(rng: np.random.Generator) -> None:
+    """Larger than float16 can be; a token of zeros beside them."""
+    weight, values = random_weight("Q8_0", (6, 64), rng)
+    x = rng.standard_normal((20, 64)) * 1e6
+    x[3] = 0
+    assert_close(Linear(weight, DEVICE)(on_device(x)), values, x, "oi,ti->to", MANY)
+
+
+def test_wide_matrices_of_few_rows_are_split(rng: np.random.Generator) -> None:
+    weight, values = random_weight("Q4_K", (3, 256 * 21), rng)
+    linear, x = Linear(weight, DEVICE), rng.standard_normal((2, 256 * 21))
+    assert gemv.parts(linear.matrix, *gemv.TILES[4], DEVICE) > 2
+    assert_close(linear(on_device(x)), values, x, "oi,ti->to", FEW)
+
+
+def test_no_tokens(rng: np.random.Generator) -> None:
+    assert Linear(random_weight("Q8_0", (6, 64), rng)[0], DEVICE)(torch.zeros(0, 64, device=DEVICE)).shape == (0, 6)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 3, 18])
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_K", "Q6_K", "F16"])
+def test_heads(name: str, n_tokens: int, rng: np.random.Generator) -> None:
+    """W[g] x, W[g]^T x, and the matrices themselves; rows that are a part of each group's, as a joint kv_b has them."""
+    joint, values = random_weight(name, (3, 21, 256), rng)
+    heads, values = HeadLinear(joint.rows(4, 11), DEVICE), values[:, 4:15]
+    x = rng.standard_normal((n_tokens, 3, 256))
+    assert_close(heads(on_device(x)), values, x, "goi,tgi->tgo", MANY)
+    y = rng.standard_normal((n_tokens, 3, 11))
+    assert_close(heads.transposed(on_device(y)), values, y, "goi,tgo->tgi", FEW)
+    np.testing.assert_array_equal(heads.dense(1, 2).cpu().numpy(), values[1:].astype(np.float32))
+
+
+@pytest.mark.parametrize("name", ["Q5_0", "IQ4_XS", "MXFP4", "Q5_K"])
+def test_transposed_in_other_formats(name: str, rng: np.random.Generator) -> None:
+    weight, values = random_weight(name, (2, 40, 256), rng)
+    y = rng.standard_normal((2, 2, 40))
+    assert_close(HeadLinear(weight, DEVICE).transposed(on_device(y)), values, y, "goi,tgo->tgi", FEW)
+
+
+def test_embedding(rng: np.random.Generator) -> None:
+    weight, values = random_weight("Q6_K", (9, 512), rng)
+    ids = torch.tensor([8, 0, 8], device=DEVICE)
+    found = Embedding(weight, DEVICE)(ids)
+    np.testing.assert_array_equal(found.cpu().numpy(), values[[8, 0, 8]].astype(np.float32))
+
+
+def test_unknown_formats_are_refused() -> None:
+    unknown = formats.Format("Q2_K", 256, 84, True, lambda blocks: blocks, 0, 0, 0)
+    with pytest.raises(QuantError, match="no GPU kernels for type Q2_K"):
+        Linear(Weight(unknown, 0, 1, 1, 256, 84), DEVICE)
