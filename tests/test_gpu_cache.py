@@ -1,0 +1,122 @@
+"""The latent cache on the device: its forms, its length there, and what it saves, beside the CPU's cache."""
+
+from __future__ import annotations
+
+import gpu_device
+import numpy as np
+import pytest
+import torch
+from gpu_device import DEVICE
+
+from localrun.cache import Cache, row_widths
+from localrun.config import Config
+from localrun.errors import ContextFullError, LocalrunError
+
+pytest.importorskip("triton", reason="localrun.gpu needs Triton")
+
+from localrun.gpu.cache import DeviceCache, pack_e4m3, row_bytes
+
+CONFIG = Config(
+    architecture="deepseek2", hidden_size=8, intermediate_size=1, num_hidden_layers=2, num_attention_heads=2,
+    vocab_size=1, max_position_embeddings=64, rms_norm_eps=1e-6, rope_theta=1e4, rope_scaling=None, qk_rope_head_dim=6,
+    v_head_dim=4, kv_lora_rank=10, qk_nope_head_dim=4,
+)  # fmt: skip
+BITS = [16, 8, 32]
+
+
+def saved(length: int, dtype: type = np.float16, layers: int = 2) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(length)
+    return {f"{layer}.0": random.standard_normal((length, 16)).astype(dtype) for layer in range(layers)}
+
+
+def loaded(bits: int, length: int = 5) -> tuple[DeviceCache, dict[str, np.ndarray]]:
+    cache, tensors = DeviceCache(CONFIG, 8, DEVICE, bits), saved(length, np.float32 if bits == 32 else np.float16)
+    cache.load(tensors, length)
+    return cache, tensors
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_length_is_on_the_device_too(bits: int) -> None:
+    cache = DeviceCache(CONFIG, 8, DEVICE, bits)
+    address = cache.position.data_ptr()
+    assert (cache.length, cache.position.tolist(), cache.position.dtype) == (0, [0], torch.int32)
+    cache.advance(5)
+    assert (cache.length, cache.position.tolist()) == (5, [5])
+    with pytest.raises(KeyboardInterrupt), cache.all_or_none():
+        cache.advance(2)
+        assert cache.position.tolist() == [7]
+        raise KeyboardInterrupt
+    assert (cache.length, cache.position.tolist()) == (5, [5])
+    cache.truncate(3)
+    cache.truncate(9)  # no more than there is
+    assert (cache.length, cache.position.tolist()) == (3, [3])
+    with pytest.raises(ContextFullError):
+        cache.check_room(6)
+    cache.check_room(5)
+    assert cache.position.data_ptr() == address  # recorded launches know it
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+def test_what_is_saved_moves_between_devices(bits: int) -> None:
+    cache, tensors = loaded(bits)
+    there = Cache(2, row_widths(CONFIG), 8, np.float32 if bits == 32 else np.float16)
+    there.load(cache.save(), 5)
+    again = DeviceCache(CONFIG, 8, DEVICE, bits)
+    again.load(there.save(), 5)
+    assert again.length == 5 and again.position.tolist() == [5]
+    for name, rows in tensors.items():
+        assert np.array_equal(again.save()[name], rows) and again.save()[name].dtype == rows.dtype
+
+
+def test_8_bits_save_16_and_keep_what_they_rounded_to() -> None:
+    cache, tensors = loaded(8)
+    rounded = cache.save()
+    again = DeviceCache(CONFIG, 8, DEVICE, 8)
+    again.load(rounded, 5)
+    # Codes stay: a row's largest value moves by up to 2^-11 in float16, half a step of E4M3 is 2^-5 or more.
+    assert torch.equal(again.latents[:, :5], cache.latents[:, :5])
+    for name, rows in tensors.items():
+        latents, keys = rows[:, :10].astype(np.float64), rows[:, 10:]
+        assert np.array_equal(rounded[name][:, 10:], keys) and rounded[name].dtype == np.float16
+        # E4M3: half a step is 2^-4 of the value, below the row's largest / 28672 a fixed 2^-10 / 448 of the largest;
+        # the float16 that is saved adds 2^-11.
+        bound = np.abs(latents) * (2**-4 + 2**-10) + np.abs(latents).max(-1, keepdims=True) * 2**-10 / 448
+        assert (np.abs(rounded[name][:, :10] - latents) <= bound).all()
+        assert not np.array_equal(rounded[name][:, :10], rows[:, :10])
+
+
+def test_8_bit_rows_of_zeros() -> None:
+    codes, scales = pack_e4m3(torch.zeros(2, 5, device=DEVICE))
+    assert not codes.any() and scales.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "length", "error"),
+    [
+        (saved(9), 9, ContextFullError),
+        (saved(5), 4, LocalrunError),
+        (saved(5, np.float32), 5, LocalrunError),
+        (saved(5, layers=1), 5, LocalrunError),
+        ({}, 0, LocalrunError),
+    ],
+)
+def test_other_sessions_are_refused(tensors: dict[str, np.ndarray], length: int, error: type[Exception]) -> None:
+    cache = DeviceCache(CONFIG, 8, DEVICE)
+    with pytest.raises(error):
+        cache.load(tensors, length)
+    assert cache.length == 0
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_all_memory_is_reserved_at_once(bits: int) -> None:
+    cache = DeviceCache(CONFIG, 8, DEVICE, bits)
+    assert cache.n_bytes == 2 * 8 * row_bytes(CONFIG, bits)
+    assert row_bytes(CONFIG, bits) == {16: 32, 8: 10 + 12 + 4, 32: 64}[bits]
+    assert DeviceCache(CONFIG, 8, DEVICE, bits, n_layers=1).n_bytes == cache.n_bytes // 2
+
+
+@gpu_device.gpu
+def test_memory_is_the_device_s() -> None:
+    before = torch.cuda.memory_allocated()
+    cache = DeviceCache(CONFIG, 100_000, DEVICE)
+    assert torch.cuda.memory_allocated() - before >= cache.n_bytes
