@@ -8,7 +8,7 @@ from cli.output import note, printable, size
 from cli.text import check_text
 
 if TYPE_CHECKING:
-    from localrun.engine import Engine
+    from cli.conversation import Conversation
 
 
 def chat(
@@ -46,13 +46,14 @@ def chat(
     if system is not None:
         system = check_text(system, "the system message")
     with open_model(model, device, threads, ctx, backend, verbose, speculative, draft) as engine:
-        _banner(engine)
         conversation = Conversation(engine, sampling_for(engine, given), system, stop or [], limit)
+        _banner(conversation)
         on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         Repl(conversation, EditedLines() if on_terminal else PlainLines()).run()
 
 
-def _banner(engine: "Engine") -> None:
+def _banner(conversation: "Conversation") -> None:
+    engine = conversation.engine
     facts = engine.describe()
     where = f"{facts['backend']} on {facts['device']} with {facts['threads']} threads"
     print(
@@ -60,6 +61,8 @@ def _banner(engine: "Engine") -> None:
         f"context {facts['ctx']} tokens",
         file=sys.stderr,
     )
-    if engine.template is None:
+    if conversation.template is None:
+        note("the file has no chat template and no ChatML: what you write is continued as it is")
+    elif engine.template is None:
         note("the file has no chat template; using ChatML, as llama.cpp does")
     print("/help lists the commands, Ctrl-C stops a reply, Ctrl-D ends.", file=sys.stderr, flush=True)

@@ -17,34 +17,56 @@ if TYPE_CHECKING:
 
 FORMAT = "localrun conversation 1"
 _ROLES = ("user", "assistant")
+_CLOSING = ",.;:!?')"  # marks that no space goes before
 
 
 class Conversation:
     """Messages and the session that answers them.
 
-    system: the system message or None; messages: {"role", "content"} of user and assistant in turn; limit: tokens a
-    reply can have, None for no limit; carried: text that goes before the next message.
+    A model without a chat template gets ChatML if its vocabulary has that, as with llama.cpp. Else there are no roles
+    for it, only one text that it and the user add to in turn, until the model ends it; the next message begins another.
+
+    Attributes:
+        template: None for such a text.
+        system: the system message or None.
+        messages: {"role", "content"} of user and assistant in turn.
+        limit: tokens a reply can have, None for no limit.
+        carried: text that goes before the next message.
+        has_ended: the model has ended the text.
+
+    Raises:
+        LocalrunError: a system message, and no place for it.
     """
 
     def __init__(self, engine: "Engine", sampling: "Sampling", system: str | None, stop: list[str], limit: int | None):
-        self.engine, self.sampling, self.system, self.limit = engine, sampling, system, limit
-        self.template = engine.template or ChatTemplate(CHATML, bos_token="", eos_token="")
-        self.stop = stop if engine.template else [*stop, CHATML_STOP]
+        self.engine, self.sampling, self.limit, self.stop = engine, sampling, limit, stop
+        self.template = engine.template
+        if self.template is None and _knows_chatml(engine):
+            self.template, self.stop = ChatTemplate(CHATML, bos_token="", eos_token=""), [*stop, CHATML_STOP]
+        self.instruct(system)
         self.messages: list[dict[str, str]] = []
         self.carried = ""
+        self.has_ended = False
         self.session = engine.session()
+
+    def instruct(self, system: str | None) -> None:
+        """Set the system message. Raises LocalrunError if there is no place for one."""
+        if system is not None and self.template is None:
+            raise LocalrunError("this model continues texts: there is no place for a system message")
+        self.system = system
 
     def say(self, text: str, write: Callable[[str], None]) -> bool:
         """Sends a message and writes the reply as it comes; False if Ctrl-C ended it.
 
         A message that got no reply at all is forgotten again, so that the roles stay in turn.
         """
-        self.messages.append({"role": "user", "content": self.carried + text})
+        before = self.messages
+        self.messages = [*([] if self.has_ended else before), {"role": "user", "content": self.carried + text}]
         try:
             return self._reply(write)
         finally:
             if self.messages[-1]["role"] == "user":
-                self.messages.pop()
+                self.messages = before
             else:
                 self.carried = ""
 
@@ -63,12 +85,18 @@ class Conversation:
         """Forgets the messages; the system message stays. The next prompt reuses what it shares with the last."""
         self.messages.clear()
         self.carried = ""
+        self.has_ended = False
+
+    def _prompt_ids(self) -> list[int]:
+        if self.template is None:
+            return self.engine.tokenizer.encode(_joined(self.messages))
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return chat_ids(self.template, self.engine.tokenizer, system + self.messages)
 
     def _reply(self, write: Callable[[str], None]) -> bool:
-        system = [{"role": "system", "content": self.system}] if self.system else []
         text = ""
         with Interruptible() as interrupt:
-            ids = chat_ids(self.template, self.engine.tokenizer, system + self.messages)
+            ids = self._prompt_ids()
             pieces = stream(self.session, ids, self.sampling, self.limit, self.stop, interrupt.check)
             try:
                 for piece in pieces:
@@ -82,6 +110,9 @@ class Conversation:
                 pieces.close()
                 if text:
                     self.messages.append({"role": "assistant", "content": text})
+                    # with stop texts of the user's there is no telling which of the two it was
+                    ended = self.session.finish_reason == "stop" and not self.stop
+                    self.has_ended = self.template is None and ended
         return not interrupt.pressed
 
     def save(self, path: Path) -> None:
@@ -114,6 +145,21 @@ class Conversation:
         except LocalrunError as error:
             return str(error)
         return None
+
+
+def _knows_chatml(engine: "Engine") -> bool:
+    """Whether the vocabulary has ChatML's marks; to a model without them they are just so many letters."""
+    return len(engine.tokenizer.encode(CHATML_STOP, add_special=False, parse_special=True)) == 1
+
+
+def _joined(messages: list[dict[str, str]]) -> str:
+    """One text; what the user adds is a word of its own, or begins with a mark that belongs to the word before."""
+    text = ""
+    for message in messages:
+        added = message["content"]
+        apart = text and message["role"] == "user" and not (text[-1].isspace() or added[:1].isspace())
+        text += f" {added}" if apart and added[:1] not in _CLOSING else added
+    return text
 
 
 def _cache_path(path: Path) -> Path:

@@ -76,11 +76,18 @@ class Repl:
             note(f"the context of {session.engine.ctx} tokens is full; /clear starts afresh")
         elif session.finish_reason == "length":
             note(f"the reply reached {self._conversation.limit} tokens; /set n -1 lifts the limit")
+        elif self._conversation.has_ended:
+            note("the text has ended; what you write next begins another")
         print(timing_line(session), file=sys.stderr, flush=True)
 
     def _help(self, _rest: str) -> None:
         for name, (text, _) in self._commands.items():
             print(f"{name:<8} {text}", file=sys.stderr)
+        if self._conversation.template is None:
+            print(
+                "What you write is continued. Write on where a text has not ended; /clear begins another.",
+                file=sys.stderr,
+            )
         print('A line that ends in \\ goes on; """ starts and ends a text of several lines.', file=sys.stderr)
         print("Ctrl-C stops a reply, Ctrl-D ends the chat.", file=sys.stderr)
 
@@ -93,7 +100,7 @@ class Repl:
 
     def _system(self, rest: str) -> None:
         if rest:
-            self._conversation.system = None if rest == '""' else rest
+            self._conversation.instruct(None if rest == '""' else rest)
         note(f"system message: {self._conversation.system or 'none'}")
 
     def _set(self, rest: str) -> None:

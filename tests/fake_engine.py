@@ -24,9 +24,12 @@ _FILE = Path(__file__).parent / "data" / "vocab" / "ggml-vocab-gpt-2.gguf"  # fo
 class Tokenizer:
     """Bytes as ids; 0 ends a reply."""
 
+    knows_chatml = True
     n_vocab, bos_id, eos_id, add_bos, eog_ids = 256, None, END, False, frozenset({END})
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
+        if text == "<|im_end|>" and parse_special and self.knows_chatml:
+            return [END]
         return list(text.encode())
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
@@ -57,9 +60,13 @@ class Cache:
 
 
 class Model:
-    """The letters of reply, one after the other, from where the assistant's turn (or the whole text) begins."""
+    """The letters of reply, one after the other, from where the assistant's turn (or the whole text) begins.
+
+    turn: what comes before the assistant's turn.
+    """
 
     vocab_size = 256
+    turn = "<|im_start|>assistant\n"
 
     def __init__(self, reply: str) -> None:
         self.reply = reply
@@ -71,7 +78,7 @@ class Model:
         for id in ids:
             cache.ids.append(id)
             text = bytes(cache.ids).decode("latin-1")
-            said = text.rpartition("<|im_start|>assistant\n")[2]
+            said = text.rpartition(self.turn)[2]
             letters = self.reply if said != text else said + self.reply[:1]
             row = np.full(256, -1e9, np.float32)
             row[ord(letters[len(said)]) if len(said) < len(letters) else END] = 0.0
@@ -88,6 +95,7 @@ class Engine:
         self.template = ChatTemplate(CHATML, bos_token="", eos_token="") if template else None
         self.backend, self.ctx, self.threads, self.config = "native", ctx, 1, None
         self.loaded_with: dict[str, Any] = {}
+        self.placement = None
         self.draft: Draft | None = None
 
     def __enter__(self) -> "Engine":

@@ -204,6 +204,63 @@ def test_without_a_template_chatml_and_its_end(engine: Engine, talk: Talk) -> No
     assert "using ChatML" in err and out == ["Aye."]
 
 
+@pytest.fixture
+def teller(engine: Engine) -> Engine:
+    """A model without template and ChatML. What follows the last colon it has told."""
+    engine.template, engine.tokenizer.knows_chatml, engine.model.turn = None, False, ":"
+    engine.model.reply = " a fox lived. "
+    return engine
+
+
+def test_a_text_is_continued_until_the_model_ends_it(teller: Engine, talk: Talk, tmp_path: Path) -> None:
+    out, err = talk("There:\nAnother:\n")
+    assert out == [" a fox lived. "] * 2
+    assert "what you write is continued" in err
+    assert err.count("localrun: the text has ended; what you write next begins another\n") == 2
+    assert teller.heard() == "Another: a fox lived. "
+
+
+def test_a_text_that_has_not_ended_goes_on_with_what_is_written(teller: Engine, talk: Talk) -> None:
+    err = talk("There:\nThen:\n, so:\n  and:\n", "-n", "2")[1]
+    assert teller.heard().startswith("There: a Then: a, so: a  and: ")
+    assert "has ended" not in err
+
+
+def test_a_stop_text_does_not_end_the_story(teller: Engine, talk: Talk) -> None:
+    out, err = talk("There:\nThen:\n", "--stop", ".")
+    assert out == [" a fox lived", " a fox lived"] and "has ended" not in err
+    assert teller.heard().startswith("There: a fox lived Then: a fox lived")
+
+
+def test_regen_clear_and_load_of_a_text(teller: Engine, talk: Talk, tmp_path: Path) -> None:
+    err = talk(f"There:\n/regen\n/save {tmp_path / 'c'}\n/clear\nHere:\n/show\n")[1]
+    assert "user: Here:\nassistant:  a fox lived. " in err and "user: There:" not in err
+    messages = json.loads((tmp_path / "c").read_text())["messages"]
+    assert [message["content"] for message in messages] == ["There:", " a fox lived. "]
+    talk(f"Before:\n/load {tmp_path / 'c'}\nMore:\n")
+    assert teller.heard() == "There: a fox lived. More: a fox lived. "
+
+
+def test_an_ended_text_stays_until_another_has_begun(teller: Engine, talk: Talk) -> None:
+    err = talk(f"There:\n{'x' * 1000}:\n/show\n")[1]
+    assert "the context holds 1000: shorten it" in err
+    assert "user: There:\nassistant:  a fox lived. " in err
+
+
+def test_a_text_has_no_place_for_a_system_message(
+    teller: Engine, talk: Talk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, err = talk("/system Be brief.\nThere:\n/system\n")
+    assert "localrun: this model continues texts: there is no place for a system message\n" in err
+    assert "system message: none" in err and out == [" a fox lived. "]
+    assert run(["chat", "--system", "Be brief."]) == 1
+    assert "no place for a system message" in capsys.readouterr().err
+
+
+def test_help_says_that_texts_are_continued(teller: Engine, talk: Talk) -> None:
+    assert "What you write is continued" in talk("/help\n")[1]
+
+
 def test_lines_that_are_not_utf_8(talk: Talk) -> None:
     out, err = talk(b"\xff\xfe\nHello\n")
     assert "the line: is not UTF-8 text" in err and out == ["Aye, all is well."]
