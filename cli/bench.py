@@ -24,6 +24,10 @@ def bench(
     n_prompt: Annotated[int, typer.Option("-p", "--n-prompt", help="Tokens of prompt; 0 to leave it out.")] = 512,
     n_tokens: Annotated[int, typer.Option("-n", "--n-tokens", help="Tokens to generate; 0 to leave it out.")] = 128,
     repetitions: Annotated[int, typer.Option("-r", "--repetitions", help="How often; a warm-up comes first.")] = 3,
+    device: options.Device = options.DeviceChoice.auto,
+    vram: options.Vram = None,
+    gpu_experts: options.GpuExperts = "auto",
+    cache_bits: options.CacheBitsChoice = options.CacheBits.sixteen,
     threads: options.Threads = None,
     speculative: options.Speculative = "off",
     draft: options.Draft = None,
@@ -35,7 +39,7 @@ def bench(
     verbose: options.Verbose = False,
 ) -> None:
     """Measure tokens a second of a prompt (pp) and of generation (tg), and memory bandwidth."""
-    from cli.model import open_model
+    from cli.model import open_model, placement_facts
     from localrun.bench import Settings, run
     from localrun.bundled import model_path
     from localrun.config import read_config
@@ -45,9 +49,9 @@ def bench(
     settings.check()
     with open_gguf(model_path(model)) as file:  # before kernels are compiled for nothing
         settings.check_fits(read_config(file))
-    device, backend = options.DeviceChoice.cpu, options.BackendChoice.native
+    backend, gpu = options.BackendChoice.native, (vram, gpu_experts, cache_bits)
     with ExitStack() as stack:
-        opened = open_model(model, device, threads, settings.ctx, backend, verbose, speculative, draft)
+        opened = open_model(model, device, threads, settings.ctx, backend, verbose, speculative, draft, *gpu)
         engine = stack.enter_context(opened)
         peer = None
         if against is not None:
@@ -59,7 +63,7 @@ def bench(
             if verbose:
                 note(f"llama.cpp: {', '.join(f'{name} {value}' for name, value in peer.description.items())}")
         with progress_bar() as report:
-            document = run(engine, settings, peer, report)
+            document = run(engine, settings, peer, report) | {"placement": placement_facts(engine)}
     if as_json:
         print_json(document)
     else:
@@ -72,7 +76,7 @@ def _print(document: dict[str, Any]) -> None:
     console = Console(width=max(100, Console().width), highlight=False, markup=False)
     machine, isa, threads = document["machine"], document["isa"], document["threads"]
     console.print(f"{document['model']}, {size(document['weight_bytes'])}")
-    console.print(f"{machine['cpu']}, {threads} of {machine['cores']} cores, {isa}")
+    console.print(f"{machine['cpu']}, {threads} of {machine['cores']} cores, {isa}, on {document['device']}")
     console.print(_table(document))
     for line in _reading(document):
         console.print(line)

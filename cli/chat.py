@@ -23,6 +23,9 @@ def chat(
     repeat_penalty: options.RepeatPenalty = None,
     seed: options.Seed = None,
     device: options.Device = options.DeviceChoice.auto,
+    vram: options.Vram = None,
+    gpu_experts: options.GpuExperts = "auto",
+    cache_bits: options.CacheBitsChoice = options.CacheBits.sixteen,
     threads: options.Threads = None,
     ctx: options.Ctx = None,
     backend: options.Backend = options.BackendChoice.auto,
@@ -45,7 +48,8 @@ def chat(
     )
     if system is not None:
         system = check_text(system, "the system message")
-    with open_model(model, device, threads, ctx, backend, verbose, speculative, draft) as engine:
+    gpu = vram, gpu_experts, cache_bits
+    with open_model(model, device, threads, ctx, backend, verbose, speculative, draft, *gpu) as engine:
         conversation = Conversation(engine, sampling_for(engine, given), system, stop or [], limit)
         _banner(conversation)
         on_terminal = sys.stdin.isatty() and sys.stdout.isatty()

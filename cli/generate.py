@@ -33,6 +33,9 @@ def generate(
     repeat_penalty: options.RepeatPenalty = None,
     seed: options.Seed = None,
     device: options.Device = options.DeviceChoice.auto,
+    vram: options.Vram = None,
+    gpu_experts: options.GpuExperts = "auto",
+    cache_bits: options.CacheBitsChoice = options.CacheBits.sixteen,
     threads: options.Threads = None,
     ctx: options.Ctx = None,
     backend: options.Backend = options.BackendChoice.auto,
@@ -56,7 +59,8 @@ def generate(
     )
     text = _prompt(prompt, file)
     started = time.perf_counter()
-    with open_model(model, device, threads, ctx, backend, verbose, speculative, draft) as engine:
+    gpu = vram, gpu_experts, cache_bits
+    with open_model(model, device, threads, ctx, backend, verbose, speculative, draft, *gpu) as engine:
         load_s = time.perf_counter() - started
         ids = _prompt_ids(engine, text, system, raw)
         sampling, session = sampling_for(engine, given), engine.session()
@@ -134,10 +138,13 @@ def _print(pieces: Any) -> None:
 def _document(
     engine: "Engine", session: "Session", text: str, load_s: float, sampling: dict[str, Any]
 ) -> dict[str, Any]:
+    from cli.model import placement_facts
+
     stats = session.stats
     return {
         **engine.describe(),
         "path": str(engine.file.path),
+        "placement": placement_facts(engine),
         "text": text,
         "ids": session.reply_ids,
         "finish_reason": session.finish_reason,

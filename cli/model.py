@@ -1,17 +1,19 @@
 """Opening a model for a command, and streaming a reply from it, both with progress shown."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import localrun
-from cli.options import BackendChoice, DeviceChoice
-from cli.output import note, progress_bar
+from cli.options import BackendChoice, CacheBits, DeviceChoice
+from cli.output import note, progress_bar, size
 from localrun.bundled import model_path
 
 if TYPE_CHECKING:
     from localrun.engine import Engine
+    from localrun.placement import Placement
     from localrun.sampling import Sampling
     from localrun.session import Session
 
@@ -25,8 +27,11 @@ def open_model(
     verbose: bool = False,
     speculative: str = "off",
     draft: str | None = None,
+    vram: float | None = None,
+    gpu_experts: str = "auto",
+    cache_bits: CacheBits = CacheBits.sixteen,
 ) -> "Engine":
-    """The loaded model; with verbose, what runs where on stderr."""
+    """The loaded model; with verbose, what goes where and what runs, on stderr."""
     path, draft_path = model_path(model), None if draft is None else model_path(draft)
     started = time.perf_counter()
     with progress_bar() as report:
@@ -36,15 +41,33 @@ def open_model(
             threads=threads,
             ctx=ctx,
             backend=backend.value,
+            vram=vram,
+            gpu_experts=gpu_experts,
+            cache_bits=int(cache_bits.value),
             speculative=speculative,
             draft=draft_path,
             progress=report,
             notice=note,
+            placed=_show_placement if verbose else None,
         )
     if verbose:
         facts = ", ".join(f"{name} {value}" for name, value in engine.describe().items())
         note(f"loaded in {time.perf_counter() - started:.1f} s: {facts}")
     return engine
+
+
+def placement_facts(engine: "Engine") -> dict[str, Any] | None:
+    """What is where, for --json."""
+    return engine.placement.facts() if engine.placement else None
+
+
+def _show_placement(placement: "Placement") -> None:
+    """The table on stderr: bytes by memory, and what is needed of what there is."""
+    for row in placement.rows:
+        print(f"{row.where:<5} {size(row.n_bytes):>11}  {row.what}", file=sys.stderr)
+    for where, needed in placement.needed.items():
+        usable = size(max(0, placement.available[where]))
+        print(f"{where:<5} {size(needed):>11}  needed, {usable} usable", file=sys.stderr, flush=True)
 
 
 def sampling_for(engine: "Engine", given: dict[str, Any]) -> "Sampling":

@@ -14,6 +14,13 @@ class DeviceChoice(str, Enum):
     cuda = "cuda"
 
 
+class CacheBits(str, Enum):
+    """Of a value that the GPU keeps of a token."""
+
+    sixteen = "16"
+    eight = "8"
+
+
 class BackendChoice(str, Enum):
     """Whose code computes."""
 
@@ -31,6 +38,23 @@ Model = Annotated[
     ),
 ]
 Device = Annotated[DeviceChoice, typer.Option("--device", help="Where to compute.")]
+Vram = Annotated[
+    float | None,
+    typer.Option(
+        "--vram", metavar="GIB", help="Memory of the GPU to use; all that is free if not given.", show_default=False
+    ),
+]
+GpuExperts = Annotated[
+    str,
+    typer.Option(
+        "--gpu-experts",
+        metavar="auto|N",
+        help="Experts of each layer on the GPU; those of whole layers that fit, or N.",
+    ),
+]
+CacheBitsChoice = Annotated[
+    CacheBits, typer.Option("--cache-bits", help="Of the GPU's cache; 8 halves it and changes the text a little.")
+]
 Threads = Annotated[
     int | None,
     typer.Option("-t", "--threads", help="Worker threads; one a physical core if not given.", show_default=False),

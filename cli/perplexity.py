@@ -20,23 +20,27 @@ def perplexity(
         int | None, typer.Option("--chunks", metavar="N", help="Only the first N chunks.", show_default=False)
     ] = None,
     device: options.Device = options.DeviceChoice.auto,
+    vram: options.Vram = None,
+    gpu_experts: options.GpuExperts = "auto",
+    cache_bits: options.CacheBitsChoice = options.CacheBits.sixteen,
     threads: options.Threads = None,
     backend: options.Backend = options.BackendChoice.auto,
     as_json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Measure how well the model predicts a text: perplexity, as llama.cpp computes it."""
-    from cli.model import open_model
+    from cli.model import open_model, placement_facts
     from localrun.perplexity import perplexity as compute
 
     text = read_text(file)
     if not text:
         raise LocalrunError(f"{file}: is empty")
-    with open_model(model, device, threads, chunk, backend, verbose) as engine:
+    gpu = vram, gpu_experts, cache_bits
+    with open_model(model, device, threads, chunk, backend, verbose, "off", None, *gpu) as engine:
         ids = engine.tokenizer.encode(text)
         eta = _Eta()
         result = compute(engine, ids, chunk, chunks, eta.show)
-        facts = engine.describe()
+        facts = engine.describe() | {"placement": placement_facts(engine)}
     if as_json:
         print_json(
             facts

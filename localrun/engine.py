@@ -9,9 +9,11 @@ import numpy as np
 from localrun import hardware, kernels
 from localrun.chat_template import ChatTemplate, chat_template
 from localrun.config import Config, read_config
+from localrun.devices import Where, choose
 from localrun.drafts import Draft, ModelDraft, MTPDraft, NGramDraft, check_vocabulary
 from localrun.errors import LocalrunError, UnsupportedModelError
 from localrun.gguf import GGUFFile, open_gguf
+from localrun.placement import CPU, GPU, RAM, Placement
 from localrun.sampling import Sampling
 from localrun.session import PREFILL_CHUNK, Session
 from localrun.speculative import Speculation, check_setting
@@ -29,31 +31,39 @@ def load(
     threads: int | None = None,
     ctx: int | None = None,
     backend: str = "auto",
+    vram: float | None = None,
+    gpu_experts: int | str = "auto",
+    cache_bits: int = 16,
     speculative: str | int = "auto",
     draft: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     notice: Notice | None = None,
+    placed: Callable[[Placement], None] | None = None,
 ) -> "Engine":
     """Open a GGUF model for generation.
 
     Args:
         path: the file, or the first part of a split one.
-        device: "auto" or "cpu"; this version computes on the CPU.
+        device: "cuda": all but routed experts on the GPU, and of these as many as fit; "cpu"; or "auto", which is
+            "cuda" where there is a GPU that takes the model.
         threads: worker threads; None for one a physical core.
         ctx: tokens that a session can hold; None for DEFAULT_CTX, or the model's own length if that is less.
         backend: "native", "llama.cpp", or "auto": native where it can, else llama.cpp with a notice.
+        vram: GiB of the card's memory that may be used; None for all that is free.
+        gpu_experts: routed experts of each layer that go to the GPU; "auto" for those of as many layers as fit.
+        cache_bits: of the values that the GPU keeps of each token: 16, or 8, which changes the text a little.
         speculative: how many drafts of the next tokens a step verifies: "off", 1 to 4, or "auto" for as many as make
             it faster. The reply is the same (docs/speculative.md).
         draft: a small model with the same vocabulary that makes them; None for the model's own head for multi-token
             prediction, or where it has none, for what followed the same tokens before.
         progress: called as progress(done, total, what) during long steps.
         notice: called with one line for each fact the user should know.
+        placed: called with what will be where, before it is loaded; not where llama.cpp runs the model.
 
     Raises:
         LocalrunError: anything the user can mend: no such file, a broken one, too large a context, a wrong option.
     """
-    if device not in ("auto", "cpu"):
-        raise LocalrunError(f"device '{device}': this version computes on the CPU; use --device cpu")
+    where = Where(device, vram, gpu_experts, cache_bits)
     if backend not in ("auto", "native", "llama.cpp"):
         raise LocalrunError(f"backend '{backend}'; expected auto, native or llama.cpp")
     if threads is not None and threads < 1:
@@ -63,8 +73,11 @@ def load(
     if check_setting(speculative) == "off" and draft is not None:
         raise LocalrunError("a draft model, but speculative 'off'; expected auto, or 1 to 4 drafts a step")
     file, notice = open_gguf(path), notice or (lambda line: None)
+    own_drafts, placed = speculative != "off" and draft is None, placed or (lambda placement: None)
     try:
-        engine = Engine(file, threads or hardware.usable_cores(), ctx, backend, progress, notice)
+        engine = Engine(
+            file, threads or hardware.usable_cores(), ctx, backend, where, own_drafts, progress, notice, placed
+        )
     except BaseException:
         file.close()
         raise
@@ -84,6 +97,8 @@ class Engine:
         config: the model's configuration; None where llama.cpp runs it.
         tokenizer, template: text to ids; chat messages to text (None if the file has no chat template).
         backend: "native" or "llama.cpp".
+        placement: what is where, on the GPU and in RAM; None where llama.cpp runs the model.
+        device: "cuda", with routed experts on the CPU as well, or "cpu".
         ctx: tokens that a session can hold.
         threads: worker threads.
         speculative: "auto", "off", or how many drafts every step verifies.
@@ -96,17 +111,24 @@ class Engine:
         threads: int,
         ctx: int | None,
         backend: str,
+        where: Where,
+        own_drafts: bool,
         progress: Progress | None,
         notice: Notice,
+        placed: Callable[[Placement], None],
     ):
         self.file, self.threads = file, threads
         self.config = self._native_config(backend, notice)
         self.backend = "native" if self.config else "llama.cpp"
         self.ctx = self._choose_ctx(ctx, notice)
+        self.placement = self._place(self.config, where, own_drafts, notice)
+        self.device = self.placement.device if self.placement else CPU
+        if self.placement:
+            placed(self.placement)
         self.tokenizer = Tokenizer(file.path, file)
         self.template: ChatTemplate | None = chat_template(file, self.tokenizer)
-        if self.config:
-            self._load_native(self.config, progress, notice)
+        if self.config and self.placement:
+            self._load_native(self.config, self.placement, progress, notice)
         else:
             from localrun.backends.llama_cpp import LlamaCppModel
 
@@ -134,7 +156,9 @@ class Engine:
         if setting == "auto" and draft is None and not self.config:
             setting = "off"
         if draft is not None:
-            self.draft_model = load(draft, threads=self.threads, speculative="off", progress=progress, notice=notice)
+            self.draft_model = load(
+                draft, device="cpu", threads=self.threads, speculative="off", progress=progress, notice=notice
+            )
             check_vocabulary(self, self.draft_model)
         for engine in (self, self.draft_model):
             if setting != "off" and engine and not engine._can_forget():
@@ -175,28 +199,44 @@ class Engine:
         ctx = min(DEFAULT_CTX, trained) if wanted is None else wanted
         if ctx > trained:
             notice(f"a context of {ctx} tokens, but the model was made for {trained}: text beyond that may be poor")
-        if self.config:
-            needed, free = ctx * self.config.kv_bytes_per_token, hardware.free_ram()
-            if needed > free:
-                fitting = free // self.config.kv_bytes_per_token
-                raise LocalrunError(
-                    f"a context of {ctx} tokens takes {needed / 2**30:.1f} GiB of RAM and {free / 2**30:.1f} GiB are "
-                    f"free; -c {fitting} would fit"
-                )
         return ctx
 
-    def _load_native(self, config: Config, progress: Progress | None, notice: Notice) -> None:
-        kernels.prepare(self.file, progress, notice)  # before the import below, which would compile them unannounced
-        from localrun.native import NativeModel
+    def _place(self, config: Config | None, where: Where, own_drafts: bool, notice: Notice) -> Placement | None:
+        """What goes where. Raises LocalrunError if the GPU was asked for in vain, or the cache does not fit."""
+        if config is None:
+            if where.device == GPU:
+                raise LocalrunError("device 'cuda': llama.cpp runs this model, on the CPU; use --device cpu")
+            if where.asks_for_gpu:
+                notice("llama.cpp runs this model, on the CPU: options for the GPU have no effect")
+            return None
+        placement = choose(where, self.file, config, self.ctx, own_drafts, notice)
+        needed, free = placement.n_bytes(RAM, "KV cache"), hardware.free_ram()
+        if needed > free:
+            fitting = free // config.kv_bytes_per_token
+            raise LocalrunError(
+                f"a context of {self.ctx} tokens takes {needed / 2**30:.1f} GiB of RAM and {free / 2**30:.1f} GiB are "
+                f"free; -c {fitting} would fit"
+            )
+        return placement
 
-        self.model = NativeModel(config, self.file, self.threads)
+    def _load_native(self, config: Config, placement: Placement, progress: Progress | None, notice: Notice) -> None:
+        kernels.prepare(self.file, progress, notice)  # before the imports below, which would compile them unannounced
+        if placement.device == GPU:
+            from localrun.gpu.hybrid import HybridModel
+
+            self.model = HybridModel(config, self.file, self.threads, placement)
+        else:
+            from localrun.native import NativeModel
+
+            self.model = NativeModel(config, self.file, self.threads)
 
     def _warn_of_memory(self, notice: Notice) -> None:
-        if self.file.file_size > hardware.total_ram():
-            size, ram = self.file.file_size / 2**30, hardware.total_ram() / 2**30
-            notice(
-                f"the file has {size:.0f} GiB and this machine {ram:.0f} GiB of RAM: it will run at the disk's speed"
-            )
+        what, size = "the file has", self.file.file_size
+        if self.placement and self.device == GPU:
+            what, size = "what stays in RAM has", self.placement.needed[RAM]
+        if size > hardware.total_ram():
+            gib, ram = size / 2**30, hardware.total_ram() / 2**30
+            notice(f"{what} {gib:.0f} GiB and this machine {ram:.0f} GiB of RAM: it will run at the disk's speed")
 
     def new_cache(self) -> Any:
         """An empty cache for ctx tokens."""
@@ -261,7 +301,7 @@ class Engine:
             "model": str(self.file.metadata.get("general.name", self.file.path.name)),
             "architecture": self.file.string("general.architecture"),
             "backend": self.backend,
-            "device": "cpu",
+            "device": self.device,
             "threads": self.threads,
             "ctx": self.ctx,
             "speculative": self.speculative,

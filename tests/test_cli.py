@@ -25,7 +25,8 @@ from localrun.drafts import NGramDraft
 HEAVY = ("torch", "numba", "llvmlite", "llama_cpp", "gguf", "numpy", "jinja2", "rich.console", "prompt_toolkit")
 
 SAMPLING = ["--temp", "--top-k", "--top-p", "--min-p", "--repeat-penalty", "--seed"]
-RUNTIME = ["--device", "-t", "--threads", "-c", "--ctx", "--backend"]
+DEVICE = ["--device", "--vram", "--gpu-experts", "--cache-bits"]
+RUNTIME = [*DEVICE, "-t", "--threads", "-c", "--ctx", "--backend"]
 DRAFTS = ["--speculative", "--draft"]
 OPTIONS = {
     "chat": [
@@ -38,8 +39,8 @@ OPTIONS = {
         *["--json", "-v", "--verbose"],
     ],
     "bench": [
-        *["-p", "--n-prompt", "-n", "--n-tokens", "-r", "--repetitions", "-t", "--threads", *DRAFTS, "--against"],
-        *["--json", "-v", "--verbose"],
+        *["-p", "--n-prompt", "-n", "--n-tokens", "-r", "--repetitions", *DEVICE, "-t", "--threads", *DRAFTS],
+        *["--against", "--json", "-v", "--verbose"],
     ],
     "doctor": ["--json"],
     "inspect": ["--verify", "--json"],
@@ -53,7 +54,7 @@ OPTIONS = {
     ],
     "plan": [],  # a group: the options of its commands are in tests/test_plan_cli.py
     "perplexity": [
-        *["-f", "--file", "-c", "--ctx", "--chunks", "--device", "-t", "--threads", "--backend"],
+        *["-f", "--file", "-c", "--ctx", "--chunks", *DEVICE, "-t", "--threads", "--backend"],
         *["--json", "-v", "--verbose"],
     ],
 }
@@ -117,6 +118,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ["generate", "-p", "a", "-f", "b"],
         ["generate", "-p", "a", "--raw", "--system", "b"],
         ["generate", "-p", "a", "--device", "tpu"],
+        ["generate", "-p", "a", "--cache-bits", "4"],
+        ["generate", "-p", "a", "--vram", "much"],
         ["generate", "-p", "a", "-n", "many"],
         ["perplexity"],
         ["imatrix", "-f", "x"],
@@ -140,16 +143,19 @@ def test_generate_streams_the_reply_to_stdout(engine: Engine, capsys: pytest.Cap
 
 def test_generate_passes_its_options_on(engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "m.gguf").touch()
-    options = ["-t", "3", "-c", "77", "--device", "cpu", "--backend", "llama.cpp"]
+    options = ["-t", "3", "-c", "77", "--device", "cuda", "--backend", "llama.cpp"]
+    options += ["--vram", "7.5", "--gpu-experts", "12", "--cache-bits", "8"]
     assert run(["generate", str(tmp_path / "m.gguf"), "-p", "x", *options]) == 0
     found = {name: engine.loaded_with[name] for name in ("path", "threads", "ctx", "device", "backend")}
     assert found == {
         "path": tmp_path / "m.gguf",
         "threads": 3,
         "ctx": 77,
-        "device": "cpu",
+        "device": "cuda",
         "backend": "llama.cpp",
     }
+    gpu = [engine.loaded_with[name] for name in ("vram", "gpu_experts", "cache_bits")]
+    assert gpu == [7.5, "12", 8]
 
 
 def test_generate_json(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:

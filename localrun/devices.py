@@ -1,0 +1,99 @@
+"""On which device a model runs: what the user asks for, what there is, and what fits there."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from localrun import hardware, names
+from localrun.config import Config
+from localrun.errors import LocalrunError
+from localrun.gguf import GGUFFile
+from localrun.placement import VRAM, Placement, Request, lay_out, refusal, runs_on_gpu
+
+Notice = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Where:
+    """What the user asks for: the options of localrun.load. Raises LocalrunError on a wrong one.
+
+    Attributes:
+        vram: GiB of the card's memory that may be used; None for all that is free.
+    """
+
+    device: str = "auto"
+    vram: float | None = None
+    gpu_experts: int | str = "auto"
+    cache_bits: int = 16
+
+    def __post_init__(self) -> None:
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise LocalrunError(f"device '{self.device}'; expected auto, cpu or cuda")
+        if self.vram is not None and not 0 < self.vram < math.inf:
+            raise LocalrunError(f"{self.vram} GiB of VRAM; expected more than 0")
+        if self.n_experts != "auto" and not (isinstance(self.n_experts, int) and self.n_experts >= 0):
+            raise LocalrunError(f"'{self.gpu_experts}' experts of each layer on the GPU; expected auto, or 0 or more")
+        if self.cache_bits not in (16, 8):
+            raise LocalrunError(f"a cache of {self.cache_bits} bits; expected 16 or 8")
+        if self.device == "cpu" and self.asks_for_gpu:
+            raise LocalrunError(
+                "--vram, --gpu-experts and --cache-bits are the GPU's; leave them out with --device cpu"
+            )
+
+    @property
+    def n_experts(self) -> int | str:
+        """gpu_experts, a number where it was given as text."""
+        given = self.gpu_experts
+        return int(given) if isinstance(given, str) and given.isdecimal() else given
+
+    @property
+    def asks_for_gpu(self) -> bool:
+        """Whether there is an option that only a GPU heeds."""
+        return (self.vram, self.gpu_experts, self.cache_bits) != (None, "auto", 16)
+
+
+def choose(where: Where, file: GGUFFile, config: Config, ctx: int, drafts: bool, notice: Notice) -> Placement:
+    """Where the model's parts go: on the GPU and in RAM if there is one that takes them, else all in RAM.
+
+    Args:
+        drafts: whether the model's layer for multi-token prediction, if it has one, will be used.
+        notice: told why the GPU is left out, where the user may wonder.
+
+    Raises:
+        LocalrunError: the GPU was asked for and cannot be used, or has too little memory; says what would fit.
+    """
+    drafts = drafts and names.has_mtp(file, config)
+    request = Request(tuple(file.tensors.values()), config, ctx, hardware.free_ram(), mtp=drafts)
+    if where.device == "cpu":
+        return lay_out(request)
+    free, reason, is_news = _free_vram(config)
+    if not reason:
+        request = replace(request, vram=free, vram_free=free, gpu_experts=where.n_experts, cache_bits=where.cache_bits)
+        if where.vram is not None:
+            request = replace(request, vram=min(free, int(where.vram * 2**30)))
+        placement = lay_out(request)
+        if VRAM not in placement.short:  # RAM may be: mapped weights then come from the disk, on the CPU as well
+            return placement
+        reason, is_news = refusal(request), True
+    if where.device == "cuda":
+        raise LocalrunError(f"device 'cuda': {reason}")
+    if is_news or where.asks_for_gpu:
+        notice(f"{reason}; computing on the CPU")
+    return lay_out(replace(request, vram=None, vram_free=None, gpu_experts="auto", cache_bits=16))
+
+
+def _free_vram(config: Config) -> tuple[int, str, bool]:
+    """Bytes of VRAM that are free; else why the GPU is not used, and whether that may surprise."""
+    if not runs_on_gpu(config):
+        return 0, "the GPU runs latent attention only, and this model's is grouped", False
+    from localrun.gpu import available
+
+    found = available.find()
+    if isinstance(found, available.NoGpu):
+        return 0, found.reason, found.has_card
+    if importlib.util.find_spec("localrun.gpu.hybrid") is None:
+        return 0, f"there is a GPU ({found.name}), but this version computes on the CPU", True
+    return found.free, "", False

@@ -1,0 +1,221 @@
+"""Which device is chosen, what the user is told, and what is printed of it, on GPUs made up."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import tiny_models
+
+import localrun
+from cli.main import run
+from localrun import devices
+from localrun.config import read_config
+from localrun.devices import Where, choose
+from localrun.errors import LocalrunError
+from localrun.gguf import open_gguf
+from localrun.gpu import available
+from localrun.gpu.available import Gpu, NoGpu
+from localrun.native import NativeModel
+from localrun.placement import Placement, gib
+
+GIB = 1 << 30
+CARD = Gpu("Acme 5000", (8, 9), 24 * GIB, 20 * GIB, "570.86", "12.8")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A card, and a hybrid model that computes on the CPU and remembers its placement."""
+    hybrid = ModuleType("localrun.gpu.hybrid")
+    hybrid.__spec__ = importlib.machinery.ModuleSpec(hybrid.__name__, None)
+
+    class HybridModel(NativeModel):
+        def __init__(self, config: Any, file: Any, n_threads: int, placement: Placement):
+            super().__init__(config, file, n_threads)
+            hybrid.placement = placement
+
+    hybrid.HybridModel = HybridModel
+    monkeypatch.setitem(sys.modules, hybrid.__name__, hybrid)
+    with_card(monkeypatch, CARD)
+    return hybrid
+
+
+def with_card(monkeypatch: pytest.MonkeyPatch, found: Gpu | NoGpu) -> None:
+    monkeypatch.setattr(available, "find", lambda: found)
+
+
+def chosen(variant: str = "v3-nextn", ctx: int = 64, drafts: bool = False, **where: Any) -> tuple[Placement, list[str]]:
+    """The placement and the notices."""
+    notices: list[str] = []
+    with open_gguf(tiny_models.shared(variant)) as file:
+        return choose(Where(**where), file, read_config(file), ctx, drafts, notices.append), notices
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_a_gpu_is_used(gpu: ModuleType, device: str) -> None:
+    placement, notices = chosen(device=device)
+    assert placement.device == "cuda" and placement.available["VRAM"] == 20 * GIB and notices == []
+    assert all(len(ids) == placement.n_experts for ids in placement.experts.values())
+
+
+def test_its_options(gpu: ModuleType) -> None:
+    placement, _ = chosen(vram=1.5, gpu_experts="3", cache_bits=8, drafts=True)
+    assert placement.available["VRAM"] == 1.5 * GIB and placement.cache_bits == 8
+    assert set(placement.experts.values()) == {(0, 1, 2)}
+    assert placement.n_bytes("RAM", "multi-token prediction") > 0
+    assert chosen(vram=100)[0].available["VRAM"] == 20 * GIB  # no more than there is
+    assert chosen(drafts=False)[0].n_bytes("RAM", "multi-token prediction") == 0
+    assert chosen("v3", drafts=True)[0].n_bytes("RAM", "multi-token prediction") == 0
+
+
+def test_the_cpu_if_asked_for(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(available, "find", lambda: pytest.fail("looked for a GPU"))
+    placement, notices = chosen(device="cpu")
+    assert placement.device == "cpu" and set(placement.needed) == {"RAM"} and notices == []
+
+
+@pytest.mark.parametrize(
+    ("found", "options", "told"),
+    [
+        (NoGpu("there is no NVIDIA card", False), {}, []),
+        (NoGpu("there is no NVIDIA card", False), {"vram": 8}, ["there is no NVIDIA card; computing on the CPU"]),
+        (NoGpu("the driver is too old", True), {}, ["the driver is too old; computing on the CPU"]),
+    ],
+)
+def test_without_a_gpu(
+    found: NoGpu, options: dict[str, Any], told: list[str], gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """auto computes on the CPU, and says why where there is a card or options for one; cuda is refused."""
+    with_card(monkeypatch, found)
+    placement, notices = chosen(**options)
+    assert placement.device == "cpu" and placement.cache_bits == 16 and notices == told
+    with pytest.raises(LocalrunError, match=f"^device 'cuda': {found.reason}$"):
+        chosen(device="cuda", **options)
+
+
+def test_too_little_vram(gpu: ModuleType) -> None:
+    reason = (
+        r"a context of 64 tokens needs \d\.\d GiB of VRAM \(0\.1 GiB usable\); --vram \d\.\d or --device cpu would fit"
+    )
+    placement, notices = chosen(vram=0.1)
+    assert placement.device == "cpu" and re.fullmatch(f"{reason}; computing on the CPU", notices[0])
+    with pytest.raises(LocalrunError, match=f"^device 'cuda': {reason}$"):
+        chosen(device="cuda", vram=0.1)
+
+
+def test_grouped_attention_runs_on_the_cpu(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(available, "find", lambda: pytest.fail("looked for a GPU in vain"))
+    placement, notices = chosen("llama")
+    assert placement.device == "cpu" and notices == []
+    with pytest.raises(LocalrunError, match="this model's is grouped"):
+        chosen("llama", device="cuda")
+
+
+def test_a_program_without_the_gpu_half(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    placement, notices = chosen()
+    assert placement.device == "cpu" and notices[0].startswith("there is a GPU (Acme 5000), but this version")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "tpu"}, "device 'tpu'; expected auto, cpu or cuda"),
+        ({"vram": 0}, "0 GiB of VRAM; expected more than 0"),
+        ({"vram": float("nan")}, "nan GiB of VRAM"),
+        ({"vram": float("inf")}, "inf GiB of VRAM"),
+        ({"gpu_experts": "many"}, "'many' experts of each layer on the GPU; expected auto, or 0 or more"),
+        ({"gpu_experts": -1}, "'-1' experts"),
+        ({"cache_bits": 4}, "a cache of 4 bits; expected 16 or 8"),
+        ({"device": "cpu", "vram": 8}, "leave them out with --device cpu"),
+        ({"device": "cpu", "gpu_experts": "0"}, "leave them out with --device cpu"),
+        ({"device": "cpu", "cache_bits": 8}, "leave them out with --device cpu"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(LocalrunError, match=re.escape(message)):
+        Where(**options)
+
+
+def test_too_many_experts(gpu: ModuleType) -> None:
+    with pytest.raises(LocalrunError, match="99 experts of each layer on the GPU; expected auto, or 0 to"):
+        chosen(gpu_experts=99)
+
+
+# --- through the engine and the command line
+
+
+def test_the_engine_loads_it_as_placed(gpu: ModuleType) -> None:
+    placed: list[Placement] = []
+    path = tiny_models.shared("v3")
+    with localrun.load(path, device="cuda", gpu_experts=2, ctx=64, threads=1, placed=placed.append) as engine:
+        assert engine.device == engine.describe()["device"] == "cuda"
+        assert placed == [gpu.placement] == [engine.placement]
+        assert set(engine.placement.experts.values()) == {(0, 1)}
+        assert engine.logits([1, 2, 3]).shape[0] == 3
+
+
+def test_a_draft_model_stays_on_the_cpu(gpu: ModuleType) -> None:
+    path = tiny_models.shared("v3")
+    with localrun.load(path, ctx=64, threads=1, draft=path) as engine:
+        assert engine.device == "cuda" and engine.draft_model.device == "cpu"
+
+
+def test_llama_cpp_computes_on_the_cpu(gpu: ModuleType) -> None:
+    path, notices = tiny_models.shared("v3"), []
+    with pytest.raises(LocalrunError, match=r"^device 'cuda': llama\.cpp runs this model, on the CPU"):
+        localrun.load(path, device="cuda", backend="llama.cpp", ctx=64)
+    with localrun.load(path, vram=4, backend="llama.cpp", ctx=64, notice=notices.append) as engine:
+        assert engine.placement is None and engine.device == "cpu"
+    assert notices == ["llama.cpp runs this model, on the CPU: options for the GPU have no effect"]
+
+
+def test_what_stays_in_ram_may_be_too_much(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs all the same, from the disk, and says so."""
+    notices: list[str] = []
+    monkeypatch.setattr(devices.hardware, "total_ram", lambda: 1 << 20)
+    with localrun.load(tiny_models.shared("v3"), ctx=64, threads=1, notice=notices.append):
+        assert re.fullmatch(r"what stays in RAM has \d+ GiB and this machine .* at the disk's speed", notices[0])
+
+
+def bench(*args: str) -> int:
+    path = str(tiny_models.shared("v3"))
+    return run(["bench", path, "-p", "4", "-n", "2", "-r", "1", "-t", "1", *args])
+
+
+def test_the_table_comes_before_loading(gpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("-v", "--json", "--vram", "2") == 0
+    out, err = capsys.readouterr()
+    document, placement = json.loads(out), gpu.placement
+    assert document["device"] == "cuda" and document["placement"] == json.loads(json.dumps(placement.facts()))
+    lines = err.splitlines()
+    loaded = next(i for i, line in enumerate(lines) if "loaded in" in line)
+    table = [line.split(None, 3) for line in lines[:loaded] if line.startswith(("VRAM", "RAM"))]
+    assert [(row[0], row[3]) for row in table[:-2]] == [(row.where, row.what) for row in placement.rows]
+    assert table[-2][3] == f"needed, {gib(2 * GIB)} usable"
+
+
+def test_a_refusal_is_one_line(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_card(monkeypatch, NoGpu("there is no NVIDIA card", False))
+    assert bench("--device", "cuda") == 1
+    assert capsys.readouterr() == ("", "localrun: device 'cuda': there is no NVIDIA card\n")
+
+
+@pytest.mark.skipif(isinstance(available.find(), Gpu), reason="this machine has a GPU")
+def test_auto_imports_no_torch_where_there_is_no_gpu() -> None:
+    code = (
+        "import sys, localrun\n"
+        f"engine = localrun.load({str(tiny_models.shared('v3'))!r}, ctx=64, threads=1, device='auto')\n"
+        "print(engine.device, [name for name in ('torch', 'triton') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout == "cpu []\n", done.stderr
