@@ -34,10 +34,13 @@ def imatrix(
     from localrun.imatrix import check_destination, collect, write
 
     check_destination(out)
+    if device == options.DeviceChoice.cuda:
+        raise LocalrunError("device 'cuda': importances are collected on the CPU; use --device cpu")
     text = read_text(file)
     if not text:
         raise LocalrunError(f"{file}: is empty")
-    with open_model(model, device, threads, chunk, options.BackendChoice.native, verbose) as engine:
+    cpu, native = options.DeviceChoice.cpu, options.BackendChoice.native
+    with open_model(model, cpu, threads, chunk, native, verbose) as engine:
         started = time.perf_counter()
         with progress_bar() as report:
             result = collect(engine, engine.tokenizer.encode(text), chunk, chunks, _progress(report, started))

@@ -20,6 +20,7 @@ from typing import Any
 
 from localrun import hardware
 from localrun.errors import LocalrunError
+from localrun.gpu import available
 from quant.errors import QuantError
 
 READ_BYTES = 1 << 30  # of memory; four times the last level cache if that is more
@@ -199,41 +200,32 @@ def _bandwidth() -> Finding:
 
 
 def _gpu() -> Finding:
+    """The GPU that would be used, and how fast copies to it are; or why there is none."""
+    found = available.find()
+    if isinstance(found, available.NoGpu):
+        if found.has_card:
+            return Finding("gpu", "there is one that cannot be used", None, found.reason)
+        return Finding("gpu", f"none: {found.reason}", None)
     try:
-        import torch
-    except (ImportError, OSError) as error:
-        return Finding("gpu", "not looked at", None, f"torch cannot be imported: {error}")
-    if not torch.cuda.is_available():
-        advice = "there is an NVIDIA card, but torch cannot use it: install its driver, and torch with CUDA"
-        return Finding("gpu", "none", None, advice if _nvidia_cards() else "")
-    try:
-        return _cuda()
+        rate = _copy_rate()
     except RuntimeError as error:  # torch's, for anything that CUDA refuses
-        return Finding("gpu", "not measured", None, f"CUDA: {str(error).splitlines()[0]}")
-
-
-def _nvidia_cards() -> bool:
-    """Whether the PCI bus has a display or compute controller of NVIDIA's."""
-    for folder in Path("/sys/bus/pci/devices").glob("*"):
-        with suppress(OSError):
-            vendor, kind = (folder / "vendor").read_text().strip(), (folder / "class").read_text().strip()
-            if vendor == "0x10de" and kind.startswith("0x03"):
-                return True
-    return False
-
-
-def _cuda() -> Finding:
-    """Name, memory, driver and copy rate of the first GPU. Raises RuntimeError."""
-    import torch
-
-    name, (free, total) = torch.cuda.get_device_name(0), torch.cuda.mem_get_info(0)
-    rate, driver = _copy_rate(), _driver()
-    text = f"{name}, {_gib(total)}, {_gib(free)} free, driver {driver or 'not known'}, copies to it {_rate(rate)}"
-    data = {"name": name, "vram_bytes": total, "free_bytes": free, "driver": driver, "copy_bytes_per_s": round(rate)}
+        return Finding("gpu", f"{found.name}, not measured", None, f"CUDA: {str(error).splitlines()[0]}")
+    capability = ".".join(map(str, found.capability))
+    sizes = f"{_gib(found.total)}, {_gib(found.free)} free"
+    text = f"{found.name} (compute capability {capability}), {sizes}, driver {found.driver or 'not known'}"
     advice = ""
     if rate < _SLOW_LINK:
         advice = "copies are slow: look whether the card sits in a slot with all its lanes (nvidia-smi -q -d PCIE)"
-    return Finding("gpu", text, data | {"count": torch.cuda.device_count()}, advice)
+    data = {
+        "name": found.name,
+        "capability": list(found.capability),
+        "vram_bytes": found.total,
+        "free_bytes": found.free,
+        "driver": found.driver or None,
+        "cuda": found.cuda,
+        "copy_bytes_per_s": round(rate),
+    }
+    return Finding("gpu", f"{text}, copies to it {_rate(rate)}", data, advice)
 
 
 def _copy_rate() -> float:
@@ -249,15 +241,6 @@ def _copy_rate() -> float:
         torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
     return _LINK_BYTES / best
-
-
-def _driver() -> str | None:
-    """The NVIDIA driver's version: "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86  Wed ..."."""
-    with suppress(OSError):
-        for line in Path("/proc/driver/nvidia/version").read_text().splitlines():
-            if line.startswith("NVRM"):
-                return next((word for word in line.split() if word[0].isdigit() and "." in word), None)
-    return None
 
 
 def _disk(path: Path | None) -> Finding:

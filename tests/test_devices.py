@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -219,3 +220,9 @@ def test_auto_imports_no_torch_where_there_is_no_gpu() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.stdout == "cpu []\n", done.stderr
+
+
+def test_importances_are_collected_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text").write_text("x")
+    assert run(["imatrix", "-f", str(tmp_path / "text"), "-o", str(tmp_path / "out"), "--device", "cuda"]) == 1
+    assert capsys.readouterr().err.startswith("localrun: device 'cuda': importances are collected on the CPU")

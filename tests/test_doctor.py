@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +14,8 @@ from cli.main import run as command
 from localrun import doctor, hardware
 from localrun.bundled import model_path
 from localrun.doctor import Finding
+from localrun.gpu import available
+from localrun.gpu.available import Gpu, NoGpu
 from localrun.hardware import NumaNode
 
 NAMES = [
@@ -159,45 +160,34 @@ def test_no_memory_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.data is None and "ulimit -v" in found.advice
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A torch.cuda with a card behind a link of 20 GB/s."""
-    import torch
-
-    cuda = SimpleNamespace(
-        is_available=lambda: True,
-        get_device_name=lambda index: "Acme 5000",
-        mem_get_info=lambda index: (20 << 30, 24 << 30),
-        device_count=lambda: 2,
-    )
-    monkeypatch.setattr(torch, "cuda", cuda)
-    monkeypatch.setattr(doctor, "_copy_rate", lambda: 20e9)
-    monkeypatch.setattr(doctor, "_driver", lambda: "570.86")
-    return cuda
+def with_gpu(monkeypatch: pytest.MonkeyPatch, found: Gpu | NoGpu, rate: float = 20e9) -> Finding:
+    monkeypatch.setattr(available, "find", lambda: found)
+    monkeypatch.setattr(doctor, "_copy_rate", lambda: rate)
+    return doctor._gpu()
 
 
-def test_a_gpu(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = doctor._gpu()
-    assert found.text == "Acme 5000, 24.0 GiB, 20.0 GiB free, driver 570.86, copies to it 20.0 GB/s"
-    assert found.data["count"] == 2 and found.status == "ok"
-    monkeypatch.setattr(doctor, "_copy_rate", lambda: 1.5e9)
-    assert "lanes" in doctor._gpu().advice
+def test_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Gpu("Acme 5000", (8, 9), 24 << 30, 20 << 30, "570.86", "12.8")
+    found, rest = with_gpu(monkeypatch, card), "24.0 GiB, 20.0 GiB free, driver 570.86, copies to it 20.0 GB/s"
+    assert found.text == f"Acme 5000 (compute capability 8.9), {rest}"
+    assert found.data["free_bytes"] == 20 << 30 and found.data["capability"] == [8, 9] and found.status == "ok"
+    assert "lanes" in with_gpu(monkeypatch, card, rate=1.5e9).advice
 
 
-def test_a_gpu_that_refuses(gpu: SimpleNamespace) -> None:
-    def refuse(index: int) -> Any:
+def test_a_gpu_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> float:
         raise RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
 
-    gpu.mem_get_info = refuse
+    monkeypatch.setattr(available, "find", lambda: Gpu("Acme 5000", (8, 9), 24 << 30, 20 << 30, "", "12.8"))
+    monkeypatch.setattr(doctor, "_copy_rate", refuse)
     assert doctor._gpu().advice == "CUDA: CUDA error: out of memory"
 
 
-def test_a_gpu_without_cuda_in_torch(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu.is_available = lambda: False
-    monkeypatch.setattr(doctor, "_nvidia_cards", lambda: True)
-    assert "torch with CUDA" in doctor._gpu().advice
-    monkeypatch.setattr(doctor, "_nvidia_cards", lambda: False)
-    assert doctor._gpu() == Finding("gpu", "none", None)
+def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card that cannot be used is a warning; none is how most machines are."""
+    assert with_gpu(monkeypatch, NoGpu("Triton is not installed", True)).advice == "Triton is not installed"
+    found = with_gpu(monkeypatch, NoGpu("there is no NVIDIA card", False))
+    assert found == Finding("gpu", "none: there is no NVIDIA card", None) and found.status == "ok"
 
 
 # --- disks
