@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 
@@ -112,7 +113,8 @@ def _export(arguments: argparse.Namespace) -> None:
     from miniature.config import Config
 
     state = torch.load(arguments.checkpoint, weights_only=True)
-    config = Config(**state["settings"]["model"])
+    settings = state["settings"]
+    config = replace(Config(**settings["model"]), max_position_embeddings=settings["length"])  # none beyond was seen
     export.export(config, state["model"], arguments.data / "tokenizer.json", arguments.folder, arguments.fp8)
 
 
