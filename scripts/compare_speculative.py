@@ -203,7 +203,7 @@ def main() -> None:
     """Print the comparison."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("forced", "edit", "text"))
-    parser.add_argument("model", nargs="?", help="a GGUF file; the bundled model if not given")
+    parser.add_argument("model", nargs="?", default="smollm2", help="a GGUF file; the bundled SmolLM2 if not given")
     parser.add_argument("-f", "--file", help="text in paragraphs, for `text`")
     parser.add_argument("-n", type=int, default=64, help="tokens of each reply")
     parser.add_argument("-r", "--rounds", type=int, default=15, help="how often steps are timed")
