@@ -5,6 +5,7 @@ Sizes are tiny and weights random: nothing here needs a trained model.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import runpy
 import sys
@@ -349,6 +350,17 @@ def test_held_out_loss_is_that_of_single_stories(prepared: Path) -> None:
     assert report["loss"] == pytest.approx(nats / n_tokens, rel=1e-5)  # float32 sums
     assert report["bits_per_byte"] == pytest.approx(nats / np.log(2) / n_bytes, rel=1e-5)
     assert 0 <= report["acceptance"] <= 1
+
+
+def test_a_dense_model_is_evaluated_too(prepared: Path) -> None:
+    model = Model(dataclasses.replace(TINY, n_routed_experts=0), seed=3)
+    stories = data.Tokens.load(prepared / "validation.npz")
+    tokenizer = Tokenizer.from_file(str(prepared / "tokenizer.json"))
+    with torch.inference_mode():
+        report = evaluate.held_out(model, stories, tokenizer, length=100)
+        accepted = evaluate.greedy_acceptance(model, stories, n_prompt=8, n_tokens=4, n_stories=1)
+    assert report["max_violation"] == {} and report["bits_per_byte"] > 0
+    assert 0 <= accepted <= 1
 
 
 @pytest.fixture
