@@ -144,7 +144,7 @@ def run(pool: Pool, experts: Experts, x: int, ids: np.ndarray, weights: np.ndarr
 
     Args:
         x: address of float32 (T, D).
-        ids: int64 (T, K), each below the number of experts.
+        ids: int64 (T, K), each below the number of experts; pairs with -1 are left out.
         weights: float32 (T, K).
         out: address of float32 (T, D).
     """
@@ -155,7 +155,9 @@ def run(pool: Pool, experts: Experts, x: int, ids: np.ndarray, weights: np.ndarr
     sorted_ids = ids.ravel()[order]
     start = np.flatnonzero(np.concatenate([[True], sorted_ids[1:] != sorted_ids[:-1], [True]]))
     active = sorted_ids[start[:-1]]
-    if all(panel_formats) and ids.size >= panel.TOKENS_FROM * active.size:
+    if active[0] < 0:  # a group like any other, but for being computed
+        active, start = active[1:], start[1:]
+    if all(panel_formats) and active.size and order.size - start[0] >= panel.TOKENS_FROM * active.size:
         panel_experts.run(pool, experts, panel_formats, x, ids, weights, out)
         return
     most = int(np.diff(start).max(initial=1))

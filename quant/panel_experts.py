@@ -179,7 +179,9 @@ def run(
     position = np.empty(order.size, np.int64)
     position[order] = np.arange(order.size)
     token, sorted_weights = order // per_token, weights.ravel()[order].astype(np.float32)
-    hidden, inner, most = gate.n_cols, gate.n_rows, int(counts.max())
+    skipped = int(active[0] < 0)  # groups in front whose panels are written, not multiplied
+    computed, computed_start = active[skipped:], start[skipped:]
+    hidden, inner, most = gate.n_cols, gate.n_rows, int(counts[skipped:].max())
     inputs = {}  # by what distinguishes token panels
     for i, format_ in enumerate(formats[:2]):
         key = format_.kind, format_.offset
@@ -193,7 +195,8 @@ def run(
     arguments = np.array(
         (
             *gate.fields, *formats[0].fields, *up.fields, *formats[1].fields, *down.fields, *formats[2].fields,
-            counters.ctypes.data, hidden, inner, n_tokens, len(active), active.ctypes.data, start.ctypes.data,
+            counters.ctypes.data, hidden, inner, n_tokens,
+            len(computed), computed.ctypes.data, computed_start.ctypes.data,
             token.ctypes.data, sorted_weights.ctypes.data, gate_tokens, up_tokens,
             pool.buffer("inner panels", tokens_bytes(inner, order.size)), out,
             pool.buffer("rounded", ROUNDED_BYTES * pool.n_workers),

@@ -5,6 +5,11 @@ work from a shared counter until there are none. The calling thread is worker 0;
 between jobs (a decode step hands out hundreds), then sleep. A worker that comes too late is not waited for: on a busy
 machine a job then takes as long as on one core, instead of until the system finds time for the second
 (docs/lab-notes.md).
+
+Worker 0 need not be a Python thread: dispatch() is C code, which a GPU's driver may call from a thread of its own, once
+a layer (step_node.py). While layers follow each other within a millisecond the other workers are awake when it does;
+after longer waits it wakes them, a system call. That thread works on a core like any other worker, so whoever waits for
+the GPU meanwhile should sleep, not spin: there are n_workers threads that compute, and no core is left for one more.
 """
 
 import threading
@@ -16,7 +21,7 @@ import numpy as np
 
 from quant.atomics import atomic_add, atomic_load, atomic_store, call_2, pause, sleep_while_equal, wait_for, wake_all
 from quant.errors import QuantError
-from quant.jit import kernel
+from quant.jit import inline, kernel
 from quant.simd import load_i64, store_i64
 
 # The control block: words on cache lines of their own.
@@ -50,9 +55,9 @@ def _work(control, worker):
             atomic_add(control + DONE, 1)
 
 
-@kernel("void(int64, int64, int64)")
-def _dispatch(control, job, arguments):
-    """Hand out a job, do worker 0's share of it, wait for those who joined."""
+@inline
+def dispatch(control, job, arguments):
+    """Hand out a job, do worker 0's share of it, wait for those who joined. For one caller at a time."""
     store_i64(control + JOB, job)
     store_i64(control + ARGUMENTS, arguments)
     atomic_store(control + DONE, 0)
@@ -63,6 +68,11 @@ def _dispatch(control, job, arguments):
     call_2(job, arguments, 0)
     joined = atomic_add(control + TICKETS, _CLOSED)
     wait_for(control + DONE, joined)
+
+
+@kernel("void(int64, int64, int64)")
+def _dispatch(control, job, arguments):
+    dispatch(control, job, arguments)
 
 
 @kernel("void(int64, int64)")
@@ -121,6 +131,12 @@ class Pool:
         """Run the kernel at address `job` on the workers; returns when it is done. `arguments`: int64, C order."""
         with self._lock:
             _dispatch.ctypes(self.control, job, arguments.ctypes.data)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Within, nobody's run() hands out jobs, the caller's own neither: others that hold `control` do it."""
+        with self._lock:
+            yield
 
     @contextmanager
     def drowsy(self) -> Iterator[None]:

@@ -81,13 +81,9 @@ def _begin_token(program, t):
     call_3(load_i64(program + EXPAND), row, n_blocks, load_i64(program + X) + load_i64(program + X_BYTES) * t)
 
 
-@kernel("void(int64)")
-def _begin(program):
-    """Reset the counters; this step's units, rotations and embeddings."""
-    n_tokens, n_chunks = load_i64(program + N_TOKENS), 1
-    for t in range(n_tokens):
-        _begin_token(program, t)
-        n_chunks = max(n_chunks, chunks_of(load_i64(program + POSITION) + t + 1))
+@inline
+def reset(program, n_tokens, n_chunks):
+    """This step's units in all phases, none taken."""
     for p in range(load_i64(program + N_PHASES)):
         phase = load_i64(program + PHASES) + PHASE_BYTES * p
         n_units = load_i64(phase + UNITS)
@@ -98,6 +94,16 @@ def _begin(program):
         store_i64(phase + N_UNITS, n_units)
         store_i64(phase + NEXT, 0)
         store_i64(phase + DONE, 0)
+
+
+@kernel("void(int64)")
+def _begin(program):
+    """Reset the counters; this step's units, rotations and embeddings."""
+    n_tokens, n_chunks = load_i64(program + N_TOKENS), 1
+    for t in range(n_tokens):
+        _begin_token(program, t)
+        n_chunks = max(n_chunks, chunks_of(load_i64(program + POSITION) + t + 1))
+    reset(program, n_tokens, n_chunks)
 
 
 @kernel("void(int64, int64)")
@@ -125,6 +131,7 @@ def _nothing(phase, work):
 
 
 NOTHING = _nothing.address  # to prepare where there is nothing to
+STEP = _step.address  # the job of all programs
 
 
 def float_bits(value: float) -> int:
@@ -158,8 +165,60 @@ class Phase:
     per_chunk: bool = False
 
 
-class Program:
-    """A network's phases, in memory that workers read. One step at a time.
+class Phases:
+    """Phases that follow each other, in memory that workers read.
+
+    Attributes:
+        address: of the program, the argument of STEP.
+    """
+
+    def __init__(self, pool: Pool):
+        self.pool = pool
+        self._memory: list[object] = []
+        self._phases: list[Phase] = []
+        self._program = aligned_bytes(_PROGRAM_BYTES).view(np.int64)
+        self.address = self._program.ctypes.data
+
+    def _set(self, words: dict[int, int]) -> None:
+        for offset, value in words.items():
+            self._program[offset // 8] = value
+
+    def keep(self, owner: np.ndarray) -> int:
+        """The address of an array that lives as long as the program."""
+        self._memory.append(owner)
+        return owner.ctypes.data
+
+    def vector(self, n: int) -> int:
+        """Address of float32 (MOST_TOKENS, n) that phases share, zero at first."""
+        return self.keep(aligned_bytes(padded(4 * n * MOST_TOKENS)))
+
+    def add(self, phase: Phase) -> None:
+        """Append a phase."""
+        self._phases.append(phase)
+
+    @property
+    def work_bytes(self) -> int:
+        """Memory that a worker needs for the phases so far."""
+        return padded(max(phase.work_bytes for phase in self._phases))
+
+    def finish(self, work: np.ndarray | None = None) -> None:
+        """Lay the phases out in memory; none can be added afterwards.
+
+        Args:
+            work: uint8 (at least n_workers * work_bytes,), 64-byte aligned, for programs that run one after the other.
+        """
+        words = aligned_bytes(PHASE_BYTES * len(self._phases)).view(np.int64).reshape(len(self._phases), -1)
+        for row, phase in zip(words, self._phases, strict=True):
+            row[UNITS // 8], row[PER_TOKEN // 8], row[PER_CHUNK // 8] = phase.n_units, phase.per_token, phase.per_chunk
+            row[PREPARE // 8], row[RUN // 8], row[STATE // 8] = phase.prepare, phase.run, self.address
+            row[ARGUMENTS // 8 : ARGUMENTS // 8 + len(phase.arguments)] = phase.arguments
+        per_worker = self.work_bytes
+        work = self.keep(aligned_bytes(per_worker * self.pool.n_workers) if work is None else work)
+        self._set({N_PHASES: len(words), PHASES: self.keep(words), WORK: work, WORK_BYTES: per_worker})
+
+
+class Program(Phases):
+    """A network's phases. One step at a time.
 
     Args:
         embedding: rows by token id.
@@ -172,12 +231,9 @@ class Program:
     """
 
     def __init__(self, pool: Pool, embedding: Weight, frequencies: np.ndarray, magnitude: float, n_cache_rows: int):
-        self.pool = pool
-        self._memory: list[object] = [embedding]
-        self._phases: list[Phase] = []
+        super().__init__(pool)
+        self._memory.append(embedding)
         self._frequencies = np.ascontiguousarray(frequencies, np.float64)
-        self._program = aligned_bytes(_PROGRAM_BYTES).view(np.int64)
-        self.address = self._program.ctypes.data
         self.cache = np.zeros(n_cache_rows, np.int64)
         self._ids = np.zeros(MOST_TOKENS, np.int64)
         self.x = self.vector(embedding.n_cols)
@@ -198,34 +254,6 @@ class Program:
             }
         )
 
-    def _set(self, words: dict[int, int]) -> None:
-        for offset, value in words.items():
-            self._program[offset // 8] = value
-
-    def keep(self, owner: np.ndarray) -> int:
-        """The address of an array that lives as long as the program."""
-        self._memory.append(owner)
-        return owner.ctypes.data
-
-    def vector(self, n: int) -> int:
-        """Address of float32 (MOST_TOKENS, n) that phases share, zero at first."""
-        return self.keep(aligned_bytes(padded(4 * n * MOST_TOKENS)))
-
-    def add(self, phase: Phase) -> None:
-        """Append a phase."""
-        self._phases.append(phase)
-
-    def finish(self) -> None:
-        """Lay the phases out in memory; none can be added afterwards."""
-        words = aligned_bytes(PHASE_BYTES * len(self._phases)).view(np.int64).reshape(len(self._phases), -1)
-        for row, phase in zip(words, self._phases, strict=True):
-            row[UNITS // 8], row[PER_TOKEN // 8], row[PER_CHUNK // 8] = phase.n_units, phase.per_token, phase.per_chunk
-            row[PREPARE // 8], row[RUN // 8], row[STATE // 8] = phase.prepare, phase.run, self.address
-            row[ARGUMENTS // 8 : ARGUMENTS // 8 + len(phase.arguments)] = phase.arguments
-        per_worker = padded(max(phase.work_bytes for phase in self._phases))
-        work = self.keep(aligned_bytes(per_worker * self.pool.n_workers))
-        self._set({N_PHASES: len(words), PHASES: self.keep(words), WORK: work, WORK_BYTES: per_worker})
-
     def run(self, ids: Sequence[int], position: int, cache: np.ndarray, head_from: int = 0) -> None:
         """One step: tokens `ids` from `position` on.
 
@@ -242,4 +270,4 @@ class Program:
         self.cache[:] = cache
         self._set({N_TOKENS: len(ids), POSITION: position, HEAD_FROM: head_from})
         _begin.ctypes(self.address)
-        self.pool.run(_step.address, self._program)
+        self.pool.run(STEP, self._program)

@@ -1,8 +1,8 @@
 """Phases of the mixture of experts: the router's choice, gate and up of the chosen experts, down with the weighted sum.
 
-The router's logits come from a rows phase; every worker makes the choice for itself. Experts that several tokens chose
-are read once: a group is one expert with the tokens that chose it. Source: as localrun/moe.py, whose choose_experts is
-the reference.
+The router's logits come from a rows phase; every worker makes the choice for itself, or takes over one that was made
+elsewhere. Experts that several tokens chose are read once: a group is one expert with the tokens that chose it.
+Source: as localrun/moe.py, whose choose_experts is the reference.
 """
 
 import math
@@ -18,20 +18,21 @@ from quant.rows import MATRIX_BYTES
 from quant.simd import bits_to_f32, load_f32, load_i64, store_f32, store_i64
 from quant.step import ARGUMENTS, MOST_TOKENS, Phase, float_bits, padded, tokens_of
 from quant.step_rows import Input, multiply, set_token, token_tables, unit_rows
-from quant.vectors import rms_norm, scale_add, swiglu
+from quant.vectors import copy, rms_norm, scale_add, swiglu
 
-SOFTMAX, SIGMOID, SOFTMAX_AFTER_TOPK = range(3)
+SOFTMAX, SIGMOID, SOFTMAX_AFTER_TOPK, GIVEN = range(4)
 SMALLEST_SUM = 6.103515625e-5  # float16's smallest normal number, as in llama.cpp
 _DOWN_BYTES = 1 << 19  # of one expert's rows that a worker takes at a time
 _NEVER = float("-inf")
 
-# Arguments of both phases: the router's, then their own; at the end the matrices.
+# Arguments of both phases: the router's (of a GIVEN choice, ids and weights as LOGITS and BIAS), then their own; at the
+# end the matrices.
 (
     LOGITS, BIAS, N_EXPERTS, TOP_K, N_GROUP, TOPK_GROUP, SCORING, NORMALISE, FACTOR, CHOICE,
     X, NORM, EPSILON, HIDDEN, INNER, ROUNDED, RECORD, GATED, UPPED, ROWS, OUT, RECORD_BYTES,
-    SHARED_GATED, SHARED_UPPED, SHARED_INNER, SHARED_ROUNDED, TEMPORARY,
-) = range(ARGUMENTS, ARGUMENTS + 27 * 8, 8)  # fmt: skip
-FIRST, SECOND = ARGUMENTS + 27 * 8, ARGUMENTS + 27 * 8 + MATRIX_BYTES
+    SHARED_GATED, SHARED_UPPED, SHARED_INNER, SHARED_ROUNDED, TEMPORARY, INSTEAD,
+) = range(ARGUMENTS, ARGUMENTS + 28 * 8, 8)  # fmt: skip
+FIRST, SECOND = ARGUMENTS + 28 * 8, ARGUMENTS + 28 * 8 + MATRIX_BYTES
 
 # A worker's choice, at the phase's CHOICE. A pair is a token and one of its experts, number K * token + slot; there are
 # up to P = MOST_TOKENS * K: ids i64[P] | members i64[P], the pairs group by group | starts i64[P + 1] of groups among
@@ -152,6 +153,23 @@ def _choose_for(phase, t, choice):
 
 
 @inline
+def _take_over(phase, t, choice):
+    """Token t's experts and their weights, as given."""
+    top_k = load_i64(phase + TOP_K)
+    ids, weights = load_i64(phase + LOGITS), load_i64(phase + BIAS)
+    for pair in range(top_k * t, top_k * (t + 1)):
+        store_i64(choice + 8 * pair, load_i64(ids + 8 * pair))
+        store_f32(choice + _weights(phase) + 4 * pair, load_f32(weights + 4 * pair))
+
+
+@inline
+def _is_here(phase, choice, pair):
+    """Whether a pair's expert is one of these: a given choice may name others, by ids outside of them."""
+    expert = load_i64(choice + 8 * pair)
+    return expert >= 0 and expert < load_i64(phase + N_EXPERTS)
+
+
+@inline
 def _is_member(pair, members, n_members):
     """Whether a pair is among the members so far."""
     found = False
@@ -166,7 +184,7 @@ def _group(phase, choice, n_tokens):
     top_k, members, starts = load_i64(phase + TOP_K), choice + _members(phase), choice + _starts(phase)
     n_groups, n_members = 0, 0
     for pair in range(top_k * n_tokens):
-        if not _is_member(pair, members, n_members):
+        if _is_here(phase, choice, pair) and not _is_member(pair, members, n_members):
             store_i64(starts + 8 * n_groups, n_members)
             store_i64(members + 8 * n_members, pair)
             n_groups += 1
@@ -186,7 +204,10 @@ def _group(phase, choice, n_tokens):
 def _choose(phase, choice):
     """All tokens' experts, in a worker's own memory."""
     for t in range(tokens_of(phase)):
-        _choose_for(phase, t, choice)
+        if load_i64(phase + SCORING) == GIVEN:
+            _take_over(phase, t, choice)
+        else:
+            _choose_for(phase, t, choice)
     _group(phase, choice, tokens_of(phase))
 
 
@@ -214,11 +235,15 @@ def _normalise(phase, weights, total):
 
 @kernel("void(int64, int64)")
 def _prepare_up(phase, work):
-    """The normed vectors, their records, and the choice. RECORD_BYTES a token: its vector, then its record."""
+    """The vectors, normed if there is a norm, and the choice. RECORD_BYTES a token: its vector, then its record."""
     n_cols, epsilon = load_i64(phase + HIDDEN), bits_to_f32(load_i64(phase + EPSILON))
     for t in range(tokens_of(phase)):
         own = work + load_i64(phase + RECORD_BYTES) * t
-        rms_norm(load_i64(phase + X) + 4 * n_cols * t, load_i64(phase + NORM), epsilon, n_cols, own)
+        x = load_i64(phase + X) + 4 * n_cols * t
+        if load_i64(phase + NORM) != 0:
+            rms_norm(x, load_i64(phase + NORM), epsilon, n_cols, own)
+        else:
+            copy(x, n_cols, own)
         if load_i64(phase + ROUNDED) != 0:
             write_record(own, 0, n_cols, n_cols, True, own + load_i64(phase + RECORD))
     _choose(phase, work + load_i64(phase + CHOICE))
@@ -253,17 +278,19 @@ def _prepare_down(phase, work):
     """silu(gate) * up of all pairs and of the shared expert behind them as records, and the choice again."""
     inner, size, shared = load_i64(phase + INNER), load_i64(phase + RECORD_BYTES), load_i64(phase + SHARED_INNER)
     temporary, n_tokens, top_k = work + load_i64(phase + TEMPORARY), tokens_of(phase), load_i64(phase + TOP_K)
+    choice = work + load_i64(phase + CHOICE)
+    _choose(phase, choice)
     for pair in range(top_k * n_tokens):
-        at = 4 * inner * pair
-        swiglu(load_i64(phase + GATED) + at, load_i64(phase + UPPED) + at, inner, temporary)
-        write_record(temporary, 0, inner, inner, load_i64(phase + ROUNDED) != 0, work + size * pair)
+        if _is_here(phase, choice, pair):
+            at = 4 * inner * pair
+            swiglu(load_i64(phase + GATED) + at, load_i64(phase + UPPED) + at, inner, temporary)
+            write_record(temporary, 0, inner, inner, load_i64(phase + ROUNDED) != 0, work + size * pair)
     if shared > 0:
         for t in range(n_tokens):
             at = 4 * shared * t
             swiglu(load_i64(phase + SHARED_GATED) + at, load_i64(phase + SHARED_UPPED) + at, shared, temporary)
             record = work + size * (top_k * n_tokens + t)
             write_record(temporary, 0, shared, shared, load_i64(phase + SHARED_ROUNDED) != 0, record)
-    _choose(phase, work + load_i64(phase + CHOICE))
 
 
 @inline
@@ -285,16 +312,23 @@ def _down_rows(phase, choice, first, n_rows, work):
 
 @kernel("void(int64, int64, int64)")
 def _run_down(phase, unit, work):
-    """Output rows: the residual plus the weighted sum of the chosen experts' down rows and the shared one's."""
+    """Output rows: what is there, or 0 with INSTEAD, plus the weighted sum of the chosen experts' down rows and the
+    shared one's.
+    """
     hidden, rows, top_k = load_i64(phase + HIDDEN), load_i64(phase + ROWS), load_i64(phase + TOP_K)
     first, n_tokens = rows * unit, tokens_of(phase)
     n_rows = min(rows, hidden - first)
     out, temporary = load_i64(phase + OUT) + 4 * first, work + load_i64(phase + TEMPORARY)
     choice = work + load_i64(phase + CHOICE)
     _down_rows(phase, choice, first, n_rows, work)
+    if load_i64(phase + INSTEAD) != 0:
+        for t in range(n_tokens):
+            for r in range(n_rows):
+                store_f32(out + 4 * (hidden * t + r), np.float32(0.0))
     for pair in range(top_k * n_tokens):
-        weight = load_f32(choice + _weights(phase) + 4 * pair)
-        scale_add(weight, temporary + 4 * rows * pair, n_rows, out + 4 * hidden * (pair // top_k))
+        if _is_here(phase, choice, pair):
+            weight = load_f32(choice + _weights(phase) + 4 * pair)
+            scale_add(weight, temporary + 4 * rows * pair, n_rows, out + 4 * hidden * (pair // top_k))
     if load_i64(phase + SHARED_INNER) > 0:
         tables = token_tables()
         for t in range(n_tokens):
@@ -340,22 +374,50 @@ class Router:
         return padded(28 * pairs + 8 + 8 * self.n_routed_experts + 8 * self.n_group)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Experts that something else chooses, instead of a Router.
+
+    Attributes:
+        ids: address of int64 (T, K); a pair whose id is no expert's, as -1, counts as not chosen.
+        weights: address of float32 (T, K).
+    """
+
+    ids: int
+    weights: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+
+    @property
+    def words(self) -> list[int]:
+        """As Router.words."""
+        return [self.ids, self.weights, self.n_routed_experts, self.num_experts_per_tok, 0, 0, GIVEN, 0, 0]
+
+    @property
+    def choice_bytes(self) -> int:
+        """Work memory of it."""
+        return padded(28 * MOST_TOKENS * self.num_experts_per_tok + 8)
+
+
 def expert_phases(
     input_: Input,
-    router: Router,
+    router: Router | Choice,
     experts: Experts,
     gated: int,
     upped: int,
     shared: tuple[int, int, Weight] | None,
     out: int,
     n_workers: int,
+    instead: bool = False,
 ) -> tuple[Phase, Phase]:
-    """The two phases of a layer's experts, from the normed input to the sum added to `out`. T: MOST_TOKENS.
+    """The two phases of a layer's experts, from their input to the sum added to `out`. T: MOST_TOKENS.
 
     Args:
+        input_: normed, or as it is.
         gated, upped: addresses of float32 (T, K, inner) between the phases.
         shared: addresses of the shared expert's gate and up outputs (T, shared inner), computed before, and its down.
         out: address of float32 (T, hidden), where the experts' sum is added.
+        instead: replace what is there by the sum.
     """
     gate, up, down = experts.gate, experts.up, experts.down
     hidden, inner, top_k = gate.n_cols, gate.n_rows, router.num_experts_per_tok
@@ -365,7 +427,7 @@ def expert_phases(
     rounded = gate.format.integer or up.format.integer
     up_words = [
         *router.words, choice, input_.x, input_.norm, float_bits(input_.epsilon), hidden, inner, rounded, record,
-        gated, upped, rows, 0, size, 0, 0, 0, 0, 0, *gate.fields, *up.fields,
+        gated, upped, rows, 0, size, 0, 0, 0, 0, 0, 0, *gate.fields, *up.fields,
     ]  # fmt: skip
     n_units, work_bytes = 2 * top_k * -(-inner // rows), choice + router.choice_bytes
     up_phase = Phase(_prepare_up.address, _run_up.address, n_units, up_words, work_bytes, per_token=True)
@@ -379,7 +441,7 @@ def expert_phases(
     choice = temporary + padded(4 * max(rows * MOST_TOKENS * top_k, inner, shared_inner))
     down_words = [
         *router.words, choice, 0, 0, 0, hidden, inner, down.format.integer, 0, gated, upped, rows, out, size,
-        shared_gated, shared_upped, shared_inner, bool(shared_down and shared_down.format.integer), temporary,
+        shared_gated, shared_upped, shared_inner, bool(shared_down and shared_down.format.integer), temporary, instead,
         *down.fields, *(shared_down.fields if shared_down else []),
     ]  # fmt: skip
     work_bytes = choice + router.choice_bytes

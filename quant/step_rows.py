@@ -13,10 +13,10 @@ from quant.errors import QuantError
 from quant.jit import inline, kernel
 from quant.linear import Weight
 from quant.rows import ADDRESS, GEMV, GEMV_FEW, GROUP_BYTES, MATRIX_BYTES, ROW_BYTES
-from quant.simd import bits_to_f32, load_f32, load_f32x16, load_i64, store_f32, store_f32x16, store_i64
+from quant.simd import bits_to_f32, load_i64, store_i64
 from quant.simd_wide import stack
 from quant.step import ARGUMENTS, HEAD_FROM, MOST_TOKENS, PHASE_BYTES, STATE, Phase, float_bits, padded, tokens_of
-from quant.vectors import rms_norm, scale_add, swiglu
+from quant.vectors import copy, rms_norm, scale_add, swiglu
 
 _UNIT_BYTES = 1 << 19  # weights that a worker takes at a time: long enough to stream, short enough to share out
 _UNITS_PER_WORKER = 4  # at least, so that workers end together
@@ -77,11 +77,8 @@ def _round(phase, own):
 def _prepare_plain(phase, work):
     n_cols = load_i64(phase + N_COLS)
     for t in range(_first_token(phase), tokens_of(phase)):
-        x, own = load_i64(phase + X) + 4 * n_cols * t, work + load_i64(phase + TOKEN_BYTES) * t
-        for i in range(0, n_cols // 16 * 16, 16):
-            store_f32x16(own + 4 * i, load_f32x16(x + 4 * i))
-        for i in range(n_cols // 16 * 16, n_cols):
-            store_f32(own + 4 * i, load_f32(x + 4 * i))
+        own = work + load_i64(phase + TOKEN_BYTES) * t
+        copy(load_i64(phase + X) + 4 * n_cols * t, n_cols, own)
         _round(phase, own)
 
 

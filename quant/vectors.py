@@ -84,6 +84,15 @@ silu_times_f32x16 = define(f32x16, (f32x16, f32x16), _silu_times)
 
 
 @inline
+def copy(x, n, out):
+    """out = x, float32 (n,)."""
+    for i in range(0, n // 16 * 16, 16):
+        store_f32x16(out + 4 * i, load_f32x16(x + 4 * i))
+    for i in range(n // 16 * 16, n):
+        store_f32(out + 4 * i, load_f32(x + 4 * i))
+
+
+@inline
 def rms_norm(x, weight, epsilon, n, out):
     """out = x / sqrt(mean(x^2) + epsilon) * weight, all float32 (n,); out may be x."""
     whole = n // 16 * 16

@@ -23,7 +23,7 @@ from quant.linear import Weight
 from quant.pool import Pool, aligned_bytes
 from quant.simd import load_i64, store_i64
 from quant.step import ARGUMENTS, MOST_TOKENS, PHASE_BYTES, Program
-from quant.step_experts import SIGMOID, SOFTMAX, SOFTMAX_AFTER_TOPK, Router, expert_phases
+from quant.step_experts import SIGMOID, SOFTMAX, SOFTMAX_AFTER_TOPK, Choice, Router, expert_phases
 from quant.step_rows import Input, rows_phase
 
 SCORING = {SOFTMAX: "softmax", SIGMOID: "sigmoid", SOFTMAX_AFTER_TOPK: "softmax_after_topk"}
@@ -229,6 +229,7 @@ def groups(ids_TK: np.ndarray) -> list[list[tuple[int, int]]]:
     n_pairs = MOST_TOKENS * top_k
     phase, choice = np.zeros(PHASE_BYTES // 8, np.int64), np.full(3 * n_pairs + 1, -1, np.int64)
     phase[step_experts.TOP_K // 8] = top_k
+    phase[step_experts.N_EXPERTS // 8] = ids_TK.max() + 1
     choice[: ids_TK.size] = ids_TK.ravel()
     kernels.call(_group.address, phase, choice, n_tokens)
     members, starts = choice[n_pairs : 2 * n_pairs].tolist(), choice[2 * n_pairs :][: ids_TK.size + 1].tolist()
@@ -299,18 +300,39 @@ class Layer:
                 self.weights[name], self.values[name] = kernels.random_weight(type_, shape, rng)
         self.norm = (1 + 0.1 * rng.standard_normal(self.hidden)).astype(np.float32) / np.float32(np.sqrt(self.hidden))
 
-    def run(self, pool: Pool, together: int = 1) -> np.ndarray:
-        """float32 (T, hidden): each token's vector after the layer, by steps of so many tokens."""
+    def router_logits(self, pool: Pool) -> np.ndarray:
+        """float32 (T, E), as the program has them."""
+        rows: list[np.ndarray] = []
+        self.run(pool, logits=rows)
+        return np.concatenate(rows)
+
+    def run(
+        self,
+        pool: Pool,
+        together: int = 1,
+        given: tuple[np.ndarray, np.ndarray] | None = None,
+        logits: list[np.ndarray] | None = None,
+    ) -> np.ndarray:
+        """float32 (T, hidden): each token's vector after the layer, by steps of so many tokens.
+
+        Args:
+            given: ids int64 and weights float32 (T, K) for the phases, instead of what they would choose.
+            logits: is given the router's.
+        """
         program = Program(pool, self.weights["tokens"], np.ones(1), 1.0, 1)
         w, n_inner = self.weights, self.settings.num_experts_per_tok * self.inner
         input_ = Input(program.x, program.keep(self.norm), 1e-6)
-        logits, gated, upped = (program.vector(n) for n in (self.settings.n_routed_experts, n_inner, n_inner))
-        first, shared = [(w["router"], logits)], None
+        router, gated, upped = (program.vector(n) for n in (self.settings.n_routed_experts, n_inner, n_inner))
+        first, shared = [(w["router"], router)], None
         if self.shared_inner:
             shared = program.vector(self.shared_inner), program.vector(self.shared_inner), w["shared down"]
             first += [(w["shared gate"], shared[0]), (w["shared up"], shared[1])]
         program.add(rows_phase(input_, first, pool.n_workers))
-        settings = dataclasses.replace(self.settings, logits=logits)
+        settings = dataclasses.replace(self.settings, logits=router)
+        if given is not None:
+            top_k = self.settings.num_experts_per_tok
+            ids_TK, weights_TK = np.zeros((MOST_TOKENS, top_k), np.int64), np.zeros((MOST_TOKENS, top_k), np.float32)
+            settings = Choice(program.keep(ids_TK), program.keep(weights_TK), self.settings.n_routed_experts, top_k)
         experts = Experts(w["gate"], w["up"], w["down"])
         for phase in expert_phases(input_, settings, experts, gated, upped, shared, program.x, pool.n_workers):
             program.add(phase)
@@ -318,7 +340,11 @@ class Layer:
         x, rows = floats(program.x, together, self.hidden), []
         for first in range(0, self.n_tokens, together):
             ids = range(self.n_tokens)[first : first + together]
+            if given is not None:
+                ids_TK[: len(ids)], weights_TK[: len(ids)] = (part[first : first + together] for part in given)
             program.run(ids, 0, np.zeros(1, np.int64))
+            if logits is not None:
+                logits.append(floats(router, len(ids), self.settings.n_routed_experts).copy())
             rows.append(x[: len(ids)].copy())
         return np.concatenate(rows)
 
@@ -379,6 +405,14 @@ def test_workers_do_not_change_the_experts_sum(name: str) -> None:
         with closing(Pool(n_workers)) as pool:
             answers.append(LAYERS[name].run(pool))
     assert all(np.array_equal(answers[0], answer) for answer in answers[1:])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_given_choice_is_as_good_as_the_routers(pool: Pool, name: str) -> None:
+    """To the bit: with the router's own choice, made before."""
+    layer = LAYERS[name]
+    logits_TE = layer.router_logits(pool)
+    assert np.array_equal(layer.run(pool, given=choose(layer.settings, logits_TE)), layer.run(pool))
 
 
 @pytest.mark.parametrize("together", range(2, MOST_TOKENS + 1))
