@@ -1,13 +1,12 @@
 """How the blocks of each GGUF format become weights inside Triton kernels, from the file's bytes as they are.
 
-A row is a sequence of units: 32 weights, two halves (low, high) of 16. Where the format has nibbles, one 16-byte string holds both.
-unit() loads the bytes of many units as words, as wide as a block's alignment allows, each once, and with them what a half's
-weights share; plane() takes byte b out of every word. A word of n bytes thus gives n planes, and a plane's element i is the
-half's weight n * i + b. Columns may come in any order, as long as activations come in the same.
+A row is a sequence of units: 32 weights, two halves (low, high) of 16. Where the format has nibbles, one string of 16
+bytes holds both. unit() loads the bytes of many units as words, as wide as a block's alignment allows, each once, and
+with them what a half's weights share; weights() takes byte b out of every word. A word of n bytes thus gives n planes
+of weights, and a plane's element i is the half's weight n * i + b: activations come in the same order.
 
-A plane holds u, float32. Integer codes are written into the mantissa of 1.0, u = 1 + code / 2^bits, which takes a shift and one
-logical operation instead of a conversion at a fraction of the rate: a weight is scale * (u - 1) - minimum. Of floats u is the
-weight, of FP8 the weight is scale * u.
+Integer codes are written into the mantissa of 1.0, u = 1 + code / 2^bits: a shift and one logical operation instead
+of a conversion at a fraction of their rate. A weight is scale * u - offset, in float32.
 
 Shapes: R rows, U units, N words in 16 bytes. Source of the layouts: the modules of quant, one a format.
 """
@@ -16,8 +15,6 @@ from dataclasses import dataclass
 
 import triton
 import triton.language as tl
-
-FLOATS = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -126,14 +123,14 @@ def _unit_float(w, row, unit, stride, n_cols, FORMAT: tl.constexpr):
 
 @triton.jit
 def _unit_32(w, row, unit, stride, FORMAT: tl.constexpr):
-    """A unit is a block: words of both halves, fifth bits of both, scale, minimum."""
+    """A unit is a block: words of both halves, fifth bits of both, scale, offset."""
     block = row * stride + unit
     if FORMAT == "MXFP4":
         codes = tl.load(w + block * 17 + 1 + tl.arange(0, 16)[None, None, :]).to(tl.uint32)
         e = tl.load(w + block * 17).to(tl.uint32)
-        # 2^(e-128); e below 2 gives a subnormal. Codes are 12 too high, and 2^5 makes up for the mantissa.
+        # 2^(e-128); e below 2 gives a subnormal.
         scale = _float_bits(tl.where(e < 2, 0x00200000 << tl.minimum(e, 1), (tl.maximum(e, 1) - 1) << 23))
-        return codes, codes, codes, codes, scale * 32.0, scale * 12.0
+        return codes, codes, codes, codes, scale * 32.0, scale * 44.0
     w16 = w.to(tl.pointer_type(tl.uint16))
     w32 = w.to(tl.pointer_type(tl.uint32))
     n8 = tl.arange(0, 8)[None, None, :]
@@ -142,28 +139,28 @@ def _unit_32(w, row, unit, stride, FORMAT: tl.constexpr):
         scale = _half(w16 + block * 17)
         low = _u16(w16 + block * 17 + 1 + n8)
         high = _u16(w16 + block * 17 + 9 + n8)
-        return low, high, low, high, scale * 256.0, scale * 128.0
+        return low, high, low, high, scale * 256.0, scale * 384.0
     elif FORMAT == "Q4_1":
         scale, minimum = _half_pair(tl.load(w32 + block * 5))
         codes = tl.load(w32 + block * 5 + 1 + n4)
-        return codes, codes, codes, codes, scale * 16.0, -minimum
+        return codes, codes, codes, codes, scale * 16.0, scale * 16.0 - minimum
     elif FORMAT == "Q5_1":
         scale, minimum = _half_pair(tl.load(w32 + block * 6))
         fifth = tl.load(w32 + block * 6 + 1)
         codes = tl.load(w32 + block * 6 + 2 + n4)
-        return codes, codes, fifth >> (4 * n4), fifth >> (4 * n4 + 16), scale * 32.0, -minimum
+        return codes, codes, fifth >> (4 * n4), fifth >> (4 * n4 + 16), scale * 32.0, scale * 32.0 - minimum
     elif FORMAT == "Q5_0":
         scale = _half(w16 + block * 11)
         low, high = _u16(w16 + block * 11 + 1), _u16(w16 + block * 11 + 2)
         codes = _u16(w16 + block * 11 + 3 + n8)
-        return codes, codes, low >> (2 * n8), high >> (2 * n8), scale * 32.0, scale * 16.0
+        return codes, codes, low >> (2 * n8), high >> (2 * n8), scale * 32.0, scale * 48.0
     else:  # Q4_0, IQ4_NL
         scale = _half(w16 + block * 9)
         codes = _u16(w16 + block * 9 + 1 + n8)
         if FORMAT == "Q4_0":
-            return codes, codes, codes, codes, scale * 16.0, scale * 8.0
+            return codes, codes, codes, codes, scale * 16.0, scale * 24.0
         else:
-            return codes, codes, codes, codes, scale * 256.0, scale * 128.0
+            return codes, codes, codes, codes, scale * 256.0, scale * 384.0
 
 
 @triton.jit
@@ -182,12 +179,15 @@ def _unit_4k(w, row, unit, stride, FORMAT: tl.constexpr):
     m = tl.where(pair < 2, m & 0x3F3F3F3F, (both >> 4 & 0x0F0F0F0F) | (m >> 2 & 0x30303030)) >> shift
     s_low, s_high = d * (s & 255).to(tl.float32), d * (s >> 8 & 255).to(tl.float32)
     m_low, m_high = dmin * (m & 255).to(tl.float32), dmin * (m >> 8 & 255).to(tl.float32)
+    RANGE: tl.constexpr = 16.0 if FORMAT == "Q4_K" else 32.0
+    s_low, s_high = s_low * RANGE, s_high * RANGE
+    m_low, m_high = s_low + m_low, s_high + m_high
     codes = tl.load(w32 + at + (WORDS - 32) + unit % 8 * 4 + n4)
     if FORMAT == "Q4_K":
-        return codes, codes, codes, codes, s_low * 16.0, m_low, s_high * 16.0, m_high
+        return codes, codes, codes, codes, s_low, m_low, s_high, m_high
     else:
         fifth = tl.load(w32 + at + 4 + unit % 2 * 4 + n4) >> (2 * pair)
-        return codes, codes, fifth, fifth >> 1, s_low * 32.0, m_low, s_high * 32.0, m_high
+        return codes, codes, fifth, fifth >> 1, s_low, m_low, s_high, m_high
 
 
 @triton.jit
@@ -203,7 +203,7 @@ def _unit_6k(w, row, unit, stride):
     s_high = d * tl.load(at + 4).to(tl.int8, bitcast=True).to(tl.float32)
     codes = _u16(w16 + block * 105 + unit % 8 * 8 + n8)
     upper = _u16(w16 + block * 105 + 64 + half * 16 + unit % 2 * 8 + n8) >> (2 * quarter)
-    return codes, codes, upper, upper >> 4, s_low * 64.0, s_low * 32.0, s_high * 64.0, s_high * 32.0
+    return codes, codes, upper, upper >> 4, s_low * 64.0, s_low * 96.0, s_high * 64.0, s_high * 96.0
 
 
 @triton.jit
@@ -218,7 +218,7 @@ def _unit_4xs(w, row, unit, stride):
     scale = (tl.load(w32 + at + 1) >> (4 * sub) & 15) | ((first >> 16) >> (2 * sub) & 3) << 4
     scale = d * (scale.to(tl.float32) - 32.0)
     codes = tl.load(w32 + at + 2 + sub * 4 + n4)
-    return codes, scale * 256.0, scale * 128.0
+    return codes, scale * 256.0, scale * 384.0
 
 
 @triton.jit
@@ -233,29 +233,27 @@ def unit(w, row, unit, stride, n_cols, scales, FORMAT: tl.constexpr):
         scales: of FP8 only: float32 pointer to the row of scales that all rows share.
 
     Returns:
-        Words of the low and high halves, what else plane() needs of them (R, U, N); scale and minimum of the low half,
+        Words of the low and high halves, what else weights() needs of them (R, U, N); scale and offset of the low half,
         then of the high one, float32 (R, U, 1).
     """
     if FORMAT == "F32" or FORMAT == "F16" or FORMAT == "BF16":
         low, high = _unit_float(w, row, unit, stride, n_cols, FORMAT)
         one = tl.full((1, 1, 1), 1.0, tl.float32)
-        zero = tl.full((1, 1, 1), 0.0, tl.float32)
-        return low, high, low, high, one, zero, one, zero
+        return low, high, low, high, one, one, one, one
     elif FORMAT == "FP8_E4M3":
         low, high = _unit_float(w, row, unit, stride, n_cols, FORMAT)
         scale = tl.load(scales + unit // 4) * 256.0
-        zero = tl.full((1, 1, 1), 0.0, tl.float32)
-        return low, high, low, high, scale, zero, scale, zero
+        return low, high, low, high, scale, scale, scale, scale
     elif FORMAT == "Q4_K" or FORMAT == "Q5_K":
         return _unit_4k(w, row, unit, stride, FORMAT)
     elif FORMAT == "Q6_K":
         return _unit_6k(w, row, unit, stride)
     elif FORMAT == "IQ4_XS":
-        codes, scale, minimum = _unit_4xs(w, row, unit, stride)
-        return codes, codes, codes, codes, scale, minimum, scale, minimum
+        codes, scale, offset = _unit_4xs(w, row, unit, stride)
+        return codes, codes, codes, codes, scale, offset, scale, offset
     else:
-        low, high, low_bits, high_bits, scale, minimum = _unit_32(w, row, unit, stride, FORMAT)
-        return low, high, low_bits, high_bits, scale, minimum, scale, minimum
+        low, high, low_bits, high_bits, scale, offset = _unit_32(w, row, unit, stride, FORMAT)
+        return low, high, low_bits, high_bits, scale, offset, scale, offset
 
 
 @triton.jit
@@ -306,18 +304,12 @@ def _code(words, extra, SHIFT: tl.constexpr, B: tl.constexpr, FORMAT: tl.constex
 
 
 @triton.jit
-def plane(low, high, low_extra, high_extra, B: tl.constexpr, FORMAT: tl.constexpr):
-    """u of byte B of every word of the low and of the high halves, float32 (R, U, N)."""
-    return _code(low, low_extra, 0, B, FORMAT), _code(high, high_extra, 4, B, FORMAT)
-
-
-@triton.jit
 def weights(low, high, low_extra, high_extra, s_low, m_low, s_high, m_high, B: tl.constexpr, FORMAT: tl.constexpr):
-    """The weights of byte B of every word of the low and of the high halves, float32 (R, U, N), as gguf unpacks them."""
-    u_low, u_high = plane(low, high, low_extra, high_extra, B, FORMAT)
+    """Byte B of every word of the low and of the high halves as weights, float32 (R, U, N)."""
+    u_low, u_high = _code(low, low_extra, 0, B, FORMAT), _code(high, high_extra, 4, B, FORMAT)
     if FORMAT == "F32" or FORMAT == "F16" or FORMAT == "BF16":
         return u_low, u_high
     elif FORMAT == "FP8_E4M3":
         return u_low * s_low, u_high * s_high
     else:
-        return (u_low - 1.0) * s_low - m_low, (u_high - 1.0) * s_high - m_high
+        return u_low * s_low - m_low, u_high * s_high - m_high

@@ -1,8 +1,8 @@
 """y = W x for many tokens on tensor cores: float16 operands, float32 sums.
 
-Weights are expanded tile by tile in registers. Activations are brought into the order in which planes of blocks.py come, so
-that a plane's are consecutive, and divided by a scale a token: float16 would otherwise overflow at 65504, which activations
-of large models reach. A weight's rounding to float16 is 2^-11 of it, less than any 8-bit activation's.
+Weights are expanded tile by tile in registers. Activations are brought into the order in which planes of blocks.py
+come, so that a plane's are consecutive, and divided by a scale a token: float16 would otherwise overflow at 65504,
+which activations of large models reach. Its rounding, 2^-11 of a value, is less than that of any 8-bit activation.
 Letters: T tokens (of a tile: BT), G groups, R rows and U units of a tile, N words a half.
 """
 
@@ -18,6 +18,7 @@ from localrun.gpu.matrix import Matrix
 UNITS = {4: 8, 2: 4, 1: 2}
 ROWS = 64
 WARPS = 4
+STAGES = 2  # of loads under way: more of them want more shared memory than consumer cards have
 _LARGEST = 1024.0  # what a token's largest activation becomes: far from float16's limit, with room below
 
 
@@ -91,7 +92,7 @@ def _multiply(
 
 def tile_tokens(n_tokens: int) -> int:
     """Tokens of a tile: tl.dot takes 16 at least."""
-    return max(16, min(128, triton.next_power_of_2(n_tokens)))
+    return max(16, min(64, triton.next_power_of_2(n_tokens)))
 
 
 def arrange(x: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,6 +115,6 @@ def multiply(matrix: Matrix, x: torch.Tensor) -> torch.Tensor:
     _multiply[-(-n_tokens // tokens), -(-matrix.n_rows // ROWS), matrix.n_groups](
         matrix.data, matrix.scale_pointer, a, scale, out, n_tokens, matrix.n_rows, matrix.n_cols, matrix.n_units,
         a.shape[1], matrix.stride, matrix.group_bytes, matrix.scale_stride, layout.name, layout.block_bytes,
-        layout.word, tokens, ROWS, UNITS[layout.word], num_warps=WARPS,
+        layout.word, tokens, ROWS, UNITS[layout.word], num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return out

@@ -1,10 +1,9 @@
-"""y = W x for 1 to 8 tokens: every weight is read once for all of them, from its blocks. Sums in float32, in a fixed order.
+"""y = W x for 1 to 8 tokens: every weight is read once for all. Sums in float32, in a fixed order.
 
 Also what reads rows without multiplying (embedding, dense) and the product with a transposed matrix. One matrix, or one
 a group (attention heads). Letters: T tokens, G groups, R rows and U units (blocks.py) of a tile.
 """
 
-import torch
 import torch
 import triton
 import triton.language as tl
@@ -13,43 +12,30 @@ from localrun.gpu import blocks
 from localrun.gpu.matrix import Matrix, n_processors
 
 MOST_TOKENS = 8
-# Rows and units of a tile by the bytes of a word: 8 sums a token and thread, and 16 to 32 bytes of weights under way in each.
-TILES = {4: (16, 16), 2: (16, 8), 1: (8, 8)}
+# Units of a tile by the bytes of a word. The order in which a row's products are summed depends on them and on the
+# parts that columns are split into, never on the number of tokens: a token's results are those it would have alone.
+UNITS = {4: 16, 2: 8, 1: 4}
+_PART_ROWS = 16
 _TRANSPOSED_TILES = {4: (32, 4), 2: (32, 4), 1: (16, 4)}
-_WARPS = 4
-_PROGRAMS = 8  # a multiprocessor: enough of them to keep the memory busy
+WARPS = 4
+_PROGRAMS = 4  # a multiprocessor: enough of them to keep the memory busy
+
+
+def tile_rows(n_tokens: int) -> int:
+    """Rows of a tile: many share a load of activations, but each keeps a sum a token in registers."""
+    return 32 if n_tokens <= 4 else 16
 
 
 @triton.jit
-def _activations(x, low, high, n_cols, B: tl.constexpr, WORD: tl.constexpr):
-    """x[low + WORD * i + B] and x[high + ...], 0 past the end: float32 (1, U, N)."""
+def _activations(x, low, high, n_cols, B: tl.constexpr, WORD: tl.constexpr, CUT: tl.constexpr):
+    """x[low + WORD * i + B] and x[high + ...], float32 (1, U, N); with CUT 0 past the row's end."""
     i = tl.arange(0, 16 // WORD)[None, None, :] * WORD + B
-    x_low = tl.load(x + low + i, mask=low + i < n_cols, other=0.0)
-    x_high = tl.load(x + high + i, mask=high + i < n_cols, other=0.0)
-    return x_low, x_high
-
-
-@triton.jit
-def _add(
-    total, x, low, high, n_cols, q_low, q_high, b_low, b_high, s_low, m_low, s_high, m_high,
-    FORMAT: tl.constexpr, WORD: tl.constexpr,
-):  # fmt: skip
-    """total (R, U, N) and the products of a tile with one token's x."""
-    dot_low = tl.zeros_like(total)
-    dot_high = tl.zeros_like(total)
-    sum_low = tl.zeros((1, total.shape[1], total.shape[2]), tl.float32)
-    sum_high = tl.zeros((1, total.shape[1], total.shape[2]), tl.float32)
-    for b in tl.static_range(WORD):
-        x_low, x_high = _activations(x, low, high, n_cols, b, WORD)
-        u_low, u_high = blocks.plane(q_low, q_high, b_low, b_high, b, FORMAT)
-        dot_low += u_low * x_low
-        dot_high += u_high * x_high
-        sum_low += x_low
-        sum_high += x_high
-    # The u are too high by ONE, which all have in common: taken off once for all planes.
-    ONE: tl.constexpr = 0.0 if WORD == 1 and FORMAT != "MXFP4" else 1.0
-    total += dot_low * s_low - (m_low + ONE * s_low) * sum_low
-    return total + (dot_high * s_high - (m_high + ONE * s_high) * sum_high)
+    if CUT:
+        x_low = tl.load(x + low + i, mask=low + i < n_cols, other=0.0)
+        x_high = tl.load(x + high + i, mask=high + i < n_cols, other=0.0)
+        return x_low, x_high
+    else:
+        return tl.load(x + low + i), tl.load(x + high + i)
 
 
 @triton.jit
@@ -62,6 +48,7 @@ def row_sums(
     row: int32 (R,), each within the matrix.
     """
     N: tl.constexpr = 16 // WORD
+    CUT: tl.constexpr = FORMAT == "F32" or FORMAT == "F16" or FORMAT == "BF16" or FORMAT == "FP8_E4M3"
     # Names, not a list: Triton keeps what a loop carries in names.
     a0 = tl.zeros((R, U, N), tl.float32)
     a1 = tl.zeros((R, U, N), tl.float32)
@@ -73,26 +60,49 @@ def row_sums(
     a7 = tl.zeros((R, U, N), tl.float32)
     for start in range(first, last, U):
         unit = start + tl.arange(0, U)[None, :, None]
-        low, high = blocks.columns(unit, FORMAT)
-        # Past the end the last unit is read again, times zeros.
-        low, high = tl.where(unit < last, low, n_cols), tl.where(unit < last, high, n_cols)
+        # Past the end the last unit is read again, and is nothing: by its scales, or by activations that are 0.
+        here = unit < last
+        low, high = blocks.columns(tl.minimum(unit, last - 1), FORMAT)
+        if CUT:
+            low, high = tl.where(here, low, n_cols), tl.where(here, high, n_cols)
         unit = tl.minimum(unit, last - 1)
         ql, qh, bl, bh, sl, ml, sh, mh = blocks.unit(w, row[:, None, None], unit, stride, n_cols, scales, FORMAT)
-        a0 = _add(a0, x, low, high, n_cols, ql, qh, bl, bh, sl, ml, sh, mh, FORMAT, WORD)
-        if T > 1:
-            a1 = _add(a1, x + x_stride, low, high, n_cols, ql, qh, bl, bh, sl, ml, sh, mh, FORMAT, WORD)
-        if T > 2:
-            a2 = _add(a2, x + 2 * x_stride, low, high, n_cols, ql, qh, bl, bh, sl, ml, sh, mh, FORMAT, WORD)
-        if T > 3:
-            a3 = _add(a3, x + 3 * x_stride, low, high, n_cols, ql, qh, bl, bh, sl, ml, sh, mh, FORMAT, WORD)
-        if T > 4:
-            a4 = _add(a4, x + 4 * x_stride, low, high, n_cols, ql, qh, bl, bh, sl, ml, sh, mh, FORMAT, WORD)
-        if T > 5:
-            a5 = _add(a5, x + 5 * x_stride, low, high, n_cols, ql, qh, bl, bh, sl, ml, sh, mh, FORMAT, WORD)
-        if T > 6:
-            a6 = _add(a6, x + 6 * x_stride, low, high, n_cols, ql, qh, bl, bh, sl, ml, sh, mh, FORMAT, WORD)
-        if T > 7:
-            a7 = _add(a7, x + 7 * x_stride, low, high, n_cols, ql, qh, bl, bh, sl, ml, sh, mh, FORMAT, WORD)
+        if not CUT:
+            sl, ml = tl.where(here, sl, 0.0), tl.where(here, ml, 0.0)
+            sh, mh = tl.where(here, sh, 0.0), tl.where(here, mh, 0.0)
+        for b in tl.static_range(WORD):
+            w_low, w_high = blocks.weights(ql, qh, bl, bh, sl, ml, sh, mh, b, FORMAT)
+            x_low, x_high = _activations(x, low, high, n_cols, b, WORD, CUT)
+            a0 += w_low * x_low
+            a0 += w_high * x_high
+            if T > 1:
+                x_low, x_high = _activations(x + 1 * x_stride, low, high, n_cols, b, WORD, CUT)
+                a1 += w_low * x_low
+                a1 += w_high * x_high
+            if T > 2:
+                x_low, x_high = _activations(x + 2 * x_stride, low, high, n_cols, b, WORD, CUT)
+                a2 += w_low * x_low
+                a2 += w_high * x_high
+            if T > 3:
+                x_low, x_high = _activations(x + 3 * x_stride, low, high, n_cols, b, WORD, CUT)
+                a3 += w_low * x_low
+                a3 += w_high * x_high
+            if T > 4:
+                x_low, x_high = _activations(x + 4 * x_stride, low, high, n_cols, b, WORD, CUT)
+                a4 += w_low * x_low
+                a4 += w_high * x_high
+            if T > 5:
+                x_low, x_high = _activations(x + 5 * x_stride, low, high, n_cols, b, WORD, CUT)
+                a5 += w_low * x_low
+                a5 += w_high * x_high
+            if T > 6:
+                x_low, x_high = _activations(x + 6 * x_stride, low, high, n_cols, b, WORD, CUT)
+                a6 += w_low * x_low
+                a6 += w_high * x_high
+            if T > 7:
+                x_low, x_high = _activations(x + 7 * x_stride, low, high, n_cols, b, WORD, CUT)
+                a7 += w_low * x_low
+                a7 += w_high * x_high
     return _sum(a0), _sum(a1), _sum(a2), _sum(a3), _sum(a4), _sum(a5), _sum(a6), _sum(a7)
 
 
@@ -199,9 +209,9 @@ def _multiply_transposed(
         tl.store(out + high + at, tl.sum(sum_high, axis=0)[None, :, :], mask=high + at < n_cols)
 
 
-def parts(matrix: Matrix, rows: int, units: int, device: torch.device) -> int:
+def parts(matrix: Matrix, device: torch.device) -> int:
     """Into how many parts to split the columns, so that few rows occupy the whole device."""
-    programs = -(-matrix.n_rows // rows) * matrix.n_groups
+    programs, units = -(-matrix.n_rows // _PART_ROWS) * matrix.n_groups, UNITS[matrix.layout.word]
     count = 1
     while count < 16 and programs * count < _PROGRAMS * n_processors(device) and 2 * count * units < matrix.n_units:
         count *= 2
@@ -211,13 +221,13 @@ def parts(matrix: Matrix, rows: int, units: int, device: torch.device) -> int:
 def multiply(matrix: Matrix, x: torch.Tensor) -> torch.Tensor:
     """float32 (T, G, n_cols), T from 1 to MOST_TOKENS -> (T, G, n_rows)."""
     n_tokens, layout = x.shape[0], matrix.layout
-    rows, units = TILES[layout.word]
-    n_parts = parts(matrix, rows, units, x.device)
+    rows, units = tile_rows(n_tokens), UNITS[layout.word]
+    n_parts = parts(matrix, x.device)
     out = torch.empty(n_parts, n_tokens, matrix.n_groups, matrix.n_rows, device=x.device)
     _multiply[-(-matrix.n_rows // rows), n_parts, matrix.n_groups](
         matrix.data, matrix.scale_pointer, x, out, matrix.n_rows, matrix.n_cols, matrix.n_units, matrix.stride,
         matrix.group_bytes, matrix.scale_stride, layout.name, layout.block_bytes, layout.word, n_tokens, rows, units,
-        n_parts, num_warps=_WARPS,
+        n_parts, num_warps=WARPS,
     )  # fmt: skip
     return out[0] if n_parts == 1 else out.sum(0)
 
@@ -228,7 +238,7 @@ def expand_rows(matrix: Matrix, rows: torch.Tensor, dtype: torch.dtype = torch.f
     out = torch.empty(rows.shape[0], matrix.n_cols, dtype=dtype, device=rows.device)
     _expand_rows[rows.shape[0], -(-matrix.n_units // units)](
         matrix.data, matrix.scale_pointer, rows, out, matrix.n_rows, matrix.n_cols, matrix.n_units, matrix.stride,
-        matrix.group_bytes, matrix.scale_stride, layout.name, layout.block_bytes, layout.word, units, num_warps=_WARPS,
+        matrix.group_bytes, matrix.scale_stride, layout.name, layout.block_bytes, layout.word, units, num_warps=WARPS,
     )  # fmt: skip
     return out
 
@@ -240,6 +250,6 @@ def multiply_transposed(matrix: Matrix, x: torch.Tensor) -> torch.Tensor:
     out = torch.empty(n_tokens, matrix.n_groups, matrix.n_cols, device=x.device)
     _multiply_transposed[n_tokens, -(-matrix.n_units // units), matrix.n_groups](
         matrix.data, matrix.scale_pointer, x, out, matrix.n_rows, matrix.n_cols, matrix.n_units, matrix.stride,
-        matrix.group_bytes, layout.name, layout.word, rows, units, num_warps=_WARPS,
+        matrix.group_bytes, layout.name, layout.word, rows, units, num_warps=WARPS,
     )  # fmt: skip
     return out

@@ -1,6 +1,7 @@
 """A quantised matrix in a device's memory: the file's blocks, uploaded as they are."""
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -63,19 +64,24 @@ def _host_bytes(weight: Weight, group: int, n_groups: int) -> torch.Tensor:
     return torch.from_numpy(np.ctypeslib.as_array((ctypes.c_uint8 * n_bytes).from_address(address)))
 
 
-def upload(weight: Weight, device: torch.device) -> Matrix:
-    """The weight's groups on the device; every byte is copied once. Raises QuantError if no kernel reads its format."""
+def upload(weight: Weight, device: torch.device, groups: Sequence[int] | None = None) -> Matrix:
+    """The weight's groups, or some of them, on the device; every byte is copied once.
+
+    Raises:
+        QuantError: no kernel reads the weight's format.
+    """
     if weight.format.name not in LAYOUTS:
         raise QuantError(f"no GPU kernels for type {weight.format.name}; there are some for {', '.join(LAYOUTS)}")
+    groups = range(weight.n_groups) if groups is None else groups
     n_bytes = weight.n_rows * weight.row_bytes
-    data = torch.empty(weight.n_groups * n_bytes + _PADDING, dtype=torch.uint8, device=device)
-    if n_bytes == weight.group_bytes:
+    data = torch.empty(len(groups) * n_bytes + _PADDING, dtype=torch.uint8, device=device)
+    if n_bytes == weight.group_bytes and groups == range(weight.n_groups):
         data[:-_PADDING].copy_(_host_bytes(weight, 0, weight.n_groups))
     else:
-        for group in range(weight.n_groups):
-            data[group * n_bytes : (group + 1) * n_bytes].copy_(_host_bytes(weight, group, 1))
+        for i, group in enumerate(groups):
+            data[i * n_bytes : (i + 1) * n_bytes].copy_(_host_bytes(weight, group, 1))
     data[-_PADDING:].zero_()
-    return Matrix(LAYOUTS[weight.format.name], data, weight.n_groups, weight.n_rows, weight.n_cols)
+    return Matrix(LAYOUTS[weight.format.name], data, len(groups), weight.n_rows, weight.n_cols)
 
 
 def n_processors(device: torch.device) -> int:

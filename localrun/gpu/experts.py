@@ -1,0 +1,233 @@
+"""A layer's routed experts that live in VRAM, some of them or all: down(silu(gate x) * up x), weighted and summed.
+
+Which expert a pair (token, choice) goes to is read from device memory by the kernels, and every shape follows from
+the number of tokens alone: a CUDA graph can hold it, and nothing waits for the host. Pairs of experts that are not
+here, and ids of -1, count nothing. Few tokens: each pair reads its expert's rows. Many: pairs are sorted by expert,
+and tiles of one expert's pairs are multiplied on tensor cores.
+Letters: T tokens, D hidden size, I expert's inner size, E experts of the layer, S slots (experts here), K choices a
+token, P = T * K pairs.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from localrun.gpu import gemm, gemv
+from localrun.gpu.gemm import tile_products
+from localrun.gpu.gemv import row_sums
+from localrun.gpu.matrix import Matrix, upload
+from quant.experts import Experts as HostExperts
+
+_PAIR_ROWS = 16  # of a tile in GEMV: few, so that the rows of a handful of pairs occupy the whole device
+_PAIRS_BYTES = 256 << 20  # what the results of pairs may take before they are summed
+
+
+@triton.jit
+def _slot(ids, slot_of, pair):
+    """Where the expert of a pair lies, -1 if not here."""
+    expert = tl.load(ids + pair)
+    return tl.where(expert >= 0, tl.load(slot_of + tl.maximum(expert, 0)), -1)
+
+
+@triton.jit
+def _silu(x):
+    return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _gate_and_up(
+    gate, up, x, ids, slot_of, h, n_rows, n_cols, n_units, gate_stride, up_stride, gate_bytes, up_bytes, n_choices,
+    GATE: tl.constexpr, GATE_BYTES: tl.constexpr, GATE_WORD: tl.constexpr, GATE_U: tl.constexpr,
+    UP: tl.constexpr, UP_BYTES: tl.constexpr, UP_WORD: tl.constexpr, UP_U: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """h[pair, r] = silu(gate[r] . x) * (up[r] . x). Grid: tiles of rows, pairs."""
+    row0, pair = tl.program_id(0) * R, tl.program_id(1)
+    slot = _slot(ids, slot_of, pair).to(tl.int64)
+    if slot >= 0:
+        i = tl.arange(0, R)
+        row = tl.minimum(i, n_rows - row0 - 1)
+        x += pair // n_choices * n_cols
+        gate += slot * gate_bytes + row0.to(tl.int64) * gate_stride * GATE_BYTES
+        up += slot * up_bytes + row0.to(tl.int64) * up_stride * UP_BYTES
+        g, _, _, _, _, _, _, _ = row_sums(
+            gate, row, 0, n_units, gate_stride, n_cols, gate, x, 0, GATE, GATE_WORD, 1, R, GATE_U
+        )
+        u, _, _, _, _, _, _, _ = row_sums(up, row, 0, n_units, up_stride, n_cols, up, x, 0, UP, UP_WORD, 1, R, UP_U)
+        tl.store(h + pair * n_rows + row0 + i, _silu(g) * u, mask=row0 + i < n_rows)
+
+
+@triton.jit
+def _down(
+    down, h, ids, slot_of, weights, out, n_rows, n_cols, n_units, stride, group_bytes, n_choices,
+    FORMAT: tl.constexpr, BYTES: tl.constexpr, WORD: tl.constexpr, U: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """out[t, r] = sum over the token's pairs of weight * down[r] . h[pair], in order. Grid: tiles of rows, tokens."""
+    row0, t = tl.program_id(0) * R, tl.program_id(1)
+    i = tl.arange(0, R)
+    row = tl.minimum(i, n_rows - row0 - 1)
+    total = tl.zeros((R,), tl.float32)
+    for k in range(n_choices):
+        pair = t * n_choices + k
+        slot = _slot(ids, slot_of, pair).to(tl.int64)
+        if slot >= 0:
+            w = down + slot * group_bytes + row0.to(tl.int64) * stride * BYTES
+            y, _, _, _, _, _, _, _ = row_sums(
+                w, row, 0, n_units, stride, n_cols, w, h + pair * n_cols, 0, FORMAT, WORD, 1, R, U
+            )
+            total += tl.load(weights + pair) * y
+    tl.store(out + t * n_rows + row0 + i, total, mask=row0 + i < n_rows)
+
+
+@triton.jit
+def _group_gate_and_up(
+    gate, up, a_gate, a_up, a_scale, order, tile_slot, tile_first, tile_end, h, n_slots, n_rows, n_cols, n_units,
+    gate_padded, up_padded, gate_stride, up_stride, gate_bytes, up_bytes, n_choices,
+    GATE: tl.constexpr, GATE_BYTES: tl.constexpr, GATE_WORD: tl.constexpr, GATE_U: tl.constexpr,
+    UP: tl.constexpr, UP_BYTES: tl.constexpr, UP_WORD: tl.constexpr, UP_U: tl.constexpr,
+    BT: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """h[p, r] of the p-th pair by expert. Grid: tiles of one expert's pairs, tiles of rows."""
+    tile, row0 = tl.program_id(0), tl.program_id(1) * R
+    slot = tl.load(tile_slot + tile)
+    if slot < n_slots:
+        i, p = tl.arange(0, R), tl.load(tile_first + tile) + tl.arange(0, BT)
+        end = tl.load(tile_end + tile)
+        row = tl.minimum(i, n_rows - row0 - 1)
+        token = tl.load(order + tl.minimum(p, end - 1)) // n_choices
+        gate += slot * gate_bytes + row0.to(tl.int64) * gate_stride * GATE_BYTES
+        up += slot * up_bytes + row0.to(tl.int64) * up_stride * UP_BYTES
+        g = tile_products(
+            gate, row, gate_stride, n_cols, n_units, gate, a_gate, token * gate_padded, GATE, GATE_WORD, BT, R, GATE_U
+        )
+        u = tile_products(up, row, up_stride, n_cols, n_units, up, a_up, token * up_padded, UP, UP_WORD, BT, R, UP_U)
+        scale = tl.load(a_scale + token)[None, :]
+        here = (row0 + i < n_rows)[:, None] & (p < end)[None, :]
+        tl.store(h + (p * n_rows)[None, :] + (row0 + i)[:, None], _silu(g * scale) * (u * scale), mask=here)
+
+
+@triton.jit
+def _group_down(
+    down, a, a_scale, order, weights, tile_slot, tile_first, tile_end, out, n_slots, n_rows, n_cols, n_units, n_padded,
+    stride, group_bytes,
+    FORMAT: tl.constexpr, BYTES: tl.constexpr, WORD: tl.constexpr, U: tl.constexpr, BT: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """out[pair, r] = weight * down[r] . h of the pair. Grid: tiles of one expert's pairs, tiles of rows."""
+    tile, row0 = tl.program_id(0), tl.program_id(1) * R
+    slot = tl.load(tile_slot + tile)
+    if slot < n_slots:
+        i, p = tl.arange(0, R), tl.load(tile_first + tile) + tl.arange(0, BT)
+        end = tl.load(tile_end + tile)
+        row, at = tl.minimum(i, n_rows - row0 - 1), tl.minimum(p, end - 1)
+        down += slot * group_bytes + row0.to(tl.int64) * stride * BYTES
+        y = tile_products(down, row, stride, n_cols, n_units, down, a, at * n_padded, FORMAT, WORD, BT, R, U)
+        pair = tl.load(order + at)
+        y *= (tl.load(a_scale + at) * tl.load(weights + pair))[None, :]
+        here = (row0 + i < n_rows)[:, None] & (p < end)[None, :]
+        tl.store(out + (pair * n_rows)[None, :] + (row0 + i)[:, None], y, mask=here)
+
+
+class Experts:
+    """The routed experts of a layer that are on a device.
+
+    Attributes:
+        slot_of: int32 (E,) on the device: where each expert lies, -1 for those that are elsewhere.
+    """
+
+    def __init__(self, experts: HostExperts, device: torch.device, here: Sequence[int] | None = None):
+        """Uploads the experts `here`, all by default."""
+        n_experts = experts.gate.n_groups
+        here = range(n_experts) if here is None else here
+        self.gate, self.up, self.down = (upload(w, device, here) for w in (experts.gate, experts.up, experts.down))
+        slot_of = torch.full((n_experts,), -1, dtype=torch.int32)
+        slot_of[list(here)] = torch.arange(len(here), dtype=torch.int32)
+        self.slot_of = slot_of.to(device)
+
+    def begin(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Queue the work; what comes back gives its result.
+
+        Args:
+            x: float32 (T, D).
+            ids: int64 (T, K), -1 for pairs that are not this device's.
+            weights: float32 (T, K).
+
+        Returns:
+            A function that returns float32 (T, D): the weighted sums over the experts that are here.
+        """
+        x, ids, weights = x.to(torch.float32).contiguous(), ids.contiguous(), weights.contiguous()
+        if x.shape[0] == 0 or self.gate.n_groups == 0:
+            out = torch.zeros_like(x)
+        elif x.shape[0] <= gemv.MOST_TOKENS:
+            out = self._few(x, ids, weights)
+        else:
+            step = max(1, _PAIRS_BYTES // (4 * ids.shape[1] * x.shape[1]))
+            parts = zip(x.split(step), ids.split(step), weights.split(step), strict=True)
+            out = torch.cat([self._many(*part) for part in parts])
+        return lambda: out
+
+    def __call__(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """begin() and its result."""
+        return self.begin(x, ids, weights)()
+
+    def _few(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        gate, up, down = self.gate, self.up, self.down
+        n_tokens, n_choices = ids.shape
+        h = torch.empty(ids.numel(), gate.n_rows, device=x.device)
+        _gate_and_up[-(-gate.n_rows // _PAIR_ROWS), ids.numel()](
+            gate.data, up.data, x, ids, self.slot_of, h, gate.n_rows, gate.n_cols, gate.n_units, gate.stride,
+            up.stride, gate.group_bytes, up.group_bytes, n_choices, *_format(gate, gemv.UNITS),
+            *_format(up, gemv.UNITS), _PAIR_ROWS, num_warps=gemv.WARPS,
+        )  # fmt: skip
+        out = torch.empty_like(x)
+        _down[-(-down.n_rows // _PAIR_ROWS), n_tokens](
+            down.data, h, ids, self.slot_of, weights, out, down.n_rows, down.n_cols, down.n_units, down.stride,
+            down.group_bytes, n_choices, *_format(down, gemv.UNITS), _PAIR_ROWS, num_warps=gemv.WARPS,
+        )  # fmt: skip
+        return out
+
+    def _many(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        gate, up, down = self.gate, self.up, self.down
+        n_pairs, n_choices = ids.numel(), ids.shape[1]
+        tokens = gemm.tile_tokens(n_pairs // gate.n_groups)
+        order, *tiles = self._tiles(ids, tokens)
+        n_tiles = tiles[0].shape[0]
+        a_gate, scale = gemm.arrange(x, gate.layout)
+        a_up = a_gate if up.layout == gate.layout else gemm.arrange(x, up.layout)[0]
+        h = torch.zeros(n_pairs, gate.n_rows, device=x.device)
+        options = {"num_warps": gemm.WARPS, "num_stages": gemm.STAGES}
+        _group_gate_and_up[n_tiles, -(-gate.n_rows // gemm.ROWS)](
+            gate.data, up.data, a_gate, a_up, scale, order, *tiles, h, gate.n_groups, gate.n_rows, gate.n_cols,
+            gate.n_units, a_gate.shape[1], a_up.shape[1], gate.stride, up.stride, gate.group_bytes, up.group_bytes,
+            n_choices, *_format(gate, gemm.UNITS), *_format(up, gemm.UNITS), tokens, gemm.ROWS, **options,
+        )  # fmt: skip
+        a, scale = gemm.arrange(h, down.layout)
+        out = torch.zeros(n_pairs, down.n_rows, device=x.device)
+        _group_down[n_tiles, -(-down.n_rows // gemm.ROWS)](
+            down.data, a, scale, order, weights, *tiles, out, down.n_groups, down.n_rows, down.n_cols, down.n_units,
+            a.shape[1], down.stride, down.group_bytes, *_format(down, gemm.UNITS), tokens, gemm.ROWS, **options,
+        )  # fmt: skip
+        return out.view(*ids.shape, -1).sum(1)
+
+    def _tiles(self, ids: torch.Tensor, tokens: int) -> tuple[torch.Tensor, ...]:
+        """Pairs by slot, and tiles of `tokens` pairs of one slot each: slot, first and end of its pairs, all int64.
+
+        There are as many tiles as there could be; the slot of those left over is the number of slots.
+        """
+        n_pairs, n_slots = ids.numel(), self.gate.n_groups
+        slot = torch.where(ids >= 0, self.slot_of[ids.clamp_min(0)].long(), -1).flatten()
+        slot, order = torch.where(slot < 0, n_slots, slot).sort(stable=True)
+        bounds = torch.searchsorted(slot, torch.arange(n_slots + 1, device=ids.device))
+        last_tile = ((bounds.diff() + tokens - 1) // tokens).cumsum(0)
+        tile = torch.arange(n_pairs // tokens + min(n_slots, n_pairs), device=ids.device)
+        tile_slot = torch.searchsorted(last_tile, tile, right=True)
+        known = tile_slot.clamp_max(n_slots - 1)
+        before = last_tile - (bounds.diff() + tokens - 1) // tokens
+        first = bounds[known] + (tile - before[known]) * tokens
+        return order, tile_slot, first, bounds[known + 1]
+
+
+def _format(matrix: Matrix, units: dict[int, int]) -> tuple[str, int, int, int]:
+    """What kernels take for a matrix's format: its name, bytes of a block and of a word, units of a tile."""
+    layout = matrix.layout
+    return layout.name, layout.block_bytes, layout.word, units[layout.word]
