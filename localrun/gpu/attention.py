@@ -1,0 +1,341 @@
+"""Latent attention (MLA) on the device: the module, flash-decoding over the latent cache, and prefill through torch.
+
+A few tokens: absorbed. k_b moves queries into latent space, a kernel attends over pieces of the context, a second one
+sums the pieces, v_b moves the results out. A program takes some heads of one token and one piece, so every cache row is
+read once for all of them, and the next programs find it in the L2 cache. Pieces are of equal length, by the token's own
+position: its result does not depend on what other tokens are in the call. Nothing waits for the host.
+
+Many tokens: decompressed. Keys and values of some heads and _CONTEXT tokens are rebuilt at a time and go through
+torch's fused attention, which keeps no scores: first the new tokens among themselves, causal, then chunks of the
+earlier context, summed by their log-sum-exp. Work memory does not grow with the context.
+
+Letters: T new tokens, S cached tokens, H heads, N heads handled at a time, D hidden_size, C kv_lora_rank,
+R qk_rope_head_dim, P qk_nope_head_dim, V v_head_dim, d the width of keys and values in torch's kernels.
+Sources: DeepSeek-V2 (arXiv 2405.04434); FlashAttention-2 (arXiv 2307.08691); Flash-Decoding
+(https://pytorch.org/blog/flash-decoding/).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch.nn.functional import pad, rms_norm
+
+from localrun import attention
+from localrun.config import Config
+from localrun.gpu.cache import DeviceCache
+from localrun.gpu.routing import Turns, turn_and_append
+from localrun.weights import Weights
+
+FEW_TOKENS = 8  # tokens with all pieces each; more share them
+_LOG2_E = 1.4426950408889634
+_MIN_PIECE = 128  # cached tokens: shorter pieces would cost more to sum than they gain
+_CONTEXT = 4096  # cached tokens decompressed at a time
+_WORK_BYTES = 1 << 28  # decompressed keys and values at a time: fills the largest card with 512 tokens of V3
+_PEAK = tl.constexpr(12.0)  # float16 weights of the softmax are up to 2^12: small ones keep their bits down to 2^-26
+
+
+@triton.jit
+def _piece_length(n_seen, n_pieces, MIN_PIECE: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Cached tokens of each piece but the last, whole blocks."""
+    return tl.maximum(MIN_PIECE, tl.cdiv(tl.cdiv(n_seen, n_pieces), BLOCK_S) * BLOCK_S)
+
+
+@triton.jit
+def _load_rows(rows, row, stride, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """(BLOCK_S, BLOCK) of a cache part, 0 outside."""
+    column = tl.arange(0, BLOCK)
+    at = rows + row.to(tl.int64)[:, None] * stride + column[None, :]
+    if WIDTH == BLOCK:
+        return tl.load(at, mask=inside[:, None], other=0)
+    return tl.load(at, mask=inside[:, None] & (column < WIDTH)[None, :], other=0)
+
+
+@triton.jit
+def _latents(
+    latents,
+    scales,
+    row,
+    stride,
+    inside,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BITS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """(BLOCK_S, BLOCK_C) in DTYPE. An E4M3 code shifted by 7 is the bits of a float16 2^8 times smaller, exactly."""
+    tile = _load_rows(latents, row, stride, inside, C, BLOCK_C)
+    if BITS == 8:
+        scale = 256.0 * tl.load(scales + row, mask=inside, other=0.0)
+        code = tile.to(tl.int16)
+        half = ((code & 0x80) << 8) | ((code & 0x7F) << 7)
+        return (half.to(tl.float16, bitcast=True).to(tl.float32) * scale[:, None]).to(DTYPE)
+    return tile.to(DTYPE)
+
+
+@triton.jit
+def attend_kernel(q_latent, q_rope, latents, rope_keys, scales, start, partials, log_sums, score_scale, n_pieces,
+                  latent_stride, rope_stride, N_HEADS: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
+                  BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
+                  MIN_PIECE: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """Program (block of heads, piece, token): softmax(q k^T) v over the piece, and the logarithm (base 2) of its sum.
+
+    Products of DTYPE, sums and softmax float32. Queries are divided by each head's largest value: float16 holds them.
+    """
+    piece, token = tl.program_id(1), tl.program_id(2)
+    n_seen = tl.load(start) + token + 1
+    length = _piece_length(n_seen, n_pieces, MIN_PIECE, BLOCK_S)
+    first = piece * length
+    if first >= n_seen:
+        return
+    last = tl.minimum(first + length, n_seen)
+    head = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    is_head = head < N_HEADS
+    query = token.to(tl.int64) * N_HEADS + head
+    q_c = _load_rows(q_latent, query, C, is_head, C, BLOCK_C)
+    q_r = _load_rows(q_rope, query, R, is_head, R, BLOCK_R)
+    largest = tl.maximum(tl.max(tl.abs(q_c), 1), tl.max(tl.abs(q_r), 1))
+    largest = tl.where(largest > 0, largest, 1.0)
+    q_c, q_r = (q_c / largest[:, None]).to(DTYPE), (q_r / largest[:, None]).to(DTYPE)
+    factor = largest * score_scale
+    peak = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_H], tl.float32)
+    mixed = tl.zeros([BLOCK_H, BLOCK_C], tl.float32)
+    for block in range(first, last, BLOCK_S):
+        row = block + tl.arange(0, BLOCK_S)
+        is_row = row < last
+        keys = _latents(latents, scales, row, latent_stride, is_row, C, BLOCK_C, BITS, DTYPE)
+        turned = _load_rows(rope_keys, row, rope_stride, is_row, R, BLOCK_R).to(DTYPE)
+        score = tl.dot(q_c, tl.trans(keys), input_precision="ieee")
+        score = tl.dot(q_r, tl.trans(turned), score, input_precision="ieee") * factor[:, None]
+        score = tl.where(is_row[None, :], score, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(score, 1))
+        weight = tl.exp2(score - new_peak[:, None] + _PEAK)
+        shrink = tl.exp2(peak - new_peak)
+        total = total * shrink + tl.sum(weight, 1)
+        mixed = tl.dot(weight.to(DTYPE), keys, mixed * shrink[:, None], input_precision="ieee")
+        peak = new_peak
+    column = tl.arange(0, BLOCK_C)
+    place = query * n_pieces + piece
+    inside = is_head[:, None] & (column < C)[None, :]
+    tl.store(partials + place[:, None] * C + column[None, :], mixed / total[:, None], mask=inside)
+    tl.store(log_sums + place, peak + tl.log2(total) - _PEAK, mask=is_head)
+
+
+@triton.jit
+def combine_kernel(partials, log_sums, start, out, n_pieces, N_HEADS: tl.constexpr, C: tl.constexpr,
+                   MIN_PIECE: tl.constexpr, BLOCK_S: tl.constexpr, COLUMNS: tl.constexpr,
+                   PIECES: tl.constexpr):  # fmt: skip
+    """Program (head, columns, token): the pieces' results, weighted by their sums; PIECES of them at a time."""
+    head, token = tl.program_id(0), tl.program_id(2)
+    n_seen = tl.load(start) + token + 1
+    count = tl.cdiv(n_seen, _piece_length(n_seen, n_pieces, MIN_PIECE, BLOCK_S))
+    query = token.to(tl.int64) * N_HEADS + head
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    peak = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    mixed = tl.zeros([COLUMNS], tl.float32)
+    for first in range(0, count, PIECES):
+        piece = first + tl.arange(0, PIECES)
+        place = query * n_pieces + piece
+        log_sum = tl.load(log_sums + place, mask=piece < count, other=float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(log_sum, 0))
+        weight, shrink = tl.exp2(log_sum - new_peak), tl.exp2(peak - new_peak)
+        inside = (piece < count)[:, None] & (column < C)[None, :]
+        part = tl.load(partials + place[:, None] * C + column[None, :], mask=inside, other=0.0)
+        mixed = mixed * shrink + tl.sum(weight[:, None] * part, 0)
+        total = total * shrink + tl.sum(weight, 0)
+        peak = new_peak
+    tl.store(out + query * C + column, mixed / total, mask=column < C)
+
+
+def head_block(n_heads: int, dtype: torch.dtype = torch.float16) -> int:
+    """Heads a program of attend_kernel takes: tensor cores want 16; sums of 32 fill half of 8 warps' registers."""
+    return 16 if n_heads <= 16 or dtype == torch.float32 else 32
+
+
+def attend_constants(config: Config, bits: int, dtype: torch.dtype) -> dict[str, object]:
+    """What attend_kernel is compiled for; dtype: float16, or float32 for exact products."""
+    c = config
+    return {
+        "N_HEADS": c.num_attention_heads, "C": c.kv_lora_rank, "R": c.qk_rope_head_dim,
+        "BLOCK_C": max(16, triton.next_power_of_2(c.kv_lora_rank)),
+        "BLOCK_R": max(16, triton.next_power_of_2(c.qk_rope_head_dim)),
+        "BLOCK_H": head_block(c.num_attention_heads, dtype), "BLOCK_S": 32 if _is_copied(bits, dtype) else 16,
+        "MIN_PIECE": _MIN_PIECE, "BITS": bits, "DTYPE": tl.float16 if dtype == torch.float16 else tl.float32,
+    }  # fmt: skip
+
+
+def attend_options(config: Config, bits: int, dtype: torch.dtype) -> dict[str, int]:
+    """How attend_kernel is launched: without spills, and in the 99 KiB of shared memory of a consumer card's processor.
+
+    Rows that go to the tensor cores as they are arrive while the ones before are multiplied; others take registers.
+    """
+    is_copied = _is_copied(bits, dtype)
+    n_warps = 4 if head_block(config.num_attention_heads, dtype) == 16 and bits != 8 else 8
+    return {"num_warps": n_warps, "num_stages": 2 if is_copied else 1}
+
+
+def _is_copied(bits: int, dtype: torch.dtype) -> bool:
+    return bits == 16 and dtype == torch.float16
+
+
+def combine_constants(config: Config, bits: int, dtype: torch.dtype) -> dict[str, int]:
+    """What combine_kernel is compiled for."""
+    shared = attend_constants(config, bits, dtype)
+    columns = min(128, triton.next_power_of_2(config.kv_lora_rank))
+    return {name: shared[name] for name in ("N_HEADS", "C", "MIN_PIECE", "BLOCK_S")} | {
+        "COLUMNS": columns,
+        "PIECES": 16,
+    }
+
+
+def pieces_for(config: Config, device: torch.device) -> int:
+    """Pieces of the context that keep all of the device busy with one token."""
+    if device.type == "cpu":
+        return 4
+    blocks = triton.cdiv(config.num_attention_heads, head_block(config.num_attention_heads))
+    n_processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return min(128, triton.cdiv(n_processors, blocks))
+
+
+def attend(
+    q_latent_THC: torch.Tensor,
+    q_rope_THR: torch.Tensor,
+    cache: DeviceCache,
+    layer: int,
+    config: Config,
+    scale: float,
+    n_pieces: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """float32 (T, H, C): the latents that each head and token attends to, mixed; the tokens' own rows are in the cache.
+
+    Nothing waits for the host, and shapes depend on T alone. dtype of products: float16 or float32.
+    """
+    n_tokens, n_heads, width = q_latent_THC.shape
+    device = q_latent_THC.device
+    n_pieces = max(1, min(n_pieces, n_pieces * FEW_TOKENS // n_tokens))
+    partials = torch.empty(n_tokens, n_heads, n_pieces, width, device=device)
+    log_sums = torch.empty(n_tokens, n_heads, n_pieces, device=device)
+    out_THC = torch.empty(n_tokens, n_heads, width, device=device)
+    constants, sums = attend_constants(config, cache.bits, dtype), combine_constants(config, cache.bits, dtype)
+    scales = log_sums if cache.scales is None else cache.scales[layer]
+    attend_kernel[triton.cdiv(n_heads, constants["BLOCK_H"]), n_pieces, n_tokens](
+        q_latent_THC.contiguous(), q_rope_THR.contiguous(), cache.latents[layer], cache.rope_keys[layer], scales,
+        cache.position, partials, log_sums, scale * _LOG2_E, n_pieces, cache.latents.stride(1),
+        cache.rope_keys.stride(1), **constants, **attend_options(config, cache.bits, dtype),
+    )  # fmt: skip
+    combine_kernel[n_heads, triton.cdiv(width, sums["COLUMNS"]), n_tokens](
+        partials, log_sums, cache.position, out_THC, n_pieces, **sums, num_warps=4
+    )
+    return out_THC
+
+
+class LatentAttention(attention.LatentAttention):
+    """MLA on the device, over its cache; everything else of the interface is that of the CPU's."""
+
+    def __init__(self, config: Config, weights: Weights, index: int, turns: Turns):
+        """weights: modules over device tensors; turns: one for all layers."""
+        super().__init__(config, weights, index, turns.rope)
+        self.turns = turns
+        device = turns.fine.device
+        self.n_pieces = pieces_for(config, device)
+        # The stand-in for a device is compared with the CPU's network, which multiplies in 32 bits.
+        self.dtype = torch.float32 if device.type == "cpu" else torch.float16
+
+    def __call__(self, x_TD: torch.Tensor, cache: DeviceCache) -> torch.Tensor:
+        """float32 (T, D) of the tokens after cache.length -> (T, D); writes their rows into the cache.
+
+        The cache must have room (check_room); cache.length itself matters to prompts alone.
+        """
+        c, n_tokens = self.config, x_TD.shape[0]
+        kv_TW = self.kv_a_proj_with_mqa(x_TD)
+        q_nope_THP, q_rope_THR = turn_and_append(
+            self._projected(x_TD), kv_TW, self.kv_a_layernorm, self.turns, cache, self.index, c
+        )
+        dtype = torch.float32 if cache.is_exact else self.dtype
+        if self._absorbing_is_cheaper(n_tokens):
+            out_THV = self._few(q_nope_THP, q_rope_THR, cache, dtype)
+        else:
+            out_THV = self._many(torch.cat([q_nope_THP, q_rope_THR], -1).transpose(0, 1).to(dtype), cache)
+        return self.o_proj(out_THV.flatten(1))
+
+    def _projected(self, x_TD: torch.Tensor) -> torch.Tensor:
+        c = self.config
+        if c.q_lora_rank is None:
+            return self.q_proj(x_TD)
+        return self.q_b_proj(rms_norm(self.q_a_proj(x_TD), (c.q_lora_rank,), self.q_a_layernorm, c.rms_norm_eps))
+
+    def _few(
+        self, q_nope_THP: torch.Tensor, q_rope_THR: torch.Tensor, cache: DeviceCache, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """(T, H, V) by attending in latent space."""
+        q_latent_THC = self.k_b_proj(q_nope_THP) if self.is_split else self.k_b_proj.transposed(q_nope_THP)
+        mixed_THC = attend(q_latent_THC, q_rope_THR, cache, self.index, self.config, self.scale, self.n_pieces, dtype)
+        return self.v_b_proj(mixed_THC)
+
+    def _many(self, q_HTd: torch.Tensor, cache: DeviceCache) -> torch.Tensor:
+        """(T, H, V) by rebuilding keys and values; q_HTd's dtype is that of all products."""
+        c, n_tokens = self.config, q_HTd.shape[1]
+        width = -(-max(q_HTd.shape[-1], c.v_head_dim) // 8) * 8  # torch's kernels: one for both, a multiple of 8
+        out_THV = torch.empty(n_tokens, c.num_attention_heads, c.v_head_dim, device=q_HTd.device)
+        # A token's keys, values and the product that is copied into them; an output of the new tokens and its sum.
+        bytes_per_head = q_HTd.element_size() * 3 * width * max(n_tokens, _CONTEXT) + 3 * 4 * width * n_tokens
+        for first, count in attention.head_groups(c.num_attention_heads, bytes_per_head, _WORK_BYTES):
+            q_NTd = pad(q_HTd[first : first + count], (0, width - q_HTd.shape[-1]))
+            matrices = tuple(b.dense(first, count).to(q_HTd.dtype) for b in (self.k_b_proj, self.v_b_proj))
+            out_NTV = self._attend_dense(q_NTd, matrices, cache)[..., : c.v_head_dim]
+            out_THV[:, first : first + count] = out_NTV.transpose(0, 1)
+        return out_THV
+
+    def _attend_dense(
+        self, q_NTd: torch.Tensor, matrices: tuple[torch.Tensor, torch.Tensor], cache: DeviceCache
+    ) -> torch.Tensor:
+        """float32 (N, T, d) of some heads, given their k_b and v_b."""
+        start, end = cache.length, cache.length + q_NTd.shape[1]
+        out, log_sum = _fused_attention(q_NTd, *self._rebuilt(q_NTd, matrices, cache, start, end), True, self.scale)
+        for first in range(0, start, _CONTEXT):
+            keys_values = self._rebuilt(q_NTd, matrices, cache, first, min(first + _CONTEXT, start))
+            earlier, earlier_log_sum = _fused_attention(q_NTd, *keys_values, False, self.scale)
+            both = torch.logaddexp(log_sum, earlier_log_sum)
+            out = out * (log_sum - both).exp()[..., None] + earlier * (earlier_log_sum - both).exp()[..., None]
+            log_sum = both
+        return out
+
+    def _rebuilt(
+        self,
+        q_NTd: torch.Tensor,
+        matrices: tuple[torch.Tensor, torch.Tensor],
+        cache: DeviceCache,
+        first: int,
+        last: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (N, last - first, d) of cached tokens, zeros behind their own widths."""
+        c, (k_b, v_b) = self.config, matrices
+        latent_SC, k_rope_SR = cache.rows(self.index, first, last, q_NTd.dtype)
+        k_NSd = q_NTd.new_zeros(q_NTd.shape[0], last - first, q_NTd.shape[-1])
+        v_NSd = torch.zeros_like(k_NSd)
+        k_NSd[..., : c.qk_nope_head_dim] = latent_SC @ (k_b if self.is_split else k_b.mT)
+        k_NSd[..., c.qk_nope_head_dim :][..., : c.qk_rope_head_dim] = k_rope_SR
+        v_NSd[..., : c.v_head_dim] = latent_SC @ v_b.mT
+        return k_NSd, v_NSd
+
+
+def _fused_attention(
+    q_NTd: torch.Tensor, k_NSd: torch.Tensor, v_NSd: torch.Tensor, is_causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 (N, T, d) and the natural logarithms (N, T) of the softmax's sums.
+
+    The operators that scaled_dot_product_attention dispatches to: itself, it keeps the sums back. is_causal: T = S.
+    """
+    q, k, v = q_NTd[None], k_NSd[None], v_NSd[None]
+    aten, n_tokens = torch.ops.aten, q_NTd.shape[1]
+    if q.device.type == "cpu":
+        out, log_sum = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=scale)
+    elif q.dtype == torch.float32:
+        out, log_sum = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, is_causal, scale=scale)[
+            :2
+        ]
+    else:
+        out, log_sum = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, False, scale=scale)[:2]
+    return out[0].float(), log_sum[0, :, :n_tokens].float()
