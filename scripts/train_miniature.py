@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 
 
@@ -110,11 +109,9 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     import torch
     from miniature import export
-    from miniature.config import Config
 
     state = torch.load(arguments.checkpoint, weights_only=True)
-    settings = state["settings"]
-    config = replace(Config(**settings["model"]), max_position_embeddings=settings["length"])  # none beyond was seen
+    config = export.trained_config(state["settings"])
     export.export(config, state["model"], arguments.data / "tokenizer.json", arguments.folder, arguments.fp8)
 
 

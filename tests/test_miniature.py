@@ -429,7 +429,7 @@ def test_the_quality_table(prepared: Path, tmp_path: Path, capsys, monkeypatch) 
     monkeypatch.setattr(quality, "_localrun", in_process)
     monkeypatch.setattr(quality, "PACKED", {"Q8_0": False, "Q4_0": True})
     model = lively()
-    state = {"settings": {"model": TINY.to_dict()}, "step": 7, "model": model.state_dict()}
+    state = {"settings": {"model": TINY.to_dict(), "length": 64}, "step": 7, "model": model.state_dict()}
     torch.save(state, tmp_path / "checkpoint.pt")
     report = quality.table(tmp_path / "checkpoint.pt", prepared, tmp_path, stories=2, length=40, threads=1)
     rows = {(row["name"], row["imatrix"]): row for row in report["rows"]}
@@ -437,6 +437,7 @@ def test_the_quality_table(prepared: Path, tmp_path: Path, capsys, monkeypatch) 
     names = [("F32", False), ("BF16", False), (fp8, False), (fp8_too, False)]
     assert list(rows) == [*names, ("Q8_0", False), ("Q4_0", False), ("Q4_0", True)]
     assert report["tokens"] == 2 * 39
+    assert json.loads((tmp_path / "Miniature" / "config.json").read_text())["max_position_embeddings"] == 64
     kl = {key: row["kl"] for key, row in rows.items()}
     assert kl["F32", False] == 0 < kl["BF16", False] < kl[fp8, False] < kl[fp8_too, False]
     assert kl["BF16", False] < kl["Q8_0", False] < kl["Q4_0", False] != kl["Q4_0", True]

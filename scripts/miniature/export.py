@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -27,6 +29,11 @@ _FP8_CONFIG = {
     "activation_scheme": "dynamic",
     "weight_block_size": [TILE, TILE],
 }
+
+
+def trained_config(settings: dict[str, Any]) -> Config:
+    """The model's sizes from a checkpoint's settings, with the positions that training saw: none beyond was learnt."""
+    return replace(Config(**settings["model"]), max_position_embeddings=settings["length"])
 
 
 def export(

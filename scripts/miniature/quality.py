@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 from miniature.config import Config
 from miniature.data import Tokens, plain_text
-from miniature.export import export
+from miniature.export import export, trained_config
 from miniature.model import Model
 
 PACKED = {"Q8_0": False, "Q6_K": True, "Q5_K_M": True, "Q4_K_M": True, "MXFP4_MOE": False}  # type: imatrix matters
@@ -76,7 +76,7 @@ def table(checkpoint: Path, data: Path, work: Path, stories: int | None, length:
 
 def make_files(state: dict[str, Any], data: Path, work: Path, threads: int) -> list[Variant]:
     """Checkpoints, an importance matrix and GGUF files in `work`; what was made, in the table's order."""
-    config, tokenizer = Config(**state["settings"]["model"]), data / "tokenizer.json"
+    config, tokenizer = trained_config(state["settings"]), data / "tokenizer.json"
     export(config, state["model"], tokenizer, work / "Miniature-F32", dtype=torch.float32)
     export(config, state["model"], tokenizer, work / "Miniature")
     export(config, state["model"], tokenizer, work / "Miniature-FP8", fp8=True)
