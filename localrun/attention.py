@@ -5,6 +5,10 @@ C kv_lora_rank, R qk_rope_head_dim, P qk_nope_head_dim, V v_head_dim, G key-valu
 Source: DeepSeek-V2 (arXiv 2405.04434, section 2.1 and appendix C), deepseek-ai/DeepSeek-V3 @9b4e978 inference/model.py.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from torch.nn.functional import rms_norm
 
@@ -12,7 +16,9 @@ from localrun import names
 from localrun.cache import Cache
 from localrun.config import Config
 from localrun.rope import Rope, attention_scale
-from localrun.weights import Weights
+
+if TYPE_CHECKING:
+    from localrun.weights import Weights
 
 _WORK_BYTES = 1 << 26  # decompressed keys and values at a time: heads are handled in groups that fit
 _SCORES_BYTES = 1 << 23  # scores at a time

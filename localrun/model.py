@@ -11,7 +11,6 @@ import torch
 from torch.nn.functional import rms_norm
 
 from localrun import names
-from localrun.attention import GroupedQueryAttention, LatentAttention
 from localrun.cache import Cache
 from localrun.config import Config
 from localrun.moe import MLP, MoE
@@ -25,8 +24,7 @@ class Layer:
     def __init__(self, config: Config, weights: Weights, index: int, rope: Rope):
         self.config = config
         self.input_layernorm = weights.vector(names.layer(index, "input_layernorm"))
-        attention = LatentAttention if config.kv_lora_rank else GroupedQueryAttention
-        self.self_attn = attention(config, weights, index, rope)
+        self.self_attn = weights.attention(config, index, rope)
         self.post_attention_layernorm = weights.vector(names.layer(index, "post_attention_layernorm"))
         is_moe = weights.has(names.layer(index, "mlp.gate"))
         self.mlp = MoE(config, weights, index) if is_moe else MLP(weights, index, "mlp")
@@ -74,22 +72,22 @@ class Model:
         cache.advance(len(ids))
         x_TD = x_TD if all_logits or all_hidden else x_TD[-1:]
         x_TD = rms_norm(x_TD, (self.config.hidden_size,), self.norm, self.config.rms_norm_eps)
-        return x_TD.numpy(), self.lm_head(x_TD if all_logits else x_TD[-1:]).numpy()
+        return x_TD.cpu().numpy(), self.lm_head(x_TD if all_logits else x_TD[-1:]).cpu().numpy()
 
 
 class MTPBlock:
     """The head for multi-token prediction, as mtp.py has it: many tokens at once."""
 
-    def __init__(self, model: Model):
+    def __init__(self, config: Config, weights: Weights, rope: Rope):
         """The model's file must have it (names.has_mtp)."""
-        self.config, weights, index = model.config, model.weights, model.config.num_hidden_layers
+        self.config, index = config, config.num_hidden_layers
         embed_tokens, lm_head = names.mtp_shared(weights.has, index)
         self.embed_tokens = weights.embedding(embed_tokens)
         self.enorm, self.hnorm, self.shared_head_norm = (
             weights.vector(names.layer(index, norm)) for norm in ("enorm", "hnorm", "shared_head.norm")
         )
         self.eh_proj = weights.linear(names.layer(index, "eh_proj"))
-        self.layer = Layer(self.config, weights, index, model.rope)
+        self.layer = Layer(config, weights, index, rope)
         self.layer.self_attn.index = 0  # the only layer of a cache of its own
         self.lm_head = weights.linear(lm_head)
 

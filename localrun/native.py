@@ -79,7 +79,7 @@ class NativeModel:
         network = self.network  # before the import: it settles how torch's threads wait
         from localrun.model import MTPBlock
 
-        return MTPBlock(network)
+        return MTPBlock(self.config, network.weights, network.rope)
 
     def new_cache(self, capacity: int, exact: bool = False) -> Cache:
         """An empty cache for up to `capacity` tokens, of 16-bit values or, if exact, of 32-bit ones."""

@@ -1,13 +1,17 @@
 """A model's tensors as the modules that compute with them, on the device where each lives.
 
-Today everything lives on the CPU; the network asks for modules by name and never learns where they run.
+Here everything lives on the CPU; localrun.gpu.weights has the same methods for a device. The network asks for modules
+by name and never learns where they run.
 """
 
 import torch
 
 from localrun import bridge
+from localrun.attention import GroupedQueryAttention, LatentAttention
 from localrun.bridge import Embedding, HeadLinear, Linear
+from localrun.config import Config
 from localrun.gguf import GGUFFile
+from localrun.rope import Rope
 from localrun.tensors import Tensors
 from quant.pool import Pool
 
@@ -43,3 +47,7 @@ class Weights(Tensors):
     def experts(self, index: int) -> bridge.Experts:
         """The routed experts of layer `index`."""
         return bridge.Experts(self.pool, self.expert_matrices(index))
+
+    def attention(self, config: Config, index: int, rope: Rope) -> LatentAttention | GroupedQueryAttention:
+        """The attention of layer `index`."""
+        return (LatentAttention if config.kv_lora_rank else GroupedQueryAttention)(config, self, index, rope)
