@@ -29,13 +29,20 @@ class Run:
     mtp_loss: np.ndarray
     violations: dict[str, np.ndarray]
 
-    @classmethod
-    def read(cls, folder: Path) -> Run:
-        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        columns = [np.array([line[name] for line in lines]) for name in ("tokens", "loss", "mtp_loss")]
-        layers = lines[0]["max_violation"]
-        violations = {layer: np.array([line["max_violation"][layer] for line in lines]) for layer in layers}
-        return cls(folder.name, *columns, violations)
+
+def read_runs(folders: list[Path]) -> list[Run]:
+    """Their logs up to where the shortest ends."""
+    logs = [(folder / "log.jsonl").read_text().splitlines() for folder in folders]
+    n_steps = min(map(len, logs))
+    return [_read(folder.name, log[:n_steps]) for folder, log in zip(folders, logs, strict=True)]
+
+
+def _read(name: str, log: list[str]) -> Run:
+    lines = [json.loads(line) for line in log]
+    columns = [np.array([line[name] for line in lines]) for name in ("tokens", "loss", "mtp_loss")]
+    layers = lines[0]["max_violation"]
+    violations = {layer: np.array([line["max_violation"][layer] for line in lines]) for layer in layers}
+    return Run(name, *columns, violations)
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
@@ -48,17 +55,16 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 
 def compare(folders: list[Path]) -> list[dict[str, Any]]:
     """Smoothed figures of each run where the shortest ends, and its loss over that of the first, less 1."""
-    runs = [Run.read(folder) for folder in folders]
-    last = min(len(run.tokens) for run in runs) - 1
-    losses = [float(smoothed(run.loss)[last]) for run in runs]
+    runs = read_runs(folders)
+    losses = [float(smoothed(run.loss)[-1]) for run in runs]
     return [
         {
             "run": run.name,
-            "tokens": int(run.tokens[last]),
-            "mean_of_steps": min(WINDOW, last + 1),
+            "tokens": int(run.tokens[-1]),
+            "mean_of_steps": min(WINDOW, len(run.tokens)),
             "loss": loss,
-            "mtp_loss": float(smoothed(run.mtp_loss)[last]),
-            "max_violation": {layer: float(smoothed(v)[last]) for layer, v in run.violations.items()},
+            "mtp_loss": float(smoothed(run.mtp_loss)[-1]),
+            "max_violation": {layer: float(smoothed(v)[-1]) for layer, v in run.violations.items()},
             "over_first": loss / losses[0] - 1,
         }
         for run, loss in zip(runs, losses, strict=True)
@@ -72,7 +78,7 @@ def draw_losses(folders: list[Path], path: Path) -> None:
 
     figure = Figure(figsize=(7, 5.5), layout="constrained")
     losses, differences = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    runs = [Run.read(folder) for folder in folders]
+    runs = read_runs(folders)
     first = smoothed(runs[0].loss)
     for number, run in enumerate(runs):
         loss, color = smoothed(run.loss), f"C{number}"
@@ -80,10 +86,9 @@ def draw_losses(folders: list[Path], path: Path) -> None:
         losses.plot(run.tokens / 1e6, run.loss, color=color, alpha=0.25, linewidth=0.5)
         middles = run.tokens[WINDOW // 2 : -(WINDOW // 2)] / 1e6  # of the steps that a mean is of
         losses.plot(middles, loss[WINDOW:], label=run.name, color=color, linestyle=dashes)
-        n = min(len(first), len(loss))
-        if number and n > WINDOW:
-            over = loss[WINDOW:n] / first[WINDOW:n] - 1
-            differences.plot(middles[: n - WINDOW], over, color=color, label=f"{run.name}, at the end {over[-1]:+.2%}")
+        if number and len(loss) > WINDOW:
+            over = loss[WINDOW:] / first[WINDOW:] - 1
+            differences.plot(middles, over, color=color, label=f"{run.name}, at the end {over[-1]:+.2%}")
     losses.set(ylabel=f"loss, nats a token (mean of {WINDOW} steps)", yscale="log")
     losses.yaxis.set_major_formatter("{x:.0f}")
     losses.yaxis.set_minor_formatter("{x:.1f}")
@@ -99,7 +104,7 @@ def draw_balance(folders: list[Path], path: Path) -> None:
     """Smoothed max violation over tokens, a panel a layer with experts. Needs matplotlib."""
     from matplotlib.figure import Figure
 
-    runs = [run for run in map(Run.read, folders) if run.violations]
+    runs = [run for run in read_runs(folders) if run.violations]
     if not runs:
         raise SystemExit("none of the runs has routed experts")
     layers = list(runs[0].violations)
