@@ -5,14 +5,19 @@ Source: DeepSeek-V3 (arXiv 2412.19437, eq. 12-16), deepseek-ai/DeepSeek-V3 @9b4e
 modeling_deepseek.py of DeepSeek-V2 (group_limited_greedy).
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import silu
 
 from localrun import names
 from localrun.config import Config
-from localrun.weights import Weights
+
+if TYPE_CHECKING:
+    from localrun.weights import Weights
 
 # Below this the sum of the chosen affinities is not divided by: float16's smallest normal number, as in llama.cpp.
 _SMALLEST_SUM = 6.103515625e-5
@@ -77,7 +82,7 @@ class MoE:
     """Routed experts by the router's choice, plus the shared ones for every token."""
 
     def __init__(self, config: Config, weights: Weights, index: int):
-        self.config = config
+        self.config, self.choose_experts = config, weights.choose_experts
         self.gate = weights.linear(names.layer(index, "mlp.gate"))
         bias = names.layer(index, "mlp.gate.e_score_correction_bias")
         self.e_score_correction_bias = weights.vector(bias) if weights.has(bias) else None
@@ -90,7 +95,7 @@ class MoE:
 
         Routed experts elsewhere work while the shared ones do here, and until the call.
         """
-        ids_TK, weights_TK = choose_experts(self.gate(x_TD), self.e_score_correction_bias, self.config)
+        ids_TK, weights_TK = self.choose_experts(self.gate(x_TD), self.e_score_correction_bias, self.config)
         finish = self.experts.begin(x_TD, ids_TK, weights_TK)
         if self.shared_experts is None:
             return finish

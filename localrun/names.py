@@ -74,7 +74,7 @@ def check_tensors(file: GGUFFile, config: Config) -> None:
         if tensor.shape != shape:
             raise GGUFError(f"{file.path}: tensor '{name}' has shape {tensor.shape}; expected {shape}")
     for name in file.tensors:
-        if name not in expected and not _is_nextn(name, config):
+        if name not in expected and not is_nextn(name, config):
             raise UnsupportedModelError(f"{file.path}: tensor '{name}' has no place in the native network")
 
 
@@ -124,7 +124,7 @@ def mtp_shared(has: Callable[[str], bool], index: int) -> tuple[str, str]:
     return embedding if has(embedding) else EMBED_TOKENS, head if has(head) else model_head
 
 
-def _is_nextn(name: str, config: Config) -> bool:
+def is_nextn(name: str, config: Config) -> bool:
     """Whether a tensor belongs to a multi-token-prediction layer, behind the last ordinary one."""
     match = re.match(r"blk\.([0-9]+)\.", name)
     return match is not None and 0 <= int(match[1]) - config.num_hidden_layers < config.num_nextn_predict_layers

@@ -11,6 +11,7 @@ from localrun.attention import GroupedQueryAttention, LatentAttention
 from localrun.bridge import Embedding, HeadLinear, Linear
 from localrun.config import Config
 from localrun.gguf import GGUFFile
+from localrun.moe import choose_experts
 from localrun.rope import Rope
 from localrun.tensors import Tensors
 from quant.pool import Pool
@@ -18,6 +19,8 @@ from quant.pool import Pool
 
 class Weights(Tensors):
     """The tensors of one file as modules over torch tensors."""
+
+    choose_experts = staticmethod(choose_experts)
 
     def __init__(self, file: GGUFFile, pool: Pool):
         super().__init__(file)

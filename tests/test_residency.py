@@ -11,7 +11,7 @@ import tiny_models
 
 from localrun import hardware
 from localrun.gguf import GGUFFile, open_gguf
-from localrun.residency import Resident
+from localrun.residency import Resident, let_go
 
 
 @pytest.fixture
@@ -46,6 +46,27 @@ def test_what_does_not_fit_is_left_alone(file: GGUFFile, monkeypatch: pytest.Mon
     resident.wait()
     assert resident_bytes(file) == before
     resident.close()
+
+
+def span_of(file: GGUFFile, name: str) -> tuple[int, int]:
+    data = file.tensors[name].data
+    return data.ctypes.data, data.nbytes
+
+
+def test_a_part_of_the_file(file: GGUFFile) -> None:
+    before, span = resident_bytes(file), span_of(file, "output.weight")
+    resident = Resident(file, [span])
+    resident.wait()
+    assert 0 <= resident_bytes(file) - before - span[1] < 100_000  # whole pages, and some the kernel adds
+    resident.close()
+
+
+def test_what_is_let_go_is_read_again(file: GGUFFile) -> None:
+    span, data = span_of(file, "output.weight"), file.tensors["output.weight"].data
+    expected, before = data.copy(), resident_bytes(file)
+    let_go([span])
+    assert before - resident_bytes(file) > span[1] - 3 * 4096  # pages that others share stay
+    assert np.array_equal(data, expected)
 
 
 def test_spans_are_the_files(file: GGUFFile) -> None:

@@ -88,6 +88,8 @@ class Llama:
     rms_norm_eps: float = 1e-5
 
 
+Variant = str | Deepseek2 | Llama  # by name, or as it is
+
 # V2-Lite and Moonlight have no q_lora; llama.cpp tells that by the layer count (26 or 27), hence so deep and narrow.
 _LITE = {
     "num_hidden_layers": 27,
@@ -179,21 +181,25 @@ _PROMPT_SEED = {  # found by search, checked by test_logits.py; the deep models 
 _N_TAGS = 8  # leading hidden dimensions that only the embedding writes, where steady_routing reads the experts from
 
 
-def tiny_model(path: Path | str, variant: str, *, type: Types = "F32", seed: int = 0) -> Path:
-    """Writes the GGUF file of VARIANTS[variant] and returns its path.
+def tiny_model(path: Path | str, variant: Variant, *, type: Types = "F32", seed: int = 0) -> Path:
+    """Writes the GGUF file of VARIANTS[variant], or of a variant of one's own, and returns its path.
 
     type: the quantization type of every matrix, or a mapping from regular expressions on tensor names to types, first
     match wins. 1-D tensors and the router stay F32; rows that are not whole blocks get llama-quantize's fallback type.
     """
-    model = VARIANTS[variant]
+    model = VARIANTS[variant] if isinstance(variant, str) else variant
     tensors = _Weights(seed).of(model)
     writer = gguf.GGUFWriter(path, "llama" if isinstance(model, Llama) else "deepseek2")
-    _write_metadata(writer, model, f"{variant}, seed {seed}")
+    _write_metadata(writer, model, f"{_name_of(variant)}, seed {seed}")
     for name, values in tensors.items():
         kind = _type_of(name, values.shape, type)
         writer.add_tensor(name, ggml.quantize(values, kind), raw_dtype=kind)
     _write(writer)
     return Path(path)
+
+
+def _name_of(variant: Variant) -> str:
+    return variant if isinstance(variant, str) else f"own-{zlib.crc32(repr(variant).encode()):08x}"
 
 
 def dequantized_twin(path: Path | str, twin: Path | str) -> Path:
@@ -245,12 +251,12 @@ def _folder() -> Path:
 
 
 @functools.cache
-def _file_of(variant: str, types: tuple[tuple[str, str], ...], seed: int) -> Path:
-    name = f"{variant}-{zlib.crc32(repr(types).encode()):08x}-{seed}.gguf"
+def _file_of(variant: Variant, types: tuple[tuple[str, str], ...], seed: int) -> Path:
+    name = f"{_name_of(variant)}-{zlib.crc32(repr(types).encode()):08x}-{seed}.gguf"
     return tiny_model(_folder() / name, variant, type=dict(types), seed=seed)
 
 
-def shared(variant: str, *, type: Types = "F32", seed: int = 0) -> Path:
+def shared(variant: Variant, *, type: Types = "F32", seed: int = 0) -> Path:
     """As tiny_model, into a folder that lives as long as the process; the same arguments give the same file."""
     types = {"": type} if isinstance(type, str) else type
     return _file_of(variant, tuple(types.items()), seed)
