@@ -122,15 +122,20 @@ def _unit_float(w, row, unit, stride, n_cols, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def _unit_mxfp4(w, row, unit, stride):
+    """A unit is a block of 17 bytes: words are bytes."""
+    at = w + (row * stride + unit) * 17
+    codes = tl.load(at + 1 + tl.arange(0, 16)[None, None, :]).to(tl.uint32)
+    e = tl.load(at).to(tl.uint32)
+    # 2^(e-128); e below 2 gives a subnormal.
+    scale = _float_bits(tl.where(e < 2, 0x00200000 << tl.minimum(e, 1), (tl.maximum(e, 1) - 1) << 23))
+    return codes, scale * 32.0, scale * 44.0
+
+
+@triton.jit
 def _unit_32(w, row, unit, stride, FORMAT: tl.constexpr):
     """A unit is a block: words of both halves, fifth bits of both, scale, offset."""
     block = row * stride + unit
-    if FORMAT == "MXFP4":
-        codes = tl.load(w + block * 17 + 1 + tl.arange(0, 16)[None, None, :]).to(tl.uint32)
-        e = tl.load(w + block * 17).to(tl.uint32)
-        # 2^(e-128); e below 2 gives a subnormal.
-        scale = _float_bits(tl.where(e < 2, 0x00200000 << tl.minimum(e, 1), (tl.maximum(e, 1) - 1) << 23))
-        return codes, codes, codes, codes, scale * 32.0, scale * 44.0
     w16 = w.to(tl.pointer_type(tl.uint16))
     w32 = w.to(tl.pointer_type(tl.uint32))
     n8 = tl.arange(0, 8)[None, None, :]
@@ -250,6 +255,9 @@ def unit(w, row, unit, stride, n_cols, scales, FORMAT: tl.constexpr):
         return _unit_6k(w, row, unit, stride)
     elif FORMAT == "IQ4_XS":
         codes, scale, offset = _unit_4xs(w, row, unit, stride)
+        return codes, codes, codes, codes, scale, offset, scale, offset
+    elif FORMAT == "MXFP4":
+        codes, scale, offset = _unit_mxfp4(w, row, unit, stride)
         return codes, codes, codes, codes, scale, offset, scale, offset
     else:
         low, high, low_bits, high_bits, scale, offset = _unit_32(w, row, unit, stride, FORMAT)

@@ -144,6 +144,13 @@ class Experts:
         slot_of[list(here)] = torch.arange(len(here), dtype=torch.int32)
         self.slot_of = slot_of.to(device)
 
+    @classmethod
+    def of(cls, gate: Matrix, up: Matrix, down: Matrix, slot_of: torch.Tensor) -> "Experts":
+        """Experts that are on the device already."""
+        experts = cls.__new__(cls)
+        experts.gate, experts.up, experts.down, experts.slot_of = gate, up, down, slot_of
+        return experts
+
     def begin(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Queue the work; what comes back gives its result.
 

@@ -12,7 +12,7 @@ from localrun.gpu.blocks import LAYOUTS, Layout
 from quant.errors import QuantError
 from quant.linear import Weight
 
-_PADDING = 16  # bytes behind the last block, so that no kernel's words end past the allocation
+PADDING = 16  # bytes behind the last block, so that no kernel's words end past the allocation
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,13 @@ def upload(weight: Weight, device: torch.device, groups: Sequence[int] | None = 
         raise QuantError(f"no GPU kernels for type {weight.format.name}; there are some for {', '.join(LAYOUTS)}")
     groups = range(weight.n_groups) if groups is None else groups
     n_bytes = weight.n_rows * weight.row_bytes
-    data = torch.empty(len(groups) * n_bytes + _PADDING, dtype=torch.uint8, device=device)
+    data = torch.empty(len(groups) * n_bytes + PADDING, dtype=torch.uint8, device=device)
     if n_bytes == weight.group_bytes and groups == range(weight.n_groups):
-        data[:-_PADDING].copy_(_host_bytes(weight, 0, weight.n_groups))
+        data[:-PADDING].copy_(_host_bytes(weight, 0, weight.n_groups))
     else:
         for i, group in enumerate(groups):
             data[i * n_bytes : (i + 1) * n_bytes].copy_(_host_bytes(weight, group, 1))
-    data[-_PADDING:].zero_()
+    data[-PADDING:].zero_()
     return Matrix(LAYOUTS[weight.format.name], data, len(groups), weight.n_rows, weight.n_cols)
 
 

@@ -1,0 +1,139 @@
+"""Compiles Triton kernels for cards that are not there, from calls of the functions that launch them.
+
+Not for a process that interprets kernels: run this file with names of VARIANTS (all without) and `--capability 80`. A
+JSON line for each kernel: registers, bytes of stack (where spills go), shared memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+from triton.runtime.jit import JITFunction
+
+from localrun.gpu import blocks, experts, fp8, gemm, gemv, matrix
+
+_TYPES = {
+    torch.uint8: "*u8", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32",
+    torch.int64: "*i64",
+}  # fmt: skip
+_CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+def launches(call: Callable[[], object]) -> list[tuple[JITFunction, tuple, dict]]:
+    """Kernel, arguments and options of every launch in a call; nothing is run."""
+    made, original = [], JITFunction.__getitem__
+    JITFunction.__getitem__ = lambda kernel, grid: lambda *args, **options: made.append((kernel, args, options))
+    try:
+        call()
+    finally:
+        JITFunction.__getitem__ = original
+    return made
+
+
+def compiled(kernel: JITFunction, args: tuple, options: dict, capability: int) -> CompiledKernel:
+    """The kernel as a launch with these arguments would compile it on a card of that capability."""
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], Any] = {}
+    hints: dict[tuple[int], list] = {}
+    for i, (parameter, value) in enumerate(zip(kernel.params, args, strict=True)):
+        is_tensor = isinstance(value, torch.Tensor)
+        if parameter.is_constexpr or (not is_tensor and value == 1):
+            signature[parameter.name], constants[i,] = "constexpr", value
+            continue
+        signature[parameter.name] = _TYPES[value.dtype] if is_tensor else "fp32" if isinstance(value, float) else "i32"
+        if is_tensor or (isinstance(value, int) and value % 16 == 0):
+            hints[i,] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def usage(kernel: CompiledKernel) -> dict[str, int]:
+    """Registers a thread, bytes of stack a thread, bytes of shared memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run([_CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text).groups()
+    return {"registers": int(registers), "stack": int(stack) + int(local), "shared": kernel.metadata.shared}
+
+
+def _matrix(name: str, n_groups: int, n_rows: int, n_cols: int) -> matrix.Matrix:
+    layout = blocks.LAYOUTS[name]
+    scales = torch.empty(n_groups, -(-n_rows // 128), -(-n_cols // 128)) if name == "FP8_E4M3" else None
+    return matrix.Matrix(layout, torch.empty(16, dtype=torch.uint8), n_groups, n_rows, n_cols, scales)
+
+
+def _few(name: str, n_tokens: int) -> Callable[[], object]:
+    return lambda: gemv.multiply(_matrix(name, 1, 2048, 7168), torch.empty(n_tokens, 1, 7168))
+
+
+def _many(name: str, n_tokens: int) -> Callable[[], object]:
+    return lambda: gemm.multiply(_matrix(name, 1, 2048, 7168), torch.empty(n_tokens, 1, 7168))
+
+
+def _rows(name: str) -> Callable[[], object]:
+    return lambda: gemv.expand_rows(_matrix(name, 1, 2048, 7168), torch.arange(2))
+
+
+def _transposed(name: str) -> Callable[[], object]:
+    return lambda: gemv.multiply_transposed(_matrix(name, 128, 128, 512), torch.empty(1, 128, 128))
+
+
+def _experts(n_tokens: int, gate: str, down: str) -> Callable[[], object]:
+    def call() -> None:
+        gate_matrix, down_matrix = _matrix(gate, 8, 2048, 7168), _matrix(down, 8, 7168, 2048)
+        layer = experts.Experts.of(gate_matrix, gate_matrix, down_matrix, torch.arange(8, dtype=torch.int32))
+        ids = torch.zeros(n_tokens, 8, dtype=torch.int64)
+        layer(torch.empty(n_tokens, 7168), ids, torch.empty(n_tokens, 8))
+
+    return call
+
+
+def _fp8(native: bool) -> Callable[[], object]:
+    def call() -> None:
+        linear = object.__new__(fp8.FP8Linear)
+        linear.matrix = _matrix("FP8_E4M3", 1, 2048, 7168)
+        linear._many(torch.empty(64, 7168), native)
+
+    return call
+
+
+VARIANTS: dict[str, Callable[[], object]] = {
+    **{f"{name} {n} tokens": _few(name, n) for name in blocks.LAYOUTS for n in (1, 2, 4, 5, 8)},
+    **{f"{name} {n} tokens": _many(name, n) for name in blocks.LAYOUTS for n in (16, 64)},
+    **{f"{name} rows": _rows(name) for name in blocks.LAYOUTS},
+    **{f"{name} transposed": _transposed(name) for name in blocks.LAYOUTS},
+    **{f"experts {n} tokens, {gate} {down}": _experts(n, gate, down)
+       for n in (1, 64) for gate, down in (("Q4_K", "Q6_K"), ("Q8_0", "Q8_0"), ("Q4_K", "Q5_0"), ("MXFP4", "MXFP4"))},
+    "FP8 products": _fp8(True),
+    "FP8 widened": _fp8(False),
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("variants", nargs="*", default=list(VARIANTS))
+    parser.add_argument("--capability", type=int, default=80)
+    arguments = parser.parse_args()
+    for name in arguments.variants:
+        for kernel, args, options in launches(VARIANTS[name]):
+            figures = usage(compiled(kernel, args, options, arguments.capability))
+            print(json.dumps({"variant": name, "kernel": kernel.__name__, **figures}), flush=True)
+
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
+    sys.exit(main())
