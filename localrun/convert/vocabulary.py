@@ -192,7 +192,7 @@ def _add_special(metadata: Metadata, checkpoint: Checkpoint, n_vocab: int) -> li
     for kind, added in special.add_special_token.items():
         metadata.bool(f"tokenizer.ggml.add_{kind}_token", added)
     if special.chat_template is None:
-        return ["no chat template: chat falls back to ChatML"]
+        return ["no chat template: chat continues texts, or takes ChatML where the vocabulary has it"]
     _add_templates(metadata, special.chat_template, checkpoint.path)
     return []
 
