@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,6 +13,9 @@ from localrun.gguf import GGUFFile
 from localrun.placement import VRAM, Placement, Request, lay_out, refusal, runs_on_gpu
 
 Notice = Callable[[str], None]
+
+# Whether the GPU half has been run and measured on a card. Until then "auto" stays on the CPU.
+_MEASURED = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,9 @@ def choose(where: Where, file: GGUFFile, config: Config, ctx: int, drafts: bool,
     request = Request(tuple(file.tensors.values()), config, ctx, hardware.free_ram(), mtp=drafts)
     if where.device == "cpu":
         return lay_out(request)
+    if where.device == "auto" and not _MEASURED:
+        _leave_out(where, config, notice)
+        return lay_out(request)
     free, reason, is_news = _free_vram(config)
     if not reason:
         request = replace(request, vram=free, vram_free=free, gpu_experts=where.n_experts, cache_bits=where.cache_bits)
@@ -85,6 +90,16 @@ def choose(where: Where, file: GGUFFile, config: Config, ctx: int, drafts: bool,
     return lay_out(replace(request, vram=None, vram_free=None, gpu_experts="auto", cache_bits=16))
 
 
+def _leave_out(where: Where, config: Config, notice: Notice) -> None:
+    """Say how to try the GPU if there is one, or if there are options for it."""
+    from localrun.gpu import available
+
+    if card := available.card() if runs_on_gpu(config) else "":
+        notice(f"{card} is not used: this version has never run on a GPU; computing on the CPU, --device cuda tries it")
+    elif where.asks_for_gpu:
+        notice("--vram, --gpu-experts and --cache-bits have no effect without --device cuda; computing on the CPU")
+
+
 def _free_vram(config: Config) -> tuple[int, str, bool]:
     """Bytes of VRAM that are free; else why the GPU is not used, and whether that may surprise."""
     if not runs_on_gpu(config):
@@ -94,6 +109,4 @@ def _free_vram(config: Config) -> tuple[int, str, bool]:
     found = available.find()
     if isinstance(found, available.NoGpu):
         return 0, found.reason, found.has_card
-    if importlib.util.find_spec("localrun.gpu.hybrid") is None:
-        return 0, f"there is a GPU ({found.name}), but this version computes on the CPU", True
     return found.free, "", False

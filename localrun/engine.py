@@ -45,7 +45,7 @@ def load(
     Args:
         path: the file, or the first part of a split one.
         device: "cuda": all but routed experts on the GPU, and of these as many as fit; "cpu"; or "auto", which is
-            "cuda" where there is a GPU that takes the model.
+            "cpu" as long as the GPU half has not been measured on a card (docs/gpu.md).
         threads: worker threads; None for one a physical core.
         ctx: tokens that a session can hold; None for DEFAULT_CTX, or the model's own length if that is less.
         backend: "native", "llama.cpp", or "auto": native where it can, else llama.cpp with a notice.

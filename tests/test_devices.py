@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.machinery
-import importlib.util
 import json
 import re
 import subprocess
@@ -33,7 +32,10 @@ CARD = Gpu("Acme 5000", (8, 9), 24 * GIB, 20 * GIB, "570.86", "12.8")
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A card, and a hybrid model that computes on the CPU and remembers its placement."""
+    """A card, a GPU half that counts as measured, and a hybrid model that computes on the CPU and remembers its
+    placement.
+    """
+    monkeypatch.setattr(devices, "_MEASURED", True)
     hybrid = ModuleType("localrun.gpu.hybrid")
     hybrid.__spec__ = importlib.machinery.ModuleSpec(hybrid.__name__, None)
 
@@ -119,10 +121,26 @@ def test_grouped_attention_runs_on_the_cpu(gpu: ModuleType, monkeypatch: pytest.
         chosen("llama", device="cuda")
 
 
-def test_a_program_without_the_gpu_half(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    placement, notices = chosen()
-    assert placement.device == "cpu" and notices[0].startswith("there is a GPU (Acme 5000), but this version")
+@pytest.mark.parametrize(
+    ("card", "variant", "options", "told"),
+    [
+        ("Acme 5000", "v3", {}, ["Acme 5000 is not used: this version has never run on a GPU; computing on the CPU, "
+                                 "--device cuda tries it"]),
+        ("", "v3", {}, []),
+        ("", "v3", {"vram": 8}, ["--vram, --gpu-experts and --cache-bits have no effect without --device cuda; "
+                                 "computing on the CPU"]),
+        ("Acme 5000", "llama", {}, []),
+    ],
+)  # fmt: skip
+def test_what_has_not_been_measured_is_not_chosen(
+    card: str, variant: str, options: dict[str, Any], told: list[str], gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "_MEASURED", False)
+    monkeypatch.setattr(available, "card", lambda: card)
+    placement, notices = chosen(variant, **options)
+    assert placement.device == "cpu" and notices == told
+    if variant == "v3":
+        assert chosen(variant, device="cuda", **options)[0].device == "cuda"
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,7 @@ def refused(reason: str, has_card: bool = True) -> None:
 
 def test_a_gpu(driver: Driver) -> None:
     assert available.find() == Gpu("Acme 5000", (8, 9), 24 * GIB, 20 * GIB, "550.54", "12.8")
+    assert available.card() == "Acme 5000"
 
 
 @pytest.mark.parametrize(
@@ -77,11 +78,13 @@ def test_no_driver(driver: Driver, has_card: bool, reason: str, monkeypatch: pyt
     monkeypatch.setattr(available, "_on_the_bus", lambda: has_card)
     monkeypatch.setitem(sys.modules, "torch", None)  # importing it would fail
     refused(reason, has_card)
+    assert available.card() == ""
 
 
 def test_a_driver_without_a_card(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     driver.start = 100
     refused("CUDA sees no card")
+    assert available.card() == ""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     refused("CUDA sees no card (CUDA_VISIBLE_DEVICES is set)")
 

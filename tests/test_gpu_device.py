@@ -54,6 +54,17 @@ class Stream:
         self._log.append(f"{self.name} waits for {other.name}")
 
 
+class Graph:
+    def __init__(self, cuda: FakeCuda, name: str) -> None:
+        self._cuda, self.name = cuda, name
+
+    def pool(self) -> str:
+        return f"memory of {self.name}"
+
+    def replay(self) -> None:
+        self._cuda.log.append(f"replay on {self._cuda.current.name}")
+
+
 class FakeCuda:
     """torch.cuda as far as Cuda uses it; it notes what it is asked."""
 
@@ -61,7 +72,7 @@ class FakeCuda:
 
     def __init__(self) -> None:
         self.log: list[str] = []
-        self._names = iter(["side", "capture"])
+        self._names, self._graph_names = iter(["side", "capture"]), iter("ABC")
         self.current = Stream(self.log, "main", 0)
         self.sync_error: Exception | None = None
 
@@ -82,12 +93,12 @@ class FakeCuda:
         yield
         self.current = before
 
-    def CUDAGraph(self) -> SimpleNamespace:
-        return SimpleNamespace(replay=lambda: self.log.append(f"replay on {self.current.name}"))
+    def CUDAGraph(self) -> Graph:
+        return Graph(self, next(self._graph_names))
 
     @contextmanager
-    def graph(self, graph: object, stream: Stream, capture_error_mode: str) -> Iterator[None]:
-        self.log.append(f"begin {capture_error_mode}")
+    def graph(self, graph: Graph, pool: str | None, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+        self.log.append(f"begin {capture_error_mode}" + (f" in {pool}" if pool else ""))
         with self.stream(stream):
             yield
         self.log.append("end")
@@ -146,6 +157,17 @@ def test_a_step_is_warmed_up_then_captured_with_its_branches(fake: FakeCuda) -> 
     replay()
     device.synchronize()
     assert fake.log == ["replay on main", "mark main", "sleep True"]
+
+
+def test_captured_steps_share_their_memory(fake: FakeCuda) -> None:
+    device = Cuda()
+    first = device.capture(lambda: None)
+    second = device.capture(lambda: None)
+    del first
+    third = device.capture(lambda: None)
+    begun = [entry for entry in fake.log if entry.startswith("begin")]
+    assert begun == [f"begin thread_local{where}" for where in ("", " in memory of A", " in memory of B")]
+    del second, third
 
 
 def test_a_lost_device_is_one_line(fake: FakeCuda) -> None:

@@ -64,6 +64,12 @@ def find() -> Gpu | NoGpu:
     return _by_torch(name, capability, _cuda_version(driver))
 
 
+def card() -> str:
+    """The name of the first card that the driver has, "" if there is none. Does not import torch."""
+    driver = _driver_library()
+    return "" if driver is None or driver.cuInit(0) else _first_card(driver)[0]
+
+
 def driver_version() -> str:
     """The NVIDIA driver's: "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86  Wed ..."; "" where not known."""
     with suppress(OSError):

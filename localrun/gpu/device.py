@@ -15,6 +15,7 @@ import ctypes
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from weakref import WeakSet
 
 import torch
 
@@ -75,6 +76,7 @@ class Cuda:
         self._driver = load_driver()
         with self.errors():
             self._side, self._capture = torch.cuda.Stream(self.torch), torch.cuda.Stream(self.torch)
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Page-locked memory of the host: only with it copies are asynchronous, and may be captured."""
@@ -103,9 +105,11 @@ class Cuda:
         """A CUDA graph of what step queues, as what launches it on the current stream.
 
         step runs a few times before; it must leave its branches joined and its buffers where they are, and neither wait
-        for the device nor read from it.
+        for the device nor read from it. Work memory is shared with all other captured steps: they may run one after the
+        other, in any order, and what is to be kept goes to buffers that were there before.
         """
-        graph, stream = torch.cuda.CUDAGraph(), self._capture
+        graph, stream, other = torch.cuda.CUDAGraph(), self._capture, next(iter(self._graphs), None)
+        memory = None if other is None else other.pool()
         with self.errors(), torch.cuda.device(self.torch):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -113,8 +117,9 @@ class Cuda:
                     step()
             torch.cuda.current_stream().wait_stream(stream)
             # Other threads may use CUDA meanwhile, as long as they keep off this stream.
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
                 step()
+        self._graphs.add(graph)
 
         def replay() -> None:
             with self.errors():

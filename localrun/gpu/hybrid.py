@@ -1,0 +1,154 @@
+"""A model whose network runs on a GPU and whose routed experts stay in RAM, but for those that VRAM has room for.
+
+What localrun.native.NativeModel is to the engine, with a placement. A few tokens are a recorded step (decode.py); more
+go through the layers in one or two micro-batches (prefill.py). The layer for multi-token prediction stays on the CPU.
+
+Letters: T tokens, D hidden_size.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.nn.functional import rms_norm
+
+from localrun import names
+from localrun.config import Config
+from localrun.gguf import GGUFFile
+from localrun.gpu import prefill
+from localrun.gpu.cache import DeviceCache
+from localrun.gpu.decode import DecodeStep
+from localrun.gpu.device import Cuda, StandIn
+from localrun.gpu.tuning import Tuning
+from localrun.gpu.weights import DeviceWeights, spans_in_ram, spans_on_device
+from localrun.model import Model
+from localrun.native import TorchThreads
+from localrun.placement import Placement
+from localrun.residency import Resident, let_go
+from localrun.tensors import Tensors
+from quant.pool import Pool
+from quant.step import MOST_TOKENS
+
+if TYPE_CHECKING:
+    from localrun.model import MTPBlock
+    from localrun.mtp import MTP
+
+
+class HybridModel:
+    """A deepseek2 model over the tensors of a file, on a device and on the CPU.
+
+    Attributes:
+        vocab_size: logits a token.
+        keep_hidden: whether forward() is to leave `hidden` behind.
+        hidden: float32 (T, hidden_size), what the head reads (after the final norm) of the last forward()'s tokens.
+        network: the modules on the device.
+        step: what evaluates a few tokens.
+        routed, pool: the routed experts, and the workers of those in RAM.
+        tuning: how prompts go through the layers.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        file: GGUFFile,
+        n_threads: int,
+        placement: Placement,
+        device: Cuda | StandIn | None = None,
+    ):
+        """Uploads what the placement gives to the device, the first GPU unless given. The file must stay open.
+
+        Raises:
+            LocalrunError: the GPU can't be used, or has no room.
+        """
+        self.config, self.file, self.vocab_size = config, file, config.vocab_size
+        self.keep_hidden = False
+        self.hidden = np.empty((0, config.hidden_size), np.float32)
+        self.device = Cuda() if device is None else device
+        self._placement, self._tensors = placement, Tensors(file)
+        self._mtp: MTP | None = None
+        self._holds_torch = False
+        self.pool = Pool(n_threads)
+        try:
+            self._load()
+        except BaseException:
+            self.pool.close()
+            raise
+
+    def _load(self) -> None:
+        with self.device.errors():
+            weights = DeviceWeights(self.file, self.config, self._placement, self.device, self.pool)
+            self.routed = weights.routed
+            self.network = Model(self.config, weights)
+            self.step = DecodeStep(self.device, self.pool, self.network, self.routed)
+            self.tuning = Tuning(self.device, self.network, self.routed, self._placement)
+            self.device.synchronize()
+        let_go(spans_on_device(self._tensors, self._placement))
+        self.resident = Resident(self.file, spans_in_ram(self._tensors, self.config, self._placement))
+
+    @property
+    def mtp(self) -> "MTP | None":
+        """The model's head for multi-token prediction, on the CPU, if the file has all of it."""
+        if self._mtp is None and names.has_mtp(self.file, self.config):
+            from localrun.mtp import MTP
+
+            self._mtp = MTP(self.config, self._tensors, self.pool, self._mtp_block)
+        return self._mtp
+
+    def _mtp_block(self) -> "MTPBlock":
+        from localrun.model import MTPBlock
+        from localrun.weights import Weights
+
+        if not self._holds_torch:
+            TorchThreads.hold(self.pool.n_workers)
+            self._holds_torch = True
+        return MTPBlock(self.config, Weights(self.file, self.pool), self.network.rope)
+
+    def new_cache(self, capacity: int, exact: bool = False) -> DeviceCache:
+        """An empty cache for up to `capacity` tokens, of 16 or 8 bits as placed or, if exact, of 32."""
+        with self.device.errors():
+            bits = 32 if exact else self._placement.cache_bits
+            return DeviceCache(self.config, capacity, self.device.torch, bits)
+
+    @torch.inference_mode()
+    def forward(self, ids: Sequence[int], cache: DeviceCache, all_logits: bool = False) -> np.ndarray:
+        """Evaluate ids after the cache's tokens; the cache then holds them too.
+
+        Returns:
+            float32 (T, vocab) logits with all_logits, else (1, vocab), those of the last token.
+
+        Raises:
+            ContextFullError: the cache has no room for them.
+            LocalrunError: the device failed.
+        """
+        cache.check_room(len(ids))
+        with self.device.errors(), cache.all_or_none():
+            if len(ids) <= MOST_TOKENS and not cache.is_exact:
+                hidden, logits = self.step(ids, cache)
+            else:
+                hidden, logits = self._prefill(ids, cache, all_logits)
+        if self.keep_hidden:
+            self.hidden = hidden
+        return logits if all_logits else logits[-1:]
+
+    def _prefill(self, ids: Sequence[int], cache: DeviceCache, all_logits: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Of all tokens, or as far as they are wanted of the last alone: what the head reads, and logits."""
+        network, c = self.network, self.config
+        self.routed.way, n_batches = self.tuning.choose(len(ids))
+        x_TD = network.embed_tokens(torch.tensor(ids, dtype=torch.int64).to(self.device.torch))
+        x_TD = prefill.forward(network.layers, x_TD, cache, n_batches, self.routed.cancel)
+        x_TD = rms_norm(
+            x_TD if all_logits or self.keep_hidden else x_TD[-1:], (c.hidden_size,), network.norm, c.rms_norm_eps
+        )
+        logits = network.lm_head(x_TD if all_logits else x_TD[-1:]).cpu().numpy()
+        hidden = x_TD.cpu().numpy() if self.keep_hidden else self.hidden
+        cache.advance(len(ids))
+        return hidden, logits
+
+    def close(self) -> None:
+        """End all threads."""
+        self.resident.close()
+        self.routed.close()
+        self.pool.close()
+        if self._holds_torch:
+            TorchThreads.release()

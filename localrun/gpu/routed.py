@@ -1,0 +1,147 @@
+"""All layers' routed experts, each in VRAM, in RAM, or some of them here and some there, and the way that those in RAM
+take at present.
+
+Letters: T tokens, D hidden_size, E experts, K experts per token.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import Enum
+from typing import Protocol
+
+import torch
+
+from localrun.bridge import Finish, PrefillExperts, StepExperts
+from localrun.gpu import experts as vram
+from localrun.gpu.device import Cuda, StandIn
+from localrun.gpu.matrix import Matrix
+from localrun.gpu.stream import StreamedExperts, Uploader, work_bytes
+from quant.experts import Experts
+from quant.pool import Pool
+
+
+class Way(Enum):
+    """How experts that lie in RAM are computed: by host nodes of a step (within Pool.exclusive()), by a thread beside
+    the device, or by the device after an upload (only layers that lie in RAM whole).
+    """
+
+    STEP = "step"
+    PREFILL = "prefill"
+    STREAM = "stream"
+
+
+class LayerExperts(Protocol):
+    """As bridge.py describes it."""
+
+    def begin(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Finish: ...
+
+
+class Routed:
+    """The routed experts of a model.
+
+    Attributes:
+        way: of the next begin().
+        in_ram: layer -> its experts, of those that have some in RAM.
+        streamable: bytes of VRAM that streaming takes for its work; 0 if no layer lies in RAM whole.
+    """
+
+    def __init__(
+        self,
+        device: Cuda | StandIn,
+        pool: Pool,
+        layers: Mapping[int, Experts],
+        in_vram: Mapping[int, Sequence[int]],
+        top_k: int,
+    ):
+        """layers: of the model, by index; their tensors must stay mapped. in_vram: layer -> ids to upload."""
+        self.way = Way.PREFILL
+        self._device = device
+        self.in_ram = {i: experts for i, experts in layers.items() if len(in_vram[i]) < experts.gate.n_groups}
+        self._whole = [experts for i, experts in self.in_ram.items() if not in_vram[i]]
+        self._vram = {i: vram.Experts(experts, device.torch, in_vram[i]) for i, experts in layers.items() if in_vram[i]}
+        self._steps = StepExperts(device, pool, self.in_ram, top_k) if self.in_ram else None
+        self._prefill = PrefillExperts(device, pool) if self.in_ram else None
+        self._streamed: StreamedExperts | None = None
+        self.streamable = max(map(work_bytes, self._whole), default=0)
+
+    def layer(self, index: int) -> LayerExperts:
+        """The experts of layer `index`."""
+        return _Layer(self, index)
+
+    def is_whole(self, index: int) -> bool:
+        """Whether all of a layer's experts are in RAM."""
+        return index in self.in_ram and index not in self._vram
+
+    def allow_streaming(self) -> None:
+        """Set the work memory for Way.STREAM aside."""
+        self._streamed = StreamedExperts(self._device, Uploader(self._device), self._whole, _compute)
+
+    def homes(self, index: int) -> list[LayerExperts]:
+        """Where the experts of a layer are to be computed now: those in RAM first, as they start others' work."""
+        found: list[LayerExperts] = []
+        if index in self.in_ram:
+            found.append(self._in_ram(index))
+        if index in self._vram:
+            found.append(self._vram[index])
+        return found
+
+    def _in_ram(self, index: int) -> LayerExperts:
+        experts = self.in_ram[index]
+        if self.way is Way.STEP:
+            assert self._steps is not None
+            here: LayerExperts = self._steps.layer(index)
+        elif self.way is Way.STREAM and self._streamed is not None and self.is_whole(index):
+            return self._streamed.layer(experts)
+        else:
+            assert self._prefill is not None
+            here = self._prefill.layer(experts)
+        return _Others(here, self._vram[index].slot_of) if index in self._vram else here
+
+    def cancel(self) -> None:
+        """Drop what was begun by Way.PREFILL, and wait for what can't be dropped."""
+        if self._prefill is not None:
+            self._prefill.cancel()
+
+    def close(self) -> None:
+        """End the thread."""
+        if self._prefill is not None:
+            self._prefill.close()
+
+
+class _Layer:
+    """One layer of them."""
+
+    def __init__(self, routed: Routed, index: int):
+        self._routed, self._index = routed, index
+
+    def begin(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Finish:
+        """As bridge.py describes it."""
+        finishes = [home.begin(x, ids, weights) for home in self._routed.homes(self._index)]
+        return finishes[0] if len(finishes) == 1 else _sum_of(finishes)
+
+
+def _sum_of(finishes: Iterable[Finish]) -> Callable[[], torch.Tensor]:
+    def finish() -> torch.Tensor:
+        first, *rest = (finish() for finish in finishes)
+        return sum(rest, first)
+
+    return finish
+
+
+def _compute(
+    gate: Matrix, up: Matrix, down: Matrix, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """The sum over experts that have just been uploaded, all of a layer."""
+    slot_of_E = torch.arange(gate.n_groups, dtype=torch.int32, device=x.device)
+    return vram.Experts.of(gate, up, down, slot_of_E).begin(x, ids, weights)()
+
+
+class _Others:
+    """A layer's experts in RAM, without those in VRAM."""
+
+    def __init__(self, experts: LayerExperts, slot_of_E: torch.Tensor):
+        """slot_of_E: on the device; -1 for experts that are not in VRAM."""
+        self._experts, self._slot_of = experts, slot_of_E
+
+    def begin(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Finish:
+        """As bridge.py describes it."""
+        return self._experts.begin(x, torch.where(self._slot_of[ids] < 0, ids, -1), weights)

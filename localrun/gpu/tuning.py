@@ -1,0 +1,118 @@
+"""How prompts go through the layers, by what one layer took: in one or two micro-batches, or with its experts uploaded.
+
+Measured when the first prompt comes that is long enough for it to matter, on random vectors and choices.
+
+Letters: T tokens, D hidden_size, E experts, K experts per token.
+"""
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+
+from localrun.bridge import Finish
+from localrun.gpu.cache import DeviceCache
+from localrun.gpu.device import Cuda, StandIn
+from localrun.gpu.prefill import LayerTimes, Seconds, best_batches, streaming_threshold
+from localrun.gpu.routed import Routed, Way
+from localrun.model import Model
+from localrun.placement import CHUNK, VRAM, Placement
+
+_FEW, _MANY = 64, CHUNK  # tokens that a layer is measured with; fewer are one batch
+
+
+class Tuning:
+    """What is known of one model's layers on this machine.
+
+    Attributes:
+        few, many: tokens that a layer is measured with, when the first prompt of at least `few` comes.
+        times: what was measured; None before.
+        threshold: tokens at a time from which on a layer's experts are uploaded; None for never.
+    """
+
+    def __init__(self, device: Cuda | StandIn, network: Model, routed: Routed, placement: Placement):
+        self._device, self._network, self._routed = device, network, routed
+        spare = placement.available[VRAM] - placement.needed[VRAM]
+        self._may_stream = 0 < routed.streamable <= spare
+        self.few, self.many = _FEW, _MANY
+        self.times: LayerTimes | None = None
+        self.threshold: int | None = None
+
+    def choose(self, n_tokens: int) -> tuple[Way, int]:
+        """How experts in RAM are computed for a prompt's n_tokens, and in how many batches these go."""
+        if not self._routed.in_ram:
+            return Way.PREFILL, 1
+        if self.times is None and n_tokens >= self.few:
+            self.use(self.measure())
+        if self.times is None:
+            return Way.PREFILL, 1
+        if self.threshold is not None and n_tokens >= self.threshold:
+            return Way.STREAM, 1
+        return Way.PREFILL, best_batches(self.times, n_tokens)
+
+    def use(self, times: LayerTimes) -> None:
+        """Choose by these times from now on."""
+        self.times, self.threshold = times, streaming_threshold(times, CHUNK)
+
+    def measure(self) -> LayerTimes:
+        """Of the last layer that has experts in RAM: where only some are, it is the last that has none elsewhere."""
+        index = max(self._routed.in_ram, key=lambda i: (self._routed.is_whole(i), i))
+        attention = self._line(lambda n_tokens: self._attention(index, n_tokens))
+        self._routed.way = Way.PREFILL
+        by_cpu = self._line(lambda n_tokens: self._experts(index, n_tokens))
+        if not self._may_stream:
+            return LayerTimes(attention, by_cpu, Seconds(0.0, 0.0), math.inf)
+        self._routed.allow_streaming()
+        self._routed.way = Way.STREAM
+        first_s = self._seconds(self._experts(index, self.few))
+        by_device = self._line(lambda n_tokens: self._experts(index, n_tokens))
+        return LayerTimes(attention, by_cpu, by_device, max(0.0, first_s - float(by_device(self.few))))
+
+    def _line(self, work: Callable[[int], Callable[[], object]]) -> Seconds:
+        """What work(n_tokens) takes, each the second time: the first compiles kernels and touches memory."""
+        seconds = []
+        for n_tokens in (self.few, self.many):
+            run = work(n_tokens)
+            self._seconds(run)
+            seconds.append(self._seconds(run))
+        return Seconds.measured(self.few, seconds[0], self.many, seconds[1])
+
+    def _seconds(self, run: Callable[[], object]) -> float:
+        self._device.synchronize()
+        before = time.perf_counter()
+        run()
+        self._device.synchronize()
+        return time.perf_counter() - before
+
+    def _attention(self, index: int, n_tokens: int) -> Callable[[], object]:
+        """A layer without its routed experts, on an empty context."""
+        layer, x_TD = self._network.layers[index], self._vectors(n_tokens)
+        cache = DeviceCache(self._network.config, n_tokens, self._device.torch, n_layers=index + 1)
+
+        def run() -> None:
+            experts, layer.mlp.experts = layer.mlp.experts, _NoExperts()
+            try:
+                layer(x_TD, cache)
+            finally:
+                layer.mlp.experts = experts
+
+        return run
+
+    def _experts(self, index: int, n_tokens: int) -> Callable[[], object]:
+        """The routed experts of a layer."""
+        c, x_TD = self._network.config, self._vectors(n_tokens)
+        ids_TK = torch.rand(n_tokens, c.n_routed_experts, device=x_TD.device).argsort(-1)[:, : c.num_experts_per_tok]
+        weights_TK = torch.full(ids_TK.shape, 1 / c.num_experts_per_tok, device=x_TD.device)
+        experts = self._network.layers[index].mlp.experts
+        return lambda: experts.begin(x_TD, ids_TK, weights_TK)()
+
+    def _vectors(self, n_tokens: int) -> torch.Tensor:
+        return torch.randn(n_tokens, self._network.config.hidden_size, device=self._device.torch)
+
+
+class _NoExperts:
+    """Experts that add nothing."""
+
+    def begin(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Finish:
+        return lambda: torch.zeros_like(x)

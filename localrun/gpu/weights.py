@@ -1,0 +1,109 @@
+"""A model's tensors as modules over a device's memory: what localrun.weights is to the CPU.
+
+What the placement gives to the device is uploaded as the network asks for it, once; the pages of the file that held it
+are let go. The file's map stays the home of all experts that compute on the CPU.
+"""
+
+import torch
+
+from localrun import names
+from localrun.config import Config
+from localrun.gguf import GGUFFile
+from localrun.gpu.attention import LatentAttention
+from localrun.gpu.device import Cuda, StandIn
+from localrun.gpu.linear import Embedding, HeadLinear, Linear
+from localrun.gpu.routed import LayerExperts, Routed
+from localrun.gpu.routing import Turns, choose_experts
+from localrun.placement import CPU, GPU, MTP, RAM, Placement
+from localrun.residency import Span
+from localrun.rope import Rope
+from localrun.tensors import Tensors
+from quant.experts import Experts
+from quant.pool import Pool
+
+
+class DeviceWeights(Tensors):
+    """The tensors of one file as modules over a device's tensors, and its routed experts wherever they are.
+
+    Attributes:
+        routed: the experts of all layers.
+    """
+
+    choose_experts = staticmethod(choose_experts)
+
+    def __init__(self, file: GGUFFile, config: Config, placement: Placement, device: Cuda | StandIn, pool: Pool):
+        """Uploads the experts that go to the device. The file must stay open."""
+        super().__init__(file)
+        self._device = device
+        self._turns: Turns | None = None
+        layers = {i: self.expert_matrices(i) for i in range(config.num_hidden_layers) if has_experts(self, i)}
+        self.routed = Routed(device, pool, layers, placement.experts, config.num_experts_per_tok)
+
+    def vector(self, name: str) -> torch.Tensor:
+        """A 1-D tensor, float32."""
+        return torch.from_numpy(self.array(name)).to(self._device.torch)
+
+    def embedding(self, name: str) -> Embedding:
+        """Rows by token id."""
+        return Embedding(self.matrix(name), self._device.torch)
+
+    def linear(self, name: str) -> Linear:
+        """A matrix (out, in)."""
+        return Linear(self.matrix(name), self._device.torch)
+
+    def heads(self, name: str) -> HeadLinear:
+        """One matrix a head, (H, out, in)."""
+        return HeadLinear(self.matrix(name), self._device.torch)
+
+    def split_heads(self, name: str, n_heads: int, rows: tuple[int, int]) -> tuple[HeadLinear, HeadLinear]:
+        """A matrix of n_heads * sum(rows) rows as two: each head's first rows[0] rows, and its last rows[1]."""
+        first, last = self.split_matrix(name, n_heads, rows)
+        return HeadLinear(first, self._device.torch), HeadLinear(last, self._device.torch)
+
+    def experts(self, index: int) -> LayerExperts:
+        """The routed experts of layer `index`."""
+        return self.routed.layer(index)
+
+    def attention(self, config: Config, index: int, rope: Rope) -> LatentAttention:
+        """The attention of layer `index`."""
+        if self._turns is None:
+            self._turns = Turns(rope, self._device.torch)
+        return LatentAttention(config, self, index, self._turns)
+
+
+def has_experts(tensors: Tensors, index: int) -> bool:
+    """Whether layer `index` has routed experts."""
+    return tensors.has(names.layer(index, "mlp.gate"))
+
+
+def spans_on_device(tensors: Tensors, placement: Placement) -> list[Span]:
+    """The parts of the file's map that have been uploaded whole."""
+    homes, files = placement.tensors, tensors.file.tensors
+    return [(files[name].data.ctypes.data, files[name].n_bytes) for name in homes if homes[name] == GPU]
+
+
+def spans_in_ram(tensors: Tensors, config: Config, placement: Placement) -> list[Span]:
+    """The parts of the file's map that are used once all has been uploaded."""
+    drafts = placement.n_bytes(RAM, MTP) > 0
+    spans = [
+        (tensor.data.ctypes.data, tensor.n_bytes)
+        for name, tensor in tensors.file.tensors.items()
+        if placement.tensors[name] == CPU and (drafts or not names.is_nextn(name, config))
+    ]
+    _, head = names.mtp_shared(tensors.has, config.num_hidden_layers)
+    if drafts and not names.is_nextn(head, config):  # the model's own, which is on the device as well
+        spans.append((tensors.file.tensors[head].data.ctypes.data, tensors.file.tensors[head].n_bytes))
+    for index, ids in placement.experts.items():
+        if 0 < len(ids) < placement.n_experts:
+            spans += _expert_spans(tensors.expert_matrices(index), set(ids))
+    return spans
+
+
+def _expert_spans(experts: Experts, elsewhere: set[int]) -> list[Span]:
+    """Of a layer's experts but those that are elsewhere."""
+    here = [expert for expert in range(experts.gate.n_groups) if expert not in elsewhere]
+    return [
+        (weight.address + expert * weight.group_bytes, weight.n_rows * weight.row_bytes)
+        for weight in (experts.gate, experts.up, experts.down)
+        for expert in here
+    ]

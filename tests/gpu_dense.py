@@ -1,0 +1,48 @@
+"""Dense matrices in place of quantised ones on the device: torch multiplies them, faster than Triton's interpreter."""
+
+from contextlib import closing
+
+import pytest
+import torch
+
+from localrun import bridge
+from localrun.gpu import weights
+from quant.linear import Weight
+from quant.pool import Pool
+
+
+class DenseHeads:
+    """As gpu.linear.HeadLinear."""
+
+    def __init__(self, weight: Weight, device: torch.device):
+        with closing(Pool(1)) as pool:
+            self._w_Goi = bridge.HeadLinear(pool, weight).dense(0, weight.n_groups).to(device)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("tgi,goi->tgo", x, self._w_Goi)
+
+    def transposed(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("tgo,goi->tgi", x, self._w_Goi)
+
+    def dense(self, first: int, count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return self._w_Goi[first : first + count].to(dtype)
+
+
+class DenseLinear(DenseHeads):
+    """As gpu.linear.Linear."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self._w_Goi[0].T
+
+
+class DenseEmbedding(DenseHeads):
+    """As gpu.linear.Embedding."""
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        return self._w_Goi[0][ids]
+
+
+def use_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models on a device that are loaded from now on have these."""
+    for name, instead in {"Linear": DenseLinear, "HeadLinear": DenseHeads, "Embedding": DenseEmbedding}.items():
+        monkeypatch.setattr(weights, name, instead)

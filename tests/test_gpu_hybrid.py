@@ -1,0 +1,554 @@
+"""The model on a device and on the CPU at once against the model on the CPU.
+
+Without a GPU the device is its stand-in. A few tests run every kernel, through Triton's interpreter; in the others, of
+what goes on between kernels, the quantised matrices on the device are dense ones that torch multiplies (`dense`).
+Tolerances are fractions of the range of the logits. Letters: T tokens, G groups.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from gpu_dense import use_dense
+from gpu_device import HAS_GPU
+from test_logits import error
+from tiny_models import Deepseek2
+
+import localrun
+from localrun import bridge
+from localrun.config import Config, read_config
+from localrun.errors import ContextFullError, LocalrunError
+from localrun.gguf import GGUFFile, open_gguf
+from localrun.gpu import available, hybrid
+from localrun.gpu.available import Gpu
+from localrun.gpu.device import Cuda, StandIn
+from localrun.gpu.hybrid import HybridModel
+from localrun.gpu.prefill import LayerTimes, Seconds
+from localrun.gpu.routed import Routed, Way
+from localrun.gpu.weights import spans_in_ram, spans_on_device
+from localrun.native import NativeModel
+from localrun.placement import RAM, Placement, Request, lay_out
+from localrun.sampling import Sampling
+from localrun.tensors import Tensors
+from quant import experts as quant_experts
+from quant.pool import Pool
+from quant.step import MOST_TOKENS
+
+# Matrices of a few tokens are exact products of float32; the cache's rows are rounded to 16 bits, 2^-11 of a value, on
+# the device only. On a GPU attention's products have 16 bits, too. Found: 4e-4.
+STEP_TOLERANCE = 2e-3
+# Those of many tokens have float16 operands: 2^-12 of each weight and activation, through all layers. Found: 1.2e-3.
+MANY_TOLERANCE = 5e-3
+# Both sides multiply in float32; what differs is the order of sums.
+EXACT_TOLERANCE = 1e-5
+# The CPU rounds activations to 8 bits for quantised matrices, the device does not: up to 2^-8 of each, through all
+# layers (test_engine.py: 1e-2 for two different roundings).
+QUANTISED_TOLERANCE = 0.03
+
+CTX = 48
+CARD = Gpu("Acme 5000", (8, 9), 24 << 30, 20 << 30, "570.86", "12.8")
+
+_SIZES = {
+    "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16,
+    "v_head_dim": 16, "vocab_size": 64, "n_routed_experts": 8, "num_experts_per_tok": 2,
+}  # fmt: skip
+_GROUPS = {"n_group": 4, "topk_group": 2}
+V3 = Deepseek2(**_SIZES, **_GROUPS)
+MODELS = {
+    "V3": V3,
+    "V3 with a joint kv_b and fused gate and up": replace(V3, split_kv_b=False, fused_gate_up=True),
+    "V3 without YaRN, groups and bias, head tied": replace(
+        V3, yarn_factor=None, n_group=None, topk_group=None, e_score_correction_bias=False, norm_topk_prob=False,
+        routed_scaling_factor=None, tie_word_embeddings=True,
+    ),
+    "V2": replace(
+        V3, scoring_func="softmax", e_score_correction_bias=False, norm_topk_prob=False, mscale_all_dim=0.707,
+        n_shared_experts=2, routed_scaling_factor=4.0,
+    ),
+    "V2-Lite": replace(
+        V3, scoring_func="softmax", e_score_correction_bias=False, norm_topk_prob=False, q_lora_rank=None,
+        n_shared_experts=2, routed_scaling_factor=1.0, n_group=1, topk_group=1, num_hidden_layers=3,
+    ),
+    "all layers with experts": replace(V3, first_k_dense_replace=0),
+    "with a layer for multi-token prediction": replace(V3, num_nextn_predict_layers=1),
+}  # fmt: skip
+MTP = MODELS["with a layer for multi-token prediction"]
+
+
+# Found by search: with router logits off by 1e-2 of their size, all tokens choose the same experts.
+_SEEDS = {"V2-Lite": 2, "all layers with experts": 5}
+
+
+def ids_of(n_tokens: int, name: str = "V3") -> list[int]:
+    seed = _SEEDS.get(name, 1)
+    return np.random.default_rng(seed).integers(0, V3.vocab_size, n_tokens).tolist()
+
+
+def new_device() -> Cuda | StandIn:
+    return Cuda() if HAS_GPU else StandIn()
+
+
+def placed(file: GGUFFile, config: Config, gpu_experts: int = 0, drafts: bool = False) -> Placement:
+    """On a card with room for everything."""
+    tensors, much = tuple(file.tensors.values()), 1 << 40
+    return lay_out(Request(tensors, config, CTX, much, much, much, gpu_experts=gpu_experts, mtp=drafts))
+
+
+@contextmanager
+def opened(
+    shape: Deepseek2 = V3,
+    type_: str = "F32",
+    gpu_experts: int = 0,
+    device: Cuda | StandIn | None = None,
+    in_vram: dict[int, tuple[int, ...]] | None = None,
+) -> Iterator[tuple[HybridModel, NativeModel]]:
+    """The same model both ways; in_vram: layer -> experts, where not as many of each layer."""
+    with open_gguf(tiny_models.shared(shape, type=type_)) as file:
+        config = read_config(file)
+        placement = placed(file, config, gpu_experts)
+        if in_vram is not None:
+            placement = replace(placement, experts=in_vram)
+        with (
+            closing(HybridModel(config, file, 2, placement, device or new_device())) as model,
+            closing(NativeModel(config, file, 2)) as native,
+        ):
+            yield model, native
+
+
+def exact_logits(native: NativeModel, ids: list[int]) -> np.ndarray:
+    return native.forward(ids, native.new_cache(len(ids), exact=True), all_logits=True)
+
+
+# ---- every kernel ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "type_", "in_vram"),
+    [
+        ("V3", "F32", {1: ()}),
+        ("V2-Lite", "F16", {1: (1, 2, 4, 7), 2: tuple(range(8))}),
+        ("V3 with a joint kv_b and fused gate and up", "Q8_0", {1: (5,)}),
+    ],
+)
+def test_logits_are_the_cpus(name: str, type_: str, in_vram: dict[int, tuple[int, ...]]) -> None:
+    """A prompt of more tokens than a step takes, then steps; experts in RAM, in VRAM, and in both."""
+    ids, most = ids_of(9, name), QUANTISED_TOLERANCE if type_ == "Q8_0" else MANY_TOLERANCE
+    with opened(MODELS[name], type_, in_vram=in_vram) as (model, native):
+        expected, cache = exact_logits(native, ids), model.new_cache(CTX)
+        assert error(model.forward(ids[:6], cache, all_logits=True), expected[:6]) < most
+        assert error(model.forward(ids[6:8], cache, all_logits=True), expected[6:8]) < most
+        assert error(model.forward(ids[8:], cache), expected[8:]) < most
+        assert cache.length == 9
+
+
+def test_steps_are_more_exact_than_prompts() -> None:
+    ids = ids_of(3)
+    with opened() as (model, native):
+        found = model.forward(ids, model.new_cache(CTX), all_logits=True)
+        assert error(found, exact_logits(native, ids)) < STEP_TOLERANCE
+
+
+@pytest.mark.parametrize("in_vram", [(), (2,), (0, 3, 5, 6), tuple(range(8))], ids=len)
+def test_experts_wherever_they_are(in_vram: tuple[int, ...]) -> None:
+    """Each way of those in RAM, beside those in VRAM, is the CPU's sum."""
+    device = new_device()
+    with open_gguf(tiny_models.shared(V3)) as file, closing(Pool(2)) as pool, torch.inference_mode():
+        layer = Tensors(file).expert_matrices(1)
+        routed = Routed(device, pool, {1: layer}, {1: in_vram}, 2)
+        if not in_vram:
+            routed.allow_streaming()
+        generator = torch.Generator().manual_seed(0)
+        for way, n_tokens in ((Way.STEP, 3), (Way.PREFILL, 3), (Way.STREAM, 9)):
+            if way is Way.STREAM and in_vram:
+                continue  # as PREFILL
+            x, weights = torch.randn(n_tokens, 64, generator=generator), torch.rand(n_tokens, 2, generator=generator)
+            ids = torch.rand(n_tokens, 8, generator=generator).argsort(-1)[:, :2]
+            expected = bridge.Experts(pool, layer).begin(x, ids, weights)()
+            routed.way = way
+            inputs = [each.to(device.torch) for each in (x, ids, weights)]
+            if way is Way.STEP:
+                with pool.exclusive():
+                    found = routed.layer(1).begin(*inputs)()
+                    device.synchronize()
+            else:
+                found = routed.layer(1).begin(*inputs)()
+            assert error(found.cpu().numpy(), expected.numpy()) < (MANY_TOLERANCE if n_tokens > 8 else EXACT_TOLERANCE)
+        routed.close()
+
+
+# ---- between the kernels ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices on the device are dense float32 ones; the other kernels are what they are."""
+    use_dense(monkeypatch)
+
+
+@pytest.mark.usefixtures("dense")
+@pytest.mark.parametrize("name", MODELS)
+def test_every_kind_of_model(name: str) -> None:
+    ids = ids_of(12, name)
+    with opened(MODELS[name]) as (model, native):
+        expected, cache = exact_logits(native, ids), model.new_cache(CTX)
+        assert error(model.forward(ids[:7], cache, all_logits=True), expected[:7]) < STEP_TOLERANCE
+        assert error(model.forward(ids[7:], cache, all_logits=True), expected[7:]) < STEP_TOLERANCE
+
+
+@pytest.mark.usefixtures("dense")
+@pytest.mark.parametrize("type_", ["Q8_0", "Q4_0", "MXFP4"])
+def test_quantised_experts_on_the_cpu(type_: str) -> None:
+    ids = ids_of(10)
+    with opened(type_=type_) as (model, native):
+        expected, cache = exact_logits(native, ids), model.new_cache(CTX)
+        found = np.concatenate([model.forward(ids[:8], cache, True), model.forward(ids[8:], cache, True)])
+        assert error(found, expected) < QUANTISED_TOLERANCE
+
+
+@pytest.mark.usefixtures("dense")
+def test_exact_caches(gpu: None) -> None:
+    """Engine.logits keeps 32 bits, and so gives what the CPU does."""
+    ids = ids_of(20)
+    with opened() as (model, native):
+        found = model.forward(ids, model.new_cache(20, exact=True), all_logits=True)
+        # Attention's products have 16 bits for prompts on a GPU unless the cache is exact, as it is here.
+        assert error(found, exact_logits(native, ids)) < EXACT_TOLERANCE
+    path = tiny_models.shared(V3)
+    with localrun.load(path, device="cuda", gpu_experts=0, ctx=CTX, threads=2) as on_gpu:
+        assert on_gpu.device == "cuda"
+        with localrun.load(path, device="cpu", ctx=CTX, threads=2) as on_cpu:
+            assert error(on_gpu.logits(ids), on_cpu.logits(ids)) < EXACT_TOLERANCE
+
+
+@pytest.mark.usefixtures("dense")
+def test_steps_of_any_length() -> None:
+    """Give what one token after the other does, and the hidden states."""
+    ids = ids_of(MOST_TOKENS)
+    with opened() as (model, _):
+        model.keep_hidden = True
+        cache, rows, hidden = model.new_cache(CTX), [], []
+        for token in ids:
+            rows.append(model.forward([token], cache))
+            hidden.append(model.hidden)
+        for n_tokens in range(1, MOST_TOKENS + 1):
+            for all_logits in (False, True):
+                cache.truncate(0)
+                found = model.forward(ids[:n_tokens], cache, all_logits)
+                expected = np.concatenate(rows[:n_tokens]) if all_logits else rows[n_tokens - 1]
+                assert found.shape == expected.shape and found.dtype == np.float32
+                # Attention splits the context by each token's own position: what differs is the order of torch's sums.
+                assert error(found, expected) < EXACT_TOLERANCE
+                assert error(model.hidden, np.concatenate(hidden[:n_tokens])) < EXACT_TOLERANCE
+
+
+def two_batches(model: HybridModel) -> None:
+    """As if it had been measured that two are faster, however few tokens."""
+    model.tuning.use(LayerTimes(Seconds(0.0, 1.0), Seconds(0.0, 1.0), Seconds(0.0, 0.0), float("inf")))
+    assert model.tuning.choose(2) == (Way.PREFILL, 2)
+
+
+def stream(model: HybridModel) -> None:
+    """As if it had been measured that uploading experts is faster."""
+    model.routed.allow_streaming()
+    model.tuning.use(LayerTimes(Seconds(0.0, 1.0), Seconds(0.0, 9.0), Seconds(0.0, 0.0), 0.0))
+    assert model.tuning.choose(2) == (Way.STREAM, 1)
+
+
+@pytest.mark.usefixtures("dense")
+@pytest.mark.parametrize("tune", [lambda model: None, two_batches, stream], ids=["one batch", "two", "streamed"])
+def test_prompts_in_chunks(tune: Callable[[HybridModel], None]) -> None:
+    ids = ids_of(22)
+    with opened() as (model, native):
+        tune(model)
+        model.keep_hidden = True
+        cache, expected = model.new_cache(CTX), exact_logits(native, ids)
+        for first, last in ((0, 8), (8, 14), (14, 22)):
+            found = model.forward(ids[first:last], cache, all_logits=True)
+            assert error(found, expected[first:last]) < MANY_TOLERANCE  # streamed experts have float16 operands
+            assert model.hidden.shape == (last - first, 64)
+        assert error(model.forward(ids[:8], model.new_cache(CTX)), expected[7:8]) < MANY_TOLERANCE
+
+
+@pytest.mark.usefixtures("dense")
+def test_what_is_forgotten_leaves_no_trace() -> None:
+    ids = ids_of(14)
+    with opened() as (model, _):
+        cache = model.new_cache(CTX)
+        expected = model.forward(ids[:10], cache), model.forward(ids[10:11], cache)
+        model.forward(ids[11:], cache)
+        cache.truncate(10)
+        assert error(model.forward(ids[10:11], cache), expected[1]) == 0
+        cache.truncate(0)
+        assert error(model.forward(ids[:10], cache), expected[0]) == 0
+
+
+@pytest.mark.usefixtures("dense")
+def test_a_full_context_is_refused_and_left_alone() -> None:
+    ids = ids_of(CTX + 1)
+    with opened() as (model, _):
+        cache = model.new_cache(8)
+        for n_tokens in (9, CTX):
+            with pytest.raises(ContextFullError, match="room for 8"):
+                model.forward(ids[:n_tokens], cache)
+        model.forward(ids[:6], cache)
+        with pytest.raises(ContextFullError):
+            model.forward(ids[:3], cache)
+        assert cache.length == 6
+
+
+class Recording(StandIn):
+    """Counts what is recorded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_recorded = 0
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        self.n_recorded += 1
+        return super().capture(step)
+
+
+@pytest.mark.usefixtures("dense")
+def test_a_step_is_recorded_once_for_a_cache_and_a_number_of_tokens() -> None:
+    device, ids = Recording(), ids_of(8)
+    with opened(device=device) as (model, _):
+        first, second = model.new_cache(CTX), model.new_cache(CTX)
+        for token in ids[:3]:
+            model.forward([token], first)
+        assert device.n_recorded == 1
+        model.forward(ids[3:5], first)
+        model.forward(ids[:1], second)
+        model.forward(ids[1:3], second, all_logits=True)
+        model.forward(ids[5:7], first, all_logits=True)
+        assert device.n_recorded == 4
+        records = model.step._recorded
+        assert len(records) == 2
+        del first
+        gc.collect()
+        assert len(records) == 1  # its graphs go with a cache
+
+
+# ---- failures --------------------------------------------------------------------------------------------------------
+
+
+class Failing(StandIn):
+    """A device that is lost when something waits for it, once `good` waits are over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.good = 1 << 30
+
+    def _wait(self) -> None:
+        self.good -= 1
+        if self.good < 0:
+            raise LocalrunError("the GPU failed: CUDA error: unspecified launch failure")
+
+    def mark(self) -> Callable[[], None]:
+        return self._wait
+
+    def synchronize(self) -> None:
+        self._wait()
+
+
+@pytest.mark.usefixtures("dense")
+@pytest.mark.parametrize("n_tokens", [2, 9])
+def test_a_lost_device_is_an_error_and_no_tokens(n_tokens: int) -> None:
+    device, ids = Failing(), ids_of(12)
+    with opened(device=device) as (model, native):
+        two_batches(model)
+        cache, expected = model.new_cache(CTX), exact_logits(native, ids)
+        model.forward(ids[:3], cache)
+        device.good = 0
+        with pytest.raises(LocalrunError, match="the GPU failed"):
+            model.forward(ids[3 : 3 + n_tokens], cache)
+        assert cache.length == 3
+        device.good = 1 << 30
+        assert error(model.forward(ids[3 : 3 + n_tokens], cache), expected[2 + n_tokens][None]) < STEP_TOLERANCE
+
+
+@pytest.mark.usefixtures("dense")
+@pytest.mark.parametrize("raised", [MemoryError("no room for the experts' sums"), KeyboardInterrupt()], ids=type)
+def test_an_error_on_the_cpu_is_an_error_and_no_tokens(raised: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise raised
+
+    ids = ids_of(12)
+    with opened() as (model, native):
+        cache = model.new_cache(CTX)
+        model.forward(ids[:3], cache)
+        with monkeypatch.context() as patch:
+            patch.setattr(quant_experts, "run", fail)
+            with pytest.raises(type(raised)):
+                model.forward(ids[3:], cache)
+        assert cache.length == 3
+        assert error(model.forward(ids[3:], cache), exact_logits(native, ids)[-1:]) < STEP_TOLERANCE
+
+
+@pytest.mark.usefixtures("dense")
+def test_closing_ends_all_threads() -> None:
+    before = set(threading.enumerate())
+    with opened(MTP) as (model, _):
+        model.forward(ids_of(9), model.new_cache(CTX))
+        model.mtp.forward(ids_of(40), np.zeros((40, 64), np.float32), model.mtp.new_cache(CTX))
+        assert len(threading.enumerate()) > len(before)
+    assert set(threading.enumerate()) == before
+
+
+def test_an_error_while_loading_ends_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hybrid, "DecodeStep", lambda *arguments: pytest.fail("no room"))
+    before = set(threading.enumerate())
+    with pytest.raises(pytest.fail.Exception, match="no room"), opened():
+        pass
+    assert set(threading.enumerate()) == before
+
+
+# ---- through the engine ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card that is the stand-in where there is none."""
+    if not HAS_GPU:
+        monkeypatch.setattr(available, "find", lambda: CARD)
+        monkeypatch.setattr(hybrid, "Cuda", StandIn)
+
+
+def load(shape: Deepseek2 = V3, device: str = "cuda", **options: object) -> localrun.Engine:
+    if device == "cuda":
+        options = {"gpu_experts": 0} | options
+    return localrun.load(tiny_models.shared(shape), device=device, ctx=CTX, threads=2, **options)
+
+
+GREEDY = Sampling(temperature=0.0, repeat_penalty=1.0)
+
+
+@pytest.mark.usefixtures("dense", "gpu")
+def test_replies_are_the_cpus() -> None:
+    with load() as on_gpu, load(device="cpu") as on_cpu:
+        ids = ids_of(11)
+        replies = [list(engine.generate(ids, GREEDY, 8)) for engine in (on_gpu, on_cpu)]
+        assert replies[0] == replies[1] and len(replies[0]) == 8
+
+
+@pytest.mark.usefixtures("dense", "gpu")
+def test_a_cache_of_8_bits() -> None:
+    ids = ids_of(10)
+    with load(cache_bits=8) as engine:
+        cache = engine.new_cache()
+        assert cache.bits == 8
+        found = np.concatenate([engine.model.forward(part, cache, True) for part in (ids[:7], ids[7:])])
+        # Latents are rounded by up to 2^-4 of a value, each by itself, in two layers. Found: 1e-2.
+        assert 1e-4 < error(found, engine.logits(ids)) < 0.05
+
+
+@pytest.mark.usefixtures("dense", "gpu")
+@pytest.mark.parametrize("devices", [("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")])
+def test_saved_sessions_go_on_on_either_side(devices: tuple[str, str], tmp_path: Path) -> None:
+    ids = ids_of(11)
+    with load(device=devices[0]) as first, load(device=devices[1]) as second:
+        session = first.session()
+        reply = list(session.tokens(ids, GREEDY, max_tokens=4))
+        session.save(tmp_path / "session")
+        later = [*ids, *reply, 1, 2, 3]
+        expected = list(session.tokens(later, GREEDY, max_tokens=6))
+        other = second.session()
+        other.load(tmp_path / "session")
+        assert list(other.tokens(later, GREEDY, max_tokens=6)) == expected
+        assert other.stats.reused_tokens == session.stats.reused_tokens > 11
+
+
+@pytest.mark.usefixtures("dense", "gpu")
+@pytest.mark.parametrize("setting", [1, MOST_TOKENS - 1])
+def test_drafts_change_no_reply(setting: int) -> None:
+    """The model's own head drafts, on the CPU."""
+    with load(MTP, speculative=setting) as engine:
+        ids = ids_of(9)
+        session = engine.session()
+        found = list(session.tokens(ids, GREEDY, max_tokens=12))
+        assert session.speculation.draft.name == "mtp" and session.stats.drafted_tokens > 0
+        assert found == list(engine.session("off").tokens(ids, GREEDY, max_tokens=12))
+
+
+@pytest.mark.usefixtures("dense", "gpu")
+def test_the_heads_predictions_are_the_cpus() -> None:
+    with load(MTP) as on_gpu, load(MTP, "cpu") as on_cpu:
+        rows = []
+        for engine in (on_gpu, on_cpu):
+            engine.model.keep_hidden = True
+            cache, ids = engine.model.new_cache(CTX), ids_of(10)
+            engine.model.forward(ids, cache)
+            mtp = engine.model.mtp
+            rows.append(mtp.forward(ids[1:], engine.model.hidden[:-1], mtp.new_cache(CTX))[0])
+        assert error(rows[0], rows[1]) < STEP_TOLERANCE
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def own_head(path: Path) -> Path:
+    return path
+
+
+def shared_head(path: Path) -> Path:
+    return tiny_models.without(path, path.with_name("shared-head.gguf"), ["blk.2.nextn.shared_head_head.weight"])
+
+
+@pytest.mark.parametrize("head", [own_head, shared_head])
+@pytest.mark.parametrize("drafts", [False, True])
+@pytest.mark.parametrize("gpu_experts", [0, 3, 8])
+def test_what_stays_in_ram_is_what_the_table_says(gpu_experts: int, drafts: bool, head: Callable[[Path], Path]) -> None:
+    with open_gguf(head(tiny_models.shared(MTP))) as file:
+        config, tensors = read_config(file), Tensors(file)
+        placement = placed(file, config, gpu_experts, drafts)
+        spans = spans_in_ram(tensors, config, placement)
+        other = ("KV cache", "work memory", "the runner itself")
+        expected = sum(row.n_bytes for row in placement.rows if row.where == RAM and row.what not in other)
+        assert sum(n_bytes for _, n_bytes in spans) == expected
+        uploaded = {file.tensors[name].data.ctypes.data for name, home in placement.tensors.items() if home == "cuda"}
+        assert {start for start, _ in spans_on_device(tensors, placement)} == uploaded
+        output = file.tensors["output.weight"].data.ctypes.data
+        assert {start for start, _ in spans} & uploaded == ({output} if drafts and head is shared_head else set())
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("dense")
+def test_the_first_long_prompt_measures() -> None:
+    ids = ids_of(12)
+    with opened() as (model, native):
+        model.tuning.few, model.tuning.many = 2, 4
+        model.forward(ids[:3], model.new_cache(CTX))
+        assert model.tuning.times is None
+        cache = model.new_cache(CTX)
+        assert error(model.forward(ids[:6], cache), exact_logits(native, ids[:6])[-1:]) < MANY_TOLERANCE
+        times = model.tuning.times
+        assert times is not None and times.upload_s < float("inf")
+        for line in (times.attention, times.cpu_experts, times.device_experts):
+            assert line.fixed + 4 * line.per_token > 0
+        model.forward(ids[:6], model.new_cache(CTX))
+        assert model.tuning.times is times
+
+
+@pytest.mark.usefixtures("dense")
+def test_without_room_nothing_is_streamed() -> None:
+    with open_gguf(tiny_models.shared(V3)) as file:
+        config = read_config(file)
+        placement = placed(file, config)
+        tight = replace(placement, available={**placement.available, "VRAM": placement.needed["VRAM"] + 1000})
+        with closing(HybridModel(config, file, 1, tight, new_device())) as model:
+            model.tuning.few, model.tuning.many = 2, 4
+            times = model.tuning.measure()
+            assert times.upload_s == float("inf")
+            model.tuning.use(times)
+            assert model.tuning.threshold is None
