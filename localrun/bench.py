@@ -27,6 +27,7 @@ from localrun.engine import Engine
 from localrun.errors import LocalrunError
 from localrun.facts import weight_bytes_per_token
 from localrun.gguf import GGUFFile
+from localrun.placement import CPU
 from localrun.sampling import Sampling
 from localrun.session import PREFILL_CHUNK, Stats
 from quant import stream
@@ -287,7 +288,7 @@ def _reading(engine: Engine, results: dict[str, dict[str, Any]], roof: Roof) -> 
     n_bytes, bandwidth = weight_bytes_per_token(engine.file, engine.config), roof.summary()
     document = {"weight_bytes_per_token": n_bytes, "read_bytes_per_s": bandwidth}
     for test, result in results.items():
-        if test.startswith("tg"):
+        if test.startswith("tg") and engine.device == CPU:  # else most of them are not read from RAM
             document["weight_bytes_per_s"] = round(n_bytes * result["median"])
             document["fraction_of_read"] = round(n_bytes * result["median"] / bandwidth["median"], 3)
     return document

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from localrun import bridge
-from localrun.gpu import weights
+from localrun.gpu import attention, weights
 from quant.linear import Weight
 from quant.pool import Pool
 
@@ -43,6 +43,7 @@ class DenseEmbedding(DenseHeads):
 
 
 def use_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models on a device that are loaded from now on have these."""
+    """Models on a device that are loaded from now on have these, and their attention takes the context in one piece."""
+    monkeypatch.setattr(attention, "pieces_for", lambda config, device: 1)
     for name, instead in {"Linear": DenseLinear, "HeadLinear": DenseHeads, "Embedding": DenseEmbedding}.items():
         monkeypatch.setattr(weights, name, instead)

@@ -214,6 +214,7 @@ def test_the_table_comes_before_loading(gpu: ModuleType, capsys: pytest.CaptureF
     out, err = capsys.readouterr()
     document, placement = json.loads(out), gpu.placement
     assert document["device"] == "cuda" and document["placement"] == json.loads(json.dumps(placement.facts()))
+    assert "fraction_of_read" not in document  # of RAM: most weights are not there
     lines = err.splitlines()
     loaded = next(i for i, line in enumerate(lines) if "loaded in" in line)
     table = [line.split(None, 3) for line in lines[:loaded] if line.startswith(("VRAM", "RAM"))]
