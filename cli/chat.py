@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from cli import options
 from cli.output import note, printable, size
 from cli.text import check_text
+from localrun.bundled import MINIATURE
 
 if TYPE_CHECKING:
     from cli.conversation import Conversation
@@ -65,7 +66,9 @@ def _banner(conversation: "Conversation") -> None:
         f"context {facts['ctx']} tokens",
         file=sys.stderr,
     )
-    if conversation.template is None:
+    if engine.file.path == MINIATURE:
+        note("a small story model: it continues what you write; `localrun chat smollm2` chats")
+    elif conversation.template is None:
         note("the file has no chat template and no ChatML: what you write is continued as it is")
     elif engine.template is None:
         note("the file has no chat template; using ChatML, as llama.cpp does")

@@ -33,7 +33,7 @@ Model = Annotated[
     str | None,
     typer.Argument(
         metavar="MODEL",
-        help="A GGUF file, the first part of a split one, or a bundled model's name (smollm2, the default).",
+        help="A GGUF file, the first part of a split one, or a bundled model: miniature (the default) or smollm2.",
         show_default=False,
     ),
 ]

