@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from localrun import hardware, names
 from localrun.config import Config
 from localrun.errors import LocalrunError
+from localrun.fitting import refusal
 from localrun.gguf import GGUFFile
-from localrun.placement import VRAM, Placement, Request, lay_out, refusal, runs_on_gpu
+from localrun.placement import VRAM, Placement, Request, lay_out, runs_on_gpu
 
 Notice = Callable[[str], None]
 
