@@ -21,7 +21,7 @@ from quant.step_experts import SIGMOID, SOFTMAX, SOFTMAX_AFTER_TOPK, Router, exp
 from quant.step_queries import grouped_queries_phase, latent_queries_phase
 from quant.step_rows import Input, normed, rows_phase
 
-_SCORING = {"softmax": SOFTMAX, "sigmoid": SIGMOID, "softmax_after_topk": SOFTMAX_AFTER_TOPK}
+SCORING = {"softmax": SOFTMAX, "sigmoid": SIGMOID, "softmax_after_topk": SOFTMAX_AFTER_TOPK}
 _HEADS_TOGETHER = 16  # of MLA: they share each expanded cache row; more would crowd the second-level cache
 
 
@@ -214,7 +214,7 @@ class Layers:
         bias = self._array(bias_name) if self.tensors.has(bias_name) else 0
         router = Router(
             logits, bias, c.n_routed_experts, c.num_experts_per_tok, c.n_group, c.topk_group,
-            _SCORING[c.scoring_func], c.norm_topk_prob, c.routed_scaling_factor,
+            SCORING[c.scoring_func], c.norm_topk_prob, c.routed_scaling_factor,
         )  # fmt: skip
         experts = self.tensors.expert_matrices(index)
         n_inner = c.num_experts_per_tok * experts.gate.n_rows

@@ -69,15 +69,15 @@ def choose(where: Where, file: GGUFFile, config: Config, ctx: int, drafts: bool,
         LocalrunError: the GPU was asked for and cannot be used, or has too little memory; says what would fit.
     """
     drafts = drafts and names.has_mtp(file, config)
-    request = Request(tuple(file.tensors.values()), config, ctx, hardware.free_ram(), mtp=drafts)
+    on_cpu = Request(tuple(file.tensors.values()), config, ctx, hardware.free_ram(), mtp=drafts)
     if where.device == "cpu":
-        return lay_out(request)
+        return lay_out(on_cpu)
     if where.device == "auto" and not _MEASURED:
         _leave_out(where, config, notice)
-        return lay_out(request)
+        return lay_out(on_cpu)
     free, reason, is_news = _free_vram(config)
     if not reason:
-        request = replace(request, vram=free, vram_free=free, gpu_experts=where.n_experts, cache_bits=where.cache_bits)
+        request = replace(on_cpu, vram=free, vram_free=free, gpu_experts=where.n_experts, cache_bits=where.cache_bits)
         if where.vram is not None:
             request = replace(request, vram=min(free, int(where.vram * 2**30)))
         placement = lay_out(request)
@@ -88,7 +88,7 @@ def choose(where: Where, file: GGUFFile, config: Config, ctx: int, drafts: bool,
         raise LocalrunError(f"device 'cuda': {reason}")
     if is_news or where.asks_for_gpu:
         notice(f"{reason}; computing on the CPU")
-    return lay_out(replace(request, vram=None, vram_free=None, gpu_experts="auto", cache_bits=16))
+    return lay_out(on_cpu)
 
 
 def _leave_out(where: Where, config: Config, notice: Notice) -> None:

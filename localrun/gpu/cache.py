@@ -106,10 +106,10 @@ class DeviceCache(Context):
         self.length = length
 
 
-def pack_e4m3(x_SC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes, uint8 (S, C), and scales, float32 (S,), each row's largest magnitude / 448 (1 for a row of zeros)."""
-    x_SC = x_SC.float()
-    largest_S = x_SC.abs().amax(-1)
-    scales_S = torch.where(largest_S > 0, largest_S / E4M3_MAX, 1.0)
-    codes_SC = (x_SC / scales_S[:, None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    return codes_SC.view(torch.uint8), scales_S
+def pack_e4m3(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes, uint8 (..., C), and scales, float32 (...), each row's largest magnitude / 448 (1 for a row of zeros)."""
+    x = x.float()
+    largest = x.abs().amax(-1)
+    scales = torch.where(largest > 0, largest / E4M3_MAX, 1.0)
+    codes = (x / scales[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return codes.view(torch.uint8), scales

@@ -14,10 +14,10 @@ import triton.language as tl
 
 from localrun.gpu import gemm, gemv
 from localrun.gpu.blocks import LAYOUTS, e4m3_half
+from localrun.gpu.cache import pack_e4m3
 from localrun.gpu.matrix import Matrix
 
 GROUP = 128
-_LARGEST = 448.0  # E4M3's
 
 
 @triton.jit
@@ -51,10 +51,7 @@ def _multiply(
 def quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 (T, C) -> E4M3 codes uint8 (T, C), and float32 scales (T, ceil(C / 128)): x = code * scale."""
     n_tokens, n_cols = x.shape
-    padded = torch.nn.functional.pad(x, (0, -n_cols % GROUP)).view(n_tokens, -1, GROUP)
-    largest = padded.abs().amax(-1)
-    scale = torch.where(largest > 0, largest / _LARGEST, 1.0)
-    codes = (padded / scale[..., None]).to(torch.float8_e4m3fn).view(torch.uint8)
+    codes, scale = pack_e4m3(torch.nn.functional.pad(x, (0, -n_cols % GROUP)).view(n_tokens, -1, GROUP))
     return codes.view(n_tokens, -1)[:, :n_cols].contiguous(), scale
 
 

@@ -13,11 +13,12 @@ import triton
 import triton.language as tl
 
 from localrun.config import Config
+from localrun.decode import SCORING
 from localrun.gpu.cache import E4M3_MAX, DeviceCache
 from localrun.rope import Rope
 from quant.step_experts import SMALLEST_SUM
 
-_FINE = 1024  # positions of the fine table; the coarse one has every 1024th
+_FINE = tl.constexpr(1024)  # positions of the fine table; the coarse one has every 1024th
 _COARSE = 4096  # 4 million positions: more than any model is made for
 _HEADS = 8  # a program turns
 
@@ -34,8 +35,8 @@ class Turns:
 
     def __init__(self, rope: Rope, device: torch.device):
         self.rope = rope
-        self.fine = self._table(np.arange(_FINE), 1.0).to(device)
-        self.coarse = self._table(_FINE * np.arange(_COARSE), rope.magnitude).to(device)
+        self.fine = self._table(np.arange(_FINE.value), 1.0).to(device)
+        self.coarse = self._table(_FINE.value * np.arange(_COARSE), rope.magnitude).to(device)
 
     def _table(self, positions: np.ndarray, magnitude: float) -> torch.Tensor:
         angles = np.outer(positions, self.rope.frequencies)
@@ -46,8 +47,8 @@ class Turns:
 @triton.jit
 def _turn(fine, coarse, position, pair, inside, HALF: tl.constexpr):
     """Cosines and sines of one position's pairs."""
-    near = fine + (position % 1024) * 2 * HALF + 2 * pair
-    far = coarse + (position // 1024) * 2 * HALF + 2 * pair
+    near = fine + (position % _FINE) * 2 * HALF + 2 * pair
+    far = coarse + (position // _FINE) * 2 * HALF + 2 * pair
     cos_near, sin_near = tl.load(near, mask=inside, other=0.0), tl.load(near + 1, mask=inside, other=0.0)
     cos_far, sin_far = tl.load(far, mask=inside, other=0.0), tl.load(far + 1, mask=inside, other=0.0)
     return cos_near * cos_far - sin_near * sin_far, cos_near * sin_far + sin_near * cos_far
@@ -254,9 +255,6 @@ def router_kernel(logits, bias, ids, weights, scaling, smallest_sum, N_EXPERTS: 
     tl.store(weights + token * K + rank, chosen * scaling, mask=rank < K)
 
 
-_SCORING = {"softmax": 0, "sigmoid": 1, "softmax_after_topk": 2}
-
-
 def choose_experts(
     logits_TE: torch.Tensor, bias_E: torch.Tensor | None, config: Config
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -277,7 +275,7 @@ def router_constants(config: Config, has_bias: bool) -> dict[str, int | bool]:
     c = config
     return {
         "N_EXPERTS": c.n_routed_experts, "K": c.num_experts_per_tok, "N_GROUPS": c.n_group, "KEPT": c.topk_group,
-        "SCORING": _SCORING[c.scoring_func], "HAS_BIAS": has_bias, "NORMALISE": c.norm_topk_prob,
+        "SCORING": SCORING[c.scoring_func], "HAS_BIAS": has_bias, "NORMALISE": c.norm_topk_prob,
         "BLOCK_E": triton.next_power_of_2(c.n_routed_experts), "BLOCK_G": triton.next_power_of_2(c.n_group),
         "BLOCK_K": triton.next_power_of_2(c.num_experts_per_tok),
     }  # fmt: skip
