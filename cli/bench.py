@@ -27,6 +27,7 @@ def bench(
     device: options.Device = options.DeviceChoice.auto,
     vram: options.Vram = None,
     gpu_experts: options.GpuExperts = "auto",
+    expert_usage: options.ExpertUsage = None,
     cache_bits: options.CacheBitsChoice = options.CacheBits.sixteen,
     threads: options.Threads = None,
     speculative: options.Speculative = "off",
@@ -49,7 +50,7 @@ def bench(
     settings.check()
     with open_gguf(model_path(model)) as file:  # before kernels are compiled for nothing
         settings.check_fits(read_config(file))
-    backend, gpu = options.BackendChoice.native, (vram, gpu_experts, cache_bits)
+    backend, gpu = options.BackendChoice.native, (vram, gpu_experts, expert_usage, cache_bits)
     with ExitStack() as stack:
         opened = open_model(model, device, threads, settings.ctx, backend, verbose, speculative, draft, *gpu)
         engine = stack.enter_context(opened)

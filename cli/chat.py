@@ -26,6 +26,7 @@ def chat(
     device: options.Device = options.DeviceChoice.auto,
     vram: options.Vram = None,
     gpu_experts: options.GpuExperts = "auto",
+    expert_usage: options.ExpertUsage = None,
     cache_bits: options.CacheBitsChoice = options.CacheBits.sixteen,
     threads: options.Threads = None,
     ctx: options.Ctx = None,
@@ -49,7 +50,7 @@ def chat(
     )
     if system is not None:
         system = check_text(system, "the system message")
-    gpu = vram, gpu_experts, cache_bits
+    gpu = vram, gpu_experts, expert_usage, cache_bits
     with open_model(model, device, threads, ctx, backend, verbose, speculative, draft, *gpu) as engine:
         conversation = Conversation(engine, sampling_for(engine, given), system, stop or [], limit)
         _banner(conversation)

@@ -35,6 +35,7 @@ def generate(
     device: options.Device = options.DeviceChoice.auto,
     vram: options.Vram = None,
     gpu_experts: options.GpuExperts = "auto",
+    expert_usage: options.ExpertUsage = None,
     cache_bits: options.CacheBitsChoice = options.CacheBits.sixteen,
     threads: options.Threads = None,
     ctx: options.Ctx = None,
@@ -59,7 +60,7 @@ def generate(
     )
     text = _prompt(prompt, file)
     started = time.perf_counter()
-    gpu = vram, gpu_experts, cache_bits
+    gpu = vram, gpu_experts, expert_usage, cache_bits
     with open_model(model, device, threads, ctx, backend, verbose, speculative, draft, *gpu) as engine:
         load_s = time.perf_counter() - started
         ids = _prompt_ids(engine, text, system, raw)

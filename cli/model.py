@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import localrun
@@ -29,6 +30,7 @@ def open_model(
     draft: str | None = None,
     vram: float | None = None,
     gpu_experts: str = "auto",
+    expert_usage: Path | None = None,
     cache_bits: CacheBits = CacheBits.sixteen,
 ) -> "Engine":
     """The loaded model; with verbose, what goes where and what runs, on stderr."""
@@ -43,6 +45,7 @@ def open_model(
             backend=backend.value,
             vram=vram,
             gpu_experts=gpu_experts,
+            expert_usage=expert_usage,
             cache_bits=int(cache_bits.value),
             speculative=speculative,
             draft=draft_path,

@@ -1,6 +1,7 @@
 """The arguments and options that commands share, declared once. localrun, which uses the values, checks them."""
 
 from enum import Enum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -50,6 +51,15 @@ GpuExperts = Annotated[
         "--gpu-experts",
         metavar="auto|N",
         help="Experts of each layer on the GPU; those of whole layers that fit, or N.",
+    ),
+]
+ExpertUsage = Annotated[
+    Path | None,
+    typer.Option(
+        "--expert-usage",
+        metavar="FILE",
+        help="An imatrix file: the experts that its text used most go to the GPU first.",
+        show_default=False,
     ),
 ]
 CacheBitsChoice = Annotated[

@@ -22,6 +22,7 @@ def perplexity(
     device: options.Device = options.DeviceChoice.auto,
     vram: options.Vram = None,
     gpu_experts: options.GpuExperts = "auto",
+    expert_usage: options.ExpertUsage = None,
     cache_bits: options.CacheBitsChoice = options.CacheBits.sixteen,
     threads: options.Threads = None,
     backend: options.Backend = options.BackendChoice.auto,
@@ -35,7 +36,7 @@ def perplexity(
     text = read_text(file)
     if not text:
         raise LocalrunError(f"{file}: is empty")
-    gpu = vram, gpu_experts, cache_bits
+    gpu = vram, gpu_experts, expert_usage, cache_bits
     with open_model(model, device, threads, chunk, backend, verbose, "off", None, *gpu) as engine:
         ids = engine.tokenizer.encode(text)
         eta = _Eta()

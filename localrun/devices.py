@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -12,11 +13,13 @@ from localrun.errors import LocalrunError
 from localrun.fitting import refusal
 from localrun.gguf import GGUFFile
 from localrun.placement import VRAM, Placement, Request, lay_out, runs_on_gpu
+from localrun.usage import read_usage
 
 Notice = Callable[[str], None]
 
 # Whether the GPU half has been run and measured on a card. Until then "auto" stays on the CPU.
 _MEASURED = False
+_OPTIONS = "--vram, --gpu-experts, --expert-usage and --cache-bits"
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,14 @@ class Where:
 
     Attributes:
         vram: GiB of the card's memory that may be used; None for all that is free.
+        expert_usage: an importance matrix, whose counts say which experts go to the GPU first.
     """
 
     device: str = "auto"
     vram: float | None = None
     gpu_experts: int | str = "auto"
     cache_bits: int = 16
+    expert_usage: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu", "cuda"):
@@ -42,9 +47,7 @@ class Where:
         if self.cache_bits not in (16, 8):
             raise LocalrunError(f"a cache of {self.cache_bits} bits; expected 16 or 8")
         if self.device == "cpu" and self.asks_for_gpu:
-            raise LocalrunError(
-                "--vram, --gpu-experts and --cache-bits are the GPU's; leave them out with --device cpu"
-            )
+            raise LocalrunError(f"{_OPTIONS} are the GPU's; leave them out with --device cpu")
 
     @property
     def n_experts(self) -> int | str:
@@ -55,7 +58,7 @@ class Where:
     @property
     def asks_for_gpu(self) -> bool:
         """Whether there is an option that only a GPU heeds."""
-        return (self.vram, self.gpu_experts, self.cache_bits) != (None, "auto", 16)
+        return (self.vram, self.gpu_experts, self.cache_bits, self.expert_usage) != (None, "auto", 16, None)
 
 
 def choose(where: Where, file: GGUFFile, config: Config, ctx: int, drafts: bool, notice: Notice) -> Placement:
@@ -66,8 +69,10 @@ def choose(where: Where, file: GGUFFile, config: Config, ctx: int, drafts: bool,
         notice: told why the GPU is left out, where the user may wonder.
 
     Raises:
-        LocalrunError: the GPU was asked for and cannot be used, or has too little memory; says what would fit.
+        LocalrunError: the GPU was asked for and cannot be used, or has too little memory; says what would fit. Or the
+            file of the experts' usage is none for this model, whether it is needed or not.
     """
+    usage = None if where.expert_usage is None else _usage(where.expert_usage, file, config)
     drafts = drafts and names.has_mtp(file, config)
     on_cpu = Request(tuple(file.tensors.values()), config, ctx, hardware.free_ram(), mtp=drafts)
     if where.device == "cpu":
@@ -78,6 +83,7 @@ def choose(where: Where, file: GGUFFile, config: Config, ctx: int, drafts: bool,
     free, reason, is_news = _free_vram(config)
     if not reason:
         request = replace(on_cpu, vram=free, vram_free=free, gpu_experts=where.n_experts, cache_bits=where.cache_bits)
+        request = replace(request, usage=usage)
         if where.vram is not None:
             request = replace(request, vram=min(free, int(where.vram * 2**30)))
         placement = lay_out(request)
@@ -91,6 +97,11 @@ def choose(where: Where, file: GGUFFile, config: Config, ctx: int, drafts: bool,
     return lay_out(on_cpu)
 
 
+def _usage(path: str | os.PathLike[str], file: GGUFFile, config: Config) -> dict[int, list[int]]:
+    layers = [i for i in range(config.num_hidden_layers) if names.layer(i, "mlp.gate") in file.tensors]
+    return read_usage(path, layers, config.n_routed_experts)
+
+
 def _leave_out(where: Where, config: Config, notice: Notice) -> None:
     """Say how to try the GPU if there is one, or if there are options for it."""
     from localrun.gpu import available
@@ -98,7 +109,7 @@ def _leave_out(where: Where, config: Config, notice: Notice) -> None:
     if card := available.card() if runs_on_gpu(config) else "":
         notice(f"{card} is not used: this version has never run on a GPU; computing on the CPU, --device cuda tries it")
     elif where.asks_for_gpu:
-        notice("--vram, --gpu-experts and --cache-bits have no effect without --device cuda; computing on the CPU")
+        notice(f"{_OPTIONS} have no effect without --device cuda; computing on the CPU")
 
 
 def _free_vram(config: Config) -> tuple[int, str, bool]:

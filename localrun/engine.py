@@ -34,6 +34,7 @@ def load(
     vram: float | None = None,
     gpu_experts: int | str = "auto",
     cache_bits: int = 16,
+    expert_usage: str | os.PathLike[str] | None = None,
     speculative: str | int = "auto",
     draft: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
@@ -51,6 +52,7 @@ def load(
         backend: "native", "llama.cpp", or "auto": native where it can, else llama.cpp with a notice.
         vram: GiB of the card's memory that may be used; None for all that is free.
         gpu_experts: routed experts of each layer that go to the GPU; "auto" for those of as many layers as fit.
+        expert_usage: an importance matrix (localrun imatrix): the experts that its text used most go to the GPU first.
         cache_bits: of the values that the GPU keeps of each token: 16, or 8, which changes the text a little.
         speculative: how many drafts of the next tokens a step verifies: "off", 1 to 4, or "auto" for as many as make
             it faster. The reply is the same (docs/speculative.md).
@@ -63,7 +65,7 @@ def load(
     Raises:
         LocalrunError: anything the user can mend: no such file, a broken one, too large a context, a wrong option.
     """
-    where = Where(device, vram, gpu_experts, cache_bits)
+    where = Where(device, vram, gpu_experts, cache_bits, expert_usage)
     if backend not in ("auto", "native", "llama.cpp"):
         raise LocalrunError(f"backend '{backend}'; expected auto, native or llama.cpp")
     if threads is not None and threads < 1:

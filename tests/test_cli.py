@@ -25,7 +25,7 @@ from localrun.drafts import NGramDraft
 HEAVY = ("torch", "numba", "llvmlite", "llama_cpp", "gguf", "numpy", "jinja2", "rich.console", "prompt_toolkit")
 
 SAMPLING = ["--temp", "--top-k", "--top-p", "--min-p", "--repeat-penalty", "--seed"]
-DEVICE = ["--device", "--vram", "--gpu-experts", "--cache-bits"]
+DEVICE = ["--device", "--vram", "--gpu-experts", "--expert-usage", "--cache-bits"]
 RUNTIME = [*DEVICE, "-t", "--threads", "-c", "--ctx", "--backend"]
 DRAFTS = ["--speculative", "--draft"]
 OPTIONS = {
@@ -144,7 +144,7 @@ def test_generate_streams_the_reply_to_stdout(engine: Engine, capsys: pytest.Cap
 def test_generate_passes_its_options_on(engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "m.gguf").touch()
     options = ["-t", "3", "-c", "77", "--device", "cuda", "--backend", "llama.cpp"]
-    options += ["--vram", "7.5", "--gpu-experts", "12", "--cache-bits", "8"]
+    options += ["--vram", "7.5", "--gpu-experts", "12", "--expert-usage", "used.gguf", "--cache-bits", "8"]
     assert run(["generate", str(tmp_path / "m.gguf"), "-p", "x", *options]) == 0
     found = {name: engine.loaded_with[name] for name in ("path", "threads", "ctx", "device", "backend")}
     assert found == {
@@ -154,8 +154,8 @@ def test_generate_passes_its_options_on(engine: Engine, tmp_path: Path, capsys: 
         "device": "cuda",
         "backend": "llama.cpp",
     }
-    gpu = [engine.loaded_with[name] for name in ("vram", "gpu_experts", "cache_bits")]
-    assert gpu == [7.5, "12", 8]
+    gpu = [engine.loaded_with[name] for name in ("vram", "gpu_experts", "expert_usage", "cache_bits")]
+    assert gpu == [7.5, "12", Path("used.gguf"), 8]
 
 
 def test_generate_json(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:

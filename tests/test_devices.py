@@ -127,8 +127,8 @@ def test_grouped_attention_runs_on_the_cpu(gpu: ModuleType, monkeypatch: pytest.
         ("Acme 5000", "v3", {}, ["Acme 5000 is not used: this version has never run on a GPU; computing on the CPU, "
                                  "--device cuda tries it"]),
         ("", "v3", {}, []),
-        ("", "v3", {"vram": 8}, ["--vram, --gpu-experts and --cache-bits have no effect without --device cuda; "
-                                 "computing on the CPU"]),
+        ("", "v3", {"vram": 8}, ["--vram, --gpu-experts, --expert-usage and --cache-bits have no effect without "
+                                 "--device cuda; computing on the CPU"]),
         ("Acme 5000", "llama", {}, []),
     ],
 )  # fmt: skip
@@ -156,6 +156,7 @@ def test_what_has_not_been_measured_is_not_chosen(
         ({"device": "cpu", "vram": 8}, "leave them out with --device cpu"),
         ({"device": "cpu", "gpu_experts": "0"}, "leave them out with --device cpu"),
         ({"device": "cpu", "cache_bits": 8}, "leave them out with --device cpu"),
+        ({"device": "cpu", "expert_usage": "x"}, "leave them out with --device cpu"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
