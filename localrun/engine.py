@@ -226,7 +226,7 @@ class Engine:
         if placement.device == GPU:
             from localrun.gpu.hybrid import HybridModel
 
-            self.model = HybridModel(config, self.file, self.threads, placement)
+            self.model = HybridModel(config, self.file, self.threads, placement, notice=notice)
         else:
             from localrun.native import NativeModel
 

@@ -1,7 +1,8 @@
 """Compiles Triton kernels for cards that are not there, from calls of the functions that launch them.
 
 Not for a process that interprets kernels: run this file with names of VARIANTS (all without) and `--capability 80`. A
-JSON line for each kernel: registers, bytes of stack (where spills go), shared memory.
+JSON line for each kernel: registers, bytes of stack (where spills go), shared memory. stderr says whether one had to be
+compiled, or all were in Triton's cache.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from localrun.gpu import blocks, experts, fp8, gemm, gemv, matrix
+from localrun.config import Config
+from localrun.gpu import attention, blocks, compiling, experts, fp8, gemm, gemv, matrix, routing
+from localrun.gpu.cache import DeviceCache
+from localrun.rope import Rope
 
 _TYPES = {
     torch.uint8: "*u8", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32",
@@ -48,7 +52,10 @@ def compiled(kernel: JITFunction, args: tuple, options: dict, capability: int) -
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
     hints: dict[tuple[int], list] = {}
-    for i, (parameter, value) in enumerate(zip(kernel.params, args, strict=True)):
+    named = {parameter.name for parameter in kernel.params}
+    by_name = [options[parameter.name] for parameter in kernel.params[len(args) :]]
+    options = {name: value for name, value in options.items() if name not in named}
+    for i, (parameter, value) in enumerate(zip(kernel.params, [*args, *by_name], strict=True)):
         is_tensor = isinstance(value, torch.Tensor)
         if parameter.is_constexpr or (not is_tensor and value == 1):
             signature[parameter.name], constants[i,] = "constexpr", value
@@ -111,6 +118,46 @@ def _fp8(native: bool) -> Callable[[], object]:
     return call
 
 
+def _config(n_heads: int) -> Config:
+    """DeepSeek's sizes of latent attention, and V3's router."""
+    return Config(
+        architecture="deepseek2", hidden_size=7168, intermediate_size=1, num_hidden_layers=1,
+        num_attention_heads=n_heads, vocab_size=1, max_position_embeddings=163840, rms_norm_eps=1e-6, rope_theta=1e4,
+        rope_scaling=None, qk_rope_head_dim=64, v_head_dim=128, kv_lora_rank=512, qk_nope_head_dim=128,
+        n_routed_experts=256, num_experts_per_tok=8, n_group=8, topk_group=4, scoring_func="sigmoid",
+        norm_topk_prob=True,
+    )  # fmt: skip
+
+
+_MODELS = {"V3": _config(128), "V2-Lite": _config(16)}
+
+
+def _attend(model: str, bits: int) -> Callable[[], object]:
+    """Both kernels of attention to one token; products of float16, or float32 over an exact cache."""
+
+    def call() -> None:
+        c, dtype = _MODELS[model], torch.float32 if bits == 32 else torch.float16
+        cache = DeviceCache(c, 16, torch.device("cpu"), bits)
+        latent, rope = torch.empty(1, c.num_attention_heads, 512), torch.empty(1, c.num_attention_heads, 64)
+        attention.attend(latent, rope, cache, 0, c, 0.1, 33, dtype)
+
+    return call
+
+
+def _queries(model: str, bits: int) -> Callable[[], object]:
+    def call() -> None:
+        c, cpu = _MODELS[model], torch.device("cpu")
+        cache, turns = DeviceCache(c, 16, cpu, bits), routing.Turns(Rope(c), cpu)
+        projected = torch.empty(1, c.num_attention_heads * 192)
+        routing.turn_and_append(projected, torch.empty(1, 576), torch.empty(512), turns, cache, 0, c)
+
+    return call
+
+
+def _router() -> None:
+    routing.choose_experts(torch.empty(1, 256), torch.empty(256), _MODELS["V3"])
+
+
 VARIANTS: dict[str, Callable[[], object]] = {
     **{f"{name} {n} tokens": _few(name, n) for name in blocks.LAYOUTS for n in (1, 2, 4, 5, 8)},
     **{f"{name} {n} tokens": _many(name, n) for name in blocks.LAYOUTS for n in (16, 64)},
@@ -118,6 +165,9 @@ VARIANTS: dict[str, Callable[[], object]] = {
     **{f"{name} transposed": _transposed(name) for name in blocks.LAYOUTS},
     **{f"experts {n} tokens, {gate} {down}": _experts(n, gate, down)
        for n in (1, 64) for gate, down in (("Q4_K", "Q6_K"), ("Q8_0", "Q8_0"), ("Q4_K", "Q5_0"), ("MXFP4", "MXFP4"))},
+    **{f"attention {model} {bits} bits": _attend(model, bits) for model in _MODELS for bits in (8, 16, 32)},
+    **{f"queries {model} {bits} bits": _queries(model, bits) for model in _MODELS for bits in (8, 16, 32)},
+    "router V3": _router,
     "FP8 products": _fp8(True),
     "FP8 widened": _fp8(False),
 }  # fmt: skip
@@ -128,6 +178,7 @@ def main() -> None:
     parser.add_argument("variants", nargs="*", default=list(VARIANTS))
     parser.add_argument("--capability", type=int, default=80)
     arguments = parser.parse_args()
+    compiling.set_up(lambda line: print(line, file=sys.stderr))
     for name in arguments.variants:
         for kernel, args, options in launches(VARIANTS[name]):
             figures = usage(compiled(kernel, args, options, arguments.capability))

@@ -17,6 +17,7 @@ from localrun.gpu import available
 from localrun.gpu.available import Gpu, NoGpu
 
 GIB = 1 << 30
+missing_to_build = available._missing_to_build
 
 
 class Driver:
@@ -52,6 +53,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     spec = importlib.machinery.ModuleSpec("triton", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(available, "_missing_to_build", lambda: "")
     cuda = SimpleNamespace(init=lambda: None, mem_get_info=lambda index: (20 * GIB, 24 * GIB))
     torch = SimpleNamespace(__version__="2.9.0", version=SimpleNamespace(cuda="12.8"), cuda=cuda)
     monkeypatch.setitem(sys.modules, "torch", torch)
@@ -105,6 +107,23 @@ def test_no_triton(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "torch", None)
     refused("Triton is not installed: pip install 'localrun[gpu]'")
+
+
+def test_nothing_to_compile_with(driver: Driver, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Triton compiles a C module before it launches the first kernel."""
+    monkeypatch.setattr(available, "_missing_to_build", missing_to_build)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(available.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    for found in ([], ["gcc"], ["clang"]):
+        monkeypatch.setattr(available.shutil, "which", lambda name, found=found: name if name in found else None)
+        header = f"Python's C headers ({tmp_path / 'Python.h'}; python3-dev or python3-devel)"
+        refused(f"Triton needs {header if found else 'a C compiler (gcc or clang)'}, which is not there")
+    (tmp_path / "Python.h").touch()
+    assert isinstance(available.find(), Gpu)
+    monkeypatch.setattr(available.shutil, "which", lambda name: None)
+    monkeypatch.setenv("CC", "/opt/bin/cc")
+    assert isinstance(available.find(), Gpu)
 
 
 def test_no_torch(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import gpu_device
 import numpy as np
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 from localrun.errors import LocalrunError
 from localrun.gpu import device as gpu
@@ -181,6 +183,20 @@ def test_a_full_memory_is_one_line(fake: FakeCuda) -> None:
     fake.sync_error = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB")
     with pytest.raises(LocalrunError, match=r"^the GPU's memory is full: CUDA out of memory; see --ctx and --vram$"):
         Cuda().synchronize()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OutOfResources(101_376, 101_120, "shared memory"),
+        subprocess.CalledProcessError(1, ["gcc", "-O3", "cuda_utils.c"]),
+    ],
+    ids=type,
+)
+def test_a_kernel_that_cannot_be_made_is_one_line(fake: FakeCuda, error: Exception) -> None:
+    message = r"^a GPU kernel can't be made: [^\n]*; --device cpu does without it$"
+    with pytest.raises(LocalrunError, match=message), Cuda().errors():
+        raise error
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("CUDA error"), KeyboardInterrupt()])

@@ -1,8 +1,9 @@
 """Which GPU can be used, or in one line why none can. Asks the driver before it imports torch, which takes 1 to 2 s.
 
 What is needed: an NVIDIA card of compute capability 8.0 or more (bfloat16 and asynchronous copies), its driver, torch
-with CUDA no newer (in its major version) than the driver's, and Triton. Of several cards the first is taken;
-CUDA_VISIBLE_DEVICES says which that is. Functions and numbers: CUDA Driver API, cuda.h of CUDA 12.4.
+with CUDA no newer (in its major version) than the driver's, and Triton, which compiles a small C module that loads and
+launches kernels: for that it needs a C compiler and Python's headers (triton/runtime/build.py). Of several cards the
+first is taken; CUDA_VISIBLE_DEVICES says which that is. Functions and numbers: CUDA Driver API, cuda.h of CUDA 12.4.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import shutil
 import sys
+import sysconfig
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +64,8 @@ def find() -> Gpu | NoGpu:
         return NoGpu(f"{name} has compute capability {'.'.join(map(str, capability))}; {needed} is needed", True)
     if importlib.util.find_spec("triton") is None:
         return NoGpu(f"Triton is not installed: {_INSTALL_TRITON}", True)
+    if missing := _missing_to_build():
+        return NoGpu(f"Triton needs {missing}, which is not there", True)
     return _by_torch(name, capability, _cuda_version(driver))
 
 
@@ -77,6 +82,16 @@ def driver_version() -> str:
             if line.startswith("NVRM"):
                 return next((word for word in line.split() if word[0].isdigit() and "." in word), "")
     return ""
+
+
+def _missing_to_build() -> str:
+    """What Triton would not find to compile its C module with. Its builds for other systems than Linux bring it."""
+    if sys.platform != "linux":
+        return ""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "a C compiler (gcc or clang)"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    return "" if header.exists() else f"Python's C headers ({header}; python3-dev or python3-devel)"
 
 
 def _by_torch(name: str, capability: tuple[int, int], driver_cuda: tuple[int, int]) -> Gpu | NoGpu:

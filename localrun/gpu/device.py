@@ -12,6 +12,7 @@ module, too), which takes the GIL and frees its argument at the first call, so t
 """
 
 import ctypes
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -157,6 +158,17 @@ class Cuda:
             if not str(error).startswith(_FAILURES):
                 raise
             raise LocalrunError(f"the GPU failed: {_sentence(error)}; --device cpu does without it") from error
+        except _kernel_errors() as error:
+            raise LocalrunError(
+                f"a GPU kernel can't be made: {_sentence(error)}; --device cpu does without it"
+            ) from error
+
+
+def _kernel_errors() -> tuple[type[Exception], ...]:
+    """What Triton raises where a kernel does not compile or fit, and where the C compiler that it calls fails."""
+    from triton.errors import TritonError
+
+    return TritonError, subprocess.CalledProcessError
 
 
 def load_driver() -> ctypes.CDLL:
@@ -171,6 +183,6 @@ def load_driver() -> ctypes.CDLL:
     return driver
 
 
-def _sentence(error: RuntimeError) -> str:
+def _sentence(error: Exception) -> str:
     """The first sentence of a message; torch's go on with advice on how to debug."""
     return str(error).split("\n")[0].split(". ")[0].rstrip(".")

@@ -222,8 +222,8 @@ class Experts:
         There are as many tiles as there could be; the slot of those left over is the number of slots.
         """
         n_pairs, n_slots = ids.numel(), self.gate.n_groups
-        slot = torch.where(ids >= 0, self.slot_of[ids.clamp_min(0)].long(), -1).flatten()
-        slot, order = torch.where(slot < 0, n_slots, slot).sort(stable=True)
+        slot = self.slot_of[ids.clamp_min(0)].long()
+        slot, order = slot.masked_fill((ids < 0) | (slot < 0), n_slots).flatten().sort(stable=True)
         bounds = torch.searchsorted(slot, torch.arange(n_slots + 1, device=ids.device))
         last_tile = ((bounds.diff() + tokens - 1) // tokens).cumsum(0)
         tile = torch.arange(n_pairs // tokens + min(n_slots, n_pairs), device=ids.device)

@@ -6,7 +6,7 @@ go through the layers in one or two micro-batches (prefill.py). The layer for mu
 Letters: T tokens, D hidden_size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch.nn.functional import rms_norm
 from localrun import names
 from localrun.config import Config
 from localrun.gguf import GGUFFile
-from localrun.gpu import prefill
+from localrun.gpu import compiling, prefill
 from localrun.gpu.cache import DeviceCache
 from localrun.gpu.decode import DecodeStep
 from localrun.gpu.device import Cuda, StandIn
@@ -55,8 +55,12 @@ class HybridModel:
         n_threads: int,
         placement: Placement,
         device: Cuda | StandIn | None = None,
+        notice: Callable[[str], None] = lambda line: None,
     ):
         """Uploads what the placement gives to the device, the first GPU unless given. The file must stay open.
+
+        Args:
+            notice: told when kernels are compiled, now or later.
 
         Raises:
             LocalrunError: the GPU can't be used, or has no room.
@@ -65,6 +69,7 @@ class HybridModel:
         self.keep_hidden = False
         self.hidden = np.empty((0, config.hidden_size), np.float32)
         self.device = Cuda() if device is None else device
+        compiling.set_up(notice)
         self._placement, self._tensors = placement, Tensors(file)
         self._mtp: MTP | None = None
         self._holds_torch = False

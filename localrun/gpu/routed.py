@@ -144,4 +144,4 @@ class _Others:
 
     def begin(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Finish:
         """As bridge.py describes it."""
-        return self._experts.begin(x, torch.where(self._slot_of[ids] < 0, ids, -1), weights)
+        return self._experts.begin(x, ids.masked_fill(self._slot_of[ids] >= 0, -1), weights)
