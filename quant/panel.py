@@ -9,9 +9,9 @@ weight is scale * (u - offset) - minimum. The two vectors by the kind of the for
     BYTES     the same                                  one for every 32; u of 8 bits
     HALVES    scale of columns 0-15, of columns 16-31   one for every 16
 
-A token panel holds the tokens of one product in blocks of up to 6 (4 with AVX2). A block of n takes 44*n bytes a step:
-q i8[n][32] | d f32[n] | two words [n]. The words of MINIMUM: s f32 = d * sum of q, and nothing. Of the others:
--offset * sum of q, i32, over all 32 columns and nothing, or over each half; the dot products start there.
+A token panel holds the tokens of one product in blocks of up to 6 (4 with AVX2, 12 with AMX). A block of n takes 44*n
+bytes a step: q i8[n][32] | d f32[n] | two words [n]. The words of MINIMUM: s f32 = d * sum of q, and nothing. Of the
+others: -offset * sum of q, i32, over all 32 columns and nothing, or over each half; the dot products start there.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,8 @@ from quant.activations import record_bytes, write_record
 from quant.atomics import call_3, call_5
 from quant.formats import Format
 from quant.jit import inline
-from quant.panel_tile import (
+from quant.panel_amx import SCRATCH_END, configure, release
+from quant.panel_step import (
     AHEAD,
     GROUPS,
     HALVES,
@@ -31,10 +32,10 @@ from quant.panel_tile import (
     ROWS,
     STEP,
     STEPS,
-    TILES,
     TOKEN_BYTES,
     TOKENS,
 )
+from quant.panel_tile import TILES
 from quant.rows import ADDRESS, BLOCK, GROUP_BYTES, ROW_BYTES
 from quant.simd import (
     load_f32,
@@ -53,7 +54,7 @@ from quant.simd_panel import store_i32, sum_i8x16
 
 GROUP_RECORD_BYTES = record_bytes(STEP)
 REPACK = "void(int64, int64, int64)"
-_ADDRESSES = AHEAD + 64  # in a worker's scratch, behind the panel and what to prefetch: addresses of its rows
+_ADDRESSES = SCRATCH_END  # in a worker's scratch, behind what the tile has there: addresses of the panel's rows
 SCRATCH_BYTES = _ADDRESSES + 8 * VECTOR_ROWS
 
 
@@ -183,6 +184,8 @@ def multiply_panels(matrix, group, first, n_rows, n_cols, tokens, n_tokens, sums
     tile_steps = GROUPS * panels * n_steps * ((n_tokens + TOKENS - 1) // TOKENS)
     store_i64(scratch + AHEAD, ahead)
     store_i64(scratch + AHEAD + 8, (ahead_bytes // 64 + tile_steps - 1) // tile_steps)
+    _, largest = token_block(0, n_tokens)
+    configure(load_i64(matrix + KIND), largest, scratch)
     for step in range(0, n_steps, STEPS):
         steps = min(STEPS, n_steps - step)
         n_blocks, skipped = steps * STEP // block, step * STEP // block * (row_bytes * block // n_cols)
@@ -202,3 +205,4 @@ def multiply_panels(matrix, group, first, n_rows, n_cols, tokens, n_tokens, sums
                 x = tokens + TOKEN_BYTES * (t * n_steps + size * step)
                 call_5(load_i64(matrix + TILE), scratch, x, sums + 4 * ROWS * (n_tokens * p + t), steps, size)
                 t += size
+    release(largest, scratch)

@@ -4,7 +4,7 @@ from quant.iq4_nl import VALUES as IQ4_VALUES
 from quant.jit import inline, kernel
 from quant.mxfp4 import VALUES as MXFP4_VALUES
 from quant.panel import REPACK, PanelFormat
-from quant.panel_tile import BYTES, MINIMUM, OFFSET, STEP, STEP_BYTES
+from quant.panel_step import BYTES, MINIMUM, OFFSET, STEP, STEP_BYTES
 from quant.simd import store_f32x16
 from quant.simd_panel import (
     and_i32,

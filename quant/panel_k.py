@@ -6,7 +6,7 @@ Layouts of the blocks: q4_k.py, q5_k.py, q6_k.py, iq4_xs.py.
 from quant.iq4_nl import VALUES
 from quant.jit import inline, kernel
 from quant.panel import REPACK, PanelFormat
-from quant.panel_tile import BYTES, HALVES, MINIMUM, STEP, STEP_BYTES
+from quant.panel_step import BYTES, HALVES, MINIMUM, STEP, STEP_BYTES
 from quant.simd import mul_f32x16, store_f32x16
 from quant.simd_panel import (
     add_i32,

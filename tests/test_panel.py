@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from quant import formats, linear, panel
-from quant.panel_tile import PART_BYTES, STEP_BYTES
+from quant.panel_step import PART_BYTES, STEP_BYTES
 from quant.pool import Pool, aligned_bytes
 
 NAMES = [name for name in formats.NAMES if panel.find(formats.get(name))]
