@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from quant import isa, rows
-from quant.activations import record_bytes, write_record
 from quant.atomics import call_3, call_5
 from quant.formats import Format
 from quant.jit import inline
 from quant.panel_amx import SCRATCH_END, configure, release
+from quant.panel_round import SUMS, D, S
 from quant.panel_step import (
     AHEAD,
     GROUPS,
@@ -39,20 +39,17 @@ from quant.panel_tile import TILES
 from quant.rows import ADDRESS, BLOCK, GROUP_BYTES, ROW_BYTES
 from quant.simd import (
     load_f32,
-    load_i8x16,
     load_i8x32,
     load_i64,
     store_f32,
     store_f32x16,
     store_i8x32,
     store_i64,
-    sum_i8,
     zero_f32x16,
 )
 from quant.simd_panel import ROWS as VECTOR_ROWS
-from quant.simd_panel import store_i32, sum_i8x16
+from quant.simd_panel import load_i32, store_i32
 
-GROUP_RECORD_BYTES = record_bytes(STEP)
 REPACK = "void(int64, int64, int64)"
 _ADDRESSES = SCRATCH_END  # in a worker's scratch, behind what the tile has there: addresses of the panel's rows
 SCRATCH_BYTES = _ADDRESSES + 8 * VECTOR_ROWS
@@ -126,30 +123,19 @@ def token_block(i, n_tokens):
 
 
 @inline
-def round_groups(x, n_cols, groups):
-    """Round float32 at x: an activation record for every 32 columns, of GROUP_BYTES each."""
-    for g in range(n_cols // STEP):
-        write_record(x + 4 * STEP * g, 0, STEP, STEP, True, groups + GROUP_RECORD_BYTES * g)
-
-
-@inline
-def write_steps(kind, offset, groups, count, panel, first_step, n_steps, i, n_tokens):
-    """Write `count` rounded groups to steps first_step.. of token i in a panel of n_steps steps and n_tokens tokens."""
-    first, size = token_block(i, n_tokens)
-    at = panel + TOKEN_BYTES * (first * n_steps + size * first_step)
-    for g in range(count):
-        record = groups + GROUP_RECORD_BYTES * g
-        q, words = record + 4 * STEP, at + STEP * size + 4 * (i - first)
-        store_i8x32(at + STEP * (i - first), load_i8x32(q))
-        store_f32(words, load_f32(record + 5 * STEP))
-        if kind == MINIMUM:
-            store_f32(words + 4 * size, load_f32(record + 5 * STEP + 4))
-        elif kind == HALVES:
-            store_i32(words + 4 * size, -offset * sum_i8x16(load_i8x16(q)))
-            store_i32(words + 8 * size, -offset * sum_i8x16(load_i8x16(q + 16)))
-        else:
-            store_i32(words + 4 * size, -offset * sum_i8(load_i8x32(q)))
-        at += TOKEN_BYTES * size
+def write_group(kind, offset, block, g, at, size, i):
+    """Group g of a rounded block (panel_round.py) as token i of the `size` that share the step at `at`."""
+    store_i8x32(at + STEP * i, load_i8x32(block + STEP * g))
+    words = at + STEP * size + 4 * i
+    store_f32(words, load_f32(block + D + 4 * g))
+    first, second = load_i32(block + SUMS + 4 * g), load_i32(block + SUMS + 64 + 4 * g)
+    if kind == MINIMUM:
+        store_f32(words + 4 * size, load_f32(block + S + 4 * g))
+    elif kind == HALVES:
+        store_i32(words + 4 * size, -offset * first)
+        store_i32(words + 8 * size, -offset * second)
+    else:
+        store_i32(words + 4 * size, -offset * (first + second))
 
 
 # ---- products --------------------------------------------------------------------------------------------------------

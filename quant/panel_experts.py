@@ -12,7 +12,6 @@ import numpy as np
 from quant.atomics import atomic_add
 from quant.jit import inline, kernel
 from quant.panel import (
-    GROUP_RECORD_BYTES,
     KIND,
     MATRIX_BYTES,
     OFFSET,
@@ -22,11 +21,12 @@ from quant.panel import (
     TOKEN_BYTES,
     PanelFormat,
     multiply_panels,
-    round_groups,
+    token_block,
     tokens_bytes,
-    write_steps,
+    write_group,
 )
-from quant.panel_linear import write_panels
+from quant.panel_inputs import write_panels
+from quant.panel_round import BLOCK_BYTES, GROUPS, WORK_BYTES, round_row, row_bytes
 from quant.pool import Pool
 from quant.rows import ADDRESS, GROUP_BYTES, ROW_BYTES
 from quant.simd import (
@@ -45,14 +45,13 @@ if TYPE_CHECKING:
 
 UP_ROWS = ROWS  # rows of gate and of up that a worker takes at a time: one step of down's token panels
 DOWN_ROWS = 2 * ROWS
-ROUNDED_BYTES = GROUP_RECORD_BYTES + 4 * STEP  # 32 of a token's results, and before they are rounded
 
 # Where the jobs find their arguments: three matrices, then the rest.
 GATE, UP, DOWN = range(0, 3 * MATRIX_BYTES, MATRIX_BYTES)
 (
     COUNTER, HIDDEN, INNER, N_TOKENS, N_ACTIVE, ACTIVE, START, TOKEN, WEIGHT, GATE_TOKENS, UP_TOKENS, DOWN_TOKENS, OUT,
-    ROUNDED, SUMS, SUMS_BYTES, SCRATCH,
-) = range(3 * MATRIX_BYTES, 3 * MATRIX_BYTES + 17 * 8, 8)  # fmt: skip
+    WORK, WORK_SIZE, SUMS, SUMS_BYTES, SCRATCH,
+) = range(3 * MATRIX_BYTES, 3 * MATRIX_BYTES + 18 * 8, 8)  # fmt: skip
 
 
 @inline
@@ -62,23 +61,24 @@ def _address(matrix, group, first):
 
 
 @inline
-def _swiglu(a, begin, n_tokens, step, gated, upped, rounded):
-    """silu(gate) * up of 32 rows, rounded, to one step of down's token panel. gated, upped: their sums."""
-    panel = load_i64(a + DOWN_TOKENS) + TOKEN_BYTES * (load_i64(a + INNER) // STEP) * begin
+def _swiglu(a, begin, n_tokens, step, gated, upped, work):
+    """silu(gate) * up of 32 rows, rounded, to one step of down's token panel. gated, upped: their sums, overwritten."""
     kind, offset, n_steps = load_i64(a + DOWN + KIND), load_i64(a + DOWN + OFFSET), load_i64(a + INNER) // STEP
-    values = rounded + GROUP_RECORD_BYTES
-    for i in range(UP_ROWS // ROWS):
-        for t in range(n_tokens):
-            at = 4 * ROWS * (n_tokens * i + t)
-            for half in range(0, 128, 64):
-                h = silu_times_f32x16(load_f32x16(gated + at + half), load_f32x16(upped + at + half))
-                store_f32x16(values + half, h)
-            round_groups(values, STEP, rounded)
-            write_steps(kind, offset, rounded, 1, panel, step + i, n_steps, t, n_tokens)
+    panel, rounded = load_i64(a + DOWN_TOKENS) + TOKEN_BYTES * n_steps * begin, work + WORK_BYTES
+    for at in range(0, 4 * ROWS * n_tokens, 64):
+        store_f32x16(gated + at, silu_times_f32x16(load_f32x16(gated + at), load_f32x16(upped + at)))
+    round_row(gated, STEP * n_tokens, rounded, work)
+    first = 0
+    while first < n_tokens:
+        _, size = token_block(first, n_tokens)
+        at = panel + TOKEN_BYTES * (n_steps * first + size * step)
+        for i in range(first, first + size):
+            write_group(kind, offset, rounded + BLOCK_BYTES * (i // GROUPS), i % GROUPS, at, size, i - first)
+        first += size
 
 
 @inline
-def _up_unit(a, unit, upcoming, units, rounded, sums, scratch):
+def _up_unit(a, unit, upcoming, units, work, sums, scratch):
     """32 rows of gate and up of one active expert for all its tokens; those of the upcoming unit are prefetched."""
     hidden, active, start = load_i64(a + HIDDEN), load_i64(a + ACTIVE), load_i64(a + START)
     group, first = unit // units, unit % units * UP_ROWS
@@ -96,14 +96,14 @@ def _up_unit(a, unit, upcoming, units, rounded, sums, scratch):
             matrix, tokens, out = a + UP, load_i64(a + UP_TOKENS) + skipped, upped
         ahead, ahead_bytes = _address(matrix, next_expert, next_first), n_ahead * load_i64(matrix + ROW_BYTES)
         multiply_panels(matrix, expert, first, UP_ROWS, hidden, tokens, n_tokens, out, scratch, ahead, ahead_bytes)
-    _swiglu(a, begin, n_tokens, first // STEP, sums, upped, rounded)
+    _swiglu(a, begin, n_tokens, first // STEP, sums, upped, work)
 
 
 @kernel("void(int64, int64)")
 def _run_up(arguments, worker):
     """The second job of run(). The next unit is taken before this one is done, so that it can be prefetched."""
     a = arguments
-    rounded = load_i64(a + ROUNDED) + ROUNDED_BYTES * worker
+    work = load_i64(a + WORK) + load_i64(a + WORK_SIZE) * worker
     sums, scratch = (
         load_i64(a + SUMS) + load_i64(a + SUMS_BYTES) * worker,
         load_i64(a + SCRATCH) + SCRATCH_BYTES * worker,
@@ -112,7 +112,7 @@ def _run_up(arguments, worker):
     unit = atomic_add(load_i64(a + COUNTER), 1)
     while unit < units * load_i64(a + N_ACTIVE):
         upcoming = atomic_add(load_i64(a + COUNTER), 1)
-        _up_unit(a, unit, upcoming, units, rounded, sums, scratch)
+        _up_unit(a, unit, upcoming, units, work, sums, scratch)
         unit = upcoming
 
 
@@ -174,10 +174,8 @@ def run(
     gate, up, down = experts.gate, experts.up, experts.down
     n_tokens, per_token = ids.shape
     order = np.argsort(ids, axis=None, kind="stable")
-    active, group, counts = np.unique(ids, return_inverse=True, return_counts=True)
+    active, counts = np.unique(ids, return_counts=True)
     start = np.concatenate([[0], np.cumsum(counts)])
-    position = np.empty(order.size, np.int64)
-    position[order] = np.arange(order.size)
     token, sorted_weights = order // per_token, weights.ravel()[order].astype(np.float32)
     skipped = int(active[0] < 0)  # groups in front whose panels are written, not multiplied
     computed, computed_start = active[skipped:], start[skipped:]
@@ -187,11 +185,11 @@ def run(
         key = format_.kind, format_.offset
         if key not in inputs:
             inputs[key] = pool.buffer(f"panels {i}", tokens_bytes(hidden, order.size))
-            places = position.reshape(n_tokens, per_token), group.reshape(n_tokens, per_token)
-            write_panels(pool, format_, x, hidden, *places, start, inputs[key])
+            write_panels(pool, format_, x, n_tokens, hidden, token, start, inputs[key])
     gate_tokens, up_tokens = (inputs[format_.kind, format_.offset] for format_ in formats[:2])
     counters = np.zeros(16, np.int64)  # on two cache lines
     sums_bytes = 4 * max(2 * UP_ROWS, DOWN_ROWS) * most
+    work_size = WORK_BYTES + row_bytes(UP_ROWS * most)
     arguments = np.array(
         (
             *gate.fields, *formats[0].fields, *up.fields, *formats[1].fields, *down.fields, *formats[2].fields,
@@ -199,7 +197,7 @@ def run(
             len(computed), computed.ctypes.data, computed_start.ctypes.data,
             token.ctypes.data, sorted_weights.ctypes.data, gate_tokens, up_tokens,
             pool.buffer("inner panels", tokens_bytes(inner, order.size)), out,
-            pool.buffer("rounded", ROUNDED_BYTES * pool.n_workers),
+            pool.buffer("work", work_size * pool.n_workers), work_size,
             pool.buffer("sums", sums_bytes * pool.n_workers), sums_bytes,
             pool.buffer("scratch", SCRATCH_BYTES * pool.n_workers),
         ),

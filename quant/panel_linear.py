@@ -1,6 +1,6 @@
 """y = W x for many tokens through panels: linear.multiply's way from panel.TOKENS_FROM tokens on.
 
-Two jobs: the inputs are rounded and written to token panels, one a group; then workers take rows of the matrix.
+The inputs are rounded and written to token panels, one a group; then workers take rows of the matrix.
 """
 
 from typing import TYPE_CHECKING
@@ -10,7 +10,6 @@ import numpy as np
 from quant.atomics import atomic_add
 from quant.jit import inline, kernel
 from quant.panel import (
-    GROUP_RECORD_BYTES,
     MATRIX_BYTES,
     ROWS,
     SCRATCH_BYTES,
@@ -18,10 +17,9 @@ from quant.panel import (
     TOKEN_BYTES,
     PanelFormat,
     multiply_panels,
-    round_groups,
     tokens_bytes,
-    write_steps,
 )
+from quant.panel_inputs import write_panels
 from quant.pool import Pool
 from quant.rows import ADDRESS, GROUP_BYTES, ROW_BYTES
 from quant.simd import load_f32, load_f32x16, load_i64, store_f32, store_f32x16
@@ -30,75 +28,6 @@ if TYPE_CHECKING:
     from quant.linear import Weight
 
 UNIT_ROWS = 64  # rows that a worker takes at a time
-_UNIT_INPUTS = 12  # that a worker rounds at a time: whole blocks of panels, whose tokens share cache lines
-
-# ---- inputs ----------------------------------------------------------------------------------------------------------
-
-# Where the job of write_panels() finds its arguments.
-(
-    IN_COUNTER, IN_X, N_INPUTS, IN_COLS, IN_COPIES, POSITION, GROUP, IN_START, IN_KIND, IN_OFFSET, PANELS, ROUNDED,
-    ROUNDED_BYTES,
-) = range(0, 13 * 8, 8)  # fmt: skip
-
-
-@inline
-def _write_input(a, i, groups):
-    """Input i to each of its places."""
-    n_cols, copies, start = load_i64(a + IN_COLS), load_i64(a + IN_COPIES), load_i64(a + IN_START)
-    n_steps = n_cols // STEP
-    round_groups(load_i64(a + IN_X) + 4 * n_cols * i, n_cols, groups)
-    for copy in range(i * copies, (i + 1) * copies):
-        group = load_i64(load_i64(a + GROUP) + 8 * copy)
-        begin, end = load_i64(start + 8 * group), load_i64(start + 8 * group + 8)
-        panel = load_i64(a + PANELS) + TOKEN_BYTES * n_steps * begin
-        token = load_i64(load_i64(a + POSITION) + 8 * copy) - begin
-        kind, offset = load_i64(a + IN_KIND), load_i64(a + IN_OFFSET)
-        write_steps(kind, offset, groups, n_steps, panel, 0, n_steps, token, end - begin)
-
-
-@kernel("void(int64, int64)")
-def _write_panels(arguments, worker):
-    """The job of write_panels()."""
-    a = arguments
-    n_inputs, groups = load_i64(a + N_INPUTS), load_i64(a + ROUNDED) + load_i64(a + ROUNDED_BYTES) * worker
-    while True:
-        first = atomic_add(load_i64(a + IN_COUNTER), _UNIT_INPUTS)
-        if first >= n_inputs:
-            break
-        for i in range(first, min(first + _UNIT_INPUTS, n_inputs)):
-            _write_input(a, i, groups)
-
-
-def write_panels(
-    pool: Pool,
-    format_: PanelFormat,
-    x: int,
-    n_cols: int,
-    position: np.ndarray,
-    group: np.ndarray,
-    start: np.ndarray,
-    panels: int,
-) -> None:
-    """Round inputs to 8 bits and write them to the token panels of their groups, one behind the other.
-
-    Args:
-        x: address of float32 (n, n_cols).
-        position, group: int64 (n, copies): which tokens of all panels, and which panels, the i-th input becomes.
-        start: int64 (n_groups + 1,): first token of each panel.
-        panels: address of tokens_bytes(n_cols, start[-1]).
-    """
-    n_inputs, copies = position.shape
-    counter = np.zeros(1, np.int64)
-    rounded_bytes = GROUP_RECORD_BYTES * (n_cols // STEP)
-    arguments = (
-        counter.ctypes.data, x, n_inputs, n_cols, copies,
-        position.ctypes.data, group.ctypes.data, start.ctypes.data, format_.kind, format_.offset, panels,
-        pool.buffer("rounded", rounded_bytes * pool.n_workers), rounded_bytes,
-    )  # fmt: skip
-    pool.run(_write_panels.address, np.array(arguments, np.int64))
-
-
-# ---- product ---------------------------------------------------------------------------------------------------------
 
 # Where the job of multiply() finds its arguments behind the matrix.
 COUNTER, N_GROUPS, N_ROWS, N_COLS, N_TOKENS, TOKENS, OUT, SUMS, SUMS_BYTES, SCRATCH = range(
@@ -149,11 +78,10 @@ def _multiply(arguments, worker):
 def multiply(pool: Pool, matrix: "Weight", format_: PanelFormat, x: int, n_tokens: int, out: int) -> None:
     """out[t, g] = matrix[g] @ x[t, g]; arguments as linear.multiply's."""
     n_groups, n_inputs = matrix.n_groups, n_tokens * matrix.n_groups
-    group = np.tile(np.arange(n_groups), n_tokens)
-    position = group * n_tokens + np.repeat(np.arange(n_tokens), n_groups)
+    source = np.arange(n_inputs).reshape(n_tokens, n_groups).T.ravel()
     start = np.arange(0, n_inputs + 1, n_tokens)
     tokens = pool.buffer("panels", tokens_bytes(matrix.n_cols, n_inputs))
-    write_panels(pool, format_, x, matrix.n_cols, position[:, None], group[:, None], start, tokens)
+    write_panels(pool, format_, x, n_inputs, matrix.n_cols, source, start, tokens)
     counter, sums_bytes = np.zeros(1, np.int64), 4 * UNIT_ROWS * n_tokens
     arguments = (
         *matrix.fields, *format_.fields, counter.ctypes.data,

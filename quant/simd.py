@@ -330,14 +330,6 @@ sub_f32x32 = define(f32x32, (f32x32, f32x32), lambda b, x, y: b.fsub(x, y))
 mul_f32x16 = define(f32x16, (f32x16, f32x16), lambda b, x, y: b.fmul(x, y))
 
 
-def _sum_i8(builder, v):
-    wide = builder.sext(v, ir.VectorType(I32, 32))
-    return builder.sext(call(builder, "llvm.vector.reduce.add.v32i32", I32, wide), I64)
-
-
-sum_i8 = define(types.int64, (i8x32,), _sum_i8)
-
-
 def _half_sum_i8(half: int):
     """An intrinsic float32(i8x32): the sum of 16 lanes."""
 

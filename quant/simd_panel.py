@@ -21,7 +21,6 @@ from quant.simd import (
     constant,
     define,
     f32x16,
-    i8x16,
     load,
     shuffle,
     splat,
@@ -57,9 +56,9 @@ def _interleave(builder, a, b, width):
     return halves
 
 
-def _transpose(builder, rows, offset):
+def _transpose(builder, addresses):
     """In two steps of 2x2 inside 128 bits, after rows r, r+4, r+8, r+12 have been put into one vector."""
-    pieces = [load(builder, address, ir.VectorType(I32, 4)) for address in _addresses(builder, rows, offset)]
+    pieces = [load(builder, address, ir.VectorType(I32, 4)) for address in addresses]
     four = []
     for r in range(4):
         low = shuffle(builder, pieces[r], pieces[r + 4], range(8))
@@ -76,7 +75,19 @@ def transpose(context, rows, offset):
     result = types.UniTuple(i32x16, 4)
 
     def codegen(context, builder, _, values):
-        return context.make_tuple(builder, result, _transpose(builder, *values))
+        return context.make_tuple(builder, result, _transpose(builder, _addresses(builder, *values)))
+
+    return result(types.int64, types.int64), codegen
+
+
+@intrinsic
+def transpose_strided(context, first, stride):
+    """The same of the 4 words at `first` and at 15 more places, each `stride` bytes behind the one before."""
+    result = types.UniTuple(i32x16, 4)
+
+    def codegen(context, builder, _, values):
+        addresses = [builder.add(values[0], builder.mul(values[1], I64(r))) for r in range(ROWS)]
+        return context.make_tuple(builder, result, _transpose(builder, addresses))
 
     return result(types.int64, types.int64), codegen
 
@@ -99,6 +110,8 @@ shift_left_i32 = define(i32x16, (i32x16, types.int64), lambda b, v, bits: b.shl(
 sign_extend_i8 = define(  # of the lowest 8 bits of each lane
     i32x16, (i32x16,), lambda b, v: b.ashr(b.shl(v, constant(v.type, 24)), constant(v.type, 24))
 )
+add_i32x16 = define(i32x16, (i32x16, i32x16), lambda b, v, other: b.add(v, other))
+as_f32x16 = define(f32x16, (i32x16,), lambda b, v: b.bitcast(v, f32x16.ir))
 i32_to_f32x16 = define(f32x16, (i32x16,), lambda b, v: b.sitofp(v, f32x16.ir))
 negate_f32x16 = define(f32x16, (f32x16,), lambda b, v: b.fneg(v))
 
@@ -154,11 +167,7 @@ def _half_to_f32x16(builder, v):
     return builder.fpext(halves, f32x16.ir)
 
 
-def _sum_i8x16(builder, v):
-    return builder.sext(call(builder, "llvm.vector.reduce.add.v16i32", I32, builder.sext(v, i32x16.ir)), I64)
-
-
 e8m0_half_to_f32x16 = define(f32x16, (i32x16,), _e8m0_half_to_f32x16)
 half_to_f32x16 = define(f32x16, (i32x16,), _half_to_f32x16)
 store_i32 = define(types.void, (types.int64, types.int64), lambda b, p, v: store(b, p, b.trunc(v, I32)))
-sum_i8x16 = define(types.int64, (i8x16,), _sum_i8x16)
+load_i32 = define(types.int64, (types.int64,), lambda b, p: b.sext(load(b, p, I32), I64))
