@@ -102,12 +102,15 @@ def _cpu() -> Finding:
         from quant import isa
     except QuantError as error:  # LOCALRUN_ISA names no level, or one that this CPU lacks
         return Finding("cpu", model, {"model": model, "isa": None}, f"{error}; unset it")
-    best = max((level for level in isa.LEVELS if isa.FEATURES[level] <= isa.host_features()), key=isa.LEVELS.index)
+    usable = [level for level in isa.LEVELS if isa.FEATURES[level] <= isa.host_features()]
+    best = usable[-2] if isa.REFUSED else usable[-1]
     data = {"model": model, "isa": isa.LEVEL, "best_isa": best, "LOCALRUN_ISA": forced or None}
     text = f"{model}, level {isa.LEVEL}" + (", forced by LOCALRUN_ISA" if forced else "")
     advice = ""
     if forced and best != isa.LEVEL:
         advice = f"unset LOCALRUN_ISA to use {best}"
+    elif isa.REFUSED:
+        advice = f"{isa.REFUSED}: prompts use {best} instead"
     elif best == "generic" and platform.machine() in ("x86_64", "AMD64"):
         advice = "this CPU (or virtual machine) has no AVX2: expect a fraction of the usual speed"
     return Finding("cpu", text, data, advice)

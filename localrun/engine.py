@@ -311,6 +311,8 @@ class Engine:
         }
         if self.config:
             facts |= {"isa": isa.LEVEL, "kv_bytes_per_token": self.config.kv_bytes_per_token}
+            if isa.REFUSED:
+                facts["isa_refused"] = isa.REFUSED
         return facts
 
     def close(self) -> None:

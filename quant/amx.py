@@ -104,25 +104,19 @@ def _trial_agrees() -> bool:
     """Whether a product in a thread of its own, as workers are, equals NumPy's."""
     rng = np.random.default_rng(0)
     a, b = rng.integers(-128, 128, (11, 32), np.int8), rng.integers(0, 256, (8, 16, 4), np.uint8)
-    want = a.astype(np.int32) @ b.transpose(0, 2, 1).reshape(32, 16).astype(np.int32)
-    found = np.zeros((11, 16), np.int32)
-    thread = threading.Thread(target=_try_product, args=(a, b, found))
-    thread.start()
-    thread.join()
-    return np.array_equal(found, want)
-
-
-def _try_product(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
-    """out int32 (11, 16) = a int8 (11, 32) @ b uint8 (8, 16, 4)."""
-    features = llvm.get_host_cpu_features().flatten()
+    found, shapes = np.zeros((11, 16), np.int32), np.frombuffer(config([(11, 64), (11, 32), (8, 64)]), np.uint8)
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    target = llvm.Target.from_default_triple().create_target_machine(cpu=llvm.get_host_cpu_name(), features=features)
+    target = llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten()
+    )
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(str(_trial_module())), target)
     engine.finalize_object()
-    function = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(engine.get_function_address("trial"))
-    shapes = np.frombuffer(config([(11, 64), (11, 32), (8, 64)]), np.uint8)
-    function(*(array.ctypes.data for array in (shapes, a, b, out)))
+    trial = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(engine.get_function_address("trial"))
+    thread = threading.Thread(target=trial, args=[array.ctypes.data for array in (shapes, a, b, found)])
+    thread.start()
+    thread.join()
+    return np.array_equal(found, a.astype(np.int32) @ b.transpose(0, 2, 1).reshape(32, 16).astype(np.int32))
 
 
 def _trial_module() -> ir.Module:

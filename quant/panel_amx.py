@@ -116,6 +116,7 @@ def _configure(builder, kind, largest, scratch) -> None:
     sizes = range(VECTOR_TOKENS + 1, TOKENS + 1)
     table = b"".join(amx.config(shapes(depth, largest)) for depth in (STEP, STEP // 2) for largest in sizes)
     data = cgutils.global_constant(builder, "amx_configs", ir.Constant(ir.ArrayType(I8, len(table)), bytearray(table)))
+    data.align = amx.CONFIG_BYTES
     row = builder.mul(builder.zext(builder.icmp_signed("==", kind, I64(HALVES)), I64), I64(len(sizes)))
     at = builder.mul(builder.add(row, builder.sub(largest, I64(sizes.start))), I64(amx.CONFIG_BYTES))
     Tiles(builder, builder.add(scratch, I64(FILE))).configure(builder.add(builder.ptrtoint(data, I64), at))

@@ -71,6 +71,18 @@ def test_a_forced_level_is_shown() -> None:
     assert found["advice"] == ("" if best == "generic" else f"unset LOCALRUN_ISA to use {best}")
 
 
+def test_refused_tiles_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    from quant import isa
+
+    monkeypatch.delenv("LOCALRUN_ISA", raising=False)
+    monkeypatch.setattr(isa, "host_features", lambda: isa.FEATURES["amx"])
+    monkeypatch.setattr(isa, "LEVEL", "avx512_vnni")
+    monkeypatch.setattr(isa, "REFUSED", "a trial product with AMX tiles came out wrong")
+    found = doctor._cpu()
+    assert found.advice == "a trial product with AMX tiles came out wrong: prompts use avx512_vnni instead"
+    assert found.data["best_isa"] == found.data["isa"]
+
+
 def test_a_wrong_level_is_a_finding() -> None:
     done = run("--json", LOCALRUN_ISA="sse9")
     found = json.loads(done.stdout)

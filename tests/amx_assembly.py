@@ -1,0 +1,28 @@
+"""The assembly of the kernels of level amx, compiled for a CPU that has it, on any machine: nothing of it is run.
+
+python amx_assembly.py prints {kernel: assembly} as JSON. LOCALRUN_CACHE must be empty: Numba keeps no assembly.
+"""
+
+import json
+
+from numba import config
+
+from quant import isa
+
+# What quant.isa finds on a Sapphire Rapids, before the kernels are compiled at import.
+config.CPU_NAME = "sapphirerapids"
+config.CPU_FEATURES = ",".join(f"+{feature}" for feature in sorted(isa.FEATURES["amx"] | {"avx", "bmi", "popcnt"}))
+isa.LEVEL = "amx"
+
+from quant import panel_linear, panel_tile  # noqa: E402
+
+KERNELS = {
+    "minimum": panel_tile._minimum_tile,
+    "offset": panel_tile._offset_tile,
+    "halves": panel_tile._halves_tile,
+    "bytes": panel_tile._bytes_tile,
+    "multiply": panel_linear._multiply,
+}
+
+if __name__ == "__main__":
+    print(json.dumps({name: kernel._library.get_asm_str() for name, kernel in KERNELS.items()}))
