@@ -191,13 +191,21 @@ def cache_bytes_per_token(config: Config, bits: int) -> int:
 
 
 def work_bytes(config: Config) -> int:
-    """Of the CPU: activations of one chunk in float32 (the widest layer's inputs and outputs, queries), attention."""
-    return _activation_bytes(config) + 4 * config.vocab_size + ATTENTION_WORK_BYTES
+    """Of the CPU: activations of one chunk, logits of a token, attention."""
+    return activation_bytes(config) + 4 * config.vocab_size + ATTENTION_WORK_BYTES
 
 
 def gpu_work_bytes(config: Config) -> int:
-    """Of the GPU: activations of one chunk in float32, logits of all its tokens, attention."""
-    return _activation_bytes(config) + 4 * CHUNK * config.vocab_size + GPU_ATTENTION_WORK_BYTES
+    """Of the GPU: activations of one chunk, logits of all its tokens, attention."""
+    return activation_bytes(config) + 4 * CHUNK * config.vocab_size + GPU_ATTENTION_WORK_BYTES
+
+
+def activation_bytes(config: Config, n_tokens: int = CHUNK) -> int:
+    """Of so many tokens at a time, in float32: the widest layer's inputs and outputs, queries."""
+    c = config
+    heads = c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim + c.head_dim)
+    inner = max(c.intermediate_size, c.num_experts_per_tok * c.moe_intermediate_size)
+    return 4 * n_tokens * (4 * c.hidden_size + heads + 3 * inner)
 
 
 def staging_bytes(config: Config) -> int:
@@ -257,12 +265,6 @@ class _Parts:
 def _layer_of(name: str) -> int | None:
     match = re.match(r"blk\.(\d+)\.", name)
     return None if match is None else int(match[1])
-
-
-def _activation_bytes(c: Config) -> int:
-    heads = c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim + c.head_dim)
-    inner = max(c.intermediate_size, c.num_experts_per_tok * c.moe_intermediate_size)
-    return 4 * CHUNK * (4 * c.hidden_size + heads + 3 * inner)
 
 
 def _check(request: Request, parts: _Parts) -> None:

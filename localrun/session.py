@@ -179,11 +179,18 @@ class Session:
     def advance(self, ids: Sequence[int], progress: Callable[[int, int], None] | None = None) -> np.ndarray:
         """Evaluate at least one token after those that are cached; the logits after the last, float32 (vocab)."""
         total = len(self.ids) + len(ids)
-        for start in range(0, len(ids), PREFILL_CHUNK):
-            logits = self._evaluate(ids[start : start + PREFILL_CHUNK])[-1]
+        for n_tokens in self._chunks(len(ids)):
+            logits = self._evaluate(ids[:n_tokens])[-1]
+            ids = ids[n_tokens:]
             if progress is not None:
                 progress(len(self.ids), total)
         return logits
+
+    def _chunks(self, n_tokens: int) -> list[int]:
+        """How many of a prompt's tokens to evaluate at a time. A model on a GPU may gain by longer ones."""
+        if hasattr(self.engine.model, "chunks"):
+            return self.engine.model.chunks(n_tokens)
+        return [min(PREFILL_CHUNK, n_tokens - first) for first in range(0, n_tokens, PREFILL_CHUNK)]
 
     def forget(self, length: int) -> None:
         """Keep the first `length` tokens, or none where the model can't forget a part."""

@@ -34,9 +34,10 @@ from localrun.gpu.device import Cuda, StandIn
 from localrun.gpu.hybrid import HybridModel
 from localrun.gpu.prefill import LayerTimes, Seconds
 from localrun.gpu.routed import Routed, Way
+from localrun.gpu.tuning import Tuning
 from localrun.gpu.weights import spans_in_ram, spans_on_device
 from localrun.native import NativeModel
-from localrun.placement import RAM, Placement, Request, lay_out
+from localrun.placement import RAM, Placement, Request, activation_bytes, lay_out
 from localrun.sampling import Sampling
 from localrun.tensors import Tensors
 from quant import experts as quant_experts
@@ -551,3 +552,40 @@ def test_without_room_nothing_is_streamed() -> None:
             assert times.upload_s == float("inf")
             model.tuning.use(times)
             assert model.tuning.threshold is None
+
+
+@pytest.mark.parametrize(("n_chunks", "expected"), [(-1, 512), (0, 512), (1, 1024), (2.5, 1536), (99, 4096)])
+def test_memory_for_longer_chunks(n_chunks: float, expected: int) -> None:
+    """What is left over beside a streamed layer, by the activations of so many chunks more."""
+    with open_gguf(tiny_models.shared(V3)) as file:
+        config = read_config(file)
+        for in_vram in (0, 3):
+            placement = placed(file, config, in_vram)
+            with closing(HybridModel(config, file, 1, placement, new_device())) as model:
+                room = placement.needed["VRAM"] + model.routed.streamable + int(n_chunks * activation_bytes(config))
+                tight = replace(placement, available={**placement.available, "VRAM": room})
+                most = Tuning(model.device, model.network, model.routed, tight).most
+            assert most == (512 if in_vram else expected)  # layers with experts in both memories are never uploaded
+
+
+@pytest.mark.usefixtures("dense", "gpu")
+@pytest.mark.parametrize(
+    ("n_tokens", "sizes"),
+    [(5, [5]), (9, [9]), (20, [20]), (24, [24]), (27, [24, 3]), (33, [17, 16]), (45, [23, 22])],
+)
+def test_prompts_that_are_streamed_in_long_chunks(n_tokens: int, sizes: list[int]) -> None:
+    """The CPU takes 8 tokens at a time here and streaming 24; it pays from 6 on. Replies are the CPU's."""
+    ids = ids_of(n_tokens)
+    with load() as on_gpu, load(device="cpu") as on_cpu:
+        model = on_gpu.model
+        assert model.chunks(40) == [40]
+        model.tuning.chunk, model.tuning.most = 8, 24
+        model.routed.allow_streaming()
+        model.tuning.use(LayerTimes(Seconds(0.0, 0.01), Seconds(0.5, 1.0), Seconds(0.0, 0.01), 6.0))
+        assert model.tuning.threshold == 6 and model.chunks(n_tokens) == sizes
+        ways = [model.tuning.choose(n)[0] for n in sizes]
+        assert ways == [Way.STREAM if n >= 6 else Way.PREFILL for n in sizes]
+        told: list[int] = []
+        found = on_gpu.session("off").advance(ids, lambda done, total: told.append(done))
+        assert told == np.cumsum(sizes).tolist()
+        assert error(found, on_cpu.session("off").advance(ids)) < MANY_TOLERANCE

@@ -17,7 +17,15 @@ from localrun.config import read_config
 from localrun.errors import LocalrunError
 from localrun.gguf import open_gguf
 from localrun.gpu.device import StandIn
-from localrun.gpu.prefill import LayerTimes, Seconds, best_batches, forward, streaming_threshold, upload_seconds
+from localrun.gpu.prefill import (
+    LayerTimes,
+    Seconds,
+    best_batches,
+    best_chunks,
+    forward,
+    streaming_threshold,
+    upload_seconds,
+)
 from localrun.model import Model
 from localrun.moe import MoE
 from localrun.weights import Weights
@@ -143,19 +151,20 @@ def test_an_error_on_either_side_comes_out_and_the_rest_is_dropped(
 
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    with closing(Pool(2)) as two_workers:
-        yield two_workers
+def pools() -> Iterator[tuple[Pool, Pool]]:
+    """One for the experts' thread, one for all else, which is on the CPU as well here: a pool's jobs share buffers."""
+    with closing(Pool(2)) as experts, closing(Pool(1)) as others:
+        yield experts, others
 
 
 class Network:
     """A tiny model whose experts compute in the background."""
 
-    def __init__(self, pool: Pool, device: StandIn) -> None:
+    def __init__(self, pools: tuple[Pool, Pool], device: StandIn) -> None:
         self.file = open_gguf(tiny_models.shared("v3"))
         self.config = read_config(self.file)
-        self.model = Model(self.config, Weights(self.file, pool))
-        self.experts = PrefillExperts(device, pool)
+        self.model = Model(self.config, Weights(self.file, pools[1]))
+        self.experts = PrefillExperts(device, pools[0])
         self.ids = torch.arange(1, 60)
 
     def __enter__(self) -> Network:
@@ -175,8 +184,8 @@ class Network:
 
 
 @pytest.mark.parametrize("n_batches", [1, 2, 3])
-def test_hidden_states_are_the_networks(pool: Pool, n_batches: int) -> None:
-    with Network(pool, StandIn()) as network:
+def test_hidden_states_are_the_networks(pools: tuple[Pool, Pool], n_batches: int) -> None:
+    with Network(pools, StandIn()) as network:
         found, cache = network.run(n_batches)
         assert cache.length == 0
         with torch.inference_mode():
@@ -204,11 +213,11 @@ class Lost(StandIn):
 
 
 @pytest.mark.parametrize("good", [0, 1, 3])
-def test_a_lost_device_ends_both_sides(pool: Pool, good: int) -> None:
+def test_a_lost_device_ends_both_sides(pools: tuple[Pool, Pool], good: int) -> None:
     """The thread of the experts ends, too: closing would wait for ever for one that hangs."""
-    with Network(pool, Lost(good)) as network, pytest.raises(LocalrunError, match="the GPU failed"):
+    with Network(pools, Lost(good)) as network, pytest.raises(LocalrunError, match="the GPU failed"):
         network.run(2)
-    with Network(pool, StandIn()) as network:
+    with Network(pools, StandIn()) as network:
         network.run(2)  # the workers are free
 
 
@@ -235,9 +244,17 @@ def test_the_threshold_is_where_the_times_cross() -> None:
 
     Streamed: 0.311 + 2e-5 T. So it is faster from T = 0.28 / 0.99e-3 = 282.8 on.
     """
-    assert streaming_threshold(times(), 4096) == 283
-    assert streaming_threshold(times(), 283) == 283
-    assert streaming_threshold(times(), 282) is None
+    assert streaming_threshold(times(), 4096, 4096) == 283
+    assert streaming_threshold(times(), 512, 283) == 283
+    assert streaming_threshold(times(), 512, 282) is None
+
+
+def test_more_tokens_than_the_cpu_takes_at_a_time_are_several_times_as_many_for_it() -> None:
+    """Uploads of 0.8 s: CPU in two batches 0.06 + 1e-3 T (in two chunks 0.12 + 1e-3 T), streamed 0.811 + 2e-5 T."""
+    slow = times(upload_s=0.8)
+    assert streaming_threshold(slow, 10_000, 10_000) == 767  # 0.751 / 0.98e-3 = 766.3
+    assert streaming_threshold(slow, 512, 4096) == 706  # 0.691 / 0.98e-3 = 705.1
+    assert streaming_threshold(slow, 512, 512) is None
 
 
 @pytest.mark.parametrize("upload_s", [0.0, 0.01, 0.1, 1.0])
@@ -245,7 +262,7 @@ def test_the_threshold_is_where_the_times_cross() -> None:
 def test_from_the_threshold_on_streaming_is_faster(upload_s: float, cpu_per_token: float) -> None:
     measured, n_tokens = times(upload_s, cpu_per_token), np.arange(1, 8193)
     faster = measured.streamed(n_tokens) < np.minimum(measured.by_cpu(n_tokens, 1), measured.by_cpu(n_tokens, 2))
-    threshold = streaming_threshold(measured, 8192)
+    threshold = streaming_threshold(measured, 8192, 8192)
     if threshold is None:
         assert not faster[-1]
     else:
@@ -253,13 +270,63 @@ def test_from_the_threshold_on_streaming_is_faster(upload_s: float, cpu_per_toke
 
 
 def test_a_slower_bus_moves_the_threshold_up_and_a_slower_cpu_down() -> None:
-    assert streaming_threshold(times(upload_s=0.6), 8192) > streaming_threshold(times(), 8192)
-    assert streaming_threshold(times(cpu_per_token=2e-3), 8192) < streaming_threshold(times(), 8192)
-    assert streaming_threshold(times(cpu_per_token=1e-5, device_per_token=1e-4), 8192) is None
-    assert streaming_threshold(times(upload_s=0.0, cpu_per_token=2e-3), 8192) == 1
+    assert streaming_threshold(times(upload_s=0.6), 8192, 8192) > streaming_threshold(times(), 8192, 8192)
+    assert streaming_threshold(times(cpu_per_token=2e-3), 8192, 8192) < streaming_threshold(times(), 8192, 8192)
+    assert streaming_threshold(times(cpu_per_token=1e-5, device_per_token=1e-4), 512, 8192) is None
+    assert streaming_threshold(times(upload_s=0.0, cpu_per_token=2e-3), 512, 8192) == 1
 
 
 def test_two_batches_where_they_hide_more_than_they_read_twice() -> None:
     even = LayerTimes(Seconds(0.0, 1e-3), Seconds(0.05, 1e-3), Seconds(0, 0), 0.0)
     assert [best_batches(even, n) for n in (1, 10, 40, 200, 4000)] == [1, 1, 1, 2, 2]
     assert best_batches(LayerTimes(Seconds(0, 1e-3), Seconds(0, 1e-3), Seconds(0, 0), 0.0), 1) == 1
+
+
+def layer_seconds(measured: LayerTimes, sizes: list[int], chunk: int, most: int) -> float:
+    """What a layer takes for a prompt cut so: each piece by the faster side, those over a chunk by the device alone."""
+    total = 0.0
+    for size in sizes:
+        n = np.array(float(size))
+        ways = [measured.streamed(n)] if size <= most else []
+        ways += [measured.by_cpu(n, 1), measured.by_cpu(n, 2)] if size <= chunk else []
+        total += min(float(way) for way in ways)
+    return total
+
+
+def every_cut(n_tokens: int, sizes: list[int]) -> Iterator[list[int]]:
+    """Every way to cut a prompt into pieces of these sizes, longest first, and one rest of any size."""
+    if n_tokens == 0:
+        yield []
+        return
+    for i, size in enumerate(sizes):
+        if size <= n_tokens:
+            yield from ([size, *rest] for rest in every_cut(n_tokens - size, sizes[i:]))
+    if n_tokens <= sizes[0]:
+        yield [n_tokens]
+
+
+@pytest.mark.parametrize("n_tokens", [1, 100, 600, 700, 1000, 1500, 4096, 5000])
+@pytest.mark.parametrize("most", [512, 1024, 4096])
+@pytest.mark.parametrize("upload_s", [0.01, 0.3, 0.45, 0.8, 3.0])
+def test_prompts_are_cut_as_takes_least(n_tokens: int, most: int, upload_s: float) -> None:
+    """No cut into multiples of 512 and a rest is faster, and it is one that there is memory for."""
+    measured = times(upload_s)
+    sizes = best_chunks(measured, n_tokens, 512, most)
+    threshold = streaming_threshold(measured, 512, most)
+    assert sum(sizes) == n_tokens and all(0 < n <= (most if threshold and n >= threshold else 512) for n in sizes)
+    found = layer_seconds(measured, sizes, 512, most)
+    others = every_cut(n_tokens, [size for size in (4096, 2048, 1024, 512) if size <= most])
+    best = min(layer_seconds(measured, other, 512, most) for other in others)
+    # Even pieces may be better than those; a rest that would be streamed alone hardly ever joins the one before it.
+    assert found <= 1.02 * best
+
+
+def test_cuts_of_prompts() -> None:
+    """What costs 0.3 s a chunk is done once where there is memory; a short rest is the CPU's; a dear upload is none."""
+    assert best_chunks(times(), 600, 512, 512) == [512, 88]  # streamed 0.321 s, and 0.12 s by the CPU
+    assert best_chunks(times(), 600, 512, 4096) == [600]
+    assert best_chunks(times(), 1000, 512, 4096) == [1000]
+    assert best_chunks(times(), 5000, 512, 4096) == [2500, 2500]
+    assert best_chunks(times(), 4200, 512, 4096) == [4096, 104]
+    assert best_chunks(times(upload_s=3.0), 1200, 512, 4096) == [512, 512, 176]
+    assert best_chunks(times(upload_s=float("inf")), 5000, 512, 4096) == [*[512] * 9, 392]

@@ -241,7 +241,7 @@ def unit(w, row, unit, stride, n_cols, scales, FORMAT: tl.constexpr):
         Words of the low and high halves, what else weights() needs of them (R, U, N); scale and offset of the low half,
         then of the high one, float32 (R, U, 1).
     """
-    if FORMAT == "F32" or FORMAT == "F16" or FORMAT == "BF16":
+    if (FORMAT == "F32" or FORMAT == "F16") or FORMAT == "BF16":
         low, high = _unit_float(w, row, unit, stride, n_cols, FORMAT)
         one = tl.full((1, 1, 1), 1.0, tl.float32)
         return low, high, low, high, one, one, one, one
@@ -292,7 +292,7 @@ def _code(words, extra, SHIFT: tl.constexpr, B: tl.constexpr, FORMAT: tl.constex
         u = _fraction((words >> (8 * B) & 255) ^ 128, 8)
     elif FORMAT == "FP8_E4M3":
         u = e4m3_half(words.to(tl.uint32)).to(tl.float32)
-    elif FORMAT == "F32" or FORMAT == "F16" or FORMAT == "BF16":
+    elif (FORMAT == "F32" or FORMAT == "F16") or FORMAT == "BF16":
         u = words.to(tl.float32)
     else:
         code = words >> (8 * B + SHIFT) & 15
@@ -315,7 +315,7 @@ def _code(words, extra, SHIFT: tl.constexpr, B: tl.constexpr, FORMAT: tl.constex
 def weights(low, high, low_extra, high_extra, s_low, m_low, s_high, m_high, B: tl.constexpr, FORMAT: tl.constexpr):
     """Byte B of every word of the low and of the high halves as weights, float32 (R, U, N)."""
     u_low, u_high = _code(low, low_extra, 0, B, FORMAT), _code(high, high_extra, 4, B, FORMAT)
-    if FORMAT == "F32" or FORMAT == "F16" or FORMAT == "BF16":
+    if (FORMAT == "F32" or FORMAT == "F16") or FORMAT == "BF16":
         return u_low, u_high
     elif FORMAT == "FP8_E4M3":
         return u_low * s_low, u_high * s_high

@@ -48,7 +48,7 @@ def row_sums(
     row: int32 (R,), each within the matrix.
     """
     N: tl.constexpr = 16 // WORD
-    CUT: tl.constexpr = FORMAT == "F32" or FORMAT == "F16" or FORMAT == "BF16" or FORMAT == "FP8_E4M3"
+    CUT: tl.constexpr = (FORMAT == "F32" or FORMAT == "F16") or (FORMAT == "BF16" or FORMAT == "FP8_E4M3")
     # Names, not a list: Triton keeps what a loop carries in names.
     a0 = tl.zeros((R, U, N), tl.float32)
     a1 = tl.zeros((R, U, N), tl.float32)

@@ -116,6 +116,12 @@ class HybridModel:
             return DeviceCache(self.config, capacity, self.device.torch, bits)
 
     @torch.inference_mode()
+    def chunks(self, n_tokens: int) -> list[int]:
+        """Into how many tokens at a time to cut a prompt, for forward(). Raises LocalrunError: the device failed."""
+        with self.device.errors():
+            return self.tuning.chunks(n_tokens)
+
+    @torch.inference_mode()
     def forward(self, ids: Sequence[int], cache: DeviceCache, all_logits: bool = False) -> np.ndarray:
         """Evaluate ids after the cache's tokens; the cache then holds them too.
 

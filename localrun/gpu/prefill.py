@@ -122,10 +122,53 @@ def best_batches(times: LayerTimes, n_tokens: int) -> int:
     return 2 if n_tokens > 1 and times.by_cpu(n, 2) < times.by_cpu(n, 1) else 1
 
 
-def streaming_threshold(times: LayerTimes, most: int) -> int | None:
-    """Tokens at a time from which on, up to `most`, uploading experts is faster; None if `most` is too few."""
+def streaming_threshold(times: LayerTimes, chunk: int, most: int) -> int | None:
+    """Tokens at a time from which on, up to `most`, uploading experts is faster; None if `most` is too few.
+
+    chunk: tokens that the CPU takes at a time; more than these are several times as many for it.
+    """
     n_tokens = np.arange(1, most + 1)
-    by_cpu = np.minimum(times.by_cpu(n_tokens, 1), times.by_cpu(n_tokens, 2))
-    slower = np.flatnonzero(times.streamed(n_tokens) >= by_cpu)
+    slower = np.flatnonzero(times.streamed(n_tokens) >= _by_cpu(times, n_tokens, chunk))
     first = int(n_tokens[slower[-1]]) + 1 if slower.size else 1
     return first if first <= most else None
+
+
+def _by_cpu(times: LayerTimes, n_tokens: np.ndarray, chunk: int) -> np.ndarray:
+    """A layer of so many tokens in as few even chunks as there must be, each in the better number of batches."""
+    n_chunks = np.ceil(n_tokens / chunk)
+    return n_chunks * np.minimum(*(times.by_cpu(n_tokens / n_chunks, n_batches) for n_batches in (1, 2)))
+
+
+def best_chunks(times: LayerTimes, n_tokens: int, chunk: int, most: int) -> list[int]:
+    """How many tokens of a prompt to take at a time, so that all take least: in all n_tokens, each from 1 to `most`.
+
+    Uploading takes as long for few tokens as for many, so that long chunks pay for it; what they leave over may be the
+    CPU's, or they are shorter by as much.
+
+    Args:
+        chunk: of the CPU, and of all where nothing is uploaded.
+        most: tokens whose layer there is memory for.
+    """
+    threshold = streaming_threshold(times, chunk, most)
+    usual = _cut(n_tokens, chunk)
+    if threshold is None:
+        return usual
+
+    def seconds(sizes: list[int]) -> float:
+        n = np.array(sizes)
+        return float(np.where(n >= threshold, times.streamed(n), _by_cpu(times, n, chunk)).sum())
+
+    longest = [[most] * n_long + _cut(n_tokens - n_long * most, chunk) for n_long in range(1, n_tokens // most + 1)]
+    even = [_even(n_tokens, n_chunks) for n_chunks in range(-(-n_tokens // most), len(usual))]
+    allowed = (sizes for sizes in longest + even if all(n <= chunk or n >= threshold for n in sizes))
+    return min([usual, *allowed], key=seconds)
+
+
+def _cut(n_tokens: int, size: int) -> list[int]:
+    """Pieces of a size, and what is left."""
+    return [min(size, n_tokens - first) for first in range(0, n_tokens, size)]
+
+
+def _even(n_tokens: int, n_pieces: int) -> list[int]:
+    """Pieces of the same size, but for one token."""
+    return [(n_tokens + i) // n_pieces for i in reversed(range(n_pieces))]

@@ -14,12 +14,13 @@ import torch
 from localrun.bridge import Finish
 from localrun.gpu.cache import DeviceCache
 from localrun.gpu.device import Cuda, StandIn
-from localrun.gpu.prefill import LayerTimes, Seconds, best_batches, streaming_threshold
+from localrun.gpu.prefill import LayerTimes, Seconds, best_batches, best_chunks, streaming_threshold
 from localrun.gpu.routed import Routed, Way
 from localrun.model import Model
-from localrun.placement import CHUNK, VRAM, Placement
+from localrun.placement import CHUNK, VRAM, Placement, activation_bytes
 
 _FEW, _MANY = 64, CHUNK  # tokens that a layer is measured with; fewer are one batch
+_MOST_CHUNKS = 8  # that are evaluated at a time: beyond, an upload is a small part, and Ctrl-C waits for a chunk
 
 
 class Tuning:
@@ -28,6 +29,8 @@ class Tuning:
     Attributes:
         few, many: tokens that a layer is measured with, when the first prompt of at least `few` comes.
         times: what was measured; None before.
+        chunk: tokens that are evaluated at a time where the CPU has a part in it.
+        most: the same where experts are uploaded, as far as there is memory.
         threshold: tokens at a time from which on a layer's experts are uploaded; None for never.
     """
 
@@ -35,25 +38,37 @@ class Tuning:
         self._device, self._network, self._routed = device, network, routed
         spare = placement.available[VRAM] - placement.needed[VRAM]
         self._may_stream = 0 < routed.streamable <= spare
-        self.few, self.many = _FEW, _MANY
+        self.few, self.many, self.chunk = _FEW, _MANY, CHUNK
+        n_more = max(0, spare - routed.streamable) // activation_bytes(network.config)
+        # A layer that has experts in both memories is not uploaded, and the CPU's memory is that of one chunk.
+        self.most = CHUNK * min(_MOST_CHUNKS, 1 + n_more) if all(map(routed.is_whole, routed.in_ram)) else CHUNK
         self.times: LayerTimes | None = None
         self.threshold: int | None = None
 
     def choose(self, n_tokens: int) -> tuple[Way, int]:
         """How experts in RAM are computed for a prompt's n_tokens, and in how many batches these go."""
-        if not self._routed.in_ram:
-            return Way.PREFILL, 1
-        if self.times is None and n_tokens >= self.few:
-            self.use(self.measure())
+        self._measure_for(n_tokens)
         if self.times is None:
             return Way.PREFILL, 1
         if self.threshold is not None and n_tokens >= self.threshold:
             return Way.STREAM, 1
         return Way.PREFILL, best_batches(self.times, n_tokens)
 
+    def chunks(self, n_tokens: int) -> list[int]:
+        """How many of a prompt's n_tokens to evaluate at a time: of each choose() then says how."""
+        self._measure_for(n_tokens)
+        if self.times is None:
+            return [min(self.chunk, n_tokens - first) for first in range(0, n_tokens, self.chunk)]
+        return best_chunks(self.times, n_tokens, self.chunk, self.most)
+
+    def _measure_for(self, n_tokens: int) -> None:
+        """Measure if there is a choice, it has not been done, and the prompt is long enough."""
+        if self.times is None and self._routed.in_ram and n_tokens >= self.few:
+            self.use(self.measure())
+
     def use(self, times: LayerTimes) -> None:
         """Choose by these times from now on."""
-        self.times, self.threshold = times, streaming_threshold(times, CHUNK)
+        self.times, self.threshold = times, streaming_threshold(times, self.chunk, self.most)
 
     def measure(self) -> LayerTimes:
         """Of the last layer that has experts in RAM: where only some are, it is the last that has none elsewhere."""

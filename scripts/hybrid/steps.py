@@ -206,12 +206,14 @@ class Bench:
     # ---- prompts
 
     def prompt(self, n_tokens: int) -> dict[str, Any]:
-        """Tokens a second of a prompt in chunks as sessions have them, in one batch, in two, and as measured."""
+        """Tokens a second of a prompt in the CPU's chunks, of one batch or two, and in chunks and ways as measured."""
         found: dict[str, Any] = {"tokens": n_tokens}
+        usual = [min(PREFILL_CHUNK, n_tokens - first) for first in range(0, n_tokens, PREFILL_CHUNK)]
         for n_batches in (1, 2):
             with self._chosen((Way.PREFILL, n_batches)):
-                found["two batches" if n_batches == 2 else "one batch"] = self._rate(n_tokens)
-        found["as measured"] = self._rate(n_tokens)
+                found["two batches" if n_batches == 2 else "one batch"] = self._rate(usual)
+        sizes = self.model.chunks(n_tokens)
+        found["as measured"] = self._rate(sizes) | {"chunks": sizes}
         return found
 
     @contextmanager
@@ -222,13 +224,14 @@ class Bench:
         finally:
             del self.model.tuning.choose
 
-    def _rate(self, n_tokens: int) -> dict[str, float]:
+    def _rate(self, sizes: Sequence[int]) -> dict[str, Any]:
+        n_tokens = sum(sizes)
         cache, ids = self.model.new_cache(n_tokens), self.ids(n_tokens)
 
         def run() -> None:
             cache.truncate(0)
-            for first in range(0, n_tokens, PREFILL_CHUNK):
-                self.model.forward(ids[first : first + PREFILL_CHUNK], cache)
+            for size in sizes:
+                self.model.forward(ids[cache.length : cache.length + size], cache)
 
         ms = times(run, self.effort.prompt_runs)
         return {"best_ms": ms["best"], "median_ms": ms["median"], "tokens_per_s": 1e3 * n_tokens / ms["median"]}
