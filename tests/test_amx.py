@@ -26,7 +26,6 @@ from quant.amx_emulated import EmulatedTiles
 from quant.errors import QuantError
 from quant.jit import kernel
 from quant.panel_amx import shapes
-from quant.panel_step import TOKENS, VECTOR_TOKENS
 from quant.pool import aligned_bytes
 from quant.simd import I64, define
 
@@ -224,10 +223,11 @@ def test_nothing_is_called_but_addresses_given(assembly: dict[str, str]) -> None
         assert symbols <= {"amx_configs"} | {s for s in symbols if s.startswith(".LJTI")}, name
 
 
+@vnni
 def test_shapes_belong_together() -> None:
     """Of every configuration, as TDPBSUD wants them: sums (n, 16), tokens (n, depth), weights (depth / 4, 16)."""
     for depth in (16, 32):
-        for largest in range(VECTOR_TOKENS + 1, TOKENS + 1):
+        for largest in range(5, 13):
             registers = shapes(depth, largest)
             assert {registers[0][0], registers[2][0]} == {largest, largest - 1}
             for n, sums, tokens in ((registers[0][0], (0, 1), 4), (registers[2][0], (2, 3), 5)):
