@@ -29,7 +29,9 @@ class Format:
         gemv_few: address of void(w, n_rows, n_cols, records, outs, offset, n_tokens): the same for up to
             gemv.MOST_FEW tokens, each block decoded once. records, outs: addresses of n_tokens addresses;
             outs[t][offset + 4*r] = row r . records[t].
-        expand: address of void(w, n_blocks, out): the same float32 values as unpack.
+        expand: address of void(w, n_blocks, out): the same float32 values as unpack. 0 if rows are interleaved.
+        rows: how many rows lie interleaved (r16.py). All kernels take multiples of so many, from a multiple of it on;
+            unpack takes (..., rows, row bytes).
     """
 
     name: str
@@ -40,6 +42,7 @@ class Format:
     gemv: int
     gemv_few: int
     expand: int
+    rows: int = 1
 
     def row_bytes(self, n_cols: int) -> int:
         """Bytes of a row. Raises QuantError if n_cols is not a whole number of blocks."""
@@ -65,10 +68,11 @@ _MODULES = {
     "MXFP4": "mxfp4",
 }
 NAMES = tuple(_MODULES)
+INTERLEAVED = ("Q4_K_R16", "Q5_K_R16", "Q6_K_R16")  # names of our own: 16 rows of the format before _R16 (r16.py)
 
 
 def get(name: str) -> Format:
     """The format called `name`; compiles its kernels, or loads them from the cache. Raises QuantError."""
-    if name not in _MODULES:
-        raise QuantError(f"no kernels for type {name}; there are some for {', '.join(NAMES)}")
-    return getattr(import_module(f"quant.{_MODULES[name]}"), name)
+    if name not in _MODULES and name not in INTERLEAVED:
+        raise QuantError(f"no kernels for type {name}; there are some for {', '.join((*NAMES, *INTERLEAVED))}")
+    return getattr(import_module(f"quant.{_MODULES.get(name, name.lower())}"), name)

@@ -71,20 +71,29 @@ class Weight:
         """The matrix as jobs see it, in the order of rows.GEMV and its neighbours."""
         return (
             self.format.gemv, self.format.expand, self.format.block,
-            self.row_bytes, self.address, self.group_bytes, self.format.gemv_few,
+            self.row_bytes, self.address, self.group_bytes, self.format.gemv_few, self.format.rows,
         )  # fmt: skip
 
     def rows(self, start: int, count: int) -> "Weight":
         """The same groups, restricted to `count` rows from `start`: a view."""
         if start < 0 or start + count > self.n_rows:
             raise QuantError(f"rows {start}..{start + count} of a matrix with {self.n_rows}")
+        _check_rows(self.format, start, count)
         return replace(self, address=self.address + start * self.row_bytes, n_rows=count)
+
+
+def _check_rows(format_: Format, *numbers: int) -> None:
+    """Raises QuantError unless interleaved rows stay together."""
+    if any(number % format_.rows for number in numbers):
+        found = " and ".join(map(str, numbers))
+        raise QuantError(f"{format_.name} takes multiples of {format_.rows} rows; found {found}")
 
 
 def weight(data: np.ndarray, format_: Format, shape: tuple[int, ...]) -> Weight:
     """The uint8 `data` as matrices of `shape` (rows, cols) or (groups, rows, cols). Raises QuantError on its size."""
     *groups, n_rows, n_cols = shape
     n_groups = groups[0] if groups else 1
+    _check_rows(format_, n_rows)
     group_bytes = n_rows * format_.row_bytes(n_cols)
     if data.dtype != np.uint8 or not data.flags.c_contiguous or data.nbytes != n_groups * group_bytes:
         raise QuantError(f"{format_.name} {shape} takes {n_groups * group_bytes} contiguous bytes; found {data.nbytes}")
@@ -133,10 +142,11 @@ def _multiply(arguments, worker):
 
 def unit_rows(pool: Pool, matrix: Weight, n_tokens: int) -> int:
     """Rows that a worker takes at a time."""
-    if expands.py_func(matrix.format.block, n_tokens):
+    together = matrix.format.rows
+    if expands.py_func(matrix.format.block, together, n_tokens):
         return scratch_rows(matrix.n_cols)
     share = -(-matrix.n_rows * matrix.n_groups // (4 * pool.n_workers))
-    return max(4, min(_UNIT_BYTES // matrix.row_bytes, share))
+    return max(4, together, min(_UNIT_BYTES // matrix.row_bytes, share) // together * together)
 
 
 def multiply(pool: Pool, matrix: Weight, x: int, n_tokens: int, out: int) -> None:
@@ -162,6 +172,12 @@ def multiply(pool: Pool, matrix: Weight, x: int, n_tokens: int, out: int) -> Non
     packed = np.array(arguments, np.int64)
     _prepare.ctypes(packed.ctypes.data)
     pool.run(_multiply.address, packed)
+
+
+def _check_plain(matrix: Weight) -> None:
+    """Raises QuantError if rows are interleaved: one of them has no address."""
+    if matrix.format.rows > 1:
+        raise QuantError(f"{matrix.format.name}: rows that are interleaved cannot be read one by one")
 
 
 @kernel("void(int64, int64)")
@@ -199,8 +215,9 @@ def multiply_transposed(pool: Pool, matrix: Weight, x: int, n_tokens: int, out: 
         out: address of float32 (n_tokens, n_groups, n_cols).
 
     Raises:
-        QuantError: n_cols is no multiple of 16.
+        QuantError: n_cols is no multiple of 16, or the matrix's rows are interleaved.
     """
+    _check_plain(matrix)
     if matrix.n_cols % 16:
         raise QuantError(f"rows of {matrix.n_cols} weights; a transposed product needs multiples of 16")
     counter = np.zeros(1, np.int64)
@@ -230,7 +247,11 @@ def expand_rows(pool: Pool, matrix: Weight, rows: np.ndarray, out: int) -> None:
     Args:
         rows: int64 (n,), each below n_groups * n_rows.
         out: address of float32 (n, n_cols).
+
+    Raises:
+        QuantError: rows are interleaved.
     """
+    _check_plain(matrix)
     group, row = np.divmod(rows.astype(np.int64), matrix.n_rows)
     addresses = matrix.address + group * matrix.group_bytes + row * matrix.row_bytes
     counter = np.zeros(1, np.int64)

@@ -36,7 +36,7 @@ from quant.panel_step import (
     TOKENS,
 )
 from quant.panel_tile import TILES
-from quant.rows import ADDRESS, BLOCK, GROUP_BYTES, ROW_BYTES
+from quant.rows import ADDRESS, BLOCK, GROUP_BYTES, INTERLEAVED, ROW_BYTES
 from quant.simd import (
     load_f32,
     load_i8x32,
@@ -62,6 +62,7 @@ class PanelFormat:
     Attributes:
         kind, offset: see the module.
         repack: address of void(rows, n_blocks, out): n_blocks blocks behind each of 16 addresses at `rows`, to steps.
+            Of interleaved rows they are one address.
     """
 
     kind: int
@@ -79,6 +80,9 @@ _MODULES = {
     "Q5_K": "panel_k",
     "Q6_K": "panel_k",
     "IQ4_XS": "panel_k",
+    "Q4_K_R16": "panel_r16",
+    "Q5_K_R16": "panel_r16",
+    "Q6_K_R16": "panel_r16",
     "Q4_0": "panel_32",
     "Q4_1": "panel_32",
     "Q5_0": "panel_32",
@@ -150,9 +154,11 @@ def n_panels(n_rows):
 @inline
 def _repack(matrix, w, row_bytes, n_rows, n_blocks, addresses, panel):
     """A panel of the rows from w on; behind the last of n_rows the last one again. addresses: scratch."""
+    interleaved = load_i64(matrix + INTERLEAVED)
     for part in range(2):
         for r in range(VECTOR_ROWS):
-            store_i64(addresses + 8 * r, w + row_bytes * min(VECTOR_ROWS * part + r, n_rows - 1))
+            row = min(VECTOR_ROWS * part + r, n_rows - 1) & -interleaved  # a power of 2
+            store_i64(addresses + 8 * r, w + row_bytes * row)
         call_3(load_i64(matrix + REPACKER), addresses, n_blocks, panel + PART_BYTES * part)
 
 
@@ -175,6 +181,7 @@ def multiply_panels(matrix, group, first, n_rows, n_cols, tokens, n_tokens, sums
     for step in range(0, n_steps, STEPS):
         steps = min(STEPS, n_steps - step)
         n_blocks, skipped = steps * STEP // block, step * STEP // block * (row_bytes * block // n_cols)
+        skipped *= load_i64(matrix + INTERLEAVED)
         for p in range(panels):
             _repack(
                 matrix,

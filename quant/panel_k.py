@@ -24,7 +24,7 @@ from quant.simd_panel import (
     transpose,
 )
 
-_SCALES = 16 * STEP  # where a step's scales begin
+SCALES = 16 * STEP  # where a step's scales begin
 
 
 @inline
@@ -36,20 +36,27 @@ def _store_scaled(packed, d, out):
 
 
 @inline
-def _scales_and_minima(rows, at, out):
-    """The 16 bytes before the weights of Q4_K and Q5_K, for 8 steps. Six-bit numbers: see q4_k.packed_scales."""
-    halves, low, high, mixed = transpose(rows, at)
-    d, dmin = half_to_f32x16(halves), negate_f32x16(half_to_f32x16(shift_right_i32(halves, 16)))
+def store_scales_and_minima(d, dmin, low, high, mixed, out):
+    """What is before the weights of Q4_K and Q5_K, for 8 steps. Numbers of 6 bits: see q4_k.packed_scales."""
     low_rest, high_rest = and_i32(shift_right_i32(low, 2), 0x30303030), and_i32(shift_right_i32(high, 2), 0x30303030)
     _store_scaled(and_i32(low, 0x3F3F3F3F), d, out)
     _store_scaled(or_i32(and_i32(mixed, 0x0F0F0F0F), low_rest), d, out + 4 * STEP_BYTES)
-    _store_scaled(and_i32(high, 0x3F3F3F3F), dmin, out + 64)
+    minus_dmin = negate_f32x16(dmin)
+    _store_scaled(and_i32(high, 0x3F3F3F3F), minus_dmin, out + 64)
     mixed = and_i32(shift_right_i32(mixed, 4), 0x0F0F0F0F)
-    _store_scaled(or_i32(mixed, high_rest), dmin, out + 4 * STEP_BYTES + 64)
+    _store_scaled(or_i32(mixed, high_rest), minus_dmin, out + 4 * STEP_BYTES + 64)
 
 
 @inline
-def _store_nibbles(words, out):
+def _scales_and_minima(rows, at, out):
+    """The same from the 16 bytes at `at` behind each row's address."""
+    halves, low, high, mixed = transpose(rows, at)
+    d, dmin = half_to_f32x16(halves), half_to_f32x16(shift_right_i32(halves, 16))
+    store_scales_and_minima(d, dmin, low, high, mixed, out)
+
+
+@inline
+def store_nibbles(words, out):
     """Low nibbles to one step, high ones to the next."""
     store_i32x16(out, and_i32(words, 0x0F0F0F0F))
     store_i32x16(out + STEP_BYTES, and_i32(shift_right_i32(words, 4), 0x0F0F0F0F))
@@ -58,14 +65,14 @@ def _store_nibbles(words, out):
 @kernel(REPACK)
 def _q4_k(rows, n_blocks, out):
     for b in range(n_blocks):
-        _scales_and_minima(rows, 144 * b, out + _SCALES)
+        _scales_and_minima(rows, 144 * b, out + SCALES)
         for quarter in range(4):
             for half in range(2):
                 w0, w1, w2, w3 = transpose(rows, 144 * b + 16 + 32 * quarter + 16 * half)
-                _store_nibbles(w0, out + 256 * half)
-                _store_nibbles(w1, out + 256 * half + 64)
-                _store_nibbles(w2, out + 256 * half + 128)
-                _store_nibbles(w3, out + 256 * half + 192)
+                store_nibbles(w0, out + 256 * half)
+                store_nibbles(w1, out + 256 * half + 64)
+                store_nibbles(w2, out + 256 * half + 128)
+                store_nibbles(w3, out + 256 * half + 192)
             out += 2 * STEP_BYTES
 
 
@@ -76,8 +83,8 @@ def _with_high_bits(nibbles, high, shift, mask):
 
 
 @inline
-def _store_fives(words, high, quarter, out):
-    """As _store_nibbles, with fifth bits from bits 2*quarter and 2*quarter+1 of each byte of `high`."""
+def store_fives(words, high, quarter, out):
+    """As store_nibbles, with fifth bits from bits 2*quarter and 2*quarter+1 of each byte of `high`."""
     first, second = and_i32(words, 0x0F0F0F0F), and_i32(shift_right_i32(words, 4), 0x0F0F0F0F)
     store_i32x16(out, _with_high_bits(first, high, 2 * quarter, 0x01010101))
     store_i32x16(out + STEP_BYTES, _with_high_bits(second, high, 2 * quarter + 1, 0x01010101))
@@ -86,21 +93,21 @@ def _store_fives(words, high, quarter, out):
 @kernel(REPACK)
 def _q5_k(rows, n_blocks, out):
     for b in range(n_blocks):
-        _scales_and_minima(rows, 176 * b, out + _SCALES)
+        _scales_and_minima(rows, 176 * b, out + SCALES)
         for half in range(2):
             h0, h1, h2, h3 = transpose(rows, 176 * b + 16 + 16 * half)
             for quarter in range(4):
                 w0, w1, w2, w3 = transpose(rows, 176 * b + 48 + 32 * quarter + 16 * half)
                 to = out + 2 * STEP_BYTES * quarter + 256 * half
-                _store_fives(w0, h0, quarter, to)
-                _store_fives(w1, h1, quarter, to + 64)
-                _store_fives(w2, h2, quarter, to + 128)
-                _store_fives(w3, h3, quarter, to + 192)
+                store_fives(w0, h0, quarter, to)
+                store_fives(w1, h1, quarter, to + 64)
+                store_fives(w2, h2, quarter, to + 128)
+                store_fives(w3, h3, quarter, to + 192)
         out += 8 * STEP_BYTES
 
 
 @inline
-def _store_sixes(words, high, k, out):
+def store_sixes(words, high, k, out):
     """Low nibbles to step k, high ones to step k+2, with bits 2k and 2k+4 of each byte of `high`, and the next ones."""
     first, second = and_i32(words, 0x0F0F0F0F), and_i32(shift_right_i32(words, 4), 0x0F0F0F0F)
     store_i32x16(out + STEP_BYTES * k, _with_high_bits(first, high, 2 * k, 0x03030303))
@@ -121,19 +128,19 @@ def _q6_k(rows, n_blocks, out):
         block = 210 * b
         d = half_to_f32x16(shift_right_i32(gather(rows, block + 206), 16))
         s0, s1, s2, s3 = transpose(rows, block + 192)
-        _store_signed(s0, d, out + _SCALES)
-        _store_signed(s1, d, out + _SCALES + 2 * STEP_BYTES)
-        _store_signed(s2, d, out + _SCALES + 4 * STEP_BYTES)
-        _store_signed(s3, d, out + _SCALES + 6 * STEP_BYTES)
+        _store_signed(s0, d, out + SCALES)
+        _store_signed(s1, d, out + SCALES + 2 * STEP_BYTES)
+        _store_signed(s2, d, out + SCALES + 4 * STEP_BYTES)
+        _store_signed(s3, d, out + SCALES + 6 * STEP_BYTES)
         for half in range(2):
             for i in range(2):
                 h0, h1, h2, h3 = transpose(rows, block + 128 + 32 * half + 16 * i)
                 for k in range(2):
                     w0, w1, w2, w3 = transpose(rows, block + 64 * half + 32 * k + 16 * i)
-                    _store_sixes(w0, h0, k, out + 256 * i)
-                    _store_sixes(w1, h1, k, out + 256 * i + 64)
-                    _store_sixes(w2, h2, k, out + 256 * i + 128)
-                    _store_sixes(w3, h3, k, out + 256 * i + 192)
+                    store_sixes(w0, h0, k, out + 256 * i)
+                    store_sixes(w1, h1, k, out + 256 * i + 64)
+                    store_sixes(w2, h2, k, out + 256 * i + 128)
+                    store_sixes(w3, h3, k, out + 256 * i + 192)
             out += 4 * STEP_BYTES
 
 
@@ -160,7 +167,7 @@ def _iq4_xs(rows, n_blocks, out):
             _store_values(w3, out + 192)
             upper = shift_left_i32(and_i32(shift_right_i32(high, 16 + 2 * j), 3), 4)
             scale = add_i32(or_i32(and_i32(shift_right_i32(low, 4 * j), 15), upper), -32)
-            store_f32x16(out + _SCALES, mul_f32x16(i32_to_f32x16(scale), d))
+            store_f32x16(out + SCALES, mul_f32x16(i32_to_f32x16(scale), d))
             out += STEP_BYTES
 
 

@@ -20,9 +20,9 @@ _TOKEN_BLOCK_BYTES = 1 << 19  # records that stay in L2 while the expanded rows 
 
 
 @inline
-def expands(block, n_tokens):
-    """Whether n_tokens are many for a format with blocks of so many weights."""
-    return n_tokens >= (GEMM_TOKENS_OF_FLOATS if block == 1 else GEMM_TOKENS)
+def expands(block, interleaved, n_tokens):
+    """Whether n_tokens are many for a format with blocks of so many weights, so many rows of which lie interleaved."""
+    return interleaved == 1 and n_tokens >= (GEMM_TOKENS_OF_FLOATS if block == 1 else GEMM_TOKENS)
 
 
 def scratch_rows(n_cols: int) -> int:
@@ -42,9 +42,9 @@ def write_records(x, n_inputs, n_cols, integer, record_bytes, records):
         write_record(x + 4 * n_cols * i, 0, n_cols, n_cols, integer, records + record_bytes * i)
 
 
-# A matrix as the kernels see it: seven int64 among a job's arguments (linear.Weight.fields).
-GEMV, EXPAND, BLOCK, ROW_BYTES, ADDRESS, GROUP_BYTES, GEMV_FEW = range(0, 56, 8)
-MATRIX_BYTES = 56
+# A matrix as the kernels see it: eight int64 among a job's arguments (linear.Weight.fields).
+GEMV, EXPAND, BLOCK, ROW_BYTES, ADDRESS, GROUP_BYTES, GEMV_FEW, INTERLEAVED = range(0, 64, 8)
+MATRIX_BYTES = 64
 
 
 @inline
@@ -58,8 +58,9 @@ def multiply_rows(matrix, group, first, n_rows, n_cols, n_tokens, records, outs,
     if n_tokens == 1:
         call_5(load_i64(matrix + GEMV), w, n_rows, n_cols, load_i64(records), load_i64(outs) + offset)
         return
-    if not expands(load_i64(matrix + BLOCK), n_tokens) or n_cols % 16 != 0:
-        step = n_rows if n_tokens <= MOST_FEW else max(1, _PASS_BYTES // row_bytes)
+    interleaved = load_i64(matrix + INTERLEAVED)
+    if not expands(load_i64(matrix + BLOCK), interleaved, n_tokens) or n_cols % 16 != 0:
+        step = n_rows if n_tokens <= MOST_FEW else max(1, _PASS_BYTES // (row_bytes * interleaved)) * interleaved
         for r in range(0, n_rows, step):
             at, count = offset + 4 * r, min(step, n_rows - r)
             for t in range(0, n_tokens, MOST_FEW):

@@ -161,7 +161,7 @@ def _load_bf16x16(builder, address):
     return builder.bitcast(builder.shl(bits, constant(bits.type, 16)), f32x16.ir)
 
 
-def _load_f16x16(builder, address):
+def emit_load_f16x16(builder, address):
     halves = load(builder, address, ir.VectorType(I16, 16))
     if isa.target_has("f16c"):
         return builder.fpext(builder.bitcast(halves, ir.VectorType(F16, 16)), f32x16.ir)
@@ -173,7 +173,7 @@ def _load_f16x16(builder, address):
 
 
 load_bf16x16 = define(f32x16, (types.int64,), _load_bf16x16)
-load_f16x16 = define(f32x16, (types.int64,), _load_f16x16)
+load_f16x16 = define(f32x16, (types.int64,), emit_load_f16x16)
 
 # ---- constants -------------------------------------------------------------------------------------------------------
 

@@ -174,7 +174,7 @@ def _dot(builder, total, w, x, widen: Callable):
     return total
 
 
-def _dot_u8(builder, total, u, x):
+def emit_dot_u8(builder, total, u, x):
     """total + sum of u*x over each 4 lanes; u unsigned, and at most 128 below AVX-512, x signed, not below -127."""
     if isa.has("avx512_vnni"):
         return call(builder, "llvm.x86.avx512.vpdpbusd.512", i32x16.ir, total, u, x)
@@ -187,7 +187,7 @@ def _dot_u8(builder, total, u, x):
 def _dot_biased(builder, total, w, x):
     """total + sum of w*x over each 4 lanes; w = the weight + BIAS, x signed, not below -127."""
     if BIAS:
-        return _dot_u8(builder, total, w, x)
+        return emit_dot_u8(builder, total, w, x)
     if isa.has("avx2"):
 
         def half(w, x):
@@ -220,7 +220,7 @@ def _pair_sums(builder, a, b):
 
 
 zero_i32x16 = define(i32x16, (), lambda b: constant(i32x16.ir, 0))
-dot_u8x64 = define(i32x16, (i32x16, i8x64, i8x64), _dot_u8)
+dot_u8x64 = define(i32x16, (i32x16, i8x64, i8x64), emit_dot_u8)
 dot_biased = define(i32x16, (i32x16, i8x64, i8x64), _dot_biased)
 pair_sums = define(i32x16, (i32x16, i32x16), _pair_sums)
 pair_sums_wide = define(i32x16, (i32x16, i32x16), _pair_sums_wide)

@@ -421,7 +421,8 @@ def expert_phases(
     """
     gate, up, down = experts.gate, experts.up, experts.down
     hidden, inner, top_k = gate.n_cols, gate.n_rows, router.num_experts_per_tok
-    rows = unit_rows(gate, 2 * top_k * inner * gate.row_bytes, n_workers)
+    interleaved = max(gate, up, key=lambda matrix: matrix.format.rows)
+    rows = unit_rows(interleaved, 2 * top_k * inner * gate.row_bytes, n_workers)
     record, size = padded(4 * hidden), padded(4 * hidden) + record_bytes(hidden)
     choice = MOST_TOKENS * size
     rounded = gate.format.integer or up.format.integer

@@ -158,9 +158,9 @@ class Input:
 
 
 def unit_rows(weight: Weight, n_bytes: int, n_workers: int) -> int:
-    """Rows that a worker takes at a time in a phase of n_bytes of weights, a multiple of 8."""
-    wanted = min(_UNIT_BYTES, n_bytes // (_UNITS_PER_WORKER * n_workers))
-    return max(8, wanted // weight.row_bytes // 8 * 8)
+    """Rows that a worker takes at a time in a phase of n_bytes of weights, a multiple of 8 and of interleaved rows."""
+    wanted, multiple = min(_UNIT_BYTES, n_bytes // (_UNITS_PER_WORKER * n_workers)), max(8, weight.format.rows)
+    return max(multiple, wanted // weight.row_bytes // multiple * multiple)
 
 
 def rows_phase(
