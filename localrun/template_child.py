@@ -34,6 +34,7 @@ def limit(memory_bytes: int, output_bytes: int, cpu_s: int) -> None:
 
 
 def environment() -> Any:
+    """A sandboxed jinja2 environment with what chat templates expect of transformers'."""
     from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -71,6 +72,7 @@ def environment() -> Any:
 
 
 def render(env: Any, source: str, variables: dict[str, Any], max_chars: int) -> dict[str, str]:
+    """The answer: {"text": what the template writes}, or {"error": why there is none}."""
     pieces, size = [], 0
     for piece in env.from_string(source).generate(**variables):
         pieces.append(piece)
@@ -88,6 +90,7 @@ def describe(kind: type[BaseException], error: BaseException, _trace: Any) -> No
 
 
 def main() -> None:
+    """Read a request from stdin, answer it on stdout."""
     request = json.load(sys.stdin)
     sys.path[:] = request["path"]
     sys.excepthook = describe

@@ -1,0 +1,136 @@
+"""That host and device memory are kept apart: the model on a device whose tensors hold nothing (torch's "meta" device).
+
+There, as on a GPU, an operation on tensors of both sides raises, and so does asking for a value or a shape that depends
+on one. The stand-in, which is the CPU, would not notice. Kernels are left out: nothing is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import gpu_device
+import pytest
+import tiny_models
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from localrun import bridge
+from localrun.config import read_config
+from localrun.gguf import open_gguf
+from localrun.gpu import gemm
+from localrun.gpu.device import StandIn
+from localrun.gpu.hybrid import HybridModel
+from localrun.gpu.routed import Way
+from localrun.placement import Request, lay_out
+
+pytestmark = pytest.mark.skipif(gpu_device.HAS_GPU, reason="there is a device whose tensors hold something")
+
+CTX = 300
+
+
+class Apart(StandIn):
+    """A device apart; notes where its host memory is."""
+
+    def __init__(self) -> None:
+        self.torch = torch.device("meta")
+        self.locked: set[int] = set()
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        memory = super().pinned(shape, dtype)
+        self.locked.add(memory.untyped_storage().data_ptr())
+        return memory
+
+    def call(self, function: int, argument: int) -> None:
+        """Host nodes would compute from what no copy has brought."""
+
+
+class Crossings(TorchDispatchMode):
+    """Notes what goes from one side to the other, and makes up what would arrive on the host.
+
+    Attributes:
+        seen: an operation's name, and the address of the host's memory.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+        on_host = [each for each in tensors if each.device.type == "cpu"]
+        to = str(kwargs.get("device", ""))
+        if len(on_host) not in (0, len(tensors)):
+            self.seen.append((function.__name__, on_host[0].untyped_storage().data_ptr()))
+            if function is torch.ops.aten.copy_.default and args[0].device.type == "cpu":
+                return args[0]
+        elif tensors and to and to != str(tensors[0].device):
+            self.seen.append((function.__name__, 0))
+            if to == "cpu":
+                return torch.zeros(tensors[0].shape, dtype=kwargs.get("dtype") or tensors[0].dtype)
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def opened(variant: str, gpu_experts: int, monkeypatch: pytest.MonkeyPatch, bits: int = 16) -> Iterator[HybridModel]:
+    monkeypatch.setattr(type(gemm._multiply), "__getitem__", lambda kernel, grid: lambda *args, **options: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=100))
+    monkeypatch.setattr(bridge.PrefillExperts, "_compute", lambda *args: None)
+    with open_gguf(tiny_models.shared(variant)) as file:
+        config, much = read_config(file), 1 << 40
+        tensors = tuple(file.tensors.values())
+        placement = lay_out(Request(tensors, config, CTX, much, much, much, gpu_experts=gpu_experts, cache_bits=bits))
+        with closing(HybridModel(config, file, 1, placement, Apart())) as model:
+            yield model
+
+
+@pytest.mark.parametrize(("variant", "gpu_experts"), [("v3", 0), ("v3", 3), ("v2-lite", 8), ("v3-legacy-kv-b", 16)])
+def test_a_step_copies_to_and_from_page_locked_memory_alone(
+    variant: str, gpu_experts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of no other memory a copy may be captured, and nothing else may wait for the host."""
+    with opened(variant, gpu_experts, monkeypatch) as model, torch.inference_mode():
+        cache = model.new_cache(CTX)
+        for n_tokens in (1, 5):
+            with Crossings() as crossings:
+                model.step.queue(cache, n_tokens)
+            n_layers = len(model.routed.in_ram)
+            assert [name for name, _ in crossings.seen] == ["copy_.default"] * (1 + 4 * n_layers + 2)
+            assert {address for _, address in crossings.seen} <= model.device.locked
+
+
+@pytest.mark.parametrize(("gpu_experts", "bits"), [(0, 16), (3, 8), (16, 16)])
+def test_prompts_mix_no_sides(gpu_experts: int, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few tokens absorbed, many decompressed, exact or not, measured, streamed: all the ways there are."""
+    with opened("v3", gpu_experts, monkeypatch, bits) as model, Crossings() as crossings:
+        for exact in (False, True):
+            cache = model.new_cache(CTX, exact=exact)
+            for n_tokens in (9, 40, 130):
+                assert model.forward(list(range(n_tokens)), cache, all_logits=True).shape == (n_tokens, 320)
+            cache.truncate(7)
+            saved = cache.save()
+            assert all(array.shape[0] == 7 for array in saved.values())
+            cache.load(saved, 7)
+        assert (model.tuning.times is None) == (gpu_experts == 16)
+        if gpu_experts == 0:
+            model.routed.allow_streaming()
+            monkeypatch.setattr(model.tuning, "choose", lambda n_tokens: (Way.STREAM, 1))
+            model.forward(list(range(130)), model.new_cache(CTX))
+        assert {name for name, _ in crossings.seen} <= {
+            "copy_.default",
+            "_to_copy.default",
+            "to.dtype_layout",
+            "to.device",
+        }
+
+
+def test_both_sides_in_one_operation_raise_as_on_a_gpu() -> None:
+    on_device = torch.zeros(1, device="meta")
+    with pytest.raises(RuntimeError):
+        on_device + torch.ones(1)
+    with pytest.raises(RuntimeError):
+        on_device.item()
