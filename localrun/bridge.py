@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from quant import experts as quant_experts
@@ -43,6 +44,27 @@ class Linear:
         out = torch.empty(x.shape[0], self.weight.n_rows)
         quant_linear.multiply(self.pool, self.weight, x.data_ptr(), x.shape[0], out.data_ptr())
         return out
+
+
+class JoinedMLP:
+    """down(silu(gate x) * up x) as the only expert of all tokens."""
+
+    def __init__(self, pool: Pool, matrices: quant_experts.Experts):
+        self.pool, self.matrices = pool, matrices
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """float32 (T, D) -> (T, D)."""
+        x, n_tokens = _as_rows(x), x.shape[0]
+        out, ids, weights = torch.empty_like(x), np.zeros((n_tokens, 1), np.int64), np.ones((n_tokens, 1), np.float32)
+        quant_experts.run(self.pool, self.matrices, x.data_ptr(), ids, weights, out.data_ptr())
+        return out
+
+
+def joined(gate: Callable, up: Callable, down: Callable) -> JoinedMLP | None:
+    """The three as one, if they are plain matrices on the CPU."""
+    if not all(type(part) is Linear for part in (gate, up, down)):
+        return None
+    return JoinedMLP(gate.pool, quant_experts.Experts(gate.weight, up.weight, down.weight))
 
 
 class HeadLinear:

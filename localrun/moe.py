@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import silu
 
 from localrun import names
+from localrun.bridge import joined
 from localrun.config import Config
 
 if TYPE_CHECKING:
@@ -30,9 +31,12 @@ class MLP:
         self.gate_proj, self.up_proj, self.down_proj = (
             weights.linear(names.layer(index, f"{prefix}.{part}_proj")) for part in ("gate", "up", "down")
         )
+        self._whole = joined(self.gate_proj, self.up_proj, self.down_proj)
 
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
         """float32 (T, D) -> (T, D)."""
+        if self._whole is not None:
+            return self._whole(x_TD)
         return self.down_proj(silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
 
     def begin(self, x_TD: torch.Tensor) -> Callable[[], torch.Tensor]:
