@@ -77,6 +77,7 @@ class FakeCuda:
         self._names, self._graph_names = iter(["side", "capture"]), iter("ABC")
         self.current = Stream(self.log, "main", 0)
         self.sync_error: Exception | None = None
+        self.index = 1  # the caller's
 
     def Stream(self, device: torch.device) -> Stream:
         name = next(self._names)
@@ -87,7 +88,9 @@ class FakeCuda:
 
     @contextmanager
     def device(self, device: torch.device) -> Iterator[None]:
+        before, self.index = self.index, device.index
         yield
+        self.index = before
 
     @contextmanager
     def stream(self, stream: Stream) -> Iterator[None]:
@@ -141,6 +144,14 @@ def test_a_branch_starts_after_the_main_stream_and_the_main_stream_goes_on_after
     device.join(branch)
     expected = ["node on 0: 1(2)", "side waits for main", "node on 7: 3(4)", "node on 0: 5(6)", "main waits for side"]
     assert fake.log == expected
+
+
+def test_kernels_are_launched_on_its_gpu_whichever_is_the_callers(fake: FakeCuda) -> None:
+    device, found = Cuda(), []
+    with device.errors():
+        found.append(fake.index)
+    device.capture(lambda: found.append(fake.index))
+    assert found == [0] * 4 and fake.index == 1
 
 
 def test_a_step_is_warmed_up_then_captured_with_its_branches(fake: FakeCuda) -> None:

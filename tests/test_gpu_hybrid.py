@@ -554,6 +554,19 @@ def test_without_room_nothing_is_streamed() -> None:
             assert model.tuning.threshold is None
 
 
+@pytest.mark.usefixtures("dense")
+def test_memory_that_others_have_taken_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(routed: Routed) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.00 GiB")
+
+    monkeypatch.setattr(Routed, "allow_streaming", fail)
+    ids = ids_of(9)
+    with opened() as (model, native):
+        model.tuning.few, model.tuning.many = 2, 4
+        assert error(model.forward(ids, model.new_cache(CTX)), exact_logits(native, ids)[-1:]) < MANY_TOLERANCE
+        assert model.tuning.times.upload_s == float("inf") and model.tuning.threshold is None
+
+
 @pytest.mark.parametrize(("n_chunks", "expected"), [(-1, 512), (0, 512), (1, 1024), (2.5, 1536), (99, 4096)])
 def test_memory_for_longer_chunks(n_chunks: float, expected: int) -> None:
     """What is left over beside a streamed layer, by the activations of so many chunks more."""

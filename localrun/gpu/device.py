@@ -111,7 +111,7 @@ class Cuda:
         """
         graph, stream, other = torch.cuda.CUDAGraph(), self._capture, next(iter(self._graphs), None)
         memory = None if other is None else other.pool()
-        with self.errors(), torch.cuda.device(self.torch):
+        with self.errors():
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(_WARM_UPS):
@@ -149,9 +149,13 @@ class Cuda:
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """Within, the GPU's failures are a LocalrunError of one line; other exceptions stay what they are."""
+        """Within, the GPU is the current one, for Triton as well, and its failures are a LocalrunError of one line.
+
+        Other exceptions stay what they are.
+        """
         try:
-            yield
+            with torch.cuda.device(self.torch):
+                yield
         except torch.cuda.OutOfMemoryError as error:
             raise LocalrunError(f"the GPU's memory is full: {_sentence(error)}; see --ctx and --vram") from error
         except RuntimeError as error:

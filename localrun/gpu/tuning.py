@@ -76,13 +76,21 @@ class Tuning:
         attention = self._line(lambda n_tokens: self._attention(index, n_tokens))
         self._routed.way = Way.PREFILL
         by_cpu = self._line(lambda n_tokens: self._experts(index, n_tokens))
-        if not self._may_stream:
+        if not self._can_stream():
             return LayerTimes(attention, by_cpu, Seconds(0.0, 0.0), math.inf)
-        self._routed.allow_streaming()
         self._routed.way = Way.STREAM
         first_s = self._seconds(self._experts(index, self.few))
         by_device = self._line(lambda n_tokens: self._experts(index, n_tokens))
         return LayerTimes(attention, by_cpu, by_device, max(0.0, first_s - float(by_device(self.few))))
+
+    def _can_stream(self) -> bool:
+        """Whether there is work memory for it, which is set aside: others may have taken what was free at the start."""
+        if self._may_stream:
+            try:
+                self._routed.allow_streaming()
+            except torch.OutOfMemoryError:
+                self._may_stream = False
+        return self._may_stream
 
     def _line(self, work: Callable[[int], Callable[[], object]]) -> Seconds:
         """What work(n_tokens) takes, each the second time: the first compiles kernels and touches memory."""
