@@ -82,7 +82,9 @@ def _tile(kind: int):
 
 
 TILE = "void(int64, int64, int64, int64, int64)"
-TILES: dict[int, int] = {}  # addresses by kind; none below AVX2, where their instructions would abort the process
+# Addresses by kind; none below AVX2, where their instructions would abort the process. Blocks of more than VECTOR_TOKENS
+# are for callers between panel_amx.configure() and release().
+TILES: dict[int, int] = {}
 
 if isa.has("avx2"):
     _minimum, _offset, _halves, _bytes = _tile(MINIMUM), _tile(OFFSET), _tile(HALVES), _tile(BYTES)
