@@ -82,8 +82,8 @@ def _tile(kind: int):
 
 
 TILE = "void(int64, int64, int64, int64, int64)"
-# Addresses by kind; none below AVX2, where their instructions would abort the process. Blocks of more than VECTOR_TOKENS
-# are for callers between panel_amx.configure() and release().
+# Addresses by kind; none below AVX2, where their instructions would abort the process. Blocks of more than
+# VECTOR_TOKENS are for callers between panel_amx.configure() and release().
 TILES: dict[int, int] = {}
 
 if isa.has("avx2"):
