@@ -29,6 +29,7 @@ def bench(
     gpu_experts: options.GpuExperts = "auto",
     expert_usage: options.ExpertUsage = None,
     cache_bits: options.CacheBitsChoice = options.CacheBits.sixteen,
+    repack: options.Repack = False,
     threads: options.Threads = None,
     speculative: options.Speculative = "off",
     draft: options.Draft = None,
@@ -52,7 +53,7 @@ def bench(
         settings.check_fits(read_config(file))
     backend, gpu = options.BackendChoice.native, (vram, gpu_experts, expert_usage, cache_bits)
     with ExitStack() as stack:
-        opened = open_model(model, device, threads, settings.ctx, backend, verbose, speculative, draft, *gpu)
+        opened = open_model(model, device, threads, settings.ctx, backend, verbose, speculative, draft, *gpu, repack)
         engine = stack.enter_context(opened)
         peer = None
         if against is not None:

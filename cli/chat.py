@@ -28,6 +28,7 @@ def chat(
     gpu_experts: options.GpuExperts = "auto",
     expert_usage: options.ExpertUsage = None,
     cache_bits: options.CacheBitsChoice = options.CacheBits.sixteen,
+    repack: options.Repack = False,
     threads: options.Threads = None,
     ctx: options.Ctx = None,
     backend: options.Backend = options.BackendChoice.auto,
@@ -51,7 +52,7 @@ def chat(
     if system is not None:
         system = check_text(system, "the system message")
     gpu = vram, gpu_experts, expert_usage, cache_bits
-    with open_model(model, device, threads, ctx, backend, verbose, speculative, draft, *gpu) as engine:
+    with open_model(model, device, threads, ctx, backend, verbose, speculative, draft, *gpu, repack) as engine:
         conversation = Conversation(engine, sampling_for(engine, given), system, stop or [], limit)
         _banner(conversation)
         on_terminal = sys.stdin.isatty() and sys.stdout.isatty()

@@ -49,6 +49,10 @@ SplitMaxSize = Annotated[
     str | None,
     typer.Option("--split-max-size", metavar="SIZE", help="Write parts of at most 40G, say.", show_default=False),
 ]
+Pack = Annotated[
+    bool,
+    typer.Option("--pack", help="Interleave rows: faster here, and no other tool reads the file."),
+]
 AllowRequantize = Annotated[bool, typer.Option("--allow-requantize", help="Pack anew even what has lost much already.")]
 
 
@@ -65,6 +69,7 @@ def convert(
     dry_run: DryRun = False,
     split_max_size: SplitMaxSize = None,
     allow_requantize: AllowRequantize = False,
+    pack: Pack = False,
     threads: options.Threads = None,
     as_json: options.Json = False,
 ) -> None:
@@ -81,6 +86,7 @@ def convert(
         imatrix=imatrix,
         split_max_bytes=_parse_size(split_max_size) if split_max_size else 0,
         allow_requantize=allow_requantize,
+        pack=pack,
         pre=pre,
     )
     plan = make_plan(source, destination, chosen)

@@ -37,6 +37,7 @@ def generate(
     gpu_experts: options.GpuExperts = "auto",
     expert_usage: options.ExpertUsage = None,
     cache_bits: options.CacheBitsChoice = options.CacheBits.sixteen,
+    repack: options.Repack = False,
     threads: options.Threads = None,
     ctx: options.Ctx = None,
     backend: options.Backend = options.BackendChoice.auto,
@@ -61,7 +62,7 @@ def generate(
     text = _prompt(prompt, file)
     started = time.perf_counter()
     gpu = vram, gpu_experts, expert_usage, cache_bits
-    with open_model(model, device, threads, ctx, backend, verbose, speculative, draft, *gpu) as engine:
+    with open_model(model, device, threads, ctx, backend, verbose, speculative, draft, *gpu, repack) as engine:
         load_s = time.perf_counter() - started
         ids = _prompt_ids(engine, text, system, raw)
         sampling, session = sampling_for(engine, given), engine.session()

@@ -32,6 +32,7 @@ def open_model(
     gpu_experts: str = "auto",
     expert_usage: Path | None = None,
     cache_bits: CacheBits = CacheBits.sixteen,
+    repack: bool = False,
 ) -> "Engine":
     """The loaded model; with verbose, what goes where and what runs, on stderr."""
     path, draft_path = model_path(model), None if draft is None else model_path(draft)
@@ -47,6 +48,7 @@ def open_model(
             gpu_experts=gpu_experts,
             expert_usage=expert_usage,
             cache_bits=int(cache_bits.value),
+            repack=repack,
             speculative=speculative,
             draft=draft_path,
             progress=report,

@@ -62,6 +62,10 @@ ExpertUsage = Annotated[
         show_default=False,
     ),
 ]
+Repack = Annotated[
+    bool,
+    typer.Option("--repack", help="Lay experts out anew in free RAM at load: slower to start, faster to reply."),
+]
 CacheBitsChoice = Annotated[
     CacheBits, typer.Option("--cache-bits", help="Of the GPU's cache; 8 halves it and changes the text a little.")
 ]

@@ -24,6 +24,7 @@ def perplexity(
     gpu_experts: options.GpuExperts = "auto",
     expert_usage: options.ExpertUsage = None,
     cache_bits: options.CacheBitsChoice = options.CacheBits.sixteen,
+    repack: options.Repack = False,
     threads: options.Threads = None,
     backend: options.Backend = options.BackendChoice.auto,
     as_json: options.Json = False,
@@ -37,7 +38,7 @@ def perplexity(
     if not text:
         raise LocalrunError(f"{file}: is empty")
     gpu = vram, gpu_experts, expert_usage, cache_bits
-    with open_model(model, device, threads, chunk, backend, verbose, "off", None, *gpu) as engine:
+    with open_model(model, device, threads, chunk, backend, verbose, "off", None, *gpu, repack) as engine:
         ids = engine.tokenizer.encode(text)
         eta = _Eta()
         result = compute(engine, ids, chunk, chunks, eta.show)

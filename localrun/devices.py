@@ -19,6 +19,7 @@ Notice = Callable[[str], None]
 
 # Whether the GPU half has been run and measured on a card. Until then "auto" stays on the CPU.
 _MEASURED = False
+_ON_CPU = "interleaved rows run on the CPU only"
 _OPTIONS = "--vram, --gpu-experts, --expert-usage and --cache-bits"
 
 
@@ -29,6 +30,7 @@ class Where:
     Attributes:
         vram: GiB of the card's memory that may be used; None for all that is free.
         expert_usage: an importance matrix, whose counts say which experts go to the GPU first.
+        repack: whether experts are to be interleaved at load.
     """
 
     device: str = "auto"
@@ -36,6 +38,7 @@ class Where:
     gpu_experts: int | str = "auto"
     cache_bits: int = 16
     expert_usage: str | os.PathLike[str] | None = None
+    repack: bool = False
 
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu", "cuda"):
@@ -46,6 +49,8 @@ class Where:
             raise LocalrunError(f"'{self.gpu_experts}' experts of each layer on the GPU; expected auto, or 0 or more")
         if self.cache_bits not in (16, 8):
             raise LocalrunError(f"a cache of {self.cache_bits} bits; expected 16 or 8")
+        if self.device == "cuda" and self.repack:
+            raise LocalrunError(f"--repack with device 'cuda': {_ON_CPU}")
         if self.device == "cpu" and self.asks_for_gpu:
             raise LocalrunError(f"{_OPTIONS} are the GPU's; leave them out with --device cpu")
 
@@ -80,7 +85,8 @@ def choose(where: Where, file: GGUFFile, config: Config, ctx: int, drafts: bool,
     if where.device == "auto" and not _MEASURED:
         _leave_out(where, config, notice)
         return lay_out(on_cpu)
-    free, reason, is_news = _free_vram(config)
+    on_cpu_only = file.is_interleaved or where.repack
+    free, reason, is_news = (0, _ON_CPU, True) if on_cpu_only else _free_vram(config)
     if not reason:
         request = replace(on_cpu, vram=free, vram_free=free, gpu_experts=where.n_experts, cache_bits=where.cache_bits)
         request = replace(request, usage=usage)

@@ -17,6 +17,7 @@ from localrun.placement import CPU, GPU, RAM, Placement
 from localrun.sampling import Sampling
 from localrun.session import PREFILL_CHUNK, Session
 from localrun.speculative import Speculation, check_setting
+from localrun.tensor_types import interleaved
 from localrun.tokenizer import Tokenizer
 
 DEFAULT_CTX = 8192  # tokens, where the model allows as many
@@ -35,6 +36,7 @@ def load(
     gpu_experts: int | str = "auto",
     cache_bits: int = 16,
     expert_usage: str | os.PathLike[str] | None = None,
+    repack: bool = False,
     speculative: str | int = "auto",
     draft: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
@@ -54,6 +56,7 @@ def load(
         gpu_experts: routed experts of each layer that go to the GPU; "auto" for those of as many layers as fit.
         expert_usage: an importance matrix (localrun imatrix): the experts that its text used most go to the GPU first.
         cache_bits: of the values that the GPU keeps of each token: 16, or 8, which changes the text a little.
+        repack: lay the rows of routed experts out anew in RAM as far as it is free, which makes replies faster.
         speculative: how many drafts of the next tokens a step verifies: "off", 1 to 4, or "auto" for as many as make
             it faster. The reply is the same (docs/speculative.md).
         draft: a small model with the same vocabulary that makes them; None for the model's own head for multi-token
@@ -65,7 +68,7 @@ def load(
     Raises:
         LocalrunError: anything the user can mend: no such file, a broken one, too large a context, a wrong option.
     """
-    where = Where(device, vram, gpu_experts, cache_bits, expert_usage)
+    where = Where(device, vram, gpu_experts, cache_bits, expert_usage, repack)
     if backend not in ("auto", "native", "llama.cpp"):
         raise LocalrunError(f"backend '{backend}'; expected auto, native or llama.cpp")
     if threads is not None and threads < 1:
@@ -130,7 +133,7 @@ class Engine:
         self.tokenizer = Tokenizer(file.path, file)
         self.template: ChatTemplate | None = chat_template(file, self.tokenizer)
         if self.config and self.placement:
-            self._load_native(self.config, self.placement, progress, notice)
+            self._load_native(self.config, self.placement, where.repack, progress, notice)
         else:
             from localrun.backends.llama_cpp import LlamaCppModel
 
@@ -187,11 +190,13 @@ class Engine:
             check_tensors(self.file, config)
             check_types(self.file)
         except UnsupportedModelError as error:
-            if backend == "native":
+            if backend == "native" or self.file.is_interleaved:
                 raise
             if backend == "auto":
                 notice(f"{error}; running it with llama.cpp")
             return None
+        if backend == "llama.cpp" and self.file.is_interleaved:
+            raise LocalrunError(f"{self.file.path}: has interleaved rows, which only the native backend reads")
         return config if backend != "llama.cpp" else None  # checked all the same: llama.cpp aborts on some faults
 
     def _choose_ctx(self, wanted: int | None, notice: Notice) -> int:
@@ -206,6 +211,8 @@ class Engine:
     def _place(self, config: Config | None, where: Where, own_drafts: bool, notice: Notice) -> Placement | None:
         """What goes where. Raises LocalrunError if the GPU was asked for in vain, or the cache does not fit."""
         if config is None:
+            if where.repack:
+                notice("llama.cpp lays weights out itself: --repack has no effect")
             if where.device == GPU:
                 raise LocalrunError("device 'cuda': llama.cpp runs this model, on the CPU; use --device cpu")
             if where.asks_for_gpu:
@@ -221,8 +228,18 @@ class Engine:
             )
         return placement
 
-    def _load_native(self, config: Config, placement: Placement, progress: Progress | None, notice: Notice) -> None:
-        kernels.prepare(self.file, progress, notice)  # before the imports below, which would compile them unannounced
+    def _load_native(
+        self, config: Config, placement: Placement, repack: bool, progress: Progress | None, notice: Notice
+    ) -> None:
+        tensors = list(self.file.tensors.values())
+        types = {tensor.type.name for tensor in tensors}
+        if repack:
+            types |= {interleaved(tensor.type.name, tensor.shape) for tensor in tensors}
+        kernels.prepare(types, progress, notice)  # before the imports below, which would compile them unannounced
+        if repack:
+            from localrun.repack import repack_experts
+
+            repack_experts(self.file, config, self.threads, placement.needed[RAM], progress, notice)
         if placement.device == GPU:
             from localrun.gpu.hybrid import HybridModel
 

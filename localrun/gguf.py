@@ -13,23 +13,26 @@ import stat
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFValueType
+from gguf import GGUFValueType
 
 from localrun.errors import GGUFError
 from localrun.gguf_header import Array, Header, Scalar, TensorRecord, read_header
+from localrun.tensor_types import InterleavedType, TensorType
 
 REQUIRED: Any = object()  # default of the typed getters: a missing key is an error
+_COUNTS = slice(8, 24)  # of tensors and of keys, u64 each, behind magic and version
+_SPLIT_COUNT, _NO_KEY = (len(key).to_bytes(8, "little") + key for key in (b"split.count", b"split-count"))
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # linux/mman.h; named by newer Pythons only
 
 
 @dataclass(frozen=True, eq=False)
 class Tensor:
-    """One tensor of the file; data is a view of the file's map, in ggml's block layout for type.
+    """One tensor of the file; data is a view of the file's map, in the block layout of its type.
 
     shape is in NumPy order: outermost first, the contiguous dimension last. data is uint8, 1-D, n_bytes long; the map
     is private and copy-on-write, so data is writable (as torch wants) while the file never changes.
@@ -37,7 +40,7 @@ class Tensor:
 
     name: str
     shape: tuple[int, ...]
-    type: GGMLQuantizationType
+    type: TensorType
     n_bytes: int
     data: np.ndarray
 
@@ -71,16 +74,42 @@ class GGUFFile:
         self.tensors = {record.name: part.tensor(record) for part in parts for record in part.header.tensors}
         self.file_size = sum(len(part.map) for part in parts)
         self._values = header.values
+        self._keys_end = header.keys_end
+        self._replaced: dict[str, Tensor] = {}
         self._maps = [part.map for part in parts]
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        """Address and size of each part's map."""
+        """Address and size of each part's map; of each tensor that is still there, if some have been replaced."""
+        if self._replaced:
+            kept = [tensor for name, tensor in self.tensors.items() if name not in self._replaced]
+            return [(tensor.data.ctypes.data, tensor.n_bytes) for tensor in kept]
         return [(np.frombuffer(map_, np.uint8).ctypes.data, len(map_)) for map_ in self._maps]
+
+    @property
+    def is_interleaved(self) -> bool:
+        """Whether some tensors are of types that other tools don't know."""
+        return any(isinstance(tensor.type, InterleavedType) for tensor in self.mapped.values())
+
+    def without_tensors(self) -> bytes:
+        """A GGUF file of its keys alone, which other tools can read; not a part of a split, either."""
+        keys = self._maps[0][_COUNTS.stop : self._keys_end].replace(_SPLIT_COUNT, _NO_KEY, 1)
+        counts = self._maps[0][: _COUNTS.start] + bytes(8) + self._maps[0][_COUNTS.stop - 8 : _COUNTS.stop]
+        return (counts + keys).ljust(-(-self._keys_end // self.alignment) * self.alignment, b"\0")
+
+    @property
+    def mapped(self) -> dict[str, Tensor]:
+        """The tensors as they are in the file."""
+        return self.tensors | self._replaced
+
+    def replace(self, name: str, type_: TensorType, data: np.ndarray) -> None:
+        """Have another copy, in another type, stand for a tensor; the file itself stays as it is."""
+        self._replaced[name] = self.tensors[name]
+        self.tensors[name] = replace(self.tensors[name], type=type_, n_bytes=data.nbytes, data=data)
 
     def close(self) -> None:
         """Let go of the maps. Views that others still hold stay valid; a map ends with the last of its views."""
-        self.tensors = {}
+        self.tensors, self._replaced = {}, {}
         for map_ in self._maps:
             with suppress(BufferError):  # raised while a view of the map is alive
                 map_.close()

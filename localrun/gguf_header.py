@@ -19,9 +19,11 @@ from struct import Struct
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
+from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFValueType
 
+from localrun import tensor_types
 from localrun.errors import GGUFError
+from localrun.tensor_types import InterleavedType, TensorType
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -107,7 +109,7 @@ class TensorRecord:
 
     name: str
     shape: tuple[int, ...]
-    type: GGMLQuantizationType
+    type: TensorType
     n_bytes: int
     offset: int
 
@@ -118,7 +120,8 @@ class Header:
     alignment: int
     values: dict[str, Scalar | Array]
     tensors: list[TensorRecord]
-    data_start: int  # offset of the data section in the file, bytes
+    keys_end: int  # offset of what follows the keys in the file, bytes
+    data_start: int  # and of the data section
 
 
 class _Cursor:
@@ -176,12 +179,13 @@ def read_header(data: mmap, path: Path) -> Header:
     n_tensors = cursor.count("tensors", MAX_TENSORS, _TENSOR_BYTES)
     n_keys = cursor.count("keys", MAX_KEYS, _KEY_BYTES)
     values = _read_values(cursor, n_keys)
+    keys_end = cursor.position
     alignment = _alignment(cursor, values)
     tensors = _read_tensors(cursor, n_tensors, alignment)
     data_start = _padded(cursor.position, alignment)
     for tensor in tensors:
         _check_extent(cursor, tensor, data_start)
-    return Header(version, alignment, values, tensors, data_start)
+    return Header(version, alignment, values, tensors, keys_end, data_start)
 
 
 def _read_version(cursor: _Cursor) -> int:
@@ -314,19 +318,21 @@ def _check_shape(cursor: _Cursor, shape: tuple[int, ...]) -> None:
         raise cursor.error(f"has shape {shape}, {prod(shape)} elements; expected fewer than 2^63")
 
 
-def _tensor_type(cursor: _Cursor) -> GGMLQuantizationType:
+def _tensor_type(cursor: _Cursor) -> TensorType:
     number = cursor.u32()
     try:
-        return GGMLQuantizationType(number)
+        return tensor_types.from_number(number)
     except ValueError:
         raise cursor.error(f"has type {number}, which is not a known ggml type (or one that was removed)") from None
 
 
-def _tensor_bytes(cursor: _Cursor, shape: tuple[int, ...], type_: GGMLQuantizationType) -> int:
-    block, block_bytes = GGML_QUANT_SIZES[type_]
+def _tensor_bytes(cursor: _Cursor, shape: tuple[int, ...], type_: TensorType) -> int:
+    block, block_bytes = tensor_types.block_size(type_)
     row = shape[-1] if shape else 1
     if row % block:
         raise cursor.error(f"has rows of {row} elements, expected a multiple of {block} for {type_.name}")
+    if isinstance(type_, InterleavedType) and (len(shape) < 2 or shape[-2] % tensor_types.ROWS):
+        raise cursor.error(f"has shape {shape}, expected a multiple of {tensor_types.ROWS} rows for {type_.name}")
     n_bytes = prod(shape) // block * block_bytes
     if n_bytes > INT64_MAX:
         raise cursor.error(f"takes {n_bytes} bytes, expected fewer than 2^63")

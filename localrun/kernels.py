@@ -1,9 +1,7 @@
 """Getting the kernels a file needs: compiled on a machine's first run (some 20 seconds), from the cache afterwards."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib import import_module
-
-from localrun.gguf import GGUFFile
 
 # In the order of their imports, so that each step of the progress compiles its own part.
 _MODULES = {
@@ -20,8 +18,10 @@ _MODULES = {
 }
 
 
-def prepare(file: GGUFFile, progress: Callable[[int, int, str], None] | None, notice: Callable[[str], None]) -> None:
-    """Compile the kernels for every type in the file, or load them from the cache.
+def prepare(
+    types: Collection[str], progress: Callable[[int, int, str], None] | None, notice: Callable[[str], None]
+) -> None:
+    """Compile the kernels for tensors of these types, or load them from the cache.
 
     Args:
         progress: called as progress(done, total, what).
@@ -31,7 +31,6 @@ def prepare(file: GGUFFile, progress: Callable[[int, int, str], None] | None, no
 
     if progress is None and not jit.has_kernels():
         notice("first run on this machine: compiling the kernels, which takes a while")
-    types = sorted({tensor.type.name for tensor in file.tensors.values()})
     total = len(_MODULES) + len(types)
     for done, (module, what) in enumerate(_MODULES.items()):
         if progress is not None:
@@ -39,7 +38,7 @@ def prepare(file: GGUFFile, progress: Callable[[int, int, str], None] | None, no
         import_module(module)
     from quant import panel  # only now: importing it compiles it, which the loop above has shown
 
-    for done, type_name in enumerate(types, len(_MODULES)):
+    for done, type_name in enumerate(sorted(types), len(_MODULES)):
         if progress is not None:
             progress(done, total, f"Kernels: {type_name}")
         panel.find(formats.get(type_name))

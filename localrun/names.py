@@ -81,7 +81,7 @@ def check_tensors(file: GGUFFile, config: Config) -> None:
 def check_types(file: GGUFFile) -> None:
     """Every tensor has a type that there are kernels for. Raises UnsupportedModelError."""
     for tensor in file.tensors.values():
-        if tensor.type.name not in formats.NAMES:
+        if tensor.type.name not in (*formats.NAMES, *formats.INTERLEAVED):
             raise UnsupportedModelError(f"{file.path}: tensor '{tensor.name}' has type {tensor.type.name}, not native")
 
 

@@ -30,6 +30,8 @@ class LlamaCpp:
 
     def __init__(self, file: GGUFFile, threads: int, ctx: int) -> None:
         """Load it. Raises LocalrunError with llama.cpp's reason."""
+        if file.is_interleaved:
+            raise LocalrunError(f"{file.path}: has interleaved rows, which llama.cpp can't read; give the plain file")
         import llama_cpp
 
         self._lib = llama_cpp

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -179,18 +179,12 @@ class Session:
     def advance(self, ids: Sequence[int], progress: Callable[[int, int], None] | None = None) -> np.ndarray:
         """Evaluate at least one token after those that are cached; the logits after the last, float32 (vocab)."""
         total = len(self.ids) + len(ids)
-        for n_tokens in self._chunks(len(ids)):
+        for n_tokens in prompt_chunks(self.engine.model, len(ids)):
             logits = self._evaluate(ids[:n_tokens])[-1]
             ids = ids[n_tokens:]
             if progress is not None:
                 progress(len(self.ids), total)
         return logits
-
-    def _chunks(self, n_tokens: int) -> list[int]:
-        """How many of a prompt's tokens to evaluate at a time. A model on a GPU may gain by longer ones."""
-        if hasattr(self.engine.model, "chunks"):
-            return self.engine.model.chunks(n_tokens)
-        return [min(PREFILL_CHUNK, n_tokens - first) for first in range(0, n_tokens, PREFILL_CHUNK)]
 
     def forget(self, length: int) -> None:
         """Keep the first `length` tokens, or none where the model can't forget a part."""
@@ -251,6 +245,13 @@ class Session:
         self.ids = ids
 
 
+def prompt_chunks(model: Any, n_tokens: int) -> list[int]:
+    """How many of a prompt's tokens to evaluate at a time. A model on a GPU may gain by longer ones."""
+    if hasattr(model, "chunks"):
+        return model.chunks(n_tokens)
+    return [min(PREFILL_CHUNK, n_tokens - first) for first in range(0, n_tokens, PREFILL_CHUNK)]
+
+
 @dataclass
 class _Step:
     """Logits, float32 (1 + drafts, vocab), the drafts that they judge, and how many came true."""
@@ -274,7 +275,7 @@ def _read_ids(text: str) -> list[int] | None:
 def fingerprint(engine: "Engine") -> str:
     """A name for the model and backend that a saved cache is good for: a hash over all tensors' first bytes."""
     digest = hashlib.sha256(engine.backend.encode())
-    for tensor in engine.file.tensors.values():
+    for tensor in engine.file.mapped.values():
         digest.update(f"{tensor.name} {tensor.shape} {tensor.type.name}".encode())
         digest.update(tensor.data[:64].tobytes())
     return digest.hexdigest()

@@ -13,6 +13,7 @@ import ctypes
 import operator
 import os
 import re
+import tempfile
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -72,9 +73,15 @@ class Tokenizer:
             self.n_vocab = file.u32(f"{file.string('general.architecture')}.vocab_size")
             return
         _check_vocabulary(file, kind)
-        self._load()
+        if not file.is_interleaved:
+            self._load(self.path)
+            return
+        with tempfile.NamedTemporaryFile(suffix=".gguf") as keys:
+            keys.write(file.without_tensors())
+            keys.flush()
+            self._load(keys.name)
 
-    def _load(self) -> None:
+    def _load(self, path: str) -> None:
         import llama_cpp
 
         llama_log.silence()
@@ -82,7 +89,7 @@ class Tokenizer:
         params = llama_cpp.llama_model_default_params()
         params.vocab_only = True
         self._lib = llama_cpp
-        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(self.path), params)
+        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
             raise LocalrunError(f"{self.path}: llama.cpp cannot read the vocabulary: {llama_log.last_error()}")
         self._vocab = vocab = llama_cpp.llama_model_get_vocab(self._model)

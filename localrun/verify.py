@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES
 
+from localrun import tensor_types
 from localrun.gguf import GGUFFile, Tensor
+from quant.r16 import deinterleave
 
 _CHUNK_BLOCKS = 1 << 18  # looked at at a time
 
@@ -70,7 +71,7 @@ def verify(file: GGUFFile, progress: Callable[[int, int, str], None] | None = No
 
 def _checks(tensor: Tensor) -> Iterator[str] | None:
     """What is wrong with a tensor, piece by piece; None for types that hold no scale that is known here."""
-    type_ = tensor.type.name
+    type_ = tensor_types.plain(tensor.type).name
     if type_ in _FLOATS or type_ == "BF16":
         return _check_floats(tensor, type_)
     if type_ in _SCALES or type_ == "MXFP4":
@@ -88,11 +89,22 @@ def _check_floats(tensor: Tensor, type_: str) -> Iterator[str]:
             yield f"weight {start + int(wrong.argmax())} is not finite"
 
 
+def _blocks(tensor: Tensor) -> Iterator[tuple[int, np.ndarray]]:
+    """Some rows at a time: the number of their first block, and uint8 (n, bytes of a block), row after row."""
+    n_weights, n_bytes = tensor_types.block_size(tensor.type)
+    row = tensor.shape[-1] // n_weights  # blocks
+    rows = tensor.data.reshape(-1, row * n_bytes)
+    step = max(1, _CHUNK_BLOCKS // row // tensor_types.ROWS) * tensor_types.ROWS
+    for start in range(0, len(rows), step):
+        chunk = rows[start : start + step]
+        if isinstance(tensor.type, tensor_types.InterleavedType):
+            chunk = deinterleave(tensor.type.name, chunk, len(chunk), row * n_bytes)
+        yield start * row, chunk.reshape(-1, n_bytes)
+
+
 def _check_blocks(tensor: Tensor, type_: str) -> Iterator[str]:
-    n_weights, n_bytes = GGML_QUANT_SIZES[tensor.type]
-    blocks = tensor.data.reshape(-1, n_bytes)
-    for start in range(0, len(blocks), _CHUNK_BLOCKS):
-        chunk = blocks[start : start + _CHUNK_BLOCKS]
+    n_weights, _ = tensor_types.block_size(tensor.type)
+    for start, chunk in _blocks(tensor):
         if type_ == "MXFP4":
             wrong = chunk[:, 0] == 0xFF  # E8M0's NaN
         else:

@@ -25,7 +25,7 @@ from localrun.drafts import NGramDraft
 HEAVY = ("torch", "numba", "llvmlite", "llama_cpp", "gguf", "numpy", "jinja2", "rich.console", "prompt_toolkit")
 
 SAMPLING = ["--temp", "--top-k", "--top-p", "--min-p", "--repeat-penalty", "--seed"]
-DEVICE = ["--device", "--vram", "--gpu-experts", "--expert-usage", "--cache-bits"]
+DEVICE = ["--device", "--vram", "--gpu-experts", "--expert-usage", "--cache-bits", "--repack"]
 RUNTIME = [*DEVICE, "-t", "--threads", "-c", "--ctx", "--backend"]
 DRAFTS = ["--speculative", "--draft"]
 OPTIONS = {
@@ -46,7 +46,7 @@ OPTIONS = {
     "inspect": ["--verify", "--json"],
     "convert": [
         *["--type", "--tensor-type", "--no-mtp", "--imatrix", "--pre", "--resume", "--force", "--dry-run"],
-        *["--split-max-size", "--allow-requantize", "-t", "--threads", "--json"],
+        *["--split-max-size", "--allow-requantize", "--pack", "-t", "--threads", "--json"],
     ],
     "imatrix": [
         *["-f", "--file", "-o", "--output", "-c", "--ctx", "--chunks", "--device", "-t", "--threads"],

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from localrun import tensor_types
 from localrun.convert.architecture import Model
 from localrun.convert.checkpoint import SourceTensor
 from localrun.convert.metadata import Entry, Metadata
@@ -17,6 +18,7 @@ from localrun.errors import LocalrunError, UnsupportedModelError
 from localrun.gguf import open_gguf
 from localrun.gguf_header import Array, Header, read_header
 from quant import formats
+from quant.r16 import deinterleave
 
 FREE_SOURCES = ("F32", "F16", "BF16", "Q8_0")  # near enough to the original to be packed anew without a word
 
@@ -27,7 +29,7 @@ class GGUFSource:
     """A GGUF model, all its parts.
 
     Attributes:
-        tensors: name -> SourceTensor; dtype is ggml's name of the type.
+        tensors: name -> SourceTensor; dtype is ggml's name of the type, or of what an interleaved one is made of.
         files: the parts.
         keys: all keys of the first part, with their types.
     """
@@ -39,25 +41,35 @@ class GGUFSource:
             self.architecture = file.string("general.architecture")
         self.tensors: dict[str, SourceTensor] = {}
         self._places: dict[str, tuple[Path, int]] = {}
+        self._interleaved: dict[str, str] = {}  # name -> type
         headers = [_read_header(part) for part in self.files]
         self.keys = headers[0].values
         for part, header in zip(self.files, headers, strict=True):
             for record in header.tensors:
-                self.tensors[record.name] = SourceTensor(record.name, record.shape, record.type.name, record.n_bytes)
+                plain = tensor_types.plain(record.type)
+                self.tensors[record.name] = SourceTensor(record.name, record.shape, plain.name, record.n_bytes)
+                if plain != record.type:
+                    self._interleaved[record.name] = record.type.name
                 self._places[record.name] = part, header.data_start + record.offset
         self._reader = Reader()
 
     def read(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
         """out = rows start..stop of a tensor, float32 (stop - start, n_cols), C order. Raises CheckpointError."""
         path, offset, n_bytes = self._extent(name, start, stop)
-        self._reader.widen(self._reader.fetch(path, offset, n_bytes, name), self.tensors[name].dtype, out)
+        blocks = self._reader.fetch(path, offset, n_bytes, name)
+        self._reader.widen(self._in_order(name, stop - start, blocks), self.tensors[name].dtype, out)
 
     def blocks(self, name: str, start: int, stop: int) -> np.ndarray:
-        """uint8: the rows as they are in the file, a new array. Raises CheckpointError."""
+        """uint8: the blocks of the rows in order, a new array. Raises CheckpointError."""
         path, offset, n_bytes = self._extent(name, start, stop)
         out = np.empty(n_bytes, np.uint8)
         self._reader.read(path, offset, out, name)
-        return out
+        return self._in_order(name, stop - start, out)
+
+    def _in_order(self, name: str, n_rows: int, blocks: np.ndarray) -> np.ndarray:
+        """The rows one after the other; n_rows is a multiple of tensor_types.ROWS where they were interleaved."""
+        type_ = self._interleaved.get(name)
+        return blocks if type_ is None else deinterleave(type_, blocks, n_rows, blocks.size // n_rows).reshape(-1)
 
     def _extent(self, name: str, start: int, stop: int) -> tuple[Path, int, int]:
         """Where rows are: file, offset, bytes."""

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
+from gguf import GGUFWriter
 from gguf.gguf_writer import WriterState
 
+from localrun import tensor_types
 from localrun.convert.metadata import Metadata
 from localrun.convert.targets import Target
 from localrun.errors import LocalrunError
@@ -54,7 +55,7 @@ class Layout:
 
 def tensor_bytes(target: Target, type_: str) -> int:
     """Bytes of a target in a type that its rows fit."""
-    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[type_]]
+    block, block_bytes = tensor_types.block_size(tensor_types.from_name(type_))
     return target.n_weights // block * block_bytes
 
 
@@ -68,7 +69,7 @@ def make_layout(
     writer = GGUFWriter(None, metadata.architecture, split_max_size=split_max_bytes)
     metadata.write(writer)
     for target, type_ in zip(targets, types, strict=True):
-        kind = GGMLQuantizationType[type_]
+        kind = tensor_types.from_name(type_)
         writer.add_tensor_info(
             target.name, target.shape, np.dtype(np.float32), tensor_bytes(target, type_), raw_dtype=kind
         )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from localrun import tensor_types
 from localrun.convert.metadata import Metadata
 from localrun.convert.targets import Target
 from localrun.errors import LocalrunError
@@ -44,6 +45,7 @@ PLAIN = ("F32", "F16", "BF16")
 # For rows that are no whole blocks of 256.
 _FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 _KEPT = re.compile(r"_norm\.weight$|ffn_gate_inp\.weight$|(?<!weight)$")  # stays F32 whatever its dimensions
+_BY_ROW = re.compile(r"embd|embed_tokens|attn_(kv|k|v)_b\.")  # single rows, or their columns, are read
 _MLA = re.compile(r"attn_[kv]_b\.weight$")
 _MLA_TYPES = (*PLAIN, "Q8_0")
 
@@ -106,6 +108,16 @@ def choose_types(
             f"--tensor-type {each.pattern.pattern}={each.type}: matches no tensor (or an earlier one did)"
         )
     return types
+
+
+def interleave(targets: list[Target], types: list[str]) -> list[str]:
+    """The types with those that can be interleaved in their stead, where whole rows are multiplied."""
+    return [
+        type_
+        if _BY_ROW.search(target.name) or any(piece.n_rows % tensor_types.ROWS for piece in target.pieces)
+        else tensor_types.interleaved(type_, target.shape)
+        for target, type_ in zip(targets, types, strict=True)
+    ]
 
 
 def is_overruled(target: Target, override: Override) -> bool:

@@ -20,7 +20,7 @@ class BadWeight(Exception):
 def pack_unit(
     pool: Pool, rows: np.ndarray, target: Target, unit: Unit, type_: str, importance: np.ndarray | None
 ) -> np.ndarray:
-    """uint8, 1-D: the unit's rows in a type.
+    """uint8, 1-D: the unit's rows in a plain type.
 
     Args:
         rows: float32 (n_rows, n_cols), C order.

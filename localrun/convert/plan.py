@@ -17,7 +17,7 @@ from localrun.convert.gguf_source import GGUFSource
 from localrun.convert.imatrix import Importances
 from localrun.convert.layout import Layout, make_layout
 from localrun.convert.metadata import Metadata
-from localrun.convert.mixes import MIXES, Override, choose_types, is_overruled
+from localrun.convert.mixes import MIXES, Override, choose_types, interleave, is_overruled
 from localrun.convert.targets import Target, Unit, units
 from localrun.errors import LocalrunError
 
@@ -36,6 +36,7 @@ class Options:
         imatrix: a file with importances.
         split_max_bytes: the most a part's tensors may take; 0 for one file.
         allow_requantize: pack anew what has been packed before.
+        pack: interleave rows (tensor_types.py), for this runner only.
         pre: the pre-tokenizer's name, where it is not recognised.
         unit_bytes: float32 bytes that are read, packed and written at once.
     """
@@ -46,6 +47,7 @@ class Options:
     imatrix: Path | None = None
     split_max_bytes: int = 0
     allow_requantize: bool = False
+    pack: bool = False
     pre: str | None = None
     unit_bytes: int = UNIT_BYTES
 
@@ -99,6 +101,8 @@ def make_plan(source_path: Path, destination: Path, options: Options) -> Plan:
         model.warnings.append("attn_k_b and attn_v_b get at least Q8_0, whatever --tensor-type says")
     if isinstance(source, GGUFSource):
         gguf_source.check_requantize(source, model.targets, types, options.allow_requantize)
+    if options.pack:
+        types = interleave(model.targets, types)
     model.metadata.u32("general.quantization_version", QUANTIZATION_VERSION)
     model.metadata.u32("general.file_type", MIXES[options.mix][0])
     layout = make_layout(destination, model.metadata, model.targets, types, options.split_max_bytes)

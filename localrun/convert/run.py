@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from localrun import tensor_types
 from localrun.convert.errors import CheckpointError
 from localrun.convert.gguf_source import GGUFSource
 from localrun.convert.output import Output, journal_path, partial_path, remove_partial
@@ -21,6 +22,7 @@ from localrun.convert.plan import Plan
 from localrun.convert.targets import Unit, origin, read_unit
 from localrun.errors import LocalrunError
 from quant.pool import Pool
+from quant.r16 import interleave
 
 _PENDING_WRITES = 2
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -140,7 +142,7 @@ class _Pipeline:
         """float32 (n_rows, n_cols), a view of a buffer; uint8 where the source has the type already."""
         plan = self._plan
         target, source = plan.targets[unit.target], plan.source
-        if isinstance(source, GGUFSource) and target.from_type == plan.types[unit.target]:
+        if isinstance(source, GGUFSource) and target.from_type == _plain(plan.types[unit.target]):
             (piece,) = unit.pieces
             return source.blocks(piece.source, piece.start, piece.stop)
         rows = self._buffers[which][: unit.n_rows * target.n_cols].reshape(unit.n_rows, target.n_cols)
@@ -149,10 +151,16 @@ class _Pipeline:
 
     def _pack(self, unit: Unit, rows: np.ndarray) -> np.ndarray:
         """uint8, 1-D: the unit as it goes into the file. Raises CheckpointError if a weight cannot be packed."""
-        if rows.dtype == np.uint8:
-            return rows
+        type_ = self._plan.types[unit.target]
+        blocks = rows if rows.dtype == np.uint8 else self._quantize(unit, rows, _plain(type_))
+        if _plain(type_) == type_:
+            return blocks
+        return interleave(type_, blocks, unit.n_rows, blocks.size // unit.n_rows).reshape(-1)
+
+    def _quantize(self, unit: Unit, rows: np.ndarray, type_: str) -> np.ndarray:
+        """uint8, 1-D: float32 rows in a plain type."""
         plan = self._plan
-        target, type_ = plan.targets[unit.target], plan.types[unit.target]
+        target = plan.targets[unit.target]
         try:
             return pack_unit(self._pool, rows, target, unit, type_, self._importance(target.name))
         except BadWeight as bad:
@@ -192,6 +200,11 @@ class _Pipeline:
 
     def _n_weights(self, unit: Unit) -> int:
         return unit.n_rows * self._plan.targets[unit.target].n_cols
+
+
+def _plain(type_: str) -> str:
+    """The name of the ggml type that a type is made of."""
+    return tensor_types.plain(tensor_types.from_name(type_)).name
 
 
 def _explain(error: OSError, plan: Plan) -> LocalrunError:

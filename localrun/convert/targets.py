@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from localrun.convert.checkpoint import SourceTensor
+from localrun.tensor_types import ROWS
 
 
 class Source(Protocol):
@@ -99,12 +100,12 @@ class Unit:
 
 def units(targets: list[Target], unit_bytes: int) -> Iterator[Unit]:
     """All work, in the order of the file; no unit takes more than unit_bytes as float32, but for a single piece that
-    cannot be cut or a single row."""
+    cannot be cut or ROWS rows, which interleaved types keep together."""
     for index, target in enumerate(targets):
         if target.values:
             yield Unit(index, 0, 1, ())
             continue
-        limit = max(1, unit_bytes // (4 * target.n_cols))
+        limit = max(ROWS, unit_bytes // (4 * target.n_cols) // ROWS * ROWS)
         row, gathered = 0, []
         for piece in target.pieces:
             for part in _cut(piece, limit):

@@ -232,10 +232,11 @@ def _add_biases(targets: list[Any]) -> None:
 
 def _from_gguf(path: Path, type_: str | None) -> ModelShape:
     from localrun.gguf import open_gguf
+    from localrun.tensor_types import plain
 
     with open_gguf(path) as file:
         config = read_config(file)
-        tensors = tuple(Tensor(t.name, t.shape, t.type.name, t.n_bytes) for t in file.tensors.values())
+        tensors = tuple(Tensor(t.name, t.shape, plain(t.type).name, t.n_bytes) for t in file.tensors.values())
         name = str(file.metadata.get("general.name", path.name))
     model = ModelShape(name, config, tensors, "as in the file", str(path), path)
     return model if type_ is None else model.with_type(type_)

@@ -1,0 +1,49 @@
+"""The types of tensors in a GGUF: ggml's, and interleaved ones under numbers of this project's own.
+
+An interleaved type holds a ggml type's blocks with 16 rows side by side (quant/r16.py). llama.cpp and the gguf package
+refuse a file with a number they don't know; the number of the plain type would have them misread it.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import TypeAlias
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from quant.formats import INTERLEAVED
+
+ROWS = 16  # that lie side by side
+_SUFFIX = f"_R{ROWS}"
+_OWN = 0x4C520000  # "LR" in front of the number of ggml's type
+
+InterleavedType = IntEnum(  # Q4_K_R16 and so on, which only this project reads
+    "InterleavedType", {name: _OWN + GGMLQuantizationType[name.removesuffix(_SUFFIX)] for name in INTERLEAVED}
+)
+TensorType: TypeAlias = GGMLQuantizationType | InterleavedType
+
+
+def from_number(number: int) -> TensorType:
+    """The type with this number in a file. Raises ValueError."""
+    return InterleavedType(number) if number >= _OWN else GGMLQuantizationType(number)
+
+
+def from_name(name: str) -> TensorType:
+    """The type called `name`, "Q4_K" or "Q4_K_R16". Raises KeyError."""
+    return InterleavedType[name] if name in InterleavedType.__members__ else GGMLQuantizationType[name]
+
+
+def plain(type_: TensorType) -> GGMLQuantizationType:
+    """The ggml type that a type is made of, itself if it is one."""
+    return GGMLQuantizationType(type_ - _OWN) if isinstance(type_, InterleavedType) else type_
+
+
+def interleaved(name: str, shape: tuple[int, ...]) -> str:
+    """What a tensor of the plain type `name` may become: the name of the interleaved one, or the same again."""
+    fits = len(shape) > 1 and shape[-2] % ROWS == 0 and name + _SUFFIX in INTERLEAVED
+    return name + _SUFFIX if fits else name
+
+
+def block_size(type_: TensorType) -> tuple[int, int]:
+    """Weights and bytes of a block of one row."""
+    return GGML_QUANT_SIZES[plain(type_)]
