@@ -29,7 +29,7 @@ from localrun.facts import weight_bytes_per_token
 from localrun.gguf import GGUFFile
 from localrun.placement import CPU
 from localrun.sampling import Sampling
-from localrun.session import PREFILL_CHUNK, Stats
+from localrun.session import Stats, prompt_chunks
 from quant import stream
 from quant.pool import Pool
 
@@ -95,8 +95,8 @@ class Native:
 
     def prompt(self, ids: Sequence[int]) -> None:
         self._cache.truncate(0)
-        for start in range(0, len(ids), PREFILL_CHUNK):
-            self._model.forward(ids[start : start + PREFILL_CHUNK], self._cache)
+        for n_tokens in prompt_chunks(self._model, len(ids)):
+            self._model.forward(ids[self._cache.length :][:n_tokens], self._cache)
 
     def generate(self, ids: Sequence[int]) -> list[float]:
         self._cache.truncate(0)
