@@ -22,7 +22,13 @@ Source = Annotated[
 ]
 Destination = Annotated[Path, typer.Argument(metavar="DST", help="The GGUF file to write.")]
 Type = Annotated[
-    str, typer.Option("--type", metavar="TYPE", help="F32, F16, BF16, Q8_0, Q4_K_M, MXFP4_MOE, and others.")
+    str | None,
+    typer.Option(
+        "--type",
+        metavar="TYPE",
+        help="F32, F16, BF16, Q8_0, Q4_K_M (the default), MXFP4_MOE, and others.",
+        show_default=False,
+    ),
 ]
 TensorTypes = Annotated[
     list[str] | None,
@@ -51,7 +57,7 @@ SplitMaxSize = Annotated[
 ]
 Pack = Annotated[
     bool,
-    typer.Option("--pack", help="Interleave rows: faster here, and no other tool reads the file."),
+    typer.Option("--pack", help="Interleave rows: faster, for localrun only. Without --type a GGUF keeps its types."),
 ]
 AllowRequantize = Annotated[bool, typer.Option("--allow-requantize", help="Pack anew even what has lost much already.")]
 
@@ -59,7 +65,7 @@ AllowRequantize = Annotated[bool, typer.Option("--allow-requantize", help="Pack 
 def convert(
     source: Source,
     destination: Destination,
-    type_: Type = "Q4_K_M",
+    type_: Type = None,
     tensor_types: TensorTypes = None,
     no_mtp: NoMtp = False,
     imatrix: Imatrix = None,
@@ -79,8 +85,11 @@ def convert(
 
     if threads is not None and threads < 1:
         raise LocalrunError(f"-t {threads}; expected 1 or more")
+    as_it_is = pack and type_ is None and not source.is_dir()
+    if as_it_is and (tensor_types or imatrix):
+        raise LocalrunError("--pack without --type keeps a GGUF's types: --tensor-type and --imatrix need --type")
     chosen = Options(
-        mix=parse_mix(type_),
+        mix=None if as_it_is else parse_mix(type_ or "Q4_K_M"),
         overrides=[parse_override(text) for text in tensor_types or []],
         keep_mtp=not no_mtp,
         imatrix=imatrix,
@@ -121,7 +130,7 @@ def _parse_size(text: str) -> int:
     return int(number) * {"M": 10**6, "G": 10**9}[unit]
 
 
-def _facts(plan: "Plan", mix: str) -> dict[str, Any]:
+def _facts(plan: "Plan", mix: str | None) -> dict[str, Any]:
     unreached = plan.importances.unreached if plan.importances else {}
     return {
         "source": str(plan.source.path),
@@ -139,7 +148,7 @@ def _facts(plan: "Plan", mix: str) -> dict[str, Any]:
     }
 
 
-def _show(plan: "Plan", mix: str, as_json: bool) -> None:
+def _show(plan: "Plan", mix: str | None, as_json: bool) -> None:
     """The plan on stdout, a line for each tensor."""
     rows = [
         {
@@ -166,7 +175,7 @@ def _summary(plan: "Plan") -> str:
     return f"{size(plan.layout.size)}{parts}, {plan.bits_per_weight:.2f} bits per weight"
 
 
-def _report(plan: "Plan", mix: str, last: "Progress", seconds: float, as_json: bool) -> None:
+def _report(plan: "Plan", mix: str | None, last: "Progress", seconds: float, as_json: bool) -> None:
     if as_json:
         done = {"bytes_in": last.bytes_in, "bytes_out": last.bytes_out, "seconds": round(seconds, 3)}
         print_json(_facts(plan, mix) | done)

@@ -29,8 +29,8 @@ TOLERANCE = 1e-2
 EXPERTS = "blk.1.ffn_up_exps.weight"
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", name="plain")
+def plain_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return converted("wide", tmp_path_factory.mktemp("plain") / "plain.gguf")
 
 
@@ -110,6 +110,25 @@ def test_a_session_of_a_packed_file_steps_and_reads_prompts(plain: Path, packed:
             rows.append(np.array(stepped))
             assert len(list(model.generate(ids, greedy, max_tokens=5))) > 0
     assert far(rows[1], rows[0]) < TOLERANCE
+
+
+def test_a_gguf_keeps_its_types(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a mix that is none of the converter's; no weight is packed anew."""
+    types = {"attn": "Q5_K", "_down": "Q6_K", "output": "Q8_0", "": "Q4_K"}
+    source, packed, again = tiny_models.shared("wide", type=types), tmp_path / "packed.gguf", tmp_path / "again.gguf"
+    assert run(["convert", str(source), str(packed), "--pack"]) == 0
+    with open_gguf(source) as before, open_gguf(packed) as after:
+        assert all(
+            tensor_types.plain(after.tensors[name].type) == tensor.type for name, tensor in before.tensors.items()
+        )
+        assert {"Q4_K_R16", "Q5_K_R16", "Q6_K_R16"} <= {tensor.type.name for tensor in after.tensors.values()}
+        assert dict(before.metadata) == dict(after.metadata)
+    convert(plan_for(packed, again, None))
+    for ours, theirs in zip(gguf.GGUFReader(again).tensors, gguf.GGUFReader(source).tensors, strict=True):
+        assert ours.tensor_type == theirs.tensor_type
+        assert np.array_equal(ours.data, theirs.data)
+    assert run(["convert", str(source), str(tmp_path / "x.gguf"), "--pack", "--tensor-type", "attn=Q8_0"]) == 1
+    assert "--tensor-type and --imatrix need --type" in capsys.readouterr().err
 
 
 def test_it_can_be_unpacked(plain: Path, packed: Path, tmp_path: Path) -> None:

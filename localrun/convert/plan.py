@@ -30,7 +30,7 @@ class Options:
     """What the user may choose.
 
     Attributes:
-        mix: a key of mixes.MIXES.
+        mix: a key of mixes.MIXES; None for a GGUF's own types, as they are.
         overrides: types by name; the first that matches counts.
         keep_mtp: whether layers for multi-token prediction go in.
         imatrix: a file with importances.
@@ -41,7 +41,7 @@ class Options:
         unit_bytes: float32 bytes that are read, packed and written at once.
     """
 
-    mix: str = "Q4_K_M"
+    mix: str | None = "Q4_K_M"
     overrides: Sequence[Override] = ()
     keep_mtp: bool = True
     imatrix: Path | None = None
@@ -94,17 +94,16 @@ def make_plan(source_path: Path, destination: Path, options: Options) -> Plan:
     if not model.targets:
         raise LocalrunError(f"{source_path}: holds no tensors to convert")
     importances = Importances(options.imatrix, model.targets) if options.imatrix else None
-    types = choose_types(
-        model.targets, model.metadata, options.mix, options.overrides, has_imatrix=importances is not None
-    )
+    types = _types(model, options, has_imatrix=importances is not None)
     if any(is_overruled(target, override) for target in model.targets for override in options.overrides):
         model.warnings.append("attn_k_b and attn_v_b get at least Q8_0, whatever --tensor-type says")
     if isinstance(source, GGUFSource):
         gguf_source.check_requantize(source, model.targets, types, options.allow_requantize)
     if options.pack:
         types = interleave(model.targets, types)
-    model.metadata.u32("general.quantization_version", QUANTIZATION_VERSION)
-    model.metadata.u32("general.file_type", MIXES[options.mix][0])
+    if options.mix is not None:
+        model.metadata.u32("general.quantization_version", QUANTIZATION_VERSION)
+        model.metadata.u32("general.file_type", MIXES[options.mix][0])
     layout = make_layout(destination, model.metadata, model.targets, types, options.split_max_bytes)
     work = list(units(model.targets, options.unit_bytes))
     fingerprint = _fingerprint(source, layout, options)
@@ -120,6 +119,13 @@ def make_plan(source_path: Path, destination: Path, options: Options) -> Plan:
         model.warnings,
         fingerprint,
     )
+
+
+def _types(model: architecture.Model, options: Options, *, has_imatrix: bool) -> list[str]:
+    """The plain type of each target."""
+    if options.mix is None:
+        return [target.from_type for target in model.targets]
+    return choose_types(model.targets, model.metadata, options.mix, options.overrides, has_imatrix=has_imatrix)
 
 
 def _size_label(targets: list[Target]) -> str:
