@@ -95,8 +95,10 @@ class FakeCuda:
     @contextmanager
     def stream(self, stream: Stream) -> Iterator[None]:
         before, self.current = self.current, stream
-        yield
-        self.current = before
+        try:
+            yield
+        finally:
+            self.current = before
 
     def CUDAGraph(self) -> Graph:
         return Graph(self, next(self._graph_names))
@@ -104,8 +106,11 @@ class FakeCuda:
     @contextmanager
     def graph(self, graph: Graph, pool: str | None, stream: Stream, capture_error_mode: str) -> Iterator[None]:
         self.log.append(f"begin {capture_error_mode}" + (f" in {pool}" if pool else ""))
-        with self.stream(stream):
-            yield
+        try:
+            with self.stream(stream):
+                yield
+        except BaseException:  # as torch does, which ends the capture in any case
+            raise RuntimeError("CUDA error: capturing stream has unjoined work")  # noqa: B904
         self.log.append("end")
 
     def Event(self, blocking: bool) -> SimpleNamespace:
@@ -170,6 +175,18 @@ def test_a_step_is_warmed_up_then_captured_with_its_branches(fake: FakeCuda) -> 
     replay()
     device.synchronize()
     assert fake.log == ["replay on main", "mark main", "sleep True"]
+
+
+def test_an_interrupted_recording_is_an_interrupt(fake: FakeCuda) -> None:
+    device = Cuda()
+
+    def step() -> None:
+        if fake.log[-1].startswith("begin"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        device.capture(step)
+    assert fake.current.name == "main" and not device._graphs
 
 
 def test_captured_steps_share_their_memory(fake: FakeCuda) -> None:

@@ -159,6 +159,8 @@ class Cuda:
         except torch.cuda.OutOfMemoryError as error:
             raise LocalrunError(f"the GPU's memory is full: {_sentence(error)}; see --ctx and --vram") from error
         except RuntimeError as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # which broke off a recording: that fails of it
+                raise error.__context__ from None
             if not str(error).startswith(_FAILURES):
                 raise
             raise LocalrunError(f"the GPU failed: {_sentence(error)}; --device cpu does without it") from error
