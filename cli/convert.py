@@ -85,11 +85,8 @@ def convert(
 
     if threads is not None and threads < 1:
         raise LocalrunError(f"-t {threads}; expected 1 or more")
-    as_it_is = pack and type_ is None and not source.is_dir()
-    if as_it_is and (tensor_types or imatrix):
-        raise LocalrunError("--pack without --type keeps a GGUF's types: --tensor-type and --imatrix need --type")
     chosen = Options(
-        mix=None if as_it_is else parse_mix(type_ or "Q4_K_M"),
+        mix=None if type_ is None else parse_mix(type_),
         overrides=[parse_override(text) for text in tensor_types or []],
         keep_mtp=not no_mtp,
         imatrix=imatrix,
@@ -102,10 +99,10 @@ def convert(
     for warning in plan.warnings:
         note(warning)
     if dry_run:
-        _show(plan, chosen.mix, as_json)
+        _show(plan, as_json)
     else:
         last, seconds = _carry_out(plan, threads, resume, force)
-        _report(plan, chosen.mix, last, seconds, as_json)
+        _report(plan, last, seconds, as_json)
 
 
 def _carry_out(plan: "Plan", threads: int | None, resume: bool, force: bool) -> "tuple[Progress, float]":
@@ -130,12 +127,12 @@ def _parse_size(text: str) -> int:
     return int(number) * {"M": 10**6, "G": 10**9}[unit]
 
 
-def _facts(plan: "Plan", mix: str | None) -> dict[str, Any]:
+def _facts(plan: "Plan") -> dict[str, Any]:
     unreached = plan.importances.unreached if plan.importances else {}
     return {
         "source": str(plan.source.path),
         "paths": [str(part.path) for part in plan.layout.parts],
-        "type": mix,
+        "type": plan.mix,
         "architecture": plan.metadata.architecture,
         "tensors": len(plan.targets),
         "parameters": plan.n_weights,
@@ -148,7 +145,7 @@ def _facts(plan: "Plan", mix: str | None) -> dict[str, Any]:
     }
 
 
-def _show(plan: "Plan", mix: str | None, as_json: bool) -> None:
+def _show(plan: "Plan", as_json: bool) -> None:
     """The plan on stdout, a line for each tensor."""
     rows = [
         {
@@ -161,7 +158,7 @@ def _show(plan: "Plan", mix: str | None, as_json: bool) -> None:
         for target, type_, place in zip(plan.targets, plan.types, plan.layout.places, strict=True)
     ]
     if as_json:
-        print_json(_facts(plan, mix) | {"plan": rows})
+        print_json(_facts(plan) | {"plan": rows})
         return
     print(f"{'tensor':<40} {'shape':<20} {'from':<8} {'to':<8} {'size':>12}")
     for row in rows:
@@ -175,10 +172,10 @@ def _summary(plan: "Plan") -> str:
     return f"{size(plan.layout.size)}{parts}, {plan.bits_per_weight:.2f} bits per weight"
 
 
-def _report(plan: "Plan", mix: str | None, last: "Progress", seconds: float, as_json: bool) -> None:
+def _report(plan: "Plan", last: "Progress", seconds: float, as_json: bool) -> None:
     if as_json:
         done = {"bytes_in": last.bytes_in, "bytes_out": last.bytes_out, "seconds": round(seconds, 3)}
-        print_json(_facts(plan, mix) | done)
+        print_json(_facts(plan) | done)
         return
     _note_without_importance(plan)
     print(f"{printable(str(plan.layout.parts[0].path))}: {_summary(plan)}, {_duration(seconds)}")

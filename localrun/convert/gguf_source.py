@@ -53,6 +53,11 @@ class GGUFSource:
                 self._places[record.name] = part, header.data_start + record.offset
         self._reader = Reader()
 
+    @property
+    def is_interleaved(self) -> bool:
+        """Whether some tensors have interleaved rows."""
+        return bool(self._interleaved)
+
     def read(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
         """out = rows start..stop of a tensor, float32 (stop - start, n_cols), C order. Raises CheckpointError."""
         path, offset, n_bytes = self._extent(name, start, stop)

@@ -22,6 +22,7 @@ from localrun.convert.targets import Target, Unit, units
 from localrun.errors import LocalrunError
 
 UNIT_BYTES = 64 << 20  # as float32; some of these are in memory at a time
+DEFAULT_MIX = "Q4_K_M"
 QUANTIZATION_VERSION = 2  # ggml.h, GGML_QNT_VERSION
 
 
@@ -30,7 +31,8 @@ class Options:
     """What the user may choose.
 
     Attributes:
-        mix: a key of mixes.MIXES; None for a GGUF's own types, as they are.
+        mix: a key of mixes.MIXES; None for DEFAULT_MIX, or where rows of a GGUF are to be interleaved, or put in order
+            again, for the types that it has.
         overrides: types by name; the first that matches counts.
         keep_mtp: whether layers for multi-token prediction go in.
         imatrix: a file with importances.
@@ -41,7 +43,7 @@ class Options:
         unit_bytes: float32 bytes that are read, packed and written at once.
     """
 
-    mix: str | None = "Q4_K_M"
+    mix: str | None = None
     overrides: Sequence[Override] = ()
     keep_mtp: bool = True
     imatrix: Path | None = None
@@ -54,11 +56,12 @@ class Options:
 
 @dataclass(frozen=True)
 class Plan:
-    """A conversion that can be carried out. types and layout.places go with targets."""
+    """A conversion that can be carried out. types and layout.places go with targets; mix is None if types are kept."""
 
     source: Checkpoint | GGUFSource
     destination: Path
     metadata: Metadata
+    mix: str | None
     targets: list[Target]
     types: list[str]
     layout: Layout
@@ -94,16 +97,21 @@ def make_plan(source_path: Path, destination: Path, options: Options) -> Plan:
     if not model.targets:
         raise LocalrunError(f"{source_path}: holds no tensors to convert")
     importances = Importances(options.imatrix, model.targets) if options.imatrix else None
-    types = _types(model, options, has_imatrix=importances is not None)
+    mix = options.mix or _default_mix(source, options)
+    if mix is None:
+        types = [target.from_type for target in model.targets]
+    else:
+        has_imatrix = importances is not None
+        types = choose_types(model.targets, model.metadata, mix, options.overrides, has_imatrix=has_imatrix)
     if any(is_overruled(target, override) for target in model.targets for override in options.overrides):
         model.warnings.append("attn_k_b and attn_v_b get at least Q8_0, whatever --tensor-type says")
     if isinstance(source, GGUFSource):
         gguf_source.check_requantize(source, model.targets, types, options.allow_requantize)
     if options.pack:
         types = interleave(model.targets, types)
-    if options.mix is not None:
+    if mix is not None:
         model.metadata.u32("general.quantization_version", QUANTIZATION_VERSION)
-        model.metadata.u32("general.file_type", MIXES[options.mix][0])
+        model.metadata.u32("general.file_type", MIXES[mix][0])
     layout = make_layout(destination, model.metadata, model.targets, types, options.split_max_bytes)
     work = list(units(model.targets, options.unit_bytes))
     fingerprint = _fingerprint(source, layout, options)
@@ -111,6 +119,7 @@ def make_plan(source_path: Path, destination: Path, options: Options) -> Plan:
         source,
         destination,
         model.metadata,
+        mix,
         model.targets,
         types,
         layout,
@@ -121,11 +130,13 @@ def make_plan(source_path: Path, destination: Path, options: Options) -> Plan:
     )
 
 
-def _types(model: architecture.Model, options: Options, *, has_imatrix: bool) -> list[str]:
-    """The plain type of each target."""
-    if options.mix is None:
-        return [target.from_type for target in model.targets]
-    return choose_types(model.targets, model.metadata, options.mix, options.overrides, has_imatrix=has_imatrix)
+def _default_mix(source: Checkpoint | GGUFSource, options: Options) -> str | None:
+    """What no mix means for a source; None if its types are kept. Raises LocalrunError on options that need one."""
+    if not isinstance(source, GGUFSource) or not (options.pack or source.is_interleaved):
+        return DEFAULT_MIX
+    if options.overrides or options.imatrix:
+        raise LocalrunError(f"{source.path}: keeps its types without --type; --tensor-type and --imatrix need it")
+    return None
 
 
 def _size_label(targets: list[Target]) -> str:
