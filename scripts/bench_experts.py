@@ -29,6 +29,7 @@ from localrun.bench import machine
 from quant import experts, formats, isa, linear, stream
 from quant.pack import NAMES as PACKABLE
 from quant.pool import Pool
+from quant.r16 import interleave
 
 ROUND_S = 0.1  # for numbers of tokens that take less than that
 IDLE_S = 0.2  # until the threads of the engine before sleep; kt-kernel's spin for a while
@@ -95,11 +96,19 @@ class Ours:
         matrices, at = [], 0
         for name, shape in shapes.items():
             start = at
-            for chunk in weights.chunks(Tensor(name, shape, shape[-1] ** -0.5), layer.type):
+            for chunk in weights.chunks(Tensor(name, shape, shape[-1] ** -0.5), layer.type.removesuffix("_R16")):
                 self.memory[at : at + chunk.nbytes] = chunk.reshape(-1)
                 at += chunk.nbytes
+            if layer.type in formats.INTERLEAVED:
+                self._interleave(self.memory[start:at].reshape(n, -1), shape, layer.type)
             matrices.append(linear.weight(self.memory[start:at], formats.get(layer.type), shape))
         self._experts = experts.Experts(*matrices)
+
+    @staticmethod
+    def _interleave(matrices: np.ndarray, shape: tuple[int, ...], type_: str) -> None:
+        """In place, an expert at a time; uint8 (E, bytes)."""
+        for matrix in matrices:
+            matrix[:] = interleave(type_, matrix, shape[1], len(matrix) // shape[1]).reshape(-1)
 
     def __call__(self, x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> None:
         out = np.empty_like(x)
@@ -209,7 +218,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--inner", type=int, default=2048, help="columns of an expert's down matrix")
     parser.add_argument("--experts", type=int, default=64, help="in RAM")
     parser.add_argument("--top-k", type=int, default=8, help="experts a token")
-    parser.add_argument("--type", default="Q4_K", choices=PACKABLE, help="of all three matrices")
+    parser.add_argument(
+        "--type", default="Q4_K", choices=(*PACKABLE, *formats.INTERLEAVED), help="of all three matrices"
+    )
     parser.add_argument("-t", "--threads", type=int, default=hardware.usable_cores())
     parser.add_argument("-r", "--rounds", type=int, default=5)
     parser.add_argument("--kt", action="store_true", help="measure kt-kernel too")
