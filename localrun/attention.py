@@ -21,38 +21,12 @@ if TYPE_CHECKING:
     from localrun.weights import Weights
 
 _WORK_BYTES = 1 << 26  # decompressed keys and values at a time: heads are handled in groups that fit
-_SCORES_BYTES = 1 << 23  # scores at a time
-_MOST_TOKENS = 256  # at a time: the next ones see more, so that half of a long prompt's scores are never computed
 
 
 def head_groups(n_heads: int, bytes_per_head: int, work_bytes: int):
     """(first, count) of the groups of heads that fit the work memory together."""
     step = max(1, min(n_heads, work_bytes // bytes_per_head))
     return [(first, min(step, n_heads - first)) for first in range(0, n_heads, step)]
-
-
-def _attend(q_NTd: torch.Tensor, k_NSd: torch.Tensor, v_NSV: torch.Tensor) -> torch.Tensor:
-    """softmax(q k^T) v, float32 (N, T, V), each token seeing itself and what came before; q is scaled.
-
-    Some heads and tokens at a time, with what these see: scores take _SCORES_BYTES (16 tokens' if that is more), not
-    N x T x S. k and v without N are shared by all heads.
-    """
-    n_heads, n_tokens = q_NTd.shape[:2]
-    n_cached = k_NSd.shape[-2]
-    n_before = n_cached - n_tokens
-    out_NTV = q_NTd.new_empty(n_heads, n_tokens, v_NSV.shape[-1])
-    step = min(_MOST_TOKENS, max(16, _SCORES_BYTES // (4 * n_cached)))
-    future = torch.ones(min(step, n_tokens), min(step, n_tokens), dtype=torch.bool, device=q_NTd.device).triu(1)
-    for first_head, count in head_groups(n_heads, 4 * min(step, n_tokens) * n_cached, _SCORES_BYTES):
-        heads = slice(first_head, first_head + count)
-        k, v = (x[heads] if x.dim() == 3 else x for x in (k_NSd, v_NSV))
-        for first in range(0, n_tokens, step):
-            last = min(first + step, n_tokens)
-            seen = n_before + last
-            scores = q_NTd[heads, first:last] @ k[..., :seen, :].mT
-            scores[..., n_before + first :].masked_fill_(future[: last - first, : last - first], float("-inf"))
-            out_NTV[heads, first:last] = torch.softmax(scores, -1) @ v[..., :seen, :]
-    return out_NTV
 
 
 class LatentAttention:
@@ -66,7 +40,7 @@ class LatentAttention:
         def name(module: str) -> str:
             return names.layer(index, f"self_attn.{module}")
 
-        self.config, self.index, self.rope = config, index, rope
+        self.config, self.weights, self.index, self.rope = config, weights, index, rope
         self.scale = attention_scale(config)
         self.may_decompress = True  # not where the inputs of k_b_proj and v_b_proj are to be observed
         if config.q_lora_rank is None:
@@ -120,33 +94,36 @@ class LatentAttention:
     def _absorbed(self, q_nope_THP, q_rope_THR, rows_SW) -> torch.Tensor:
         """(T, H, V) by attending in latent space."""
         q_latent_THC = self.k_b_proj(q_nope_THP) if self.is_split else self.k_b_proj.transposed(q_nope_THP)
-        q_HTW = torch.cat([q_latent_THC, q_rope_THR], -1).transpose(0, 1)
-        latent_SC = rows_SW[:, : self.config.kv_lora_rank]
-        mixed_HTC = _attend(q_HTW * self.scale, rows_SW, latent_SC)
-        return self.v_b_proj(mixed_HTC.transpose(0, 1))
+        latent_S1C, k_rope_S1R = self._parts(rows_SW[:, None])
+        mixed_THC = torch.empty_like(q_latent_THC)
+        parts = [(q_latent_THC, latent_S1C), (q_rope_THR, k_rope_S1R)]
+        self.weights.attend(parts, latent_S1C, self.scale, mixed_THC)
+        return self.v_b_proj(mixed_THC)
 
     def _decompressed(self, q_nope_THP, q_rope_THR, rows_SW) -> torch.Tensor:
         """(T, H, V) by rebuilding each head's keys and values."""
-        c = self.config
-        latent_SC, k_rope_SR = rows_SW.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-        n_tokens, n_cached = q_nope_THP.shape[0], rows_SW.shape[0]
+        c, n_tokens, n_cached = self.config, q_nope_THP.shape[0], rows_SW.shape[0]
+        latent_SC, k_rope_SR = self._parts(rows_SW)
         out_THV = rows_SW.new_empty(n_tokens, c.num_attention_heads, c.v_head_dim)
-        q_HTd = torch.cat([q_nope_THP, q_rope_THR], -1).transpose(0, 1) * self.scale
-        bytes_per_head = 4 * n_cached * (2 * c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
+        bytes_per_head = 4 * n_cached * (c.qk_nope_head_dim + c.v_head_dim)
         for first, count in head_groups(c.num_attention_heads, bytes_per_head, _WORK_BYTES):
             heads = slice(first, first + count)
             k_b, v_b = self.k_b_proj.dense(first, count), self.v_b_proj.dense(first, count)
-            k_NSP = latent_SC @ (k_b if self.is_split else k_b.mT)
-            k_NSd = torch.cat([k_NSP, k_rope_SR.expand(count, -1, -1)], -1)
-            out_THV[:, heads] = _attend(q_HTd[heads], k_NSd, latent_SC @ v_b.mT).transpose(0, 1)
+            k_NSP, v_NSV = latent_SC @ (k_b if self.is_split else k_b.mT), latent_SC @ v_b.mT
+            parts = [(q_nope_THP[:, heads], k_NSP.transpose(0, 1)), (q_rope_THR[:, heads], k_rope_SR[:, None])]
+            self.weights.attend(parts, v_NSV.transpose(0, 1), self.scale, out_THV[:, heads])
         return out_THV
+
+    def _parts(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Latents and rotated keys of cache rows (..., C + R)."""
+        return rows.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
 
 
 class GroupedQueryAttention:
     """GQA: G heads of keys and values, each shared by H / G query heads."""
 
     def __init__(self, config: Config, weights: Weights, index: int, rope: Rope):
-        self.config, self.index, self.rope = config, index, rope
+        self.config, self.weights, self.index, self.rope = config, weights, index, rope
         self.scale = attention_scale(config)
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
             weights.linear(names.layer(index, f"self_attn.{part}_proj")) for part in "qkvo"
@@ -159,14 +136,10 @@ class GroupedQueryAttention:
         q_THd = self._rotate(self.q_proj(x_TD).unflatten(1, (-1, c.head_dim)), turns)
         k_TGd = self._rotate(self.k_proj(x_TD).unflatten(1, (-1, c.head_dim)), turns)
         keys, values = cache.append(self.index, k_TGd.flatten(1), self.v_proj(x_TD))
-        k_GSd = keys.float().unflatten(1, (-1, c.head_dim)).transpose(0, 1)
-        v_GSV = values.float().unflatten(1, (-1, c.v_head_dim)).transpose(0, 1)
-        per_group = c.num_attention_heads // c.num_key_value_heads
+        k_SGd = keys.float().unflatten(1, (-1, c.head_dim))
+        v_SGV = values.float().unflatten(1, (-1, c.v_head_dim))
         out_THV = x_TD.new_empty(n_tokens, c.num_attention_heads, c.v_head_dim)
-        q_HTd = q_THd.transpose(0, 1) * self.scale
-        for group in range(c.num_key_value_heads):
-            heads = slice(group * per_group, (group + 1) * per_group)
-            out_THV[:, heads] = _attend(q_HTd[heads], k_GSd[group], v_GSV[group]).transpose(0, 1)
+        self.weights.attend([(q_THd, k_SGd)], v_SGV, self.scale, out_THV)
         return self.o_proj(out_THV.flatten(1))
 
     def _rotate(self, x_THd: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:

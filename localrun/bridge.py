@@ -9,7 +9,7 @@ int64 (T, K) and float32 (T, K), which gives a callable that waits for the weigh
 An id of -1 stands for an expert that is not here.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ import torch
 
 from quant import experts as quant_experts
 from quant import linear as quant_linear
+from quant import prompt_attention
 from quant.linear import Weight
 from quant.pool import Pool
 from quant.step import MOST_TOKENS
@@ -107,6 +108,40 @@ class Embedding:
         out = torch.empty(ids.shape[0], self.weight.n_cols)
         quant_linear.expand_rows(self.pool, self.weight, ids.numpy(), out.data_ptr())
         return out
+
+
+class Attend:
+    """softmax(q k^T) v over float32 tensors whose last dimensions are contiguous; each token sees itself and before."""
+
+    def __init__(self, pool: Pool):
+        self.pool = pool
+
+    def __call__(
+        self,
+        parts: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        v_SGV: torch.Tensor,
+        scale: float,
+        out_THV: torch.Tensor,
+    ) -> None:
+        """out_THV = softmax(scale * q k^T) v, of the last T of S tokens.
+
+        Args:
+            parts: queries (T, H, d) and keys (S, G, d) or, shared by all heads, (S, 1, d); products of two parts are
+                added. H / G heads share one's keys and values.
+        """
+        (n_tokens, n_heads, width), (n_cached, n_groups, _) = out_THV.shape, v_SGV.shape
+        prompt_attention.attend(
+            self.pool,
+            [(_strides(q), _strides(k), q.shape[-1]) for q, k in parts],
+            _strides(v_SGV), width, _strides(out_THV),
+            n_heads=n_heads, shared=n_heads // n_groups, n_tokens=n_tokens, n_before=n_cached - n_tokens, scale=scale,
+        )  # fmt: skip
+
+
+def _strides(x: torch.Tensor) -> prompt_attention.Rows:
+    """Where (T, H, d) lies; a single head for all."""
+    assert x.dtype == torch.float32 and x.stride(-1) == 1
+    return prompt_attention.Rows(x.data_ptr(), 4 * x.stride(1) if x.shape[1] > 1 else 0, 4 * x.stride(0))
 
 
 Finish = Callable[[], torch.Tensor]

@@ -10,6 +10,7 @@ _MODULES = {
     "quant.linear": "matrix products",
     "quant.panel_experts": "experts of many tokens",
     "quant.experts": "experts",
+    "quant.prompt_attention": "attention of many tokens",
     "quant.step": "decoding",
     "quant.step_rows": "decoding: rows",
     "quant.step_queries": "decoding: queries",

@@ -29,7 +29,7 @@ VRAM, RAM = "VRAM", "RAM"
 
 CHUNK = 512  # tokens of a prompt evaluated at a time: session.PREFILL_CHUNK
 CTX_STEP = 256  # contexts that are proposed are multiples of it
-ATTENTION_WORK_BYTES = 1 << 26  # attention._WORK_BYTES: scores, keys and values at a time
+ATTENTION_WORK_BYTES = 1 << 26  # attention._WORK_BYTES: keys and values at a time
 GPU_ATTENTION_WORK_BYTES = 1 << 28  # the same on the GPU: gpu.attention._WORK_BYTES
 # What comes with a CUDA process besides tensors: kernels, graphs, the allocator's rounding. Assumed.
 RESERVE_BYTES = 1 << 28

@@ -25,6 +25,7 @@ class Weights(Tensors):
     def __init__(self, file: GGUFFile, pool: Pool):
         super().__init__(file)
         self.pool = pool
+        self.attend = bridge.Attend(pool)
 
     def vector(self, name: str) -> torch.Tensor:
         """A 1-D tensor, float32."""

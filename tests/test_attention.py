@@ -16,6 +16,7 @@ import torch
 
 from localrun import attention
 from localrun.attention import GroupedQueryAttention, LatentAttention
+from localrun.bridge import Attend
 from localrun.cache import Cache
 from localrun.config import Config, RopeScaling, read_config
 from localrun.gguf import open_gguf
@@ -102,12 +103,10 @@ def test_latent_attention_in_chunks(
     assert_close(by_chunks(module, x_TD, chunks, cache), naive_mla(model, x_TD))
 
 
-@pytest.fixture(params=[1, 3, 7], ids="tokens_{}".format)
-def small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One head and a few tokens at a time."""
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values of one head at a time."""
     monkeypatch.setattr(attention, "_WORK_BYTES", 1)
-    monkeypatch.setattr(attention, "_SCORES_BYTES", 1)
-    monkeypatch.setattr(attention, "_MOST_TOKENS", request.param)
 
 
 @pytest.mark.parametrize("absorbing", [True, False], ids=["absorbed", "decompressed"])
@@ -119,19 +118,6 @@ def test_latent_attention_by_blocks(
     monkeypatch.setattr(module, "_absorbing_is_cheaper", lambda n_tokens: absorbing)
     x_TD = random(N_TOKENS, module.config.hidden_size)
     assert_close(by_chunks(module, x_TD, [3, N_TOKENS - 3], cache), naive_mla(model, x_TD))
-
-
-def test_scores_of_a_long_prompt_stay_within_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
-    softmax = torch.softmax
-    monkeypatch.setattr(torch, "softmax", lambda x, dim: sizes.append(4 * x.numel()) or softmax(x, dim))
-    q, k, v = random(2, 600, 8), random(2, 9000, 8), random(2, 9000, 4)
-    got = attention._attend(q, k, v)
-    assert max(sizes) <= attention._SCORES_BYTES
-    for t in (0, 256, 599):
-        seen = 8400 + t + 1
-        want = torch.softmax((q[:, t : t + 1] @ k[:, :seen].mT).double(), -1) @ v[:, :seen].double()
-        assert torch.allclose(got[:, t : t + 1].double(), want, atol=2e-6)  # float32 rounding of values of 1
 
 
 @pytest.mark.parametrize("type_", ["F32", "F16", "Q8_0", "Q4_0"])
@@ -180,6 +166,8 @@ def test_the_cheaper_way_is_taken(pool: Pool, n_tokens: int, absorbing: bool) ->
 
 class RandomWeights:
     """Stands in for Weights: float32 matrices of any shape, by GGUF name."""
+
+    attend = Attend(Pool(1))
 
     def __init__(self, config: Config):
         heads, groups, d = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
@@ -243,12 +231,8 @@ def test_grouped_query_attention(shape: dict[str, object]) -> None:
     assert_close(found, torch_gqa(config, weights, x_TD))
 
 
-@pytest.mark.parametrize("scores_bytes", [1, 1 << 26])
 @pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
-def test_grouped_query_attention_in_chunks(
-    chunks: list[int], scores_bytes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(attention, "_SCORES_BYTES", scores_bytes)
+def test_grouped_query_attention_in_chunks(chunks: list[int]) -> None:
     weights = RandomWeights(GQA)
     module = GroupedQueryAttention(GQA, weights, 0, Rope(GQA))
     x_TD = random(N_TOKENS, 48)
