@@ -150,14 +150,15 @@ def run(pool: Pool, experts: Experts, x: int, ids: np.ndarray, weights: np.ndarr
     """
     gate, up, down = experts.gate, experts.up, experts.down
     n_tokens, per_token = ids.shape
-    panel_formats = [panel.find(matrix.format) for matrix in (gate, up, down)]
+    formats = [matrix.format for matrix in (gate, up, down)]
+    panel_formats = [panel.find(format_) for format_ in formats]
     order = ids.ravel().argsort(kind="stable")
     sorted_ids = ids.ravel()[order]
     start = np.flatnonzero(np.concatenate([[True], sorted_ids[1:] != sorted_ids[:-1], [True]]))
     active = sorted_ids[start[:-1]]
     if active[0] < 0:  # a group like any other, but for being computed
         active, start = active[1:], start[1:]
-    if all(panel_formats) and active.size and order.size - start[0] >= panel.TOKENS_FROM * active.size:
+    if all(panel_formats) and active.size and order.size - start[0] >= panel.tokens_from(*formats) * active.size:
         panel_experts.run(pool, experts, panel_formats, x, ids, weights, out)
         return
     most = int(np.diff(start).max(initial=1))

@@ -156,7 +156,7 @@ def multiply(pool: Pool, matrix: Weight, x: int, n_tokens: int, out: int) -> Non
         x: address of float32 (n_tokens, n_groups, n_cols).
         out: address of float32 (n_tokens, n_groups, n_rows).
     """
-    panel_format = panel.find(matrix.format) if n_tokens >= panel.TOKENS_FROM else None
+    panel_format = panel.find(matrix.format) if n_tokens >= panel.tokens_from(matrix.format) else None
     if panel_format is not None:
         panel_linear.multiply(pool, matrix, panel_format, x, n_tokens, out)
         return

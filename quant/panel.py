@@ -93,7 +93,8 @@ _MODULES = {
 }
 
 
-TOKENS_FROM = 4  # repacking a row pays from here on
+# Repacking a row pays from here on; several passes of a few tokens are cheaper where rows are interleaved.
+TOKENS_FROM, TOKENS_FROM_INTERLEAVED = 4, 8
 
 
 def find(format_: Format) -> PanelFormat | None:
@@ -101,6 +102,11 @@ def find(format_: Format) -> PanelFormat | None:
     if format_.name not in _MODULES or not isa.has("avx2"):
         return None
     return getattr(import_module(f"quant.{_MODULES[format_.name]}"), format_.name)
+
+
+def tokens_from(*formats: Format) -> int:
+    """The number of tokens from which on products with matrices of these formats go through panels."""
+    return TOKENS_FROM_INTERLEAVED if all(format_.rows > 1 for format_ in formats) else TOKENS_FROM
 
 
 # A matrix in panel jobs: those int64 of rows.py and these.

@@ -1,4 +1,4 @@
-"""The routed experts of one layer for many tokens, through panels: experts.run's way from panel.TOKENS_FROM a head on.
+"""The routed experts of one layer for many tokens, through panels: experts.run's way from panel.tokens_from a head on.
 
 Three jobs over tokens grouped by expert: write the inputs' panels; gate and up with SwiGLU, whose result becomes the
 token panels of down; down with the weighted sums. A worker owns the output rows it sums into, so the order of

@@ -1,4 +1,4 @@
-"""y = W x for many tokens through panels: linear.multiply's way from panel.TOKENS_FROM tokens on.
+"""y = W x for many tokens through panels: linear.multiply's way from panel.tokens_from tokens on.
 
 The inputs are rounded and written to token panels, one a group; then workers take rows of the matrix.
 """
