@@ -69,8 +69,7 @@ def _repack(file: GGUFFile, tensor: Tensor, workers: Executor) -> None:
     out = np.empty_like(plain)
 
     def one(expert: int) -> None:
-        rows = interleave(type_.name, plain[expert], n_rows, plain.shape[1] // n_rows)
-        out[expert] = rows.reshape(-1)
+        interleave(type_.name, plain[expert], n_rows, plain.shape[1] // n_rows, out[expert])
 
     for _ in workers.map(one, range(n_experts)):
         pass

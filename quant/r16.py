@@ -13,7 +13,7 @@ from numba import types
 from quant.errors import QuantError
 from quant.jit import inline, kernel
 from quant.simd import I8, I16, define, load_i64, load_u8, load_u16, load_u32, store
-from quant.simd_panel import store_i32
+from quant.simd_panel import store_i32, store_i32x16, transpose_strided
 
 ROWS = 16
 # The fields of a block as (bytes of a word, words), in their order; see the plain formats' modules.
@@ -60,6 +60,20 @@ def _copy_words(source, source_step, target, target_step, size):
             store_i8(target + target_step * r, load_u8(source + source_step * r))
 
 
+@inline
+def _interleave_words(row, row_bytes, words, count):
+    """`count` words of 4 bytes of each of 16 rows, 4 at a time as far as they go."""
+    fours = count // 4 * 4
+    for i in range(0, fours, 4):
+        w0, w1, w2, w3 = transpose_strided(row + 4 * i, row_bytes)
+        store_i32x16(words + 64 * i, w0)
+        store_i32x16(words + 64 * i + 64, w1)
+        store_i32x16(words + 64 * i + 128, w2)
+        store_i32x16(words + 64 * i + 192, w3)
+    for i in range(fours, count):
+        _copy_words(row + 4 * i, row_bytes, words + 64 * i, 4, 4)
+
+
 @kernel("void(int64, int64, int64, int64, int64, int64, int64)")
 def _reorder(plain, n_groups, n_blocks, fields, n_fields, interleaved, back):
     """fields: address of n_fields times (bytes of a word, words), int64. back: from interleaved to plain."""
@@ -72,31 +86,39 @@ def _reorder(plain, n_groups, n_blocks, fields, n_fields, interleaved, back):
             row = plain + row_bytes * ROWS * group + block_bytes * b
             words = interleaved + (row_bytes * group + block_bytes * b) * ROWS
             for f in range(n_fields):
-                size = load_i64(fields + 16 * f)
-                for _ in range(load_i64(fields + 16 * f + 8)):
-                    if back != 0:
-                        _copy_words(words, size, row, row_bytes, size)
-                    else:
-                        _copy_words(row, row_bytes, words, size, size)
-                    row += size
-                    words += size * ROWS
+                size, count = load_i64(fields + 16 * f), load_i64(fields + 16 * f + 8)
+                if size == 4 and back == 0:
+                    _interleave_words(row, row_bytes, words, count)
+                else:
+                    for i in range(count):
+                        if back != 0:
+                            _copy_words(words + size * ROWS * i, size, row + size * i, row_bytes, size)
+                        else:
+                            _copy_words(row + size * i, row_bytes, words + size * ROWS * i, size, size)
+                row += size * count
+                words += size * ROWS * count
 
 
-def _reordered(name: str, data: np.ndarray, n_rows: int, row_bytes: int, back: bool) -> np.ndarray:
+def _reordered(
+    name: str, data: np.ndarray, n_rows: int, row_bytes: int, back: bool, out: np.ndarray | None = None
+) -> np.ndarray:
     layout = LAYOUTS[name]
     block_bytes = sum(size * count for size, count in layout)
     if n_rows % ROWS or row_bytes % block_bytes:
         raise QuantError(f"{name}: {n_rows} rows of {row_bytes} bytes are no multiples of {ROWS} and {block_bytes}")
     if data.dtype != np.uint8 or not data.flags.c_contiguous or data.nbytes != n_rows * row_bytes:
         raise QuantError(f"{name}: {n_rows} rows of {row_bytes} contiguous bytes expected; found {data.nbytes}")
-    out, fields = np.empty((n_rows, row_bytes), np.uint8), np.array(layout, np.int64)
+    out = np.empty((n_rows, row_bytes), np.uint8) if out is None else out
+    if out.dtype != np.uint8 or not out.flags.c_contiguous or out.nbytes != data.nbytes:
+        raise QuantError(f"{name}: a result of {data.nbytes} contiguous bytes expected; found {out.nbytes}")
+    fields = np.array(layout, np.int64)
     plain, interleaved = (out, data) if back else (data, out)
     sizes = n_rows // ROWS, row_bytes // block_bytes
     _reorder.ctypes(plain.ctypes.data, *sizes, fields.ctypes.data, len(layout), interleaved.ctypes.data, back)
     return out
 
 
-def interleave(name: str, plain: np.ndarray, n_rows: int, row_bytes: int) -> np.ndarray:
+def interleave(name: str, plain: np.ndarray, n_rows: int, row_bytes: int, out: np.ndarray | None = None) -> np.ndarray:
     """The rows of a plain format as those of the interleaved format `name`: uint8 (n_rows, row_bytes).
 
     Any 16 rows from a multiple of 16 on can be done by themselves. Takes no memory but the result's, and leaves the
@@ -105,13 +127,14 @@ def interleave(name: str, plain: np.ndarray, n_rows: int, row_bytes: int) -> np.
     Args:
         name: "Q4_K_R16", of LAYOUTS.
         plain: uint8, contiguous, n_rows * row_bytes.
+        out: where the result goes if not to new memory: uint8, contiguous, as many bytes.
 
     Raises:
         QuantError: the sizes do not fit, or n_rows is no multiple of 16.
     """
-    return _reordered(name, plain, n_rows, row_bytes, back=False)
+    return _reordered(name, plain, n_rows, row_bytes, False, out)
 
 
 def deinterleave(name: str, interleaved: np.ndarray, n_rows: int, row_bytes: int) -> np.ndarray:
     """The reverse of interleave: the same arguments, results and errors."""
-    return _reordered(name, interleaved, n_rows, row_bytes, back=True)
+    return _reordered(name, interleaved, n_rows, row_bytes, True)
