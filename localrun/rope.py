@@ -80,13 +80,17 @@ class Rope:
     def __init__(self, config: Config, factors: np.ndarray | None = None):
         self.frequencies = frequencies(config, factors)
         self.magnitude = rotation_magnitude(config)
+        self._last: tuple[tuple[int, int], torch.Tensor] | None = None  # what all layers of a step ask for
 
     def turns(self, start: int, n_tokens: int) -> "torch.Tensor":
         """Unit complex numbers (times the magnitude), complex64 (T, 1, R/2), for positions start..start+T-1."""
         import torch
 
-        angles = np.outer(np.arange(start, start + n_tokens), self.frequencies)
-        return torch.from_numpy((self.magnitude * np.exp(1j * angles)).astype(np.complex64))[:, None]
+        if self._last is None or self._last[0] != (start, n_tokens):
+            angles = np.outer(np.arange(start, start + n_tokens), self.frequencies)
+            turns = torch.from_numpy((self.magnitude * np.exp(1j * angles)).astype(np.complex64))[:, None]
+            self._last = (start, n_tokens), turns
+        return self._last[1]
 
     @staticmethod
     def rotate(x_THR: "torch.Tensor", turns: "torch.Tensor") -> "torch.Tensor":

@@ -12,6 +12,7 @@ from quant.simd_panel import (
     e8m0_half_to_f32x16,
     gather,
     half_to_f32x16,
+    high_nibbles,
     shift_right_i32,
     store_i32x16,
     transpose,
@@ -38,7 +39,7 @@ def _store_scale_and_minimum(rows, at, out):
 
 @inline
 def _nibbles(words):
-    return and_i32(words, 0x0F0F0F0F), and_i32(shift_right_i32(words, 4), 0x0F0F0F0F)
+    return and_i32(words, 0x0F0F0F0F), high_nibbles(words)
 
 
 @inline

@@ -14,6 +14,7 @@ from quant.simd_panel import (
     bytes_lookup_in,
     gather,
     half_to_f32x16,
+    high_nibbles,
     i32_to_f32x16,
     negate_f32x16,
     or_i32,
@@ -22,6 +23,7 @@ from quant.simd_panel import (
     sign_extend_i8,
     store_i32x16,
     transpose,
+    transpose_8,
 )
 
 SCALES = 16 * STEP  # where a step's scales begin
@@ -59,7 +61,7 @@ def _scales_and_minima(rows, at, out):
 def store_nibbles(words, out):
     """Low nibbles to one step, high ones to the next."""
     store_i32x16(out, and_i32(words, 0x0F0F0F0F))
-    store_i32x16(out + STEP_BYTES, and_i32(shift_right_i32(words, 4), 0x0F0F0F0F))
+    store_i32x16(out + STEP_BYTES, high_nibbles(words))
 
 
 @kernel(REPACK)
@@ -67,12 +69,8 @@ def _q4_k(rows, n_blocks, out):
     for b in range(n_blocks):
         _scales_and_minima(rows, 144 * b, out + SCALES)
         for quarter in range(4):
-            for half in range(2):
-                w0, w1, w2, w3 = transpose(rows, 144 * b + 16 + 32 * quarter + 16 * half)
-                store_nibbles(w0, out + 256 * half)
-                store_nibbles(w1, out + 256 * half + 64)
-                store_nibbles(w2, out + 256 * half + 128)
-                store_nibbles(w3, out + 256 * half + 192)
+            for i, words in enumerate(transpose_8(rows, 144 * b + 16 + 32 * quarter)):
+                store_nibbles(words, out + 64 * i)
             out += 2 * STEP_BYTES
 
 
@@ -85,7 +83,7 @@ def _with_high_bits(nibbles, high, shift, mask):
 @inline
 def store_fives(words, high, quarter, out):
     """As store_nibbles, with fifth bits from bits 2*quarter and 2*quarter+1 of each byte of `high`."""
-    first, second = and_i32(words, 0x0F0F0F0F), and_i32(shift_right_i32(words, 4), 0x0F0F0F0F)
+    first, second = and_i32(words, 0x0F0F0F0F), high_nibbles(words)
     store_i32x16(out, _with_high_bits(first, high, 2 * quarter, 0x01010101))
     store_i32x16(out + STEP_BYTES, _with_high_bits(second, high, 2 * quarter + 1, 0x01010101))
 
@@ -109,7 +107,7 @@ def _q5_k(rows, n_blocks, out):
 @inline
 def store_sixes(words, high, k, out):
     """Low nibbles to step k, high ones to step k+2, with bits 2k and 2k+4 of each byte of `high`, and the next ones."""
-    first, second = and_i32(words, 0x0F0F0F0F), and_i32(shift_right_i32(words, 4), 0x0F0F0F0F)
+    first, second = and_i32(words, 0x0F0F0F0F), high_nibbles(words)
     store_i32x16(out + STEP_BYTES * k, _with_high_bits(first, high, 2 * k, 0x03030303))
     store_i32x16(out + STEP_BYTES * (k + 2), _with_high_bits(second, high, 2 * k + 4, 0x03030303))
 
@@ -151,7 +149,7 @@ _value = bytes_lookup_in(VALUES.astype(int) + 128)
 def _store_values(words, out):
     """Low nibbles to the step's first half, high ones to its second, both through the table."""
     store_i32x16(out, _value(and_i32(words, 0x0F0F0F0F)))
-    store_i32x16(out + 256, _value(and_i32(shift_right_i32(words, 4), 0x0F0F0F0F)))
+    store_i32x16(out + 256, _value(high_nibbles(words)))
 
 
 @kernel(REPACK)

@@ -3,7 +3,7 @@
 As in simd.py, LLVM splits vectors that are wider than the machine's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from llvmlite import ir
 from numba import types
@@ -64,32 +64,55 @@ def _transpose(builder, addresses):
         low = shuffle(builder, pieces[r], pieces[r + 4], range(8))
         high = shuffle(builder, pieces[r + 8], pieces[r + 12], range(8))
         four.append(shuffle(builder, low, high, range(16)))
+    return _transpose_lanes(builder, four)
+
+
+def _transpose_lanes(builder, four):
+    """4 vectors as a 4x4 matrix of words in each 128 bits, transposed."""
     low_01, high_01 = _interleave(builder, four[0], four[1], 1)
     low_23, high_23 = _interleave(builder, four[2], four[3], 1)
     return [*_interleave(builder, low_01, low_23, 2), *_interleave(builder, high_01, high_23, 2)]
 
 
+def _transpose_8(builder, addresses):
+    """Rows r and r+4 are put into one vector, and in the end what is of words 0-3 and of words 4-7 apart again."""
+    pieces = [load(builder, address, ir.VectorType(I32, 8)) for address in addresses]
+    pairs = [shuffle(builder, pieces[r], pieces[r + 4], range(16)) for r in (0, 1, 2, 3, 8, 9, 10, 11)]
+    first, last = _transpose_lanes(builder, pairs[:4]), _transpose_lanes(builder, pairs[4:])
+    lanes = [[place + i for place in range(at, 2 * ROWS, 8) for i in range(4)] for at in (0, 4)]
+    return [shuffle(builder, a, b, chosen) for chosen in lanes for a, b in zip(first, last, strict=True)]
+
+
+def _words(count: int, emit: Callable, rows: Callable):
+    """The code of an intrinsic that gives `count` vectors of one word a row, from emit(builder, addresses)."""
+    result = types.UniTuple(i32x16, count)
+
+    def codegen(context, builder, _, values):
+        return context.make_tuple(builder, result, emit(builder, rows(builder, *values)))
+
+    return result(types.int64, types.int64), codegen
+
+
+def _strided(builder, first, stride):
+    return [builder.add(first, builder.mul(stride, I64(r))) for r in range(ROWS)]
+
+
 @intrinsic
 def transpose(context, rows, offset):
     """The 4 words at `offset` behind each of the 16 addresses at `rows`, as 4 vectors of one word a row."""
-    result = types.UniTuple(i32x16, 4)
+    return _words(4, _transpose, _addresses)
 
-    def codegen(context, builder, _, values):
-        return context.make_tuple(builder, result, _transpose(builder, _addresses(builder, *values)))
 
-    return result(types.int64, types.int64), codegen
+@intrinsic
+def transpose_8(context, rows, offset):
+    """The same of 8 words."""
+    return _words(8, _transpose_8, _addresses)
 
 
 @intrinsic
 def transpose_strided(context, first, stride):
-    """The same of the 4 words at `first` and at 15 more places, each `stride` bytes behind the one before."""
-    result = types.UniTuple(i32x16, 4)
-
-    def codegen(context, builder, _, values):
-        addresses = [builder.add(values[0], builder.mul(values[1], I64(r))) for r in range(ROWS)]
-        return context.make_tuple(builder, result, _transpose(builder, addresses))
-
-    return result(types.int64, types.int64), codegen
+    """The 4 words at `first` and at 15 more places, each `stride` bytes behind the one before."""
+    return _words(4, _transpose, _strided)
 
 
 gather = define(i32x16, (types.int64, types.int64), _gather)  # the word at `offset` behind each address at `rows`
@@ -114,6 +137,15 @@ add_i32x16 = define(i32x16, (i32x16, i32x16), lambda b, v, other: b.add(v, other
 as_f32x16 = define(f32x16, (i32x16,), lambda b, v: b.bitcast(v, f32x16.ir))
 i32_to_f32x16 = define(f32x16, (i32x16,), lambda b, v: b.sitofp(v, f32x16.ir))
 negate_f32x16 = define(f32x16, (f32x16,), lambda b, v: b.fneg(v))
+
+
+def _high_nibbles(builder, v):
+    """As a shift of bytes: one instruction where there is GFNI, which LLVM knows."""
+    bytes_ = builder.bitcast(v, ir.VectorType(I8, 4 * ROWS))
+    return builder.bitcast(builder.lshr(bytes_, constant(bytes_.type, 4)), v.type)
+
+
+high_nibbles = define(i32x16, (i32x16,), _high_nibbles)  # of every byte
 
 
 def _with_fifth_bits(builder, words, bits, e):
