@@ -17,14 +17,27 @@ from quant.formats import GEMV, GEMV_FEW
 from quant.gemv import AHEAD, MOST_FEW, prefetch_start, specialize
 from quant.jit import kernel
 from quant.r16 import ROWS
-from quant.simd import F32, I8, I32, I64, call, constant, define, emit_load_f16x16, f32x16, load, pointer, splat, store
+from quant.simd import (
+    F32,
+    I8,
+    I32,
+    I64,
+    call,
+    constant,
+    define,
+    emit_load_f16x16,
+    emit_prefetch,
+    f32x16,
+    load,
+    splat,
+    store,
+)
 from quant.simd_wide import emit_dot_u8, i8x64, i32x16
 
 # Bytes between the weights in use and those fetched from L2, beside AHEAD for those from RAM. The arithmetic of a few
 # tokens fills the queues in front of the loads; without this, reading L2 and computing add up (docs/lab-notes.md).
 NEAR = 3456
 BYTES, WORDS, FLOATS = i8x64.ir, i32x16.ir, f32x16.ir
-HALVES = ir.VectorType(ir.IntType(16), ROWS)
 # Tokens that share the decoded weights; below AVX2 a vector is four registers or more.
 TOGETHER = MOST_FEW if isa.has("avx2") else 1
 
@@ -67,9 +80,8 @@ class Block:
         if offset // 64 in self._lines:
             return
         self._lines.add(offset // 64)
-        for address, locality in (self._ahead, 2), (self._near, 3):  # prefetcht1 and prefetcht0
-            line = pointer(self.builder, self.builder.add(address, I64(offset)), I8)
-            call(self.builder, "llvm.prefetch.p0", ir.VoidType(), line, I32(0), I32(locality), I32(1))
+        for address, locality in (self._ahead, 2), (self._near, 3):
+            emit_prefetch(self.builder, self.builder.add(address, I64(offset)), locality)
 
     def words(self, offset: int):
         """A 32-bit word of each row."""
