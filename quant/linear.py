@@ -174,7 +174,7 @@ def multiply(pool: Pool, matrix: Weight, x: int, n_tokens: int, out: int) -> Non
     pool.run(_multiply.address, packed)
 
 
-def _check_plain(matrix: Weight) -> None:
+def check_single_rows(matrix: Weight) -> None:
     """Raises QuantError if rows are interleaved: one of them has no address."""
     if matrix.format.rows > 1:
         raise QuantError(f"{matrix.format.name}: rows that are interleaved cannot be read one by one")
@@ -217,7 +217,7 @@ def multiply_transposed(pool: Pool, matrix: Weight, x: int, n_tokens: int, out: 
     Raises:
         QuantError: n_cols is no multiple of 16, or the matrix's rows are interleaved.
     """
-    _check_plain(matrix)
+    check_single_rows(matrix)
     if matrix.n_cols % 16:
         raise QuantError(f"rows of {matrix.n_cols} weights; a transposed product needs multiples of 16")
     counter = np.zeros(1, np.int64)
@@ -251,7 +251,7 @@ def expand_rows(pool: Pool, matrix: Weight, rows: np.ndarray, out: int) -> None:
     Raises:
         QuantError: rows are interleaved.
     """
-    _check_plain(matrix)
+    check_single_rows(matrix)
     group, row = np.divmod(rows.astype(np.int64), matrix.n_rows)
     addresses = matrix.address + group * matrix.group_bytes + row * matrix.row_bytes
     counter = np.zeros(1, np.int64)

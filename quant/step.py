@@ -23,7 +23,7 @@ from quant.atomics import atomic_add, atomic_load, call_2, call_3, wait_for
 from quant.errors import QuantError
 from quant.gemv import MOST_FEW
 from quant.jit import inline, kernel
-from quant.linear import Weight
+from quant.linear import Weight, check_single_rows
 from quant.pool import Pool, aligned_bytes
 from quant.simd import bits_to_f32, load_i64, store_f32, store_i64
 from quant.vectors import load_f64
@@ -228,10 +228,14 @@ class Program(Phases):
 
     Attributes:
         x: address of float32 (MOST_TOKENS, embedding.n_cols), the tokens' embeddings when a step begins.
+
+    Raises:
+        QuantError: the embedding's rows are interleaved.
     """
 
     def __init__(self, pool: Pool, embedding: Weight, frequencies: np.ndarray, magnitude: float, n_cache_rows: int):
         super().__init__(pool)
+        check_single_rows(embedding)
         self._memory.append(embedding)
         self._frequencies = np.ascontiguousarray(frequencies, np.float64)
         self.cache = np.zeros(n_cache_rows, np.int64)

@@ -9,7 +9,7 @@ import numpy as np
 from quant.activations import record_bytes, write_record
 from quant.atomics import call_3
 from quant.jit import inline, kernel
-from quant.linear import Weight
+from quant.linear import Weight, check_single_rows
 from quant.rows import ADDRESS, BLOCK, EXPAND, GROUP_BYTES, ROW_BYTES
 from quant.simd import bits_to_f32, load_f32, load_i64, store_f32
 from quant.simd_pack import store_f16
@@ -182,7 +182,12 @@ def latent_queries_phase(
         kv: address of float32 (T, C + R), the projected latent and rotated key; kv_norm: of the norm's weight (C,).
         k_b: (H, C, P), or with `transposed` (H, P, C).
         slot: which block of cache rows is the layer's.
+
+    Raises:
+        QuantError: a transposed k_b with interleaved rows.
     """
+    if transposed:
+        check_single_rows(k_b)
     nope, latent = (k_b.n_rows, k_b.n_cols) if transposed else (k_b.n_cols, k_b.n_rows)
     words = [
         projected, nope + n_rope, k_b.n_groups, queries, query_width, float_bits(scale), n_rope, slot, latent + n_rope,

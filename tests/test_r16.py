@@ -19,7 +19,8 @@ from quant.errors import QuantError
 from quant.linear import Weight
 from quant.panel_step import PART_BYTES, STEP_BYTES
 from quant.pool import Pool, aligned_bytes
-from quant.step import MOST_TOKENS
+from quant.step import MOST_TOKENS, Program
+from quant.step_queries import latent_queries_phase
 
 NAMES = formats.INTERLEAVED
 COLS = 1536
@@ -295,3 +296,9 @@ def test_single_rows_cannot_be_read(pool: Pool) -> None:
         linear.multiply_transposed(pool, weight, x.ctypes.data, 1, out.ctypes.data)
     with pytest.raises(QuantError, match="Q4_K_R16: rows that are interleaved cannot be read one by one"):
         linear.expand_rows(pool, weight, np.zeros(1, np.int64), out.ctypes.data)
+    with pytest.raises(QuantError, match="Q4_K_R16: rows that are interleaved cannot be read one by one"):
+        Program(pool, weight, np.ones(1), 1.0, 1)
+    with pytest.raises(QuantError, match="Q4_K_R16: rows that are interleaved cannot be read one by one"):
+        latent_queries_phase(
+            0, 0, 0, 0, weight, transposed=True, n_rope=64, query_width=320, scale=1.0, epsilon=1e-6, slot=0
+        )
