@@ -17,6 +17,9 @@ NORM = "output_norm.weight"
 LM_HEAD = "output.weight"
 ROPE_FREQS = "rope_freqs.weight"
 
+# Tensors of which single rows or columns are read.
+READ_BY_ROW = re.compile(r"embd|embed_tokens|attn_(kv|k|v)_b\.")
+
 LAYER = {
     "input_layernorm": "attn_norm.weight",
     "self_attn.q_proj": "attn_q.weight",
@@ -81,7 +84,8 @@ def check_tensors(file: GGUFFile, config: Config) -> None:
 def check_types(file: GGUFFile) -> None:
     """Every tensor has a type that there are kernels for. Raises UnsupportedModelError."""
     for tensor in file.tensors.values():
-        if tensor.type.name not in (*formats.NAMES, *formats.INTERLEAVED):
+        known = formats.NAMES if READ_BY_ROW.search(tensor.name) else (*formats.NAMES, *formats.INTERLEAVED)
+        if tensor.type.name not in known:
             raise UnsupportedModelError(f"{file.path}: tensor '{tensor.name}' has type {tensor.type.name}, not native")
 
 

@@ -192,6 +192,17 @@ def test_rows_must_be_whole_groups(tmp_path: Path) -> None:
         open_gguf(tmp_path / "x.gguf")
 
 
+def test_rows_that_are_read_singly_must_be_plain(packed: Path, tmp_path: Path) -> None:
+    """A table of embeddings whose header says that it is interleaved."""
+    data, name = bytearray(packed.read_bytes()), b"token_embd.weight"
+    at = data.index(name) + len(name) + 4 + 2 * 8  # number of dimensions, and these
+    assert int.from_bytes(data[at : at + 4], "little") == gguf.GGMLQuantizationType.Q4_K
+    data[at : at + 4] = tensor_types.InterleavedType.Q4_K_R16.to_bytes(4, "little")
+    (tmp_path / "x.gguf").write_bytes(data)
+    with pytest.raises(LocalrunError, match="tensor 'token_embd.weight' has type Q4_K_R16, not native"):
+        localrun.load(tmp_path / "x.gguf", threads=1)
+
+
 # --- at load
 
 

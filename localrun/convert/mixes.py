@@ -18,7 +18,7 @@ from localrun import tensor_types
 from localrun.convert.metadata import Metadata
 from localrun.convert.targets import Target
 from localrun.errors import LocalrunError
-from localrun.names import EMBED_TOKENS, LM_HEAD
+from localrun.names import EMBED_TOKENS, LM_HEAD, READ_BY_ROW
 
 # general.file_type (llama.h, enum llama_ftype) and the type that most tensors get.
 MIXES = {
@@ -45,7 +45,6 @@ PLAIN = ("F32", "F16", "BF16")
 # For rows that are no whole blocks of 256.
 _FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 _KEPT = re.compile(r"_norm\.weight$|ffn_gate_inp\.weight$|(?<!weight)$")  # stays F32 whatever its dimensions
-_BY_ROW = re.compile(r"embd|embed_tokens|attn_(kv|k|v)_b\.")  # single rows, or their columns, are read
 _MLA = re.compile(r"attn_[kv]_b\.weight$")
 _MLA_TYPES = (*PLAIN, "Q8_0")
 
@@ -114,7 +113,7 @@ def interleave(targets: list[Target], types: list[str]) -> list[str]:
     """The types with those that can be interleaved in their stead, where whole rows are multiplied."""
     return [
         type_
-        if _BY_ROW.search(target.name) or any(piece.n_rows % tensor_types.ROWS for piece in target.pieces)
+        if READ_BY_ROW.search(target.name) or any(piece.n_rows % tensor_types.ROWS for piece in target.pieces)
         else tensor_types.interleaved(type_, target.shape)
         for target, type_ in zip(targets, types, strict=True)
     ]
