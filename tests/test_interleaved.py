@@ -199,7 +199,7 @@ def test_rows_that_are_read_singly_must_be_plain(packed: Path, tmp_path: Path) -
     assert int.from_bytes(data[at : at + 4], "little") == gguf.GGMLQuantizationType.Q4_K
     data[at : at + 4] = tensor_types.InterleavedType.Q4_K_R16.to_bytes(4, "little")
     (tmp_path / "x.gguf").write_bytes(data)
-    with pytest.raises(LocalrunError, match="tensor 'token_embd.weight' has type Q4_K_R16, not native"):
+    with pytest.raises(LocalrunError, match=r"tensor 'token_embd\.weight' has type Q4_K_R16, not native"):
         localrun.load(tmp_path / "x.gguf", threads=1)
 
 
