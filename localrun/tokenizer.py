@@ -16,6 +16,7 @@ import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from localrun.backends import llama_log
@@ -76,10 +77,10 @@ class Tokenizer:
         if not file.is_interleaved:
             self._load(self.path)
             return
-        with tempfile.NamedTemporaryFile(suffix=".gguf") as keys:
-            keys.write(file.without_tensors())
-            keys.flush()
-            self._load(keys.name)
+        with tempfile.TemporaryDirectory() as folder:  # llama.cpp refuses types that it does not know
+            keys = Path(folder, "keys.gguf")
+            keys.write_bytes(file.without_tensors())
+            self._load(os.fspath(keys))
 
     def _load(self, path: str) -> None:
         import llama_cpp
