@@ -250,10 +250,10 @@ def test_the_threshold_is_where_the_times_cross() -> None:
 
 
 def test_more_tokens_than_the_cpu_takes_at_a_time_are_several_times_as_many_for_it() -> None:
-    """Uploads of 0.8 s: CPU in two batches 0.06 + 1e-3 T (in two chunks 0.12 + 1e-3 T), streamed 0.811 + 2e-5 T."""
+    """Uploads of 0.8 s: CPU in one batch 0.031 + 1.01e-3 T (two chunks 0.062 + 1.01e-3 T), streamed 0.811 + 2e-5 T."""
     slow = times(upload_s=0.8)
-    assert streaming_threshold(slow, 10_000, 10_000) == 767  # 0.751 / 0.98e-3 = 766.3
-    assert streaming_threshold(slow, 512, 4096) == 706  # 0.691 / 0.98e-3 = 705.1
+    assert streaming_threshold(slow, 10_000, 10_000) == 788  # 0.780 / 0.99e-3 = 787.9
+    assert streaming_threshold(slow, 512, 4096) == 757  # 0.749 / 0.99e-3 = 756.6
     assert streaming_threshold(slow, 512, 512) is None
 
 

@@ -241,8 +241,7 @@ def test_a_saved_description_gives_the_same_machine() -> None:
 
 
 def test_the_runners_own_thresholds() -> None:
-    from localrun import attention
-    from quant import panel
+    from quant import panel, prompt_attention
 
     assert decode.GEMM_TOKENS == panel.TOKENS_FROM
-    assert decode.ATTENTION_TOKENS == attention._MOST_TOKENS
+    assert decode.ATTENTION_TOKENS == prompt_attention.TOKENS

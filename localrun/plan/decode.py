@@ -16,7 +16,7 @@ from localrun.plan.shapes import ModelShape, Tensor
 
 GEMM_TOKENS = 4  # fewer tokens run the decoding kernels, taken as once each: quant.panel.TOKENS_FROM
 
-ATTENTION_TOKENS = 256  # of a prompt, that see the same part of the cache: localrun.attention
+ATTENTION_TOKENS = 32  # of a prompt, that see the same part of the cache: quant.prompt_attention
 
 
 @dataclass(frozen=True)
