@@ -15,7 +15,7 @@ from quant.atomics import atomic_add
 from quant.errors import QuantError
 from quant.jit import inline, kernel
 from quant.linear import Weight
-from quant.pool import Pool
+from quant.pool import Pool, worker_bytes
 from quant.rows import MATRIX_BYTES, multiply_rows, scratch_bytes, write_records
 from quant.simd import load_f32, load_i64, store_f32, store_i64
 from quant.vectors import scale_add, swiglu
@@ -173,7 +173,7 @@ def run(pool: Pool, experts: Experts, x: int, ids: np.ndarray, weights: np.ndarr
     per_worker = max(scratch_bytes(hidden), scratch_bytes(inner))
     up_rows = _unit_rows(gate, inner * active.size, pool.n_workers)
     down_rows = _unit_rows(down, hidden, pool.n_workers)
-    sums_bytes = (4 * down_rows * most + 63) // 64 * 64
+    sums_bytes = worker_bytes(4 * down_rows * most)
     sums_rows = sums_bytes // (4 * down_rows)
     counters = np.zeros(24, np.int64)  # on three cache lines
     tables = np.stack(

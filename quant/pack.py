@@ -13,7 +13,7 @@ from quant.atomics import atomic_add, call_5
 from quant.errors import QuantError
 from quant.formats import Format
 from quant.jit import inline, kernel
-from quant.pool import Pool
+from quant.pool import Pool, worker_bytes
 from quant.simd import bits_to_f32, load_f32, load_f32x16, load_i64, store_i64
 from quant.simd_pack import all_within
 
@@ -35,7 +35,7 @@ _MODULES = {
 }
 NAMES = tuple(_MODULES)
 
-SCRATCH_BYTES = 4096  # of one worker
+SCRATCH_BYTES = worker_bytes(4096)
 _UNIT_WEIGHTS = 1 << 15  # that a worker takes at a time: long beside the dispatch, short enough to share out
 _LARGEST = {"F32": float(np.finfo(np.float32).max), "BF16": 2.0**128 - 2.0**120, "MXFP4": 2.0**128 - 2.0**120}
 

@@ -11,7 +11,8 @@ weight is scale * (u - offset) - minimum. The two vectors by the kind of the for
 
 A token panel holds the tokens of one product in blocks of up to 6 (4 with AVX2, 12 with AMX). A block of n takes 44*n
 bytes a step: q i8[n][32] | d f32[n] | two words [n]. The words of MINIMUM: s f32 = d * sum of q, and nothing. Of the
-others: -offset * sum of q, i32, over all 32 columns and nothing, or over each half; the dot products start there.
+others: BIAS - offset * sum of q, i32, over all 32 columns and nothing, or over each half. Dot products start there,
+those of MINIMUM at BIAS.
 """
 
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from quant.panel_amx import SCRATCH_END, configure, release
 from quant.panel_round import SUMS, D, S
 from quant.panel_step import (
     AHEAD,
+    BIAS,
     GROUPS,
     HALVES,
     MINIMUM,
@@ -36,6 +38,7 @@ from quant.panel_step import (
     TOKENS,
 )
 from quant.panel_tile import TILES
+from quant.pool import worker_bytes
 from quant.rows import ADDRESS, BLOCK, GROUP_BYTES, INTERLEAVED, ROW_BYTES
 from quant.simd import (
     load_f32,
@@ -52,7 +55,7 @@ from quant.simd_panel import load_i32, store_i32
 
 REPACK = "void(int64, int64, int64)"
 _ADDRESSES = SCRATCH_END  # in a worker's scratch, behind what the tile has there: addresses of the panel's rows
-SCRATCH_BYTES = _ADDRESSES + 8 * VECTOR_ROWS
+SCRATCH_BYTES = worker_bytes(_ADDRESSES + 8 * VECTOR_ROWS)
 
 
 @dataclass(frozen=True)
@@ -142,10 +145,10 @@ def write_group(kind, offset, block, g, at, size, i):
     if kind == MINIMUM:
         store_f32(words + 4 * size, load_f32(block + S + 4 * g))
     elif kind == HALVES:
-        store_i32(words + 4 * size, -offset * first)
-        store_i32(words + 8 * size, -offset * second)
+        store_i32(words + 4 * size, BIAS - offset * first)
+        store_i32(words + 8 * size, BIAS - offset * second)
     else:
-        store_i32(words + 4 * size, -offset * (first + second))
+        store_i32(words + 4 * size, BIAS - offset * (first + second))
 
 
 # ---- products --------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from quant.panel import (
 )
 from quant.panel_inputs import write_panels
 from quant.panel_round import BLOCK_BYTES, GROUPS, WORK_BYTES, round_row, row_bytes
-from quant.pool import Pool
+from quant.pool import Pool, worker_bytes
 from quant.rows import ADDRESS, GROUP_BYTES, ROW_BYTES
 from quant.simd import (
     fma_f32x16,
@@ -188,8 +188,8 @@ def run(
             write_panels(pool, format_, x, n_tokens, hidden, token, start, inputs[key])
     gate_tokens, up_tokens = (inputs[format_.kind, format_.offset] for format_ in formats[:2])
     counters = np.zeros(16, np.int64)  # on two cache lines
-    sums_bytes = 4 * max(2 * UP_ROWS, DOWN_ROWS) * most
-    work_size = WORK_BYTES + row_bytes(UP_ROWS * most)
+    sums_bytes = worker_bytes(4 * max(2 * UP_ROWS, DOWN_ROWS) * most)
+    work_size = worker_bytes(WORK_BYTES + row_bytes(UP_ROWS * most))
     arguments = np.array(
         (
             *gate.fields, *formats[0].fields, *up.fields, *formats[1].fields, *down.fields, *formats[2].fields,

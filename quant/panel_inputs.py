@@ -10,10 +10,12 @@ from quant.atomics import atomic_add
 from quant.jit import inline, kernel
 from quant.panel import STEP, TOKEN_BYTES, PanelFormat, token_block, write_group
 from quant.panel_round import BLOCK_BYTES, GROUPS, WORK_BYTES, round_row, row_bytes
-from quant.pool import Pool
+from quant.pool import Pool, worker_bytes
 from quant.simd import load_i64
 
 _UNIT_INPUTS, _UNIT_TOKENS = 4, 24  # that a worker takes at a time, of inputs and of panels' tokens
+
+_WORK_BYTES = worker_bytes(WORK_BYTES)
 
 # Where the jobs find their arguments.
 (
@@ -27,7 +29,7 @@ def _round(arguments, worker):
     """The first job of write_panels()."""
     a = arguments
     n_inputs, n_cols, per_input = load_i64(a + N_INPUTS), load_i64(a + N_COLS), load_i64(a + ROUNDED_BYTES)
-    work = load_i64(a + WORK) + WORK_BYTES * worker
+    work = load_i64(a + WORK) + _WORK_BYTES * worker
     while True:
         first = atomic_add(load_i64(a + IN_COUNTER), _UNIT_INPUTS)
         if first >= n_inputs:
@@ -89,7 +91,7 @@ def write_panels(
     group = np.repeat(np.arange(len(start) - 1), np.diff(start))
     arguments = (
         counters.ctypes.data, x, n_inputs, n_cols,
-        pool.buffer("rounding", WORK_BYTES * pool.n_workers),
+        pool.buffer("rounding", _WORK_BYTES * pool.n_workers),
         pool.buffer("rounded inputs", per_input * n_inputs), per_input,
         counters.ctypes.data + 64, len(source), source.ctypes.data, group.ctypes.data, start.ctypes.data,
         format_.kind, format_.offset, panels,

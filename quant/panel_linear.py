@@ -20,7 +20,7 @@ from quant.panel import (
     tokens_bytes,
 )
 from quant.panel_inputs import write_panels
-from quant.pool import Pool
+from quant.pool import Pool, worker_bytes
 from quant.rows import ADDRESS, GROUP_BYTES, ROW_BYTES
 from quant.simd import load_f32, load_f32x16, load_i64, store_f32, store_f32x16
 
@@ -82,7 +82,7 @@ def multiply(pool: Pool, matrix: "Weight", format_: PanelFormat, x: int, n_token
     start = np.arange(0, n_inputs + 1, n_tokens)
     tokens = pool.buffer("panels", tokens_bytes(matrix.n_cols, n_inputs))
     write_panels(pool, format_, x, n_inputs, matrix.n_cols, source, start, tokens)
-    counter, sums_bytes = np.zeros(1, np.int64), 4 * UNIT_ROWS * n_tokens
+    counter, sums_bytes = np.zeros(1, np.int64), worker_bytes(4 * UNIT_ROWS * n_tokens)
     arguments = (
         *matrix.fields, *format_.fields, counter.ctypes.data,
         n_groups, matrix.n_rows, matrix.n_cols, n_tokens, tokens, out,

@@ -27,6 +27,10 @@ AHEAD = STEPS * STEP_BYTES  # behind a weight panel: what to prefetch next i64 |
 AMX = AHEAD + 64  # behind that, with AMX: products of two steps and the tile file
 TOKEN_BYTES = 44  # of a token's step: 32 of q, d, and two words more
 
+# Integer sums start at the bits of 1.5 * 2**23: they are float32 numbers without a conversion, too large by that much,
+# as sums of 32 products stay below 2**22. A scale has 18 bits at most, so that its product with the excess is exact.
+BIAS, BIAS_FLOAT = 0x4B400000, 1.5 * 2**23
+
 MINIMUM, OFFSET, HALVES, BYTES = range(4)  # kinds of formats: see panel.py
 _MOST = {MINIMUM: 31, OFFSET: 31, HALVES: 63, BYTES: 255}  # weights as they lie in a panel are not above
 
@@ -103,7 +107,7 @@ class Step:
 
     def signed_dots_avx2(self, columns: range) -> list:
         """[t]: for weights of 8 bits, whose products don't fit: |w| times q with w's sign, at most 2*128*127."""
-        b, sums = self.builder, [constant(VI32, 0)] * self.n
+        b, sums = self.builder, [constant(VI32, BIAS)] * self.n
         for k in columns[::4]:
             w = b.xor(self.row_bytes(k, 0), constant(VI8, 0x80))
             magnitude = b.select(b.icmp_signed("<", w, constant(VI8, 0)), b.neg(w), w)
@@ -113,13 +117,14 @@ class Step:
         return sums
 
     def add_scaled(self, totals: list, dots: list, scales: list) -> None:
-        """totals[part][t] += dots[part][t] * scales[part] * d[t]"""
+        """totals[part][t] += (dots[part][t] - BIAS) * scales[part] * d[t]"""
         b = self.builder
+        starts = [b.fmul(scale, constant(VF32, -BIAS_FLOAT)) for scale in scales]
         for t in range(self.n):
             d = self.word(0, t, VF32)
             for part in range(PARTS):
-                dot = b.sitofp(dots[part][t], VF32)
-                totals[part][t] = fma(b, b.fmul(scales[part], d), dot, totals[part][t])
+                scaled = fma(b, scales[part], b.bitcast(dots[part][t], VF32), starts[part])
+                totals[part][t] = fma(b, scaled, d, totals[part][t])
 
     def add(self, totals: list) -> None:
         """Add this step to the totals."""
@@ -129,7 +134,7 @@ class Step:
                 dots = self.dots(starts, range(16 * half, 16 * half + 16))
                 self.add_scaled(totals, dots, self.row_floats(half))
             return
-        starts = [self.word(1, t, VI32) if self.kind != MINIMUM else constant(VI32, 0) for t in range(self.n)]
+        starts = [self.word(1, t, VI32) if self.kind != MINIMUM else constant(VI32, BIAS) for t in range(self.n)]
         self.add_scaled(totals, self.dots(starts, range(STEP)), self.row_floats(0))
         if self.kind == MINIMUM:
             minima = self.row_floats(1)

@@ -1,11 +1,11 @@
 """The register tile of the many-token products: 32 rows of a weight panel times a few tokens of a token panel.
 
-Integer dot products of 32 columns, one float32 multiplication by the product of their scales, float32 sums that
+Integer dot products of 32 columns, multiplied by the weights' scale and the token's in float32, and float32 sums that
 stay in registers over all columns of the panels (panel_step.py). Layout of both panels: panel.py.
 
-With VNNI: 6 tokens, bound by the two vector ports: 8 vpdpbusd and 3 or 4 float operations for 32 columns. With AVX2
+With VNNI: 6 tokens, bound by the two vector ports: 8 vpdpbusd and 2 or 3 float operations for 32 columns. With AVX2
 4 tokens and 8 rows at a time, the products of 8 bits added in 16 bits as long as they fit (docs/lab-notes.md). With
-AMX 12 tokens, whose dot products are AMX tiles' (panel_amx.py): the 3 or 4 float operations remain.
+AMX 12 tokens, whose dot products are AMX tiles' (panel_amx.py): what remains are 3 or 4 vector operations.
 """
 
 from itertools import chain

@@ -29,6 +29,7 @@ _LINE = 64
 GENERATION, JOB, ARGUMENTS, TICKETS, DONE, STOP, SLEEPERS, SPINS = (i * _LINE for i in range(8))
 _CONTROL_BYTES = 8 * _LINE
 _CLOSED = 1 << 32  # added to TICKETS when no worker may join the job any more
+_PAGE = 4096
 _SPINS = 20_000  # pauses of 40-140 cycles: about 1 ms
 
 
@@ -87,11 +88,20 @@ def _stop(control):
     wake_all(control + GENERATION)
 
 
-def aligned_bytes(n_bytes: int, alignment: int = _LINE) -> np.ndarray:
-    """uint8 (n_bytes,) of zeros whose address is a multiple of `alignment`."""
-    raw = np.zeros(n_bytes + alignment, np.uint8)
-    start = -raw.ctypes.data % alignment
+def aligned_bytes(n_bytes: int) -> np.ndarray:
+    """uint8 (n_bytes,) of zeros, page aligned."""
+    raw = np.zeros(n_bytes + _PAGE, np.uint8)
+    start = -raw.ctypes.data % _PAGE
     return raw[start : start + n_bytes]
+
+
+def worker_bytes(n_bytes: int) -> int:
+    """Bytes from the work memory of one worker, who needs n_bytes, to the next one's: whole pages and one between.
+
+    A core that reads to the end of its memory fetches what follows, within a page. Lines that another core writes again
+    and again would travel to and fro (docs/lab-notes.md).
+    """
+    return (-(-n_bytes // _PAGE) + 1) * _PAGE
 
 
 def _live(block: np.ndarray, worker: int) -> None:
@@ -148,7 +158,7 @@ class Pool:
             _set_spins.ctypes(self.control, _SPINS)
 
     def buffer(self, name: str, n_bytes: int) -> int:
-        """Address of a work buffer of at least n_bytes, 64-byte aligned; kept for the next job that asks by `name`."""
+        """Address of a work buffer of at least n_bytes, page aligned; kept for the next job that asks by `name`."""
         address, size, _ = self._buffers.get(name, (0, -1, None))
         if size < n_bytes:
             array = aligned_bytes(n_bytes)

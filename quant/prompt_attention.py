@@ -20,7 +20,7 @@ from numba.core import cgutils
 from quant import isa
 from quant.atomics import atomic_add
 from quant.jit import inline, kernel
-from quant.pool import Pool
+from quant.pool import Pool, worker_bytes
 from quant.simd import (
     F32,
     I64,
@@ -297,7 +297,7 @@ def attend(
     blocks = -(-n_tokens // TOKENS)
     unit_blocks = max(1, min(_MOST_BLOCKS, blocks * n_heads // (_UNITS_PER_WORKER * pool.n_workers)))
     state_bytes = _ROW * (2 + width + sum(depth for _, _, depth in parts))
-    scratch_bytes = _ADDRESSES + _ROW * _CHUNK + unit_blocks * state_bytes
+    scratch_bytes = worker_bytes(_ADDRESSES + _ROW * _CHUNK + unit_blocks * state_bytes)
     counter = np.zeros(1, np.int64)
     fields = [field for q, k, depth in parts for field in (*q.fields, *k.fields, depth)]
     arguments = np.array(

@@ -9,6 +9,7 @@ from quant.activations import write_record
 from quant.atomics import call_3, call_5, call_7
 from quant.gemv import MOST_FEW
 from quant.jit import inline
+from quant.pool import worker_bytes
 from quant.simd import load_i64
 from quant.tile import multiply
 
@@ -31,8 +32,8 @@ def scratch_rows(n_cols: int) -> int:
 
 
 def scratch_bytes(n_cols: int) -> int:
-    """Scratch memory that one worker needs for rows of n_cols, a multiple of 64."""
-    return (4 * n_cols * scratch_rows(n_cols) + 63) // 64 * 64
+    """From one worker's scratch memory, for rows of n_cols, to the next one's."""
+    return worker_bytes(4 * n_cols * scratch_rows(n_cols))
 
 
 @inline

@@ -24,7 +24,7 @@ from quant.errors import QuantError
 from quant.gemv import MOST_FEW
 from quant.jit import inline, kernel
 from quant.linear import Weight, check_single_rows
-from quant.pool import Pool, aligned_bytes
+from quant.pool import Pool, aligned_bytes, worker_bytes
 from quant.simd import bits_to_f32, load_i64, store_f32, store_i64
 from quant.vectors import load_f64
 
@@ -198,14 +198,14 @@ class Phases:
 
     @property
     def work_bytes(self) -> int:
-        """Memory that a worker needs for the phases so far."""
-        return padded(max(phase.work_bytes for phase in self._phases))
+        """From one worker's memory, as the phases so far need it, to the next one's."""
+        return worker_bytes(max(phase.work_bytes for phase in self._phases))
 
     def finish(self, work: np.ndarray | None = None) -> None:
         """Lay the phases out in memory; none can be added afterwards.
 
         Args:
-            work: uint8 (at least n_workers * work_bytes,), 64-byte aligned, for programs that run one after the other.
+            work: uint8 (at least n_workers * work_bytes,), page aligned, for programs that run one after the other.
         """
         words = aligned_bytes(PHASE_BYTES * len(self._phases)).view(np.int64).reshape(len(self._phases), -1)
         for row, phase in zip(words, self._phases, strict=True):

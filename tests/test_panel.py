@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from quant import formats, linear, panel
-from quant.panel_step import PART_BYTES, STEP_BYTES
+from quant.panel_step import BIAS, BIAS_FLOAT, PART_BYTES, STEP_BYTES
 from quant.pool import Pool, aligned_bytes
 
 NAMES = [name for name in formats.NAMES if panel.find(formats.get(name))]
@@ -71,6 +71,31 @@ def test_integer_part_is_exact(pool, name):
     magnitude = np.einsum("grc,tgc->tgr", np.abs(values), np.abs(x))
     # The scales' product, the product and the minimum's are each rounded once.
     assert np.all(np.abs(kernels.multiply(pool, weight, x) - want) <= 3 * 2**-24 * magnitude)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_largest_sums_are_exact(pool, name, sign):
+    """All columns of a group at 127: sums as far from 0 as they get, on both sides of where they start."""
+    block = formats.get(name).block
+    weight, values = kernels.random_weight(name, (1, 64, block), np.random.default_rng(3))
+    x = np.zeros((9, 1, block), np.float32)
+    x[..., -32:] = sign * 127
+    want = np.einsum("grc,tgc->tgr", values, x.astype(np.float64))
+    magnitude = np.einsum("grc,tgc->tgr", np.abs(values), np.abs(x))
+    # As above. Of small values behind an offset or a minimum the error is one of the larger numbers they are made of.
+    largest = 32 * 127 * np.abs(values).max(-1)
+    assert np.all(np.abs(kernels.multiply(pool, weight, x) - want) <= 2**-23 * (magnitude + largest))
+
+
+def test_where_sums_start_takes_nothing_from_them():
+    """A scale is a float16 times a number of up to 7 bits; what it makes of the excess must not be rounded."""
+    significands = np.arange(1024, 2048, dtype=np.float32)[:, None]
+    scales = significands * np.arange(-128, 128, dtype=np.float32)
+    excess = scales * np.float32(BIAS_FLOAT)
+    assert np.array_equal(excess.astype(np.float64), scales.astype(np.float64) * BIAS_FLOAT)
+    sums = np.arange(-255 * 127 * 32, 255 * 127 * 32, 997, dtype=np.int32)
+    assert np.array_equal((BIAS + sums).view(np.float32) - np.float32(BIAS_FLOAT), sums)
 
 
 def test_one_worker_gives_the_same_bits(pool):

@@ -9,7 +9,7 @@ import pytest
 from quant.atomics import atomic_add
 from quant.errors import QuantError
 from quant.jit import kernel
-from quant.pool import Pool
+from quant.pool import Pool, worker_bytes
 from quant.simd import load_i64
 
 
@@ -91,6 +91,14 @@ def test_buffers_grow_and_are_kept():
     assert pool.buffer("a", 50) == small
     assert pool.buffer("a", 1 << 20) % 64 == 0
     pool.close()
+
+
+@pytest.mark.parametrize("n_bytes", [1, 4095, 4096, 4097, 20_672])
+def test_memory_of_workers_is_a_page_apart(n_bytes):
+    """Whatever a worker uses, a whole page lies between its last line's page and the next worker's first."""
+    last_page, next_page = (n_bytes - 1) // 4096, worker_bytes(n_bytes) // 4096
+    assert worker_bytes(n_bytes) % 4096 == 0 and next_page - last_page == 2
+    assert Pool(1).buffer("a", 2 * worker_bytes(n_bytes)) % 4096 == 0
 
 
 def test_no_workers():
