@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from quant.formats import EXPAND, GEMV, GEMV_FEW, Format
-from quant.gemv import MOST_FEW, prefetch_ahead, prefetch_start, specialize
+from quant.gemv import MOST_FEW, later, prefetch_both, prefetch_start, specialize
 from quant.jit import inline, kernel
 from quant.simd import (
     bits_to_f32,
@@ -42,12 +42,12 @@ load_16 = load_1 = None
 
 
 def _gemv(w, n_rows, n_cols, record, out):
-    end = prefetch_start(w, SIZE * n_cols * n_rows)
+    last = prefetch_start(w, SIZE * n_cols * n_rows)
     for r in range(n_rows):
         row = w + SIZE * n_cols * r
         even, odd = zero_f32x16(), zero_f32x16()
         for i in range(0, n_cols - 31, 32):
-            prefetch_ahead(row + SIZE * i, 32 * SIZE, end)
+            prefetch_both(later(row + SIZE * i, last), 0, 32 * SIZE)
             even = fma_f32x16(load_16(row + SIZE * i), load_f32x16(record + 4 * i), even)
             odd = fma_f32x16(load_16(row + SIZE * (i + 16)), load_f32x16(record + 4 * (i + 16)), odd)
         tail = np.float32(0.0)
@@ -57,14 +57,14 @@ def _gemv(w, n_rows, n_cols, record, out):
 
 
 def _gemv_few(w, n_rows, n_cols, records, outs, offset, n_tokens):
-    sums, end = _sums(), prefetch_start(w, SIZE * n_cols * n_rows)
+    sums, last_line = _sums(), prefetch_start(w, SIZE * n_cols * n_rows)
     for r in range(n_rows):
         row = w + SIZE * n_cols * r
         for t in range(2 * n_tokens):
             store_f32x16(sums + 64 * t, zero_f32x16())
         for first in range(0, n_cols // 32 * 32, _TURN):
             last = min(first + _TURN, n_cols // 32 * 32)
-            prefetch_ahead(row + SIZE * first, _TURN * SIZE, end)
+            prefetch_both(later(row + SIZE * first, last_line), 0, _TURN * SIZE)
             for t in range(n_tokens):
                 x, own = load_i64(records + 8 * t), sums + 128 * t
                 even, odd = load_f32x16(own), load_f32x16(own + 64)

@@ -82,6 +82,6 @@ def _expand(w, n_blocks, out):
         store_f32x32(out + 128 * b, mul_f32x32(i8_to_f32(_quants(block)), splat_f32x32(load_f16(block))))
 
 
-_gemv, _gemv_few = gemv.kernels("IQ4_NL", 8 * BLOCK_BYTES, _weights, _add_step, _add_block, near=True)
+_gemv, _gemv_few = gemv.kernels("IQ4_NL", 8 * BLOCK_BYTES, _weights, _add_step, _add_block)
 
 IQ4_NL = Format("IQ4_NL", BLOCK, BLOCK_BYTES, True, unpack, _gemv.address, _gemv_few.address, _expand.address)

@@ -105,6 +105,6 @@ def _expand(w, n_blocks, out):
             store_f32x32(out + 1024 * b + 128 * j, x)
 
 
-_gemv, _gemv_few = gemv.kernels("IQ4_XS", BLOCK_BYTES, _weights, _add_step, near=True)
+_gemv, _gemv_few = gemv.kernels("IQ4_XS", BLOCK_BYTES, _weights, _add_step)
 
 IQ4_XS = Format("IQ4_XS", BLOCK, BLOCK_BYTES, True, unpack, _gemv.address, _gemv_few.address, _expand.address)

@@ -116,6 +116,6 @@ def _expand(w, n_blocks, out):
             store_f32x32(out + 1024 * b + 128 * j, mul_f32x32(i8_to_f32(_quants(block, j)), scales))
 
 
-_gemv, _gemv_few = gemv.kernels("Q6_K", BLOCK_BYTES, _weights, _add_step, near=True)
+_gemv, _gemv_few = gemv.kernels("Q6_K", BLOCK_BYTES, _weights, _add_step)
 
 Q6_K = Format("Q6_K", BLOCK, BLOCK_BYTES, True, unpack, _gemv.address, _gemv_few.address, _expand.address)

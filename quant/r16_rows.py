@@ -14,7 +14,7 @@ from numba.core import cgutils
 from quant import isa
 from quant.activations import IN_ORDER, SCALES, STEP_BYTES, SUMS_16, steps_at
 from quant.formats import GEMV, GEMV_FEW
-from quant.gemv import AHEAD, MOST_FEW, prefetch_start, specialize
+from quant.gemv import AHEAD, MOST_FEW, NEAR, prefetch_start, specialize
 from quant.jit import kernel
 from quant.r16 import ROWS
 from quant.simd import (
@@ -34,9 +34,6 @@ from quant.simd import (
 )
 from quant.simd_wide import emit_dot_u8, i8x64, i32x16
 
-# Bytes between the weights in use and those fetched from L2, beside AHEAD for those from RAM. The arithmetic of a few
-# tokens fills the queues in front of the loads; without this, reading L2 and computing add up (docs/lab-notes.md).
-NEAR = 3456
 BYTES, WORDS, FLOATS = i8x64.ir, i32x16.ir, f32x16.ir
 # Tokens that share the decoded weights; below AVX2 a vector is four registers or more.
 TOGETHER = MOST_FEW if isa.has("avx2") else 1
