@@ -150,8 +150,9 @@ def test_prefill_of_two_micro_batches(pool: Pool, delay_s: float) -> None:
             for layer in layers:
                 batches = [random_inputs(n_tokens, device.torch) for n_tokens in (40, 33)]
                 finishes = [experts.layer(layer).begin(*inputs) for inputs in batches]
-                for inputs, finish in zip(batches, finishes, strict=True):
-                    assert_sum(finish(), pool, layer, inputs)
+                sums = [finish() for finish in finishes]  # all of them, before anybody else has jobs for the pool
+                for inputs, found in zip(batches, sums, strict=True):
+                    assert_sum(found, pool, layer, inputs)
         assert len(experts._free) == 2
 
 
@@ -236,5 +237,6 @@ def test_prefill_on_a_gpu(pool: Pool) -> None:
         for _ in range(5):
             batches = [random_inputs(n_tokens, device.torch) for n_tokens in (64, 57)]
             finishes = [experts.layer(layer).begin(*inputs) for inputs in batches]
-            for inputs, finish in zip(batches, finishes, strict=True):
-                assert_sum(finish(), pool, layer, inputs)
+            sums = [finish() for finish in finishes]
+            for inputs, found in zip(batches, sums, strict=True):
+                assert_sum(found, pool, layer, inputs)
