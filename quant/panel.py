@@ -9,10 +9,10 @@ weight is scale * (u - offset) - minimum. The two vectors by the kind of the for
     BYTES     the same                                  one for every 32; u of 8 bits
     HALVES    scale of columns 0-15, of columns 16-31   one for every 16
 
-A token panel holds the tokens of one product in blocks of up to 6 (4 with AVX2, 12 with AMX). A block of n takes 44*n
-bytes a step: q i8[n][32] | d f32[n] | two words [n]. The words of MINIMUM: s f32 = d * sum of q, and nothing. Of the
-others: BIAS - offset * sum of q, i32, over all 32 columns and nothing, or over each half. Dot products start there,
-those of MINIMUM at BIAS.
+A token panel holds the tokens of one product in blocks of 6 (4 with AVX2, 12 with AMX), but for the last one. A block
+of n takes 44*n bytes a step: q i8[n][32] | d f32[n] | two words [n]. The words of MINIMUM: s f32 = d * sum of q, and
+nothing. Of the others: BIAS - offset * sum of q, i32, over all 32 columns and nothing, or over each half. Dot products
+start there, those of MINIMUM at BIAS.
 """
 
 from dataclasses import dataclass
@@ -127,12 +127,9 @@ def tokens_bytes(n_cols: int, n_tokens: int) -> int:
 
 @inline
 def token_block(i, n_tokens):
-    """(first, size) of the block of token i: as few blocks as possible, their sizes differing by at most 1."""
-    n_blocks = (n_tokens + TOKENS - 1) // TOKENS
-    size, larger = n_tokens // n_blocks, n_tokens % n_blocks
-    if i < larger * (size + 1):
-        return i // (size + 1) * (size + 1), size + 1
-    return i - (i - larger) % size, size
+    """(first, size) of the block of token i: the tile is fastest with TOKENS, so all are of that size but the last."""
+    first = i // TOKENS * TOKENS
+    return first, min(TOKENS, n_tokens - first)
 
 
 @inline
@@ -185,8 +182,7 @@ def multiply_panels(matrix, group, first, n_rows, n_cols, tokens, n_tokens, sums
     tile_steps = GROUPS * panels * n_steps * ((n_tokens + TOKENS - 1) // TOKENS)
     store_i64(scratch + AHEAD, ahead)
     store_i64(scratch + AHEAD + 8, (ahead_bytes // 64 + tile_steps - 1) // tile_steps)
-    _, largest = token_block(0, n_tokens)
-    configure(load_i64(matrix + KIND), largest, scratch)
+    configure(load_i64(matrix + KIND), n_tokens, scratch)
     for step in range(0, n_steps, STEPS):
         steps = min(STEPS, n_steps - step)
         n_blocks, skipped = steps * STEP // block, step * STEP // block * (row_bytes * block // n_cols)
@@ -207,4 +203,4 @@ def multiply_panels(matrix, group, first, n_rows, n_cols, tokens, n_tokens, sums
                 x = tokens + TOKEN_BYTES * (t * n_steps + size * step)
                 call_5(load_i64(matrix + TILE), scratch, x, sums + 4 * ROWS * (n_tokens * p + t), steps, size)
                 t += size
-    release(largest, scratch)
+    release(n_tokens, scratch)

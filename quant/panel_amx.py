@@ -8,8 +8,8 @@ change every 16 columns, so deep are the products.
 A step is scaled while the products of the next are under way: tiles, stores and vectors have ports of their own. What
 bounds it are the vector operations that remain, if tiles take 16 cycles each as documented.
 
-Sizes of blocks differ by one at most in a product, so that configure() is needed once for it: even sizes and odd ones
-have registers of their own. Their shapes are exact; nothing behind the last token is read.
+All blocks of a product but the last have TOKENS tokens, so that configure() is needed once for it: both sizes have
+registers of their own. Their shapes are exact; nothing behind the last token is read.
 """
 
 from llvmlite import ir
@@ -31,14 +31,14 @@ FILE = AMX + 2 * _PRODUCTS
 SCRATCH_END = FILE + Tiles.FILE_BYTES if isa.has("amx") else AMX
 
 
-def _sums(n: int, part: int) -> int:
-    """The register of a block of n tokens."""
-    return 2 * (n % 2) + part
+def _sums(is_last: bool, part: int) -> int:
+    """The register of a block of tokens and 16 rows."""
+    return 2 * is_last + part
 
 
-def _tokens(n: int) -> int:
-    """The register of a block of n tokens."""
-    return 4 + n % 2
+def _tokens(is_last: bool) -> int:
+    """The register of a block of tokens."""
+    return 4 + is_last
 
 
 def _weights(part: int) -> int:
@@ -46,13 +46,13 @@ def _weights(part: int) -> int:
     return 6 + part
 
 
-def shapes(depth: int, largest: int) -> list[tuple[int, int]]:
-    """(rows, bytes of a row) of all registers: products of `depth` columns, blocks of `largest` tokens or one less."""
+def shapes(depth: int, most: int, last: int) -> list[tuple[int, int]]:
+    """(rows, bytes of a row) of all registers: products of `depth` columns, of `most` tokens but for the last block."""
     found = [(0, 0)] * amx.TILES
-    for n in (largest - 1, largest):
-        found[_tokens(n)] = n, depth
+    for is_last, n in ((False, most), (True, last)):
+        found[_tokens(is_last)] = n, depth
         for part in range(PARTS):
-            found[_sums(n, part)] = n, _ROW
+            found[_sums(is_last, part)] = n, _ROW
             found[_weights(part)] = depth // 4, _ROW
     return found
 
@@ -99,26 +99,30 @@ class AmxSteps(Steps):
     def multiply(self, index, place) -> None:
         """The products of step `index`, to products(place)."""
         weights, tokens = self.addresses(index)
-        b, tiles, products, x = self.builder, self.tiles, self.products(place), _tokens(self.n)
+        b, tiles, products, is_last = self.builder, self.tiles, self.products(place), self.n < TOKENS
+        x = _tokens(is_last)
         depth = STEP // 2 if self.kind == HALVES else STEP
         for first in range(0, STEP, depth):
             tiles.load(x, b.add(tokens, I64(first)), STEP)
             for part in range(PARTS):
-                w, sums = _weights(part), _sums(self.n, part)
+                w, sums = _weights(part), _sums(is_last, part)
                 tiles.load(w, b.add(weights, I64(PART_BYTES * part + 16 * first)), _ROW)
                 tiles.zero(sums)
                 tiles.add_product(sums, x, w)
                 tiles.store(sums, b.add(products, I64(_PRODUCT * (PARTS * (first // depth) + part))), _ROW)
 
 
-def _configure(builder, kind, largest, scratch) -> None:
-    """Pick one of the configurations, which lie side by side: by depth, then by largest block."""
-    sizes = range(VECTOR_TOKENS + 1, TOKENS + 1)
-    table = b"".join(amx.config(shapes(depth, largest)) for depth in (STEP, STEP // 2) for largest in sizes)
+def _configure(builder, kind, n_tokens, scratch) -> None:
+    """Pick one of the configurations, which lie side by side: by depth, then by the last block's tokens."""
+    sizes = range(VECTOR_TOKENS + 1, TOKENS)
+    table = b"".join(amx.config(shapes(depth, TOKENS, last)) for depth in (STEP, STEP // 2) for last in sizes)
     data = cgutils.global_constant(builder, "amx_configs", ir.Constant(ir.ArrayType(I8, len(table)), bytearray(table)))
     data.align = amx.CONFIG_BYTES
     row = builder.mul(builder.zext(builder.icmp_signed("==", kind, I64(HALVES)), I64), I64(len(sizes)))
-    at = builder.mul(builder.add(row, builder.sub(largest, I64(sizes.start))), I64(amx.CONFIG_BYTES))
+    last = builder.urem(n_tokens, I64(TOKENS))
+    fewer = builder.icmp_unsigned("<", last, I64(sizes.start))  # vectors do these, whatever the tiles' shapes
+    column = builder.sub(builder.select(fewer, I64(sizes.start), last), I64(sizes.start))
+    at = builder.mul(builder.add(row, column), I64(amx.CONFIG_BYTES))
     Tiles(builder, builder.add(scratch, I64(FILE))).configure(builder.add(builder.ptrtoint(data, I64), at))
 
 
@@ -131,23 +135,23 @@ if isa.has("amx"):
     _release_tiles = define(types.void, (types.int64,), _release)
 
     @inline
-    def configure(kind, largest, scratch):
-        """Before TILES are called with blocks of `largest` tokens and of one less."""
-        if largest > VECTOR_TOKENS:
-            _configure_tiles(kind, largest, scratch)
+    def configure(kind, n_tokens, scratch):
+        """Before TILES are called with the blocks of a product of n_tokens."""
+        if n_tokens > VECTOR_TOKENS:
+            _configure_tiles(kind, n_tokens, scratch)
 
     @inline
-    def release(largest, scratch):
+    def release(n_tokens, scratch):
         """After the last of these calls."""
-        if largest > VECTOR_TOKENS:
+        if n_tokens > VECTOR_TOKENS:
             _release_tiles(scratch)
 
 else:
 
     @inline
-    def configure(kind, largest, scratch):
+    def configure(kind, n_tokens, scratch):
         """Nothing: there are no tiles at this level."""
 
     @inline
-    def release(largest, scratch):
+    def release(n_tokens, scratch):
         """Nothing."""

@@ -192,22 +192,22 @@ def _tile_instructions(assembly: str) -> list[str]:
     return [f"{name} {re.sub(r'-?[0-9]*[(].*?[)]', 'm', operands)}".strip() for name, operands in lines]
 
 
-def _step(n: int) -> tuple[str, ...]:
-    """The instructions of a product of n tokens with 32 rows: even sizes in tmm0, 1 and 4, odd ones in 2, 3 and 5."""
-    found = [f"tileloadd m, %tmm{4 + n % 2}"]
+def _step(is_last: bool) -> tuple[str, ...]:
+    """The instructions of a product with 32 rows: a block of 12 tokens in tmm0, 1 and 4, the last one in 2, 3 and 5."""
+    found = [f"tileloadd m, %tmm{4 + is_last}"]
     for part in range(2):
-        sums, rows = f"%tmm{2 * (n % 2) + part}", f"%tmm{6 + part}"
+        sums, rows = f"%tmm{2 * is_last + part}", f"%tmm{6 + part}"
         found += [f"tileloadd m, {rows}", f"tilezero {sums}"]
-        found += [f"tdpbsud {rows}, %tmm{4 + n % 2}, {sums}", f"tilestored {sums}, m"]
+        found += [f"tdpbsud {rows}, %tmm{4 + is_last}, {sums}", f"tilestored {sums}, m"]
     return tuple(found)
 
 
 @pytest.mark.parametrize(("name", "halves"), [("minimum", 1), ("offset", 1), ("bytes", 1), ("halves", 2)])
 def test_tile_kernels_are_the_expected_instructions(assembly: dict[str, str], name: str, halves: int) -> None:
     """The weights second in AT&T order, as the unsigned operand; before the loop and in it, for 5 to 12 tokens."""
-    found, length = _tile_instructions(assembly[name]), len(_step(0))
+    found, length = _tile_instructions(assembly[name]), len(_step(False))
     steps = Counter(tuple(found[i : i + length]) for i in range(0, len(found), length))
-    assert steps == {_step(0): 4 * 2 * halves, _step(1): 4 * 2 * halves}
+    assert steps == {_step(is_last=True): 7 * 2 * halves, _step(is_last=False): 2 * halves}
 
 
 def test_jobs_configure_and_release(assembly: dict[str, str]) -> None:
@@ -227,12 +227,10 @@ def test_nothing_is_called_but_addresses_given(assembly: dict[str, str]) -> None
 def test_shapes_belong_together() -> None:
     """Of every configuration, as TDPBSUD wants them: sums (n, 16), tokens (n, depth), weights (depth / 4, 16)."""
     for depth in (16, 32):
-        for largest in range(5, 13):
-            registers = shapes(depth, largest)
-            assert {registers[0][0], registers[2][0]} == {largest, largest - 1}
-            for n, sums, tokens in ((registers[0][0], (0, 1), 4), (registers[2][0], (2, 3), 5)):
-                assert n % 2 == (0 if tokens == 4 else 1) and registers[tokens] == (n, depth)
-                assert all(registers[i] == (n, 64) for i in sums)
+        for last in range(5, 12):
+            registers = shapes(depth, 12, last)
+            for n, sums, tokens in ((12, (0, 1), 4), (last, (2, 3), 5)):
+                assert registers[tokens] == (n, depth) and all(registers[i] == (n, 64) for i in sums)
             assert registers[6] == registers[7] == (depth // 4, 64)
 
 
