@@ -15,7 +15,7 @@ from quant.atomics import atomic_add, atomic_store, call_3
 from quant.errors import QuantError
 from quant.formats import Format
 from quant.jit import kernel
-from quant.pool import Pool
+from quant.pool import Pool, worker_bytes
 from quant.rows import (
     ADDRESS,
     BLOCK,
@@ -187,7 +187,7 @@ def _multiply_transposed(arguments, worker):
     b = arguments + MATRIX_BYTES
     counter, n_groups, n_rows, n_cols = load_i64(b), load_i64(b + 8), load_i64(b + 16), load_i64(b + 24)
     n_tokens, x, out = load_i64(b + 32), load_i64(b + 40), load_i64(b + 48)
-    row = load_i64(b + 56) + 4 * n_cols * worker
+    row = load_i64(b + 56) + load_i64(b + 64) * worker
     n_blocks = n_cols // load_i64(a + BLOCK)
     while True:
         group = atomic_add(counter, 1)
@@ -221,9 +221,10 @@ def multiply_transposed(pool: Pool, matrix: Weight, x: int, n_tokens: int, out: 
     if matrix.n_cols % 16:
         raise QuantError(f"rows of {matrix.n_cols} weights; a transposed product needs multiples of 16")
     counter = np.zeros(1, np.int64)
-    row = pool.buffer("scratch", 4 * matrix.n_cols * pool.n_workers)
+    per_worker = worker_bytes(4 * matrix.n_cols)
+    row = pool.buffer("scratch", per_worker * pool.n_workers)
     sizes = (matrix.n_groups, matrix.n_rows, matrix.n_cols, n_tokens)
-    arguments = np.array([*matrix.fields, counter.ctypes.data, *sizes, x, out, row], np.int64)
+    arguments = np.array([*matrix.fields, counter.ctypes.data, *sizes, x, out, row, per_worker], np.int64)
     pool.run(_multiply_transposed.address, arguments)
 
 
