@@ -30,8 +30,8 @@ from localrun.gguf import GGUFFile
 from localrun.placement import CPU
 from localrun.sampling import Sampling
 from localrun.session import Stats, prompt_chunks
-from quant import stream
-from quant.pool import Pool
+from quant.threads import bandwidth as stream
+from quant.threads.pool import Pool
 
 ROOF_BYTES = 1 << 30  # of the map, to be read between repetitions: beyond all caches but the largest servers'
 IDLE_S = 0.05  # until the threads of the engine before have gone to sleep; OpenMP's spin for up to 20 ms

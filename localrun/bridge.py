@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from quant import experts as quant_experts
-from quant import linear as quant_linear
-from quant import prompt_attention
-from quant.linear import Weight
-from quant.pool import Pool
-from quant.step import MOST_TOKENS
+from quant.decode.program import MOST_TOKENS
+from quant.ops import attention as prompt_attention
+from quant.ops import experts as quant_experts
+from quant.ops import linear as quant_linear
+from quant.ops.linear import Weight
+from quant.threads.pool import Pool
 
 if TYPE_CHECKING:
     from localrun.gpu.device import Cuda, StandIn
@@ -203,7 +203,7 @@ class StepExperts:
         self, device: "Cuda | StandIn", pool: Pool, layers: Mapping[int, quant_experts.Experts], top_k: int
     ) -> None:
         """layers: by index, all of one width; their tensors must stay mapped."""
-        from quant.step_node import ExpertNodes
+        from quant.decode.host_node import ExpertNodes
 
         self._device = device
         self._staging = _Staging(device, MOST_TOKENS, next(iter(layers.values())).gate.n_cols, top_k)

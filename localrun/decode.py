@@ -13,20 +13,20 @@ from localrun.cache import Cache
 from localrun.config import Config
 from localrun.rope import attention_scale, frequencies, rotation_magnitude
 from localrun.tensors import Tensors
-from quant.linear import Weight
-from quant.pool import Pool
-from quant.step import MOST_TOKENS, Program
-from quant.step_attention import Heads, attend_phase, lift_phase
-from quant.step_experts import SIGMOID, SOFTMAX, SOFTMAX_AFTER_TOPK, Router, expert_phases
-from quant.step_queries import grouped_queries_phase, latent_queries_phase
-from quant.step_rows import Input, normed, rows_phase
+from quant.decode.attention import Heads, attend_phase, lift_phase
+from quant.decode.experts import SIGMOID, SOFTMAX, SOFTMAX_AFTER_TOPK, Router, expert_phases
+from quant.decode.linear import Input, normed, rows_phase
+from quant.decode.program import MOST_TOKENS, Program
+from quant.decode.queries import grouped_queries_phase, latent_queries_phase
+from quant.ops.linear import Weight
+from quant.threads.pool import Pool
 
 SCORING = {"softmax": SOFTMAX, "sigmoid": SIGMOID, "softmax_after_topk": SOFTMAX_AFTER_TOPK}
 _HEADS_TOGETHER = 16  # of MLA: they share each expanded cache row; more would crowd the second-level cache
 
 
 class Layers:
-    """A program whose phases are layers of a model, laid out one after the other. T: quant.step.MOST_TOKENS.
+    """A program whose phases are layers of a model, laid out one after the other. T: quant.decode.program.MOST_TOKENS.
 
     Attributes:
         x: address of float32 (T, hidden_size), the sums that layers add to; set before the first.

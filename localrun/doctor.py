@@ -99,7 +99,7 @@ def _packages() -> Finding:
 def _cpu() -> Finding:
     model, forced = hardware.cpu_model(), os.environ.get("LOCALRUN_ISA", "").strip()
     try:
-        from quant import isa
+        from quant.target import isa
     except QuantError as error:  # LOCALRUN_ISA names no level, or one that this CPU lacks
         return Finding("cpu", model, {"model": model, "isa": None}, f"{error}; unset it")
     usable = [level for level in isa.LEVELS if isa.FEATURES[level] <= isa.host_features()]
@@ -164,7 +164,7 @@ def _kernels() -> Finding:
     try:
         from numba import config
 
-        from quant import jit
+        from quant.target import jit
     except QuantError as error:
         return Finding("kernel cache", "not looked at", None, str(error))
     folder = Path(config.CACHE_DIR)
@@ -177,20 +177,20 @@ def _kernels() -> Finding:
 def _bandwidth() -> Finding:
     """Read by 1, half of and all cores; the best of short spans, since other programs only ever take from it."""
     try:
-        from quant import stream
-        from quant.pool import Pool
+        from quant.threads import bandwidth
+        from quant.threads.pool import Pool
     except QuantError as error:
         return Finding("memory", "not measured", None, str(error))
     cache, usable = hardware.last_level_cache(), hardware.usable_cores()
     n_bytes = min(max(READ_BYTES, 4 * cache), hardware.free_ram() // 4)
-    found: dict[int, stream.Bandwidth] = {}
+    found: dict[int, bandwidth.Bandwidth] = {}
     try:
         pool = Pool(usable)
-        array = stream.buffer(pool, n_bytes)
+        array = bandwidth.buffer(pool, n_bytes)
         pool.close()
         for threads in sorted({1, (usable + 1) // 2, usable}):
             pool = Pool(threads)
-            found[threads] = stream.read_bandwidth(pool, array.ctypes.data, n_bytes)
+            found[threads] = bandwidth.read_bandwidth(pool, array.ctypes.data, n_bytes)
             pool.close()
     except (MemoryError, RuntimeError, QuantError):  # no memory for the buffer, a thread's stack, or at all
         return Finding("memory", "not measured: no memory to read from", None, "end other programs, or raise ulimit -v")

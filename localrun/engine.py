@@ -314,7 +314,7 @@ class Engine:
 
     def describe(self) -> dict[str, str | int]:
         """What runs, where and with what, for -v and --json."""
-        from quant import isa
+        from quant.target import isa
 
         facts: dict[str, str | int] = {
             "model": str(self.file.metadata.get("general.name", self.file.path.name)),

@@ -31,8 +31,8 @@ from localrun.native import TorchThreads
 from localrun.perplexity import text_chunks
 from localrun.session import PREFILL_CHUNK
 from localrun.weights import Weights
-from quant.linear import Weight
-from quant.pool import Pool
+from quant.ops.linear import Weight
+from quant.threads.pool import Pool
 
 if TYPE_CHECKING:
     from localrun.config import Config

@@ -5,17 +5,17 @@ from importlib import import_module
 
 # In the order of their imports, so that each step of the progress compiles its own part.
 _MODULES = {
-    "quant.pool": "worker pool",
-    "quant.panel_linear": "products of many tokens",
-    "quant.linear": "matrix products",
-    "quant.panel_experts": "experts of many tokens",
-    "quant.experts": "experts",
-    "quant.prompt_attention": "attention of many tokens",
-    "quant.step": "decoding",
-    "quant.step_rows": "decoding: rows",
-    "quant.step_queries": "decoding: queries",
-    "quant.step_attention": "decoding: attention",
-    "quant.step_experts": "decoding: experts",
+    "quant.threads.pool": "worker pool",
+    "quant.gemm.linear": "products of many tokens",
+    "quant.ops.linear": "matrix products",
+    "quant.gemm.experts": "experts of many tokens",
+    "quant.ops.experts": "experts",
+    "quant.ops.attention": "attention of many tokens",
+    "quant.decode.program": "decoding",
+    "quant.decode.linear": "decoding: rows",
+    "quant.decode.queries": "decoding: queries",
+    "quant.decode.attention": "decoding: attention",
+    "quant.decode.experts": "decoding: experts",
 }
 
 
@@ -28,7 +28,8 @@ def prepare(
         progress: called as progress(done, total, what).
         notice: called with one line if there is something to compile and no progress to show it by.
     """
-    from quant import formats, jit
+    from quant.formats import registry
+    from quant.target import jit
 
     if progress is None and not jit.has_kernels():
         notice("first run on this machine: compiling the kernels, which takes a while")
@@ -37,11 +38,11 @@ def prepare(
         if progress is not None:
             progress(done, total, f"Kernels: {what}")
         import_module(module)
-    from quant import panel  # only now: importing it compiles it, which the loop above has shown
+    from quant.gemm import packed  # only now: importing it compiles it, which the loop above has shown
 
     for done, type_name in enumerate(sorted(types), len(_MODULES)):
         if progress is not None:
             progress(done, total, f"Kernels: {type_name}")
-        panel.find(formats.get(type_name))
+        packed.find(registry.get(type_name))
     if progress is not None:
         progress(total, total, "Kernels")

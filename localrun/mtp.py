@@ -18,9 +18,9 @@ from localrun.cache import Cache, row_widths
 from localrun.config import Config
 from localrun.decode import Layers
 from localrun.tensors import Tensors
-from quant.pool import Pool
-from quant.step import MOST_TOKENS
-from quant.step_rows import Input
+from quant.decode.linear import Input
+from quant.decode.program import MOST_TOKENS
+from quant.threads.pool import Pool
 
 if TYPE_CHECKING:
     from localrun.model import MTPBlock

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from localrun.config import Config
 from localrun.errors import GGUFError, UnsupportedModelError
 from localrun.gguf import GGUFFile
-from quant import formats
+from quant.formats import registry
 
 EMBED_TOKENS = "token_embd.weight"
 NORM = "output_norm.weight"
@@ -84,7 +84,7 @@ def check_tensors(file: GGUFFile, config: Config) -> None:
 def check_types(file: GGUFFile) -> None:
     """Every tensor has a type that there are kernels for. Raises UnsupportedModelError."""
     for tensor in file.tensors.values():
-        known = formats.NAMES if READ_BY_ROW.search(tensor.name) else (*formats.NAMES, *formats.INTERLEAVED)
+        known = registry.NAMES if READ_BY_ROW.search(tensor.name) else (*registry.NAMES, *registry.INTERLEAVED)
         if tensor.type.name not in known:
             raise UnsupportedModelError(f"{file.path}: tensor '{tensor.name}' has type {tensor.type.name}, not native")
 

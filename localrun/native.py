@@ -20,8 +20,8 @@ from localrun.facts import weight_bytes_per_token
 from localrun.gguf import GGUFFile
 from localrun.residency import Resident
 from localrun.tensors import Tensors
-from quant.pool import Pool
-from quant.step import MOST_TOKENS
+from quant.decode.program import MOST_TOKENS
+from quant.threads.pool import Pool
 
 if TYPE_CHECKING:
     from localrun.model import Model, MTPBlock

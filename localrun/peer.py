@@ -128,7 +128,7 @@ def _may_repack(file: GGUFFile) -> bool:
 
     With AMX it does abort, on the batched product with attn_k_b that multi-head latent attention makes.
     """
-    from quant import isa
+    from quant.target import isa
 
     batched = any(name.endswith(".attn_k_b.weight") for name in file.tensors)
     aborts = batched and "amx-int8" in isa.host_features()

@@ -14,7 +14,7 @@ from localrun import hardware, names, tensor_types
 from localrun.config import Config
 from localrun.gguf import GGUFFile, Tensor
 from localrun.residency import let_go
-from quant.r16 import interleave
+from quant.formats.interleave import interleave
 
 _PARTS = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
 _SPARE = 1 << 29  # bytes left for all that comes later

@@ -1,7 +1,8 @@
 """The types of tensors in a GGUF: ggml's, and interleaved ones under numbers of this project's own.
 
-An interleaved type holds a ggml type's blocks with 16 rows side by side (quant/r16.py). llama.cpp and the gguf package
-refuse a file with a number they don't know; the number of the plain type would have them misread it.
+An interleaved type holds a ggml type's blocks with 16 rows side by side (quant/formats/interleave.py). llama.cpp
+and the gguf package refuse a file with a number they don't know; the number of the plain type would have them
+misread it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import TypeAlias
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from quant.formats import INTERLEAVED
+from quant.formats.registry import INTERLEAVED
 
 ROWS = 16  # that lie side by side
 _SUFFIX = f"_R{ROWS}"

@@ -4,9 +4,10 @@ import numpy as np
 
 from localrun import names
 from localrun.gguf import GGUFFile
-from quant import formats, linear
-from quant.experts import Experts
-from quant.linear import Weight
+from quant.formats import registry
+from quant.ops import linear
+from quant.ops.experts import Experts
+from quant.ops.linear import Weight
 
 
 class Tensors:
@@ -22,12 +23,12 @@ class Tensors:
     def matrix(self, name: str, shape: tuple[int, ...] | None = None) -> Weight:
         """A matrix (out, in), or one a group (G, out, in); `shape` reads the same rows in other groups."""
         tensor = self.file.tensors[name]
-        return linear.weight(tensor.data, formats.get(tensor.type.name), shape or tensor.shape)
+        return linear.weight(tensor.data, registry.get(tensor.type.name), shape or tensor.shape)
 
     def array(self, name: str) -> np.ndarray:
         """A 1-D tensor, float32."""
         tensor = self.file.tensors[name]
-        return np.ascontiguousarray(formats.get(tensor.type.name).unpack(tensor.data), np.float32)
+        return np.ascontiguousarray(registry.get(tensor.type.name).unpack(tensor.data), np.float32)
 
     def split_matrix(self, name: str, n_groups: int, rows: tuple[int, int]) -> tuple[Weight, Weight]:
         """A matrix of n_groups * sum(rows) rows as two: each group's first rows[0] rows, and its last rows[1]."""

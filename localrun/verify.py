@@ -13,7 +13,7 @@ import numpy as np
 
 from localrun import tensor_types
 from localrun.gguf import GGUFFile, Tensor
-from quant.r16 import deinterleave
+from quant.formats.interleave import deinterleave
 
 _CHUNK_BLOCKS = 1 << 18  # looked at at a time
 

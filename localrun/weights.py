@@ -14,7 +14,7 @@ from localrun.gguf import GGUFFile
 from localrun.moe import choose_experts
 from localrun.rope import Rope
 from localrun.tensors import Tensors
-from quant.pool import Pool
+from quant.threads.pool import Pool
 
 
 class Weights(Tensors):

@@ -26,10 +26,13 @@ from make_synthetic import Tensor, Weights
 
 from localrun import hardware
 from localrun.bench import machine
-from quant import experts, formats, isa, linear, stream
-from quant.pack import NAMES as PACKABLE
-from quant.pool import Pool
-from quant.r16 import interleave
+from quant.formats import registry
+from quant.formats.interleave import interleave
+from quant.ops import experts, linear
+from quant.quantize.tensor import NAMES as PACKABLE
+from quant.target import isa
+from quant.threads import bandwidth
+from quant.threads.pool import Pool
 
 ROUND_S = 0.1  # for numbers of tokens that take less than that
 IDLE_S = 0.2  # until the threads of the engine before sleep; kt-kernel's spin for a while
@@ -53,7 +56,7 @@ class Layer:
 
     @property
     def expert_bytes(self) -> int:
-        format_ = formats.get(self.type)
+        format_ = registry.get(self.type)
         return self.expert_weights // format_.block * format_.block_bytes
 
 
@@ -86,7 +89,7 @@ class Times:
 
 
 class Ours:
-    """quant.experts over random weights."""
+    """quant.ops.experts over random weights."""
 
     def __init__(self, layer: Layer, pool: Pool) -> None:
         n, inner, hidden = layer.n_routed_experts, layer.moe_intermediate_size, layer.hidden_size
@@ -99,9 +102,9 @@ class Ours:
             for chunk in weights.chunks(Tensor(name, shape, shape[-1] ** -0.5), layer.type.removesuffix("_R16")):
                 self.memory[at : at + chunk.nbytes] = chunk.reshape(-1)
                 at += chunk.nbytes
-            if layer.type in formats.INTERLEAVED:
+            if layer.type in registry.INTERLEAVED:
                 self._interleave(self.memory[start:at].reshape(n, -1), shape, layer.type)
-            matrices.append(linear.weight(self.memory[start:at], formats.get(layer.type), shape))
+            matrices.append(linear.weight(self.memory[start:at], registry.get(layer.type), shape))
         self._experts = experts.Experts(*matrices)
 
     @staticmethod
@@ -219,7 +222,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--experts", type=int, default=64, help="in RAM")
     parser.add_argument("--top-k", type=int, default=8, help="experts a token")
     parser.add_argument(
-        "--type", default="Q4_K", choices=(*PACKABLE, *formats.INTERLEAVED), help="of all three matrices"
+        "--type", default="Q4_K", choices=(*PACKABLE, *registry.INTERLEAVED), help="of all three matrices"
     )
     parser.add_argument("-t", "--threads", type=int, default=hardware.usable_cores())
     parser.add_argument("-r", "--rounds", type=int, default=5)
@@ -244,7 +247,7 @@ def main() -> None:
     n_read = min(ours.memory.nbytes, 1 << 30)
 
     def read() -> None:
-        reads.append(stream.read_bandwidth(pool, ours.memory.ctypes.data, n_read, passes=2))
+        reads.append(bandwidth.read_bandwidth(pool, ours.memory.ctypes.data, n_read, passes=2))
 
     times = compare(engines, layer, counts, arguments.rounds, read)
     pool.close()

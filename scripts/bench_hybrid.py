@@ -75,7 +75,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from localrun.gpu.device import Cuda, StandIn
     from localrun.gpu.hybrid import HybridModel
     from localrun.placement import Request, lay_out
-    from quant import isa
+    from quant.target import isa
 
     effort = SMALL if arguments.stand_in else Effort()
     ctx = max(*effort.prompts, effort.context + max(effort.tokens))

@@ -18,8 +18,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from quant import formats, isa, pack
-from quant.pool import Pool
+from quant.formats import registry
+from quant.quantize import tensor
+from quant.target import isa
+from quant.threads.pool import Pool
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import ggml
@@ -49,11 +51,11 @@ def error(blocks: np.ndarray, x: np.ndarray, kind: gguf.GGMLQuantizationType) ->
 def measure(name: str, shape: tuple[int, int], repetitions: int, pool: Pool) -> dict[str, float]:
     """Speeds, in million weights a second, and errors of one type."""
     rng = np.random.default_rng(0)
-    format_, kind = formats.get(name), gguf.GGMLQuantizationType[name]
+    format_, kind = registry.get(name), gguf.GGMLQuantizationType[name]
     out = np.zeros((shape[0], format_.row_bytes(shape[1])), np.uint8)
 
     def ours(x: np.ndarray) -> None:
-        pack.pack(pool, format_, x.ctypes.data, *shape, out.ctypes.data)
+        tensor.pack(pool, format_, x.ctypes.data, *shape, out.ctypes.data)
 
     gaussian = (rng.standard_normal(shape) * 0.02).astype(np.float32)
     ours(gaussian)  # compiles, and touches the pages
@@ -79,7 +81,7 @@ def main() -> None:
     parser.add_argument("-r", "--repetitions", type=int, default=9)
     arguments = parser.parse_args()
     pool, results = Pool(1), {}
-    for name in arguments.types or [name for name in pack.NAMES if name != "F32"]:
+    for name in arguments.types or [name for name in tensor.NAMES if name != "F32"]:
         results[name] = measure(name, (arguments.rows, arguments.cols), arguments.repetitions, pool)
         print(name, *(f"{key} {value}" for key, value in results[name].items()), file=sys.stderr)
     machine = {"cpu": cpu_name(), "isa": isa.LEVEL, "threads": 1}

@@ -28,8 +28,9 @@ import torch
 from safetensors.torch import save_file
 
 from localrun.hardware import usable_cores
-from quant import formats, pack
-from quant.pool import Pool
+from quant.formats import registry
+from quant.quantize import tensor as pack
+from quant.threads.pool import Pool
 
 HIDDEN, INNER, DENSE, EXPERTS, VOCAB = 2048, 1408, 10944, 64, 32000
 HEADS, NOPE, ROPE, VALUE, LATENT = 16, 128, 64, 128, 512
@@ -177,7 +178,7 @@ def packing_seconds(plan: list[dict], threads: int) -> float:
     for tensor in plan:
         weights[tensor["to"]] += prod(tensor["shape"])
     for type_, n_weights in weights.items():
-        format_ = formats.get(type_)
+        format_ = registry.get(type_)
         out = np.empty((shape[0], format_.row_bytes(shape[1])), np.uint8)
         once = best_of(4, lambda f=format_, o=out: pack.pack(pool, f, rows.ctypes.data, *shape, o.ctypes.data))
         seconds += once / rows.size * n_weights

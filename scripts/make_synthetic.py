@@ -36,9 +36,9 @@ from localrun.convert.output import check_space, partial_path
 from localrun.convert.targets import Target
 from localrun.hardware import usable_cores
 from localrun.names import EMBED_TOKENS, LM_HEAD, NORM, layer
-from quant import formats
-from quant.pack import pack
-from quant.pool import Pool
+from quant.formats import registry
+from quant.quantize.tensor import pack
+from quant.threads.pool import Pool
 
 MIX = "Q4_K_M"
 # The converter gives these more bits; llama-quantize does not.
@@ -261,7 +261,7 @@ class Weights:
             yield tensor.mean + tensor.deviation * random.standard_normal(tensor.shape, dtype=np.float32)
             return
         blocks = self._pool(type_, tensor.deviation)
-        n_blocks, at_once = prod(tensor.shape) // formats.get(type_).block, CHUNK_BYTES // blocks.shape[1]
+        n_blocks, at_once = prod(tensor.shape) // registry.get(type_).block, CHUNK_BYTES // blocks.shape[1]
         for first in range(0, n_blocks, at_once):
             chosen = random.integers(0, len(blocks), min(at_once, n_blocks - first), dtype=np.int32)
             yield blocks.take(chosen, axis=0)
@@ -269,7 +269,7 @@ class Weights:
     def _pool(self, type_: str, deviation: float) -> np.ndarray:
         """Packed blocks of Gaussian weights, uint8 (POOL_WEIGHTS / block, block_bytes)."""
         if (type_, deviation) not in self._pools:
-            format_ = formats.get(type_)
+            format_ = registry.get(type_)
             random = np.random.default_rng(zlib.crc32(type_.encode()))
             x = random.standard_normal((POOL_WEIGHTS // 4096, 4096), dtype=np.float32) * np.float32(deviation)
             out = np.empty((POOL_WEIGHTS // format_.block, format_.block_bytes), np.uint8)

@@ -22,8 +22,8 @@ def main() -> None:
         os.environ["LOCALRUN_ISA"] = arguments.level
     from localrun.convert.mixes import TYPES
     from localrun.plan.measure import kernel_rates
-    from quant import isa
-    from quant.pool import Pool
+    from quant.target import isa
+    from quant.threads.pool import Pool
 
     pool = Pool(1)
     rates = [kernel_rates(pool, type_, n_cols, [ROWS]) for type_ in TYPES for n_cols in arguments.columns]

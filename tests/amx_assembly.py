@@ -7,21 +7,22 @@ import json
 
 from numba import config
 
-from quant import isa
+from quant.target import isa
 
-# What quant.isa finds on a Sapphire Rapids, before the kernels are compiled at import.
+# What quant.target.isa finds on a Sapphire Rapids, before the kernels are compiled at import.
 config.CPU_NAME = "sapphirerapids"
 config.CPU_FEATURES = ",".join(f"+{feature}" for feature in sorted(isa.FEATURES["amx"] | {"avx", "bmi", "popcnt"}))
 isa.LEVEL = "amx"
 
-from quant import panel_linear, panel_tile  # noqa: E402
+from quant.gemm import linear as packed_linear  # noqa: E402
+from quant.gemm import microkernel  # noqa: E402
 
 KERNELS = {
-    "minimum": panel_tile._minimum_tile,
-    "offset": panel_tile._offset_tile,
-    "halves": panel_tile._halves_tile,
-    "bytes": panel_tile._bytes_tile,
-    "multiply": panel_linear._multiply,
+    "minimum": microkernel._minimum_tile,
+    "offset": microkernel._offset_tile,
+    "halves": microkernel._halves_tile,
+    "bytes": microkernel._bytes_tile,
+    "multiply": packed_linear._multiply,
 }
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ import torch
 
 from localrun import bridge
 from localrun.gpu import attention, weights
-from quant.linear import Weight
-from quant.pool import Pool
+from quant.ops.linear import Weight
+from quant.threads.pool import Pool
 
 
 class DenseHeads:

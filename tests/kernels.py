@@ -5,9 +5,11 @@ import ctypes
 import gguf
 import numpy as np
 
-from quant import activations, formats, linear
-from quant.jit import kernel
-from quant.pool import Pool, aligned_bytes
+from quant.formats import registry
+from quant.gemv import activations
+from quant.ops import linear
+from quant.target.jit import kernel
+from quant.threads.pool import Pool, aligned_bytes
 
 _INT64 = ctypes.c_int64
 # Where a block's f16 numbers are, if not at its start alone.
@@ -25,14 +27,14 @@ def _record(x, n_cols, integer, record):
     activations.write_record(x, 0, n_cols, n_cols, integer != 0, record)
 
 
-def record(x: np.ndarray, format_: formats.Format) -> np.ndarray:
+def record(x: np.ndarray, format_: registry.Format) -> np.ndarray:
     """The activation record of float32 (K,)."""
     out = aligned_bytes(activations.record_bytes(x.size))
     call(_record.address, x, x.size, int(format_.integer), out)
     return out
 
 
-def rounded(x: np.ndarray, format_: formats.Format) -> np.ndarray:
+def rounded(x: np.ndarray, format_: registry.Format) -> np.ndarray:
     """float32 (..., K) as a format's kernels see it: to 8 bits and back, or unchanged."""
     if not format_.integer:
         return x
@@ -42,7 +44,7 @@ def rounded(x: np.ndarray, format_: formats.Format) -> np.ndarray:
 
 def random_blocks(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
     """uint8 (..., row bytes): every bit pattern of the quants, with scales near 1/64 so that sums stay finite."""
-    format_ = formats.get(name)
+    format_ = registry.get(name)
     if not format_.integer:
         values = rng.standard_normal(shape).astype(np.float32)
         return gguf.quants.quantize(values, gguf.GGMLQuantizationType[name]).view(np.uint8).reshape(*shape[:-1], -1)
@@ -61,7 +63,7 @@ def random_weight(name: str, shape: tuple[int, ...], rng: np.random.Generator) -
     """A quantised matrix of `shape`, and its values by gguf's dequantize, float64."""
     raw = random_blocks(name, shape, rng)
     values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[name]).reshape(shape).astype(np.float64)
-    return linear.weight(np.ascontiguousarray(raw).reshape(-1), formats.get(name), shape), values
+    return linear.weight(np.ascontiguousarray(raw).reshape(-1), registry.get(name), shape), values
 
 
 def multiply(pool: Pool, weight: linear.Weight, x: np.ndarray) -> np.ndarray:

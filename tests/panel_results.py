@@ -6,8 +6,10 @@ import sys
 import kernels
 import numpy as np
 
-from quant import experts, formats, panel
-from quant.pool import Pool
+from quant.formats import registry
+from quant.gemm import packed
+from quant.ops import experts
+from quant.threads.pool import Pool
 
 N_EXPERTS = 5
 # Matrices by format, with rows that fill no panel and columns that take two panels or a piece of one; tokens.
@@ -19,8 +21,8 @@ EXPERTS = [("Q4_K", "Q6_K", "Q8_0"), ("Q6_K", "Q4_0", "Q5_K"), ("IQ4_XS", "IQ4_X
 def products(pool: Pool) -> dict[str, np.ndarray]:
     """linear.multiply for every format with panels."""
     found = {}
-    for name in formats.NAMES:
-        if panel.find(formats.get(name)) is None:
+    for name in registry.NAMES:
+        if packed.find(registry.get(name)) is None:
             continue
         for shape, counts in SHAPES:
             rng = np.random.default_rng(shape[1])
@@ -47,7 +49,7 @@ def experts_of_a_layer(pool: Pool) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    panel.TOKENS_FROM = 1
+    packed.TOKENS_FROM = 1
     pool = Pool(2)
     np.savez(sys.argv[1], **products(pool), **experts_of_a_layer(pool))
     pool.close()

@@ -21,13 +21,13 @@ import pytest
 from llvmlite import ir
 from numba import types
 
-from quant import amx, isa
-from quant.amx_emulated import EmulatedTiles
 from quant.errors import QuantError
-from quant.jit import kernel
-from quant.panel_amx import shapes
-from quant.pool import aligned_bytes
-from quant.simd import I64, define
+from quant.gemm.amx_emulated import EmulatedTiles
+from quant.gemm.microkernel_amx import shapes
+from quant.simd.core import I64, define
+from quant.target import amx, isa
+from quant.target.jit import kernel
+from quant.threads.pool import aligned_bytes
 
 FOLDER = Path(__file__).parent
 vnni = pytest.mark.skipif(not isa.has("avx512_vnni"), reason="emulated tiles are AVX-512 VNNI code")

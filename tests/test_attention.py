@@ -22,7 +22,7 @@ from localrun.config import Config, RopeScaling, read_config
 from localrun.gguf import open_gguf
 from localrun.rope import Rope
 from localrun.weights import Weights
-from quant.pool import Pool
+from quant.threads.pool import Pool
 
 N_TOKENS = 40
 CHUNKS = {

@@ -24,7 +24,7 @@ import localrun
 from localrun.cache import Cache
 from localrun.engine import Engine
 from localrun.errors import ContextFullError
-from quant.step import LEAST_CHUNK, MOST_CHUNKS, MOST_TOKENS, Program
+from quant.decode.program import LEAST_CHUNK, MOST_CHUNKS, MOST_TOKENS, Program
 
 # Between the step and torch on the same cache rows only the order of float32 sums differs: up to 8e-7 here.
 ROUNDING_TOLERANCE = 3e-6

@@ -72,7 +72,7 @@ def test_a_forced_level_is_shown() -> None:
 
 
 def test_refused_tiles_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    from quant import isa
+    from quant.target import isa
 
     monkeypatch.delenv("LOCALRUN_ISA", raising=False)
     monkeypatch.setattr(isa, "host_features", lambda: isa.FEATURES["amx"])
@@ -162,12 +162,12 @@ def test_little_memory_and_much_load(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_memory_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
-    from quant import stream
+    from quant.threads import bandwidth
 
     def none_left(pool: Any, n_bytes: int) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr(stream, "buffer", none_left)
+    monkeypatch.setattr(bandwidth, "buffer", none_left)
     found = doctor._bandwidth()
     assert found.data is None and "ulimit -v" in found.advice
 

@@ -4,9 +4,9 @@ import kernels
 import numpy as np
 import pytest
 
-from quant import experts
 from quant.errors import QuantError
-from quant.pool import Pool
+from quant.ops import experts
+from quant.threads.pool import Pool
 
 N_EXPERTS, PER_TOKEN = 8, 3
 

@@ -8,8 +8,9 @@ import kernels
 import numpy as np
 import pytest
 
-from quant import activations, formats, gemv
 from quant.errors import QuantError
+from quant.formats import registry
+from quant.gemv import activations, plain
 
 COLS = 1536  # six blocks of 256: the four that kernels take together, and two
 
@@ -28,39 +29,39 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 
 def any_bytes(name: str, rng: np.random.Generator) -> np.ndarray:
     """Blocks of random bytes: scales that are NaN, infinite, subnormal or negative included."""
-    raw = rng.integers(0, 256, (50, formats.get(name).row_bytes(COLS)), dtype=np.uint8)
+    raw = rng.integers(0, 256, (50, registry.get(name).row_bytes(COLS)), dtype=np.uint8)
     raw[0] = 0
     raw[1] = 255
     return raw
 
 
-@pytest.mark.parametrize("name", formats.NAMES)
+@pytest.mark.parametrize("name", registry.NAMES)
 def test_sizes_are_ggmls(name):
-    format_ = formats.get(name)
+    format_ = registry.get(name)
     assert (format_.block, format_.block_bytes) == gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
 
 
-@pytest.mark.parametrize("name", formats.NAMES)
+@pytest.mark.parametrize("name", registry.NAMES)
 def test_unpack_is_bit_equal_to_gguf(name):
     raw = any_bytes(name, np.random.default_rng(1))
     with np.errstate(all="ignore"):
-        assert same_bits(formats.get(name).unpack(raw), oracle(name, raw))
+        assert same_bits(registry.get(name).unpack(raw), oracle(name, raw))
 
 
-@pytest.mark.parametrize("name", formats.NAMES)
+@pytest.mark.parametrize("name", registry.NAMES)
 def test_expand_is_bit_equal_to_gguf(name):
     raw = any_bytes(name, np.random.default_rng(2))
     out = np.empty((len(raw), COLS), np.float32)
-    format_ = formats.get(name)
+    format_ = registry.get(name)
     kernels.call(format_.expand, raw, out.size // format_.block, out)
     assert same_bits(out, oracle(name, raw))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 7])
-@pytest.mark.parametrize("name", formats.NAMES)
+@pytest.mark.parametrize("name", registry.NAMES)
 def test_gemv_is_the_product_with_rounded_activations(name, rows):
     rng = np.random.default_rng(3)
-    format_ = formats.get(name)
+    format_ = registry.get(name)
     raw = kernels.random_blocks(name, (rows, COLS), rng)
     x = rng.standard_normal(COLS).astype(np.float32) * 3
     out = np.empty(rows, np.float32)
@@ -71,11 +72,11 @@ def test_gemv_is_the_product_with_rounded_activations(name, rows):
     assert np.all(np.abs(out - weights @ x) <= 2**-20 * (np.abs(weights) @ np.abs(x)))
 
 
-@pytest.mark.parametrize("n_tokens", range(1, gemv.MOST_FEW + 1))
-@pytest.mark.parametrize("name", formats.NAMES)
+@pytest.mark.parametrize("n_tokens", range(1, plain.MOST_FEW + 1))
+@pytest.mark.parametrize("name", registry.NAMES)
 def test_gemv_few_is_the_product_for_each_token(name, n_tokens):
     rng = np.random.default_rng(n_tokens)
-    format_ = formats.get(name)
+    format_ = registry.get(name)
     raw = kernels.random_blocks(name, (5, COLS), rng)
     x = rng.standard_normal((n_tokens, COLS)).astype(np.float32) * 3
     out = np.full((n_tokens, 8), np.nan, np.float32)
@@ -87,18 +88,18 @@ def test_gemv_few_is_the_product_for_each_token(name, n_tokens):
     assert np.isnan(out[:, [0, 1, 7]]).all()
 
 
-@pytest.mark.parametrize("name", formats.NAMES)
+@pytest.mark.parametrize("name", registry.NAMES)
 def test_gemv_few_gives_each_token_gemvs_bits(name):
     """A token's result does not depend on which others it is computed with."""
-    format_, rng = formats.get(name), np.random.default_rng(11)
+    format_, rng = registry.get(name), np.random.default_rng(11)
     lengths = {1: [1, 17, 33, 48, 100, COLS], 32: [32, 96, 256, 576, 1408, COLS], 256: [256, 512, COLS]}
     for n_cols in lengths[format_.block]:
         raw = np.ascontiguousarray(kernels.random_blocks(name, (5, n_cols), rng))
-        x = rng.standard_normal((gemv.MOST_FEW, n_cols)).astype(np.float32) * 3
-        records, single = [kernels.record(row, format_) for row in x], np.empty((gemv.MOST_FEW, 5), np.float32)
+        x = rng.standard_normal((plain.MOST_FEW, n_cols)).astype(np.float32) * 3
+        records, single = [kernels.record(row, format_) for row in x], np.empty((plain.MOST_FEW, 5), np.float32)
         for record, out in zip(records, single, strict=True):
             kernels.call(format_.gemv, raw, 5, n_cols, record, out)
-        for n_tokens in range(1, gemv.MOST_FEW + 1):
+        for n_tokens in range(1, plain.MOST_FEW + 1):
             few = np.empty((n_tokens, 5), np.float32)
             addresses, outs = (np.array([a.ctypes.data for a in arrays], np.int64) for arrays in (records, few))
             kernels.call(format_.gemv_few, raw, 5, n_cols, addresses, outs, 0, n_tokens)
@@ -106,10 +107,10 @@ def test_gemv_few_gives_each_token_gemvs_bits(name):
 
 
 @pytest.mark.parametrize("n_cols", [32, 96, 256, 576, 1408])
-@pytest.mark.parametrize("name", [name for name in formats.NAMES if formats.get(name).block == 32])
+@pytest.mark.parametrize("name", [name for name in registry.NAMES if registry.get(name).block == 32])
 def test_rows_that_end_in_single_blocks(name, n_cols):
     rng = np.random.default_rng(n_cols)
-    format_ = formats.get(name)
+    format_ = registry.get(name)
     raw = kernels.random_blocks(name, (3, n_cols), rng)
     x = rng.standard_normal(n_cols).astype(np.float32)
     single, few = np.empty(3, np.float32), np.empty((2, 3), np.float32)
@@ -123,10 +124,10 @@ def test_rows_that_end_in_single_blocks(name, n_cols):
         assert np.all(np.abs(out - weights @ x) <= 2**-20 * (np.abs(weights) @ np.abs(x)))  # as above
 
 
-@pytest.mark.parametrize("name", [name for name in formats.NAMES if formats.get(name).integer])
+@pytest.mark.parametrize("name", [name for name in registry.NAMES if registry.get(name).integer])
 def test_products_are_exact_at_the_extremes_of_the_integers(name):
     """All bits of the quants set or clear against activations of one sign: no 16-bit sum may saturate."""
-    format_ = formats.get(name)
+    format_ = registry.get(name)
     for fill, sign in itertools.product((0, 255), (-1, 1)):
         raw = kernels.random_blocks(name, (2, COLS), np.random.default_rng(0))
         blocks = raw.reshape(-1, format_.block_bytes)
@@ -141,10 +142,10 @@ def test_products_are_exact_at_the_extremes_of_the_integers(name):
         assert np.all(np.abs(out - weights @ x) <= 2**-20 * (np.abs(weights) @ np.abs(x)))  # as above
 
 
-@pytest.mark.parametrize("name", [name for name in formats.NAMES if formats.get(name).integer])
+@pytest.mark.parametrize("name", [name for name in registry.NAMES if registry.get(name).integer])
 def test_gemv_is_as_close_to_the_truth_as_libggmls_dot(name):
     rng = np.random.default_rng(4)
-    format_ = formats.get(name)
+    format_ = registry.get(name)
     raw = kernels.random_blocks(name, (64, COLS), rng)
     x = rng.standard_normal(COLS).astype(np.float32) * np.exp(rng.standard_normal(COLS)).astype(np.float32)
     out = np.empty(len(raw), np.float32)
@@ -160,7 +161,7 @@ def test_gemv_is_as_close_to_the_truth_as_libggmls_dot(name):
 def test_float_rows_of_any_length():
     rng = np.random.default_rng(5)
     for name in ("F32", "F16", "BF16"):
-        format_ = formats.get(name)
+        format_ = registry.get(name)
         for n_cols in (1, 2, 3, 15, 16, 17, 31, 33, 100, 200):
             raw = np.ascontiguousarray(kernels.random_blocks(name, (3, n_cols), rng))
             x = rng.standard_normal(n_cols).astype(np.float32)
@@ -175,7 +176,7 @@ def test_half_scales_convert_exactly():
     """All 65,536 bit patterns of a 16-bit float through the F16 kernel."""
     bits = np.arange(65536, dtype=np.uint16)
     out = np.empty(bits.size, np.float32)
-    kernels.call(formats.get("F16").expand, bits, bits.size, out)
+    kernels.call(registry.get("F16").expand, bits, bits.size, out)
     assert same_bits(out, bits.view(np.float16).astype(np.float32))
 
 
@@ -185,7 +186,7 @@ def test_activation_record():
     x[32:64] = 0
     x[64:96] = 1e-30
     x[100] = 1e6
-    record = kernels.record(x, formats.get("Q4_0"))
+    record = kernels.record(x, registry.get("Q4_0"))
     q, d = activations.round_ref(x)
     assert np.array_equal(record[1024:1280].view(np.int8), q)
     assert np.array_equal(record[1280:1312].view(np.float32), d)
@@ -202,15 +203,15 @@ def test_activation_record():
     assert np.array_equal(floats[1], np.stack([sums, 0 * sums], -1).ravel())
     assert np.array_equal(floats[2], np.repeat(d, 2).reshape(4, 4).T.ravel())
     assert np.array_equal(floats[3], halves.sum(2, dtype=np.float32).reshape(4, 4).T.ravel())
-    np.testing.assert_array_equal(record[:1024].view(np.float32), kernels.rounded(x, formats.get("Q4_0")))
-    assert np.array_equal(kernels.record(x, formats.get("F32"))[:1024].view(np.float32), x)
+    np.testing.assert_array_equal(record[:1024].view(np.float32), kernels.rounded(x, registry.get("Q4_0")))
+    assert np.array_equal(kernels.record(x, registry.get("F32"))[:1024].view(np.float32), x)
 
 
 def test_rows_are_whole_blocks():
     with pytest.raises(QuantError, match="Q4_K rows are multiples of 256 weights; found 300"):
-        formats.get("Q4_K").row_bytes(300)
+        registry.get("Q4_K").row_bytes(300)
 
 
 def test_unknown_type():
     with pytest.raises(QuantError, match="no kernels for type Q2_K"):
-        formats.get("Q2_K")
+        registry.get("Q2_K")

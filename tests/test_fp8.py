@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from quant import fp8
 from quant.errors import QuantError
+from quant.formats import fp8
 
 
 def test_every_byte_means_what_torch_says() -> None:

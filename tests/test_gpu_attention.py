@@ -20,7 +20,7 @@ from localrun.config import Config, read_config
 from localrun.gguf import open_gguf
 from localrun.rope import Rope
 from localrun.weights import Weights
-from quant.pool import Pool
+from quant.threads.pool import Pool
 
 pytest.importorskip("triton", reason="localrun.gpu needs Triton")
 

@@ -10,14 +10,14 @@ from kernels import random_weight
 
 from localrun.gpu import gemv, matrix
 from localrun.gpu.blocks import LAYOUTS
-from quant import formats
+from quant.formats import registry
 
 
 def test_all_formats_of_the_cpu_are_there() -> None:
-    assert set(LAYOUTS) == {*formats.NAMES, "FP8_E4M3"}
+    assert set(LAYOUTS) == {*registry.NAMES, "FP8_E4M3"}
 
 
-@pytest.mark.parametrize("name", formats.NAMES)
+@pytest.mark.parametrize("name", registry.NAMES)
 def test_expanded_rows_are_those_of_gguf(name: str, rng: np.random.Generator) -> None:
     """Of several groups, in any order.
 

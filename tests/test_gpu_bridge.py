@@ -15,9 +15,9 @@ import torch
 
 from localrun.bridge import Experts, PrefillExperts, StepExperts
 from localrun.gpu.device import Cuda, StandIn
-from quant import experts as quant_experts
-from quant.pool import Pool
-from quant.step import MOST_TOKENS
+from quant.decode.program import MOST_TOKENS
+from quant.ops import experts as quant_experts
+from quant.threads.pool import Pool
 
 HIDDEN, N_EXPERTS, TOP_K = 64, 8, 3
 

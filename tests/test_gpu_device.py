@@ -17,8 +17,8 @@ from triton.runtime.errors import OutOfResources
 from localrun.errors import LocalrunError
 from localrun.gpu import device as gpu
 from localrun.gpu.device import Cuda, StandIn
-from quant.jit import kernel
-from quant.simd import load_i64, store_i64
+from quant.simd.core import load_i64, store_i64
+from quant.target.jit import kernel
 
 
 @kernel("void(int64)")

@@ -9,7 +9,7 @@ from gpu_device import DEVICE
 from kernels import random_weight
 
 from localrun.gpu.experts import Experts
-from quant.experts import Experts as HostExperts
+from quant.ops.experts import Experts as HostExperts
 
 HIDDEN, INNER, N_EXPERTS = 256, 32, 5
 

@@ -40,9 +40,9 @@ from localrun.native import NativeModel
 from localrun.placement import RAM, Placement, Request, activation_bytes, lay_out
 from localrun.sampling import Sampling
 from localrun.tensors import Tensors
-from quant import experts as quant_experts
-from quant.pool import Pool
-from quant.step import MOST_TOKENS
+from quant.decode.program import MOST_TOKENS
+from quant.ops import experts as quant_experts
+from quant.threads.pool import Pool
 
 # Matrices of a few tokens are exact products of float32; the cache's rows are rounded to 16 bits, 2^-11 of a value, on
 # the device only. On a GPU attention's products have 16 bits, too. Found: 4e-4.

@@ -10,9 +10,9 @@ from kernels import random_weight
 
 from localrun.gpu import gemv
 from localrun.gpu.linear import Embedding, HeadLinear, Linear
-from quant import formats
 from quant.errors import QuantError
-from quant.linear import Weight
+from quant.formats import registry
+from quant.ops.linear import Weight
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ MANY = 2.0**-10
 
 
 @pytest.mark.parametrize("n_tokens", [1, 2])
-@pytest.mark.parametrize("name", formats.NAMES)
+@pytest.mark.parametrize("name", registry.NAMES)
 def test_few_tokens(name: str, n_tokens: int, rng: np.random.Generator) -> None:
     """An odd number of rows, several tiles of columns of which the last is cut."""
     weight, values = random_weight(name, (19, 768), rng)
@@ -57,7 +57,7 @@ def test_every_number_of_few_tokens_gives_each_what_it_gets_alone(n_tokens: int,
     assert torch.equal(together, torch.cat([linear(x[t : t + 1]) for t in range(n_tokens)]))
 
 
-@pytest.mark.parametrize("name", formats.NAMES)
+@pytest.mark.parametrize("name", registry.NAMES)
 def test_many_tokens(name: str, rng: np.random.Generator) -> None:
     """Rows, tokens and columns that fill no whole tile."""
     weight, values = random_weight(name, (70, 768), rng)
@@ -121,6 +121,6 @@ def test_embedding(rng: np.random.Generator) -> None:
 
 
 def test_unknown_formats_are_refused() -> None:
-    unknown = formats.Format("Q2_K", 256, 84, True, lambda blocks: blocks, 0, 0, 0)
+    unknown = registry.Format("Q2_K", 256, 84, True, lambda blocks: blocks, 0, 0, 0)
     with pytest.raises(QuantError, match="no GPU kernels for type Q2_K"):
         Linear(Weight(unknown, 0, 1, 1, 256, 84), DEVICE)

@@ -29,7 +29,7 @@ from localrun.gpu.prefill import (
 from localrun.model import Model
 from localrun.moe import MoE
 from localrun.weights import Weights
-from quant.pool import Pool
+from quant.threads.pool import Pool
 
 START = 5  # tokens that the cache holds before
 

@@ -13,7 +13,7 @@ from gpu_device import HAS_GPU
 from localrun.gpu.device import Cuda, StandIn
 from localrun.gpu.matrix import Matrix
 from localrun.gpu.stream import StreamedExperts, Uploader, host_bytes, work_bytes
-from quant.experts import Experts
+from quant.ops.experts import Experts
 
 HIDDEN, N_EXPERTS = 64, 4
 DEVICE = Cuda() if HAS_GPU else StandIn()

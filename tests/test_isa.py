@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from quant import isa
+from quant.target import isa
 
 LOWER = [level for level in isa.LEVELS if isa.LEVELS.index(level) < isa.LEVELS.index(isa.detect())]
 
@@ -36,7 +36,7 @@ def test_a_forced_level_narrows_the_compile_target(level, tmp_path):
     """AVX-512 registers must not appear in kernels for AVX2, nor AVX ones in generic kernels."""
     # An empty kernel cache: Numba shows no assembly of cached kernels.
     script = (
-        "from quant import isa, q8_0; asm = q8_0._gemv._library.get_asm_str();"
+        "from quant.target import isa; from quant.formats import q8_0; asm = q8_0._gemv._library.get_asm_str();"
         "print(isa.LEVEL, 'zmm' in asm, 'ymm' in asm)"
     )
     expected = {"generic": "generic False False", "avx2": "avx2 False True", "avx512_vnni": "avx512_vnni"}
@@ -46,6 +46,6 @@ def test_a_forced_level_narrows_the_compile_target(level, tmp_path):
 
 @pytest.mark.parametrize("level", ["sse9", "amx" if isa.detect() != "amx" else "none"])
 def test_levels_that_are_not_there_are_refused(level):
-    done = run(level, "-c", "import quant.isa")
+    done = run(level, "-c", "import quant.target.isa")
     assert done.returncode == 1
     assert f"QuantError: LOCALRUN_ISA={level}" in done.stderr.splitlines()[-1]

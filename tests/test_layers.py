@@ -15,7 +15,7 @@ import torch
 
 import localrun
 from localrun.model import Model
-from quant.pool import Pool
+from quant.threads.pool import Pool
 
 ROOT = Path(__file__).parents[1]
 # Package: what no module of it may import, anywhere in it.

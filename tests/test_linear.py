@@ -4,9 +4,10 @@ import kernels
 import numpy as np
 import pytest
 
-from quant import formats, linear
 from quant.errors import QuantError
-from quant.pool import Pool
+from quant.formats import registry
+from quant.ops import linear
+from quant.threads.pool import Pool
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_restricted_view_multiplies_its_rows(pool):
 
 
 def test_wrong_sizes_are_refused():
-    q8_0 = formats.get("Q8_0")
+    q8_0 = registry.get("Q8_0")
     with pytest.raises(QuantError, match="takes 136 contiguous bytes; found 100"):
         linear.weight(np.zeros(100, np.uint8), q8_0, (2, 64))
     weight = linear.weight(np.zeros(136, np.uint8), q8_0, (2, 64))

@@ -18,7 +18,7 @@ from localrun.config import Config, read_config
 from localrun.gguf import GGUFFile, open_gguf
 from localrun.moe import MLP, MoE, choose_experts
 from localrun.weights import Weights
-from quant.pool import Pool
+from quant.threads.pool import Pool
 
 BASE = Config(
     architecture="deepseek2", hidden_size=1, intermediate_size=1, num_hidden_layers=1, num_attention_heads=1,

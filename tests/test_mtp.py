@@ -24,7 +24,7 @@ from test_logits import error
 import localrun
 from localrun.errors import ContextFullError
 from localrun.mtp import MTP
-from quant.step import LEAST_CHUNK, MOST_CHUNKS, MOST_TOKENS
+from quant.decode.program import LEAST_CHUNK, MOST_CHUNKS, MOST_TOKENS
 
 # Where the order of a sum tips the rounding of a cache row's value to 16 bits, 2^-11 of it: up to 2.1e-5 here.
 ROW_TOLERANCE = 1e-4

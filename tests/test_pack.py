@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from quant import formats, isa, pack
 from quant.errors import QuantError
-from quant.pool import Pool
+from quant.formats import registry
+from quant.quantize import tensor
+from quant.target import isa
+from quant.threads.pool import Pool
 
 COLS = 768  # three blocks of 256, a multiple of 32 and of no larger power of two than 256
 EQUAL_TO_GGML = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4")
@@ -48,10 +50,10 @@ def weights(kind: str, shape: tuple[int, int], seed: int = 1) -> np.ndarray:
 
 def packed(name: str, x: np.ndarray, importance: np.ndarray | None = None, n_workers: int = 2) -> np.ndarray:
     """uint8 (rows, row bytes) of float32 (rows, cols)."""
-    format_ = formats.get(name)
+    format_ = registry.get(name)
     out = np.full((len(x), format_.row_bytes(x.shape[1])), 0xAA, np.uint8)
     address = 0 if importance is None else importance.ctypes.data
-    assert pack.pack(pool(n_workers), format_, x.ctypes.data, *x.shape, out.ctypes.data, address) == -1
+    assert tensor.pack(pool(n_workers), format_, x.ctypes.data, *x.shape, out.ctypes.data, address) == -1
     return out
 
 
@@ -94,7 +96,7 @@ def test_half_floats_are_rounded_as_numpy_rounds():
     middles = (halves[:-1] + halves[1:]) / 2  # exact in float32
     near = [np.nextafter(middles, np.float32(limit)) for limit in (0, 1e9)]
     x = np.concatenate([bits.view(np.float32), halves, middles, *near])
-    x = x[np.abs(x) <= pack.largest("F16")][None]
+    x = x[np.abs(x) <= tensor.largest("F16")][None]
     assert np.array_equal(packed("F16", x).view(np.float16), x.astype(np.float16))
 
 
@@ -138,14 +140,14 @@ def test_extreme_importances(name):
         assert rms_error(name, packed(name, x, some), x) <= 1.5 * plain  # it is spent where it matters
     some = np.full(COLS, 1e-20, np.float32)
     some[40] = 1e20
-    values = formats.get(name).unpack(packed(name, x, some))
+    values = registry.get(name).unpack(packed(name, x, some))
     assert np.all(np.isfinite(values))
     # All of it is in the weights that are nearest to level 0, where a symmetric format can't put another level.
     assert np.sqrt(np.mean((values - x)[:, 40] ** 2)) <= 0.5 * plain
 
 
 @pytest.mark.parametrize("n_rows", [1, 2, 3, 7])
-@pytest.mark.parametrize("name", pack.NAMES)
+@pytest.mark.parametrize("name", tensor.NAMES)
 def test_bytes_do_not_depend_on_workers_or_neighbours(name, n_rows):
     x, importance = weights("heavy-tailed", (n_rows, 256 * 200)), np.tile(importances(), 67)[: 256 * 200].copy()
     one = packed(name, x, importance, n_workers=1)
@@ -158,7 +160,7 @@ def test_bytes_do_not_depend_on_workers_or_neighbours(name, n_rows):
 def digest() -> str:
     """Of every format's blocks of every kind of weights, with and without importances."""
     blocks = hashlib.sha256()
-    for name in pack.NAMES:
+    for name in tensor.NAMES:
         for kind in KINDS:
             x = weights(kind, (20, COLS))
             blocks.update(packed(name, x))
@@ -203,52 +205,52 @@ _SUBNORMAL = (
 _ROWS = hnp.arrays(np.float32, (2, 256), elements=st.floats(-1000, 1000, width=32))
 
 
-@pytest.mark.parametrize("name", pack.NAMES)
+@pytest.mark.parametrize("name", tensor.NAMES)
 @settings(derandomize=True, max_examples=60, deadline=None, database=None)
 @given(x=_ROWS, scale=st.sampled_from([1e-6, 1e-3, 1.0, 60.0]))
 def test_error_is_within_the_formats_bound(name, x, scale):
     x = x * np.float32(scale)
-    block = formats.get(name).block
-    values = formats.get(name).unpack(packed(name, x)).reshape(-1, block)
+    block = registry.get(name).block
+    values = registry.get(name).unpack(packed(name, x)).reshape(-1, block)
     x = x.reshape(-1, block)
     error = np.abs(values.astype(np.float64) - x)
     error = np.sqrt(np.mean(error**2, -1)) if name in SEARCHED else error.max(-1)
     largest = np.abs(x).max(-1)
     rounding = _SCALE_ROUNDING if block > 1 else 0
-    absolute = _SUBNORMAL if pack.largest(name) == 65504 else 2**-126
+    absolute = _SUBNORMAL if tensor.largest(name) == 65504 else 2**-126
     assert np.all(error <= (_HALF_STEP[name] + rounding) * largest + absolute)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("name", pack.NAMES)
+@pytest.mark.parametrize("name", tensor.NAMES)
 def test_the_first_weight_that_is_not_finite_is_reported(name, value):
-    format_ = formats.get(name)
+    format_ = registry.get(name)
     x = weights("gaussian", (300, COLS))
     for at in ([0], [COLS - 1], [299 * COLS + 700], [5 * COLS + 17, 5 * COLS + 300, 250 * COLS]):
         broken = x.copy()
         broken.reshape(-1)[at] = value
         out = np.zeros((300, format_.row_bytes(COLS)), np.uint8)
-        assert pack.pack(pool(), format_, broken.ctypes.data, *x.shape, out.ctypes.data) == at[0]
+        assert tensor.pack(pool(), format_, broken.ctypes.data, *x.shape, out.ctypes.data) == at[0]
         intact = np.delete(np.arange(300), np.array(at) // COLS)
         assert np.array_equal(out[intact], packed(name, x)[intact])
 
 
-@pytest.mark.parametrize("name", pack.NAMES)
+@pytest.mark.parametrize("name", tensor.NAMES)
 def test_weights_beyond_the_range_are_reported(name):
     x = weights("gaussian", (1, 256))
-    x[0, 7] = pack.largest(name)
-    values = formats.get(name).unpack(packed(name, x))
+    x[0, 7] = tensor.largest(name)
+    values = registry.get(name).unpack(packed(name, x))
     assert np.all(np.isfinite(values))
     assert abs(values[0, 7] / x[0, 7] - 1) <= 0.3  # MXFP4's largest level is 6/8 of the next power of two
     with np.errstate(over="ignore"):
         x[0, 9] = np.nextafter(x[0, 7], np.float32(np.inf))
-    out = np.zeros(formats.get(name).row_bytes(256), np.uint8)
-    assert pack.pack(pool(), formats.get(name), x.ctypes.data, 1, 256, out.ctypes.data) == 9
+    out = np.zeros(registry.get(name).row_bytes(256), np.uint8)
+    assert tensor.pack(pool(), registry.get(name), x.ctypes.data, 1, 256, out.ctypes.data) == 9
 
 
 def test_what_cannot_be_packed():
     x = np.zeros((1, 256), np.float32)
     with pytest.raises(QuantError, match=r"type IQ4_XS can't be packed; these can: F32, .*MXFP4"):
-        pack.pack(pool(), formats.get("IQ4_XS"), x.ctypes.data, 1, 256, x.ctypes.data)
+        tensor.pack(pool(), registry.get("IQ4_XS"), x.ctypes.data, 1, 256, x.ctypes.data)
     with pytest.raises(QuantError, match="Q6_K rows are multiples of 256 weights; found 32"):
-        pack.pack(pool(), formats.get("Q6_K"), x.ctypes.data, 1, 32, x.ctypes.data)
+        tensor.pack(pool(), registry.get("Q6_K"), x.ctypes.data, 1, 32, x.ctypes.data)

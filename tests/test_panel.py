@@ -4,11 +4,13 @@ import kernels
 import numpy as np
 import pytest
 
-from quant import formats, linear, panel
-from quant.panel_step import BIAS, BIAS_FLOAT, PART_BYTES, STEP_BYTES
-from quant.pool import Pool, aligned_bytes
+from quant.formats import registry
+from quant.gemm import packed
+from quant.gemm.microkernel_step import BIAS, BIAS_FLOAT, PART_BYTES, STEP_BYTES
+from quant.ops import linear
+from quant.threads.pool import Pool, aligned_bytes
 
-NAMES = [name for name in formats.NAMES if panel.find(formats.get(name))]
+NAMES = [name for name in registry.NAMES if packed.find(registry.get(name))]
 
 if not NAMES:
     pytest.skip("no integer tile at this ISA level: float32 tiles are used", allow_module_level=True)
@@ -21,33 +23,33 @@ def pool():
     pool.close()
 
 
-def unpacked(steps: np.ndarray, format_: panel.PanelFormat) -> np.ndarray:
+def unpacked(steps: np.ndarray, format_: packed.PanelFormat) -> np.ndarray:
     """The float32 (16, n*32) weights of n steps, uint8 (n, PART_BYTES): what panel.py says of the layout."""
     u = steps[:, :512].reshape(-1, 8, 16, 4).transpose(2, 0, 1, 3).reshape(16, -1, 2, 16)
     first, second = steps[:, 512:].copy().view(np.float32).reshape(-1, 2, 16).transpose(1, 2, 0)[..., None, None]
     w = u.astype(np.float32) - np.float32(format_.offset)
-    if format_.kind == panel.HALVES:
+    if format_.kind == packed.HALVES:
         return (np.concatenate([first, second], -2) * w).reshape(16, -1)
-    return (first * w + (second if format_.kind == panel.MINIMUM else 0)).reshape(16, -1)
+    return (first * w + (second if format_.kind == packed.MINIMUM else 0)).reshape(16, -1)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_repacked_blocks_are_the_weights(name):
-    format_ = formats.get(name)
+    format_ = registry.get(name)
     raw = kernels.random_blocks(name, (16, 3 * format_.block), np.random.default_rng(0))
     rows = np.array([row.ctypes.data for row in raw])
-    n_steps = 3 * format_.block // panel.STEP
+    n_steps = 3 * format_.block // packed.STEP
     out = aligned_bytes(n_steps * STEP_BYTES)
-    kernels.call(panel.find(format_).repack, rows, 3, out)
+    kernels.call(packed.find(format_).repack, rows, 3, out)
     steps = out.reshape(n_steps, STEP_BYTES)[:, :PART_BYTES]
-    assert np.array_equal(unpacked(steps, panel.find(format_)), format_.unpack(raw))
+    assert np.array_equal(unpacked(steps, packed.find(format_)), format_.unpack(raw))
 
 
 @pytest.mark.parametrize("n_tokens", [1, 4, 7, 12, 13, 31])
 @pytest.mark.parametrize("shape", [(1, 100, 512), (3, 64, 1280), (1, 33, 256), (2, 5, 256)])
 @pytest.mark.parametrize("name", NAMES)
 def test_multiply(pool, name, shape, n_tokens, monkeypatch):
-    monkeypatch.setattr(panel, "TOKENS_FROM", 1)
+    monkeypatch.setattr(packed, "TOKENS_FROM", 1)
     rng = np.random.default_rng(n_tokens)
     weight, values = kernels.random_weight(name, shape, rng)
     x = rng.standard_normal((n_tokens, shape[0], shape[2])).astype(np.float32)
@@ -61,7 +63,7 @@ def test_multiply(pool, name, shape, n_tokens, monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_integer_part_is_exact(pool, name):
     """Columns of one group and activations of scale 1: a product is one float32 rounding away from the integers'."""
-    block = formats.get(name).block
+    block = registry.get(name).block
     weight, values = kernels.random_weight(name, (1, 40, block), np.random.default_rng(1))
     x = np.zeros((9, 1, block), np.float32)
     x[:, 0, 32:48] = np.random.default_rng(2).integers(-127, 128, (9, 16)) if block > 32 else 0
@@ -77,7 +79,7 @@ def test_integer_part_is_exact(pool, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_largest_sums_are_exact(pool, name, sign):
     """All columns of a group at 127: sums as far from 0 as they get, on both sides of where they start."""
-    block = formats.get(name).block
+    block = registry.get(name).block
     weight, values = kernels.random_weight(name, (1, 64, block), np.random.default_rng(3))
     x = np.zeros((9, 1, block), np.float32)
     x[..., -32:] = sign * 127
@@ -116,16 +118,16 @@ def test_nan_reaches_its_row_only(pool):
 
 @pytest.mark.parametrize("n_tokens", range(1, 40))
 def test_all_token_blocks_but_the_last_are_full(n_tokens):
-    blocks = {panel.token_block.py_func(i, n_tokens) for i in range(n_tokens)}
+    blocks = {packed.token_block.py_func(i, n_tokens) for i in range(n_tokens)}
     assert sorted(i for first, size in blocks for i in range(first, first + size)) == list(range(n_tokens))
-    assert [size for _, size in sorted(blocks)[:-1]] == [panel.TOKENS] * ((n_tokens - 1) // panel.TOKENS)
+    assert [size for _, size in sorted(blocks)[:-1]] == [packed.TOKENS] * ((n_tokens - 1) // packed.TOKENS)
 
 
 def test_float_formats_have_no_panels():
-    assert all(panel.find(formats.get(name)) is None for name in ("F32", "F16", "BF16"))
+    assert all(packed.find(registry.get(name)) is None for name in ("F32", "F16", "BF16"))
 
 
 def test_weight_fields_start_a_panel_jobs_matrix():
     weight, _ = kernels.random_weight("Q4_K", (1, 2, 256), np.random.default_rng(0))
     assert isinstance(weight, linear.Weight)
-    assert 8 * len(weight.fields) == panel.REPACKER
+    assert 8 * len(weight.fields) == packed.REPACKER

@@ -4,25 +4,26 @@ import kernels
 import numpy as np
 import pytest
 
-from quant import activations, panel_round
-from quant.jit import kernel
-from quant.panel_round import BLOCK_BYTES, GROUPS
-from quant.pool import aligned_bytes
+from quant.gemm import quantize_tokens
+from quant.gemm.quantize_tokens import BLOCK_BYTES, GROUPS
+from quant.gemv import activations
+from quant.target.jit import kernel
+from quant.threads.pool import aligned_bytes
 
 
 @kernel("void(int64, int64, int64, int64)")
 def _round_row(x, n_cols, out, work):
-    panel_round.round_row(x, n_cols, out, work)
+    quantize_tokens.round_row(x, n_cols, out, work)
 
 
 def rounded_row(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """q int8 (n, 32), d and s float32 (n,), sums int32 (2, n) of the n groups of float32 (K,)."""
-    out, work = aligned_bytes(panel_round.row_bytes(x.size)), aligned_bytes(panel_round.WORK_BYTES)
+    out, work = aligned_bytes(quantize_tokens.row_bytes(x.size)), aligned_bytes(quantize_tokens.WORK_BYTES)
     kernels.call(_round_row.address, x, x.size, out, work)
     blocks, n = out.reshape(-1, BLOCK_BYTES), x.size // activations.GROUP
-    q = blocks[:, : panel_round.D].copy().view(np.int8).reshape(-1, activations.GROUP)
-    d, s = (blocks[:, at : at + 64].copy().view(np.float32).ravel() for at in (panel_round.D, panel_round.S))
-    sums = blocks[:, panel_round.SUMS :].copy().view(np.int32).reshape(-1, 2, GROUPS).swapaxes(0, 1).reshape(2, -1)
+    q = blocks[:, : quantize_tokens.D].copy().view(np.int8).reshape(-1, activations.GROUP)
+    d, s = (blocks[:, at : at + 64].copy().view(np.float32).ravel() for at in (quantize_tokens.D, quantize_tokens.S))
+    sums = blocks[:, quantize_tokens.SUMS :].copy().view(np.int32).reshape(-1, 2, GROUPS).swapaxes(0, 1).reshape(2, -1)
     return q[:n], d[:n], s[:n], sums[:, :n]
 
 

@@ -241,7 +241,8 @@ def test_a_saved_description_gives_the_same_machine() -> None:
 
 
 def test_the_runners_own_thresholds() -> None:
-    from quant import panel, prompt_attention
+    from quant.gemm import packed
+    from quant.ops import attention as prompt_attention
 
-    assert decode.GEMM_TOKENS == panel.TOKENS_FROM
+    assert decode.GEMM_TOKENS == packed.TOKENS_FROM
     assert decode.ATTENTION_TOKENS == prompt_attention.TOKENS

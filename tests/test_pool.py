@@ -6,11 +6,11 @@ import time
 import numpy as np
 import pytest
 
-from quant.atomics import atomic_add
 from quant.errors import QuantError
-from quant.jit import kernel
-from quant.pool import Pool, worker_bytes
-from quant.simd import load_i64
+from quant.simd.core import load_i64
+from quant.target.jit import kernel
+from quant.threads.atomics import atomic_add
+from quant.threads.pool import Pool, worker_bytes
 
 
 @kernel("void(int64, int64)")

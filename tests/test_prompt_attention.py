@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from localrun.bridge import Attend
-from quant.pool import Pool
+from quant.threads.pool import Pool
 
 
 @pytest.fixture(scope="module")

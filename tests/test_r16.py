@@ -14,15 +14,18 @@ from test_formats import any_bytes, oracle, same_bits
 from test_step import rows_by_step
 from test_step_experts import SMALL, Layer
 
-from quant import formats, gemv, linear, panel, r16
+from quant.decode.program import MOST_TOKENS, Program
+from quant.decode.queries import latent_queries_phase
 from quant.errors import QuantError
-from quant.linear import Weight
-from quant.panel_step import PART_BYTES, STEP_BYTES
-from quant.pool import Pool, aligned_bytes
-from quant.step import MOST_TOKENS, Program
-from quant.step_queries import latent_queries_phase
+from quant.formats import interleave, registry
+from quant.gemm import packed
+from quant.gemm.microkernel_step import PART_BYTES, STEP_BYTES
+from quant.gemv import plain as gemv
+from quant.ops import linear
+from quant.ops.linear import Weight
+from quant.threads.pool import Pool, aligned_bytes
 
-NAMES = formats.INTERLEAVED
+NAMES = registry.INTERLEAVED
 COLS = 1536
 
 
@@ -31,14 +34,14 @@ def plain(name: str) -> str:
 
 
 def interleaved(name: str, raw: np.ndarray) -> np.ndarray:
-    return r16.interleave(name, np.ascontiguousarray(raw), *raw.shape)
+    return interleave.interleave(name, np.ascontiguousarray(raw), *raw.shape)
 
 
 def both_weights(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> tuple[Weight, Weight, np.ndarray]:
     """The same matrix plain and interleaved, and its values, float64."""
     weight, values = kernels.random_weight(plain(name), shape, rng)
     data = interleaved(name, weight.owner.reshape(-1, weight.row_bytes))
-    return weight, linear.weight(data.reshape(-1), formats.get(name), shape), values
+    return weight, linear.weight(data.reshape(-1), registry.get(name), shape), values
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +56,9 @@ def pool() -> Iterator[Pool]:
 @pytest.mark.parametrize("name", NAMES)
 def test_types(name: str) -> None:
     """Sizes are the plain format's; the name is none of ggml's."""
-    format_, kind = formats.get(name), gguf.GGMLQuantizationType[plain(name)]
+    format_, kind = registry.get(name), gguf.GGMLQuantizationType[plain(name)]
     assert (format_.name, format_.rows, format_.block, format_.block_bytes) == (name, 16, *gguf.GGML_QUANT_SIZES[kind])
-    assert set(r16.LAYOUTS) == set(NAMES) and not set(NAMES) & set(formats.NAMES)
+    assert set(interleave.LAYOUTS) == set(NAMES) and not set(NAMES) & set(registry.NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -66,7 +69,7 @@ def test_words_lie_side_by_side(name: str) -> None:
         "Q5_K_R16": [(0, 2, 1), (2, 2, 1), (4, 4, 3), (16, 4, 8), (48, 4, 32)],
         "Q6_K_R16": [(0, 4, 32), (128, 4, 16), (192, 1, 16), (208, 2, 1)],
     }[name]
-    rows, size = 48, formats.get(name).block_bytes
+    rows, size = 48, registry.get(name).block_bytes
     raw = np.random.default_rng(0).integers(0, 256, (rows, 5 * size), dtype=np.uint8)
     out = interleaved(name, raw).reshape(-1)
     for row, block in ((0, 0), (15, 4), (16, 1), (47, 3)):
@@ -81,9 +84,9 @@ def test_words_lie_side_by_side(name: str) -> None:
 def test_unpack_is_bit_equal_to_gguf(name: str) -> None:
     raw = any_bytes(plain(name), np.random.default_rng(1))[:48]
     with np.errstate(all="ignore"):
-        assert same_bits(formats.get(name).unpack(interleaved(name, raw)), oracle(plain(name), raw))
+        assert same_bits(registry.get(name).unpack(interleaved(name, raw)), oracle(plain(name), raw))
         several = np.stack([interleaved(name, raw), interleaved(name, raw[::-1])])
-        assert same_bits(formats.get(name).unpack(several)[1], oracle(plain(name), raw[::-1]))
+        assert same_bits(registry.get(name).unpack(several)[1], oracle(plain(name), raw[::-1]))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -92,21 +95,21 @@ def test_rows_are_put_back(name: str) -> None:
     raw = any_bytes(plain(name), np.random.default_rng(2))[:48]
     data = interleaved(name, raw)
     assert not np.array_equal(data, raw)
-    assert np.array_equal(r16.deinterleave(name, data, *raw.shape), raw)
+    assert np.array_equal(interleave.deinterleave(name, data, *raw.shape), raw)
     assert np.array_equal(interleaved(name, raw[16:32]), data[16:32])
-    assert np.array_equal(r16.deinterleave(name, data[16:32], 16, raw.shape[1]), raw[16:32])
+    assert np.array_equal(interleave.deinterleave(name, data[16:32], 16, raw.shape[1]), raw[16:32])
     assert interleaved(name, raw[:0]).shape == (0, raw.shape[1])
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
     data = np.zeros((32, 288), np.uint8)
     with pytest.raises(QuantError, match="Q4_K_R16: 24 rows of 288 bytes are no multiples of 16 and 144"):
-        r16.interleave("Q4_K_R16", data[:24], 24, 288)
+        interleave.interleave("Q4_K_R16", data[:24], 24, 288)
     with pytest.raises(QuantError, match="Q6_K_R16: 32 rows of 288 bytes are no multiples of 16 and 210"):
-        r16.interleave("Q6_K_R16", data, 32, 288)
+        interleave.interleave("Q6_K_R16", data, 32, 288)
     for wrong in (data[:16], data.view(np.int8), data[:, ::-1]):
         with pytest.raises(QuantError, match="Q4_K_R16: 32 rows of 288 contiguous bytes expected"):
-            r16.deinterleave("Q4_K_R16", wrong, 32, 288)
+            interleave.deinterleave("Q4_K_R16", wrong, 32, 288)
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
@@ -117,7 +120,7 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_products_of_each_token(name: str, n_cols: int, rows: int) -> None:
     """Of one token by gemv, of 1 to 5 by gemv_few: near the true ones, the same to the bit, and nothing beside them."""
-    rng, format_ = np.random.default_rng(rows), formats.get(name)
+    rng, format_ = np.random.default_rng(rows), registry.get(name)
     raw = kernels.random_blocks(plain(name), (rows, n_cols), rng)
     data = interleaved(name, raw)
     x = rng.standard_normal((gemv.MOST_FEW, n_cols)).astype(np.float32) * 3
@@ -140,7 +143,7 @@ def test_products_of_each_token(name: str, n_cols: int, rows: int) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_products_are_exact_at_the_extremes_of_the_integers(name: str, fill: int, sign: int) -> None:
     """All bits of the quants set or clear against activations of one sign: no 16-bit sum may saturate."""
-    format_, rng = formats.get(name), np.random.default_rng(0)
+    format_, rng = registry.get(name), np.random.default_rng(0)
     raw = kernels.random_blocks(plain(name), (16, COLS), rng)
     blocks, scales = raw.reshape(-1, format_.block_bytes), raw.reshape(-1, format_.block_bytes).copy()
     blocks[:] = fill
@@ -154,7 +157,7 @@ def test_products_are_exact_at_the_extremes_of_the_integers(name: str, fill: int
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nan_reaches_its_row_only(name: str) -> None:
-    format_, rng = formats.get(name), np.random.default_rng(0)
+    format_, rng = registry.get(name), np.random.default_rng(0)
     raw = kernels.random_blocks(plain(name), (32, COLS), rng)
     d = kernels.SCALES_AT[plain(name)][0] + format_.block_bytes
     raw[21, d : d + 2] = 0xFF
@@ -164,14 +167,14 @@ def test_nan_reaches_its_row_only(name: str) -> None:
     assert np.array_equal(np.isnan(out), np.arange(32) == 21)
 
 
-@pytest.mark.skipif(panel.find(formats.get("Q4_K")) is None, reason="no integer tile at this ISA level")
+@pytest.mark.skipif(packed.find(registry.get("Q4_K")) is None, reason="no integer tile at this ISA level")
 @pytest.mark.parametrize("name", NAMES)
 def test_repacked_blocks_are_the_weights(name: str) -> None:
     from test_panel import unpacked  # skips whatever imports it where there are no panels
 
     raw, format_ = (
         kernels.random_blocks(plain(name), (16, 768), np.random.default_rng(0)),
-        panel.find(formats.get(name)),
+        packed.find(registry.get(name)),
     )
     data, out = interleaved(name, raw), aligned_bytes(24 * STEP_BYTES)
     kernels.call(format_.repack, np.full(16, data.ctypes.data), 3, out)
@@ -188,7 +191,7 @@ def test_repacked_blocks_are_the_weights(name: str) -> None:
 def test_multiply(
     pool: Pool, name: str, panels: bool, shape: tuple[int, ...], n_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(panel, "TOKENS_FROM_INTERLEAVED", 1 if panels else 100)
+    monkeypatch.setattr(packed, "TOKENS_FROM_INTERLEAVED", 1 if panels else 100)
     rng = np.random.default_rng(n_tokens)
     _, weight, values = both_weights(name, shape, rng)
     x = rng.standard_normal((n_tokens, shape[0], shape[2])).astype(np.float32)
@@ -236,7 +239,7 @@ def test_rows_of_a_step(name: str, residual: bool) -> None:
     sizes = 1008, 48
     weights = [both_weights(name, (1, n_rows, 256), rng) for n_rows in sizes]
     x, second = rng.standard_normal((2, 256)).astype(np.float32)
-    seen = kernels.rounded(x, formats.get(name)).astype(np.float64)
+    seen = kernels.rounded(x, registry.get(name)).astype(np.float64)
     answers = [
         rows_by_step([weights[0][1], weights[1][0], weights[1][1]], "plain", x, second, residual, n) for n in (1, 2, 7)
     ]
@@ -254,7 +257,7 @@ def layer(request: pytest.FixtureRequest) -> Layer:
         weight = found.weights[part]
         name = f"{weight.format.name}_R16"
         data = interleaved(name, weight.owner.reshape(-1, weight.row_bytes)).reshape(-1)
-        found.weights[part] = linear.weight(data, formats.get(name), (weight.n_groups, weight.n_rows, weight.n_cols))
+        found.weights[part] = linear.weight(data, registry.get(name), (weight.n_groups, weight.n_rows, weight.n_cols))
     return found
 
 

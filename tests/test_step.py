@@ -15,13 +15,8 @@ import test_isa
 from numba import types
 from test_step_attention import floats
 
-from quant import formats, linear
-from quant.atomics import atomic_add, atomic_load, call_2, call_3
-from quant.errors import QuantError
-from quant.jit import kernel
-from quant.pool import Pool
-from quant.simd import load_i64, store_i64
-from quant.step import (
+from quant.decode.linear import MOST_MATRICES, Input, normed, rows_phase
+from quant.decode.program import (
     ARGUMENTS,
     LEAST_CHUNK,
     MOST_CHUNKS,
@@ -38,7 +33,13 @@ from quant.step import (
     chunk_length,
     chunks_of,
 )
-from quant.step_rows import MOST_MATRICES, Input, normed, rows_phase
+from quant.errors import QuantError
+from quant.formats import registry
+from quant.ops import linear
+from quant.simd.core import load_i64, store_i64
+from quant.target.jit import kernel
+from quant.threads.atomics import atomic_add, atomic_load, call_2, call_3
+from quant.threads.pool import Pool
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def pool() -> Iterator[Pool]:
 def small_program(pool: Pool, x: np.ndarray | None = None, n_frequencies: int = 1) -> Program:
     """A program whose tokens are the rows of x, or the vector x, without phases."""
     x = np.zeros((1, 16), np.float32) if x is None else np.atleast_2d(x)
-    weight = linear.weight(x.ravel().view(np.uint8), formats.get("F32"), x.shape)
+    weight = linear.weight(x.ravel().view(np.uint8), registry.get("F32"), x.shape)
     return Program(pool, weight, np.linspace(0.1, 1, n_frequencies), 1.0, 1)
 
 

@@ -14,10 +14,10 @@ import kernels
 import numpy as np
 import pytest
 
-from quant.linear import Weight
-from quant.pool import Pool, aligned_bytes
-from quant.step import LEAST_CHUNK, MOST_CHUNKS, Program
-from quant.step_attention import Heads, attend_phase, lift_phase
+from quant.decode.attention import Heads, attend_phase, lift_phase
+from quant.decode.program import LEAST_CHUNK, MOST_CHUNKS, Program
+from quant.ops.linear import Weight
+from quant.threads.pool import Pool, aligned_bytes
 
 # Scores are sums of up to 300 float32 products, values of up to 5000 weighted ones: some sqrt(5000) roundings of 2^-24.
 TOLERANCE = 1e-5

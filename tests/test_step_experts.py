@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 from test_step_attention import floats
 
-from quant import step_experts
-from quant.experts import Experts
-from quant.jit import kernel
-from quant.linear import Weight
-from quant.pool import Pool, aligned_bytes
-from quant.simd import load_i64, store_i64
-from quant.step import ARGUMENTS, MOST_TOKENS, PHASE_BYTES, Program
-from quant.step_experts import SIGMOID, SOFTMAX, SOFTMAX_AFTER_TOPK, Choice, Router, expert_phases
-from quant.step_rows import Input, rows_phase
+from quant.decode import experts as step_experts
+from quant.decode.experts import SIGMOID, SOFTMAX, SOFTMAX_AFTER_TOPK, Choice, Router, expert_phases
+from quant.decode.linear import Input, rows_phase
+from quant.decode.program import ARGUMENTS, MOST_TOKENS, PHASE_BYTES, Program
+from quant.ops.experts import Experts
+from quant.ops.linear import Weight
+from quant.simd.core import load_i64, store_i64
+from quant.target.jit import kernel
+from quant.threads.pool import Pool, aligned_bytes
 
 SCORING = {SOFTMAX: "softmax", SIGMOID: "sigmoid", SOFTMAX_AFTER_TOPK: "softmax_after_topk"}
 BASE = Router(

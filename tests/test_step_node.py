@@ -1,4 +1,4 @@
-"""Routed experts as C functions with a given choice, called by foreign threads, against quant.experts.run."""
+"""Routed experts as C functions with a given choice, called by foreign threads, against quant.ops.experts.run."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import kernels
 import numpy as np
 import pytest
 
-from quant import experts
+from quant.decode.host_node import ExpertNodes
+from quant.decode.program import MOST_TOKENS
 from quant.errors import QuantError
-from quant.experts import Experts
-from quant.jit import kernel
-from quant.pool import Pool, dispatch
-from quant.simd import load_i64
-from quant.step import MOST_TOKENS
-from quant.step_node import ExpertNodes
+from quant.ops import experts
+from quant.ops.experts import Experts
+from quant.simd.core import load_i64
+from quant.target.jit import kernel
+from quant.threads.pool import Pool, dispatch
 
 HIDDEN, TOP_K = 64, 3
 

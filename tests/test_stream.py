@@ -7,9 +7,9 @@ import time
 import numpy as np
 import pytest
 
-from quant import stream
 from quant.errors import QuantError
-from quant.pool import Pool
+from quant.threads import bandwidth
+from quant.threads.pool import Pool
 
 
 @pytest.fixture(params=[1, 2, 5])
@@ -22,18 +22,18 @@ def pool(request: pytest.FixtureRequest):
 @pytest.mark.parametrize("n_bytes", [0, 256, 4096, (256 << 10) - 256, (256 << 10) + 256, 3 << 20])
 def test_every_word_is_read_once(pool: Pool, n_bytes: int) -> None:
     words = np.random.default_rng(n_bytes).integers(-(2**63), 2**63, n_bytes // 8 + 1, np.int64)
-    assert stream.read(pool, words.ctypes.data, n_bytes) == np.bitwise_xor.reduce(words[: n_bytes // 8], initial=0)
+    assert bandwidth.read(pool, words.ctypes.data, n_bytes) == np.bitwise_xor.reduce(words[: n_bytes // 8], initial=0)
 
 
 def test_a_rest_is_refused_not_skipped(pool: Pool) -> None:
     with pytest.raises(QuantError, match="1000 bytes to read; expected a multiple of 256"):
-        stream.read(pool, 0, 1000)
+        bandwidth.read(pool, 0, 1000)
     with pytest.raises(QuantError, match="too little"):
-        stream.read_bandwidth(pool, 0, 255)
+        bandwidth.read_bandwidth(pool, 0, 255)
 
 
 def test_no_page_of_the_buffer_is_like_another(pool: Pool) -> None:
-    array = stream.buffer(pool, (1 << 20) + 100)
+    array = bandwidth.buffer(pool, (1 << 20) + 100)
     assert array.ctypes.data % 64 == 0 and array.nbytes == (1 << 20) + 100
     pages = array[: 1 << 20].reshape(-1, 4096)
     assert len(np.unique(pages, axis=0)) == 256
@@ -41,9 +41,9 @@ def test_no_page_of_the_buffer_is_like_another(pool: Pool) -> None:
 
 
 def test_the_rate_is_bytes_by_seconds(pool: Pool) -> None:
-    array = stream.buffer(pool, 64 << 20)
+    array = bandwidth.buffer(pool, 64 << 20)
     start = time.perf_counter()
-    found = stream.read_bandwidth(pool, array.ctypes.data, array.nbytes, passes=4)
+    found = bandwidth.read_bandwidth(pool, array.ctypes.data, array.nbytes, passes=4)
     seconds = time.perf_counter() - start
     assert 0 < found.median <= found.best
     # 5 passes took `seconds`; half of the spans are at most as fast as the median, the others at least as slow as best.
@@ -59,7 +59,7 @@ def test_nothing_is_optimised_away() -> None:
     """The loop holds vector loads: without an effect LLVM would drop it, and report an absurd rate."""
     script = (
         "import tempfile, os; os.environ['LOCALRUN_CACHE'] = tempfile.mkdtemp();"  # no assembly of cached kernels
-        "from quant import stream; asm = stream._read._library.get_asm_str();"
+        "from quant.threads import bandwidth; asm = bandwidth._read._library.get_asm_str();"
         "print(asm.count('prefetch'), asm.count('xor'))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)

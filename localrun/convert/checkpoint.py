@@ -19,7 +19,7 @@ import numpy as np
 from localrun.convert.errors import CheckpointError
 from localrun.convert.reading import Reader
 from localrun.convert.safetensors_file import DTYPE_BYTES, StoredTensor, read_header
-from quant import fp8
+from quant.formats import fp8
 
 INDEX = "model.safetensors.index.json"
 _SCALE = "_scale_inv"

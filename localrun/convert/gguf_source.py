@@ -17,8 +17,8 @@ from localrun.convert.targets import Piece, Target
 from localrun.errors import LocalrunError, UnsupportedModelError
 from localrun.gguf import open_gguf
 from localrun.gguf_header import Array, Header, read_header
-from quant import formats
-from quant.r16 import deinterleave
+from quant.formats import registry
+from quant.formats.interleave import deinterleave
 
 FREE_SOURCES = ("F32", "F16", "BF16", "Q8_0")  # near enough to the original to be packed anew without a word
 
@@ -102,7 +102,7 @@ def read_model(source: GGUFSource, *, keep_mtp: bool = True) -> Model:
         raise UnsupportedModelError(f"{source.path}: types are known for {known}, not for '{metadata.architecture}'")
     targets = []
     for tensor in source.tensors.values():
-        if tensor.dtype not in formats.NAMES:
+        if tensor.dtype not in registry.NAMES:
             raise UnsupportedModelError(
                 f"{source.path}: tensor '{tensor.name}' has type {tensor.dtype}, not convertible"
             )

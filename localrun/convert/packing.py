@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from localrun.convert.targets import Target, Unit
-from quant import formats
-from quant.pool import Pool
+from quant.formats import registry
+from quant.threads.pool import Pool
 
 
 class BadWeight(Exception):
@@ -28,7 +28,7 @@ def pack_unit(
 
     Raises BadWeight if a weight is not finite, or beyond what the type can hold.
     """
-    format_ = formats.get(type_)
+    format_ = registry.get(type_)
     out = np.empty((len(rows), format_.row_bytes(target.n_cols)), np.uint8)
     if importance is None:
         _pack(pool, format_, rows, out, None, 0)
@@ -46,14 +46,14 @@ def pack_unit(
 
 def _pack(
     pool: Pool,
-    format_: formats.Format,
+    format_: registry.Format,
     rows: np.ndarray,
     out: np.ndarray,
     importance: np.ndarray | None,
     first: int,
 ) -> None:
     """Packs rows, the first of which is number `first` of the unit."""
-    from quant.pack import pack
+    from quant.quantize.tensor import pack
 
     address = 0 if importance is None else importance.ctypes.data
     wrong = pack(pool, format_, rows.ctypes.data, len(rows), rows.shape[1], out.ctypes.data, address)

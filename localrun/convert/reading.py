@@ -13,9 +13,9 @@ from typing import BinaryIO
 import numpy as np
 
 from localrun.convert.errors import CheckpointError
-from quant import formats
-from quant.linear import expand_rows, weight
-from quant.pool import Pool
+from quant.formats import registry
+from quant.ops.linear import expand_rows, weight
+from quant.threads.pool import Pool
 
 
 class Reader:
@@ -48,7 +48,7 @@ class Reader:
 
     def widen(self, raw: np.ndarray, type_: str, out: np.ndarray) -> None:
         """out, float32 (n_rows, n_cols) = the rows that are raw, uint8, in any format there are kernels for."""
-        matrix = weight(raw, formats.get(type_), out.shape)
+        matrix = weight(raw, registry.get(type_), out.shape)
         expand_rows(self._pool, matrix, np.arange(len(out), dtype=np.int64), out.ctypes.data)
 
     def _file(self, path: Path) -> BinaryIO:

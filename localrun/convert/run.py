@@ -21,8 +21,8 @@ from localrun.convert.packing import BadWeight, pack_unit
 from localrun.convert.plan import Plan
 from localrun.convert.targets import Unit, origin, read_unit
 from localrun.errors import LocalrunError
-from quant.pool import Pool
-from quant.r16 import interleave
+from quant.formats.interleave import interleave
+from quant.threads.pool import Pool
 
 _PENDING_WRITES = 2
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -18,8 +18,8 @@ from localrun.gpu.cache import DeviceCache
 from localrun.gpu.device import Cuda, StandIn
 from localrun.gpu.routed import Routed, Way
 from localrun.model import Model
-from quant.pool import Pool
-from quant.step import MOST_TOKENS
+from quant.decode.program import MOST_TOKENS
+from quant.threads.pool import Pool
 
 
 class DecodeStep:

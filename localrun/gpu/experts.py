@@ -18,7 +18,7 @@ from localrun.gpu import gemm, gemv
 from localrun.gpu.gemm import tile_products
 from localrun.gpu.gemv import row_sums
 from localrun.gpu.matrix import Matrix, upload
-from quant.experts import Experts as HostExperts
+from quant.ops.experts import Experts as HostExperts
 
 _PAIR_ROWS = 16  # of a tile in GEMV: few, so that the rows of a handful of pairs occupy the whole device
 _PAIRS_BYTES = 256 << 20  # what the results of pairs may take before they are summed

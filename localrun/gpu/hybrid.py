@@ -27,8 +27,8 @@ from localrun.native import TorchThreads
 from localrun.placement import Placement
 from localrun.residency import Resident, let_go
 from localrun.tensors import Tensors
-from quant.pool import Pool
-from quant.step import MOST_TOKENS
+from quant.decode.program import MOST_TOKENS
+from quant.threads.pool import Pool
 
 if TYPE_CHECKING:
     from localrun.model import MTPBlock

@@ -7,7 +7,7 @@ import torch
 
 from localrun.gpu import gemm, gemv
 from localrun.gpu.matrix import Matrix, upload
-from quant.linear import Weight
+from quant.ops.linear import Weight
 
 
 def multiply(matrix: Matrix, x: torch.Tensor) -> torch.Tensor:

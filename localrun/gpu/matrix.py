@@ -10,7 +10,7 @@ import torch
 
 from localrun.gpu.blocks import LAYOUTS, Layout
 from quant.errors import QuantError
-from quant.linear import Weight
+from quant.ops.linear import Weight
 
 PADDING = 16  # bytes behind the last block, so that no kernel's words end past the allocation
 

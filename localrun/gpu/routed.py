@@ -15,8 +15,8 @@ from localrun.gpu import experts as vram
 from localrun.gpu.device import Cuda, StandIn
 from localrun.gpu.matrix import Matrix
 from localrun.gpu.stream import StreamedExperts, Uploader, work_bytes
-from quant.experts import Experts
-from quant.pool import Pool
+from quant.ops.experts import Experts
+from quant.threads.pool import Pool
 
 
 class Way(Enum):

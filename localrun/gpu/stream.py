@@ -18,8 +18,8 @@ from localrun.bridge import Finish
 from localrun.gpu.blocks import LAYOUTS
 from localrun.gpu.device import Cuda, StandIn
 from localrun.gpu.matrix import Matrix
-from quant.experts import Experts
-from quant.linear import Weight
+from quant.ops.experts import Experts
+from quant.ops.linear import Weight
 
 _PIECE_BYTES = 32 << 20  # long beside a copy's start, short beside a layer
 _ALIGNMENT = 256  # of matrices in the work buffer, and bytes behind the last: kernels' words may end past a block

@@ -18,8 +18,8 @@ from localrun.placement import CPU, GPU, MTP, RAM, Placement
 from localrun.residency import Span
 from localrun.rope import Rope
 from localrun.tensors import Tensors
-from quant.experts import Experts
-from quant.pool import Pool
+from quant.ops.experts import Experts
+from quant.threads.pool import Pool
 
 
 class DeviceWeights(Tensors):

@@ -14,9 +14,9 @@ from localrun.plan.machine import Cpu, Gpu, Machine
 from localrun.plan.memory import Placement
 from localrun.plan.shapes import ModelShape, Tensor
 
-GEMM_TOKENS = 4  # fewer tokens run the decoding kernels, taken as once each: quant.panel.TOKENS_FROM
+GEMM_TOKENS = 4  # fewer tokens run the decoding kernels, taken as once each: quant.gemm.packed.TOKENS_FROM
 
-ATTENTION_TOKENS = 32  # of a prompt, that see the same part of the cache: quant.prompt_attention
+ATTENTION_TOKENS = 32  # of a prompt, that see the same part of the cache: quant.ops.attention
 
 
 @dataclass(frozen=True)

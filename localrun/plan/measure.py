@@ -42,7 +42,7 @@ def this_machine(model: ModelShape, threads: int | None = None) -> Machine:
 
 def describe(model: ModelShape, threads: int) -> dict[str, Any]:
     """The same as a JSON document, to be kept in a file."""
-    from quant.pool import Pool
+    from quant.threads.pool import Pool
 
     pool = Pool(threads)
     try:
@@ -59,7 +59,7 @@ def describe(model: ModelShape, threads: int) -> dict[str, Any]:
         "ram_bytes": hardware.free_ram(),
         "cpu": {
             "cores": threads,
-            "memory": {"read_bytes_per_s": {"value": read, "source": f"{_MEASURED}: quant.stream"}},
+            "memory": {"read_bytes_per_s": {"value": read, "source": f"{_MEASURED}: quant.threads.bandwidth"}},
             "kernels": kernels,
             "process_bytes": {"value": _process_bytes(), "source": _MEASURED},
             **{name: {"value": value, "source": _MEASURED} for name, value in rates.items()},
@@ -96,16 +96,16 @@ def _typical_s(*runs: Callable[[], None], threads: int = 1) -> list[float]:
 
 def _read_bandwidth(pool: Any, size: int) -> float:
     """Bytes/s of all workers reading this much memory again and again."""
-    from quant import stream
+    from quant.threads import bandwidth
 
-    memory = stream.buffer(pool, min(size, hardware.free_ram() // 4))
+    memory = bandwidth.buffer(pool, min(size, hardware.free_ram() // 4))
     passes = max(3, _PASSED_BYTES // memory.nbytes)
-    return stream.read_bandwidth(pool, memory.ctypes.data, memory.nbytes, passes).median
+    return bandwidth.read_bandwidth(pool, memory.ctypes.data, memory.nbytes, passes).median
 
 
 def _random_blocks(pool: Any, format_: Any, n_rows: int, n_cols: int) -> np.ndarray:
     """Valid blocks of n_rows rows: a few packed ones, repeated."""
-    from quant.pack import pack
+    from quant.quantize.tensor import pack
 
     few = min(n_rows, 64)
     values = np.random.default_rng(0).standard_normal((few, n_cols), np.float32)
@@ -122,9 +122,10 @@ def kernel_rates(pool: Any, type_: str, n_cols: int, rows: list[int], size: int 
             rounding of activations.
         size: bytes of all matrices that one token is multiplied with.
     """
-    from quant import formats, linear
+    from quant.formats import registry
+    from quant.ops import linear
 
-    format_ = formats.get(type_)
+    format_ = registry.get(type_)
     large = max(64, size // format_.row_bytes(n_cols))
     rows = [min(count, large) for count in rows]
     matrix = linear.weight(_random_blocks(pool, format_, large, n_cols), format_, (large, n_cols))
@@ -147,11 +148,12 @@ def kernel_rates(pool: Any, type_: str, n_cols: int, rows: list[int], size: int 
 
 def _step(pool: Any, matrix: Any, rows: list[int]) -> tuple[Any, int]:
     """A decode step over the matrix, cut into the model's, as a program; and the rows of the matrix that it uses."""
-    from quant import formats, linear
-    from quant.step import Program
-    from quant.step_rows import Input, rows_phase
+    from quant.decode.linear import Input, rows_phase
+    from quant.decode.program import Program
+    from quant.formats import registry
+    from quant.ops import linear
 
-    vector = linear.weight(np.zeros(4 * matrix.n_cols, np.uint8), formats.get("F32"), (1, matrix.n_cols))
+    vector = linear.weight(np.zeros(4 * matrix.n_cols, np.uint8), registry.get("F32"), (1, matrix.n_cols))
     program, used = Program(pool, vector, np.zeros(0), 1.0, 0), 0
     out = program.vector(max(rows))
     for n_rows in cycle(rows):
@@ -164,7 +166,7 @@ def _step(pool: Any, matrix: Any, rows: list[int]) -> tuple[Any, int]:
 
 
 def _product(pool: Any, matrix: Any, n_tokens: int) -> Callable[[], None]:
-    from quant import linear
+    from quant.ops import linear
 
     x = np.random.default_rng(1).standard_normal((n_tokens, matrix.n_cols), np.float32)
     out = np.empty((n_tokens, matrix.n_rows), np.float32)
@@ -303,8 +305,8 @@ def _ids(count: int) -> list[int]:
 def _write_random(path: Path, conversion: Conversion) -> None:
     """The file of a conversion to Q8_0 with random weights, norms near 1."""
     from localrun.convert.layout import make_layout
-    from quant import formats
-    from quant.pool import Pool
+    from quant.formats import registry
+    from quant.threads.pool import Pool
 
     types = conversion.types("Q8_0")
     layout = make_layout(path, conversion.metadata, conversion.targets, types)
@@ -316,7 +318,7 @@ def _write_random(path: Path, conversion: Conversion) -> None:
             if type_ == "F32":
                 file.write((0.5 + rng.random(target.n_weights, np.float32)).tobytes())
             else:
-                file.write(_random_blocks(pool, formats.get(type_), target.n_rows, target.n_cols).tobytes())
+                file.write(_random_blocks(pool, registry.get(type_), target.n_rows, target.n_cols).tobytes())
         file.truncate(layout.parts[0].size)
     pool.close()
 

@@ -24,7 +24,7 @@ from localrun.gpu.hybrid import HybridModel
 from localrun.gpu.routed import Way
 from localrun.moe import MoE
 from localrun.session import PREFILL_CHUNK
-from quant import stream
+from quant.threads import bandwidth
 
 ROOF_BYTES = 1 << 30  # of experts, read over and over: beyond all caches but the largest servers'
 
@@ -161,7 +161,7 @@ class Bench:
         """Median, of the experts where they lie."""
         layer = next(iter(self.model.routed.in_ram.values()))
         n_bytes = min(ROOF_BYTES, layer.gate.group_bytes * layer.gate.n_groups)
-        return stream.read_bandwidth(self.model.pool, layer.gate.address, n_bytes).median / 1e9
+        return bandwidth.read_bandwidth(self.model.pool, layer.gate.address, n_bytes).median / 1e9
 
     # ---- layers
 

@@ -1,0 +1,81 @@
+"""IQ4_NL: 4-bit weights on a non-linear grid, x = d*VALUES[q]. 32 weights in 18 bytes, 4.5 bits each.
+Block: d f16 @0 | qs u8[16] @2, nibbles as in Q4_0.
+Source: ggml src/ggml-common.h @d99724f, block_iq4_nl and kvalues_iq4nl."""
+
+import numpy as np
+
+from quant.formats.blocks_32 import add_offset, add_single, biased_dots_of_quarters, eight_scales
+from quant.formats.registry import EXPAND, Format
+from quant.gemv import plain
+from quant.simd.bytes64 import BIAS, high_nibbles, load_quarters, lookup_in_64, low_nibbles
+from quant.simd.core import (
+    dot_i8,
+    i8_to_f32,
+    load_f16,
+    load_i8x16,
+    load_i8x32,
+    lookup_in,
+    mul_f32x32,
+    nibbles,
+    splat_f32x32,
+    store_f32x32,
+    zero_i32x8,
+)
+from quant.target.jit import inline, kernel
+
+BLOCK, BLOCK_BYTES = 32, 18
+
+VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
+_value = lookup_in(VALUES)
+_raised_value = lookup_in_64(VALUES.astype(np.int16) + BIAS)
+
+
+def unpack(blocks: np.ndarray) -> np.ndarray:
+    """uint8 (..., n*18) -> float32 (..., n*32), bit-equal to ggml's."""
+    raw = blocks.reshape(*blocks.shape[:-1], -1, BLOCK_BYTES)
+    d = raw[..., :2].copy().view(np.float16).astype(np.float32)
+    q = np.concatenate([raw[..., 2:] & 15, raw[..., 2:] >> 4], -1)
+    return (d * VALUES[q].astype(np.float32)).reshape(*blocks.shape[:-1], -1)
+
+
+@inline
+def _quants(block):
+    """i8x32 in -127..113"""
+    return _value(nibbles(load_i8x16(block + 2)))
+
+
+@inline
+def raised_values(qs):
+    """The grid's values + BIAS of 64 bytes' low nibbles, of their high ones."""
+    return _raised_value(low_nibbles(qs)), _raised_value(high_nibbles(qs))
+
+
+@inline
+def _weights(block):
+    """Raised values of low and high nibbles of blocks 0 2 4 6, of blocks 1 3 5 7; the blocks' scales."""
+    even, odd = load_quarters(block + 2, 2 * BLOCK_BYTES), load_quarters(block + BLOCK_BYTES + 2, 2 * BLOCK_BYTES)
+    scales = eight_scales(block, BLOCK_BYTES)
+    return *raised_values(even), *raised_values(odd), scales
+
+
+@inline
+def _add_step(weights, step, total):
+    return add_offset(biased_dots_of_quarters(weights, step), BIAS, weights[4], step, total)
+
+
+@inline
+def _add_block(block, record, n_cols, group, total):
+    dots = dot_i8(zero_i32x8(), _quants(block), load_i8x32(record + 4 * n_cols + 32 * group))
+    return add_single(dots, load_f16(block), record, n_cols, group, total)
+
+
+@kernel(EXPAND)
+def _expand(w, n_blocks, out):
+    for b in range(n_blocks):
+        block = w + BLOCK_BYTES * b
+        store_f32x32(out + 128 * b, mul_f32x32(i8_to_f32(_quants(block)), splat_f32x32(load_f16(block))))
+
+
+_gemv, _gemv_few = plain.kernels("IQ4_NL", 8 * BLOCK_BYTES, _weights, _add_step, _add_block)
+
+IQ4_NL = Format("IQ4_NL", BLOCK, BLOCK_BYTES, True, unpack, _gemv.address, _gemv_few.address, _expand.address)

@@ -1,0 +1,110 @@
+"""IQ4_XS: 4-bit weights on IQ4_NL's grid, 8 sub-blocks of 32, x = d*(ls-32)*VALUES[q]. 256 weights in 136 bytes, 4.25
+bits each.
+Block: d f16 @0 | scales_h u16 @2, 2 bits a sub-block | scales_l u8[4] @4, 4 bits a sub-block | qs u8[128] @8, 16 bytes
+a sub-block, byte j holds weight j (low nibble) and j+16 (high).
+Source: ggml src/ggml-common.h @d99724f, block_iq4_xs; dequantize_row_iq4_xs in ggml-quants.c."""
+
+import numpy as np
+
+from quant.formats.blocks_32 import add_offset, biased_dots_of_quarters
+from quant.formats.iq4_nl import VALUES, raised_values
+from quant.formats.registry import EXPAND, Format
+from quant.gemv import plain
+from quant.simd.bytes64 import (
+    BIAS,
+    add_scaled,
+    even_quarters,
+    interleaved_bytes,
+    load_f16_everywhere,
+    load_i8x64,
+    odd_quarters,
+)
+from quant.simd.core import (
+    i8_to_f32,
+    load_f16,
+    load_i8x16,
+    load_u8,
+    load_u16,
+    load_u32,
+    lookup_in,
+    mul_f32x16,
+    mul_f32x32,
+    nibbles,
+    splat_f32x16,
+    splat_f32x32,
+    store_f32x32,
+)
+from quant.target.jit import inline, kernel
+
+BLOCK, BLOCK_BYTES = 256, 136
+
+_value = lookup_in(VALUES)
+
+
+def unpack(blocks: np.ndarray) -> np.ndarray:
+    """uint8 (..., n*136) -> float32 (..., n*256), bit-equal to ggml's."""
+    raw = blocks.reshape(*blocks.shape[:-1], -1, BLOCK_BYTES)
+    d = raw[..., :2].copy().view(np.float16).astype(np.float32)
+    high = raw[..., 2:4].copy().view(np.uint16) >> np.arange(0, 16, 2, dtype=np.uint16) & 3
+    low = np.stack([raw[..., 4:8] & 15, raw[..., 4:8] >> 4], -1).reshape(*raw.shape[:-1], 8)
+    ls = (low | high << 4).astype(np.int8) - np.int8(32)
+    qs = raw[..., 8:].reshape(*raw.shape[:-1], 8, 16)
+    q = np.concatenate([qs & 15, qs >> 4], -1)
+    x = (d * ls.astype(np.float32))[..., None] * VALUES[q].astype(np.float32)
+    return x.reshape(*blocks.shape[:-1], -1)
+
+
+@inline
+def _quants(block, j):
+    """Sub-block j, i8x32 in -127..113."""
+    return _value(nibbles(load_i8x16(block + 8 + 16 * j)))
+
+
+@inline
+def _scale(block, j):
+    """d * (ls - 32) of sub-block j."""
+    low = load_u8(block + 4 + j // 2) >> (4 * (j % 2)) & 15
+    high = load_u16(block + 2) >> (2 * j) & 3
+    return load_f16(block) * np.float32((low | high << 4) - 32)
+
+
+@inline
+def _packed_scales(block):
+    """The 8 ls, each below 64, as the bytes of one int64: 2 bits of scales_h above 4 of scales_l."""
+    low, high = load_u32(block + 4), load_u16(block + 2)
+    low = (low | low << 16) & 0x0000FFFF0000FFFF
+    low = (low | low << 8) & 0x00FF00FF00FF00FF
+    low = (low | low << 4) & 0x0F0F0F0F0F0F0F0F
+    high = (high | high << 24) & 0x000000FF000000FF
+    high = (high | high << 12) & 0x000F000F000F000F
+    high = (high | high << 6) & 0x0303030303030303
+    return low | high << 4
+
+
+@inline
+def _weights(block):
+    """Raised values of low and high nibbles of sub-blocks 0 2 4 6, of 1 3 5 7; d * (ls - 32) in two lanes each."""
+    low, high = load_i8x64(block + 8), load_i8x64(block + 72)
+    packed = _packed_scales(block)
+    scales = add_scaled(np.float32(1.0), interleaved_bytes(packed, packed), splat_f32x16(np.float32(-32.0)))
+    scales = mul_f32x16(scales, load_f16_everywhere(block))
+    return *raised_values(even_quarters(low, high)), *raised_values(odd_quarters(low, high)), scales
+
+
+@inline
+def _add_step(weights, step, total):
+    return add_offset(biased_dots_of_quarters(weights, step), BIAS, weights[4], step, total)
+
+
+@kernel(EXPAND)
+def _expand(w, n_blocks, out):
+    for b in range(n_blocks):
+        block = w + BLOCK_BYTES * b
+        for j in range(8):
+            x = mul_f32x32(i8_to_f32(_quants(block, j)), splat_f32x32(_scale(block, j)))
+            store_f32x32(out + 1024 * b + 128 * j, x)
+
+
+_gemv, _gemv_few = plain.kernels("IQ4_XS", BLOCK_BYTES, _weights, _add_step)
+
+IQ4_XS = Format("IQ4_XS", BLOCK, BLOCK_BYTES, True, unpack, _gemv.address, _gemv_few.address, _expand.address)

@@ -1,0 +1,77 @@
+"""Q4_1: 4-bit weights with a minimum, x = d*q + m. 32 weights in 20 bytes, 5 bits each.
+Block: d f16 @0 | m f16 @2 | qs u8[16] @4, byte j holds weight j (low nibble) and j+16 (high).
+Source: ggml src/ggml-common.h @d99724f, block_q4_1."""
+
+import numpy as np
+
+from quant.formats.blocks_32 import add_minimum, add_single, add_single_minimum, dots_of_quarters, eight_pairs
+from quant.formats.registry import EXPAND, Format
+from quant.gemv import plain
+from quant.simd.bytes64 import high_nibbles, load_quarters, low_nibbles
+from quant.simd.core import (
+    add_f32x32,
+    dot_u8,
+    i8_to_f32,
+    load_f16,
+    load_i8x16,
+    load_i8x32,
+    mul_f32x32,
+    nibbles,
+    splat_f32x32,
+    store_f32x32,
+    zero_i32x8,
+)
+from quant.target.jit import inline, kernel
+
+BLOCK, BLOCK_BYTES = 32, 20
+
+
+def unpack(blocks: np.ndarray) -> np.ndarray:
+    """uint8 (..., n*20) -> float32 (..., n*32), bit-equal to ggml's."""
+    raw = blocks.reshape(*blocks.shape[:-1], -1, BLOCK_BYTES)
+    d, m = np.split(raw[..., :4].copy().view(np.float16).astype(np.float32), 2, -1)
+    q = np.concatenate([raw[..., 4:] & 15, raw[..., 4:] >> 4], -1).astype(np.float32)
+    return (d * q + m).reshape(*blocks.shape[:-1], -1)
+
+
+@inline
+def _quants(block):
+    """i8x32 in 0..15"""
+    return nibbles(load_i8x16(block + 4))
+
+
+@inline
+def _weights(block):
+    """Low and high nibbles of blocks 0 2 4 6, of blocks 1 3 5 7; the blocks' d and m in turn."""
+    even, odd = load_quarters(block + 4, 2 * BLOCK_BYTES), load_quarters(block + BLOCK_BYTES + 4, 2 * BLOCK_BYTES)
+    scales = eight_pairs(block, BLOCK_BYTES)
+    return low_nibbles(even), high_nibbles(even), low_nibbles(odd), high_nibbles(odd), scales
+
+
+@inline
+def _add_step(weights, step, total):
+    return add_minimum(dots_of_quarters(weights, step), weights[4], step, total)
+
+
+@inline
+def _add_block(block, record, n_cols, group, total):
+    dots = dot_u8(zero_i32x8(), _quants(block), load_i8x32(record + 4 * n_cols + 32 * group))
+    total = add_single(dots, load_f16(block), record, n_cols, group, total)
+    return add_single_minimum(load_f16(block + 2), record, n_cols, group, total)
+
+
+@kernel(EXPAND)
+def _expand(w, n_blocks, out):
+    for b in range(n_blocks):
+        block = w + BLOCK_BYTES * b
+        store_f32x32(
+            out + 128 * b,
+            add_f32x32(
+                mul_f32x32(i8_to_f32(_quants(block)), splat_f32x32(load_f16(block))), splat_f32x32(load_f16(block + 2))
+            ),
+        )
+
+
+_gemv, _gemv_few = plain.kernels("Q4_1", 8 * BLOCK_BYTES, _weights, _add_step, _add_block)
+
+Q4_1 = Format("Q4_1", BLOCK, BLOCK_BYTES, True, unpack, _gemv.address, _gemv_few.address, _expand.address)

@@ -1,0 +1,89 @@
+"""Q8_0: 8-bit weights, x = d*q. 32 weights in 34 bytes, 8.5 bits each.
+Block: d f16 @0 | qs i8[32] @2.
+Source: ggml src/ggml-common.h @d99724f, block_q8_0."""
+
+import numpy as np
+
+from quant.formats.blocks_32 import add_single, eight_scales
+from quant.formats.registry import EXPAND, Format
+from quant.gemv import plain
+from quant.gemv.activations import IN_ORDER, SCALES, SUMS
+from quant.simd.bytes64 import (
+    BIAS,
+    add_scaled,
+    biased,
+    dot_biased,
+    load_halves,
+    load_i8x64,
+    pair_sums_wide,
+    picked,
+    to_f32x16,
+    zero_i32x16,
+)
+from quant.simd.core import (
+    dot_i8,
+    fma_f32x16,
+    i8_to_f32,
+    load_f16,
+    load_f32x16,
+    load_i8x32,
+    mul_f32x16,
+    mul_f32x32,
+    splat_f32x32,
+    store_f32x32,
+    zero_i32x8,
+)
+from quant.target.jit import inline, kernel
+
+BLOCK, BLOCK_BYTES = 32, 34
+# pair_sums_wide leaves blocks 0 2 4 6 in quarters 0 and 1, and 1 3 5 7 in the others: half a sum in each of two lanes.
+_in_order_of_dots = picked([2 * j for j in (0, 2, 4, 6, 0, 2, 4, 6, 1, 3, 5, 7, 1, 3, 5, 7)])
+
+
+def unpack(blocks: np.ndarray) -> np.ndarray:
+    """uint8 (..., n*34) -> float32 (..., n*32), bit-equal to ggml's."""
+    raw = blocks.reshape(*blocks.shape[:-1], -1, BLOCK_BYTES)
+    d = raw[..., :2].copy().view(np.float16).astype(np.float32)
+    return (d * raw[..., 2:].view(np.int8).astype(np.float32)).reshape(*blocks.shape[:-1], -1)
+
+
+@inline
+def _weights(block):
+    """Blocks 0|1, 2|3, 4|5, 6|7, each + BIAS; the blocks' scales."""
+    qs = block + 2
+    blocks_0 = biased(load_halves(qs, BLOCK_BYTES))
+    blocks_2 = biased(load_halves(qs + 2 * BLOCK_BYTES, BLOCK_BYTES))
+    blocks_4 = biased(load_halves(qs + 4 * BLOCK_BYTES, BLOCK_BYTES))
+    blocks_6 = biased(load_halves(qs + 6 * BLOCK_BYTES, BLOCK_BYTES))
+    return blocks_0, blocks_2, blocks_4, blocks_6, eight_scales(block, BLOCK_BYTES)
+
+
+@inline
+def _add_step(weights, step, total):
+    q, zero = step + IN_ORDER, zero_i32x16()
+    dots_0 = dot_biased(zero, weights[0], load_i8x64(q))
+    dots_2 = dot_biased(zero, weights[1], load_i8x64(q + 64))
+    dots_4 = dot_biased(zero, weights[2], load_i8x64(q + 128))
+    dots_6 = dot_biased(zero, weights[3], load_i8x64(q + 192))
+    dots = to_f32x16(pair_sums_wide(pair_sums_wide(dots_0, dots_2), pair_sums_wide(dots_4, dots_6)))
+    dots = add_scaled(np.float32(-BIAS / 2), _in_order_of_dots(load_f32x16(step + SUMS)), dots)
+    scales = _in_order_of_dots(mul_f32x16(weights[4], load_f32x16(step + SCALES)))
+    return fma_f32x16(dots, scales, total)
+
+
+@inline
+def _add_block(block, record, n_cols, group, total):
+    dots = dot_i8(zero_i32x8(), load_i8x32(block + 2), load_i8x32(record + 4 * n_cols + 32 * group))
+    return add_single(dots, load_f16(block), record, n_cols, group, total)
+
+
+@kernel(EXPAND)
+def _expand(w, n_blocks, out):
+    for b in range(n_blocks):
+        block = w + BLOCK_BYTES * b
+        store_f32x32(out + 128 * b, mul_f32x32(i8_to_f32(load_i8x32(block + 2)), splat_f32x32(load_f16(block))))
+
+
+_gemv, _gemv_few = plain.kernels("Q8_0", 8 * BLOCK_BYTES, _weights, _add_step, _add_block)
+
+Q8_0 = Format("Q8_0", BLOCK, BLOCK_BYTES, True, unpack, _gemv.address, _gemv_few.address, _expand.address)

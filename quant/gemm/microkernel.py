@@ -1,0 +1,109 @@
+"""The register tile of the many-token products: 32 rows of a weight panel times a few tokens of a token panel.
+
+Integer dot products of 32 columns, multiplied by the weights' scale and the token's in float32, and float32 sums that
+stay in registers over all columns of the panels (gemm/microkernel_step.py). Layout of both panels: gemm/packed.py.
+
+With VNNI: 6 tokens, bound by the two vector ports: 8 vpdpbusd and 2 or 3 float operations for 32 columns. With AVX2
+4 tokens and 8 rows at a time, the products of 8 bits added in 16 bits as long as they fit (docs/lab-notes.md). With
+AMX 12 tokens, whose dot products are AMX tiles' (gemm/microkernel_amx.py): what remains are 3 or 4 vector operations.
+"""
+
+from itertools import chain
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from quant.gemm.microkernel_amx import AmxSteps
+from quant.gemm.microkernel_step import (
+    AHEAD,
+    BYTES,
+    GROUPS,
+    HALVES,
+    LANES,
+    MINIMUM,
+    OFFSET,
+    PART_BYTES,
+    PARTS,
+    ROWS,
+    TOKENS,
+    VECTOR_TOKENS,
+    VF32,
+    Steps,
+)
+from quant.simd.core import I8, I32, I64, call, define, load, pointer, store
+from quant.target import isa
+from quant.target.jit import kernel
+
+
+def _prefetch(builder, address, n_bytes) -> None:
+    """The lines from `address` on. A few a step: a burst would hold the buffers that the tile's own loads need."""
+    with cgutils.for_range_slice(builder, I64(0), n_bytes, I64(64), I64) as (offset, _):
+        line = pointer(builder, builder.add(address, offset), I8)
+        call(builder, "llvm.prefetch.p0", ir.VoidType(), line, I32(0), I32(2), I32(1))
+
+
+def _tile(kind: int):
+    """An intrinsic void(weights, tokens, sums, n_steps, n_tokens): sums[t] f32[32] += weights . tokens[t]."""
+
+    def emit_for(builder, n: int, weights, tokens, sums, n_steps, ahead) -> None:
+        at = [[builder.add(sums, I64(4 * ROWS * t + 64 * part)) for t in range(n)] for part in range(PARTS)]
+        totals = [[cgutils.alloca_once_value(builder, load(builder, a, VF32)) for a in row] for row in at]
+        stride = builder.mul(load(builder, builder.add(ahead, I64(8)), I64), I64(64))
+        first_line = load(builder, ahead, I64)
+        steps = (AmxSteps if n > VECTOR_TOKENS else Steps)(builder, kind, n, weights, tokens, n_steps)
+        with cgutils.for_range(builder, n_steps) as loop:
+            _prefetch(builder, builder.add(first_line, builder.mul(loop.index, stride)), stride)
+            step = steps.at(loop.index)
+            values = [[builder.load(total) for total in row] for row in totals]
+            step.add(values)
+            for total, value in zip(chain(*totals), chain(*values), strict=True):
+                builder.store(value, total)
+        store(builder, ahead, builder.add(first_line, builder.mul(n_steps, stride)))
+        for total, address in zip(chain(*totals), chain(*at), strict=True):
+            store(builder, address, builder.load(total))
+
+    def emit(builder, weights, tokens, sums, n_steps, n_tokens) -> None:
+        done = builder.append_basic_block("done")
+        switch = builder.switch(n_tokens, done)
+        for n in range(1, TOKENS + 1):
+            case = builder.append_basic_block(f"tokens_{n}")
+            switch.add_case(I64(n), case)
+            builder.position_at_end(case)
+            with cgutils.for_range(builder, I64(GROUPS)) as group:
+                part = builder.mul(builder.lshr(group.index, I64(1)), I64(PART_BYTES))
+                half = builder.mul(builder.and_(group.index, I64(1)), I64(32))
+                w, row_sums = builder.add(weights, builder.add(part, half)), builder.mul(group.index, I64(4 * LANES))
+                emit_for(builder, n, w, tokens, builder.add(sums, row_sums), n_steps, builder.add(weights, I64(AHEAD)))
+            builder.branch(done)
+        builder.position_at_end(done)
+
+    return define(types.void, (types.int64,) * 5, emit)
+
+
+TILE = "void(int64, int64, int64, int64, int64)"
+# Addresses by kind; none below AVX2, where their instructions would abort the process. Blocks of more than
+# VECTOR_TOKENS are for callers between panel_amx.configure() and release().
+TILES: dict[int, int] = {}
+
+if isa.has("avx2"):
+    _minimum, _offset, _halves, _bytes = _tile(MINIMUM), _tile(OFFSET), _tile(HALVES), _tile(BYTES)
+
+    @kernel(TILE)
+    def _minimum_tile(weights, tokens, sums, n_steps, n_tokens):
+        _minimum(weights, tokens, sums, n_steps, n_tokens)
+
+    @kernel(TILE)
+    def _offset_tile(weights, tokens, sums, n_steps, n_tokens):
+        _offset(weights, tokens, sums, n_steps, n_tokens)
+
+    @kernel(TILE)
+    def _halves_tile(weights, tokens, sums, n_steps, n_tokens):
+        _halves(weights, tokens, sums, n_steps, n_tokens)
+
+    @kernel(TILE)
+    def _bytes_tile(weights, tokens, sums, n_steps, n_tokens):
+        _bytes(weights, tokens, sums, n_steps, n_tokens)
+
+    TILES[MINIMUM], TILES[OFFSET] = _minimum_tile.address, _offset_tile.address
+    TILES[HALVES], TILES[BYTES] = _halves_tile.address, _bytes_tile.address

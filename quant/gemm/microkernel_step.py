@@ -1,0 +1,166 @@
+"""One step of the register tile (microkernel.py): 32 columns of a weight panel and of a few tokens, emitted as LLVM IR.
+
+Integer dot products, scaled and added to float32 totals. Layout of both panels: gemm/packed.py.
+"""
+
+from llvmlite import ir
+
+from quant.simd.core import F32, I8, I16, I32, I64, call, constant, load, splat
+from quant.target import isa
+
+ROWS = 32
+LANES = 16 if isa.has("avx512_vnni") else 8  # rows of a vector
+# Vectors side by side share the loads of a token's words. The totals and as many dot products fill 24 of 32 registers;
+# with AVX2 12 of 16, sums in 16 bits included.
+PARTS, VECTOR_TOKENS = (2, 6) if isa.has("avx512_vnni") else (1, 4)
+# With AMX dot products come from memory, and the totals have the 24 registers for themselves. A few tokens leave most
+# of a tile's rows idle.
+if isa.has("amx"):
+    VECTOR_TOKENS = 4
+TOKENS = 12 if isa.has("amx") else VECTOR_TOKENS  # of a block at most; more than VECTOR_TOKENS go through AMX tiles
+GROUPS = ROWS // (PARTS * LANES)  # passes over the panels
+STEP = 32  # columns between two scalings
+PART_BYTES = 640  # of a step for 16 rows: 512 of weights, two vectors of scales
+STEP_BYTES = 2 * PART_BYTES
+STEPS = 16  # of a weight panel at most: 20 KB, which stay in L1 while all tokens pass over them
+AHEAD = STEPS * STEP_BYTES  # behind a weight panel: what to prefetch next i64 | lines of it a step i64
+AMX = AHEAD + 64  # behind that, with AMX: products of two steps and the tile file
+TOKEN_BYTES = 44  # of a token's step: 32 of q, d, and two words more
+
+# Integer sums start at the bits of 1.5 * 2**23: they are float32 numbers without a conversion, too large by that much,
+# as sums of 32 products stay below 2**22. A scale has 18 bits at most, so that its product with the excess is exact.
+BIAS, BIAS_FLOAT = 0x4B400000, 1.5 * 2**23
+
+MINIMUM, OFFSET, HALVES, BYTES = range(4)  # kinds of formats: see gemm/packed.py
+_MOST = {MINIMUM: 31, OFFSET: 31, HALVES: 63, BYTES: 255}  # weights as they lie in a panel are not above
+
+VF32, VI32, VI8 = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(I8, 4 * LANES)
+
+
+def _multiply_add_16(builder, u, x):
+    """u * x of neighbours added, i16; u unsigned. Saturates."""
+    return call(builder, "llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(I16, 2 * LANES), u, x)
+
+
+def _add_neighbours(builder, v):
+    """i16 -> i32, half as many."""
+    return call(builder, "llvm.x86.avx2.pmadd.wd", VI32, v, constant(v.type, 1))
+
+
+class Step:
+    """Emits one step of one tile: `n` tokens, addresses of the step's weights and tokens."""
+
+    def __init__(self, builder, kind: int, n: int, weights, tokens):
+        self.builder, self.kind, self.n, self.weights, self.tokens = builder, kind, n, weights, tokens
+
+    def word(self, field: int, t: int, vector: ir.VectorType):
+        """A word of token t in every lane: field 0 is d, 1 and 2 are the two others."""
+        address = self.builder.add(self.tokens, I64(self.n * (STEP + 4 * field) + 4 * t))
+        return splat(self.builder, load(self.builder, address, vector.element), vector)
+
+    def row_floats(self, i: int) -> list:
+        """The first or second vector of scales, of each part."""
+        return [
+            load(self.builder, self.builder.add(self.weights, I64(PART_BYTES * part + 16 * STEP + 64 * i)), VF32)
+            for part in range(PARTS)
+        ]
+
+    def columns(self, k: int, t: int):
+        """The q of columns k..k+3 of token t, for every row."""
+        words = load(self.builder, self.builder.add(self.tokens, I64(STEP * t + k)), I32)
+        return self.builder.bitcast(splat(self.builder, words, VI32), VI8)
+
+    def row_bytes(self, k: int, part: int):
+        """The weights of columns k..k+3."""
+        return load(self.builder, self.builder.add(self.weights, I64(PART_BYTES * part + 16 * k)), VI8)
+
+    def dots(self, starts: list, columns: range) -> list:
+        """[part][t]: starts[t] + weights . q over some columns, in 32 bits."""
+        if not isa.has("avx512_vnni"):
+            return [self.dots_avx2(starts, columns)]
+        sums = [list(starts) for _ in range(PARTS)]
+        for k in columns[::4]:
+            w = [self.row_bytes(k, part) for part in range(PARTS)]
+            for t in range(self.n):
+                x = self.columns(k, t)
+                for part in range(PARTS):
+                    operands = sums[part][t], w[part], x
+                    sums[part][t] = call(self.builder, "llvm.x86.avx512.vpdpbusd.512", VI32, *operands)
+        return sums
+
+    def dots_avx2(self, starts: list, columns: range) -> list:
+        """[t]: the same without VNNI."""
+        b = self.builder
+        if self.kind == BYTES:
+            return self.signed_dots_avx2(columns)
+        sums = list(starts)
+        width = 4 * (0x7FFF // (2 * _MOST[self.kind] * 127))  # columns whose products fit 16 bits
+        for first in columns[::width]:
+            products = [None] * self.n
+            for k in range(first, first + width, 4):
+                w = self.row_bytes(k, 0)
+                for t in range(self.n):
+                    product = _multiply_add_16(b, w, self.columns(k, t))
+                    products[t] = product if k == first else b.add(products[t], product)
+            sums = [b.add(total, _add_neighbours(b, v)) for total, v in zip(sums, products, strict=True)]
+        return sums
+
+    def signed_dots_avx2(self, columns: range) -> list:
+        """[t]: for weights of 8 bits, whose products don't fit: |w| times q with w's sign, at most 2*128*127."""
+        b, sums = self.builder, [constant(VI32, BIAS)] * self.n
+        for k in columns[::4]:
+            w = b.xor(self.row_bytes(k, 0), constant(VI8, 0x80))
+            magnitude = b.select(b.icmp_signed("<", w, constant(VI8, 0)), b.neg(w), w)
+            for t in range(self.n):
+                x = call(b, "llvm.x86.avx2.psign.b", VI8, self.columns(k, t), w)
+                sums[t] = b.add(sums[t], _add_neighbours(b, _multiply_add_16(b, magnitude, x)))
+        return sums
+
+    def add_scaled(self, totals: list, dots: list, scales: list) -> None:
+        """totals[part][t] += (dots[part][t] - BIAS) * scales[part] * d[t]"""
+        b = self.builder
+        starts = [b.fmul(scale, constant(VF32, -BIAS_FLOAT)) for scale in scales]
+        for t in range(self.n):
+            d = self.word(0, t, VF32)
+            for part in range(PARTS):
+                scaled = fma(b, scales[part], b.bitcast(dots[part][t], VF32), starts[part])
+                totals[part][t] = fma(b, scaled, d, totals[part][t])
+
+    def add(self, totals: list) -> None:
+        """Add this step to the totals."""
+        if self.kind == HALVES:
+            for half in range(2):
+                starts = [self.word(1 + half, t, VI32) for t in range(self.n)]
+                dots = self.dots(starts, range(16 * half, 16 * half + 16))
+                self.add_scaled(totals, dots, self.row_floats(half))
+            return
+        starts = [self.word(1, t, VI32) if self.kind != MINIMUM else constant(VI32, BIAS) for t in range(self.n)]
+        self.add_scaled(totals, self.dots(starts, range(STEP)), self.row_floats(0))
+        if self.kind == MINIMUM:
+            minima = self.row_floats(1)
+            for t in range(self.n):
+                s = self.word(1, t, VF32)
+                for part in range(PARTS):
+                    totals[part][t] = fma(self.builder, minima[part], s, totals[part][t])
+
+
+def fma(builder, a, b, c):
+    """a*b + c, rounded once."""
+    return call(builder, f"llvm.fma.v{LANES}f32", VF32, a, b, c)
+
+
+class Steps:
+    """The steps of one block of `n` tokens: addresses of the first step's weights and tokens, number of steps."""
+
+    def __init__(self, builder, kind: int, n: int, weights, tokens, n_steps):
+        self.builder, self.kind, self.n = builder, kind, n
+        self.weights, self.tokens, self.n_steps = weights, tokens, n_steps
+
+    def addresses(self, index) -> tuple:
+        """Of the weights and tokens of a step."""
+        weights = self.builder.add(self.weights, self.builder.mul(index, I64(STEP_BYTES)))
+        return weights, self.builder.add(self.tokens, self.builder.mul(index, I64(TOKEN_BYTES * self.n)))
+
+    def at(self, index) -> Step:
+        """Called for every step in order."""
+        return Step(self.builder, self.kind, self.n, *self.addresses(index))

@@ -1,0 +1,198 @@
+"""Panels: weights and activations arranged for the integer products of many tokens (gemm/microkernel.py).
+
+A weight panel holds 32 rows, repacked from their blocks a few columns at a time into a worker's L1-sized scratch. For
+16 of them a step of 32 columns takes 640 bytes: u8[8][16 rows][4 columns] | f32[16] | f32[16]; the other 16 follow. A
+weight is scale * (u - offset) - minimum. The two vectors by the kind of the format:
+
+    MINIMUM   scale, -minimum                           one of each for every 32 weights; offset 0
+    OFFSET    scale, nothing                            one for every 32; u below 32
+    BYTES     the same                                  one for every 32; u of 8 bits
+    HALVES    scale of columns 0-15, of columns 16-31   one for every 16
+
+A token panel holds the tokens of one product in blocks of 6 (4 with AVX2, 12 with AMX), but for the last one. A block
+of n takes 44*n bytes a step: q i8[n][32] | d f32[n] | two words [n]. The words of MINIMUM: s f32 = d * sum of q, and
+nothing. Of the others: BIAS - offset * sum of q, i32, over all 32 columns and nothing, or over each half. Dot products
+start there, those of MINIMUM at BIAS.
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+
+from quant.formats.registry import Format
+from quant.gemm.microkernel import TILES
+from quant.gemm.microkernel_amx import SCRATCH_END, configure, release
+from quant.gemm.microkernel_step import (
+    AHEAD,
+    BIAS,
+    GROUPS,
+    HALVES,
+    MINIMUM,
+    PART_BYTES,
+    ROWS,
+    STEP,
+    STEPS,
+    TOKEN_BYTES,
+    TOKENS,
+)
+from quant.gemm.quantize_tokens import SUMS, D, S
+from quant.ops import multiply
+from quant.ops.multiply import ADDRESS, BLOCK, GROUP_BYTES, INTERLEAVED, ROW_BYTES
+from quant.simd.core import load_f32, load_i8x32, load_i64, store_f32, store_f32x16, store_i8x32, store_i64, zero_f32x16
+from quant.simd.rows16 import ROWS as VECTOR_ROWS
+from quant.simd.rows16 import load_i32, store_i32
+from quant.target import isa
+from quant.target.jit import inline
+from quant.threads.atomics import call_3, call_5
+from quant.threads.pool import worker_bytes
+
+REPACK = "void(int64, int64, int64)"
+_ADDRESSES = SCRATCH_END  # in a worker's scratch, behind what the tile has there: addresses of the panel's rows
+SCRATCH_BYTES = worker_bytes(_ADDRESSES + 8 * VECTOR_ROWS)
+
+
+@dataclass(frozen=True)
+class PanelFormat:
+    """How blocks of one format become panels.
+
+    Attributes:
+        kind, offset: see the module.
+        repack: address of void(rows, n_blocks, out): n_blocks blocks behind each of 16 addresses at `rows`, to steps.
+            Of interleaved rows they are one address.
+    """
+
+    kind: int
+    offset: int
+    repack: int
+
+    @property
+    def fields(self) -> tuple[int, ...]:
+        """As jobs see it, in the order of REPACKER and its neighbours."""
+        return self.repack, TILES[self.kind], self.kind, self.offset
+
+
+_MODULES = {
+    "Q4_K": "pack_256",
+    "Q5_K": "pack_256",
+    "Q6_K": "pack_256",
+    "IQ4_XS": "pack_256",
+    "Q4_K_R16": "pack_interleaved",
+    "Q5_K_R16": "pack_interleaved",
+    "Q6_K_R16": "pack_interleaved",
+    "Q4_0": "pack_32",
+    "Q4_1": "pack_32",
+    "Q5_0": "pack_32",
+    "Q5_1": "pack_32",
+    "Q8_0": "pack_32",
+    "IQ4_NL": "pack_32",
+    "MXFP4": "pack_32",
+}
+
+
+# Repacking a row pays from here on; several passes of a few tokens are cheaper where rows are interleaved.
+TOKENS_FROM, TOKENS_FROM_INTERLEAVED = 4, 8
+
+
+def find(format_: Format) -> PanelFormat | None:
+    """How to make panels of a format; None where float32 tiles are used instead."""
+    if format_.name not in _MODULES or not isa.has("avx2"):
+        return None
+    return getattr(import_module(f"quant.gemm.{_MODULES[format_.name]}"), format_.name)
+
+
+def tokens_from(*formats: Format) -> int:
+    """The number of tokens from which on products with matrices of these formats go through panels."""
+    return TOKENS_FROM_INTERLEAVED if all(format_.rows > 1 for format_ in formats) else TOKENS_FROM
+
+
+# A matrix in panel jobs: those int64 of ops/multiply.py and these.
+REPACKER, TILE, KIND, OFFSET = range(multiply.MATRIX_BYTES, multiply.MATRIX_BYTES + 32, 8)
+MATRIX_BYTES = multiply.MATRIX_BYTES + 32
+
+
+# ---- token panels ----------------------------------------------------------------------------------------------------
+
+
+def tokens_bytes(n_cols: int, n_tokens: int) -> int:
+    """Bytes of a token panel."""
+    return TOKEN_BYTES * (n_cols // STEP) * n_tokens
+
+
+@inline
+def token_block(i, n_tokens):
+    """(first, size) of the block of token i: the tile is fastest with TOKENS, so all are of that size but the last."""
+    first = i // TOKENS * TOKENS
+    return first, min(TOKENS, n_tokens - first)
+
+
+@inline
+def write_group(kind, offset, block, g, at, size, i):
+    """Group g of a rounded block (gemm/quantize_tokens.py) as token i of the `size` that share the step at `at`."""
+    store_i8x32(at + STEP * i, load_i8x32(block + STEP * g))
+    words = at + STEP * size + 4 * i
+    store_f32(words, load_f32(block + D + 4 * g))
+    first, second = load_i32(block + SUMS + 4 * g), load_i32(block + SUMS + 64 + 4 * g)
+    if kind == MINIMUM:
+        store_f32(words + 4 * size, load_f32(block + S + 4 * g))
+    elif kind == HALVES:
+        store_i32(words + 4 * size, BIAS - offset * first)
+        store_i32(words + 8 * size, BIAS - offset * second)
+    else:
+        store_i32(words + 4 * size, BIAS - offset * (first + second))
+
+
+# ---- products --------------------------------------------------------------------------------------------------------
+
+
+@inline
+def n_panels(n_rows):
+    """Panels that n_rows rows fill."""
+    return (n_rows + ROWS - 1) // ROWS
+
+
+@inline
+def _repack(matrix, w, row_bytes, n_rows, n_blocks, addresses, panel):
+    """A panel of the rows from w on; behind the last of n_rows the last one again. addresses: scratch."""
+    interleaved = load_i64(matrix + INTERLEAVED)
+    for part in range(2):
+        for r in range(VECTOR_ROWS):
+            row = min(VECTOR_ROWS * part + r, n_rows - 1) & -interleaved  # a power of 2
+            store_i64(addresses + 8 * r, w + row_bytes * row)
+        call_3(load_i64(matrix + REPACKER), addresses, n_blocks, panel + PART_BYTES * part)
+
+
+@inline
+def multiply_panels(matrix, group, first, n_rows, n_cols, tokens, n_tokens, sums, scratch, ahead, ahead_bytes):
+    """sums[p][t] f32[32] = rows first+32p.. of one group of the matrix . token t, for the panels p of n_rows rows.
+
+    matrix: address of its fields. tokens: a token panel. scratch: of SCRATCH_BYTES. ahead: what to prefetch meanwhile.
+    """
+    row_bytes, block = load_i64(matrix + ROW_BYTES), load_i64(matrix + BLOCK)
+    w = load_i64(matrix + ADDRESS) + load_i64(matrix + GROUP_BYTES) * group + row_bytes * first
+    panels, n_steps = n_panels(n_rows), n_cols // STEP
+    for i in range(0, 4 * ROWS * panels * n_tokens, 64):
+        store_f32x16(sums + i, zero_f32x16())
+    tile_steps = GROUPS * panels * n_steps * ((n_tokens + TOKENS - 1) // TOKENS)
+    store_i64(scratch + AHEAD, ahead)
+    store_i64(scratch + AHEAD + 8, (ahead_bytes // 64 + tile_steps - 1) // tile_steps)
+    configure(load_i64(matrix + KIND), n_tokens, scratch)
+    for step in range(0, n_steps, STEPS):
+        steps = min(STEPS, n_steps - step)
+        n_blocks, skipped = steps * STEP // block, step * STEP // block * (row_bytes * block // n_cols)
+        skipped *= load_i64(matrix + INTERLEAVED)
+        for p in range(panels):
+            _repack(
+                matrix,
+                w + row_bytes * ROWS * p + skipped,
+                row_bytes,
+                n_rows - ROWS * p,
+                n_blocks,
+                scratch + _ADDRESSES,
+                scratch,
+            )
+            t = 0
+            while t < n_tokens:
+                _, size = token_block(t, n_tokens)
+                x = tokens + TOKEN_BYTES * (t * n_steps + size * step)
+                call_5(load_i64(matrix + TILE), scratch, x, sums + 4 * ROWS * (n_tokens * p + t), steps, size)
+                t += size
+    release(n_tokens, scratch)

@@ -1,0 +1,220 @@
+"""The row loops of the decode kernels of formats with 16 rows interleaved (interleave.py), for one token or a few.
+
+A lane is a row: a vector of weights holds 4 columns of 16 rows, and a token's 4 columns are repeated for all of them. A
+format emits the code for a block of 256 columns; the sums of up to MOST_FEW tokens stay in registers. A token's sums
+are formed in the same order however many tokens there are, so its results are the same to the bit.
+"""
+
+from collections.abc import Callable
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from quant.formats.interleave import ROWS
+from quant.formats.registry import GEMV, GEMV_FEW
+from quant.gemv.activations import IN_ORDER, SCALES, STEP_BYTES, SUMS_16, steps_at
+from quant.gemv.plain import AHEAD, MOST_FEW, NEAR, prefetch_start, specialize
+from quant.simd.bytes64 import emit_dot_u8, i8x64, i32x16
+from quant.simd.core import (
+    F32,
+    I8,
+    I32,
+    I64,
+    call,
+    constant,
+    define,
+    emit_load_f16x16,
+    emit_prefetch,
+    f32x16,
+    load,
+    splat,
+    store,
+)
+from quant.target import isa
+from quant.target.jit import kernel
+
+BYTES, WORDS, FLOATS = i8x64.ir, i32x16.ir, f32x16.ir
+# Tokens that share the decoded weights; below AVX2 a vector is four registers or more.
+TOGETHER = MOST_FEW if isa.has("avx2") else 1
+
+
+def fma(builder, a, b, c):
+    """a*b + c, rounded once."""
+    return call(builder, "llvm.fma.v16f32", FLOATS, a, b, c)
+
+
+def masked(builder, words, shift: int, mask: int):
+    """(words >> shift) & mask; a negative shift is one to the left. `mask` is repeated if it has 8 bits."""
+    kind = words.type
+    if shift:
+        words = (builder.lshr if shift > 0 else builder.shl)(words, constant(kind, abs(shift)))
+    return builder.and_(words, constant(kind, mask))
+
+
+def merged(builder, words, others, shift: int, mask: int):
+    """`words` with the bits (others >> shift) & mask set."""
+    return builder.or_(words, masked(builder, others, shift, mask))
+
+
+def as_bytes(builder, words):
+    """32-bit lanes as 4 bytes each."""
+    return builder.bitcast(words, BYTES)
+
+
+class Block:
+    """The code of loads from one block of 16 rows. Each line read asks for those AHEAD and NEAR."""
+
+    def __init__(self, builder, address, ahead, near) -> None:
+        self.builder, self._address, self._ahead, self._near = builder, address, ahead, near
+        self._lines: set[int] = set()
+
+    def _load(self, offset: int, type_: ir.Type):
+        self._prefetch(offset)
+        return load(self.builder, self.builder.add(self._address, I64(offset)), type_)
+
+    def _prefetch(self, offset: int) -> None:
+        if offset // 64 in self._lines:
+            return
+        self._lines.add(offset // 64)
+        for address, locality in (self._ahead, 2), (self._near, 3):
+            emit_prefetch(self.builder, self.builder.add(address, I64(offset)), locality)
+
+    def words(self, offset: int):
+        """A 32-bit word of each row."""
+        return self._load(offset, WORDS)
+
+    def halves(self, offset: int):
+        """A 16-bit float of each row, as float32."""
+        self._prefetch(offset)
+        return emit_load_f16x16(self.builder, self.builder.add(self._address, I64(offset)))
+
+    def signed_bytes(self, offset: int):
+        """A signed byte of each row, as float32."""
+        bytes_ = self._load(offset, ir.VectorType(I8, ROWS))
+        return self.builder.sitofp(self.builder.sext(bytes_, WORDS), FLOATS)
+
+
+class Token:
+    """The code of loads from one token's step of 256 columns."""
+
+    def __init__(self, builder, step) -> None:
+        self._builder, self._step = builder, step
+
+    def _everywhere(self, offset: int, scalar: ir.Type, vector: ir.VectorType):
+        address = self._builder.add(self._step, I64(offset))
+        return splat(self._builder, load(self._builder, address, scalar), vector)
+
+    def columns(self, k: int):
+        """Columns k..k+3 for every row."""
+        return as_bytes(self._builder, self._everywhere(IN_ORDER + k, I32, WORDS))
+
+    def scale(self, group: int):
+        """The scale of 32 columns."""
+        return self._everywhere(SCALES + 8 * group, F32, FLOATS)
+
+    def scaled_sum(self, group: int):
+        """The sum of 32 columns times their scale."""
+        return self._everywhere(SCALES + 8 * group + 4, F32, FLOATS)
+
+    def half_sum(self, i: int):
+        """The sum of columns 16i..16i+15, without a scale."""
+        return self._everywhere(SUMS_16 + 4 * (4 * (i % 4) + i // 4), F32, FLOATS)
+
+
+def dot(builder, total, weights, columns):
+    """total + the products of unsigned weights, at most 128 below AVX-512, with 4 columns, for each row."""
+    return emit_dot_u8(builder, total, weights, columns)
+
+
+AddBlock = Callable[[Block, list[Token], list], list]
+
+
+def _emit_rows(block_bytes: int, add_block: AddBlock, builder, w, n_rows, n_cols, records, outs) -> None:
+    """outs[t][r] = row r . records[t]; lists of as many values as there are tokens."""
+    n_steps, n_groups, size = builder.lshr(n_cols, I64(8)), builder.lshr(n_rows, I64(4)), I64(ROWS * block_bytes)
+    last = builder.add(w, builder.mul(size, builder.sub(builder.mul(n_steps, n_groups), I64(1))))
+    here = cgutils.alloca_once_value(builder, w)
+    sums = [cgutils.alloca_once(builder, FLOATS) for _ in records]
+
+    def later(p, distance: int):
+        """The address `distance` behind p, or that of the last block where it is over."""
+        q = builder.add(p, I64(distance))
+        return builder.select(builder.icmp_signed("<", q, last), q, last)
+
+    with cgutils.for_range(builder, n_groups) as group:
+        for total in sums:
+            builder.store(constant(FLOATS, 0.0), total)
+        with cgutils.for_range(builder, n_steps) as loop:
+            p = builder.load(here)
+            block = Block(builder, p, later(p, AHEAD), later(p, NEAR))
+            at = builder.mul(loop.index, I64(STEP_BYTES))
+            tokens = [Token(builder, builder.add(record, at)) for record in records]
+            totals = add_block(block, tokens, [builder.load(total) for total in sums])
+            for total, value in zip(sums, totals, strict=True):
+                builder.store(value, total)
+            builder.store(builder.add(p, size), here)
+        for total, out in zip(sums, outs, strict=True):
+            store(builder, builder.add(out, builder.mul(group.index, I64(4 * ROWS))), builder.load(total))
+
+
+def _one(block_bytes: int, add_block: AddBlock):
+    """An intrinsic void(w, n_rows, n_cols, steps, out)."""
+
+    def emit(builder, w, n_rows, n_cols, steps, out) -> None:
+        _emit_rows(block_bytes, add_block, builder, w, n_rows, n_cols, [steps], [out])
+
+    return define(types.void, (types.int64,) * 5, emit)
+
+
+def _few(block_bytes: int, add_block: AddBlock):
+    """An intrinsic void(w, n_rows, n_cols, records, outs, skipped, offset, n_tokens), up to TOGETHER."""
+
+    def emit(builder, w, n_rows, n_cols, records, outs, skipped, offset, n_tokens) -> None:
+        done = builder.append_basic_block("done")
+        switch = builder.switch(n_tokens, done)
+        for n in range(1, TOGETHER + 1):
+            case = builder.append_basic_block(f"tokens_{n}")
+            switch.add_case(I64(n), case)
+            builder.position_at_end(case)
+            tables = [
+                [builder.add(load(builder, builder.add(table, I64(8 * t)), I64), behind) for t in range(n)]
+                for table, behind in ((records, skipped), (outs, offset))
+            ]
+            _emit_rows(block_bytes, add_block, builder, w, n_rows, n_cols, *tables)
+            builder.branch(done)
+        builder.position_at_end(done)
+
+    return define(types.void, (types.int64,) * 8, emit)
+
+
+# What specialize() gives the two templates below.
+BLOCK_BYTES = 0
+one = few = None
+
+
+def _gemv(w, n_rows, n_cols, record, out):
+    prefetch_start(w, n_rows * (n_cols // 256) * BLOCK_BYTES)
+    one(w, n_rows, n_cols, record + steps_at(n_cols), out)
+
+
+def _gemv_few(w, n_rows, n_cols, records, outs, offset, n_tokens):
+    prefetch_start(w, n_rows * (n_cols // 256) * BLOCK_BYTES)
+    for t in range(0, n_tokens, TOGETHER):
+        tokens = min(TOGETHER, n_tokens - t)
+        few(w, n_rows, n_cols, records + 8 * t, outs + 8 * t, steps_at(n_cols), offset, tokens)
+
+
+def kernels(name: str, block_bytes: int, add_block: AddBlock):
+    """gemv and gemv_few of an interleaved format: as gemv.kernels, for rows that are multiples of 16.
+
+    Args:
+        name: of the format.
+        block_bytes: of one row's block.
+        add_block: (block, tokens, totals f32x16) -> totals, for 256 columns of 16 rows. Emits code.
+    """
+    names = {"BLOCK_BYTES": block_bytes, "one": _one(block_bytes, add_block), "few": _few(block_bytes, add_block)}
+    return (
+        kernel(GEMV)(specialize(_gemv, f"gemv_{name}", **names)),
+        kernel(GEMV_FEW)(specialize(_gemv_few, f"gemv_few_{name}", **names)),
+    )

@@ -1,0 +1,313 @@
+"""Attention of many tokens over keys and values in float32: softmax(scale * q k^T) v, causal, in one job.
+
+Tokens come in blocks of 32 of one head, which are the lanes of all vectors. Queries are packed column by column, so
+that a row of keys gives a row of scores, the softmax goes from row to row, and values add up to a transposed result.
+Keys and values are taken a chunk at a time, with the softmax's largest score and sum so far (online softmax, Milakov
+and Gimelshein, arXiv 1805.02867): work memory does not grow with the context. What no token of a block sees is left
+out.
+
+q k^T may come in two parts, each with keys of its own: those of the head, and those that all heads share.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from quant.simd.core import (
+    F32,
+    I64,
+    call,
+    constant,
+    define,
+    f32x16,
+    load,
+    load_f32,
+    load_f32x16,
+    load_i64,
+    mul_f32x16,
+    splat,
+    splat_f32x16,
+    store,
+    store_f32,
+    store_f32x16,
+    store_i64,
+    zero_f32x16,
+)
+from quant.simd.rows16 import as_f32x16, transpose, transpose_strided
+from quant.simd.vectors import add_f32x16, exp_f32x16, maximum_f32x16
+from quant.target import isa
+from quant.target.jit import inline, kernel
+from quant.threads.atomics import atomic_add
+from quant.threads.pool import Pool, worker_bytes
+
+TOKENS = 32  # of a block
+_CHUNK = 256  # keys and values at a time: in L2 with the blocks of a unit
+_MOST_BLOCKS, _UNITS_PER_WORKER = 4, 8  # of a unit; at least, so that workers end together
+_ROW = 4 * TOKENS  # bytes of a row of scores
+_ROWS = 12 if isa.has("avx512_vnni") else 3  # of keys at a time: their totals fill 24 of 32 registers, 12 of 16
+_ADDRESSES = 16 * 8  # scratch for those of 16 rows
+
+# Where the job finds its arguments: then those of one or two parts of the scores.
+(
+    COUNTER, N_HEADS, N_TOKENS, N_BEFORE, SHARED, SCALE, V, V_HEAD, V_ROW, WIDTH, OUT, OUT_HEAD, OUT_TOKEN,
+    UNIT_TOKENS, STATE_BYTES, SCRATCH, SCRATCH_BYTES, PARTS_END, PARTS,
+) = range(0, 19 * 8, 8)  # fmt: skip
+Q, Q_HEAD, Q_TOKEN, K, K_HEAD, K_ROW, DEPTH, PART_BYTES = range(0, 8 * 8, 8)  # the last is the length of all
+
+
+def _tile(builder, n: int, a, row_stride, column_stride, b, depth, c) -> None:
+    """Emits c[r] += sum over k of a[r][k] * b[k], for n rows of 32 floats; strides of a in bytes."""
+    vector, halves = f32x16.ir, range(2)
+    at = [[builder.add(c, I64(_ROW * r + 64 * half)) for half in halves] for r in range(n)]
+    totals = [[cgutils.alloca_once_value(builder, load(builder, address, vector)) for address in row] for row in at]
+    place = cgutils.alloca_once_value(builder, a)
+    with cgutils.for_range(builder, depth) as loop:
+        row = builder.add(b, builder.mul(loop.index, I64(_ROW)))
+        values = [load(builder, builder.add(row, I64(64 * half)), vector) for half in halves]
+        first = builder.load(place)
+        for r in range(n):
+            x = splat(builder, load(builder, builder.add(first, builder.mul(row_stride, I64(r))), F32), vector)
+            for half in halves:
+                total = builder.load(totals[r][half])
+                builder.store(call(builder, "llvm.fma.v16f32", vector, x, values[half], total), totals[r][half])
+        builder.store(builder.add(first, column_stride), place)
+    for row_at, row in zip(at, totals, strict=True):
+        for address, total in zip(row_at, row, strict=True):
+            store(builder, address, builder.load(total))
+
+
+def _multiply_rows(builder, n_rows, a, row_stride, column_stride, b, depth, c) -> None:
+    done = builder.append_basic_block("done")
+    switch = builder.switch(n_rows, done)
+    for n in range(1, _ROWS + 1):
+        case = builder.append_basic_block(f"rows_{n}")
+        switch.add_case(I64(n), case)
+        builder.position_at_end(case)
+        _tile(builder, n, a, row_stride, column_stride, b, depth, c)
+        builder.branch(done)
+    builder.position_at_end(done)
+
+
+def _hide(builder, v, n_hidden):
+    """-infinity in the first n_hidden lanes."""
+    lanes = ir.Constant(ir.VectorType(I64, 16), list(range(16)))
+    hidden = builder.icmp_signed("<", lanes, splat(builder, n_hidden, lanes.type))
+    return builder.select(hidden, constant(v.type, float("-inf")), v)
+
+
+_multiply_tile = define(types.void, (types.int64,) * 7, _multiply_rows)
+_hidden = define(f32x16, (f32x16, types.int64), _hide)
+_subtract = define(f32x16, (f32x16, f32x16), lambda b, x, y: b.fsub(x, y))
+_inverse = define(f32x16, (f32x16,), lambda b, x: b.fdiv(constant(x.type, 1.0), x))
+
+
+@inline
+def _add_products(n_rows, a, row_stride, column_stride, b, depth, c):
+    """c[r] += sum over k of a[r][k] * b[k]: rows of 32 floats. Strides of a in bytes."""
+    for r in range(0, n_rows, _ROWS):
+        rows = min(_ROWS, n_rows - r)
+        _multiply_tile(rows, a + row_stride * r, row_stride, column_stride, b, depth, c + _ROW * r)
+
+
+@inline
+def _clear(rows, n_rows):
+    for at in range(rows, rows + _ROW * n_rows, 64):
+        store_f32x16(at, zero_f32x16())
+
+
+@inline
+def _pack_queries(a, part, head, first, addresses, packed):
+    """scale * q of a unit's tokens, a row a column; behind the last token the last one again."""
+    depth, scale = load_i64(part + DEPTH), load_f32(a + SCALE)
+    q, last = load_i64(part + Q) + load_i64(part + Q_HEAD) * head, load_i64(a + N_TOKENS) - 1
+    for half in range(2):
+        for r in range(16):
+            store_i64(addresses + 8 * r, q + load_i64(part + Q_TOKEN) * min(first + 16 * half + r, last))
+        for c in range(0, depth // 4 * 4, 4):
+            for e, column in enumerate(transpose(addresses, 4 * c)):
+                store_f32x16(packed + _ROW * (c + e) + 64 * half, mul_f32x16(as_f32x16(column), splat_f32x16(scale)))
+        for c in range(depth // 4 * 4, depth):
+            for r in range(16):
+                store_f32(packed + _ROW * c + 64 * half + 4 * r, scale * load_f32(load_i64(addresses + 8 * r) + 4 * c))
+
+
+@inline
+def _hide_future(scores, n_common, n_rows):
+    """-infinity where a token must not look: all see n_common rows, token i of the unit's i more."""
+    for j in range(max(0, n_common), n_rows):
+        for half in range(2):
+            at = scores + _ROW * j + 64 * half
+            store_f32x16(at, _hidden(load_f32x16(at), j - n_common + 1 - 16 * half))
+
+
+@inline
+def _fold_in(scores, n_rows, state, width):
+    """Rows of scores to weights e^(score - the largest so far), and what was summed before to the same scale."""
+    low_before, high_before = load_f32x16(state), load_f32x16(state + 64)
+    low_most, high_most = low_before, high_before
+    for at in range(scores, scores + _ROW * n_rows, _ROW):
+        low_most = maximum_f32x16(low_most, load_f32x16(at))
+        high_most = maximum_f32x16(high_most, load_f32x16(at + 64))
+    store_f32x16(state, low_most)
+    store_f32x16(state + 64, high_most)
+    low_factor = exp_f32x16(_subtract(low_before, low_most))
+    high_factor = exp_f32x16(_subtract(high_before, high_most))
+    for at in range(state + _ROW, state + _ROW * (2 + width), _ROW):  # sums of weights, then of values
+        store_f32x16(at, mul_f32x16(load_f32x16(at), low_factor))
+        store_f32x16(at + 64, mul_f32x16(load_f32x16(at + 64), high_factor))
+    low_sum, high_sum = load_f32x16(state + _ROW), load_f32x16(state + _ROW + 64)
+    for at in range(scores, scores + _ROW * n_rows, _ROW):
+        low = exp_f32x16(_subtract(load_f32x16(at), low_most))
+        high = exp_f32x16(_subtract(load_f32x16(at + 64), high_most))
+        store_f32x16(at, low)
+        store_f32x16(at + 64, high)
+        low_sum, high_sum = add_f32x16(low_sum, low), add_f32x16(high_sum, high)
+    store_f32x16(state + _ROW, low_sum)
+    store_f32x16(state + _ROW + 64, high_sum)
+
+
+@inline
+def _store_turned(mixed, width, out, stride, count):
+    """out[i][v] = mixed[v][i] for the first `count` tokens."""
+    for v in range(0, width // 16 * 16, 16):
+        for i in range(0, count, 4):
+            for e, row in enumerate(transpose_strided(mixed + _ROW * v + 4 * i, _ROW)):
+                if i + e < count:
+                    store_f32x16(out + stride * (i + e) + 4 * v, as_f32x16(row))
+    for v in range(width // 16 * 16, width):
+        for i in range(count):
+            store_f32(out + stride * i + 4 * v, load_f32(mixed + _ROW * v + 4 * i))
+
+
+@inline
+def _begin(a, head, first, addresses, state):
+    """A block's state: nothing summed yet, and its queries."""
+    width = load_i64(a + WIDTH)
+    _clear(state, 2 + width)
+    for half in range(2):
+        store_f32x16(state + 64 * half, splat_f32x16(-np.float32(np.inf)))
+    packed = state + _ROW * (2 + width)
+    for part in range(a + PARTS, load_i64(a + PARTS_END), PART_BYTES):
+        _pack_queries(a, part, head, first, addresses, packed)
+        packed += _ROW * load_i64(part + DEPTH)
+
+
+@inline
+def _add_keys(a, head, first, begin, state, scores):
+    """Keys and values begin.. of a chunk, as far as the block of tokens first.. sees them."""
+    n_before, width, shared = load_i64(a + N_BEFORE), load_i64(a + WIDTH), head // load_i64(a + SHARED)
+    n_seen = n_before + min(first + TOKENS, load_i64(a + N_TOKENS))
+    n_rows = min(_CHUNK, n_seen - begin)
+    if n_rows <= 0:
+        return
+    _clear(scores, n_rows)
+    packed = state + _ROW * (2 + width)
+    for part in range(a + PARTS, load_i64(a + PARTS_END), PART_BYTES):
+        depth, k_row = load_i64(part + DEPTH), load_i64(part + K_ROW)
+        k = load_i64(part + K) + load_i64(part + K_HEAD) * shared + k_row * begin
+        _add_products(n_rows, k, k_row, 4, packed, depth, scores)
+        packed += _ROW * depth
+    _hide_future(scores, n_before + first + 1 - begin, n_rows)
+    _fold_in(scores, n_rows, state, width)
+    v_row = load_i64(a + V_ROW)
+    v = load_i64(a + V) + load_i64(a + V_HEAD) * shared + v_row * begin
+    _add_products(width, v, 4, v_row, scores, n_rows, state + _ROW * 2)
+
+
+@inline
+def _end(a, head, first, state):
+    """Sums of values over sums of weights, to where they belong."""
+    width, stride = load_i64(a + WIDTH), load_i64(a + OUT_TOKEN)
+    low, high = _inverse(load_f32x16(state + _ROW)), _inverse(load_f32x16(state + _ROW + 64))
+    mixed = state + _ROW * 2
+    for at in range(mixed, mixed + _ROW * width, _ROW):
+        store_f32x16(at, mul_f32x16(load_f32x16(at), low))
+        store_f32x16(at + 64, mul_f32x16(load_f32x16(at + 64), high))
+    out = load_i64(a + OUT) + load_i64(a + OUT_HEAD) * head + stride * first
+    _store_turned(mixed, width, out, stride, min(TOKENS, load_i64(a + N_TOKENS) - first))
+
+
+@inline
+def _unit(a, head, first, last, scratch):
+    """Tokens first..last of one head, in blocks: a chunk of keys and values serves all of them while it is in L2."""
+    scores, state_bytes = scratch + _ADDRESSES, load_i64(a + STATE_BYTES)
+    states = scores + _ROW * _CHUNK
+    for token in range(first, last, TOKENS):
+        _begin(a, head, token, scratch, states + state_bytes * ((token - first) // TOKENS))
+    for begin in range(0, load_i64(a + N_BEFORE) + last, _CHUNK):
+        for token in range(first, last, TOKENS):
+            _add_keys(a, head, token, begin, states + state_bytes * ((token - first) // TOKENS), scores)
+    for token in range(first, last, TOKENS):
+        _end(a, head, token, states + state_bytes * ((token - first) // TOKENS))
+
+
+@kernel("void(int64, int64)")
+def _attend(arguments, worker):
+    """The job of attend(): heads one after the other, in each the tokens that see most first."""
+    a = arguments
+    n_tokens, unit_tokens = load_i64(a + N_TOKENS), load_i64(a + UNIT_TOKENS)
+    units = (n_tokens + unit_tokens - 1) // unit_tokens
+    scratch = load_i64(a + SCRATCH) + load_i64(a + SCRATCH_BYTES) * worker
+    while True:
+        unit = atomic_add(load_i64(a + COUNTER), 1)
+        if unit >= units * load_i64(a + N_HEADS):
+            break
+        first = unit_tokens * (units - 1 - unit % units)
+        _unit(a, unit // units, first, min(first + unit_tokens, n_tokens), scratch)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Float32 rows of all heads in memory: the address, and bytes from head to head and from row to row."""
+
+    address: int
+    head: int
+    row: int
+
+    @property
+    def fields(self) -> tuple[int, int, int]:
+        """As the job sees it."""
+        return self.address, self.head, self.row
+
+
+def attend(
+    pool: Pool,
+    parts: Sequence[tuple[Rows, Rows, int]],
+    values: Rows,
+    width: int,
+    out: Rows,
+    *,
+    n_heads: int,
+    shared: int,
+    n_tokens: int,
+    n_before: int,
+    scale: float,
+) -> None:
+    """out[t, h] = softmax(scale * sum over parts of q[t, h] . k[s, h // shared]) v[s, h // shared], s <= n_before + t.
+
+    Args:
+        parts: queries, keys, and the length of both; one or two.
+        width: of values.
+        shared: heads that have the same keys and values.
+    """
+    blocks = -(-n_tokens // TOKENS)
+    unit_blocks = max(1, min(_MOST_BLOCKS, blocks * n_heads // (_UNITS_PER_WORKER * pool.n_workers)))
+    state_bytes = _ROW * (2 + width + sum(depth for _, _, depth in parts))
+    scratch_bytes = worker_bytes(_ADDRESSES + _ROW * _CHUNK + unit_blocks * state_bytes)
+    counter = np.zeros(1, np.int64)
+    fields = [field for q, k, depth in parts for field in (*q.fields, *k.fields, depth)]
+    arguments = np.array(
+        [
+            counter.ctypes.data, n_heads, n_tokens, n_before, shared, 0, *values.fields, width, *out.fields,
+            TOKENS * unit_blocks, state_bytes,
+            pool.buffer("attention", scratch_bytes * pool.n_workers), scratch_bytes, 0, *fields,
+        ],
+        np.int64,
+    )  # fmt: skip
+    arguments[SCALE // 8] = np.array([scale], np.float32).view(np.int32)[0]
+    arguments[PARTS_END // 8] = arguments.ctypes.data + 8 * arguments.size
+    pool.run(_attend.address, arguments)

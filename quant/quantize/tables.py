@@ -1,0 +1,143 @@
+"""Packing the formats whose levels are a table: MXFP4, bit-equal to ggml's, and IQ4_NL.
+
+Source: ggml src/ggml-quants.c, quantize_row_mxfp4_ref, quantize_row_iq4_nl_impl. For IQ4_NL ggml tries 15 scales that
+bring the largest weight near the lowest level; here 16 compete with 16 that bring it near the highest.
+"""
+
+import math
+
+import numpy as np
+
+from quant.formats import iq4_nl, mxfp4
+from quant.formats.registry import PACK
+from quant.quantize.search import TINY, first_wins_ties, mean, sum_squares, write_importance, write_squares
+from quant.simd.core import (
+    bits_to_f32,
+    fma_f32x16,
+    i8_to_f32,
+    load_f16,
+    load_f32,
+    load_f32x32,
+    lookup_in,
+    mul_f32x16,
+    mul_f32x32,
+    splat_f32x16,
+    splat_f32x32,
+    sub_f32x32,
+    zero_f32x16,
+)
+from quant.simd.exact import (
+    abs_f32x32,
+    best_lane,
+    constants,
+    count_below,
+    div_f32x16,
+    greatest_magnitude,
+    join_nibbles,
+    lane,
+    mark_negative,
+    select_less,
+    signed_largest,
+    step_function,
+    store_f16,
+    store_i8x16,
+    store_u8,
+    sum_tree_f32x32,
+)
+from quant.target.jit import inline, kernel
+
+
+def _midpoints(values: np.ndarray) -> np.ndarray:
+    """Where the nearest of rising values changes."""
+    return (values[:-1].astype(np.float64) + values[1:]) / 2
+
+
+# ---- MXFP4 -----------------------------------------------------------------------------------------------------------
+
+_magnitude_index = count_below(_midpoints(mxfp4.VALUES[:8]))
+
+
+@inline
+def _exponent(largest):
+    """E8M0 of the power of two in whose units `largest` is in 4..8, where the largest level, 6, is."""
+    if largest == 0:
+        return 0
+    # Rounded to float32 first: just below a power of two ggml's log2f gives the next integer.
+    return max(0, math.floor(np.float32(math.log2(np.float64(largest)))) + 125)
+
+
+@kernel(PACK)
+def _mxfp4_pack(x, importance, n_blocks, out, scratch):
+    for b in range(n_blocks):
+        values, block = load_f32x32(x + 128 * b), out + 17 * b
+        e = _exponent(greatest_magnitude(values))
+        scale = bits_to_f32(0x00200000 << e if e < 2 else (e - 1) << 23)
+        q = mark_negative(_magnitude_index(abs_f32x32(values), scale), values, 8)
+        store_u8(block, e)
+        store_i8x16(block + 1, join_nibbles(q))
+
+
+# ---- IQ4_NL ----------------------------------------------------------------------------------------------------------
+
+_index = count_below(_midpoints(iq4_nl.VALUES))
+_value = lookup_in(iq4_nl.VALUES)
+_nearest = step_function(iq4_nl.VALUES.astype(np.float64))
+_LOWEST, _HIGHEST = int(iq4_nl.VALUES[0]), int(iq4_nl.VALUES[-1])
+_TO_HIGHEST = constants([_HIGHEST + step for step in (0, -1, 1, -2, 2, -3, 3, -4, 4, -5, 5, -6, 6, -7, 7, -9)])
+_TO_LOWEST = constants([_LOWEST + step for step in (0, -1, 1, -2, 2, -3, 3, -4, 4, -5, 5, -6, 6, -7, 7, 9)])
+
+
+@inline
+def _best_scale(x, w, inverse):
+    """The best of the scales for the levels that x * inverse rounds to."""
+    xl, ll = zero_f32x16(), zero_f32x16()
+    for i in range(32):
+        xi, wi = splat_f32x16(load_f32(x + 4 * i)), splat_f32x16(load_f32(w + 4 * i))
+        level = _nearest(mul_f32x16(inverse, xi))
+        wl = mul_f32x16(wi, level)
+        xl, ll = fma_f32x16(wl, xi, xl), fma_f32x16(wl, level, ll)
+    scale = select_less(zero_f32x16(), ll, div_f32x16(xl, ll), zero_f32x16())
+    return lane(scale, best_lane(mul_f32x16(mul_f32x16(scale, xl), first_wins_ties())))
+
+
+@inline
+def _indices(values, d):
+    """The table's entries nearest to values / d."""
+    inverse = np.float32(1.0) / d if d != 0 else np.float32(0.0)
+    return _index(mul_f32x32(values, splat_f32x32(inverse)), np.float32(1.0))
+
+
+@inline
+def _error(values, w, d):
+    """Sum of w * (d * level - x)^2."""
+    rest = sub_f32x32(mul_f32x32(i8_to_f32(_value(_indices(values, d))), splat_f32x32(d)), values)
+    return sum_tree_f32x32(mul_f32x32(mul_f32x32(load_f32x32(w), rest), rest))
+
+
+@kernel(PACK)
+def _iq4_nl_pack(x, importance, n_blocks, out, scratch):
+    n = 32 * n_blocks
+    variance, average = np.float32(0.0), np.float32(0.0)
+    if importance != 0:
+        variance, average = sum_squares(x, n) / np.float32(n), mean(importance, n)
+    for b in range(n_blocks):
+        row, block = x + 128 * b, out + 18 * b
+        values = load_f32x32(row)
+        largest = signed_largest(values)
+        d = np.float32(0.0)
+        if abs(largest) > TINY:
+            if importance != 0:
+                write_importance(row, importance + 128 * b, 32, variance, average, scratch)
+            else:
+                write_squares(row, 32, scratch)
+            unit = splat_f32x16(np.float32(1.0) / largest)
+            store_f16(block, _best_scale(row, scratch, mul_f32x16(_TO_HIGHEST(), unit)))
+            d = load_f16(block)
+            store_f16(block, _best_scale(row, scratch, mul_f32x16(_TO_LOWEST(), unit)))
+            if _error(values, scratch, load_f16(block)) < _error(values, scratch, d):
+                d = load_f16(block)
+        store_f16(block, d)
+        store_i8x16(block + 2, join_nibbles(_indices(values, d)))
+
+
+MXFP4, IQ4_NL = _mxfp4_pack.address, _iq4_nl_pack.address

@@ -1,0 +1,60 @@
+"""How kernels are compiled: shared options and a cache directory that can't go stale.
+
+Numba's on-disk cache does not see edits in another module than the kernel's own, nor NUMBA_BOUNDSCHECK, nor the ISA
+level that chose the intrinsics. So the directory is named after all of them (measured: docs/lab-notes.md).
+"""
+
+import hashlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import numba
+from numba import config
+
+from quant.target import isa
+
+# No nnan/ninf: a NaN in the weights must reach the logits instead of vanishing.
+FASTMATH = frozenset({"nsz", "arcp", "contract", "afn", "reassoc"})
+
+# Helpers that exist only inside kernels: inlined by LLVM, never cached on their own.
+inline = numba.njit(forceinline=True, error_model="numpy")
+
+
+def kernel(signature: str):
+    """Decorator: a cached C function, called by address. Its arguments are addresses and counts (int64)."""
+    return numba.cfunc(signature, cache=True, error_model="numpy")
+
+
+_PACKAGE = Path(__file__).resolve().parents[1]  # quant: an edit anywhere in it may change any kernel
+
+
+def _fingerprint() -> str:
+    """A name for the cache directory that changes whenever compiled kernels could."""
+    digest = hashlib.sha256()
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        digest.update(path.relative_to(_PACKAGE).as_posix().encode())
+        digest.update(path.read_bytes())
+    digest.update(f"{numba.__version__} {sys.version_info[:2]} {config.BOUNDSCHECK}".encode())
+    return f"{digest.hexdigest()[:16]}-{isa.LEVEL}"
+
+
+def cache_dir() -> Path:
+    """Where compiled kernels are kept: $LOCALRUN_CACHE, else the user's cache, else a folder in the temporary one."""
+    base = os.environ.get("LOCALRUN_CACHE") or os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    path = Path(base) / "localrun" / "kernels" / _fingerprint()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        writable = os.access(path, os.W_OK)
+    except OSError:
+        writable = False
+    return path if writable else Path(tempfile.mkdtemp(prefix="localrun-kernels-"))
+
+
+config.CACHE_DIR = str(cache_dir())
+
+
+def has_kernels() -> bool:
+    """Whether compiled kernels are kept from before."""
+    return any(Path(config.CACHE_DIR).iterdir())
