@@ -42,10 +42,10 @@ def bench(
 ) -> None:
     """Measure tokens a second of a prompt (pp) and of generation (tg), and memory bandwidth."""
     from cli.model import open_model, placement_facts
-    from localrun.bench import Settings, run
     from localrun.bundled import model_path
-    from localrun.config import read_config
-    from localrun.gguf import open_gguf
+    from localrun.gguf.file import open_gguf
+    from localrun.measure.bench import Settings, run
+    from localrun.models.config import read_config
 
     settings = Settings(n_prompt, n_tokens, repetitions)
     settings.check()
@@ -57,7 +57,7 @@ def bench(
         engine = stack.enter_context(opened)
         peer = None
         if against is not None:
-            from localrun.peer import LlamaCpp
+            from localrun.measure.llama_cpp_compare import LlamaCpp
 
             note("loading the file into llama.cpp, which may take minutes where it repacks weights")
             peer = LlamaCpp(engine.file, engine.threads, settings.ctx)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from cli.interrupt import Interruptible
 from cli.model import stream
-from localrun.chat_template import CHATML, CHATML_STOP, ChatTemplate, chat_ids
 from localrun.errors import LocalrunError
+from localrun.text.chat_template import CHATML, CHATML_STOP, ChatTemplate, chat_ids
 
 if TYPE_CHECKING:
     from localrun.engine import Engine
-    from localrun.sampling import Sampling
+    from localrun.generate.sampling import Sampling
 
 FORMAT = "localrun conversation 1"
 _ROLES = ("user", "assistant")

@@ -24,7 +24,7 @@ def doctor(
     as_json: options.Json = False,
 ) -> None:
     """Look at this machine: processor, memory, GPU, disk. Takes some seconds."""
-    from localrun.doctor import examine
+    from localrun.measure.doctor import examine
 
     findings = examine(_path(path))
     if as_json:

@@ -15,7 +15,7 @@ from localrun.errors import LocalrunError
 
 if TYPE_CHECKING:
     from localrun.engine import Engine
-    from localrun.session import Session, Stats
+    from localrun.generate.session import Session, Stats
 
 
 def generate(
@@ -114,7 +114,7 @@ def _prompt(prompt: str | None, file: str | None) -> str:
 
 
 def _prompt_ids(engine: "Engine", text: str, system: str | None, raw: bool) -> list[int]:
-    from localrun.chat_template import chat_ids
+    from localrun.text.chat_template import chat_ids
 
     if not raw and engine.template is None:
         if system is not None:

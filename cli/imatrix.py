@@ -13,7 +13,7 @@ from cli.text import read_text
 from localrun.errors import LocalrunError
 
 if TYPE_CHECKING:
-    from localrun.imatrix import Importance, Progress
+    from localrun.measure.imatrix import Importance, Progress
 
 
 def imatrix(
@@ -31,7 +31,7 @@ def imatrix(
 ) -> None:
     """Collect an importance matrix from a text, by expert, in llama.cpp's format."""
     from cli.model import open_model
-    from localrun.imatrix import check_destination, collect, write
+    from localrun.measure.imatrix import check_destination, collect, write
 
     check_destination(out)
     if device == options.DeviceChoice.cuda:

@@ -9,7 +9,7 @@ from cli.output import note, print_json, printable, progress_bar, size
 from localrun.errors import LocalrunError
 
 if TYPE_CHECKING:
-    from localrun.gguf import GGUFFile
+    from localrun.gguf.file import GGUFFile
 
 
 def inspect(
@@ -19,8 +19,8 @@ def inspect(
 ) -> None:
     """Show what a model file holds: shapes, types, bits per weight, and where the bytes are."""
     from localrun.bundled import model_path
-    from localrun.facts import facts
-    from localrun.gguf import open_gguf
+    from localrun.gguf.file import open_gguf
+    from localrun.models.summary import facts
 
     with open_gguf(model_path(model)) as file:
         document = facts(file)
@@ -35,7 +35,7 @@ def inspect(
 
 def _verify(file: "GGUFFile") -> dict[str, Any]:
     """What was looked at. Raises LocalrunError, after a line for each, if tensors hold numbers that are none."""
-    from localrun.verify import verify
+    from localrun.gguf.verify import verify
 
     with progress_bar() as report:
         found = verify(file, report)

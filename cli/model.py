@@ -14,9 +14,9 @@ from localrun.bundled import model_path
 
 if TYPE_CHECKING:
     from localrun.engine import Engine
-    from localrun.placement import Placement
-    from localrun.sampling import Sampling
-    from localrun.session import Session
+    from localrun.generate.sampling import Sampling
+    from localrun.generate.session import Session
+    from localrun.placement.placement import Placement
 
 
 def open_model(

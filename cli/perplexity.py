@@ -32,7 +32,7 @@ def perplexity(
 ) -> None:
     """Measure how well the model predicts a text: perplexity, as llama.cpp computes it."""
     from cli.model import open_model, placement_facts
-    from localrun.perplexity import perplexity as compute
+    from localrun.measure.perplexity import perplexity as compute
 
     text = read_text(file)
     if not text:

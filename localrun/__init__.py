@@ -15,7 +15,7 @@ from localrun.errors import ContextFullError, GGUFError, LocalrunError, Unsuppor
 __version__ = "0.1.0"
 __all__ = ["ContextFullError", "GGUFError", "LocalrunError", "Sampling", "UnsupportedModelError", "load"]
 
-_LAZY = {"load": "localrun.engine", "Sampling": "localrun.sampling"}
+_LAZY = {"load": "localrun.engine", "Sampling": "localrun.generate.sampling"}
 
 
 def __getattr__(name: str):

@@ -6,19 +6,20 @@ from typing import Any
 
 import numpy as np
 
-from localrun import hardware, kernels
-from localrun.chat_template import ChatTemplate, chat_template
-from localrun.config import Config, read_config
-from localrun.devices import Where, choose
-from localrun.drafts import Draft, ModelDraft, MTPDraft, NGramDraft, check_vocabulary
+from localrun import hardware
+from localrun.cpu import warmup
 from localrun.errors import LocalrunError, UnsupportedModelError
-from localrun.gguf import GGUFFile, open_gguf
-from localrun.placement import CPU, GPU, RAM, Placement
-from localrun.sampling import Sampling
-from localrun.session import PREFILL_CHUNK, Session
-from localrun.speculative import Speculation, check_setting
-from localrun.tensor_types import interleaved
-from localrun.tokenizer import Tokenizer
+from localrun.generate.drafts import Draft, ModelDraft, MTPDraft, NGramDraft, check_vocabulary
+from localrun.generate.sampling import Sampling
+from localrun.generate.session import PREFILL_CHUNK, Session
+from localrun.generate.speculative import Speculation, check_setting
+from localrun.gguf.file import GGUFFile, open_gguf
+from localrun.gguf.types import interleaved
+from localrun.models.config import Config, read_config
+from localrun.placement.devices import Where, choose
+from localrun.placement.placement import CPU, GPU, RAM, Placement
+from localrun.text.chat_template import ChatTemplate, chat_template
+from localrun.text.tokenizer import Tokenizer
 
 DEFAULT_CTX = 8192  # tokens, where the model allows as many
 Progress = Callable[[int, int, str], None]
@@ -183,7 +184,7 @@ class Engine:
 
     def _native_config(self, backend: str, notice: Notice) -> Config | None:
         """The configuration if the native backend runs this model; None, with a notice, if llama.cpp is to."""
-        from localrun.names import check_tensors, check_types
+        from localrun.models.names import check_tensors, check_types
 
         try:
             config = read_config(self.file)
@@ -235,9 +236,9 @@ class Engine:
         types = {tensor.type.name for tensor in tensors}
         if repack:
             types |= {interleaved(tensor.type.name, tensor.shape) for tensor in tensors}
-        kernels.prepare(types, progress, notice)  # before the imports below, which would compile them unannounced
+        warmup.prepare(types, progress, notice)  # before the imports below, which would compile them unannounced
         if repack:
-            from localrun.repack import repack_experts
+            from localrun.cpu.repack import repack_experts
 
             repack_experts(self.file, config, self.threads, placement.needed[RAM], progress, notice)
         if placement.device == GPU:
@@ -245,7 +246,7 @@ class Engine:
 
             self.model = HybridModel(config, self.file, self.threads, placement, notice=notice)
         else:
-            from localrun.native import NativeModel
+            from localrun.cpu.model import NativeModel
 
             self.model = NativeModel(config, self.file, self.threads)
 

@@ -25,7 +25,7 @@ import numpy as np
 from make_synthetic import Tensor, Weights
 
 from localrun import hardware
-from localrun.bench import machine
+from localrun.measure.bench import machine
 from quant.formats import registry
 from quant.formats.interleave import interleave
 from quant.ops import experts, linear

@@ -69,12 +69,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from hybrid.steps import SMALL, Bench, Effort, projected
 
     from localrun import hardware
-    from localrun.config import read_config
-    from localrun.devices import Where, choose
-    from localrun.gguf import open_gguf
+    from localrun.gguf.file import open_gguf
     from localrun.gpu.device import Cuda, StandIn
     from localrun.gpu.hybrid import HybridModel
-    from localrun.placement import Request, lay_out
+    from localrun.models.config import read_config
+    from localrun.placement.devices import Where, choose
+    from localrun.placement.placement import Request, lay_out
     from quant.target import isa
 
     effort = SMALL if arguments.stand_in else Effort()

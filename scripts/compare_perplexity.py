@@ -32,14 +32,14 @@ def perplexity(backend: str, text: Path, arguments: argparse.Namespace) -> dict:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What localrun.perplexity asks of a tokenizer."""
+    """What localrun.measure.perplexity asks of a tokenizer."""
 
     add_bos: bool
     bos_id: int | None
 
 
 class Transformers:
-    """What localrun.perplexity asks of an engine, by transformers."""
+    """What localrun.measure.perplexity asks of an engine, by transformers."""
 
     def __init__(self, folder: Path) -> None:
         import torch
@@ -66,7 +66,7 @@ def transformers_perplexity(folder: Path, text: Path, arguments: argparse.Namesp
     """Figures under the names of `localrun perplexity --json`."""
     import torch
 
-    from localrun.perplexity import perplexity as compute
+    from localrun.measure.perplexity import perplexity as compute
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

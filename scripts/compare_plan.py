@@ -52,10 +52,10 @@ PUBLIC = [
 
 def compare_public() -> list[dict[str, Any]]:
     """The prediction for each of PUBLIC, with the preset's kernels and card."""
-    from localrun.plan.decode import decode_speed
     from localrun.plan.machine import load_machine, parse_machine
     from localrun.plan.memory import plan_memory
     from localrun.plan.shapes import load_model
+    from localrun.plan.speed import decode_speed
 
     rows = []
     for case in PUBLIC:

@@ -20,13 +20,13 @@ from pathlib import Path
 import numpy as np
 
 import localrun
-from localrun import bench
 from localrun.bundled import model_path
-from localrun.chat_template import chat_ids
 from localrun.engine import Engine
-from localrun.sampling import Sampling
-from localrun.session import Session, Stats
-from localrun.speculative import Speculation
+from localrun.generate.sampling import Sampling
+from localrun.generate.session import Session, Stats
+from localrun.generate.speculative import Speculation
+from localrun.measure import bench
+from localrun.text.chat_template import chat_ids
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from forced_draft import ForcedDraft

@@ -26,9 +26,10 @@ import quant
 from numba.core.ccallback import CFunc
 
 kernels = {}
+level, unused = sys.argv[1], re.compile(r"panel_(k|32|r16)$|gemm\.pack_(256|32|interleaved)$")  # of no use below AVX2
 aside = re.compile(r"\s*\.(file|ident|ascii|asciz|size|string)|\s*#")
 for module in pkgutil.walk_packages(quant.__path__, "quant."):
-    if module.ispkg or module.name.endswith("amx_emulated"):
+    if module.ispkg or module.name.endswith("amx_emulated") or (level == "generic" and unused.search(module.name)):
         continue
     for value in vars(importlib.import_module(module.name)).values():
         value = value.compiled if hasattr(value, "compiled") else value
@@ -48,7 +49,7 @@ def digests(level: str) -> list[str]:
     """ "name digest" of each kernel at one level, sorted."""
     with tempfile.TemporaryDirectory() as cache:
         environment = os.environ | {"LOCALRUN_ISA": level, "LOCALRUN_CACHE": cache, "PYTHONPATH": os.getcwd()}
-        done = subprocess.run([sys.executable, "-c", _CHILD], env=environment, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", _CHILD, level], env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"level {level}: {done.stderr[-2000:]}")
     return sorted(done.stdout.split("\n")[:-1])

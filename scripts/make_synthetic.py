@@ -35,7 +35,7 @@ from localrun.convert.mixes import MIXES, choose_types, parse_override
 from localrun.convert.output import check_space, partial_path
 from localrun.convert.targets import Target
 from localrun.hardware import usable_cores
-from localrun.names import EMBED_TOKENS, LM_HEAD, NORM, layer
+from localrun.models.names import EMBED_TOKENS, LM_HEAD, NORM, layer
 from quant.formats import registry
 from quant.quantize.tensor import pack
 from quant.threads.pool import Pool

@@ -10,9 +10,9 @@ import gguf
 import gguf_builder as b
 from gguf import GGMLQuantizationType as Type
 
-from localrun.config import Config, read_config
-from localrun.gguf import open_gguf
-from localrun.names import check_tensors, check_types
+from localrun.gguf.file import open_gguf
+from localrun.models.config import Config, read_config
+from localrun.models.names import check_tensors, check_types
 
 Value = tuple[int, object]  # a type code of gguf_builder, and a value; an array is (ARRAY, (item type, items))
 Shape = tuple[int, ...]  # NumPy order

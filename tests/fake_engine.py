@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 import localrun
-from localrun.chat_template import CHATML, ChatTemplate
-from localrun.drafts import Draft
 from localrun.errors import LocalrunError
-from localrun.gguf import open_gguf
-from localrun.session import Session
-from localrun.speculative import Speculation
+from localrun.generate.drafts import Draft
+from localrun.generate.session import Session
+from localrun.generate.speculative import Speculation
+from localrun.gguf.file import open_gguf
+from localrun.text.chat_template import CHATML, ChatTemplate
 
 END = 0
 _FILE = Path(__file__).parent / "data" / "vocab" / "ggml-vocab-gpt-2.gguf"  # for metadata; its vocabulary is not used

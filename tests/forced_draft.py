@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from localrun.drafts import Draft
+from localrun.generate.drafts import Draft
 
 
 class ForcedDraft(Draft):

@@ -24,10 +24,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from localrun.config import Config
 from localrun.gpu import attention, blocks, compiling, experts, fp8, gemm, gemv, matrix, routing
 from localrun.gpu.cache import DeviceCache
-from localrun.rope import Rope
+from localrun.models.config import Config
+from localrun.network.rope import Rope
 
 _TYPES = {
     torch.uint8: "*u8", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32",

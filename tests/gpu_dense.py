@@ -5,7 +5,7 @@ from contextlib import closing
 import pytest
 import torch
 
-from localrun import bridge
+from localrun.cpu import bridge
 from localrun.gpu import attention, weights
 from quant.ops.linear import Weight
 from quant.threads.pool import Pool

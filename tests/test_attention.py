@@ -14,14 +14,14 @@ import pytest
 import tiny_models
 import torch
 
-from localrun import attention
-from localrun.attention import GroupedQueryAttention, LatentAttention
-from localrun.bridge import Attend
-from localrun.cache import Cache
-from localrun.config import Config, RopeScaling, read_config
-from localrun.gguf import open_gguf
-from localrun.rope import Rope
-from localrun.weights import Weights
+from localrun.cpu.bridge import Attend
+from localrun.cpu.weights import Weights
+from localrun.gguf.file import open_gguf
+from localrun.models.config import Config, RopeScaling, read_config
+from localrun.network import attention
+from localrun.network.attention import GroupedQueryAttention, LatentAttention
+from localrun.network.cache import Cache
+from localrun.network.rope import Rope
 from quant.threads.pool import Pool
 
 N_TOKENS = 40

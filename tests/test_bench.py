@@ -16,16 +16,17 @@ import tiny_models
 
 import localrun
 from cli.main import run as command
-from localrun import bench, facts
-from localrun.config import read_config
 from localrun.errors import LocalrunError
-from localrun.gguf import open_gguf
-from localrun.peer import LlamaCpp
+from localrun.gguf.file import open_gguf
+from localrun.measure import bench
+from localrun.measure.llama_cpp_compare import LlamaCpp
+from localrun.models import summary
+from localrun.models.config import read_config
 
 
 def read_bytes(path: Path) -> int:
     with open_gguf(path) as file:
-        return facts.weight_bytes_per_token(file, read_config(file))
+        return summary.weight_bytes_per_token(file, read_config(file))
 
 
 def sizes(path: Path) -> dict[str, int]:

@@ -13,8 +13,8 @@ import localrun
 from localrun import bundled
 from localrun.bundled import model_path
 from localrun.errors import LocalrunError
-from localrun.gguf import open_gguf
-from localrun.perplexity import negative_log_probabilities
+from localrun.gguf.file import open_gguf
+from localrun.measure.perplexity import negative_log_probabilities
 
 # Written for this test: nothing of it was trained on.
 STORY = """Once upon a time there was a small grey mouse named Pip. Pip lived under the floor of an old mill with his

@@ -12,8 +12,8 @@ import tiny_models
 import torch
 
 import localrun
-from localrun.cache import Cache
 from localrun.errors import ContextFullError, LocalrunError
+from localrun.network.cache import Cache
 
 
 def rows(first: int, count: int, width: int) -> torch.Tensor:

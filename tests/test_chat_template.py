@@ -6,11 +6,11 @@ from pathlib import Path
 import gguf
 import pytest
 
-from localrun import template_child
-from localrun.chat_template import CHATML, MAX_SOURCE, ChatTemplate, TemplateError, chat_ids, chat_template
 from localrun.errors import GGUFError, LocalrunError
-from localrun.gguf import open_gguf
-from localrun.tokenizer import Tokenizer
+from localrun.gguf.file import open_gguf
+from localrun.text import template_child
+from localrun.text.chat_template import CHATML, MAX_SOURCE, ChatTemplate, TemplateError, chat_ids, chat_template
+from localrun.text.tokenizer import Tokenizer
 
 TEMPLATES = sorted((Path(__file__).parent / "data" / "templates").glob("*.jinja"))
 VOCABULARY = Path(__file__).parent / "data" / "vocab" / "ggml-vocab-gpt-2.gguf"
@@ -120,7 +120,7 @@ HOSTILE = {
 @pytest.mark.parametrize(("source", "message"), HOSTILE.values(), ids=HOSTILE.keys())
 def test_hostile_templates_end_in_one_line(source: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if "0.5 s" in message:
-        monkeypatch.setattr("localrun.chat_template.TIME_S", 0.5)
+        monkeypatch.setattr("localrun.text.chat_template.TIME_S", 0.5)
     start = time.monotonic()
     with pytest.raises(TemplateError, match=message) as caught:
         template(source).render(CHAT)
@@ -156,10 +156,10 @@ def test_broken_templates_end_in_one_line(source: str, message: str) -> None:
 
 
 def test_a_child_that_dies_silently_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("localrun.chat_template.sys.executable", "/bin/false")
+    monkeypatch.setattr("localrun.text.chat_template.sys.executable", "/bin/false")
     with pytest.raises(TemplateError, match="ended its process"):
         template("a").render(CHAT)
-    monkeypatch.setattr("localrun.chat_template.sys.executable", "/nowhere/python")
+    monkeypatch.setattr("localrun.text.chat_template.sys.executable", "/nowhere/python")
     with pytest.raises(TemplateError, match="cannot be run: /nowhere/python"):
         template("a").render(CHAT)
 

@@ -20,7 +20,7 @@ import localrun
 from cli.main import app, run
 from cli.output import printable, size
 from localrun.bundled import model_path
-from localrun.drafts import NGramDraft
+from localrun.generate.drafts import NGramDraft
 
 HEAVY = ("torch", "numba", "llvmlite", "llama_cpp", "gguf", "numpy", "jinja2", "rich.console", "prompt_toolkit")
 

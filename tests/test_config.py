@@ -35,7 +35,7 @@ from config_models import (
 from gguf import GGMLQuantizationType as Type
 
 import localrun
-from localrun.config import RopeScaling
+from localrun.models.config import RopeScaling
 
 _MLA = {"latent": 512, "nope": 128, "rope": 64, "v": 128}
 # Each: the file; bytes of cache a token (layers * 576 * 2); fields that config.json states.

@@ -14,7 +14,7 @@ import pytest
 
 from cli.convert import _duration
 from cli.main import run
-from localrun.gguf import open_gguf
+from localrun.gguf.file import open_gguf
 
 
 @pytest.fixture(scope="module")

@@ -123,7 +123,7 @@ def test_the_layer_for_multi_token_prediction_is_kept(tmp_path: Path) -> None:
     folder = hf.save(model, tmp_path / "model")
     added = add_mtp(folder)
     path = converted(folder)
-    with localrun.gguf.open_gguf(path) as file:
+    with localrun.gguf.file.open_gguf(path) as file:
         assert file.u32("deepseek2.block_count") == 4
         assert file.u32("deepseek2.nextn_predict_layers") == 1
         for gguf_name, name in {
@@ -140,7 +140,7 @@ def test_the_layer_for_multi_token_prediction_is_kept(tmp_path: Path) -> None:
 def test_the_layer_for_multi_token_prediction_can_be_left_out(tmp_path: Path) -> None:
     folder = hf.save(hf.make("DeepseekV3", hf.V3), tmp_path / "model")
     add_mtp(folder)
-    with localrun.gguf.open_gguf(converted(folder, keep_mtp=False)) as file:
+    with localrun.gguf.file.open_gguf(converted(folder, keep_mtp=False)) as file:
         assert file.u32("deepseek2.block_count") == 3
         assert not file.has("deepseek2.nextn_predict_layers")
         assert not [name for name in file.tensors if name.startswith("blk.3.")]
@@ -164,6 +164,6 @@ def test_shards_and_wider_types_give_the_same_tensors(tmp_path: Path) -> None:
     hf.edit_tensors(folders[1], lambda tensors: tensors.update({n: t.float() for n, t in tensors.items()}))
     contents = []
     for folder in folders:
-        with localrun.gguf.open_gguf(converted(folder)) as file:
+        with localrun.gguf.file.open_gguf(converted(folder)) as file:
             contents.append({name: tensor.data.tobytes() for name, tensor in file.tensors.items()})
     assert contents[0] == contents[1] == contents[2]

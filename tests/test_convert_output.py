@@ -78,13 +78,13 @@ def test_parts_are_llama_cpps(folder: Path, tmp_path: Path) -> None:
     assert n > 2
     assert names(tmp_path) == [*expected, "whole.gguf"]
     first = tmp_path / expected[0]
-    with localrun.gguf.open_gguf(first) as split, localrun.gguf.open_gguf(whole) as one:
+    with localrun.gguf.file.open_gguf(first) as split, localrun.gguf.file.open_gguf(whole) as one:
         assert [t.data.tobytes() for t in split.tensors.values()] == [t.data.tobytes() for t in one.tensors.values()]
         assert {k: v for k, v in split.metadata.items() if not k.startswith("split.")} == dict(one.metadata)
     assert np.array_equal(llama_cpp_oracle.logits(first, hf.PROMPT), llama_cpp_oracle.logits(whole, hf.PROMPT))
     # and back into one file
     convert(plan_for(first, tmp_path / "joined.gguf", "F32"))
-    with localrun.gguf.open_gguf(tmp_path / "joined.gguf") as joined:
+    with localrun.gguf.file.open_gguf(tmp_path / "joined.gguf") as joined:
         assert len(joined.paths) == 1
         assert not joined.has("split.count")
 

@@ -20,7 +20,7 @@ import localrun
 from localrun.convert import Options, convert, make_plan
 from localrun.convert.errors import CheckpointError
 from localrun.errors import LocalrunError
-from localrun.tokenizer import Tokenizer
+from localrun.text.tokenizer import Tokenizer
 
 N_VOCAB = 700
 CORPUS = [
@@ -130,7 +130,7 @@ def test_ids_are_the_original_tokenizers(pre: str, trained: dict[str, tokenizers
     original.save(str(folder / "tokenizer.json"))
     write_config(folder, bos_token="<|begin|>", eos_token="<|end|>", add_bos_token=True)
     path = converted(folder)
-    with localrun.gguf.open_gguf(path) as file:
+    with localrun.gguf.file.open_gguf(path) as file:
         assert file.string("tokenizer.ggml.pre") == pre
     tokenizer = Tokenizer(path)
     assert tokenizer.n_vocab == N_VOCAB
@@ -148,7 +148,7 @@ def test_ids_are_the_original_tokenizers(pre: str, trained: dict[str, tokenizers
 def test_kinds_of_tokens(trained: dict[str, tokenizers.Tokenizer], folder: Path) -> None:
     original = trained["gpt-2"]
     original.save(str(folder / "tokenizer.json"))
-    with localrun.gguf.open_gguf(converted(folder)) as file:
+    with localrun.gguf.file.open_gguf(converted(folder)) as file:
         tokens, types = file.metadata["tokenizer.ggml.tokens"], file.metadata["tokenizer.ggml.token_type"]
     kinds = dict(zip(tokens, types.tolist(), strict=True))
     assert kinds["<|begin|>"] == TokenType.CONTROL
@@ -197,7 +197,7 @@ def test_named_templates(trained: dict[str, tokenizers.Tokenizer], folder: Path)
     trained["gpt-2"].save(str(folder / "tokenizer.json"))
     named = [{"name": n, "template": f"T {n}"} for n in ("tool-use", "default", "rag")]
     write_config(folder, chat_template=named)
-    with localrun.gguf.open_gguf(converted(folder)) as file:
+    with localrun.gguf.file.open_gguf(converted(folder)) as file:
         assert file.string("tokenizer.chat_template") == "T default"
         assert file.string("tokenizer.chat_template.tool_use") == "T tool-use"
         assert file.metadata["tokenizer.chat_templates"] == ["rag", "tool_use"]
@@ -206,7 +206,7 @@ def test_named_templates(trained: dict[str, tokenizers.Tokenizer], folder: Path)
 def test_recommended_sampling(trained: dict[str, tokenizers.Tokenizer], folder: Path) -> None:
     recommended = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20}
     (folder / "generation_config.json").write_text(json.dumps(recommended))
-    with localrun.gguf.open_gguf(converted(folder)) as file:
+    with localrun.gguf.file.open_gguf(converted(folder)) as file:
         sampling = localrun.Sampling.recommended(file.metadata)
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (pytest.approx(0.6), pytest.approx(0.95), 20)
     (folder / "generation_config.json").write_text(json.dumps(recommended | {"do_sample": False}))
@@ -342,7 +342,7 @@ def test_kimis_ranks_become_merges(trained: dict[str, tokenizers.Tokenizer], fol
         assert tokenizer.encode("".join(words), add_special=False) == expected
     assert tokenizer.encode("[BOS]<|im_end|>", add_special=False, parse_special=True) == [400, 405]
     tokenizer.close()
-    with localrun.gguf.open_gguf(path) as file:
+    with localrun.gguf.file.open_gguf(path) as file:
         tokens, types = file.metadata["tokenizer.ggml.tokens"], file.metadata["tokenizer.ggml.token_type"]
     assert tokens[401] == "<|reserved_token_401|>"
     assert tokens[400 + 256] == "[PAD656]"

@@ -21,9 +21,9 @@ from test_logits import MIXES, error, rms_error
 from test_step import LATE, add_late
 
 import localrun
-from localrun.cache import Cache
 from localrun.engine import Engine
 from localrun.errors import ContextFullError
+from localrun.network.cache import Cache
 from quant.decode.program import LEAST_CHUNK, MOST_CHUNKS, MOST_TOKENS, Program
 
 # Between the step and torch on the same cache rows only the order of float32 sums differs: up to 8e-7 here.

@@ -16,15 +16,15 @@ import tiny_models
 
 import localrun
 from cli.main import run
-from localrun import devices
-from localrun.config import read_config
-from localrun.devices import Where, choose
+from localrun.cpu.model import NativeModel
 from localrun.errors import LocalrunError
-from localrun.gguf import open_gguf
+from localrun.gguf.file import open_gguf
 from localrun.gpu import available
 from localrun.gpu.available import Gpu, NoGpu
-from localrun.native import NativeModel
-from localrun.placement import Placement, gib
+from localrun.models.config import read_config
+from localrun.placement import devices
+from localrun.placement.devices import Where, choose
+from localrun.placement.placement import Placement, gib
 
 GIB = 1 << 30
 CARD = Gpu("Acme 5000", (8, 9), 24 * GIB, 20 * GIB, "570.86", "12.8")

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from localrun.bundled import model_path
-from localrun.facts import facts, group_of
-from localrun.gguf import open_gguf
+from localrun.gguf.file import open_gguf
+from localrun.models.summary import facts, group_of
 
 
 @pytest.mark.parametrize(

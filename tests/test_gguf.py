@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localrun.errors import GGUFError
-from localrun.gguf import GGUFFile, open_gguf
+from localrun.gguf.file import GGUFFile, open_gguf
 
 VOCAB_DIR = Path(__file__).parent / "data" / "vocab"
 VOCABS = ("deepseek-coder", "deepseek-llm", "gpt-2", "llama-spm")

@@ -18,14 +18,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from localrun import bridge
-from localrun.config import read_config
-from localrun.gguf import open_gguf
+from localrun.cpu import bridge
+from localrun.gguf.file import open_gguf
 from localrun.gpu import gemm
 from localrun.gpu.device import StandIn
 from localrun.gpu.hybrid import HybridModel
 from localrun.gpu.routed import Way
-from localrun.placement import Request, lay_out
+from localrun.models.config import read_config
+from localrun.placement.placement import Request, lay_out
 
 pytestmark = pytest.mark.skipif(gpu_device.HAS_GPU, reason="there is a device whose tensors hold something")
 

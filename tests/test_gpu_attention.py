@@ -14,12 +14,12 @@ import tiny_models
 import torch
 from gpu_device import DEVICE
 
-from localrun import attention as cpu
-from localrun.cache import Cache, row_widths
-from localrun.config import Config, read_config
-from localrun.gguf import open_gguf
-from localrun.rope import Rope
-from localrun.weights import Weights
+from localrun.cpu.weights import Weights
+from localrun.gguf.file import open_gguf
+from localrun.models.config import Config, read_config
+from localrun.network import attention as cpu
+from localrun.network.cache import Cache, row_widths
+from localrun.network.rope import Rope
 from quant.threads.pool import Pool
 
 pytest.importorskip("triton", reason="localrun.gpu needs Triton")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from localrun.bridge import Experts, PrefillExperts, StepExperts
+from localrun.cpu.bridge import Experts, PrefillExperts, StepExperts
 from localrun.gpu.device import Cuda, StandIn
 from quant.decode.program import MOST_TOKENS
 from quant.ops import experts as quant_experts

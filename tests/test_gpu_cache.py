@@ -8,9 +8,9 @@ import pytest
 import torch
 from gpu_device import DEVICE
 
-from localrun.cache import Cache, row_widths
-from localrun.config import Config
 from localrun.errors import ContextFullError, LocalrunError
+from localrun.models.config import Config
+from localrun.network.cache import Cache, row_widths
 
 pytest.importorskip("triton", reason="localrun.gpu needs Triton")
 

@@ -24,10 +24,11 @@ from test_logits import error
 from tiny_models import Deepseek2
 
 import localrun
-from localrun import bridge
-from localrun.config import Config, read_config
+from localrun.cpu import bridge
+from localrun.cpu.model import NativeModel
 from localrun.errors import ContextFullError, LocalrunError
-from localrun.gguf import GGUFFile, open_gguf
+from localrun.generate.sampling import Sampling
+from localrun.gguf.file import GGUFFile, open_gguf
 from localrun.gpu import available, hybrid
 from localrun.gpu.available import Gpu
 from localrun.gpu.device import Cuda, StandIn
@@ -36,10 +37,9 @@ from localrun.gpu.prefill import LayerTimes, Seconds
 from localrun.gpu.routed import Routed, Way
 from localrun.gpu.tuning import Tuning
 from localrun.gpu.weights import spans_in_ram, spans_on_device
-from localrun.native import NativeModel
-from localrun.placement import RAM, Placement, Request, activation_bytes, lay_out
-from localrun.sampling import Sampling
-from localrun.tensors import Tensors
+from localrun.models.config import Config, read_config
+from localrun.models.tensors import Tensors
+from localrun.placement.placement import RAM, Placement, Request, activation_bytes, lay_out
 from quant.decode.program import MOST_TOKENS
 from quant.ops import experts as quant_experts
 from quant.threads.pool import Pool

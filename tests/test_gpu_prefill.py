@@ -11,11 +11,10 @@ import pytest
 import tiny_models
 import torch
 
-from localrun.bridge import PrefillExperts
-from localrun.cache import Context, new_cache
-from localrun.config import read_config
+from localrun.cpu.bridge import PrefillExperts
+from localrun.cpu.weights import Weights
 from localrun.errors import LocalrunError
-from localrun.gguf import open_gguf
+from localrun.gguf.file import open_gguf
 from localrun.gpu.device import StandIn
 from localrun.gpu.prefill import (
     LayerTimes,
@@ -26,9 +25,10 @@ from localrun.gpu.prefill import (
     streaming_threshold,
     upload_seconds,
 )
-from localrun.model import Model
-from localrun.moe import MoE
-from localrun.weights import Weights
+from localrun.models.config import read_config
+from localrun.network.cache import Context, new_cache
+from localrun.network.model import Model
+from localrun.network.moe import MoE
 from quant.threads.pool import Pool
 
 START = 5  # tokens that the cache holds before

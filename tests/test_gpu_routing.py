@@ -13,9 +13,9 @@ import pytest
 import torch
 from gpu_device import DEVICE
 
-from localrun.config import Config, RopeScaling
-from localrun.moe import choose_experts
-from localrun.rope import Rope
+from localrun.models.config import Config, RopeScaling
+from localrun.network.moe import choose_experts
+from localrun.network.rope import Rope
 
 pytest.importorskip("triton", reason="localrun.gpu needs Triton")
 

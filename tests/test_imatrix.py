@@ -21,11 +21,11 @@ from watched_inputs import Watched
 
 import localrun
 from cli.main import run
-from localrun import imatrix
 from localrun.convert import Options, convert, make_plan
 from localrun.convert.gguf_source import GGUFSource, read_model
 from localrun.convert.imatrix import Importances
 from localrun.errors import LocalrunError
+from localrun.measure import imatrix
 
 N_CTX = 20
 # Two implementations in float32 differ by 1e-5 of an activation after some layers, and squares by twice that.
@@ -54,7 +54,7 @@ def test_inputs_are_transformers_deepseek(variant: str) -> None:
     for start in (0, N_CTX):
         watched.run(ids[start : start + N_CTX])
     agree(found, watched)
-    with localrun.gguf.open_gguf(path) as file:
+    with localrun.gguf.file.open_gguf(path) as file:
         layers = file.u32("deepseek2.block_count") - file.u32("deepseek2.nextn_predict_layers", 0)
         matrices = {t.name for t in file.tensors.values() if len(t.shape) > 1 and t.name.startswith("blk.")}
     assert set(found.squares) == {name for name in matrices if int(name.split(".")[1]) < layers}
@@ -125,7 +125,7 @@ def test_the_prediction_layer_is_packed_without(tmp_path: Path, capsys: pytest.C
         str(tmp_path / "i.gguf"),
     ]
     assert run(arguments) == 0
-    with localrun.gguf.open_gguf(path) as file:
+    with localrun.gguf.file.open_gguf(path) as file:
         last = file.u32("deepseek2.block_count") - 1
         missing = [t.name for t in file.tensors.values() if t.name.startswith(f"blk.{last}.") and len(t.shape) > 1]
     assert f" and {len(missing)} others have no importance in the imatrix" in capsys.readouterr().err
@@ -253,7 +253,7 @@ def test_the_command_on_the_bundled_model(tmp_path: Path, capsys: pytest.Capture
 def test_an_interrupt_leaves_no_file(tmp_path: Path) -> None:
     """SIGINT after the first chunk."""
     code = (
-        "import os, signal, localrun.imatrix as i\n"
+        "import os, signal, localrun.measure.imatrix as i\n"
         "evaluate = i._evaluate\n"
         "def interrupted(*arguments):\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"

@@ -15,12 +15,13 @@ from conversions import plan_for
 
 import localrun
 from cli.main import run
-from localrun import hardware, tensor_types
+from localrun import hardware
 from localrun.bundled import model_path
 from localrun.convert import convert
 from localrun.errors import GGUFError, LocalrunError
-from localrun.gguf import open_gguf
-from localrun.session import fingerprint
+from localrun.generate.session import fingerprint
+from localrun.gguf import types as tensor_types
+from localrun.gguf.file import open_gguf
 
 # Integer dot products are the same in both layouts; sums of blocks in float32 are in another order, and a difference of
 # 1e-7 can tip the rounding of an activation to 8 bits in the next layer (docs/lab-notes.md): as for quantised models
@@ -263,7 +264,7 @@ def test_the_gpu_takes_plain_rows_only(plain: Path, packed: Path) -> None:
 def test_a_failed_repacking_ends_its_threads(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import threading
 
-    from localrun import repack
+    from localrun.cpu import repack
 
     def fail(*_: object) -> None:
         raise MemoryError

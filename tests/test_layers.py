@@ -14,7 +14,7 @@ import tiny_models
 import torch
 
 import localrun
-from localrun.model import Model
+from localrun.network.model import Model
 from quant.threads.pool import Pool
 
 ROOT = Path(__file__).parents[1]
@@ -100,7 +100,9 @@ def test_importing_the_command_line_is_light() -> None:
     assert "typer" in loaded and not loaded & (HEAVY | {"gguf"})
 
 
-@pytest.mark.parametrize("module", ["localrun.config", "localrun.gguf", "localrun.sampling", "localrun.bundled"])
+@pytest.mark.parametrize(
+    "module", ["localrun.models.config", "localrun.gguf.file", "localrun.generate.sampling", "localrun.bundled"]
+)
 def test_reading_a_header_needs_no_torch(module: str) -> None:
     """What inspect needs."""
     assert not loaded_by(f"import {module}") & HEAVY

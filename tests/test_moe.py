@@ -14,10 +14,10 @@ import pytest
 import tiny_models
 import torch
 
-from localrun.config import Config, read_config
-from localrun.gguf import GGUFFile, open_gguf
-from localrun.moe import MLP, MoE, choose_experts
-from localrun.weights import Weights
+from localrun.cpu.weights import Weights
+from localrun.gguf.file import GGUFFile, open_gguf
+from localrun.models.config import Config, read_config
+from localrun.network.moe import MLP, MoE, choose_experts
 from quant.threads.pool import Pool
 
 BASE = Config(

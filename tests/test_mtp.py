@@ -22,8 +22,8 @@ from test_engine import QUANTIZED_TOLERANCE, SESSION_TOLERANCE
 from test_logits import error
 
 import localrun
+from localrun.cpu.mtp import MTP
 from localrun.errors import ContextFullError
-from localrun.mtp import MTP
 from quant.decode.program import LEAST_CHUNK, MOST_CHUNKS, MOST_TOKENS
 
 # Where the order of a sum tips the rounding of a cache row's value to 16 bits, 2^-11 of it: up to 2.1e-5 here.

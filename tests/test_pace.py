@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from forced_draft import ForcedDraft
 
-import localrun.session
-from localrun.sampling import Sampling
-from localrun.session import Session
-from localrun.speculative import Pace, Speculation
+import localrun.generate.session
+from localrun.generate.sampling import Sampling
+from localrun.generate.session import Session
+from localrun.generate.speculative import Pace, Speculation
 
 PROMPT = list(b"<|im_start|>assistant\n")  # after which the fake engine says its text
 GREEDY = Sampling(temperature=0.0)
@@ -168,7 +168,7 @@ class Clock:
             return forward(ids, cache, all_logits)
 
         monkeypatch.setattr(fake.model, "forward", timed)
-        monkeypatch.setattr(localrun.session, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        monkeypatch.setattr(localrun.generate.session, "time", SimpleNamespace(perf_counter=lambda: self.now))
 
 
 @pytest.mark.parametrize("name", COSTS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from localrun.errors import LocalrunError
-from localrun.perplexity import negative_log_probabilities, perplexity
+from localrun.measure.perplexity import negative_log_probabilities, perplexity
 
 
 class Tokenizer:

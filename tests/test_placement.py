@@ -21,12 +21,12 @@ import tiny_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localrun import placement
-from localrun.config import Config, read_config
 from localrun.errors import LocalrunError
-from localrun.fitting import refusal, settings_that_fit
-from localrun.gguf import open_gguf
-from localrun.placement import Request, lay_out
+from localrun.gguf.file import open_gguf
+from localrun.models.config import Config, read_config
+from localrun.placement import placement
+from localrun.placement.context_fit import refusal, settings_that_fit
+from localrun.placement.placement import Request, lay_out
 from localrun.plan.shapes import ModelShape, load_model
 
 GIB = 1 << 30

@@ -8,18 +8,12 @@ from typing import Any
 
 import pytest
 
-from localrun.plan import decode
-from localrun.plan.decode import (
-    attention_flops,
-    decode_speed,
-    experts_touched,
-    mtp_speed,
-    prefill_speed,
-)
+from localrun.plan import speed as decode
 from localrun.plan.machine import Machine, load_machine, parse_machine
 from localrun.plan.memory import Placement, plan_memory
 from localrun.plan.report import make_report
 from localrun.plan.shapes import ModelShape, load_model
+from localrun.plan.speed import attention_flops, decode_speed, experts_touched, mtp_speed, prefill_speed
 
 CPU_ONLY = Placement(0, head=False, experts=False)
 TYPES = ("F32", "F16", "Q8_0", "Q4_K", "Q5_0", "Q6_K")

@@ -13,7 +13,7 @@ from hf_checkpoints import LITE, LLAMA, LLAMA3_ROPE, V3, edit_config, make, save
 
 from cli.main import run
 from localrun.errors import LocalrunError
-from localrun.gguf import open_gguf
+from localrun.gguf.file import open_gguf
 from localrun.plan.known import load_data
 from localrun.plan.shapes import from_config, known_models, load_model, n_bytes
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from localrun.bridge import Attend
+from localrun.cpu.bridge import Attend
 from quant.threads.pool import Pool
 
 

@@ -10,8 +10,8 @@ import pytest
 import tiny_models
 
 from localrun import hardware
-from localrun.gguf import GGUFFile, open_gguf
-from localrun.residency import Resident, let_go
+from localrun.gguf.file import GGUFFile, open_gguf
+from localrun.gguf.residency import Resident, let_go
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from localrun.config import Config, RopeScaling
-from localrun.rope import Rope, attention_scale, frequencies, rotation_magnitude
+from localrun.models.config import Config, RopeScaling
+from localrun.network.rope import Rope, attention_scale, frequencies, rotation_magnitude
 
 # V3's head: 128 + 64. The other fields have no part in this.
 PLAIN = Config(

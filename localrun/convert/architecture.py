@@ -14,7 +14,7 @@ from localrun.convert.checkpoint import Checkpoint, read_json
 from localrun.convert.errors import CheckpointError
 from localrun.convert.metadata import Metadata
 from localrun.convert.targets import Target
-from localrun.names import EMBED_TOKENS, LM_HEAD, NORM
+from localrun.models.names import EMBED_TOKENS, LM_HEAD, NORM
 
 
 @dataclass

@@ -13,7 +13,7 @@ from localrun.convert.builder import Builder, Settings
 from localrun.convert.checkpoint import Checkpoint
 from localrun.convert.errors import CheckpointError
 from localrun.convert.metadata import Metadata
-from localrun.names import layer
+from localrun.models.names import layer
 
 # How llama.cpp tells models without q_lora_rank from the others: by these counts of layers.
 _LITE_LAYERS = (26, 27)

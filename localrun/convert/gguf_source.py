@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from localrun import tensor_types
 from localrun.convert.architecture import Model
 from localrun.convert.checkpoint import SourceTensor
 from localrun.convert.metadata import Entry, Metadata
@@ -15,8 +14,9 @@ from localrun.convert.mixes import PLAIN
 from localrun.convert.reading import Reader
 from localrun.convert.targets import Piece, Target
 from localrun.errors import LocalrunError, UnsupportedModelError
-from localrun.gguf import open_gguf
-from localrun.gguf_header import Array, Header, read_header
+from localrun.gguf import types as tensor_types
+from localrun.gguf.file import open_gguf
+from localrun.gguf.header import Array, Header, read_header
 from quant.formats import registry
 from quant.formats.interleave import deinterleave
 

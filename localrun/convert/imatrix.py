@@ -19,8 +19,8 @@ import numpy as np
 
 from localrun.convert.targets import Target
 from localrun.errors import GGUFError
-from localrun.gguf import open_gguf
-from localrun.gguf_header import read_header
+from localrun.gguf.file import open_gguf
+from localrun.gguf.header import read_header
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 # Means below it count as 0: their products with small weights are no normal float32 numbers any more, which packing

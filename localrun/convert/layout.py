@@ -14,10 +14,10 @@ import numpy as np
 from gguf import GGUFWriter
 from gguf.gguf_writer import WriterState
 
-from localrun import tensor_types
 from localrun.convert.metadata import Metadata
 from localrun.convert.targets import Target
 from localrun.errors import LocalrunError
+from localrun.gguf import types as tensor_types
 
 MAX_PARTS = 2**16 - 1  # split.count has 16 bits
 

@@ -12,7 +12,7 @@ from localrun.convert.architecture import Model, Rope, add_ends, add_rope, new_m
 from localrun.convert.builder import Builder, Settings
 from localrun.convert.checkpoint import Checkpoint
 from localrun.convert.errors import CheckpointError
-from localrun.names import ROPE_FREQS, layer
+from localrun.models.names import ROPE_FREQS, layer
 
 
 def read(checkpoint: Checkpoint, settings: Settings, _keep_mtp: bool) -> Model:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from localrun import tensor_types
 from localrun.convert.metadata import Metadata
 from localrun.convert.targets import Target
 from localrun.errors import LocalrunError
-from localrun.names import EMBED_TOKENS, LM_HEAD, READ_BY_ROW
+from localrun.gguf import types as tensor_types
+from localrun.models.names import EMBED_TOKENS, LM_HEAD, READ_BY_ROW
 
 # general.file_type (llama.h, enum llama_ftype) and the type that most tensors get.
 MIXES = {

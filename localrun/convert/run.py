@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from localrun import tensor_types
 from localrun.convert.errors import CheckpointError
 from localrun.convert.gguf_source import GGUFSource
 from localrun.convert.output import Output, journal_path, partial_path, remove_partial
@@ -21,6 +20,7 @@ from localrun.convert.packing import BadWeight, pack_unit
 from localrun.convert.plan import Plan
 from localrun.convert.targets import Unit, origin, read_unit
 from localrun.errors import LocalrunError
+from localrun.gguf import types as tensor_types
 from quant.formats.interleave import interleave
 from quant.threads.pool import Pool
 

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from localrun.convert.checkpoint import SourceTensor
-from localrun.tensor_types import ROWS
+from localrun.gguf.types import ROWS
 
 
 class Source(Protocol):

@@ -20,11 +20,11 @@ import triton
 import triton.language as tl
 from torch.nn.functional import pad, rms_norm
 
-from localrun import attention
-from localrun.config import Config
+from localrun.cpu.weights import Weights
 from localrun.gpu.cache import DeviceCache
 from localrun.gpu.routing import Turns, turn_and_append
-from localrun.weights import Weights
+from localrun.models.config import Config
+from localrun.network import attention
 
 FEW_TOKENS = 8  # tokens with all pieces each; more share them
 _LOG2_E = 1.4426950408889634

@@ -12,8 +12,8 @@ E4M3: Micikevicius et al., FP8 Formats for Deep Learning (arXiv 2209.05433).
 import numpy as np
 import torch
 
-from localrun.cache import Context
-from localrun.config import Config
+from localrun.models.config import Config
+from localrun.network.cache import Context
 
 E4M3_MAX = 448.0
 

@@ -17,7 +17,7 @@ from torch.nn.functional import rms_norm
 from localrun.gpu.cache import DeviceCache
 from localrun.gpu.device import Cuda, StandIn
 from localrun.gpu.routed import Routed, Way
-from localrun.model import Model
+from localrun.network.model import Model
 from quant.decode.program import MOST_TOKENS
 from quant.threads.pool import Pool
 

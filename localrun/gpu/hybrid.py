@@ -1,7 +1,8 @@
 """A model whose network runs on a GPU and whose routed experts stay in RAM, but for those that VRAM has room for.
 
-What localrun.native.NativeModel is to the engine, with a placement. A few tokens are a recorded step (decode.py); more
-go through the layers in one or two micro-batches (prefill.py). The layer for multi-token prediction stays on the CPU.
+What localrun.cpu.model.NativeModel is to the engine, with a placement. A few tokens are a recorded step (decode.py);
+more go through the layers in one or two micro-batches (prefill.py). The layer for multi-token prediction stays on
+the CPU.
 
 Letters: T tokens, D hidden_size.
 """
@@ -13,26 +14,26 @@ import numpy as np
 import torch
 from torch.nn.functional import rms_norm
 
-from localrun import names
-from localrun.config import Config
-from localrun.gguf import GGUFFile
+from localrun.cpu.model import TorchThreads
+from localrun.gguf.file import GGUFFile
+from localrun.gguf.residency import Resident, let_go
 from localrun.gpu import compiling, prefill
 from localrun.gpu.cache import DeviceCache
 from localrun.gpu.decode import DecodeStep
 from localrun.gpu.device import Cuda, StandIn
 from localrun.gpu.tuning import Tuning
 from localrun.gpu.weights import DeviceWeights, spans_in_ram, spans_on_device
-from localrun.model import Model
-from localrun.native import TorchThreads
-from localrun.placement import Placement
-from localrun.residency import Resident, let_go
-from localrun.tensors import Tensors
+from localrun.models import names
+from localrun.models.config import Config
+from localrun.models.tensors import Tensors
+from localrun.network.model import Model
+from localrun.placement.placement import Placement
 from quant.decode.program import MOST_TOKENS
 from quant.threads.pool import Pool
 
 if TYPE_CHECKING:
-    from localrun.model import MTPBlock
-    from localrun.mtp import MTP
+    from localrun.cpu.mtp import MTP
+    from localrun.network.model import MTPBlock
 
 
 class HybridModel:
@@ -95,14 +96,14 @@ class HybridModel:
     def mtp(self) -> "MTP | None":
         """The model's head for multi-token prediction, on the CPU, if the file has all of it."""
         if self._mtp is None and names.has_mtp(self.file, self.config):
-            from localrun.mtp import MTP
+            from localrun.cpu.mtp import MTP
 
             self._mtp = MTP(self.config, self._tensors, self.pool, self._mtp_block)
         return self._mtp
 
     def _mtp_block(self) -> "MTPBlock":
-        from localrun.model import MTPBlock
-        from localrun.weights import Weights
+        from localrun.cpu.weights import Weights
+        from localrun.network.model import MTPBlock
 
         if not self._holds_torch:
             TorchThreads.hold(self.pool.n_workers)

@@ -1,4 +1,4 @@
-"""Quantised matrices in VRAM with the interface of localrun.bridge: the file's blocks, expanded inside kernels.
+"""Quantised matrices in VRAM with the interface of localrun.cpu.bridge: the file's blocks, expanded inside kernels.
 
 Letters: T tokens, G groups (attention heads).
 """

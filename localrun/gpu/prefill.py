@@ -15,11 +15,11 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from localrun.cache import Context
+from localrun.network.cache import Context
 
 
 class Layer(Protocol):
-    """As localrun.model.Layer."""
+    """As localrun.network.model.Layer."""
 
     def begin(self, x_TD: torch.Tensor, cache: Context) -> Callable[[], torch.Tensor]:
         """Queue all that needs no waiting: attention, with T rows behind cache.length, router and shared experts.

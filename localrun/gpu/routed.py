@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from localrun.bridge import Finish, PrefillExperts, StepExperts
+from localrun.cpu.bridge import Finish, PrefillExperts, StepExperts
 from localrun.gpu import experts as vram
 from localrun.gpu.device import Cuda, StandIn
 from localrun.gpu.matrix import Matrix

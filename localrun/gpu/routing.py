@@ -12,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
-from localrun.config import Config
-from localrun.decode import SCORING
+from localrun.cpu.decode import SCORING
 from localrun.gpu.cache import E4M3_MAX, DeviceCache
-from localrun.rope import Rope
+from localrun.models.config import Config
+from localrun.network.rope import Rope
 from quant.decode.experts import SMALLEST_SUM
 
 _FINE = tl.constexpr(1024)  # positions of the fine table; the coarse one has every 1024th
@@ -258,7 +258,7 @@ def router_kernel(logits, bias, ids, weights, scaling, smallest_sum, N_EXPERTS: 
 def choose_experts(
     logits_TE: torch.Tensor, bias_E: torch.Tensor | None, config: Config
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As localrun.moe.choose_experts, in one launch; of equal scores the lower id (torch.topk promises no order)."""
+    """As network.moe.choose_experts, in one launch; of equal scores the lower id (torch.topk promises no order)."""
     logits_TE = logits_TE.contiguous()
     n_tokens = logits_TE.shape[0]
     ids_TK = torch.empty(n_tokens, config.num_experts_per_tok, dtype=torch.int64, device=logits_TE.device)

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from localrun.bridge import Finish
+from localrun.cpu.bridge import Finish
 from localrun.gpu.blocks import LAYOUTS
 from localrun.gpu.device import Cuda, StandIn
 from localrun.gpu.matrix import Matrix

@@ -11,13 +11,13 @@ from collections.abc import Callable
 
 import torch
 
-from localrun.bridge import Finish
+from localrun.cpu.bridge import Finish
 from localrun.gpu.cache import DeviceCache
 from localrun.gpu.device import Cuda, StandIn
 from localrun.gpu.prefill import LayerTimes, Seconds, best_batches, best_chunks, streaming_threshold
 from localrun.gpu.routed import Routed, Way
-from localrun.model import Model
-from localrun.placement import CHUNK, VRAM, Placement, activation_bytes
+from localrun.network.model import Model
+from localrun.placement.placement import CHUNK, VRAM, Placement, activation_bytes
 
 _FEW, _MANY = 64, CHUNK  # tokens that a layer is measured with; fewer are one batch
 _MOST_CHUNKS = 8  # that are evaluated at a time: beyond, an upload is a small part, and Ctrl-C waits for a chunk

@@ -1,4 +1,4 @@
-"""A model's tensors as modules over a device's memory: what localrun.weights is to the CPU.
+"""A model's tensors as modules over a device's memory: what localrun.cpu.weights is to the CPU.
 
 What the placement gives to the device is uploaded as the network asks for it, once; the pages of the file that held it
 are let go. The file's map stays the home of all experts that compute on the CPU.
@@ -6,18 +6,18 @@ are let go. The file's map stays the home of all experts that compute on the CPU
 
 import torch
 
-from localrun import names
-from localrun.config import Config
-from localrun.gguf import GGUFFile
+from localrun.gguf.file import GGUFFile
+from localrun.gguf.residency import Span
 from localrun.gpu.attention import LatentAttention
 from localrun.gpu.device import Cuda, StandIn
 from localrun.gpu.linear import Embedding, HeadLinear, Linear
 from localrun.gpu.routed import LayerExperts, Routed
 from localrun.gpu.routing import Turns, choose_experts
-from localrun.placement import CPU, GPU, MTP, RAM, Placement
-from localrun.residency import Span
-from localrun.rope import Rope
-from localrun.tensors import Tensors
+from localrun.models import names
+from localrun.models.config import Config
+from localrun.models.tensors import Tensors
+from localrun.network.rope import Rope
+from localrun.placement.placement import CPU, GPU, MTP, RAM, Placement
 from quant.ops.experts import Experts
 from quant.threads.pool import Pool
 

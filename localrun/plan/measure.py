@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from localrun import hardware
-from localrun.placement import CHUNK
-from localrun.plan.decode import attention_flops
+from localrun.placement.placement import CHUNK
 from localrun.plan.machine import Cpu, Machine, parse_machine
 from localrun.plan.shapes import Conversion, ModelShape, from_config, n_bytes
+from localrun.plan.speed import attention_flops
 
 _LARGE_BYTES = 1 << 28  # what a matrix takes at most: far beyond any cache but the largest servers'
 _READ_BYTES = 1 << 30  # what is read at most
@@ -213,7 +213,7 @@ def _probe(model: ModelShape, threads: int) -> dict[str, float]:
 
 def _activation_bytes_per_s(hidden_size: int, threads: int) -> float:
     """Small operations of torch over a chunk's activations, with the threads it has while an engine is open."""
-    from localrun.native import TorchThreads
+    from localrun.cpu.model import TorchThreads
 
     TorchThreads.hold(threads)
     import torch

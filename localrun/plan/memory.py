@@ -1,8 +1,8 @@
 """Where a model's bytes go, whether they fit, and the nearest setting that does.
 
-The rules are localrun.placement's: on the GPU goes all but the routed experts, of which whole layers follow while there
-is room; where what must be there does not fit, the GPU is left out. Layers for multi-token prediction stay in the file
-until they are used.
+The rules are placement.placement's: on the GPU goes all but the routed experts, of which whole layers follow while
+there is room; where what must be there does not fit, the GPU is left out. Layers for multi-token prediction stay in
+the file until they are used.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from localrun import placement
-from localrun.placement import CTX_STEP, EXPERTS, RAM, VRAM, Request, Row, gib
+from localrun.placement import placement
+from localrun.placement.placement import CTX_STEP, EXPERTS, RAM, VRAM, Request, Row, gib
 from localrun.plan.machine import Machine
 from localrun.plan.shapes import ModelShape, n_bytes
 

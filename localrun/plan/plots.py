@@ -8,11 +8,11 @@ from typing import Any
 
 from localrun.errors import LocalrunError
 from localrun.plan.cluster import expert_parallel
-from localrun.plan.decode import decode_speed
 from localrun.plan.machine import Machine
 from localrun.plan.memory import plan_memory
 from localrun.plan.report import SHORT_CTX
 from localrun.plan.shapes import ModelShape, load_model
+from localrun.plan.speed import decode_speed
 
 _SUFFIXES = (".png", ".svg", ".pdf")
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
-from localrun.placement import CHUNK
-from localrun.plan.decode import Phase, Speed, decode_speed, mtp_speed, prefill_speed
+from localrun.placement.placement import CHUNK
 from localrun.plan.machine import Machine
 from localrun.plan.memory import Memory, plan_memory, refusal
 from localrun.plan.shapes import ModelShape, n_bytes
+from localrun.plan.speed import Phase, Speed, decode_speed, mtp_speed, prefill_speed
 from localrun.plan.tables import active_weights
 
 SHORT_CTX = 64  # tokens in the cache for the headline figure: the middle of localrun bench's 128

@@ -14,9 +14,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from localrun.config import Config, read_config
 from localrun.errors import LocalrunError
-from localrun.facts import group_of
+from localrun.models.config import Config, read_config
+from localrun.models.summary import group_of
 from localrun.plan.known import load_data
 
 DEFAULT_TYPE = "Q4_K_M"
@@ -231,8 +231,8 @@ def _add_biases(targets: list[Any]) -> None:
 
 
 def _from_gguf(path: Path, type_: str | None) -> ModelShape:
-    from localrun.gguf import open_gguf
-    from localrun.tensor_types import plain
+    from localrun.gguf.file import open_gguf
+    from localrun.gguf.types import plain
 
     with open_gguf(path) as file:
         config = read_config(file)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from localrun.config import KV_BYTES
-from localrun.plan.decode import attention_flops
+from localrun.models.config import KV_BYTES
 from localrun.plan.known import load_data
 from localrun.plan.shapes import ModelShape, from_config, load_model
+from localrun.plan.speed import attention_flops
 
 TRAINING_TOKENS = 4096  # the sequence length of the published table
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 
 from hybrid.kernels import captured, seconds
-from localrun.config import Config
 from localrun.gpu.attention import attend, pieces_for
 from localrun.gpu.cache import DeviceCache, row_bytes
+from localrun.models.config import Config
 
 CONTEXTS = (1024, 8192, 32768, 131072)
 _LAYERS = 61

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from localrun.bridge import StepExperts
+from localrun.cpu.bridge import StepExperts
+from localrun.generate.session import PREFILL_CHUNK
 from localrun.gpu.cache import DeviceCache
 from localrun.gpu.device import StandIn
 from localrun.gpu.hybrid import HybridModel
 from localrun.gpu.routed import Way
-from localrun.moe import MoE
-from localrun.session import PREFILL_CHUNK
+from localrun.network.moe import MoE
 from quant.threads import bandwidth
 
 ROOF_BYTES = 1 << 30  # of experts, read over and over: beyond all caches but the largest servers'

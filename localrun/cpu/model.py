@@ -1,0 +1,172 @@
+"""The native backend's model: which of its two ways tokens take through the network, and the caches that both share.
+
+A few tokens, or some more of a small model, go through the decode step; more go through the network in torch, which is
+imported only then.
+"""
+
+import ctypes
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from localrun.cpu.decode import DecodeStep
+from localrun.gguf.file import GGUFFile
+from localrun.gguf.residency import Resident
+from localrun.models import names
+from localrun.models.config import Config
+from localrun.models.summary import weight_bytes_per_token
+from localrun.models.tensors import Tensors
+from localrun.network.cache import Cache, new_cache
+from quant.decode.program import MOST_TOKENS
+from quant.threads.pool import Pool
+
+if TYPE_CHECKING:
+    from localrun.cpu.mtp import MTP
+    from localrun.network.model import Model, MTPBlock
+
+# Prompts this short go through the step: that takes some 0.2 s, importing torch 1 to 2.
+_STEP_TOKENS = 96
+_STEP_BYTES = 1 << 34  # of weights read for all of them, if each read its own
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
+
+class NativeModel:
+    """A deepseek2 or llama model over the tensors of a file.
+
+    Attributes:
+        vocab_size: logits a token.
+        keep_hidden: whether forward() is to leave `hidden` behind.
+        hidden: float32 (T, hidden_size), what the head reads (after the final norm) of the last forward()'s tokens.
+    """
+
+    def __init__(self, config: Config, file: GGUFFile, n_threads: int):
+        self.config, self.file, self.vocab_size = config, file, config.vocab_size
+        self._resident = Resident(file)
+        self._pool = Pool(n_threads)
+        self._tensors = Tensors(file)
+        self._step = DecodeStep(config, self._tensors, self._pool)
+        fitting = _STEP_BYTES // weight_bytes_per_token(file, config)
+        self._most_steps = max(MOST_TOKENS, min(_STEP_TOKENS, fitting))  # tokens that go through it
+        self.keep_hidden = False
+        self.hidden = np.empty((0, config.hidden_size), np.float32)
+        self._mtp: MTP | None = None
+        self._network: Model | None = None
+
+    @property
+    def network(self) -> "Model":
+        """The network for any number of tokens."""
+        if self._network is None:
+            TorchThreads.hold(self._pool.n_workers)
+            from localrun.cpu.weights import Weights
+            from localrun.network.model import Model
+
+            self._network = Model(self.config, Weights(self.file, self._pool))
+        return self._network
+
+    @property
+    def mtp(self) -> "MTP | None":
+        """The model's head for multi-token prediction, if the file has all of it."""
+        if self._mtp is None and names.has_mtp(self.file, self.config):
+            from localrun.cpu.mtp import MTP
+
+            self._mtp = MTP(self.config, self._tensors, self._pool, self._mtp_block)
+        return self._mtp
+
+    def _mtp_block(self) -> "MTPBlock":
+        network = self.network  # before the import: it settles how torch's threads wait
+        from localrun.network.model import MTPBlock
+
+        return MTPBlock(self.config, network.weights, network.rope)
+
+    def new_cache(self, capacity: int, exact: bool = False) -> Cache:
+        """An empty cache for up to `capacity` tokens, of 16-bit values or, if exact, of 32-bit ones."""
+        return new_cache(self.config, capacity, exact)
+
+    def forward(self, ids: Sequence[int], cache: Cache, all_logits: bool = False) -> np.ndarray:
+        """Evaluate ids after the cache's tokens; the cache then holds them too.
+
+        Returns:
+            float32 (T, vocab) logits with all_logits, else (1, vocab), those of the last token.
+
+        Raises:
+            ContextFullError: the cache has no room for them.
+        """
+        cache.check_room(len(ids))
+        if cache.is_exact or len(ids) > self._most_steps:
+            return self._by_network(ids, cache, all_logits)
+        with cache.all_or_none():
+            return self._by_steps(ids, cache, all_logits)
+
+    def _by_network(self, ids: Sequence[int], cache: Cache, all_logits: bool) -> np.ndarray:
+        with self._pool.drowsy():  # torch's threads want the cores
+            hidden, logits = self.network.forward(ids, cache, all_logits, self.keep_hidden)
+        if self.keep_hidden:
+            self.hidden = hidden
+        return logits
+
+    def _by_steps(self, ids: Sequence[int], cache: Cache, all_logits: bool) -> np.ndarray:
+        hidden, rows = [], []
+        for first in range(0, len(ids), MOST_TOKENS):
+            few = ids[first : first + MOST_TOKENS]
+            is_last = first + len(few) == len(ids)
+            rows.append(self._step(few, cache, len(few) if all_logits else int(is_last)))
+            if self.keep_hidden:
+                hidden.append(self._step.hidden(0, len(few)))
+        if self.keep_hidden:
+            self.hidden = np.concatenate(hidden)
+        return np.concatenate(rows)
+
+    def close(self) -> None:
+        """End all threads."""
+        self._resident.close()
+        self._pool.close()
+        if self._network is not None:
+            TorchThreads.release()
+
+
+class TorchThreads:
+    """How torch works while any native network is open: a setting of the whole process, so counted here.
+
+    The workers of quant do the heavy part, on the same cores. torch's threads (OpenMP's) spin for milliseconds after
+    each operation, unless told otherwise before they exist; where torch was imported before, one thread is faster
+    (docs/lab-notes.md).
+    """
+
+    _SPINS = "1500"  # pauses: some 0.1 ms, longer than between operations and short beside a job of the workers
+    _holders = 0
+    _before = 1
+    _yields = False  # whether the threads stop spinning soon
+
+    @classmethod
+    def hold(cls, n_threads: int) -> None:
+        """Let torch use n_threads if they yield to the workers, else one."""
+        if "torch" not in sys.modules:
+            os.environ.setdefault("GOMP_SPINCOUNT", cls._SPINS)
+            cls._yields = True
+        import torch
+
+        if cls._holders == 0:
+            cls._before = torch.get_num_threads()
+            torch.set_num_threads(n_threads if cls._yields else 1)
+            _keep_freed_memory()
+        cls._holders += 1
+
+    @classmethod
+    def release(cls) -> None:
+        """The last one brings back what was before."""
+        import torch
+
+        cls._holders -= 1
+        if cls._holders == 0:
+            torch.set_num_threads(cls._before)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep freed tensors' memory for the next ones: new pages cost more than most operations on them."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_TRIM_THRESHOLD, 256 << 20)
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most there is

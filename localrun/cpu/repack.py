@@ -1,0 +1,79 @@
+"""Routed experts with 16 rows side by side (tensor_types.py), made at load: --repack. The file stays as it is.
+
+The copies are in RAM of their own; the pages of the map that they were made from are let go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+
+import numpy as np
+
+from localrun import hardware
+from localrun.gguf import types as tensor_types
+from localrun.gguf.file import GGUFFile, Tensor
+from localrun.gguf.residency import let_go
+from localrun.models import names
+from localrun.models.config import Config
+from quant.formats.interleave import interleave
+
+_PARTS = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
+_SPARE = 1 << 29  # bytes left for all that comes later
+
+
+def repack_experts(
+    file: GGUFFile,
+    config: Config,
+    threads: int,
+    needed: int,
+    progress: Callable[[int, int, str], None] | None,
+    notice: Callable[[str], None],
+) -> None:
+    """Interleave the experts of as many layers as there is free RAM for.
+
+    Args:
+        needed: bytes of RAM that the model and its cache take.
+        notice: told of layers that stay as they are.
+    """
+    layers = [tensors for index in range(config.num_hidden_layers) if (tensors := _plain_experts(file, index))]
+    if not layers:
+        notice("--repack has no effect: no routed experts of a type that can be interleaved")
+        return
+    sizes = np.cumsum([sum(tensor.n_bytes for tensor in tensors) for tensors in layers])
+    room = hardware.free_ram() - (needed - sizes[-1]) - _SPARE
+    count = int(np.searchsorted(sizes, room, side="right"))
+    with ThreadPoolExecutor(threads) as workers:
+        for done, tensors in enumerate(layers[:count]):
+            if progress is not None:
+                progress(done, count, "Interleaving experts")
+            for tensor in tensors:
+                _repack(file, tensor, workers)
+    if progress is not None:
+        progress(count, count, "Interleaving experts")
+    if count < len(layers):
+        gib = sizes[-1] / 2**30, max(0, room) / 2**30
+        notice(
+            f"--repack: experts of {count} of {len(layers)} layers; all take {gib[0]:.1f} GiB, {gib[1]:.1f} are free"
+        )
+
+
+def _plain_experts(file: GGUFFile, index: int) -> list[Tensor]:
+    """The expert tensors of a layer that can be interleaved."""
+    found = [file.tensors.get(names.layer(index, f"mlp.experts.{part}")) for part in _PARTS]
+    return [t for t in found if t and tensor_types.interleaved(t.type.name, t.shape) != t.type.name]
+
+
+def _repack(file: GGUFFile, tensor: Tensor, workers: Executor) -> None:
+    type_ = tensor_types.from_name(tensor_types.interleaved(tensor.type.name, tensor.shape))
+    n_experts, n_rows, _ = tensor.shape
+    plain = tensor.data.reshape(n_experts, -1)
+    out = np.empty_like(plain)
+
+    def one(expert: int) -> None:
+        interleave(type_.name, plain[expert], n_rows, plain.shape[1] // n_rows, out[expert])
+
+    for _ in workers.map(one, range(n_experts)):
+        pass
+    let_go([(tensor.data.ctypes.data, tensor.n_bytes)])
+    file.replace(tensor.name, type_, out.reshape(-1))

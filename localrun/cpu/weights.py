@@ -1,0 +1,57 @@
+"""A model's tensors as the modules that compute with them, on the device where each lives.
+
+Here everything lives on the CPU; localrun.gpu.weights has the same methods for a device. The network asks for modules
+by name and never learns where they run.
+"""
+
+import torch
+
+from localrun.cpu import bridge
+from localrun.cpu.bridge import Embedding, HeadLinear, Linear
+from localrun.gguf.file import GGUFFile
+from localrun.models.config import Config
+from localrun.models.tensors import Tensors
+from localrun.network.attention import GroupedQueryAttention, LatentAttention
+from localrun.network.moe import choose_experts
+from localrun.network.rope import Rope
+from quant.threads.pool import Pool
+
+
+class Weights(Tensors):
+    """The tensors of one file as modules over torch tensors."""
+
+    choose_experts = staticmethod(choose_experts)
+
+    def __init__(self, file: GGUFFile, pool: Pool):
+        super().__init__(file)
+        self.pool = pool
+        self.attend = bridge.Attend(pool)
+
+    def vector(self, name: str) -> torch.Tensor:
+        """A 1-D tensor, float32."""
+        return torch.from_numpy(self.array(name))
+
+    def embedding(self, name: str) -> Embedding:
+        """Rows by token id."""
+        return Embedding(self.pool, self.matrix(name))
+
+    def linear(self, name: str) -> Linear:
+        """A matrix (out, in)."""
+        return Linear(self.pool, self.matrix(name))
+
+    def heads(self, name: str) -> HeadLinear:
+        """One matrix a head, (H, out, in)."""
+        return HeadLinear(self.pool, self.matrix(name))
+
+    def split_heads(self, name: str, n_heads: int, rows: tuple[int, int]) -> tuple[HeadLinear, HeadLinear]:
+        """A matrix of n_heads * sum(rows) rows as two: each head's first rows[0] rows, and its last rows[1]."""
+        first, last = self.split_matrix(name, n_heads, rows)
+        return HeadLinear(self.pool, first), HeadLinear(self.pool, last)
+
+    def experts(self, index: int) -> bridge.Experts:
+        """The routed experts of layer `index`."""
+        return bridge.Experts(self.pool, self.expert_matrices(index))
+
+    def attention(self, config: Config, index: int, rope: Rope) -> LatentAttention | GroupedQueryAttention:
+        """The attention of layer `index`."""
+        return (LatentAttention if config.kv_lora_rank else GroupedQueryAttention)(config, self, index, rope)

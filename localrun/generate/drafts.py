@@ -1,0 +1,199 @@
+"""Where drafts come from: guesses at the next tokens, for the model to verify.
+
+A draft may be wrong, so what it rests on may be incomplete: its memory can begin anywhere in the text. It must only be
+cheap, and the same for the same text, so that seeded replies stay reproducible.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from localrun.errors import LocalrunError
+
+if TYPE_CHECKING:
+    from localrun.cpu.model import NativeModel
+    from localrun.engine import Engine
+    from localrun.generate.session import Session
+
+MOST = 4  # drafts a step: the decode step takes up to five tokens at once
+
+
+class Draft:
+    """What proposes tokens. Positions count the tokens of a session.
+
+    Attributes:
+        name: for the user.
+    """
+
+    name: str
+
+    def read(self, ids: Sequence[int]) -> None:
+        """Take notice of a prompt, all of which the model has evaluated."""
+
+    def evaluated(self, start: int, count: int) -> None:
+        """The model has just evaluated the tokens at positions start to start + count - 1."""
+
+    def forget(self, length: int) -> None:
+        """Positions from `length` on no longer hold what they held."""
+
+    def propose(self, ids: Sequence[int], n: int) -> list[int]:
+        """Up to n tokens that may follow ids, of which the model has not evaluated the last."""
+        raise NotImplementedError
+
+
+class NGramDraft(Draft):
+    """What came after the last tokens where they occurred before, in the prompt or the reply.
+
+    The longest match of at most `longest` tokens decides, the latest of those equally long.
+    """
+
+    name = "n-gram"
+
+    def __init__(self, longest: int = 8, shortest: int = 2, most_places: int = 16):
+        self._longest, self._shortest, self._most_places = longest, shortest, most_places
+        self._ids: list[int] = []
+        self._places: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)  # the positions after an n-gram
+
+    def read(self, ids: Sequence[int]) -> None:
+        for token in ids[len(self._ids) :]:
+            self._places[tuple(self._ids[-self._shortest :])].append(len(self._ids))
+            self._ids.append(token)
+
+    def forget(self, length: int) -> None:
+        if length < len(self._ids):
+            self._ids.clear()
+            self._places.clear()
+
+    def propose(self, ids: Sequence[int], n: int) -> list[int]:
+        self.read(ids)
+        places = self._places.get(tuple(self._ids[-self._shortest :]), ())[: -self._most_places - 1 : -1]
+        if not places:
+            return []
+        place = max(places, key=self._match)  # of equal ones, max takes the first
+        found = self._ids[place : place + n]
+        while len(found) < n:  # it reaches the end, so the text repeats itself
+            found.append(found[place - len(self._ids)])
+        return found
+
+    def _match(self, place: int) -> int:
+        """How many tokens before `place` are the last of the text."""
+        ids, longest = self._ids, min(self._longest, place)
+        return next((i for i in range(self._shortest, longest) if ids[place - 1 - i] != ids[-1 - i]), longest)
+
+
+class MTPDraft(Draft):
+    """What the model's own head for multi-token prediction takes for likeliest; for more than one draft it is chained.
+
+    Its row for position i takes the model's hidden state there and the token at i + 1, and predicts the token at i + 2
+    (DeepSeek-V3, arXiv 2412.19437, section 2.2). Its cache is contiguous but may begin anywhere: only the last hidden
+    states that it has not read are kept, so a stretch without drafts, a long prompt or a saved session costs little,
+    and what lies before is not attended to.
+    """
+
+    name = "mtp"
+    _WINDOW = 32  # hidden states kept: as many as the head takes without torch
+
+    def __init__(self, model: NativeModel, ctx: int):
+        assert model.mtp is not None
+        model.keep_hidden = True
+        self._model, self._mtp = model, model.mtp
+        self._cache = self._mtp.new_cache(ctx + MOST)
+        self._first = 0  # the position of the cache's first row
+        self._hidden: list[np.ndarray] = []  # of the positions after the cache's last
+
+    def evaluated(self, start: int, count: int) -> None:
+        if start != self._first + self._cache.length + len(self._hidden):
+            self._start_at(start)
+        kept = [*self._hidden, *self._model.hidden[-self._WINDOW :].copy()][-self._WINDOW :]
+        if len(kept) < len(self._hidden) + count:
+            self._start_at(start + count - len(kept))
+        self._hidden = kept
+
+    def forget(self, length: int) -> None:
+        next_position = self._first + self._cache.length
+        if length >= next_position:
+            del self._hidden[length - next_position :]
+        else:
+            self._start_at(length)
+
+    def read(self, ids: Sequence[int]) -> None:
+        if len(ids) - 1 > self._first + self._cache.length:  # the last position waits for the token after it
+            self._follow(ids)
+
+    def propose(self, ids: Sequence[int], n: int) -> list[int]:
+        logits, hidden = self._follow(ids)
+        length, drafts = self._cache.length, [int(logits.argmax())]
+        try:
+            while len(drafts) < n:
+                logits, hidden = self._mtp.forward(drafts[-1:], hidden, self._cache)
+                drafts.append(int(logits.argmax()))
+        finally:
+            self._cache.truncate(length)
+        return drafts
+
+    def _follow(self, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Read the hidden states whose next token is in ids: the last one's logits, float32 (1, vocab), and hidden."""
+        start = self._first + self._cache.length
+        count = len(ids) - 1 - start
+        result = self._mtp.forward(ids[start + 1 : start + 1 + count], np.stack(self._hidden[:count]), self._cache)
+        del self._hidden[:count]
+        return result
+
+    def _start_at(self, position: int) -> None:
+        self._cache.truncate(0)
+        self._first = position
+        self._hidden = []
+
+
+class ModelDraft(Draft):
+    """What a smaller model with the same vocabulary takes for likeliest.
+
+    Where it falls behind, in a stretch without drafts or at the end of its own context, it goes on from the last tokens
+    alone: a bound on what a new try costs.
+    """
+
+    name = "draft model"
+
+    def __init__(self, session: Session):
+        self._session = session
+        self._window = min(64, session.engine.ctx // 2)
+        self._start = 0  # the position of its first token
+
+    def read(self, ids: Sequence[int]) -> None:
+        self._follow(ids)
+
+    def forget(self, length: int) -> None:
+        self._session.forget(max(0, length - self._start))
+        if length < self._start:
+            self._start = 0
+
+    def propose(self, ids: Sequence[int], n: int) -> list[int]:
+        if len(ids) - self._start - len(self._session.ids) > self._window:
+            self._start_at(len(ids) - self._window)
+        drafts = [int(self._follow(ids).argmax())]
+        while len(drafts) < n:
+            drafts.append(int(self._session.advance(drafts[-1:]).argmax()))
+        return drafts
+
+    def _follow(self, ids: Sequence[int]) -> np.ndarray:
+        """The logits after ids, of which at least the last is new to it."""
+        if len(ids) - self._start > self._session.engine.ctx - MOST:
+            self._start_at(len(ids) - self._window)
+        return self._session.advance(ids[self._start + len(self._session.ids) :])
+
+    def _start_at(self, position: int) -> None:
+        self._start = max(0, position)
+        self._session.forget(0)
+
+
+def check_vocabulary(model: Engine, draft: Engine) -> None:
+    """Raises LocalrunError unless the ids of one mean the same to the other."""
+    key = "tokenizer.ggml.tokens"
+    same_tokens = model.file.metadata.get(key) == draft.file.metadata.get(key)
+    if model.model.vocab_size != draft.model.vocab_size or not same_tokens:
+        counts = f"{draft.model.vocab_size} tokens; {model.file.path.name} has {model.model.vocab_size}"
+        raise LocalrunError(f"{draft.file.path}: its vocabulary is another ({counts}); a draft model needs the same")

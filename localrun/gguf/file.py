@@ -1,0 +1,264 @@
+"""A GGUF model as typed metadata and mapped tensors, one file or split over several.
+
+Reads and checks everything at open; knows nothing of what keys or tensors mean. Splits follow
+src/llama-model-loader.cpp of https://github.com/ggml-org/llama.cpp @3f545becc: the first part holds the metadata, parts
+are named name-00001-of-00003.gguf, and each carries split.no (u16), split.count (u16), split.tensors.count (i32).
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import stat
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFValueType
+
+from localrun.errors import GGUFError
+from localrun.gguf.header import Array, Header, Scalar, TensorRecord, read_header
+from localrun.gguf.types import InterleavedType, TensorType
+
+REQUIRED: Any = object()  # default of the typed getters: a missing key is an error
+_COUNTS = slice(8, 24)  # of tensors and of keys, u64 each, behind magic and version
+_SPLIT_COUNT, _NO_KEY = (len(key).to_bytes(8, "little") + key for key in (b"split.count", b"split-count"))
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # linux/mman.h; named by newer Pythons only
+
+
+@dataclass(frozen=True, eq=False)
+class Tensor:
+    """One tensor of the file; data is a view of the file's map, in the block layout of its type.
+
+    shape is in NumPy order: outermost first, the contiguous dimension last. data is uint8, 1-D, n_bytes long; the map
+    is private and copy-on-write, so data is writable (as torch wants) while the file never changes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: TensorType
+    n_bytes: int
+    data: np.ndarray
+
+
+class Metadata(Mapping[str, Any]):
+    """The keys of the file; a scalar is a Python value, an array is decoded when it is first looked up."""
+
+    def __init__(self, values: dict[str, Scalar | Array]) -> None:
+        self._values = values
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key].value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+class GGUFFile:
+    """An open model; made by open_gguf. Close it, or use it as a context manager."""
+
+    def __init__(self, parts: list[_Part]) -> None:
+        header = parts[0].header
+        self.paths = [part.path for part in parts]
+        self.path = self.paths[0]
+        self.version = header.version
+        self.alignment = header.alignment
+        self.metadata = Metadata(header.values)
+        self.tensors = {record.name: part.tensor(record) for part in parts for record in part.header.tensors}
+        self.file_size = sum(len(part.map) for part in parts)
+        self._values = header.values
+        self._keys_end = header.keys_end
+        self._replaced: dict[str, Tensor] = {}
+        self._maps = [part.map for part in parts]
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Address and size of each part's map; of each tensor that is still there, if some have been replaced."""
+        if self._replaced:
+            kept = [tensor for name, tensor in self.tensors.items() if name not in self._replaced]
+            return [(tensor.data.ctypes.data, tensor.n_bytes) for tensor in kept]
+        return [(np.frombuffer(map_, np.uint8).ctypes.data, len(map_)) for map_ in self._maps]
+
+    @property
+    def is_interleaved(self) -> bool:
+        """Whether some tensors are of types that other tools don't know."""
+        return any(isinstance(tensor.type, InterleavedType) for tensor in self.mapped.values())
+
+    def without_tensors(self) -> bytes:
+        """A GGUF file of its keys alone, which other tools can read; not a part of a split, either."""
+        keys = self._maps[0][_COUNTS.stop : self._keys_end].replace(_SPLIT_COUNT, _NO_KEY, 1)
+        counts = self._maps[0][: _COUNTS.start] + bytes(8) + self._maps[0][_COUNTS.stop - 8 : _COUNTS.stop]
+        return (counts + keys).ljust(-(-self._keys_end // self.alignment) * self.alignment, b"\0")
+
+    @property
+    def mapped(self) -> dict[str, Tensor]:
+        """The tensors as they are in the file."""
+        return self.tensors | self._replaced
+
+    def replace(self, name: str, type_: TensorType, data: np.ndarray) -> None:
+        """Have another copy, in another type, stand for a tensor; the file itself stays as it is."""
+        self._replaced[name] = self.tensors[name]
+        self.tensors[name] = replace(self.tensors[name], type=type_, n_bytes=data.nbytes, data=data)
+
+    def close(self) -> None:
+        """Let go of the maps. Views that others still hold stay valid; a map ends with the last of its views."""
+        self.tensors, self._replaced = {}, {}
+        for map_ in self._maps:
+            with suppress(BufferError):  # raised while a view of the map is alive
+                map_.close()
+
+    def __enter__(self) -> GGUFFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def has(self, key: str) -> bool:
+        return key in self._values
+
+    def u32(self, key: str, default: Any = REQUIRED) -> int:
+        """The value of a uint32 key, or default. Like all getters: raises GGUFError if absent or of another type."""
+        return self._scalar(key, GGUFValueType.UINT32, default)
+
+    def f32(self, key: str, default: Any = REQUIRED) -> float:
+        return self._scalar(key, GGUFValueType.FLOAT32, default)
+
+    def bool(self, key: str, default: Any = REQUIRED) -> bool:
+        return self._scalar(key, GGUFValueType.BOOL, default)
+
+    def string(self, key: str, default: Any = REQUIRED) -> str:
+        return self._scalar(key, GGUFValueType.STRING, default)
+
+    def array(self, key: str, item_type: GGUFValueType, default: Any = REQUIRED) -> list[str] | np.ndarray:
+        """The items of an array key: a list of strings, else a read-only 1-D NumPy array; or default."""
+        return _typed(self.path, self._values, key, Array, item_type, default)
+
+    def _scalar(self, key: str, type_: GGUFValueType, default: Any) -> Any:
+        return _typed(self.path, self._values, key, Scalar, type_, default)
+
+
+def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
+    """The model at path, all of it checked; the first part of a split model opens them all.
+
+    Raises GGUFError, one line naming the file, the key or tensor, what was found and what was expected.
+    """
+    first = _open_part(Path(path))
+    parts = [first, *_open_rest(first)]
+    _check_unique(parts)
+    return GGUFFile(parts)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One mapped file with its header."""
+
+    path: Path
+    map: mmap.mmap
+    header: Header
+
+    def number(self, key: str, type_: GGUFValueType, default: Any = REQUIRED) -> int:
+        return _typed(self.path, self.header.values, key, Scalar, type_, default)
+
+    def tensor(self, record: TensorRecord) -> Tensor:
+        start = self.header.data_start + record.offset
+        data = np.frombuffer(self.map, np.uint8, record.n_bytes, start)
+        return Tensor(record.name, record.shape, record.type, record.n_bytes, data)
+
+
+def _open_part(path: Path) -> _Part:
+    map_ = _map(path)
+    return _Part(path, map_, read_header(map_, path))
+
+
+def _map(path: Path) -> mmap.mmap:
+    """The file mapped copy-on-write, after the checks that give a clearer error than mmap would."""
+    try:
+        mode = path.stat().st_mode  # before open, which would wait for ever on a pipe
+        if not stat.S_ISREG(mode):
+            kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
+            raise GGUFError(f"{path}: is {kind}, expected a GGUF file")
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if not size:
+                raise GGUFError(f"{path}: is empty (0 bytes), expected a GGUF file")
+            return _map_private(file.fileno(), size)
+    except FileNotFoundError:
+        raise GGUFError(f"{path}: no such file") from None
+    except OSError as error:
+        raise GGUFError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _map_private(fd: int, size: int) -> mmap.mmap:
+    if sys.platform != "linux":
+        return mmap.mmap(fd, size, access=mmap.ACCESS_COPY)
+    # ACCESS_COPY plus NORESERVE: without it Linux refuses to map a file larger than RAM and swap, as if all of it might
+    # be written to, and such a model could not even be inspected.
+    return mmap.mmap(fd, size, mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def _open_rest(first: _Part) -> list[_Part]:
+    """The second and later parts of a split model; empty for a single file (split.count absent, 0 or 1)."""
+    count = first.number("split.count", GGUFValueType.UINT16, 1)
+    if count <= 1:
+        return []
+    paths = _part_paths(first, count)
+    for missing in (path for path in paths if not path.exists()):
+        raise GGUFError(f"{missing}: no such file; {first.path.name} is the first of {count} parts and all are needed")
+    rest = [_open_part(path) for path in paths[1:]]
+    for index, part in enumerate(rest, start=1):
+        _expect(part, "split.no", GGUFValueType.UINT16, index)
+        _expect(part, "split.count", GGUFValueType.UINT16, count)
+    n_tensors = sum(len(part.header.tensors) for part in [first, *rest])
+    for part in [first, *rest]:
+        _expect(part, "split.tensors.count", GGUFValueType.INT32, n_tensors)
+    return rest
+
+
+def _part_paths(first: _Part, count: int) -> list[Path]:
+    """The paths of all parts, from the name of the one opened, which must be the first."""
+    number = first.number("split.no", GGUFValueType.UINT16) + 1
+    ending = f"-{number:05d}-of-{count:05d}.gguf"
+    if not first.path.name.endswith(ending):
+        raise GGUFError(f"{first.path}: is part {number} of {count} by its keys, expected a name ending in {ending}")
+    prefix = first.path.name.removesuffix(ending)
+    paths = [first.path.with_name(f"{prefix}-{n:05d}-of-{count:05d}.gguf") for n in range(1, count + 1)]
+    if number != 1:
+        raise GGUFError(f"{first.path}: is part {number} of {count} of a split model; open the first, {paths[0]}")
+    return paths
+
+
+def _expect(part: _Part, key: str, type_: GGUFValueType, expected: int) -> None:
+    found = part.number(key, type_)
+    if found != expected:
+        raise GGUFError(f"{part.path}: key {key!r} is {found}, expected {expected} from the parts of this split model")
+
+
+def _check_unique(parts: list[_Part]) -> None:
+    owner: dict[str, Path] = {}
+    for part in parts:
+        for record in part.header.tensors:
+            if record.name in owner:
+                raise GGUFError(f"{part.path}: tensor {record.name!r} is also in {owner[record.name].name}")
+            owner[record.name] = part.path
+
+
+def _typed(
+    path: Path, values: Mapping[str, Scalar | Array], key: str, kind: type, type_: GGUFValueType, default: Any
+) -> Any:
+    """The value of key, which must be of exactly this kind and type, as llama.cpp demands too; or default."""
+    entry = values.get(key)
+    wanted = f"array of {type_.name.lower()}" if kind is Array else type_.name.lower()
+    if entry is None:
+        if default is REQUIRED:
+            raise GGUFError(f"{path}: key {key!r} ({wanted}) is missing")
+        return default
+    if not isinstance(entry, kind) or entry.type != type_:
+        raise GGUFError(f"{path}: key {key!r} has type {entry.type_name}, expected {wanted}")
+    return entry.value

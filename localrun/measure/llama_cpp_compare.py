@@ -1,0 +1,135 @@
+"""llama.cpp in the fastest configuration that works here, to be measured against.
+
+Weights are repacked at load where llama.cpp does so and RAM holds both copies; flash attention is tried on and off, and
+each kind of work uses what was faster. Knows nothing of text. Functions: include/llama.h of
+https://github.com/ggml-org/llama.cpp.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from math import inf
+from typing import Any
+
+from localrun import hardware
+from localrun.backends import llama_log
+from localrun.errors import LocalrunError
+from localrun.gguf.file import GGUFFile
+
+N_BATCH = 512
+_TRIALS, _TRIAL_PROMPT, _TRIAL_REPLY = 3, 32, 6  # how often, tokens
+
+
+class LlamaCpp:
+    """A loaded model with an empty context; a bench.Runner.
+
+    Attributes:
+        description: how it runs, for the reader of its figures.
+    """
+
+    def __init__(self, file: GGUFFile, threads: int, ctx: int) -> None:
+        """Load it. Raises LocalrunError with llama.cpp's reason."""
+        if file.is_interleaved:
+            raise LocalrunError(f"{file.path}: has interleaved rows, which llama.cpp can't read; give the plain file")
+        import llama_cpp
+
+        self._lib = llama_cpp
+        llama_log.silence()
+        llama_log.clear()
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = 0
+        params.use_extra_bufts = _may_repack(file)
+        self._model = llama_cpp.llama_model_load_from_file(bytes(file.path), params)
+        if not self._model:
+            raise LocalrunError(f"{file.path}: llama.cpp cannot load it: {llama_log.last_error() or 'no reason given'}")
+        contexts = {flash: self._context(threads, ctx, flash) for flash in (True, False)}
+        self._contexts = {flash: context for flash, context in contexts.items() if context}
+        if not self._contexts:
+            self.close()
+            raise LocalrunError(f"{file.path}: llama.cpp cannot make a context: {llama_log.last_error()}")
+        self._for_prompt, self._for_reply = self._choose()
+        self.description: dict[str, Any] = {
+            "weights": "repacked where it can" if params.use_extra_bufts else "as mapped",
+            "flash_attention": {"prompt": self._for_prompt, "generation": self._for_reply},
+            "threads": threads,
+            "n_batch": N_BATCH,
+        }
+
+    def _context(self, threads: int, ctx: int, flash: bool) -> Any:
+        params = self._lib.llama_context_default_params()
+        params.n_ctx = max(ctx, _TRIAL_PROMPT)
+        params.n_batch = params.n_ubatch = N_BATCH
+        params.n_threads = params.n_threads_batch = threads
+        on, off = self._lib.LLAMA_FLASH_ATTN_TYPE_ENABLED, self._lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.flash_attn_type = on if flash else off
+        params.offload_kqv = params.op_offload = False
+        return self._lib.llama_init_from_model(self._model, params)
+
+    def _choose(self) -> tuple[bool, bool]:
+        """Whether flash attention is on, for prompts and for replies: what was faster in the best of some tries."""
+        prompt_s, reply_s = dict.fromkeys(self._contexts, inf), dict.fromkeys(self._contexts, inf)
+        for _ in range(_TRIALS):
+            for flash in self._contexts:
+                self._for_prompt = self._for_reply = flash
+                start = time.perf_counter()
+                self.prompt([1] * _TRIAL_PROMPT)
+                prompt_s[flash] = min(prompt_s[flash], time.perf_counter() - start)
+                reply_s[flash] = min(reply_s[flash], *self.generate([1] * _TRIAL_REPLY))
+        return min(prompt_s, key=prompt_s.__getitem__), min(reply_s, key=reply_s.__getitem__)
+
+    def prompt(self, ids: Sequence[int]) -> None:
+        """Evaluate a prompt from an empty context, with the logits of its last token."""
+        context = self._emptied(self._for_prompt)
+        for start in range(0, len(ids), N_BATCH):
+            chunk = ids[start : start + N_BATCH]
+            self._evaluate(context, chunk, start, start + len(chunk) == len(ids))
+
+    def generate(self, ids: Sequence[int]) -> list[float]:
+        """Evaluate the ids one by one from an empty context; seconds of each."""
+        context = self._emptied(self._for_reply)
+        seconds = []
+        for position, token in enumerate(ids):
+            start = time.perf_counter()
+            self._evaluate(context, [token], position, True)
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+    def _emptied(self, flash: bool) -> Any:
+        context = self._contexts[flash]
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(context), True)
+        return context
+
+    def _evaluate(self, context: Any, ids: Sequence[int], start: int, wants_logits: bool) -> None:
+        batch = self._lib.llama_batch_init(len(ids), 0, 1)
+        try:
+            batch.n_tokens = len(ids)
+            for i, token in enumerate(ids):
+                batch.token[i], batch.pos[i] = token, start + i
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+                batch.logits[i] = wants_logits and i == len(ids) - 1
+            status = self._lib.llama_decode(context, batch)
+            self._lib.llama_synchronize(context)
+        finally:
+            self._lib.llama_batch_free(batch)
+        if status:
+            raise LocalrunError(f"llama.cpp failed to evaluate {len(ids)} tokens ({status}): {llama_log.last_error()}")
+
+    def close(self) -> None:
+        """Free it."""
+        for context in self._contexts.values():
+            self._lib.llama_free(context)
+        self._contexts = {}
+        self._lib.llama_model_free(self._model)
+
+
+def _may_repack(file: GGUFFile) -> bool:
+    """Whether weights may go into buffers of other layouts: RAM holds them twice, and llama.cpp does not abort.
+
+    With AMX it does abort, on the batched product with attn_k_b that multi-head latent attention makes.
+    """
+    from quant.target import isa
+
+    batched = any(name.endswith(".attn_k_b.weight") for name in file.tensors)
+    aborts = batched and "amx-int8" in isa.host_features()
+    return not aborts and hardware.free_ram() > 2 * file.file_size

@@ -1,0 +1,106 @@
+"""What a GGUF file holds: sizes, types, and what part of the model its bytes belong to. Reads no tensor data.
+
+Works for any architecture; what only a native model's configuration tells is None for the others. Groups go by the
+tensor names that llama.cpp gives (gguf-py/gguf/constants.py, TENSOR_NAMES @3f545becc).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from math import prod
+from typing import Any
+
+from localrun.errors import LocalrunError
+from localrun.gguf.file import GGUFFile, Tensor
+from localrun.models.config import Config, read_config
+from localrun.models.names import EMBED_TOKENS, LM_HEAD
+
+# The first pattern that matches a name decides.
+GROUPS = {
+    "routed experts": r"blk\.\d+\.ffn_\w+_exps\.",
+    "shared experts": r"blk\.\d+\.ffn_\w+_shexp\.",
+    "dense ffn": r"blk\.\d+\.ffn_(gate|up|down)\.",
+    "attention": r"blk\.\d+\.attn_",
+    "embedding": r"token_embd\.",
+    "head": r"output\.",
+    "other": r"",
+}
+
+
+def group_of(name: str) -> str:
+    """The part of the model a tensor belongs to, a key of GROUPS; routers and norms are "other"."""
+    return next(group for group, pattern in GROUPS.items() if re.match(pattern, name))
+
+
+def weight_bytes_per_token(file: GGUFFile, config: Config) -> int:
+    """Bytes of weights that evaluating one token reads: the chosen experts', one row of the embedding, all the rest."""
+    total = 0
+    for tensor in file.tensors.values():
+        layer = re.match(r"blk\.(\d+)\.", tensor.name)
+        if layer and int(layer[1]) >= config.num_hidden_layers:
+            continue  # of a layer for multi-token prediction
+        if tensor.name == EMBED_TOKENS:
+            total += tensor.n_bytes // tensor.shape[0]
+            total += tensor.n_bytes if LM_HEAD not in file.tensors else 0
+        elif group_of(tensor.name) == "routed experts":
+            total += tensor.n_bytes * config.num_experts_per_tok // config.n_routed_experts
+        else:
+            total += tensor.n_bytes
+    return total
+
+
+def facts(file: GGUFFile) -> dict[str, Any]:
+    """Everything inspect prints, as one JSON document; sizes in bytes, shapes in NumPy order."""
+    tensors = list(file.tensors.values())
+    weights, n_bytes = sum(map(_weights, tensors)), sum(tensor.n_bytes for tensor in tensors)
+    config, reason = _config(file)
+    return {
+        "paths": [str(path) for path in file.paths],
+        "file_bytes": file.file_size,
+        "gguf_version": file.version,
+        "name": file.string("general.name", None),
+        "architecture": file.string("general.architecture"),
+        "native": config is not None,
+        "not_native_because": reason,
+        "parameters": weights,
+        "tensor_bytes": n_bytes,
+        "bits_per_weight": round(8 * n_bytes / weights, 3) if weights else None,
+        "kv_bytes_per_token": config.kv_bytes_per_token if config else None,
+        "config": asdict(config) if config else None,
+        "groups": _groups(tensors),
+        "types": _types(tensors),
+        "tensors": [
+            {"name": tensor.name, "shape": list(tensor.shape), "type": tensor.type.name, "bytes": tensor.n_bytes}
+            for tensor in tensors
+        ],
+    }
+
+
+def _config(file: GGUFFile) -> tuple[Any, str | None]:
+    try:
+        return read_config(file), None
+    except LocalrunError as error:  # of another architecture, or a file without weights: still worth a look
+        return None, str(error).removeprefix(f"{file.path}: ")
+
+
+def _weights(tensor: Tensor) -> int:
+    return prod(tensor.shape)
+
+
+def _groups(tensors: list[Tensor]) -> dict[str, dict[str, float]]:
+    total = sum(tensor.n_bytes for tensor in tensors)
+    sizes = dict.fromkeys(GROUPS, 0)
+    for tensor in tensors:
+        sizes[group_of(tensor.name)] += tensor.n_bytes
+    return {group: {"bytes": size, "percent": round(100 * size / total, 1)} for group, size in sizes.items() if size}
+
+
+def _types(tensors: list[Tensor]) -> dict[str, dict[str, int]]:
+    types: dict[str, dict[str, int]] = {}
+    for tensor in tensors:
+        counts = types.setdefault(tensor.type.name, {"tensors": 0, "weights": 0, "bytes": 0})
+        counts["tensors"] += 1
+        counts["weights"] += _weights(tensor)
+        counts["bytes"] += tensor.n_bytes
+    return dict(sorted(types.items(), key=lambda item: -item[1]["bytes"]))

@@ -1,0 +1,149 @@
+"""Attention of both architectures over the 16-bit cache: multi-head latent (MLA) and grouped-query (GQA).
+
+Letters: T new tokens, S tokens in the cache (the new ones included), H heads, N heads handled at a time, D hidden_size,
+C kv_lora_rank, R qk_rope_head_dim, P qk_nope_head_dim, V v_head_dim, G key-value heads.
+Source: DeepSeek-V2 (arXiv 2405.04434, section 2.1 and appendix C), deepseek-ai/DeepSeek-V3 @9b4e978 inference/model.py.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import rms_norm
+
+from localrun.models import names
+from localrun.models.config import Config
+from localrun.network.cache import Cache
+from localrun.network.rope import Rope, attention_scale
+
+if TYPE_CHECKING:
+    from localrun.cpu.weights import Weights
+
+_WORK_BYTES = 1 << 26  # decompressed keys and values at a time: heads are handled in groups that fit
+
+
+def head_groups(n_heads: int, bytes_per_head: int, work_bytes: int):
+    """(first, count) of the groups of heads that fit the work memory together."""
+    step = max(1, min(n_heads, work_bytes // bytes_per_head))
+    return [(first, min(step, n_heads - first)) for first in range(0, n_heads, step)]
+
+
+class LatentAttention:
+    """MLA: a token leaves one row of C + R values, shared by all heads.
+
+    Two ways to the same scores. Absorbed: k_b moves the query into latent space and v_b moves the result out of it;
+    cheap for few tokens. Decompressed: keys and values of every head are rebuilt from the cache; cheaper for many.
+    """
+
+    def __init__(self, config: Config, weights: Weights, index: int, rope: Rope):
+        def name(module: str) -> str:
+            return names.layer(index, f"self_attn.{module}")
+
+        self.config, self.weights, self.index, self.rope = config, weights, index, rope
+        self.scale = attention_scale(config)
+        self.may_decompress = True  # not where the inputs of k_b_proj and v_b_proj are to be observed
+        if config.q_lora_rank is None:
+            self.q_proj = weights.linear(name("q_proj"))
+        else:
+            self.q_a_proj = weights.linear(name("q_a_proj"))
+            self.q_a_layernorm = weights.vector(name("q_a_layernorm"))
+            self.q_b_proj = weights.linear(name("q_b_proj"))
+        self.kv_a_proj_with_mqa = weights.linear(name("kv_a_proj_with_mqa"))
+        self.kv_a_layernorm = weights.vector(name("kv_a_layernorm"))
+        self.is_split = weights.has(name("k_b_proj"))
+        if self.is_split:  # k_b (H, C, P), stored transposed; v_b (H, V, C)
+            self.k_b_proj, self.v_b_proj = weights.heads(name("k_b_proj")), weights.heads(name("v_b_proj"))
+        else:  # kv_b: (P + V, C) a head
+            rows = (config.qk_nope_head_dim, config.v_head_dim)
+            self.k_b_proj, self.v_b_proj = weights.split_heads(name("kv_b_proj"), config.num_attention_heads, rows)
+        self.o_proj = weights.linear(name("o_proj"))
+
+    def __call__(self, x_TD: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """float32 (T, D) of the tokens after cache.length -> (T, D); appends their rows to the cache."""
+        turns = self.rope.turns(cache.length, x_TD.shape[0])
+        q_nope_THP, q_rope_THR = self._queries(x_TD, turns)
+        latent_TC, k_rope_TR = self._latents(x_TD, turns)
+        (rows_SW,) = cache.append(self.index, torch.cat([latent_TC, k_rope_TR], -1))
+        rows_SW = rows_SW.float()
+        absorb = not self.may_decompress or self._absorbing_is_cheaper(x_TD.shape[0])
+        attend = self._absorbed if absorb else self._decompressed
+        return self.o_proj(attend(q_nope_THP, q_rope_THR, rows_SW).flatten(1))
+
+    def _queries(self, x_TD: torch.Tensor, turns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        c = self.config
+        if c.q_lora_rank is None:
+            q = self.q_proj(x_TD)
+        else:
+            q = self.q_b_proj(rms_norm(self.q_a_proj(x_TD), (c.q_lora_rank,), self.q_a_layernorm, c.rms_norm_eps))
+        q_nope, q_rope = q.unflatten(1, (c.num_attention_heads, -1)).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
+        return q_nope, self.rope.rotate(q_rope, turns)
+
+    def _latents(self, x_TD: torch.Tensor, turns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        c = self.config
+        latent, k_rope = self.kv_a_proj_with_mqa(x_TD).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        latent = rms_norm(latent, (c.kv_lora_rank,), self.kv_a_layernorm, c.rms_norm_eps)
+        return latent, self.rope.rotate(k_rope[:, None], turns)[:, 0]
+
+    def _absorbing_is_cheaper(self, n_tokens: int) -> bool:
+        """Multiplications a cached token and head: T*(2C + R) against (P + V)*C + T*(P + V + R)."""
+        c = self.config
+        decompressed = c.qk_nope_head_dim + c.v_head_dim
+        return n_tokens * (2 * c.kv_lora_rank - decompressed) < decompressed * c.kv_lora_rank
+
+    def _absorbed(self, q_nope_THP, q_rope_THR, rows_SW) -> torch.Tensor:
+        """(T, H, V) by attending in latent space."""
+        q_latent_THC = self.k_b_proj(q_nope_THP) if self.is_split else self.k_b_proj.transposed(q_nope_THP)
+        latent_S1C, k_rope_S1R = self._parts(rows_SW[:, None])
+        mixed_THC = torch.empty_like(q_latent_THC)
+        parts = [(q_latent_THC, latent_S1C), (q_rope_THR, k_rope_S1R)]
+        self.weights.attend(parts, latent_S1C, self.scale, mixed_THC)
+        return self.v_b_proj(mixed_THC)
+
+    def _decompressed(self, q_nope_THP, q_rope_THR, rows_SW) -> torch.Tensor:
+        """(T, H, V) by rebuilding each head's keys and values."""
+        c, n_tokens, n_cached = self.config, q_nope_THP.shape[0], rows_SW.shape[0]
+        latent_SC, k_rope_SR = self._parts(rows_SW)
+        out_THV = rows_SW.new_empty(n_tokens, c.num_attention_heads, c.v_head_dim)
+        bytes_per_head = 4 * n_cached * (c.qk_nope_head_dim + c.v_head_dim)
+        for first, count in head_groups(c.num_attention_heads, bytes_per_head, _WORK_BYTES):
+            heads = slice(first, first + count)
+            k_b, v_b = self.k_b_proj.dense(first, count), self.v_b_proj.dense(first, count)
+            k_NSP, v_NSV = latent_SC @ (k_b if self.is_split else k_b.mT), latent_SC @ v_b.mT
+            parts = [(q_nope_THP[:, heads], k_NSP.transpose(0, 1)), (q_rope_THR[:, heads], k_rope_SR[:, None])]
+            self.weights.attend(parts, v_NSV.transpose(0, 1), self.scale, out_THV[:, heads])
+        return out_THV
+
+    def _parts(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Latents and rotated keys of cache rows (..., C + R)."""
+        return rows.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
+
+
+class GroupedQueryAttention:
+    """GQA: G heads of keys and values, each shared by H / G query heads."""
+
+    def __init__(self, config: Config, weights: Weights, index: int, rope: Rope):
+        self.config, self.weights, self.index, self.rope = config, weights, index, rope
+        self.scale = attention_scale(config)
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+            weights.linear(names.layer(index, f"self_attn.{part}_proj")) for part in "qkvo"
+        )
+
+    def __call__(self, x_TD: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """float32 (T, D) of the tokens after cache.length -> (T, D); appends their keys and values to the cache."""
+        c, n_tokens = self.config, x_TD.shape[0]
+        turns = self.rope.turns(cache.length, n_tokens)
+        q_THd = self._rotate(self.q_proj(x_TD).unflatten(1, (-1, c.head_dim)), turns)
+        k_TGd = self._rotate(self.k_proj(x_TD).unflatten(1, (-1, c.head_dim)), turns)
+        keys, values = cache.append(self.index, k_TGd.flatten(1), self.v_proj(x_TD))
+        k_SGd = keys.float().unflatten(1, (-1, c.head_dim))
+        v_SGV = values.float().unflatten(1, (-1, c.v_head_dim))
+        out_THV = x_TD.new_empty(n_tokens, c.num_attention_heads, c.v_head_dim)
+        self.weights.attend([(q_THd, k_SGd)], v_SGV, self.scale, out_THV)
+        return self.o_proj(out_THV.flatten(1))
+
+    def _rotate(self, x_THd: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+        """Rotate the first R of each head's values."""
+        rope_dim = self.config.qk_rope_head_dim
+        rotated = self.rope.rotate(x_THd[..., :rope_dim], turns)
+        return rotated if rope_dim == x_THd.shape[-1] else torch.cat([rotated, x_THd[..., rope_dim:]], -1)

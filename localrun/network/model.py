@@ -1,0 +1,105 @@
+"""The network: embedding, layers, norm, head, and the head for multi-token prediction. Once for every device; what runs
+where is decided in weights.py.
+
+Letters: T tokens, D hidden_size.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch.nn.functional import rms_norm
+
+from localrun.cpu.weights import Weights
+from localrun.models import names
+from localrun.models.config import Config
+from localrun.network.cache import Cache
+from localrun.network.moe import MLP, MoE
+from localrun.network.rope import Rope
+
+
+class Layer:
+    """x + attention(norm x), then x + mlp(norm x)."""
+
+    def __init__(self, config: Config, weights: Weights, index: int, rope: Rope):
+        self.config = config
+        self.input_layernorm = weights.vector(names.layer(index, "input_layernorm"))
+        self.self_attn = weights.attention(config, index, rope)
+        self.post_attention_layernorm = weights.vector(names.layer(index, "post_attention_layernorm"))
+        is_moe = weights.has(names.layer(index, "mlp.gate"))
+        self.mlp = MoE(config, weights, index) if is_moe else MLP(weights, index, "mlp")
+
+    def __call__(self, x_TD: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """float32 (T, D) -> (T, D); appends to the cache."""
+        return self.begin(x_TD, cache)()
+
+    def begin(self, x_TD: torch.Tensor, cache: Cache) -> Callable[[], torch.Tensor]:
+        """All but waiting for experts that compute elsewhere: the result's call does that and gives (T, D)."""
+        c = self.config
+        x_TD = x_TD + self.self_attn(rms_norm(x_TD, (c.hidden_size,), self.input_layernorm, c.rms_norm_eps), cache)
+        finish = self.mlp.begin(rms_norm(x_TD, (c.hidden_size,), self.post_attention_layernorm, c.rms_norm_eps))
+        return lambda: x_TD + finish()
+
+
+class Model:
+    """A deepseek2 or llama model over the tensors of a file."""
+
+    def __init__(self, config: Config, weights: Weights):
+        self.config, self.weights = config, weights
+        factors = weights.array(names.ROPE_FREQS) if weights.has(names.ROPE_FREQS) else None
+        self.rope = Rope(config, factors)
+        self.embed_tokens = weights.embedding(names.EMBED_TOKENS)
+        self.layers = [Layer(config, weights, index, self.rope) for index in range(config.num_hidden_layers)]
+        self.norm = weights.vector(names.NORM)
+        self.lm_head = weights.linear(names.LM_HEAD if weights.has(names.LM_HEAD) else names.EMBED_TOKENS)
+
+    @torch.inference_mode()
+    def forward(
+        self, ids: Sequence[int], cache: Cache, all_logits: bool = False, all_hidden: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Evaluate ids after the cache's tokens; the cache then holds them too.
+
+        Returns:
+            What the head reads of each token with all_logits or all_hidden, else of the last, float32 (T, D) or (1, D).
+            Logits, float32 (T, vocab) with all_logits, else (1, vocab), those of the last token.
+
+        Raises:
+            ContextFullError: the cache has no room for them.
+        """
+        x_TD = self.embed_tokens(torch.tensor(ids, dtype=torch.int64))
+        for layer in self.layers:
+            x_TD = layer(x_TD, cache)
+        cache.advance(len(ids))
+        x_TD = x_TD if all_logits or all_hidden else x_TD[-1:]
+        x_TD = rms_norm(x_TD, (self.config.hidden_size,), self.norm, self.config.rms_norm_eps)
+        return x_TD.cpu().numpy(), self.lm_head(x_TD if all_logits else x_TD[-1:]).cpu().numpy()
+
+
+class MTPBlock:
+    """The head for multi-token prediction, as mtp.py has it: many tokens at once."""
+
+    def __init__(self, config: Config, weights: Weights, rope: Rope):
+        """The model's file must have it (names.has_mtp)."""
+        self.config, index = config, config.num_hidden_layers
+        embed_tokens, lm_head = names.mtp_shared(weights.has, index)
+        self.embed_tokens = weights.embedding(embed_tokens)
+        self.enorm, self.hnorm, self.shared_head_norm = (
+            weights.vector(names.layer(index, norm)) for norm in ("enorm", "hnorm", "shared_head.norm")
+        )
+        self.eh_proj = weights.linear(names.layer(index, "eh_proj"))
+        self.layer = Layer(config, weights, index, rope)
+        self.layer.self_attn.index = 0  # the only layer of a cache of its own
+        self.lm_head = weights.linear(lm_head)
+
+    @torch.inference_mode()
+    def forward(self, next_ids: Sequence[int], hidden_TD: np.ndarray, cache: Cache) -> tuple[np.ndarray, np.ndarray]:
+        """As mtp.MTP.forward."""
+        embedded_TD = self._norm(self.embed_tokens(torch.tensor(next_ids, dtype=torch.int64)), self.enorm)
+        x_TD = self.eh_proj(torch.cat([embedded_TD, self._norm(torch.from_numpy(hidden_TD), self.hnorm)], -1))
+        x_TD = self.layer(x_TD, cache)
+        cache.advance(len(next_ids))
+        last_1D = self._norm(x_TD[-1:], self.shared_head_norm)
+        return self.lm_head(last_1D).numpy(), last_1D.numpy()
+
+    def _norm(self, x_TD: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x_TD, (self.config.hidden_size,), weight, self.config.rms_norm_eps)

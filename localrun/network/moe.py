@@ -1,0 +1,107 @@
+"""Feed-forward layers: the dense one, and the mixture of routed and shared experts with its router.
+
+Letters: T tokens, D hidden_size, E routed experts, g expert groups, K experts per token.
+Source: DeepSeek-V3 (arXiv 2412.19437, eq. 12-16), deepseek-ai/DeepSeek-V3 @9b4e978 inference/model.py (Gate), and
+modeling_deepseek.py of DeepSeek-V2 (group_limited_greedy).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import silu
+
+from localrun.cpu.bridge import joined
+from localrun.models import names
+from localrun.models.config import Config
+
+if TYPE_CHECKING:
+    from localrun.cpu.weights import Weights
+
+# Below this the sum of the chosen affinities is not divided by: float16's smallest normal number, as in llama.cpp.
+_SMALLEST_SUM = 6.103515625e-5
+
+
+class MLP:
+    """down(silu(gate x) * up x)."""
+
+    def __init__(self, weights: Weights, index: int, prefix: str):
+        self.gate_proj, self.up_proj, self.down_proj = (
+            weights.linear(names.layer(index, f"{prefix}.{part}_proj")) for part in ("gate", "up", "down")
+        )
+        self._whole = joined(self.gate_proj, self.up_proj, self.down_proj)
+
+    def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """float32 (T, D) -> (T, D)."""
+        if self._whole is not None:
+            return self._whole(x_TD)
+        return self.down_proj(silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+
+    def begin(self, x_TD: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """As MoE.begin: there is nothing to wait for."""
+        out_TD = self(x_TD)
+        return lambda: out_TD
+
+
+def choose_experts(
+    logits_TE: torch.Tensor, bias_E: torch.Tensor | None, config: Config
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which experts each token goes to: ids int64 (T, K) and weights float32 (T, K).
+
+    The bias moves the choice and never the weights. Groups are ranked as the model was trained: by their best expert
+    (V2, softmax), or by the sum of their two best (V3, sigmoid with bias).
+    """
+    c = config
+    if c.scoring_func == "softmax_after_topk":
+        affinity_TE = logits_TE
+    else:
+        affinity_TE = logits_TE.sigmoid() if c.scoring_func == "sigmoid" else logits_TE.softmax(-1)
+    choice_TE = affinity_TE if bias_E is None else affinity_TE + bias_E
+    if c.n_group > 1:
+        choice_TE = _keep_best_groups(choice_TE, c)
+    ids_TK = choice_TE.topk(c.num_experts_per_tok, dim=-1).indices
+    weights_TK = affinity_TE.gather(-1, ids_TK)
+    if c.scoring_func == "softmax_after_topk":
+        weights_TK = weights_TK.softmax(-1)
+    if c.norm_topk_prob:
+        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp_min(_SMALLEST_SUM)
+    return ids_TK, weights_TK * c.routed_scaling_factor
+
+
+def _keep_best_groups(choice_TE: torch.Tensor, config: Config) -> torch.Tensor:
+    """Scores outside each token's topk_group best groups become -inf."""
+    members_TgE = choice_TE.unflatten(-1, (config.n_group, -1))
+    if config.scoring_func == "softmax":
+        scores_Tg = members_TgE.amax(-1)
+    else:
+        scores_Tg = members_TgE.topk(min(2, members_TgE.shape[-1]), dim=-1).values.sum(-1)
+    kept = torch.zeros_like(scores_Tg, dtype=torch.bool)
+    kept.scatter_(-1, scores_Tg.topk(config.topk_group, dim=-1).indices, True)
+    return members_TgE.masked_fill(~kept[..., None], float("-inf")).flatten(-2)
+
+
+class MoE:
+    """Routed experts by the router's choice, plus the shared ones for every token."""
+
+    def __init__(self, config: Config, weights: Weights, index: int):
+        self.config, self.choose_experts = config, weights.choose_experts
+        self.gate = weights.linear(names.layer(index, "mlp.gate"))
+        bias = names.layer(index, "mlp.gate.e_score_correction_bias")
+        self.e_score_correction_bias = weights.vector(bias) if weights.has(bias) else None
+        self.experts = weights.experts(index)
+        has_shared = weights.has(names.layer(index, "mlp.shared_experts.gate_proj"))
+        self.shared_experts = MLP(weights, index, "mlp.shared_experts") if has_shared else None
+
+    def begin(self, x_TD: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Start on float32 (T, D); the result's call waits for the routed experts and gives (T, D).
+
+        Routed experts elsewhere work while the shared ones do here, and until the call.
+        """
+        ids_TK, weights_TK = self.choose_experts(self.gate(x_TD), self.e_score_correction_bias, self.config)
+        finish = self.experts.begin(x_TD, ids_TK, weights_TK)
+        if self.shared_experts is None:
+            return finish
+        shared_TD = self.shared_experts(x_TD)
+        return lambda: finish() + shared_TD

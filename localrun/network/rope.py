@@ -1,0 +1,101 @@
+"""Rotary position embedding on consecutive pairs, with YaRN and linear scaling.
+
+Both architectures rotate pairs (x[2i], x[2i+1]): DeepSeek's weights are laid out so, and the converter permutes
+llama's. Sources: RoFormer (arXiv 2104.09864), YaRN (arXiv 2309.00071), llama.cpp 3f545becc ggml_rope_yarn and
+src/models/deepseek2.cpp, deepseek-ai/DeepSeek-V3 inference/model.py.
+"""
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from localrun.models.config import Config
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _yarn_ramp(config: Config) -> np.ndarray:
+    """Per pair: 0 keeps the trained frequency, 1 divides it by the factor (YaRN, eq. 23)."""
+    scaling, dim = config.rope_scaling, config.qk_rope_head_dim
+
+    def pair_with_rotations(n: float) -> float:
+        wavelength_length = scaling.original_max_position_embeddings / (n * 2 * math.pi)
+        return dim * math.log(wavelength_length) / (2 * math.log(config.rope_theta))
+
+    low = max(0, math.floor(pair_with_rotations(scaling.beta_fast)))
+    high = min(dim - 1, math.ceil(pair_with_rotations(scaling.beta_slow)))
+    return np.clip((np.arange(dim // 2) - low) / max(0.001, high - low), 0, 1)
+
+
+def frequencies(config: Config, factors: np.ndarray | None = None) -> np.ndarray:
+    """Radians a position, float64 (qk_rope_head_dim / 2,); `factors` divide them pair by pair (Llama 3)."""
+    dim, scaling = config.qk_rope_head_dim, config.rope_scaling
+    plain = config.rope_theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+    if factors is not None:
+        plain = plain / factors.astype(np.float64)
+    if scaling is None:
+        return plain
+    if scaling.type == "linear":
+        return plain / scaling.factor
+    ramp = _yarn_ramp(config)
+    return plain / scaling.factor * ramp + plain * (1 - ramp)
+
+
+def _yarn_mscale(scale: float, mscale: float) -> float:
+    return 1 + 0.1 * mscale * math.log(scale) if scale > 1 else 1.0
+
+
+def attention_scale(config: Config) -> float:
+    """What the scores of one head are multiplied by.
+
+    DeepSeek under YaRN: (1 + 0.1 * mscale_all_dim * ln factor)^2 / sqrt(d). Files without mscale_all_dim count as 1, as
+    in llama.cpp, which also leaves YaRN's magnitude on the rotated parts then (rotation_magnitude).
+    """
+    scaling = config.rope_scaling
+    scale = (config.head_dim or config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
+    if scaling is None or scaling.type != "yarn":
+        return scale
+    mscale = 1.0 if scaling.mscale_all_dim is None else scaling.mscale_all_dim
+    return scale * _yarn_mscale(scaling.factor, mscale) ** 2
+
+
+def rotation_magnitude(config: Config) -> float:
+    """The length that rotation gives to a unit vector: 1, but for YaRN files without mscale_all_dim."""
+    scaling = config.rope_scaling
+    if scaling is None or scaling.type != "yarn" or scaling.mscale_all_dim is not None:
+        return 1.0
+    return _yarn_mscale(scaling.factor, 1.0)
+
+
+class Rope:
+    """Turns pairs by position.
+
+    Attributes:
+        frequencies: float64 (R/2,), radians a position.
+        magnitude: the length that rotation gives to a unit vector.
+    """
+
+    def __init__(self, config: Config, factors: np.ndarray | None = None):
+        self.frequencies = frequencies(config, factors)
+        self.magnitude = rotation_magnitude(config)
+        self._last: tuple[tuple[int, int], torch.Tensor] | None = None  # what all layers of a step ask for
+
+    def turns(self, start: int, n_tokens: int) -> "torch.Tensor":
+        """Unit complex numbers (times the magnitude), complex64 (T, 1, R/2), for positions start..start+T-1."""
+        import torch
+
+        if self._last is None or self._last[0] != (start, n_tokens):
+            angles = np.outer(np.arange(start, start + n_tokens), self.frequencies)
+            turns = torch.from_numpy((self.magnitude * np.exp(1j * angles)).astype(np.complex64))[:, None]
+            self._last = (start, n_tokens), turns
+        return self._last[1]
+
+    @staticmethod
+    def rotate(x_THR: "torch.Tensor", turns: "torch.Tensor") -> "torch.Tensor":
+        """float32 (T, H, R) with each token's pairs turned by its position."""
+        import torch
+
+        pairs = torch.view_as_complex(x_THR.reshape(*x_THR.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * turns).flatten(-2)

@@ -1,0 +1,131 @@
+"""On which device a model runs: what the user asks for, what there is, and what fits there."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from localrun import hardware
+from localrun.errors import LocalrunError
+from localrun.gguf.file import GGUFFile
+from localrun.models import names
+from localrun.models.config import Config
+from localrun.models.expert_counts import read_usage
+from localrun.placement.context_fit import refusal
+from localrun.placement.placement import VRAM, Placement, Request, lay_out, runs_on_gpu
+
+Notice = Callable[[str], None]
+
+# Whether the GPU half has been run and measured on a card. Until then "auto" stays on the CPU.
+_MEASURED = False
+_ON_CPU = "interleaved rows run on the CPU only"
+_OPTIONS = "--vram, --gpu-experts, --expert-usage and --cache-bits"
+
+
+@dataclass(frozen=True)
+class Where:
+    """What the user asks for: the options of localrun.load. Raises LocalrunError on a wrong one.
+
+    Attributes:
+        vram: GiB of the card's memory that may be used; None for all that is free.
+        expert_usage: an importance matrix, whose counts say which experts go to the GPU first.
+        repack: whether experts are to be interleaved at load.
+    """
+
+    device: str = "auto"
+    vram: float | None = None
+    gpu_experts: int | str = "auto"
+    cache_bits: int = 16
+    expert_usage: str | os.PathLike[str] | None = None
+    repack: bool = False
+
+    def __post_init__(self) -> None:
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise LocalrunError(f"device '{self.device}'; expected auto, cpu or cuda")
+        if self.vram is not None and not 0 < self.vram < math.inf:
+            raise LocalrunError(f"{self.vram} GiB of VRAM; expected more than 0")
+        if self.n_experts != "auto" and not (isinstance(self.n_experts, int) and self.n_experts >= 0):
+            raise LocalrunError(f"'{self.gpu_experts}' experts of each layer on the GPU; expected auto, or 0 or more")
+        if self.cache_bits not in (16, 8):
+            raise LocalrunError(f"a cache of {self.cache_bits} bits; expected 16 or 8")
+        if self.device == "cuda" and self.repack:
+            raise LocalrunError(f"--repack with device 'cuda': {_ON_CPU}")
+        if self.device == "cpu" and self.asks_for_gpu:
+            raise LocalrunError(f"{_OPTIONS} are the GPU's; leave them out with --device cpu")
+
+    @property
+    def n_experts(self) -> int | str:
+        """gpu_experts, a number where it was given as text."""
+        given = self.gpu_experts
+        return int(given) if isinstance(given, str) and given.isdecimal() else given
+
+    @property
+    def asks_for_gpu(self) -> bool:
+        """Whether there is an option that only a GPU heeds."""
+        return (self.vram, self.gpu_experts, self.cache_bits, self.expert_usage) != (None, "auto", 16, None)
+
+
+def choose(where: Where, file: GGUFFile, config: Config, ctx: int, drafts: bool, notice: Notice) -> Placement:
+    """Where the model's parts go: on the GPU and in RAM if there is one that takes them, else all in RAM.
+
+    Args:
+        drafts: whether the model's layer for multi-token prediction, if it has one, will be used.
+        notice: told why the GPU is left out, where the user may wonder.
+
+    Raises:
+        LocalrunError: the GPU was asked for and cannot be used, or has too little memory; says what would fit. Or the
+            file of the experts' usage is none for this model, whether it is needed or not.
+    """
+    usage = None if where.expert_usage is None else _usage(where.expert_usage, file, config)
+    drafts = drafts and names.has_mtp(file, config)
+    on_cpu = Request(tuple(file.tensors.values()), config, ctx, hardware.free_ram(), mtp=drafts)
+    if where.device == "cpu":
+        return lay_out(on_cpu)
+    if where.device == "auto" and not _MEASURED:
+        _leave_out(where, config, notice)
+        return lay_out(on_cpu)
+    on_cpu_only = file.is_interleaved or where.repack
+    free, reason, is_news = (0, _ON_CPU, True) if on_cpu_only else _free_vram(config)
+    if not reason:
+        request = replace(on_cpu, vram=free, vram_free=free, gpu_experts=where.n_experts, cache_bits=where.cache_bits)
+        request = replace(request, usage=usage)
+        if where.vram is not None:
+            request = replace(request, vram=min(free, int(where.vram * 2**30)))
+        placement = lay_out(request)
+        if VRAM not in placement.short:  # RAM may be: mapped weights then come from the disk, on the CPU as well
+            return placement
+        reason, is_news = refusal(request), True
+    if where.device == "cuda":
+        raise LocalrunError(f"device 'cuda': {reason}")
+    if is_news or where.asks_for_gpu:
+        notice(f"{reason}; computing on the CPU")
+    return lay_out(on_cpu)
+
+
+def _usage(path: str | os.PathLike[str], file: GGUFFile, config: Config) -> dict[int, list[int]]:
+    layers = [i for i in range(config.num_hidden_layers) if names.layer(i, "mlp.gate") in file.tensors]
+    return read_usage(path, layers, config.n_routed_experts)
+
+
+def _leave_out(where: Where, config: Config, notice: Notice) -> None:
+    """Say how to try the GPU if there is one, or if there are options for it."""
+    from localrun.gpu import available
+
+    if card := available.card() if runs_on_gpu(config) else "":
+        notice(f"{card} is not used: this version has never run on a GPU; computing on the CPU, --device cuda tries it")
+    elif where.asks_for_gpu:
+        notice(f"{_OPTIONS} have no effect without --device cuda; computing on the CPU")
+
+
+def _free_vram(config: Config) -> tuple[int, str, bool]:
+    """Bytes of VRAM that are free; else why the GPU is not used, and whether that may surprise."""
+    if not runs_on_gpu(config):
+        return 0, "the GPU runs latent attention only, and this model's is grouped", False
+    from localrun.gpu import available
+
+    found = available.find()
+    if isinstance(found, available.NoGpu):
+        return 0, found.reason, found.has_card
+    return found.free, "", False

@@ -1,0 +1,368 @@
+"""Where each tensor of a model lives, GPU or RAM, and what that takes in bytes. Pure: no torch, no files, no devices.
+
+On the GPU go attention with the whole KV cache, norms, routers, shared experts, dense layers, embedding and head;
+routed experts stay in RAM. What VRAM is left takes whole experts: the most used ones of all layers where counts are
+known, else all experts of a layer, layer by layer. A tensor has one home, or two that share its experts: no weight lies
+twice in RAM.
+
+The layer for multi-token prediction stays in RAM with all its tensors and runs there: it only makes drafts, which may
+be slow or missing without changing a reply, and V3's would take 1.5 GB of VRAM from layers that every token needs.
+Where it has no head of its own, it reads the model's, which is then needed in RAM as well.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from types import MappingProxyType
+from typing import Any, Protocol
+
+from localrun.errors import LocalrunError
+from localrun.models.config import Config
+from localrun.models.names import EMBED_TOKENS, LM_HEAD, mtp_shared
+from localrun.models.summary import group_of
+
+GPU, CPU, BOTH = "cuda", "cpu", "both"  # homes of a tensor; both: some of its experts here, the others there
+VRAM, RAM = "VRAM", "RAM"
+
+CHUNK = 512  # tokens of a prompt evaluated at a time: session.PREFILL_CHUNK
+CTX_STEP = 256  # contexts that are proposed are multiples of it
+ATTENTION_WORK_BYTES = 1 << 26  # attention._WORK_BYTES: keys and values at a time
+GPU_ATTENTION_WORK_BYTES = 1 << 28  # the same on the GPU: gpu.attention._WORK_BYTES
+# What comes with a CUDA process besides tensors: kernels, graphs, the allocator's rounding. Assumed.
+RESERVE_BYTES = 1 << 28
+_SCALE_BYTES = 4  # of each row of 8-bit values
+
+EXPERTS, MTP = "routed experts", "multi-token prediction"
+_LABELS = {"other": "routers and norms", "mtp": MTP}
+
+
+class TensorLike(Protocol):
+    """What is asked of a tensor: a GGUFFile's and a planned one have it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def n_bytes(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be placed, and where there is room.
+
+    Attributes:
+        ctx, batch: tokens of a context; contexts at a time.
+        ram: bytes that may be used.
+        vram: bytes that may be used; None to leave the GPU out.
+        vram_free: what the card has, if vram was set to less.
+        gpu_experts: routed experts of each layer to keep in VRAM, or "auto" for as many as there is room for.
+        cache_bits: of a cached value on the GPU: 16 or 8. In RAM it has 16.
+        usage: how often each expert was chosen, by layer.
+        mtp: whether the layer for multi-token prediction makes drafts; else it stays on the disk.
+        runner_bytes: RAM of the program itself that ram still includes.
+    """
+
+    tensors: tuple[TensorLike, ...]
+    config: Config
+    ctx: int
+    ram: int
+    vram: int | None = None
+    vram_free: int | None = None
+    batch: int = 1
+    gpu_experts: int | str = "auto"
+    cache_bits: int = 16
+    usage: Mapping[int, Sequence[int]] | None = None
+    mtp: bool = False
+    runner_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a memory table: where ("RAM", "VRAM", "disk"), what, bytes."""
+
+    where: str
+    what: str
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Homes and bytes.
+
+    Attributes:
+        device: where the network runs: "cuda", with experts in RAM on the CPU, or "cpu".
+        tensors: name -> "cuda", "cpu" or "both".
+        experts: layer with routed experts -> ids of those in VRAM, ascending.
+        n_experts: of a layer.
+        rows: the memory table.
+        available: bytes that may be used, by memory.
+    """
+
+    device: str
+    ctx: int
+    batch: int
+    cache_bits: int
+    tensors: Mapping[str, str]
+    experts: Mapping[int, tuple[int, ...]]
+    n_experts: int
+    rows: tuple[Row, ...]
+    available: Mapping[str, int]
+
+    @property
+    def needed(self) -> dict[str, int]:
+        """Bytes by memory."""
+        return {where: sum(row.n_bytes for row in self.rows if row.where == where) for where in self.available}
+
+    @property
+    def short(self) -> tuple[str, ...]:
+        """The memories that are too small."""
+        return tuple(where for where, n_bytes in self.needed.items() if n_bytes > self.available[where])
+
+    def n_bytes(self, where: str, what: str) -> int:
+        """A row's bytes; 0 if there is none."""
+        return sum(row.n_bytes for row in self.rows if (row.where, row.what) == (where, what))
+
+    def shortage(self) -> str:
+        """ "386.0 GiB of RAM (60.0 GiB usable)", for each memory that is too small."""
+        return shortage(self.needed, self.available)
+
+    def facts(self) -> dict[str, Any]:
+        """The same as JSON has it; all experts of a layer are "all", tensors of successive layers share a name."""
+        homes = {home: _spans(n for n, at in self.tensors.items() if at == home) for home in (GPU, BOTH, CPU)}
+        return {
+            "device": self.device,
+            "ctx": self.ctx,
+            "batch": self.batch,
+            "cache_bits": self.cache_bits,
+            "rows": [{"where": row.where, "what": row.what, "bytes": row.n_bytes} for row in self.rows],
+            "needed": self.needed,
+            "available": dict(self.available),
+            "fits": not self.short,
+            "experts_in_vram": {
+                str(layer): "all" if len(ids) == self.n_experts else list(ids)
+                for layer, ids in self.experts.items()
+                if ids
+            },
+            "tensors": {home: names for home, names in homes.items() if names},
+        }
+
+
+def lay_out(request: Request) -> Placement:
+    """The placement, whether it fits or not: see Placement.short. Raises LocalrunError on a setting without sense."""
+    parts = _Parts(request.tensors, request.config)
+    _check(request, parts)
+    experts = {layer.index: () for layer in parts.moe}
+    if request.vram is None:
+        rows, available = list(_cpu_rows(request, parts, experts)), {RAM: request.ram}
+    else:
+        gpu_rows = list(_gpu_rows(request, parts))
+        left = request.vram - sum(row.n_bytes for row in gpu_rows)
+        experts = _choose(request, parts.moe, left)
+        gpu_rows.insert(len(parts.groups), Row(VRAM, EXPERTS, _expert_bytes(parts.moe, experts)))
+        rows = gpu_rows + list(_cpu_rows(request, parts, experts))
+        available = {VRAM: request.vram, RAM: request.ram}
+    return Placement(
+        device=CPU if request.vram is None else GPU,
+        ctx=request.ctx,
+        batch=request.batch,
+        cache_bits=16 if request.vram is None else request.cache_bits,
+        tensors=MappingProxyType(_homes(request, parts, experts)),
+        experts=MappingProxyType(experts),
+        n_experts=request.config.n_routed_experts,
+        rows=tuple(row for row in rows if row.n_bytes),
+        available=MappingProxyType(available),
+    )
+
+
+def runs_on_gpu(config: Config) -> bool:
+    """Whether the GPU has kernels for the model's attention: latent attention only."""
+    return config.kv_lora_rank > 0
+
+
+def cache_bytes_per_token(config: Config, bits: int) -> int:
+    """Bytes that all layers keep of a token; of 8 bits are latents, which have a scale, while rotated keys keep 16."""
+    if bits == 16 or not runs_on_gpu(config):
+        return config.kv_bytes_per_token
+    return config.num_hidden_layers * (config.kv_lora_rank + 2 * config.qk_rope_head_dim + _SCALE_BYTES)
+
+
+def work_bytes(config: Config) -> int:
+    """Of the CPU: activations of one chunk, logits of a token, attention."""
+    return activation_bytes(config) + 4 * config.vocab_size + ATTENTION_WORK_BYTES
+
+
+def gpu_work_bytes(config: Config) -> int:
+    """Of the GPU: activations of one chunk, logits of all its tokens, attention."""
+    return activation_bytes(config) + 4 * CHUNK * config.vocab_size + GPU_ATTENTION_WORK_BYTES
+
+
+def activation_bytes(config: Config, n_tokens: int = CHUNK) -> int:
+    """Of so many tokens at a time, in float32: the widest layer's inputs and outputs, queries."""
+    c = config
+    heads = c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim + c.head_dim)
+    inner = max(c.intermediate_size, c.num_experts_per_tok * c.moe_intermediate_size)
+    return 4 * n_tokens * (4 * c.hidden_size + heads + 3 * inner)
+
+
+def staging_bytes(config: Config) -> int:
+    """Page-locked RAM: a chunk's hidden vectors and the experts' sums, float32, its choices (int64) and weights."""
+    return CHUNK * (2 * 4 * config.hidden_size + (8 + 4) * config.num_experts_per_tok)
+
+
+def shortage(needed: Mapping[str, int], available: Mapping[str, int]) -> str:
+    """ "386.0 GiB of RAM (60.0 GiB usable)", for each memory that is too small."""
+    short = [where for where in needed if needed[where] > available[where]]
+    return ", ".join(f"{gib(needed[w])} of {w} ({gib(max(0, available[w]))} usable)" for w in short)
+
+
+def gib(n_bytes: float) -> str:
+    """ "1.5 GiB"."""
+    return f"{n_bytes / 2**30:.1f} GiB"
+
+
+# --- a model by what belongs together
+
+
+@dataclass(frozen=True)
+class _MoeLayer:
+    """A layer's routed experts: its index, bytes of all of them, and of each."""
+
+    index: int
+    n_bytes: int
+    expert_bytes: int
+
+
+class _Parts:
+    """The tensors by group (bytes), the routed experts by layer, and what multi-token prediction reads."""
+
+    def __init__(self, tensors: Iterable[TensorLike], config: Config) -> None:
+        self.group_of: dict[str, str] = {}
+        self.groups: dict[str, int] = {}  # without routed experts and multi-token prediction
+        moe: dict[int, int] = {}
+        self.mtp = 0
+        sizes = {tensor.name: tensor.n_bytes for tensor in tensors}
+        for name, n_bytes in sizes.items():
+            layer = _layer_of(name)
+            group = "mtp" if layer is not None and layer >= config.num_hidden_layers else group_of(name)
+            self.group_of[name] = group
+            if group == "mtp":
+                self.mtp += n_bytes
+            elif group == EXPERTS:
+                moe[layer] = moe.get(layer, 0) + n_bytes
+            else:
+                self.groups[group] = self.groups.get(group, 0) + n_bytes
+        self.moe = [_MoeLayer(i, size, size // config.n_routed_experts) for i, size in sorted(moe.items())]
+        if EMBED_TOKENS in sizes and LM_HEAD not in sizes:  # one tensor is both
+            self.groups["head"] = self.groups.pop("embedding")
+        _, head = mtp_shared(sizes.__contains__, config.num_hidden_layers)
+        self.mtp_head = sizes.get(head, 0) if self.mtp and head in (LM_HEAD, EMBED_TOKENS) else 0
+
+
+def _layer_of(name: str) -> int | None:
+    match = re.match(r"blk\.(\d+)\.", name)
+    return None if match is None else int(match[1])
+
+
+def _check(request: Request, parts: _Parts) -> None:
+    wanted, n_experts = request.gpu_experts, request.config.n_routed_experts if parts.moe else 0
+    if wanted != "auto" and not (isinstance(wanted, int) and 0 <= wanted <= n_experts):
+        raise LocalrunError(f"{wanted} experts of each layer on the GPU; expected auto, or 0 to {n_experts}")
+    if request.cache_bits not in (8, 16):
+        raise LocalrunError(f"a cache of {request.cache_bits} bits; expected 16 or 8")
+    if request.ctx < 1 or request.batch < 1:
+        raise LocalrunError(f"{request.batch} contexts of {request.ctx} tokens; expected 1 or more of each")
+    for layer, counts in (request.usage or {}).items():
+        if layer not in [each.index for each in parts.moe] or len(counts) != n_experts or min(counts) < 0:
+            raise LocalrunError(f"the experts' usage does not fit the model: {len(counts)} counts for layer {layer}")
+
+
+# --- who goes where
+
+
+def _choose(request: Request, moe: Sequence[_MoeLayer], left: int) -> dict[int, tuple[int, ...]]:
+    """Ids of the experts in VRAM by layer."""
+    usage, everyone = request.usage or {}, range(request.config.n_routed_experts)
+    if isinstance(request.gpu_experts, int):
+        n = request.gpu_experts
+        ranked = {layer.index: sorted(everyone, key=lambda e, at=layer.index: -_count(usage, at, e)) for layer in moe}
+        return {index: tuple(sorted(ids[:n])) for index, ids in ranked.items()}
+    if not usage:
+        candidates = [(layer.index, tuple(everyone), layer.n_bytes) for layer in moe]
+    else:  # a byte in VRAM saves as many bytes read from RAM as its expert is used
+        ones = [(layer.index, (e,), layer.expert_bytes) for layer in moe for e in everyone]
+        candidates = sorted(ones, key=lambda one: -_count(usage, one[0], one[1][0]))
+    chosen: dict[int, list[int]] = {layer.index: [] for layer in moe}
+    for index, ids, n_bytes in candidates:
+        if n_bytes <= left:
+            chosen[index].extend(ids)
+            left -= n_bytes
+    return {index: tuple(sorted(ids)) for index, ids in chosen.items()}
+
+
+def _count(usage: Mapping[int, Sequence[int]], layer: int, expert: int) -> int:
+    return usage[layer][expert] if layer in usage else 0
+
+
+def _expert_bytes(moe: Sequence[_MoeLayer], experts: Mapping[int, Sequence[int]]) -> int:
+    """Bytes of the experts that are named."""
+    return sum(len(experts[layer.index]) * layer.expert_bytes for layer in moe)
+
+
+def _gpu_rows(request: Request, parts: _Parts) -> Iterator[Row]:
+    """What is in VRAM whatever the experts."""
+    for group, n_bytes in parts.groups.items():
+        yield Row(VRAM, _LABELS.get(group, group), n_bytes)
+    yield Row(VRAM, "KV cache", request.batch * request.ctx * cache_bytes_per_token(request.config, request.cache_bits))
+    yield Row(VRAM, "work memory", gpu_work_bytes(request.config))
+    yield Row(VRAM, "reserve", RESERVE_BYTES)
+
+
+def _cpu_rows(request: Request, parts: _Parts, experts: Mapping[int, Sequence[int]]) -> Iterator[Row]:
+    c, on_gpu = request.config, request.vram is not None
+    if not on_gpu:
+        for group, n_bytes in parts.groups.items():
+            yield Row(RAM, _LABELS.get(group, group), n_bytes)
+    in_vram = _expert_bytes(parts.moe, experts)
+    yield Row(RAM, EXPERTS, sum(layer.n_bytes for layer in parts.moe) - in_vram)
+    if request.mtp:
+        yield Row(RAM, MTP, parts.mtp)
+        yield Row(RAM, "head, for multi-token prediction", parts.mtp_head if on_gpu else 0)
+    if not on_gpu:
+        yield Row(RAM, "KV cache", request.batch * request.ctx * c.kv_bytes_per_token)
+    yield Row(RAM, "work memory", work_bytes(c) + (staging_bytes(c) if on_gpu else 0))
+    yield Row(RAM, "the runner itself", request.runner_bytes)
+
+
+def _homes(request: Request, parts: _Parts, experts: Mapping[int, Sequence[int]]) -> dict[str, str]:
+    """Each tensor's device."""
+    if request.vram is None:
+        return dict.fromkeys(parts.group_of, CPU)
+    homes = {}
+    for name, group in parts.group_of.items():
+        homes[name] = CPU if group == "mtp" else GPU
+        if group == EXPERTS:
+            n_here = len(experts[_layer_of(name)])
+            homes[name] = CPU if n_here == 0 else GPU if n_here == request.config.n_routed_experts else BOTH
+    return homes
+
+
+def _spans(names: Iterable[str]) -> list[str]:
+    """Names with layers that follow each other put together: "blk.3-60.attn_norm.weight"."""
+    layers: dict[str, list[int]] = {}
+    spans = []
+    for name in names:
+        layer = _layer_of(name)
+        if layer is None:
+            spans.append(name)
+        else:
+            layers.setdefault(name.split(".", 2)[2], []).append(layer)
+    for rest, indices in layers.items():
+        for _, run in groupby(enumerate(sorted(indices)), key=lambda pair: pair[1] - pair[0]):
+            run = [index for _, index in run]
+            which = f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0])
+            spans.append(f"blk.{which}.{rest}")
+    return sorted(spans)

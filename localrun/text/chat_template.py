@@ -1,0 +1,128 @@
+"""A conversation to the text a model was trained on, by the Jinja template in its file.
+
+The template is a program that came with the weights, so it runs in a sandbox, in a short-lived process with limits on
+memory, time and output (template_child.py). Costs about 0.1 s a rendering.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from localrun.errors import LocalrunError
+from localrun.gguf.file import GGUFFile
+from localrun.text.tokenizer import Tokenizer
+
+MAX_SOURCE = 256 * 1024  # characters; the longest of published models has some 40,000
+MAX_TEXT = 16 * 1024 * 1024  # characters; a million tokens of English take 5 million
+MEMORY_BYTES = 512 * 1024 * 1024  # address space; Python and Jinja take 40 MB
+TIME_S = 5.0
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""What llama.cpp takes for a model without a template (common/chat.cpp, common_chat_templates_init)."""
+CHATML_STOP = "<|im_end|>"  # ends a reply; in the vocabulary of a model without a template it is plain text
+
+
+class TemplateError(LocalrunError):
+    """A chat template that is broken, refuses the conversation, or runs into a limit."""
+
+
+class ChatTemplate:
+    """A template with the texts of its control tokens. Rendering never runs the template in this process."""
+
+    def __init__(self, source: str, *, bos_token: str, eos_token: str) -> None:
+        if len(source) > MAX_SOURCE:
+            raise TemplateError(f"the chat template has {len(source)} characters, expected at most {MAX_SOURCE}")
+        self.source, self.bos_token, self.eos_token = source, bos_token, eos_token
+
+    def render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
+        """The conversation as text, control tokens written out.
+
+        Args:
+            messages: {"role": "system" | "user" | "assistant", "content": text} each.
+            add_generation_prompt: end where the assistant's reply starts.
+
+        Raises TemplateError if the template is broken, refuses the messages, or runs into a limit.
+        """
+        variables = {
+            "messages": messages,
+            "add_generation_prompt": add_generation_prompt,
+            "bos_token": self.bos_token,
+            "eos_token": self.eos_token,
+            "tools": None,
+            "documents": None,
+        }
+        answer = _in_child(self.source, variables)
+        if "error" in answer:
+            raise TemplateError(f"the chat template failed: {answer['error']}")
+        return answer["text"]
+
+
+def chat_template(file: GGUFFile, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The template of the file, or None if it has none. Raises TemplateError if it is too long."""
+    source = file.string("tokenizer.chat_template", "")
+    if not source.strip():
+        return None
+    return ChatTemplate(
+        source, bos_token=_text(tokenizer, tokenizer.bos_id), eos_token=_text(tokenizer, tokenizer.eos_id)
+    )
+
+
+def chat_ids(template: ChatTemplate, tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
+    """The ids that a reply to messages continues: control tokens read as such, and one BOS where one is due."""
+    ids = tokenizer.encode(template.render(messages), add_special=False, parse_special=True)
+    if tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
+        ids.insert(0, tokenizer.bos_id)
+    return ids
+
+
+def _text(tokenizer: Tokenizer, id: int | None) -> str:
+    return "" if id is None else tokenizer.decode([id], special=True)
+
+
+def _in_child(source: str, variables: dict[str, Any]) -> dict[str, str]:
+    """The child's answer. Files, not pipes: the system then bounds what the child can write, and nothing can block."""
+    request = {
+        "path": [os.path.abspath(entry) for entry in sys.path],
+        "limits": {
+            "memory_bytes": MEMORY_BYTES,
+            "output_bytes": 8 * MAX_TEXT,  # JSON writes a character as up to 6 bytes
+            "cpu_s": round(TIME_S) + 1,
+            "chars": MAX_TEXT,
+        },
+        "source": source,
+        "variables": variables,
+    }
+    with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout:
+        stdin.write(json.dumps(request).encode())
+        stdin.seek(0)
+        code = _run([sys.executable, "-I", "-S", str(Path(__file__).with_name("template_child.py"))], stdin, stdout)
+        stdout.seek(0)
+        answer = stdout.read()
+    if not answer:
+        raise TemplateError(f"the chat template failed: it ended its process (exit code {code})")
+    return json.loads(answer)
+
+
+def _run(command: list[str], stdin: Any, stdout: Any) -> int:
+    try:
+        return subprocess.run(
+            command,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=subprocess.DEVNULL,
+            timeout=TIME_S,
+            start_new_session=True,  # Ctrl-C is for the parent to deal with
+        ).returncode
+    except subprocess.TimeoutExpired:
+        raise TemplateError(f"the chat template failed: it takes more than {TIME_S:g} s") from None
+    except OSError as error:
+        raise TemplateError(f"the chat template cannot be run: {sys.executable}: {error.strerror}") from None
