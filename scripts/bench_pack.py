@@ -23,7 +23,7 @@ from quant.quantize import tensor
 from quant.target import isa
 from quant.threads.pool import Pool
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 import ggml
 
 

@@ -21,7 +21,7 @@ from localrun.bundled import model_path
 from localrun.convert.gguf_source import GGUFSource, read_model
 from localrun.convert.imatrix import Importances
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 import llama_quantize
 
 

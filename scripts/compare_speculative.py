@@ -28,7 +28,7 @@ from localrun.generate.speculative import Speculation
 from localrun.measure import bench
 from localrun.text.chat_template import chat_ids
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 from forced_draft import ForcedDraft
 
 SETTINGS = (1, 2, 3, 4, "auto")

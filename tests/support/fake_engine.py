@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from paths import DATA
 
 import localrun
 from localrun.errors import LocalrunError
@@ -18,7 +19,7 @@ from localrun.gguf.file import open_gguf
 from localrun.text.chat_template import CHATML, ChatTemplate
 
 END = 0
-_FILE = Path(__file__).parent / "data" / "vocab" / "ggml-vocab-gpt-2.gguf"  # for metadata; its vocabulary is not used
+_FILE = DATA / "vocab" / "ggml-vocab-gpt-2.gguf"  # for metadata; its vocabulary is not used
 
 
 class Tokenizer:

@@ -5,6 +5,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from paths import DATA
 
 from localrun.bundled import model_path
 from localrun.gguf.file import open_gguf
@@ -84,7 +85,7 @@ def test_the_demo_model() -> None:
 
 
 def test_a_file_without_tensors() -> None:
-    path = Path(__file__).parent / "data" / "vocab" / "ggml-vocab-gpt-2.gguf"
+    path = DATA / "vocab" / "ggml-vocab-gpt-2.gguf"
     with open_gguf(path) as file:
         found = facts(file)
     assert (found["parameters"], found["bits_per_weight"], found["tensors"]) == (0, None, [])

@@ -13,6 +13,7 @@ from typing import Any
 import gguf
 import pytest
 import tiny_models
+from paths import SCRIPTS
 
 import localrun
 from cli.main import run as command
@@ -238,7 +239,7 @@ def test_settings_that_a_caller_gets_wrong() -> None:
 
 
 def test_the_experts_script() -> None:
-    script = Path(__file__).parent.parent / "scripts" / "bench_experts.py"
+    script = SCRIPTS / "bench_experts.py"
     sizes = ["--hidden", "512", "--inner", "256", "--experts", "4", "--top-k", "2"]
     done = subprocess.run(
         [sys.executable, script, *sizes, "--tokens", "1,9", "-r", "1"], capture_output=True, text=True, timeout=300

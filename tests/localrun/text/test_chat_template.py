@@ -5,6 +5,7 @@ from pathlib import Path
 
 import gguf
 import pytest
+from paths import DATA
 
 from localrun.errors import GGUFError, LocalrunError
 from localrun.gguf.file import open_gguf
@@ -12,8 +13,8 @@ from localrun.text import template_child
 from localrun.text.chat_template import CHATML, MAX_SOURCE, ChatTemplate, TemplateError, chat_ids, chat_template
 from localrun.text.tokenizer import Tokenizer
 
-TEMPLATES = sorted((Path(__file__).parent / "data" / "templates").glob("*.jinja"))
-VOCABULARY = Path(__file__).parent / "data" / "vocab" / "ggml-vocab-gpt-2.gguf"
+TEMPLATES = sorted((DATA / "templates").glob("*.jinja"))
+VOCABULARY = DATA / "vocab" / "ggml-vocab-gpt-2.gguf"
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 CHAT = [
     {"role": "system", "content": "You are terse."},

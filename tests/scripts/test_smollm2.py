@@ -3,10 +3,10 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-TEXT = Path(__file__).parent / "data" / "text" / "wikitext2.txt"
+from paths import DATA, ROOT
+
+TEXT = DATA / "text" / "wikitext2.txt"
 
 
 def output_of(*command: str) -> dict:

@@ -5,7 +5,6 @@ import hashlib
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import ggml
 import gguf
@@ -14,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from paths import ROOT, SUPPORT, TESTS
 
 from quant.errors import QuantError
 from quant.formats import registry
@@ -170,10 +170,9 @@ def digest() -> str:
 
 @pytest.mark.parametrize("level", [level for level in isa.LEVELS if level != isa.LEVEL and isa.has(level)])
 def test_bytes_do_not_depend_on_the_cpu(level):
-    folder = Path(__file__).parent
     done = subprocess.run(
-        [sys.executable, "-c", "import test_pack; print(test_pack.digest())"],
-        env=os.environ | {"LOCALRUN_ISA": level, "PYTHONPATH": f"{folder}:{folder.parent}"},
+        [sys.executable, "-c", "import test_quantize; print(test_quantize.digest())"],
+        env=os.environ | {"LOCALRUN_ISA": level, "PYTHONPATH": f"{SUPPORT}:{TESTS / 'quant'}:{ROOT}"},
         capture_output=True,
         text=True,
     )

@@ -13,13 +13,13 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import kernels
 import numpy as np
 import pytest
 from llvmlite import ir
 from numba import types
+from paths import SUPPORT
 
 from quant.errors import QuantError
 from quant.gemm.amx_emulated import EmulatedTiles
@@ -29,13 +29,12 @@ from quant.target import amx, isa
 from quant.target.jit import kernel
 from quant.threads.pool import aligned_bytes
 
-FOLDER = Path(__file__).parent
 vnni = pytest.mark.skipif(not isa.has("avx512_vnni"), reason="emulated tiles are AVX-512 VNNI code")
 
 
 def run(script: str, *arguments: str, **variables: str) -> str:
     """stdout of one of this folder's programs."""
-    command = [sys.executable, str(FOLDER / script), *arguments]
+    command = [sys.executable, str(SUPPORT / script), *arguments]
     done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

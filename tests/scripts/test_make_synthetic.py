@@ -11,10 +11,11 @@ import gguf
 import llama_cpp_oracle
 import numpy as np
 import pytest
+from paths import SCRIPTS
 
 import localrun
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "make_synthetic.py"
+SCRIPT = SCRIPTS / "make_synthetic.py"
 script = runpy.run_path(str(SCRIPT))
 
 

@@ -7,7 +7,6 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -15,9 +14,8 @@ import pytest
 import tiny_models
 from gpu_dense import use_dense
 from gpu_device import HAS_GPU, gpu
+from paths import SCRIPTS
 from test_gpu_hybrid import V3
-
-SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
 @pytest.fixture

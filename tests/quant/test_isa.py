@@ -25,7 +25,7 @@ def test_detected_level_has_all_its_features():
 def test_kernels_at_a_lower_level(level):
     tests = [
         str(Path(__file__).with_name(f"test_{name}.py"))
-        for name in ("formats", "r16", "linear", "panel", "experts", "pack")
+        for name in ("formats", "r16", "linear", "packed", "experts", "quantize")
     ]
     done = run(level, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import gguf
 import pytest
+from paths import DATA
 
 from localrun.bundled import model_path
 from localrun.errors import GGUFError, LocalrunError
 from localrun.text.tokenizer import MAX_TOKEN_BYTES, Tokenizer
 
-VOCABULARIES = Path(__file__).parent / "data" / "vocab"
+VOCABULARIES = DATA / "vocab"
 NAMES = ("deepseek-coder", "deepseek-llm", "gpt-2", "llama-spm")
 SEPARATOR = "\n__ggml_vocab_test__\n"
 

@@ -16,20 +16,20 @@ import hf_checkpoints
 import numpy as np
 import pytest
 import torch
+from paths import SCRIPTS
 from tokenizers import Tokenizer
 
 import localrun
 from cli.main import run as run_localrun
 from localrun.convert import Options, convert, make_plan, pretokenizers
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from miniature import compare, data, evaluate, precision, quality, training  # noqa: E402
-from miniature.config import Config  # noqa: E402
-from miniature.export import export  # noqa: E402
-from miniature.model import Model, cross_entropy  # noqa: E402
-from miniature.routing import Router  # noqa: E402
+from miniature import compare, data, evaluate, precision, quality, training
+from miniature.config import Config
+from miniature.export import export
+from miniature.model import Model, cross_entropy
+from miniature.routing import Router
 
 TINY = Config(
     vocab_size=320,

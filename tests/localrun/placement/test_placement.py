@@ -2,7 +2,7 @@
 
 The golden tables (tests/golden/placement.json) hold what is placed on common cards for three models. Written by
 
-    python tests/test_placement.py
+    PYTHONPATH=tests/support python tests/localrun/placement/test_placement.py
 
 and a change of them is a change of what users get: read the difference before it is committed.
 """
@@ -13,13 +13,13 @@ import json
 import re
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import TESTS
 
 from localrun.errors import LocalrunError
 from localrun.gguf.file import open_gguf
@@ -30,7 +30,7 @@ from localrun.placement.placement import Request, lay_out
 from localrun.plan.shapes import ModelShape, load_model
 
 GIB = 1 << 30
-GOLDEN = Path(__file__).parent / "golden" / "placement.json"
+GOLDEN = TESTS / "golden" / "placement.json"
 CARDS = (8, 12, 16, 24, 32, 48)  # GB
 DRIVER = 0.6 * GIB  # what the planner's machines take for it
 RAM_OF = {"deepseek-v2-lite": 16 * GIB, "deepseek-v3": 512 * GIB, "kimi-k2": 640 * GIB}

@@ -52,7 +52,7 @@ OPTIONS = {
         *["-f", "--file", "-o", "--output", "-c", "--ctx", "--chunks", "--device", "-t", "--threads"],
         *["--json", "-v", "--verbose"],
     ],
-    "plan": [],  # a group: the options of its commands are in tests/test_plan_cli.py
+    "plan": [],  # a group: the options of its commands are in tests/cli/test_plan_cli.py
     "perplexity": [
         *["-f", "--file", "-c", "--ctx", "--chunks", *DEVICE, "-t", "--threads", "--backend"],
         *["--json", "-v", "--verbose"],

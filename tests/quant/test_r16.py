@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from test_experts import random_case, run
 from test_formats import any_bytes, oracle, same_bits
-from test_step import rows_by_step
+from test_program import rows_by_step
 from test_step_experts import SMALL, Layer
 
 from quant.decode.program import MOST_TOKENS, Program
@@ -170,7 +170,7 @@ def test_nan_reaches_its_row_only(name: str) -> None:
 @pytest.mark.skipif(packed.find(registry.get("Q4_K")) is None, reason="no integer tile at this ISA level")
 @pytest.mark.parametrize("name", NAMES)
 def test_repacked_blocks_are_the_weights(name: str) -> None:
-    from test_panel import unpacked  # skips whatever imports it where there are no panels
+    from test_packed import unpacked  # skips whatever imports it where there are no panels
 
     raw, format_ = (
         kernels.random_blocks(plain(name), (16, 768), np.random.default_rng(0)),

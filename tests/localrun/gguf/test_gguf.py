@@ -19,11 +19,12 @@ from gguf import GGMLQuantizationType, GGUFValueType
 from gguf_cases import BROKEN, DATA, F32, KEYS, Q4_0, Q4_K, SOUND, TENSORS, VALUES, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import TESTS
 
 from localrun.errors import GGUFError
 from localrun.gguf.file import GGUFFile, open_gguf
 
-VOCAB_DIR = Path(__file__).parent / "data" / "vocab"
+VOCAB_DIR = TESTS / "data" / "vocab"
 VOCABS = ("deepseek-coder", "deepseek-llm", "gpt-2", "llama-spm")
 
 

@@ -18,7 +18,7 @@ import tiny_models
 import torch
 from test_engine import QUANTIZED_TOLERANCE, SESSION_TOLERANCE
 from test_logits import MIXES, error, rms_error
-from test_step import LATE, add_late
+from test_program import LATE, add_late
 
 import localrun
 from localrun.engine import Engine

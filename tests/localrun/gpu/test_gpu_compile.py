@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from gpu_device import compiled_environment
+from paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 # A few for each capability, so that all kernels and ways of reading blocks are among them and a minute is enough; all
 # there are: `python tests/gpu_compile.py --capability 80`.
 CHOSEN = {
@@ -29,7 +29,7 @@ SHARED_BYTES = 99 << 10  # a block's on consumer cards (CUDA programming guide, 
 
 
 def compiled(capability: int, variants: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tests/gpu_compile.py", "--capability", str(capability), *variants]
+    command = [sys.executable, "tests/support/gpu_compile.py", "--capability", str(capability), *variants]
     environment = compiled_environment() | {"PYTHONPATH": str(ROOT)} | variables
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
