@@ -3,9 +3,11 @@
 from collections.abc import Callable, Collection
 from importlib import import_module
 
-# In the order of their imports, so that each step of the progress compiles its own part.
+# The modules whose kernels every model needs.
 _MODULES = {
     "quant.threads.pool": "worker pool",
+    "quant.gemm.microkernel": "micro-kernels",
+    "quant.gemm.pack_tokens": "packing of tokens",
     "quant.gemm.linear": "products of many tokens",
     "quant.ops.linear": "matrix products",
     "quant.gemm.experts": "experts of many tokens",
@@ -29,6 +31,7 @@ def prepare(
         notice: called with one line if there is something to compile and no progress to show it by.
     """
     from quant.formats import registry
+    from quant.gemm.packed import repack_of
     from quant.target import jit
 
     if progress is None and not jit.has_kernels():
@@ -37,12 +40,13 @@ def prepare(
     for done, (module, what) in enumerate(_MODULES.items()):
         if progress is not None:
             progress(done, total, f"Kernels: {what}")
-        import_module(module)
-    from quant.gemm import packed  # only now: importing it compiles it, which the loop above has shown
-
+        jit.compile_kernels(import_module(module))
     for done, type_name in enumerate(sorted(types), len(_MODULES)):
         if progress is not None:
             progress(done, total, f"Kernels: {type_name}")
-        packed.find(registry.get(type_name))
+        format_ = registry.get(type_name)
+        for kernel in (format_.gemv, format_.gemv_few, format_.expand, repack_of(format_)):
+            if kernel:
+                kernel.compiled  # noqa: B018 (asking is compiling)
     if progress is not None:
         progress(total, total, "Kernels")

@@ -293,7 +293,7 @@ def attend_phase(heads: Heads, queries: int, partials: int) -> Phase:
         heads.key_group, heads.value_slot, heads.value_width, heads.value_row, heads.value_group, partials, value_width,
     ]  # fmt: skip
     work_bytes = 4 * _TOKENS * (max(heads.query_width, value_width) + heads.per_group) + 16 * heads.per_group
-    return Phase(NOTHING, _run_attend.address, heads.n_groups, words, work_bytes, per_token=True, per_chunk=True)
+    return Phase(NOTHING, _run_attend, heads.n_groups, words, work_bytes, per_token=True, per_chunk=True)
 
 
 def lift_phase(heads: Heads, partials: int, v_b: Weight | None, out: int) -> Phase:
@@ -304,4 +304,4 @@ def lift_phase(heads: Heads, partials: int, v_b: Weight | None, out: int) -> Pha
         partials, heads.partial_bytes, heads.n_heads, width, out, v_b.n_rows if v_b else width, record, token_bytes,
         bool(v_b and v_b.format.integer), v_b is not None, *(v_b.fields if v_b else []),
     ]  # fmt: skip
-    return Phase(NOTHING, _run_lift.address, heads.n_heads, words, token_bytes * MOST_TOKENS)
+    return Phase(NOTHING, _run_lift, heads.n_heads, words, token_bytes * MOST_TOKENS)

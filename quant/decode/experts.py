@@ -431,7 +431,7 @@ def expert_phases(
         gated, upped, rows, 0, size, 0, 0, 0, 0, 0, 0, *gate.fields, *up.fields,
     ]  # fmt: skip
     n_units, work_bytes = 2 * top_k * -(-inner // rows), choice + router.choice_bytes
-    up_phase = Phase(_prepare_up.address, _run_up.address, n_units, up_words, work_bytes, per_token=True)
+    up_phase = Phase(_prepare_up, _run_up, n_units, up_words, work_bytes, per_token=True)
 
     shared_gated, shared_upped, shared_down = shared or (0, 0, None)
     shared_inner = shared_down.n_cols if shared_down else 0
@@ -446,4 +446,4 @@ def expert_phases(
         *down.fields, *(shared_down.fields if shared_down else []),
     ]  # fmt: skip
     work_bytes = choice + router.choice_bytes
-    return up_phase, Phase(_prepare_down.address, _run_down.address, -(-hidden // rows), down_words, work_bytes)
+    return up_phase, Phase(_prepare_down, _run_down, -(-hidden // rows), down_words, work_bytes)

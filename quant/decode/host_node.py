@@ -38,8 +38,6 @@ class ExpertNodes:
         function: address of the C function void(int64) of all calls.
     """
 
-    function: int = _run.address
-
     def __init__(self, pool: Pool, layers: Sequence[Experts], top_k: int, x: int, ids: int, weights: int, out: int):
         """The pool, the weights and the buffers must stay.
 
@@ -68,11 +66,15 @@ class ExpertNodes:
             program.finish(work)
         self._records = np.array(
             [
-                [[pool.control, STEP, program.address, n_tokens] for n_tokens in range(1, MOST_TOKENS + 1)]
+                [[pool.control, STEP.address, program.address, n_tokens] for n_tokens in range(1, MOST_TOKENS + 1)]
                 for program in self._programs
             ],
             np.int64,
         )
+
+    @property
+    def function(self) -> int:
+        return _run.address
 
     def argument(self, layer: int, n_tokens: int) -> int:
         """What to call `function` with, for the layer-th of the layers and the first n_tokens of the buffers."""

@@ -25,7 +25,7 @@ from quant.ops.multiply import ADDRESS, GEMV, GEMV_FEW, GROUP_BYTES, MATRIX_BYTE
 from quant.simd.bytes64 import stack
 from quant.simd.core import bits_to_f32, load_i64, store_i64
 from quant.simd.vectors import copy, rms_norm, scale_add, swiglu
-from quant.target.jit import inline, kernel
+from quant.target.jit import Kernel, inline, kernel
 from quant.threads.atomics import call_5, call_7
 
 _UNIT_BYTES = 1 << 19  # weights that a worker takes at a time: long enough to stream, short enough to share out
@@ -204,16 +204,16 @@ def rows_phase(
         input_.x, input_.norm or input_.up, float_bits(input_.epsilon), input_.beside, input_.beside_norm, n_cols,
         record, temporary, token_bytes, rounded, residual, is_head, len(matrices),
     ]  # fmt: skip
-    return Phase(_preparation(input_), _run.address, n_units, [*head, *words], token_bytes * MOST_TOKENS)
+    return Phase(_preparation(input_), _run, n_units, [*head, *words], token_bytes * MOST_TOKENS)
 
 
-def _preparation(input_: Input) -> int:
+def _preparation(input_: Input) -> Kernel:
     """The kernel that prepares such an input."""
     if input_.beside:
-        return _prepare_two_norms.address
+        return _prepare_two_norms
     if input_.norm:
-        return _prepare_norm.address
-    return _prepare_gated.address if input_.up else _prepare_plain.address
+        return _prepare_norm
+    return _prepare_gated if input_.up else _prepare_plain
 
 
 @kernel("void(int64, int64, int64, int64, int64)")

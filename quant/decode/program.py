@@ -24,7 +24,7 @@ from quant.gemv.plain import MOST_FEW
 from quant.ops.linear import Weight, check_single_rows
 from quant.simd.core import bits_to_f32, load_i64, store_f32, store_i64
 from quant.simd.vectors import load_f64
-from quant.target.jit import inline, kernel
+from quant.target.jit import Kernel, inline, kernel
 from quant.threads.atomics import atomic_add, atomic_load, call_2, call_3, wait_for
 from quant.threads.pool import Pool, aligned_bytes, worker_bytes
 
@@ -130,8 +130,8 @@ def _nothing(phase, work):
     pass
 
 
-NOTHING = _nothing.address  # to prepare where there is nothing to
-STEP = _step.address  # the job of all programs
+NOTHING = _nothing  # to prepare where there is nothing to
+STEP = _step  # the job of all programs
 
 
 def float_bits(value: float) -> int:
@@ -149,15 +149,15 @@ class Phase:
     """What a worker does between two points where all must have arrived.
 
     Attributes:
-        prepare, run: addresses of void(phase, work) and void(phase, unit, work).
+        prepare, run: void(phase, work) and void(phase, unit, work).
         n_units: units of work; with per_token, times the step's tokens; with per_chunk, times the pieces of the
             longest of their contexts. Some of those may turn out to have no work.
         arguments: int64 words for the kernels.
         work_bytes: memory that a worker needs for it.
     """
 
-    prepare: int
-    run: int
+    prepare: Kernel
+    run: Kernel
     n_units: int
     arguments: list[int]
     work_bytes: int
@@ -210,7 +210,8 @@ class Phases:
         words = aligned_bytes(PHASE_BYTES * len(self._phases)).view(np.int64).reshape(len(self._phases), -1)
         for row, phase in zip(words, self._phases, strict=True):
             row[UNITS // 8], row[PER_TOKEN // 8], row[PER_CHUNK // 8] = phase.n_units, phase.per_token, phase.per_chunk
-            row[PREPARE // 8], row[RUN // 8], row[STATE // 8] = phase.prepare, phase.run, self.address
+            row[PREPARE // 8], row[RUN // 8] = phase.prepare.address, phase.run.address
+            row[STATE // 8] = self.address
             row[ARGUMENTS // 8 : ARGUMENTS // 8 + len(phase.arguments)] = phase.arguments
         per_worker = self.work_bytes
         work = self.keep(aligned_bytes(per_worker * self.pool.n_workers) if work is None else work)
@@ -243,7 +244,7 @@ class Program(Phases):
         self.x = self.vector(embedding.n_cols)
         self._set(
             {
-                EXPAND: embedding.format.expand,
+                EXPAND: embedding.format.expand_address,
                 EMBEDDING: embedding.address,
                 EMBEDDING_ROW_BYTES: embedding.row_bytes,
                 EMBEDDING_BLOCKS: embedding.n_cols // embedding.format.block,
@@ -274,4 +275,4 @@ class Program(Phases):
         self.cache[:] = cache
         self._set({N_TOKENS: len(ids), POSITION: position, HEAD_FROM: head_from})
         _begin.ctypes(self.address)
-        self.pool.run(STEP, self._program)
+        self.pool.run(STEP.address, self._program)

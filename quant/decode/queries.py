@@ -194,7 +194,7 @@ def latent_queries_phase(
         nope, latent, kv, kv_norm, float_bits(epsilon), record_bytes(nope), k_b.format.integer, transposed, *k_b.fields,
     ]  # fmt: skip
     work_bytes = max(MOST_TOKENS * record_bytes(nope), padded(4 * max(latent, n_rope)))
-    return Phase(NOTHING, _run_latent.address, k_b.n_groups + 1, words, work_bytes)
+    return Phase(NOTHING, _run_latent, k_b.n_groups + 1, words, work_bytes)
 
 
 def grouped_queries_phase(
@@ -223,4 +223,4 @@ def grouped_queries_phase(
         projected, head_dim, n_heads, queries, query_width, float_bits(scale), n_rope, slot, n_key_heads * head_dim,
         n_key_heads, keys, values, value_width,
     ]  # fmt: skip
-    return Phase(NOTHING, _run_grouped.address, n_heads + 1, words, padded(4 * n_rope))
+    return Phase(NOTHING, _run_grouped, n_heads + 1, words, padded(4 * n_rope))

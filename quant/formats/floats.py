@@ -122,7 +122,7 @@ def _unpack_bf16(blocks: np.ndarray) -> np.ndarray:
 
 
 def _format(name: str, size: int, unpack: Callable[[np.ndarray], np.ndarray], gemv, gemv_few, expand) -> Format:
-    return Format(name, 1, size, False, unpack, gemv.address, gemv_few.address, expand.address)
+    return Format(name, 1, size, False, unpack, gemv, gemv_few, expand)
 
 
 F32 = _format("F32", 4, lambda b: b.view(np.float32), _f32_gemv, _f32_gemv_few, _f32_expand)

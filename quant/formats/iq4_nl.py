@@ -78,4 +78,4 @@ def _expand(w, n_blocks, out):
 
 _gemv, _gemv_few = plain.kernels("IQ4_NL", 8 * BLOCK_BYTES, _weights, _add_step, _add_block)
 
-IQ4_NL = Format("IQ4_NL", BLOCK, BLOCK_BYTES, True, unpack, _gemv.address, _gemv_few.address, _expand.address)
+IQ4_NL = Format("IQ4_NL", BLOCK, BLOCK_BYTES, True, unpack, _gemv, _gemv_few, _expand)

@@ -107,4 +107,4 @@ def _expand(w, n_blocks, out):
 
 _gemv, _gemv_few = plain.kernels("IQ4_XS", BLOCK_BYTES, _weights, _add_step)
 
-IQ4_XS = Format("IQ4_XS", BLOCK, BLOCK_BYTES, True, unpack, _gemv.address, _gemv_few.address, _expand.address)
+IQ4_XS = Format("IQ4_XS", BLOCK, BLOCK_BYTES, True, unpack, _gemv, _gemv_few, _expand)

@@ -91,4 +91,4 @@ def _expand(w, n_blocks, out):
 
 _gemv, _gemv_few = plain.kernels("MXFP4", 8 * BLOCK_BYTES, _weights, _add_step, _add_block)
 
-MXFP4 = Format("MXFP4", BLOCK, BLOCK_BYTES, True, unpack, _gemv.address, _gemv_few.address, _expand.address)
+MXFP4 = Format("MXFP4", BLOCK, BLOCK_BYTES, True, unpack, _gemv, _gemv_few, _expand)

@@ -74,4 +74,4 @@ def _expand(w, n_blocks, out):
 
 _gemv, _gemv_few = plain.kernels("Q4_1", 8 * BLOCK_BYTES, _weights, _add_step, _add_block)
 
-Q4_1 = Format("Q4_1", BLOCK, BLOCK_BYTES, True, unpack, _gemv.address, _gemv_few.address, _expand.address)
+Q4_1 = Format("Q4_1", BLOCK, BLOCK_BYTES, True, unpack, _gemv, _gemv_few, _expand)

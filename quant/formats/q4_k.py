@@ -123,4 +123,4 @@ def _expand(w, n_blocks, out):
 
 _gemv, _gemv_few = plain.kernels("Q4_K", BLOCK_BYTES, _weights, add_nibbles)
 
-Q4_K = Format("Q4_K", BLOCK, BLOCK_BYTES, True, unpack, _gemv.address, _gemv_few.address, _expand.address)
+Q4_K = Format("Q4_K", BLOCK, BLOCK_BYTES, True, unpack, _gemv, _gemv_few, _expand)

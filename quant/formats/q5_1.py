@@ -86,4 +86,4 @@ def _expand(w, n_blocks, out):
 
 _gemv, _gemv_few = plain.kernels("Q5_1", 8 * BLOCK_BYTES, _weights, _add_step, _add_block, together=1)
 
-Q5_1 = Format("Q5_1", BLOCK, BLOCK_BYTES, True, unpack, _gemv.address, _gemv_few.address, _expand.address)
+Q5_1 = Format("Q5_1", BLOCK, BLOCK_BYTES, True, unpack, _gemv, _gemv_few, _expand)

@@ -91,4 +91,4 @@ def _expand(w, n_blocks, out):
 
 _gemv, _gemv_few = plain.kernels("Q5_K", BLOCK_BYTES, _weights, add_nibbles)
 
-Q5_K = Format("Q5_K", BLOCK, BLOCK_BYTES, True, unpack, _gemv.address, _gemv_few.address, _expand.address)
+Q5_K = Format("Q5_K", BLOCK, BLOCK_BYTES, True, unpack, _gemv, _gemv_few, _expand)

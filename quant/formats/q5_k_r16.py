@@ -25,6 +25,4 @@ def _add_block(block: Block, tokens: list[Token], totals: list) -> list:
 
 _gemv, _gemv_few = kernels(NAME, q5_k.BLOCK_BYTES, _add_block)
 
-Q5_K_R16 = Format(
-    NAME, q5_k.BLOCK, q5_k.BLOCK_BYTES, True, unpack(NAME, q5_k.unpack), _gemv.address, _gemv_few.address, 0, ROWS
-)
+Q5_K_R16 = Format(NAME, q5_k.BLOCK, q5_k.BLOCK_BYTES, True, unpack(NAME, q5_k.unpack), _gemv, _gemv_few, None, ROWS)

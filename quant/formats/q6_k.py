@@ -118,4 +118,4 @@ def _expand(w, n_blocks, out):
 
 _gemv, _gemv_few = plain.kernels("Q6_K", BLOCK_BYTES, _weights, _add_step)
 
-Q6_K = Format("Q6_K", BLOCK, BLOCK_BYTES, True, unpack, _gemv.address, _gemv_few.address, _expand.address)
+Q6_K = Format("Q6_K", BLOCK, BLOCK_BYTES, True, unpack, _gemv, _gemv_few, _expand)

@@ -48,6 +48,4 @@ def _add_block(block: Block, tokens: list[Token], totals: list) -> list:
 
 _gemv, _gemv_few = kernels(NAME, q6_k.BLOCK_BYTES, _add_block)
 
-Q6_K_R16 = Format(
-    NAME, q6_k.BLOCK, q6_k.BLOCK_BYTES, True, unpack(NAME, q6_k.unpack), _gemv.address, _gemv_few.address, 0, ROWS
-)
+Q6_K_R16 = Format(NAME, q6_k.BLOCK, q6_k.BLOCK_BYTES, True, unpack(NAME, q6_k.unpack), _gemv, _gemv_few, None, ROWS)

@@ -86,4 +86,4 @@ def _expand(w, n_blocks, out):
 
 _gemv, _gemv_few = plain.kernels("Q8_0", 8 * BLOCK_BYTES, _weights, _add_step, _add_block)
 
-Q8_0 = Format("Q8_0", BLOCK, BLOCK_BYTES, True, unpack, _gemv.address, _gemv_few.address, _expand.address)
+Q8_0 = Format("Q8_0", BLOCK, BLOCK_BYTES, True, unpack, _gemv, _gemv_few, _expand)

@@ -7,6 +7,7 @@ from importlib import import_module
 import numpy as np
 
 from quant.errors import QuantError
+from quant.target.jit import Kernel
 
 GEMV = "void(int64, int64, int64, int64, int64)"
 GEMV_FEW = "void(int64, int64, int64, int64, int64, int64, int64)"
@@ -24,12 +25,12 @@ class Format:
         block_bytes: bytes of a block.
         integer: whether gemv reads the 8-bit part of an activation record (else the float32 part).
         unpack: uint8 (..., n * block_bytes) -> float32 (..., n * block): NumPy, bit-equal to ggml's.
-        gemv: address of void(w, n_rows, n_cols, record, out): out[r] f32 = row r . x, integer inside a block's
+        gemv: void(w, n_rows, n_cols, record, out): out[r] f32 = row r . x, integer inside a block's
             sub-blocks, float32 across them.
-        gemv_few: address of void(w, n_rows, n_cols, records, outs, offset, n_tokens): the same for up to
+        gemv_few: void(w, n_rows, n_cols, records, outs, offset, n_tokens): the same for up to
             gemv.MOST_FEW tokens, each block decoded once. records, outs: addresses of n_tokens addresses;
             outs[t][offset + 4*r] = row r . records[t].
-        expand: address of void(w, n_blocks, out): the same float32 values as unpack. 0 if rows are interleaved.
+        expand: void(w, n_blocks, out): the same float32 values as unpack. None if rows are interleaved.
         rows: how many rows lie interleaved (interleave.py). All kernels take multiples of so many, from a multiple of
             it on; unpack takes (..., rows, row bytes).
     """
@@ -39,10 +40,15 @@ class Format:
     block_bytes: int
     integer: bool
     unpack: Callable[[np.ndarray], np.ndarray]
-    gemv: int
-    gemv_few: int
-    expand: int
+    gemv: Kernel
+    gemv_few: Kernel
+    expand: Kernel | None
     rows: int = 1
+
+    @property
+    def expand_address(self) -> int:
+        """Address of expand, or 0."""
+        return self.expand.address if self.expand else 0
 
     def row_bytes(self, n_cols: int) -> int:
         """Bytes of a row. Raises QuantError if n_cols is not a whole number of blocks."""
@@ -76,7 +82,7 @@ INTERLEAVED = (
 
 
 def get(name: str) -> Format:
-    """The format called `name`; compiles its kernels, or loads them from the cache. Raises QuantError."""
+    """The format called `name`. Raises QuantError."""
     if name not in _MODULES and name not in INTERLEAVED:
         raise QuantError(f"no kernels for type {name}; there are some for {', '.join((*NAMES, *INTERLEAVED))}")
     return getattr(import_module(f"quant.formats.{_MODULES.get(name, name.lower())}"), name)

@@ -33,7 +33,7 @@ from quant.gemm.microkernel_step import (
 )
 from quant.simd.core import I8, I32, I64, call, define, load, pointer, store
 from quant.target import isa
-from quant.target.jit import kernel
+from quant.target.jit import Kernel, kernel
 
 
 def _prefetch(builder, address, n_bytes) -> None:
@@ -82,9 +82,9 @@ def _tile(kind: int):
 
 
 TILE = "void(int64, int64, int64, int64, int64)"
-# Addresses by kind; none below AVX2, where their instructions would abort the process. Blocks of more than
-# VECTOR_TOKENS are for callers between panel_amx.configure() and release().
-TILES: dict[int, int] = {}
+# By kind; none below AVX2, where their instructions would abort the process. Blocks of more than
+# VECTOR_TOKENS are for callers between microkernel_amx.configure() and release().
+TILES: dict[int, Kernel] = {}
 
 if isa.has("avx2"):
     _minimum, _offset, _halves, _bytes = _tile(MINIMUM), _tile(OFFSET), _tile(HALVES), _tile(BYTES)
@@ -105,5 +105,5 @@ if isa.has("avx2"):
     def _bytes_tile(weights, tokens, sums, n_steps, n_tokens):
         _bytes(weights, tokens, sums, n_steps, n_tokens)
 
-    TILES[MINIMUM], TILES[OFFSET] = _minimum_tile.address, _offset_tile.address
-    TILES[HALVES], TILES[BYTES] = _halves_tile.address, _bytes_tile.address
+    TILES[MINIMUM], TILES[OFFSET] = _minimum_tile, _offset_tile
+    TILES[HALVES], TILES[BYTES] = _halves_tile, _bytes_tile

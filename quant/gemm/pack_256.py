@@ -169,7 +169,7 @@ def _iq4_xs(rows, n_blocks, out):
             out += STEP_BYTES
 
 
-Q4_K = PanelFormat(MINIMUM, 0, _q4_k.address)
-Q5_K = PanelFormat(MINIMUM, 0, _q5_k.address)
-Q6_K = PanelFormat(HALVES, 32, _q6_k.address)
-IQ4_XS = PanelFormat(BYTES, 128, _iq4_xs.address)
+Q4_K = PanelFormat(MINIMUM, 0, _q4_k)
+Q5_K = PanelFormat(MINIMUM, 0, _q5_k)
+Q6_K = PanelFormat(HALVES, 32, _q6_k)
+IQ4_XS = PanelFormat(BYTES, 128, _iq4_xs)

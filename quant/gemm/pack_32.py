@@ -130,10 +130,10 @@ def _mxfp4(rows, n_blocks, out):
         out += STEP_BYTES
 
 
-Q4_0 = PanelFormat(OFFSET, 8, _q4_0.address)
-Q4_1 = PanelFormat(MINIMUM, 0, _q4_1.address)
-Q5_0 = PanelFormat(OFFSET, 16, _q5_0.address)
-Q5_1 = PanelFormat(MINIMUM, 0, _q5_1.address)
-Q8_0 = PanelFormat(BYTES, 128, _q8_0.address)
-IQ4_NL = PanelFormat(BYTES, 128, _iq4_nl.address)
-MXFP4 = PanelFormat(OFFSET, 12, _mxfp4.address)
+Q4_0 = PanelFormat(OFFSET, 8, _q4_0)
+Q4_1 = PanelFormat(MINIMUM, 0, _q4_1)
+Q5_0 = PanelFormat(OFFSET, 16, _q5_0)
+Q5_1 = PanelFormat(MINIMUM, 0, _q5_1)
+Q8_0 = PanelFormat(BYTES, 128, _q8_0)
+IQ4_NL = PanelFormat(BYTES, 128, _iq4_nl)
+MXFP4 = PanelFormat(OFFSET, 12, _mxfp4)

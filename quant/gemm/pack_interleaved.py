@@ -66,6 +66,6 @@ def _q6_k(rows, n_blocks, out):
         block += 3360
 
 
-Q4_K_R16 = PanelFormat(MINIMUM, 0, _q4_k.address)
-Q5_K_R16 = PanelFormat(MINIMUM, 0, _q5_k.address)
-Q6_K_R16 = PanelFormat(HALVES, 32, _q6_k.address)
+Q4_K_R16 = PanelFormat(MINIMUM, 0, _q4_k)
+Q5_K_R16 = PanelFormat(MINIMUM, 0, _q5_k)
+Q6_K_R16 = PanelFormat(HALVES, 32, _q6_k)

@@ -41,7 +41,7 @@ from quant.simd.core import load_f32, load_i8x32, load_i64, store_f32, store_f32
 from quant.simd.rows16 import ROWS as VECTOR_ROWS
 from quant.simd.rows16 import load_i32, store_i32
 from quant.target import isa
-from quant.target.jit import inline
+from quant.target.jit import Kernel, inline
 from quant.threads.atomics import call_3, call_5
 from quant.threads.pool import worker_bytes
 
@@ -56,18 +56,18 @@ class PanelFormat:
 
     Attributes:
         kind, offset: see the module.
-        repack: address of void(rows, n_blocks, out): n_blocks blocks behind each of 16 addresses at `rows`, to steps.
+        repack: void(rows, n_blocks, out): n_blocks blocks behind each of 16 addresses at `rows`, to steps.
             Of interleaved rows they are one address.
     """
 
     kind: int
     offset: int
-    repack: int
+    repack: Kernel
 
     @property
     def fields(self) -> tuple[int, ...]:
         """As jobs see it, in the order of REPACKER and its neighbours."""
-        return self.repack, TILES[self.kind], self.kind, self.offset
+        return self.repack.address, TILES[self.kind].address, self.kind, self.offset
 
 
 _MODULES = {
@@ -97,6 +97,12 @@ def find(format_: Format) -> PanelFormat | None:
     if format_.name not in _MODULES or not isa.has("avx2"):
         return None
     return getattr(import_module(f"quant.gemm.{_MODULES[format_.name]}"), format_.name)
+
+
+def repack_of(format_: Format) -> Kernel | None:
+    """The kernel that makes panels of a format, if there is one."""
+    found = find(format_)
+    return found.repack if found else None
 
 
 def tokens_from(*formats: Format) -> int:

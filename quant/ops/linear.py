@@ -71,8 +71,8 @@ class Weight:
     def fields(self) -> tuple[int, ...]:
         """The matrix as jobs see it, in the order of rows.GEMV and its neighbours."""
         return (
-            self.format.gemv, self.format.expand, self.format.block,
-            self.row_bytes, self.address, self.group_bytes, self.format.gemv_few, self.format.rows,
+            self.format.gemv.address, self.format.expand_address, self.format.block,
+            self.row_bytes, self.address, self.group_bytes, self.format.gemv_few.address, self.format.rows,
         )  # fmt: skip
 
     def rows(self, start: int, count: int) -> "Weight":
@@ -258,5 +258,5 @@ def expand_rows(pool: Pool, matrix: Weight, rows: np.ndarray, out: int) -> None:
     addresses = matrix.address + group * matrix.group_bytes + row * matrix.row_bytes
     counter = np.zeros(1, np.int64)
     n_blocks = matrix.n_cols // matrix.format.block
-    arguments = [counter.ctypes.data, matrix.format.expand, n_blocks, 4 * matrix.n_cols]
+    arguments = [counter.ctypes.data, matrix.format.expand_address, n_blocks, 4 * matrix.n_cols]
     pool.run(_expand_rows.address, np.array([*arguments, addresses.ctypes.data, len(rows), out], np.int64))

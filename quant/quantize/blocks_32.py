@@ -126,5 +126,5 @@ def _q5_1_pack(x, importance, n_blocks, out, scratch):
         store_i8x16(block + 8, join_nibbles(mask(q, 15)))
 
 
-Q8_0, Q4_0, Q4_1 = _q8_0_pack.address, _q4_0_pack.address, _q4_1_pack.address
-Q5_0, Q5_1 = _q5_0_pack.address, _q5_1_pack.address
+Q8_0, Q4_0, Q4_1 = _q8_0_pack, _q4_0_pack, _q4_1_pack
+Q5_0, Q5_1 = _q5_0_pack, _q5_1_pack

@@ -30,4 +30,4 @@ def _bf16_pack(x, importance, n_blocks, out, scratch):
         store_bf16(out + 2 * i, load_f32(x + 4 * i))
 
 
-F32, F16, BF16 = _f32_pack.address, _f16_pack.address, _bf16_pack.address
+F32, F16, BF16 = _f32_pack, _f16_pack, _bf16_pack

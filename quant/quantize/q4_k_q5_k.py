@@ -162,4 +162,4 @@ def _q5_k_pack(x, importance, n_blocks, out, scratch):
         store_i8x32(block + 16, fifth)
 
 
-Q4_K, Q5_K = _q4_k_pack.address, _q5_k_pack.address
+Q4_K, Q5_K = _q4_k_pack, _q5_k_pack

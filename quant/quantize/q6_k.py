@@ -141,4 +141,4 @@ def _q6_k_pack(x, importance, n_blocks, out, scratch):
         _store_levels(values, d, scales, 1, block)
 
 
-Q6_K = _q6_k_pack.address
+Q6_K = _q6_k_pack

@@ -140,4 +140,4 @@ def _iq4_nl_pack(x, importance, n_blocks, out, scratch):
         store_i8x16(block + 2, join_nibbles(_indices(values, d)))
 
 
-MXFP4, IQ4_NL = _mxfp4_pack.address, _iq4_nl_pack.address
+MXFP4, IQ4_NL = _mxfp4_pack, _iq4_nl_pack

@@ -44,7 +44,7 @@ def kernel_address(name: str) -> int:
     """The packing kernel of the format called `name`. Raises QuantError if there is none."""
     if name not in _MODULES:
         raise QuantError(f"type {name} can't be packed; these can: {', '.join(NAMES)}")
-    return getattr(import_module(f"quant.quantize.{_MODULES[name]}"), name)
+    return getattr(import_module(f"quant.quantize.{_MODULES[name]}"), name).address
 
 
 def largest(name: str) -> float:

@@ -8,10 +8,14 @@ import hashlib
 import os
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 
 import numba
 from numba import config
+from numba.core.ccallback import CFunc
 
 from quant.target import isa
 
@@ -22,9 +26,36 @@ FASTMATH = frozenset({"nsz", "arcp", "contract", "afn", "reassoc"})
 inline = numba.njit(forceinline=True, error_model="numpy")
 
 
-def kernel(signature: str):
-    """Decorator: a cached C function, called by address. Its arguments are addresses and counts (int64)."""
-    return numba.cfunc(signature, cache=True, error_model="numpy")
+class Kernel:
+    """A C function that is called by its address, compiled (or loaded from the cache) when that is first asked for."""
+
+    def __init__(self, function: Callable, signature: str):
+        self.function, self.signature, self.__name__ = function, signature, function.__name__
+
+    @cached_property
+    def compiled(self) -> CFunc:
+        return numba.cfunc(self.signature, cache=True, error_model="numpy")(self.function)
+
+    @property
+    def address(self) -> int:
+        return self.compiled.address
+
+    @property
+    def ctypes(self):
+        """The function as ctypes calls it."""
+        return self.compiled.ctypes
+
+
+def kernel(signature: str) -> Callable[[Callable], Kernel]:
+    """Decorator: a kernel, whose arguments are addresses and counts (int64)."""
+    return lambda function: Kernel(function, signature)
+
+
+def compile_kernels(module: ModuleType) -> None:
+    """Have all kernels of a module compiled, or loaded from the cache."""
+    for value in vars(module).values():
+        if isinstance(value, Kernel) and value.function.__module__ == module.__name__:
+            value.compiled  # noqa: B018 (asking is compiling)
 
 
 _PACKAGE = Path(__file__).resolve().parents[1]  # quant: an edit anywhere in it may change any kernel

@@ -26,7 +26,7 @@ from quant.gemm.amx_emulated import EmulatedTiles
 from quant.gemm.microkernel_amx import shapes
 from quant.simd.core import I64, define
 from quant.target import amx, isa
-from quant.target.jit import kernel
+from quant.target.jit import Kernel, kernel
 from quant.threads.pool import aligned_bytes
 
 vnni = pytest.mark.skipif(not isa.has("avx512_vnni"), reason="emulated tiles are AVX-512 VNNI code")
@@ -117,7 +117,7 @@ def test_emulated_products_of_random_shapes() -> None:
         c = rng.integers(-(2**31), 2**31, (m, 20)).astype(np.int32)
         file[amx.CONFIG_BYTES :] = 0xFF  # of the program before
         before, columns = c.copy(), b[:, : 4 * n].reshape(k, n, 4).transpose(0, 2, 1).reshape(4 * k, n)
-        kernels.call(program.address, file, _bytes(amx.config([(m, 4 * n), (m, 4 * k), (k, 4 * n)])), a, b, c)
+        kernels.call(program, file, _bytes(amx.config([(m, 4 * n), (m, 4 * k), (k, 4 * n)])), a, b, c)
         with np.errstate(over="ignore"):
             before[:, :n] += a[:, : 4 * k].astype(np.int32) @ columns.astype(np.int32)
         assert np.array_equal(c, before)  # nothing beyond the shape written
@@ -127,12 +127,13 @@ def test_emulated_products_of_random_shapes() -> None:
         assert not tiles[1, m:].any() and not tiles[1, :, 4 * k :].any() and not tiles[3:].any()
 
 
-def dies(address: int, *arguments: np.ndarray) -> bool:
+def dies(kernel_: Kernel, *arguments: np.ndarray) -> bool:
     """Whether a kernel ends its process by an illegal instruction."""
+    assert kernel_.address  # compiled before the fork
     child = os.fork()
     if child == 0:
         faulthandler.disable()
-        kernels.call(address, *arguments)
+        kernels.call(kernel_, *arguments)
         os._exit(0)
     return os.WIFSIGNALED(status := os.waitpid(child, 0)[1]) and os.WTERMSIG(status) == signal.SIGILL
 
@@ -165,13 +166,13 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_emulated_faults(fault: str) -> None:
     memory = [np.zeros(2048, np.uint8) for _ in range(3)]
-    assert not dies(program.address, aligned_bytes(EmulatedTiles.FILE_BYTES), _bytes(_changed(0, 1)), *memory)
-    assert dies(program.address, aligned_bytes(EmulatedTiles.FILE_BYTES), _bytes(FAULTS[fault]), *memory)
+    assert not dies(program, aligned_bytes(EmulatedTiles.FILE_BYTES), _bytes(_changed(0, 1)), *memory)
+    assert dies(program, aligned_bytes(EmulatedTiles.FILE_BYTES), _bytes(FAULTS[fault]), *memory)
 
 
 @vnni
 def test_emulated_tiles_are_gone_after_release() -> None:
-    assert dies(use_released.address, aligned_bytes(EmulatedTiles.FILE_BYTES), _bytes(_changed(0, 1)))
+    assert dies(use_released, aligned_bytes(EmulatedTiles.FILE_BYTES), _bytes(_changed(0, 1)))
 
 
 # ---- assembly --------------------------------------------------------------------------------------------------------

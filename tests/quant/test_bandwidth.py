@@ -59,7 +59,7 @@ def test_nothing_is_optimised_away() -> None:
     """The loop holds vector loads: without an effect LLVM would drop it, and report an absurd rate."""
     script = (
         "import tempfile, os; os.environ['LOCALRUN_CACHE'] = tempfile.mkdtemp();"  # no assembly of cached kernels
-        "from quant.threads import bandwidth; asm = bandwidth._read._library.get_asm_str();"
+        "from quant.threads import bandwidth; asm = bandwidth._read.compiled._library.get_asm_str();"
         "print(asm.count('prefetch'), asm.count('xor'))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)

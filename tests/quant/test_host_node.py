@@ -176,7 +176,7 @@ def test_exclusive_keeps_other_jobs_out() -> None:
         with pool.exclusive():
             thread = threading.Thread(target=other)
             thread.start()
-            kernels.call(_twice.address, record)
+            kernels.call(_twice, record)
             assert not done.wait(0.05)
         assert done.wait(10)
         thread.join()

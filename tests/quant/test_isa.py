@@ -36,7 +36,8 @@ def test_a_forced_level_narrows_the_compile_target(level, tmp_path):
     """AVX-512 registers must not appear in kernels for AVX2, nor AVX ones in generic kernels."""
     # An empty kernel cache: Numba shows no assembly of cached kernels.
     script = (
-        "from quant.target import isa; from quant.formats import q8_0; asm = q8_0._gemv._library.get_asm_str();"
+        "from quant.target import isa; from quant.formats import q8_0;"
+        "asm = q8_0._gemv.compiled._library.get_asm_str();"
         "print(isa.LEVEL, 'zmm' in asm, 'ymm' in asm)"
     )
     expected = {"generic": "generic False False", "avx2": "avx2 False True", "avx512_vnni": "avx512_vnni"}

@@ -78,7 +78,7 @@ def chain(pool: Pool, counts: list[int], add=Program.add) -> tuple[Program, list
     for n_units in counts:
         outs.append(np.zeros(n_units, np.int64))
         words = [outs[-2].ctypes.data, len(outs[-2]), outs[-1].ctypes.data]
-        add(program, Phase(NOTHING, _sum_before.address, n_units, words, 64))
+        add(program, Phase(NOTHING, _sum_before, n_units, words, 64))
     program.finish()
     return program, outs[1:]
 
@@ -109,7 +109,7 @@ def test_units_of_every_piece_and_token_run_once(pool: Pool, n_cached: int, n_to
     """n_cached: what the last token sees. The longest of the contexts says how many pieces."""
     program, out = small_program(pool), np.zeros(3 * MOST_CHUNKS * MOST_TOKENS + 1, np.int64)
     words = [0, 0, out.ctypes.data]
-    program.add(Phase(NOTHING, _sum_before.address, 3, words, 64, per_token=True, per_chunk=True))
+    program.add(Phase(NOTHING, _sum_before, 3, words, 64, per_token=True, per_chunk=True))
     program.finish()
     run(program, n_cached - n_tokens, n_tokens)
     n_units = 3 * n_tokens * max(pieces(n_cached - t)[1] for t in range(n_tokens))
@@ -125,7 +125,7 @@ def _pieces(n_cached, out):
 def pieces(n_cached: int) -> tuple[int, int]:
     """The length of a context's pieces, and how many there are."""
     out = np.zeros(2, np.int64)
-    kernels.call(_pieces.address, n_cached, out)
+    kernels.call(_pieces, n_cached, out)
     return int(out[0]), int(out[1])
 
 
@@ -142,7 +142,7 @@ def test_pieces_cover_the_context() -> None:
 @pytest.mark.parametrize("n_tokens", [0, MOST_TOKENS + 1])
 def test_steps_of_too_many_tokens_are_refused(pool: Pool, n_tokens: int) -> None:
     program = small_program(pool)
-    program.add(Phase(NOTHING, _sum_before.address, 0, [0, 0, 0], 64))
+    program.add(Phase(NOTHING, _sum_before, 0, [0, 0, 0], 64))
     program.finish()
     with pytest.raises(QuantError, match=f"{n_tokens} tokens in a step; it takes 1 to {MOST_TOKENS}"):
         run(program, 0, n_tokens)
@@ -323,8 +323,8 @@ def add_late(late_workers: int, missed: np.ndarray):
 
     def add_one(program: Program, phase: Phase) -> None:
         padding = [0] * ((_LATE_WORKERS - ARGUMENTS) // 8 - len(phase.arguments))
-        words = [*phase.arguments, *padding, late_workers, missed.ctypes.data, phase.prepare, phase.run]
-        late = dataclasses.replace(phase, prepare=_late_prepare.address, run=_late_run.address, arguments=words)
+        words = [*phase.arguments, *padding, late_workers, missed.ctypes.data, phase.prepare.address, phase.run.address]
+        late = dataclasses.replace(phase, prepare=_late_prepare, run=_late_run, arguments=words)
         add(program, late)
 
     return add_one

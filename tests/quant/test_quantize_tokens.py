@@ -19,7 +19,7 @@ def _round_row(x, n_cols, out, work):
 def rounded_row(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """q int8 (n, 32), d and s float32 (n,), sums int32 (2, n) of the n groups of float32 (K,)."""
     out, work = aligned_bytes(quantize_tokens.row_bytes(x.size)), aligned_bytes(quantize_tokens.WORK_BYTES)
-    kernels.call(_round_row.address, x, x.size, out, work)
+    kernels.call(_round_row, x, x.size, out, work)
     blocks, n = out.reshape(-1, BLOCK_BYTES), x.size // activations.GROUP
     q = blocks[:, : quantize_tokens.D].copy().view(np.int8).reshape(-1, activations.GROUP)
     d, s = (blocks[:, at : at + 64].copy().view(np.float32).ravel() for at in (quantize_tokens.D, quantize_tokens.S))

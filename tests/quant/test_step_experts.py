@@ -76,7 +76,7 @@ def choose(settings: Router, logits_TE: np.ndarray, bias_E: np.ndarray | None = 
     phase[ARGUMENTS // 8 :][: len(settings.words)] = settings.words
     rows = aligned_bytes(settings.choice_bytes * (len(logits_TE) + 1))
     rows[-settings.choice_bytes :] = 171  # what a choice writes behind its memory would show here
-    kernels.call(_choose_all.address, phase, len(logits_TE), rows, settings.choice_bytes)
+    kernels.call(_choose_all, phase, len(logits_TE), rows, settings.choice_bytes)
     assert np.all(rows[-settings.choice_bytes :] == 171)
     rows = rows.reshape(-1, settings.choice_bytes)[:-1]
     at = 24 * MOST_TOKENS * top_k + 8
@@ -231,7 +231,7 @@ def groups(ids_TK: np.ndarray) -> list[list[tuple[int, int]]]:
     phase[step_experts.TOP_K // 8] = top_k
     phase[step_experts.N_EXPERTS // 8] = ids_TK.max() + 1
     choice[: ids_TK.size] = ids_TK.ravel()
-    kernels.call(_group.address, phase, choice, n_tokens)
+    kernels.call(_group, phase, choice, n_tokens)
     members, starts = choice[n_pairs : 2 * n_pairs].tolist(), choice[2 * n_pairs :][: ids_TK.size + 1].tolist()
     spans = [span for span in itertools.pairwise(starts) if span[0] < span[1]]
     assert starts[: len(spans) + 1] == [0, *(end for _, end in spans)]  # those without work come last

@@ -71,7 +71,7 @@ def unguarded(out: np.ndarray) -> np.ndarray:
 def exp(x: np.ndarray) -> np.ndarray:
     x = np.ascontiguousarray(x, np.float32)
     out = guarded(x.size)
-    kernels.call(_exp.address, x, x.size, out)
+    kernels.call(_exp, x, x.size, out)
     return unguarded(out)
 
 
@@ -123,12 +123,12 @@ def test_maximum_of_lanes(lane: int) -> None:
     out = np.zeros(1, np.float32)
     x = -1 - np.abs(random(16))
     x[lane] = -0.5
-    kernels.call(_max.address, x, out)
+    kernels.call(_max, x, out)
     assert out[0] == -0.5
     x[lane] = np.nan
-    kernels.call(_max.address, x, out)
+    kernels.call(_max, x, out)
     assert out[0] == np.nanmax(x)
-    kernels.call(_max.address, np.full(16, -np.inf, np.float32), out)
+    kernels.call(_max, np.full(16, -np.inf, np.float32), out)
     assert out[0] == -np.inf
 
 
@@ -142,7 +142,7 @@ def test_rms_norm(n: int, epsilon: float, in_place: bool) -> None:
     x, weight = 3 * random(n, seed=n), 1 + random(n, seed=1)
     out = guarded(n, x if in_place else np.nan)
     source = out if in_place else x
-    kernels.call(_rms_norm.address, source, weight, int(np.float32(epsilon).view(np.int32)), n, out)
+    kernels.call(_rms_norm, source, weight, int(np.float32(epsilon).view(np.int32)), n, out)
     wide = x.astype(np.float64)
     expected = wide / np.sqrt(np.mean(wide**2) + np.float32(epsilon)) * weight
     # The sum of squares has n / 16 roundings a lane, all of the same sign at worst; its root halves them.
@@ -151,7 +151,7 @@ def test_rms_norm(n: int, epsilon: float, in_place: bool) -> None:
 
 def test_rms_norm_of_zeros() -> None:
     out = guarded(33)
-    kernels.call(_rms_norm.address, np.zeros(33, np.float32), random(33), int(np.float32(1e-6).view(np.int32)), 33, out)
+    kernels.call(_rms_norm, np.zeros(33, np.float32), random(33), int(np.float32(1e-6).view(np.int32)), 33, out)
     assert np.all(unguarded(out) == 0)
 
 
@@ -160,7 +160,7 @@ def test_rms_norm_of_zeros() -> None:
 def test_swiglu(n: int, place: str) -> None:
     gate, up = 10 * random(n, seed=n), random(n, seed=1)
     out = guarded(n, {"over gate": gate, "over up": up}.get(place, np.nan))
-    kernels.call(_swiglu.address, out if place == "over gate" else gate, out if place == "over up" else up, n, out)
+    kernels.call(_swiglu, out if place == "over gate" else gate, out if place == "over up" else up, n, out)
     wide = gate.astype(np.float64)
     # The exponential's two roundings, then a sum, a quotient and a product.
     np.testing.assert_allclose(unguarded(out), wide / (1 + np.exp(-wide)) * up, rtol=6 * ROUNDING, atol=0)
@@ -170,7 +170,7 @@ def test_swiglu_far_from_zero() -> None:
     """Both the vector part and the tail; below -88 silu is 0 but for what float32 hardly holds."""
     gate = np.resize(np.array([-1e4, -1000, -200, -89, -88, 88, 89, 1000, 1e30], np.float32), 33)
     out = guarded(33)
-    kernels.call(_swiglu.address, gate, np.ones(33, np.float32), 33, out)
+    kernels.call(_swiglu, gate, np.ones(33, np.float32), 33, out)
     np.testing.assert_allclose(unguarded(out), np.maximum(gate, 0), rtol=ROUNDING, atol=1e-33)
 
 
@@ -179,7 +179,7 @@ def test_swiglu_keeps_nan() -> None:
     gate[[3, 32]] = np.nan
     up[[5, 16]] = np.nan
     out = guarded(33)
-    kernels.call(_swiglu.address, gate, up, 33, out)
+    kernels.call(_swiglu, gate, up, 33, out)
     assert np.flatnonzero(np.isnan(unguarded(out))).tolist() == [3, 5, 16, 32]
 
 
@@ -187,7 +187,7 @@ def test_swiglu_keeps_nan() -> None:
 def test_scale_add(n: int) -> None:
     x, before, factor = random(n, seed=n), random(n, seed=1), np.float32([-1.7])
     out = guarded(n, before)
-    kernels.call(_scale_add.address, factor, x, n, out)
+    kernels.call(_scale_add, factor, x, n, out)
     expected = before.astype(np.float64) + factor.astype(np.float64) * x
     bound = 2 * ROUNDING * (np.abs(before) + 1.7 * np.abs(x))  # one rounding or two, as it is fused or not
     assert np.all(np.abs(unguarded(out) - expected) <= bound)
@@ -197,7 +197,7 @@ def test_scale_add(n: int) -> None:
 def test_scale(n: int) -> None:
     x, factor = random(n, seed=n), np.float32([0.3])
     out = guarded(n, x)
-    kernels.call(_scale.address, factor, n, out)
+    kernels.call(_scale, factor, n, out)
     assert np.array_equal(unguarded(out), factor * x)
 
 

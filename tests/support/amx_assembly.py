@@ -26,4 +26,4 @@ KERNELS = {
 }
 
 if __name__ == "__main__":
-    print(json.dumps({name: kernel._library.get_asm_str() for name, kernel in KERNELS.items()}))
+    print(json.dumps({name: kernel.compiled._library.get_asm_str() for name, kernel in KERNELS.items()}))

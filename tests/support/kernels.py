@@ -8,7 +8,7 @@ import numpy as np
 from quant.formats import registry
 from quant.gemv import activations
 from quant.ops import linear
-from quant.target.jit import kernel
+from quant.target.jit import Kernel, kernel
 from quant.threads.pool import Pool, aligned_bytes
 
 _INT64 = ctypes.c_int64
@@ -16,10 +16,10 @@ _INT64 = ctypes.c_int64
 SCALES_AT = {"Q6_K": (208,), "Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2)}
 
 
-def call(address: int, *arguments: int | np.ndarray) -> None:
-    """Call a kernel of int64 arguments by its address; arrays go by theirs."""
+def call(kernel_: Kernel, *arguments: int | np.ndarray) -> None:
+    """Call a kernel of int64 arguments; arrays go by their addresses."""
     values = [a.ctypes.data if isinstance(a, np.ndarray) else a for a in arguments]
-    ctypes.CFUNCTYPE(None, *[_INT64] * len(values))(address)(*values)
+    ctypes.CFUNCTYPE(None, *[_INT64] * len(values))(kernel_.address)(*values)
 
 
 @kernel("void(int64, int64, int64, int64)")
@@ -30,7 +30,7 @@ def _record(x, n_cols, integer, record):
 def record(x: np.ndarray, format_: registry.Format) -> np.ndarray:
     """The activation record of float32 (K,)."""
     out = aligned_bytes(activations.record_bytes(x.size))
-    call(_record.address, x, x.size, int(format_.integer), out)
+    call(_record, x, x.size, int(format_.integer), out)
     return out
 
 
