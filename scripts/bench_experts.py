@@ -28,7 +28,8 @@ from localrun import hardware
 from localrun.measure.bench import machine
 from quant.formats import registry
 from quant.formats.interleave import interleave
-from quant.ops import experts, linear
+from quant.matrix import ExpertMatrices, quant_matrix
+from quant.ops import experts
 from quant.quantize.tensor import NAMES as PACKABLE
 from quant.target import isa
 from quant.threads import bandwidth
@@ -104,8 +105,8 @@ class Ours:
                 at += chunk.nbytes
             if layer.type in registry.INTERLEAVED:
                 self._interleave(self.memory[start:at].reshape(n, -1), shape, layer.type)
-            matrices.append(linear.weight(self.memory[start:at], registry.get(layer.type), shape))
-        self._experts = experts.Experts(*matrices)
+            matrices.append(quant_matrix(self.memory[start:at], registry.get(layer.type), shape))
+        self._experts = ExpertMatrices(*matrices)
 
     @staticmethod
     def _interleave(matrices: np.ndarray, shape: tuple[int, ...], type_: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from localrun.convert.targets import Target, Unit
+from quant.block_format import Format
 from quant.formats import registry
 from quant.threads.pool import Pool
 
@@ -46,7 +47,7 @@ def pack_unit(
 
 def _pack(
     pool: Pool,
-    format_: registry.Format,
+    format_: Format,
     rows: np.ndarray,
     out: np.ndarray,
     importance: np.ndarray | None,

@@ -14,7 +14,8 @@ import numpy as np
 
 from localrun.convert.errors import CheckpointError
 from quant.formats import registry
-from quant.ops.linear import expand_rows, weight
+from quant.matrix import quant_matrix
+from quant.ops.linear import expand_rows
 from quant.threads.pool import Pool
 
 
@@ -48,7 +49,7 @@ class Reader:
 
     def widen(self, raw: np.ndarray, type_: str, out: np.ndarray) -> None:
         """out, float32 (n_rows, n_cols) = the rows that are raw, uint8, in any format there are kernels for."""
-        matrix = weight(raw, registry.get(type_), out.shape)
+        matrix = quant_matrix(raw, registry.get(type_), out.shape)
         expand_rows(self._pool, matrix, np.arange(len(out), dtype=np.int64), out.ctypes.data)
 
     def _file(self, path: Path) -> BinaryIO:

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from quant.decode.program import MOST_TOKENS
+from quant.matrix import ExpertMatrices, QuantMatrix
 from quant.ops import attention as prompt_attention
 from quant.ops import experts as quant_experts
 from quant.ops import linear as quant_linear
-from quant.ops.linear import Weight
 from quant.threads.pool import Pool
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def _as_rows(x: torch.Tensor) -> torch.Tensor:
 class Linear:
     """y = W x for one matrix (out, in)."""
 
-    def __init__(self, pool: Pool, weight: Weight):
+    def __init__(self, pool: Pool, weight: QuantMatrix):
         self.pool, self.weight = pool, weight
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -50,7 +50,7 @@ class Linear:
 class JoinedMLP:
     """down(silu(gate x) * up x) as the only expert of all tokens."""
 
-    def __init__(self, pool: Pool, matrices: quant_experts.Experts):
+    def __init__(self, pool: Pool, matrices: ExpertMatrices):
         self.pool, self.matrices = pool, matrices
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -65,13 +65,13 @@ def joined(gate: Callable, up: Callable, down: Callable) -> JoinedMLP | None:
     """The three as one, if they are plain matrices on the CPU."""
     if not all(type(part) is Linear for part in (gate, up, down)):
         return None
-    return JoinedMLP(gate.pool, quant_experts.Experts(gate.weight, up.weight, down.weight))
+    return JoinedMLP(gate.pool, ExpertMatrices(gate.weight, up.weight, down.weight))
 
 
 class HeadLinear:
     """One matrix a head: W (G, out, in)."""
 
-    def __init__(self, pool: Pool, weight: Weight):
+    def __init__(self, pool: Pool, weight: QuantMatrix):
         self.pool, self.weight = pool, weight
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -100,7 +100,7 @@ class HeadLinear:
 class Embedding:
     """Rows of a matrix by token id."""
 
-    def __init__(self, pool: Pool, weight: Weight):
+    def __init__(self, pool: Pool, weight: QuantMatrix):
         self.pool, self.weight = pool, weight
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
@@ -150,7 +150,7 @@ Finish = Callable[[], torch.Tensor]
 class Experts:
     """The routed experts of a layer, for tensors on the CPU."""
 
-    def __init__(self, pool: Pool, experts: quant_experts.Experts):
+    def __init__(self, pool: Pool, experts: ExpertMatrices):
         self.pool, self.experts = pool, experts
 
     def begin(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Finish:
@@ -199,9 +199,7 @@ class StepExperts:
     layers use the same host memory, one after the other. Steps run within Pool.exclusive().
     """
 
-    def __init__(
-        self, device: "Cuda | StandIn", pool: Pool, layers: Mapping[int, quant_experts.Experts], top_k: int
-    ) -> None:
+    def __init__(self, device: "Cuda | StandIn", pool: Pool, layers: Mapping[int, ExpertMatrices], top_k: int) -> None:
         """layers: by index, all of one width; their tensors must stay mapped."""
         from quant.decode.host_node import ExpertNodes
 
@@ -238,13 +236,11 @@ class PrefillExperts:
         self._jobs: list[Future[None]] = []
         self._free: list[_Staging] = []
 
-    def layer(self, experts: quant_experts.Experts) -> _LayerExperts:
+    def layer(self, experts: ExpertMatrices) -> _LayerExperts:
         """The experts of a layer, whose tensors must stay mapped."""
         return _LayerExperts(self._begin, experts)
 
-    def _begin(
-        self, experts: quant_experts.Experts, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-    ) -> Finish:
+    def _begin(self, experts: ExpertMatrices, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Finish:
         staging = self._take(x, ids)
         staging.fill(x, ids, weights)
         job = self._thread.submit(self._compute, experts, staging, x.shape[0], self._device.mark())
@@ -256,9 +252,7 @@ class PrefillExperts:
         self._free = [staging for staging in self._free if staging.holds(x, ids)]
         return self._free.pop() if self._free else _Staging(self._device, *x.shape, ids.shape[1])
 
-    def _compute(
-        self, experts: quant_experts.Experts, staging: _Staging, n_tokens: int, copied: Callable[[], None]
-    ) -> None:
+    def _compute(self, experts: ExpertMatrices, staging: _Staging, n_tokens: int, copied: Callable[[], None]) -> None:
         copied()
         ids, weights = staging.ids[:n_tokens].numpy(), staging.weights[:n_tokens].numpy()
         quant_experts.run(self._pool, experts, staging.x.data_ptr(), ids, weights, staging.out.data_ptr())

@@ -18,7 +18,7 @@ from quant.decode.experts import SIGMOID, SOFTMAX, SOFTMAX_AFTER_TOPK, Router, e
 from quant.decode.linear import Input, normed, rows_phase
 from quant.decode.program import MOST_TOKENS, Program
 from quant.decode.queries import grouped_queries_phase, latent_queries_phase
-from quant.ops.linear import Weight
+from quant.matrix import QuantMatrix
 from quant.threads.pool import Pool
 
 SCORING = {"softmax": SOFTMAX, "sigmoid": SIGMOID, "softmax_after_topk": SOFTMAX_AFTER_TOPK}
@@ -32,7 +32,7 @@ class Layers:
         x: address of float32 (T, hidden_size), the sums that layers add to; set before the first.
     """
 
-    def __init__(self, config: Config, tensors: Tensors, pool: Pool, embedding: Weight, n_layers: int):
+    def __init__(self, config: Config, tensors: Tensors, pool: Pool, embedding: QuantMatrix, n_layers: int):
         """The tensors must stay mapped. n_layers: with a cache row each."""
         self.config, self.tensors, self.pool = config, tensors, pool
         factors = tensors.array(names.ROPE_FREQS) if tensors.has(names.ROPE_FREQS) else None
@@ -54,7 +54,7 @@ class Layers:
         else:
             self._mlp(index, norm)
 
-    def _head(self, norm: str, head: Weight) -> None:
+    def _head(self, norm: str, head: QuantMatrix) -> None:
         """The last phase: logits of the normed sums."""
         self._final, self._logits = self._normed(self.x, norm), np.zeros((MOST_TOKENS, head.n_rows), np.float32)
         logits = self.program.keep(self._logits)
@@ -96,10 +96,10 @@ class Layers:
             self._buffers[name] = address, n
         return address
 
-    def _rows(self, input_: Input, matrices: list[tuple[Weight, int]], residual: bool = False) -> None:
+    def _rows(self, input_: Input, matrices: list[tuple[QuantMatrix, int]], residual: bool = False) -> None:
         self.program.add(rows_phase(input_, matrices, self.pool.n_workers, residual))
 
-    def _attend(self, heads: Heads, queries: int, v_b: Weight | None, o_proj: Weight) -> None:
+    def _attend(self, heads: Heads, queries: int, v_b: QuantMatrix | None, o_proj: QuantMatrix) -> None:
         """From turned queries to the sum with the residual."""
         partials = self._vector("partials", heads.partials_bytes // 4)
         mixed = self._vector("mixed", o_proj.n_cols)
@@ -193,7 +193,9 @@ class Layers:
         self._rows(norm, [gate, up])
         self._rows(Input(gate[1], up=up[1]), [(down, self.x)], residual=True)
 
-    def _gate_up_down(self, index: int, prefix: str) -> tuple[tuple[Weight, int], tuple[Weight, int], Weight]:
+    def _gate_up_down(
+        self, index: int, prefix: str
+    ) -> tuple[tuple[QuantMatrix, int], tuple[QuantMatrix, int], QuantMatrix]:
         """Gate and up with the places of their outputs, and down."""
         gate, up, down = (
             self.tensors.matrix(names.layer(index, f"{prefix}.{part}_proj")) for part in ("gate", "up", "down")

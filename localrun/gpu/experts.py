@@ -18,7 +18,7 @@ from localrun.gpu import gemm, gemv
 from localrun.gpu.gemm import tile_products
 from localrun.gpu.gemv import row_sums
 from localrun.gpu.matrix import Matrix, upload
-from quant.ops.experts import Experts as HostExperts
+from quant.matrix import ExpertMatrices
 
 _PAIR_ROWS = 16  # of a tile in GEMV: few, so that the rows of a handful of pairs occupy the whole device
 _PAIRS_BYTES = 256 << 20  # what the results of pairs may take before they are summed
@@ -135,7 +135,7 @@ class Experts:
         slot_of: int32 (E,) on the device: where each expert lies, -1 for those that are elsewhere.
     """
 
-    def __init__(self, experts: HostExperts, device: torch.device, here: Sequence[int] | None = None):
+    def __init__(self, experts: ExpertMatrices, device: torch.device, here: Sequence[int] | None = None):
         """Uploads the experts `here`, all by default."""
         n_experts = experts.gate.n_groups
         here = range(n_experts) if here is None else here

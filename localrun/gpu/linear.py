@@ -7,7 +7,7 @@ import torch
 
 from localrun.gpu import gemm, gemv
 from localrun.gpu.matrix import Matrix, upload
-from quant.ops.linear import Weight
+from quant.matrix import QuantMatrix
 
 
 def multiply(matrix: Matrix, x: torch.Tensor) -> torch.Tensor:
@@ -21,7 +21,7 @@ def multiply(matrix: Matrix, x: torch.Tensor) -> torch.Tensor:
 class Linear:
     """y = W x for one matrix (out, in)."""
 
-    def __init__(self, weight: Weight, device: torch.device):
+    def __init__(self, weight: QuantMatrix, device: torch.device):
         self.matrix = upload(weight, device)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -32,7 +32,7 @@ class Linear:
 class HeadLinear:
     """One matrix a head: W (G, out, in)."""
 
-    def __init__(self, weight: Weight, device: torch.device):
+    def __init__(self, weight: QuantMatrix, device: torch.device):
         self.matrix = upload(weight, device)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -56,7 +56,7 @@ class HeadLinear:
 class Embedding:
     """Rows of a matrix by token id."""
 
-    def __init__(self, weight: Weight, device: torch.device):
+    def __init__(self, weight: QuantMatrix, device: torch.device):
         self.matrix = upload(weight, device)
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:

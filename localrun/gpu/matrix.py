@@ -10,7 +10,7 @@ import torch
 
 from localrun.gpu.blocks import LAYOUTS, Layout
 from quant.errors import QuantError
-from quant.ops.linear import Weight
+from quant.matrix import QuantMatrix
 
 PADDING = 16  # bytes behind the last block, so that no kernel's words end past the allocation
 
@@ -57,14 +57,14 @@ class Matrix:
         return self.data if self.scales is None else self.scales
 
 
-def _host_bytes(weight: Weight, group: int, n_groups: int) -> torch.Tensor:
+def _host_bytes(weight: QuantMatrix, group: int, n_groups: int) -> torch.Tensor:
     """uint8: the blocks of some consecutive groups, in the file's map."""
     n_bytes = weight.group_bytes * (n_groups - 1) + weight.n_rows * weight.row_bytes
     address = weight.address + group * weight.group_bytes
     return torch.from_numpy(np.ctypeslib.as_array((ctypes.c_uint8 * n_bytes).from_address(address)))
 
 
-def upload(weight: Weight, device: torch.device, groups: Sequence[int] | None = None) -> Matrix:
+def upload(weight: QuantMatrix, device: torch.device, groups: Sequence[int] | None = None) -> Matrix:
     """The weight's groups, or some of them, on the device; every byte is copied once.
 
     Raises:

@@ -15,7 +15,7 @@ from localrun.gpu import experts as vram
 from localrun.gpu.device import Cuda, StandIn
 from localrun.gpu.matrix import Matrix
 from localrun.gpu.stream import StreamedExperts, Uploader, work_bytes
-from quant.ops.experts import Experts
+from quant.matrix import ExpertMatrices
 from quant.threads.pool import Pool
 
 
@@ -48,7 +48,7 @@ class Routed:
         self,
         device: Cuda | StandIn,
         pool: Pool,
-        layers: Mapping[int, Experts],
+        layers: Mapping[int, ExpertMatrices],
         in_vram: Mapping[int, Sequence[int]],
         top_k: int,
     ):

@@ -18,8 +18,7 @@ from localrun.cpu.bridge import Finish
 from localrun.gpu.blocks import LAYOUTS
 from localrun.gpu.device import Cuda, StandIn
 from localrun.gpu.matrix import Matrix
-from quant.ops.experts import Experts
-from quant.ops.linear import Weight
+from quant.matrix import ExpertMatrices, QuantMatrix
 
 _PIECE_BYTES = 32 << 20  # long beside a copy's start, short beside a layer
 _ALIGNMENT = 256  # of matrices in the work buffer, and bytes behind the last: kernels' words may end past a block
@@ -61,18 +60,18 @@ class Uploader:
 class StreamedExperts:
     """Layers' experts through one work buffer, which holds the layer that was used last."""
 
-    def __init__(self, device: Cuda | StandIn, uploader: Uploader, layers: list[Experts], compute: Compute):
+    def __init__(self, device: Cuda | StandIn, uploader: Uploader, layers: list[ExpertMatrices], compute: Compute):
         """layers: all there will be; their tensors must stay mapped, and their formats have GPU kernels."""
         self._uploader, self._compute = uploader, compute
         n_bytes = max(work_bytes(experts) for experts in layers)
         self._buffer = torch.zeros(n_bytes, dtype=torch.uint8, device=device.torch)
-        self._held: tuple[Experts | None, list[Matrix]] = None, []
+        self._held: tuple[ExpertMatrices | None, list[Matrix]] = None, []
 
-    def layer(self, experts: Experts) -> "_StreamedLayer":
+    def layer(self, experts: ExpertMatrices) -> "_StreamedLayer":
         """The experts of one of the layers."""
         return _StreamedLayer(partial(self._begin, experts))
 
-    def _begin(self, experts: Experts, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Finish:
+    def _begin(self, experts: ExpertMatrices, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Finish:
         held, matrices = self._held
         if held is not experts:
             self._held = None, []  # should the upload fail
@@ -81,7 +80,7 @@ class StreamedExperts:
         out = self._compute(*matrices, x, ids, weights)
         return lambda: out
 
-    def _upload(self, experts: Experts) -> list[Matrix]:
+    def _upload(self, experts: ExpertMatrices) -> list[Matrix]:
         """On the stream of all else: after what still reads the buffer."""
         matrices, first = [], 0
         for weight in (experts.gate, experts.up, experts.down):
@@ -102,17 +101,17 @@ class _StreamedLayer:
         self.begin = begin
 
 
-def _matrix_bytes(weight: Weight) -> int:
+def _matrix_bytes(weight: QuantMatrix) -> int:
     """In the work buffer."""
     return (weight.n_groups * weight.n_rows * weight.row_bytes // _ALIGNMENT + 2) * _ALIGNMENT
 
 
-def work_bytes(experts: Experts) -> int:
+def work_bytes(experts: ExpertMatrices) -> int:
     """Device memory for a layer's experts."""
     return sum(_matrix_bytes(weight) for weight in (experts.gate, experts.up, experts.down))
 
 
-def host_bytes(weight: Weight, group: int) -> torch.Tensor:
+def host_bytes(weight: QuantMatrix, group: int) -> torch.Tensor:
     """uint8: one group's blocks, in the file's map."""
     n_bytes = weight.n_rows * weight.row_bytes
     address = weight.address + group * weight.group_bytes

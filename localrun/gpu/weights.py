@@ -18,7 +18,7 @@ from localrun.models.config import Config
 from localrun.models.tensors import Tensors
 from localrun.network.rope import Rope
 from localrun.placement.placement import CPU, GPU, MTP, RAM, Placement
-from quant.ops.experts import Experts
+from quant.matrix import ExpertMatrices
 from quant.threads.pool import Pool
 
 
@@ -99,7 +99,7 @@ def spans_in_ram(tensors: Tensors, config: Config, placement: Placement) -> list
     return spans
 
 
-def _expert_spans(experts: Experts, elsewhere: set[int]) -> list[Span]:
+def _expert_spans(experts: ExpertMatrices, elsewhere: set[int]) -> list[Span]:
     """Of a layer's experts but those that are elsewhere."""
     here = [expert for expert in range(experts.gate.n_groups) if expert not in elsewhere]
     return [

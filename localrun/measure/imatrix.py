@@ -31,7 +31,7 @@ from localrun.models import names
 from localrun.network.attention import LatentAttention
 from localrun.network.cache import Cache, row_widths
 from localrun.network.model import Model
-from quant.ops.linear import Weight
+from quant.matrix import QuantMatrix
 from quant.threads.pool import Pool
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ class _ObservedExperts(Experts):
         return lambda: out
 
 
-def _slice(stack: Weight, index: int) -> Weight:
+def _slice(stack: QuantMatrix, index: int) -> QuantMatrix:
     """One matrix of a stack: a view."""
     return replace(stack, address=stack.address + index * stack.group_bytes, n_groups=1)
 

@@ -5,9 +5,7 @@ import numpy as np
 from localrun.gguf.file import GGUFFile
 from localrun.models import names
 from quant.formats import registry
-from quant.ops import linear
-from quant.ops.experts import Experts
-from quant.ops.linear import Weight
+from quant.matrix import ExpertMatrices, QuantMatrix, quant_matrix
 
 
 class Tensors:
@@ -20,22 +18,22 @@ class Tensors:
         """Whether the file holds the tensor `name`."""
         return name in self.file.tensors
 
-    def matrix(self, name: str, shape: tuple[int, ...] | None = None) -> Weight:
+    def matrix(self, name: str, shape: tuple[int, ...] | None = None) -> QuantMatrix:
         """A matrix (out, in), or one a group (G, out, in); `shape` reads the same rows in other groups."""
         tensor = self.file.tensors[name]
-        return linear.weight(tensor.data, registry.get(tensor.type.name), shape or tensor.shape)
+        return quant_matrix(tensor.data, registry.get(tensor.type.name), shape or tensor.shape)
 
     def array(self, name: str) -> np.ndarray:
         """A 1-D tensor, float32."""
         tensor = self.file.tensors[name]
         return np.ascontiguousarray(registry.get(tensor.type.name).unpack(tensor.data), np.float32)
 
-    def split_matrix(self, name: str, n_groups: int, rows: tuple[int, int]) -> tuple[Weight, Weight]:
+    def split_matrix(self, name: str, n_groups: int, rows: tuple[int, int]) -> tuple[QuantMatrix, QuantMatrix]:
         """A matrix of n_groups * sum(rows) rows as two: each group's first rows[0] rows, and its last rows[1]."""
         both = self.matrix(name, (n_groups, sum(rows), self.file.tensors[name].shape[-1]))
         return both.rows(0, rows[0]), both.rows(*rows)
 
-    def expert_matrices(self, index: int) -> Experts:
+    def expert_matrices(self, index: int) -> ExpertMatrices:
         """The routed experts of layer `index`, from separate or fused gate and up tensors (gate rows first)."""
         fused = names.layer(index, "mlp.experts.gate_up_proj")
         if self.has(fused):
@@ -43,4 +41,4 @@ class Tensors:
             gate, up = both.rows(0, both.n_rows // 2), both.rows(both.n_rows // 2, both.n_rows // 2)
         else:
             gate, up = (self.matrix(names.layer(index, f"mlp.experts.{part}_proj")) for part in ("gate", "up"))
-        return Experts(gate, up, self.matrix(names.layer(index, "mlp.experts.down_proj")))
+        return ExpertMatrices(gate, up, self.matrix(names.layer(index, "mlp.experts.down_proj")))

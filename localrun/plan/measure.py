@@ -23,6 +23,7 @@ from localrun.placement.placement import CHUNK
 from localrun.plan.machine import Cpu, Machine, parse_machine
 from localrun.plan.shapes import Conversion, ModelShape, from_config, n_bytes
 from localrun.plan.speed import attention_flops
+from quant.matrix import quant_matrix
 
 _LARGE_BYTES = 1 << 28  # what a matrix takes at most: far beyond any cache but the largest servers'
 _READ_BYTES = 1 << 30  # what is read at most
@@ -123,12 +124,11 @@ def kernel_rates(pool: Any, type_: str, n_cols: int, rows: list[int], size: int 
         size: bytes of all matrices that one token is multiplied with.
     """
     from quant.formats import registry
-    from quant.ops import linear
 
     format_ = registry.get(type_)
     large = max(64, size // format_.row_bytes(n_cols))
     rows = [min(count, large) for count in rows]
-    matrix = linear.weight(_random_blocks(pool, format_, large, n_cols), format_, (large, n_cols))
+    matrix = quant_matrix(_random_blocks(pool, format_, large, n_cols), format_, (large, n_cols))
     step, used = _step(pool, matrix, rows)
     (one,) = _typical_s(lambda: step.run([0], 0, step.cache), threads=pool.n_workers)
     weights = few = many = 0.0
@@ -151,9 +151,8 @@ def _step(pool: Any, matrix: Any, rows: list[int]) -> tuple[Any, int]:
     from quant.decode.linear import Input, rows_phase
     from quant.decode.program import Program
     from quant.formats import registry
-    from quant.ops import linear
 
-    vector = linear.weight(np.zeros(4 * matrix.n_cols, np.uint8), registry.get("F32"), (1, matrix.n_cols))
+    vector = quant_matrix(np.zeros(4 * matrix.n_cols, np.uint8), registry.get("F32"), (1, matrix.n_cols))
     program, used = Program(pool, vector, np.zeros(0), 1.0, 0), 0
     out = program.vector(max(rows))
     for n_rows in cycle(rows):

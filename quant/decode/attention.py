@@ -34,7 +34,7 @@ from quant.decode.program import (
 )
 from quant.gemm.float_tile import LANES, multiply
 from quant.gemv.activations import record_bytes, write_record
-from quant.ops.linear import Weight
+from quant.matrix import QuantMatrix
 from quant.simd.core import (
     F32,
     I64,
@@ -296,7 +296,7 @@ def attend_phase(heads: Heads, queries: int, partials: int) -> Phase:
     return Phase(NOTHING, _run_attend, heads.n_groups, words, work_bytes, per_token=True, per_chunk=True)
 
 
-def lift_phase(heads: Heads, partials: int, v_b: Weight | None, out: int) -> Phase:
+def lift_phase(heads: Heads, partials: int, v_b: QuantMatrix | None, out: int) -> Phase:
     """Heads' results float32 (MOST_TOKENS, H, V) at `out`: pieces combined, times v_b (H, V, C) where there is one."""
     width = heads.value_width
     record, token_bytes = padded(4 * width), padded(4 * width) + record_bytes(width)

@@ -1,7 +1,7 @@
 """Phases of the mixture of experts: the router's choice, gate and up of the chosen experts, down with the weighted sum.
 
 The router's logits come from a rows phase; every worker makes the choice for itself, or takes over one that was made
-elsewhere. Experts that several tokens chose are read once: a group is one expert with the tokens that chose it.
+elsewhere. ExpertMatrices that several tokens chose are read once: a group is one expert with the tokens that chose it.
 Source: as localrun/moe.py, whose choose_experts is the reference.
 """
 
@@ -13,9 +13,7 @@ import numpy as np
 from quant.decode.linear import Input, multiply, set_token, token_tables, unit_rows
 from quant.decode.program import ARGUMENTS, MOST_TOKENS, Phase, float_bits, padded, tokens_of
 from quant.gemv.activations import record_bytes, write_record
-from quant.ops.experts import Experts
-from quant.ops.linear import Weight
-from quant.ops.multiply import MATRIX_BYTES
+from quant.matrix import MATRIX_BYTES, ExpertMatrices, QuantMatrix
 from quant.simd.core import bits_to_f32, load_f32, load_i64, store_f32, store_i64
 from quant.simd.vectors import copy, rms_norm, scale_add, swiglu
 from quant.target.jit import inline, kernel
@@ -376,7 +374,7 @@ class Router:
 
 @dataclass(frozen=True)
 class Choice:
-    """Experts that something else chooses, instead of a Router.
+    """ExpertMatrices that something else chooses, instead of a Router.
 
     Attributes:
         ids: address of int64 (T, K); a pair whose id is no expert's, as -1, counts as not chosen.
@@ -402,10 +400,10 @@ class Choice:
 def expert_phases(
     input_: Input,
     router: Router | Choice,
-    experts: Experts,
+    experts: ExpertMatrices,
     gated: int,
     upped: int,
-    shared: tuple[int, int, Weight] | None,
+    shared: tuple[int, int, QuantMatrix] | None,
     out: int,
     n_workers: int,
     instead: bool = False,

@@ -13,7 +13,7 @@ from quant.decode.experts import Choice, expert_phases
 from quant.decode.linear import Input
 from quant.decode.program import MOST_TOKENS, N_TOKENS, STEP, Phases, reset
 from quant.errors import QuantError
-from quant.ops.experts import Experts
+from quant.matrix import ExpertMatrices
 from quant.simd.core import load_i64, store_i64
 from quant.target.jit import kernel
 from quant.threads.pool import Pool, aligned_bytes, dispatch
@@ -38,7 +38,9 @@ class ExpertNodes:
         function: address of the C function void(int64) of all calls.
     """
 
-    def __init__(self, pool: Pool, layers: Sequence[Experts], top_k: int, x: int, ids: int, weights: int, out: int):
+    def __init__(
+        self, pool: Pool, layers: Sequence[ExpertMatrices], top_k: int, x: int, ids: int, weights: int, out: int
+    ):
         """The pool, the weights and the buffers must stay.
 
         Args:

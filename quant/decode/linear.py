@@ -20,8 +20,7 @@ from quant.decode.program import (
 )
 from quant.errors import QuantError
 from quant.gemv.activations import record_bytes, write_record
-from quant.ops.linear import Weight
-from quant.ops.multiply import ADDRESS, GEMV, GEMV_FEW, GROUP_BYTES, MATRIX_BYTES, ROW_BYTES
+from quant.matrix import ADDRESS, GEMV, GEMV_FEW, GROUP_BYTES, MATRIX_BYTES, ROW_BYTES, QuantMatrix
 from quant.simd.bytes64 import stack
 from quant.simd.core import bits_to_f32, load_i64, store_i64
 from quant.simd.vectors import copy, rms_norm, scale_add, swiglu
@@ -167,7 +166,7 @@ class Input:
     beside_norm: int = 0
 
 
-def unit_rows(weight: Weight, n_bytes: int, n_workers: int) -> int:
+def unit_rows(weight: QuantMatrix, n_bytes: int, n_workers: int) -> int:
     """Rows that a worker takes at a time in a phase of n_bytes of weights, a multiple of 8 and of interleaved rows."""
     wanted, multiple = min(_UNIT_BYTES, n_bytes // (_UNITS_PER_WORKER * n_workers)), max(8, weight.format.rows)
     return max(multiple, wanted // weight.row_bytes // multiple * multiple)
@@ -175,7 +174,7 @@ def unit_rows(weight: Weight, n_bytes: int, n_workers: int) -> int:
 
 def rows_phase(
     input_: Input,
-    matrices: list[tuple[Weight, int]],
+    matrices: list[tuple[QuantMatrix, int]],
     n_workers: int,
     residual: bool = False,
     is_head: bool = False,

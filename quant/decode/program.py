@@ -21,7 +21,7 @@ import numpy as np
 
 from quant.errors import QuantError
 from quant.gemv.plain import MOST_FEW
-from quant.ops.linear import Weight, check_single_rows
+from quant.matrix import QuantMatrix, check_single_rows
 from quant.simd.core import bits_to_f32, load_i64, store_f32, store_i64
 from quant.simd.vectors import load_f64
 from quant.target.jit import Kernel, inline, kernel
@@ -234,7 +234,9 @@ class Program(Phases):
         QuantError: the embedding's rows are interleaved.
     """
 
-    def __init__(self, pool: Pool, embedding: Weight, frequencies: np.ndarray, magnitude: float, n_cache_rows: int):
+    def __init__(
+        self, pool: Pool, embedding: QuantMatrix, frequencies: np.ndarray, magnitude: float, n_cache_rows: int
+    ):
         super().__init__(pool)
         check_single_rows(embedding)
         self._memory.append(embedding)

@@ -22,8 +22,7 @@ from quant.decode.program import (
     tokens_of,
 )
 from quant.gemv.activations import record_bytes, write_record
-from quant.ops.linear import Weight, check_single_rows
-from quant.ops.multiply import ADDRESS, BLOCK, EXPAND, GROUP_BYTES, ROW_BYTES
+from quant.matrix import ADDRESS, BLOCK, EXPAND, GROUP_BYTES, ROW_BYTES, QuantMatrix, check_single_rows
 from quant.simd.core import bits_to_f32, load_f32, load_i64, store_f32
 from quant.simd.exact import store_f16
 from quant.simd.vectors import rms_norm, scale, scale_add
@@ -165,7 +164,7 @@ def latent_queries_phase(
     queries: int,
     kv: int,
     kv_norm: int,
-    k_b: Weight,
+    k_b: QuantMatrix,
     *,
     transposed: bool,
     n_rope: int,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from quant.formats.registry import EXPAND, GEMV, GEMV_FEW, Format
+from quant.block_format import EXPAND, GEMV, GEMV_FEW, Format
 from quant.gemv.plain import MOST_FEW, later, prefetch_both, prefetch_start, specialize
 from quant.simd.bytes64 import stack
 from quant.simd.core import (

@@ -4,8 +4,8 @@ Source: ggml src/ggml-common.h @d99724f, block_iq4_nl and kvalues_iq4nl."""
 
 import numpy as np
 
+from quant.block_format import EXPAND, Format
 from quant.formats.blocks_32 import add_offset, add_single, biased_dots_of_quarters, eight_scales
-from quant.formats.registry import EXPAND, Format
 from quant.gemv import plain
 from quant.simd.bytes64 import BIAS, high_nibbles, load_quarters, lookup_in_64, low_nibbles
 from quant.simd.core import (

@@ -6,9 +6,9 @@ Source: ggml src/ggml-common.h @d99724f, block_iq4_xs; dequantize_row_iq4_xs in 
 
 import numpy as np
 
+from quant.block_format import EXPAND, Format
 from quant.formats.blocks_32 import add_offset, biased_dots_of_quarters
 from quant.formats.iq4_nl import VALUES, raised_values
-from quant.formats.registry import EXPAND, Format
 from quant.gemv import plain
 from quant.simd.bytes64 import (
     BIAS,

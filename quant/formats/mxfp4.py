@@ -5,8 +5,8 @@ Source: ggml src/ggml-common.h @d99724f, block_mxfp4, and ggml_e8m0_to_fp32_half
 
 import numpy as np
 
+from quant.block_format import EXPAND, Format
 from quant.formats.blocks_32 import add_offset, add_single, dots_of_quarters
-from quant.formats.registry import EXPAND, Format
 from quant.gemv import plain
 from quant.simd.bytes64 import half_powers, high_nibbles, load_quarters, lookup_in_64, low_nibbles
 from quant.simd.core import (

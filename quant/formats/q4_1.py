@@ -4,8 +4,8 @@ Source: ggml src/ggml-common.h @d99724f, block_q4_1."""
 
 import numpy as np
 
+from quant.block_format import EXPAND, Format
 from quant.formats.blocks_32 import add_minimum, add_single, add_single_minimum, dots_of_quarters, eight_pairs
-from quant.formats.registry import EXPAND, Format
 from quant.gemv import plain
 from quant.simd.bytes64 import high_nibbles, load_quarters, low_nibbles
 from quant.simd.core import (

@@ -5,7 +5,7 @@ Source: ggml src/ggml-common.h @d99724f, block_q4_K; get_scale_min_k4 in ggml-qu
 
 import numpy as np
 
-from quant.formats.registry import EXPAND, Format
+from quant.block_format import EXPAND, Format
 from quant.gemv import plain
 from quant.gemv.activations import NIBBLES, SCALES
 from quant.simd.bytes64 import (

@@ -3,9 +3,9 @@ d f16[16] @0 | dmin f16[16] @32 | scales u32[3][16] @64 | qs u32[32][16] @256, e
 
 from itertools import product
 
+from quant.block_format import Format
 from quant.formats import q4_k
 from quant.formats.interleave import ROWS, unpack
-from quant.formats.registry import Format
 from quant.gemv.interleaved import FLOATS, WORDS, Block, Token, as_bytes, dot, fma, kernels, masked, merged
 from quant.simd.core import constant
 from quant.target import isa

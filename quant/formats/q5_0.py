@@ -4,8 +4,8 @@ Source: ggml src/ggml-common.h @d99724f, block_q5_0."""
 
 import numpy as np
 
+from quant.block_format import EXPAND, Format
 from quant.formats.blocks_32 import add_offset, add_single, dots_of_quarters, eight_scales, four_u16
-from quant.formats.registry import EXPAND, Format
 from quant.gemv import plain
 from quant.simd.bytes64 import high_nibbles, load_quarters, low_nibbles, set_where
 from quant.simd.core import (

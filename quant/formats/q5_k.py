@@ -5,8 +5,8 @@ Source: ggml src/ggml-common.h @d99724f, block_q5_K."""
 
 import numpy as np
 
+from quant.block_format import EXPAND, Format
 from quant.formats.q4_k import add_nibbles, byte, packed_mins, packed_scales, unpack_scales
-from quant.formats.registry import EXPAND, Format
 from quant.gemv import plain
 from quant.simd.bytes64 import (
     high_nibbles,

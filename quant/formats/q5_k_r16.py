@@ -1,10 +1,10 @@
 """Q5_K with 16 rows interleaved (formats/interleave.py): 16 rows and 256 columns in 2816 bytes.
 d f16[16] @0 | dmin f16[16] @32 | scales u32[3][16] @64 | qh u32[8][16] @256 | qs u32[32][16] @768; see q5_k.py."""
 
+from quant.block_format import Format
 from quant.formats import q5_k
 from quant.formats.interleave import ROWS, unpack
 from quant.formats.q4_k_r16 import add_sub_blocks
-from quant.formats.registry import Format
 from quant.gemv.interleaved import Block, Token, as_bytes, kernels, masked, merged
 
 NAME = "Q5_K_R16"

@@ -6,7 +6,7 @@ Source: ggml src/ggml-common.h @d99724f, block_q6_K; dequantize_row_q6_K in ggml
 
 import numpy as np
 
-from quant.formats.registry import EXPAND, Format
+from quant.block_format import EXPAND, Format
 from quant.gemv import plain
 from quant.gemv.activations import IN_ORDER, SCALES_16, SUMS_16
 from quant.simd.bytes64 import (

@@ -1,9 +1,9 @@
 """Q6_K with 16 rows interleaved (formats/interleave.py): 16 rows and 256 columns in 3360 bytes.
 ql u32[32][16] @0 | qh u32[16][16] @2048 | scales i8[16][16] @3072 | d f16[16] @3328; see q6_k.py."""
 
+from quant.block_format import Format
 from quant.formats import q6_k
 from quant.formats.interleave import ROWS, unpack
-from quant.formats.registry import Format
 from quant.gemv.interleaved import FLOATS, WORDS, Block, Token, as_bytes, dot, fma, kernels, masked, merged
 from quant.simd.core import constant
 

@@ -4,8 +4,8 @@ Source: ggml src/ggml-common.h @d99724f, block_q8_0."""
 
 import numpy as np
 
+from quant.block_format import EXPAND, Format
 from quant.formats.blocks_32 import add_single, eight_scales
-from quant.formats.registry import EXPAND, Format
 from quant.gemv import plain
 from quant.gemv.activations import IN_ORDER, SCALES, SUMS
 from quant.simd.bytes64 import (

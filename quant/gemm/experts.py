@@ -5,8 +5,6 @@ token panels of down; down with the weighted sums. A worker owns the output rows
 summation does not depend on the number of workers.
 """
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from quant.gemm.pack_tokens import write_panels
@@ -25,15 +23,12 @@ from quant.gemm.packed import (
     write_group,
 )
 from quant.gemm.quantize_tokens import BLOCK_BYTES, GROUPS, WORK_BYTES, round_row, row_bytes
-from quant.ops.multiply import ADDRESS, GROUP_BYTES, ROW_BYTES
+from quant.matrix import ADDRESS, GROUP_BYTES, ROW_BYTES, ExpertMatrices
 from quant.simd.core import fma_f32x16, load_f32, load_f32x16, load_i64, splat_f32x16, store_f32x16, zero_f32x16
 from quant.simd.vectors import silu_times_f32x16
 from quant.target.jit import inline, kernel
 from quant.threads.atomics import atomic_add
 from quant.threads.pool import Pool, worker_bytes
-
-if TYPE_CHECKING:
-    from quant.ops.experts import Experts
 
 UP_ROWS = ROWS  # rows of gate and of up that a worker takes at a time: one step of down's token panels
 DOWN_ROWS = 2 * ROWS
@@ -157,7 +152,13 @@ def _run_down(arguments, worker):
 
 
 def run(
-    pool: Pool, experts: "Experts", formats: list[PanelFormat], x: int, ids: np.ndarray, weights: np.ndarray, out: int
+    pool: Pool,
+    experts: ExpertMatrices,
+    formats: list[PanelFormat],
+    x: int,
+    ids: np.ndarray,
+    weights: np.ndarray,
+    out: int,
 ) -> None:
     """out[t] = sum over k of weights[t, k] * expert ids[t, k] of x[t]; arguments as experts.run's.
 

@@ -3,8 +3,6 @@
 The inputs are rounded and written to token panels, one a group; then workers take rows of the matrix.
 """
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from quant.gemm.pack_tokens import write_panels
@@ -18,14 +16,11 @@ from quant.gemm.packed import (
     multiply_panels,
     tokens_bytes,
 )
-from quant.ops.multiply import ADDRESS, GROUP_BYTES, ROW_BYTES
+from quant.matrix import ADDRESS, GROUP_BYTES, ROW_BYTES, QuantMatrix
 from quant.simd.core import load_f32, load_f32x16, load_i64, store_f32, store_f32x16
 from quant.target.jit import inline, kernel
 from quant.threads.atomics import atomic_add
 from quant.threads.pool import Pool, worker_bytes
-
-if TYPE_CHECKING:
-    from quant.ops.linear import Weight
 
 UNIT_ROWS = 64  # rows that a worker takes at a time
 
@@ -75,7 +70,7 @@ def _multiply(arguments, worker):
         unit = upcoming
 
 
-def multiply(pool: Pool, matrix: "Weight", format_: PanelFormat, x: int, n_tokens: int, out: int) -> None:
+def multiply(pool: Pool, matrix: QuantMatrix, format_: PanelFormat, x: int, n_tokens: int, out: int) -> None:
     """out[t, g] = matrix[g] @ x[t, g]; arguments as linear.multiply's."""
     n_groups, n_inputs = matrix.n_groups, n_tokens * matrix.n_groups
     source = np.arange(n_inputs).reshape(n_tokens, n_groups).T.ravel()

@@ -18,7 +18,8 @@ start there, those of MINIMUM at BIAS.
 from dataclasses import dataclass
 from importlib import import_module
 
-from quant.formats.registry import Format
+from quant import matrix as matrix_words
+from quant.block_format import Format
 from quant.gemm.microkernel import TILES
 from quant.gemm.microkernel_amx import SCRATCH_END, configure, release
 from quant.gemm.microkernel_step import (
@@ -35,8 +36,7 @@ from quant.gemm.microkernel_step import (
     TOKENS,
 )
 from quant.gemm.quantize_tokens import SUMS, D, S
-from quant.ops import multiply
-from quant.ops.multiply import ADDRESS, BLOCK, GROUP_BYTES, INTERLEAVED, ROW_BYTES
+from quant.matrix import ADDRESS, BLOCK, GROUP_BYTES, INTERLEAVED, ROW_BYTES
 from quant.simd.core import load_f32, load_i8x32, load_i64, store_f32, store_f32x16, store_i8x32, store_i64, zero_f32x16
 from quant.simd.rows16 import ROWS as VECTOR_ROWS
 from quant.simd.rows16 import load_i32, store_i32
@@ -110,9 +110,9 @@ def tokens_from(*formats: Format) -> int:
     return TOKENS_FROM_INTERLEAVED if all(format_.rows > 1 for format_ in formats) else TOKENS_FROM
 
 
-# A matrix in panel jobs: those int64 of ops/multiply.py and these.
-REPACKER, TILE, KIND, OFFSET = range(multiply.MATRIX_BYTES, multiply.MATRIX_BYTES + 32, 8)
-MATRIX_BYTES = multiply.MATRIX_BYTES + 32
+# A matrix in panel jobs: those int64 of matrix.py and these.
+REPACKER, TILE, KIND, OFFSET = range(matrix_words.MATRIX_BYTES, matrix_words.MATRIX_BYTES + 32, 8)
+MATRIX_BYTES = matrix_words.MATRIX_BYTES + 32
 
 
 # ---- token panels ----------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+from quant.block_format import GEMV, GEMV_FEW
 from quant.formats.interleave import ROWS
-from quant.formats.registry import GEMV, GEMV_FEW
 from quant.gemv.activations import IN_ORDER, SCALES, STEP_BYTES, SUMS_16, steps_at
 from quant.gemv.plain import AHEAD, MOST_FEW, NEAR, prefetch_start, specialize
 from quant.simd.bytes64 import emit_dot_u8, i8x64, i32x16

@@ -7,7 +7,7 @@ is the product. What is left of a row that is no multiple of 256 goes by single 
 from collections.abc import Callable
 from types import FunctionType
 
-from quant.formats.registry import GEMV, GEMV_FEW
+from quant.block_format import GEMV, GEMV_FEW
 from quant.gemv.activations import STEP_BYTES, steps_at
 from quant.simd.bytes64 import stack
 from quant.simd.core import (

@@ -5,16 +5,13 @@ first gate and up (with SwiGLU and the rounding of its result), then down. A wor
 rows it sums into, so the order of summation does not depend on the number of workers.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
-from quant.errors import QuantError
 from quant.gemm import experts as packed_experts
 from quant.gemm import packed
 from quant.gemv.activations import record_bytes, write_record
-from quant.ops.linear import Weight
-from quant.ops.multiply import MATRIX_BYTES, multiply_rows, scratch_bytes, write_records
+from quant.matrix import MATRIX_BYTES, ExpertMatrices, QuantMatrix
+from quant.ops.multiply import multiply_rows, scratch_bytes, write_records
 from quant.simd.core import load_f32, load_i64, store_f32, store_i64
 from quant.simd.vectors import scale_add, swiglu
 from quant.target.jit import inline, kernel
@@ -24,22 +21,6 @@ from quant.threads.pool import Pool, worker_bytes
 # What a worker takes at a time: its start is read without prefetching, so few starts, but workers should end together.
 _UNIT_BYTES = 1 << 19
 _UNITS_PER_WORKER = 8
-
-
-@dataclass(frozen=True)
-class Experts:
-    """The three stacked matrices: gate and up (E, I, D), down (E, D, I), in any formats."""
-
-    gate: Weight
-    up: Weight
-    down: Weight
-
-    def __post_init__(self):
-        """Raises QuantError on shapes that don't belong together."""
-        gate, up, down = self.gate, self.up, self.down
-        shape = (gate.n_groups, gate.n_rows, gate.n_cols)
-        if shape != (up.n_groups, up.n_rows, up.n_cols) or shape != (down.n_groups, down.n_cols, down.n_rows):
-            raise QuantError("gate, up and down experts have shapes that do not belong together")
 
 
 # Where the job finds its arguments, int64 each: three matrices, then the rest.
@@ -134,13 +115,13 @@ def _run_down(arguments, worker):
         _sum_down(a, first, min(rows, load_i64(a + HIDDEN) - first), scratch, sums, sums_table)
 
 
-def _unit_rows(matrix: Weight, n_rows: int, n_workers: int) -> int:
+def _unit_rows(matrix: QuantMatrix, n_rows: int, n_workers: int) -> int:
     """Rows that a worker takes at a time of n_rows, a multiple of 32 so that activation groups stay whole."""
     rows = min(_UNIT_BYTES // matrix.row_bytes, n_rows // (_UNITS_PER_WORKER * n_workers))
     return max(32, rows // 32 * 32)
 
 
-def run(pool: Pool, experts: Experts, x: int, ids: np.ndarray, weights: np.ndarray, out: int) -> None:
+def run(pool: Pool, experts: ExpertMatrices, x: int, ids: np.ndarray, weights: np.ndarray, out: int) -> None:
     """out[t] = sum over k of weights[t, k] * expert ids[t, k] of x[t].
 
     Args:

@@ -4,29 +4,14 @@ Matrices are addresses into memory that somebody else keeps mapped; inputs and o
 order.
 """
 
-from dataclasses import dataclass, replace
-from functools import cached_property
-
 import numpy as np
 
 from quant.errors import QuantError
-from quant.formats.registry import Format
 from quant.gemm import linear as packed_linear
 from quant.gemm import packed as panel
 from quant.gemv.activations import record_bytes
-from quant.ops.multiply import (
-    ADDRESS,
-    BLOCK,
-    EXPAND,
-    GROUP_BYTES,
-    MATRIX_BYTES,
-    ROW_BYTES,
-    expands,
-    multiply_rows,
-    scratch_bytes,
-    scratch_rows,
-    write_records,
-)
+from quant.matrix import ADDRESS, BLOCK, EXPAND, GROUP_BYTES, MATRIX_BYTES, ROW_BYTES, QuantMatrix, check_single_rows
+from quant.ops.multiply import expands, multiply_rows, scratch_bytes, scratch_rows, write_records
 from quant.simd.core import (
     fma_f32x16,
     load_f32,
@@ -42,63 +27,6 @@ from quant.threads.atomics import atomic_add, atomic_store, call_3
 from quant.threads.pool import Pool, worker_bytes
 
 _UNIT_BYTES = 1 << 19  # weights that a worker takes at a time: its start is read without prefetching, so few starts
-
-
-@dataclass(frozen=True)
-class Weight:
-    """n_groups matrices of (n_rows, n_cols) in one format.
-
-    Attributes:
-        address: of the first block of the first row.
-        group_bytes: from one group's first row to the next group's.
-        owner: whatever keeps the memory alive.
-    """
-
-    format: Format
-    address: int
-    n_groups: int
-    n_rows: int
-    n_cols: int
-    group_bytes: int
-    owner: object = None
-
-    @cached_property
-    def row_bytes(self) -> int:
-        """Bytes from one row to the next."""
-        return self.format.row_bytes(self.n_cols)
-
-    @cached_property
-    def fields(self) -> tuple[int, ...]:
-        """The matrix as jobs see it, in the order of rows.GEMV and its neighbours."""
-        return (
-            self.format.gemv.address, self.format.expand_address, self.format.block,
-            self.row_bytes, self.address, self.group_bytes, self.format.gemv_few.address, self.format.rows,
-        )  # fmt: skip
-
-    def rows(self, start: int, count: int) -> "Weight":
-        """The same groups, restricted to `count` rows from `start`: a view."""
-        if start < 0 or start + count > self.n_rows:
-            raise QuantError(f"rows {start}..{start + count} of a matrix with {self.n_rows}")
-        _check_rows(self.format, start, count)
-        return replace(self, address=self.address + start * self.row_bytes, n_rows=count)
-
-
-def _check_rows(format_: Format, *numbers: int) -> None:
-    """Raises QuantError unless interleaved rows stay together."""
-    if any(number % format_.rows for number in numbers):
-        found = " and ".join(map(str, numbers))
-        raise QuantError(f"{format_.name} takes multiples of {format_.rows} rows; found {found}")
-
-
-def weight(data: np.ndarray, format_: Format, shape: tuple[int, ...]) -> Weight:
-    """The uint8 `data` as matrices of `shape` (rows, cols) or (groups, rows, cols). Raises QuantError on its size."""
-    *groups, n_rows, n_cols = shape
-    n_groups = groups[0] if groups else 1
-    _check_rows(format_, n_rows)
-    group_bytes = n_rows * format_.row_bytes(n_cols)
-    if data.dtype != np.uint8 or not data.flags.c_contiguous or data.nbytes != n_groups * group_bytes:
-        raise QuantError(f"{format_.name} {shape} takes {n_groups * group_bytes} contiguous bytes; found {data.nbytes}")
-    return Weight(format_, data.ctypes.data, n_groups, n_rows, n_cols, group_bytes, data)
 
 
 # Where the job of multiply() finds its arguments behind the matrix, int64 each.
@@ -141,7 +69,7 @@ def _multiply(arguments, worker):
         multiply_rows(a, group, first, count, n_cols, n_tokens, records + at, outs + at, 4 * first, scratch)
 
 
-def unit_rows(pool: Pool, matrix: Weight, n_tokens: int) -> int:
+def unit_rows(pool: Pool, matrix: QuantMatrix, n_tokens: int) -> int:
     """Rows that a worker takes at a time."""
     together = matrix.format.rows
     if expands.py_func(matrix.format.block, together, n_tokens):
@@ -150,7 +78,7 @@ def unit_rows(pool: Pool, matrix: Weight, n_tokens: int) -> int:
     return max(4, together, min(_UNIT_BYTES // matrix.row_bytes, share) // together * together)
 
 
-def multiply(pool: Pool, matrix: Weight, x: int, n_tokens: int, out: int) -> None:
+def multiply(pool: Pool, matrix: QuantMatrix, x: int, n_tokens: int, out: int) -> None:
     """out[t, g] = matrix[g] @ x[t, g].
 
     Args:
@@ -173,12 +101,6 @@ def multiply(pool: Pool, matrix: Weight, x: int, n_tokens: int, out: int) -> Non
     packed = np.array(arguments, np.int64)
     _prepare.ctypes(packed.ctypes.data)
     pool.run(_multiply.address, packed)
-
-
-def check_single_rows(matrix: Weight) -> None:
-    """Raises QuantError if rows are interleaved: one of them has no address."""
-    if matrix.format.rows > 1:
-        raise QuantError(f"{matrix.format.name}: rows that are interleaved cannot be read one by one")
 
 
 @kernel("void(int64, int64)")
@@ -208,7 +130,7 @@ def _multiply_transposed(arguments, worker):
                     store_f32x16(total + 4 * c, summed)
 
 
-def multiply_transposed(pool: Pool, matrix: Weight, x: int, n_tokens: int, out: int) -> None:
+def multiply_transposed(pool: Pool, matrix: QuantMatrix, x: int, n_tokens: int, out: int) -> None:
     """out[t, g] = matrix[g].T @ x[t, g], in float32.
 
     Args:
@@ -243,7 +165,7 @@ def _expand_rows(arguments, worker):
             call_3(expand, load_i64(rows + 8 * r), n_blocks, out + out_bytes * r)
 
 
-def expand_rows(pool: Pool, matrix: Weight, rows: np.ndarray, out: int) -> None:
+def expand_rows(pool: Pool, matrix: QuantMatrix, rows: np.ndarray, out: int) -> None:
     """out[i] = the rows[i]-th row of the first group, or of all groups' rows in order, in float32.
 
     Args:

@@ -8,6 +8,7 @@ time, and each expanded row serves all tokens. All read the same activation reco
 from quant.gemm.float_tile import multiply
 from quant.gemv.activations import write_record
 from quant.gemv.plain import MOST_FEW
+from quant.matrix import ADDRESS, BLOCK, EXPAND, GEMV, GEMV_FEW, GROUP_BYTES, INTERLEAVED, ROW_BYTES
 from quant.simd.core import load_i64
 from quant.target.jit import inline
 from quant.threads.atomics import call_3, call_5, call_7
@@ -41,11 +42,6 @@ def write_records(x, n_inputs, n_cols, integer, record_bytes, records):
     """The records of n_inputs contiguous float32 rows at x."""
     for i in range(n_inputs):
         write_record(x + 4 * n_cols * i, 0, n_cols, n_cols, integer, records + record_bytes * i)
-
-
-# A matrix as the kernels see it: eight int64 among a job's arguments (linear.Weight.fields).
-GEMV, EXPAND, BLOCK, ROW_BYTES, ADDRESS, GROUP_BYTES, GEMV_FEW, INTERLEAVED = range(0, 64, 8)
-MATRIX_BYTES = 64
 
 
 @inline

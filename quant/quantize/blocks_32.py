@@ -7,7 +7,7 @@ Source: ggml src/ggml-quants.c, quantize_row_q4_0_ref and its siblings.
 
 import numpy as np
 
-from quant.formats.registry import PACK
+from quant.block_format import PACK
 from quant.quantize.search import TINY, fit_scale, fit_scale_min, mean, sum_squares, write_importance
 from quant.simd.core import add_f32x32, load_f16, load_f32x32, mask, mul_f32x32, splat_f32x32, store_i8x32, sub_f32x32
 from quant.simd.exact import (

@@ -6,8 +6,8 @@ of each; here 15 neighbours compete with the errors they would cause.
 
 import numpy as np
 
+from quant.block_format import PACK
 from quant.formats.q4_k import byte
-from quant.formats.registry import PACK
 from quant.quantize.search import TINY, errors, fit_scale_min, mean, sum_squares, write_importance, write_magnitudes
 from quant.simd.core import (
     either,

@@ -5,7 +5,7 @@ Method: ggml's quantize_row_q6_K (ggml-quants.c) up to the rounding of the scale
 
 import numpy as np
 
-from quant.formats.registry import PACK
+from quant.block_format import PACK
 from quant.quantize.search import TINY, errors, fit_scale, mean, sum_squares, write_importance, write_squares
 from quant.simd.core import (
     either,

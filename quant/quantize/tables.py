@@ -8,8 +8,8 @@ import math
 
 import numpy as np
 
+from quant.block_format import PACK
 from quant.formats import iq4_nl, mxfp4
-from quant.formats.registry import PACK
 from quant.quantize.search import TINY, first_wins_ties, mean, sum_squares, write_importance, write_squares
 from quant.simd.core import (
     bits_to_f32,

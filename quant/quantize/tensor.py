@@ -9,8 +9,8 @@ from importlib import import_module
 
 import numpy as np
 
+from quant.block_format import Format
 from quant.errors import QuantError
-from quant.formats.registry import Format
 from quant.simd.core import bits_to_f32, load_f32, load_f32x16, load_i64, store_i64
 from quant.simd.exact import all_within
 from quant.target.jit import inline, kernel

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from quant.errors import QuantError
+from quant.matrix import ExpertMatrices
 from quant.ops import experts
 from quant.threads.pool import Pool
 
@@ -33,7 +34,7 @@ def naive(values, formats_, x, ids, weights) -> np.ndarray:
 
 def run(pool, matrices, x, ids, weights) -> np.ndarray:
     out = np.full(x.shape, np.nan, np.float32)
-    experts.run(pool, experts.Experts(*matrices), x.ctypes.data, ids, weights, out.ctypes.data)
+    experts.run(pool, ExpertMatrices(*matrices), x.ctypes.data, ids, weights, out.ctypes.data)
     return out
 
 
@@ -107,4 +108,4 @@ def test_shapes_that_do_not_belong_together_are_refused():
     gate, _ = kernels.random_weight("F32", (4, 32, 64), rng)
     down, _ = kernels.random_weight("F32", (4, 64, 48), rng)
     with pytest.raises(QuantError, match="do not belong together"):
-        experts.Experts(gate, gate, down)
+        ExpertMatrices(gate, gate, down)

@@ -14,8 +14,8 @@ import pytest
 from quant.decode.host_node import ExpertNodes
 from quant.decode.program import MOST_TOKENS
 from quant.errors import QuantError
+from quant.matrix import ExpertMatrices
 from quant.ops import experts
-from quant.ops.experts import Experts
 from quant.simd.core import load_i64
 from quant.target.jit import kernel
 from quant.threads.pool import Pool, dispatch
@@ -39,7 +39,7 @@ class Layers:
         for type_, n_experts, inner in shapes:
             shape, down_shape = (n_experts, inner, HIDDEN), (n_experts, HIDDEN, inner)
             matrices = [kernels.random_weight(type_, s, rng)[0] for s in (shape, shape, down_shape)]
-            self.layers.append(Experts(*matrices))
+            self.layers.append(ExpertMatrices(*matrices))
         self.x = rng.standard_normal((MOST_TOKENS, HIDDEN)).astype(np.float32) / np.float32(np.sqrt(HIDDEN))
         self.ids = np.zeros((MOST_TOKENS, top_k), np.int64)
         self.weights = rng.random((MOST_TOKENS, top_k)).astype(np.float32)
@@ -143,7 +143,7 @@ def test_a_foreign_thread_calls_while_python_holds_the_gil(pool: Pool) -> None:
 
 def test_widths_that_differ_are_refused(pool: Pool) -> None:
     narrow = Layers(pool, ("F32", 4, 32)).layers[0]
-    wide = Experts(
+    wide = ExpertMatrices(
         *(kernels.random_weight("F32", s, np.random.default_rng(0))[0] for s in [(4, 32, 96)] * 2 + [(4, 96, 32)])
     )
     with pytest.raises(QuantError, match="different widths"):

@@ -6,6 +6,7 @@ import pytest
 
 from quant.errors import QuantError
 from quant.formats import registry
+from quant.matrix import quant_matrix
 from quant.ops import linear
 from quant.threads.pool import Pool
 
@@ -87,8 +88,8 @@ def test_restricted_view_multiplies_its_rows(pool):
 def test_wrong_sizes_are_refused():
     q8_0 = registry.get("Q8_0")
     with pytest.raises(QuantError, match="takes 136 contiguous bytes; found 100"):
-        linear.weight(np.zeros(100, np.uint8), q8_0, (2, 64))
-    weight = linear.weight(np.zeros(136, np.uint8), q8_0, (2, 64))
+        quant_matrix(np.zeros(100, np.uint8), q8_0, (2, 64))
+    weight = quant_matrix(np.zeros(136, np.uint8), q8_0, (2, 64))
     with pytest.raises(QuantError, match=r"rows 1\.\.3 of a matrix with 2"):
         weight.rows(1, 2)
 

@@ -7,7 +7,7 @@ import pytest
 from quant.formats import registry
 from quant.gemm import packed
 from quant.gemm.microkernel_step import BIAS, BIAS_FLOAT, PART_BYTES, STEP_BYTES
-from quant.ops import linear
+from quant.matrix import QuantMatrix
 from quant.threads.pool import Pool, aligned_bytes
 
 NAMES = [name for name in registry.NAMES if packed.find(registry.get(name))]
@@ -129,5 +129,5 @@ def test_float_formats_have_no_panels():
 
 def test_weight_fields_start_a_panel_jobs_matrix():
     weight, _ = kernels.random_weight("Q4_K", (1, 2, 256), np.random.default_rng(0))
-    assert isinstance(weight, linear.Weight)
+    assert isinstance(weight, QuantMatrix)
     assert 8 * len(weight.fields) == packed.REPACKER

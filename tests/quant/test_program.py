@@ -35,7 +35,7 @@ from quant.decode.program import (
 )
 from quant.errors import QuantError
 from quant.formats import registry
-from quant.ops import linear
+from quant.matrix import QuantMatrix, quant_matrix
 from quant.simd.core import load_i64, store_i64
 from quant.target.jit import kernel
 from quant.threads.atomics import atomic_add, atomic_load, call_2, call_3
@@ -51,7 +51,7 @@ def pool() -> Iterator[Pool]:
 def small_program(pool: Pool, x: np.ndarray | None = None, n_frequencies: int = 1) -> Program:
     """A program whose tokens are the rows of x, or the vector x, without phases."""
     x = np.zeros((1, 16), np.float32) if x is None else np.atleast_2d(x)
-    weight = linear.weight(x.ravel().view(np.uint8), registry.get("F32"), x.shape)
+    weight = quant_matrix(x.ravel().view(np.uint8), registry.get("F32"), x.shape)
     return Program(pool, weight, np.linspace(0.1, 1, n_frequencies), 1.0, 1)
 
 
@@ -159,7 +159,7 @@ ROWS = {
 
 
 def rows_by_step(
-    weights: list[linear.Weight], kind: str, x: np.ndarray, second: np.ndarray, residual: bool, n_workers: int
+    weights: list[QuantMatrix], kind: str, x: np.ndarray, second: np.ndarray, residual: bool, n_workers: int
 ) -> list[np.ndarray]:
     """Each matrix times the input of this kind, float32; with `residual` added to vectors of 0.25."""
     with closing(Pool(n_workers)) as pool:

@@ -21,8 +21,8 @@ from quant.formats import interleave, registry
 from quant.gemm import packed
 from quant.gemm.microkernel_step import PART_BYTES, STEP_BYTES
 from quant.gemv import plain as gemv
+from quant.matrix import QuantMatrix, quant_matrix
 from quant.ops import linear
-from quant.ops.linear import Weight
 from quant.threads.pool import Pool, aligned_bytes
 
 NAMES = registry.INTERLEAVED
@@ -37,11 +37,13 @@ def interleaved(name: str, raw: np.ndarray) -> np.ndarray:
     return interleave.interleave(name, np.ascontiguousarray(raw), *raw.shape)
 
 
-def both_weights(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> tuple[Weight, Weight, np.ndarray]:
+def both_weights(
+    name: str, shape: tuple[int, ...], rng: np.random.Generator
+) -> tuple[QuantMatrix, QuantMatrix, np.ndarray]:
     """The same matrix plain and interleaved, and its values, float64."""
     weight, values = kernels.random_weight(plain(name), shape, rng)
     data = interleaved(name, weight.owner.reshape(-1, weight.row_bytes))
-    return weight, linear.weight(data.reshape(-1), registry.get(name), shape), values
+    return weight, quant_matrix(data.reshape(-1), registry.get(name), shape), values
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +259,7 @@ def layer(request: pytest.FixtureRequest) -> Layer:
         weight = found.weights[part]
         name = f"{weight.format.name}_R16"
         data = interleaved(name, weight.owner.reshape(-1, weight.row_bytes)).reshape(-1)
-        found.weights[part] = linear.weight(data, registry.get(name), (weight.n_groups, weight.n_rows, weight.n_cols))
+        found.weights[part] = quant_matrix(data, registry.get(name), (weight.n_groups, weight.n_rows, weight.n_cols))
     return found
 
 
@@ -289,7 +291,7 @@ def test_rows_stay_together() -> None:
         with pytest.raises(QuantError, match=f"Q4_K_R16 takes multiples of 16 rows; found {start} and {count}"):
             weight.rows(start, count)
     with pytest.raises(QuantError, match="Q4_K_R16 takes multiples of 16 rows; found 24"):
-        linear.weight(weight.owner[: 24 * 144], weight.format, (1, 24, 256))
+        quant_matrix(weight.owner[: 24 * 144], weight.format, (1, 24, 256))
 
 
 def test_single_rows_cannot_be_read(pool: Pool) -> None:

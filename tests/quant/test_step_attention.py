@@ -16,7 +16,7 @@ import pytest
 
 from quant.decode.attention import Heads, attend_phase, lift_phase
 from quant.decode.program import LEAST_CHUNK, MOST_CHUNKS, Program
-from quant.ops.linear import Weight
+from quant.matrix import QuantMatrix
 from quant.threads.pool import Pool, aligned_bytes
 
 # Scores are sums of up to 300 float32 products, values of up to 5000 weighted ones: some sqrt(5000) roundings of 2^-24.
@@ -67,14 +67,14 @@ class Shape:
 
 
 def attend(
-    pool: Pool, shape: Shape, queries: np.ndarray, keys: np.ndarray, values: np.ndarray, v_b: Weight | None = None
+    pool: Pool, shape: Shape, queries: np.ndarray, keys: np.ndarray, values: np.ndarray, v_b: QuantMatrix | None = None
 ) -> np.ndarray:
     """float32 (H, V): the two phases for the last of the cached tokens. What they must not read is NaN."""
     return attend_few(pool, shape, queries[None], keys, values, v_b)[0]
 
 
 def attend_few(
-    pool: Pool, shape: Shape, queries: np.ndarray, keys: np.ndarray, values: np.ndarray, v_b: Weight | None = None
+    pool: Pool, shape: Shape, queries: np.ndarray, keys: np.ndarray, values: np.ndarray, v_b: QuantMatrix | None = None
 ) -> np.ndarray:
     """float32 (T, H, V): the same for the last T tokens, whose queries are (T, H, key_width)."""
     heads, n_cached, n_tokens = shape.heads, len(keys), len(queries)

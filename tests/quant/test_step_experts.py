@@ -20,8 +20,7 @@ from quant.decode import experts as step_experts
 from quant.decode.experts import SIGMOID, SOFTMAX, SOFTMAX_AFTER_TOPK, Choice, Router, expert_phases
 from quant.decode.linear import Input, rows_phase
 from quant.decode.program import ARGUMENTS, MOST_TOKENS, PHASE_BYTES, Program
-from quant.ops.experts import Experts
-from quant.ops.linear import Weight
+from quant.matrix import ExpertMatrices, QuantMatrix
 from quant.simd.core import load_i64, store_i64
 from quant.target.jit import kernel
 from quant.threads.pool import Pool, aligned_bytes
@@ -293,7 +292,7 @@ class Layer:
             "router": ("F32", (1, n_experts, self.hidden)),
             "tokens": ("F32", (1, self.n_tokens, self.hidden)),
         }
-        self.weights: dict[str, Weight] = {}
+        self.weights: dict[str, QuantMatrix] = {}
         self.values: dict[str, np.ndarray] = {}
         for name, (type_, shape) in shapes.items():
             if shape[1] and shape[2]:
@@ -333,7 +332,7 @@ class Layer:
             top_k = self.settings.num_experts_per_tok
             ids_TK, weights_TK = np.zeros((MOST_TOKENS, top_k), np.int64), np.zeros((MOST_TOKENS, top_k), np.float32)
             settings = Choice(program.keep(ids_TK), program.keep(weights_TK), self.settings.n_routed_experts, top_k)
-        experts = Experts(w["gate"], w["up"], w["down"])
+        experts = ExpertMatrices(w["gate"], w["up"], w["down"])
         for phase in expert_phases(input_, settings, experts, gated, upped, shared, program.x, pool.n_workers):
             program.add(phase)
         program.finish()

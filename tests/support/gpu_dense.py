@@ -7,14 +7,14 @@ import torch
 
 from localrun.cpu import bridge
 from localrun.gpu import attention, weights
-from quant.ops.linear import Weight
+from quant.matrix import QuantMatrix
 from quant.threads.pool import Pool
 
 
 class DenseHeads:
     """As gpu.linear.HeadLinear."""
 
-    def __init__(self, weight: Weight, device: torch.device):
+    def __init__(self, weight: QuantMatrix, device: torch.device):
         with closing(Pool(1)) as pool:
             self._w_Goi = bridge.HeadLinear(pool, weight).dense(0, weight.n_groups).to(device)
 

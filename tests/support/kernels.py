@@ -5,8 +5,10 @@ import ctypes
 import gguf
 import numpy as np
 
+from quant.block_format import Format
 from quant.formats import registry
 from quant.gemv import activations
+from quant.matrix import QuantMatrix, quant_matrix
 from quant.ops import linear
 from quant.target.jit import Kernel, kernel
 from quant.threads.pool import Pool, aligned_bytes
@@ -27,14 +29,14 @@ def _record(x, n_cols, integer, record):
     activations.write_record(x, 0, n_cols, n_cols, integer != 0, record)
 
 
-def record(x: np.ndarray, format_: registry.Format) -> np.ndarray:
+def record(x: np.ndarray, format_: Format) -> np.ndarray:
     """The activation record of float32 (K,)."""
     out = aligned_bytes(activations.record_bytes(x.size))
     call(_record, x, x.size, int(format_.integer), out)
     return out
 
 
-def rounded(x: np.ndarray, format_: registry.Format) -> np.ndarray:
+def rounded(x: np.ndarray, format_: Format) -> np.ndarray:
     """float32 (..., K) as a format's kernels see it: to 8 bits and back, or unchanged."""
     if not format_.integer:
         return x
@@ -59,14 +61,14 @@ def random_blocks(name: str, shape: tuple[int, ...], rng: np.random.Generator) -
     return raw
 
 
-def random_weight(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> tuple[linear.Weight, np.ndarray]:
+def random_weight(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> tuple[QuantMatrix, np.ndarray]:
     """A quantised matrix of `shape`, and its values by gguf's dequantize, float64."""
     raw = random_blocks(name, shape, rng)
     values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[name]).reshape(shape).astype(np.float64)
-    return linear.weight(np.ascontiguousarray(raw).reshape(-1), registry.get(name), shape), values
+    return quant_matrix(np.ascontiguousarray(raw).reshape(-1), registry.get(name), shape), values
 
 
-def multiply(pool: Pool, weight: linear.Weight, x: np.ndarray) -> np.ndarray:
+def multiply(pool: Pool, weight: QuantMatrix, x: np.ndarray) -> np.ndarray:
     """linear.multiply on float32 (T, G, in) -> (T, G, out)."""
     out = np.full((*x.shape[:2], weight.n_rows), np.nan, np.float32)
     linear.multiply(pool, weight, x.ctypes.data, x.shape[0], out.ctypes.data)

@@ -8,6 +8,7 @@ import numpy as np
 
 from quant.formats import registry
 from quant.gemm import packed
+from quant.matrix import ExpertMatrices
 from quant.ops import experts
 from quant.threads.pool import Pool
 
@@ -43,7 +44,7 @@ def experts_of_a_layer(pool: Pool) -> dict[str, np.ndarray]:
         x = rng.standard_normal((n_tokens, hidden)).astype(np.float32)
         ids = np.minimum(rng.integers(-1, 2 * N_EXPERTS, (n_tokens, 2)), N_EXPERTS - 1)
         weights, out = rng.random((n_tokens, 2)).astype(np.float32), np.full(x.shape, np.nan, np.float32)
-        experts.run(pool, experts.Experts(*matrices), x.ctypes.data, ids, weights, out.ctypes.data)
+        experts.run(pool, ExpertMatrices(*matrices), x.ctypes.data, ids, weights, out.ctypes.data)
         found[f"{names} {n_tokens}"] = out
     return found
 

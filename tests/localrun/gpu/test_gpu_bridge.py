@@ -28,10 +28,10 @@ def pool() -> Iterator[Pool]:
         yield two_workers
 
 
-def random_experts(type_: str = "F32", inner: int = 32) -> quant_experts.Experts:
+def random_experts(type_: str = "F32", inner: int = 32) -> Experts:
     rng = np.random.default_rng(inner)
     shapes = (N_EXPERTS, inner, HIDDEN), (N_EXPERTS, inner, HIDDEN), (N_EXPERTS, HIDDEN, inner)
-    return quant_experts.Experts(*(kernels.random_weight(type_, shape, rng)[0] for shape in shapes))
+    return Experts(*(kernels.random_weight(type_, shape, rng)[0] for shape in shapes))
 
 
 def random_inputs(n_tokens: int, device: torch.device, here: float = 0.8) -> tuple[torch.Tensor, ...]:
@@ -43,7 +43,7 @@ def random_inputs(n_tokens: int, device: torch.device, here: float = 0.8) -> tup
     return x.to(device), ids.to(device), torch.rand(n_tokens, TOP_K, generator=generator).to(device)
 
 
-def assert_sum(found: torch.Tensor, pool: Pool, layer: quant_experts.Experts, inputs: tuple[torch.Tensor, ...]) -> None:
+def assert_sum(found: torch.Tensor, pool: Pool, layer: Experts, inputs: tuple[torch.Tensor, ...]) -> None:
     """Equal to what the CPU's network has."""
     expected = Experts(pool, layer).begin(*(x.cpu() for x in inputs))()
     integer = layer.gate.format.integer

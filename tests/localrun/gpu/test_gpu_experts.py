@@ -9,7 +9,7 @@ from gpu_device import DEVICE
 from kernels import random_weight
 
 from localrun.gpu.experts import Experts
-from quant.ops.experts import Experts as HostExperts
+from quant.matrix import ExpertMatrices
 
 HIDDEN, INNER, N_EXPERTS = 256, 32, 5
 
@@ -21,11 +21,11 @@ def rng() -> np.random.Generator:
 
 def random_experts(
     types: tuple[str, str, str], rng: np.random.Generator, inner: int = INNER
-) -> tuple[HostExperts, list[np.ndarray]]:
+) -> tuple[ExpertMatrices, list[np.ndarray]]:
     """The experts, and the values of their three stacks."""
     shapes = ((N_EXPERTS, inner, HIDDEN), (N_EXPERTS, inner, HIDDEN), (N_EXPERTS, HIDDEN, inner))
     made = [random_weight(name, shape, rng) for name, shape in zip(types, shapes, strict=True)]
-    return HostExperts(*(weight for weight, _ in made)), [values for _, values in made]
+    return ExpertMatrices(*(weight for weight, _ in made)), [values for _, values in made]
 
 
 def expected(values: list[np.ndarray], x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -39,7 +39,7 @@ def expected(values: list[np.ndarray], x: np.ndarray, ids: np.ndarray, weights: 
 
 
 def check(
-    host: HostExperts, values: list[np.ndarray], ids: np.ndarray, here: list[int] | None, tolerance: float
+    host: ExpertMatrices, values: list[np.ndarray], ids: np.ndarray, here: list[int] | None, tolerance: float
 ) -> None:
     rng = np.random.default_rng(8)
     x, weights = rng.standard_normal((len(ids), HIDDEN)) / 8, rng.random(ids.shape).astype(np.float32)

@@ -10,9 +10,10 @@ from kernels import random_weight
 
 from localrun.gpu import gemv
 from localrun.gpu.linear import Embedding, HeadLinear, Linear
+from quant.block_format import Format
 from quant.errors import QuantError
 from quant.formats import registry
-from quant.ops.linear import Weight
+from quant.matrix import QuantMatrix
 
 
 @pytest.fixture
@@ -121,6 +122,6 @@ def test_embedding(rng: np.random.Generator) -> None:
 
 
 def test_unknown_formats_are_refused() -> None:
-    unknown = registry.Format("Q2_K", 256, 84, True, lambda blocks: blocks, 0, 0, 0)
+    unknown = Format("Q2_K", 256, 84, True, lambda blocks: blocks, 0, 0, 0)
     with pytest.raises(QuantError, match="no GPU kernels for type Q2_K"):
-        Linear(Weight(unknown, 0, 1, 1, 256, 84), DEVICE)
+        Linear(QuantMatrix(unknown, 0, 1, 1, 256, 84), DEVICE)

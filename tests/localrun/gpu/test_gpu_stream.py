@@ -13,16 +13,16 @@ from gpu_device import HAS_GPU
 from localrun.gpu.device import Cuda, StandIn
 from localrun.gpu.matrix import Matrix
 from localrun.gpu.stream import StreamedExperts, Uploader, host_bytes, work_bytes
-from quant.ops.experts import Experts
+from quant.matrix import ExpertMatrices
 
 HIDDEN, N_EXPERTS = 64, 4
 DEVICE = Cuda() if HAS_GPU else StandIn()
 
 
-def random_experts(type_: str, inner: int) -> Experts:
+def random_experts(type_: str, inner: int) -> ExpertMatrices:
     rng = np.random.default_rng(inner)
     shapes = (N_EXPERTS, inner, HIDDEN), (N_EXPERTS, inner, HIDDEN), (N_EXPERTS, HIDDEN, inner)
-    return Experts(*(kernels.random_weight(type_, shape, rng)[0] for shape in shapes))
+    return ExpertMatrices(*(kernels.random_weight(type_, shape, rng)[0] for shape in shapes))
 
 
 @pytest.mark.parametrize("n_bytes", [1, 99, 100, 101, 200, 201, 1234])

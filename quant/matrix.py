@@ -1,0 +1,92 @@
+"""Quantised matrices in memory that somebody else keeps: as Python holds them, and as kernels read them."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from quant.block_format import Format
+from quant.errors import QuantError
+
+# A matrix as the kernels see it: eight int64 among a job's arguments (QuantMatrix.fields).
+GEMV, EXPAND, BLOCK, ROW_BYTES, ADDRESS, GROUP_BYTES, GEMV_FEW, INTERLEAVED = range(0, 64, 8)
+MATRIX_BYTES = 64
+
+
+@dataclass(frozen=True)
+class QuantMatrix:
+    """n_groups matrices of (n_rows, n_cols) in one format.
+
+    Attributes:
+        address: of the first block of the first row.
+        group_bytes: from one group's first row to the next group's.
+        owner: whatever keeps the memory alive.
+    """
+
+    format: Format
+    address: int
+    n_groups: int
+    n_rows: int
+    n_cols: int
+    group_bytes: int
+    owner: object = None
+
+    @cached_property
+    def row_bytes(self) -> int:
+        """Bytes from one row to the next."""
+        return self.format.row_bytes(self.n_cols)
+
+    @cached_property
+    def fields(self) -> tuple[int, ...]:
+        """The matrix as jobs see it, in the order of GEMV and its neighbours."""
+        return (
+            self.format.gemv.address, self.format.expand_address, self.format.block,
+            self.row_bytes, self.address, self.group_bytes, self.format.gemv_few.address, self.format.rows,
+        )  # fmt: skip
+
+    def rows(self, start: int, count: int) -> "QuantMatrix":
+        """The same groups, restricted to `count` rows from `start`: a view."""
+        if start < 0 or start + count > self.n_rows:
+            raise QuantError(f"rows {start}..{start + count} of a matrix with {self.n_rows}")
+        _check_rows(self.format, start, count)
+        return replace(self, address=self.address + start * self.row_bytes, n_rows=count)
+
+
+def _check_rows(format_: Format, *numbers: int) -> None:
+    """Raises QuantError unless interleaved rows stay together."""
+    if any(number % format_.rows for number in numbers):
+        found = " and ".join(map(str, numbers))
+        raise QuantError(f"{format_.name} takes multiples of {format_.rows} rows; found {found}")
+
+
+def quant_matrix(data: np.ndarray, format_: Format, shape: tuple[int, ...]) -> QuantMatrix:
+    """The uint8 `data` as matrices of `shape` (rows, cols) or (groups, rows, cols). Raises QuantError on its size."""
+    *groups, n_rows, n_cols = shape
+    n_groups = groups[0] if groups else 1
+    _check_rows(format_, n_rows)
+    group_bytes = n_rows * format_.row_bytes(n_cols)
+    if data.dtype != np.uint8 or not data.flags.c_contiguous or data.nbytes != n_groups * group_bytes:
+        raise QuantError(f"{format_.name} {shape} takes {n_groups * group_bytes} contiguous bytes; found {data.nbytes}")
+    return QuantMatrix(format_, data.ctypes.data, n_groups, n_rows, n_cols, group_bytes, data)
+
+
+def check_single_rows(matrix: QuantMatrix) -> None:
+    """Raises QuantError if rows are interleaved: one of them has no address."""
+    if matrix.format.rows > 1:
+        raise QuantError(f"{matrix.format.name}: rows that are interleaved cannot be read one by one")
+
+
+@dataclass(frozen=True)
+class ExpertMatrices:
+    """The three stacked matrices: gate and up (E, I, D), down (E, D, I), in any formats."""
+
+    gate: QuantMatrix
+    up: QuantMatrix
+    down: QuantMatrix
+
+    def __post_init__(self):
+        """Raises QuantError on shapes that don't belong together."""
+        gate, up, down = self.gate, self.up, self.down
+        shape = (gate.n_groups, gate.n_rows, gate.n_cols)
+        if shape != (up.n_groups, up.n_rows, up.n_cols) or shape != (down.n_groups, down.n_cols, down.n_rows):
+            raise QuantError("gate, up and down experts have shapes that do not belong together")
