@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from quant.errors import QuantError
-from quant.target.jit import Kernel
+from quant.target.kernel import Kernel
 
 GEMV = "void(int64, int64, int64, int64, int64)"
 GEMV_FEW = "void(int64, int64, int64, int64, int64, int64, int64)"

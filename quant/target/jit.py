@@ -9,7 +9,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 
@@ -17,7 +16,9 @@ import numba
 from numba import config
 from numba.core.ccallback import CFunc
 
+from quant.errors import QuantError
 from quant.target import isa
+from quant.target.kernel import Kernel
 
 # No nnan/ninf: a NaN in the weights must reach the logits instead of vanishing.
 FASTMATH = frozenset({"nsz", "arcp", "contract", "afn", "reassoc"})
@@ -26,35 +27,24 @@ FASTMATH = frozenset({"nsz", "arcp", "contract", "afn", "reassoc"})
 inline = numba.njit(forceinline=True, error_model="numpy")
 
 
-class Kernel:
-    """A C function that is called by its address, compiled (or loaded from the cache) when that is first asked for."""
-
-    def __init__(self, function: Callable, signature: str):
-        self.function, self.signature, self.__name__ = function, signature, function.__name__
-
-    @cached_property
-    def compiled(self) -> CFunc:
-        return numba.cfunc(self.signature, cache=True, error_model="numpy")(self.function)
-
-    @property
-    def address(self) -> int:
-        return self.compiled.address
-
-    @property
-    def ctypes(self):
-        """The function as ctypes calls it."""
-        return self.compiled.ctypes
+def _compile(kernel_: Kernel) -> CFunc:
+    if not isa.has(kernel_.level):
+        raise QuantError(f"{kernel_.__name__} needs {kernel_.level}; this process is limited to {isa.LEVEL}")
+    return numba.cfunc(kernel_.signature, cache=True, error_model="numpy")(kernel_.function)
 
 
-def kernel(signature: str) -> Callable[[Callable], Kernel]:
-    """Decorator: a kernel, whose arguments are addresses and counts (int64)."""
-    return lambda function: Kernel(function, signature)
+def kernel(signature: str, level: str = "generic") -> Callable[[Callable], Kernel]:
+    """Decorator: a kernel, whose arguments are addresses and counts (int64).
+
+    level: the lowest level of isa.py that has the instructions which the kernel names.
+    """
+    return lambda function: Kernel(function, signature, level, _compile)
 
 
 def compile_kernels(module: ModuleType) -> None:
-    """Have all kernels of a module compiled, or loaded from the cache."""
+    """Have all kernels of a module that this process can run compiled, or loaded from the cache."""
     for value in vars(module).values():
-        if isinstance(value, Kernel) and value.function.__module__ == module.__name__:
+        if isinstance(value, Kernel) and value.function.__module__ == module.__name__ and isa.has(value.level):
             value.compiled  # noqa: B018 (asking is compiling)
 
 
