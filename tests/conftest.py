@@ -1,8 +1,87 @@
-"""For all tests: Ctrl-C as on a terminal, and Triton's interpreter where there is no GPU."""
+"""For all tests: Ctrl-C as on a terminal, Triton's interpreter where there is no GPU, processes side by side, one pool.
 
+A directory's tests run in several processes (pytest-xdist), a single file's in one. Those marked `serial` measure time
+or processor time: while one of them runs, the other processes wait.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import os
 import signal
+import tempfile
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any
 
 import gpu_device  # noqa: F401 (before any test imports what imports triton)
+import hypothesis
+import pytest
+
+from quant.threads.pool import Pool
 
 # A suite that is started in the background inherits SIGINT ignored, and so would the processes that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The same examples in every run: a failure can be had again, and a change is not blamed for an old fault.
+hypothesis.settings.register_profile("localrun", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("localrun")
+
+_MOST_PROCESSES = 4  # each holds 1 to 2 GB
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    """Two workers."""
+    with closing(Pool(2)) as two_workers:
+        yield two_workers
+
+
+# ---- processes side by side ------------------------------------------------------------------------------------------
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One process for single files, whose tests would be over before another has started."""
+    if not all(Path(argument.split("::")[0]).is_dir() for argument in config.args):
+        return 0
+    return min(len(os.sched_getaffinity(0)), _MOST_PROCESSES)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The serial ones last, when most processes have nothing left to wait with."""
+    items.sort(key=lambda item: item.get_closest_marker("serial") is not None)
+
+
+@functools.cache
+def _folder_of_locks() -> tempfile.TemporaryDirectory:
+    """Removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="localrun-tests-")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    node.workerinput["locks"] = _folder_of_locks().name
+
+
+@contextmanager
+def _locked(path: Path, how: int) -> Iterator[None]:
+    """With an advisory lock on a file, shared or exclusive."""
+    with path.open("w") as file:
+        fcntl.flock(file, how)
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """A serial test has the room to itself. It waits for that in the door, so that nobody overtakes it."""
+    if not hasattr(item.config, "workerinput"):  # one process
+        return (yield)
+    folder = Path(item.config.workerinput["locks"])
+    how = fcntl.LOCK_EX if item.get_closest_marker("serial") else fcntl.LOCK_SH
+    with ExitStack() as room:
+        with _locked(folder / "door", fcntl.LOCK_EX):
+            room.enter_context(_locked(folder / "room", how))
+        return (yield)

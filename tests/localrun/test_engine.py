@@ -10,6 +10,7 @@ import naive
 import numpy as np
 import pytest
 import tiny_models
+from closeness import QUANTIZED_TOLERANCE, SESSION_TOLERANCE, error
 
 import localrun
 from localrun import ContextFullError, LocalrunError, Sampling
@@ -25,15 +26,8 @@ MODELS = {
 }
 GREEDY = Sampling(temperature=0.0)
 
-# 16-bit keys and values cost up to 4e-4 of the logit range (test_logits.py); both sides of a comparison may be off.
-SESSION_TOLERANCE = 1e-3
-
 # With 32-bit keys and values only the order of float32 sums differs between one token and many.
 EXACT_TOLERANCE = 1e-5
-
-# Quantized weights meet activations rounded to 8 bits: one that lands on the other side of a half grows through the
-# layers until the difference is that of two independent roundings, 1e-2 at worst here. Lost rows cost over 0.1.
-QUANTIZED_TOLERANCE = 0.03
 
 
 def path_of(variant: str) -> Path:
@@ -63,11 +57,6 @@ def evaluate(model: localrun.engine.Engine, cache: object, ids: list[int], chunk
     """float32 (T, vocab): `ids` after the cache's tokens, `chunk` at a time."""
     parts = [ids[i : i + chunk] for i in range(0, len(ids), chunk)]
     return np.concatenate([model.model.forward(part, cache, all_logits=True) for part in parts])
-
-
-def error(found: np.ndarray, expected: np.ndarray) -> float:
-    assert found.shape == expected.shape
-    return float(np.abs(found - expected).max() / np.ptp(expected))
 
 
 def tolerance(variant: str, exact: bool) -> float:

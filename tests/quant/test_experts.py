@@ -3,20 +3,11 @@
 import kernels
 import numpy as np
 import pytest
+from expert_cases import N_EXPERTS, random_case, run
 
 from quant.errors import QuantError
 from quant.matrix import ExpertMatrices
-from quant.ops import experts
 from quant.threads.pool import Pool
-
-N_EXPERTS, PER_TOKEN = 8, 3
-
-
-@pytest.fixture(scope="module")
-def pool():
-    pool = Pool(2)
-    yield pool
-    pool.close()
 
 
 def naive(values, formats_, x, ids, weights) -> np.ndarray:
@@ -30,18 +21,6 @@ def naive(values, formats_, x, ids, weights) -> np.ndarray:
         inner = gated / (1 + np.exp(-gated)) * (up[expert] @ seen[t])
         out[t] += weights[t, k] * (down[expert] @ kernels.rounded(inner.astype(np.float32), formats_[1]))
     return out
-
-
-def run(pool, matrices, x, ids, weights) -> np.ndarray:
-    out = np.full(x.shape, np.nan, np.float32)
-    experts.run(pool, ExpertMatrices(*matrices), x.ctypes.data, ids, weights, out.ctypes.data)
-    return out
-
-
-def random_case(n_tokens, hidden, rng):
-    x = rng.standard_normal((n_tokens, hidden)).astype(np.float32)
-    ids = np.stack([rng.permutation(N_EXPERTS)[:PER_TOKEN] for _ in range(n_tokens)]).astype(np.int64)
-    return x, ids, rng.random((n_tokens, PER_TOKEN)).astype(np.float32)
 
 
 @pytest.mark.parametrize("n_tokens", [1, 2, 7, 40])

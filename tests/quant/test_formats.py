@@ -7,32 +7,11 @@ import gguf
 import kernels
 import numpy as np
 import pytest
+from kernels import COLS, any_bytes, oracle, same_bits
 
 from quant.errors import QuantError
 from quant.formats import registry
 from quant.gemv import activations, plain
-
-COLS = 1536  # six blocks of 256: the four that kernels take together, and two
-
-
-def oracle(name: str, raw: np.ndarray) -> np.ndarray:
-    with np.errstate(all="ignore"):
-        return gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[name])
-
-
-def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    """Equal to the bit, but for the payload of NaNs."""
-    return np.array_equal(np.isnan(a), np.isnan(b)) and np.array_equal(
-        np.nan_to_num(a).view(np.uint32), np.nan_to_num(b).view(np.uint32)
-    )
-
-
-def any_bytes(name: str, rng: np.random.Generator) -> np.ndarray:
-    """Blocks of random bytes: scales that are NaN, infinite, subnormal or negative included."""
-    raw = rng.integers(0, 256, (50, registry.get(name).row_bytes(COLS)), dtype=np.uint8)
-    raw[0] = 0
-    raw[1] = 255
-    return raw
 
 
 @pytest.mark.parametrize("name", registry.NAMES)

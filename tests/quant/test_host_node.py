@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Iterator
 from contextlib import closing
 
 import kernels
@@ -21,12 +20,6 @@ from quant.target.jit import kernel
 from quant.threads.pool import Pool, dispatch
 
 HIDDEN, TOP_K = 64, 3
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    with closing(Pool(2)) as two_workers:
-        yield two_workers
 
 
 class Layers:

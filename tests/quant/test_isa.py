@@ -1,37 +1,28 @@
 """ISA levels: detection, forcing, and all kernel tests again at every level that this CPU can be limited to."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import levels
 import pytest
 
 from quant.target import isa
-
-LOWER = [level for level in isa.LEVELS if isa.LEVELS.index(level) < isa.LEVELS.index(isa.detect())]
-
-
-def run(level: str, *command: str, **variables: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"LOCALRUN_ISA": level} | variables
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600)
 
 
 def test_detected_level_has_all_its_features():
     assert isa.FEATURES[isa.detect()] <= isa.host_features()
 
 
-@pytest.mark.parametrize("level", LOWER)
+@pytest.mark.parametrize("level", levels.LOWER)
 def test_kernels_at_a_lower_level(level):
     tests = [
         str(Path(__file__).with_name(f"test_{name}.py"))
         for name in ("formats", "r16", "linear", "packed", "experts", "quantize")
     ]
-    done = run(level, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests)
+    done = levels.run(level, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests)
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-@pytest.mark.parametrize("level", LOWER)
+@pytest.mark.parametrize("level", levels.LOWER)
 def test_a_forced_level_narrows_the_compile_target(level, tmp_path):
     """AVX-512 registers must not appear in kernels for AVX2, nor AVX ones in generic kernels."""
     # An empty kernel cache: Numba shows no assembly of cached kernels.
@@ -41,12 +32,12 @@ def test_a_forced_level_narrows_the_compile_target(level, tmp_path):
         "print(isa.LEVEL, 'zmm' in asm, 'ymm' in asm)"
     )
     expected = {"generic": "generic False False", "avx2": "avx2 False True", "avx512_vnni": "avx512_vnni"}
-    done = run(level, "-c", script, LOCALRUN_CACHE=str(tmp_path))
+    done = levels.run(level, "-c", script, LOCALRUN_CACHE=str(tmp_path))
     assert done.stdout.strip().startswith(expected[level]), done.stderr
 
 
 @pytest.mark.parametrize("level", ["sse9", "amx" if isa.detect() != "amx" else "none"])
 def test_levels_that_are_not_there_are_refused(level):
-    done = run(level, "-c", "import quant.target.isa")
+    done = levels.run(level, "-c", "import quant.target.isa")
     assert done.returncode == 1
     assert f"QuantError: LOCALRUN_ISA={level}" in done.stderr.splitlines()[-1]

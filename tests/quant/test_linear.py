@@ -10,14 +10,6 @@ from quant.matrix import quant_matrix
 from quant.ops import linear
 from quant.threads.pool import Pool
 
-
-@pytest.fixture(scope="module")
-def pool():
-    pool = Pool(2)
-    yield pool
-    pool.close()
-
-
 SHAPES = [
     ("F32", (5, 7, 24)),
     ("F16", (1, 33, 48)),

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import kernels
+import levels
 import naive
 import numpy as np
 import pytest
-import test_isa
-from numba import types
-from test_step_attention import floats
+from kernels import floats
+from programs import LATE, add_late, rows_by_step, small_program
 
 from quant.decode.linear import MOST_MATRICES, Input, normed, rows_phase
 from quant.decode.program import (
@@ -21,38 +19,16 @@ from quant.decode.program import (
     LEAST_CHUNK,
     MOST_CHUNKS,
     MOST_TOKENS,
-    N_UNITS,
-    NEXT,
     NOTHING,
-    PHASE_BYTES,
-    STATE,
-    WORK,
-    WORK_BYTES,
     Phase,
     Program,
     chunk_length,
     chunks_of,
 )
 from quant.errors import QuantError
-from quant.formats import registry
-from quant.matrix import QuantMatrix, quant_matrix
 from quant.simd.core import load_i64, store_i64
 from quant.target.jit import kernel
-from quant.threads.atomics import atomic_add, atomic_load, call_2, call_3
 from quant.threads.pool import Pool
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    with closing(Pool(2)) as two_workers:
-        yield two_workers
-
-
-def small_program(pool: Pool, x: np.ndarray | None = None, n_frequencies: int = 1) -> Program:
-    """A program whose tokens are the rows of x, or the vector x, without phases."""
-    x = np.zeros((1, 16), np.float32) if x is None else np.atleast_2d(x)
-    weight = quant_matrix(x.ravel().view(np.uint8), registry.get("F32"), x.shape)
-    return Program(pool, weight, np.linspace(0.1, 1, n_frequencies), 1.0, 1)
 
 
 def run(program: Program, position: int = 0, n_tokens: int = 1) -> None:
@@ -156,26 +132,6 @@ ROWS = {
     "most": [("F32", 8)] * MOST_MATRICES,
     "many rows": [("Q4_0", 1003), ("BF16", 517)],
 }
-
-
-def rows_by_step(
-    weights: list[QuantMatrix], kind: str, x: np.ndarray, second: np.ndarray, residual: bool, n_workers: int
-) -> list[np.ndarray]:
-    """Each matrix times the input of this kind, float32; with `residual` added to vectors of 0.25."""
-    with closing(Pool(n_workers)) as pool:
-        program = small_program(pool, x)
-        address = program.keep(second)
-        plain = Input(program.x)
-        input_ = {"plain": plain, "norm": Input(program.x, address, 0.01), "gated": Input(program.x, up=address)}[kind]
-        outs = [program.vector(weight.n_rows + 16) for weight in weights]
-        found = [floats(out, weight.n_rows + 16) for weight, out in zip(weights, outs, strict=True)]
-        for vector in found:
-            vector[:] = 0.25
-        program.add(rows_phase(input_, list(zip(weights, outs, strict=True)), n_workers, residual))
-        program.finish()
-        run(program)
-        assert all(np.all(vector[-16:] == 0.25) for vector in found)
-        return [vector[:-16].copy() for vector in found]
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["instead", "added"])
@@ -293,45 +249,6 @@ def test_matrices_that_do_not_share_an_input_are_refused() -> None:
 
 # ---- workers that come late ------------------------------------------------------------------------------------------
 
-_sleep = types.ExternalFunction("usleep", types.int32(types.uint32))
-_LATE_WORKERS, _N_MISSED, _PREPARE, _RUN = range(PHASE_BYTES - 32, PHASE_BYTES, 8)  # at the end of a phase's record
-
-
-@kernel("void(int64, int64)")
-def _late_prepare(phase, work):
-    """Workers of a set sleep before they prepare; counts those whose phase has then gone by without them."""
-    state = load_i64(phase + STATE)
-    worker = (work - load_i64(state + WORK)) // load_i64(state + WORK_BYTES)
-    if (load_i64(phase + _LATE_WORKERS) >> worker) & 1:
-        _sleep(types.uint32(200))
-        if atomic_load(phase + NEXT) >= load_i64(phase + N_UNITS):
-            atomic_add(load_i64(phase + _N_MISSED), 1)
-    call_2(load_i64(phase + _PREPARE), phase, work)
-
-
-@kernel("void(int64, int64, int64)")
-def _late_run(phase, unit, work):
-    """Some units take long."""
-    if (unit + phase // PHASE_BYTES) % 5 == 0:
-        _sleep(types.uint32(100))
-    call_3(load_i64(phase + _RUN), phase, unit, work)
-
-
-def add_late(late_workers: int, missed: np.ndarray):
-    """Program.add for phases to which the workers in the set of bits `late_workers` come late."""
-    add = Program.add
-
-    def add_one(program: Program, phase: Phase) -> None:
-        padding = [0] * ((_LATE_WORKERS - ARGUMENTS) // 8 - len(phase.arguments))
-        words = [*phase.arguments, *padding, late_workers, missed.ctypes.data, phase.prepare.address, phase.run.address]
-        late = dataclasses.replace(phase, prepare=_late_prepare, run=_late_run, arguments=words)
-        add(program, late)
-
-    return add_one
-
-
-LATE = {"the caller": 0b1, "the second": 0b10, "all but the caller": 0b1110, "all": 0b1111}
-
 
 @pytest.mark.parametrize("late", LATE.values(), ids=LATE)
 def test_late_workers_in_a_chain(late: int) -> None:
@@ -349,10 +266,10 @@ def test_late_workers_in_a_chain(late: int) -> None:
 # ---- other machines --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("level", test_isa.LOWER)
+@pytest.mark.parametrize("level", levels.LOWER)
 def test_the_phases_at_a_lower_level(level: str) -> None:
     tests = [Path(__file__).with_name(f"test_{name}.py") for name in ("vectors", "step_attention", "step_experts")]
     here = [__file__, "-k", "rows or late or pieces or vectors"]
     for arguments in (map(str, tests), here):
-        done = test_isa.run(level, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments)
+        done = levels.run(level, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments)
         assert done.returncode == 0, done.stdout[-3000:]

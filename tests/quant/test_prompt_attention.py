@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from localrun.cpu.bridge import Attend
 from quant.threads.pool import Pool
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    with_two_workers = Pool(2)
-    yield with_two_workers
-    with_two_workers.close()
 
 
 def random(*shape: int, seed: int) -> torch.Tensor:

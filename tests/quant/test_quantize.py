@@ -1,7 +1,5 @@
 """Packing: bytes and errors against libggml's ggml_quantize_chunk, read back by gguf's dequantize."""
 
-import functools
-import hashlib
 import os
 import subprocess
 import sys
@@ -13,48 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from paths import ROOT, SUPPORT, TESTS
+from paths import ROOT, SUPPORT
+from quantized import COLS, KINDS, digest, importances, packed, pool, weights
 
 from quant.errors import QuantError
 from quant.formats import registry
 from quant.quantize import tensor
 from quant.target import isa
-from quant.threads.pool import Pool
 
-COLS = 768  # three blocks of 256, a multiple of 32 and of no larger power of two than 256
 EQUAL_TO_GGML = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4")
 SEARCHED = ("Q4_K", "Q5_K", "Q6_K", "IQ4_NL")
 IMPORTANCE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", *SEARCHED)  # those that take notice of it
-KINDS = ("gaussian", "heavy-tailed", "all-equal", "all-zero", "one outlier")
-
-
-@functools.cache
-def pool(n_workers: int = 2) -> Pool:
-    return Pool(n_workers)
-
-
-def weights(kind: str, shape: tuple[int, int], seed: int = 1) -> np.ndarray:
-    """float32 of `shape`, about as large as a model's."""
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal(shape) * 0.02
-    if kind == "heavy-tailed":
-        x = rng.standard_t(3, shape) * 0.02
-    elif kind == "all-equal":
-        x[:] = x[:, :1]
-    elif kind == "all-zero":
-        x[:] = 0
-    elif kind == "one outlier":
-        x[np.arange(len(x)), rng.integers(0, shape[1], len(x))] = 3
-    return x.astype(np.float32)
-
-
-def packed(name: str, x: np.ndarray, importance: np.ndarray | None = None, n_workers: int = 2) -> np.ndarray:
-    """uint8 (rows, row bytes) of float32 (rows, cols)."""
-    format_ = registry.get(name)
-    out = np.full((len(x), format_.row_bytes(x.shape[1])), 0xAA, np.uint8)
-    address = 0 if importance is None else importance.ctypes.data
-    assert tensor.pack(pool(n_workers), format_, x.ctypes.data, *x.shape, out.ctypes.data, address) == -1
-    return out
 
 
 def theirs(name: str, x: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
@@ -114,11 +81,6 @@ def test_error_is_no_larger_than_libggmls(name, kind):
     assert rms_error(name, packed(name, x), x) <= rms_error(name, theirs(name, x), x)
 
 
-def importances(seed: int = 4) -> np.ndarray:
-    """float32 (COLS,): log-normal, as mean squares of activations are."""
-    return np.exp(1.5 * np.random.default_rng(seed).standard_normal(COLS)).astype(np.float32)
-
-
 @pytest.mark.parametrize("name", IMPORTANCE)
 def test_importance_lowers_the_error_where_it_matters(name):
     x, importance = weights("gaussian", (200, COLS)), importances()
@@ -157,22 +119,11 @@ def test_bytes_do_not_depend_on_workers_or_neighbours(name, n_rows):
         assert np.array_equal(packed(name, x[r : r + 1], importance), one[r : r + 1])
 
 
-def digest() -> str:
-    """Of every format's blocks of every kind of weights, with and without importances."""
-    blocks = hashlib.sha256()
-    for name in tensor.NAMES:
-        for kind in KINDS:
-            x = weights(kind, (20, COLS))
-            blocks.update(packed(name, x))
-            blocks.update(packed(name, x, importances()))
-    return blocks.hexdigest()
-
-
 @pytest.mark.parametrize("level", [level for level in isa.LEVELS if level != isa.LEVEL and isa.has(level)])
 def test_bytes_do_not_depend_on_the_cpu(level):
     done = subprocess.run(
-        [sys.executable, "-c", "import test_quantize; print(test_quantize.digest())"],
-        env=os.environ | {"LOCALRUN_ISA": level, "PYTHONPATH": f"{SUPPORT}:{TESTS / 'quant'}:{ROOT}"},
+        [sys.executable, str(SUPPORT / "quantized.py")],
+        env=os.environ | {"LOCALRUN_ISA": level, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import closing
 
 import gguf
 import kernels
 import numpy as np
 import pytest
-from test_experts import random_case, run
-from test_formats import any_bytes, oracle, same_bits
-from test_program import rows_by_step
-from test_step_experts import SMALL, Layer
+from expert_cases import random_case, run
+from kernels import COLS, any_bytes, oracle, same_bits
+from packed_layout import unpacked
+from programs import rows_by_step
+from step_layers import SMALL, Layer
 
 from quant.decode.program import MOST_TOKENS, Program
 from quant.decode.queries import latent_queries_phase
@@ -26,7 +26,6 @@ from quant.ops import linear
 from quant.threads.pool import Pool, aligned_bytes
 
 NAMES = registry.INTERLEAVED
-COLS = 1536
 
 
 def plain(name: str) -> str:
@@ -44,12 +43,6 @@ def both_weights(
     weight, values = kernels.random_weight(plain(name), shape, rng)
     data = interleaved(name, weight.owner.reshape(-1, weight.row_bytes))
     return weight, quant_matrix(data.reshape(-1), registry.get(name), shape), values
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    with closing(Pool(2)) as two_workers:
-        yield two_workers
 
 
 # ---- layout ----------------------------------------------------------------------------------------------------------
@@ -172,8 +165,6 @@ def test_nan_reaches_its_row_only(name: str) -> None:
 @pytest.mark.skipif(packed.find(registry.get("Q4_K")) is None, reason="no integer tile at this ISA level")
 @pytest.mark.parametrize("name", NAMES)
 def test_repacked_blocks_are_the_weights(name: str) -> None:
-    from test_packed import unpacked  # skips whatever imports it where there are no panels
-
     raw, format_ = (
         kernels.random_blocks(plain(name), (16, 768), np.random.default_rng(0)),
         packed.find(registry.get(name)),

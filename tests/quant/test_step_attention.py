@@ -5,14 +5,13 @@ Letters: H heads, G groups of heads that share keys, S tokens in the cache, V va
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 
 import kernels
 import numpy as np
 import pytest
+from kernels import floats
 
 from quant.decode.attention import Heads, attend_phase, lift_phase
 from quant.decode.program import LEAST_CHUNK, MOST_CHUNKS, Program
@@ -22,18 +21,6 @@ from quant.threads.pool import Pool, aligned_bytes
 # Scores are sums of up to 300 float32 products, values of up to 5000 weighted ones: some sqrt(5000) roundings of 2^-24.
 TOLERANCE = 1e-5
 GUARD = 7  # rows behind the cache and floats behind the output, which nobody may use
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    with closing(Pool(2)) as two_workers:
-        yield two_workers
-
-
-def floats(address: int, *shape: int) -> np.ndarray:
-    """float32 memory as an array."""
-    n = int(np.prod(shape))
-    return np.frombuffer((ctypes.c_float * n).from_address(address), np.float32).reshape(shape)
 
 
 @dataclass(frozen=True)

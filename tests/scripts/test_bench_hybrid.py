@@ -15,7 +15,6 @@ import tiny_models
 from gpu_dense import use_dense
 from gpu_device import HAS_GPU, gpu
 from paths import SCRIPTS
-from test_gpu_hybrid import V3
 
 
 @pytest.fixture
@@ -40,7 +39,7 @@ def numbers(value: Any) -> Iterator[float]:
 @pytest.mark.skipif(HAS_GPU, reason="kernels are not interpreted, so the stand-in has none")
 def test_every_figure(script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     use_dense(monkeypatch)
-    script.main([str(tiny_models.shared(V3)), "--stand-in", "-t", "2"])
+    script.main([str(tiny_models.shared(tiny_models.SMALLEST)), "--stand-in", "-t", "2"])
     found = json.loads(capsys.readouterr().out)
     assert found["stand_in"] and found["card"] is None and found["kernels"] is None
     assert [each["tokens"] for each in found["decode"]] == [1, 2]
@@ -64,6 +63,6 @@ def test_without_a_gpu_one_line() -> None:
 
 @gpu
 def test_on_a_gpu(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    script.main([str(tiny_models.shared(V3)), "-t", "2"])
+    script.main([str(tiny_models.shared(tiny_models.SMALLEST)), "-t", "2"])
     found = json.loads(capsys.readouterr().out)
     assert found["card"]["name"] and found["decode"][0]["step_ms"]["median"] > 0

@@ -14,6 +14,7 @@ from quant.target.jit import Kernel, kernel
 from quant.threads.pool import Pool, aligned_bytes
 
 _INT64 = ctypes.c_int64
+COLS = 1536  # six blocks of 256: the four that kernels take together, and two
 # Where a block's f16 numbers are, if not at its start alone.
 SCALES_AT = {"Q6_K": (208,), "Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2)}
 
@@ -73,3 +74,29 @@ def multiply(pool: Pool, weight: QuantMatrix, x: np.ndarray) -> np.ndarray:
     out = np.full((*x.shape[:2], weight.n_rows), np.nan, np.float32)
     linear.multiply(pool, weight, x.ctypes.data, x.shape[0], out.ctypes.data)
     return out
+
+
+def oracle(name: str, raw: np.ndarray) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        return gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[name])
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    """Equal to the bit, but for the payload of NaNs."""
+    return np.array_equal(np.isnan(a), np.isnan(b)) and np.array_equal(
+        np.nan_to_num(a).view(np.uint32), np.nan_to_num(b).view(np.uint32)
+    )
+
+
+def any_bytes(name: str, rng: np.random.Generator) -> np.ndarray:
+    """Blocks of random bytes: scales that are NaN, infinite, subnormal or negative included."""
+    raw = rng.integers(0, 256, (50, registry.get(name).row_bytes(COLS)), dtype=np.uint8)
+    raw[0] = 0
+    raw[1] = 255
+    return raw
+
+
+def floats(address: int, *shape: int) -> np.ndarray:
+    """float32 memory as an array."""
+    n = int(np.prod(shape))
+    return np.frombuffer((ctypes.c_float * n).from_address(address), np.float32).reshape(shape)

@@ -31,6 +31,12 @@ _FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
 # The shape of llama-quantize's Q4_K_M: 6 bits for the head and for the down projections of some layers, 4 elsewhere.
 Q4_K_M = {r"^output\.": "Q6_K", r"^blk\.[02]\.ffn_down": "Q6_K", r"": "Q4_K"}
 
+TYPES = ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4"]
+MIXES: dict[str, Types] = {name: name for name in TYPES} | {
+    "Q4_K_M": Q4_K_M,
+    "MXFP4_MOE": {r"_exps|attn_[kv]_b": "MXFP4", r"": "Q8_0"},
+}
+
 
 @dataclass(frozen=True)
 class Deepseek2:
@@ -157,6 +163,15 @@ VARIANTS: dict[str, Deepseek2 | Llama] = {
     "llama-mha": Llama(num_key_value_heads=6, head_dim=64, rms_norm_eps=0.1),
     "llama-wide": Llama(num_attention_heads=8, num_key_value_heads=4, head_dim=64, intermediate_size=512),
 }
+
+# As small as a model can be, for what is computed by an interpreter.
+_SMALLEST = {
+    "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16,
+    "v_head_dim": 16, "vocab_size": 64, "n_routed_experts": 8, "num_experts_per_tok": 2,
+}  # fmt: skip
+_SMALLEST_GROUPS = {"n_group": 4, "topk_group": 2}
+SMALLEST = Deepseek2(**_SMALLEST, **_SMALLEST_GROUPS)
 
 ROUTING_MARGIN = 1.5e-4
 _PROMPT_SEED = {  # found by search, checked by test_logits.py; the deep models make some 700 choices a prompt

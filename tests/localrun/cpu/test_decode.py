@@ -9,16 +9,16 @@ import threading
 import time
 from pathlib import Path
 
+import levels
 import llama_cpp_oracle
 import naive
 import numpy as np
 import pytest
-import test_isa
 import tiny_models
 import torch
-from test_engine import QUANTIZED_TOLERANCE, SESSION_TOLERANCE
-from test_logits import MIXES, error, rms_error
-from test_program import LATE, add_late
+from caches import rows_of
+from closeness import QUANTIZED_TOLERANCE, SESSION_TOLERANCE, error, rms_error
+from programs import LATE, add_late
 
 import localrun
 from localrun.engine import Engine
@@ -43,7 +43,7 @@ QUANTISED = [
 
 
 def quantised(variant: str, mix: str) -> Path:
-    return tiny_models.shared(variant, type=MIXES[mix])
+    return tiny_models.shared(variant, type=tiny_models.MIXES[mix])
 
 
 def one_by_one(model: Engine, ids: list[int] | range, cache: Cache | None = None) -> np.ndarray:
@@ -174,11 +174,6 @@ def test_far_into_the_context(variant: str) -> None:
 
 
 # ---- a few tokens together -------------------------------------------------------------------------------------------
-
-
-def rows_of(cache: Cache) -> list[np.ndarray]:
-    """All rows in use."""
-    return [np.array(part[: cache.length]) for parts in cache._layers for part in parts]
 
 
 def check_few(model: Engine, ids: list[int], cache: Cache) -> None:
@@ -330,10 +325,10 @@ def test_late_workers_do_not_change_the_logits(variant: str, late: int, monkeypa
 # ---- other machines --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("level", test_isa.LOWER)
+@pytest.mark.parametrize("level", levels.LOWER)
 def test_the_step_at_a_lower_level(level: str) -> None:
     """Some of the models."""
     tests = "test_the_step_is_the_network or test_tokens_together_are_tokens_alone"
     some = f"({tests}) and (v3-odd or legacy or llama-mha or wide-Q4_K_M or llama-wide-Q4_1)"
-    done = test_isa.run(level, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", some)
+    done = levels.run(level, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", some)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -12,14 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import hf_oracle
+import levels
 import numpy as np
 import pytest
-import test_isa
 import tiny_models
 import torch
-from test_decode import rows_of
-from test_engine import QUANTIZED_TOLERANCE, SESSION_TOLERANCE
-from test_logits import error
+from caches import rows_of
+from closeness import QUANTIZED_TOLERANCE, SESSION_TOLERANCE, error
 
 import localrun
 from localrun.cpu.mtp import MTP
@@ -317,8 +316,8 @@ def test_the_head_is_made_once() -> None:
 # ---- other machines --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("level", test_isa.LOWER)
+@pytest.mark.parametrize("level", levels.LOWER)
 def test_the_head_at_a_lower_level(level: str) -> None:
     some = "transformers or alone or is_the_network"
-    done = test_isa.run(level, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", some)
+    done = levels.run(level, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", some)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -6,7 +6,6 @@ Letters: T new tokens, S cached ones, H heads, C kv_lora_rank, R qk_rope_head_di
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -223,13 +222,6 @@ class _Moved:
 
     def dense(self, first: int, count: int) -> torch.Tensor:
         return self.module.dense(first, count).to(DEVICE)
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    with_two_workers = Pool(2)
-    yield with_two_workers
-    with_two_workers.close()
 
 
 def modules(pool: Pool, variant: str) -> tuple[LatentAttention, cpu.LatentAttention]:

@@ -22,12 +22,6 @@ from quant.threads.pool import Pool
 HIDDEN, N_EXPERTS, TOP_K = 64, 8, 3
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    with closing(Pool(2)) as two_workers:
-        yield two_workers
-
-
 def random_experts(type_: str = "F32", inner: int = 32) -> Experts:
     rng = np.random.default_rng(inner)
     shapes = (N_EXPERTS, inner, HIDDEN), (N_EXPERTS, inner, HIDDEN), (N_EXPERTS, HIDDEN, inner)

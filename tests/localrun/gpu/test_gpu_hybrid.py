@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from closeness import error
 from gpu_dense import use_dense
 from gpu_device import HAS_GPU
-from test_logits import error
+from tiny_models import SMALLEST as V3
 from tiny_models import Deepseek2
 
 import localrun
@@ -58,13 +59,6 @@ QUANTISED_TOLERANCE = 0.03
 CTX = 48
 CARD = Gpu("Acme 5000", (8, 9), 24 << 30, 20 << 30, "570.86", "12.8")
 
-_SIZES = {
-    "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16,
-    "v_head_dim": 16, "vocab_size": 64, "n_routed_experts": 8, "num_experts_per_tok": 2,
-}  # fmt: skip
-_GROUPS = {"n_group": 4, "topk_group": 2}
-V3 = Deepseek2(**_SIZES, **_GROUPS)
 MODELS = {
     "V3": V3,
     "V3 with a joint kv_b and fused gate and up": replace(V3, split_kv_b=False, fused_gate_up=True),

@@ -6,7 +6,6 @@ Letters: T tokens, H query heads, G key-value heads, D hidden_size.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import naive
 import numpy as np
@@ -56,13 +55,6 @@ def by_chunks(module: LatentAttention | GroupedQueryAttention, x_TD: torch.Tenso
 
 
 # ------------------------------------------------------------------------------------------------ latent attention
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    with_two_workers = Pool(2)
-    yield with_two_workers
-    with_two_workers.close()
 
 
 def latent(pool: Pool, variant: str, type_: str = "F32") -> tuple[LatentAttention, Cache, naive.Naive]:

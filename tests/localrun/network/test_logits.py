@@ -14,14 +14,13 @@ import naive
 import numpy as np
 import pytest
 import tiny_models
+from closeness import SESSION_TOLERANCE, error, rms_error
+from tiny_models import MIXES, TYPES
 
 # Engine.logits() keeps 32-bit keys and values, so only float32 summation in another order is left. Two float32 programs
 # and a float64 one differ by up to 3e-6 through 27 layers here; every wrong formula tried on naive.py (YaRN ramp, scale
 # and context, group score, bias, normalisation, 1% on the routed sum, rotation by halves) moves logits by over 4e-3.
 TOLERANCE = 1e-5
-
-# A session's 16-bit keys and values cost up to 4e-4 of the range on these prompts (16-bit rounding put into naive.py).
-SESSION_TOLERANCE = 1e-3
 
 # llama.cpp scores a group by its two best experts in every model; DeepSeek-V2 scores it by its best one
 # (group_limited_greedy), and so does transformers. That moves these logits by a fifth of their range.
@@ -36,11 +35,6 @@ DEEPSEEK2 = [name for name in VARIANTS if isinstance(tiny_models.VARIANTS[name],
 IN_LLAMA_CPP = [name for name in VARIANTS if name not in BEST_EXPERT_GROUPS]
 IN_TRANSFORMERS = [name for name in DEEPSEEK2 if name not in NOT_IN_TRANSFORMERS]
 
-TYPES = ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4"]
-MIXES: dict[str, tiny_models.Types] = {name: name for name in TYPES} | {
-    "Q4_K_M": tiny_models.Q4_K_M,
-    "MXFP4_MOE": {r"_exps|attn_[kv]_b": "MXFP4", r"": "Q8_0"},
-}
 # "wide" takes every type as it is; in "wide-odd" the K-quants meet rows of 352 and 288 and fall back as in V2-Lite.
 QUANTIZED = (
     [("wide", mix) for mix in MIXES]
@@ -55,17 +49,6 @@ def ours(path: Path, ids: tuple[int, ...]) -> np.ndarray:
 
     with localrun.load(path, device="cpu", threads=2, ctx=256) as model:
         return model.logits(list(ids))
-
-
-def error(found: np.ndarray, expected: np.ndarray) -> float:
-    """The largest difference as a fraction of the range of `expected`."""
-    assert found.shape == expected.shape
-    return float(np.abs(found - expected).max() / np.ptp(expected))
-
-
-def rms_error(found: np.ndarray, expected: np.ndarray) -> float:
-    assert found.shape == expected.shape
-    return float(np.sqrt(np.mean(np.square(found - expected, dtype=np.float64))))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -6,25 +6,19 @@ Letters: T tokens, E experts, K experts per token.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import naive
 import numpy as np
 import pytest
 import tiny_models
 import torch
+from routers import CONFIG
 
 from localrun.cpu.weights import Weights
 from localrun.gguf.file import GGUFFile, open_gguf
 from localrun.models.config import Config, read_config
 from localrun.network.moe import MLP, MoE, choose_experts
 from quant.threads.pool import Pool
-
-BASE = Config(
-    architecture="deepseek2", hidden_size=1, intermediate_size=1, num_hidden_layers=1, num_attention_heads=1,
-    vocab_size=1, max_position_embeddings=1, rms_norm_eps=0, rope_theta=1, rope_scaling=None, qk_rope_head_dim=2,
-    v_head_dim=1, n_routed_experts=32, num_experts_per_tok=6,
-)  # fmt: skip
 
 V3_ROUTERS = {
     "V3": {"n_group": 8, "topk_group": 4, "norm_topk_prob": True, "routed_scaling_factor": 2.5},
@@ -70,7 +64,7 @@ def test_sigmoid_router_is_transformers(name: str, with_bias: bool) -> None:
     from transformers import DeepseekV3Config
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
-    config = dataclasses.replace(BASE, scoring_func="sigmoid", **V3_ROUTERS[name])
+    config = dataclasses.replace(CONFIG, scoring_func="sigmoid", **V3_ROUTERS[name])
     fields = ("num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")
     settings = {field: getattr(config, field) for field in fields}
     router = DeepseekV3TopkRouter(DeepseekV3Config(n_routed_experts=32, hidden_size=32, **settings))
@@ -86,7 +80,7 @@ def test_softmax_router_is_transformers(name: str) -> None:
     from transformers import DeepseekV2Config
     from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 
-    config = dataclasses.replace(BASE, scoring_func="softmax", **V2_ROUTERS[name])
+    config = dataclasses.replace(CONFIG, scoring_func="softmax", **V2_ROUTERS[name])
     fields = ("num_experts_per_tok", "n_group", "topk_group", "routed_scaling_factor")
     settings = {field: getattr(config, field) for field in fields}
     method = "group_limited_greedy" if config.n_group > 1 else "greedy"
@@ -101,14 +95,14 @@ def test_best_and_two_best_groups_differ() -> None:
     logits_TE = torch.full((1, 32), -6.0)
     logits_TE[0, 3], logits_TE[0, 16], logits_TE[0, 17] = 2.0, 1.0, 0.9
     groups = {"n_group": 4, "topk_group": 1, "num_experts_per_tok": 2}
-    v2 = dataclasses.replace(BASE, scoring_func="softmax", **groups)
-    v3 = dataclasses.replace(BASE, scoring_func="sigmoid", **groups)
+    v2 = dataclasses.replace(CONFIG, scoring_func="softmax", **groups)
+    v3 = dataclasses.replace(CONFIG, scoring_func="sigmoid", **groups)
     assert 3 in choose_experts(logits_TE, None, v2)[0][0]
     assert sorted(choose_experts(logits_TE, None, v3)[0][0].tolist()) == [16, 17]
 
 
 def test_softmax_after_topk() -> None:
-    config = dataclasses.replace(BASE, scoring_func="softmax_after_topk", routed_scaling_factor=1.5)
+    config = dataclasses.replace(CONFIG, scoring_func="softmax_after_topk", routed_scaling_factor=1.5)
     logits_TE = router_logits()
     found = dense(*choose_experts(logits_TE, None, config))
     kept = logits_TE >= logits_TE.sort(descending=True).values[:, 5:6]
@@ -118,7 +112,7 @@ def test_softmax_after_topk() -> None:
 
 @pytest.mark.parametrize("scoring_func", ["sigmoid", "softmax"])
 def test_the_bias_moves_the_choice_only(scoring_func: str) -> None:
-    config = dataclasses.replace(BASE, scoring_func=scoring_func)
+    config = dataclasses.replace(CONFIG, scoring_func=scoring_func)
     logits_TE = router_logits()
     scores_TE = logits_TE.sigmoid() if scoring_func == "sigmoid" else logits_TE.softmax(-1)
     bias_E = torch.zeros(32)
@@ -136,7 +130,7 @@ def test_ties(scoring_func: str, groups: tuple[int, int]) -> None:
     """All scores equal: any experts will do, but different ones, of as many groups as allowed, equally weighted."""
     n_group, topk_group = groups
     config = dataclasses.replace(
-        BASE, scoring_func=scoring_func, n_group=n_group, topk_group=topk_group, norm_topk_prob=True
+        CONFIG, scoring_func=scoring_func, n_group=n_group, topk_group=topk_group, norm_topk_prob=True
     )
     ids_TK, weights_TK = choose_experts(torch.zeros(5, 32), None, config)
     for ids in ids_TK.tolist():
@@ -146,27 +140,20 @@ def test_ties(scoring_func: str, groups: tuple[int, int]) -> None:
 
 
 def test_normalised_weights_sum_to_the_scale() -> None:
-    config = dataclasses.replace(BASE, scoring_func="sigmoid", norm_topk_prob=True, routed_scaling_factor=2.5)
+    config = dataclasses.replace(CONFIG, scoring_func="sigmoid", norm_topk_prob=True, routed_scaling_factor=2.5)
     _, weights_TK = choose_experts(router_logits(), None, config)
     torch.testing.assert_close(weights_TK.sum(-1), torch.full((64,), 2.5))
 
 
 def test_a_vanishing_sum_is_not_divided_by() -> None:
     """llama.cpp divides by 2^-14 instead, float16's smallest normal number."""
-    config = dataclasses.replace(BASE, scoring_func="sigmoid", norm_topk_prob=True)
+    config = dataclasses.replace(CONFIG, scoring_func="sigmoid", norm_topk_prob=True)
     _, weights_TK = choose_experts(torch.full((1, 32), -40.0), None, config)
     expected = torch.full((1, 6), -40.0).sigmoid() / 2**-14
     torch.testing.assert_close(weights_TK, expected, rtol=1e-6, atol=0)
 
 
 # ------------------------------------------------------------------------------------------------------- the layers
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    with_two_workers = Pool(2)
-    yield with_two_workers
-    with_two_workers.close()
 
 
 def layer(variant: str, index: int) -> tuple[naive.Naive, dict[str, np.ndarray], Config, GGUFFile]:
