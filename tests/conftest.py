@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import functools
-import os
 import signal
 import tempfile
 from collections.abc import Generator, Iterator
@@ -20,6 +19,7 @@ import gpu_device  # noqa: F401 (before any test imports what imports triton)
 import hypothesis
 import pytest
 
+from localrun.hardware import usable_cores
 from quant.threads.pool import Pool
 
 # A suite that is started in the background inherits SIGINT ignored, and so would the processes that it starts.
@@ -47,7 +47,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """One process for single files, whose tests would be over before another has started."""
     if not all(Path(argument.split("::")[0]).is_dir() for argument in config.args):
         return 0
-    return min(len(os.sched_getaffinity(0)), _MOST_PROCESSES)
+    return min(usable_cores(), _MOST_PROCESSES)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -90,6 +90,7 @@ def test_help(args: list[str]) -> None:
     assert "Usage:" in result.output
 
 
+@pytest.mark.serial
 def test_help_is_quick_and_loads_nothing_heavy() -> None:
     code = (
         "import sys, cli.main\n"

@@ -40,6 +40,7 @@ def test_no_page_of_the_buffer_is_like_another(pool: Pool) -> None:
     assert (pages.view(np.int64)[:, ::8] != 0).all()  # every line written to
 
 
+@pytest.mark.serial
 def test_the_rate_is_bytes_by_seconds(pool: Pool) -> None:
     array = bandwidth.buffer(pool, 64 << 20)
     start = time.perf_counter()

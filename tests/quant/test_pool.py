@@ -45,6 +45,7 @@ def test_every_unit_is_done_once_when_run_returns(n_workers):
     pool.close()
 
 
+@pytest.mark.serial
 def test_the_other_workers_take_part():
     pool = Pool(3)
     others = sum(take(pool, 200_000)[1][1:].sum() for _ in range(20))
@@ -52,6 +53,7 @@ def test_the_other_workers_take_part():
     assert others > 0
 
 
+@pytest.mark.serial
 def test_idle_workers_sleep_and_close_ends_them():
     pool = Pool(2)
     take(pool, 100)
@@ -74,6 +76,7 @@ def busy_seconds(pool: Pool) -> float:
     return time.process_time() - before
 
 
+@pytest.mark.serial
 def test_drowsy_workers_do_not_spin() -> None:
     pool = Pool(2)
     lively = busy_seconds(pool)

@@ -293,6 +293,7 @@ def test_two_caches_in_turn() -> None:
                 assert np.array_equal(one_by_one(model, [ids[i]], cache)[0], expected[i])
 
 
+@pytest.mark.serial
 def test_workers_sleep_after_a_reply_and_end_with_close() -> None:
     def workers() -> list[threading.Thread]:
         return [thread for thread in threading.enumerate() if thread.name.startswith("localrun-")]

@@ -150,6 +150,7 @@ def test_prefill_of_two_micro_batches(pool: Pool, delay_s: float) -> None:
         assert len(experts._free) == 2
 
 
+@pytest.mark.serial
 def test_begin_does_not_wait(pool: Pool) -> None:
     device = Late(0.2)
     with closing(PrefillExperts(device, pool)) as experts:

@@ -84,6 +84,7 @@ def engine() -> Any:
         yield engine
 
 
+@pytest.mark.serial
 def test_engines_take_turns(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[tuple[str, float, float]] = []
     monkeypatch.setattr(bench, "Native", lambda engine: Fake(log, "ours", 0.002))
@@ -139,6 +140,7 @@ def test_the_map_is_read_in_whole(engine: Any) -> None:
     assert sum(size for _, size in runs) <= sum(tensor.n_bytes for tensor in tensors) + padding
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("variant", ["v3", "llama"])
 def test_llama_cpp_runs_the_same_file(variant: str) -> None:
     path = tiny_models.shared(variant, type="Q8_0")
