@@ -10,6 +10,7 @@ import fcntl
 import functools
 import signal
 import tempfile
+import zlib
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -50,8 +51,34 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(usable_cores(), _MOST_PROCESSES)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--sample", action="store_true", help="one of the cases that differ in sizes alone")
+
+
+def _is_size(value: object) -> bool:
+    """A number, or several."""
+    return all(map(_is_size, value)) if isinstance(value, tuple) else isinstance(value, int | float)
+
+
+def _kind(item: pytest.Item) -> tuple[str, ...]:
+    """The test function, and those of its parameters that are no sizes: names of formats, models, kinds of input."""
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return item.nodeid.split("[")[0], *(repr(value) for value in parameters if not _is_size(value))
+
+
+def _sample(items: list[pytest.Item]) -> list[pytest.Item]:
+    """One of each kind: whichever, but not the same size of all of them, and the same one in every run."""
+    chosen = {_kind(item): item for item in sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode()))}
+    return [item for item in items if chosen[_kind(item)] is item]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The serial ones last, when most processes have nothing left to wait with."""
+    if config.getoption("--sample"):
+        sample = _sample(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in sample])
+        items[:] = sample
     items.sort(key=lambda item: item.get_closest_marker("serial") is not None)
 
 

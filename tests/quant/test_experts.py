@@ -9,6 +9,8 @@ from quant.errors import QuantError
 from quant.matrix import ExpertMatrices
 from quant.threads.pool import Pool
 
+pytestmark = pytest.mark.levels
+
 
 def naive(values, formats_, x, ids, weights) -> np.ndarray:
     """sum_k w * down(silu(gate x) * up x), with the activations rounded as the formats want."""

@@ -13,6 +13,8 @@ from quant.errors import QuantError
 from quant.formats import registry
 from quant.gemv import activations, plain
 
+pytestmark = pytest.mark.levels
+
 
 @pytest.mark.parametrize("name", registry.NAMES)
 def test_sizes_are_ggmls(name):

@@ -1,9 +1,8 @@
-"""ISA levels: detection, forcing, and all kernel tests again at every level that this CPU can be limited to."""
-
-from pathlib import Path
+"""ISA levels: detection, forcing, and kernel tests again at every level that this CPU can be limited to."""
 
 import levels
 import pytest
+from paths import TESTS
 
 from quant.target import isa
 
@@ -12,17 +11,26 @@ def test_detected_level_has_all_its_features():
     assert isa.FEATURES[isa.detect()] <= isa.host_features()
 
 
-@pytest.mark.parametrize("level", levels.LOWER)
-def test_kernels_at_a_lower_level(level):
-    tests = [
-        str(Path(__file__).with_name(f"test_{name}.py"))
-        for name in ("formats", "r16", "linear", "packed", "experts", "quantize")
-    ]
-    done = levels.run(level, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests)
+def run_marked(level: str, *options: str) -> None:
+    """The tests marked `levels`, in one process, which compiles each kernel once."""
+    command = ["-m", "pytest", "-q", "-x", "-n0", "-p", "no:cacheprovider", "-m", "levels", *options]
+    done = levels.run(level, *command, str(TESTS / "quant"), str(TESTS / "localrun" / "cpu"))
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-@pytest.mark.parametrize("level", levels.LOWER)
+@levels.lower
+def test_a_sample_at_a_lower_level(level: str) -> None:
+    """Every kernel, with one of the shapes that its tests know."""
+    run_marked(level, "--sample")
+
+
+@pytest.mark.slow
+@levels.lower
+def test_all_shapes_at_a_lower_level(level: str) -> None:
+    run_marked(level)
+
+
+@levels.lower
 def test_a_forced_level_narrows_the_compile_target(level, tmp_path):
     """AVX-512 registers must not appear in kernels for AVX2, nor AVX ones in generic kernels."""
     # An empty kernel cache: Numba shows no assembly of cached kernels.

@@ -10,6 +10,8 @@ from quant.matrix import quant_matrix
 from quant.ops import linear
 from quant.threads.pool import Pool
 
+pytestmark = pytest.mark.levels
+
 SHAPES = [
     ("F32", (5, 7, 24)),
     ("F16", (1, 33, 48)),

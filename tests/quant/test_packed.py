@@ -11,6 +11,8 @@ from quant.gemm.microkernel_step import BIAS, BIAS_FLOAT, PART_BYTES, STEP_BYTES
 from quant.matrix import QuantMatrix
 from quant.threads.pool import Pool, aligned_bytes
 
+pytestmark = pytest.mark.levels
+
 NAMES = [name for name in registry.NAMES if packed.find(registry.get(name))]
 
 if not NAMES:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from contextlib import closing
-from pathlib import Path
 
 import kernels
-import levels
 import naive
 import numpy as np
 import pytest
@@ -79,6 +77,7 @@ def test_a_phase_sees_all_of_the_one_before(n_workers: int) -> None:
             assert [out.tolist() for out in outs] == sums(counts)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("n_tokens", range(1, MOST_TOKENS + 1))
 @pytest.mark.parametrize("n_cached", [5, 63, 64, 65, 4096, 4097, 10**5])
 def test_units_of_every_piece_and_token_run_once(pool: Pool, n_cached: int, n_tokens: int) -> None:
@@ -105,6 +104,7 @@ def pieces(n_cached: int) -> tuple[int, int]:
     return int(out[0]), int(out[1])
 
 
+@pytest.mark.levels
 def test_pieces_cover_the_context() -> None:
     """They are whole tiles, and no more than there is memory for."""
     full = MOST_CHUNKS * LEAST_CHUNK
@@ -134,6 +134,7 @@ ROWS = {
 }
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("residual", [False, True], ids=["instead", "added"])
 @pytest.mark.parametrize("kind", ["plain", "norm", "gated"])
 @pytest.mark.parametrize("name", ROWS)
@@ -151,6 +152,7 @@ def test_rows(name: str, kind: str, residual: bool) -> None:
         assert np.all(np.abs(found - (matrix[0] @ rounded + 0.25 * residual)) <= bound * magnitude)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("residual", [False, True], ids=["instead", "added"])
 @pytest.mark.parametrize("name", ROWS)
 def test_workers_do_not_change_rows(name: str, residual: bool) -> None:
@@ -161,6 +163,7 @@ def test_workers_do_not_change_rows(name: str, residual: bool) -> None:
     assert all(np.array_equal(a, b) for other in answers[1:] for a, b in zip(answers[0], other, strict=True))
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("residual", [False, True], ids=["instead", "added"])
 @pytest.mark.parametrize("kind", ["plain", "norm", "gated"])
 @pytest.mark.parametrize("name", ROWS)
@@ -250,6 +253,7 @@ def test_matrices_that_do_not_share_an_input_are_refused() -> None:
 # ---- workers that come late ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("late", LATE.values(), ids=LATE)
 def test_late_workers_in_a_chain(late: int) -> None:
     counts, missed = [1, 3, 1, 2, 8, 1, 2, 1], np.zeros(1, np.int64)
@@ -261,15 +265,3 @@ def test_late_workers_in_a_chain(late: int) -> None:
             run(program)
             assert [out.tolist() for out in outs] == sums(counts)
     assert missed[0] > 0
-
-
-# ---- other machines --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("level", levels.LOWER)
-def test_the_phases_at_a_lower_level(level: str) -> None:
-    tests = [Path(__file__).with_name(f"test_{name}.py") for name in ("vectors", "step_attention", "step_experts")]
-    here = [__file__, "-k", "rows or late or pieces or vectors"]
-    for arguments in (map(str, tests), here):
-        done = levels.run(level, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments)
-        assert done.returncode == 0, done.stdout[-3000:]

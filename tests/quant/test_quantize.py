@@ -41,6 +41,7 @@ def test_bytes_are_ggmls(name, kind):
         assert np.array_equal(packed(name, x), theirs(name, x))
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("name", EQUAL_TO_GGML)
 def test_bytes_are_ggmls_where_rounding_is_delicate(name):
     """Ties, signed zeros, both signs of the largest weight, powers of two and their neighbours, scales that vanish."""
@@ -57,6 +58,7 @@ def test_bytes_are_ggmls_where_rounding_is_delicate(name):
     assert np.array_equal(packed(name, x), theirs(name, x))
 
 
+@pytest.mark.levels
 def test_half_floats_are_rounded_as_numpy_rounds():
     bits = np.random.default_rng(3).integers(0, 1 << 32, 1 << 18, dtype=np.uint32)
     halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
@@ -67,6 +69,7 @@ def test_half_floats_are_rounded_as_numpy_rounds():
     assert np.array_equal(packed("F16", x).view(np.float16), x.astype(np.float16))
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("name", ["F32", "F16", "BF16"])
 def test_float_rows_of_any_length(name):
     for n_cols in (1, 2, 15, 16, 17, 33):
@@ -108,6 +111,7 @@ def test_extreme_importances(name):
     assert np.sqrt(np.mean((values - x)[:, 40] ** 2)) <= 0.5 * plain
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("n_rows", [1, 2, 3, 7])
 @pytest.mark.parametrize("name", tensor.NAMES)
 def test_bytes_do_not_depend_on_workers_or_neighbours(name, n_rows):
@@ -156,7 +160,7 @@ _ROWS = hnp.arrays(np.float32, (2, 256), elements=st.floats(-1000, 1000, width=3
 
 
 @pytest.mark.parametrize("name", tensor.NAMES)
-@settings(derandomize=True, max_examples=60, deadline=None, database=None)
+@settings(max_examples=60)
 @given(x=_ROWS, scale=st.sampled_from([1e-6, 1e-3, 1.0, 60.0]))
 def test_error_is_within_the_formats_bound(name, x, scale):
     x = x * np.float32(scale)
@@ -171,6 +175,7 @@ def test_error_is_within_the_formats_bound(name, x, scale):
     assert np.all(error <= (_HALF_STEP[name] + rounding) * largest + absolute)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", tensor.NAMES)
 def test_the_first_weight_that_is_not_finite_is_reported(name, value):
@@ -185,6 +190,7 @@ def test_the_first_weight_that_is_not_finite_is_reported(name, value):
         assert np.array_equal(out[intact], packed(name, x)[intact])
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("name", tensor.NAMES)
 def test_weights_beyond_the_range_are_reported(name):
     x = weights("gaussian", (1, 256))

@@ -25,6 +25,8 @@ from quant.matrix import QuantMatrix, quant_matrix
 from quant.ops import linear
 from quant.threads.pool import Pool, aligned_bytes
 
+pytestmark = pytest.mark.levels
+
 NAMES = registry.INTERLEAVED
 
 

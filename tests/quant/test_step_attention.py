@@ -18,6 +18,8 @@ from quant.decode.program import LEAST_CHUNK, MOST_CHUNKS, Program
 from quant.matrix import QuantMatrix
 from quant.threads.pool import Pool, aligned_bytes
 
+pytestmark = pytest.mark.levels
+
 # Scores are sums of up to 300 float32 products, values of up to 5000 weighted ones: some sqrt(5000) roundings of 2^-24.
 TOLERANCE = 1e-5
 GUARD = 7  # rows behind the cache and floats behind the output, which nobody may use

@@ -20,6 +20,8 @@ from quant.decode.program import MOST_TOKENS, PHASE_BYTES
 from quant.target.jit import kernel
 from quant.threads.pool import Pool
 
+pytestmark = pytest.mark.levels
+
 ROUTERS = {
     "V2-Lite": router(SOFTMAX, 64, 6),
     "V2": router(SOFTMAX, 160, 6, 8, 3, routed_scaling_factor=16.0),

@@ -8,6 +8,8 @@ from quant.simd import vectors
 from quant.simd.core import bits_to_f32, load_f32, load_f32x16, store_f32, store_f32x16
 from quant.target.jit import kernel
 
+pytestmark = pytest.mark.levels
+
 LENGTHS = [1, 2, 15, 16, 17, 31, 32, 33, 100, 255, 1408]
 GUARD = np.float32(-77)  # behind every output: must stay as it is
 

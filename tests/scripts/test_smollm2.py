@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 from paths import DATA, ROOT
 
 TEXT = DATA / "text" / "wikitext2.txt"
@@ -16,6 +17,7 @@ def output_of(*command: str) -> dict:
     return json.loads(done.stdout[done.stdout.index("{") :])
 
 
+@pytest.mark.slow
 def test_perplexity_is_llama_cpps():
     """0.5% of 24, over 6,120 predictions: the roundings of two programs differ by 0.04%; a wrong scale by far more."""
     result = output_of("scripts/compare_perplexity.py", "smollm2", "-f", str(TEXT))

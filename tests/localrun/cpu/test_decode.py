@@ -5,11 +5,11 @@ Tolerances on logits are fractions of their range.
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from pathlib import Path
 
-import levels
 import llama_cpp_oracle
 import naive
 import numpy as np
@@ -17,6 +17,7 @@ import pytest
 import tiny_models
 import torch
 from caches import rows_of
+from cases import mark_some, slow_but
 from closeness import QUANTIZED_TOLERANCE, SESSION_TOLERANCE, error, rms_error
 from programs import LATE, add_late
 
@@ -35,6 +36,10 @@ ROW_TOLERANCE = 0.2
 # ---- whole models ----------------------------------------------------------------------------------------------------
 
 VARIANTS = list(tiny_models.VARIANTS)
+AT_LEVELS = {"v3-odd", "v3-legacy-kv-b", "v2-lite-legacy-kv-b", "llama-mha", ("wide", "Q4_K_M"), ("llama-wide", "Q4_1")}
+ALSO_AT_LEVELS = functools.partial(mark_some, chosen=AT_LEVELS, mark=pytest.mark.levels)
+# How work is divided among workers depends on the kind of attention, on experts, and on sizes; not on what is scaled.
+DIVIDED = {"v3-odd", "v2-lite", "llama-mha"}
 QUANTISED = [
     ("wide", "Q4_K_M"), ("wide", "Q8_0"), ("wide", "MXFP4_MOE"), ("wide", "F16"), ("wide-odd", "Q4_K_M"),
     ("wide-odd", "IQ4_XS"), ("llama-wide", "Q4_K_M"), ("llama-wide", "Q4_1"), ("llama-wide", "Q5_0"),
@@ -86,13 +91,13 @@ def both_ways(
     return np.stack(step), np.stack(by_torch)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ALSO_AT_LEVELS(VARIANTS))
 def test_the_step_is_the_network(variant: str) -> None:
     with localrun.load(tiny_models.shared(variant), threads=2, ctx=64) as model:
         assert error(*both_ways(model, tiny_models.prompt(variant))) < ROUNDING_TOLERANCE
 
 
-@pytest.mark.parametrize(("variant", "mix"), QUANTISED, ids=lambda value: value)
+@pytest.mark.parametrize(("variant", "mix"), ALSO_AT_LEVELS(QUANTISED), ids=lambda value: value)
 def test_the_step_is_the_network_quantised(variant: str, mix: str) -> None:
     path = quantised(variant, mix)
     with localrun.load(path, threads=2, ctx=64) as model:
@@ -148,7 +153,7 @@ def test_quantised_logits_are_as_exact_as_llama_cpps(variant: str, mix: str) -> 
 
 
 @pytest.mark.parametrize("mix", ["F32", "quantised"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", slow_but(VARIANTS, DIVIDED))
 def test_workers_do_not_change_the_logits(variant: str, mix: str) -> None:
     """Nor does doing it again."""
     path = tiny_models.shared(variant, type=tiny_models.Q4_K_M if mix == "quantised" else "F32")
@@ -189,7 +194,7 @@ def check_few(model: Engine, ids: list[int], cache: Cache) -> None:
 
 
 @pytest.mark.parametrize("mix", ["F32", "quantised"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ALSO_AT_LEVELS(VARIANTS))
 def test_tokens_together_are_tokens_alone(variant: str, mix: str) -> None:
     """From an empty cache, and over the end of the first piece of the context."""
     path = tiny_models.shared(variant, type=tiny_models.Q4_K_M if mix == "quantised" else "F32")
@@ -200,7 +205,7 @@ def test_tokens_together_are_tokens_alone(variant: str, mix: str) -> None:
         check_few(model, ids[60:70], cache)
 
 
-@pytest.mark.parametrize(("variant", "mix"), QUANTISED, ids=lambda value: value)
+@pytest.mark.parametrize(("variant", "mix"), ALSO_AT_LEVELS(QUANTISED), ids=lambda value: value)
 def test_tokens_together_are_tokens_alone_in_every_type(variant: str, mix: str) -> None:
     with localrun.load(quantised(variant, mix), threads=2, ctx=64) as model:
         check_few(model, tiny_models.token_ids(variant, 20), model.new_cache())
@@ -321,15 +326,3 @@ def test_late_workers_do_not_change_the_logits(variant: str, late: int, monkeypa
     with localrun.load(path, threads=4, ctx=16) as model:
         assert np.array_equal(one_by_one(model, ids), expected)
     assert missed[0] > 0
-
-
-# ---- other machines --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("level", levels.LOWER)
-def test_the_step_at_a_lower_level(level: str) -> None:
-    """Some of the models."""
-    tests = "test_the_step_is_the_network or test_tokens_together_are_tokens_alone"
-    some = f"({tests}) and (v3-odd or legacy or llama-mha or wide-Q4_K_M or llama-wide-Q4_1)"
-    done = levels.run(level, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", some)
-    assert done.returncode == 0, done.stdout[-3000:]

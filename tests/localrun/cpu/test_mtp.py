@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import hf_oracle
-import levels
 import numpy as np
 import pytest
 import tiny_models
@@ -137,6 +136,7 @@ def test_logits_are_transformers(name: str) -> None:
     assert error(last_1D, normed_TD[-1:]) < SESSION_TOLERANCE
 
 
+@pytest.mark.levels
 def test_the_whole_way_is_transformers() -> None:
     """From tokens to the head's logits, over the hidden states that the model leaves; then two drafts on."""
     oracle, ids = Oracle(OWN), tiny_models.prompt("v3-nextn")
@@ -159,6 +159,7 @@ def test_the_whole_way_is_transformers() -> None:
 # ---- the step against torch ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("mix", QUANTISED)
 def test_the_step_is_the_network(mix: str) -> None:
     """Position by position, each over the rows that the step has left."""
@@ -197,6 +198,7 @@ def test_positions_together_are_positions_alone(name: str) -> None:
             assert all(np.array_equal(a, b) for a, b in zip(rows_of(cache), expected_rows, strict=True))
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("mix", QUANTISED)
 def test_positions_together_are_positions_alone_where_pieces_get_longer(mix: str) -> None:
     full = MOST_CHUNKS * LEAST_CHUNK
@@ -311,13 +313,3 @@ def test_models_without_a_head_have_none(variant: str) -> None:
 def test_the_head_is_made_once() -> None:
     with opened(OWN) as (model, mtp):
         assert model.model.mtp is mtp
-
-
-# ---- other machines --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("level", levels.LOWER)
-def test_the_head_at_a_lower_level(level: str) -> None:
-    some = "transformers or alone or is_the_network"
-    done = levels.run(level, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", some)
-    assert done.returncode == 0, done.stdout[-3000:]

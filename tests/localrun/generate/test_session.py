@@ -541,7 +541,7 @@ def first_to_end(text: str, stops: list[str]) -> str:
     return text
 
 
-@settings(derandomize=True, max_examples=300)
+@settings(max_examples=300)
 @given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
 def test_stop_strings_character_by_character(text: str, stops: list[str]) -> None:
     found = StopStrings(stops)
@@ -555,7 +555,7 @@ def test_stop_strings_character_by_character(text: str, stops: list[str]) -> Non
     assert found.found == any(stop in text for stop in stops)
 
 
-@settings(derandomize=True, max_examples=300)
+@settings(max_examples=300)
 @given(st.lists(st.text("ab", max_size=5), max_size=5), st.lists(st.text("ab", min_size=1, max_size=5), min_size=1))
 def test_stop_strings_in_pieces_of_any_size(pieces: list[str], stops: list[str]) -> None:
     found, seen, out = StopStrings(stops), "", ""

@@ -232,6 +232,11 @@ def assert_error(caught: LocalrunError, path: Path, error: type[LocalrunError], 
     assert str(caught).startswith(f"{path}: ") and message in str(caught) and "\n" not in str(caught)
 
 
+# localrun.load reads the configuration as config_of does: one case of each type of error shows that its message comes
+# out of that as well.
+_LOADED_TOO = {error: name for name, (*_, error, _message) in CASES.items()}.values()
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_broken_configurations(name: str, tmp_path: Path) -> None:
     path, error, message = broken(name, tmp_path)
@@ -244,9 +249,10 @@ def test_broken_configurations(name: str, tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert_error(caught.value, path, error, message)
-    with pytest.raises(LocalrunError) as caught:
-        localrun.load(path, threads=1, ctx=8, backend="native")
-    assert_error(caught.value, path, error, message)
+    if name in _LOADED_TOO:
+        with pytest.raises(LocalrunError) as caught:
+            localrun.load(path, threads=1, ctx=8, backend="native")
+        assert_error(caught.value, path, error, message)
 
 
 @pytest.mark.parametrize("type_", [Type.Q2_K, Type.Q3_K, Type.IQ1_S, Type.IQ2_XXS, Type.IQ3_S, Type.TQ1_0])

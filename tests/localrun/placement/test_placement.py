@@ -230,7 +230,7 @@ def test_so_many_of_each_layer() -> None:
     assert dict(lay_out(replace(asked, gpu_experts=4)).experts) == dict.fromkeys((1, 2, 3), (0, 1, 2, 3))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sizes=st.lists(st.integers(1, 50), min_size=1, max_size=3),
     room=st.integers(0, 700),

@@ -209,7 +209,7 @@ def test_all_planes_down_is_all_lost() -> None:
     assert len(shares.lost) == 4 * 16 * 15 and not len(shares.rates)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32 - 1))
 def test_max_min_fairness_holds(seed: int) -> None:
     """No link is overfull, and every flow has a full link on which nobody has more (Bertsekas and Gallager, 6.5.2)."""

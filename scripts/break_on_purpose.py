@@ -1,0 +1,111 @@
+"""Whether the tests notice: a copy of the tree with one small fault at a time, and the tests that should fail.
+
+    python scripts/break_on_purpose.py [NAME ...]
+
+Prints a line for each fault, with the first test that caught it, then a JSON document in one line. Exit 1 if a fault
+was not caught. A fault whose text is not in its file exactly once is refused: faults.json follows the code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`old` becomes `new` in a file; `tests` are those to run, files or folders."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Result:
+    fault: str
+    file: str
+    caught_by: str | None  # the first test that failed
+    seconds: float
+
+
+FAULTS: tuple[Fault, ...] = ()
+
+
+def check(faults: tuple[Fault, ...]) -> None:
+    """Raises SystemExit if the tree no longer has what a fault changes, or tests that it names."""
+    for fault in faults:
+        n_found = (ROOT / fault.file).read_text(encoding="utf-8").count(fault.old)
+        if n_found != 1:
+            raise SystemExit(f"{fault.name}: {fault.old!r} is in {fault.file} {n_found} times, not once")
+        missing = [path for path in fault.tests if not (ROOT / path).exists()]
+        if missing:
+            raise SystemExit(f"{fault.name}: no tests {', '.join(missing)}")
+
+
+def copy_tree(folder: Path) -> None:
+    """All files that git knows, as they are now."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in listed.rstrip("\0").split("\0"):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+
+
+def first_failure(folder: Path, tests: tuple[str, ...]) -> str | None:
+    """Of the fast suite's tests in a copy of the tree. Raises SystemExit if pytest does not come to run them."""
+    environment = os.environ | {"PYTHONPATH": str(folder), "LOCALRUN_CACHE": str(folder / "cache")}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    if done.returncode == 0:
+        return None
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+(?: \S+\])?)", done.stdout, re.MULTILINE)
+    if done.returncode != 1 or failed is None:
+        raise SystemExit(f"pytest ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return failed[1]
+
+
+def try_out(fault: Fault, folder: Path) -> Result:
+    """Break the copy, run the tests, mend it."""
+    path = folder / fault.file
+    sound = path.read_text(encoding="utf-8")
+    path.write_text(sound.replace(fault.old, fault.new), encoding="utf-8")
+    start = time.monotonic()
+    try:
+        caught_by = first_failure(folder, fault.tests)
+    finally:
+        path.write_text(sound, encoding="utf-8")
+    return Result(fault.name, fault.file, caught_by, round(time.monotonic() - start, 1))
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="faults to try; all without")
+    names = parser.parse_args(arguments).names
+    chosen = tuple(fault for fault in FAULTS if not names or fault.name in names)
+    check(chosen)
+    results = []
+    with tempfile.TemporaryDirectory(prefix="localrun-broken-") as name:
+        copy_tree(Path(name))
+        for fault in chosen:
+            results.append(try_out(fault, Path(name)))
+            print(f"{fault.name:<32} {results[-1].seconds:6.1f} s  {results[-1].caught_by or 'NOT CAUGHT'}", flush=True)
+    print(json.dumps({"faults": [asdict(result) for result in results]}))
+    return int(any(result.caught_by is None for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
