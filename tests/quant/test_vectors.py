@@ -208,7 +208,7 @@ def test_scale(n: int) -> None:
 def test_expand_f16(n: int, more: int) -> None:
     row = random(n, seed=n).astype(np.float16)
     out = guarded(n + more)
-    kernels.call(_expand_f16.address, row, n, n + more, out)
+    kernels.call(_expand_f16, row, n, n + more, out)
     assert np.array_equal(unguarded(out), np.concatenate([row.astype(np.float32), np.zeros(more, np.float32)]))
 
 
@@ -217,5 +217,5 @@ def test_expand_f16_of_every_pattern() -> None:
     row = np.arange(2**16, dtype=np.uint16).view(np.float16)
     for n in (2**16, 2**16 - 1):
         out = guarded(n)
-        kernels.call(_expand_f16.address, row, n, n, out)
+        kernels.call(_expand_f16, row, n, n, out)
         np.testing.assert_array_equal(unguarded(out), row[:n].astype(np.float32))

@@ -17,6 +17,7 @@ import pytest
 import tiny_models
 import torch
 from caches import rows_of
+from cases import mark_some
 from closeness import QUANTIZED_TOLERANCE, SESSION_TOLERANCE, error
 
 import localrun
@@ -181,7 +182,7 @@ def test_the_step_is_the_network(mix: str) -> None:
         assert np.quantile(errors, 0.9) < QUANTIZED_TOLERANCE
 
 
-@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("name", mark_some(SHARED, {"own"}, pytest.mark.levels))
 def test_positions_together_are_positions_alone(name: str) -> None:
     ids, hidden_TD = positions(20)
     with opened(file_without(*SHARED[name])) as (_, mtp):
@@ -198,7 +199,6 @@ def test_positions_together_are_positions_alone(name: str) -> None:
             assert all(np.array_equal(a, b) for a, b in zip(rows_of(cache), expected_rows, strict=True))
 
 
-@pytest.mark.levels
 @pytest.mark.parametrize("mix", QUANTISED)
 def test_positions_together_are_positions_alone_where_pieces_get_longer(mix: str) -> None:
     full = MOST_CHUNKS * LEAST_CHUNK
