@@ -11,13 +11,14 @@ import functools
 import signal
 import tempfile
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import gpu_device  # noqa: F401 (before any test imports what imports triton)
 import hypothesis
+import numba
 import pytest
 
 from localrun.hardware import usable_cores
@@ -99,6 +100,22 @@ def _locked(path: Path, how: int) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, how)
         yield
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A kernel that two processes want is compiled by one; the other waits, and finds it in the cache."""
+    if not hasattr(config, "workerinput"):
+        return
+    folder, cfunc = Path(config.workerinput["locks"]), numba.cfunc
+
+    def one_at_a_time(*arguments: Any, **options: Any) -> Callable[[Callable], Any]:
+        def compiled(function: Callable) -> Any:
+            with _locked(folder / f"{function.__module__}.{function.__qualname__}", fcntl.LOCK_EX):
+                return cfunc(*arguments, **options)(function)
+
+        return compiled
+
+    numba.cfunc = one_at_a_time
 
 
 @pytest.hookimpl(wrapper=True)

@@ -12,11 +12,12 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from pathlib import Path
 
 import kernels
 import numpy as np
 import pytest
+from cases import slow_but
 from llvmlite import ir
 from numba import types
 from paths import SUPPORT
@@ -43,28 +44,26 @@ def run(script: str, *arguments: str, **variables: str) -> str:
 # ---- results ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, np.ndarray]]:
+ONE_OF_EACH_KIND = ("Q4_K", "Q4_0", "Q6_K", "Q8_0")  # minima, an offset, scales of 16 columns, signed bytes
+FORMATS = [(ONE_OF_EACH_KIND, 180), ((), 400)]  # with the number of results; none is all
+
+
+def results(folder: Path, level: str, *formats: str) -> dict[str, np.ndarray]:
     """panel_results.py at a level."""
-    folder = tmp_path_factory.mktemp("results")
-
-    def at(level: str) -> dict[str, np.ndarray]:
-        path = folder / f"{level}.npz"
-        if not path.exists():
-            run("panel_results.py", str(path), LOCALRUN_ISA=level)
-        return dict(np.load(path))
-
-    return at
+    path = folder / f"{level}.npz"
+    run("panel_results.py", str(path), *formats, LOCALRUN_ISA=level)
+    return dict(np.load(path))
 
 
 @vnni
 @pytest.mark.parametrize("level", ["amx_emulated", "amx"])
-def test_results_are_those_of_avx512_vnni(results: Callable[[str], dict[str, np.ndarray]], level: str) -> None:
+@pytest.mark.parametrize(("formats", "at_least"), slow_but(FORMATS, FORMATS[:1]))
+def test_results_are_those_of_avx512_vnni(level: str, formats: tuple[str, ...], at_least: int, tmp_path: Path) -> None:
     """To the bit: integer dot products are exact, and floats see the same operations in the same order."""
     if level == "amx" and isa.detect() != "amx":
         pytest.skip("no AMX tiles on this machine")
-    want, found = results("avx512_vnni"), results(level)
-    assert found.keys() == want.keys() and len(want) > 400
+    want, found = (results(tmp_path, each, *formats) for each in ("avx512_vnni", level))
+    assert found.keys() == want.keys() and len(want) > at_least
     assert [name for name in want if not np.array_equal(found[name], want[name])] == []
     assert all(np.isfinite(values).all() for values in want.values())
 

@@ -1,4 +1,9 @@
-"""Products of many tokens at this process's ISA level, to compare with other levels': python panel_results.py OUT"""
+"""Products of many tokens at this process's ISA level, to compare with other levels'.
+
+    python panel_results.py OUT [FORMAT ...]
+
+With formats named, those; else all that have panels.
+"""
 
 import itertools
 import sys
@@ -19,10 +24,10 @@ SHAPES = [((1, 45, 512), range(1, 41)), ((2, 7, 768), (5, 13, 29)), ((1, 64, 256
 EXPERTS = [("Q4_K", "Q6_K", "Q8_0"), ("Q6_K", "Q4_0", "Q5_K"), ("IQ4_XS", "IQ4_XS", "Q6_K")]
 
 
-def products(pool: Pool) -> dict[str, np.ndarray]:
-    """linear.multiply for every format with panels."""
+def products(pool: Pool, names: list[str]) -> dict[str, np.ndarray]:
+    """linear.multiply for the formats with panels."""
     found = {}
-    for name in registry.NAMES:
+    for name in names:
         if packed.find(registry.get(name)) is None:
             continue
         for shape, counts in SHAPES:
@@ -34,10 +39,10 @@ def products(pool: Pool) -> dict[str, np.ndarray]:
     return found
 
 
-def experts_of_a_layer(pool: Pool) -> dict[str, np.ndarray]:
+def experts_of_a_layer(pool: Pool, types: list[tuple[str, str, str]]) -> dict[str, np.ndarray]:
     """experts.run with tokens spread unevenly, some pairs left out."""
     found, hidden, inner = {}, 512, 256
-    for names, n_tokens in itertools.product(EXPERTS, (9, 33, 70)):
+    for names, n_tokens in itertools.product(types, (9, 33, 70)):
         rng = np.random.default_rng(n_tokens)
         shapes = (N_EXPERTS, inner, hidden), (N_EXPERTS, inner, hidden), (N_EXPERTS, hidden, inner)
         matrices = [kernels.random_weight(name, shape, rng)[0] for name, shape in zip(names, shapes, strict=True)]
@@ -51,6 +56,7 @@ def experts_of_a_layer(pool: Pool) -> dict[str, np.ndarray]:
 
 if __name__ == "__main__":
     packed.TOKENS_FROM = 1
-    pool = Pool(2)
-    np.savez(sys.argv[1], **products(pool), **experts_of_a_layer(pool))
+    pool, chosen = Pool(2), sys.argv[2:] or list(registry.NAMES)
+    experts_ = [types for types in EXPERTS if set(types) <= set(chosen)]
+    np.savez(sys.argv[1], **products(pool, chosen), **experts_of_a_layer(pool, experts_))
     pool.close()

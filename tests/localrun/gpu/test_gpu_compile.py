@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cases import slow_but
 from gpu_device import compiled_environment
 from paths import ROOT
 
@@ -36,7 +37,7 @@ def compiled(capability: int, variants: list[str], **variables: str) -> subproce
     return done
 
 
-@pytest.mark.parametrize("capability", CHOSEN)
+@pytest.mark.parametrize("capability", slow_but(CHOSEN, {89}))
 def test_kernels_compile_without_spills(capability: int) -> None:
     found = [json.loads(line) for line in compiled(capability, CHOSEN[capability]).stdout.splitlines()]
     assert {line["variant"] for line in found} == set(CHOSEN[capability])

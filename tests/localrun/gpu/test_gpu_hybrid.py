@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from cases import slow_but
 from closeness import error
 from gpu_dense import use_dense
 from gpu_device import HAS_GPU
@@ -578,7 +579,10 @@ def test_memory_for_longer_chunks(n_chunks: float, expected: int) -> None:
 @pytest.mark.usefixtures("dense", "gpu")
 @pytest.mark.parametrize(
     ("n_tokens", "sizes"),
-    [(5, [5]), (9, [9]), (20, [20]), (24, [24]), (27, [24, 3]), (33, [17, 16]), (45, [23, 22])],
+    slow_but(
+        [(5, [5]), (9, [9]), (20, [20]), (24, [24]), (27, [24, 3]), (33, [17, 16]), (45, [23, 22])],
+        [(5, [5]), (27, [24, 3]), (33, [17, 16])],
+    ),
 )
 def test_prompts_that_are_streamed_in_long_chunks(n_tokens: int, sizes: list[int]) -> None:
     """The CPU takes 8 tokens at a time here and streaming 24; it pays from 6 on. Replies are the CPU's."""
