@@ -1,8 +1,13 @@
-"""The shape of the program: imports run one way, light commands stay light, and weights stay in their blocks."""
+"""The shape of the program: imports run one way, light commands stay light, and weights stay in their blocks.
+
+MAY_IMPORT is the contract: the rooms of quant and of localrun (folders, and modules that lie in none) from the lowest
+floor up, each with the rooms that it may import. Whoever needs a new arrow adds it here, if it points down.
+"""
 
 from __future__ import annotations
 
 import ast
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,12 +17,80 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from paths import ROOT, SCRIPTS
 
 import localrun
 from localrun.network.model import Model
 from quant.threads.pool import Pool
 
-ROOT = Path(__file__).parents[1]
+GRAPH = runpy.run_path(str(SCRIPTS / "import_graph.py"))
+MAY_IMPORT = {
+    "quant": {
+        "errors": "",
+        "target": "errors",
+        "simd": "target",
+        "block_format": "errors target",
+        "matrix": "errors block_format",
+        "threads": "errors target simd",
+        "gemv": "target simd block_format",
+        "gemm": "target simd block_format matrix threads gemv",
+        "quantize": "errors target simd block_format threads",
+        "formats": "errors target simd block_format gemv gemm quantize",
+        "ops": "errors target simd matrix threads gemv gemm",
+        "decode": "errors target simd matrix threads gemv gemm",
+    },
+    "localrun": {
+        "errors": "",
+        "hardware": "",
+        "limits": "",
+        "bundled": "errors",
+        "gguf": "errors hardware",
+        "models": "errors gguf",
+        "placement": "errors hardware limits gguf models",
+        "network": "errors limits models",
+        "cpu": "errors hardware limits gguf models network",
+        "gpu": "errors limits gguf models placement network cpu",
+        "backends": "errors limits gguf",
+        "text": "errors gguf backends",
+        "runtime": "gguf text",
+        "generate": "errors limits runtime",
+        "engine": "errors hardware limits gguf models placement cpu gpu backends text runtime generate",
+        "measure": "errors hardware limits gguf models placement network cpu backends generate engine",
+        "convert": "errors gguf models",
+        "plan": "errors hardware limits bundled gguf models placement cpu convert",
+    },
+}
+# The public face, for the version and, as its users do, load().
+MAY_IMPORT_THE_PACKAGE = {"convert", "plan"}
+# What does not keep to it yet.
+EXCEPTIONS = {
+    "quant": [
+        "quant.gemm.pack_256 -> quant.formats.iq4_nl",
+        "quant.gemm.pack_32 -> quant.formats.iq4_nl",
+        "quant.gemm.pack_32 -> quant.formats.mxfp4",
+        "quant.gemv.interleaved -> quant.formats.interleave",
+        "quant.quantize.q4_k_q5_k -> quant.formats.q4_k",
+        "quant.quantize.tables -> quant.formats.iq4_nl",
+        "quant.quantize.tables -> quant.formats.mxfp4",
+    ],
+    "localrun": [
+        "localrun.cpu.bridge -> localrun.gpu.device",
+        "localrun.generate.drafts -> localrun.cpu.model",
+        "localrun.generate.drafts -> localrun.engine",
+        "localrun.generate.session -> localrun.engine",
+        "localrun.measure.doctor -> localrun.gpu.available",
+        "localrun.network.attention -> localrun.cpu.weights",
+        "localrun.network.model -> localrun.cpu.weights",
+        "localrun.network.moe -> localrun.cpu.bridge",
+        "localrun.network.moe -> localrun.cpu.weights",
+        "localrun.placement.devices -> localrun.gpu.available",
+    ],
+}
+CIRCLES = [
+    ["localrun.convert.architecture", "localrun.convert.deepseek", "localrun.convert.llama"],
+    ["localrun.cpu.weights", "localrun.network.attention", "localrun.network.moe"],
+    ["localrun.engine", "localrun.generate.drafts", "localrun.generate.session", "localrun.generate.speculative"],
+]
 # Package: what no module of it may import, anywhere in it.
 FORBIDDEN = {
     "quant": {"localrun", "cli", "torch", "gguf", "typer", "rich", "prompt_toolkit", "transformers", "safetensors"},
@@ -51,15 +124,63 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), path)
 
 
+def import_graph(*packages: str) -> dict[str, set[str]]:
+    """Module -> modules that it imports, under TYPE_CHECKING and within functions as well."""
+    return GRAPH["import_graph"](GRAPH["modules_of"](ROOT, packages))
+
+
 def test_all_packages_are_looked_at() -> None:
     assert {name_of(path).split("/")[0] for path in MODULES} == set(FORBIDDEN)
-    assert {"quant/linear.py", "localrun/engine.py", "localrun/backends/llama_cpp.py"} <= set(map(name_of, MODULES))
+    assert {"quant/ops/linear.py", "localrun/engine.py", "localrun/backends/llama_cpp.py"} <= set(map(name_of, MODULES))
+    graph = import_graph(*FORBIDDEN)
+    assert len(graph) == len(MODULES)
+    assert "localrun.generate.session" in graph["localrun.engine"]  # on top of the file
+    assert "localrun.gpu.hybrid" in graph["localrun.engine"]  # in a function
+    assert "localrun.engine" in graph["cli.generate"]  # under TYPE_CHECKING
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_imports_run_one_way(path: Path) -> None:
+def test_packages_import_one_way(path: Path) -> None:
     package = name_of(path).split("/")[0]
     assert not imports(ast.walk(tree_of(path))) & FORBIDDEN[package]
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_the_contract_points_down(package: str) -> None:
+    below: set[str] = set()
+    for room, allowed in MAY_IMPORT[package].items():
+        assert set(allowed.split()) <= below, f"{room} climbs"
+        below.add(room)
+
+
+def room_of(module: str) -> str:
+    """ "quant.gemm.packed" -> "gemm"; "" for a package itself."""
+    return "".join(module.split(".")[1:2])
+
+
+def may_import(package: str, room: str, other: str) -> bool:
+    if not other:
+        return room in MAY_IMPORT_THE_PACKAGE
+    return other in (room, *MAY_IMPORT[package][room].split())
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_rooms_import_what_the_contract_allows(package: str) -> None:
+    graph = import_graph(package)
+    assert {room_of(module) for module in graph if room_of(module)} <= set(MAY_IMPORT[package])
+    wrong = [
+        f"{module} -> {other}"
+        for module in sorted(filter(room_of, graph))
+        for other in sorted(graph[module])
+        if not may_import(package, room_of(module), room_of(other))
+    ]
+    assert wrong == EXCEPTIONS[package]
+
+
+def test_no_circles() -> None:
+    """Neither of modules, nor, which the contract leaves no room for, of folders."""
+    graph = import_graph(*FORBIDDEN)
+    assert GRAPH["circles"](graph) == CIRCLES
 
 
 @pytest.mark.parametrize("path", LIBRARIES, ids=name_of)
