@@ -57,10 +57,10 @@ def bench(
         engine = stack.enter_context(opened)
         peer = None
         if against is not None:
-            from localrun.measure.llama_cpp_compare import LlamaCpp
+            from localrun.measure.llama_cpp_compare import LlamaCppRunner
 
             note("loading the file into llama.cpp, which may take minutes where it repacks weights")
-            peer = LlamaCpp(engine.file, engine.threads, settings.ctx)
+            peer = LlamaCppRunner(engine.file, engine.threads, settings.ctx)
             stack.callback(peer.close)
             if verbose:
                 note(f"llama.cpp: {', '.join(f'{name} {value}' for name, value in peer.description.items())}")

@@ -20,10 +20,10 @@ def inspect(
     """Show what a model file holds: shapes, types, bits per weight, and where the bytes are."""
     from localrun.bundled import model_path
     from localrun.gguf.file import open_gguf
-    from localrun.models.summary import facts
+    from localrun.models.summary import summary_of
 
     with open_gguf(model_path(model)) as file:
-        document = facts(file)
+        document = summary_of(file)
         if verify:
             document["verified"] = _verify(file)
     if as_json:

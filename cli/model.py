@@ -63,7 +63,7 @@ def open_model(
 
 def placement_facts(engine: "Engine") -> dict[str, Any] | None:
     """What is where, for --json."""
-    return engine.placement.facts() if engine.placement else None
+    return engine.placement.document() if engine.placement else None
 
 
 def _show_placement(placement: "Placement") -> None:

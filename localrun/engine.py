@@ -2,22 +2,25 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import cast
 
 import numpy as np
 
 from localrun import hardware
-from localrun.cpu import warmup
+from localrun.cpu.warmup import warm_up
 from localrun.errors import LocalrunError, UnsupportedModelError
-from localrun.generate.drafts import Draft, ModelDraft, MTPDraft, NGramDraft, check_vocabulary
+from localrun.generate.drafts import Draft, MTPDraft, NGramDraft
+from localrun.generate.model_draft import ModelDraft, check_vocabulary
 from localrun.generate.sampling import Sampling
-from localrun.generate.session import PREFILL_CHUNK, Session
+from localrun.generate.session import Session
 from localrun.generate.speculative import Speculation, check_setting
 from localrun.gguf.file import GGUFFile, open_gguf
 from localrun.gguf.types import interleaved
+from localrun.limits import cut
 from localrun.models.config import Config, read_config
-from localrun.placement.devices import Where, choose
+from localrun.placement.devices import DeviceRequest, choose
 from localrun.placement.placement import CPU, GPU, RAM, Placement
+from localrun.runtime import KVCache, Model, MTPModel
 from localrun.text.chat_template import ChatTemplate, chat_template
 from localrun.text.tokenizer import Tokenizer
 
@@ -69,7 +72,7 @@ def load(
     Raises:
         LocalrunError: anything the user can mend: no such file, a broken one, too large a context, a wrong option.
     """
-    where = Where(device, vram, gpu_experts, cache_bits, expert_usage, repack)
+    where = DeviceRequest(device, vram, gpu_experts, cache_bits, expert_usage, repack)
     if backend not in ("auto", "native", "llama.cpp"):
         raise LocalrunError(f"backend '{backend}'; expected auto, native or llama.cpp")
     if threads is not None and threads < 1:
@@ -99,6 +102,7 @@ class Engine:
     """A model ready to run, for one thread at a time. Close it, or use it as a context manager.
 
     Attributes:
+        model: what evaluates tokens.
         file: the open GGUF file.
         config: the model's configuration; None where llama.cpp runs it.
         tokenizer, template: text to ids; chat messages to text (None if the file has no chat template).
@@ -111,13 +115,15 @@ class Engine:
         draft_model: the model that makes them, if another does.
     """
 
+    model: Model
+
     def __init__(
         self,
         file: GGUFFile,
         threads: int,
         ctx: int | None,
         backend: str,
-        where: Where,
+        where: DeviceRequest,
         own_drafts: bool,
         progress: Progress | None,
         notice: Notice,
@@ -134,11 +140,11 @@ class Engine:
         self.tokenizer = Tokenizer(file.path, file)
         self.template: ChatTemplate | None = chat_template(file, self.tokenizer)
         if self.config and self.placement:
-            self._load_native(self.config, self.placement, where.repack, progress, notice)
+            self.model = self._native_model(self.config, self.placement, where.repack, progress, notice)
         else:
             from localrun.backends.llama_cpp import LlamaCppModel
 
-            self.model: Any = LlamaCppModel(file.path, self.ctx, threads, progress)
+            self.model = LlamaCppModel(file.path, self.ctx, threads, progress)
         self._warn_of_memory(notice)
         self.speculative: str | int = "off"
         self.draft_model: Engine | None = None
@@ -167,20 +173,9 @@ class Engine:
             )
             check_vocabulary(self, self.draft_model)
         for engine in (self, self.draft_model):
-            if setting != "off" and engine and not engine._can_forget():
+            if setting != "off" and engine and not engine.model.can_forget():
                 raise LocalrunError(f"{engine.file.path}: its state can't forget single tokens, as drafts need it to")
         self.speculative = setting
-
-    def _can_forget(self) -> bool:
-        """Whether a part of a cache can be dropped: not where llama.cpp runs a recurrent network."""
-        if self.config:
-            return True
-        cache = self.model.new_cache()
-        self.model.forward([0, 0], cache)
-        cache.truncate(1)
-        can_forget = cache.length == 1
-        cache.close()
-        return can_forget
 
     def _native_config(self, backend: str, notice: Notice) -> Config | None:
         """The configuration if the native backend runs this model; None, with a notice, if llama.cpp is to."""
@@ -209,7 +204,7 @@ class Engine:
             notice(f"a context of {ctx} tokens, but the model was made for {trained}: text beyond that may be poor")
         return ctx
 
-    def _place(self, config: Config | None, where: Where, own_drafts: bool, notice: Notice) -> Placement | None:
+    def _place(self, config: Config | None, where: DeviceRequest, own_drafts: bool, notice: Notice) -> Placement | None:
         """What goes where. Raises LocalrunError if the GPU was asked for in vain, or the cache does not fit."""
         if config is None:
             if where.repack:
@@ -222,21 +217,22 @@ class Engine:
         placement = choose(where, self.file, config, self.ctx, own_drafts, notice)
         needed, free = placement.n_bytes(RAM, "KV cache"), hardware.free_ram()
         if needed > free:
-            fitting = free // config.kv_bytes_per_token
+            most = free // config.kv_bytes_per_token
             raise LocalrunError(
                 f"a context of {self.ctx} tokens takes {needed / 2**30:.1f} GiB of RAM and {free / 2**30:.1f} GiB are "
-                f"free; -c {fitting} would fit"
+                f"free; -c {most} would fit"
             )
         return placement
 
-    def _load_native(
+    def _native_model(
         self, config: Config, placement: Placement, repack: bool, progress: Progress | None, notice: Notice
-    ) -> None:
+    ) -> Model:
+        """Its kernels are got ready first, so that the user sees what takes the time."""
         tensors = list(self.file.tensors.values())
         types = {tensor.type.name for tensor in tensors}
         if repack:
             types |= {interleaved(tensor.type.name, tensor.shape) for tensor in tensors}
-        warmup.prepare(types, progress, notice)  # before the imports below, which would compile them unannounced
+        warm_up(types, progress, notice)
         if repack:
             from localrun.cpu.repack import repack_experts
 
@@ -244,11 +240,10 @@ class Engine:
         if placement.device == GPU:
             from localrun.gpu.hybrid import HybridModel
 
-            self.model = HybridModel(config, self.file, self.threads, placement, notice=notice)
-        else:
-            from localrun.cpu.model import NativeModel
+            return HybridModel(config, self.file, self.threads, placement, notice=notice)
+        from localrun.cpu.model import NativeModel
 
-            self.model = NativeModel(config, self.file, self.threads)
+        return NativeModel(config, self.file, self.threads)
 
     def _warn_of_memory(self, notice: Notice) -> None:
         what, size = "the file has", self.file.file_size
@@ -258,22 +253,9 @@ class Engine:
             gib, ram = size / 2**30, hardware.total_ram() / 2**30
             notice(f"{what} {gib:.0f} GiB and this machine {ram:.0f} GiB of RAM: it will run at the disk's speed")
 
-    def new_cache(self) -> Any:
+    def new_cache(self) -> KVCache:
         """An empty cache for ctx tokens."""
-        return self.model.new_cache(self.ctx) if self.config else self.model.new_cache()
-
-    def cache_tensors(self, cache: Any) -> dict[str, Any]:
-        """A cache's content as named tensors, for a file."""
-        return cache.save() if self.config else {"state": np.frombuffer(cache.save(), np.uint8)}
-
-    def restore_cache(self, cache: Any, tensors: dict[str, Any], n_tokens: int) -> None:
-        """Fill a cache with what cache_tensors gave for n_tokens. Raises LocalrunError if it is something else."""
-        if self.config:
-            cache.load(tensors, n_tokens)
-            return
-        cache.load(tensors["state"].tobytes() if "state" in tensors else b"")
-        if cache.length != n_tokens:
-            raise LocalrunError(f"the saved session holds {cache.length} tokens; expected {n_tokens}")
+        return self.model.new_cache(self.ctx)
 
     def check_ids(self, ids: Sequence[int]) -> None:
         """Raises LocalrunError unless there are ids and the model knows them all."""
@@ -290,9 +272,10 @@ class Engine:
         of a session's cache.
         """
         self.check_ids(ids)
-        cache = self.model.new_cache(len(ids), exact=True) if self.config else self.model.new_cache()
-        chunks = [ids[start : start + PREFILL_CHUNK] for start in range(0, len(ids), PREFILL_CHUNK)]
-        rows = [self.model.forward(list(chunk), cache, all_logits=True) for chunk in chunks]
+        cache, rest, rows = self.model.new_cache(len(ids), exact=True), list(ids), []
+        for n_tokens in cut(len(ids)):
+            rows.append(self.model.forward(rest[:n_tokens], cache, all_logits=True))
+            rest = rest[n_tokens:]
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
     def generate(
@@ -309,8 +292,8 @@ class Engine:
     def _new_draft(self) -> Draft:
         if self.draft_model:
             return ModelDraft(self.draft_model.session())
-        if self.config and self.model.mtp:
-            return MTPDraft(self.model, self.ctx)
+        if self.model.mtp:
+            return MTPDraft(cast(MTPModel, self.model), self.ctx)
         return NGramDraft()
 
     def describe(self) -> dict[str, str | int]:

@@ -24,7 +24,7 @@ V3 = {"n_dense": 3, "n_sparse": 58, "vocabulary": 129280}
 
 def card() -> dict[str, Any]:
     """The GPU in use. Raises SystemExit, with a line, if there is none."""
-    from localrun.gpu import available
+    from localrun.placement import available
 
     found = available.find()
     if isinstance(found, available.NoGpu):
@@ -73,7 +73,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from localrun.gpu.device import Cuda, StandIn
     from localrun.gpu.hybrid import HybridModel
     from localrun.models.config import read_config
-    from localrun.placement.devices import Where, choose
+    from localrun.placement.devices import DeviceRequest, choose
     from localrun.placement.placement import Request, lay_out
     from quant.target import isa
 
@@ -86,7 +86,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             request = Request(tuple(file.tensors.values()), config, ctx, much, much, gpu_experts=arguments.gpu_experts)
             placement, device = lay_out(request), StandIn()
         else:
-            where = Where("cuda", gpu_experts=arguments.gpu_experts)
+            where = DeviceRequest("cuda", gpu_experts=arguments.gpu_experts)
             placement, device = choose(where, file, config, ctx, False, say), Cuda()
         say("loading")
         model = HybridModel(config, file, arguments.threads, placement, device)
@@ -99,7 +99,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 "threads": arguments.threads,
                 "isa": isa.LEVEL,
                 "cpu": hardware.cpu_model(),
-                "placement": placement.facts(),
+                "placement": placement.document(),
                 "host_read_gb_per_s": bench.read_gb_per_s() if model.routed.in_ram else None,
                 "upload_gb_per_s": bench.upload_gb_per_s(),
             }

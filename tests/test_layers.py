@@ -21,6 +21,7 @@ from paths import ROOT, SCRIPTS
 
 import localrun
 from localrun.network.model import Model
+from quant.target.kernel import Kernel
 from quant.threads.pool import Pool
 
 GRAPH = runpy.run_path(str(SCRIPTS / "import_graph.py"))
@@ -73,23 +74,10 @@ EXCEPTIONS = {
         "quant.quantize.tables -> quant.formats.iq4_nl",
         "quant.quantize.tables -> quant.formats.mxfp4",
     ],
-    "localrun": [
-        "localrun.cpu.bridge -> localrun.gpu.device",
-        "localrun.generate.drafts -> localrun.cpu.model",
-        "localrun.generate.drafts -> localrun.engine",
-        "localrun.generate.session -> localrun.engine",
-        "localrun.measure.doctor -> localrun.gpu.available",
-        "localrun.network.attention -> localrun.cpu.weights",
-        "localrun.network.model -> localrun.cpu.weights",
-        "localrun.network.moe -> localrun.cpu.bridge",
-        "localrun.network.moe -> localrun.cpu.weights",
-        "localrun.placement.devices -> localrun.gpu.available",
-    ],
+    "localrun": [],
 }
 CIRCLES = [
     ["localrun.convert.architecture", "localrun.convert.deepseek", "localrun.convert.llama"],
-    ["localrun.cpu.weights", "localrun.network.attention", "localrun.network.moe"],
-    ["localrun.engine", "localrun.generate.drafts", "localrun.generate.session", "localrun.generate.speculative"],
 ]
 # Package: what no module of it may import, anywhere in it.
 FORBIDDEN = {
@@ -174,13 +162,13 @@ def test_rooms_import_what_the_contract_allows(package: str) -> None:
         for other in sorted(graph[module])
         if not may_import(package, room_of(module), room_of(other))
     ]
-    assert wrong == EXCEPTIONS[package]
+    assert set(wrong) <= set(EXCEPTIONS[package])
 
 
 def test_no_circles() -> None:
     """Neither of modules, nor, which the contract leaves no room for, of folders."""
     graph = import_graph(*FORBIDDEN)
-    assert GRAPH["circles"](graph) == CIRCLES
+    assert [circle for circle in GRAPH["circles"](graph) if circle not in CIRCLES] == []
 
 
 @pytest.mark.parametrize("path", LIBRARIES, ids=name_of)
@@ -233,12 +221,12 @@ def test_reading_a_header_needs_no_torch(module: str) -> None:
 
 
 def reachable(root: object) -> Iterator[object]:
-    """Every object that root's attributes and containers lead to, but the workers' scratch memory, which all share."""
+    """Every object that root's attributes and containers lead to, but kernels and the workers' scratch memory."""
     seen: set[int] = set()
     pending = [root]
     while pending:
         thing = pending.pop()
-        if id(thing) in seen or isinstance(thing, str | bytes | int | float | type | type(sys) | Pool):
+        if id(thing) in seen or isinstance(thing, str | bytes | int | float | type | type(sys) | Kernel | Pool):
             continue
         seen.add(id(thing))
         yield thing

@@ -21,6 +21,7 @@ import numpy as np
 from localrun.backends import llama_log
 from localrun.errors import ContextFullError, LocalrunError
 from localrun.gguf.file import GGUFFile, open_gguf
+from localrun.limits import cut
 
 Progress = Callable[[int, int, str], None]
 
@@ -31,8 +32,14 @@ _MAX_LAYERS, _MAX_EXPERTS = 512, 1024  # LLAMA_MAX_LAYERS, LLAMA_MAX_EXPERTS
 class LlamaCppModel:
     """A model loaded by llama.cpp. Its caches share the weights and must not be used after close().
 
+    Attributes:
+        vocab_size: logits a token.
+        mtp: None: llama.cpp's heads for multi-token prediction are not used.
+
     Raises GGUFError or LocalrunError, one line naming the file and llama.cpp's reason, if it cannot be loaded.
     """
+
+    mtp = None
 
     def __init__(self, path: Path | str, ctx: int, threads: int, progress: Progress | None = None) -> None:
         import llama_cpp
@@ -51,11 +58,27 @@ class LlamaCppModel:
         self.train_context: int = llama_cpp.llama_model_n_ctx_train(self._model)
         self._caches: WeakSet[LlamaCppCache] = WeakSet()
 
-    def new_cache(self) -> LlamaCppCache:
-        """An empty cache of ctx tokens. Raises LocalrunError if there is no memory for it, or nothing to cache."""
+    def new_cache(self, capacity: int | None = None, exact: bool = False) -> LlamaCppCache:
+        """An empty cache of ctx tokens in 16 bits, whatever is asked for: llama.cpp's are all alike.
+
+        Raises LocalrunError if there is no memory for it, or nothing to cache.
+        """
         cache = LlamaCppCache(self, self._model)
         self._caches.add(cache)
         return cache
+
+    def can_forget(self) -> bool:
+        """Whether caches can drop their last tokens alone; a recurrent network's can't. Found out by trying."""
+        cache = self.new_cache()
+        self.forward([0, 0], cache)
+        cache.truncate(1)
+        can_forget = cache.length == 1
+        cache.close()
+        return can_forget
+
+    def chunks(self, n_tokens: int) -> list[int]:
+        """How many of a prompt's n_tokens to evaluate at a time."""
+        return cut(n_tokens)
 
     def forward(self, ids: Sequence[int], cache: LlamaCppCache, all_logits: bool = False) -> np.ndarray:
         """Logits after the last of ids, float32 (1, vocab), or after each of them, (T, vocab), if all_logits.
@@ -128,17 +151,25 @@ class LlamaCppCache:
         if n < self.length and not llama_cpp.llama_memory_seq_rm(self._memory, _SEQUENCE, n, -1):
             llama_cpp.llama_memory_clear(self._memory, True)
 
-    def save(self) -> bytes:
-        """The state of the sequence, for load() into a cache of the same model. It holds no logits."""
+    def save(self) -> dict[str, np.ndarray]:
+        """The state of the sequence, uint8, for load() into a cache of the same model. It holds no logits."""
         import llama_cpp
 
         size = llama_cpp.llama_state_seq_get_size(self._context, _SEQUENCE)
         buffer = (ctypes.c_uint8 * size)()
         written = llama_cpp.llama_state_seq_get_data(self._context, buffer, size, _SEQUENCE)
-        return bytes(memoryview(buffer)[:written])
+        return {"state": np.ctypeslib.as_array(buffer)[:written]}
 
-    def load(self, state: bytes) -> None:
-        """Replaces what is in the cache by a saved state. Raises LocalrunError, and is empty, if it does not fit."""
+    def load(self, tensors: dict[str, np.ndarray], length: int) -> None:
+        """Replaces what is in the cache by what save() gave for `length` tokens.
+
+        Raises LocalrunError if it does not fit, and is then empty, or if it holds another number of tokens.
+        """
+        self._load(tensors["state"].tobytes() if "state" in tensors else b"")
+        if self.length != length:
+            raise LocalrunError(f"the saved session holds {self.length} tokens; expected {length}")
+
+    def _load(self, state: bytes) -> None:
         import llama_cpp
 
         pointer = ctypes.cast(ctypes.c_char_p(state), ctypes.POINTER(ctypes.c_uint8))

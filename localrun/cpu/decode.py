@@ -10,7 +10,7 @@ import numpy as np
 
 from localrun.models import names
 from localrun.models.config import Config
-from localrun.models.tensors import Tensors
+from localrun.models.tensors import GGUFTensors
 from localrun.network.cache import Cache
 from localrun.network.rope import attention_scale, frequencies, rotation_magnitude
 from quant.decode.attention import Heads, attend_phase, lift_phase
@@ -32,7 +32,7 @@ class Layers:
         x: address of float32 (T, hidden_size), the sums that layers add to; set before the first.
     """
 
-    def __init__(self, config: Config, tensors: Tensors, pool: Pool, embedding: QuantMatrix, n_layers: int):
+    def __init__(self, config: Config, tensors: GGUFTensors, pool: Pool, embedding: QuantMatrix, n_layers: int):
         """The tensors must stay mapped. n_layers: with a cache row each."""
         self.config, self.tensors, self.pool = config, tensors, pool
         factors = tensors.array(names.ROPE_FREQS) if tensors.has(names.ROPE_FREQS) else None
@@ -228,7 +228,7 @@ class Layers:
 class DecodeStep(Layers):
     """The step of one model. Its buffers hold a few tokens of one context, so one step at a time."""
 
-    def __init__(self, config: Config, tensors: Tensors, pool: Pool):
+    def __init__(self, config: Config, tensors: GGUFTensors, pool: Pool):
         """The tensors must stay mapped."""
         n_layers = config.num_hidden_layers
         super().__init__(config, tensors, pool, tensors.matrix(names.EMBED_TOKENS), n_layers)

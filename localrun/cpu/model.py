@@ -15,10 +15,11 @@ import numpy as np
 from localrun.cpu.decode import DecodeStep
 from localrun.gguf.file import GGUFFile
 from localrun.gguf.residency import Resident
+from localrun.limits import cut
 from localrun.models import names
 from localrun.models.config import Config
 from localrun.models.summary import weight_bytes_per_token
-from localrun.models.tensors import Tensors
+from localrun.models.tensors import GGUFTensors
 from localrun.network.cache import Cache, new_cache
 from quant.decode.program import MOST_TOKENS
 from quant.threads.pool import Pool
@@ -46,10 +47,10 @@ class NativeModel:
         self.config, self.file, self.vocab_size = config, file, config.vocab_size
         self._resident = Resident(file)
         self._pool = Pool(n_threads)
-        self._tensors = Tensors(file)
+        self._tensors = GGUFTensors(file)
         self._step = DecodeStep(config, self._tensors, self._pool)
-        fitting = _STEP_BYTES // weight_bytes_per_token(file, config)
-        self._most_steps = max(MOST_TOKENS, min(_STEP_TOKENS, fitting))  # tokens that go through it
+        affordable = _STEP_BYTES // weight_bytes_per_token(file, config)
+        self._most_steps = max(MOST_TOKENS, min(_STEP_TOKENS, affordable))  # tokens that go through it
         self.keep_hidden = False
         self.hidden = np.empty((0, config.hidden_size), np.float32)
         self._mtp: MTP | None = None
@@ -60,10 +61,10 @@ class NativeModel:
         """The network for any number of tokens."""
         if self._network is None:
             TorchThreads.hold(self._pool.n_workers)
-            from localrun.cpu.weights import Weights
+            from localrun.cpu.weights import LayerWeights
             from localrun.network.model import Model
 
-            self._network = Model(self.config, Weights(self.file, self._pool))
+            self._network = Model(self.config, LayerWeights(self.file, self._pool))
         return self._network
 
     @property
@@ -84,6 +85,14 @@ class NativeModel:
     def new_cache(self, capacity: int, exact: bool = False) -> Cache:
         """An empty cache for up to `capacity` tokens, of 16-bit values or, if exact, of 32-bit ones."""
         return new_cache(self.config, capacity, exact)
+
+    def can_forget(self) -> bool:
+        """Always."""
+        return True
+
+    def chunks(self, n_tokens: int) -> list[int]:
+        """How many of a prompt's n_tokens to evaluate at a time."""
+        return cut(n_tokens)
 
     def forward(self, ids: Sequence[int], cache: Cache, all_logits: bool = False) -> np.ndarray:
         """Evaluate ids after the cache's tokens; the cache then holds them too.

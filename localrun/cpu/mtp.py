@@ -16,7 +16,7 @@ import numpy as np
 from localrun.cpu.decode import Layers
 from localrun.models import names
 from localrun.models.config import Config
-from localrun.models.tensors import Tensors
+from localrun.models.tensors import GGUFTensors
 from localrun.network.cache import Cache, row_widths
 from quant.decode.linear import Input
 from quant.decode.program import MOST_TOKENS
@@ -31,7 +31,7 @@ _STEP_TOKENS = 32  # as many go through the step, more through torch
 class MTPStep(Layers):
     """The head's program, for a few tokens at once."""
 
-    def __init__(self, config: Config, tensors: Tensors, pool: Pool):
+    def __init__(self, config: Config, tensors: GGUFTensors, pool: Pool):
         """The tensors must stay mapped."""
         index = config.num_hidden_layers
         embed_tokens, lm_head = names.mtp_shared(tensors.has, index)
@@ -58,7 +58,7 @@ class MTPStep(Layers):
 class MTP:
     """The head for multi-token prediction of one model."""
 
-    def __init__(self, config: Config, tensors: Tensors, pool: Pool, network: "Callable[[], MTPBlock]"):
+    def __init__(self, config: Config, tensors: GGUFTensors, pool: Pool, network: "Callable[[], MTPBlock]"):
         """The tensors must stay mapped. network: gives the head for many tokens; called when they come."""
         self.config, self._pool = config, pool
         self._step = MTPStep(config, tensors, pool)

@@ -21,7 +21,7 @@ _MODULES = {
 }
 
 
-def prepare(
+def warm_up(
     types: Collection[str], progress: Callable[[int, int, str], None] | None, notice: Callable[[str], None]
 ) -> None:
     """Compile the kernels for tensors of these types, or load them from the cache.

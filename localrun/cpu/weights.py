@@ -1,23 +1,21 @@
 """A model's tensors as the modules that compute with them, on the device where each lives.
 
 Here everything lives on the CPU; localrun.gpu.weights has the same methods for a device. The network asks for modules
-by name and never learns where they run.
+by name and never learns where they run (network/weight_source.py).
 """
 
 import torch
 
 from localrun.cpu import bridge
-from localrun.cpu.bridge import Embedding, HeadLinear, Linear
+from localrun.cpu.bridge import Embedding, HeadLinear, JoinedMLP, Linear
 from localrun.gguf.file import GGUFFile
-from localrun.models.config import Config
-from localrun.models.tensors import Tensors
-from localrun.network.attention import GroupedQueryAttention, LatentAttention
+from localrun.models.tensors import GGUFTensors
 from localrun.network.moe import choose_experts
-from localrun.network.rope import Rope
+from quant.matrix import ExpertMatrices
 from quant.threads.pool import Pool
 
 
-class Weights(Tensors):
+class LayerWeights(GGUFTensors):
     """The tensors of one file as modules over torch tensors."""
 
     choose_experts = staticmethod(choose_experts)
@@ -48,10 +46,10 @@ class Weights(Tensors):
         first, last = self.split_matrix(name, n_heads, rows)
         return HeadLinear(self.pool, first), HeadLinear(self.pool, last)
 
+    def joined_mlp(self, gate: str, up: str, down: str) -> JoinedMLP | None:
+        """down(silu(gate x) * up x) in one call."""
+        return JoinedMLP(self.pool, ExpertMatrices(self.matrix(gate), self.matrix(up), self.matrix(down)))
+
     def experts(self, index: int) -> bridge.Experts:
         """The routed experts of layer `index`."""
         return bridge.Experts(self.pool, self.expert_matrices(index))
-
-    def attention(self, config: Config, index: int, rope: Rope) -> LatentAttention | GroupedQueryAttention:
-        """The attention of layer `index`."""
-        return (LatentAttention if config.kv_lora_rank else GroupedQueryAttention)(config, self, index, rope)

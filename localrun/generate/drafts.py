@@ -8,16 +8,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from localrun.errors import LocalrunError
-
-if TYPE_CHECKING:
-    from localrun.cpu.model import NativeModel
-    from localrun.engine import Engine
-    from localrun.generate.session import Session
+from localrun.runtime import MTPModel
 
 MOST = 4  # drafts a step: the decode step takes up to five tokens at once
 
@@ -97,7 +91,7 @@ class MTPDraft(Draft):
     name = "mtp"
     _WINDOW = 32  # hidden states kept: as many as the head takes without torch
 
-    def __init__(self, model: NativeModel, ctx: int):
+    def __init__(self, model: MTPModel, ctx: int):
         assert model.mtp is not None
         model.keep_hidden = True
         self._model, self._mtp = model, model.mtp
@@ -147,53 +141,3 @@ class MTPDraft(Draft):
         self._cache.truncate(0)
         self._first = position
         self._hidden = []
-
-
-class ModelDraft(Draft):
-    """What a smaller model with the same vocabulary takes for likeliest.
-
-    Where it falls behind, in a stretch without drafts or at the end of its own context, it goes on from the last tokens
-    alone: a bound on what a new try costs.
-    """
-
-    name = "draft model"
-
-    def __init__(self, session: Session):
-        self._session = session
-        self._window = min(64, session.engine.ctx // 2)
-        self._start = 0  # the position of its first token
-
-    def read(self, ids: Sequence[int]) -> None:
-        self._follow(ids)
-
-    def forget(self, length: int) -> None:
-        self._session.forget(max(0, length - self._start))
-        if length < self._start:
-            self._start = 0
-
-    def propose(self, ids: Sequence[int], n: int) -> list[int]:
-        if len(ids) - self._start - len(self._session.ids) > self._window:
-            self._start_at(len(ids) - self._window)
-        drafts = [int(self._follow(ids).argmax())]
-        while len(drafts) < n:
-            drafts.append(int(self._session.advance(drafts[-1:]).argmax()))
-        return drafts
-
-    def _follow(self, ids: Sequence[int]) -> np.ndarray:
-        """The logits after ids, of which at least the last is new to it."""
-        if len(ids) - self._start > self._session.engine.ctx - MOST:
-            self._start_at(len(ids) - self._window)
-        return self._session.advance(ids[self._start + len(self._session.ids) :])
-
-    def _start_at(self, position: int) -> None:
-        self._start = max(0, position)
-        self._session.forget(0)
-
-
-def check_vocabulary(model: Engine, draft: Engine) -> None:
-    """Raises LocalrunError unless the ids of one mean the same to the other."""
-    key = "tokenizer.ggml.tokens"
-    same_tokens = model.file.metadata.get(key) == draft.file.metadata.get(key)
-    if model.model.vocab_size != draft.model.vocab_size or not same_tokens:
-        counts = f"{draft.model.vocab_size} tokens; {model.file.path.name} has {model.model.vocab_size}"
-        raise LocalrunError(f"{draft.file.path}: its vocabulary is another ({counts}); a draft model needs the same")

@@ -7,18 +7,13 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from localrun.errors import ContextFullError, LocalrunError
 from localrun.generate.sampling import Sampler, Sampling
-
-if TYPE_CHECKING:
-    from localrun.engine import Engine
-    from localrun.generate.speculative import Speculation
-
-PREFILL_CHUNK = 512  # tokens evaluated at a time: enough to use the cores well, and a bound on work memory
+from localrun.generate.speculative import Speculation
+from localrun.runtime import Runner
 
 
 @dataclass
@@ -58,7 +53,7 @@ class Session:
         speculation: what drafts tokens to be verified together; None for one token a step.
     """
 
-    def __init__(self, engine: "Engine", speculation: "Speculation | None" = None):
+    def __init__(self, engine: Runner, speculation: Speculation | None = None):
         self.engine, self.speculation = engine, speculation
         self.ids: list[int] = []
         self.reply_ids: list[int] = []
@@ -179,7 +174,7 @@ class Session:
     def advance(self, ids: Sequence[int], progress: Callable[[int, int], None] | None = None) -> np.ndarray:
         """Evaluate at least one token after those that are cached; the logits after the last, float32 (vocab)."""
         total = len(self.ids) + len(ids)
-        for n_tokens in prompt_chunks(self.engine.model, len(ids)):
+        for n_tokens in self.engine.model.chunks(len(ids)):
             logits = self._evaluate(ids[:n_tokens])[-1]
             ids = ids[n_tokens:]
             if progress is not None:
@@ -210,7 +205,7 @@ class Session:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         metadata = {"localrun.ids": json.dumps(self.ids), "localrun.model": fingerprint(self.engine)}
         try:
-            save_file(self.engine.cache_tensors(self._cache), temporary, metadata)
+            save_file(self._cache.save(), temporary, metadata)
             os.replace(temporary, path)
         except (OSError, SafetensorError) as error:  # a full disk, a missing folder
             temporary.unlink(missing_ok=True)
@@ -238,18 +233,11 @@ class Session:
         try:
             if ids:
                 self.engine.check_ids(ids)
-            self.engine.restore_cache(self._cache, tensors, len(ids))
+            self._cache.load(tensors, len(ids))
         except LocalrunError as error:
             self._cache.truncate(0)
             raise type(error)(f"{path}: {error}") from None
         self.ids = ids
-
-
-def prompt_chunks(model: Any, n_tokens: int) -> list[int]:
-    """How many of a prompt's tokens to evaluate at a time. A model on a GPU may gain by longer ones."""
-    if hasattr(model, "chunks"):
-        return model.chunks(n_tokens)
-    return [min(PREFILL_CHUNK, n_tokens - first) for first in range(0, n_tokens, PREFILL_CHUNK)]
 
 
 @dataclass
@@ -272,7 +260,7 @@ def _read_ids(text: str) -> list[int] | None:
     return ids if isinstance(ids, list) and all(type(token) is int for token in ids) else None
 
 
-def fingerprint(engine: "Engine") -> str:
+def fingerprint(engine: Runner) -> str:
     """A name for the model and backend that a saved cache is good for: a hash over all tensors' first bytes."""
     digest = hashlib.sha256(engine.backend.encode())
     for tensor in engine.file.mapped.values():

@@ -15,22 +15,26 @@ Sources: DeepSeek-V2 (arXiv 2405.04434); FlashAttention-2 (arXiv 2307.08691); Fl
 (https://pytorch.org/blog/flash-decoding/).
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch.nn.functional import pad, rms_norm
 
-from localrun.cpu.weights import Weights
 from localrun.gpu.cache import DeviceCache
 from localrun.gpu.routing import Turns, turn_and_append
+from localrun.limits import GPU_ATTENTION_WORK_BYTES
 from localrun.models.config import Config
 from localrun.network import attention
+from localrun.network.model import MakeAttention
+from localrun.network.rope import Rope
+from localrun.network.weight_source import WeightSource
 
 FEW_TOKENS = 8  # tokens with all pieces each; more share them
 _LOG2_E = 1.4426950408889634
 _MIN_PIECE = 128  # cached tokens: shorter pieces would cost more to sum than they gain
 _CONTEXT = 4096  # cached tokens decompressed at a time
-_WORK_BYTES = 1 << 28  # decompressed keys and values at a time: fills the largest card with 512 tokens of V3
 _PEAK = tl.constexpr(12.0)  # float16 weights of the softmax are up to 2^12: small ones keep their bits down to 2^-26
 
 
@@ -234,7 +238,7 @@ def attend(
 class LatentAttention(attention.LatentAttention):
     """MLA on the device, over its cache; everything else of the interface is that of the CPU's."""
 
-    def __init__(self, config: Config, weights: Weights, index: int, turns: Turns):
+    def __init__(self, config: Config, weights: WeightSource, index: int, turns: Turns):
         """weights: modules over device tensors; turns: one for all layers."""
         super().__init__(config, weights, index, turns.rope)
         self.turns = turns
@@ -251,7 +255,7 @@ class LatentAttention(attention.LatentAttention):
         c, n_tokens = self.config, x_TD.shape[0]
         kv_TW = self.kv_a_proj_with_mqa(x_TD)
         q_nope_THP, q_rope_THR = turn_and_append(
-            self._projected(x_TD), kv_TW, self.kv_a_layernorm, self.turns, cache, self.index, c
+            self._projected(x_TD), kv_TW, self.kv_a_layernorm, self.turns, cache, self.cache_layer, c
         )
         dtype = torch.float32 if cache.is_exact else self.dtype
         if self._absorbing_is_cheaper(n_tokens):
@@ -271,7 +275,9 @@ class LatentAttention(attention.LatentAttention):
     ) -> torch.Tensor:
         """(T, H, V) by attending in latent space."""
         q_latent_THC = self.k_b_proj(q_nope_THP) if self.is_split else self.k_b_proj.transposed(q_nope_THP)
-        mixed_THC = attend(q_latent_THC, q_rope_THR, cache, self.index, self.config, self.scale, self.n_pieces, dtype)
+        mixed_THC = attend(
+            q_latent_THC, q_rope_THR, cache, self.cache_layer, self.config, self.scale, self.n_pieces, dtype
+        )
         return self.v_b_proj(mixed_THC)
 
     def _many(self, q_HTd: torch.Tensor, cache: DeviceCache) -> torch.Tensor:
@@ -281,7 +287,7 @@ class LatentAttention(attention.LatentAttention):
         out_THV = torch.empty(n_tokens, c.num_attention_heads, c.v_head_dim, device=q_HTd.device)
         # A token's keys, values and the product that is copied into them; an output of the new tokens and its sum.
         bytes_per_head = q_HTd.element_size() * 3 * width * max(n_tokens, _CONTEXT) + 3 * 4 * width * n_tokens
-        for first, count in attention.head_groups(c.num_attention_heads, bytes_per_head, _WORK_BYTES):
+        for first, count in attention.head_groups(c.num_attention_heads, bytes_per_head, GPU_ATTENTION_WORK_BYTES):
             q_NTd = pad(q_HTd[first : first + count], (0, width - q_HTd.shape[-1]))
             matrices = tuple(b.dense(first, count).to(q_HTd.dtype) for b in (self.k_b_proj, self.v_b_proj))
             out_NTV = self._attend_dense(q_NTd, matrices, cache)[..., : c.v_head_dim]
@@ -312,13 +318,23 @@ class LatentAttention(attention.LatentAttention):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values (N, last - first, d) of cached tokens, zeros behind their own widths."""
         c, (k_b, v_b) = self.config, matrices
-        latent_SC, k_rope_SR = cache.rows(self.index, first, last, q_NTd.dtype)
+        latent_SC, k_rope_SR = cache.rows(self.cache_layer, first, last, q_NTd.dtype)
         k_NSd = q_NTd.new_zeros(q_NTd.shape[0], last - first, q_NTd.shape[-1])
         v_NSd = torch.zeros_like(k_NSd)
         k_NSd[..., : c.qk_nope_head_dim] = latent_SC @ (k_b if self.is_split else k_b.mT)
         k_NSd[..., c.qk_nope_head_dim :][..., : c.qk_rope_head_dim] = k_rope_SR
         v_NSd[..., : c.v_head_dim] = latent_SC @ v_b.mT
         return k_NSd, v_NSd
+
+
+def attention_on(device: torch.device) -> MakeAttention:
+    """What makes the layers' attention there, with the same turns for all."""
+    turns_of = functools.cache(lambda rope: Turns(rope, device))
+
+    def make(config: Config, weights: WeightSource, index: int, rope: Rope) -> LatentAttention:
+        return LatentAttention(config, weights, index, turns_of(rope))
+
+    return make
 
 
 def _fused_attention(

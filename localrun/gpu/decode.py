@@ -16,7 +16,7 @@ from torch.nn.functional import rms_norm
 
 from localrun.gpu.cache import DeviceCache
 from localrun.gpu.device import Cuda, StandIn
-from localrun.gpu.routed import Routed, Way
+from localrun.gpu.routed import Mode, Routed
 from localrun.network.model import Model
 from quant.decode.program import MOST_TOKENS
 from quant.threads.pool import Pool
@@ -72,7 +72,7 @@ class DecodeStep:
     def queue(self, cache: DeviceCache, n_tokens: int) -> None:
         """The step's work, launch by launch. Within Pool.exclusive(), until it is done."""
         network, c = self._network, self._network.config
-        self._routed.way = Way.STEP
+        self._routed.mode = Mode.STEP
         ids = self._ids[:n_tokens]
         ids.copy_(self._ids_on_host[:n_tokens], non_blocking=True)
         x_TD = network.embed_tokens(ids)

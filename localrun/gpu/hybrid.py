@@ -18,6 +18,7 @@ from localrun.cpu.model import TorchThreads
 from localrun.gguf.file import GGUFFile
 from localrun.gguf.residency import Resident, let_go
 from localrun.gpu import compiling, prefill
+from localrun.gpu.attention import attention_on
 from localrun.gpu.cache import DeviceCache
 from localrun.gpu.decode import DecodeStep
 from localrun.gpu.device import Cuda, StandIn
@@ -25,7 +26,7 @@ from localrun.gpu.tuning import Tuning
 from localrun.gpu.weights import DeviceWeights, spans_in_ram, spans_on_device
 from localrun.models import names
 from localrun.models.config import Config
-from localrun.models.tensors import Tensors
+from localrun.models.tensors import GGUFTensors
 from localrun.network.model import Model
 from localrun.placement.placement import Placement
 from quant.decode.program import MOST_TOKENS
@@ -71,7 +72,7 @@ class HybridModel:
         self.hidden = np.empty((0, config.hidden_size), np.float32)
         self.device = Cuda() if device is None else device
         compiling.set_up(notice)
-        self._placement, self._tensors = placement, Tensors(file)
+        self._placement, self._tensors = placement, GGUFTensors(file)
         self._mtp: MTP | None = None
         self._holds_torch = False
         self.pool = Pool(n_threads)
@@ -85,7 +86,7 @@ class HybridModel:
         with self.device.errors():
             weights = DeviceWeights(self.file, self.config, self._placement, self.device, self.pool)
             self.routed = weights.routed
-            self.network = Model(self.config, weights)
+            self.network = Model(self.config, weights, attention_on(self.device.torch))
             self.step = DecodeStep(self.device, self.pool, self.network, self.routed)
             self.tuning = Tuning(self.device, self.network, self.routed, self._placement)
             self.device.synchronize()
@@ -102,19 +103,23 @@ class HybridModel:
         return self._mtp
 
     def _mtp_block(self) -> "MTPBlock":
-        from localrun.cpu.weights import Weights
+        from localrun.cpu.weights import LayerWeights
         from localrun.network.model import MTPBlock
 
         if not self._holds_torch:
             TorchThreads.hold(self.pool.n_workers)
             self._holds_torch = True
-        return MTPBlock(self.config, Weights(self.file, self.pool), self.network.rope)
+        return MTPBlock(self.config, LayerWeights(self.file, self.pool), self.network.rope)
 
     def new_cache(self, capacity: int, exact: bool = False) -> DeviceCache:
         """An empty cache for up to `capacity` tokens, of 16 or 8 bits as placed or, if exact, of 32."""
         with self.device.errors():
             bits = 32 if exact else self._placement.cache_bits
             return DeviceCache(self.config, capacity, self.device.torch, bits)
+
+    def can_forget(self) -> bool:
+        """Always."""
+        return True
 
     @torch.inference_mode()
     def chunks(self, n_tokens: int) -> list[int]:
@@ -146,7 +151,7 @@ class HybridModel:
     def _prefill(self, ids: Sequence[int], cache: DeviceCache, all_logits: bool) -> tuple[np.ndarray, np.ndarray]:
         """Of all tokens, or as far as they are wanted of the last alone: what the head reads, and logits."""
         network, c = self.network, self.config
-        self.routed.way, n_batches = self.tuning.choose(len(ids))
+        self.routed.mode, n_batches = self.tuning.choose(len(ids))
         x_TD = network.embed_tokens(torch.tensor(ids, dtype=torch.int64).to(self.device.torch))
         x_TD = prefill.forward(network.layers, x_TD, cache, n_batches, self.routed.cancel)
         x_TD = rms_norm(

@@ -1,4 +1,4 @@
-"""Quantised matrices in VRAM with the interface of localrun.cpu.bridge: the file's blocks, expanded inside kernels.
+"""Quantised matrices in VRAM, modules as network/weight_source.py says: the file's blocks, expanded inside kernels.
 
 Letters: T tokens, G groups (attention heads).
 """
@@ -31,6 +31,8 @@ class Linear:
 
 class HeadLinear:
     """One matrix a head: W (G, out, in)."""
+
+    may_expand = True
 
     def __init__(self, weight: QuantMatrix, device: torch.device):
         self.matrix = upload(weight, device)

@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from localrun.limits import cut
 from localrun.network.cache import Context
 
 
@@ -150,7 +151,7 @@ def best_chunks(times: LayerTimes, n_tokens: int, chunk: int, most: int) -> list
         most: tokens whose layer there is memory for.
     """
     threshold = streaming_threshold(times, chunk, most)
-    usual = _cut(n_tokens, chunk)
+    usual = cut(n_tokens, chunk)
     if threshold is None:
         return usual
 
@@ -158,15 +159,10 @@ def best_chunks(times: LayerTimes, n_tokens: int, chunk: int, most: int) -> list
         n = np.array(sizes)
         return float(np.where(n >= threshold, times.streamed(n), _by_cpu(times, n, chunk)).sum())
 
-    longest = [[most] * n_long + _cut(n_tokens - n_long * most, chunk) for n_long in range(1, n_tokens // most + 1)]
+    longest = [[most] * n_long + cut(n_tokens - n_long * most, chunk) for n_long in range(1, n_tokens // most + 1)]
     even = [_even(n_tokens, n_chunks) for n_chunks in range(-(-n_tokens // most), len(usual))]
     allowed = (sizes for sizes in longest + even if all(n <= chunk or n >= threshold for n in sizes))
     return min([usual, *allowed], key=seconds)
-
-
-def _cut(n_tokens: int, size: int) -> list[int]:
-    """Pieces of a size, and what is left."""
-    return [min(size, n_tokens - first) for first in range(0, n_tokens, size)]
 
 
 def _even(n_tokens: int, n_pieces: int) -> list[int]:

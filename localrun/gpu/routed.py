@@ -1,25 +1,25 @@
-"""All layers' routed experts, each in VRAM, in RAM, or some of them here and some there, and the way that those in RAM
-take at present.
+"""All layers' routed experts, each in VRAM, in RAM, or some of them here and some there, and how those in RAM are
+computed at present.
 
 Letters: T tokens, D hidden_size, E experts, K experts per token.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
-from typing import Protocol
 
 import torch
 
-from localrun.cpu.bridge import Finish, PrefillExperts, StepExperts
 from localrun.gpu import experts as vram
 from localrun.gpu.device import Cuda, StandIn
+from localrun.gpu.host_experts import PrefillExperts, StepExperts
 from localrun.gpu.matrix import Matrix
 from localrun.gpu.stream import StreamedExperts, Uploader, work_bytes
+from localrun.network.weight_source import Finish, RoutedExperts
 from quant.matrix import ExpertMatrices
 from quant.threads.pool import Pool
 
 
-class Way(Enum):
+class Mode(Enum):
     """How experts that lie in RAM are computed: by host nodes of a step (within Pool.exclusive()), by a thread beside
     the device, or by the device after an upload (only layers that lie in RAM whole).
     """
@@ -29,17 +29,11 @@ class Way(Enum):
     STREAM = "stream"
 
 
-class LayerExperts(Protocol):
-    """As bridge.py describes it."""
-
-    def begin(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Finish: ...
-
-
 class Routed:
     """The routed experts of a model.
 
     Attributes:
-        way: of the next begin().
+        mode: of the next begin().
         in_ram: layer -> its experts, of those that have some in RAM.
         streamable: bytes of VRAM that streaming takes for its work; 0 if no layer lies in RAM whole.
     """
@@ -53,7 +47,7 @@ class Routed:
         top_k: int,
     ):
         """layers: of the model, by index; their tensors must stay mapped. in_vram: layer -> ids to upload."""
-        self.way = Way.PREFILL
+        self.mode = Mode.PREFILL
         self._device = device
         self.in_ram = {i: experts for i, experts in layers.items() if len(in_vram[i]) < experts.gate.n_groups}
         self._whole = [experts for i, experts in self.in_ram.items() if not in_vram[i]]
@@ -63,7 +57,7 @@ class Routed:
         self._streamed: StreamedExperts | None = None
         self.streamable = max(map(work_bytes, self._whole), default=0)
 
-    def layer(self, index: int) -> LayerExperts:
+    def layer(self, index: int) -> RoutedExperts:
         """The experts of layer `index`."""
         return _Layer(self, index)
 
@@ -72,24 +66,24 @@ class Routed:
         return index in self.in_ram and index not in self._vram
 
     def allow_streaming(self) -> None:
-        """Set the work memory for Way.STREAM aside."""
+        """Set the work memory for Mode.STREAM aside."""
         self._streamed = StreamedExperts(self._device, Uploader(self._device), self._whole, _compute)
 
-    def homes(self, index: int) -> list[LayerExperts]:
+    def homes(self, index: int) -> list[RoutedExperts]:
         """Where the experts of a layer are to be computed now: those in RAM first, as they start others' work."""
-        found: list[LayerExperts] = []
+        found: list[RoutedExperts] = []
         if index in self.in_ram:
             found.append(self._in_ram(index))
         if index in self._vram:
             found.append(self._vram[index])
         return found
 
-    def _in_ram(self, index: int) -> LayerExperts:
+    def _in_ram(self, index: int) -> RoutedExperts:
         experts = self.in_ram[index]
-        if self.way is Way.STEP:
+        if self.mode is Mode.STEP:
             assert self._steps is not None
-            here: LayerExperts = self._steps.layer(index)
-        elif self.way is Way.STREAM and self._streamed is not None and self.is_whole(index):
+            here: RoutedExperts = self._steps.layer(index)
+        elif self.mode is Mode.STREAM and self._streamed is not None and self.is_whole(index):
             return self._streamed.layer(experts)
         else:
             assert self._prefill is not None
@@ -97,7 +91,7 @@ class Routed:
         return _Others(here, self._vram[index].slot_of) if index in self._vram else here
 
     def cancel(self) -> None:
-        """Drop what was begun by Way.PREFILL, and wait for what can't be dropped."""
+        """Drop what was begun by Mode.PREFILL, and wait for what can't be dropped."""
         if self._prefill is not None:
             self._prefill.cancel()
 
@@ -114,7 +108,7 @@ class _Layer:
         self._routed, self._index = routed, index
 
     def begin(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Finish:
-        """As bridge.py describes it."""
+        """As RoutedExperts."""
         finishes = [home.begin(x, ids, weights) for home in self._routed.homes(self._index)]
         return finishes[0] if len(finishes) == 1 else _sum_of(finishes)
 
@@ -138,10 +132,10 @@ def _compute(
 class _Others:
     """A layer's experts in RAM, without those in VRAM."""
 
-    def __init__(self, experts: LayerExperts, slot_of_E: torch.Tensor):
+    def __init__(self, experts: RoutedExperts, slot_of_E: torch.Tensor):
         """slot_of_E: on the device; -1 for experts that are not in VRAM."""
         self._experts, self._slot_of = experts, slot_of_E
 
     def begin(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Finish:
-        """As bridge.py describes it."""
+        """As RoutedExperts."""
         return self._experts.begin(x, ids.masked_fill(self._slot_of[ids] >= 0, -1), weights)

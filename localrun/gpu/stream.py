@@ -14,10 +14,10 @@ from functools import partial
 import numpy as np
 import torch
 
-from localrun.cpu.bridge import Finish
 from localrun.gpu.blocks import LAYOUTS
 from localrun.gpu.device import Cuda, StandIn
 from localrun.gpu.matrix import Matrix
+from localrun.network.weight_source import Finish
 from quant.matrix import ExpertMatrices, QuantMatrix
 
 _PIECE_BYTES = 32 << 20  # long beside a copy's start, short beside a layer
@@ -95,7 +95,7 @@ class StreamedExperts:
 
 
 class _StreamedLayer:
-    """One layer of them, as all kinds of experts (bridge.py)."""
+    """One layer of them, RoutedExperts."""
 
     def __init__(self, begin: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Finish]):
         self.begin = begin

@@ -11,15 +11,16 @@ from collections.abc import Callable
 
 import torch
 
-from localrun.cpu.bridge import Finish
 from localrun.gpu.cache import DeviceCache
 from localrun.gpu.device import Cuda, StandIn
 from localrun.gpu.prefill import LayerTimes, Seconds, best_batches, best_chunks, streaming_threshold
-from localrun.gpu.routed import Routed, Way
+from localrun.gpu.routed import Mode, Routed
+from localrun.limits import PREFILL_CHUNK
 from localrun.network.model import Model
-from localrun.placement.placement import CHUNK, VRAM, Placement, activation_bytes
+from localrun.network.weight_source import Finish
+from localrun.placement.placement import VRAM, Placement, activation_bytes
 
-_FEW, _MANY = 64, CHUNK  # tokens that a layer is measured with; fewer are one batch
+_FEW, _MANY = 64, PREFILL_CHUNK  # tokens that a layer is measured with; fewer are one batch
 _MOST_CHUNKS = 8  # that are evaluated at a time: beyond, an upload is a small part, and Ctrl-C waits for a chunk
 
 
@@ -38,21 +39,22 @@ class Tuning:
         self._device, self._network, self._routed = device, network, routed
         spare = placement.available[VRAM] - placement.needed[VRAM]
         self._may_stream = 0 < routed.streamable <= spare
-        self.few, self.many, self.chunk = _FEW, _MANY, CHUNK
+        self.few, self.many, self.chunk = _FEW, _MANY, PREFILL_CHUNK
         n_more = max(0, spare - routed.streamable) // activation_bytes(network.config)
         # A layer that has experts in both memories is not uploaded, and the CPU's memory is that of one chunk.
-        self.most = CHUNK * min(_MOST_CHUNKS, 1 + n_more) if all(map(routed.is_whole, routed.in_ram)) else CHUNK
+        can_be_longer = all(map(routed.is_whole, routed.in_ram))
+        self.most = PREFILL_CHUNK * (min(_MOST_CHUNKS, 1 + n_more) if can_be_longer else 1)
         self.times: LayerTimes | None = None
         self.threshold: int | None = None
 
-    def choose(self, n_tokens: int) -> tuple[Way, int]:
+    def choose(self, n_tokens: int) -> tuple[Mode, int]:
         """How experts in RAM are computed for a prompt's n_tokens, and in how many batches these go."""
         self._measure_for(n_tokens)
         if self.times is None:
-            return Way.PREFILL, 1
+            return Mode.PREFILL, 1
         if self.threshold is not None and n_tokens >= self.threshold:
-            return Way.STREAM, 1
-        return Way.PREFILL, best_batches(self.times, n_tokens)
+            return Mode.STREAM, 1
+        return Mode.PREFILL, best_batches(self.times, n_tokens)
 
     def chunks(self, n_tokens: int) -> list[int]:
         """How many of a prompt's n_tokens to evaluate at a time: of each choose() then says how."""
@@ -74,11 +76,11 @@ class Tuning:
         """Of the last layer that has experts in RAM: where only some are, it is the last that has none elsewhere."""
         index = max(self._routed.in_ram, key=lambda i: (self._routed.is_whole(i), i))
         attention = self._line(lambda n_tokens: self._attention(index, n_tokens))
-        self._routed.way = Way.PREFILL
+        self._routed.mode = Mode.PREFILL
         by_cpu = self._line(lambda n_tokens: self._experts(index, n_tokens))
         if not self._can_stream():
             return LayerTimes(attention, by_cpu, Seconds(0.0, 0.0), math.inf)
-        self._routed.way = Way.STREAM
+        self._routed.mode = Mode.STREAM
         first_s = self._seconds(self._experts(index, self.few))
         by_device = self._line(lambda n_tokens: self._experts(index, n_tokens))
         return LayerTimes(attention, by_cpu, by_device, max(0.0, first_s - float(by_device(self.few))))

@@ -8,21 +8,20 @@ import torch
 
 from localrun.gguf.file import GGUFFile
 from localrun.gguf.residency import Span
-from localrun.gpu.attention import LatentAttention
 from localrun.gpu.device import Cuda, StandIn
 from localrun.gpu.linear import Embedding, HeadLinear, Linear
-from localrun.gpu.routed import LayerExperts, Routed
-from localrun.gpu.routing import Turns, choose_experts
+from localrun.gpu.routed import Routed
+from localrun.gpu.routing import choose_experts
 from localrun.models import names
 from localrun.models.config import Config
-from localrun.models.tensors import Tensors
-from localrun.network.rope import Rope
+from localrun.models.tensors import GGUFTensors
+from localrun.network.weight_source import RoutedExperts
 from localrun.placement.placement import CPU, GPU, MTP, RAM, Placement
 from quant.matrix import ExpertMatrices
 from quant.threads.pool import Pool
 
 
-class DeviceWeights(Tensors):
+class DeviceWeights(GGUFTensors):
     """The tensors of one file as modules over a device's tensors, and its routed experts wherever they are.
 
     Attributes:
@@ -35,7 +34,6 @@ class DeviceWeights(Tensors):
         """Uploads the experts that go to the device. The file must stay open."""
         super().__init__(file)
         self._device = device
-        self._turns: Turns | None = None
         layers = {i: self.expert_matrices(i) for i in range(config.num_hidden_layers) if has_experts(self, i)}
         self.routed = Routed(device, pool, layers, placement.experts, config.num_experts_per_tok)
 
@@ -60,29 +58,26 @@ class DeviceWeights(Tensors):
         first, last = self.split_matrix(name, n_heads, rows)
         return HeadLinear(first, self._device.torch), HeadLinear(last, self._device.torch)
 
-    def experts(self, index: int) -> LayerExperts:
+    def joined_mlp(self, gate: str, up: str, down: str) -> None:
+        """A device has no such call."""
+
+    def experts(self, index: int) -> RoutedExperts:
         """The routed experts of layer `index`."""
         return self.routed.layer(index)
 
-    def attention(self, config: Config, index: int, rope: Rope) -> LatentAttention:
-        """The attention of layer `index`."""
-        if self._turns is None:
-            self._turns = Turns(rope, self._device.torch)
-        return LatentAttention(config, self, index, self._turns)
 
-
-def has_experts(tensors: Tensors, index: int) -> bool:
+def has_experts(tensors: GGUFTensors, index: int) -> bool:
     """Whether layer `index` has routed experts."""
     return tensors.has(names.layer(index, "mlp.gate"))
 
 
-def spans_on_device(tensors: Tensors, placement: Placement) -> list[Span]:
+def spans_on_device(tensors: GGUFTensors, placement: Placement) -> list[Span]:
     """The parts of the file's map that have been uploaded whole."""
     homes, files = placement.tensors, tensors.file.tensors
     return [(files[name].data.ctypes.data, files[name].n_bytes) for name in homes if homes[name] == GPU]
 
 
-def spans_in_ram(tensors: Tensors, config: Config, placement: Placement) -> list[Span]:
+def spans_in_ram(tensors: GGUFTensors, config: Config, placement: Placement) -> list[Span]:
     """The parts of the file's map that are used once all has been uploaded."""
     drafts = placement.n_bytes(RAM, MTP) > 0
     spans = [

@@ -25,7 +25,7 @@ from localrun import hardware
 from localrun.engine import Engine
 from localrun.errors import LocalrunError
 from localrun.generate.sampling import Sampling
-from localrun.generate.session import Stats, prompt_chunks
+from localrun.generate.session import Stats
 from localrun.gguf.file import GGUFFile
 from localrun.models.config import Config
 from localrun.models.summary import weight_bytes_per_token
@@ -95,7 +95,7 @@ class Native:
 
     def prompt(self, ids: Sequence[int]) -> None:
         self._cache.truncate(0)
-        for n_tokens in prompt_chunks(self._model, len(ids)):
+        for n_tokens in self._model.chunks(len(ids)):
             self._model.forward(ids[self._cache.length :][:n_tokens], self._cache)
 
     def generate(self, ids: Sequence[int]) -> list[float]:
@@ -169,12 +169,14 @@ def _runs(file: GGUFFile) -> list[tuple[int, int]]:
     return runs
 
 
-def run(engine: Engine, settings: Settings, peer: Runner | None = None, report: Report | None = None) -> dict[str, Any]:
+def run(
+    engine: Engine, settings: Settings, other: Runner | None = None, report: Report | None = None
+) -> dict[str, Any]:
     """Measure a native engine, and another runner in turn with it, as one JSON document; rates in tokens/s.
 
     The settings must fit the model: Settings.check, check_fits.
     """
-    runners: dict[str, Runner] = {"localrun": Native(engine)} | ({"llama.cpp": peer} if peer else {})
+    runners: dict[str, Runner] = {"localrun": Native(engine)} | ({"llama.cpp": other} if other else {})
     roof = Roof(engine.file, engine.threads)
     try:
         rates = _measure(runners, settings, engine.model.vocab_size, roof, report or (lambda done, total, what: None))
@@ -189,10 +191,10 @@ def run(engine: Engine, settings: Settings, peer: Runner | None = None, report: 
         "results": results["localrun"],
         **_reading(engine, results["localrun"], roof),
     }
-    if peer:
+    if other:
         document["against"] = {
             "engine": "llama.cpp",
-            **getattr(peer, "description", {}),
+            **getattr(other, "description", {}),
             "results": results["llama.cpp"],
         }
         document["ratio"] = _ratios(results["localrun"], results["llama.cpp"], "median")

@@ -20,7 +20,7 @@ from typing import Any
 
 from localrun import hardware
 from localrun.errors import LocalrunError
-from localrun.gpu import available
+from localrun.placement import available
 from quant.errors import QuantError
 
 READ_BYTES = 1 << 30  # of memory; four times the last level cache if that is more

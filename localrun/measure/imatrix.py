@@ -23,12 +23,11 @@ from torch.nn.functional import silu
 
 from localrun.cpu.bridge import Experts, HeadLinear, Linear
 from localrun.cpu.model import TorchThreads
-from localrun.cpu.weights import Weights
+from localrun.cpu.weights import LayerWeights
 from localrun.errors import LocalrunError
-from localrun.generate.session import PREFILL_CHUNK
+from localrun.limits import PREFILL_CHUNK
 from localrun.measure.perplexity import text_chunks
 from localrun.models import names
-from localrun.network.attention import LatentAttention
 from localrun.network.cache import Cache, row_widths
 from localrun.network.model import Model
 from quant.matrix import QuantMatrix
@@ -78,7 +77,7 @@ def collect(
     TorchThreads.hold(engine.threads)
     try:
         with pool.drowsy():
-            model = _observed_model(engine.config, engine.file, pool, inputs)
+            model = Model(engine.config, _ObservedWeights(engine.file, pool, inputs))
             for index, chunk in enumerate(chunks):
                 if not np.isfinite(_evaluate(model, chunk, inputs)).all():
                     raise LocalrunError(
@@ -96,15 +95,6 @@ def collect(
         n_ctx,
         *_reached(inputs, engine.config),
     )
-
-
-def _observed_model(config: Config, file: GGUFFile, pool: Pool, inputs: _Inputs) -> Model:
-    """The network with modules that note their inputs, and with attention that uses k_b and v_b as they are stored."""
-    model = Model(config, _ObservedWeights(file, pool, inputs))
-    for layer in model.layers:
-        if isinstance(layer.self_attn, LatentAttention) and layer.self_attn.is_split:
-            layer.self_attn.may_decompress = False
-    return model
 
 
 def _evaluate(model: Model, chunk: list[int], inputs: _Inputs) -> np.ndarray:
@@ -150,7 +140,7 @@ class _Inputs:
         self.counts[name][slices] += x.shape[0]
 
 
-class _ObservedWeights(Weights):
+class _ObservedWeights(LayerWeights):
     """Weights whose modules note what the layers' matrices are multiplied with."""
 
     def __init__(self, file: GGUFFile, pool: Pool, inputs: _Inputs) -> None:
@@ -168,6 +158,9 @@ class _ObservedWeights(Weights):
     def split_heads(self, name: str, n_heads: int, rows: tuple[int, int]) -> tuple[HeadLinear, HeadLinear]:
         self._inputs.expect(1, self.file.tensors[name].shape[-1], name)  # its input is seen by the cache
         return super().split_heads(name, n_heads, rows)
+
+    def joined_mlp(self, gate: str, up: str, down: str) -> None:
+        """Nothing: the inputs of down would be inside of one call."""
 
     def experts(self, index: int) -> Experts:
         fused = names.layer(index, "mlp.experts.gate_up_proj")
@@ -189,6 +182,8 @@ class _ObservedLinear(Linear):
 
 
 class _ObservedHeads(HeadLinear):
+    may_expand = False
+
     def __init__(self, module: HeadLinear, name: str, inputs: _Inputs) -> None:
         super().__init__(module.pool, module.weight)
         self._name, self._inputs = name, inputs

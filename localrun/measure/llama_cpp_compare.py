@@ -21,7 +21,7 @@ N_BATCH = 512
 _TRIALS, _TRIAL_PROMPT, _TRIAL_REPLY = 3, 32, 6  # how often, tokens
 
 
-class LlamaCpp:
+class LlamaCppRunner:
     """A loaded model with an empty context; a bench.Runner.
 
     Attributes:

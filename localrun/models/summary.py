@@ -50,7 +50,7 @@ def weight_bytes_per_token(file: GGUFFile, config: Config) -> int:
     return total
 
 
-def facts(file: GGUFFile) -> dict[str, Any]:
+def summary_of(file: GGUFFile) -> dict[str, Any]:
     """Everything inspect prints, as one JSON document; sizes in bytes, shapes in NumPy order."""
     tensors = list(file.tensors.values())
     weights, n_bytes = sum(map(_weights, tensors)), sum(tensor.n_bytes for tensor in tensors)

@@ -8,7 +8,7 @@ from quant.formats import registry
 from quant.matrix import ExpertMatrices, QuantMatrix, quant_matrix
 
 
-class Tensors:
+class GGUFTensors:
     """The tensors of one file; names are GGUF's."""
 
     def __init__(self, file: GGUFFile):

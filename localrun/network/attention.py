@@ -7,20 +7,15 @@ Source: DeepSeek-V2 (arXiv 2405.04434, section 2.1 and appendix C), deepseek-ai/
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch.nn.functional import rms_norm
 
+from localrun.limits import ATTENTION_WORK_BYTES
 from localrun.models import names
 from localrun.models.config import Config
 from localrun.network.cache import Cache
 from localrun.network.rope import Rope, attention_scale
-
-if TYPE_CHECKING:
-    from localrun.cpu.weights import Weights
-
-_WORK_BYTES = 1 << 26  # decompressed keys and values at a time: heads are handled in groups that fit
+from localrun.network.weight_source import WeightSource
 
 
 def head_groups(n_heads: int, bytes_per_head: int, work_bytes: int):
@@ -36,13 +31,15 @@ class LatentAttention:
     cheap for few tokens. Decompressed: keys and values of every head are rebuilt from the cache; cheaper for many.
     """
 
-    def __init__(self, config: Config, weights: Weights, index: int, rope: Rope):
+    def __init__(self, config: Config, weights: WeightSource, index: int, rope: Rope, cache_layer: int | None = None):
+        """cache_layer: of the cache, where that is not `index`."""
+
         def name(module: str) -> str:
             return names.layer(index, f"self_attn.{module}")
 
-        self.config, self.weights, self.index, self.rope = config, weights, index, rope
+        self.config, self.weights, self.rope = config, weights, rope
+        self.cache_layer = index if cache_layer is None else cache_layer
         self.scale = attention_scale(config)
-        self.may_decompress = True  # not where the inputs of k_b_proj and v_b_proj are to be observed
         if config.q_lora_rank is None:
             self.q_proj = weights.linear(name("q_proj"))
         else:
@@ -64,9 +61,9 @@ class LatentAttention:
         turns = self.rope.turns(cache.length, x_TD.shape[0])
         q_nope_THP, q_rope_THR = self._queries(x_TD, turns)
         latent_TC, k_rope_TR = self._latents(x_TD, turns)
-        (rows_SW,) = cache.append(self.index, torch.cat([latent_TC, k_rope_TR], -1))
+        (rows_SW,) = cache.append(self.cache_layer, torch.cat([latent_TC, k_rope_TR], -1))
         rows_SW = rows_SW.float()
-        absorb = not self.may_decompress or self._absorbing_is_cheaper(x_TD.shape[0])
+        absorb = not self.k_b_proj.may_expand or self._absorbing_is_cheaper(x_TD.shape[0])
         attend = self._absorbed if absorb else self._decompressed
         return self.o_proj(attend(q_nope_THP, q_rope_THR, rows_SW).flatten(1))
 
@@ -106,7 +103,7 @@ class LatentAttention:
         latent_SC, k_rope_SR = self._parts(rows_SW)
         out_THV = rows_SW.new_empty(n_tokens, c.num_attention_heads, c.v_head_dim)
         bytes_per_head = 4 * n_cached * (c.qk_nope_head_dim + c.v_head_dim)
-        for first, count in head_groups(c.num_attention_heads, bytes_per_head, _WORK_BYTES):
+        for first, count in head_groups(c.num_attention_heads, bytes_per_head, ATTENTION_WORK_BYTES):
             heads = slice(first, first + count)
             k_b, v_b = self.k_b_proj.dense(first, count), self.v_b_proj.dense(first, count)
             k_NSP, v_NSV = latent_SC @ (k_b if self.is_split else k_b.mT), latent_SC @ v_b.mT
@@ -122,8 +119,10 @@ class LatentAttention:
 class GroupedQueryAttention:
     """GQA: G heads of keys and values, each shared by H / G query heads."""
 
-    def __init__(self, config: Config, weights: Weights, index: int, rope: Rope):
-        self.config, self.weights, self.index, self.rope = config, weights, index, rope
+    def __init__(self, config: Config, weights: WeightSource, index: int, rope: Rope, cache_layer: int | None = None):
+        """As LatentAttention."""
+        self.config, self.weights, self.rope = config, weights, rope
+        self.cache_layer = index if cache_layer is None else cache_layer
         self.scale = attention_scale(config)
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
             weights.linear(names.layer(index, f"self_attn.{part}_proj")) for part in "qkvo"
@@ -135,7 +134,7 @@ class GroupedQueryAttention:
         turns = self.rope.turns(cache.length, n_tokens)
         q_THd = self._rotate(self.q_proj(x_TD).unflatten(1, (-1, c.head_dim)), turns)
         k_TGd = self._rotate(self.k_proj(x_TD).unflatten(1, (-1, c.head_dim)), turns)
-        keys, values = cache.append(self.index, k_TGd.flatten(1), self.v_proj(x_TD))
+        keys, values = cache.append(self.cache_layer, k_TGd.flatten(1), self.v_proj(x_TD))
         k_SGd = keys.float().unflatten(1, (-1, c.head_dim))
         v_SGV = values.float().unflatten(1, (-1, c.v_head_dim))
         out_THV = x_TD.new_empty(n_tokens, c.num_attention_heads, c.v_head_dim)
@@ -147,3 +146,11 @@ class GroupedQueryAttention:
         rope_dim = self.config.qk_rope_head_dim
         rotated = self.rope.rotate(x_THd[..., :rope_dim], turns)
         return rotated if rope_dim == x_THd.shape[-1] else torch.cat([rotated, x_THd[..., rope_dim:]], -1)
+
+
+def attention(
+    config: Config, weights: WeightSource, index: int, rope: Rope, cache_layer: int | None = None
+) -> LatentAttention | GroupedQueryAttention:
+    """The attention of layer `index`, of the model's kind."""
+    kind = LatentAttention if config.kv_lora_rank else GroupedQueryAttention
+    return kind(config, weights, index, rope, cache_layer)

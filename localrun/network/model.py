@@ -1,5 +1,5 @@
-"""The network: embedding, layers, norm, head, and the head for multi-token prediction. Once for every device; what runs
-where is decided in weights.py.
+"""The network: embedding, layers, norm, head, and the head for multi-token prediction. Once for every device: what runs
+where is its weights' business (weight_source.py).
 
 Letters: T tokens, D hidden_size.
 """
@@ -10,21 +10,25 @@ import numpy as np
 import torch
 from torch.nn.functional import rms_norm
 
-from localrun.cpu.weights import Weights
 from localrun.models import names
 from localrun.models.config import Config
+from localrun.network.attention import attention
 from localrun.network.cache import Cache
 from localrun.network.moe import MLP, MoE
 from localrun.network.rope import Rope
+from localrun.network.weight_source import Finish, WeightSource
+
+# float32 (T, D) of the tokens after cache.length -> (T, D); appends their rows to the cache.
+Attention = Callable[[torch.Tensor, Cache], torch.Tensor]
+MakeAttention = Callable[[Config, WeightSource, int, Rope], Attention]  # of the layer with this index
 
 
 class Layer:
     """x + attention(norm x), then x + mlp(norm x)."""
 
-    def __init__(self, config: Config, weights: Weights, index: int, rope: Rope):
-        self.config = config
+    def __init__(self, config: Config, weights: WeightSource, index: int, self_attn: Attention):
+        self.config, self.self_attn = config, self_attn
         self.input_layernorm = weights.vector(names.layer(index, "input_layernorm"))
-        self.self_attn = weights.attention(config, index, rope)
         self.post_attention_layernorm = weights.vector(names.layer(index, "post_attention_layernorm"))
         is_moe = weights.has(names.layer(index, "mlp.gate"))
         self.mlp = MoE(config, weights, index) if is_moe else MLP(weights, index, "mlp")
@@ -33,7 +37,7 @@ class Layer:
         """float32 (T, D) -> (T, D); appends to the cache."""
         return self.begin(x_TD, cache)()
 
-    def begin(self, x_TD: torch.Tensor, cache: Cache) -> Callable[[], torch.Tensor]:
+    def begin(self, x_TD: torch.Tensor, cache: Cache) -> Finish:
         """All but waiting for experts that compute elsewhere: the result's call does that and gives (T, D)."""
         c = self.config
         x_TD = x_TD + self.self_attn(rms_norm(x_TD, (c.hidden_size,), self.input_layernorm, c.rms_norm_eps), cache)
@@ -44,12 +48,16 @@ class Layer:
 class Model:
     """A deepseek2 or llama model over the tensors of a file."""
 
-    def __init__(self, config: Config, weights: Weights):
+    def __init__(self, config: Config, weights: WeightSource, make_attention: MakeAttention = attention):
+        """make_attention: a device's own; it gets the same `rope` for all layers."""
         self.config, self.weights = config, weights
         factors = weights.array(names.ROPE_FREQS) if weights.has(names.ROPE_FREQS) else None
         self.rope = Rope(config, factors)
         self.embed_tokens = weights.embedding(names.EMBED_TOKENS)
-        self.layers = [Layer(config, weights, index, self.rope) for index in range(config.num_hidden_layers)]
+        self.layers = [
+            Layer(config, weights, index, make_attention(config, weights, index, self.rope))
+            for index in range(config.num_hidden_layers)
+        ]
         self.norm = weights.vector(names.NORM)
         self.lm_head = weights.linear(names.LM_HEAD if weights.has(names.LM_HEAD) else names.EMBED_TOKENS)
 
@@ -78,7 +86,7 @@ class Model:
 class MTPBlock:
     """The head for multi-token prediction, as mtp.py has it: many tokens at once."""
 
-    def __init__(self, config: Config, weights: Weights, rope: Rope):
+    def __init__(self, config: Config, weights: WeightSource, rope: Rope):
         """The model's file must have it (names.has_mtp)."""
         self.config, index = config, config.num_hidden_layers
         embed_tokens, lm_head = names.mtp_shared(weights.has, index)
@@ -87,8 +95,8 @@ class MTPBlock:
             weights.vector(names.layer(index, norm)) for norm in ("enorm", "hnorm", "shared_head.norm")
         )
         self.eh_proj = weights.linear(names.layer(index, "eh_proj"))
-        self.layer = Layer(config, weights, index, rope)
-        self.layer.self_attn.index = 0  # the only layer of a cache of its own
+        # The only layer of a cache of its own.
+        self.layer = Layer(config, weights, index, attention(config, weights, index, rope, cache_layer=0))
         self.lm_head = weights.linear(lm_head)
 
     @torch.inference_mode()

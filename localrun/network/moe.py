@@ -7,39 +7,30 @@ modeling_deepseek.py of DeepSeek-V2 (group_limited_greedy).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
 import torch
 from torch.nn.functional import silu
 
-from localrun.cpu.bridge import joined
 from localrun.models import names
 from localrun.models.config import Config
-
-if TYPE_CHECKING:
-    from localrun.cpu.weights import Weights
-
-# Below this the sum of the chosen affinities is not divided by: float16's smallest normal number, as in llama.cpp.
-_SMALLEST_SUM = 6.103515625e-5
+from localrun.network.weight_source import Finish, WeightSource
+from quant.decode.experts import SMALLEST_SUM
 
 
 class MLP:
     """down(silu(gate x) * up x)."""
 
-    def __init__(self, weights: Weights, index: int, prefix: str):
-        self.gate_proj, self.up_proj, self.down_proj = (
-            weights.linear(names.layer(index, f"{prefix}.{part}_proj")) for part in ("gate", "up", "down")
-        )
-        self._whole = joined(self.gate_proj, self.up_proj, self.down_proj)
+    def __init__(self, weights: WeightSource, index: int, prefix: str):
+        parts = [names.layer(index, f"{prefix}.{part}_proj") for part in ("gate", "up", "down")]
+        self.gate_proj, self.up_proj, self.down_proj = map(weights.linear, parts)
+        self._joined = weights.joined_mlp(*parts)
 
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
         """float32 (T, D) -> (T, D)."""
-        if self._whole is not None:
-            return self._whole(x_TD)
+        if self._joined is not None:
+            return self._joined(x_TD)
         return self.down_proj(silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
 
-    def begin(self, x_TD: torch.Tensor) -> Callable[[], torch.Tensor]:
+    def begin(self, x_TD: torch.Tensor) -> Finish:
         """As MoE.begin: there is nothing to wait for."""
         out_TD = self(x_TD)
         return lambda: out_TD
@@ -66,7 +57,7 @@ def choose_experts(
     if c.scoring_func == "softmax_after_topk":
         weights_TK = weights_TK.softmax(-1)
     if c.norm_topk_prob:
-        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp_min(_SMALLEST_SUM)
+        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp_min(SMALLEST_SUM)
     return ids_TK, weights_TK * c.routed_scaling_factor
 
 
@@ -85,7 +76,7 @@ def _keep_best_groups(choice_TE: torch.Tensor, config: Config) -> torch.Tensor:
 class MoE:
     """Routed experts by the router's choice, plus the shared ones for every token."""
 
-    def __init__(self, config: Config, weights: Weights, index: int):
+    def __init__(self, config: Config, weights: WeightSource, index: int):
         self.config, self.choose_experts = config, weights.choose_experts
         self.gate = weights.linear(names.layer(index, "mlp.gate"))
         bias = names.layer(index, "mlp.gate.e_score_correction_bias")
@@ -94,7 +85,7 @@ class MoE:
         has_shared = weights.has(names.layer(index, "mlp.shared_experts.gate_proj"))
         self.shared_experts = MLP(weights, index, "mlp.shared_experts") if has_shared else None
 
-    def begin(self, x_TD: torch.Tensor) -> Callable[[], torch.Tensor]:
+    def begin(self, x_TD: torch.Tensor) -> Finish:
         """Start on float32 (T, D); the result's call waits for the routed experts and gives (T, D).
 
         Routed experts elsewhere work while the shared ones do here, and until the call.

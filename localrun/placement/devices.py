@@ -13,6 +13,7 @@ from localrun.gguf.file import GGUFFile
 from localrun.models import names
 from localrun.models.config import Config
 from localrun.models.expert_counts import read_usage
+from localrun.placement import available
 from localrun.placement.context_fit import refusal
 from localrun.placement.placement import VRAM, Placement, Request, lay_out, runs_on_gpu
 
@@ -25,7 +26,7 @@ _OPTIONS = "--vram, --gpu-experts, --expert-usage and --cache-bits"
 
 
 @dataclass(frozen=True)
-class Where:
+class DeviceRequest:
     """What the user asks for: the options of localrun.load. Raises LocalrunError on a wrong one.
 
     Attributes:
@@ -67,7 +68,7 @@ class Where:
         return (self.vram, self.gpu_experts, self.cache_bits, self.expert_usage) != (None, "auto", 16, None)
 
 
-def choose(where: Where, file: GGUFFile, config: Config, ctx: int, drafts: bool, notice: Notice) -> Placement:
+def choose(where: DeviceRequest, file: GGUFFile, config: Config, ctx: int, drafts: bool, notice: Notice) -> Placement:
     """Where the model's parts go: on the GPU and in RAM if there is one that takes them, else all in RAM.
 
     Args:
@@ -109,10 +110,8 @@ def _usage(path: str | os.PathLike[str], file: GGUFFile, config: Config) -> dict
     return read_usage(path, layers, config.n_routed_experts)
 
 
-def _leave_out(where: Where, config: Config, notice: Notice) -> None:
+def _leave_out(where: DeviceRequest, config: Config, notice: Notice) -> None:
     """Say how to try the GPU if there is one, or if there are options for it."""
-    from localrun.gpu import available
-
     if card := available.card() if runs_on_gpu(config) else "":
         notice(f"{card} is not used: this version has never run on a GPU; computing on the CPU, --device cuda tries it")
     elif where.asks_for_gpu:
@@ -123,8 +122,6 @@ def _free_vram(config: Config) -> tuple[int, str, bool]:
     """Bytes of VRAM that are free; else why the GPU is not used, and whether that may surprise."""
     if not runs_on_gpu(config):
         return 0, "the GPU runs latent attention only, and this model's is grouped", False
-    from localrun.gpu import available
-
     found = available.find()
     if isinstance(found, available.NoGpu):
         return 0, found.reason, found.has_card

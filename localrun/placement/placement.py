@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from localrun.errors import LocalrunError
+from localrun.limits import ATTENTION_WORK_BYTES, GPU_ATTENTION_WORK_BYTES, PREFILL_CHUNK
 from localrun.models.config import Config
 from localrun.models.names import EMBED_TOKENS, LM_HEAD, mtp_shared
 from localrun.models.summary import group_of
@@ -27,10 +28,7 @@ from localrun.models.summary import group_of
 GPU, CPU, BOTH = "cuda", "cpu", "both"  # homes of a tensor; both: some of its experts here, the others there
 VRAM, RAM = "VRAM", "RAM"
 
-CHUNK = 512  # tokens of a prompt evaluated at a time: session.PREFILL_CHUNK
 CTX_STEP = 256  # contexts that are proposed are multiples of it
-ATTENTION_WORK_BYTES = 1 << 26  # attention._WORK_BYTES: keys and values at a time
-GPU_ATTENTION_WORK_BYTES = 1 << 28  # the same on the GPU: gpu.attention._WORK_BYTES
 # What comes with a CUDA process besides tensors: kernels, graphs, the allocator's rounding. Assumed.
 RESERVE_BYTES = 1 << 28
 _SCALE_BYTES = 4  # of each row of 8-bit values
@@ -130,7 +128,7 @@ class Placement:
         """ "386.0 GiB of RAM (60.0 GiB usable)", for each memory that is too small."""
         return shortage(self.needed, self.available)
 
-    def facts(self) -> dict[str, Any]:
+    def document(self) -> dict[str, Any]:
         """The same as JSON has it; all experts of a layer are "all", tensors of successive layers share a name."""
         homes = {home: _spans(n for n, at in self.tensors.items() if at == home) for home in (GPU, BOTH, CPU)}
         return {
@@ -197,10 +195,10 @@ def work_bytes(config: Config) -> int:
 
 def gpu_work_bytes(config: Config) -> int:
     """Of the GPU: activations of one chunk, logits of all its tokens, attention."""
-    return activation_bytes(config) + 4 * CHUNK * config.vocab_size + GPU_ATTENTION_WORK_BYTES
+    return activation_bytes(config) + 4 * PREFILL_CHUNK * config.vocab_size + GPU_ATTENTION_WORK_BYTES
 
 
-def activation_bytes(config: Config, n_tokens: int = CHUNK) -> int:
+def activation_bytes(config: Config, n_tokens: int = PREFILL_CHUNK) -> int:
     """Of so many tokens at a time, in float32: the widest layer's inputs and outputs, queries."""
     c = config
     heads = c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim + c.head_dim)
@@ -210,7 +208,7 @@ def activation_bytes(config: Config, n_tokens: int = CHUNK) -> int:
 
 def staging_bytes(config: Config) -> int:
     """Page-locked RAM: a chunk's hidden vectors and the experts' sums, float32, its choices (int64) and weights."""
-    return CHUNK * (2 * 4 * config.hidden_size + (8 + 4) * config.num_experts_per_tok)
+    return PREFILL_CHUNK * (2 * 4 * config.hidden_size + (8 + 4) * config.num_experts_per_tok)
 
 
 def shortage(needed: Mapping[str, int], available: Mapping[str, int]) -> str:

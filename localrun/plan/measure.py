@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from localrun import hardware
-from localrun.placement.placement import CHUNK
+from localrun.limits import PREFILL_CHUNK
 from localrun.plan.machine import Cpu, Machine, parse_machine
 from localrun.plan.shapes import Conversion, ModelShape, from_config, n_bytes
 from localrun.plan.speed import attention_flops
@@ -194,13 +194,13 @@ def _probe(model: ModelShape, threads: int) -> dict[str, float]:
         decode_s = probe.decode_s(_LONG_CTX) - probe.decode_s(_SHORT_CTX)
         prefill_s = probe.prefill_s(_LONG_CTX) - probe.prefill_s(0)
         decode_flops = attention_flops(probe.shape, _LONG_CTX - _SHORT_CTX, 1)
-        prefill_flops = attention_flops(probe.shape, _LONG_CTX, CHUNK)
+        prefill_flops = attention_flops(probe.shape, _LONG_CTX, PREFILL_CHUNK)
     prefill_rate = prefill_flops / max(prefill_s, 1e-6)
     small = _probe_config(model, _SMALL_LAYERS)
     small |= {name: value for name, value in _SMALL_HEADS.items() if name in small}
     with _Probe(small, threads) as probe:
         layer_s = probe.decode_s(_SHORT_CTX) / _SMALL_LAYERS
-        chunk_s = probe.prefill_s(0) - attention_flops(probe.shape, CHUNK, CHUNK) / prefill_rate
+        chunk_s = probe.prefill_s(0) - attention_flops(probe.shape, PREFILL_CHUNK, PREFILL_CHUNK) / prefill_rate
     return {
         "layer_s": layer_s,
         "chunk_layer_s": max(0.0, chunk_s) / _SMALL_LAYERS,
@@ -217,10 +217,13 @@ def _activation_bytes_per_s(hidden_size: int, threads: int) -> float:
     TorchThreads.hold(threads)
     import torch
 
-    vectors = [torch.ones(CHUNK, hidden_size) for _ in range(max(2, _ACTIVATION_BYTES // (4 * CHUNK * hidden_size)))]
+    vectors = [
+        torch.ones(PREFILL_CHUNK, hidden_size)
+        for _ in range(max(2, _ACTIVATION_BYTES // (4 * PREFILL_CHUNK * hidden_size)))
+    ]
     (seconds,) = _typical_s(lambda: [x + y for x, y in pairwise(vectors)], threads=torch.get_num_threads())
     TorchThreads.release()
-    return (len(vectors) - 1) * 3 * 4 * CHUNK * hidden_size / seconds
+    return (len(vectors) - 1) * 3 * 4 * PREFILL_CHUNK * hidden_size / seconds
 
 
 def _probe_config(model: ModelShape, n_layers: int) -> dict[str, Any]:
@@ -268,7 +271,7 @@ class _Probe:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "probe.gguf"
             _write_random(path, self.shape.conversion)
-            self._engine = localrun.load(path, threads=threads, ctx=_LONG_CTX + CHUNK)
+            self._engine = localrun.load(path, threads=threads, ctx=_LONG_CTX + PREFILL_CHUNK)
         self._threads, self._cache = threads, self._engine.new_cache()
 
     def __enter__(self) -> _Probe:
@@ -285,12 +288,12 @@ class _Probe:
     def prefill_s(self, ctx: int) -> float:
         """Seconds of a chunk after ctx tokens."""
         self._fill(ctx)
-        return _typical_s(lambda: self._again(_ids(CHUNK), ctx), threads=self._threads)[0]
+        return _typical_s(lambda: self._again(_ids(PREFILL_CHUNK), ctx), threads=self._threads)[0]
 
     def _fill(self, ctx: int) -> None:
         self._cache.truncate(ctx)
         while self._cache.length < ctx:
-            self._engine.model.forward(_ids(min(CHUNK, ctx - self._cache.length)), self._cache)
+            self._engine.model.forward(_ids(min(PREFILL_CHUNK, ctx - self._cache.length)), self._cache)
 
     def _again(self, ids: list[int], ctx: int) -> None:
         self._cache.truncate(ctx)

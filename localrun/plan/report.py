@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
-from localrun.placement.placement import CHUNK
+from localrun.limits import PREFILL_CHUNK
 from localrun.plan.machine import Machine
 from localrun.plan.memory import Memory, plan_memory, refusal
 from localrun.plan.shapes import ModelShape, n_bytes
@@ -53,7 +53,7 @@ def _per_token(model: ModelShape, group: str) -> float:
 
 
 def make_report(
-    model: ModelShape, machine: Machine, ctx: int, prompt: int = CHUNK, acceptance: float = ACCEPTANCE
+    model: ModelShape, machine: Machine, ctx: int, prompt: int = PREFILL_CHUNK, acceptance: float = ACCEPTANCE
 ) -> dict[str, Any]:
     """Everything `localrun plan MODEL` prints. Never raises for lack of room: see "refusal"."""
     memory = plan_memory(model, machine, ctx)

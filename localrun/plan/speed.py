@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from localrun.placement.placement import CHUNK
+from localrun.limits import PREFILL_CHUNK
 from localrun.plan.machine import Cpu, Gpu, Machine
 from localrun.plan.memory import Placement
 from localrun.plan.shapes import ModelShape, Tensor
@@ -77,13 +77,13 @@ def decode_speed(model: ModelShape, machine: Machine, placement: Placement, ctx:
 
 
 def prefill_speed(
-    model: ModelShape, machine: Machine, placement: Placement, n_tokens: int = CHUNK, ctx: float = 0
+    model: ModelShape, machine: Machine, placement: Placement, n_tokens: int = PREFILL_CHUNK, ctx: float = 0
 ) -> Speed:
-    """A prompt of n_tokens after ctx others, in chunks of at most CHUNK."""
+    """A prompt of n_tokens after ctx others, in chunks of at most PREFILL_CHUNK."""
     phases: list[Phase] = []
     done = 0
     while done < n_tokens:
-        count = min(CHUNK, n_tokens - done)
+        count = min(PREFILL_CHUNK, n_tokens - done)
         seen = ctx + done + (count + min(count, ATTENTION_TOKENS)) / 2  # on average, by blocks of tokens
         chunk = _step(model, machine, placement, seen, count, layer_s=_chunk_layer_s, is_prompt=True)
         phases = _merged(phases, list(chunk.phases))

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from localrun.cpu.bridge import StepExperts
-from localrun.generate.session import PREFILL_CHUNK
 from localrun.gpu.cache import DeviceCache
 from localrun.gpu.device import StandIn
+from localrun.gpu.host_experts import StepExperts
 from localrun.gpu.hybrid import HybridModel
-from localrun.gpu.routed import Way
+from localrun.gpu.routed import Mode
+from localrun.limits import cut
 from localrun.network.moe import MoE
 from quant.threads import bandwidth
 
@@ -208,16 +208,16 @@ class Bench:
     def prompt(self, n_tokens: int) -> dict[str, Any]:
         """Tokens a second of a prompt in the CPU's chunks, of one batch or two, and in chunks and ways as measured."""
         found: dict[str, Any] = {"tokens": n_tokens}
-        usual = [min(PREFILL_CHUNK, n_tokens - first) for first in range(0, n_tokens, PREFILL_CHUNK)]
+        usual = cut(n_tokens)
         for n_batches in (1, 2):
-            with self._chosen((Way.PREFILL, n_batches)):
+            with self._chosen((Mode.PREFILL, n_batches)):
                 found["two batches" if n_batches == 2 else "one batch"] = self._rate(usual)
         sizes = self.model.chunks(n_tokens)
         found["as measured"] = self._rate(sizes) | {"chunks": sizes}
         return found
 
     @contextmanager
-    def _chosen(self, choice: tuple[Way, int]) -> Iterator[None]:
+    def _chosen(self, choice: tuple[Mode, int]) -> Iterator[None]:
         self.model.tuning.choose = lambda n_tokens: choice  # type: ignore[method-assign]
         try:
             yield

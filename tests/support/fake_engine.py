@@ -16,6 +16,7 @@ from localrun.generate.drafts import Draft
 from localrun.generate.session import Session
 from localrun.generate.speculative import Speculation
 from localrun.gguf.file import open_gguf
+from localrun.limits import cut
 from localrun.text.chat_template import CHATML, ChatTemplate
 
 END = 0
@@ -59,6 +60,13 @@ class Cache:
     def truncate(self, n: int) -> None:
         del self.ids[n:]
 
+    def save(self) -> dict[str, np.ndarray]:
+        return {"ids": np.array(self.ids, np.uint8)}
+
+    def load(self, tensors: dict[str, np.ndarray], length: int) -> None:
+        self.ids = tensors["ids"].tolist()
+        assert len(self.ids) == length
+
 
 class Model:
     """The letters of reply, one after the other, from where the assistant's turn (or the whole text) begins.
@@ -72,6 +80,9 @@ class Model:
     def __init__(self, reply: str) -> None:
         self.reply = reply
         self.before_step: Callable[[Cache], None] = lambda cache: None
+
+    def chunks(self, n_tokens: int) -> list[int]:
+        return cut(n_tokens)
 
     def forward(self, ids: Sequence[int], cache: Cache, all_logits: bool = False) -> np.ndarray:
         self.before_step(cache)
@@ -127,13 +138,6 @@ class Engine:
     def heard(self) -> str:
         """The text of the last session, prompts and replies."""
         return bytes(self.cache.ids).decode()
-
-    def cache_tensors(self, cache: Cache) -> dict[str, np.ndarray]:
-        return {"ids": np.array(cache.ids, np.uint8)}
-
-    def restore_cache(self, cache: Cache, tensors: dict[str, np.ndarray], n_tokens: int) -> None:
-        cache.ids = tensors["ids"].tolist()
-        assert len(cache.ids) == n_tokens
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         return self.model.forward(ids, Cache(), all_logits=True)

@@ -120,7 +120,7 @@ def test_saved_state_continues_in_another_cache(tiny: LlamaCppModel) -> None:
     first, second = tiny.new_cache(), tiny.new_cache()
     tiny.forward(ids[:40], first)
     tiny.forward(ids[20:], second)
-    second.load(first.save())
+    second.load(first.save(), 40)
     assert second.length == 40
     assert_close(tiny.forward(ids[40:], second, True), fresh(tiny, ids)[40:], F16_CACHE)
 
@@ -133,17 +133,26 @@ def test_caches_do_not_share_anything(tiny: LlamaCppModel) -> None:
     assert_close(tiny.forward(ids[20:], one, True), fresh(tiny, ids)[20:], F16_CACHE)
 
 
+def as_tensors(state: bytes) -> dict[str, np.ndarray]:
+    return {"state": np.array(list(state), np.uint8)}
+
+
 def test_damaged_state_is_refused_and_leaves_the_cache_empty(tiny: LlamaCppModel, smollm2: LlamaCppModel) -> None:
     cache, other = tiny.new_cache(), smollm2.new_cache()
     tiny.forward(ids_of(20), cache)
     smollm2.forward(TEXT_IDS, other)
-    state = cache.save()
-    for damaged in (b"", b"x", state[:-1], state[:100], state + b"x", bytes(1000), b"\xff" * 5000, other.save()):
-        cache.load(state)
+    state = cache.save()["state"].tobytes()
+    others = other.save()["state"].tobytes()
+    for damaged in (b"", b"x", state[:-1], state[:100], state + b"x", bytes(1000), b"\xff" * 5000, others):
+        cache.load(as_tensors(state), 20)
         with pytest.raises(LocalrunError, match="a saved state that is not one of this model and context"):
-            cache.load(damaged)
+            cache.load(as_tensors(damaged), 20)
         assert cache.length == 0
-    cache.load(state)
+    with pytest.raises(LocalrunError, match="a saved state that is not one of this model and context"):
+        cache.load({}, 0)
+    with pytest.raises(LocalrunError, match="the saved session holds 20 tokens; expected 19"):
+        cache.load(as_tensors(state), 19)
+    cache.load(as_tensors(state), 20)
     assert cache.length == 20
 
 

@@ -12,9 +12,10 @@ import pytest
 from forced_draft import ForcedDraft
 
 import localrun.generate.session
+from localrun.generate.pace import Pace
 from localrun.generate.sampling import Sampling
 from localrun.generate.session import Session
-from localrun.generate.speculative import Pace, Speculation
+from localrun.generate.speculative import Speculation
 
 PROMPT = list(b"<|im_start|>assistant\n")  # after which the fake engine says its text
 GREEDY = Sampling(temperature=0.0)

@@ -25,10 +25,12 @@ from safetensors.torch import save_file
 
 import localrun
 import localrun.generate.session
+from localrun import limits
 from localrun.engine import Engine
 from localrun.errors import ContextFullError, LocalrunError
 from localrun.generate.sampling import Sampling
 from localrun.generate.session import Session, StopStrings
+from localrun.limits import cut
 from localrun.network.cache import Cache
 from localrun.text.tokenizer import Tokenizer
 
@@ -123,7 +125,7 @@ def test_sessions_are_independent(engine: Engine) -> None:
 def test_prefill_chunks_of_any_size(engine: Engine, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = prompt(engine)
     expected = engine.model.forward(ids, engine.new_cache())[-1]
-    monkeypatch.setattr(localrun.generate.session, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(limits, "PREFILL_CHUNK", chunk)
     session = engine.session()
     spy, done = Spy(session, monkeypatch), []
     list(session.tokens(ids, GREEDY, max_tokens=1, progress=lambda *counts: done.append(counts)))
@@ -186,7 +188,7 @@ def test_closed_early(engine: Engine) -> None:
 
 
 def test_interrupted_prefill(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(localrun.generate.session, "PREFILL_CHUNK", 8)
+    monkeypatch.setattr(limits, "PREFILL_CHUNK", 8)
     session, ids = engine.session(), prompt(engine)
 
     def interrupt(done: int, total: int) -> None:
@@ -434,7 +436,12 @@ class Script:
     PROMPT = (5,)
 
     def __init__(self, tokenizer: Tokenizer, ids: list[int], ctx: int = 512):
-        self.tokenizer, self.ids, self.ctx, self.model = tokenizer, ids, ctx, SimpleNamespace(forward=self.forward)
+        self.tokenizer, self.ids, self.ctx, self.model = (
+            tokenizer,
+            ids,
+            ctx,
+            SimpleNamespace(forward=self.forward, chunks=cut),
+        )
 
     def new_cache(self) -> Cache:
         return Cache(0, (), self.ctx, np.float16)

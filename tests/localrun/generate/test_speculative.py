@@ -20,7 +20,8 @@ import localrun.generate.session
 from localrun.bundled import MINIATURE
 from localrun.engine import Engine
 from localrun.errors import LocalrunError
-from localrun.generate.drafts import Draft, ModelDraft, MTPDraft, NGramDraft
+from localrun.generate.drafts import Draft, MTPDraft, NGramDraft
+from localrun.generate.model_draft import ModelDraft
 from localrun.generate.sampling import Sampling
 from localrun.generate.session import Session
 from localrun.generate.speculative import Speculation

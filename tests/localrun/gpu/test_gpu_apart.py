@@ -18,12 +18,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from localrun.cpu import bridge
 from localrun.gguf.file import open_gguf
-from localrun.gpu import gemm
+from localrun.gpu import gemm, host_experts
 from localrun.gpu.device import StandIn
 from localrun.gpu.hybrid import HybridModel
-from localrun.gpu.routed import Way
+from localrun.gpu.routed import Mode
 from localrun.models.config import read_config
 from localrun.placement.placement import Request, lay_out
 
@@ -79,7 +78,7 @@ class Crossings(TorchDispatchMode):
 def opened(variant: str, gpu_experts: int, monkeypatch: pytest.MonkeyPatch, bits: int = 16) -> Iterator[HybridModel]:
     monkeypatch.setattr(type(gemm._multiply), "__getitem__", lambda kernel, grid: lambda *args, **options: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=100))
-    monkeypatch.setattr(bridge.PrefillExperts, "_compute", lambda *args: None)
+    monkeypatch.setattr(host_experts.PrefillExperts, "_compute", lambda *args: None)
     with open_gguf(tiny_models.shared(variant)) as file:
         config, much = read_config(file), 1 << 40
         tensors = tuple(file.tensors.values())
@@ -118,7 +117,7 @@ def test_prompts_mix_no_sides(gpu_experts: int, bits: int, monkeypatch: pytest.M
         assert (model.tuning.times is None) == (gpu_experts == 16)
         if gpu_experts == 0:
             model.routed.allow_streaming()
-            monkeypatch.setattr(model.tuning, "choose", lambda n_tokens: (Way.STREAM, 1))
+            monkeypatch.setattr(model.tuning, "choose", lambda n_tokens: (Mode.STREAM, 1))
             model.forward(list(range(130)), model.new_cache(CTX))
         assert {name for name, _ in crossings.seen} <= {
             "copy_.default",

@@ -13,7 +13,7 @@ import tiny_models
 import torch
 from gpu_device import DEVICE
 
-from localrun.cpu.weights import Weights
+from localrun.cpu.weights import LayerWeights
 from localrun.gguf.file import open_gguf
 from localrun.models.config import Config, read_config
 from localrun.network import attention as cpu
@@ -197,7 +197,7 @@ def test_the_8_bit_cache_rounds_and_nothing_else(c: int, error: float) -> None:
 class OnDevice:
     """The CPU's modules under their names, with tensors moved to the device and back."""
 
-    def __init__(self, weights: Weights):
+    def __init__(self, weights: LayerWeights):
         self.weights = weights
 
     def __getattr__(self, name: str):
@@ -227,7 +227,7 @@ class _Moved:
 def modules(pool: Pool, variant: str) -> tuple[LatentAttention, cpu.LatentAttention]:
     file = open_gguf(tiny_models.shared(variant))
     config = read_config(file)
-    weights, rope = Weights(file, pool), Rope(config)
+    weights, rope = LayerWeights(file, pool), Rope(config)
     return (
         LatentAttention(config, OnDevice(weights), 0, Turns(rope, DEVICE)),
         cpu.LatentAttention(config, weights, 0, rope),
@@ -255,7 +255,7 @@ def test_module(pool: Pool, variant: str, chunks: list[int], absorbing: bool, mo
     c = device.config
     monkeypatch.setattr(device, "_absorbing_is_cheaper", lambda n_tokens: absorbing)
     monkeypatch.setattr(attention, "_CONTEXT", 4)
-    monkeypatch.setattr(attention, "_WORK_BYTES", 100_000)
+    monkeypatch.setattr(attention, "GPU_ATTENTION_WORK_BYTES", 100_000)
     x_TD = random(N_TOKENS, c.hidden_size).cpu()
     host_cache = Cache(1, row_widths(c), N_TOKENS, np.float32)
     device_cache = DeviceCache(c, N_TOKENS, DEVICE, bits=32, n_layers=1)
@@ -294,7 +294,7 @@ def test_work_memory_does_not_grow_with_the_context(pool: Pool, monkeypatch: pyt
     )
     monkeypatch.setattr(attention, "_CONTEXT", 64)
     bytes_per_head = (4 * 3 * 64 + 3 * 4 * 8) * 96  # V3's miniature: 64 + 32 values a key
-    monkeypatch.setattr(attention, "_WORK_BYTES", 3 * bytes_per_head)
+    monkeypatch.setattr(attention, "GPU_ATTENTION_WORK_BYTES", 3 * bytes_per_head)
     device._absorbing_is_cheaper = lambda n_tokens: False
     cache = filled(dataclasses.replace(c, num_hidden_layers=2), 500, 16, 508)
     device.index = 1

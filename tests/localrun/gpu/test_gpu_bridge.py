@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from localrun.cpu.bridge import Experts, PrefillExperts, StepExperts
+from localrun.cpu.bridge import Experts
 from localrun.gpu.device import Cuda, StandIn
+from localrun.gpu.host_experts import PrefillExperts, StepExperts
 from quant.decode.program import MOST_TOKENS
 from quant.ops import experts as quant_experts
 from quant.threads.pool import Pool

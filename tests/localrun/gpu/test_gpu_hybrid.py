@@ -31,16 +31,17 @@ from localrun.cpu.model import NativeModel
 from localrun.errors import ContextFullError, LocalrunError
 from localrun.generate.sampling import Sampling
 from localrun.gguf.file import GGUFFile, open_gguf
-from localrun.gpu import available, hybrid
-from localrun.gpu.available import Gpu
+from localrun.gpu import hybrid
 from localrun.gpu.device import Cuda, StandIn
 from localrun.gpu.hybrid import HybridModel
 from localrun.gpu.prefill import LayerTimes, Seconds
-from localrun.gpu.routed import Routed, Way
+from localrun.gpu.routed import Mode, Routed
 from localrun.gpu.tuning import Tuning
 from localrun.gpu.weights import spans_in_ram, spans_on_device
 from localrun.models.config import Config, read_config
 from localrun.models.tensors import Tensors
+from localrun.placement import available
+from localrun.placement.available import Gpu
 from localrun.placement.placement import RAM, Placement, Request, activation_bytes, lay_out
 from quant.decode.program import MOST_TOKENS
 from quant.ops import experts as quant_experts
@@ -163,15 +164,15 @@ def test_experts_wherever_they_are(in_vram: tuple[int, ...]) -> None:
         if not in_vram:
             routed.allow_streaming()
         generator = torch.Generator().manual_seed(0)
-        for way, n_tokens in ((Way.STEP, 3), (Way.PREFILL, 3), (Way.STREAM, 9)):
-            if way is Way.STREAM and in_vram:
+        for mode, n_tokens in ((Mode.STEP, 3), (Mode.PREFILL, 3), (Mode.STREAM, 9)):
+            if mode is Mode.STREAM and in_vram:
                 continue  # as PREFILL
             x, weights = torch.randn(n_tokens, 64, generator=generator), torch.rand(n_tokens, 2, generator=generator)
             ids = torch.rand(n_tokens, 8, generator=generator).argsort(-1)[:, :2]
             expected = bridge.Experts(pool, layer).begin(x, ids, weights)()
-            routed.way = way
+            routed.mode = mode
             inputs = [each.to(device.torch) for each in (x, ids, weights)]
-            if way is Way.STEP:
+            if mode is Mode.STEP:
                 with pool.exclusive():
                     found = routed.layer(1).begin(*inputs)()
                     device.synchronize()
@@ -249,14 +250,14 @@ def test_steps_of_any_length() -> None:
 def two_batches(model: HybridModel) -> None:
     """As if it had been measured that two are faster, however few tokens."""
     model.tuning.use(LayerTimes(Seconds(0.0, 1.0), Seconds(0.0, 1.0), Seconds(0.0, 0.0), float("inf")))
-    assert model.tuning.choose(2) == (Way.PREFILL, 2)
+    assert model.tuning.choose(2) == (Mode.PREFILL, 2)
 
 
 def stream(model: HybridModel) -> None:
     """As if it had been measured that uploading experts is faster."""
     model.routed.allow_streaming()
     model.tuning.use(LayerTimes(Seconds(0.0, 1.0), Seconds(0.0, 9.0), Seconds(0.0, 0.0), 0.0))
-    assert model.tuning.choose(2) == (Way.STREAM, 1)
+    assert model.tuning.choose(2) == (Mode.STREAM, 1)
 
 
 @pytest.mark.usefixtures("dense")
@@ -595,7 +596,7 @@ def test_prompts_that_are_streamed_in_long_chunks(n_tokens: int, sizes: list[int
         model.tuning.use(LayerTimes(Seconds(0.0, 0.01), Seconds(0.5, 1.0), Seconds(0.0, 0.01), 6.0))
         assert model.tuning.threshold == 6 and model.chunks(n_tokens) == sizes
         ways = [model.tuning.choose(n)[0] for n in sizes]
-        assert ways == [Way.STREAM if n >= 6 else Way.PREFILL for n in sizes]
+        assert ways == [Mode.STREAM if n >= 6 else Mode.PREFILL for n in sizes]
         told: list[int] = []
         found = on_gpu.session("off").advance(ids, lambda done, total: told.append(done))
         assert told == np.cumsum(sizes).tolist()

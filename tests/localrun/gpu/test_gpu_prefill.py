@@ -11,11 +11,11 @@ import pytest
 import tiny_models
 import torch
 
-from localrun.cpu.bridge import PrefillExperts
-from localrun.cpu.weights import Weights
+from localrun.cpu.weights import LayerWeights
 from localrun.errors import LocalrunError
 from localrun.gguf.file import open_gguf
 from localrun.gpu.device import StandIn
+from localrun.gpu.host_experts import PrefillExperts
 from localrun.gpu.prefill import (
     LayerTimes,
     Seconds,
@@ -163,7 +163,7 @@ class Network:
     def __init__(self, pools: tuple[Pool, Pool], device: StandIn) -> None:
         self.file = open_gguf(tiny_models.shared("v3"))
         self.config = read_config(self.file)
-        self.model = Model(self.config, Weights(self.file, pools[1]))
+        self.model = Model(self.config, LayerWeights(self.file, pools[1]))
         self.experts = PrefillExperts(device, pools[0])
         self.ids = torch.arange(1, 60)
 

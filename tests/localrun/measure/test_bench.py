@@ -20,7 +20,7 @@ from cli.main import run as command
 from localrun.errors import LocalrunError
 from localrun.gguf.file import open_gguf
 from localrun.measure import bench
-from localrun.measure.llama_cpp_compare import LlamaCpp
+from localrun.measure.llama_cpp_compare import LlamaCppRunner
 from localrun.models import summary
 from localrun.models.config import read_config
 
@@ -145,16 +145,16 @@ def test_the_map_is_read_in_whole(engine: Any) -> None:
 def test_llama_cpp_runs_the_same_file(variant: str) -> None:
     path = tiny_models.shared(variant, type="Q8_0")
     with open_gguf(path) as file:
-        peer = LlamaCpp(file, 2, 40)
-        peer.prompt([1, 2, 3] * 13)
-        seconds = peer.generate([1, 2, 3, 4, 5])
+        runner = LlamaCppRunner(file, 2, 40)
+        runner.prompt([1, 2, 3] * 13)
+        seconds = runner.generate([1, 2, 3, 4, 5])
         assert len(seconds) == 5 and min(seconds) > 0
-        assert set(peer.description["flash_attention"]) == {"prompt", "generation"}
+        assert set(runner.description["flash_attention"]) == {"prompt", "generation"}
         time.sleep(bench.IDLE_S)
         before = time.process_time()
         time.sleep(0.2)
         assert time.process_time() - before < 0.1  # its threads sleep: one that spun would use all of the 0.2 s
-        peer.close()
+        runner.close()
 
 
 def test_command_json_against_llama_cpp(capsys: pytest.CaptureFixture[str]) -> None:

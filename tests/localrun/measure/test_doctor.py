@@ -13,11 +13,11 @@ import pytest
 from cli.main import run as command
 from localrun import hardware
 from localrun.bundled import model_path
-from localrun.gpu import available
-from localrun.gpu.available import Gpu, NoGpu
 from localrun.hardware import NumaNode
 from localrun.measure import doctor
 from localrun.measure.doctor import Finding
+from localrun.placement import available
+from localrun.placement.available import Gpu, NoGpu
 
 NAMES = [
     *["python", "packages", "cpu", "cores", "load", "numa", "ram", "huge pages", "kernel cache", "memory", "gpu"],

@@ -16,13 +16,12 @@ import localrun
 from cli.main import run
 from localrun.errors import GGUFError
 from localrun.gguf.file import open_gguf
-from localrun.gpu import available
-from localrun.gpu.available import Gpu
 from localrun.measure import imatrix
 from localrun.models.config import read_config
 from localrun.models.expert_counts import read_usage
-from localrun.placement import devices
-from localrun.placement.devices import Where
+from localrun.placement import available, devices
+from localrun.placement.available import Gpu
+from localrun.placement.devices import DeviceRequest
 from localrun.placement.placement import GPU, Placement
 
 N_CTX = 20
@@ -68,7 +67,7 @@ def placed(monkeypatch: pytest.MonkeyPatch, free: int, **where: object) -> Place
     card = Gpu("Acme 5000", (8, 9), 24 * GIB, free, "570.86", "12.8")
     monkeypatch.setattr(available, "find", lambda: card)
     with open_gguf(tiny_models.shared("v3")) as file:
-        return devices.choose(Where("cuda", **where), file, read_config(file), 64, False, pytest.fail)
+        return devices.choose(DeviceRequest("cuda", **where), file, read_config(file), 64, False, pytest.fail)
 
 
 def test_the_most_used_experts_go_to_the_gpu(collected: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,6 +161,6 @@ def test_an_option_without_effect_says_so(collected: Path, monkeypatch: pytest.M
     notices: list[str] = []
     monkeypatch.setattr(available, "card", lambda: "")
     with open_gguf(tiny_models.shared("v3")) as file:
-        where = Where(expert_usage=collected)
+        where = DeviceRequest(expert_usage=collected)
         assert devices.choose(where, file, read_config(file), 64, False, notices.append).device == "cpu"
     assert len(notices) == 1 and "--expert-usage" in notices[0] and "no effect" in notices[0]

@@ -9,7 +9,7 @@ from paths import DATA
 
 from localrun.bundled import model_path
 from localrun.gguf.file import open_gguf
-from localrun.models.summary import facts, group_of
+from localrun.models.summary import group_of, summary_of
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_a_file_of_another_architecture(tmp_path: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
     with open_gguf(path) as file:
-        found = facts(file)
+        found = summary_of(file)
     assert (found["architecture"], found["native"], found["config"], found["kv_bytes_per_token"]) == (
         "mamba2",
         False,
@@ -78,7 +78,7 @@ def test_a_file_of_another_architecture(tmp_path: Path) -> None:
 def test_the_demo_model() -> None:
     """Against its model card: 135 million parameters, 30 layers, 3 key-value heads of 64."""
     with open_gguf(model_path("smollm2")) as file:
-        found = facts(file)
+        found = summary_of(file)
     assert found["native"] and found["parameters"] == 134_515_008
     assert found["kv_bytes_per_token"] == 30 * 3 * (64 + 64) * 2
     assert sum(group["bytes"] for group in found["groups"].values()) == found["tensor_bytes"]
@@ -87,5 +87,5 @@ def test_the_demo_model() -> None:
 def test_a_file_without_tensors() -> None:
     path = DATA / "vocab" / "ggml-vocab-gpt-2.gguf"
     with open_gguf(path) as file:
-        found = facts(file)
+        found = summary_of(file)
     assert (found["parameters"], found["bits_per_weight"], found["tensors"]) == (0, None, [])

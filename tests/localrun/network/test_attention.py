@@ -14,7 +14,7 @@ import tiny_models
 import torch
 
 from localrun.cpu.bridge import Attend
-from localrun.cpu.weights import Weights
+from localrun.cpu.weights import LayerWeights
 from localrun.gguf.file import open_gguf
 from localrun.models.config import Config, RopeScaling, read_config
 from localrun.network import attention
@@ -61,7 +61,7 @@ def latent(pool: Pool, variant: str, type_: str = "F32") -> tuple[LatentAttentio
     path = tiny_models.shared(variant, type=type_)
     file = open_gguf(path)
     config = read_config(file)
-    module = LatentAttention(config, Weights(file, pool), 0, Rope(config))
+    module = LatentAttention(config, LayerWeights(file, pool), 0, Rope(config))
     cache = Cache(1, (config.kv_lora_rank + config.qk_rope_head_dim,), N_TOKENS, np.float32)
     return module, cache, naive.Naive(path)
 
@@ -98,7 +98,7 @@ def test_latent_attention_in_chunks(
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys and values of one head at a time."""
-    monkeypatch.setattr(attention, "_WORK_BYTES", 1)
+    monkeypatch.setattr(attention, "ATTENTION_WORK_BYTES", 1)
 
 
 @pytest.mark.parametrize("absorbing", [True, False], ids=["absorbed", "decompressed"])

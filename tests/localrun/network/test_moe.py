@@ -14,7 +14,7 @@ import tiny_models
 import torch
 from routers import CONFIG
 
-from localrun.cpu.weights import Weights
+from localrun.cpu.weights import LayerWeights
 from localrun.gguf.file import GGUFFile, open_gguf
 from localrun.models.config import Config, read_config
 from localrun.network.moe import MLP, MoE, choose_experts
@@ -178,7 +178,7 @@ def test_mixture(pool: Pool, variant: str, n_tokens: int) -> None:
     model.margins = np.full(n_tokens, np.inf)
     expected = model._moe(x_TD.astype(np.float64), weights)
     assert model.margins.min() > 1e-6  # or rounding decides
-    assert_close(MoE(config, Weights(file, pool), index).begin(torch.from_numpy(x_TD))(), expected)
+    assert_close(MoE(config, LayerWeights(file, pool), index).begin(torch.from_numpy(x_TD))(), expected)
 
 
 @pytest.mark.parametrize("n_tokens", [1, 40])
@@ -186,5 +186,5 @@ def test_mixture(pool: Pool, variant: str, n_tokens: int) -> None:
 def test_dense_layer(pool: Pool, variant: str, n_tokens: int) -> None:
     model, weights, config, file = layer(variant, 0)
     x_TD = np.random.default_rng(n_tokens).standard_normal((n_tokens, config.hidden_size), dtype=np.float32)
-    found = MLP(Weights(file, pool), 0, "mlp")(torch.from_numpy(x_TD))
+    found = MLP(LayerWeights(file, pool), 0, "mlp")(torch.from_numpy(x_TD))
     assert_close(found, model._mlp(x_TD.astype(np.float64), weights, ""))

@@ -19,11 +19,10 @@ from cli.main import run
 from localrun.cpu.model import NativeModel
 from localrun.errors import LocalrunError
 from localrun.gguf.file import open_gguf
-from localrun.gpu import available
-from localrun.gpu.available import Gpu, NoGpu
 from localrun.models.config import read_config
-from localrun.placement import devices
-from localrun.placement.devices import Where, choose
+from localrun.placement import available, devices
+from localrun.placement.available import Gpu, NoGpu
+from localrun.placement.devices import DeviceRequest, choose
 from localrun.placement.placement import Placement, gib
 
 GIB = 1 << 30
@@ -58,7 +57,7 @@ def chosen(variant: str = "v3-nextn", ctx: int = 64, drafts: bool = False, **whe
     """The placement and the notices."""
     notices: list[str] = []
     with open_gguf(tiny_models.shared(variant)) as file:
-        return choose(Where(**where), file, read_config(file), ctx, drafts, notices.append), notices
+        return choose(DeviceRequest(**where), file, read_config(file), ctx, drafts, notices.append), notices
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])
@@ -161,7 +160,7 @@ def test_what_has_not_been_measured_is_not_chosen(
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(LocalrunError, match=re.escape(message)):
-        Where(**options)
+        DeviceRequest(**options)
 
 
 def test_too_many_experts(gpu: ModuleType) -> None:
@@ -214,7 +213,7 @@ def test_the_table_comes_before_loading(gpu: ModuleType, capsys: pytest.CaptureF
     assert bench("-v", "--json", "--vram", "2") == 0
     out, err = capsys.readouterr()
     document, placement = json.loads(out), gpu.placement
-    assert document["device"] == "cuda" and document["placement"] == json.loads(json.dumps(placement.facts()))
+    assert document["device"] == "cuda" and document["placement"] == json.loads(json.dumps(placement.document()))
     assert "fraction_of_read" not in document  # of RAM: most weights are not there
     lines = err.splitlines()
     loaded = next(i for i, line in enumerate(lines) if "loaded in" in line)

@@ -346,7 +346,7 @@ def golden(name: str) -> dict[str, Any]:
     tables, drafts = {}, shape(name).config.num_nextn_predict_layers > 0
     for card in CARDS:
         asked = request(name, ctx=8192, vram=int(card * GIB - DRIVER), mtp=drafts)
-        tables[f"{card} GB"] = lay_out(asked).facts() | {"refusal": refusal(asked) or None}
+        tables[f"{card} GB"] = lay_out(asked).document() | {"refusal": refusal(asked) or None}
     return tables
 
 

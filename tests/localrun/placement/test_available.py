@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from localrun.gpu import available
-from localrun.gpu.available import Gpu, NoGpu
+from localrun.placement import available
+from localrun.placement.available import Gpu, NoGpu
 
 GIB = 1 << 30
 missing_to_build = available._missing_to_build
@@ -175,7 +175,7 @@ def test_a_missing_library_is_no_driver(monkeypatch: pytest.MonkeyPatch) -> None
 def test_looking_for_a_gpu_is_cheap() -> None:
     """Without a driver neither torch nor Triton is imported, nor anything that takes time."""
     code = (
-        "import sys\nfrom localrun.gpu import available\n"
+        "import sys\nfrom localrun.placement import available\n"
         "available._driver_library = lambda: None\nprint(available.find())\n"
         "print([n for n in ('torch', 'triton', 'numba', 'numpy') if n in sys.modules])"
     )

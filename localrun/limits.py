@@ -1,0 +1,12 @@
+"""How much is done at a time: bounds on work memory, which placement reckons with and whoever works keeps to."""
+
+PREFILL_CHUNK = 512  # tokens of a prompt evaluated at a time: enough to use the cores well, and a bound on work memory
+# Keys and values that attention rebuilds at a time: heads are handled in groups that fit.
+ATTENTION_WORK_BYTES = 1 << 26
+GPU_ATTENTION_WORK_BYTES = 1 << 28  # fills the largest card with 512 tokens of V3
+
+
+def cut(n_tokens: int, size: int | None = None) -> list[int]:
+    """Pieces of n_tokens: of a size, PREFILL_CHUNK unless given, and what is left."""
+    size = PREFILL_CHUNK if size is None else size
+    return [min(size, n_tokens - first) for first in range(0, n_tokens, size)]

@@ -1,0 +1,102 @@
+"""What the network asks of its weights: modules by GGUF name, wherever they run.
+
+localrun.cpu.weights and localrun.gpu.weights provide them. Letters: T tokens, G groups (attention heads), E experts,
+K experts per token, D hidden_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from localrun.models.config import Config
+
+Module = Callable[[torch.Tensor], torch.Tensor]
+Finish = Callable[[], torch.Tensor]
+
+
+class HeadLinear(Protocol):
+    """One matrix a head: W (G, out, in).
+
+    Attributes:
+        may_expand: whether dense() may be asked for: not where the matrices' inputs are to be observed.
+    """
+
+    may_expand: bool
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """float32 (T, G, in) -> (T, G, out): W[g] x[t, g]."""
+
+    def transposed(self, x: torch.Tensor) -> torch.Tensor:
+        """float32 (T, G, out) -> (T, G, in): W[g]^T x[t, g]."""
+
+    def dense(self, first: int, count: int) -> torch.Tensor:
+        """float32 (count, out, in): the matrices of heads first..first+count."""
+
+
+class RoutedExperts(Protocol):
+    """The routed experts of a layer, of one kind or another: here or elsewhere, at once or meanwhile."""
+
+    def begin(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Finish:
+        """Start on float32 (T, D) with int64 (T, K) and float32 (T, K); an id of -1 is an expert that is not here.
+
+        Returns: what waits for the weighted sum, float32 (T, D), and gives it.
+        """
+
+
+class Attend(Protocol):
+    """softmax(scale * q k^T) v of the last T of S tokens; each sees itself and those before."""
+
+    def __call__(
+        self,
+        parts: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        v_SGV: torch.Tensor,
+        scale: float,
+        out_THV: torch.Tensor,
+    ) -> None:
+        """Write out_THV. parts: queries (T, H, d) and keys (S, G, d) or (S, 1, d), whose products are added."""
+
+
+class WeightSource(Protocol):
+    """A model's tensors as modules.
+
+    Attributes:
+        attend: of attention in torch; a device's attention has its own, and never asks for it.
+    """
+
+    attend: Attend
+
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor of this name."""
+
+    def array(self, name: str) -> np.ndarray:
+        """A 1-D tensor on the host, float32."""
+
+    def vector(self, name: str) -> torch.Tensor:
+        """A 1-D tensor, float32."""
+
+    def embedding(self, name: str) -> Module:
+        """Rows by token id: int64 (T,) -> float32 (T, D)."""
+
+    def linear(self, name: str) -> Module:
+        """A matrix (out, in): float32 (T, in) -> (T, out)."""
+
+    def heads(self, name: str) -> HeadLinear:
+        """One matrix a head, (H, out, in)."""
+
+    def split_heads(self, name: str, n_heads: int, rows: tuple[int, int]) -> tuple[HeadLinear, HeadLinear]:
+        """A matrix of n_heads * sum(rows) rows as two: each head's first rows[0] rows, and its last rows[1]."""
+
+    def joined_mlp(self, gate: str, up: str, down: str) -> Module | None:
+        """down(silu(gate x) * up x) of the three matrices in one call, where there is one: (T, D) -> (T, D)."""
+
+    def experts(self, index: int) -> RoutedExperts:
+        """The routed experts of layer `index`."""
+
+    def choose_experts(
+        self, logits: torch.Tensor, bias: torch.Tensor | None, config: Config
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids (T, K) and weights (T, K) by the router's logits (T, E): localrun.network.moe.choose_experts."""

@@ -1,0 +1,113 @@
+"""What the parts of a running program ask of each other: an engine of its model, sessions and drafts of their engine.
+
+Models are cpu.model.NativeModel, gpu.hybrid.HybridModel and backends.llama_cpp.LlamaCppModel; the engine is
+engine.Engine. Letters: T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from localrun.gguf.file import GGUFFile
+from localrun.text.tokenizer import Tokenizer
+
+
+class KVCache(Protocol):
+    """What a model keeps of the tokens of one text, in memory of its own."""
+
+    @property
+    def length(self) -> int:
+        """Tokens that it holds."""
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens from `length` on; all there are, where the model can't forget a part."""
+
+    def save(self) -> dict[str, np.ndarray]:
+        """The content as named arrays, for a file."""
+
+    def load(self, tensors: dict[str, np.ndarray], length: int) -> None:
+        """Take over what save() gave for `length` tokens. Raises LocalrunError if it is something else, or too long."""
+
+
+class MTPHead(Protocol):
+    """A model's head for multi-token prediction."""
+
+    def new_cache(self, capacity: int) -> KVCache:
+        """An empty cache for up to `capacity` positions."""
+
+    def forward(self, next_ids: Sequence[int], hidden: np.ndarray, cache: KVCache) -> tuple[np.ndarray, np.ndarray]:
+        """Evaluate positions after the cache's: the last one's logits (1, vocab) and what to go on from, (1, D).
+
+        Args:
+            next_ids: T tokens, each behind its position.
+            hidden: float32 (T, hidden_size), what the model's head reads at these positions.
+        """
+
+
+class Model(Protocol):
+    """Token ids in, logits out.
+
+    Attributes:
+        vocab_size: logits a token.
+        mtp: the head for multi-token prediction; None if there is none.
+    """
+
+    vocab_size: int
+
+    @property
+    def mtp(self) -> MTPHead | None: ...
+
+    def new_cache(self, capacity: int, exact: bool = False) -> KVCache:
+        """An empty cache for at least `capacity` tokens; if exact, of 32-bit values where there is the choice."""
+
+    def can_forget(self) -> bool:
+        """Whether caches can drop their last tokens alone, as drafts need it."""
+
+    def chunks(self, n_tokens: int) -> list[int]:
+        """How many of a prompt's n_tokens to evaluate at a time."""
+
+    def forward(self, ids: Sequence[int], cache: KVCache, all_logits: bool = False) -> np.ndarray:
+        """Evaluate ids after the cache's tokens; the cache then holds them too.
+
+        Returns: float32 (T, vocab) logits with all_logits, else (1, vocab), those of the last token.
+        Raises: ContextFullError, the cache has no room for them.
+        """
+
+    def close(self) -> None:
+        """Free what it holds; its caches can't be used afterwards."""
+
+
+class MTPModel(Model, Protocol):
+    """One that has such a head.
+
+    Attributes:
+        keep_hidden: whether forward() is to leave `hidden` behind.
+        hidden: float32 (T, hidden_size), what the head reads (after the final norm) of the last forward()'s tokens.
+    """
+
+    keep_hidden: bool
+    hidden: np.ndarray
+
+
+class Runner(Protocol):
+    """An engine, as sessions and drafts see it.
+
+    Attributes:
+        backend: whose code runs the model: a saved session is good for that alone.
+        ctx: tokens that a session can hold.
+    """
+
+    file: GGUFFile
+    model: Model
+    tokenizer: Tokenizer
+    backend: str
+    ctx: int
+
+    def new_cache(self) -> KVCache:
+        """An empty cache for ctx tokens."""
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raises LocalrunError unless there are ids and the model knows them all."""
