@@ -1,6 +1,7 @@
 """localrun bench: how fast a model runs here, and how near that is to what the memory allows."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,35 +14,31 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-class Peer(str, Enum):
+class Against(str, Enum):
     """Who else runs the same file."""
 
     llama_cpp = "llama.cpp"
 
 
+@options.takes(
+    load=options.LoadOptions(backend=options.BackendChoice.native, speculative="off"), without=("ctx", "backend")
+)
 def bench(
     model: options.Model = None,
     n_prompt: Annotated[int, typer.Option("-p", "--n-prompt", help="Tokens of prompt; 0 to leave it out.")] = 512,
     n_tokens: Annotated[int, typer.Option("-n", "--n-tokens", help="Tokens to generate; 0 to leave it out.")] = 128,
     repetitions: Annotated[int, typer.Option("-r", "--repetitions", help="How often; a warm-up comes first.")] = 3,
-    device: options.Device = options.DeviceChoice.auto,
-    vram: options.Vram = None,
-    gpu_experts: options.GpuExperts = "auto",
-    expert_usage: options.ExpertUsage = None,
-    cache_bits: options.CacheBitsChoice = options.CacheBits.sixteen,
-    repack: options.Repack = False,
-    threads: options.Threads = None,
-    speculative: options.Speculative = "off",
-    draft: options.Draft = None,
+    *,
+    load: options.LoadOptions,
     against: Annotated[
-        Peer | None,
+        Against | None,
         typer.Option("--against", help="Run the same file there too, in turn with ours.", show_default=False),
     ] = None,
     as_json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Measure tokens a second of a prompt (pp) and of generation (tg), and memory bandwidth."""
-    from cli.model import open_model, placement_facts
+    from cli.model import open_model, placement_document
     from localrun.bundled import model_path
     from localrun.gguf.file import open_gguf
     from localrun.measure.bench import Settings, run
@@ -51,21 +48,19 @@ def bench(
     settings.check()
     with open_gguf(model_path(model)) as file:  # before kernels are compiled for nothing
         settings.check_fits(read_config(file))
-    backend, gpu = options.BackendChoice.native, (vram, gpu_experts, expert_usage, cache_bits)
     with ExitStack() as stack:
-        opened = open_model(model, device, threads, settings.ctx, backend, verbose, speculative, draft, *gpu, repack)
-        engine = stack.enter_context(opened)
-        peer = None
+        engine = stack.enter_context(open_model(model, replace(load, ctx=settings.ctx), verbose))
+        other = None
         if against is not None:
             from localrun.measure.llama_cpp_compare import LlamaCppRunner
 
             note("loading the file into llama.cpp, which may take minutes where it repacks weights")
-            peer = LlamaCppRunner(engine.file, engine.threads, settings.ctx)
-            stack.callback(peer.close)
+            other = LlamaCppRunner(engine.file, engine.threads, settings.ctx)
+            stack.callback(other.close)
             if verbose:
-                note(f"llama.cpp: {', '.join(f'{name} {value}' for name, value in peer.description.items())}")
+                note(f"llama.cpp: {', '.join(f'{name} {value}' for name, value in other.description.items())}")
         with progress_bar() as report:
-            document = run(engine, settings, peer, report) | {"placement": placement_facts(engine)}
+            document = run(engine, settings, other, report) | {"placement": placement_document(engine)}
     if as_json:
         print_json(document)
     else:

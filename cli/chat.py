@@ -12,28 +12,15 @@ if TYPE_CHECKING:
     from cli.conversation import Conversation
 
 
+@options.takes(sampling=options.SamplingOptions(), load=options.LoadOptions())
 def chat(
     model: options.Model = None,
     n_tokens: options.NTokens = -1,
     system: options.System = None,
     stop: options.Stop = None,
-    temp: options.Temperature = None,
-    top_k: options.TopK = None,
-    top_p: options.TopP = None,
-    min_p: options.MinP = None,
-    repeat_penalty: options.RepeatPenalty = None,
-    seed: options.Seed = None,
-    device: options.Device = options.DeviceChoice.auto,
-    vram: options.Vram = None,
-    gpu_experts: options.GpuExperts = "auto",
-    expert_usage: options.ExpertUsage = None,
-    cache_bits: options.CacheBitsChoice = options.CacheBits.sixteen,
-    repack: options.Repack = False,
-    threads: options.Threads = None,
-    ctx: options.Ctx = None,
-    backend: options.Backend = options.BackendChoice.auto,
-    speculative: options.Speculative = "auto",
-    draft: options.Draft = None,
+    *,
+    sampling: options.SamplingOptions,
+    load: options.LoadOptions,
     verbose: options.Verbose = False,
 ) -> None:
     """Chat with a model; /help lists the commands.
@@ -46,13 +33,10 @@ def chat(
     from cli.repl import Repl
 
     limit = max_tokens(n_tokens)
-    given = given_sampling(
-        temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p, repeat_penalty=repeat_penalty, seed=seed
-    )
+    given = given_sampling(sampling)
     if system is not None:
         system = check_text(system, "the system message")
-    gpu = vram, gpu_experts, expert_usage, cache_bits
-    with open_model(model, device, threads, ctx, backend, verbose, speculative, draft, *gpu, repack) as engine:
+    with open_model(model, load, verbose) as engine:
         conversation = Conversation(engine, sampling_for(engine, given), system, stop or [], limit)
         _banner(conversation)
         on_terminal = sys.stdin.isatty() and sys.stdout.isatty()

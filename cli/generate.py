@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from localrun.generate.session import Session, Stats
 
 
+@options.takes(sampling=options.SamplingOptions(), load=options.LoadOptions())
 def generate(
     model: options.Model = None,
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", metavar="TEXT", help="The prompt.")] = None,
@@ -26,23 +27,9 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     system: options.System = None,
     stop: options.Stop = None,
-    temp: options.Temperature = None,
-    top_k: options.TopK = None,
-    top_p: options.TopP = None,
-    min_p: options.MinP = None,
-    repeat_penalty: options.RepeatPenalty = None,
-    seed: options.Seed = None,
-    device: options.Device = options.DeviceChoice.auto,
-    vram: options.Vram = None,
-    gpu_experts: options.GpuExperts = "auto",
-    expert_usage: options.ExpertUsage = None,
-    cache_bits: options.CacheBitsChoice = options.CacheBits.sixteen,
-    repack: options.Repack = False,
-    threads: options.Threads = None,
-    ctx: options.Ctx = None,
-    backend: options.Backend = options.BackendChoice.auto,
-    speculative: options.Speculative = "auto",
-    draft: options.Draft = None,
+    *,
+    sampling: options.SamplingOptions,
+    load: options.LoadOptions,
     as_json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -55,21 +42,19 @@ def generate(
     if raw and system is not None:
         raise typer.BadParameter("--system needs the chat template, which --raw leaves out")
     limit = max_tokens(n_tokens)
-    seed = secrets.randbelow(2**32) if seed is None else seed  # drawn here, so that --json can tell it
-    given = given_sampling(
-        temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p, repeat_penalty=repeat_penalty, seed=seed
-    )
+    if sampling.seed is None:  # drawn here, so that --json can tell it
+        sampling = dataclasses.replace(sampling, seed=secrets.randbelow(2**32))
+    given = given_sampling(sampling)
     text = _prompt(prompt, file)
     started = time.perf_counter()
-    gpu = vram, gpu_experts, expert_usage, cache_bits
-    with open_model(model, device, threads, ctx, backend, verbose, speculative, draft, *gpu, repack) as engine:
+    with open_model(model, load, verbose) as engine:
         load_s = time.perf_counter() - started
         ids = _prompt_ids(engine, text, system, raw)
-        sampling, session = sampling_for(engine, given), engine.session()
-        pieces = stream(session, ids, sampling, limit, stop or [])
+        chosen, session = sampling_for(engine, given), engine.session()
+        pieces = stream(session, ids, chosen, limit, stop or [])
         if as_json:
             reply = "".join(pieces)
-            print_json(_document(engine, session, reply, load_s, dataclasses.asdict(sampling)))
+            print_json(_document(engine, session, reply, load_s, dataclasses.asdict(chosen)))
             return
         _print(pieces)
         if session.finish_reason == "context":
@@ -140,13 +125,13 @@ def _print(pieces: Any) -> None:
 def _document(
     engine: "Engine", session: "Session", text: str, load_s: float, sampling: dict[str, Any]
 ) -> dict[str, Any]:
-    from cli.model import placement_facts
+    from cli.model import placement_document
 
     stats = session.stats
     return {
         **engine.describe(),
         "path": str(engine.file.path),
-        "placement": placement_facts(engine),
+        "placement": placement_document(engine),
         "text": text,
         "ids": session.reply_ids,
         "finish_reason": session.finish_reason,

@@ -39,8 +39,10 @@ def imatrix(
     text = read_text(file)
     if not text:
         raise LocalrunError(f"{file}: is empty")
-    cpu, native = options.DeviceChoice.cpu, options.BackendChoice.native
-    with open_model(model, cpu, threads, chunk, native, verbose) as engine:
+    load = options.LoadOptions(
+        options.DeviceChoice.cpu, threads=threads, ctx=chunk, backend=options.BackendChoice.native, speculative="off"
+    )
+    with open_model(model, load, verbose) as engine:
         started = time.perf_counter()
         with progress_bar() as report:
             result = collect(engine, engine.tokenizer.encode(text), chunk, chunks, _progress(report, started))

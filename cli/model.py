@@ -3,12 +3,11 @@
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import localrun
-from cli.options import BackendChoice, CacheBits, DeviceChoice
+from cli.options import LoadOptions, SamplingOptions
 from cli.output import note, progress_bar, size
 from localrun.bundled import model_path
 
@@ -19,37 +18,23 @@ if TYPE_CHECKING:
     from localrun.placement.placement import Placement
 
 
-def open_model(
-    model: str | None,
-    device: DeviceChoice,
-    threads: int | None,
-    ctx: int | None,
-    backend: BackendChoice,
-    verbose: bool = False,
-    speculative: str = "off",
-    draft: str | None = None,
-    vram: float | None = None,
-    gpu_experts: str = "auto",
-    expert_usage: Path | None = None,
-    cache_bits: CacheBits = CacheBits.sixteen,
-    repack: bool = False,
-) -> "Engine":
+def open_model(model: str | None, options: LoadOptions, verbose: bool = False) -> "Engine":
     """The loaded model; with verbose, what goes where and what runs, on stderr."""
-    path, draft_path = model_path(model), None if draft is None else model_path(draft)
+    path, draft_path = model_path(model), None if options.draft is None else model_path(options.draft)
     started = time.perf_counter()
     with progress_bar() as report:
         engine = localrun.load(
             path,
-            device=device.value,
-            threads=threads,
-            ctx=ctx,
-            backend=backend.value,
-            vram=vram,
-            gpu_experts=gpu_experts,
-            expert_usage=expert_usage,
-            cache_bits=int(cache_bits.value),
-            repack=repack,
-            speculative=speculative,
+            device=options.device.value,
+            threads=options.threads,
+            ctx=options.ctx,
+            backend=options.backend.value,
+            vram=options.vram,
+            gpu_experts=options.gpu_experts,
+            expert_usage=options.expert_usage,
+            cache_bits=int(options.cache_bits.value),
+            repack=options.repack,
+            speculative=options.speculative,
             draft=draft_path,
             progress=report,
             notice=note,
@@ -61,7 +46,7 @@ def open_model(
     return engine
 
 
-def placement_facts(engine: "Engine") -> dict[str, Any] | None:
+def placement_document(engine: "Engine") -> dict[str, Any] | None:
     """What is where, for --json."""
     return engine.placement.document() if engine.placement else None
 
@@ -80,9 +65,9 @@ def sampling_for(engine: "Engine", given: dict[str, Any]) -> "Sampling":
     return replace(localrun.Sampling.recommended(engine.file.metadata), **given)
 
 
-def given_sampling(**options: Any) -> dict[str, Any]:
+def given_sampling(options: SamplingOptions) -> dict[str, Any]:
     """The sampling options the user gave. Raises LocalrunError on a wrong one, before anything is loaded."""
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in asdict(options).items() if value is not None}
     localrun.Sampling(**given)
     return given
 

@@ -1,8 +1,15 @@
-"""The arguments and options that commands share, declared once. localrun, which uses the values, checks them."""
+"""The arguments and options that commands share, declared once. localrun, which uses the values, checks them.
 
+Those that go together are fields of a dataclass: LoadOptions, SamplingOptions. A command takes one of them as a
+parameter, and takes() declares its fields to typer in that place.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -133,3 +140,66 @@ File = Annotated[
     str | None,
     typer.Option("-f", "--file", metavar="FILE", help="Read it from a file, - for stdin.", show_default=False),
 ]
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is opened: localrun.load's options."""
+
+    device: Device = DeviceChoice.auto
+    vram: Vram = None
+    gpu_experts: GpuExperts = "auto"
+    expert_usage: ExpertUsage = None
+    cache_bits: CacheBitsChoice = CacheBits.sixteen
+    repack: Repack = False
+    threads: Threads = None
+    ctx: Ctx = None
+    backend: Backend = BackendChoice.auto
+    speculative: Speculative = "auto"
+    draft: Draft = None
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """What of localrun.Sampling the user may set; None for what the model recommends."""
+
+    temperature: Temperature = None
+    top_k: TopK = None
+    top_p: TopP = None
+    min_p: MinP = None
+    repeat_penalty: RepeatPenalty = None
+    seed: Seed = None
+
+
+def takes(*, without: tuple[str, ...] = (), **groups: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator of commands: declares a dataclass's fields as options, in place of the parameter that gets it.
+
+    Args:
+        without: fields that are no options of this command; they keep their values.
+        groups: parameter -> its value if the user gives no option.
+    """
+
+    def declared(parameter: inspect.Parameter) -> Iterator[inspect.Parameter]:
+        if parameter.name not in groups:
+            yield parameter.replace(kind=parameter.KEYWORD_ONLY)
+            return
+        group = groups[parameter.name]
+        for field in fields(group):
+            if field.name not in without:
+                default = getattr(group, field.name)
+                yield parameter.replace(name=field.name, default=default, annotation=field.type)
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        parameters = inspect.signature(command).parameters.values()
+
+        def run(**given: Any) -> None:
+            for name, group in groups.items():
+                own = {field.name: given.pop(field.name) for field in fields(group) if field.name in given}
+                given[name] = replace(group, **own)
+            command(**given)
+
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__signature__ = inspect.Signature([option for each in parameters for option in declared(each)])
+        return run
+
+    return decorate

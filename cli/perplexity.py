@@ -2,6 +2,7 @@
 
 import sys
 import time
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -12,6 +13,7 @@ from cli.text import read_text
 from localrun.errors import LocalrunError
 
 
+@options.takes(load=options.LoadOptions(speculative="off"), without=("ctx", "speculative", "draft"))
 def perplexity(
     model: options.Model = None,
     file: Annotated[str, typer.Option("-f", "--file", metavar="FILE", help="The text, - for stdin.")] = ...,
@@ -19,30 +21,23 @@ def perplexity(
     chunks: Annotated[
         int | None, typer.Option("--chunks", metavar="N", help="Only the first N chunks.", show_default=False)
     ] = None,
-    device: options.Device = options.DeviceChoice.auto,
-    vram: options.Vram = None,
-    gpu_experts: options.GpuExperts = "auto",
-    expert_usage: options.ExpertUsage = None,
-    cache_bits: options.CacheBitsChoice = options.CacheBits.sixteen,
-    repack: options.Repack = False,
-    threads: options.Threads = None,
-    backend: options.Backend = options.BackendChoice.auto,
+    *,
+    load: options.LoadOptions,
     as_json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Measure how well the model predicts a text: perplexity, as llama.cpp computes it."""
-    from cli.model import open_model, placement_facts
+    from cli.model import open_model, placement_document
     from localrun.measure.perplexity import perplexity as compute
 
     text = read_text(file)
     if not text:
         raise LocalrunError(f"{file}: is empty")
-    gpu = vram, gpu_experts, expert_usage, cache_bits
-    with open_model(model, device, threads, chunk, backend, verbose, "off", None, *gpu, repack) as engine:
+    with open_model(model, replace(load, ctx=chunk), verbose) as engine:
         ids = engine.tokenizer.encode(text)
         eta = _Eta()
         result = compute(engine, ids, chunk, chunks, eta.show)
-        facts = engine.describe() | {"placement": placement_facts(engine)}
+        facts = engine.describe() | {"placement": placement_document(engine)}
     if as_json:
         print_json(
             facts
