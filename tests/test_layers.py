@@ -165,6 +165,23 @@ def test_rooms_import_what_the_contract_allows(package: str) -> None:
     assert set(wrong) <= set(EXCEPTIONS[package])
 
 
+def test_circles_and_floors_are_counted(tmp_path: Path) -> None:
+    """Of four modules in two folders: a and b import each other, one for its types and one in a function."""
+    sources = {
+        "low/c.py": "import sys\n",
+        "low/b.py": "def f():\n    from package.high import a\n",
+        "high/a.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from package.low.b import f\n",
+        "high/d.py": "import package.high.a\nfrom package.low import b, c\n",
+    }
+    for name, source in sources.items():
+        (tmp_path / "package" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "package" / name).write_text(source)
+    graph = GRAPH["import_graph"](GRAPH["modules_of"](tmp_path, ("package",)))
+    assert GRAPH["circles"](graph) == [["package.high.a", "package.low.b"]]
+    assert GRAPH["rooms"](graph) == {"package.low": {"package.high"}, "package.high": {"package.low"}}
+    assert (sum(map(len, graph.values())), GRAPH["floors"](graph)) == (5, 2)
+
+
 def test_no_circles() -> None:
     """Neither of modules, nor, which the contract leaves no room for, of folders."""
     graph = import_graph(*FORBIDDEN)

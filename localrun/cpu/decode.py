@@ -1,7 +1,7 @@
 """Decoding a few tokens in one call: a model's tensors laid out as phases that the workers run without Python or torch.
 
-The network itself is model.py, for any number of tokens; this is the same arithmetic over the same weights and caches,
-and is tested against it.
+The network itself is network/model.py, for any number of tokens; this is the same arithmetic over the same weights and
+caches, and is tested against it.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Routed experts with 16 rows side by side (tensor_types.py), made at load: --repack. The file stays as it is.
+"""Routed experts with 16 rows side by side (gguf/types.py), made at load: --repack. The file stays as it is.
 
 The copies are in RAM of their own; the pages of the map that they were made from are let go.
 """

@@ -84,7 +84,7 @@ class Model:
 
 
 class MTPBlock:
-    """The head for multi-token prediction, as mtp.py has it: many tokens at once."""
+    """The head for multi-token prediction, as cpu/mtp.py has it: many tokens at once."""
 
     def __init__(self, config: Config, weights: WeightSource, rope: Rope):
         """The model's file must have it (names.has_mtp)."""

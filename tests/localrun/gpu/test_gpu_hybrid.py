@@ -39,7 +39,7 @@ from localrun.gpu.routed import Mode, Routed
 from localrun.gpu.tuning import Tuning
 from localrun.gpu.weights import spans_in_ram, spans_on_device
 from localrun.models.config import Config, read_config
-from localrun.models.tensors import Tensors
+from localrun.models.tensors import GGUFTensors
 from localrun.placement import available
 from localrun.placement.available import Gpu
 from localrun.placement.placement import RAM, Placement, Request, activation_bytes, lay_out
@@ -159,7 +159,7 @@ def test_experts_wherever_they_are(in_vram: tuple[int, ...]) -> None:
     """Each way of those in RAM, beside those in VRAM, is the CPU's sum."""
     device = new_device()
     with open_gguf(tiny_models.shared(V3)) as file, closing(Pool(2)) as pool, torch.inference_mode():
-        layer = Tensors(file).expert_matrices(1)
+        layer = GGUFTensors(file).expert_matrices(1)
         routed = Routed(device, pool, {1: layer}, {1: in_vram}, 2)
         if not in_vram:
             routed.allow_streaming()
@@ -504,7 +504,7 @@ def shared_head(path: Path) -> Path:
 @pytest.mark.parametrize("gpu_experts", [0, 3, 8])
 def test_what_stays_in_ram_is_what_the_table_says(gpu_experts: int, drafts: bool, head: Callable[[Path], Path]) -> None:
     with open_gguf(head(tiny_models.shared(MTP))) as file:
-        config, tensors = read_config(file), Tensors(file)
+        config, tensors = read_config(file), GGUFTensors(file)
         placement = placed(file, config, gpu_experts, drafts)
         spans = spans_in_ram(tensors, config, placement)
         other = ("KV cache", "work memory", "the runner itself")
