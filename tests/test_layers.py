@@ -20,7 +20,7 @@ import torch
 from paths import ROOT, SCRIPTS
 
 import localrun
-from localrun.network.model import Model
+from localrun.network.model import Network
 from quant.target.kernel import Kernel
 from quant.threads.pool import Pool
 
@@ -268,7 +268,7 @@ def test_no_layer_holds_dequantised_weights(variant: str, type_: str) -> None:
         list(model.session().tokens([1, 2, 3], localrun.Sampling(temperature=0.0), max_tokens=2))
         vectors = [tensor for tensor in model.file.tensors.values() if len(tensor.shape) == 1]
         mapped = [(t.data.ctypes.data, t.data.ctypes.data + t.n_bytes) for t in model.file.tensors.values()]
-        assert isinstance(model.model.network, Model)
+        assert isinstance(model.model.network, Network)
         things = list(reachable(model.model.network))
         tensors = {t.data_ptr(): t for t in things if isinstance(t, torch.Tensor)}
         rope_bytes = 8 * model.config.qk_rope_head_dim // 2 * (1 + 3)  # frequencies, float64; the last prompt's turns

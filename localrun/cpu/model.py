@@ -26,7 +26,7 @@ from quant.threads.pool import Pool
 
 if TYPE_CHECKING:
     from localrun.cpu.mtp import MTP
-    from localrun.network.model import Model, MTPBlock
+    from localrun.network.model import MTPBlock, Network
 
 # Prompts this short go through the step: that takes some 0.2 s, importing torch 1 to 2.
 _STEP_TOKENS = 96
@@ -54,17 +54,17 @@ class NativeModel:
         self.keep_hidden = False
         self.hidden = np.empty((0, config.hidden_size), np.float32)
         self._mtp: MTP | None = None
-        self._network: Model | None = None
+        self._network: Network | None = None
 
     @property
-    def network(self) -> "Model":
+    def network(self) -> "Network":
         """The network for any number of tokens."""
         if self._network is None:
             TorchThreads.hold(self._pool.n_workers)
             from localrun.cpu.weights import LayerWeights
-            from localrun.network.model import Model
+            from localrun.network.model import Network
 
-            self._network = Model(self.config, LayerWeights(self.file, self._pool))
+            self._network = Network(self.config, LayerWeights(self.file, self._pool))
         return self._network
 
     @property

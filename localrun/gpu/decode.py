@@ -17,7 +17,7 @@ from torch.nn.functional import rms_norm
 from localrun.gpu.cache import DeviceCache
 from localrun.gpu.device import Cuda, StandIn
 from localrun.gpu.routed import Mode, Routed
-from localrun.network.model import Model
+from localrun.network.model import Network
 from quant.decode.program import MOST_TOKENS
 from quant.threads.pool import Pool
 
@@ -25,7 +25,7 @@ from quant.threads.pool import Pool
 class DecodeStep:
     """The step of one model. Its buffers hold a few tokens of one context, so one step at a time."""
 
-    def __init__(self, device: Cuda | StandIn, pool: Pool, network: Model, routed: Routed):
+    def __init__(self, device: Cuda | StandIn, pool: Pool, network: Network, routed: Routed):
         """network: of modules on the device, with the experts `routed`."""
         self._device, self._pool, self._network, self._routed = device, pool, network, routed
         c = network.config

@@ -27,7 +27,7 @@ from localrun.gpu.weights import DeviceWeights, spans_in_ram, spans_on_device
 from localrun.models import names
 from localrun.models.config import Config
 from localrun.models.tensors import GGUFTensors
-from localrun.network.model import Model
+from localrun.network.model import Network
 from localrun.placement.placement import Placement
 from quant.decode.program import MOST_TOKENS
 from quant.threads.pool import Pool
@@ -86,7 +86,7 @@ class HybridModel:
         with self.device.errors():
             weights = DeviceWeights(self.file, self.config, self._placement, self.device, self.pool)
             self.routed = weights.routed
-            self.network = Model(self.config, weights, attention_on(self.device.torch))
+            self.network = Network(self.config, weights, attention_on(self.device.torch))
             self.step = DecodeStep(self.device, self.pool, self.network, self.routed)
             self.tuning = Tuning(self.device, self.network, self.routed, self._placement)
             self.device.synchronize()

@@ -16,7 +16,7 @@ from localrun.gpu.device import Cuda, StandIn
 from localrun.gpu.prefill import LayerTimes, Seconds, best_batches, best_chunks, streaming_threshold
 from localrun.gpu.routed import Mode, Routed
 from localrun.limits import PREFILL_CHUNK
-from localrun.network.model import Model
+from localrun.network.model import Network
 from localrun.network.weight_source import Finish
 from localrun.placement.placement import VRAM, Placement, activation_bytes
 
@@ -35,7 +35,7 @@ class Tuning:
         threshold: tokens at a time from which on a layer's experts are uploaded; None for never.
     """
 
-    def __init__(self, device: Cuda | StandIn, network: Model, routed: Routed, placement: Placement):
+    def __init__(self, device: Cuda | StandIn, network: Network, routed: Routed, placement: Placement):
         self._device, self._network, self._routed = device, network, routed
         spare = placement.available[VRAM] - placement.needed[VRAM]
         self._may_stream = 0 < routed.streamable <= spare

@@ -29,7 +29,7 @@ from localrun.limits import PREFILL_CHUNK
 from localrun.measure.perplexity import text_chunks
 from localrun.models import names
 from localrun.network.cache import Cache, row_widths
-from localrun.network.model import Model
+from localrun.network.model import Network
 from quant.matrix import QuantMatrix
 from quant.threads.pool import Pool
 
@@ -77,7 +77,7 @@ def collect(
     TorchThreads.hold(engine.threads)
     try:
         with pool.drowsy():
-            model = Model(engine.config, _ObservedWeights(engine.file, pool, inputs))
+            model = Network(engine.config, _ObservedWeights(engine.file, pool, inputs))
             for index, chunk in enumerate(chunks):
                 if not np.isfinite(_evaluate(model, chunk, inputs)).all():
                     raise LocalrunError(
@@ -97,7 +97,7 @@ def collect(
     )
 
 
-def _evaluate(model: Model, chunk: list[int], inputs: _Inputs) -> np.ndarray:
+def _evaluate(model: Network, chunk: list[int], inputs: _Inputs) -> np.ndarray:
     """float32 (1, vocab): the logits after a chunk, from an empty cache of 32-bit values."""
     cache = _ObservedCache(model.config, len(chunk), inputs)
     n_parts = -(-len(chunk) // PREFILL_CHUNK)

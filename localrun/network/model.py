@@ -45,7 +45,7 @@ class Layer:
         return lambda: x_TD + finish()
 
 
-class Model:
+class Network:
     """A deepseek2 or llama model over the tensors of a file."""
 
     def __init__(self, config: Config, weights: WeightSource, make_attention: MakeAttention = attention):

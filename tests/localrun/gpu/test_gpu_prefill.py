@@ -27,7 +27,7 @@ from localrun.gpu.prefill import (
 )
 from localrun.models.config import read_config
 from localrun.network.cache import Context, new_cache
-from localrun.network.model import Model
+from localrun.network.model import Network
 from localrun.network.moe import MoE
 from quant.threads.pool import Pool
 
@@ -157,17 +157,17 @@ def pools() -> Iterator[tuple[Pool, Pool]]:
         yield experts, others
 
 
-class Network:
+class TinyNetwork:
     """A tiny model whose experts compute in the background."""
 
     def __init__(self, pools: tuple[Pool, Pool], device: StandIn) -> None:
         self.file = open_gguf(tiny_models.shared("v3"))
         self.config = read_config(self.file)
-        self.model = Model(self.config, LayerWeights(self.file, pools[1]))
+        self.model = Network(self.config, LayerWeights(self.file, pools[1]))
         self.experts = PrefillExperts(device, pools[0])
         self.ids = torch.arange(1, 60)
 
-    def __enter__(self) -> Network:
+    def __enter__(self) -> TinyNetwork:
         for layer in self.model.layers:
             if isinstance(layer.mlp, MoE):
                 layer.mlp.experts = self.experts.layer(layer.mlp.experts.experts)
@@ -185,7 +185,7 @@ class Network:
 
 @pytest.mark.parametrize("n_batches", [1, 2, 3])
 def test_hidden_states_are_the_networks(pools: tuple[Pool, Pool], n_batches: int) -> None:
-    with Network(pools, StandIn()) as network:
+    with TinyNetwork(pools, StandIn()) as network:
         found, cache = network.run(n_batches)
         assert cache.length == 0
         with torch.inference_mode():
@@ -215,9 +215,9 @@ class Lost(StandIn):
 @pytest.mark.parametrize("good", [0, 1, 3])
 def test_a_lost_device_ends_both_sides(pools: tuple[Pool, Pool], good: int) -> None:
     """The thread of the experts ends, too: closing would wait for ever for one that hangs."""
-    with Network(pools, Lost(good)) as network, pytest.raises(LocalrunError, match="the GPU failed"):
+    with TinyNetwork(pools, Lost(good)) as network, pytest.raises(LocalrunError, match="the GPU failed"):
         network.run(2)
-    with Network(pools, StandIn()) as network:
+    with TinyNetwork(pools, StandIn()) as network:
         network.run(2)  # the workers are free
 
 
