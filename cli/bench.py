@@ -52,10 +52,10 @@ def bench(
         engine = stack.enter_context(open_model(model, replace(load, ctx=settings.ctx), verbose))
         other = None
         if against is not None:
-            from localrun.measure.llama_cpp_compare import LlamaCppRunner
+            from localrun.measure.llama_cpp_compare import TimedLlamaCpp
 
             note("loading the file into llama.cpp, which may take minutes where it repacks weights")
-            other = LlamaCppRunner(engine.file, engine.threads, settings.ctx)
+            other = TimedLlamaCpp(engine.file, engine.threads, settings.ctx)
             stack.callback(other.close)
             if verbose:
                 note(f"llama.cpp: {', '.join(f'{name} {value}' for name, value in other.description.items())}")

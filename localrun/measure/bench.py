@@ -70,7 +70,7 @@ class Settings:
                 raise LocalrunError(f"{option} {count}: this model's context is {limit} tokens")
 
 
-class Runner(Protocol):
+class TimedEngine(Protocol):
     """An engine that can be timed. Both calls start from an empty context and return when the last logits are there.
 
     Attributes:
@@ -170,13 +170,13 @@ def _runs(file: GGUFFile) -> list[tuple[int, int]]:
 
 
 def run(
-    engine: Engine, settings: Settings, other: Runner | None = None, report: Report | None = None
+    engine: Engine, settings: Settings, other: TimedEngine | None = None, report: Report | None = None
 ) -> dict[str, Any]:
     """Measure a native engine, and another runner in turn with it, as one JSON document; rates in tokens/s.
 
     The settings must fit the model: Settings.check, check_fits.
     """
-    runners: dict[str, Runner] = {"localrun": Native(engine)} | ({"llama.cpp": other} if other else {})
+    runners: dict[str, TimedEngine] = {"localrun": Native(engine)} | ({"llama.cpp": other} if other else {})
     roof = Roof(engine.file, engine.threads)
     try:
         rates = _measure(runners, settings, engine.model.vocab_size, roof, report or (lambda done, total, what: None))
@@ -252,7 +252,7 @@ def _ratios(ours: dict[str, Any], theirs: dict[str, Any], figure: str) -> dict[s
 
 
 def _measure(
-    runners: dict[str, Runner], settings: Settings, n_vocab: int, roof: Roof, report: Report
+    runners: dict[str, TimedEngine], settings: Settings, n_vocab: int, roof: Roof, report: Report
 ) -> dict[str, dict[str, Rates]]:
     """Rates by runner and test."""
     random = np.random.default_rng(0)
@@ -277,7 +277,7 @@ def _measure(
     return rates
 
 
-def _time(runner: Runner, test: str, ids: list[int], rates: Rates) -> None:
+def _time(runner: TimedEngine, test: str, ids: list[int], rates: Rates) -> None:
     start = time.perf_counter()
     steps = runner.generate(ids) if test.startswith("tg") else runner.prompt(ids)
     seconds = time.perf_counter() - start

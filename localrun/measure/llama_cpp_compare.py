@@ -21,8 +21,8 @@ N_BATCH = 512
 _TRIALS, _TRIAL_PROMPT, _TRIAL_REPLY = 3, 32, 6  # how often, tokens
 
 
-class LlamaCppRunner:
-    """A loaded model with an empty context; a bench.Runner.
+class TimedLlamaCpp:
+    """A loaded model with an empty context; a bench.TimedEngine.
 
     Attributes:
         description: how it runs, for the reader of its figures.

@@ -20,7 +20,7 @@ from cli.main import run as command
 from localrun.errors import LocalrunError
 from localrun.gguf.file import open_gguf
 from localrun.measure import bench
-from localrun.measure.llama_cpp_compare import LlamaCppRunner
+from localrun.measure.llama_cpp_compare import TimedLlamaCpp
 from localrun.models import summary
 from localrun.models.config import read_config
 
@@ -145,7 +145,7 @@ def test_the_map_is_read_in_whole(engine: Any) -> None:
 def test_llama_cpp_runs_the_same_file(variant: str) -> None:
     path = tiny_models.shared(variant, type="Q8_0")
     with open_gguf(path) as file:
-        runner = LlamaCppRunner(file, 2, 40)
+        runner = TimedLlamaCpp(file, 2, 40)
         runner.prompt([1, 2, 3] * 13)
         seconds = runner.generate([1, 2, 3, 4, 5])
         assert len(seconds) == 5 and min(seconds) > 0
