@@ -4,15 +4,13 @@ A few tokens, or some more of a small model, go through the decode step; more go
 imported only then.
 """
 
-import ctypes
-import os
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from localrun.cpu.decode import DecodeStep
+from localrun.cpu.torch_threads import TorchThreads
 from localrun.gguf.file import GGUFFile
 from localrun.gguf.residency import Resident
 from localrun.limits import cut
@@ -31,7 +29,6 @@ if TYPE_CHECKING:
 # Prompts this short go through the step: that takes some 0.2 s, importing torch 1 to 2.
 _STEP_TOKENS = 96
 _STEP_BYTES = 1 << 34  # of weights read for all of them, if each read its own
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 class NativeModel:
@@ -134,48 +131,3 @@ class NativeModel:
         self._pool.close()
         if self._network is not None:
             TorchThreads.release()
-
-
-class TorchThreads:
-    """How torch works while any native network is open: a setting of the whole process, so counted here.
-
-    The workers of quant do the heavy part, on the same cores. torch's threads (OpenMP's) spin for milliseconds after
-    each operation, unless told otherwise before they exist; where torch was imported before, one thread is faster
-    (docs/lab-notes.md).
-    """
-
-    _SPINS = "1500"  # pauses: some 0.1 ms, longer than between operations and short beside a job of the workers
-    _holders = 0
-    _before = 1
-    _yields = False  # whether the threads stop spinning soon
-
-    @classmethod
-    def hold(cls, n_threads: int) -> None:
-        """Let torch use n_threads if they yield to the workers, else one."""
-        if "torch" not in sys.modules:
-            os.environ.setdefault("GOMP_SPINCOUNT", cls._SPINS)
-            cls._yields = True
-        import torch
-
-        if cls._holders == 0:
-            cls._before = torch.get_num_threads()
-            torch.set_num_threads(n_threads if cls._yields else 1)
-            _keep_freed_memory()
-        cls._holders += 1
-
-    @classmethod
-    def release(cls) -> None:
-        """The last one brings back what was before."""
-        import torch
-
-        cls._holders -= 1
-        if cls._holders == 0:
-            torch.set_num_threads(cls._before)
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep freed tensors' memory for the next ones: new pages cost more than most operations on them."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(_M_TRIM_THRESHOLD, 256 << 20)
-        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most there is

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn.functional import rms_norm
 
-from localrun.cpu.model import TorchThreads
+from localrun.cpu.torch_threads import TorchThreads
 from localrun.gguf.file import GGUFFile
 from localrun.gguf.residency import Resident, let_go
 from localrun.gpu import compiling, prefill

@@ -22,7 +22,7 @@ import torch
 from torch.nn.functional import silu
 
 from localrun.cpu.bridge import Experts, HeadLinear, Linear
-from localrun.cpu.model import TorchThreads
+from localrun.cpu.torch_threads import TorchThreads
 from localrun.cpu.weights import LayerWeights
 from localrun.errors import LocalrunError
 from localrun.limits import PREFILL_CHUNK

@@ -212,7 +212,7 @@ def _probe(model: ModelShape, threads: int) -> dict[str, float]:
 
 def _activation_bytes_per_s(hidden_size: int, threads: int) -> float:
     """Small operations of torch over a chunk's activations, with the threads it has while an engine is open."""
-    from localrun.cpu.model import TorchThreads
+    from localrun.cpu.torch_threads import TorchThreads
 
     TorchThreads.hold(threads)
     import torch
