@@ -6,5 +6,5 @@ from localrun.network.cache import Cache
 
 
 def rows_of(cache: Cache) -> list[np.ndarray]:
-    """All rows in use."""
-    return [np.array(part[: cache.length]) for parts in cache._layers for part in parts]
+    """A copy of all rows in use."""
+    return [rows.copy() for rows in cache.save().values()]
