@@ -3,7 +3,7 @@
     python scripts/break_on_purpose.py [NAME ...]
 
 Prints a line for each fault, with the first test that caught it, then a JSON document in one line. Exit 1 if a fault
-was not caught. A fault whose text is not in its file exactly once is refused: faults.json follows the code.
+was not caught. A fault whose text is not in its file exactly once is refused: this list follows the code.
 """
 
 from __future__ import annotations
@@ -42,7 +42,80 @@ class Result:
     seconds: float
 
 
-FAULTS: tuple[Fault, ...] = ()
+_DECODE, _MTP = "tests/localrun/cpu/test_decode.py", "tests/localrun/cpu/test_mtp.py"
+FAULTS = (
+    Fault(
+        "a rotation's sign, decoding", "quant/decode/queries.py",
+        "a * cos - b * sin", "a * cos + b * sin", (_DECODE,),
+    ),
+    Fault(
+        "YaRN's ramp begins a pair late", "localrun/network/rope.py",
+        "np.arange(dim // 2) - low", "np.arange(dim // 2) - low - 1", ("tests/localrun/network/test_rope.py",),
+    ),
+    Fault(
+        "split-KV: parts combined unscaled", "quant/decode/attention.py",
+        "factor = np.float32(math.exp(load_f32(partial + MAXIMUM) - maximum))\n        total",
+        "factor = np.float32(1.0)\n        total",
+        ("tests/quant/test_step_attention.py",),
+    ),
+    Fault(
+        "a prompt's mask lets the next token through", "quant/ops/attention.py",
+        "n_before + first + 1 - begin", "n_before + first + 2 - begin", ("tests/quant/test_prompt_attention.py",),
+    ),
+    Fault(
+        "Q4_K without its minimum", "quant/formats/q4_k.py",
+        "subtract_odd(total, scales))", "total)", ("tests/quant/test_formats.py",),
+    ),
+    Fault(
+        "Q6_K's scales of other sub-blocks", "quant/formats/q6_k.py",
+        "4 * (lane % 4) + lane // 4", "4 * (lane % 4) + (lane // 4 ^ 1)", ("tests/quant/test_formats.py",),
+    ),
+    Fault(
+        "interleaved words swapped", "quant/formats/interleave.py",
+        "store_i32x16(words + 64 * i + 64, w1)", "store_i32x16(words + 64 * i + 64, w2)", ("tests/quant/test_r16.py",),
+    ),
+    Fault(
+        "a packed scale loses its high bits", "quant/quantize/q4_k_q5_k.py",
+        "(scales >> 36 & 0x03030303) << 6", "(scales >> 36 & 0x01010101) << 6", ("tests/quant/test_quantize.py",),
+    ),
+    Fault(
+        "router: weights not normalised, decoding", "quant/decode/experts.py",
+        "divisor = max(total, np.float32(SMALLEST_SUM))", "divisor = max(np.float32(1.0), np.float32(SMALLEST_SUM))",
+        ("tests/quant/test_step_experts.py",),
+    ),
+    Fault(
+        "router: the bias moves the weights", "localrun/network/moe.py",
+        "affinity_TE.gather(-1, ids_TK)", "choice_TE.gather(-1, ids_TK)", ("tests/localrun/network/test_moe.py",),
+    ),
+    Fault(
+        "router: groups by their best expert alone", "quant/decode/experts.py",
+        "== SOFTMAX or n == 1 else first + second", "== SOFTMAX or n == 1 else first",
+        ("tests/quant/test_step_experts.py",),
+    ),
+    Fault(
+        "RMSNorm: epsilon outside the root", "quant/simd/vectors.py",
+        "math.sqrt(total / np.float32(n) + epsilon)", "(math.sqrt(total / np.float32(n)) + epsilon)",
+        ("tests/quant/test_vectors.py",),
+    ),
+    Fault(
+        "multi-token prediction: norms exchanged", "localrun/cpu/mtp.py",
+        'self._array(names.layer(index, "enorm"))', 'self._array(names.layer(index, "hnorm"))', (_MTP,),
+    ),
+    Fault(
+        "sampling: temperature before the filters", "localrun/generate/sampling.py",
+        "probabilities = _softmax(logits[ids])", "probabilities = _softmax(logits[ids] / s.temperature)",
+        ("tests/localrun/generate/test_sampling.py",),
+    ),
+    Fault(
+        "converter: heads not reordered into pairs", "localrun/convert/targets.py",
+        "rows.reshape(2, -1, out.shape[1]).swapaxes(0, 1)", "rows.reshape(-1, 2, out.shape[1])",
+        ("tests/localrun/convert/test_convert_logits.py",),
+    ),
+    Fault(
+        "a cache forgets one token too few", "localrun/network/cache.py",
+        "min(self.length, max(0, length))", "min(self.length, max(0, length + 1))", ("tests/localrun/test_engine.py",),
+    ),
+)  # fmt: skip
 
 
 def check(faults: tuple[Fault, ...]) -> None:
