@@ -42,7 +42,7 @@ def bench(
     from localrun.bundled import model_path
     from localrun.gguf.file import open_gguf
     from localrun.measure.bench import Settings, run
-    from localrun.models.config import read_config
+    from localrun.models.reader import read_config
 
     settings = Settings(n_prompt, n_tokens, repetitions)
     settings.check()

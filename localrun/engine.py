@@ -17,7 +17,8 @@ from localrun.generate.speculative import Speculation, check_setting
 from localrun.gguf.file import GGUFFile, open_gguf
 from localrun.gguf.types import interleaved
 from localrun.limits import cut
-from localrun.models.config import Config, read_config
+from localrun.models.config import Config
+from localrun.models.reader import read_config
 from localrun.placement.devices import DeviceRequest, choose
 from localrun.placement.placement import CPU, GPU, RAM, Placement
 from localrun.runtime import KVCache, Model, MTPModel

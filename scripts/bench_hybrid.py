@@ -72,7 +72,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from localrun.gguf.file import open_gguf
     from localrun.gpu.device import Cuda, StandIn
     from localrun.gpu.hybrid import HybridModel
-    from localrun.models.config import read_config
+    from localrun.models.reader import read_config
     from localrun.placement.devices import DeviceRequest, choose
     from localrun.placement.placement import Request, lay_out
     from quant.target import isa

@@ -227,7 +227,7 @@ def test_importing_the_command_line_is_light() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["localrun.models.config", "localrun.gguf.file", "localrun.generate.sampling", "localrun.bundled"]
+    "module", ["localrun.models.reader", "localrun.gguf.file", "localrun.generate.sampling", "localrun.bundled"]
 )
 def test_reading_a_header_needs_no_torch(module: str) -> None:
     """What inspect needs."""

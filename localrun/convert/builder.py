@@ -3,95 +3,39 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterator
 
 from localrun.convert.checkpoint import Checkpoint
 from localrun.convert.errors import CheckpointError
 from localrun.convert.targets import Piece, Target
+from localrun.models.architecture import HeadRows, Pairs, Tensor
+from localrun.models.config import Config
 
 # Not weights: what a runner computes itself, and the activation scales of other FP8 runtimes.
 _IGNORED = re.compile(r"\.rotary_emb\.inv_freq$|\.activation_scale$|\.input_scale$")
-_FLOAT32_MAX = 3.4e38
-REQUIRED: Any = object()
-
-
-class Settings:
-    """config.json with checks. Raises CheckpointError naming the file, the key, what was found and expected."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.where = str(checkpoint.path / "config.json")
-        self.values = checkpoint.config
-
-    def get(self, key: str, kind: type, default: Any = REQUIRED) -> Any:
-        """The value of a key; null counts as absent."""
-        return typed(self.values, key, kind, default, self.where)
-
-    def expect(self, key: str, allowed: Iterable[Any], why: str) -> None:
-        """The key is absent, null, or has one of these values; else refuses."""
-        value = self.values.get(key)
-        if value is not None and value not in allowed:
-            raise CheckpointError(f"{self.where}: {key} is {value!r}; {why}")
-
-
-def typed(values: dict[str, Any], key: str, kind: type, default: Any, where: str) -> Any:
-    """values[key], checked to be of this kind: an int at least 0; a float that fits 32 bits, also written as an int."""
-    value = values.get(key)
-    if value is None:
-        if default is REQUIRED:
-            raise CheckpointError(f"{where}: {key} is missing; expected {kind.__name__}")
-        return default
-    sound = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
-    if not sound or (kind is int and not 0 <= value < 2**32) or (kind is float and not abs(value) <= _FLOAT32_MAX):
-        raise CheckpointError(f"{where}: {key} is {value!r}; expected {kind.__name__}")
-    return kind(value)
 
 
 class Builder:
     """Collects targets; every source tensor that goes into one is marked as used."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, config: Config) -> None:
+        self.checkpoint, self.config = checkpoint, config
         self.targets: list[Target] = []
         self._used: set[str] = set()
 
-    def has(self, source: str) -> bool:
-        return source in self.checkpoint.tensors
+    def has(self, tensor: Tensor, prefix: str = "") -> bool:
+        """Whether the checkpoint has what a declared tensor is made of; prefix: of the layer, in the checkpoint."""
+        return all(prefix + source in self.checkpoint.tensors for source, _ in tensor.sources(self.config))
 
-    def plain(self, name: str, source: str, shape: tuple[int, ...]) -> None:
-        """A tensor as it is."""
-        n_rows = self._use(source, shape, name)
-        self._add(name, shape, [Piece(source, 0, n_rows, n_rows)])
-
-    def stacked(self, name: str, sources: list[str], shape: tuple[int, ...]) -> None:
-        """Matrices of this shape one behind another: (len(sources), *shape)."""
-        rows = [self._use(source, shape, name) for source in sources]
-        pieces = [Piece(source, 0, n_rows, n_rows) for source, n_rows in zip(sources, rows, strict=True)]
-        self._add(name, (len(sources), *shape), pieces)
-
-    def heads(self, name: str, source: str, n_heads: int, rows: tuple[int, int], per_head: int, n_cols: int) -> None:
-        """Rows rows[0]..rows[1] of each head of a matrix (n_heads * per_head, n_cols): (n_heads, rows, n_cols)."""
-        self._use(source, (n_heads * per_head, n_cols), name)
-        count = rows[1] - rows[0]
-        starts = [head * per_head + rows[0] for head in range(n_heads)]
-        self._add(name, (n_heads, count, n_cols), [Piece(source, start, start + count, count) for start in starts])
-
-    def heads_transposed(
-        self, name: str, source: str, n_heads: int, rows: tuple[int, int], per_head: int, n_cols: int
-    ) -> None:
-        """As heads, each head's matrix transposed: (n_heads, n_cols, rows)."""
-        self._use(source, (n_heads * per_head, n_cols), name)
-        count = rows[1] - rows[0]
-        starts = [head * per_head + rows[0] for head in range(n_heads)]
-        pieces = [Piece(source, start, start + count, n_cols, "transposed") for start in starts]
-        self._add(name, (n_heads, n_cols, count), pieces)
-
-    def rotary(self, name: str, source: str, n_heads: int, head_dim: int, n_cols: int) -> None:
-        """A matrix (n_heads * head_dim, n_cols) whose heads' rows are reordered for rotation by neighbours."""
-        self._use(source, (n_heads * head_dim, n_cols), name)
-        starts = [head * head_dim for head in range(n_heads)]
-        pieces = [Piece(source, start, start + head_dim, head_dim, "pairs") for start in starts]
-        self._add(name, (n_heads * head_dim, n_cols), pieces)
+    def add(self, tensor: Tensor, index: int | None = None) -> None:
+        """A declared tensor, of layer `index` or of none."""
+        prefix, at = ("", "") if index is None else (f"blk.{index}.", layer_prefix(index))
+        name, shape, pieces = prefix + tensor.name, tensor.shape(self.config), []
+        for source, source_shape in tensor.sources(self.config):
+            n_rows = self._use(at + source, source_shape, name)
+            pieces += _pieces(tensor, at + source, n_rows, self.config)
+        dtype = self.checkpoint.tensors[pieces[0].source].dtype
+        self.targets.append(Target(name, shape, dtype, tuple(pieces)))
 
     def values(self, name: str, values: list[float]) -> None:
         """A vector that is computed here."""
@@ -128,6 +72,23 @@ class Builder:
         self._used.add(source)
         return tensor.n_rows
 
-    def _add(self, name: str, shape: tuple[int, ...], pieces: list[Piece]) -> None:
-        dtype = self.checkpoint.tensors[pieces[0].source].dtype
-        self.targets.append(Target(name, shape, dtype, tuple(pieces)))
+
+def layer_prefix(index: int) -> str:
+    """What the names of a layer's tensors begin with in a checkpoint."""
+    return f"model.layers.{index}."
+
+
+def _pieces(tensor: Tensor, source: str, n_rows: int, config: Config) -> Iterator[Piece]:
+    """What a target takes of a source with n_rows rows."""
+    rule = tensor.source
+    if isinstance(rule, HeadRows):
+        n_heads, n_target_rows, _ = tensor.shape(config)
+        per_head, (first, last) = n_rows // n_heads, rule.rows(config)
+        order = "transposed" if rule.transposed else "rows"
+        for start in range(0, n_rows, per_head):
+            yield Piece(source, start + first, start + last, n_target_rows, order)
+    elif isinstance(rule, Pairs):
+        for start in range(0, n_rows, config.head_dim):
+            yield Piece(source, start, start + config.head_dim, config.head_dim, "pairs")
+    else:
+        yield Piece(source, 0, n_rows, n_rows)

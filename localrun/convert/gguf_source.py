@@ -17,12 +17,11 @@ from localrun.errors import LocalrunError, UnsupportedModelError
 from localrun.gguf import types as tensor_types
 from localrun.gguf.file import open_gguf
 from localrun.gguf.header import Array, Header, read_header
+from localrun.models.registry import ARCHITECTURES
 from quant.formats import registry
 from quant.formats.interleave import deinterleave
 
 FREE_SOURCES = ("F32", "F16", "BF16", "Q8_0")  # near enough to the original to be packed anew without a word
-
-ARCHITECTURES = ("deepseek2", "llama")  # whose tensors the rules for types know
 
 
 class GGUFSource:
@@ -98,7 +97,8 @@ def read_model(source: GGUFSource, *, keep_mtp: bool = True) -> Model:
         raise LocalrunError(f"{source.path}: --no-mtp needs a checkpoint folder, not a GGUF")
     metadata = _copy_metadata(source)
     if metadata.architecture not in ARCHITECTURES:
-        known = " and ".join(ARCHITECTURES)
+        *others, last = ARCHITECTURES
+        known = f"{', '.join(others)} and {last}"
         raise UnsupportedModelError(f"{source.path}: types are known for {known}, not for '{metadata.architecture}'")
     targets = []
     for tensor in source.tensors.values():

@@ -19,6 +19,7 @@ from localrun.convert.targets import Target
 from localrun.errors import LocalrunError
 from localrun.gguf import types as tensor_types
 from localrun.models.names import EMBED_TOKENS, LM_HEAD, READ_BY_ROW
+from localrun.models.registry import ARCHITECTURES
 
 # general.file_type (llama.h, enum llama_ftype) and the type that most tensors get.
 MIXES = {
@@ -151,8 +152,8 @@ class _Rules:
         self._n_experts = metadata.get(".expert_count", 0)
         heads, kv_heads = metadata.get(".attention.head_count", 1), metadata.get(".attention.head_count_kv", 1)
         self._n_gqa = heads // max(kv_heads, 1) if isinstance(heads, int) and isinstance(kv_heads, int) else 1
-        # llama.cpp knows Llama 2 70B by its shape; no other model of 80 layers shares its keys among heads.
-        self._is_70b = metadata.architecture == "llama" and self._n_layers == 80 and self._n_gqa > 1
+        architecture = ARCHITECTURES[metadata.architecture]
+        self._values_need_bits = architecture.values_need_bits(self._n_layers, self._n_gqa)
         self._tied = all(target.name != LM_HEAD for target in targets)
 
     def type_of(self, target: Target) -> str:
@@ -191,7 +192,7 @@ class _Rules:
             type_ = "Q6_K"
         elif (self._mix == "Q4_K_S" and index < 4) or (self._mix == "IQ4_NL" and self._n_gqa >= 4):
             type_ = "Q5_K"
-        if self._is_70b and type_ == "Q4_K":
+        if self._values_need_bits and type_ == "Q4_K":
             type_ = "Q5_K"
         return "Q8_0" if self._n_experts == 8 else type_
 

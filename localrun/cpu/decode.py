@@ -36,7 +36,7 @@ class Layers:
         """The tensors must stay mapped. n_layers: with a cache row each."""
         self.config, self.tensors, self.pool = config, tensors, pool
         factors = tensors.array(names.ROPE_FREQS) if tensors.has(names.ROPE_FREQS) else None
-        n_slots = n_layers * (1 if config.kv_lora_rank else 2)
+        n_slots = n_layers * (1 if config.attention == "mla" else 2)
         self.program = Program(pool, embedding, frequencies(config, factors), rotation_magnitude(config), n_slots)
         self.x = self.program.x
         self._buffers: dict[str, tuple[int, int]] = {}
@@ -44,7 +44,7 @@ class Layers:
     def _layer(self, index: int, cache_layer: int) -> None:
         """Layer `index` of the file, over one layer of the cache."""
         norm = self._normed(self.x, names.layer(index, "input_layernorm"))
-        if self.config.kv_lora_rank:
+        if self.config.attention == "mla":
             self._latent_attention(index, cache_layer, norm)
         else:
             self._grouped_attention(index, cache_layer, norm)

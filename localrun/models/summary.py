@@ -13,8 +13,9 @@ from typing import Any
 
 from localrun.errors import LocalrunError
 from localrun.gguf.file import GGUFFile, Tensor
-from localrun.models.config import Config, read_config
+from localrun.models.config import Config
 from localrun.models.names import EMBED_TOKENS, LM_HEAD
+from localrun.models.reader import read_config
 
 # The first pattern that matches a name decides.
 GROUPS = {

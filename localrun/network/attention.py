@@ -152,5 +152,5 @@ def attention(
     config: Config, weights: WeightSource, index: int, rope: Rope, cache_layer: int | None = None
 ) -> LatentAttention | GroupedQueryAttention:
     """The attention of layer `index`, of the model's kind."""
-    kind = LatentAttention if config.kv_lora_rank else GroupedQueryAttention
+    kind = LatentAttention if config.attention == "mla" else GroupedQueryAttention
     return kind(config, weights, index, rope, cache_layer)

@@ -116,7 +116,7 @@ class Cache(Context):
 
 def row_widths(config: Config) -> tuple[int, ...]:
     """Values that a layer keeps of a token: of latents, or of keys and of values."""
-    if config.kv_lora_rank:
+    if config.attention == "mla":
         return (config.kv_lora_rank + config.qk_rope_head_dim,)
     return config.num_key_value_heads * config.head_dim, config.num_key_value_heads * config.v_head_dim
 

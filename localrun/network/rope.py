@@ -48,13 +48,14 @@ def _yarn_mscale(scale: float, mscale: float) -> float:
 
 
 def attention_scale(config: Config) -> float:
-    """What the scores of one head are multiplied by.
+    """What the scores of one head are multiplied by: 1 / sqrt(d).
 
     DeepSeek under YaRN: (1 + 0.1 * mscale_all_dim * ln factor)^2 / sqrt(d). Files without mscale_all_dim count as 1, as
     in llama.cpp, which also leaves YaRN's magnitude on the rotated parts then (rotation_magnitude).
     """
-    scaling = config.rope_scaling
-    scale = (config.head_dim or config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
+    if config.attention == "gqa":
+        return config.head_dim**-0.5
+    scale, scaling = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5, config.rope_scaling
     if scaling is None or scaling.type != "yarn":
         return scale
     mscale = 1.0 if scaling.mscale_all_dim is None else scaling.mscale_all_dim

@@ -178,7 +178,7 @@ def lay_out(request: Request) -> Placement:
 
 def runs_on_gpu(config: Config) -> bool:
     """Whether the GPU has kernels for the model's attention: latent attention only."""
-    return config.kv_lora_rank > 0
+    return config.attention == "mla"
 
 
 def cache_bytes_per_token(config: Config, bits: int) -> int:

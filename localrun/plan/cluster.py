@@ -129,7 +129,7 @@ def layer_compute_s(model: ModelShape, device: Device, n_tokens: int, ctx: int, 
     per_layer_kv = c.kv_bytes_per_token / c.num_hidden_layers
     n_bytes = attention + shared + experts_per_device * expert + n_tokens * ctx * per_layer_kv
     heads = heads_of(model)
-    width = 2 * c.kv_lora_rank + c.qk_rope_head_dim if c.kv_lora_rank else heads.key_dim + heads.value_dim
+    width = 2 * c.kv_lora_rank + c.qk_rope_head_dim if c.attention == "mla" else heads.key_dim + heads.value_dim
     scores = heads.n_heads * ctx * width
     flops = 2 * n_tokens * (attention + shared + c.num_experts_per_tok * expert + scores)
     return max(n_bytes / device.memory_bytes_per_s, flops / device.flops)

@@ -20,6 +20,7 @@ import numpy as np
 
 from localrun import hardware
 from localrun.limits import PREFILL_CHUNK
+from localrun.models.registry import ARCHITECTURES
 from localrun.plan.machine import Cpu, Machine, parse_machine
 from localrun.plan.shapes import Conversion, ModelShape, from_config, n_bytes
 from localrun.plan.speed import attention_flops
@@ -229,35 +230,18 @@ def _activation_bytes_per_s(hidden_size: int, threads: int) -> float:
 def _probe_config(model: ModelShape, n_layers: int) -> dict[str, Any]:
     """A config.json of n_layers with the model's heads, ranks and experts, everything else small."""
     c = model.config
-    values: dict[str, Any] = {
-        "hidden_act": "silu",
+    return ARCHITECTURES[c.architecture].settings(c) | {
         "hidden_size": _PROBE_HIDDEN,
         "intermediate_size": _PROBE_INNER,
+        "moe_intermediate_size": _PROBE_INNER,
+        "first_k_dense_replace": 0 if c.n_routed_experts else n_layers,
+        "n_shared_experts": int("shared experts" in model.groups()),
         "max_position_embeddings": 4096,
-        "num_attention_heads": c.num_attention_heads,
         "num_hidden_layers": n_layers,
-        "rms_norm_eps": c.rms_norm_eps,
-        "rope_theta": 10000.0,
+        "num_nextn_predict_layers": 0,
         "tie_word_embeddings": True,
         "vocab_size": _PROBE_VOCAB,
     }
-    if not c.kv_lora_rank:
-        heads = {"num_key_value_heads": c.num_key_value_heads, "head_dim": c.head_dim}
-        return values | heads | {"architectures": ["LlamaForCausalLM"]}
-    is_sigmoid = c.scoring_func == "sigmoid"
-    latent = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    routing = ("n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", "scoring_func", "norm_topk_prob")
-    return (
-        values
-        | {name: getattr(c, name) for name in latent + routing}
-        | {
-            "architectures": ["DeepseekV3ForCausalLM" if is_sigmoid else "DeepseekV2ForCausalLM"],
-            "first_k_dense_replace": 0 if c.n_routed_experts else n_layers,
-            "moe_intermediate_size": _PROBE_INNER,
-            "n_shared_experts": int("shared experts" in model.groups()),
-            "topk_method": "noaux_tc" if is_sigmoid else "group_limited_greedy",
-        }
-    )
 
 
 class _Probe:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from localrun.errors import LocalrunError
-from localrun.models.config import Config, read_config
+from localrun.models.config import Config
+from localrun.models.reader import read_config
 from localrun.models.summary import group_of
 from localrun.plan.known import load_data
 
@@ -194,9 +195,9 @@ def from_config(
 ) -> ModelShape:
     """The model of a config.json, packed as `localrun convert --type` would. Raises LocalrunError."""
     from localrun.convert.architecture import read_model
-    from localrun.convert.builder import Settings
     from localrun.convert.checkpoint import SourceTensor
     from localrun.convert.mixes import parse_mix
+    from localrun.convert.settings import Settings
     from localrun.plan.checkpoint_shapes import checkpoint_shapes
 
     mix = parse_mix(type_ or DEFAULT_TYPE)

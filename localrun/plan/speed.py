@@ -192,7 +192,7 @@ def attention_flops(model: ModelShape, ctx: float, n_tokens: int) -> float:
     The cheaper of the two ways is taken, as localrun.network.attention does.
     """
     c = model.config
-    if not c.kv_lora_rank:
+    if c.attention == "gqa":
         return 2 * c.num_hidden_layers * c.num_attention_heads * ctx * n_tokens * (c.head_dim + c.v_head_dim)
     rebuilt = c.qk_nope_head_dim + c.v_head_dim
     absorbed = n_tokens * (2 * c.kv_lora_rank + c.qk_rope_head_dim)

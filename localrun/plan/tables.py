@@ -32,7 +32,7 @@ class Heads:
 def heads_of(model: ModelShape) -> Heads:
     """Of a latent model: those of the attention that the latent stands for."""
     c = model.config
-    if c.kv_lora_rank:
+    if c.attention == "mla":
         key_dim = c.qk_nope_head_dim + c.qk_rope_head_dim
         return Heads(c.num_attention_heads, c.num_attention_heads, key_dim, c.v_head_dim)
     return Heads(c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.v_head_dim)
@@ -45,7 +45,7 @@ def kv_row(name: str) -> dict[str, Any]:
     one = n_layers * (heads.key_dim + heads.value_dim) * KV_BYTES
     return {
         "model": name,
-        "attention": "MLA" if model.config.kv_lora_rank else "GQA" if heads.n_kv_heads < heads.n_heads else "MHA",
+        "attention": "MLA" if model.config.attention == "mla" else "GQA" if heads.n_kv_heads < heads.n_heads else "MHA",
         "bytes_per_token": model.config.kv_bytes_per_token,
         "mha": heads.n_heads * one,
         "gqa8": 8 * one,

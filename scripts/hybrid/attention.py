@@ -22,7 +22,8 @@ _HEADS = {"V3": 128, "V2-Lite": 16}
 def config(model: str) -> Config:
     """Latent attention's sizes of "V3" or "V2-Lite"."""
     return Config(
-        architecture="deepseek2", hidden_size=7168, intermediate_size=1, num_hidden_layers=_LAYERS,
+        architecture="deepseek2", attention="mla", rope="pairs",
+        hidden_size=7168, intermediate_size=1, num_hidden_layers=_LAYERS,
         num_attention_heads=_HEADS[model], vocab_size=1, max_position_embeddings=163840, rms_norm_eps=1e-6,
         rope_theta=1e4, rope_scaling=None, qk_rope_head_dim=64, v_head_dim=128, kv_lora_rank=512, qk_nope_head_dim=128,
     )  # fmt: skip

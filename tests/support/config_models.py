@@ -11,8 +11,9 @@ import gguf_builder as b
 from gguf import GGMLQuantizationType as Type
 
 from localrun.gguf.file import open_gguf
-from localrun.models.config import Config, read_config
+from localrun.models.config import Config
 from localrun.models.names import check_tensors, check_types
+from localrun.models.reader import read_config
 
 Value = tuple[int, object]  # a type code of gguf_builder, and a value; an array is (ARRAY, (item type, items))
 Shape = tuple[int, ...]  # NumPy order

@@ -121,7 +121,8 @@ def _fp8(native: bool) -> Callable[[], object]:
 def _config(n_heads: int) -> Config:
     """DeepSeek's sizes of latent attention, and V3's router."""
     return Config(
-        architecture="deepseek2", hidden_size=7168, intermediate_size=1, num_hidden_layers=1,
+        architecture="deepseek2", attention="mla", rope="pairs",
+        hidden_size=7168, intermediate_size=1, num_hidden_layers=1,
         num_attention_heads=n_heads, vocab_size=1, max_position_embeddings=163840, rms_norm_eps=1e-6, rope_theta=1e4,
         rope_scaling=None, qk_rope_head_dim=64, v_head_dim=128, kv_lora_rank=512, qk_nope_head_dim=128,
         n_routed_experts=256, num_experts_per_tok=8, n_group=8, topk_group=4, scoring_func="sigmoid",

@@ -23,7 +23,7 @@ from localrun.gpu import gemm, host_experts
 from localrun.gpu.device import StandIn
 from localrun.gpu.hybrid import HybridModel
 from localrun.gpu.routed import Mode
-from localrun.models.config import read_config
+from localrun.models.reader import read_config
 from localrun.placement.placement import Request, lay_out
 
 pytestmark = pytest.mark.skipif(gpu_device.HAS_GPU, reason="there is a device whose tensors hold something")

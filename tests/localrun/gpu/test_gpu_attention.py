@@ -15,7 +15,8 @@ from gpu_device import DEVICE
 
 from localrun.cpu.weights import LayerWeights
 from localrun.gguf.file import open_gguf
-from localrun.models.config import Config, read_config
+from localrun.models.config import Config
+from localrun.models.reader import read_config
 from localrun.network import attention as cpu
 from localrun.network.cache import Cache, row_widths
 from localrun.network.rope import Rope
@@ -29,7 +30,8 @@ from localrun.gpu.cache import DeviceCache
 from localrun.gpu.routing import Turns
 
 CONFIG = Config(
-    architecture="deepseek2", hidden_size=8, intermediate_size=1, num_hidden_layers=2, num_attention_heads=3,
+    architecture="deepseek2", attention="mla", rope="pairs",
+    hidden_size=8, intermediate_size=1, num_hidden_layers=2, num_attention_heads=3,
     vocab_size=1, max_position_embeddings=64, rms_norm_eps=1e-6, rope_theta=1e4, rope_scaling=None, qk_rope_head_dim=6,
     v_head_dim=4, kv_lora_rank=20, qk_nope_head_dim=5,
 )  # fmt: skip

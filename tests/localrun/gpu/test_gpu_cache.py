@@ -17,7 +17,8 @@ pytest.importorskip("triton", reason="localrun.gpu needs Triton")
 from localrun.gpu.cache import DeviceCache, pack_e4m3, row_bytes
 
 CONFIG = Config(
-    architecture="deepseek2", hidden_size=8, intermediate_size=1, num_hidden_layers=2, num_attention_heads=2,
+    architecture="deepseek2", attention="mla", rope="pairs",
+    hidden_size=8, intermediate_size=1, num_hidden_layers=2, num_attention_heads=2,
     vocab_size=1, max_position_embeddings=64, rms_norm_eps=1e-6, rope_theta=1e4, rope_scaling=None, qk_rope_head_dim=6,
     v_head_dim=4, kv_lora_rank=10, qk_nope_head_dim=4,
 )  # fmt: skip

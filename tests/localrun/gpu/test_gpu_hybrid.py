@@ -38,7 +38,8 @@ from localrun.gpu.prefill import LayerTimes, Seconds
 from localrun.gpu.routed import Mode, Routed
 from localrun.gpu.tuning import Tuning
 from localrun.gpu.weights import spans_in_ram, spans_on_device
-from localrun.models.config import Config, read_config
+from localrun.models.config import Config
+from localrun.models.reader import read_config
 from localrun.models.tensors import GGUFTensors
 from localrun.placement import available
 from localrun.placement.available import Gpu

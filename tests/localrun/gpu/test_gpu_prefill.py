@@ -25,7 +25,7 @@ from localrun.gpu.prefill import (
     streaming_threshold,
     upload_seconds,
 )
-from localrun.models.config import read_config
+from localrun.models.reader import read_config
 from localrun.network.cache import Context, new_cache
 from localrun.network.model import Network
 from localrun.network.moe import MoE

@@ -24,7 +24,8 @@ from localrun.gpu.cache import DeviceCache, pack_e4m3
 from localrun.gpu.routing import Turns, turn_and_append
 
 BASE = Config(
-    architecture="deepseek2", hidden_size=1, intermediate_size=1, num_hidden_layers=2, num_attention_heads=3,
+    architecture="deepseek2", attention="mla", rope="pairs",
+    hidden_size=1, intermediate_size=1, num_hidden_layers=2, num_attention_heads=3,
     vocab_size=1, max_position_embeddings=64, rms_norm_eps=1e-3, rope_theta=1e4, rope_scaling=None, qk_rope_head_dim=6,
     v_head_dim=1, kv_lora_rank=20, qk_nope_head_dim=5, n_routed_experts=32, num_experts_per_tok=6,
 )  # fmt: skip

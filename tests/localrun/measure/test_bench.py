@@ -22,7 +22,7 @@ from localrun.gguf.file import open_gguf
 from localrun.measure import bench
 from localrun.measure.llama_cpp_compare import TimedLlamaCpp
 from localrun.models import summary
-from localrun.models.config import read_config
+from localrun.models.reader import read_config
 
 
 def read_bytes(path: Path) -> int:

@@ -17,8 +17,8 @@ from cli.main import run
 from localrun.errors import GGUFError
 from localrun.gguf.file import open_gguf
 from localrun.measure import imatrix
-from localrun.models.config import read_config
 from localrun.models.expert_counts import read_usage
+from localrun.models.reader import read_config
 from localrun.placement import available, devices
 from localrun.placement.available import Gpu
 from localrun.placement.devices import DeviceRequest

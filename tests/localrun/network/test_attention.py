@@ -16,7 +16,8 @@ import torch
 from localrun.cpu.bridge import Attend
 from localrun.cpu.weights import LayerWeights
 from localrun.gguf.file import open_gguf
-from localrun.models.config import Config, RopeScaling, read_config
+from localrun.models.config import Config, RopeScaling
+from localrun.models.reader import read_config
 from localrun.network import attention
 from localrun.network.attention import GroupedQueryAttention, LatentAttention
 from localrun.network.cache import Cache
@@ -175,7 +176,8 @@ class RandomWeights:
 
 
 GQA = Config(
-    architecture="llama", hidden_size=48, intermediate_size=1, num_hidden_layers=1, num_attention_heads=6,
+    architecture="llama", attention="gqa", rope="pairs",
+    hidden_size=48, intermediate_size=1, num_hidden_layers=1, num_attention_heads=6,
     vocab_size=1, max_position_embeddings=64, rms_norm_eps=1e-5, rope_theta=10000.0, rope_scaling=None,
     qk_rope_head_dim=16, v_head_dim=16, num_key_value_heads=2, head_dim=16,
 )  # fmt: skip

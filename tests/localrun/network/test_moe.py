@@ -16,7 +16,8 @@ from routers import CONFIG
 
 from localrun.cpu.weights import LayerWeights
 from localrun.gguf.file import GGUFFile, open_gguf
-from localrun.models.config import Config, read_config
+from localrun.models.config import Config
+from localrun.models.reader import read_config
 from localrun.network.moe import MLP, MoE, choose_experts
 from quant.threads.pool import Pool
 

@@ -14,12 +14,13 @@ from localrun.network.rope import Rope, attention_scale, frequencies, rotation_m
 
 # V3's head: 128 + 64. The other fields have no part in this.
 PLAIN = Config(
-    architecture="deepseek2", hidden_size=7168, intermediate_size=18432, num_hidden_layers=61, num_attention_heads=128,
+    architecture="deepseek2", attention="mla", rope="pairs",
+    hidden_size=7168, intermediate_size=18432, num_hidden_layers=61, num_attention_heads=128,
     vocab_size=129280, max_position_embeddings=163840, rms_norm_eps=1e-6, rope_theta=10000.0, rope_scaling=None,
     qk_rope_head_dim=64, v_head_dim=128, kv_lora_rank=512, qk_nope_head_dim=128,
 )  # fmt: skip
 LLAMA = dataclasses.replace(
-    PLAIN, architecture="llama", kv_lora_rank=0, qk_nope_head_dim=0, num_key_value_heads=8, head_dim=64
+    PLAIN, architecture="llama", attention="gqa", kv_lora_rank=0, qk_nope_head_dim=0, num_key_value_heads=8, head_dim=64
 )
 
 

@@ -19,7 +19,7 @@ from cli.main import run
 from localrun.cpu.model import NativeModel
 from localrun.errors import LocalrunError
 from localrun.gguf.file import open_gguf
-from localrun.models.config import read_config
+from localrun.models.reader import read_config
 from localrun.placement import available, devices
 from localrun.placement.available import Gpu, NoGpu
 from localrun.placement.devices import DeviceRequest, choose

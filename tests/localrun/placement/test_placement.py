@@ -23,7 +23,8 @@ from paths import TESTS
 
 from localrun.errors import LocalrunError
 from localrun.gguf.file import open_gguf
-from localrun.models.config import Config, read_config
+from localrun.models.config import Config
+from localrun.models.reader import read_config
 from localrun.placement import placement
 from localrun.placement.context_fit import refusal, settings_that_fit
 from localrun.placement.placement import Request, lay_out
@@ -58,6 +59,8 @@ class Plain:
 
 CONFIG = Config(
     architecture="deepseek2",
+    attention="mla",
+    rope="pairs",
     hidden_size=64,
     intermediate_size=128,
     num_hidden_layers=4,

@@ -115,7 +115,7 @@ BAD = {
     "text": ({"hidden_size": "wide"}, "hidden_size is 'wide'; expected int"),
     "negative": ({"moe_intermediate_size": -1}, "moe_intermediate_size is -1; expected int"),
     "zero": ({"hidden_size": 0}, "config.json: its sizes give 'model.embed_tokens.weight' the shape [102400, 0]"),
-    "no heads": ({"num_attention_heads": 0}, "the shape [0, 2048]"),
+    "no heads": ({"num_attention_heads": 0}, "o_proj.weight' the shape [2048, 0]"),
     "null": ({"vocab_size": None}, "vocab_size is missing"),
 }
 

@@ -1,0 +1,88 @@
+"""llama: dense models with grouped-query attention. A GGUF's queries and keys are reordered to be rotated by pairs.
+
+Source: llama.cpp 3f545becc, conversion/llama.py and src/llama-model.cpp; the divisors of frequencies: Llama 3.1's own,
+as in transformers' modeling_rope_utils.py, _compute_llama3_parameters.
+"""
+
+from __future__ import annotations
+
+from math import pi
+
+from localrun.models.architecture import DENSE, Architecture, Fields, Key, Pairs, Settings, Tensor, never
+from localrun.models.config import Config
+from localrun.models.keys import Keys
+from localrun.models.parts import (
+    COMMON_KEYS,
+    EMBED_TOKENS,
+    GQA_KEYS,
+    INPUT_NORM,
+    LM_HEAD,
+    NORM,
+    POST_ATTENTION_NORM,
+    ROPE_FREQS,
+    gqa,
+    mlp,
+)
+from localrun.models.rope_scaling import ROPE_KEYS
+
+
+def _read(keys: Keys, fields: Fields) -> Fields:
+    if keys.u32("expert_count", 0):
+        keys.refuse("llama with experts is not native")
+    keys.u32("expert_used_count", 0)
+    if fields["rope_scaling"] is not None and fields["rope_scaling"].type == "yarn":
+        keys.refuse("llama with yarn is not native")
+    return {}
+
+
+def _parse(settings: Settings, fields: Fields) -> Fields:
+    if not fields["num_attention_heads"]:
+        settings.fail("num_attention_heads is 0; expected 1 or more")
+    head_dim = fields["head_dim"]
+    if not head_dim or head_dim % 2:
+        settings.fail(f"head_dim is {head_dim}; expected an even number")
+    return {}
+
+
+def _frequency_divisors(settings: Settings, c: Config) -> list[float] | None:
+    """What llama 3 divides each rotary frequency by: 1 for high ones, factor for low ones, a blend between."""
+    rope = settings.rope
+    if rope.type != "llama3" or not c.num_hidden_layers:
+        return None
+    factor, original = rope.get("factor", float), rope.get("original_max_position_embeddings", int)
+    low, high = rope.get("low_freq_factor", float), rope.get("high_freq_factor", float)
+    if high <= low:
+        settings.fail(f"high_freq_factor is {high}; expected more than low_freq_factor, {low}")
+    divisors = []
+    for i in range(0, c.head_dim, 2):
+        rotations = original * rope.theta ** (-i / c.head_dim) / (2 * pi)  # over the training length
+        blend = min(max((rotations - low) / (high - low), 0.0), 1.0)
+        divisors.append(1 / ((1 - blend) / factor + blend))
+    return divisors
+
+
+LLAMA = Architecture(
+    name="llama",
+    checkpoints=("LlamaForCausalLM",),
+    constants={"attention": "gqa", "rope": "pairs"},
+    keys=(*COMMON_KEYS, Key("block_count", "num_hidden_layers"), *GQA_KEYS, *ROPE_KEYS),
+    ends=(
+        EMBED_TOKENS,
+        LM_HEAD,
+        NORM,
+        Tensor(
+            "rope_freqs", ROPE_FREQS, lambda c: (c.qk_rope_head_dim // 2,), None,
+            when=never, with_module="rope_freqs", values=_frequency_divisors,
+        ),
+    ),
+    layer=(
+        INPUT_NORM,
+        POST_ATTENTION_NORM,
+        *gqa(Pairs()),
+        *mlp("mlp", "", lambda c: c.intermediate_size, layers=DENSE),
+    ),
+    read=_read,
+    parse=_parse,
+    expected=(("pretraining_tp", [0, 1], "only 1 can be converted"),),
+    values_need_bits=lambda n_layers, n_shared: n_layers == 80 and n_shared > 1,  # Llama 2 70B, known by its shape
+)  # fmt: skip

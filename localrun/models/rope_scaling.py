@@ -1,0 +1,66 @@
+"""Rotary settings in a GGUF: which keys there are, what is written, and what is read.
+
+Source: llama.cpp 3f545becc, src/llama-model.cpp. yarn_log_multiplier holds 0.1 * mscale_all_dim, a quirk that llama.cpp
+keeps for old files' sake.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from localrun.models.architecture import Key
+from localrun.models.config import Config, RopeScaling
+from localrun.models.keys import Keys
+
+
+def _scaling(name: str, *types: str) -> Callable[[Config], Any]:
+    """A field of the scaling, of these types; else None, which is not written."""
+
+    def value(config: Config) -> Any:
+        scaling = config.rope_scaling
+        return getattr(scaling, name) if scaling is not None and scaling.type in (types or (scaling.type,)) else None
+
+    return value
+
+
+def _log_multiplier(config: Config) -> float | None:
+    mscale = config.rope_scaling.mscale_all_dim if config.rope_scaling else None
+    return 0.1 * mscale if mscale else None
+
+
+ROPE_KEYS = (
+    Key("rope.freq_base", "rope_theta", "f32", default=10000.0, setting=None),
+    Key("rope.scaling.type", type="string", default=None, value=_scaling("type")),
+    Key("rope.scaling.factor", type="f32", default=None, value=_scaling("factor")),
+    Key("rope.scaling.original_context_length", default=None,
+        value=_scaling("original_max_position_embeddings", "yarn")),
+    Key("rope.scaling.yarn_beta_fast", type="f32", default=None, value=_scaling("beta_fast", "yarn")),
+    Key("rope.scaling.yarn_beta_slow", type="f32", default=None, value=_scaling("beta_slow", "yarn")),
+    Key("rope.scaling.yarn_log_multiplier", type="f32", default=None, value=_log_multiplier),
+)  # fmt: skip
+
+
+def read_scaling(keys: Keys) -> RopeScaling | None:
+    """The scaling that a GGUF names; None for none."""
+    type_ = keys.string("rope.scaling.type", "linear")  # what llama.cpp takes where the file does not say
+    factor = keys.f32("rope.scaling.factor", 1.0)
+    original = keys.u32("rope.scaling.original_context_length", 0) or keys.u32("context_length")
+    log_multiplier = keys.f32("rope.scaling.yarn_log_multiplier", 0.0)
+    betas = keys.f32("rope.scaling.yarn_beta_fast", 32.0), keys.f32("rope.scaling.yarn_beta_slow", 1.0)
+    for name in ("rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor", "rope.scaling.attn_factor"):
+        if keys.f32(name, 1.0) != 1.0:
+            keys.refuse(f"key '{keys.prefix}{name}' other than 1 is not native")
+    keys.bool("rope.scaling.finetuned", False)
+    if type_ not in ("none", "linear", "yarn"):
+        keys.refuse(f"rope scaling '{type_}' is not native")
+    if not factor > 0:
+        keys.fail("rope.scaling.factor", factor, "a positive number")
+    if type_ == "none" or (type_ == "linear" and factor == 1.0):
+        return None
+    if type_ == "linear":
+        return RopeScaling(type_, factor)
+    for name, beta in zip(("fast", "slow"), betas, strict=True):
+        if not beta > 0:
+            keys.fail(f"rope.scaling.yarn_beta_{name}", beta, "a positive number")
+    if not keys.f32("rope.freq_base", 10000.0) > 1:
+        keys.fail("rope.freq_base", keys.f32("rope.freq_base"), "more than 1 with yarn")
+    return RopeScaling(type_, factor, original, log_multiplier / 0.1 if log_multiplier else None, *betas)
