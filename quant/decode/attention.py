@@ -35,25 +35,10 @@ from quant.decode.program import (
 from quant.gemm.float_tile import LANES, multiply
 from quant.gemv.activations import record_bytes, write_record
 from quant.matrix import QuantMatrix
-from quant.simd.core import (
-    F32,
-    I64,
-    call,
-    define,
-    load,
-    load_f32,
-    load_f32x16,
-    load_i64,
-    splat,
-    splat_f32x16,
-    store,
-    store_f32,
-    store_f32x16,
-    store_i64,
-    sum_f32x16,
-    zero_f32x16,
-)
-from quant.simd.vectors import add_f32x16, exp_f32x16, expand_f16, max_f32x16, maximum_f32x16, scale, scale_add
+from quant.simd.core import F32, I64, define, load, splat, store
+from quant.simd.floats import emit_fma, exp, hmax, hsum, maximum, splat_f32x16, zero_f32x16
+from quant.simd.memory import load_f32, load_f32x16, load_i64, store_f32, store_f32x16, store_i64
+from quant.simd.vectors import expand_f16, scale, scale_add
 from quant.target.jit import inline, kernel
 
 _TOKENS = LEAST_CHUNK  # cache rows that are expanded and multiplied at a time
@@ -91,8 +76,7 @@ def _mix_tile(n_heads: int):
             for h, total in enumerate(totals):
                 at = builder.add(weights, builder.mul(builder.add(loop.index, I64(_TOKENS * h)), I64(4)))
                 weight = splat(builder, load(builder, at, F32), _VECTOR)
-                fma = call(builder, f"llvm.fma.v{LANES}f32", _VECTOR, weight, value, builder.load(total))
-                builder.store(fma, total)
+                builder.store(emit_fma(builder, weight, value, builder.load(total)), total)
         for at, total in zip(outs, totals, strict=True):
             store(builder, at, builder.load(total))
 
@@ -121,21 +105,20 @@ def _soften(scores, n_tokens, partial, width):
     whole = (n_tokens + 15) // 16 * 16
     for i in range(n_tokens, whole):
         store_f32(scores + 4 * i, np.float32(_NEVER))
-    largest = splat_f32x16(load_f32(partial + MAXIMUM))
+    so_far = splat_f32x16(load_f32(partial + MAXIMUM))
     for i in range(0, whole, 16):
-        largest = maximum_f32x16(largest, load_f32x16(scores + 4 * i))
-    maximum = max_f32x16(largest)
+        so_far = maximum(so_far, load_f32x16(scores + 4 * i))
+    largest = hmax(so_far)
     total = zero_f32x16()
     for i in range(0, whole, 16):
-        shifted = add_f32x16(load_f32x16(scores + 4 * i), splat_f32x16(-maximum))
-        weight = exp_f32x16(shifted)
-        total = add_f32x16(total, weight)
+        weight = exp(load_f32x16(scores + 4 * i) - largest)
+        total += weight
         store_f32x16(scores + 4 * i, weight)
-    factor = np.float32(math.exp(load_f32(partial + MAXIMUM) - maximum))
-    store_f32(partial + SUM, load_f32(partial + SUM) * factor + sum_f32x16(total))
+    factor = np.float32(math.exp(load_f32(partial + MAXIMUM) - largest))
+    store_f32(partial + SUM, load_f32(partial + SUM) * factor + hsum(total))
     if factor != 1:
         scale(factor, width, partial + MIXED)
-    store_f32(partial + MAXIMUM, maximum)
+    store_f32(partial + MAXIMUM, largest)
 
 
 @inline

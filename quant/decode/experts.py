@@ -14,7 +14,7 @@ from quant.decode.linear import Input, multiply, set_token, token_tables, unit_r
 from quant.decode.program import ARGUMENTS, MOST_TOKENS, Phase, float_bits, padded, tokens_of
 from quant.gemv.activations import record_bytes, write_record
 from quant.matrix import MATRIX_BYTES, ExpertMatrices, QuantMatrix
-from quant.simd.core import bits_to_f32, load_f32, load_i64, store_f32, store_i64
+from quant.simd.memory import bits_to_f32, load_f32, load_i64, store_f32, store_i64
 from quant.simd.vectors import copy, rms_norm, scale_add, swiglu
 from quant.target.jit import inline, kernel
 

@@ -14,7 +14,7 @@ from quant.decode.linear import Input
 from quant.decode.program import MOST_TOKENS, N_TOKENS, STEP, Phases, reset
 from quant.errors import QuantError
 from quant.matrix import ExpertMatrices
-from quant.simd.core import load_i64, store_i64
+from quant.simd.memory import load_i64, store_i64
 from quant.target.jit import kernel
 from quant.threads.pool import Pool, aligned_bytes, dispatch
 

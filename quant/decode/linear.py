@@ -21,8 +21,7 @@ from quant.decode.program import (
 from quant.errors import QuantError
 from quant.gemv.activations import record_bytes, write_record
 from quant.matrix import ADDRESS, GEMV, GEMV_FEW, GROUP_BYTES, MATRIX_BYTES, ROW_BYTES, QuantMatrix
-from quant.simd.bytes64 import stack
-from quant.simd.core import bits_to_f32, load_i64, store_i64
+from quant.simd.memory import bits_to_f32, load_i64, stack, store_i64
 from quant.simd.vectors import copy, rms_norm, scale_add, swiglu
 from quant.target.jit import Kernel, inline, kernel
 from quant.threads.atomics import call_5, call_7

@@ -22,8 +22,7 @@ import numpy as np
 from quant.errors import QuantError
 from quant.gemv.plain import MOST_FEW
 from quant.matrix import QuantMatrix, check_single_rows
-from quant.simd.core import bits_to_f32, load_i64, store_f32, store_i64
-from quant.simd.vectors import load_f64
+from quant.simd.memory import bits_to_f32, load_f64, load_i64, store_f32, store_i64
 from quant.target.jit import Kernel, inline, kernel
 from quant.threads.atomics import atomic_add, atomic_load, call_2, call_3, wait_for
 from quant.threads.pool import Pool, aligned_bytes, worker_bytes

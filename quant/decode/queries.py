@@ -23,8 +23,7 @@ from quant.decode.program import (
 )
 from quant.gemv.activations import record_bytes, write_record
 from quant.matrix import ADDRESS, BLOCK, EXPAND, GROUP_BYTES, ROW_BYTES, QuantMatrix, check_single_rows
-from quant.simd.core import bits_to_f32, load_f32, load_i64, store_f32
-from quant.simd.exact import store_f16
+from quant.simd.memory import bits_to_f32, load_f32, load_i64, store_f16, store_f32
 from quant.simd.vectors import rms_norm, scale, scale_add
 from quant.target.jit import inline, kernel
 from quant.threads.atomics import call_3

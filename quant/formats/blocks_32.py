@@ -8,33 +8,9 @@ lanes, in order, beside the record's scales and sums.
 import numpy as np
 
 from quant.gemv.activations import QUARTERS, SCALES, SUMS
-from quant.simd.bytes64 import (
-    add_odd,
-    add_scaled,
-    dot_biased,
-    dot_u8x64,
-    even_doubled,
-    f16_lanes,
-    f16_lanes_doubled,
-    load_i8x64,
-    pair_sums,
-    pair_sums_wide,
-    to_f32x16,
-    widened,
-    zero_i32x16,
-)
-from quant.simd.core import (
-    fma_f32x8,
-    fma_f32x16,
-    i32_to_f32,
-    load_f32,
-    load_f32x16,
-    load_u16,
-    load_u32,
-    mul_f32x16,
-    splat_f32x8,
-    zero_f32x8,
-)
+from quant.simd.floats import add_odd, even_doubled, f16_lanes, f16_lanes_doubled, fma, splat_f32x8, to_f32, widened
+from quant.simd.ints import dot_biased, dot_u8, pair_sums, pair_sums_wide, zero_i32x16
+from quant.simd.memory import load_f32, load_f32x16, load_i8x64, load_u16, load_u32
 from quant.target.jit import inline
 
 
@@ -75,9 +51,9 @@ def dots_of_quarters(weights, step):
     Eight of these products must add up to less than 2^15.
     """
     q, zero = step + QUARTERS, zero_i32x16()
-    even = dot_u8x64(dot_u8x64(zero, weights[0], load_i8x64(q)), weights[1], load_i8x64(q + 64))
-    odd = dot_u8x64(dot_u8x64(zero, weights[2], load_i8x64(q + 128)), weights[3], load_i8x64(q + 192))
-    return to_f32x16(pair_sums(even, odd))
+    even = dot_u8(dot_u8(zero, weights[0], load_i8x64(q)), weights[1], load_i8x64(q + 64))
+    odd = dot_u8(dot_u8(zero, weights[2], load_i8x64(q + 128)), weights[3], load_i8x64(q + 192))
+    return to_f32(pair_sums(even, odd))
 
 
 @inline
@@ -86,33 +62,33 @@ def biased_dots_of_quarters(weights, step):
     q, zero = step + QUARTERS, zero_i32x16()
     even = dot_biased(dot_biased(zero, weights[0], load_i8x64(q)), weights[1], load_i8x64(q + 64))
     odd = dot_biased(dot_biased(zero, weights[2], load_i8x64(q + 128)), weights[3], load_i8x64(q + 192))
-    return to_f32x16(pair_sums_wide(even, odd))
+    return to_f32(pair_sums_wide(even, odd))
 
 
 @inline
 def add_offset(dots, offset, scales, step, total):
     """total + scale * (dots - offset * sum(q)) of each block: weights raised by `offset`; exact but for scales."""
-    dots = add_scaled(np.float32(-offset), load_f32x16(step + SUMS), dots)
-    return fma_f32x16(dots, even_doubled(mul_f32x16(scales, load_f32x16(step + SCALES))), total)
+    dots = fma(-offset, load_f32x16(step + SUMS), dots)
+    return fma(dots, even_doubled(scales * load_f32x16(step + SCALES)), total)
 
 
 @inline
 def add_minimum(dots, pairs, step, total):
     """total + d * dots + m * sum of the activations; pairs: d and m of each block in turn."""
-    pairs = mul_f32x16(pairs, load_f32x16(step + SCALES))
-    return fma_f32x16(dots, even_doubled(pairs), add_odd(total, pairs))
+    pairs = pairs * load_f32x16(step + SCALES)
+    return fma(dots, even_doubled(pairs), add_odd(total, pairs))
 
 
 @inline
 def add_single(dots, d, record, n_cols, group, total):
     """total + d * dots, the products (i32x8) of one block with its group of the record."""
     scale = d * load_f32(record + 5 * n_cols + 4 * group)
-    return add_scaled(scale, widened(i32_to_f32(dots)), total)
+    return fma(scale, widened(to_f32(dots)), total)
 
 
 @inline
 def add_single_minimum(m, record, n_cols, group, total):
     """total + m * sum of the activations of a group."""
     s = load_f32(record + 5 * n_cols + n_cols // 8 + 4 * group)
-    eighth = fma_f32x8(splat_f32x8(m * s), splat_f32x8(np.float32(0.125)), zero_f32x8())
-    return add_scaled(np.float32(1.0), widened(eighth), total)
+    eighth = splat_f32x8(m * s * np.float32(0.125))
+    return total + widened(eighth)

@@ -9,10 +9,9 @@ import numpy as np
 
 from quant.block_format import EXPAND, GEMV, GEMV_FEW, Format
 from quant.gemv.plain import MOST_FEW, later, prefetch_both, prefetch_start, specialize
-from quant.simd.bytes64 import stack
-from quant.simd.core import (
+from quant.simd.floats import fma, hsum, zero_f32x16
+from quant.simd.memory import (
     bits_to_f32,
-    fma_f32x16,
     load_bf16x16,
     load_f16,
     load_f16x16,
@@ -20,10 +19,9 @@ from quant.simd.core import (
     load_f32x16,
     load_i64,
     load_u16,
+    stack,
     store_f32,
     store_f32x16,
-    sum_f32x16,
-    zero_f32x16,
 )
 from quant.target.jit import inline, kernel
 
@@ -48,12 +46,12 @@ def _gemv(w, n_rows, n_cols, record, out):
         even, odd = zero_f32x16(), zero_f32x16()
         for i in range(0, n_cols - 31, 32):
             prefetch_both(later(row + SIZE * i, last), 0, 32 * SIZE)
-            even = fma_f32x16(load_16(row + SIZE * i), load_f32x16(record + 4 * i), even)
-            odd = fma_f32x16(load_16(row + SIZE * (i + 16)), load_f32x16(record + 4 * (i + 16)), odd)
+            even = fma(load_16(row + SIZE * i), load_f32x16(record + 4 * i), even)
+            odd = fma(load_16(row + SIZE * (i + 16)), load_f32x16(record + 4 * (i + 16)), odd)
         tail = np.float32(0.0)
         for i in range(n_cols // 32 * 32, n_cols):
             tail += load_1(row + SIZE * i) * load_f32(record + 4 * i)
-        store_f32(out + 4 * r, sum_f32x16(even) + sum_f32x16(odd) + tail)
+        store_f32(out + 4 * r, hsum(even) + hsum(odd) + tail)
 
 
 def _gemv_few(w, n_rows, n_cols, records, outs, offset, n_tokens):
@@ -69,15 +67,15 @@ def _gemv_few(w, n_rows, n_cols, records, outs, offset, n_tokens):
                 x, own = load_i64(records + 8 * t), sums + 128 * t
                 even, odd = load_f32x16(own), load_f32x16(own + 64)
                 for i in range(first, last, 32):
-                    even = fma_f32x16(load_16(row + SIZE * i), load_f32x16(x + 4 * i), even)
-                    odd = fma_f32x16(load_16(row + SIZE * (i + 16)), load_f32x16(x + 4 * (i + 16)), odd)
+                    even = fma(load_16(row + SIZE * i), load_f32x16(x + 4 * i), even)
+                    odd = fma(load_16(row + SIZE * (i + 16)), load_f32x16(x + 4 * (i + 16)), odd)
                 store_f32x16(own, even)
                 store_f32x16(own + 64, odd)
         for t in range(n_tokens):
             tail = np.float32(0.0)
             for i in range(n_cols // 32 * 32, n_cols):
                 tail += load_1(row + SIZE * i) * load_f32(load_i64(records + 8 * t) + 4 * i)
-            total = sum_f32x16(load_f32x16(sums + 128 * t)) + sum_f32x16(load_f32x16(sums + 128 * t + 64)) + tail
+            total = hsum(load_f32x16(sums + 128 * t)) + hsum(load_f32x16(sums + 128 * t + 64)) + tail
             store_f32(load_i64(outs + 8 * t) + offset + 4 * r, total)
 
 

@@ -6,23 +6,11 @@ Specification 1.0, E4M3). A weight is its byte's value times the scale of its bl
 
 import numpy as np
 from llvmlite import ir
+from numba import types
 
 from quant.errors import QuantError
-from quant.simd.core import (
-    I8,
-    I32,
-    constant,
-    define,
-    f32x16,
-    load,
-    load_f32,
-    load_u8,
-    mul_f32x16,
-    splat_f32x16,
-    store_f32,
-    store_f32x16,
-    types,
-)
+from quant.simd.core import I8, I32, constant, define, f32x16, load
+from quant.simd.memory import load_f32, load_u8, store_f32, store_f32x16
 from quant.target.jit import kernel
 
 
@@ -69,7 +57,7 @@ def _expand(codes, n_rows, n_cols, scales, first_row, block_rows, block_cols, va
             first, last = n_cols * r + block_cols * block, n_cols * r + min(n_cols, block_cols * (block + 1))
             whole = first + (last - first) // 16 * 16
             for c in range(first, whole, 16):
-                store_f32x16(out + 4 * c, mul_f32x16(_load_16(codes + c), splat_f32x16(scale)))
+                store_f32x16(out + 4 * c, _load_16(codes + c) * scale)
             for c in range(whole, last):
                 store_f32(out + 4 * c, load_f32(values + 4 * load_u8(codes + c)) * scale)
 

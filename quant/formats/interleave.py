@@ -11,8 +11,9 @@ import numpy as np
 from numba import types
 
 from quant.errors import QuantError
-from quant.simd.core import I8, I16, define, load_i64, load_u8, load_u16, load_u32, store
-from quant.simd.rows16 import store_i32, store_i32x16, transpose_strided
+from quant.simd.core import I8, I16, define, store
+from quant.simd.memory import load_i64, load_u8, load_u16, load_u32, store_i32, store_i32x16
+from quant.simd.rows16 import transpose_strided
 from quant.target.jit import inline, kernel
 
 ROWS = 16

@@ -7,27 +7,17 @@ import numpy as np
 from quant.block_format import EXPAND, Format
 from quant.formats.blocks_32 import add_offset, add_single, biased_dots_of_quarters, eight_scales
 from quant.gemv import plain
-from quant.simd.bytes64 import BIAS, high_nibbles, load_quarters, lookup_in_64, low_nibbles
-from quant.simd.core import (
-    dot_i8,
-    i8_to_f32,
-    load_f16,
-    load_i8x16,
-    load_i8x32,
-    lookup_in,
-    mul_f32x32,
-    nibbles,
-    splat_f32x32,
-    store_f32x32,
-    zero_i32x8,
-)
+from quant.simd.core import i8x32, i8x64
+from quant.simd.floats import to_f32
+from quant.simd.ints import BIAS, dot_i8, lookup_in, nibbles, zero_i32x8
+from quant.simd.memory import load_f16, load_i8x16, load_i8x32, load_quarters, store_f32x32
 from quant.target.jit import inline, kernel
 
 BLOCK, BLOCK_BYTES = 32, 18
 
 VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
-_value = lookup_in(VALUES)
-_raised_value = lookup_in_64(VALUES.astype(np.int16) + BIAS)
+_value = lookup_in(VALUES, i8x32)
+_raised_value = lookup_in(VALUES.astype(np.int16) + BIAS, i8x64)
 
 
 def unpack(blocks: np.ndarray) -> np.ndarray:
@@ -47,7 +37,7 @@ def _quants(block):
 @inline
 def raised_values(qs):
     """The grid's values + BIAS of 64 bytes' low nibbles, of their high ones."""
-    return _raised_value(low_nibbles(qs)), _raised_value(high_nibbles(qs))
+    return _raised_value(qs & 15), _raised_value(qs >> 4)
 
 
 @inline
@@ -73,7 +63,7 @@ def _add_block(block, record, n_cols, group, total):
 def _expand(w, n_blocks, out):
     for b in range(n_blocks):
         block = w + BLOCK_BYTES * b
-        store_f32x32(out + 128 * b, mul_f32x32(i8_to_f32(_quants(block)), splat_f32x32(load_f16(block))))
+        store_f32x32(out + 128 * b, to_f32(_quants(block)) * load_f16(block))
 
 
 _gemv, _gemv_few = plain.kernels("IQ4_NL", 8 * BLOCK_BYTES, _weights, _add_step, _add_block)

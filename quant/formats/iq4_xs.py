@@ -10,35 +10,24 @@ from quant.block_format import EXPAND, Format
 from quant.formats.blocks_32 import add_offset, biased_dots_of_quarters
 from quant.formats.iq4_nl import VALUES, raised_values
 from quant.gemv import plain
-from quant.simd.bytes64 import (
-    BIAS,
-    add_scaled,
-    even_quarters,
-    interleaved_bytes,
-    load_f16_everywhere,
-    load_i8x64,
-    odd_quarters,
-)
-from quant.simd.core import (
-    i8_to_f32,
+from quant.simd.core import i8x32
+from quant.simd.floats import interleaved_bytes, to_f32
+from quant.simd.ints import BIAS, even_quarters, lookup_in, nibbles, odd_quarters
+from quant.simd.memory import (
     load_f16,
+    load_f16_everywhere,
     load_i8x16,
+    load_i8x64,
     load_u8,
     load_u16,
     load_u32,
-    lookup_in,
-    mul_f32x16,
-    mul_f32x32,
-    nibbles,
-    splat_f32x16,
-    splat_f32x32,
     store_f32x32,
 )
 from quant.target.jit import inline, kernel
 
 BLOCK, BLOCK_BYTES = 256, 136
 
-_value = lookup_in(VALUES)
+_value = lookup_in(VALUES, i8x32)
 
 
 def unpack(blocks: np.ndarray) -> np.ndarray:
@@ -86,8 +75,7 @@ def _weights(block):
     """Raised values of low and high nibbles of sub-blocks 0 2 4 6, of 1 3 5 7; d * (ls - 32) in two lanes each."""
     low, high = load_i8x64(block + 8), load_i8x64(block + 72)
     packed = _packed_scales(block)
-    scales = add_scaled(np.float32(1.0), interleaved_bytes(packed, packed), splat_f32x16(np.float32(-32.0)))
-    scales = mul_f32x16(scales, load_f16_everywhere(block))
+    scales = (interleaved_bytes(packed, packed) - 32) * load_f16_everywhere(block)
     return *raised_values(even_quarters(low, high)), *raised_values(odd_quarters(low, high)), scales
 
 
@@ -101,7 +89,7 @@ def _expand(w, n_blocks, out):
     for b in range(n_blocks):
         block = w + BLOCK_BYTES * b
         for j in range(8):
-            x = mul_f32x32(i8_to_f32(_quants(block, j)), splat_f32x32(_scale(block, j)))
+            x = to_f32(_quants(block, j)) * _scale(block, j)
             store_f32x32(out + 1024 * b + 128 * j, x)
 
 

@@ -8,28 +8,17 @@ import numpy as np
 from quant.block_format import EXPAND, Format
 from quant.formats.blocks_32 import add_offset, add_single, dots_of_quarters
 from quant.gemv import plain
-from quant.simd.bytes64 import half_powers, high_nibbles, load_quarters, lookup_in_64, low_nibbles
-from quant.simd.core import (
-    bits_to_f32,
-    dot_i8,
-    i8_to_f32,
-    load_i8x16,
-    load_i8x32,
-    load_u8,
-    lookup_in,
-    mul_f32x32,
-    nibbles,
-    splat_f32x32,
-    store_f32x32,
-    zero_i32x8,
-)
+from quant.simd.core import i8x32, i8x64
+from quant.simd.floats import half_powers, to_f32
+from quant.simd.ints import dot_i8, lookup_in, nibbles, zero_i32x8
+from quant.simd.memory import bits_to_f32, load_i8x16, load_i8x32, load_quarters, load_u8, store_f32x32
 from quant.target.jit import inline, kernel
 
 BLOCK, BLOCK_BYTES = 32, 17
 
 VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
-_value = lookup_in(VALUES)
-_raised_value = lookup_in_64(VALUES + 12)
+_value = lookup_in(VALUES, i8x32)
+_raised_value = lookup_in(VALUES + 12, i8x64)
 
 
 def unpack(blocks: np.ndarray) -> np.ndarray:
@@ -66,8 +55,8 @@ def _weights(block):
     """Values + 12 of low and high nibbles of blocks 0 2 4 6, of blocks 1 3 5 7; the blocks' scales."""
     even, odd = load_quarters(block + 1, 2 * BLOCK_BYTES), load_quarters(block + BLOCK_BYTES + 1, 2 * BLOCK_BYTES)
     scales = half_powers(_four_exponents(block), _four_exponents(block + 4 * BLOCK_BYTES))
-    low_even, high_even = _raised_value(low_nibbles(even)), _raised_value(high_nibbles(even))
-    low_odd, high_odd = _raised_value(low_nibbles(odd)), _raised_value(high_nibbles(odd))
+    low_even, high_even = _raised_value(even & 15), _raised_value(even >> 4)
+    low_odd, high_odd = _raised_value(odd & 15), _raised_value(odd >> 4)
     return low_even, high_even, low_odd, high_odd, scales
 
 
@@ -86,7 +75,7 @@ def _add_block(block, record, n_cols, group, total):
 def _expand(w, n_blocks, out):
     for b in range(n_blocks):
         block = w + BLOCK_BYTES * b
-        store_f32x32(out + 128 * b, mul_f32x32(i8_to_f32(_quants(block)), splat_f32x32(_scale(block))))
+        store_f32x32(out + 128 * b, to_f32(_quants(block)) * _scale(block))
 
 
 _gemv, _gemv_few = plain.kernels("MXFP4", 8 * BLOCK_BYTES, _weights, _add_step, _add_block)

@@ -7,20 +7,9 @@ import numpy as np
 from quant.block_format import EXPAND, Format
 from quant.formats.blocks_32 import add_offset, add_single, dots_of_quarters, eight_scales
 from quant.gemv import plain
-from quant.simd.bytes64 import high_nibbles, load_quarters, low_nibbles
-from quant.simd.core import (
-    dot_i8,
-    i8_to_f32,
-    load_f16,
-    load_i8x16,
-    load_i8x32,
-    mul_f32x32,
-    nibbles,
-    splat_f32x32,
-    store_f32x32,
-    subtract_i8,
-    zero_i32x8,
-)
+from quant.simd.floats import to_f32
+from quant.simd.ints import dot_i8, nibbles, zero_i32x8
+from quant.simd.memory import load_f16, load_i8x16, load_i8x32, load_quarters, store_f32x32
 from quant.target.jit import inline, kernel
 
 BLOCK, BLOCK_BYTES = 32, 18
@@ -37,7 +26,7 @@ def unpack(blocks: np.ndarray) -> np.ndarray:
 @inline
 def _quants(block):
     """i8x32 in -8..7"""
-    return subtract_i8(nibbles(load_i8x16(block + 2)), 8)
+    return nibbles(load_i8x16(block + 2)) - 8
 
 
 @inline
@@ -45,7 +34,7 @@ def _weights(block):
     """Low and high nibbles of blocks 0 2 4 6, of blocks 1 3 5 7; the blocks' scales."""
     even, odd = load_quarters(block + 2, 2 * BLOCK_BYTES), load_quarters(block + BLOCK_BYTES + 2, 2 * BLOCK_BYTES)
     scales = eight_scales(block, BLOCK_BYTES)
-    return low_nibbles(even), high_nibbles(even), low_nibbles(odd), high_nibbles(odd), scales
+    return even & 15, even >> 4, odd & 15, odd >> 4, scales
 
 
 @inline
@@ -63,7 +52,7 @@ def _add_block(block, record, n_cols, group, total):
 def _expand(w, n_blocks, out):
     for b in range(n_blocks):
         block = w + BLOCK_BYTES * b
-        store_f32x32(out + 128 * b, mul_f32x32(i8_to_f32(_quants(block)), splat_f32x32(load_f16(block))))
+        store_f32x32(out + 128 * b, to_f32(_quants(block)) * load_f16(block))
 
 
 _gemv, _gemv_few = plain.kernels("Q4_0", 8 * BLOCK_BYTES, _weights, _add_step, _add_block)

@@ -7,20 +7,9 @@ import numpy as np
 from quant.block_format import EXPAND, Format
 from quant.formats.blocks_32 import add_minimum, add_single, add_single_minimum, dots_of_quarters, eight_pairs
 from quant.gemv import plain
-from quant.simd.bytes64 import high_nibbles, load_quarters, low_nibbles
-from quant.simd.core import (
-    add_f32x32,
-    dot_u8,
-    i8_to_f32,
-    load_f16,
-    load_i8x16,
-    load_i8x32,
-    mul_f32x32,
-    nibbles,
-    splat_f32x32,
-    store_f32x32,
-    zero_i32x8,
-)
+from quant.simd.floats import to_f32
+from quant.simd.ints import dot_u8, nibbles, zero_i32x8
+from quant.simd.memory import load_f16, load_i8x16, load_i8x32, load_quarters, store_f32x32
 from quant.target.jit import inline, kernel
 
 BLOCK, BLOCK_BYTES = 32, 20
@@ -45,7 +34,7 @@ def _weights(block):
     """Low and high nibbles of blocks 0 2 4 6, of blocks 1 3 5 7; the blocks' d and m in turn."""
     even, odd = load_quarters(block + 4, 2 * BLOCK_BYTES), load_quarters(block + BLOCK_BYTES + 4, 2 * BLOCK_BYTES)
     scales = eight_pairs(block, BLOCK_BYTES)
-    return low_nibbles(even), high_nibbles(even), low_nibbles(odd), high_nibbles(odd), scales
+    return even & 15, even >> 4, odd & 15, odd >> 4, scales
 
 
 @inline
@@ -66,9 +55,7 @@ def _expand(w, n_blocks, out):
         block = w + BLOCK_BYTES * b
         store_f32x32(
             out + 128 * b,
-            add_f32x32(
-                mul_f32x32(i8_to_f32(_quants(block)), splat_f32x32(load_f16(block))), splat_f32x32(load_f16(block + 2))
-            ),
+            to_f32(_quants(block)) * load_f16(block) + load_f16(block + 2),
         )
 
 

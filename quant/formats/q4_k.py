@@ -8,34 +8,9 @@ import numpy as np
 from quant.block_format import EXPAND, Format
 from quant.gemv import plain
 from quant.gemv.activations import NIBBLES, SCALES
-from quant.simd.bytes64 import (
-    dot_u8x64,
-    high_nibbles,
-    interleaved_bytes,
-    load_f16_pair,
-    load_i8x64,
-    low_nibbles,
-    pair_sums,
-    picked,
-    subtract_odd,
-    to_f32x16,
-    zero_i32x16,
-)
-from quant.simd.core import (
-    fma_f32x16,
-    i8_to_f32,
-    load_f16,
-    load_f32x16,
-    load_i8x32,
-    load_u32,
-    mask,
-    mul_f32x16,
-    mul_f32x32,
-    shift_right,
-    splat_f32x32,
-    store_f32x32,
-    sub_f32x32,
-)
+from quant.simd.floats import fma, interleaved_bytes, picked, subtract_odd, to_f32
+from quant.simd.ints import dot_u8, pair_sums, zero_i32x16
+from quant.simd.memory import load_f16, load_f16_pair, load_f32x16, load_i8x32, load_i8x64, load_u32, store_f32x32
 from quant.target.jit import inline, kernel
 
 BLOCK, BLOCK_BYTES = 256, 144
@@ -85,28 +60,28 @@ def byte(packed, j):
 @inline
 def _quants(block, j):
     """Sub-block j, i8x32 in 0..15."""
-    return mask(shift_right(load_i8x32(block + 16 + 32 * (j // 2)), 4 * (j % 2)), 15)
+    return load_i8x32(block + 16 + 32 * (j // 2)) >> 4 * (j % 2) & 15
 
 
 @inline
 def _weights(block):
     """Sub-blocks 0|2, 1|3, 4|6, 5|7 in 0..15; d*sc and dmin*m of each sub-block in turn."""
     low, high = load_i8x64(block + 16), load_i8x64(block + 80)
-    scales = mul_f32x16(interleaved_bytes(packed_scales(block), packed_mins(block)), load_f16_pair(block))
-    return low_nibbles(low), high_nibbles(low), low_nibbles(high), high_nibbles(high), scales
+    scales = interleaved_bytes(packed_scales(block), packed_mins(block)) * load_f16_pair(block)
+    return low & 15, low >> 4, high & 15, high >> 4, scales
 
 
 @inline
 def add_nibbles(weights, step, total):
     """total + the products of 256 weights laid out as _weights has them; the sums of 4 products are below 2^14."""
     q, zero = step + NIBBLES, zero_i32x16()
-    dots_0 = dot_u8x64(zero, weights[0], load_i8x64(q))
-    dots_1 = dot_u8x64(zero, weights[1], load_i8x64(q + 64))
-    dots_4 = dot_u8x64(zero, weights[2], load_i8x64(q + 128))
-    dots_5 = dot_u8x64(zero, weights[3], load_i8x64(q + 192))
-    dots = to_f32x16(pair_sums(pair_sums(dots_0, dots_1), pair_sums(dots_4, dots_5)))
-    scales = mul_f32x16(weights[4], load_f32x16(step + SCALES))
-    return fma_f32x16(dots, _in_order_of_dots(scales), subtract_odd(total, scales))
+    dots_0 = dot_u8(zero, weights[0], load_i8x64(q))
+    dots_1 = dot_u8(zero, weights[1], load_i8x64(q + 64))
+    dots_4 = dot_u8(zero, weights[2], load_i8x64(q + 128))
+    dots_5 = dot_u8(zero, weights[3], load_i8x64(q + 192))
+    dots = to_f32(pair_sums(pair_sums(dots_0, dots_1), pair_sums(dots_4, dots_5)))
+    scales = weights[4] * load_f32x16(step + SCALES)
+    return fma(dots, _in_order_of_dots(scales), subtract_odd(total, scales))
 
 
 @kernel(EXPAND)
@@ -116,8 +91,8 @@ def _expand(w, n_blocks, out):
         d, dmin = load_f16(block), load_f16(block + 2)
         scales, minima = packed_scales(block), packed_mins(block)
         for j in range(8):
-            scaled = mul_f32x32(i8_to_f32(_quants(block, j)), splat_f32x32(d * byte(scales, j)))
-            x = sub_f32x32(scaled, splat_f32x32(dmin * byte(minima, j)))
+            scaled = to_f32(_quants(block, j)) * (d * byte(scales, j))
+            x = scaled - dmin * byte(minima, j)
             store_f32x32(out + 1024 * b + 128 * j, x)
 
 

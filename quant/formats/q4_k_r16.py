@@ -6,8 +6,10 @@ from itertools import product
 from quant.block_format import Format
 from quant.formats import q4_k
 from quant.formats.interleave import ROWS, unpack
-from quant.gemv.interleaved import FLOATS, WORDS, Block, Token, as_bytes, dot, fma, kernels, masked, merged
+from quant.gemv.interleaved import FLOATS, WORDS, Block, Token, as_bytes, kernels, masked, merged
 from quant.simd.core import constant
+from quant.simd.floats import emit_fma
+from quant.simd.ints import emit_dot_u8
 from quant.target import isa
 
 NAME = "Q4_K_R16"
@@ -45,16 +47,16 @@ def add_sub_blocks(block: Block, tokens: list[Token], totals: list, quants, rais
             for i, weights in enumerate(quants(c, g)):
                 for t, token in enumerate(tokens):
                     columns = token.columns(64 * c + 32 * i + 4 * g)
-                    dots[2 * c + i][t] = dot(builder, dots[2 * c + i][t], weights, columns)
+                    dots[2 * c + i][t] = emit_dot_u8(builder, dots[2 * c + i][t], weights, columns)
         for j in range(2 * first, min(8, 2 * (first + together))):
             scale, minimum = field(builder, sc, j, raised * (j % 2 == 0)), field(builder, m, j, 0)
             for t, token in enumerate(tokens):
                 terms = builder.sitofp(dots[j][t], FLOATS)
-                sums[t] = fma(builder, terms, builder.fmul(scale, token.scale(j)), sums[t])
-                minima[t] = fma(builder, minimum, token.scaled_sum(j), minima[t])
+                sums[t] = emit_fma(builder, terms, builder.fmul(scale, token.scale(j)), sums[t])
+                minima[t] = emit_fma(builder, minimum, token.scaled_sum(j), minima[t])
     d, minus_dmin = builder.fmul(d, constant(FLOATS, 2.0**-raised)), builder.fneg(dmin)
-    totals = [fma(builder, d, total, before) for total, before in zip(sums, totals, strict=True)]
-    return [fma(builder, minus_dmin, total, before) for total, before in zip(minima, totals, strict=True)]
+    totals = [emit_fma(builder, d, total, before) for total, before in zip(sums, totals, strict=True)]
+    return [emit_fma(builder, minus_dmin, total, before) for total, before in zip(minima, totals, strict=True)]
 
 
 def _add_block(block: Block, tokens: list[Token], totals: list) -> list:

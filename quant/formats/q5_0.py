@@ -7,23 +7,9 @@ import numpy as np
 from quant.block_format import EXPAND, Format
 from quant.formats.blocks_32 import add_offset, add_single, dots_of_quarters, eight_scales, four_u16
 from quant.gemv import plain
-from quant.simd.bytes64 import high_nibbles, load_quarters, low_nibbles, set_where
-from quant.simd.core import (
-    dot_i8,
-    either,
-    i8_to_f32,
-    load_f16,
-    load_i8x16,
-    load_i8x32,
-    load_u32,
-    mul_f32x32,
-    nibbles,
-    splat_f32x32,
-    spread_bits,
-    store_f32x32,
-    subtract_i8,
-    zero_i32x8,
-)
+from quant.simd.floats import to_f32
+from quant.simd.ints import dot_i8, nibbles, set_where, spread_bits, zero_i32x8
+from quant.simd.memory import load_f16, load_i8x16, load_i8x32, load_quarters, load_u32, store_f32x32
 from quant.target.jit import inline, kernel
 
 BLOCK, BLOCK_BYTES = 32, 22
@@ -41,15 +27,15 @@ def unpack(blocks: np.ndarray) -> np.ndarray:
 @inline
 def _quants(block):
     """i8x32 in -16..15"""
-    return subtract_i8(either(nibbles(load_i8x16(block + 6)), spread_bits(load_u32(block + 2), 16)), 16)
+    return (nibbles(load_i8x16(block + 6)) | spread_bits(load_u32(block + 2), 16)) - 16
 
 
 @inline
 def _even_blocks(block):
     """Weights 0..15 of blocks 0 2 4 6 from `block` on, then weights 16..31 of the same, in 0..31."""
     qs, stride = load_quarters(block + 6, 2 * BLOCK_BYTES), 2 * BLOCK_BYTES
-    low = set_where(low_nibbles(qs), four_u16(block + 2, stride), 16)
-    return low, set_where(high_nibbles(qs), four_u16(block + 4, stride), 16)
+    low = set_where(qs & 15, four_u16(block + 2, stride), 16)
+    return low, set_where(qs >> 4, four_u16(block + 4, stride), 16)
 
 
 @inline
@@ -75,7 +61,7 @@ def _add_block(block, record, n_cols, group, total):
 def _expand(w, n_blocks, out):
     for b in range(n_blocks):
         block = w + BLOCK_BYTES * b
-        store_f32x32(out + 128 * b, mul_f32x32(i8_to_f32(_quants(block)), splat_f32x32(load_f16(block))))
+        store_f32x32(out + 128 * b, to_f32(_quants(block)) * load_f16(block))
 
 
 _gemv, _gemv_few = plain.kernels("Q5_0", 8 * BLOCK_BYTES, _weights, _add_step, _add_block, together=1)

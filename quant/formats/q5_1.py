@@ -7,23 +7,9 @@ import numpy as np
 from quant.block_format import EXPAND, Format
 from quant.formats.blocks_32 import add_minimum, add_single, add_single_minimum, dots_of_quarters, eight_pairs, four_u16
 from quant.gemv import plain
-from quant.simd.bytes64 import high_nibbles, load_quarters, low_nibbles, set_where
-from quant.simd.core import (
-    add_f32x32,
-    dot_u8,
-    either,
-    i8_to_f32,
-    load_f16,
-    load_i8x16,
-    load_i8x32,
-    load_u32,
-    mul_f32x32,
-    nibbles,
-    splat_f32x32,
-    spread_bits,
-    store_f32x32,
-    zero_i32x8,
-)
+from quant.simd.floats import to_f32
+from quant.simd.ints import dot_u8, nibbles, set_where, spread_bits, zero_i32x8
+from quant.simd.memory import load_f16, load_i8x16, load_i8x32, load_quarters, load_u32, store_f32x32
 from quant.target.jit import inline, kernel
 
 BLOCK, BLOCK_BYTES = 32, 24
@@ -41,15 +27,15 @@ def unpack(blocks: np.ndarray) -> np.ndarray:
 @inline
 def _quants(block):
     """i8x32 in 0..31"""
-    return either(nibbles(load_i8x16(block + 8)), spread_bits(load_u32(block + 4), 16))
+    return nibbles(load_i8x16(block + 8)) | spread_bits(load_u32(block + 4), 16)
 
 
 @inline
 def _even_blocks(block):
     """Weights 0..15 of blocks 0 2 4 6 from `block` on, then weights 16..31 of the same, in 0..31."""
     qs, stride = load_quarters(block + 8, 2 * BLOCK_BYTES), 2 * BLOCK_BYTES
-    low = set_where(low_nibbles(qs), four_u16(block + 4, stride), 16)
-    return low, set_where(high_nibbles(qs), four_u16(block + 6, stride), 16)
+    low = set_where(qs & 15, four_u16(block + 4, stride), 16)
+    return low, set_where(qs >> 4, four_u16(block + 6, stride), 16)
 
 
 @inline
@@ -78,9 +64,7 @@ def _expand(w, n_blocks, out):
         block = w + BLOCK_BYTES * b
         store_f32x32(
             out + 128 * b,
-            add_f32x32(
-                mul_f32x32(i8_to_f32(_quants(block)), splat_f32x32(load_f16(block))), splat_f32x32(load_f16(block + 2))
-            ),
+            to_f32(_quants(block)) * load_f16(block) + load_f16(block + 2),
         )
 
 

@@ -8,30 +8,9 @@ import numpy as np
 from quant.block_format import EXPAND, Format
 from quant.formats.q4_k import add_nibbles, byte, packed_mins, packed_scales, unpack_scales
 from quant.gemv import plain
-from quant.simd.bytes64 import (
-    high_nibbles,
-    interleaved_bytes,
-    load_f16_pair,
-    load_i8x64,
-    load_twice,
-    low_nibbles,
-    or_masked,
-    shifted,
-)
-from quant.simd.core import (
-    either,
-    i8_to_f32,
-    load_f16,
-    load_i8x32,
-    mask,
-    mul_f32x16,
-    mul_f32x32,
-    shift_left,
-    shift_right,
-    splat_f32x32,
-    store_f32x32,
-    sub_f32x32,
-)
+from quant.simd.floats import interleaved_bytes, to_f32
+from quant.simd.ints import shifted
+from quant.simd.memory import load_f16, load_f16_pair, load_i8x32, load_i8x64, load_twice, store_f32x32
 from quant.target.jit import inline, kernel
 
 BLOCK, BLOCK_BYTES = 256, 176
@@ -59,20 +38,20 @@ def unpack(blocks: np.ndarray) -> np.ndarray:
 @inline
 def _quants(block, j):
     """Sub-block j, i8x32 in 0..31."""
-    low = mask(shift_right(load_i8x32(block + 48 + 32 * (j // 2)), 4 * (j % 2)), 15)
-    return either(low, shift_left(mask(shift_right(load_i8x32(block + 16), j), 1), 4))
+    low = load_i8x32(block + 48 + 32 * (j // 2)) >> 4 * (j % 2) & 15
+    return low | (load_i8x32(block + 16) >> j & 1) << 4
 
 
 @inline
 def _weights(block):
     """Sub-blocks 0|2, 1|3, 4|6, 5|7 in 0..31; d*sc and dmin*m of each sub-block in turn."""
     low, high, fifth = load_i8x64(block + 48), load_i8x64(block + 112), load_twice(block + 16)
-    scales = mul_f32x16(interleaved_bytes(packed_scales(block), packed_mins(block)), load_f16_pair(block))
+    scales = interleaved_bytes(packed_scales(block), packed_mins(block)) * load_f16_pair(block)
     return (
-        or_masked(low_nibbles(low), _fifth_of_0_2(fifth), 16),
-        or_masked(high_nibbles(low), _fifth_of_1_3(fifth), 16),
-        or_masked(low_nibbles(high), _fifth_of_4_6(fifth), 16),
-        or_masked(high_nibbles(high), _fifth_of_5_7(fifth), 16),
+        low & 15 | _fifth_of_0_2(fifth) & 16,
+        low >> 4 | _fifth_of_1_3(fifth) & 16,
+        high & 15 | _fifth_of_4_6(fifth) & 16,
+        high >> 4 | _fifth_of_5_7(fifth) & 16,
         scales,
     )
 
@@ -84,8 +63,8 @@ def _expand(w, n_blocks, out):
         d, dmin = load_f16(block), load_f16(block + 2)
         scales, minima = packed_scales(block), packed_mins(block)
         for j in range(8):
-            scaled = mul_f32x32(i8_to_f32(_quants(block, j)), splat_f32x32(d * byte(scales, j)))
-            x = sub_f32x32(scaled, splat_f32x32(dmin * byte(minima, j)))
+            scaled = to_f32(_quants(block, j)) * (d * byte(scales, j))
+            x = scaled - dmin * byte(minima, j)
             store_f32x32(out + 1024 * b + 128 * j, x)
 
 

@@ -9,38 +9,18 @@ import numpy as np
 from quant.block_format import EXPAND, Format
 from quant.gemv import plain
 from quant.gemv.activations import IN_ORDER, SCALES_16, SUMS_16
-from quant.simd.bytes64 import (
-    add_scaled,
-    dot_u8x64,
-    high_nibbles,
-    load_f16_everywhere,
-    load_i8x16_picked,
-    load_i8x64,
-    load_twice,
-    low_nibbles,
-    or_masked,
-    pair_sums,
-    pair_sums_wide,
-    shifted,
-    to_f32x16,
-    zero_i32x16,
-)
-from quant.simd.core import (
-    either,
-    fma_f32x16,
-    halves_f32x32,
-    i8_to_f32,
+from quant.simd.floats import fma, halves_f32x32, to_f32
+from quant.simd.ints import dot_u8, pair_sums, pair_sums_wide, shifted, zero_i32x16
+from quant.simd.memory import (
     load_f16,
+    load_f16_everywhere,
     load_f32x16,
     load_i8,
+    load_i8x16_picked,
     load_i8x32,
-    mask,
-    mul_f32x16,
-    mul_f32x32,
-    shift_left,
-    shift_right,
+    load_i8x64,
+    load_twice,
     store_f32x32,
-    subtract_i8,
 )
 from quant.target.jit import inline, kernel
 
@@ -69,9 +49,9 @@ def unpack(blocks: np.ndarray) -> np.ndarray:
 def _quants(block, j):
     """Weights 32j..32j+31, i8x32 in -32..31."""
     half, k = j // 4, j % 4
-    low = mask(shift_right(load_i8x32(block + 64 * half + 32 * (k % 2)), 4 * (k // 2)), 15)
-    high = mask(shift_right(load_i8x32(block + 128 + 32 * half), 2 * k), 3)
-    return subtract_i8(either(low, shift_left(high, 4)), 32)
+    low = load_i8x32(block + 64 * half + 32 * (k % 2)) >> 4 * (k // 2) & 15
+    high = load_i8x32(block + 128 + 32 * half) >> 2 * k & 3
+    return (low | high << 4) - 32
 
 
 @inline
@@ -86,24 +66,24 @@ def _weights(block):
     low, low_bits = load_i8x64(block), load_twice(block + 128)
     high, high_bits = load_i8x64(block + 64), load_twice(block + 160)
     return (
-        or_masked(low_nibbles(low), _bits_0_2(low_bits), 48),
-        or_masked(high_nibbles(low), _bits_4_6(low_bits), 48),
-        or_masked(low_nibbles(high), _bits_0_2(high_bits), 48),
-        or_masked(high_nibbles(high), _bits_4_6(high_bits), 48),
-        mul_f32x16(_scales(block + 192), load_f16_everywhere(block + 208)),
+        low & 15 | _bits_0_2(low_bits) & 48,
+        low >> 4 | _bits_4_6(low_bits) & 48,
+        high & 15 | _bits_0_2(high_bits) & 48,
+        high >> 4 | _bits_4_6(high_bits) & 48,
+        _scales(block + 192) * load_f16_everywhere(block + 208),
     )
 
 
 @inline
 def _add_step(weights, step, total):
     q, zero = step + IN_ORDER, zero_i32x16()
-    dots_0 = dot_u8x64(zero, weights[0], load_i8x64(q))
-    dots_4 = dot_u8x64(zero, weights[1], load_i8x64(q + 64))
-    dots_8 = dot_u8x64(zero, weights[2], load_i8x64(q + 128))
-    dots_12 = dot_u8x64(zero, weights[3], load_i8x64(q + 192))
-    dots = to_f32x16(pair_sums_wide(pair_sums(dots_0, dots_4), pair_sums(dots_8, dots_12)))
-    dots = add_scaled(np.float32(-32.0), load_f32x16(step + SUMS_16), dots)
-    return fma_f32x16(dots, mul_f32x16(weights[4], load_f32x16(step + SCALES_16)), total)
+    dots_0 = dot_u8(zero, weights[0], load_i8x64(q))
+    dots_4 = dot_u8(zero, weights[1], load_i8x64(q + 64))
+    dots_8 = dot_u8(zero, weights[2], load_i8x64(q + 128))
+    dots_12 = dot_u8(zero, weights[3], load_i8x64(q + 192))
+    dots = to_f32(pair_sums_wide(pair_sums(dots_0, dots_4), pair_sums(dots_8, dots_12)))
+    dots = fma(-32, load_f32x16(step + SUMS_16), dots)
+    return fma(dots, weights[4] * load_f32x16(step + SCALES_16), total)
 
 
 @kernel(EXPAND)
@@ -113,7 +93,7 @@ def _expand(w, n_blocks, out):
         d = load_f16(block + 208)
         for j in range(8):
             scales = halves_f32x32(d * _scale(block, 2 * j), d * _scale(block, 2 * j + 1))
-            store_f32x32(out + 1024 * b + 128 * j, mul_f32x32(i8_to_f32(_quants(block, j)), scales))
+            store_f32x32(out + 1024 * b + 128 * j, to_f32(_quants(block, j)) * scales)
 
 
 _gemv, _gemv_few = plain.kernels("Q6_K", BLOCK_BYTES, _weights, _add_step)

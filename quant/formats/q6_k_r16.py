@@ -4,8 +4,10 @@ ql u32[32][16] @0 | qh u32[16][16] @2048 | scales i8[16][16] @3072 | d f16[16] @
 from quant.block_format import Format
 from quant.formats import q6_k
 from quant.formats.interleave import ROWS, unpack
-from quant.gemv.interleaved import FLOATS, WORDS, Block, Token, as_bytes, dot, fma, kernels, masked, merged
+from quant.gemv.interleaved import FLOATS, WORDS, Block, Token, as_bytes, kernels, masked, merged
 from quant.simd.core import constant
+from quant.simd.floats import emit_fma
+from quant.simd.ints import emit_dot_u8
 
 NAME = "Q6_K_R16"
 QH, SCALES, D = 2048, 3072, 3328
@@ -35,15 +37,16 @@ def _add_block(block: Block, tokens: list[Token], totals: list) -> list:
                 for k, weights in enumerate(_quarters(block, half, g)):
                     for t, token in enumerate(tokens):
                         columns = token.columns(128 * half + 32 * k + 4 * g)
-                        dots[k][t] = dot(builder, dots[k][t], weights, columns)
+                        dots[k][t] = emit_dot_u8(builder, dots[k][t], weights, columns)
             for k in range(4):
                 j = 4 * half + k
                 scale = block.signed_bytes(SCALES + ROWS * (2 * j + part))
                 for t, token in enumerate(tokens):
-                    product = fma(builder, token.half_sum(2 * j + part), offset, builder.sitofp(dots[k][t], FLOATS))
-                    sums[t] = fma(builder, product, builder.fmul(scale, token.scale(j)), sums[t])
+                    product = builder.sitofp(dots[k][t], FLOATS)
+                    product = emit_fma(builder, token.half_sum(2 * j + part), offset, product)
+                    sums[t] = emit_fma(builder, product, builder.fmul(scale, token.scale(j)), sums[t])
     d = block.halves(D)
-    return [fma(builder, d, total, before) for total, before in zip(sums, totals, strict=True)]
+    return [emit_fma(builder, d, total, before) for total, before in zip(sums, totals, strict=True)]
 
 
 _gemv, _gemv_few = kernels(NAME, q6_k.BLOCK_BYTES, _add_block)

@@ -8,31 +8,9 @@ from quant.block_format import EXPAND, Format
 from quant.formats.blocks_32 import add_single, eight_scales
 from quant.gemv import plain
 from quant.gemv.activations import IN_ORDER, SCALES, SUMS
-from quant.simd.bytes64 import (
-    BIAS,
-    add_scaled,
-    biased,
-    dot_biased,
-    load_halves,
-    load_i8x64,
-    pair_sums_wide,
-    picked,
-    to_f32x16,
-    zero_i32x16,
-)
-from quant.simd.core import (
-    dot_i8,
-    fma_f32x16,
-    i8_to_f32,
-    load_f16,
-    load_f32x16,
-    load_i8x32,
-    mul_f32x16,
-    mul_f32x32,
-    splat_f32x32,
-    store_f32x32,
-    zero_i32x8,
-)
+from quant.simd.floats import fma, picked, to_f32
+from quant.simd.ints import BIAS, biased, dot_biased, dot_i8, pair_sums_wide, zero_i32x8, zero_i32x16
+from quant.simd.memory import load_f16, load_f32x16, load_halves, load_i8x32, load_i8x64, store_f32x32
 from quant.target.jit import inline, kernel
 
 BLOCK, BLOCK_BYTES = 32, 34
@@ -65,10 +43,10 @@ def _add_step(weights, step, total):
     dots_2 = dot_biased(zero, weights[1], load_i8x64(q + 64))
     dots_4 = dot_biased(zero, weights[2], load_i8x64(q + 128))
     dots_6 = dot_biased(zero, weights[3], load_i8x64(q + 192))
-    dots = to_f32x16(pair_sums_wide(pair_sums_wide(dots_0, dots_2), pair_sums_wide(dots_4, dots_6)))
-    dots = add_scaled(np.float32(-BIAS / 2), _in_order_of_dots(load_f32x16(step + SUMS)), dots)
-    scales = _in_order_of_dots(mul_f32x16(weights[4], load_f32x16(step + SCALES)))
-    return fma_f32x16(dots, scales, total)
+    dots = to_f32(pair_sums_wide(pair_sums_wide(dots_0, dots_2), pair_sums_wide(dots_4, dots_6)))
+    dots = fma(np.float32(-BIAS / 2), _in_order_of_dots(load_f32x16(step + SUMS)), dots)
+    scales = _in_order_of_dots(weights[4] * load_f32x16(step + SCALES))
+    return fma(dots, scales, total)
 
 
 @inline
@@ -81,7 +59,7 @@ def _add_block(block, record, n_cols, group, total):
 def _expand(w, n_blocks, out):
     for b in range(n_blocks):
         block = w + BLOCK_BYTES * b
-        store_f32x32(out + 128 * b, mul_f32x32(i8_to_f32(load_i8x32(block + 2)), splat_f32x32(load_f16(block))))
+        store_f32x32(out + 128 * b, to_f32(load_i8x32(block + 2)) * load_f16(block))
 
 
 _gemv, _gemv_few = plain.kernels("Q8_0", 8 * BLOCK_BYTES, _weights, _add_step, _add_block)

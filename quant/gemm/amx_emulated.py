@@ -11,6 +11,7 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from quant.simd.core import I8, I16, I32, I64, call, load, pointer, splat, store
+from quant.simd.ints import emit_dot_u8
 from quant.target.amx import CONFIG_BYTES, MOST_BYTES, MOST_ROWS, TILES, Tiles
 
 _ROW_BYTES_AT, _ROWS_AT = 16, 48  # in a configuration
@@ -128,7 +129,7 @@ def _add_product(builder: ir.IRBuilder, file: ir.Value, *numbers: ir.Value) -> N
             four = load(builder, builder.add(a.row(row.index), builder.shl(k.index, I64(2))), I32)
             x = builder.bitcast(splat(builder, four, _WORDS), _BYTES)
             u = load(builder, b.row(k.index), _BYTES)
-            added = call(builder, "llvm.x86.avx512.vpdpbusd.512", _WORDS, builder.load(total), u, x)
+            added = emit_dot_u8(builder, builder.load(total), u, x)
             builder.store(added, total)
         store(builder, c.row(row.index), builder.load(total))  # beyond its width all three are zero
 

@@ -24,8 +24,9 @@ from quant.gemm.packed import (
 )
 from quant.gemm.quantize_tokens import BLOCK_BYTES, GROUPS, WORK_BYTES, round_row, row_bytes
 from quant.matrix import ADDRESS, GROUP_BYTES, ROW_BYTES, ExpertMatrices
-from quant.simd.core import fma_f32x16, load_f32, load_f32x16, load_i64, splat_f32x16, store_f32x16, zero_f32x16
-from quant.simd.vectors import silu_times_f32x16
+from quant.simd.floats import fma, splat_f32x16, zero_f32x16
+from quant.simd.memory import load_f32, load_f32x16, load_i64, store_f32x16
+from quant.simd.vectors import silu
 from quant.target.jit import inline, kernel
 from quant.threads.atomics import atomic_add
 from quant.threads.pool import Pool, worker_bytes
@@ -53,7 +54,7 @@ def _swiglu(a, begin, n_tokens, step, gated, upped, work):
     kind, offset, n_steps = load_i64(a + DOWN + KIND), load_i64(a + DOWN + OFFSET), load_i64(a + INNER) // STEP
     panel, rounded = load_i64(a + DOWN_TOKENS) + TOKEN_BYTES * n_steps * begin, work + WORK_BYTES
     for at in range(0, 4 * ROWS * n_tokens, 64):
-        store_f32x16(gated + at, silu_times_f32x16(load_f32x16(gated + at), load_f32x16(upped + at)))
+        store_f32x16(gated + at, silu(load_f32x16(gated + at)) * load_f32x16(upped + at))
     round_row(gated, STEP * n_tokens, rounded, work)
     first = 0
     while first < n_tokens:
@@ -112,7 +113,7 @@ def _add_weighted(a, begin, n_tokens, first, n_rows, sums):
         out = load_i64(a + OUT) + 4 * (hidden * load_i64(load_i64(a + TOKEN) + 8 * (begin + t)) + first)
         for r in range(0, n_rows, 16):
             row_sums = sums + 4 * (r // ROWS * ROWS * n_tokens + r % ROWS + ROWS * t)
-            store_f32x16(out + 4 * r, fma_f32x16(weight, load_f32x16(row_sums), load_f32x16(out + 4 * r)))
+            store_f32x16(out + 4 * r, fma(weight, load_f32x16(row_sums), load_f32x16(out + 4 * r)))
 
 
 @inline

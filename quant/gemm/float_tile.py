@@ -7,7 +7,8 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from quant.simd.core import F32, I64, call, define, load, store
+from quant.simd.core import F32, I64, define, load, store
+from quant.simd.floats import emit_fma, emit_hsum
 from quant.target import isa
 from quant.target.jit import inline
 
@@ -35,22 +36,14 @@ def _tile(n_rows: int, n_tokens: int):
             for row, row_totals in zip(rows, totals, strict=True):
                 weights = load(builder, builder.add(row, at), _VECTOR)
                 for x, total in zip(xs, row_totals, strict=True):
-                    fma = call(builder, f"llvm.fma.v{LANES}f32", _VECTOR, weights, x, builder.load(total))
+                    fma = emit_fma(builder, weights, x, builder.load(total))
                     builder.store(fma, total)
         for t in range(n_tokens):
             out = builder.add(load(builder, builder.add(outs, I64(8 * t)), I64), offset)
             for r in range(n_rows):
-                store(builder, builder.add(out, I64(4 * r)), _sum(builder, builder.load(totals[r][t])))
+                store(builder, builder.add(out, I64(4 * r)), emit_hsum(builder, builder.load(totals[r][t])))
 
     return define(types.void, (types.int64,) * 5, emit)
-
-
-def _sum(builder, vector):
-    """Sum over lanes, in any order."""
-    function_type = ir.FunctionType(F32, [F32, _VECTOR])
-    name = f"llvm.vector.reduce.fadd.v{LANES}f32"
-    function = cgutils.get_or_insert_function(builder.module, function_type, name)
-    return builder.call(function, [ir.Constant(F32, 0.0), vector], fastmath=("reassoc",))
 
 
 _full, _one_token, _one_row, _single = _tile(ROWS, TOKENS), _tile(ROWS, 1), _tile(1, TOKENS), _tile(1, 1)

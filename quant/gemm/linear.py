@@ -17,7 +17,7 @@ from quant.gemm.packed import (
     tokens_bytes,
 )
 from quant.matrix import ADDRESS, GROUP_BYTES, ROW_BYTES, QuantMatrix
-from quant.simd.core import load_f32, load_f32x16, load_i64, store_f32, store_f32x16
+from quant.simd.memory import load_f32, load_f32x16, load_i64, store_f32, store_f32x16
 from quant.target.jit import inline, kernel
 from quant.threads.atomics import atomic_add
 from quant.threads.pool import Pool, worker_bytes

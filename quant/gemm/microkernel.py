@@ -10,7 +10,6 @@ AMX 12 tokens, whose dot products are AMX tiles' (gemm/microkernel_amx.py): what
 
 from itertools import chain
 
-from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
@@ -31,7 +30,8 @@ from quant.gemm.microkernel_step import (
     VF32,
     Steps,
 )
-from quant.simd.core import I8, I32, I64, call, define, load, pointer, store
+from quant.simd.core import I64, define, load, store
+from quant.simd.memory import emit_prefetch
 from quant.target import isa
 from quant.target.jit import Kernel, kernel
 
@@ -39,8 +39,7 @@ from quant.target.jit import Kernel, kernel
 def _prefetch(builder, address, n_bytes) -> None:
     """The lines from `address` on. A few a step: a burst would hold the buffers that the tile's own loads need."""
     with cgutils.for_range_slice(builder, I64(0), n_bytes, I64(64), I64) as (offset, _):
-        line = pointer(builder, builder.add(address, offset), I8)
-        call(builder, "llvm.prefetch.p0", ir.VoidType(), line, I32(0), I32(2), I32(1))
+        emit_prefetch(builder, builder.add(address, offset), 2)
 
 
 def _tile(kind: int):

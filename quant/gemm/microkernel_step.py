@@ -5,7 +5,9 @@ Integer dot products, scaled and added to float32 totals. Layout of both panels:
 
 from llvmlite import ir
 
-from quant.simd.core import F32, I8, I16, I32, I64, call, constant, load, splat
+from quant.simd.core import F32, I8, I32, I64, call, constant, load, splat
+from quant.simd.floats import emit_fma
+from quant.simd.ints import emit_dot_u8, emit_pairs_i16, emit_pairs_u8
 from quant.target import isa
 
 ROWS = 32
@@ -35,16 +37,6 @@ MINIMUM, OFFSET, HALVES, BYTES = range(4)  # kinds of formats: see gemm/packed.p
 _MOST = {MINIMUM: 31, OFFSET: 31, HALVES: 63, BYTES: 255}  # weights as they lie in a panel are not above
 
 VF32, VI32, VI8 = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(I8, 4 * LANES)
-
-
-def _multiply_add_16(builder, u, x):
-    """u * x of neighbours added, i16; u unsigned. Saturates."""
-    return call(builder, "llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(I16, 2 * LANES), u, x)
-
-
-def _add_neighbours(builder, v):
-    """i16 -> i32, half as many."""
-    return call(builder, "llvm.x86.avx2.pmadd.wd", VI32, v, constant(v.type, 1))
 
 
 class Step:
@@ -84,8 +76,7 @@ class Step:
             for t in range(self.n):
                 x = self.columns(k, t)
                 for part in range(PARTS):
-                    operands = sums[part][t], w[part], x
-                    sums[part][t] = call(self.builder, "llvm.x86.avx512.vpdpbusd.512", VI32, *operands)
+                    sums[part][t] = emit_dot_u8(self.builder, sums[part][t], w[part], x)
         return sums
 
     def dots_avx2(self, starts: list, columns: range) -> list:
@@ -100,9 +91,9 @@ class Step:
             for k in range(first, first + width, 4):
                 w = self.row_bytes(k, 0)
                 for t in range(self.n):
-                    product = _multiply_add_16(b, w, self.columns(k, t))
+                    product = emit_pairs_u8(b, w, self.columns(k, t))
                     products[t] = product if k == first else b.add(products[t], product)
-            sums = [b.add(total, _add_neighbours(b, v)) for total, v in zip(sums, products, strict=True)]
+            sums = [b.add(total, emit_pairs_i16(b, v)) for total, v in zip(sums, products, strict=True)]
         return sums
 
     def signed_dots_avx2(self, columns: range) -> list:
@@ -113,7 +104,7 @@ class Step:
             magnitude = b.select(b.icmp_signed("<", w, constant(VI8, 0)), b.neg(w), w)
             for t in range(self.n):
                 x = call(b, "llvm.x86.avx2.psign.b", VI8, self.columns(k, t), w)
-                sums[t] = b.add(sums[t], _add_neighbours(b, _multiply_add_16(b, magnitude, x)))
+                sums[t] = b.add(sums[t], emit_pairs_i16(b, emit_pairs_u8(b, magnitude, x)))
         return sums
 
     def add_scaled(self, totals: list, dots: list, scales: list) -> None:
@@ -123,8 +114,8 @@ class Step:
         for t in range(self.n):
             d = self.word(0, t, VF32)
             for part in range(PARTS):
-                scaled = fma(b, scales[part], b.bitcast(dots[part][t], VF32), starts[part])
-                totals[part][t] = fma(b, scaled, d, totals[part][t])
+                scaled = emit_fma(b, scales[part], b.bitcast(dots[part][t], VF32), starts[part])
+                totals[part][t] = emit_fma(b, scaled, d, totals[part][t])
 
     def add(self, totals: list) -> None:
         """Add this step to the totals."""
@@ -141,12 +132,7 @@ class Step:
             for t in range(self.n):
                 s = self.word(1, t, VF32)
                 for part in range(PARTS):
-                    totals[part][t] = fma(self.builder, minima[part], s, totals[part][t])
-
-
-def fma(builder, a, b, c):
-    """a*b + c, rounded once."""
-    return call(builder, f"llvm.fma.v{LANES}f32", VF32, a, b, c)
+                    totals[part][t] = emit_fma(self.builder, minima[part], s, totals[part][t])
 
 
 class Steps:

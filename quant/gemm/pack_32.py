@@ -4,20 +4,10 @@ from quant.formats.iq4_nl import VALUES as IQ4_VALUES
 from quant.formats.mxfp4 import VALUES as MXFP4_VALUES
 from quant.gemm.microkernel_step import BYTES, MINIMUM, OFFSET, STEP, STEP_BYTES
 from quant.gemm.packed import REPACK, PanelFormat
-from quant.simd.core import store_f32x16
-from quant.simd.rows16 import (
-    and_i32,
-    bytes_lookup_in,
-    e8m0_half_to_f32x16,
-    gather,
-    half_to_f32x16,
-    high_nibbles,
-    shift_right_i32,
-    store_i32x16,
-    transpose,
-    with_fifth_bits,
-    xor_i32,
-)
+from quant.simd.core import i32x16
+from quant.simd.ints import lookup_in
+from quant.simd.memory import store_f32x16, store_i32x16
+from quant.simd.rows16 import e8m0_half_to_f32, gather, half_to_f32, high_nibbles, transpose, with_fifth_bits
 from quant.target.jit import inline, kernel
 
 _SCALES = 16 * STEP  # where a step's scales begin
@@ -26,20 +16,20 @@ _SCALES = 16 * STEP  # where a step's scales begin
 @inline
 def _store_scale(rows, at, out):
     """A block's d."""
-    store_f32x16(out + _SCALES, half_to_f32x16(gather(rows, at)))
+    store_f32x16(out + _SCALES, half_to_f32(gather(rows, at)))
 
 
 @inline
 def _store_scale_and_minimum(rows, at, out):
     """A block's d and m. The panel takes the minimum negative, and m is added: as it is."""
     halves = gather(rows, at)
-    store_f32x16(out + _SCALES, half_to_f32x16(halves))
-    store_f32x16(out + _SCALES + 64, half_to_f32x16(shift_right_i32(halves, 16)))
+    store_f32x16(out + _SCALES, half_to_f32(halves))
+    store_f32x16(out + _SCALES + 64, half_to_f32(halves >> 16))
 
 
 @inline
 def _nibbles(words):
-    return and_i32(words, 0x0F0F0F0F), high_nibbles(words)
+    return words & 0x0F0F0F0F, high_nibbles(words)
 
 
 @inline
@@ -99,12 +89,12 @@ def _q8_0(rows, n_blocks, out):
         _store_scale(rows, 34 * b, out)
         for half in range(2):
             for e, words in enumerate(transpose(rows, 34 * b + 2 + 16 * half)):
-                store_i32x16(out + 256 * half + 64 * e, xor_i32(words, 0x80808080))
+                store_i32x16(out + 256 * half + 64 * e, words ^ 0x80808080)
         out += STEP_BYTES
 
 
-_iq4_value = bytes_lookup_in(IQ4_VALUES.astype(int) + 128)
-_mxfp4_value = bytes_lookup_in(MXFP4_VALUES.astype(int) + 12)
+_iq4_value = lookup_in(IQ4_VALUES.astype(int) + 128, i32x16)
+_mxfp4_value = lookup_in(MXFP4_VALUES.astype(int) + 12, i32x16)
 
 
 @kernel(REPACK)
@@ -121,7 +111,7 @@ def _iq4_nl(rows, n_blocks, out):
 @kernel(REPACK)
 def _mxfp4(rows, n_blocks, out):
     for b in range(n_blocks):
-        scale = e8m0_half_to_f32x16(and_i32(gather(rows, 17 * b), 255))
+        scale = e8m0_half_to_f32(gather(rows, 17 * b) & 255)
         store_f32x16(out + _SCALES, scale)
         for e, words in enumerate(transpose(rows, 17 * b + 1)):
             low, high = _nibbles(words)

@@ -6,9 +6,7 @@ Layouts of the blocks: q4_k_r16.py, q5_k_r16.py, q6_k_r16.py.
 from quant.gemm.microkernel_step import HALVES, MINIMUM, STEP_BYTES
 from quant.gemm.pack_256 import SCALES, store_fives, store_nibbles, store_scales_and_minima, store_sixes
 from quant.gemm.packed import REPACK, PanelFormat
-from quant.simd.bytes64 import load_i8x16_picked
-from quant.simd.core import load_f16x16, load_i64, mul_f32x16, store_f32x16
-from quant.simd.rows16 import load_i32x16
+from quant.simd.memory import load_f16x16, load_i8x16_picked, load_i32x16, load_i64, store_f32x16
 from quant.target.jit import inline, kernel
 
 _load_i8x16 = load_i8x16_picked(range(16))
@@ -54,7 +52,7 @@ def _q6_k(rows, n_blocks, out):
     for _ in range(n_blocks):
         d = load_f16x16(block + 3328)
         for i in range(16):
-            scale = mul_f32x16(_load_i8x16(block + 3072 + 16 * i), d)
+            scale = _load_i8x16(block + 3072 + 16 * i) * d
             store_f32x16(out + SCALES + STEP_BYTES * (i // 2) + 64 * (i % 2), scale)
         for half in range(2):
             for g in range(8):

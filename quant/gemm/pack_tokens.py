@@ -8,7 +8,7 @@ import numpy as np
 
 from quant.gemm.packed import STEP, TOKEN_BYTES, PanelFormat, token_block, write_group
 from quant.gemm.quantize_tokens import BLOCK_BYTES, GROUPS, WORK_BYTES, round_row, row_bytes
-from quant.simd.core import load_i64
+from quant.simd.memory import load_i64
 from quant.target.jit import inline, kernel
 from quant.threads.atomics import atomic_add
 from quant.threads.pool import Pool, worker_bytes

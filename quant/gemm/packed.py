@@ -37,9 +37,19 @@ from quant.gemm.microkernel_step import (
 )
 from quant.gemm.quantize_tokens import SUMS, D, S
 from quant.matrix import ADDRESS, BLOCK, GROUP_BYTES, INTERLEAVED, ROW_BYTES
-from quant.simd.core import load_f32, load_i8x32, load_i64, store_f32, store_f32x16, store_i8x32, store_i64, zero_f32x16
+from quant.simd.floats import zero_f32x16
+from quant.simd.memory import (
+    load_f32,
+    load_i8x32,
+    load_i32,
+    load_i64,
+    store_f32,
+    store_f32x16,
+    store_i8x32,
+    store_i32,
+    store_i64,
+)
 from quant.simd.rows16 import ROWS as VECTOR_ROWS
-from quant.simd.rows16 import load_i32, store_i32
 from quant.target import isa
 from quant.target.jit import Kernel, inline
 from quant.threads.atomics import call_3, call_5

@@ -7,35 +7,12 @@ second halves i32[2][16] @640.
 
 import numpy as np
 from llvmlite import ir
-from numba import types
 
-from quant.simd.core import (
-    I16,
-    I32,
-    call,
-    constant,
-    define,
-    dot_u8,
-    f32x16,
-    f32x32,
-    i8x32,
-    i32x8,
-    load_f32,
-    load_f32x16,
-    load_f32x32,
-    mul_f32x16,
-    mul_f32x32,
-    round_to_i8,
-    shuffle,
-    splat_f32x16,
-    splat_f32x32,
-    store,
-    store_f32x16,
-    store_i8x32,
-    zero_i32x8,
-)
-from quant.simd.rows16 import add_i32x16, as_f32x16, i32_to_f32x16, store_i32x16, transpose_strided
-from quant.simd.vectors import maximum_f32x16
+from quant.simd.core import I16, I32, call, constant, define, f32x16, f32x32, i8x32, shuffle
+from quant.simd.floats import as_f32, maximum, round_to_i8, splat_f32x32, to_f32
+from quant.simd.ints import dot_u8, ones_i8x32, zero_i32x8
+from quant.simd.memory import load_f32, load_f32x16, load_f32x32, store_f32x16, store_i8x32, store_i32x8, store_i32x16
+from quant.simd.rows16 import transpose_strided
 from quant.target import isa
 from quant.target.jit import inline
 
@@ -68,32 +45,27 @@ def _inverse(builder, largest):
 
 _round = define(i8x32, (f32x32,), _round_small) if isa.has("avx512_vnni") else round_to_i8
 _inverse_f32x16 = define(f32x16, (f32x16,), _inverse)
-_abs_f32x16 = define(f32x16, (f32x16,), lambda b, v: call(b, "llvm.fabs.v16f32", v.type, v))
-_ones = define(i8x32, (), lambda b: constant(i8x32.ir, 1))
-_store_i32x8 = define(types.void, (types.int64, i32x8), store)
 
 
 @inline
 def _maximum_of_4(vectors):
     a, b, c, d = vectors
-    first, second = maximum_f32x16(as_f32x16(a), as_f32x16(b)), maximum_f32x16(as_f32x16(c), as_f32x16(d))
-    return maximum_f32x16(first, second)
+    first, second = maximum(as_f32(a), as_f32(b)), maximum(as_f32(c), as_f32(d))
+    return maximum(first, second)
 
 
 @inline
 def _sum_of_4(vectors):
     a, b, c, d = vectors
-    return add_i32x16(add_i32x16(a, b), add_i32x16(c, d))
+    return a + b + (c + d)
 
 
 @inline
 def _largest(work):
     """The largest lane of each of 16 vectors, but for NaN."""
-    first = maximum_f32x16(_maximum_of_4(transpose_strided(work, 64)), _maximum_of_4(transpose_strided(work + 16, 64)))
-    second = maximum_f32x16(
-        _maximum_of_4(transpose_strided(work + 32, 64)), _maximum_of_4(transpose_strided(work + 48, 64))
-    )
-    return maximum_f32x16(first, second)
+    first = maximum(_maximum_of_4(transpose_strided(work, 64)), _maximum_of_4(transpose_strided(work + 16, 64)))
+    second = maximum(_maximum_of_4(transpose_strided(work + 32, 64)), _maximum_of_4(transpose_strided(work + 48, 64)))
+    return maximum(first, second)
 
 
 @inline
@@ -101,20 +73,20 @@ def round_block(x, stride, count, out, work):
     """Round `count` groups (up to 16) of float32, `stride` bytes apart from x on, to a block. work: of WORK_BYTES."""
     for g in range(count):
         first, second = load_f32x16(x + stride * g), load_f32x16(x + stride * g + 64)
-        store_f32x16(work + 64 * g, maximum_f32x16(_abs_f32x16(first), _abs_f32x16(second)))
+        store_f32x16(work + 64 * g, maximum(abs(first), abs(second)))
     largest = _largest(work)
-    d = mul_f32x16(largest, splat_f32x16(np.float32(1 / 127)))
+    d = largest * np.float32(1 / 127)
     store_f32x16(out + D, d)
     store_f32x16(work + _INVERSES, _inverse_f32x16(largest))
     for g in range(count):
         inverse = splat_f32x32(load_f32(work + _INVERSES + 4 * g))
-        q = _round(mul_f32x32(load_f32x32(x + stride * g), inverse))
+        q = _round(load_f32x32(x + stride * g) * inverse)
         store_i8x32(out + GROUP_COLUMNS * g, q)
-        _store_i32x8(work + 32 * g, dot_u8(zero_i32x8(), _ones(), q))
+        store_i32x8(work + 32 * g, dot_u8(zero_i32x8(), ones_i8x32(), q))
     first, second = _sum_of_4(transpose_strided(work, 32)), _sum_of_4(transpose_strided(work + 16, 32))
     store_i32x16(out + SUMS, first)
     store_i32x16(out + SUMS + 64, second)
-    store_f32x16(out + S, mul_f32x16(d, i32_to_f32x16(add_i32x16(first, second))))
+    store_f32x16(out + S, d * to_f32(first + second))
 
 
 def row_bytes(n_cols: int) -> int:

@@ -16,23 +16,9 @@ that a matrix product over x and an integer one over q differ in float rounding 
 
 import numpy as np
 
-from quant.simd.core import (
-    first_half,
-    i8_to_f32,
-    largest_magnitude,
-    load_f32,
-    load_f32x32,
-    mul_f32x32,
-    round_to_i8,
-    second_half,
-    splat_f32x32,
-    store_f32,
-    store_f32x32,
-    store_i8x16,
-    store_i8x32,
-    sum_first_i8,
-    sum_second_i8,
-)
+from quant.simd.floats import hmax, round_to_i8, to_f32
+from quant.simd.ints import first_half, second_half, sum_first_i8, sum_second_i8
+from quant.simd.memory import load_f32, load_f32x32, store_f32, store_f32x32, store_i8x16, store_i8x32
 from quant.target.jit import inline
 
 GROUP = 32  # columns that share a scale
@@ -90,11 +76,11 @@ def write_record(x, first, last, n_cols, integer, record):
     sums = scales + 4 * (n_cols // 32)
     for group in range(first // 32, last // 32):
         values = load_f32x32(x + 128 * group)
-        largest = largest_magnitude(values)
+        largest = hmax(abs(values))
         inverse = np.float32(127.0) / largest if largest > 0 else np.float32(0.0)
         d = largest * np.float32(1 / 127)
-        q = round_to_i8(mul_f32x32(values, splat_f32x32(inverse)))
-        store_f32x32(record + 128 * group, mul_f32x32(i8_to_f32(q), splat_f32x32(d)))
+        q = round_to_i8(values * inverse)
+        store_f32x32(record + 128 * group, to_f32(q) * d)
         store_i8x32(record + 4 * n_cols + 32 * group, q)
         store_f32(scales + 4 * group, d)
         first_sum, second_sum = sum_first_i8(q), sum_second_i8(q)

@@ -15,33 +15,14 @@ from quant.block_format import GEMV, GEMV_FEW
 from quant.formats.interleave import ROWS
 from quant.gemv.activations import IN_ORDER, SCALES, STEP_BYTES, SUMS_16, steps_at
 from quant.gemv.plain import AHEAD, MOST_FEW, NEAR, prefetch_start, specialize
-from quant.simd.bytes64 import emit_dot_u8, i8x64, i32x16
-from quant.simd.core import (
-    F32,
-    I8,
-    I32,
-    I64,
-    call,
-    constant,
-    define,
-    emit_load_f16x16,
-    emit_prefetch,
-    f32x16,
-    load,
-    splat,
-    store,
-)
+from quant.simd.core import F32, I8, I32, I64, constant, define, f32x16, i8x64, i32x16, load, splat, store
+from quant.simd.memory import emit_load_f16x16, emit_prefetch
 from quant.target import isa
 from quant.target.jit import kernel
 
 BYTES, WORDS, FLOATS = i8x64.ir, i32x16.ir, f32x16.ir
 # Tokens that share the decoded weights; below AVX2 a vector is four registers or more.
 TOGETHER = MOST_FEW if isa.has("avx2") else 1
-
-
-def fma(builder, a, b, c):
-    """a*b + c, rounded once."""
-    return call(builder, "llvm.fma.v16f32", FLOATS, a, b, c)
 
 
 def masked(builder, words, shift: int, mask: int):
@@ -120,11 +101,6 @@ class Token:
     def half_sum(self, i: int):
         """The sum of columns 16i..16i+15, without a scale."""
         return self._everywhere(SUMS_16 + 4 * (4 * (i % 4) + i // 4), F32, FLOATS)
-
-
-def dot(builder, total, weights, columns):
-    """total + the products of unsigned weights, at most 128 below AVX-512, with 4 columns, for each row."""
-    return emit_dot_u8(builder, total, weights, columns)
 
 
 AddBlock = Callable[[Block, list[Token], list], list]

@@ -9,17 +9,8 @@ from types import FunctionType
 
 from quant.block_format import GEMV, GEMV_FEW
 from quant.gemv.activations import STEP_BYTES, steps_at
-from quant.simd.bytes64 import stack
-from quant.simd.core import (
-    load_f32x16,
-    load_i64,
-    prefetch,
-    prefetch_near,
-    store_f32,
-    store_f32x16,
-    sum_f32x16,
-    zero_f32x16,
-)
+from quant.simd.floats import hsum, zero_f32x16
+from quant.simd.memory import load_f32x16, load_i64, prefetch, prefetch_near, stack, store_f32, store_f32x16
 from quant.target.jit import inline, kernel
 
 MOST_FEW = 5  # tokens of one gemv_few, whose sums are kept in memory: a step's token with four drafted ones
@@ -91,7 +82,7 @@ def _gemv(w, n_rows, n_cols, record, out):
             prefetch_both(later(block, last), 0, STRIDE // 8)
             total = add_block(block, record, n_cols, group, total)
             block += STRIDE // 8
-        store_f32(out + 4 * r, sum_f32x16(total))
+        store_f32(out + 4 * r, hsum(total))
 
 
 def _gemv_few(w, n_rows, n_cols, records, outs, offset, n_tokens):
@@ -114,7 +105,7 @@ def _gemv_few(w, n_rows, n_cols, records, outs, offset, n_tokens):
                 store_f32x16(sums + 64 * t, total)
             block += STRIDE // 8
         for t in range(n_tokens):
-            store_f32(load_i64(outs + 8 * t) + offset + 4 * r, sum_f32x16(load_f32x16(sums + 64 * t)))
+            store_f32(load_i64(outs + 8 * t) + offset + 4 * r, hsum(load_f32x16(sums + 64 * t)))
 
 
 @inline

@@ -17,28 +17,10 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from quant.simd.core import (
-    F32,
-    I64,
-    call,
-    constant,
-    define,
-    f32x16,
-    load,
-    load_f32,
-    load_f32x16,
-    load_i64,
-    mul_f32x16,
-    splat,
-    splat_f32x16,
-    store,
-    store_f32,
-    store_f32x16,
-    store_i64,
-    zero_f32x16,
-)
-from quant.simd.rows16 import as_f32x16, transpose, transpose_strided
-from quant.simd.vectors import add_f32x16, exp_f32x16, maximum_f32x16
+from quant.simd.core import F32, I64, constant, define, f32x16, load, splat, store
+from quant.simd.floats import as_f32, emit_fma, exp, maximum, splat_f32x16, zero_f32x16
+from quant.simd.memory import load_f32, load_f32x16, load_i64, store_f32, store_f32x16, store_i64
+from quant.simd.rows16 import transpose, transpose_strided
 from quant.target import isa
 from quant.target.jit import inline, kernel
 from quant.threads.atomics import atomic_add
@@ -73,7 +55,7 @@ def _tile(builder, n: int, a, row_stride, column_stride, b, depth, c) -> None:
             x = splat(builder, load(builder, builder.add(first, builder.mul(row_stride, I64(r))), F32), vector)
             for half in halves:
                 total = builder.load(totals[r][half])
-                builder.store(call(builder, "llvm.fma.v16f32", vector, x, values[half], total), totals[r][half])
+                builder.store(emit_fma(builder, x, values[half], total), totals[r][half])
         builder.store(builder.add(first, column_stride), place)
     for row_at, row in zip(at, totals, strict=True):
         for address, total in zip(row_at, row, strict=True):
@@ -101,8 +83,6 @@ def _hide(builder, v, n_hidden):
 
 _multiply_tile = define(types.void, (types.int64,) * 7, _multiply_rows)
 _hidden = define(f32x16, (f32x16, types.int64), _hide)
-_subtract = define(f32x16, (f32x16, f32x16), lambda b, x, y: b.fsub(x, y))
-_inverse = define(f32x16, (f32x16,), lambda b, x: b.fdiv(constant(x.type, 1.0), x))
 
 
 @inline
@@ -129,7 +109,7 @@ def _pack_queries(a, part, head, first, addresses, packed):
             store_i64(addresses + 8 * r, q + load_i64(part + Q_TOKEN) * min(first + 16 * half + r, last))
         for c in range(0, depth // 4 * 4, 4):
             for e, column in enumerate(transpose(addresses, 4 * c)):
-                store_f32x16(packed + _ROW * (c + e) + 64 * half, mul_f32x16(as_f32x16(column), splat_f32x16(scale)))
+                store_f32x16(packed + _ROW * (c + e) + 64 * half, as_f32(column) * scale)
         for c in range(depth // 4 * 4, depth):
             for r in range(16):
                 store_f32(packed + _ROW * c + 64 * half + 4 * r, scale * load_f32(load_i64(addresses + 8 * r) + 4 * c))
@@ -150,22 +130,22 @@ def _fold_in(scores, n_rows, state, width):
     low_before, high_before = load_f32x16(state), load_f32x16(state + 64)
     low_most, high_most = low_before, high_before
     for at in range(scores, scores + _ROW * n_rows, _ROW):
-        low_most = maximum_f32x16(low_most, load_f32x16(at))
-        high_most = maximum_f32x16(high_most, load_f32x16(at + 64))
+        low_most = maximum(low_most, load_f32x16(at))
+        high_most = maximum(high_most, load_f32x16(at + 64))
     store_f32x16(state, low_most)
     store_f32x16(state + 64, high_most)
-    low_factor = exp_f32x16(_subtract(low_before, low_most))
-    high_factor = exp_f32x16(_subtract(high_before, high_most))
+    low_factor = exp(low_before - low_most)
+    high_factor = exp(high_before - high_most)
     for at in range(state + _ROW, state + _ROW * (2 + width), _ROW):  # sums of weights, then of values
-        store_f32x16(at, mul_f32x16(load_f32x16(at), low_factor))
-        store_f32x16(at + 64, mul_f32x16(load_f32x16(at + 64), high_factor))
+        store_f32x16(at, load_f32x16(at) * low_factor)
+        store_f32x16(at + 64, load_f32x16(at + 64) * high_factor)
     low_sum, high_sum = load_f32x16(state + _ROW), load_f32x16(state + _ROW + 64)
     for at in range(scores, scores + _ROW * n_rows, _ROW):
-        low = exp_f32x16(_subtract(load_f32x16(at), low_most))
-        high = exp_f32x16(_subtract(load_f32x16(at + 64), high_most))
+        low = exp(load_f32x16(at) - low_most)
+        high = exp(load_f32x16(at + 64) - high_most)
         store_f32x16(at, low)
         store_f32x16(at + 64, high)
-        low_sum, high_sum = add_f32x16(low_sum, low), add_f32x16(high_sum, high)
+        low_sum, high_sum = low_sum + low, high_sum + high
     store_f32x16(state + _ROW, low_sum)
     store_f32x16(state + _ROW + 64, high_sum)
 
@@ -177,7 +157,7 @@ def _store_turned(mixed, width, out, stride, count):
         for i in range(0, count, 4):
             for e, row in enumerate(transpose_strided(mixed + _ROW * v + 4 * i, _ROW)):
                 if i + e < count:
-                    store_f32x16(out + stride * (i + e) + 4 * v, as_f32x16(row))
+                    store_f32x16(out + stride * (i + e) + 4 * v, as_f32(row))
     for v in range(width // 16 * 16, width):
         for i in range(count):
             store_f32(out + stride * i + 4 * v, load_f32(mixed + _ROW * v + 4 * i))
@@ -222,11 +202,11 @@ def _add_keys(a, head, first, begin, state, scores):
 def _end(a, head, first, state):
     """Sums of values over sums of weights, to where they belong."""
     width, stride = load_i64(a + WIDTH), load_i64(a + OUT_TOKEN)
-    low, high = _inverse(load_f32x16(state + _ROW)), _inverse(load_f32x16(state + _ROW + 64))
+    low, high = 1 / load_f32x16(state + _ROW), 1 / load_f32x16(state + _ROW + 64)
     mixed = state + _ROW * 2
     for at in range(mixed, mixed + _ROW * width, _ROW):
-        store_f32x16(at, mul_f32x16(load_f32x16(at), low))
-        store_f32x16(at + 64, mul_f32x16(load_f32x16(at + 64), high))
+        store_f32x16(at, load_f32x16(at) * low)
+        store_f32x16(at + 64, load_f32x16(at + 64) * high)
     out = load_i64(a + OUT) + load_i64(a + OUT_HEAD) * head + stride * first
     _store_turned(mixed, width, out, stride, min(TOKENS, load_i64(a + N_TOKENS) - first))
 

@@ -12,7 +12,7 @@ from quant.gemm import packed
 from quant.gemv.activations import record_bytes, write_record
 from quant.matrix import MATRIX_BYTES, ExpertMatrices, QuantMatrix
 from quant.ops.multiply import multiply_rows, scratch_bytes, write_records
-from quant.simd.core import load_f32, load_i64, store_f32, store_i64
+from quant.simd.memory import load_f32, load_i64, store_f32, store_i64
 from quant.simd.vectors import scale_add, swiglu
 from quant.target.jit import inline, kernel
 from quant.threads.atomics import atomic_add

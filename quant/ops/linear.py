@@ -12,16 +12,8 @@ from quant.gemm import packed as panel
 from quant.gemv.activations import record_bytes
 from quant.matrix import ADDRESS, BLOCK, EXPAND, GROUP_BYTES, MATRIX_BYTES, ROW_BYTES, QuantMatrix, check_single_rows
 from quant.ops.multiply import expands, multiply_rows, scratch_bytes, scratch_rows, write_records
-from quant.simd.core import (
-    fma_f32x16,
-    load_f32,
-    load_f32x16,
-    load_i64,
-    splat_f32x16,
-    store_f32x16,
-    store_i64,
-    zero_f32x16,
-)
+from quant.simd.floats import fma, splat_f32x16, zero_f32x16
+from quant.simd.memory import load_f32, load_f32x16, load_i64, store_f32x16, store_i64
 from quant.target.jit import kernel
 from quant.threads.atomics import atomic_add, atomic_store, call_3
 from quant.threads.pool import Pool, worker_bytes
@@ -126,7 +118,7 @@ def _multiply_transposed(arguments, worker):
                 factor = splat_f32x16(load_f32(x + 4 * ((t * n_groups + group) * n_rows + r)))
                 total = out + 4 * (t * n_groups + group) * n_cols
                 for c in range(0, n_cols, 16):
-                    summed = fma_f32x16(factor, load_f32x16(row + 4 * c), load_f32x16(total + 4 * c))
+                    summed = fma(factor, load_f32x16(row + 4 * c), load_f32x16(total + 4 * c))
                     store_f32x16(total + 4 * c, summed)
 
 

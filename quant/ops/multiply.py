@@ -9,7 +9,7 @@ from quant.gemm.float_tile import multiply
 from quant.gemv.activations import write_record
 from quant.gemv.plain import MOST_FEW
 from quant.matrix import ADDRESS, BLOCK, EXPAND, GEMV, GEMV_FEW, GROUP_BYTES, INTERLEAVED, ROW_BYTES
-from quant.simd.core import load_i64
+from quant.simd.memory import load_i64
 from quant.target.jit import inline
 from quant.threads.atomics import call_3, call_5, call_7
 from quant.threads.pool import worker_bytes

@@ -9,21 +9,17 @@ import numpy as np
 
 from quant.block_format import PACK
 from quant.quantize.search import TINY, fit_scale, fit_scale_min, mean, sum_squares, write_importance
-from quant.simd.core import add_f32x32, load_f16, load_f32x32, mask, mul_f32x32, splat_f32x32, store_i8x32, sub_f32x32
 from quant.simd.exact import (
     clamp_levels,
     gather_bits,
     greatest,
-    greatest_magnitude,
     join_nibbles,
     least,
     round_away_to_i8,
     signed_largest,
-    store_f16,
-    store_i8x16,
-    store_u32,
     truncate_to_i8,
 )
+from quant.simd.memory import load_f16, load_f32x32, store_f16, store_i8x16, store_i8x32, store_i32
 from quant.target.jit import inline, kernel
 
 _BLOCK = 32
@@ -37,8 +33,7 @@ def _inverse(d):
 @inline
 def _levels(values, inverse, offset, n_levels):
     """values * inverse + offset, towards zero, in 0..n_levels-1: i8x32."""
-    scaled = mul_f32x32(values, splat_f32x32(inverse))
-    return clamp_levels(truncate_to_i8(add_f32x32(scaled, splat_f32x32(np.float32(offset)))), n_levels - 1)
+    return clamp_levels(truncate_to_i8(values * inverse + np.float32(offset)), n_levels - 1)
 
 
 @inline
@@ -76,16 +71,16 @@ def _asymmetric(x, importance, b, of_row, n_levels, out, scratch):
         d, low = fit_scale_min(x, scratch, _BLOCK, n_levels - 1, low, greatest(values), False)
     store_f16(out, d)
     store_f16(out + 2, low)
-    return _levels(sub_f32x32(values, splat_f32x32(low)), _inverse(d), 0.5, n_levels)
+    return _levels(values - low, _inverse(d), 0.5, n_levels)
 
 
 @kernel(PACK)
 def _q8_0_pack(x, importance, n_blocks, out, scratch):
     for b in range(n_blocks):
         values, block = load_f32x32(x + 128 * b), out + 34 * b
-        d = greatest_magnitude(values) / np.float32(127.0)
+        d = greatest(abs(values)) / np.float32(127.0)
         store_f16(block, d)
-        store_i8x32(block + 2, round_away_to_i8(mul_f32x32(values, splat_f32x32(_inverse(d)))))
+        store_i8x32(block + 2, round_away_to_i8(values * _inverse(d)))
 
 
 @kernel(PACK)
@@ -103,8 +98,8 @@ def _q5_0_pack(x, importance, n_blocks, out, scratch):
     for b in range(n_blocks):
         block = out + 22 * b
         q = _symmetric(x, importance, b, of_row, 32, block, scratch)
-        store_u32(block + 2, gather_bits(q, 4))
-        store_i8x16(block + 6, join_nibbles(mask(q, 15)))
+        store_i32(block + 2, gather_bits(q, 4))
+        store_i8x16(block + 6, join_nibbles(q & 15))
 
 
 @kernel(PACK)
@@ -122,8 +117,8 @@ def _q5_1_pack(x, importance, n_blocks, out, scratch):
     for b in range(n_blocks):
         block = out + 24 * b
         q = _asymmetric(x, importance, b, of_row, 32, block, scratch)
-        store_u32(block + 4, gather_bits(q, 4))
-        store_i8x16(block + 8, join_nibbles(mask(q, 15)))
+        store_i32(block + 4, gather_bits(q, 4))
+        store_i8x16(block + 8, join_nibbles(q & 15))
 
 
 Q8_0, Q4_0, Q4_1 = _q8_0_pack, _q4_0_pack, _q4_1_pack

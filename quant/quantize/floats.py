@@ -1,8 +1,16 @@
 """Packing F32, F16 and BF16: a copy, or rounding to nearest, ties to even, as ggml rounds."""
 
 from quant.block_format import PACK
-from quant.simd.core import load_f32, load_f32x16, store_f32, store_f32x16
-from quant.simd.exact import store_bf16, store_bf16x16, store_f16, store_f16x16
+from quant.simd.memory import (
+    load_f32,
+    load_f32x16,
+    store_bf16,
+    store_bf16x16,
+    store_f16,
+    store_f16x16,
+    store_f32,
+    store_f32x16,
+)
 from quant.target.jit import kernel
 
 

@@ -9,38 +9,9 @@ import numpy as np
 from quant.block_format import PACK
 from quant.formats.q4_k import byte
 from quant.quantize.search import TINY, errors, fit_scale_min, mean, sum_squares, write_importance, write_magnitudes
-from quant.simd.core import (
-    either,
-    load_f16,
-    load_f32,
-    load_f32x32,
-    mask,
-    mul_f32x16,
-    mul_f32x32,
-    shift_left,
-    shift_right,
-    splat_f32x16,
-    splat_f32x32,
-    store_f32,
-    store_i8x32,
-    sub_f32x32,
-    zero_f32x16,
-)
-from quant.simd.exact import (
-    add_f32x16,
-    best_lane,
-    constants,
-    greatest,
-    lane,
-    least,
-    max_f32x16,
-    min_f32x16,
-    round_between,
-    store_f16,
-    store_u32,
-    sub_f32x16,
-    zero_i8x32,
-)
+from quant.simd.exact import best_lane, clamp, constants, greatest, lane, least, round_between
+from quant.simd.ints import zero_i8x32
+from quant.simd.memory import load_f16, load_f32, load_f32x32, store_f16, store_f32, store_i8x32, store_i32
 from quant.target.jit import inline, kernel
 
 BLOCK = 256
@@ -84,7 +55,6 @@ def _round_lines(x, scratch, d, dmin, n_max):
 
     Returns them as the bytes of two int64, and their error.
     """
-    zero, top = zero_f32x16(), splat_f32x16(np.float32(63.0))
     scales, minima, error = np.int64(0), np.int64(0), np.float32(0.0)
     for j in range(8):
         scale, minimum = load_f32(scratch + _SCALES + 4 * j), load_f32(scratch + _MINIMA + 4 * j)
@@ -92,11 +62,10 @@ def _round_lines(x, scratch, d, dmin, n_max):
             continue
         near_scale = np.rint(scale / d) if d > 0 else np.float32(0.0)
         near_minimum = np.rint(minimum / dmin) if dmin > 0 else np.float32(0.0)
-        sc = min_f32x16(max_f32x16(add_f32x16(splat_f32x16(near_scale), _SCALE_STEPS()), zero), top)
-        m = min_f32x16(max_f32x16(add_f32x16(splat_f32x16(near_minimum), _MINIMUM_STEPS()), zero), top)
-        s, offset = mul_f32x16(sc, splat_f32x16(d)), mul_f32x16(m, splat_f32x16(-dmin))
-        total = errors(x + 128 * j, scratch + 128 * j, 32, s, offset, 0, n_max)
-        best = best_lane(sub_f32x16(zero, total))
+        sc = clamp(near_scale + _SCALE_STEPS(), 0, 63)
+        m = clamp(near_minimum + _MINIMUM_STEPS(), 0, 63)
+        total = errors(x + 128 * j, scratch + 128 * j, 32, sc * d, m * -dmin, 0, n_max)
+        best = best_lane(-total)
         error += lane(total, best)
         scales, minima = scales | np.int64(lane(sc, best)) << 8 * j, minima | np.int64(lane(m, best)) << 8 * j
     return scales, minima, error
@@ -117,9 +86,9 @@ def _pack_header(x, importance, average, n_max, block, scratch):
             scales, minima, least_error, d, dmin = scales_i, minima_i, error, d_i, dmin_i
     store_f16(block, d)
     store_f16(block + 2, dmin)
-    store_u32(block + 4, (scales & 0x3F3F3F3F) | (scales >> 36 & 0x03030303) << 6)
-    store_u32(block + 8, (minima & 0x3F3F3F3F) | (minima >> 36 & 0x03030303) << 6)
-    store_u32(block + 12, (scales >> 32 & 0x0F0F0F0F) | (minima >> 32 & 0x0F0F0F0F) << 4)
+    store_i32(block + 4, (scales & 0x3F3F3F3F) | (scales >> 36 & 0x03030303) << 6)
+    store_i32(block + 8, (minima & 0x3F3F3F3F) | (minima >> 36 & 0x03030303) << 6)
+    store_i32(block + 12, (scales >> 32 & 0x0F0F0F0F) | (minima >> 32 & 0x0F0F0F0F) << 4)
     return scales, minima
 
 
@@ -128,8 +97,8 @@ def _levels(x, block, scales, minima, j, n_max):
     """Levels of sub-block j, i8x32 in 0..n_max."""
     scale, offset = load_f16(block) * byte(scales, j), load_f16(block + 2) * byte(minima, j)
     inverse = np.float32(1.0) / scale if scale != 0 else np.float32(0.0)
-    rest = sub_f32x32(load_f32x32(x + 128 * j), splat_f32x32(-offset))
-    return round_between(mul_f32x32(rest, splat_f32x32(inverse)), np.float32(0.0), np.float32(n_max))
+    rest = load_f32x32(x + 128 * j) + offset
+    return round_between(rest * inverse, 0, n_max)
 
 
 @kernel(PACK)
@@ -142,7 +111,7 @@ def _q4_k_pack(x, importance, n_blocks, out, scratch):
         for c in range(4):
             low = _levels(values, block, scales, minima, 2 * c, 15)
             high = _levels(values, block, scales, minima, 2 * c + 1, 15)
-            store_i8x32(block + 16 + 32 * c, either(low, shift_left(high, 4)))
+            store_i8x32(block + 16 + 32 * c, low | high << 4)
 
 
 @kernel(PACK)
@@ -156,9 +125,8 @@ def _q5_k_pack(x, importance, n_blocks, out, scratch):
         for c in range(4):
             low = _levels(values, block, scales, minima, 2 * c, 31)
             high = _levels(values, block, scales, minima, 2 * c + 1, 31)
-            store_i8x32(block + 48 + 32 * c, either(mask(low, 15), shift_left(mask(high, 15), 4)))
-            fifth = either(fifth, shift_left(shift_right(low, 4), 2 * c))
-            fifth = either(fifth, shift_left(shift_right(high, 4), 2 * c + 1))
+            store_i8x32(block + 48 + 32 * c, low & 15 | high << 4)
+            fifth |= (low >> 4) << 2 * c | (high >> 4) << 2 * c + 1
         store_i8x32(block + 16, fifth)
 
 

@@ -11,39 +11,23 @@ import numpy as np
 from quant.block_format import PACK
 from quant.formats import iq4_nl, mxfp4
 from quant.quantize.search import TINY, first_wins_ties, mean, sum_squares, write_importance, write_squares
-from quant.simd.core import (
-    bits_to_f32,
-    fma_f32x16,
-    i8_to_f32,
-    load_f16,
-    load_f32,
-    load_f32x32,
-    lookup_in,
-    mul_f32x16,
-    mul_f32x32,
-    splat_f32x16,
-    splat_f32x32,
-    sub_f32x32,
-    zero_f32x16,
-)
+from quant.simd.core import i8x32
 from quant.simd.exact import (
-    abs_f32x32,
     best_lane,
     constants,
     count_below,
-    div_f32x16,
-    greatest_magnitude,
+    greatest,
     join_nibbles,
     lane,
     mark_negative,
-    select_less,
     signed_largest,
     step_function,
-    store_f16,
-    store_i8x16,
-    store_u8,
-    sum_tree_f32x32,
+    sum_tree,
+    where,
 )
+from quant.simd.floats import fma, splat_f32x16, to_f32, zero_f32x16
+from quant.simd.ints import lookup_in
+from quant.simd.memory import bits_to_f32, load_f16, load_f32, load_f32x32, store_f16, store_i8, store_i8x16
 from quant.target.jit import inline, kernel
 
 
@@ -70,17 +54,17 @@ def _exponent(largest):
 def _mxfp4_pack(x, importance, n_blocks, out, scratch):
     for b in range(n_blocks):
         values, block = load_f32x32(x + 128 * b), out + 17 * b
-        e = _exponent(greatest_magnitude(values))
+        e = _exponent(greatest(abs(values)))
         scale = bits_to_f32(0x00200000 << e if e < 2 else (e - 1) << 23)
-        q = mark_negative(_magnitude_index(abs_f32x32(values), scale), values, 8)
-        store_u8(block, e)
+        q = mark_negative(_magnitude_index(abs(values), scale), values, 8)
+        store_i8(block, e)
         store_i8x16(block + 1, join_nibbles(q))
 
 
 # ---- IQ4_NL ----------------------------------------------------------------------------------------------------------
 
 _index = count_below(_midpoints(iq4_nl.VALUES))
-_value = lookup_in(iq4_nl.VALUES)
+_value = lookup_in(iq4_nl.VALUES, i8x32)
 _nearest = step_function(iq4_nl.VALUES.astype(np.float64))
 _LOWEST, _HIGHEST = int(iq4_nl.VALUES[0]), int(iq4_nl.VALUES[-1])
 _TO_HIGHEST = constants([_HIGHEST + step for step in (0, -1, 1, -2, 2, -3, 3, -4, 4, -5, 5, -6, 6, -7, 7, -9)])
@@ -93,25 +77,25 @@ def _best_scale(x, w, inverse):
     xl, ll = zero_f32x16(), zero_f32x16()
     for i in range(32):
         xi, wi = splat_f32x16(load_f32(x + 4 * i)), splat_f32x16(load_f32(w + 4 * i))
-        level = _nearest(mul_f32x16(inverse, xi))
-        wl = mul_f32x16(wi, level)
-        xl, ll = fma_f32x16(wl, xi, xl), fma_f32x16(wl, level, ll)
-    scale = select_less(zero_f32x16(), ll, div_f32x16(xl, ll), zero_f32x16())
-    return lane(scale, best_lane(mul_f32x16(mul_f32x16(scale, xl), first_wins_ties())))
+        level = _nearest(inverse * xi)
+        wl = wi * level
+        xl, ll = fma(wl, xi, xl), fma(wl, level, ll)
+    scale = where(ll > 0, xl / ll, 0)
+    return lane(scale, best_lane(scale * xl * first_wins_ties()))
 
 
 @inline
 def _indices(values, d):
     """The table's entries nearest to values / d."""
     inverse = np.float32(1.0) / d if d != 0 else np.float32(0.0)
-    return _index(mul_f32x32(values, splat_f32x32(inverse)), np.float32(1.0))
+    return _index(values * inverse, np.float32(1.0))
 
 
 @inline
 def _error(values, w, d):
     """Sum of w * (d * level - x)^2."""
-    rest = sub_f32x32(mul_f32x32(i8_to_f32(_value(_indices(values, d))), splat_f32x32(d)), values)
-    return sum_tree_f32x32(mul_f32x32(mul_f32x32(load_f32x32(w), rest), rest))
+    rest = to_f32(_value(_indices(values, d))) * d - values
+    return sum_tree(load_f32x32(w) * rest * rest)
 
 
 @kernel(PACK)
@@ -130,10 +114,10 @@ def _iq4_nl_pack(x, importance, n_blocks, out, scratch):
                 write_importance(row, importance + 128 * b, 32, variance, average, scratch)
             else:
                 write_squares(row, 32, scratch)
-            unit = splat_f32x16(np.float32(1.0) / largest)
-            store_f16(block, _best_scale(row, scratch, mul_f32x16(_TO_HIGHEST(), unit)))
+            unit = np.float32(1.0) / largest
+            store_f16(block, _best_scale(row, scratch, _TO_HIGHEST() * unit))
             d = load_f16(block)
-            store_f16(block, _best_scale(row, scratch, mul_f32x16(_TO_LOWEST(), unit)))
+            store_f16(block, _best_scale(row, scratch, _TO_LOWEST() * unit))
             if _error(values, scratch, load_f16(block)) < _error(values, scratch, d):
                 d = load_f16(block)
         store_f16(block, d)

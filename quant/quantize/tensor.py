@@ -11,8 +11,8 @@ import numpy as np
 
 from quant.block_format import Format
 from quant.errors import QuantError
-from quant.simd.core import bits_to_f32, load_f32, load_f32x16, load_i64, store_i64
 from quant.simd.exact import all_within
+from quant.simd.memory import bits_to_f32, load_f32, load_f32x16, load_i64, store_i64
 from quant.target.jit import inline, kernel
 from quant.threads.atomics import atomic_add, call_5
 from quant.threads.pool import Pool, worker_bytes

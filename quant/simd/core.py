@@ -1,23 +1,30 @@
-"""The SIMD vocabulary of the kernels: opaque Numba vector types and the operations on them.
+"""SIMD vectors as Numba types: what they are, how operations on them are defined, and their operators.
 
 A vector is a Numba type whose data model is an LLVM vector; an operation is a Numba intrinsic that emits LLVM IR, or a
 machine instruction where isa.LEVEL allows one. LLVM splits vectors that are wider than the machine's, so every
-operation here is right on any CPU; the instructions only make it fast. Memory is reached by address (int64, unaligned).
+operation here is right on any CPU; the instructions only make it fast.
 
-Integer vectors have no sign; operations say how they read them. Names: i8x32 is 32 lanes of 8 bits.
-Intrinsics' names and types as of LLVM 22.
+The operations themselves: memory.py, floats.py, ints.py, rows16.py (16 rows of weights side by side) and exact.py (for
+quantising). An operation has one name for all types that it takes; types are in the name where the arguments don't tell
+them: load_f32x16. Names of types: i8x32 is 32 lanes of 8 bits. Intrinsics' names and types as of LLVM 22.
+
+Operators, lane by lane:
+    float vectors     + - * /  unary -  abs()  < >   Rounded once each, never fused: fma(a, b, c) is asked for by name.
+    integer vectors   + - & | ^ << >>                They wrap. Lanes have no sign, so >> fills with zeros.
+One side may be a scalar, which is put in every lane: float32 or an integer beside float vectors, an integer, cut to the
+lanes' bits, beside integer ones. float64 is refused: where a number is rounded to float32 shall be seen.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, models, register_model
+from numba.core.typing.templates import AbstractTemplate, infer_global
+from numba.extending import intrinsic, lower_builtin, models, register_model
 
-from quant.target import isa
-
-I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
 
 
@@ -26,6 +33,8 @@ class Vector(types.Type):
 
     def __init__(self, element: ir.Type, lanes: int, name: str):
         self.ir = ir.VectorType(element, lanes)
+        self.is_float = element == F32
+        self.scalar = types.float32 if self.is_float else types.int64  # as which a scalar meets it
         super().__init__(name=name)
 
 
@@ -35,34 +44,89 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(manager, vector, vector.ir)
 
 
-i8x16, i8x32 = Vector(I8, 16, "i8x16"), Vector(I8, 32, "i8x32")
-i32x8 = Vector(I32, 8, "i32x8")
+i8x16, i8x32, i8x64 = (Vector(I8, lanes, f"i8x{lanes}") for lanes in (16, 32, 64))
+i32x8, i32x16 = (Vector(I32, lanes, f"i32x{lanes}") for lanes in (8, 16))
 f32x8, f32x16, f32x32 = (Vector(F32, lanes, f"f32x{lanes}") for lanes in (8, 16, 32))
+FLOATS = {vector.ir.count: vector for vector in (f32x8, f32x16, f32x32)}  # by lanes
+_MASKS = {lanes: Vector(I1, lanes, f"i1x{lanes}") for lanes in FLOATS}  # what comparisons give: for where()
+
+# ---- definitions of operations ---------------------------------------------------------------------------------------
 
 
-# ---- building blocks of the definitions below ------------------------------------------------------------------------
+def define_typed(arity: int, typed: Callable):
+    """An intrinsic of so many arguments: typed(*argument types) -> (signature, emit), or None if it takes no such.
+
+    emit(builder, *values) -> value, None for void.
+    """
+
+    def typer(*arguments):
+        found = typed(*arguments)
+        if found is None:
+            return None
+        signature, emit = found
+
+        def codegen(context, builder, _, values):
+            value = emit(builder, *values)
+            return context.get_dummy_value() if value is None else value
+
+        return signature, codegen
+
+    typers = (  # Numba reads an intrinsic's arity from its Python signature
+        lambda context: typer(),
+        lambda context, a: typer(a),
+        lambda context, a, b: typer(a, b),
+        lambda context, a, b, c: typer(a, b, c),
+        lambda context, a, b, c, d: typer(a, b, c, d),
+        lambda context, a, b, c, d, e: typer(a, b, c, d, e),
+        lambda context, a, b, c, d, e, f: typer(a, b, c, d, e, f),
+        lambda context, a, b, c, d, e, f, g: typer(a, b, c, d, e, f, g),
+        lambda context, a, b, c, d, e, f, g, h: typer(a, b, c, d, e, f, g, h),
+    )
+    return intrinsic(typers[arity])
 
 
 def define(result: types.Type, arguments: tuple[types.Type, ...], emit: Callable):
-    """An intrinsic `result(*arguments)` whose body is emit(builder, *values) -> value (None for void)."""
+    """An intrinsic `result(*arguments)` whose body is emit(builder, *values) -> value."""
     signature = result(*arguments)
+    return define_typed(len(arguments), lambda *_: (signature, emit))
 
-    def codegen(context, builder, _, values):
-        value = emit(builder, *values)
-        return context.get_dummy_value() if value is None else value
 
-    typers = (  # Numba reads an intrinsic's arity from its Python signature
-        lambda context: (signature, codegen),
-        lambda context, a: (signature, codegen),
-        lambda context, a, b: (signature, codegen),
-        lambda context, a, b, c: (signature, codegen),
-        lambda context, a, b, c, d: (signature, codegen),
-        lambda context, a, b, c, d, e: (signature, codegen),
-        lambda context, a, b, c, d, e, f: (signature, codegen),
-        lambda context, a, b, c, d, e, f, g: (signature, codegen),
-        lambda context, a, b, c, d, e, f, g, h: (signature, codegen),
-    )
-    return intrinsic(typers[len(arguments)])
+def define_for_all(arity: int, emit: Callable, result: Callable[[Vector], types.Type] = lambda vector: vector):
+    """An intrinsic of `arity` vectors of one type, whichever; all but one may be scalars, put in every lane.
+
+    emit: (builder, *LLVM vectors) -> value. result: the type of what it gives.
+    """
+
+    def typed(*arguments):
+        vector = _common(arguments)
+        if vector is None:
+            return None
+        return _signature(result(vector), vector, arguments), _of_vectors(vector, emit)
+
+    return define_typed(arity, typed)
+
+
+def _common(arguments: Sequence[types.Type]) -> Vector | None:
+    """The one vector type among the arguments, if the others are scalars that can meet it."""
+    vectors = {argument for argument in arguments if isinstance(argument, Vector)}
+    if len(vectors) != 1:
+        return None
+    (vector,) = vectors
+    takes = (Vector, types.Integer, types.Float) if vector.is_float else (Vector, types.Integer)
+    fits = all(isinstance(argument, takes) and argument != types.float64 for argument in arguments)
+    return vector if fits else None
+
+
+def _signature(result: types.Type, vector: Vector, arguments: Sequence[types.Type]):
+    return result(*(vector if isinstance(argument, Vector) else vector.scalar for argument in arguments))
+
+
+def _of_vectors(vector: Vector, emit: Callable) -> Callable:
+    """emit, with scalars among its values put in every lane."""
+    return lambda builder, *values: emit(builder, *(spread(builder, value, vector.ir) for value in values))
+
+
+# ---- LLVM code -------------------------------------------------------------------------------------------------------
 
 
 def call(builder, name: str, result: ir.Type, *values):
@@ -100,249 +164,80 @@ def splat(builder, scalar, vector: ir.VectorType):
     return shuffle(builder, builder.insert_element(undefined, scalar, I32(0)), None, [0] * vector.count)
 
 
+def spread(builder, value, vector: ir.VectorType):
+    """A vector as it is; a scalar in every lane, an integer cut to the lanes' bits."""
+    if isinstance(value.type, ir.VectorType):
+        return value
+    if value.type != vector.element:
+        value = builder.trunc(value, vector.element)
+    return splat(builder, value, vector)
+
+
 def constant(vector: ir.VectorType, value):
     """A constant vector with `value` in every lane."""
     return ir.Constant(vector, [value] * vector.count)
 
 
-def half_to_float(builder, bits):
-    """IEEE half (i16 bits) -> float, exact, subnormals, infinities and NaN included.
-
-    Without F16C LLVM would call a runtime function that is not there (measured: a crash), so the exponent is moved
-    by a multiplication with 2^112, as in ggml's portable fp16 code.
-    """
-    if isa.target_has("f16c") or not isa.host_features() & {"sse2"}:
-        return builder.fpext(builder.bitcast(bits, F16), F32)
-    wide = builder.zext(bits, I32)
-    sign = builder.shl(builder.and_(wide, I32(0x8000)), I32(16))
-    magnitude = builder.shl(builder.and_(wide, I32(0x7FFF)), I32(13))
-    value = builder.fmul(builder.bitcast(magnitude, F32), ir.Constant(F32, 2.0**112))
-    special = builder.icmp_unsigned(">=", magnitude, I32(0x7C00 << 13))
-    infinite = builder.or_(magnitude, I32(0x7F800000))
-    magnitude = builder.select(special, infinite, builder.bitcast(value, I32))
-    return builder.bitcast(builder.or_(magnitude, sign), F32)
-
-
-# ---- scalars in memory -----------------------------------------------------------------------------------------------
-
-load_u8 = define(types.int64, (types.int64,), lambda b, p: b.zext(load(b, p, I8), I64))
-load_i8 = define(types.int64, (types.int64,), lambda b, p: b.sext(load(b, p, I8), I64))
-load_u16 = define(types.int64, (types.int64,), lambda b, p: b.zext(load(b, p, I16), I64))
-load_u32 = define(types.int64, (types.int64,), lambda b, p: b.zext(load(b, p, I32), I64))
-load_i64 = define(types.int64, (types.int64,), lambda b, p: load(b, p, I64))
-load_f32 = define(types.float32, (types.int64,), lambda b, p: load(b, p, F32))
-load_f16 = define(types.float32, (types.int64,), lambda b, p: half_to_float(b, load(b, p, I16)))
-bits_to_f32 = define(types.float32, (types.int64,), lambda b, v: b.bitcast(b.trunc(v, I32), F32))
-store_i64 = define(types.void, (types.int64, types.int64), store)
-store_f32 = define(types.void, (types.int64, types.float32), store)
-
-
-def emit_prefetch(builder, address, locality: int) -> None:
-    """Read; locality 2 is prefetcht1 (into L2), 3 is prefetcht0 (into L1)."""
-    call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer(builder, address, I8), I32(0), I32(locality), I32(1))
-
-
-# Streamed weights are first brought into L2: measured 1.4x over prefetcht0.
-prefetch = define(types.void, (types.int64,), lambda b, p: emit_prefetch(b, p, 2))
-prefetch_near = define(types.void, (types.int64,), lambda b, p: emit_prefetch(b, p, 3))
-
-# ---- vectors in memory -----------------------------------------------------------------------------------------------
-
-load_i8x16 = define(i8x16, (types.int64,), lambda b, p: load(b, p, i8x16.ir))
-load_i8x32 = define(i8x32, (types.int64,), lambda b, p: load(b, p, i8x32.ir))
-load_f32x16 = define(f32x16, (types.int64,), lambda b, p: load(b, p, f32x16.ir))
-load_f32x32 = define(f32x32, (types.int64,), lambda b, p: load(b, p, f32x32.ir))
-store_i8x16 = define(types.void, (types.int64, i8x16), store)
-store_i8x32 = define(types.void, (types.int64, i8x32), store)
-store_f32x16 = define(types.void, (types.int64, f32x16), store)
-store_f32x32 = define(types.void, (types.int64, f32x32), store)
-
-
-def _load_bf16x16(builder, address):
-    bits = builder.zext(load(builder, address, ir.VectorType(I16, 16)), ir.VectorType(I32, 16))
-    return builder.bitcast(builder.shl(bits, constant(bits.type, 16)), f32x16.ir)
-
-
-def emit_load_f16x16(builder, address):
-    halves = load(builder, address, ir.VectorType(I16, 16))
-    if isa.target_has("f16c"):
-        return builder.fpext(builder.bitcast(halves, ir.VectorType(F16, 16)), f32x16.ir)
-    floats = ir.Constant(f32x16.ir, ir.Undefined)
-    for lane in range(16):
-        scalar = half_to_float(builder, builder.extract_element(halves, I32(lane)))
-        floats = builder.insert_element(floats, scalar, I32(lane))
-    return floats
-
-
-load_bf16x16 = define(f32x16, (types.int64,), _load_bf16x16)
-load_f16x16 = define(f32x16, (types.int64,), emit_load_f16x16)
-
-# ---- constants -------------------------------------------------------------------------------------------------------
-
-zero_i32x8 = define(i32x8, (), lambda b: constant(i32x8.ir, 0))
-zero_f32x8 = define(f32x8, (), lambda b: constant(f32x8.ir, 0.0))
-zero_f32x16 = define(f32x16, (), lambda b: constant(f32x16.ir, 0.0))
-splat_f32x8 = define(f32x8, (types.float32,), lambda b, x: splat(b, x, f32x8.ir))
-splat_f32x16 = define(f32x16, (types.float32,), lambda b, x: splat(b, x, f32x16.ir))
-splat_f32x32 = define(f32x32, (types.float32,), lambda b, x: splat(b, x, f32x32.ir))
-
-
-def _two_halves(vector: Vector):
-    """An intrinsic vector(low, high): `low` in the first half of the lanes, `high` in the second."""
-
-    def emit(builder, low, high):
-        pair = builder.insert_element(ir.Constant(ir.VectorType(F32, 2), ir.Undefined), low, I32(0))
-        half = vector.ir.count // 2
-        return shuffle(builder, builder.insert_element(pair, high, I32(1)), None, [0] * half + [1] * half)
-
-    return define(vector, (types.float32, types.float32), emit)
-
-
-halves_f32x8, halves_f32x32 = _two_halves(f32x8), _two_halves(f32x32)
-
-# ---- bits ------------------------------------------------------------------------------------------------------------
-
-
-def _shift_right(builder, v, bits):
-    return builder.lshr(v, splat(builder, builder.trunc(bits, I8), v.type))
-
-
-def _shift_left(builder, v, bits):
-    return builder.shl(v, splat(builder, builder.trunc(bits, I8), v.type))
-
-
-def _mask(builder, v, bits):
-    return builder.and_(v, splat(builder, builder.trunc(bits, I8), v.type))
-
-
-def _spread_bits(builder, word, value):
-    """Bit j of the 32-bit `word` -> `value` in lane j, else 0."""
-    bits = builder.bitcast(builder.trunc(word, I32), ir.VectorType(ir.IntType(1), 32))
-    return builder.select(bits, splat(builder, builder.trunc(value, I8), i8x32.ir), constant(i8x32.ir, 0))
-
-
-shift_right = define(i8x32, (i8x32, types.int64), _shift_right)
-shift_left = define(i8x32, (i8x32, types.int64), _shift_left)
-mask = define(i8x32, (i8x32, types.int64), _mask)
-either = define(i8x32, (i8x32, i8x32), lambda b, x, y: b.or_(x, y))
-subtract_i8 = define(i8x32, (i8x32, types.int64), lambda b, x, y: b.sub(x, splat(b, b.trunc(y, I8), x.type)))
-join = define(i8x32, (i8x16, i8x16), lambda b, low, high: shuffle(b, low, high, range(32)))
-spread_bits = define(i8x32, (types.int64, types.int64), _spread_bits)
-nibbles = define(
-    i8x32,
-    (i8x16,),
-    lambda b, v: shuffle(b, b.and_(v, constant(v.type, 15)), b.lshr(v, constant(v.type, 4)), range(32)),
-)
-
-
-def lookup_in(table: Sequence[int]):
-    """An intrinsic i8x32(i8x32): table[index] per lane, for a table of 16 constants and indices below 16."""
-    entries = [int(value) & 0xFF for value in table]
-
-    def emit(builder, index):
-        if isa.has("avx2"):
-            return call(builder, "llvm.x86.avx2.pshuf.b", i8x32.ir, ir.Constant(i8x32.ir, entries * 2), index)
-        found = ir.Constant(i8x32.ir, ir.Undefined)
-        for lane in range(32):
-            entry = builder.extract_element(index, I32(lane))
-            value = builder.extract_element(ir.Constant(i8x16.ir, entries), entry)
-            found = builder.insert_element(found, value, I32(lane))
-        return found
-
-    return define(i8x32, (i8x32,), emit)
-
-
-# ---- integer dot products --------------------------------------------------------------------------------------------
-
-
-def _dot_u8(builder, total, u, x):
-    """total + sum of u*x over each 4 lanes; u unsigned and at most 128, x signed and not below -127."""
-    if isa.has("avx512_vnni"):
-        return call(builder, "llvm.x86.avx512.vpdpbusd.256", i32x8.ir, total, u, x)
-    if isa.has("avx2"):  # 2*128*127 = 32512 fits the saturating 16-bit sum of vpmaddubsw
-        pairs = call(builder, "llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(I16, 16), u, x)
-        ones = constant(ir.VectorType(I16, 16), 1)
-        return builder.add(total, call(builder, "llvm.x86.avx2.pmadd.wd", i32x8.ir, pairs, ones))
-    wide = ir.VectorType(I32, 32)
-    products = builder.mul(builder.zext(u, wide), builder.sext(x, wide))
-    for lane in range(4):
-        total = builder.add(total, shuffle(builder, products, None, range(lane, 32, 4)))
-    return total
-
-
-def _dot_i8(builder, total, w, x):
-    """total + sum of w*x over each 4 lanes, both signed, x not below -127: |w| times x with w's sign."""
-    negative = builder.icmp_signed("<", w, constant(w.type, 0))
-    magnitude = builder.select(negative, builder.neg(w), w)
-    return _dot_u8(builder, total, magnitude, builder.select(negative, builder.neg(x), x))
-
-
-dot_u8 = define(i32x8, (i32x8, i8x32, i8x32), _dot_u8)
-dot_i8 = define(i32x8, (i32x8, i8x32, i8x32), _dot_i8)
-
-# ---- float arithmetic ------------------------------------------------------------------------------------------------
-
-
-def _fma(vector: Vector):
-    name = f"llvm.fma.v{vector.ir.count}f32"
-    return define(vector, (vector, vector, vector), lambda b, x, y, z: call(b, name, vector.ir, x, y, z))
-
-
-def _sum(vector: Vector):
-    """Sum over lanes, in any order (float rounding of the order is accepted everywhere)."""
-
-    def emit(builder, v):
-        name = f"llvm.vector.reduce.fadd.v{v.type.count}f32"
-        function_type = ir.FunctionType(F32, [F32, v.type])
-        function = cgutils.get_or_insert_function(builder.module, function_type, name)
-        return builder.call(function, [ir.Constant(F32, 0.0), v], fastmath=("reassoc",))
-
-    return define(types.float32, (vector,), emit)
-
-
-def _largest_magnitude(builder, v):
-    """max |x| over lanes, but for NaN; halves on halves, as LLVM's own reduction goes lane by lane."""
-    v = call(builder, "llvm.fabs.v32f32", v.type, v)
-    while v.type.count > 1:
-        half = v.type.count // 2
-        low, high = shuffle(builder, v, None, range(half)), shuffle(builder, v, None, range(half, 2 * half))
-        v = call(builder, f"llvm.maxnum.v{half}f32", low.type, low, high)
-    return builder.extract_element(v, I32(0))
-
-
-def _round_to_i8(builder, v):
-    """Nearest, ties to even; NaN -> 0, out of range -> the nearest limit. LLVM's fptosi.sat goes lane by lane."""
-    v = call(builder, "llvm.rint.v32f32", v.type, v)
-    v = builder.select(builder.fcmp_ordered("ord", v, v), v, constant(v.type, 0.0))
-    low, high = constant(v.type, -128.0), constant(v.type, 127.0)
-    v = builder.select(builder.fcmp_ordered(">", v, low), v, low)
-    v = builder.select(builder.fcmp_ordered("<", v, high), v, high)
-    return builder.trunc(builder.fptosi(v, ir.VectorType(I32, 32)), i8x32.ir)
-
-
-fma_f32x8, fma_f32x16 = _fma(f32x8), _fma(f32x16)
-sum_f32x8, sum_f32x16 = _sum(f32x8), _sum(f32x16)
-largest_magnitude = define(types.float32, (f32x32,), _largest_magnitude)
-round_to_i8 = define(i8x32, (f32x32,), _round_to_i8)
-i32_to_f32 = define(f32x8, (i32x8,), lambda b, v: b.sitofp(v, f32x8.ir))
-i8_to_f32 = define(f32x32, (i8x32,), lambda b, v: b.sitofp(v, f32x32.ir))
-mul_f32x32 = define(f32x32, (f32x32, f32x32), lambda b, x, y: b.fmul(x, y))
-add_f32x32 = define(f32x32, (f32x32, f32x32), lambda b, x, y: b.fadd(x, y))
-sub_f32x32 = define(f32x32, (f32x32, f32x32), lambda b, x, y: b.fsub(x, y))
-mul_f32x16 = define(f32x16, (f32x16, f32x16), lambda b, x, y: b.fmul(x, y))
-
-
-def _half_sum_i8(half: int):
-    """An intrinsic float32(i8x32): the sum of 16 lanes."""
-
-    def emit(builder, v):
-        dots = _dot_u8(builder, constant(i32x8.ir, 0), constant(v.type, 1), v)
-        dots = shuffle(builder, dots, None, range(4 * half, 4 * half + 4))
-        return builder.sitofp(call(builder, "llvm.vector.reduce.add.v4i32", I32, dots), F32)
-
-    return define(types.float32, (i8x32,), emit)
-
-
-sum_first_i8, sum_second_i8 = _half_sum_i8(0), _half_sum_i8(1)
-first_half = define(i8x16, (i8x32,), lambda b, v: shuffle(b, v, None, range(16)))
-second_half = define(i8x16, (i8x32,), lambda b, v: shuffle(b, v, None, range(16, 32)))
+def half(builder, v, i: int):
+    """The first (0) or second (1) half of the lanes."""
+    count = v.type.count // 2
+    return shuffle(builder, v, None, range(count * i, count * (i + 1)))
+
+
+def by_halves(builder, emit: Callable, *vectors):
+    """emit(*halves) for the first and for the second halves of all vectors, joined."""
+    low, high = (emit(*(half(builder, v, i) for v in vectors)) for i in range(2))
+    return shuffle(builder, low, high, range(2 * low.type.count))
+
+
+def switch(builder, n, most: int, emit: Callable[[int], None]) -> None:
+    """The code of emit(n) for each n in 1..most, of which the one of the int64 `n` runs; none if it is another."""
+    done = builder.append_basic_block("done")
+    cases = builder.switch(n, done)
+    for i in range(1, most + 1):
+        case = builder.append_basic_block(f"case_{i}")
+        cases.add_case(I64(i), case)
+        builder.position_at_end(case)
+        emit(i)
+        builder.branch(done)
+    builder.position_at_end(done)
+
+
+# ---- operators -------------------------------------------------------------------------------------------------------
+
+
+def _define_operator(function: Callable, of_floats: Callable | None, of_ints: Callable | None, compares: bool = False):
+    """Let `function` (of the module operator, or a builtin) take vectors as define_for_all's intrinsics do."""
+
+    def emit_of(vector: Vector | None) -> Callable | None:
+        return vector and (of_floats if vector.is_float else of_ints)
+
+    @infer_global(function)
+    class _Typing(AbstractTemplate):
+        def generic(self, args, kws):
+            vector = _common(args)
+            if emit_of(vector) is None:
+                return None
+            return _signature(_MASKS[vector.ir.count] if compares else vector, vector, args)
+
+    def lower(context, builder, signature, values):
+        vector = _common(signature.args)
+        return _of_vectors(vector, emit_of(vector))(builder, *values)
+
+    for arguments in (Vector,), (Vector, Vector), (Vector, types.Number), (types.Number, Vector):
+        lower_builtin(function, *arguments)(lower)
+
+
+_define_operator(operator.add, lambda b, x, y: b.fadd(x, y), lambda b, x, y: b.add(x, y))
+_define_operator(operator.sub, lambda b, x, y: b.fsub(x, y), lambda b, x, y: b.sub(x, y))
+_define_operator(operator.mul, lambda b, x, y: b.fmul(x, y), None)
+_define_operator(operator.truediv, lambda b, x, y: b.fdiv(x, y), None)
+_define_operator(operator.neg, lambda b, x: b.fneg(x), None)
+_define_operator(abs, lambda b, x: call(b, f"llvm.fabs.v{x.type.count}f32", x.type, x), None)
+_define_operator(operator.lt, lambda b, x, y: b.fcmp_ordered("<", x, y), None, compares=True)
+_define_operator(operator.gt, lambda b, x, y: b.fcmp_ordered(">", x, y), None, compares=True)
+_define_operator(operator.and_, None, lambda b, x, y: b.and_(x, y))
+_define_operator(operator.or_, None, lambda b, x, y: b.or_(x, y))
+_define_operator(operator.xor, None, lambda b, x, y: b.xor(x, y))
+_define_operator(operator.lshift, None, lambda b, x, y: b.shl(x, y))
+_define_operator(operator.rshift, None, lambda b, x, y: b.lshr(x, y))

@@ -1,7 +1,7 @@
-"""The SIMD vocabulary of packing, beside simd.py's: float arithmetic in 16 lanes, choices between lanes, narrow stores.
+"""Operations for quantising: choices between lanes, sums and extremes, and roundings, the same on every machine.
 
-Nothing here depends on the machine's width: sums over lanes have one order and nothing is fused unless it says so, so
-that packed bytes are the same at every ISA level.
+Sums over lanes have one order and nothing is fused unless it says so, so that quantised bytes are the same at every ISA
+level, and those of formats without a search are ggml's.
 """
 
 import itertools
@@ -11,71 +11,30 @@ from llvmlite import ir
 from numba import types
 
 from quant.simd.core import (
-    F16,
     F32,
+    I1,
     I8,
     I16,
     I32,
     I64,
+    Vector,
     call,
     constant,
     define,
+    define_for_all,
+    define_typed,
     f32x16,
     f32x32,
+    half,
     i8x16,
     i8x32,
     shuffle,
     splat,
-    store,
+    spread,
 )
-from quant.target import isa
+from quant.simd.floats import emit_clamp_to_i8
 
-
-def _halves(builder, x):
-    """float32 vector -> float16 bits (16-bit integers), to nearest, ties to even; beyond the range -> infinity."""
-    narrow = ir.VectorType(I16, x.type.count)
-    if isa.target_has("f16c") or not isa.host_features() & {"sse2"}:
-        return builder.bitcast(builder.fptrunc(x, ir.VectorType(F16, x.type.count)), narrow)
-    wide = ir.VectorType(I32, x.type.count)  # without F16C LLVM would call a runtime function that is not there
-    bits = builder.bitcast(x, wide)
-    magnitude = builder.and_(bits, constant(wide, 0x7FFFFFFF))
-    odd = builder.and_(builder.lshr(magnitude, constant(wide, 13)), constant(wide, 1))
-    rounded = builder.add(builder.add(magnitude, constant(wide, 0xFFF - (112 << 23))), odd)
-    normal = builder.lshr(rounded, constant(wide, 13))
-    normal = call(builder, f"llvm.umin.v{wide.count}i32", wide, normal, constant(wide, 0x7C00))
-    # A subnormal is a multiple of 2^-24, the last place of numbers from 0.5 on.
-    shifted = builder.fadd(builder.bitcast(magnitude, x.type), constant(x.type, 0.5))
-    subnormal = builder.sub(builder.bitcast(shifted, wide), constant(wide, 0x3F000000))
-    small = builder.icmp_unsigned("<", magnitude, constant(wide, 113 << 23))
-    sign = builder.and_(builder.lshr(bits, constant(wide, 16)), constant(wide, 0x8000))
-    return builder.trunc(builder.or_(builder.select(small, subnormal, normal), sign), narrow)
-
-
-def _bfloats(builder, x):
-    """float32 vector -> its upper halves, to nearest, ties to even."""
-    wide = ir.VectorType(I32, x.type.count)
-    bits = builder.bitcast(x, wide)
-    odd = builder.and_(builder.lshr(bits, constant(wide, 16)), constant(wide, 1))
-    rounded = builder.add(builder.add(bits, constant(wide, 0x7FFF)), odd)
-    return builder.trunc(builder.lshr(rounded, constant(wide, 16)), ir.VectorType(I16, x.type.count))
-
-
-def _single(builder, x):
-    """A float32 as a vector of one lane."""
-    return builder.insert_element(ir.Constant(ir.VectorType(F32, 1), ir.Undefined), x, I32(0))
-
-
-# ---- stores ----------------------------------------------------------------------------------------------------------
-
-store_u8 = define(types.void, (types.int64, types.int64), lambda b, p, v: store(b, p, b.trunc(v, I8)))
-store_u32 = define(types.void, (types.int64, types.int64), lambda b, p, v: store(b, p, b.trunc(v, I32)))
-store_i8x16 = define(types.void, (types.int64, i8x16), store)
-store_f16 = define(types.void, (types.int64, types.float32), lambda b, p, x: store(b, p, _halves(b, _single(b, x))))
-store_bf16 = define(types.void, (types.int64, types.float32), lambda b, p, x: store(b, p, _bfloats(b, _single(b, x))))
-store_f16x16 = define(types.void, (types.int64, f32x16), lambda b, p, x: store(b, p, _halves(b, x)))
-store_bf16x16 = define(types.void, (types.int64, f32x16), lambda b, p, x: store(b, p, _bfloats(b, x)))
-
-# ---- 16 candidates, or 16 weights ------------------------------------------------------------------------------------
+# ---- lane by lane ----------------------------------------------------------------------------------------------------
 
 
 def constants(values: Sequence[float]):
@@ -83,21 +42,42 @@ def constants(values: Sequence[float]):
     return define(f32x16, (), lambda builder: ir.Constant(f32x16.ir, [float(value) for value in values]))
 
 
-def _unary(name: str):
-    return define(f32x16, (f32x16,), lambda b, x: call(b, f"llvm.{name}.v16f32", x.type, x))
+def _rounding(name: str):
+    return define_for_all(1, lambda builder, v: call(builder, f"llvm.{name}.v{v.type.count}f32", v.type, v))
 
 
-def _select_less(builder, a, b, then, otherwise):
-    return builder.select(builder.fcmp_ordered("<", a, b), then, otherwise)
+def _at_least(builder, v, low):
+    return builder.select(builder.fcmp_ordered(">", v, low), v, low)
+
+
+def _at_most(builder, v, high):
+    return builder.select(builder.fcmp_ordered("<", v, high), v, high)
+
+
+def _typed_where(mask, then, otherwise):
+    """Vectors of one type, or one of them a scalar to be put in every lane."""
+    vector = then if isinstance(then, Vector) else otherwise
+
+    def emit(builder, mask, then, otherwise):
+        return builder.select(mask, spread(builder, then, vector.ir), spread(builder, otherwise, vector.ir))
+
+    vectors = (value if isinstance(value, Vector) else vector.scalar for value in (then, otherwise))
+    return vector(mask, *vectors), emit
+
+
+sqrt, rint = _rounding("sqrt"), _rounding("rint")
+at_least = define_for_all(2, _at_least)  # (v, low): low where v is below it, or NaN
+at_most = define_for_all(2, _at_most)  # (v, high): high where v is above it, or NaN
+clamp = define_for_all(3, lambda b, v, low, high: _at_most(b, _at_least(b, v, low), high))
+where = define_typed(3, _typed_where)  # (mask, then, otherwise); a mask is what a comparison gives
+
+# ---- over lanes ------------------------------------------------------------------------------------------------------
 
 
 def _sum_tree(builder, v):
     """Sum over lanes: halves on halves."""
-    count = v.type.count
-    while count > 1:
-        count //= 2
-        low, high = shuffle(builder, v, None, range(count)), shuffle(builder, v, None, range(count, 2 * count))
-        v = builder.fadd(low, high)
+    while v.type.count > 1:
+        v = builder.fadd(half(builder, v, 0), half(builder, v, 1))
     return builder.extract_element(v, I32(0))
 
 
@@ -116,7 +96,7 @@ def _first(builder, mask):
     """int32: the first lane where `mask` (1-bit lanes) is set; 0 if none is."""
     lanes = mask.type.count
     bits = builder.zext(builder.bitcast(mask, ir.IntType(lanes)), I64)
-    first = builder.trunc(builder.cttz(bits, ir.IntType(1)(0)), I32)
+    first = builder.trunc(builder.cttz(bits, I1(0)), I32)
     return builder.and_(first, I32(lanes - 1))
 
 
@@ -132,10 +112,9 @@ def _signed_largest(builder, v):
     magnitude = call(builder, f"llvm.fabs.v{lanes}f32", v.type, v)
     largest = _extreme(builder, magnitude, ">")
     lane_ = _first(builder, builder.fcmp_ordered("==", magnitude, splat(builder, largest, v.type)))
-    negative = builder.zext(
-        builder.bitcast(builder.fcmp_ordered("<", v, constant(v.type, 0.0)), ir.IntType(lanes)), I64
-    )
-    is_negative = builder.trunc(builder.lshr(negative, builder.zext(lane_, I64)), ir.IntType(1))
+    below = builder.fcmp_ordered("<", v, constant(v.type, 0.0))
+    negative = builder.zext(builder.bitcast(below, ir.IntType(lanes)), I64)
+    is_negative = builder.trunc(builder.lshr(negative, builder.zext(lane_, I64)), I1)
     return builder.select(is_negative, builder.fneg(largest), largest)
 
 
@@ -146,38 +125,30 @@ def _all_within(builder, v, limit):
     return builder.icmp_unsigned("==", within, I16(0xFFFF))
 
 
-add_f32x16 = define(f32x16, (f32x16, f32x16), lambda b, x, y: b.fadd(x, y))
-sub_f32x16 = define(f32x16, (f32x16, f32x16), lambda b, x, y: b.fsub(x, y))
-div_f32x16 = define(f32x16, (f32x16, f32x16), lambda b, x, y: b.fdiv(x, y))
-min_f32x16 = define(f32x16, (f32x16, f32x16), lambda b, x, y: b.select(b.fcmp_ordered("<", x, y), x, y))
-max_f32x16 = define(f32x16, (f32x16, f32x16), lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y))
-abs_f32x16, sqrt_f32x16, rint_f32x16 = _unary("fabs"), _unary("sqrt"), _unary("rint")
-select_less = define(f32x16, (f32x16, f32x16, f32x16, f32x16), _select_less)  # a < b ? c : d
-signed_largest_f32x16 = define(types.float32, (f32x16,), _signed_largest)
-sum_tree = define(types.float32, (f32x16,), _sum_tree)
+def _to_scalar(emit):
+    return define_for_all(1, emit, lambda vector: types.float32)
+
+
+sum_tree = _to_scalar(_sum_tree)
+signed_largest = _to_scalar(_signed_largest)
+least = _to_scalar(lambda b, v: _extreme(b, v, "<"))
+greatest = _to_scalar(lambda b, v: _extreme(b, v, ">"))
 all_within = define(types.boolean, (f32x16, types.float32), _all_within)
 best_lane = define(types.int64, (f32x16,), _best_lane)
 lane = define(types.float32, (f32x16, types.int64), lambda b, v, i: b.extract_element(v, i))
 
-# ---- 32 weights ------------------------------------------------------------------------------------------------------
-
-
-def _clamp_to_i8(builder, v, low, high):
-    """Towards zero; out of low..high -> the nearest limit. LLVM's fptosi.sat goes lane by lane (3x slower)."""
-    v = builder.select(builder.fcmp_ordered(">", v, low), v, low)
-    v = builder.select(builder.fcmp_ordered("<", v, high), v, high)
-    return builder.trunc(builder.fptosi(v, ir.VectorType(I32, 32)), i8x32.ir)
+# ---- 32 weights to levels --------------------------------------------------------------------------------------------
 
 
 def _truncate_to_i8(builder, v):
     """Towards zero; out of range -> the nearest limit."""
-    return _clamp_to_i8(builder, v, constant(v.type, -128.0), constant(v.type, 127.0))
+    return emit_clamp_to_i8(builder, v, constant(v.type, -128.0), constant(v.type, 127.0))
 
 
 def _round_between(builder, v, low, high):
     """Nearest, ties to even; out of low..high -> the nearest limit."""
     rounded = call(builder, "llvm.rint.v32f32", v.type, v)
-    return _clamp_to_i8(builder, rounded, splat(builder, low, v.type), splat(builder, high, v.type))
+    return emit_clamp_to_i8(builder, rounded, splat(builder, low, v.type), splat(builder, high, v.type))
 
 
 def _round_away_to_i8(builder, v):
@@ -200,7 +171,7 @@ def _join_nibbles(builder, v):
 def _gather_bits(builder, v, bit):
     """Bit `bit` of every lane, as the bits of a 32-bit word."""
     shifted = builder.lshr(v, splat(builder, builder.trunc(bit, I8), v.type))
-    return builder.zext(builder.bitcast(builder.trunc(shifted, ir.VectorType(ir.IntType(1), 32)), I32), I64)
+    return builder.zext(builder.bitcast(builder.trunc(shifted, ir.VectorType(I1, 32)), I32), I64)
 
 
 def count_below(thresholds: Sequence[float]):
@@ -231,30 +202,18 @@ def step_function(values: Sequence[float]):
     return define(f32x16, (f32x16,), emit)
 
 
-zero_i8x32 = define(i8x32, (), lambda b: constant(i8x32.ir, 0))
-signed_largest = define(types.float32, (f32x32,), _signed_largest)
-sum_tree_f32x32 = define(types.float32, (f32x32,), _sum_tree)
-round_between = define(i8x32, (f32x32, types.float32, types.float32), _round_between)
-least = define(types.float32, (f32x32,), lambda b, v: _extreme(b, v, "<"))
-greatest_magnitude = define(
-    types.float32, (f32x32,), lambda b, v: _extreme(b, call(b, "llvm.fabs.v32f32", v.type, v), ">")
-)
-greatest = define(types.float32, (f32x32,), lambda b, v: _extreme(b, v, ">"))
-abs_f32x32 = define(f32x32, (f32x32,), lambda b, v: call(b, "llvm.fabs.v32f32", v.type, v))
+def _mark_negative(builder, index, v, bits):
+    """index | bits where v is negative and index is not 0."""
+    negative = builder.fcmp_ordered("<", v, constant(v.type, 0.0))
+    nonzero = builder.icmp_unsigned("!=", index, constant(index.type, 0))
+    marked = builder.or_(index, splat(builder, builder.trunc(bits, I8), index.type))
+    return builder.select(builder.and_(negative, nonzero), marked, index)
+
+
 truncate_to_i8 = define(i8x32, (f32x32,), _truncate_to_i8)
 round_away_to_i8 = define(i8x32, (f32x32,), _round_away_to_i8)
+round_between = define(i8x32, (f32x32, types.float32, types.float32), _round_between)
 clamp_levels = define(i8x32, (i8x32, types.int64), _clamp_levels)
 join_nibbles = define(i8x16, (i8x32,), _join_nibbles)
 gather_bits = define(types.int64, (i8x32, types.int64), _gather_bits)
-mark_negative = define(  # index | bits where v is negative and index is not 0
-    i8x32,
-    (i8x32, f32x32, types.int64),
-    lambda b, index, v, bits: b.select(
-        b.and_(
-            b.fcmp_ordered("<", v, constant(v.type, 0.0)),
-            b.icmp_unsigned("!=", index, constant(index.type, 0)),
-        ),
-        b.or_(index, splat(b, b.trunc(bits, I8), index.type)),
-        index,
-    ),
-)
+mark_negative = define(i8x32, (i8x32, f32x32, types.int64), _mark_negative)

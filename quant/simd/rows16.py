@@ -1,19 +1,15 @@
-"""More of the SIMD vocabulary, for panels: one 32-bit word of each of 16 rows, side by side in a vector (i32x16).
+"""16 rows of weights side by side: a lane of i32x16 is a 32-bit word of one row, or 4 bytes of it."""
 
-As in simd.py, LLVM splits vectors that are wider than the machine's.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from quant.simd.core import F16, I8, I16, I32, I64, Vector, call, constant, define, f32x16, load, shuffle, splat, store
-from quant.target import isa
+from quant.simd.core import I8, I16, I32, I64, constant, define, f32x16, i8x64, i32x16, load, shuffle, splat
+from quant.simd.halves import half_to_float
 
-ROWS = 16  # rows of a panel: the lanes of its vectors
-i32x16 = Vector(I32, ROWS, "i32x16")
+ROWS = 16
 
 
 def _addresses(builder, rows, offset):
@@ -101,33 +97,14 @@ def transpose_strided(context, first, stride):
 
 
 gather = define(i32x16, (types.int64, types.int64), _gather)  # the word at `offset` behind each address at `rows`
-load_i32x16 = define(i32x16, (types.int64,), lambda b, p: load(b, p, i32x16.ir))
-store_i32x16 = define(types.void, (types.int64, i32x16), store)
-
-
-def _word(builder, value):
-    return splat(builder, builder.trunc(value, I32), i32x16.ir)
-
-
-and_i32 = define(i32x16, (i32x16, types.int64), lambda b, v, word: b.and_(v, _word(b, word)))
-xor_i32 = define(i32x16, (i32x16, types.int64), lambda b, v, word: b.xor(v, _word(b, word)))
-add_i32 = define(i32x16, (i32x16, types.int64), lambda b, v, word: b.add(v, _word(b, word)))
-or_i32 = define(i32x16, (i32x16, i32x16), lambda b, v, other: b.or_(v, other))
-shift_right_i32 = define(i32x16, (i32x16, types.int64), lambda b, v, bits: b.lshr(v, _word(b, bits)))
-shift_left_i32 = define(i32x16, (i32x16, types.int64), lambda b, v, bits: b.shl(v, _word(b, bits)))
 sign_extend_i8 = define(  # of the lowest 8 bits of each lane
     i32x16, (i32x16,), lambda b, v: b.ashr(b.shl(v, constant(v.type, 24)), constant(v.type, 24))
 )
-add_i32x16 = define(i32x16, (i32x16, i32x16), lambda b, v, other: b.add(v, other))
-as_f32x16 = define(f32x16, (i32x16,), lambda b, v: b.bitcast(v, f32x16.ir))
-i32_to_f32x16 = define(f32x16, (i32x16,), lambda b, v: b.sitofp(v, f32x16.ir))
-negate_f32x16 = define(f32x16, (f32x16,), lambda b, v: b.fneg(v))
 
 
 def _high_nibbles(builder, v):
     """As a shift of bytes: one instruction where there is GFNI, which LLVM knows."""
-    bytes_ = builder.bitcast(v, ir.VectorType(I8, 4 * ROWS))
-    return builder.bitcast(builder.lshr(bytes_, constant(bytes_.type, 4)), v.type)
+    return builder.bitcast(builder.lshr(builder.bitcast(v, i8x64.ir), constant(i8x64.ir, 4)), v.type)
 
 
 high_nibbles = define(i32x16, (i32x16,), _high_nibbles)  # of every byte
@@ -135,8 +112,9 @@ high_nibbles = define(i32x16, (i32x16,), _high_nibbles)  # of every byte
 
 def _with_fifth_bits(builder, words, bits, e):
     """Or 16 into byte i of each lane of `words` where bit 4e + i of `bits` is set, for i in 0..3."""
-    bytes_ = ir.VectorType(I8, 4 * ROWS)
-    shifted = builder.bitcast(builder.lshr(bits, _word(builder, builder.shl(builder.lshr(e, I64(1)), I64(3)))), bytes_)
+    bytes_ = i8x64.ir
+    count = builder.trunc(builder.shl(builder.lshr(e, I64(1)), I64(3)), I32)
+    shifted = builder.bitcast(builder.lshr(bits, splat(builder, count, bits.type)), bytes_)
     copies = shuffle(builder, shifted, None, [lane // 4 * 4 for lane in range(4 * ROWS)])
     nibble = builder.trunc(builder.shl(builder.and_(e, I64(1)), I64(2)), I8)
     chosen = builder.shl(ir.Constant(bytes_, [1, 2, 4, 8] * ROWS), splat(builder, nibble, bytes_))
@@ -148,29 +126,7 @@ def _with_fifth_bits(builder, words, bits, e):
 with_fifth_bits = define(i32x16, (i32x16, i32x16, types.int64), _with_fifth_bits)
 
 
-def bytes_lookup_in(table: Sequence[int]):
-    """An intrinsic i32x16(i32x16): table[byte] for each byte, all below 16. Needs AVX2."""
-    entries = [int(value) for value in table]
-
-    def emit(builder, words):
-        if isa.has("avx512_vnni"):
-            vector = ir.VectorType(I8, 4 * ROWS)
-            found = call(
-                builder, "llvm.x86.avx512.pshuf.b.512", vector,
-                ir.Constant(vector, entries * 4), builder.bitcast(words, vector),
-            )  # fmt: skip
-            return builder.bitcast(found, words.type)
-        half, parts = ir.VectorType(I8, 2 * ROWS), []
-        for first in (0, ROWS // 2):
-            part = builder.bitcast(shuffle(builder, words, None, range(first, first + ROWS // 2)), half)
-            found = call(builder, "llvm.x86.avx2.pshuf.b", half, ir.Constant(half, entries * 2), part)
-            parts.append(builder.bitcast(found, ir.VectorType(I32, ROWS // 2)))
-        return shuffle(builder, *parts, range(ROWS))
-
-    return define(i32x16, (i32x16,), emit)
-
-
-def _e8m0_half_to_f32x16(builder, v):
+def _e8m0_half_to_f32(builder, v):
     """2^(v-128) for v in 0..255, which is subnormal below 2."""
     small = builder.shl(constant(v.type, 0x00200000), v)
     normal = builder.shl(builder.sub(v, constant(v.type, 1)), constant(v.type, 23))
@@ -178,13 +134,9 @@ def _e8m0_half_to_f32x16(builder, v):
     return builder.bitcast(bits, f32x16.ir)
 
 
-def _half_to_f32x16(builder, v):
-    """The lower 16 bits of each lane, an IEEE half; needs F16C."""
-    halves = builder.bitcast(builder.trunc(v, ir.VectorType(I16, ROWS)), ir.VectorType(F16, ROWS))
-    return builder.fpext(halves, f32x16.ir)
+def _half_to_f32(builder, v):
+    return half_to_float(builder, builder.trunc(v, ir.VectorType(I16, ROWS)))
 
 
-e8m0_half_to_f32x16 = define(f32x16, (i32x16,), _e8m0_half_to_f32x16)
-half_to_f32x16 = define(f32x16, (i32x16,), _half_to_f32x16)
-store_i32 = define(types.void, (types.int64, types.int64), lambda b, p, v: store(b, p, b.trunc(v, I32)))
-load_i32 = define(types.int64, (types.int64,), lambda b, p: b.sext(load(b, p, I32), I64))
+e8m0_half_to_f32 = define(f32x16, (i32x16,), _e8m0_half_to_f32)
+half_to_f32 = define(f32x16, (i32x16,), _half_to_f32)  # of the lower 16 bits of each lane

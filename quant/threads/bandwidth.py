@@ -13,7 +13,8 @@ from llvmlite import ir
 from numba import types
 
 from quant.errors import QuantError
-from quant.simd.core import I32, I64, Vector, constant, define, load, load_i64, prefetch, store_i64
+from quant.simd.core import I32, I64, Vector, constant, define, load
+from quant.simd.memory import load_i64, prefetch, store_i64
 from quant.target.jit import kernel
 from quant.threads.atomics import atomic_add
 from quant.threads.pool import Pool, aligned_bytes

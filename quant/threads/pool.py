@@ -20,7 +20,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from quant.errors import QuantError
-from quant.simd.core import load_i64, store_i64
+from quant.simd.memory import load_i64, store_i64
 from quant.target.jit import inline, kernel
 from quant.threads.atomics import (
     atomic_add,

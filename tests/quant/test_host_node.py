@@ -15,7 +15,7 @@ from quant.decode.program import MOST_TOKENS
 from quant.errors import QuantError
 from quant.matrix import ExpertMatrices
 from quant.ops import experts
-from quant.simd.core import load_i64
+from quant.simd.memory import load_i64
 from quant.target.jit import kernel
 from quant.threads.pool import Pool, dispatch
 

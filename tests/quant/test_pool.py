@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from quant.errors import QuantError
-from quant.simd.core import load_i64
+from quant.simd.memory import load_i64
 from quant.target.jit import kernel
 from quant.threads.atomics import atomic_add
 from quant.threads.pool import Pool, worker_bytes

@@ -24,7 +24,7 @@ from quant.decode.program import (
     chunks_of,
 )
 from quant.errors import QuantError
-from quant.simd.core import load_i64, store_i64
+from quant.simd.memory import load_i64, store_i64
 from quant.target.jit import kernel
 from quant.threads.pool import Pool
 

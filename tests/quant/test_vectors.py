@@ -4,8 +4,8 @@ import kernels
 import numpy as np
 import pytest
 
-from quant.simd import vectors
-from quant.simd.core import bits_to_f32, load_f32, load_f32x16, store_f32, store_f32x16
+from quant.simd import floats, vectors
+from quant.simd.memory import bits_to_f32, load_f32, load_f32x16, store_f32, store_f32x16
 from quant.target.jit import kernel
 
 pytestmark = pytest.mark.levels
@@ -20,7 +20,7 @@ ROUNDING = 2.0**-24
 @kernel("void(int64, int64, int64)")
 def _exp(x, n, out):
     for i in range(0, n, 16):
-        store_f32x16(out + 4 * i, vectors.exp_f32x16(load_f32x16(x + 4 * i)))
+        store_f32x16(out + 4 * i, floats.exp(load_f32x16(x + 4 * i)))
 
 
 @kernel("void(int64, int64, int64, int64, int64)")
@@ -50,7 +50,7 @@ def _expand_f16(row, n, padded, out):
 
 @kernel("void(int64, int64)")
 def _max(x, out):
-    store_f32(out, vectors.max_f32x16(load_f32x16(x)))
+    store_f32(out, floats.hmax(load_f32x16(x)))
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:

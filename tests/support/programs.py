@@ -13,7 +13,7 @@ from quant.decode.linear import Input, rows_phase
 from quant.decode.program import ARGUMENTS, N_UNITS, NEXT, PHASE_BYTES, STATE, WORK, WORK_BYTES, Phase, Program
 from quant.formats import registry
 from quant.matrix import QuantMatrix, quant_matrix
-from quant.simd.core import load_i64
+from quant.simd.memory import load_i64
 from quant.target.jit import kernel
 from quant.threads.atomics import atomic_add, atomic_load, call_2, call_3
 from quant.threads.pool import Pool

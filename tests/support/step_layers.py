@@ -18,7 +18,7 @@ from quant.decode.experts import SIGMOID, SOFTMAX, SOFTMAX_AFTER_TOPK, Choice, R
 from quant.decode.linear import Input, rows_phase
 from quant.decode.program import ARGUMENTS, MOST_TOKENS, PHASE_BYTES, Program
 from quant.matrix import ExpertMatrices, QuantMatrix
-from quant.simd.core import load_i64, store_i64
+from quant.simd.memory import load_i64, store_i64
 from quant.target.jit import kernel
 from quant.threads.pool import Pool, aligned_bytes
 

@@ -17,7 +17,7 @@ from triton.runtime.errors import OutOfResources
 from localrun.errors import LocalrunError
 from localrun.gpu import device as gpu
 from localrun.gpu.device import Cuda, StandIn
-from quant.simd.core import load_i64, store_i64
+from quant.simd.memory import load_i64, store_i64
 from quant.target.jit import kernel
 
 

@@ -1,0 +1,202 @@
+"""Operations on float vectors: fused products, sums and maxima over lanes, e^x, conversions, orders of lanes.
+
+Arithmetic that is rounded step by step is operators' (core.py). Sums over lanes are in any order here; exact.py has one
+that is the same on every machine.
+"""
+
+from collections.abc import Sequence
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from quant.simd.core import (
+    F32,
+    FLOATS,
+    I8,
+    I16,
+    I32,
+    I64,
+    Vector,
+    call,
+    constant,
+    define,
+    define_for_all,
+    f32x8,
+    f32x16,
+    f32x32,
+    half,
+    i8x32,
+    i32x16,
+    shuffle,
+    splat,
+)
+from quant.simd.halves import half_to_float
+
+# ---- constants -------------------------------------------------------------------------------------------------------
+
+
+def _zero(vector: Vector):
+    return define(vector, (), lambda builder: constant(vector.ir, 0.0))
+
+
+def _splat(vector: Vector):
+    return define(vector, (types.float32,), lambda builder, x: splat(builder, x, vector.ir))
+
+
+def _two_halves(vector: Vector):
+    """An intrinsic vector(low, high): `low` in the first half of the lanes, `high` in the second."""
+
+    def emit(builder, low, high):
+        pair = builder.insert_element(ir.Constant(ir.VectorType(F32, 2), ir.Undefined), low, I32(0))
+        lanes = vector.ir.count // 2
+        return shuffle(builder, builder.insert_element(pair, high, I32(1)), None, [0] * lanes + [1] * lanes)
+
+    return define(vector, (types.float32, types.float32), emit)
+
+
+zero_f32x8, zero_f32x16 = _zero(f32x8), _zero(f32x16)
+splat_f32x8, splat_f32x16, splat_f32x32 = _splat(f32x8), _splat(f32x16), _splat(f32x32)
+halves_f32x8, halves_f32x32 = _two_halves(f32x8), _two_halves(f32x32)
+
+# ---- arithmetic ------------------------------------------------------------------------------------------------------
+
+
+def emit_fma(builder, a, b, c):
+    """a*b + c, rounded once."""
+    return call(builder, f"llvm.fma.v{a.type.count}f32", a.type, a, b, c)
+
+
+def emit_maximum(builder, a, b):
+    """The greater of two lanes; where one is NaN, the other."""
+    return call(builder, f"llvm.maxnum.v{a.type.count}f32", a.type, a, b)
+
+
+def emit_hsum(builder, v):
+    """Sum over lanes, in any order (float rounding of the order is accepted everywhere)."""
+    name = f"llvm.vector.reduce.fadd.v{v.type.count}f32"
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(F32, [F32, v.type]), name)
+    return builder.call(function, [ir.Constant(F32, 0.0), v], fastmath=("reassoc",))
+
+
+def _hmax(builder, v):
+    """The greatest lane, but for NaN; halves on halves, as LLVM's own reduction goes lane by lane."""
+    while v.type.count > 1:
+        v = emit_maximum(builder, half(builder, v, 0), half(builder, v, 1))
+    return builder.extract_element(v, I32(0))
+
+
+fma = define_for_all(3, emit_fma)  # a*b + c, rounded once
+maximum = define_for_all(2, emit_maximum)  # of two lanes; where one is NaN, the other
+hsum = define_for_all(1, emit_hsum, lambda vector: types.float32)  # over lanes, in any order
+hmax = define_for_all(1, _hmax, lambda vector: types.float32)  # the greatest lane, but for NaN
+
+_LOG2_E = 1.44269504088896341
+_LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4  # their sum is ln 2; the first has 9 bits, so n * high is exact
+# exp(r) = 1 + r + r^2 * p(r) on |r| <= ln(2)/2, relative error 2e-8: the polynomial of Cephes' expf (S. Moshier).
+_EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+
+
+def _exp(builder, x):
+    """e^x to float32 rounding; -infinity gives 0, above 88 the value at 88, NaN stays NaN."""
+    vector = x.type
+    low = builder.fcmp_ordered("<", x, constant(vector, -87.0))
+    bounded = builder.select(builder.fcmp_ordered(">", x, constant(vector, 88.0)), constant(vector, 88.0), x)
+    bounded = builder.select(low, constant(vector, -87.0), bounded)
+    n = call(builder, f"llvm.rint.v{vector.count}f32", vector, builder.fmul(bounded, constant(vector, _LOG2_E)))
+    r = emit_fma(builder, n, constant(vector, -_LN2_LOW), emit_fma(builder, n, constant(vector, -_LN2_HIGH), bounded))
+    p = constant(vector, _EXP[0])
+    for coefficient in _EXP[1:]:
+        p = emit_fma(builder, p, r, constant(vector, coefficient))
+    y = builder.fadd(emit_fma(builder, p, builder.fmul(r, r), r), constant(vector, 1.0))
+    integers = ir.VectorType(I32, vector.count)
+    # NaN has no integer: 0 then, and the sum below brings it back.
+    n = builder.select(builder.fcmp_ordered("ord", n, n), n, constant(vector, 0.0))
+    power = builder.shl(builder.add(builder.fptosi(n, integers), constant(integers, 127)), constant(integers, 23))
+    return builder.select(low, constant(vector, 0.0), builder.fmul(y, builder.bitcast(power, vector)))
+
+
+exp = define_for_all(1, _exp)
+
+# ---- integers to floats and back -------------------------------------------------------------------------------------
+
+
+def emit_clamp_to_i8(builder, v, low, high):
+    """Towards zero; out of low..high, or NaN -> a limit. LLVM's fptosi.sat goes lane by lane (3x slower)."""
+    v = builder.select(builder.fcmp_ordered(">", v, low), v, low)
+    v = builder.select(builder.fcmp_ordered("<", v, high), v, high)
+    return builder.trunc(builder.fptosi(v, ir.VectorType(I32, v.type.count)), ir.VectorType(I8, v.type.count))
+
+
+def _round_to_i8(builder, v):
+    """Nearest, ties to even; NaN -> 0, out of range -> the nearest limit."""
+    v = call(builder, "llvm.rint.v32f32", v.type, v)
+    v = builder.select(builder.fcmp_ordered("ord", v, v), v, constant(v.type, 0.0))
+    return emit_clamp_to_i8(builder, v, constant(v.type, -128.0), constant(v.type, 127.0))
+
+
+def _of_lanes(vector: Vector) -> Vector:
+    return FLOATS[vector.ir.count]
+
+
+round_to_i8 = define(i8x32, (f32x32,), _round_to_i8)
+to_f32 = define_for_all(1, lambda b, v: b.sitofp(v, FLOATS[v.type.count].ir), _of_lanes)  # signed lanes' values
+as_f32 = define_for_all(1, lambda b, v: b.bitcast(v, FLOATS[v.type.count].ir), _of_lanes)  # lanes' bits, of 32 each
+
+# ---- orders of lanes -------------------------------------------------------------------------------------------------
+
+
+def picked(lanes: Sequence[int]):
+    """An intrinsic f32x16(f32x16): the vector's lanes in this order."""
+    return define(f32x16, (f32x16,), lambda b, v: shuffle(b, v, None, lanes))
+
+
+def _add_odd(factor: float):
+    """An intrinsic f32x16(total, v): total + factor * v in the odd lanes."""
+
+    def emit(builder, total, v):
+        return emit_fma(builder, v, ir.Constant(v.type, [0.0, factor] * 8), total)
+
+    return define(f32x16, (f32x16, f32x16), emit)
+
+
+add_odd, subtract_odd = _add_odd(1.0), _add_odd(-1.0)
+even_doubled = picked([i // 2 * 2 for i in range(16)])
+widened = define(f32x16, (f32x8,), lambda b, v: shuffle(b, v, constant(v.type, 0.0), range(16)))  # with zeros
+
+# ---- scales of several blocks, which lie in int64 --------------------------------------------------------------------
+
+
+def _halves_in(builder, *words):
+    """int64 words as a vector of 16-bit lanes."""
+    vector = ir.Constant(ir.VectorType(I64, len(words)), ir.Undefined)
+    for i, word in enumerate(words):
+        vector = builder.insert_element(vector, word, I32(i))
+    return builder.bitcast(vector, ir.VectorType(I16, 4 * len(words)))
+
+
+def _halves_doubled(builder, *words):
+    """Each of 8 16-bit lanes in two neighbouring ones."""
+    return shuffle(builder, _halves_in(builder, *words), None, [i // 2 for i in range(16)])
+
+
+def _interleaved_bytes(builder, even, odd):
+    """Two int64: their bytes as lanes even0, odd0, even1, ..., float32."""
+    bytes_ = ir.VectorType(I8, 8)
+    lanes = [i // 2 + 8 * (i % 2) for i in range(16)]
+    both = shuffle(builder, builder.bitcast(even, bytes_), builder.bitcast(odd, bytes_), lanes)
+    return builder.sitofp(builder.zext(both, i32x16.ir), f32x16.ir)
+
+
+def _half_powers(builder, *words):
+    """2^(e-128) in two lanes each, of 8 exponents in the 16-bit lanes of two int64; e below 2 gives a subnormal."""
+    e = builder.zext(_halves_doubled(builder, *words), i32x16.ir)
+    normal = builder.shl(builder.sub(e, constant(e.type, 1)), constant(e.type, 23))
+    tiny = builder.shl(constant(e.type, 0x00200000), builder.and_(e, constant(e.type, 1)))
+    return builder.bitcast(builder.select(builder.icmp_unsigned("<", e, constant(e.type, 2)), tiny, normal), f32x16.ir)
+
+
+interleaved_bytes = define(f32x16, (types.int64, types.int64), _interleaved_bytes)
+f16_lanes = define(f32x16, (types.int64,) * 4, lambda b, *words: half_to_float(b, _halves_in(b, *words)))
+f16_lanes_doubled = define(f32x16, (types.int64,) * 2, lambda b, *words: half_to_float(b, _halves_doubled(b, *words)))
+half_powers = define(f32x16, (types.int64,) * 2, _half_powers)

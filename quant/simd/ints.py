@@ -1,0 +1,242 @@
+"""Operations on vectors of bytes and words: the bits of quantised weights, lookups, and integer dot products.
+
+32 bytes are one register of AVX2; 64 are one of AVX-512, two of AVX2. A quarter is 16 bytes of 64: most operations on
+lanes stay within it. Plain logic and shifts are operators' (core.py).
+
+Signed weights. AVX-512's and AVX2's byte products take unsigned times signed bytes: sums of u*x, with 0 <= u < 256. For
+signed weights a, 128 is added beforehand, and taken back afterwards by a product with the sum of x, which the quantised
+activations carry (gemv/activations.py):
+
+    sum a*x = sum (a + 128)*x - 128 * sum x
+"""
+
+from collections.abc import Callable, Sequence
+
+from llvmlite import ir
+from numba import types
+
+from quant.simd.core import (
+    F32,
+    I1,
+    I8,
+    I16,
+    I32,
+    I64,
+    Vector,
+    by_halves,
+    call,
+    constant,
+    define,
+    define_typed,
+    i8x16,
+    i8x32,
+    i8x64,
+    i32x8,
+    i32x16,
+    shuffle,
+    splat,
+)
+from quant.target import isa
+
+# What signed weights are raised by before a product of 64 bytes. 0 where the sign is moved to the other operand
+# instead: products above 128 * 127 don't fit AVX2's sums in 16 bits.
+BIAS = 128 if isa.has("avx512_vnni") else 0
+
+# ---- constants -------------------------------------------------------------------------------------------------------
+
+zero_i8x32 = define(i8x32, (), lambda builder: constant(i8x32.ir, 0))
+zero_i32x8 = define(i32x8, (), lambda builder: constant(i32x8.ir, 0))
+zero_i32x16 = define(i32x16, (), lambda builder: constant(i32x16.ir, 0))
+ones_i8x32 = define(i8x32, (), lambda builder: constant(i8x32.ir, 1))
+
+# ---- bits of weights -------------------------------------------------------------------------------------------------
+
+
+def _nibbles(builder, v):
+    low, high = builder.and_(v, constant(v.type, 15)), builder.lshr(v, constant(v.type, 4))
+    return shuffle(builder, low, high, range(32))
+
+
+def _spread_bits(builder, word, value):
+    """Bit j of the 32-bit `word` -> `value` in lane j, else 0."""
+    bits = builder.bitcast(builder.trunc(word, I32), ir.VectorType(I1, 32))
+    return builder.select(bits, splat(builder, builder.trunc(value, I8), i8x32.ir), constant(i8x32.ir, 0))
+
+
+def _set_where(builder, v, mask, value):
+    """v | value in the lanes whose bit of the 64-bit mask is set."""
+    marks = splat(builder, builder.trunc(value, I8), v.type)
+    if isa.has("avx512_vnni"):
+        lanes = builder.bitcast(mask, ir.VectorType(I1, 64))
+    else:  # LLVM would take the mask apart bit by bit
+        copies = builder.bitcast(splat(builder, mask, ir.VectorType(I64, 8)), v.type)
+        its_byte = shuffle(builder, copies, None, [i // 16 * 16 + i // 8 for i in range(64)])
+        its_bit = ir.Constant(v.type, [1 << i % 8 for i in range(64)])
+        lanes = builder.icmp_unsigned("==", builder.and_(its_byte, its_bit), its_bit)
+    return builder.or_(v, builder.select(lanes, marks, constant(v.type, 0)))
+
+
+def shifted(first: int, second: int):
+    """An intrinsic i8x64(i8x64): the halves' 32-bit words shifted left by so many bits each (right if negative).
+
+    Bits cross from byte to byte, so a mask must follow. Both counts have one sign.
+    """
+    counts = ir.Constant(i32x16.ir, [abs(first)] * 8 + [abs(second)] * 8)
+
+    def emit(builder, v):
+        shift = builder.lshr if min(first, second) < 0 else builder.shl
+        return builder.bitcast(shift(builder.bitcast(v, i32x16.ir), counts), v.type)
+
+    return define(i8x64, (i8x64,), emit)
+
+
+def _quarters(chosen: Sequence[int]) -> Callable:
+    return lambda builder, v, w: shuffle(builder, v, w, [16 * quarter + i for quarter in chosen for i in range(16)])
+
+
+nibbles = define(i8x32, (i8x16,), _nibbles)  # the low ones of 16 bytes, then the high ones
+join = define(i8x32, (i8x16, i8x16), lambda b, low, high: shuffle(b, low, high, range(32)))
+first_half = define(i8x16, (i8x32,), lambda b, v: shuffle(b, v, None, range(16)))
+second_half = define(i8x16, (i8x32,), lambda b, v: shuffle(b, v, None, range(16, 32)))
+even_quarters = define(i8x64, (i8x64, i8x64), _quarters((0, 2, 4, 6)))  # 0 and 2 of v, then 0 and 2 of w
+odd_quarters = define(i8x64, (i8x64, i8x64), _quarters((1, 3, 5, 7)))
+spread_bits = define(i8x32, (types.int64, types.int64), _spread_bits)
+set_where = define(i8x64, (i8x64, types.int64, types.int64), _set_where)
+
+
+def lookup_in(table: Sequence[int], vector: Vector):
+    """An intrinsic vector(vector): table[byte] for each byte, for a table of 16 constants and bytes below 16."""
+    entries = [int(value) & 0xFF for value in table]
+    bytes_ = ir.VectorType(I8, vector.ir.count * vector.ir.element.width // 8)
+
+    def emit(builder, v):
+        return builder.bitcast(_lookup(builder, entries, builder.bitcast(v, bytes_)), v.type)
+
+    return define(vector, (vector,), emit)
+
+
+def _lookup(builder, entries: list[int], index):
+    count = index.type.count
+    if count == 64 and isa.has("avx512_vnni"):
+        table = ir.Constant(index.type, entries * 4)
+        return call(builder, "llvm.x86.avx512.pshuf.b.512", index.type, table, index)
+    if count == 64 and isa.has("avx2"):
+        return by_halves(builder, lambda half: _lookup(builder, entries, half), index)
+    if isa.has("avx2"):
+        return call(builder, "llvm.x86.avx2.pshuf.b", index.type, ir.Constant(index.type, entries * 2), index)
+    found = ir.Constant(index.type, ir.Undefined)
+    for lane in range(count):
+        entry = builder.extract_element(index, I32(lane))
+        value = builder.extract_element(ir.Constant(i8x16.ir, entries), entry)
+        found = builder.insert_element(found, value, I32(lane))
+    return found
+
+
+# ---- dot products ----------------------------------------------------------------------------------------------------
+
+
+def emit_pairs_u8(builder, u, x):
+    """AVX2, 32 bytes: u*x of neighbours added, in 16 bits, which saturate; u unsigned, x signed."""
+    return call(builder, "llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(I16, 16), u, x)
+
+
+def emit_pairs_i16(builder, v):
+    """AVX2, 16 lanes of 16 bits: neighbours added, in 32 bits."""
+    return call(builder, "llvm.x86.avx2.pmadd.wd", i32x8.ir, v, constant(v.type, 1))
+
+
+def _dots_avx2(builder, u, x):
+    """Sums of u*x over each 4 of 32 lanes; 2*128*127 = 32512 fits the saturating 16-bit sum."""
+    return emit_pairs_i16(builder, emit_pairs_u8(builder, u, x))
+
+
+def _add_dots(builder, total, w, x, widen: Callable):
+    """total + sum of w*x over each 4 lanes, plain LLVM."""
+    count = x.type.count
+    wide = ir.VectorType(I32, count)
+    products = builder.mul(widen(w, wide), builder.sext(x, wide))
+    for lane in range(4):
+        total = builder.add(total, shuffle(builder, products, None, range(lane, count, 4)))
+    return total
+
+
+def emit_dot_u8(builder, total, u, x):
+    """total + sum of u*x over each 4 lanes; u unsigned, and at most 128 below AVX-512, x signed, not below -127."""
+    count = x.type.count
+    if isa.has("avx512_vnni"):
+        return call(builder, f"llvm.x86.avx512.vpdpbusd.{8 * count}", total.type, total, u, x)
+    if isa.has("avx2"):
+        dots = _dots_avx2 if count == 32 else lambda b, u, x: by_halves(b, lambda u, x: _dots_avx2(b, u, x), u, x)
+        return builder.add(total, dots(builder, u, x))
+    return _add_dots(builder, total, u, x, builder.zext)
+
+
+def _dot_i8(builder, total, w, x):
+    """total + sum of w*x over each 4 lanes, both signed, x not below -127: |w| times x with w's sign."""
+    negative = builder.icmp_signed("<", w, constant(w.type, 0))
+    magnitude = builder.select(negative, builder.neg(w), w)
+    return emit_dot_u8(builder, total, magnitude, builder.select(negative, builder.neg(x), x))
+
+
+def _dot_biased(builder, total, w, x):
+    """total + sum of w*x over each 4 lanes; w = the weight + BIAS, x signed, not below -127."""
+    if BIAS:
+        return emit_dot_u8(builder, total, w, x)
+    if isa.has("avx2"):
+
+        def half(w, x):
+            sign = "llvm.x86.avx2.psign.b"
+            return _dots_avx2(builder, call(builder, sign, w.type, w, w), call(builder, sign, x.type, x, w))
+
+        return builder.add(total, by_halves(builder, half, w, x))
+    return _add_dots(builder, total, w, x, builder.sext)
+
+
+def _define_dot(emit: Callable):
+    """An intrinsic total(total, w, x): i32x8 of i8x32, i32x16 of i8x64."""
+
+    def typed(total, w, x):
+        fits = w == x and (total, w) in ((i32x8, i8x32), (i32x16, i8x64))
+        return (total(total, w, x), emit) if fits else None
+
+    return define_typed(3, typed)
+
+
+def _pair_sums_wide(builder, a, b):
+    """Sums of neighbours: a01 a23 b01 b23 in each quarter."""
+    even = [4 * quarter + lane for quarter in range(4) for lane in (0, 2, 16, 18)]
+    return builder.add(shuffle(builder, a, b, even), shuffle(builder, a, b, [lane + 1 for lane in even]))
+
+
+def _pair_sums(builder, a, b):
+    """The same for lanes that fit 16 bits: one instruction less, on the port that is busiest."""
+    if isa.has("avx512_vnni"):
+        packed = call(builder, "llvm.x86.avx512.packssdw.512", ir.VectorType(I16, 32), a, b)
+        return call(builder, "llvm.x86.avx512.pmaddw.d.512", i32x16.ir, packed, constant(packed.type, 1))
+    if isa.has("avx2"):
+
+        def half(a, b):
+            return emit_pairs_i16(builder, call(builder, "llvm.x86.avx2.packssdw", ir.VectorType(I16, 16), a, b))
+
+        return by_halves(builder, half, a, b)
+    return _pair_sums_wide(builder, a, b)
+
+
+def _half_sum(half: int):
+    """An intrinsic float32(i8x32): the sum of 16 signed lanes."""
+
+    def emit(builder, v):
+        dots = emit_dot_u8(builder, constant(i32x8.ir, 0), constant(v.type, 1), v)
+        dots = shuffle(builder, dots, None, range(4 * half, 4 * half + 4))
+        return builder.sitofp(call(builder, "llvm.vector.reduce.add.v4i32", I32, dots), F32)
+
+    return define(types.float32, (i8x32,), emit)
+
+
+dot_u8 = _define_dot(emit_dot_u8)
+dot_i8 = _define_dot(_dot_i8)
+dot_biased = _define_dot(_dot_biased)
+pair_sums = define(i32x16, (i32x16, i32x16), _pair_sums)
+pair_sums_wide = define(i32x16, (i32x16, i32x16), _pair_sums_wide)
+biased = define(i8x64, (i8x64,), lambda b, v: b.xor(v, constant(v.type, 128)) if BIAS else v)  # signed lanes + BIAS
+sum_first_i8, sum_second_i8 = _half_sum(0), _half_sum(1)

@@ -1,0 +1,154 @@
+"""Loads, stores and prefetches: scalars and vectors at addresses, which are int64 and need no alignment."""
+
+from collections.abc import Callable, Sequence
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from quant.simd.core import (
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    call,
+    define,
+    f32x16,
+    f32x32,
+    i8x16,
+    i8x32,
+    i8x64,
+    i32x8,
+    i32x16,
+    load,
+    pointer,
+    shuffle,
+    splat,
+    store,
+)
+from quant.simd.halves import bfloat_to_float, float_to_bfloat, float_to_half, half_to_float
+
+# ---- scalars ---------------------------------------------------------------------------------------------------------
+
+
+def _single(builder, x):
+    """A float32 as a vector of one lane."""
+    return builder.insert_element(ir.Constant(ir.VectorType(F32, 1), ir.Undefined), x, I32(0))
+
+
+def _store_low(bits: ir.IntType):
+    """An intrinsic void(address, int64): its lowest bits."""
+    return define(types.void, (types.int64, types.int64), lambda b, p, v: store(b, p, b.trunc(v, bits)))
+
+
+def _store_as(narrow: Callable):
+    """An intrinsic void(address, float32): in 16 bits."""
+    return define(types.void, (types.int64, types.float32), lambda b, p, x: store(b, p, narrow(b, _single(b, x))))
+
+
+load_u8 = define(types.int64, (types.int64,), lambda b, p: b.zext(load(b, p, I8), I64))
+load_i8 = define(types.int64, (types.int64,), lambda b, p: b.sext(load(b, p, I8), I64))
+load_u16 = define(types.int64, (types.int64,), lambda b, p: b.zext(load(b, p, I16), I64))
+load_u32 = define(types.int64, (types.int64,), lambda b, p: b.zext(load(b, p, I32), I64))
+load_i32 = define(types.int64, (types.int64,), lambda b, p: b.sext(load(b, p, I32), I64))
+load_i64 = define(types.int64, (types.int64,), lambda b, p: load(b, p, I64))
+load_f32 = define(types.float32, (types.int64,), lambda b, p: load(b, p, F32))
+load_f64 = define(types.float64, (types.int64,), lambda b, p: load(b, p, ir.DoubleType()))
+load_f16 = define(types.float32, (types.int64,), lambda b, p: half_to_float(b, load(b, p, I16)))
+bits_to_f32 = define(types.float32, (types.int64,), lambda b, v: b.bitcast(b.trunc(v, I32), F32))
+store_i8, store_i16, store_i32 = _store_low(I8), _store_low(I16), _store_low(I32)
+store_i64 = define(types.void, (types.int64, types.int64), store)
+store_f32 = define(types.void, (types.int64, types.float32), store)
+store_f16, store_bf16 = _store_as(float_to_half), _store_as(float_to_bfloat)
+
+# ---- vectors ---------------------------------------------------------------------------------------------------------
+
+
+def emit_load_f16x16(builder, address):
+    """16 halves as float32."""
+    return half_to_float(builder, load(builder, address, ir.VectorType(I16, 16)))
+
+
+def _strided(type_: ir.VectorType, count: int):
+    """emit(builder, address, stride): `count` vectors, `stride` bytes apart, joined."""
+
+    def emit(builder, address, stride):
+        parts = [load(builder, builder.add(address, builder.mul(stride, I64(i))), type_) for i in range(count)]
+        while len(parts) > 1:
+            width = range(2 * parts[0].type.count)
+            parts = [shuffle(builder, a, b, width) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        return parts[0]
+
+    return emit
+
+
+def _load(vector):
+    return define(vector, (types.int64,), lambda b, p: load(b, p, vector.ir))
+
+
+def _store(vector):
+    return define(types.void, (types.int64, vector), store)
+
+
+load_i8x16, load_i8x32, load_i8x64, load_i32x16 = _load(i8x16), _load(i8x32), _load(i8x64), _load(i32x16)
+load_f32x16, load_f32x32 = _load(f32x16), _load(f32x32)
+store_i8x16, store_i8x32, store_i32x8, store_i32x16 = _store(i8x16), _store(i8x32), _store(i32x8), _store(i32x16)
+store_f32x16, store_f32x32 = _store(f32x16), _store(f32x32)
+
+load_f16x16 = define(f32x16, (types.int64,), emit_load_f16x16)
+load_bf16x16 = define(f32x16, (types.int64,), lambda b, p: bfloat_to_float(b, load(b, p, ir.VectorType(I16, 16))))
+store_f16x16 = define(types.void, (types.int64, f32x16), lambda b, p, x: store(b, p, float_to_half(b, x)))
+store_bf16x16 = define(types.void, (types.int64, f32x16), lambda b, p, x: store(b, p, float_to_bfloat(b, x)))
+
+load_twice = define(  # 32 bytes in either half
+    i8x64, (types.int64,), lambda b, p: shuffle(b, load(b, p, i8x32.ir), None, [*range(32)] * 2)
+)
+load_quarters = define(i8x64, (types.int64, types.int64), _strided(i8x16.ir, 4))  # (address, stride)
+load_halves = define(i8x64, (types.int64, types.int64), _strided(i8x32.ir, 2))  # (address, stride)
+
+
+def load_i8x16_picked(lanes: Sequence[int]):
+    """An intrinsic f32x16(address): 16 signed bytes in this order, as floats."""
+
+    def emit(builder, address):
+        picked = shuffle(builder, load(builder, address, i8x16.ir), None, lanes)
+        return builder.sitofp(builder.sext(picked, i32x16.ir), f32x16.ir)
+
+    return define(f32x16, (types.int64,), emit)
+
+
+def _f16_pair(builder, address):
+    pair = splat(builder, load(builder, address, I32), ir.VectorType(I32, 8))
+    return half_to_float(builder, builder.bitcast(pair, ir.VectorType(I16, 16)))
+
+
+def _f16_everywhere(builder, address):
+    return half_to_float(builder, splat(builder, load(builder, address, I16), ir.VectorType(I16, 16)))
+
+
+load_f16_pair = define(f32x16, (types.int64,), _f16_pair)  # the two halves at the address, in turn over all lanes
+load_f16_everywhere = define(f32x16, (types.int64,), _f16_everywhere)  # the half at the address in every lane
+
+# ---- caches, and memory of a kernel's own ----------------------------------------------------------------------------
+
+
+def emit_prefetch(builder, address, locality: int) -> None:
+    """Read; locality 2 is prefetcht1 (into L2), 3 is prefetcht0 (into L1)."""
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer(builder, address, I8), I32(0), I32(locality), I32(1))
+
+
+# Streamed weights are first brought into L2: measured 1.4x over prefetcht0.
+prefetch = define(types.void, (types.int64,), lambda b, p: emit_prefetch(b, p, 2))
+prefetch_near = define(types.void, (types.int64,), lambda b, p: emit_prefetch(b, p, 3))
+
+
+def stack(n_bytes: int) -> Callable:
+    """An intrinsic int64(): the address of n_bytes that live as long as the kernel's call, 64-byte aligned."""
+
+    def emit(builder):
+        memory = cgutils.alloca_once(builder, ir.VectorType(I8, 64), size=(n_bytes + 63) // 64)
+        memory.align = 64
+        return builder.ptrtoint(memory, I64)
+
+    return define(types.int64, (), emit)
