@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 
 from quant.decode.linear import multiply as multiply_rows
 from quant.decode.linear import set_token, token_tables
@@ -36,8 +35,9 @@ from quant.gemm.float_tile import LANES, multiply
 from quant.gemv.activations import record_bytes, write_record
 from quant.matrix import QuantMatrix
 from quant.simd.core import F32, I64, define, load, splat, store
-from quant.simd.floats import emit_fma, exp, hmax, hsum, maximum, splat_f32x16, zero_f32x16
+from quant.simd.floats import exp, hmax, hsum, maximum, splat_f32x16, zero_f32x16
 from quant.simd.memory import load_f32, load_f32x16, load_i64, store_f32, store_f32x16, store_i64
+from quant.simd.register_tile import add_products, register_tile
 from quant.simd.vectors import expand_f16, scale, scale_add
 from quant.target.jit import inline, kernel
 
@@ -70,15 +70,18 @@ def _mix_tile(n_heads: int):
 
     def emit(builder, weights, values, row_bytes, n, out, out_bytes) -> None:
         outs = [builder.add(out, builder.mul(out_bytes, I64(h))) for h in range(n_heads)]
-        totals = [cgutils.alloca_once_value(builder, load(builder, at, _VECTOR)) for at in outs]
-        with cgutils.for_range(builder, n) as loop:
-            value = load(builder, builder.add(values, builder.mul(row_bytes, loop.index)), _VECTOR)
-            for h, total in enumerate(totals):
-                at = builder.add(weights, builder.mul(builder.add(loop.index, I64(_TOKENS * h)), I64(4)))
-                weight = splat(builder, load(builder, at, F32), _VECTOR)
-                builder.store(emit_fma(builder, weight, value, builder.load(total)), total)
-        for at, total in zip(outs, totals, strict=True):
-            store(builder, at, builder.load(total))
+
+        def weight(index, h: int):
+            at = builder.add(weights, builder.mul(builder.add(index, I64(_TOKENS * h)), I64(4)))
+            return splat(builder, load(builder, at, F32), _VECTOR)
+
+        def add(index, totals):
+            value = load(builder, builder.add(values, builder.mul(row_bytes, index)), _VECTOR)
+            return add_products(builder, totals, (weight(index, h) for h in range(n_heads)), [value])
+
+        totals = register_tile(builder, n, [[load(builder, at, _VECTOR)] for at in outs], add)
+        for at, (total,) in zip(outs, totals, strict=True):
+            store(builder, at, total)
 
     return define(types.void, (types.int64,) * 6, emit)
 

@@ -5,10 +5,10 @@ One intrinsic emits the whole loop with its accumulators unrolled, which a Pytho
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 
-from quant.simd.core import F32, I64, define, load, store
-from quant.simd.floats import emit_fma, emit_hsum
+from quant.simd.core import F32, I64, constant, define, load, store
+from quant.simd.floats import emit_hsum
+from quant.simd.register_tile import add_products, register_tile
 from quant.target import isa
 from quant.target.jit import inline
 
@@ -28,20 +28,20 @@ def _tile(n_rows: int, n_tokens: int):
     def emit(builder, w, n_cols, records, outs, offset) -> None:
         rows = [builder.add(w, builder.mul(n_cols, I64(4 * r))) for r in range(n_rows)]
         tokens = [load(builder, builder.add(records, I64(8 * t)), I64) for t in range(n_tokens)]
-        zero = ir.Constant(_VECTOR, [0.0] * LANES)
-        totals = [[cgutils.alloca_once_value(builder, zero) for _ in tokens] for _ in rows]
-        with cgutils.for_range(builder, builder.udiv(n_cols, I64(LANES))) as loop:
-            at = builder.mul(loop.index, I64(4 * LANES))
+        zero = constant(_VECTOR, 0.0)
+
+        def add(index, totals):
+            at = builder.mul(index, I64(4 * LANES))
             xs = [load(builder, builder.add(token, at), _VECTOR) for token in tokens]
-            for row, row_totals in zip(rows, totals, strict=True):
-                weights = load(builder, builder.add(row, at), _VECTOR)
-                for x, total in zip(xs, row_totals, strict=True):
-                    fma = emit_fma(builder, weights, x, builder.load(total))
-                    builder.store(fma, total)
+            weights = (load(builder, builder.add(row, at), _VECTOR) for row in rows)
+            return add_products(builder, totals, weights, xs)
+
+        n_vectors = builder.udiv(n_cols, I64(LANES))
+        totals = register_tile(builder, n_vectors, [[zero] * n_tokens for _ in rows], add)
         for t in range(n_tokens):
             out = builder.add(load(builder, builder.add(outs, I64(8 * t)), I64), offset)
             for r in range(n_rows):
-                store(builder, builder.add(out, I64(4 * r)), emit_hsum(builder, builder.load(totals[r][t])))
+                store(builder, builder.add(out, I64(4 * r)), emit_hsum(builder, totals[r][t]))
 
     return define(types.void, (types.int64,) * 5, emit)
 

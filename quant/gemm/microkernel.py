@@ -32,6 +32,7 @@ from quant.gemm.microkernel_step import (
 )
 from quant.simd.core import I64, define, load, store
 from quant.simd.memory import emit_prefetch
+from quant.simd.register_tile import register_tile, switch
 from quant.target import isa
 from quant.target.jit import Kernel, kernel
 
@@ -47,35 +48,30 @@ def _tile(kind: int):
 
     def emit_for(builder, n: int, weights, tokens, sums, n_steps, ahead) -> None:
         at = [[builder.add(sums, I64(4 * ROWS * t + 64 * part)) for t in range(n)] for part in range(PARTS)]
-        totals = [[cgutils.alloca_once_value(builder, load(builder, a, VF32)) for a in row] for row in at]
+        totals = [[load(builder, a, VF32) for a in row] for row in at]
         stride = builder.mul(load(builder, builder.add(ahead, I64(8)), I64), I64(64))
         first_line = load(builder, ahead, I64)
         steps = (AmxSteps if n > VECTOR_TOKENS else Steps)(builder, kind, n, weights, tokens, n_steps)
-        with cgutils.for_range(builder, n_steps) as loop:
-            _prefetch(builder, builder.add(first_line, builder.mul(loop.index, stride)), stride)
-            step = steps.at(loop.index)
-            values = [[builder.load(total) for total in row] for row in totals]
-            step.add(values)
-            for total, value in zip(chain(*totals), chain(*values), strict=True):
-                builder.store(value, total)
+
+        def add(index, totals):
+            _prefetch(builder, builder.add(first_line, builder.mul(index, stride)), stride)
+            steps.at(index).add(totals)
+            return totals
+
+        totals = register_tile(builder, n_steps, totals, add)
         store(builder, ahead, builder.add(first_line, builder.mul(n_steps, stride)))
         for total, address in zip(chain(*totals), chain(*at), strict=True):
-            store(builder, address, builder.load(total))
+            store(builder, address, total)
 
     def emit(builder, weights, tokens, sums, n_steps, n_tokens) -> None:
-        done = builder.append_basic_block("done")
-        switch = builder.switch(n_tokens, done)
-        for n in range(1, TOKENS + 1):
-            case = builder.append_basic_block(f"tokens_{n}")
-            switch.add_case(I64(n), case)
-            builder.position_at_end(case)
+        def emit_block(n: int) -> None:
             with cgutils.for_range(builder, I64(GROUPS)) as group:
                 part = builder.mul(builder.lshr(group.index, I64(1)), I64(PART_BYTES))
                 half = builder.mul(builder.and_(group.index, I64(1)), I64(32))
                 w, row_sums = builder.add(weights, builder.add(part, half)), builder.mul(group.index, I64(4 * LANES))
                 emit_for(builder, n, w, tokens, builder.add(sums, row_sums), n_steps, builder.add(weights, I64(AHEAD)))
-            builder.branch(done)
-        builder.position_at_end(done)
+
+        switch(builder, n_tokens, TOKENS, emit_block)
 
     return define(types.void, (types.int64,) * 5, emit)
 

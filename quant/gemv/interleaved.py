@@ -17,6 +17,7 @@ from quant.gemv.activations import IN_ORDER, SCALES, STEP_BYTES, SUMS_16, steps_
 from quant.gemv.plain import AHEAD, MOST_FEW, NEAR, prefetch_start, specialize
 from quant.simd.core import F32, I8, I32, I64, constant, define, f32x16, i8x64, i32x16, load, splat, store
 from quant.simd.memory import emit_load_f16x16, emit_prefetch
+from quant.simd.register_tile import register_tile, switch
 from quant.target import isa
 from quant.target.jit import kernel
 
@@ -111,27 +112,25 @@ def _emit_rows(block_bytes: int, add_block: AddBlock, builder, w, n_rows, n_cols
     n_steps, n_groups, size = builder.lshr(n_cols, I64(8)), builder.lshr(n_rows, I64(4)), I64(ROWS * block_bytes)
     last = builder.add(w, builder.mul(size, builder.sub(builder.mul(n_steps, n_groups), I64(1))))
     here = cgutils.alloca_once_value(builder, w)
-    sums = [cgutils.alloca_once(builder, FLOATS) for _ in records]
 
     def later(p, distance: int):
         """The address `distance` behind p, or that of the last block where it is over."""
         q = builder.add(p, I64(distance))
         return builder.select(builder.icmp_signed("<", q, last), q, last)
 
+    def add(index, totals):
+        p = builder.load(here)
+        block = Block(builder, p, later(p, AHEAD), later(p, NEAR))
+        at = builder.mul(index, I64(STEP_BYTES))
+        tokens = [Token(builder, builder.add(record, at)) for record in records]
+        totals = [add_block(block, tokens, totals[0])]
+        builder.store(builder.add(p, size), here)
+        return totals
+
     with cgutils.for_range(builder, n_groups) as group:
-        for total in sums:
-            builder.store(constant(FLOATS, 0.0), total)
-        with cgutils.for_range(builder, n_steps) as loop:
-            p = builder.load(here)
-            block = Block(builder, p, later(p, AHEAD), later(p, NEAR))
-            at = builder.mul(loop.index, I64(STEP_BYTES))
-            tokens = [Token(builder, builder.add(record, at)) for record in records]
-            totals = add_block(block, tokens, [builder.load(total) for total in sums])
-            for total, value in zip(sums, totals, strict=True):
-                builder.store(value, total)
-            builder.store(builder.add(p, size), here)
-        for total, out in zip(sums, outs, strict=True):
-            store(builder, builder.add(out, builder.mul(group.index, I64(4 * ROWS))), builder.load(total))
+        (totals,) = register_tile(builder, n_steps, [[constant(FLOATS, 0.0)] * len(records)], add)
+        for total, out in zip(totals, outs, strict=True):
+            store(builder, builder.add(out, builder.mul(group.index, I64(4 * ROWS))), total)
 
 
 def _one(block_bytes: int, add_block: AddBlock):
@@ -147,19 +146,14 @@ def _few(block_bytes: int, add_block: AddBlock):
     """An intrinsic void(w, n_rows, n_cols, records, outs, skipped, offset, n_tokens), up to TOGETHER."""
 
     def emit(builder, w, n_rows, n_cols, records, outs, skipped, offset, n_tokens) -> None:
-        done = builder.append_basic_block("done")
-        switch = builder.switch(n_tokens, done)
-        for n in range(1, TOGETHER + 1):
-            case = builder.append_basic_block(f"tokens_{n}")
-            switch.add_case(I64(n), case)
-            builder.position_at_end(case)
+        def emit_for(n: int) -> None:
             tables = [
                 [builder.add(load(builder, builder.add(table, I64(8 * t)), I64), behind) for t in range(n)]
                 for table, behind in ((records, skipped), (outs, offset))
             ]
             _emit_rows(block_bytes, add_block, builder, w, n_rows, n_cols, *tables)
-            builder.branch(done)
-        builder.position_at_end(done)
+
+        switch(builder, n_tokens, TOGETHER, emit_for)
 
     return define(types.void, (types.int64,) * 8, emit)
 

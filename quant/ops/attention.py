@@ -11,6 +11,7 @@ q k^T may come in two parts, each with keys of its own: those of the head, and t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from llvmlite import ir
@@ -18,8 +19,9 @@ from numba import types
 from numba.core import cgutils
 
 from quant.simd.core import F32, I64, constant, define, f32x16, load, splat, store
-from quant.simd.floats import as_f32, emit_fma, exp, maximum, splat_f32x16, zero_f32x16
+from quant.simd.floats import as_f32, exp, maximum, splat_f32x16, zero_f32x16
 from quant.simd.memory import load_f32, load_f32x16, load_i64, store_f32, store_f32x16, store_i64
+from quant.simd.register_tile import add_products, register_tile, switch
 from quant.simd.rows16 import transpose, transpose_strided
 from quant.target import isa
 from quant.target.jit import inline, kernel
@@ -43,35 +45,26 @@ Q, Q_HEAD, Q_TOKEN, K, K_HEAD, K_ROW, DEPTH, PART_BYTES = range(0, 8 * 8, 8)  # 
 
 def _tile(builder, n: int, a, row_stride, column_stride, b, depth, c) -> None:
     """Emits c[r] += sum over k of a[r][k] * b[k], for n rows of 32 floats; strides of a in bytes."""
-    vector, halves = f32x16.ir, range(2)
+    halves = range(2)
     at = [[builder.add(c, I64(_ROW * r + 64 * half)) for half in halves] for r in range(n)]
-    totals = [[cgutils.alloca_once_value(builder, load(builder, address, vector)) for address in row] for row in at]
+    totals = [[load(builder, address, f32x16.ir) for address in row] for row in at]
     place = cgutils.alloca_once_value(builder, a)
-    with cgutils.for_range(builder, depth) as loop:
-        row = builder.add(b, builder.mul(loop.index, I64(_ROW)))
-        values = [load(builder, builder.add(row, I64(64 * half)), vector) for half in halves]
-        first = builder.load(place)
-        for r in range(n):
-            x = splat(builder, load(builder, builder.add(first, builder.mul(row_stride, I64(r))), F32), vector)
-            for half in halves:
-                total = builder.load(totals[r][half])
-                builder.store(emit_fma(builder, x, values[half], total), totals[r][half])
+
+    def add(index, totals):
+        row, first = builder.add(b, builder.mul(index, I64(_ROW))), builder.load(place)
+        values = [load(builder, builder.add(row, I64(64 * half)), f32x16.ir) for half in halves]
+        xs = (load(builder, builder.add(first, builder.mul(row_stride, I64(r))), F32) for r in range(n))
+        totals = add_products(builder, totals, (splat(builder, x, f32x16.ir) for x in xs), values)
         builder.store(builder.add(first, column_stride), place)
-    for row_at, row in zip(at, totals, strict=True):
-        for address, total in zip(row_at, row, strict=True):
-            store(builder, address, builder.load(total))
+        return totals
+
+    totals = register_tile(builder, depth, totals, add)
+    for address, total in zip(chain(*at), chain(*totals), strict=True):
+        store(builder, address, total)
 
 
-def _multiply_rows(builder, n_rows, a, row_stride, column_stride, b, depth, c) -> None:
-    done = builder.append_basic_block("done")
-    switch = builder.switch(n_rows, done)
-    for n in range(1, _ROWS + 1):
-        case = builder.append_basic_block(f"rows_{n}")
-        switch.add_case(I64(n), case)
-        builder.position_at_end(case)
-        _tile(builder, n, a, row_stride, column_stride, b, depth, c)
-        builder.branch(done)
-    builder.position_at_end(done)
+def _multiply_rows(builder, n_rows, *arguments) -> None:
+    switch(builder, n_rows, _ROWS, lambda n: _tile(builder, n, *arguments))
 
 
 def _hide(builder, v, n_hidden):

@@ -190,19 +190,6 @@ def by_halves(builder, emit: Callable, *vectors):
     return shuffle(builder, low, high, range(2 * low.type.count))
 
 
-def switch(builder, n, most: int, emit: Callable[[int], None]) -> None:
-    """The code of emit(n) for each n in 1..most, of which the one of the int64 `n` runs; none if it is another."""
-    done = builder.append_basic_block("done")
-    cases = builder.switch(n, done)
-    for i in range(1, most + 1):
-        case = builder.append_basic_block(f"case_{i}")
-        cases.add_case(I64(i), case)
-        builder.position_at_end(case)
-        emit(i)
-        builder.branch(done)
-    builder.position_at_end(done)
-
-
 # ---- operators -------------------------------------------------------------------------------------------------------
 
 
