@@ -12,7 +12,7 @@ from quant.errors import QuantError
 from quant.target.kernel import Kernel
 
 GEMV = "void(int64, int64, int64, int64, int64)"
-GEMV_FEW = "void(int64, int64, int64, int64, int64, int64, int64)"
+GEMV_BATCH = "void(int64, int64, int64, int64, int64, int64, int64)"
 EXPAND = "void(int64, int64, int64)"
 PACK = "void(int64, int64, int64, int64, int64)"  # of the packing kernels: pack.py
 
@@ -25,13 +25,13 @@ class Format:
         name: ggml's, "Q4_K".
         block: weights in a block; a row is a whole number of blocks.
         block_bytes: bytes of a block.
-        integer: whether gemv reads the 8-bit part of an activation record (else the float32 part).
+        integer: whether gemv reads the 8-bit part of a q8 row (else the float32 part).
         unpack: uint8 (..., n * block_bytes) -> float32 (..., n * block): NumPy, bit-equal to ggml's.
-        gemv: void(w, n_rows, n_cols, record, out): out[r] f32 = row r . x, integer inside a block's
+        gemv: void(w, n_rows, n_cols, q8, out): out[r] f32 = row r . x, integer inside a block's
             sub-blocks, float32 across them.
-        gemv_few: void(w, n_rows, n_cols, records, outs, offset, n_tokens): the same for up to
-            gemv.MOST_FEW tokens, each block decoded once. records, outs: addresses of n_tokens addresses;
-            outs[t][offset + 4*r] = row r . records[t].
+        gemv_batch: void(w, n_rows, n_cols, q8_rows, outs, offset, n_tokens): the same for up to
+            gemv.plain.MAX_BATCH tokens, each block decoded once. q8_rows, outs: addresses of n_tokens addresses;
+            outs[t][offset + 4*r] = row r . q8_rows[t].
         expand: void(w, n_blocks, out): the same float32 values as unpack. None if rows are interleaved.
         rows: how many rows lie interleaved (interleave.py). All kernels take multiples of so many, from a multiple of
             it on; unpack takes (..., rows, row bytes).
@@ -43,7 +43,7 @@ class Format:
     integer: bool
     unpack: Callable[[np.ndarray], np.ndarray]
     gemv: Kernel
-    gemv_few: Kernel
+    gemv_batch: Kernel
     expand: Kernel | None
     rows: int = 1
 

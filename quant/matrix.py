@@ -9,7 +9,7 @@ from quant.block_format import Format
 from quant.errors import QuantError
 
 # A matrix as the kernels see it: eight int64 among a job's arguments (QuantMatrix.fields).
-GEMV, EXPAND, BLOCK, ROW_BYTES, ADDRESS, GROUP_BYTES, GEMV_FEW, INTERLEAVED = range(0, 64, 8)
+GEMV, EXPAND, BLOCK, ROW_BYTES, ADDRESS, GROUP_BYTES, GEMV_BATCH, INTERLEAVED = range(0, 64, 8)
 MATRIX_BYTES = 64
 
 
@@ -41,7 +41,7 @@ class QuantMatrix:
         """The matrix as jobs see it, in the order of GEMV and its neighbours."""
         return (
             self.format.gemv.address, self.format.expand_address, self.format.block,
-            self.row_bytes, self.address, self.group_bytes, self.format.gemv_few.address, self.format.rows,
+            self.row_bytes, self.address, self.group_bytes, self.format.gemv_batch.address, self.format.rows,
         )  # fmt: skip
 
     def rows(self, start: int, count: int) -> "QuantMatrix":

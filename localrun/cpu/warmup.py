@@ -45,7 +45,7 @@ def warm_up(
         if progress is not None:
             progress(done, total, f"Kernels: {type_name}")
         format_ = registry.get(type_name)
-        for kernel in (format_.gemv, format_.gemv_few, format_.expand, repack_of(format_)):
+        for kernel in (format_.gemv, format_.gemv_batch, format_.expand, repack_of(format_)):
             if kernel:
                 kernel.compiled  # noqa: B018 (asking is compiling)
     if progress is not None:

@@ -32,7 +32,7 @@ from quant.decode.program import (
     tokens_of,
 )
 from quant.gemm.float_tile import LANES, multiply
-from quant.gemv.activations import record_bytes, write_record
+from quant.gemv.activations import q8_bytes, write_q8
 from quant.matrix import QuantMatrix
 from quant.simd.core import F32, I64, define, load, splat, store
 from quant.simd.floats import exp, hmax, hsum, maximum, splat_f32x16, zero_f32x16
@@ -217,7 +217,7 @@ def _run_lift(phase, unit, work):
             own = work + load_i64(phase + L_TOKEN_BYTES) * t
             record = own + load_i64(phase + L_RECORD)
             _combine(phase, unit, t, own)
-            write_record(own, 0, width, width, load_i64(phase + L_INTEGER) != 0, record)
+            write_q8(own, 0, width, width, load_i64(phase + L_INTEGER) != 0, record)
             set_token(tables, t, record, out)
     if load_i64(phase + L_HAS_V_B) != 0:
         multiply_rows(phase + V_B, unit, 0, out_width, width, tables, n_tokens)
@@ -285,7 +285,7 @@ def attend_phase(heads: Heads, queries: int, partials: int) -> Phase:
 def lift_phase(heads: Heads, partials: int, v_b: QuantMatrix | None, out: int) -> Phase:
     """Heads' results float32 (MOST_TOKENS, H, V) at `out`: pieces combined, times v_b (H, V, C) where there is one."""
     width = heads.value_width
-    record, token_bytes = padded(4 * width), padded(4 * width) + record_bytes(width)
+    record, token_bytes = padded(4 * width), padded(4 * width) + q8_bytes(width)
     words = [
         partials, heads.partial_bytes, heads.n_heads, width, out, v_b.n_rows if v_b else width, record, token_bytes,
         bool(v_b and v_b.format.integer), v_b is not None, *(v_b.fields if v_b else []),

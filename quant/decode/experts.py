@@ -12,7 +12,7 @@ import numpy as np
 
 from quant.decode.linear import Input, multiply, set_token, token_tables, unit_rows
 from quant.decode.program import ARGUMENTS, MOST_TOKENS, Phase, float_bits, padded, tokens_of
-from quant.gemv.activations import record_bytes, write_record
+from quant.gemv.activations import q8_bytes, write_q8
 from quant.matrix import MATRIX_BYTES, ExpertMatrices, QuantMatrix
 from quant.simd.memory import bits_to_f32, load_f32, load_i64, store_f32, store_i64
 from quant.simd.vectors import copy, rms_norm, scale_add, swiglu
@@ -243,7 +243,7 @@ def _prepare_up(phase, work):
         else:
             copy(x, n_cols, own)
         if load_i64(phase + ROUNDED) != 0:
-            write_record(own, 0, n_cols, n_cols, True, own + load_i64(phase + RECORD))
+            write_q8(own, 0, n_cols, n_cols, True, own + load_i64(phase + RECORD))
     _choose(phase, work + load_i64(phase + CHOICE))
 
 
@@ -282,13 +282,13 @@ def _prepare_down(phase, work):
         if _is_here(phase, choice, pair):
             at = 4 * inner * pair
             swiglu(load_i64(phase + GATED) + at, load_i64(phase + UPPED) + at, inner, temporary)
-            write_record(temporary, 0, inner, inner, load_i64(phase + ROUNDED) != 0, work + size * pair)
+            write_q8(temporary, 0, inner, inner, load_i64(phase + ROUNDED) != 0, work + size * pair)
     if shared > 0:
         for t in range(n_tokens):
             at = 4 * shared * t
             swiglu(load_i64(phase + SHARED_GATED) + at, load_i64(phase + SHARED_UPPED) + at, shared, temporary)
             record = work + size * (top_k * n_tokens + t)
-            write_record(temporary, 0, shared, shared, load_i64(phase + SHARED_ROUNDED) != 0, record)
+            write_q8(temporary, 0, shared, shared, load_i64(phase + SHARED_ROUNDED) != 0, record)
 
 
 @inline
@@ -421,7 +421,7 @@ def expert_phases(
     hidden, inner, top_k = gate.n_cols, gate.n_rows, router.num_experts_per_tok
     interleaved = max(gate, up, key=lambda matrix: matrix.format.rows)
     rows = unit_rows(interleaved, 2 * top_k * inner * gate.row_bytes, n_workers)
-    record, size = padded(4 * hidden), padded(4 * hidden) + record_bytes(hidden)
+    record, size = padded(4 * hidden), padded(4 * hidden) + q8_bytes(hidden)
     choice = MOST_TOKENS * size
     rounded = gate.format.integer or up.format.integer
     up_words = [
@@ -435,7 +435,7 @@ def expert_phases(
     shared_inner = shared_down.n_cols if shared_down else 0
     # Whole vectors: scale_add rounds once in them and twice behind, and where units end must not change results.
     rows = max(16, min(_DOWN_BYTES // down.row_bytes, hidden // (8 * n_workers)) // 16 * 16)
-    size = record_bytes(max(inner, shared_inner))
+    size = q8_bytes(max(inner, shared_inner))
     temporary = size * MOST_TOKENS * (top_k + 1)
     choice = temporary + padded(4 * max(rows * MOST_TOKENS * top_k, inner, shared_inner))
     down_words = [

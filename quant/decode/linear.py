@@ -19,8 +19,8 @@ from quant.decode.program import (
     tokens_of,
 )
 from quant.errors import QuantError
-from quant.gemv.activations import record_bytes, write_record
-from quant.matrix import ADDRESS, GEMV, GEMV_FEW, GROUP_BYTES, MATRIX_BYTES, ROW_BYTES, QuantMatrix
+from quant.gemv.activations import q8_bytes, write_q8
+from quant.matrix import ADDRESS, GEMV, GEMV_BATCH, GROUP_BYTES, MATRIX_BYTES, ROW_BYTES, QuantMatrix
 from quant.simd.memory import bits_to_f32, load_i64, stack, store_i64
 from quant.simd.vectors import copy, rms_norm, scale_add, swiglu
 from quant.target.jit import Kernel, inline, kernel
@@ -60,7 +60,7 @@ def multiply(matrix, group, first, n_rows, n_cols, tables, n_tokens):
     if n_tokens == 1:
         call_5(load_i64(matrix + GEMV), w, n_rows, n_cols, load_i64(tables), load_i64(outs))
     else:
-        call_7(load_i64(matrix + GEMV_FEW), w, n_rows, n_cols, tables, outs, 0, n_tokens)
+        call_7(load_i64(matrix + GEMV_BATCH), w, n_rows, n_cols, tables, outs, 0, n_tokens)
 
 
 # ---- the phase -------------------------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ def _round(phase, own):
     """The activation record of the vector at `own`, if a matrix of the phase wants one."""
     n_cols = load_i64(phase + N_COLS)
     if load_i64(phase + ROUNDED) != 0:
-        write_record(own, 0, n_cols, n_cols, True, own + load_i64(phase + RECORD))
+        write_q8(own, 0, n_cols, n_cols, True, own + load_i64(phase + RECORD))
 
 
 @kernel("void(int64, int64)")
@@ -189,7 +189,7 @@ def rows_phase(
         raise QuantError(f"{len(matrices)} matrices do not share a phase")
     n_bytes = sum(weight.n_rows * weight.row_bytes for weight, _ in matrices)
     record = padded(4 * n_cols)
-    temporary = record + record_bytes(n_cols)
+    temporary = record + q8_bytes(n_cols)
     rounded = any(weight.format.integer for weight, _ in matrices)
     words, n_units, most_rows = [], 0, 0
     for weight, out in matrices:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from quant.errors import QuantError
-from quant.gemv.plain import MOST_FEW
+from quant.gemv.plain import MAX_BATCH
 from quant.matrix import QuantMatrix, check_single_rows
 from quant.simd.memory import bits_to_f32, load_f64, load_i64, store_f32, store_i64
 from quant.target.jit import Kernel, inline, kernel
@@ -37,7 +37,7 @@ N_PHASES, PHASES, WORK, WORK_BYTES, EXPAND, EMBEDDING, EMBEDDING_ROW_BYTES, EMBE
 X_BYTES, IDS, N_TOKENS, POSITION, HEAD_FROM, FREQUENCIES, N_FREQUENCIES, MAGNITUDE, TURNS, CACHE = range(72, 152, 8)
 _PROGRAM_BYTES = 192
 
-MOST_TOKENS = MOST_FEW  # of a step
+MOST_TOKENS = MAX_BATCH  # of a step
 MOST_CHUNKS = 32  # pieces of the context that attention hands out
 LEAST_CHUNK = 64  # tokens of a piece, at least; pieces are multiples of it
 

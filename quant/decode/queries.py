@@ -21,7 +21,7 @@ from quant.decode.program import (
     padded,
     tokens_of,
 )
-from quant.gemv.activations import record_bytes, write_record
+from quant.gemv.activations import q8_bytes, write_q8
 from quant.matrix import ADDRESS, BLOCK, EXPAND, GROUP_BYTES, ROW_BYTES, QuantMatrix, check_single_rows
 from quant.simd.memory import bits_to_f32, load_f32, load_i64, store_f16, store_f32
 from quant.simd.vectors import rms_norm, scale, scale_add
@@ -82,7 +82,7 @@ def _into_latent(phase, head, work):
     nope, n_tokens, tables = load_i64(phase + NOPE), tokens_of(phase), token_tables()
     for t in range(n_tokens):
         record = work + load_i64(phase + RECORD_BYTES) * t
-        write_record(_projected(phase, head, t), 0, nope, nope, load_i64(phase + K_B_INTEGER) != 0, record)
+        write_q8(_projected(phase, head, t), 0, nope, nope, load_i64(phase + K_B_INTEGER) != 0, record)
         set_token(tables, t, record, _query(phase, head, t))
     multiply(phase + K_B, head, 0, load_i64(phase + LATENT), nope, tables, n_tokens)
 
@@ -189,9 +189,9 @@ def latent_queries_phase(
     nope, latent = (k_b.n_rows, k_b.n_cols) if transposed else (k_b.n_cols, k_b.n_rows)
     words = [
         projected, nope + n_rope, k_b.n_groups, queries, query_width, float_bits(scale), n_rope, slot, latent + n_rope,
-        nope, latent, kv, kv_norm, float_bits(epsilon), record_bytes(nope), k_b.format.integer, transposed, *k_b.fields,
+        nope, latent, kv, kv_norm, float_bits(epsilon), q8_bytes(nope), k_b.format.integer, transposed, *k_b.fields,
     ]  # fmt: skip
-    work_bytes = max(MOST_TOKENS * record_bytes(nope), padded(4 * max(latent, n_rope)))
+    work_bytes = max(MOST_TOKENS * q8_bytes(nope), padded(4 * max(latent, n_rope)))
     return Phase(NOTHING, _run_latent, k_b.n_groups + 1, words, work_bytes)
 
 

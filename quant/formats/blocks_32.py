@@ -2,7 +2,7 @@
 
 Eight blocks with 16 bytes of nibbles each make two vectors of quarters: blocks 0 2 4 6 and blocks 1 3 5 7, whose low
 nibbles are the first halves of their blocks. Two products and one pair_sums leave every block's sum in its own two
-lanes, in order, beside the record's scales and sums.
+lanes, in order, beside the activations' scales and sums.
 """
 
 import numpy as np
@@ -45,50 +45,50 @@ def eight_pairs(block, stride):
 
 
 @inline
-def dots_of_quarters(weights, step):
+def dots_of_quarters(weights, k_block):
     """The blocks' products, two lanes each; weights: low and high nibbles of even, then of odd blocks, unsigned.
 
     Eight of these products must add up to less than 2^15.
     """
-    q, zero = step + QUARTERS, zero_i32x16()
+    q, zero = k_block + QUARTERS, zero_i32x16()
     even = dot_u8(dot_u8(zero, weights[0], load_i8x64(q)), weights[1], load_i8x64(q + 64))
     odd = dot_u8(dot_u8(zero, weights[2], load_i8x64(q + 128)), weights[3], load_i8x64(q + 192))
     return to_f32(pair_sums(even, odd))
 
 
 @inline
-def biased_dots_of_quarters(weights, step):
-    """The same for signed weights raised by simd_wide.BIAS, which stays in the result."""
-    q, zero = step + QUARTERS, zero_i32x16()
+def biased_dots_of_quarters(weights, k_block):
+    """The same for signed weights raised by simd.ints.BIAS, which stays in the result."""
+    q, zero = k_block + QUARTERS, zero_i32x16()
     even = dot_biased(dot_biased(zero, weights[0], load_i8x64(q)), weights[1], load_i8x64(q + 64))
     odd = dot_biased(dot_biased(zero, weights[2], load_i8x64(q + 128)), weights[3], load_i8x64(q + 192))
     return to_f32(pair_sums_wide(even, odd))
 
 
 @inline
-def add_offset(dots, offset, scales, step, total):
+def add_offset(dots, offset, scales, k_block, total):
     """total + scale * (dots - offset * sum(q)) of each block: weights raised by `offset`; exact but for scales."""
-    dots = fma(-offset, load_f32x16(step + SUMS), dots)
-    return fma(dots, even_doubled(scales * load_f32x16(step + SCALES)), total)
+    dots = fma(-offset, load_f32x16(k_block + SUMS), dots)
+    return fma(dots, even_doubled(scales * load_f32x16(k_block + SCALES)), total)
 
 
 @inline
-def add_minimum(dots, pairs, step, total):
+def add_minimum(dots, pairs, k_block, total):
     """total + d * dots + m * sum of the activations; pairs: d and m of each block in turn."""
-    pairs = pairs * load_f32x16(step + SCALES)
+    pairs = pairs * load_f32x16(k_block + SCALES)
     return fma(dots, even_doubled(pairs), add_odd(total, pairs))
 
 
 @inline
-def add_single(dots, d, record, n_cols, group, total):
-    """total + d * dots, the products (i32x8) of one block with its group of the record."""
-    scale = d * load_f32(record + 5 * n_cols + 4 * group)
+def add_single(dots, d, q8, n_cols, i, total):
+    """total + d * dots, the products (i32x8) of one block with block `i` of a q8 row."""
+    scale = d * load_f32(q8 + 5 * n_cols + 4 * i)
     return fma(scale, widened(to_f32(dots)), total)
 
 
 @inline
-def add_single_minimum(m, record, n_cols, group, total):
-    """total + m * sum of the activations of a group."""
-    s = load_f32(record + 5 * n_cols + n_cols // 8 + 4 * group)
+def add_single_minimum(m, q8, n_cols, i, total):
+    """total + m * sum of the activations of block `i`."""
+    s = load_f32(q8 + 5 * n_cols + n_cols // 8 + 4 * i)
     eighth = splat_f32x8(m * s * np.float32(0.125))
     return total + widened(eighth)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from quant.block_format import EXPAND, GEMV, GEMV_FEW, Format
-from quant.gemv.plain import MOST_FEW, later, prefetch_both, prefetch_start, specialize
+from quant.block_format import EXPAND, GEMV, GEMV_BATCH, Format
+from quant.gemv.plain import MAX_BATCH, later, prefetch_both, prefetch_start, specialize
 from quant.simd.floats import fma, hsum, zero_f32x16
 from quant.simd.memory import (
     bits_to_f32,
@@ -26,7 +26,7 @@ from quant.simd.memory import (
 from quant.target.jit import inline, kernel
 
 _TURN = 256  # columns that each of a few tokens takes in turn, its sums in registers
-_sums = stack(128 * MOST_FEW)
+_sums = stack(128 * MAX_BATCH)
 
 
 @inline
@@ -39,22 +39,22 @@ SIZE = 4
 load_16 = load_1 = None
 
 
-def _gemv(w, n_rows, n_cols, record, out):
+def _gemv(w, n_rows, n_cols, q8, out):
     last = prefetch_start(w, SIZE * n_cols * n_rows)
     for r in range(n_rows):
         row = w + SIZE * n_cols * r
         even, odd = zero_f32x16(), zero_f32x16()
         for i in range(0, n_cols - 31, 32):
             prefetch_both(later(row + SIZE * i, last), 0, 32 * SIZE)
-            even = fma(load_16(row + SIZE * i), load_f32x16(record + 4 * i), even)
-            odd = fma(load_16(row + SIZE * (i + 16)), load_f32x16(record + 4 * (i + 16)), odd)
+            even = fma(load_16(row + SIZE * i), load_f32x16(q8 + 4 * i), even)
+            odd = fma(load_16(row + SIZE * (i + 16)), load_f32x16(q8 + 4 * (i + 16)), odd)
         tail = np.float32(0.0)
         for i in range(n_cols // 32 * 32, n_cols):
-            tail += load_1(row + SIZE * i) * load_f32(record + 4 * i)
+            tail += load_1(row + SIZE * i) * load_f32(q8 + 4 * i)
         store_f32(out + 4 * r, hsum(even) + hsum(odd) + tail)
 
 
-def _gemv_few(w, n_rows, n_cols, records, outs, offset, n_tokens):
+def _gemv_batch(w, n_rows, n_cols, q8_rows, outs, offset, n_tokens):
     sums, last_line = _sums(), prefetch_start(w, SIZE * n_cols * n_rows)
     for r in range(n_rows):
         row = w + SIZE * n_cols * r
@@ -64,7 +64,7 @@ def _gemv_few(w, n_rows, n_cols, records, outs, offset, n_tokens):
             last = min(first + _TURN, n_cols // 32 * 32)
             prefetch_both(later(row + SIZE * first, last_line), 0, _TURN * SIZE)
             for t in range(n_tokens):
-                x, own = load_i64(records + 8 * t), sums + 128 * t
+                x, own = load_i64(q8_rows + 8 * t), sums + 128 * t
                 even, odd = load_f32x16(own), load_f32x16(own + 64)
                 for i in range(first, last, 32):
                     even = fma(load_16(row + SIZE * i), load_f32x16(x + 4 * i), even)
@@ -74,23 +74,23 @@ def _gemv_few(w, n_rows, n_cols, records, outs, offset, n_tokens):
         for t in range(n_tokens):
             tail = np.float32(0.0)
             for i in range(n_cols // 32 * 32, n_cols):
-                tail += load_1(row + SIZE * i) * load_f32(load_i64(records + 8 * t) + 4 * i)
+                tail += load_1(row + SIZE * i) * load_f32(load_i64(q8_rows + 8 * t) + 4 * i)
             total = hsum(load_f32x16(sums + 128 * t)) + hsum(load_f32x16(sums + 128 * t + 64)) + tail
             store_f32(load_i64(outs + 8 * t) + offset + 4 * r, total)
 
 
 def _kernels(name: str, size: int, load_16: Callable, load_1: Callable):
-    """gemv and gemv_few of a format with `size` bytes a number, that these two load as float32."""
+    """gemv and gemv_batch of a format with `size` bytes a number, that these two load as float32."""
     names = {"SIZE": size, "load_16": load_16, "load_1": load_1}
     return (
         kernel(GEMV)(specialize(_gemv, f"gemv_{name}", **names)),
-        kernel(GEMV_FEW)(specialize(_gemv_few, f"gemv_few_{name}", **names)),
+        kernel(GEMV_BATCH)(specialize(_gemv_batch, f"gemv_batch_{name}", **names)),
     )
 
 
-_f32_gemv, _f32_gemv_few = _kernels("F32", 4, load_f32x16, load_f32)
-_f16_gemv, _f16_gemv_few = _kernels("F16", 2, load_f16x16, load_f16)
-_bf16_gemv, _bf16_gemv_few = _kernels("BF16", 2, load_bf16x16, _load_bf16)
+_f32_gemv, _f32_gemv_batch = _kernels("F32", 4, load_f32x16, load_f32)
+_f16_gemv, _f16_gemv_batch = _kernels("F16", 2, load_f16x16, load_f16)
+_bf16_gemv, _bf16_gemv_batch = _kernels("BF16", 2, load_bf16x16, _load_bf16)
 
 
 @kernel(EXPAND)
@@ -119,10 +119,10 @@ def _unpack_bf16(blocks: np.ndarray) -> np.ndarray:
     return (blocks.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
-def _format(name: str, size: int, unpack: Callable[[np.ndarray], np.ndarray], gemv, gemv_few, expand) -> Format:
-    return Format(name, 1, size, False, unpack, gemv, gemv_few, expand)
+def _format(name: str, size: int, unpack: Callable[[np.ndarray], np.ndarray], gemv, gemv_batch, expand) -> Format:
+    return Format(name, 1, size, False, unpack, gemv, gemv_batch, expand)
 
 
-F32 = _format("F32", 4, lambda b: b.view(np.float32), _f32_gemv, _f32_gemv_few, _f32_expand)
-F16 = _format("F16", 2, lambda b: b.view(np.float16).astype(np.float32), _f16_gemv, _f16_gemv_few, _f16_expand)
-BF16 = _format("BF16", 2, _unpack_bf16, _bf16_gemv, _bf16_gemv_few, _bf16_expand)
+F32 = _format("F32", 4, lambda b: b.view(np.float32), _f32_gemv, _f32_gemv_batch, _f32_expand)
+F16 = _format("F16", 2, lambda b: b.view(np.float16).astype(np.float32), _f16_gemv, _f16_gemv_batch, _f16_expand)
+BF16 = _format("BF16", 2, _unpack_bf16, _bf16_gemv, _bf16_gemv_batch, _bf16_expand)

@@ -80,8 +80,8 @@ def _weights(block):
 
 
 @inline
-def _add_step(weights, step, total):
-    return add_offset(biased_dots_of_quarters(weights, step), BIAS, weights[4], step, total)
+def _add_k_block(weights, k_block, total):
+    return add_offset(biased_dots_of_quarters(weights, k_block), BIAS, weights[4], k_block, total)
 
 
 @kernel(EXPAND)
@@ -93,6 +93,6 @@ def _expand(w, n_blocks, out):
             store_f32x32(out + 1024 * b + 128 * j, x)
 
 
-_gemv, _gemv_few = plain.kernels("IQ4_XS", BLOCK_BYTES, _weights, _add_step)
+_gemv, _gemv_batch = plain.kernels("IQ4_XS", BLOCK_BYTES, _weights, _add_k_block)
 
-IQ4_XS = Format("IQ4_XS", BLOCK, BLOCK_BYTES, True, unpack, _gemv, _gemv_few, _expand)
+IQ4_XS = Format("IQ4_XS", BLOCK, BLOCK_BYTES, True, unpack, _gemv, _gemv_batch, _expand)

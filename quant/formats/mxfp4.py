@@ -61,14 +61,14 @@ def _weights(block):
 
 
 @inline
-def _add_step(weights, step, total):
-    return add_offset(dots_of_quarters(weights, step), 12, weights[4], step, total)
+def _add_k_block(weights, k_block, total):
+    return add_offset(dots_of_quarters(weights, k_block), 12, weights[4], k_block, total)
 
 
 @inline
-def _add_block(block, record, n_cols, group, total):
-    dots = dot_i8(zero_i32x8(), _quants(block), load_i8x32(record + 4 * n_cols + 32 * group))
-    return add_single(dots, _scale(block), record, n_cols, group, total)
+def _add_block(block, q8, n_cols, i, total):
+    dots = dot_i8(zero_i32x8(), _quants(block), load_i8x32(q8 + 4 * n_cols + 32 * i))
+    return add_single(dots, _scale(block), q8, n_cols, i, total)
 
 
 @kernel(EXPAND)
@@ -78,6 +78,6 @@ def _expand(w, n_blocks, out):
         store_f32x32(out + 128 * b, to_f32(_quants(block)) * _scale(block))
 
 
-_gemv, _gemv_few = plain.kernels("MXFP4", 8 * BLOCK_BYTES, _weights, _add_step, _add_block)
+_gemv, _gemv_batch = plain.kernels("MXFP4", 8 * BLOCK_BYTES, _weights, _add_k_block, _add_block)
 
-MXFP4 = Format("MXFP4", BLOCK, BLOCK_BYTES, True, unpack, _gemv, _gemv_few, _expand)
+MXFP4 = Format("MXFP4", BLOCK, BLOCK_BYTES, True, unpack, _gemv, _gemv_batch, _expand)

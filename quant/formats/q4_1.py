@@ -38,15 +38,15 @@ def _weights(block):
 
 
 @inline
-def _add_step(weights, step, total):
-    return add_minimum(dots_of_quarters(weights, step), weights[4], step, total)
+def _add_k_block(weights, k_block, total):
+    return add_minimum(dots_of_quarters(weights, k_block), weights[4], k_block, total)
 
 
 @inline
-def _add_block(block, record, n_cols, group, total):
-    dots = dot_u8(zero_i32x8(), _quants(block), load_i8x32(record + 4 * n_cols + 32 * group))
-    total = add_single(dots, load_f16(block), record, n_cols, group, total)
-    return add_single_minimum(load_f16(block + 2), record, n_cols, group, total)
+def _add_block(block, q8, n_cols, i, total):
+    dots = dot_u8(zero_i32x8(), _quants(block), load_i8x32(q8 + 4 * n_cols + 32 * i))
+    total = add_single(dots, load_f16(block), q8, n_cols, i, total)
+    return add_single_minimum(load_f16(block + 2), q8, n_cols, i, total)
 
 
 @kernel(EXPAND)
@@ -59,6 +59,6 @@ def _expand(w, n_blocks, out):
         )
 
 
-_gemv, _gemv_few = plain.kernels("Q4_1", 8 * BLOCK_BYTES, _weights, _add_step, _add_block)
+_gemv, _gemv_batch = plain.kernels("Q4_1", 8 * BLOCK_BYTES, _weights, _add_k_block, _add_block)
 
-Q4_1 = Format("Q4_1", BLOCK, BLOCK_BYTES, True, unpack, _gemv, _gemv_few, _expand)
+Q4_1 = Format("Q4_1", BLOCK, BLOCK_BYTES, True, unpack, _gemv, _gemv_batch, _expand)

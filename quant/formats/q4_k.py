@@ -72,15 +72,15 @@ def _weights(block):
 
 
 @inline
-def add_nibbles(weights, step, total):
+def add_nibbles(weights, k_block, total):
     """total + the products of 256 weights laid out as _weights has them; the sums of 4 products are below 2^14."""
-    q, zero = step + NIBBLES, zero_i32x16()
+    q, zero = k_block + NIBBLES, zero_i32x16()
     dots_0 = dot_u8(zero, weights[0], load_i8x64(q))
     dots_1 = dot_u8(zero, weights[1], load_i8x64(q + 64))
     dots_4 = dot_u8(zero, weights[2], load_i8x64(q + 128))
     dots_5 = dot_u8(zero, weights[3], load_i8x64(q + 192))
     dots = to_f32(pair_sums(pair_sums(dots_0, dots_1), pair_sums(dots_4, dots_5)))
-    scales = weights[4] * load_f32x16(step + SCALES)
+    scales = weights[4] * load_f32x16(k_block + SCALES)
     return fma(dots, _in_order_of_dots(scales), subtract_odd(total, scales))
 
 
@@ -96,6 +96,6 @@ def _expand(w, n_blocks, out):
             store_f32x32(out + 1024 * b + 128 * j, x)
 
 
-_gemv, _gemv_few = plain.kernels("Q4_K", BLOCK_BYTES, _weights, add_nibbles)
+_gemv, _gemv_batch = plain.kernels("Q4_K", BLOCK_BYTES, _weights, add_nibbles)
 
-Q4_K = Format("Q4_K", BLOCK, BLOCK_BYTES, True, unpack, _gemv, _gemv_few, _expand)
+Q4_K = Format("Q4_K", BLOCK, BLOCK_BYTES, True, unpack, _gemv, _gemv_batch, _expand)

@@ -68,6 +68,6 @@ def _add_block(block: Block, tokens: list[Token], totals: list) -> list:
     return add_sub_blocks(block, tokens, totals, quants, RAISED)
 
 
-_gemv, _gemv_few = kernels(NAME, q4_k.BLOCK_BYTES, _add_block)
+_gemv, _gemv_batch = kernels(NAME, q4_k.BLOCK_BYTES, _add_block)
 
-Q4_K_R16 = Format(NAME, q4_k.BLOCK, q4_k.BLOCK_BYTES, True, unpack(NAME, q4_k.unpack), _gemv, _gemv_few, None, ROWS)
+Q4_K_R16 = Format(NAME, q4_k.BLOCK, q4_k.BLOCK_BYTES, True, unpack(NAME, q4_k.unpack), _gemv, _gemv_batch, None, ROWS)

@@ -68,6 +68,6 @@ def _expand(w, n_blocks, out):
             store_f32x32(out + 1024 * b + 128 * j, x)
 
 
-_gemv, _gemv_few = plain.kernels("Q5_K", BLOCK_BYTES, _weights, add_nibbles)
+_gemv, _gemv_batch = plain.kernels("Q5_K", BLOCK_BYTES, _weights, add_nibbles)
 
-Q5_K = Format("Q5_K", BLOCK, BLOCK_BYTES, True, unpack, _gemv, _gemv_few, _expand)
+Q5_K = Format("Q5_K", BLOCK, BLOCK_BYTES, True, unpack, _gemv, _gemv_batch, _expand)

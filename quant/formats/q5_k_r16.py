@@ -23,6 +23,6 @@ def _add_block(block: Block, tokens: list[Token], totals: list) -> list:
     return add_sub_blocks(block, tokens, totals, quants, 0)
 
 
-_gemv, _gemv_few = kernels(NAME, q5_k.BLOCK_BYTES, _add_block)
+_gemv, _gemv_batch = kernels(NAME, q5_k.BLOCK_BYTES, _add_block)
 
-Q5_K_R16 = Format(NAME, q5_k.BLOCK, q5_k.BLOCK_BYTES, True, unpack(NAME, q5_k.unpack), _gemv, _gemv_few, None, ROWS)
+Q5_K_R16 = Format(NAME, q5_k.BLOCK, q5_k.BLOCK_BYTES, True, unpack(NAME, q5_k.unpack), _gemv, _gemv_batch, None, ROWS)

@@ -75,15 +75,15 @@ def _weights(block):
 
 
 @inline
-def _add_step(weights, step, total):
-    q, zero = step + IN_ORDER, zero_i32x16()
+def _add_k_block(weights, k_block, total):
+    q, zero = k_block + IN_ORDER, zero_i32x16()
     dots_0 = dot_u8(zero, weights[0], load_i8x64(q))
     dots_4 = dot_u8(zero, weights[1], load_i8x64(q + 64))
     dots_8 = dot_u8(zero, weights[2], load_i8x64(q + 128))
     dots_12 = dot_u8(zero, weights[3], load_i8x64(q + 192))
     dots = to_f32(pair_sums_wide(pair_sums(dots_0, dots_4), pair_sums(dots_8, dots_12)))
-    dots = fma(-32, load_f32x16(step + SUMS_16), dots)
-    return fma(dots, weights[4] * load_f32x16(step + SCALES_16), total)
+    dots = fma(-32, load_f32x16(k_block + SUMS_16), dots)
+    return fma(dots, weights[4] * load_f32x16(k_block + SCALES_16), total)
 
 
 @kernel(EXPAND)
@@ -96,6 +96,6 @@ def _expand(w, n_blocks, out):
             store_f32x32(out + 1024 * b + 128 * j, to_f32(_quants(block, j)) * scales)
 
 
-_gemv, _gemv_few = plain.kernels("Q6_K", BLOCK_BYTES, _weights, _add_step)
+_gemv, _gemv_batch = plain.kernels("Q6_K", BLOCK_BYTES, _weights, _add_k_block)
 
-Q6_K = Format("Q6_K", BLOCK, BLOCK_BYTES, True, unpack, _gemv, _gemv_few, _expand)
+Q6_K = Format("Q6_K", BLOCK, BLOCK_BYTES, True, unpack, _gemv, _gemv_batch, _expand)

@@ -49,6 +49,6 @@ def _add_block(block: Block, tokens: list[Token], totals: list) -> list:
     return [emit_fma(builder, d, total, before) for total, before in zip(sums, totals, strict=True)]
 
 
-_gemv, _gemv_few = kernels(NAME, q6_k.BLOCK_BYTES, _add_block)
+_gemv, _gemv_batch = kernels(NAME, q6_k.BLOCK_BYTES, _add_block)
 
-Q6_K_R16 = Format(NAME, q6_k.BLOCK, q6_k.BLOCK_BYTES, True, unpack(NAME, q6_k.unpack), _gemv, _gemv_few, None, ROWS)
+Q6_K_R16 = Format(NAME, q6_k.BLOCK, q6_k.BLOCK_BYTES, True, unpack(NAME, q6_k.unpack), _gemv, _gemv_batch, None, ROWS)

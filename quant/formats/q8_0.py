@@ -37,22 +37,22 @@ def _weights(block):
 
 
 @inline
-def _add_step(weights, step, total):
-    q, zero = step + IN_ORDER, zero_i32x16()
+def _add_k_block(weights, k_block, total):
+    q, zero = k_block + IN_ORDER, zero_i32x16()
     dots_0 = dot_biased(zero, weights[0], load_i8x64(q))
     dots_2 = dot_biased(zero, weights[1], load_i8x64(q + 64))
     dots_4 = dot_biased(zero, weights[2], load_i8x64(q + 128))
     dots_6 = dot_biased(zero, weights[3], load_i8x64(q + 192))
     dots = to_f32(pair_sums_wide(pair_sums_wide(dots_0, dots_2), pair_sums_wide(dots_4, dots_6)))
-    dots = fma(np.float32(-BIAS / 2), _in_order_of_dots(load_f32x16(step + SUMS)), dots)
-    scales = _in_order_of_dots(weights[4] * load_f32x16(step + SCALES))
+    dots = fma(np.float32(-BIAS / 2), _in_order_of_dots(load_f32x16(k_block + SUMS)), dots)
+    scales = _in_order_of_dots(weights[4] * load_f32x16(k_block + SCALES))
     return fma(dots, scales, total)
 
 
 @inline
-def _add_block(block, record, n_cols, group, total):
-    dots = dot_i8(zero_i32x8(), load_i8x32(block + 2), load_i8x32(record + 4 * n_cols + 32 * group))
-    return add_single(dots, load_f16(block), record, n_cols, group, total)
+def _add_block(block, q8, n_cols, i, total):
+    dots = dot_i8(zero_i32x8(), load_i8x32(block + 2), load_i8x32(q8 + 4 * n_cols + 32 * i))
+    return add_single(dots, load_f16(block), q8, n_cols, i, total)
 
 
 @kernel(EXPAND)
@@ -62,6 +62,6 @@ def _expand(w, n_blocks, out):
         store_f32x32(out + 128 * b, to_f32(load_i8x32(block + 2)) * load_f16(block))
 
 
-_gemv, _gemv_few = plain.kernels("Q8_0", 8 * BLOCK_BYTES, _weights, _add_step, _add_block)
+_gemv, _gemv_batch = plain.kernels("Q8_0", 8 * BLOCK_BYTES, _weights, _add_k_block, _add_block)
 
-Q8_0 = Format("Q8_0", BLOCK, BLOCK_BYTES, True, unpack, _gemv, _gemv_few, _expand)
+Q8_0 = Format("Q8_0", BLOCK, BLOCK_BYTES, True, unpack, _gemv, _gemv_batch, _expand)

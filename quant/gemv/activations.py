@@ -1,11 +1,12 @@
-"""Activations as the kernels read them: one record a token, float32 and 8 bits side by side.
+"""Quantised activations as the kernels read them: a q8 row a token, float32 and 8 bits side by side.
 
-A record of K columns: x f32[K] @0 | q i8[K] @4K | d f32[K/32] @5K | s f32[K/32] @5K+K/8, s = d * sum(q) of the 32 |
-steps. A step holds 256 columns, 8 groups of 32, once more, in the orders in which decoded weights lie in vectors:
-    nibbles i8[256] @0: groups 0 2 1 3 4 6 5 7, as K-quants' low and high nibbles of 64 bytes
-    quarters i8[256] @256: first halves of groups 0 2 4 6, their second halves; the same of 1 3 5 7
-    scales f32[16] @512: d and s of each group in turn
-    sums f32[16] @576: sum(q) of each group and 0 in turn
+A q8 row of K columns: x f32[K] @0 | q i8[K] @4K | d f32[K/32] @5K | s f32[K/32] @5K+K/8, s = d * sum(q) of a block of
+32 columns | k-blocks. A k-block has 256 columns, 8 blocks of 32, once more, in the orders in which decoded weights lie
+in vectors:
+    nibbles i8[256] @0: blocks 0 2 1 3 4 6 5 7, as K-quants' low and high nibbles of 64 bytes
+    quarters i8[256] @256: first halves of blocks 0 2 4 6, their second halves; the same of 1 3 5 7
+    scales f32[16] @512: d and s of each block in turn
+    sums f32[16] @576: sum(q) of each block and 0 in turn
     scales_16 f32[16] @640: d of each 16 columns; sub-block i at lane 4*(i%4) + i//4
     sums_16 f32[16] @704: sum(q) of each 16 columns, in the same order
     in order i8[256] @768
@@ -21,70 +22,70 @@ from quant.simd.ints import first_half, second_half, sum_first_i8, sum_second_i8
 from quant.simd.memory import load_f32, load_f32x32, store_f32, store_f32x32, store_i8x16, store_i8x32
 from quant.target.jit import inline
 
-GROUP = 32  # columns that share a scale
-STEP_BYTES = 1088  # 64 more than it holds: steps a power of two apart would share the same few sets of the L1 cache
+Q8_BLOCK = 32  # columns that share a scale
+K_BLOCK_BYTES = 1088  # 64 more than it holds: k-blocks a power of two apart would share a few sets of the L1 cache
 NIBBLES, QUARTERS, SCALES, SUMS, SCALES_16, SUMS_16, IN_ORDER = 0, 256, 512, 576, 640, 704, 768
 
 
-def record_bytes(n_cols: int) -> int:
-    """Bytes of one record, a multiple of 64."""
-    return (5 * n_cols + 8 * (n_cols // GROUP) + 63) // 64 * 64 + STEP_BYTES * (n_cols // 256)
+def q8_bytes(n_cols: int) -> int:
+    """Bytes of one q8 row, a multiple of 64."""
+    return (5 * n_cols + 8 * (n_cols // Q8_BLOCK) + 63) // 64 * 64 + K_BLOCK_BYTES * (n_cols // 256)
 
 
 @inline
-def steps_at(n_cols):
-    """Where a record's steps begin."""
+def k_blocks_at(n_cols):
+    """Where a q8 row's k-blocks begin."""
     return (5 * n_cols + 8 * (n_cols // 32) + 63) // 64 * 64
 
 
 @inline
-def _write_step(step, j, q, d, first, second):
-    """Group j of a step: q i8x32, its scale, and the sums of its halves."""
-    store_i8x32(step + IN_ORDER + 32 * j, q)
-    store_i8x32(step + NIBBLES + 32 * (j & 4 | (j & 1) << 1 | (j >> 1) & 1), q)
-    quarter = step + QUARTERS + 128 * (j & 1) + 16 * (j >> 1)
+def _write_in_k_block(k_block, j, q, d, first, second):
+    """Block j of a k-block: q i8x32, its scale, and the sums of its halves."""
+    store_i8x32(k_block + IN_ORDER + 32 * j, q)
+    store_i8x32(k_block + NIBBLES + 32 * (j & 4 | (j & 1) << 1 | (j >> 1) & 1), q)
+    quarter = k_block + QUARTERS + 128 * (j & 1) + 16 * (j >> 1)
     store_i8x16(quarter, first_half(q))
     store_i8x16(quarter + 64, second_half(q))
-    store_f32(step + SCALES + 8 * j, d)
-    store_f32(step + SCALES + 8 * j + 4, d * (first + second))
-    store_f32(step + SUMS + 8 * j, first + second)
-    store_f32(step + SUMS + 8 * j + 4, np.float32(0.0))
+    store_f32(k_block + SCALES + 8 * j, d)
+    store_f32(k_block + SCALES + 8 * j + 4, d * (first + second))
+    store_f32(k_block + SUMS + 8 * j, first + second)
+    store_f32(k_block + SUMS + 8 * j + 4, np.float32(0.0))
     lane = 4 * (4 * (2 * j & 3) + (j >> 1))
-    store_f32(step + SCALES_16 + lane, d)
-    store_f32(step + SCALES_16 + lane + 16, d)
-    store_f32(step + SUMS_16 + lane, first)
-    store_f32(step + SUMS_16 + lane + 16, second)
+    store_f32(k_block + SCALES_16 + lane, d)
+    store_f32(k_block + SCALES_16 + lane + 16, d)
+    store_f32(k_block + SUMS_16 + lane, first)
+    store_f32(k_block + SUMS_16 + lane + 16, second)
 
 
-def round_ref(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def q8_ref(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The reference: float32 (..., K) -> q int8 (..., K), d float32 (..., K/32)."""
-    groups = x.reshape(*x.shape[:-1], -1, GROUP).astype(np.float32)
-    largest = np.abs(groups).max(-1, keepdims=True)
+    blocks = x.reshape(*x.shape[:-1], -1, Q8_BLOCK).astype(np.float32)
+    largest = np.abs(blocks).max(-1, keepdims=True)
     inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
-    q = np.rint(groups * inverse).astype(np.int8)
+    q = np.rint(blocks * inverse).astype(np.int8)
     return q.reshape(x.shape), (largest * np.float32(1 / 127))[..., 0]
 
 
 @inline
-def write_record(x, first, last, n_cols, integer, record):
-    """Fill columns first..last of a record from float32 at x; both multiples of 32 if the format is integer."""
+def write_q8(x, first, last, n_cols, integer, q8):
+    """Fill columns first..last of a q8 row from float32 at x; both multiples of 32 if the format is integer."""
     if not integer:
         for i in range(first, last):
-            store_f32(record + 4 * i, load_f32(x + 4 * i))
+            store_f32(q8 + 4 * i, load_f32(x + 4 * i))
         return
-    scales = record + 5 * n_cols
+    scales = q8 + 5 * n_cols
     sums = scales + 4 * (n_cols // 32)
-    for group in range(first // 32, last // 32):
-        values = load_f32x32(x + 128 * group)
+    for block in range(first // 32, last // 32):
+        values = load_f32x32(x + 128 * block)
         largest = hmax(abs(values))
         inverse = np.float32(127.0) / largest if largest > 0 else np.float32(0.0)
         d = largest * np.float32(1 / 127)
         q = round_to_i8(values * inverse)
-        store_f32x32(record + 128 * group, to_f32(q) * d)
-        store_i8x32(record + 4 * n_cols + 32 * group, q)
-        store_f32(scales + 4 * group, d)
+        store_f32x32(q8 + 128 * block, to_f32(q) * d)
+        store_i8x32(q8 + 4 * n_cols + 32 * block, q)
+        store_f32(scales + 4 * block, d)
         first_sum, second_sum = sum_first_i8(q), sum_second_i8(q)
-        store_f32(sums + 4 * group, d * (first_sum + second_sum))
-        if group < n_cols // 256 * 8:
-            step = record + steps_at(n_cols) + STEP_BYTES * (group // 8)
-            _write_step(step, group % 8, q, d, first_sum, second_sum)
+        store_f32(sums + 4 * block, d * (first_sum + second_sum))
+        if block < n_cols // 256 * 8:
+            k_block = q8 + k_blocks_at(n_cols) + K_BLOCK_BYTES * (block // 8)
+            _write_in_k_block(k_block, block % 8, q, d, first_sum, second_sum)

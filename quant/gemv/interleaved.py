@@ -1,7 +1,7 @@
 """The row loops of the decode kernels of formats with 16 rows interleaved (interleave.py), for one token or a few.
 
 A lane is a row: a vector of weights holds 4 columns of 16 rows, and a token's 4 columns are repeated for all of them. A
-format emits the code for a block of 256 columns; the sums of up to MOST_FEW tokens stay in registers. A token's sums
+format emits the code for a block of 256 columns; the sums of up to MAX_BATCH tokens stay in registers. A token's sums
 are formed in the same order however many tokens there are, so its results are the same to the bit.
 """
 
@@ -11,10 +11,10 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from quant.block_format import GEMV, GEMV_FEW
+from quant.block_format import GEMV, GEMV_BATCH
 from quant.formats.interleave import ROWS
-from quant.gemv.activations import IN_ORDER, SCALES, STEP_BYTES, SUMS_16, steps_at
-from quant.gemv.plain import AHEAD, MOST_FEW, NEAR, prefetch_start, specialize
+from quant.gemv.activations import IN_ORDER, K_BLOCK_BYTES, SCALES, SUMS_16, k_blocks_at
+from quant.gemv.plain import AHEAD, MAX_BATCH, NEAR, prefetch_start, specialize
 from quant.simd.core import F32, I8, I32, I64, constant, define, f32x16, i8x64, i32x16, load, splat, store
 from quant.simd.memory import emit_load_f16x16, emit_prefetch
 from quant.simd.register_tile import register_tile, switch
@@ -23,7 +23,7 @@ from quant.target.jit import kernel
 
 BYTES, WORDS, FLOATS = i8x64.ir, i32x16.ir, f32x16.ir
 # Tokens that share the decoded weights; below AVX2 a vector is four registers or more.
-TOGETHER = MOST_FEW if isa.has("avx2") else 1
+TOGETHER = MAX_BATCH if isa.has("avx2") else 1
 
 
 def masked(builder, words, shift: int, mask: int):
@@ -78,26 +78,26 @@ class Block:
 
 
 class Token:
-    """The code of loads from one token's step of 256 columns."""
+    """The code of loads from one token's k-block of 256 columns."""
 
-    def __init__(self, builder, step) -> None:
-        self._builder, self._step = builder, step
+    def __init__(self, builder, k_block) -> None:
+        self._builder, self._k_block = builder, k_block
 
     def _everywhere(self, offset: int, scalar: ir.Type, vector: ir.VectorType):
-        address = self._builder.add(self._step, I64(offset))
+        address = self._builder.add(self._k_block, I64(offset))
         return splat(self._builder, load(self._builder, address, scalar), vector)
 
     def columns(self, k: int):
         """Columns k..k+3 for every row."""
         return as_bytes(self._builder, self._everywhere(IN_ORDER + k, I32, WORDS))
 
-    def scale(self, group: int):
+    def scale(self, block: int):
         """The scale of 32 columns."""
-        return self._everywhere(SCALES + 8 * group, F32, FLOATS)
+        return self._everywhere(SCALES + 8 * block, F32, FLOATS)
 
-    def scaled_sum(self, group: int):
+    def scaled_sum(self, block: int):
         """The sum of 32 columns times their scale."""
-        return self._everywhere(SCALES + 8 * group + 4, F32, FLOATS)
+        return self._everywhere(SCALES + 8 * block + 4, F32, FLOATS)
 
     def half_sum(self, i: int):
         """The sum of columns 16i..16i+15, without a scale."""
@@ -107,10 +107,10 @@ class Token:
 AddBlock = Callable[[Block, list[Token], list], list]
 
 
-def _emit_rows(block_bytes: int, add_block: AddBlock, builder, w, n_rows, n_cols, records, outs) -> None:
-    """outs[t][r] = row r . records[t]; lists of as many values as there are tokens."""
-    n_steps, n_groups, size = builder.lshr(n_cols, I64(8)), builder.lshr(n_rows, I64(4)), I64(ROWS * block_bytes)
-    last = builder.add(w, builder.mul(size, builder.sub(builder.mul(n_steps, n_groups), I64(1))))
+def _emit_rows(block_bytes: int, add_block: AddBlock, builder, w, n_rows, n_cols, q8_rows, outs) -> None:
+    """outs[t][r] = row r . q8_rows[t]; lists of as many values as there are tokens."""
+    n_k_blocks, n_groups, size = builder.lshr(n_cols, I64(8)), builder.lshr(n_rows, I64(4)), I64(ROWS * block_bytes)
+    last = builder.add(w, builder.mul(size, builder.sub(builder.mul(n_k_blocks, n_groups), I64(1))))
     here = cgutils.alloca_once_value(builder, w)
 
     def later(p, distance: int):
@@ -121,35 +121,35 @@ def _emit_rows(block_bytes: int, add_block: AddBlock, builder, w, n_rows, n_cols
     def add(index, totals):
         p = builder.load(here)
         block = Block(builder, p, later(p, AHEAD), later(p, NEAR))
-        at = builder.mul(index, I64(STEP_BYTES))
-        tokens = [Token(builder, builder.add(record, at)) for record in records]
+        at = builder.mul(index, I64(K_BLOCK_BYTES))
+        tokens = [Token(builder, builder.add(q8, at)) for q8 in q8_rows]
         totals = [add_block(block, tokens, totals[0])]
         builder.store(builder.add(p, size), here)
         return totals
 
     with cgutils.for_range(builder, n_groups) as group:
-        (totals,) = register_tile(builder, n_steps, [[constant(FLOATS, 0.0)] * len(records)], add)
+        (totals,) = register_tile(builder, n_k_blocks, [[constant(FLOATS, 0.0)] * len(q8_rows)], add)
         for total, out in zip(totals, outs, strict=True):
             store(builder, builder.add(out, builder.mul(group.index, I64(4 * ROWS))), total)
 
 
 def _one(block_bytes: int, add_block: AddBlock):
-    """An intrinsic void(w, n_rows, n_cols, steps, out)."""
+    """An intrinsic void(w, n_rows, n_cols, k_blocks, out)."""
 
-    def emit(builder, w, n_rows, n_cols, steps, out) -> None:
-        _emit_rows(block_bytes, add_block, builder, w, n_rows, n_cols, [steps], [out])
+    def emit(builder, w, n_rows, n_cols, k_blocks, out) -> None:
+        _emit_rows(block_bytes, add_block, builder, w, n_rows, n_cols, [k_blocks], [out])
 
     return define(types.void, (types.int64,) * 5, emit)
 
 
-def _few(block_bytes: int, add_block: AddBlock):
-    """An intrinsic void(w, n_rows, n_cols, records, outs, skipped, offset, n_tokens), up to TOGETHER."""
+def _batch(block_bytes: int, add_block: AddBlock):
+    """An intrinsic void(w, n_rows, n_cols, q8_rows, outs, skipped, offset, n_tokens), up to TOGETHER."""
 
-    def emit(builder, w, n_rows, n_cols, records, outs, skipped, offset, n_tokens) -> None:
+    def emit(builder, w, n_rows, n_cols, q8_rows, outs, skipped, offset, n_tokens) -> None:
         def emit_for(n: int) -> None:
             tables = [
                 [builder.add(load(builder, builder.add(table, I64(8 * t)), I64), behind) for t in range(n)]
-                for table, behind in ((records, skipped), (outs, offset))
+                for table, behind in ((q8_rows, skipped), (outs, offset))
             ]
             _emit_rows(block_bytes, add_block, builder, w, n_rows, n_cols, *tables)
 
@@ -160,31 +160,31 @@ def _few(block_bytes: int, add_block: AddBlock):
 
 # What specialize() gives the two templates below.
 BLOCK_BYTES = 0
-one = few = None
+one = batch = None
 
 
-def _gemv(w, n_rows, n_cols, record, out):
+def _gemv(w, n_rows, n_cols, q8, out):
     prefetch_start(w, n_rows * (n_cols // 256) * BLOCK_BYTES)
-    one(w, n_rows, n_cols, record + steps_at(n_cols), out)
+    one(w, n_rows, n_cols, q8 + k_blocks_at(n_cols), out)
 
 
-def _gemv_few(w, n_rows, n_cols, records, outs, offset, n_tokens):
+def _gemv_batch(w, n_rows, n_cols, q8_rows, outs, offset, n_tokens):
     prefetch_start(w, n_rows * (n_cols // 256) * BLOCK_BYTES)
     for t in range(0, n_tokens, TOGETHER):
         tokens = min(TOGETHER, n_tokens - t)
-        few(w, n_rows, n_cols, records + 8 * t, outs + 8 * t, steps_at(n_cols), offset, tokens)
+        batch(w, n_rows, n_cols, q8_rows + 8 * t, outs + 8 * t, k_blocks_at(n_cols), offset, tokens)
 
 
 def kernels(name: str, block_bytes: int, add_block: AddBlock):
-    """gemv and gemv_few of an interleaved format: as gemv.kernels, for rows that are multiples of 16.
+    """gemv and gemv_batch of an interleaved format: as gemv.kernels, for rows that are multiples of 16.
 
     Args:
         name: of the format.
         block_bytes: of one row's block.
         add_block: (block, tokens, totals f32x16) -> totals, for 256 columns of 16 rows. Emits code.
     """
-    names = {"BLOCK_BYTES": block_bytes, "one": _one(block_bytes, add_block), "few": _few(block_bytes, add_block)}
+    names = {"BLOCK_BYTES": block_bytes, "one": _one(block_bytes, add_block), "batch": _batch(block_bytes, add_block)}
     return (
         kernel(GEMV)(specialize(_gemv, f"gemv_{name}", **names)),
-        kernel(GEMV_FEW)(specialize(_gemv_few, f"gemv_few_{name}", **names)),
+        kernel(GEMV_BATCH)(specialize(_gemv_batch, f"gemv_batch_{name}", **names)),
     )

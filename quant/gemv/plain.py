@@ -1,22 +1,22 @@
-"""The row loops of the decode kernels, shared by all formats: rows of blocks times one activation record, or a few.
+"""The row loops of the decode kernels, shared by all formats: rows of blocks times one q8 row, or a small batch.
 
-A format says how it decodes 256 weights at a time and multiplies them with a record's step, in float32 lanes whose sum
-is the product. What is left of a row that is no multiple of 256 goes by single blocks of 32.
+A format says how it decodes 256 weights at a time and multiplies them with a k-block of a q8 row, in float32 lanes
+whose sum is the product. What is left of a row that is no multiple of 256 goes by single blocks of 32.
 """
 
 from collections.abc import Callable
 from types import FunctionType
 
-from quant.block_format import GEMV, GEMV_FEW
-from quant.gemv.activations import STEP_BYTES, steps_at
+from quant.block_format import GEMV, GEMV_BATCH
+from quant.gemv.activations import K_BLOCK_BYTES, k_blocks_at
 from quant.simd.floats import hsum, zero_f32x16
 from quant.simd.memory import load_f32x16, load_i64, prefetch, prefetch_near, stack, store_f32, store_f32x16
 from quant.target.jit import inline, kernel
 
-MOST_FEW = 5  # tokens of one gemv_few, whose sums are kept in memory: a step's token with four drafted ones
+MAX_BATCH = 5  # tokens of one gemv_batch, whose sums are kept in memory: a step's token with four drafted ones
 AHEAD = 8192  # bytes between the weights in use and those on their way from RAM to L2
 NEAR = 3456  # and those on their way to L1: behind arithmetic in the queues, loads come too late for that
-_sums = stack(64 * MOST_FEW)
+_sums = stack(64 * MAX_BATCH)
 
 
 def specialize(template: Callable, name: str, **names: object) -> Callable:
@@ -31,7 +31,7 @@ def specialize(template: Callable, name: str, **names: object) -> Callable:
 
 # What specialize() gives the two templates below; kernels() describes them.
 STRIDE, TOGETHER = 256, 4
-weights = add_step = add_block = None
+weights = add_k_block = add_block = None
 
 
 @inline
@@ -47,7 +47,7 @@ def prefetch_start(w, n_bytes):
 
 @inline
 def later(w, last):
-    """What to prefetch while the weights at w are in use: addresses AHEAD and NEAR of it, or the last line's."""
+    """The two addresses to prefetch while the weights at w are in use: AHEAD and NEAR of w, but not beyond `last`."""
     return min(w + AHEAD, last), min(w + NEAR, last)
 
 
@@ -63,45 +63,45 @@ def prefetch_both(addresses, first, end):
         prefetch_near(near + byte)
 
 
-def _gemv(w, n_rows, n_cols, record, out):
-    n_steps, steps = n_cols // 256, record + steps_at(n_cols)
+def _gemv(w, n_rows, n_cols, q8, out):
+    n_k_blocks, k_blocks = n_cols // 256, q8 + k_blocks_at(n_cols)
     block, last = w, prefetch_start(w, n_rows * (n_cols * STRIDE // 256))
     for r in range(n_rows):
         total = zero_f32x16()
-        for s in range(0, n_steps // TOGETHER * TOGETHER, TOGETHER):
+        for b in range(0, n_k_blocks // TOGETHER * TOGETHER, TOGETHER):
             addresses = later(block, last)
-            for i in range(TOGETHER):
-                prefetch_both(addresses, STRIDE * i, STRIDE * (i + 1))
-                total = add_step(weights(block), steps + STEP_BYTES * (s + i), total)
+            for j in range(TOGETHER):
+                prefetch_both(addresses, STRIDE * j, STRIDE * (j + 1))
+                total = add_k_block(weights(block), k_blocks + K_BLOCK_BYTES * (b + j), total)
                 block += STRIDE
-        for s in range(n_steps // TOGETHER * TOGETHER, n_steps):
+        for b in range(n_k_blocks // TOGETHER * TOGETHER, n_k_blocks):
             prefetch_both(later(block, last), 0, STRIDE)
-            total = add_step(weights(block), steps + STEP_BYTES * s, total)
+            total = add_k_block(weights(block), k_blocks + K_BLOCK_BYTES * b, total)
             block += STRIDE
-        for group in range(8 * n_steps, n_cols // 32):
+        for i in range(8 * n_k_blocks, n_cols // 32):
             prefetch_both(later(block, last), 0, STRIDE // 8)
-            total = add_block(block, record, n_cols, group, total)
+            total = add_block(block, q8, n_cols, i, total)
             block += STRIDE // 8
         store_f32(out + 4 * r, hsum(total))
 
 
-def _gemv_few(w, n_rows, n_cols, records, outs, offset, n_tokens):
-    n_steps, steps = n_cols // 256, steps_at(n_cols)
+def _gemv_batch(w, n_rows, n_cols, q8_rows, outs, offset, n_tokens):
+    n_k_blocks, k_blocks = n_cols // 256, k_blocks_at(n_cols)
     block, sums, last = w, _sums(), prefetch_start(w, n_rows * (n_cols * STRIDE // 256))
     for r in range(n_rows):
         for t in range(n_tokens):
             store_f32x16(sums + 64 * t, zero_f32x16())
-        for s in range(n_steps):
+        for b in range(n_k_blocks):
             prefetch_both(later(block, last), 0, STRIDE)
             decoded = weights(block)
             for t in range(n_tokens):
-                step = load_i64(records + 8 * t) + steps + STEP_BYTES * s
-                store_f32x16(sums + 64 * t, add_step(decoded, step, load_f32x16(sums + 64 * t)))
+                k_block = load_i64(q8_rows + 8 * t) + k_blocks + K_BLOCK_BYTES * b
+                store_f32x16(sums + 64 * t, add_k_block(decoded, k_block, load_f32x16(sums + 64 * t)))
             block += STRIDE
-        for group in range(8 * n_steps, n_cols // 32):
+        for i in range(8 * n_k_blocks, n_cols // 32):
             prefetch_both(later(block, last), 0, STRIDE // 8)
             for t in range(n_tokens):
-                total = add_block(block, load_i64(records + 8 * t), n_cols, group, load_f32x16(sums + 64 * t))
+                total = add_block(block, load_i64(q8_rows + 8 * t), n_cols, i, load_f32x16(sums + 64 * t))
                 store_f32x16(sums + 64 * t, total)
             block += STRIDE // 8
         for t in range(n_tokens):
@@ -109,7 +109,7 @@ def _gemv_few(w, n_rows, n_cols, records, outs, offset, n_tokens):
 
 
 @inline
-def no_block(block, record, n_cols, group, total):
+def no_block(block, q8, n_cols, i, total):
     """add_block of formats whose rows are multiples of 256."""
     return total
 
@@ -118,24 +118,24 @@ def kernels(
     name: str,
     stride: int,
     weights: Callable,
-    add_step: Callable,
+    add_k_block: Callable,
     add_block: Callable = no_block,
     together: int = 4,
 ):
-    """gemv and gemv_few of a format.
+    """gemv and gemv_batch of a format.
 
     Args:
         name: of the format.
         stride: bytes of 256 weights.
         weights: inline (address) -> a tuple of vectors: 256 decoded weights.
-        add_step: inline (weights, address of a record's step, total f32x16) -> total.
-        add_block: inline (address, record, n_cols, group, total f32x16) -> total, for one block of 32.
-        together: steps in one turn of gemv's loop, prefetched as one range: 4 unless they need too many registers.
+        add_k_block: inline (weights, address of a k-block, total f32x16) -> total.
+        add_block: inline (address, q8 row, n_cols, i, total f32x16) -> total, for block i of 32 columns.
+        together: k-blocks in one turn of gemv's loop, prefetched as one range: 4 unless they need too many registers.
     """
     names = {
-        "STRIDE": stride, "TOGETHER": together, "weights": weights, "add_step": add_step, "add_block": add_block,
+        "STRIDE": stride, "TOGETHER": together, "weights": weights, "add_k_block": add_k_block, "add_block": add_block,
     }  # fmt: skip
     return (
         kernel(GEMV)(specialize(_gemv, f"gemv_{name}", **names)),
-        kernel(GEMV_FEW)(specialize(_gemv_few, f"gemv_few_{name}", **names)),
+        kernel(GEMV_BATCH)(specialize(_gemv_batch, f"gemv_batch_{name}", **names)),
     )

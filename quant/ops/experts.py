@@ -9,9 +9,9 @@ import numpy as np
 
 from quant.gemm import experts as packed_experts
 from quant.gemm import packed
-from quant.gemv.activations import record_bytes, write_record
+from quant.gemv.activations import q8_bytes, write_q8
 from quant.matrix import MATRIX_BYTES, ExpertMatrices, QuantMatrix
-from quant.ops.multiply import multiply_rows, scratch_bytes, write_records
+from quant.ops.multiply import multiply_rows, scratch_bytes, write_q8_rows
 from quant.simd.memory import load_f32, load_i64, store_f32, store_i64
 from quant.simd.vectors import scale_add, swiglu
 from quant.target.jit import inline, kernel
@@ -46,7 +46,7 @@ def _gate_and_up(a, group, first, n_rows, scratch):
         gated, upped = load_i64(a + GATED) + 4 * inner * pair, load_i64(a + UPPED) + 4 * inner * pair
         swiglu(gated + 4 * first, upped + 4 * first, n_rows, gated + 4 * first)
         record = load_i64(a + H_RECORDS) + load_i64(a + H_RECORD_BYTES) * pair
-        write_record(gated, first, first + n_rows, inner, load_i64(a + DOWN_INTEGER) != 0, record)
+        write_q8(gated, first, first + n_rows, inner, load_i64(a + DOWN_INTEGER) != 0, record)
 
 
 @inline
@@ -77,7 +77,7 @@ def _write_records(arguments, worker):
         t = atomic_add(load_i64(a + TOKEN_COUNTER), 1)
         if t >= load_i64(a + N_TOKENS):
             break
-        write_records(
+        write_q8_rows(
             load_i64(a + X) + 4 * hidden * t, 1, hidden, integer, per_record, load_i64(a + X_RECORDS) + per_record * t
         )
 
@@ -148,7 +148,7 @@ def run(pool: Pool, experts: ExpertMatrices, x: int, ids: np.ndarray, weights: n
     sorted_weights = weights.ravel()[order].astype(np.float32)
     pairs = np.arange(order.size, dtype=np.int64)
     hidden, inner = gate.n_cols, gate.n_rows
-    x_bytes, h_bytes = record_bytes(hidden), record_bytes(inner)
+    x_bytes, h_bytes = q8_bytes(hidden), q8_bytes(inner)
     x_records = pool.buffer("records", x_bytes * n_tokens)
     h_records = pool.buffer("inner records", h_bytes * order.size)
     gated, upped = (pool.buffer(name, 4 * inner * order.size) for name in ("gated", "upped"))

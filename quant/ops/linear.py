@@ -9,9 +9,9 @@ import numpy as np
 from quant.errors import QuantError
 from quant.gemm import linear as packed_linear
 from quant.gemm import packed as panel
-from quant.gemv.activations import record_bytes
+from quant.gemv.activations import q8_bytes
 from quant.matrix import ADDRESS, BLOCK, EXPAND, GROUP_BYTES, MATRIX_BYTES, ROW_BYTES, QuantMatrix, check_single_rows
-from quant.ops.multiply import expands, multiply_rows, scratch_bytes, scratch_rows, write_records
+from quant.ops.multiply import expands, multiply_rows, scratch_bytes, scratch_rows, write_q8_rows
 from quant.simd.floats import fma, splat_f32x16, zero_f32x16
 from quant.simd.memory import load_f32, load_f32x16, load_i64, store_f32x16, store_i64
 from quant.target.jit import kernel
@@ -33,14 +33,14 @@ def _prepare(arguments):
     """What comes before the job: records, their and the outputs' addresses by group, then token; the first unit."""
     a = arguments
     n_groups, n_tokens, n_cols = load_i64(a + N_GROUPS), load_i64(a + N_TOKENS), load_i64(a + N_COLS)
-    records, record_bytes, integer = load_i64(a + RECORDS), load_i64(a + RECORD_BYTES), load_i64(a + INTEGER) != 0
+    records, q8_bytes, integer = load_i64(a + RECORDS), load_i64(a + RECORD_BYTES), load_i64(a + INTEGER) != 0
     atomic_store(load_i64(a + COUNTER), 0)
     for group in range(n_groups):
         for t in range(n_tokens):
             at, i = 8 * (n_tokens * group + t), n_groups * t + group
-            store_i64(load_i64(a + RECORD_TABLE) + at, records + record_bytes * i)
+            store_i64(load_i64(a + RECORD_TABLE) + at, records + q8_bytes * i)
             store_i64(load_i64(a + OUT_TABLE) + at, load_i64(a + OUT) + 4 * load_i64(a + N_ROWS) * i)
-    write_records(load_i64(a + X), n_groups * n_tokens, n_cols, integer, record_bytes, records)
+    write_q8_rows(load_i64(a + X), n_groups * n_tokens, n_cols, integer, q8_bytes, records)
 
 
 @kernel("void(int64, int64)")
@@ -82,7 +82,7 @@ def multiply(pool: Pool, matrix: QuantMatrix, x: int, n_tokens: int, out: int) -
         packed_linear.multiply(pool, matrix, panel_format, x, n_tokens, out)
         return
     n_inputs = n_tokens * matrix.n_groups
-    per_record, per_worker = record_bytes(matrix.n_cols), scratch_bytes(matrix.n_cols)
+    per_record, per_worker = q8_bytes(matrix.n_cols), scratch_bytes(matrix.n_cols)
     arguments = (
         *matrix.fields, pool.buffer("counter", 64), matrix.format.integer,
         matrix.n_groups, matrix.n_rows, matrix.n_cols, n_tokens, x, out,

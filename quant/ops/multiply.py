@@ -1,14 +1,14 @@
 """Rows of one quantised matrix times a few or many tokens: the step that linear.py and experts.py share.
 
-One token: the format's gemv. A few: its gemv_few, which decodes each block once for all of them; more go in passes
+One token: the format's gemv. A few: its gemv_batch, which decodes each block once for all of them; more go in passes
 over rows that stay in the cache. Many: rows are expanded to float32 in a worker's scratch memory, a few at a
 time, and each expanded row serves all tokens. All read the same activation records, so they agree to float32 rounding.
 """
 
 from quant.gemm.float_tile import multiply
-from quant.gemv.activations import write_record
-from quant.gemv.plain import MOST_FEW
-from quant.matrix import ADDRESS, BLOCK, EXPAND, GEMV, GEMV_FEW, GROUP_BYTES, INTERLEAVED, ROW_BYTES
+from quant.gemv.activations import write_q8
+from quant.gemv.plain import MAX_BATCH
+from quant.matrix import ADDRESS, BLOCK, EXPAND, GEMV, GEMV_BATCH, GROUP_BYTES, INTERLEAVED, ROW_BYTES
 from quant.simd.memory import load_i64
 from quant.target.jit import inline
 from quant.threads.atomics import call_3, call_5, call_7
@@ -38,10 +38,10 @@ def scratch_bytes(n_cols: int) -> int:
 
 
 @inline
-def write_records(x, n_inputs, n_cols, integer, record_bytes, records):
+def write_q8_rows(x, n_inputs, n_cols, integer, q8_bytes, records):
     """The records of n_inputs contiguous float32 rows at x."""
     for i in range(n_inputs):
-        write_record(x + 4 * n_cols * i, 0, n_cols, n_cols, integer, records + record_bytes * i)
+        write_q8(x + 4 * n_cols * i, 0, n_cols, n_cols, integer, records + q8_bytes * i)
 
 
 @inline
@@ -57,11 +57,11 @@ def multiply_rows(matrix, group, first, n_rows, n_cols, n_tokens, records, outs,
         return
     interleaved = load_i64(matrix + INTERLEAVED)
     if not expands(load_i64(matrix + BLOCK), interleaved, n_tokens) or n_cols % 16 != 0:
-        step = n_rows if n_tokens <= MOST_FEW else max(1, _PASS_BYTES // (row_bytes * interleaved)) * interleaved
+        step = n_rows if n_tokens <= MAX_BATCH else max(1, _PASS_BYTES // (row_bytes * interleaved)) * interleaved
         for r in range(0, n_rows, step):
             at, count = offset + 4 * r, min(step, n_rows - r)
-            for t in range(0, n_tokens, MOST_FEW):
-                few, tokens = load_i64(matrix + GEMV_FEW), min(MOST_FEW, n_tokens - t)
+            for t in range(0, n_tokens, MAX_BATCH):
+                few, tokens = load_i64(matrix + GEMV_BATCH), min(MAX_BATCH, n_tokens - t)
                 call_7(few, w + row_bytes * r, count, n_cols, records + 8 * t, outs + 8 * t, at, tokens)
         return
     step = max(4, min(64, SCRATCH_BYTES // (4 * n_cols) // 4 * 4))

@@ -53,9 +53,9 @@ def test_gemv_is_the_product_with_rounded_activations(name, rows):
     assert np.all(np.abs(out - weights @ x) <= 2**-20 * (np.abs(weights) @ np.abs(x)))
 
 
-@pytest.mark.parametrize("n_tokens", range(1, plain.MOST_FEW + 1))
+@pytest.mark.parametrize("n_tokens", range(1, plain.MAX_BATCH + 1))
 @pytest.mark.parametrize("name", registry.NAMES)
-def test_gemv_few_is_the_product_for_each_token(name, n_tokens):
+def test_gemv_batch_is_the_product_for_each_token(name, n_tokens):
     rng = np.random.default_rng(n_tokens)
     format_ = registry.get(name)
     raw = kernels.random_blocks(name, (5, COLS), rng)
@@ -63,27 +63,27 @@ def test_gemv_few_is_the_product_for_each_token(name, n_tokens):
     out = np.full((n_tokens, 8), np.nan, np.float32)
     records = [kernels.record(row, format_) for row in x]
     addresses, outs = (np.array([a.ctypes.data for a in arrays], np.int64) for arrays in (records, out))
-    kernels.call(format_.gemv_few, raw, 5, COLS, addresses, outs, 8, n_tokens)
+    kernels.call(format_.gemv_batch, raw, 5, COLS, addresses, outs, 8, n_tokens)
     weights, x = oracle(name, raw).astype(np.float64), kernels.rounded(x, format_).astype(np.float64)
     assert np.all(np.abs(out[:, 2:7] - x @ weights.T) <= 2**-20 * (np.abs(x) @ np.abs(weights.T)))  # as above
     assert np.isnan(out[:, [0, 1, 7]]).all()
 
 
 @pytest.mark.parametrize("name", registry.NAMES)
-def test_gemv_few_gives_each_token_gemvs_bits(name):
+def test_gemv_batch_gives_each_token_gemvs_bits(name):
     """A token's result does not depend on which others it is computed with."""
     format_, rng = registry.get(name), np.random.default_rng(11)
     lengths = {1: [1, 17, 33, 48, 100, COLS], 32: [32, 96, 256, 576, 1408, COLS], 256: [256, 512, COLS]}
     for n_cols in lengths[format_.block]:
         raw = np.ascontiguousarray(kernels.random_blocks(name, (5, n_cols), rng))
-        x = rng.standard_normal((plain.MOST_FEW, n_cols)).astype(np.float32) * 3
-        records, single = [kernels.record(row, format_) for row in x], np.empty((plain.MOST_FEW, 5), np.float32)
+        x = rng.standard_normal((plain.MAX_BATCH, n_cols)).astype(np.float32) * 3
+        records, single = [kernels.record(row, format_) for row in x], np.empty((plain.MAX_BATCH, 5), np.float32)
         for record, out in zip(records, single, strict=True):
             kernels.call(format_.gemv, raw, 5, n_cols, record, out)
-        for n_tokens in range(1, plain.MOST_FEW + 1):
+        for n_tokens in range(1, plain.MAX_BATCH + 1):
             few = np.empty((n_tokens, 5), np.float32)
             addresses, outs = (np.array([a.ctypes.data for a in arrays], np.int64) for arrays in (records, few))
-            kernels.call(format_.gemv_few, raw, 5, n_cols, addresses, outs, 0, n_tokens)
+            kernels.call(format_.gemv_batch, raw, 5, n_cols, addresses, outs, 0, n_tokens)
             assert np.array_equal(few, single[:n_tokens])
 
 
@@ -97,9 +97,8 @@ def test_rows_that_end_in_single_blocks(name, n_cols):
     single, few = np.empty(3, np.float32), np.empty((2, 3), np.float32)
     record = kernels.record(x, format_)
     kernels.call(format_.gemv, raw, 3, n_cols, record, single)
-    kernels.call(
-        format_.gemv_few, raw, 3, n_cols, np.array([record.ctypes.data] * 2), few.ctypes.data + np.arange(2) * 12, 0, 2
-    )
+    records, outs = np.array([record.ctypes.data] * 2), few.ctypes.data + np.arange(2) * 12
+    kernels.call(format_.gemv_batch, raw, 3, n_cols, records, outs, 0, 2)
     weights, x = oracle(name, raw).astype(np.float64), kernels.rounded(x, format_).astype(np.float64)
     for out in (single, *few):
         assert np.all(np.abs(out - weights @ x) <= 2**-20 * (np.abs(weights) @ np.abs(x)))  # as above
@@ -168,11 +167,11 @@ def test_activation_record():
     x[64:96] = 1e-30
     x[100] = 1e6
     record = kernels.record(x, registry.get("Q4_0"))
-    q, d = activations.round_ref(x)
+    q, d = activations.q8_ref(x)
     assert np.array_equal(record[1024:1280].view(np.int8), q)
     assert np.array_equal(record[1280:1312].view(np.float32), d)
     np.testing.assert_array_equal(record[1312:1344].view(np.float32), d * q.reshape(8, 32).sum(1, dtype=np.float32))
-    step = record[activations.steps_at.py_func(256) :][: activations.STEP_BYTES]
+    step = record[activations.k_blocks_at.py_func(256) :][: activations.K_BLOCK_BYTES]
     groups, floats = q.reshape(8, 32), step[activations.SCALES : activations.IN_ORDER].view(np.float32).reshape(4, 16)
     assert np.array_equal(step[activations.NIBBLES :][:256].view(np.int8), groups[[0, 2, 1, 3, 4, 6, 5, 7]].ravel())
     halves = groups.reshape(8, 2, 16)

@@ -1,4 +1,4 @@
-"""Rounding for token panels, against activations.round_ref."""
+"""Rounding for token panels, against activations.q8_ref."""
 
 import kernels
 import numpy as np
@@ -32,7 +32,7 @@ def test_groups_are_rounded_as_in_the_reference(n_cols):
     rng = np.random.default_rng(n_cols)
     x = (rng.standard_normal(n_cols) * 2.0 ** rng.integers(-90, 90, n_cols // 32).repeat(32)).astype(np.float32)
     x[:32] = np.arange(-127, 128, 8) / 2  # ties
-    q_ref, d_ref = activations.round_ref(x)
+    q_ref, d_ref = activations.q8_ref(x)
     q, d, s, sums = rounded_row(x)
     assert np.array_equal(q.ravel(), q_ref)
     assert np.array_equal(d, d_ref)
@@ -47,5 +47,5 @@ def test_zeros_nan_and_tiny_values():
     q, d, _, _ = rounded_row(x)
     assert not q[:2].any() and d[0] == 0 and np.isnan(d[1])
     assert np.all(np.abs(q[2] * d[2] - 1e-40) <= 1e-40)  # 127 / 1e-40 is no float32: the scale is not exact
-    q_ref, d_ref = activations.round_ref(np.nan_to_num(x[96:], nan=0.0))
+    q_ref, d_ref = activations.q8_ref(np.nan_to_num(x[96:], nan=0.0))
     assert np.array_equal(q[3:].ravel(), q_ref) and np.array_equal(d[3:], d_ref)

@@ -116,21 +116,21 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
 @pytest.mark.parametrize("n_cols", [256, COLS])
 @pytest.mark.parametrize("name", NAMES)
 def test_products_of_each_token(name: str, n_cols: int, rows: int) -> None:
-    """Of one token by gemv, of 1 to 5 by gemv_few: near the true ones, the same to the bit, and nothing beside them."""
+    """Of one token by gemv, of 1 to 5 by gemv_batch: near the true ones, the same bits, and nothing beside them."""
     rng, format_ = np.random.default_rng(rows), registry.get(name)
     raw = kernels.random_blocks(plain(name), (rows, n_cols), rng)
     data = interleaved(name, raw)
-    x = rng.standard_normal((gemv.MOST_FEW, n_cols)).astype(np.float32) * 3
+    x = rng.standard_normal((gemv.MAX_BATCH, n_cols)).astype(np.float32) * 3
     records, single = [kernels.record(row, format_) for row in x], np.empty((len(x), rows), np.float32)
     for record, out in zip(records, single, strict=True):
         kernels.call(format_.gemv, data, rows, n_cols, record, out)
     weights, seen = oracle(plain(name), raw).astype(np.float64), kernels.rounded(x, format_).astype(np.float64)
     # The integers are exact; float32 rounding of a few dozen scaled sums, each below 2^-24 of the magnitudes summed.
     assert np.all(np.abs(single - seen @ weights.T) <= 2**-20 * (np.abs(seen) @ np.abs(weights.T)))
-    for n_tokens in range(1, gemv.MOST_FEW + 1):
+    for n_tokens in range(1, gemv.MAX_BATCH + 1):
         few = np.full((n_tokens, rows + 3), np.nan, np.float32)
         addresses, outs = (np.array([a.ctypes.data for a in arrays], np.int64) for arrays in (records, few))
-        kernels.call(format_.gemv_few, data, rows, n_cols, addresses, outs, 8, n_tokens)
+        kernels.call(format_.gemv_batch, data, rows, n_cols, addresses, outs, 8, n_tokens)
         assert np.array_equal(few[:, 2:-1], single[:n_tokens])
         assert np.isnan(few[:, [0, 1, -1]]).all()
 

@@ -190,7 +190,7 @@ def test_groups_are_the_union_of_the_choices(n_tokens: int, n_experts: int) -> N
 
 
 def test_an_expert_that_a_token_chose_twice_is_in_two_groups() -> None:
-    """gemv_few takes each token once."""
+    """gemv_batch takes each token once."""
     ids_TK = np.array([[3, 3, 3, 5], [3, 7, 5, 3], [0, 0, 0, 0], [3, 3, 3, 3], [0, 3, 5, 7]])
     found = groups(ids_TK)
     assert sorted(pair for group in found for pair in group) == [*np.ndindex(5, 4)]

@@ -27,12 +27,12 @@ def call(kernel_: Kernel, *arguments: int | np.ndarray) -> None:
 
 @kernel("void(int64, int64, int64, int64)")
 def _record(x, n_cols, integer, record):
-    activations.write_record(x, 0, n_cols, n_cols, integer != 0, record)
+    activations.write_q8(x, 0, n_cols, n_cols, integer != 0, record)
 
 
 def record(x: np.ndarray, format_: Format) -> np.ndarray:
     """The activation record of float32 (K,)."""
-    out = aligned_bytes(activations.record_bytes(x.size))
+    out = aligned_bytes(activations.q8_bytes(x.size))
     call(_record, x, x.size, int(format_.integer), out)
     return out
 
@@ -41,7 +41,7 @@ def rounded(x: np.ndarray, format_: Format) -> np.ndarray:
     """float32 (..., K) as a format's kernels see it: to 8 bits and back, or unchanged."""
     if not format_.integer:
         return x
-    q, d = activations.round_ref(x)
+    q, d = activations.q8_ref(x)
     return (q.reshape(*d.shape, activations.GROUP) * d[..., None]).reshape(x.shape)
 
 
