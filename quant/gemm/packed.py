@@ -49,7 +49,7 @@ from quant.simd.memory import (
     store_i32,
     store_i64,
 )
-from quant.simd.rows16 import ROWS as VECTOR_ROWS
+from quant.simd.rows16 import VECTOR_ROWS
 from quant.target import isa
 from quant.target.jit import Kernel, inline
 from quant.threads.atomics import call_3, call_5

@@ -12,12 +12,12 @@ from numba import types
 from numba.core import cgutils
 
 from quant.block_format import GEMV, GEMV_BATCH
-from quant.formats.interleave import ROWS
 from quant.gemv.activations import IN_ORDER, K_BLOCK_BYTES, SCALES, SUMS_16, k_blocks_at
 from quant.gemv.plain import AHEAD, MAX_BATCH, NEAR, prefetch_start, specialize
 from quant.simd.core import F32, I8, I32, I64, constant, define, f32x16, i8x64, i32x16, load, splat, store
 from quant.simd.memory import emit_load_f16x16, emit_prefetch
 from quant.simd.register_tile import register_tile, switch
+from quant.simd.rows16 import VECTOR_ROWS
 from quant.target import isa
 from quant.target.jit import kernel
 
@@ -73,7 +73,7 @@ class Block:
 
     def signed_bytes(self, offset: int):
         """A signed byte of each row, as float32."""
-        bytes_ = self._load(offset, ir.VectorType(I8, ROWS))
+        bytes_ = self._load(offset, ir.VectorType(I8, VECTOR_ROWS))
         return self.builder.sitofp(self.builder.sext(bytes_, WORDS), FLOATS)
 
 
@@ -109,7 +109,8 @@ AddBlock = Callable[[Block, list[Token], list], list]
 
 def _emit_rows(block_bytes: int, add_block: AddBlock, builder, w, n_rows, n_cols, q8_rows, outs) -> None:
     """outs[t][r] = row r . q8_rows[t]; lists of as many values as there are tokens."""
-    n_k_blocks, n_groups, size = builder.lshr(n_cols, I64(8)), builder.lshr(n_rows, I64(4)), I64(ROWS * block_bytes)
+    n_k_blocks, n_groups = builder.lshr(n_cols, I64(8)), builder.lshr(n_rows, I64(4))
+    size = I64(VECTOR_ROWS * block_bytes)
     last = builder.add(w, builder.mul(size, builder.sub(builder.mul(n_k_blocks, n_groups), I64(1))))
     here = cgutils.alloca_once_value(builder, w)
 
@@ -130,7 +131,7 @@ def _emit_rows(block_bytes: int, add_block: AddBlock, builder, w, n_rows, n_cols
     with cgutils.for_range(builder, n_groups) as group:
         (totals,) = register_tile(builder, n_k_blocks, [[constant(FLOATS, 0.0)] * len(q8_rows)], add)
         for total, out in zip(totals, outs, strict=True):
-            store(builder, builder.add(out, builder.mul(group.index, I64(4 * ROWS))), total)
+            store(builder, builder.add(out, builder.mul(group.index, I64(4 * VECTOR_ROWS))), total)
 
 
 def _one(block_bytes: int, add_block: AddBlock):

@@ -9,12 +9,12 @@ from numba.extending import intrinsic
 from quant.simd.core import I8, I16, I32, I64, constant, define, f32x16, i8x64, i32x16, load, shuffle, splat
 from quant.simd.halves import half_to_float
 
-ROWS = 16
+VECTOR_ROWS = 16  # side by side: the lanes of i32x16
 
 
 def _addresses(builder, rows, offset):
     """`offset` behind each of the 16 addresses at `rows`."""
-    return [builder.add(load(builder, builder.add(rows, I64(8 * r)), I64), offset) for r in range(ROWS)]
+    return [builder.add(load(builder, builder.add(rows, I64(8 * r)), I64), offset) for r in range(VECTOR_ROWS)]
 
 
 def _gather(builder, rows, offset):
@@ -29,10 +29,10 @@ def _interleave(builder, a, b, width):
     halves = []
     for half in (0, 2):
         lanes = []
-        for first in range(half, ROWS, 4):
+        for first in range(half, VECTOR_ROWS, 4):
             for i in range(0, 2, width):
                 turn = range(first + i, first + i + width)
-                lanes += [*turn, *(ROWS + lane for lane in turn)]
+                lanes += [*turn, *(VECTOR_ROWS + lane for lane in turn)]
         halves.append(shuffle(builder, a, b, lanes))
     return halves
 
@@ -60,7 +60,7 @@ def _transpose_8(builder, addresses):
     pieces = [load(builder, address, ir.VectorType(I32, 8)) for address in addresses]
     pairs = [shuffle(builder, pieces[r], pieces[r + 4], range(16)) for r in (0, 1, 2, 3, 8, 9, 10, 11)]
     first, last = _transpose_lanes(builder, pairs[:4]), _transpose_lanes(builder, pairs[4:])
-    lanes = [[place + i for place in range(at, 2 * ROWS, 8) for i in range(4)] for at in (0, 4)]
+    lanes = [[place + i for place in range(at, 2 * VECTOR_ROWS, 8) for i in range(4)] for at in (0, 4)]
     return [shuffle(builder, a, b, chosen) for chosen in lanes for a, b in zip(first, last, strict=True)]
 
 
@@ -75,7 +75,7 @@ def _words(count: int, emit: Callable, rows: Callable):
 
 
 def _strided(builder, first, stride):
-    return [builder.add(first, builder.mul(stride, I64(r))) for r in range(ROWS)]
+    return [builder.add(first, builder.mul(stride, I64(r))) for r in range(VECTOR_ROWS)]
 
 
 @intrinsic
@@ -115,9 +115,9 @@ def _with_fifth_bits(builder, words, bits, e):
     bytes_ = i8x64.ir
     count = builder.trunc(builder.shl(builder.lshr(e, I64(1)), I64(3)), I32)
     shifted = builder.bitcast(builder.lshr(bits, splat(builder, count, bits.type)), bytes_)
-    copies = shuffle(builder, shifted, None, [lane // 4 * 4 for lane in range(4 * ROWS)])
+    copies = shuffle(builder, shifted, None, [lane // 4 * 4 for lane in range(4 * VECTOR_ROWS)])
     nibble = builder.trunc(builder.shl(builder.and_(e, I64(1)), I64(2)), I8)
-    chosen = builder.shl(ir.Constant(bytes_, [1, 2, 4, 8] * ROWS), splat(builder, nibble, bytes_))
+    chosen = builder.shl(ir.Constant(bytes_, [1, 2, 4, 8] * VECTOR_ROWS), splat(builder, nibble, bytes_))
     is_set = builder.icmp_signed("!=", builder.and_(copies, chosen), constant(bytes_, 0))
     value = builder.select(is_set, constant(bytes_, 16), constant(bytes_, 0))
     return builder.or_(words, builder.bitcast(value, i32x16.ir))
@@ -135,7 +135,7 @@ def _e8m0_half_to_f32(builder, v):
 
 
 def _half_to_f32(builder, v):
-    return half_to_float(builder, builder.trunc(v, ir.VectorType(I16, ROWS)))
+    return half_to_float(builder, builder.trunc(v, ir.VectorType(I16, VECTOR_ROWS)))
 
 
 e8m0_half_to_f32 = define(f32x16, (i32x16,), _e8m0_half_to_f32)
