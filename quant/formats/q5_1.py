@@ -62,10 +62,7 @@ def _add_block(block, q8, n_cols, i, total):
 def _expand(w, n_blocks, out):
     for b in range(n_blocks):
         block = w + BLOCK_BYTES * b
-        store_f32x32(
-            out + 128 * b,
-            to_f32(_quants(block)) * load_f16(block) + load_f16(block + 2),
-        )
+        store_f32x32(out + 128 * b, to_f32(_quants(block)) * load_f16(block) + load_f16(block + 2))
 
 
 _gemv, _gemv_batch = plain.kernels("Q5_1", 8 * BLOCK_BYTES, _weights, _add_k_block, _add_block, together=1)

@@ -97,8 +97,7 @@ def _levels(x, block, scales, minima, j, n_max):
     """Levels of sub-block j, i8x32 in 0..n_max."""
     scale, offset = load_f16(block) * byte(scales, j), load_f16(block + 2) * byte(minima, j)
     inverse = np.float32(1.0) / scale if scale != 0 else np.float32(0.0)
-    rest = load_f32x32(x + 128 * j) + offset
-    return round_between(rest * inverse, 0, n_max)
+    return round_between((load_f32x32(x + 128 * j) + offset) * inverse, 0, n_max)
 
 
 @kernel(PACK)
