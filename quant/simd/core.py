@@ -194,12 +194,15 @@ def by_halves(builder, emit: Callable, *vectors):
 
 
 def _define_operator(function: Callable, of_floats: Callable | None, of_ints: Callable | None, compares: bool = False):
-    """Let `function` (of the module operator, or a builtin) take vectors as define_for_all's intrinsics do."""
+    """Let `function` (of the module operator, or a builtin) take vectors as define_for_all's intrinsics do.
+
+    Its assignment (+=) means the same: vectors are values.
+    """
+    assignment = getattr(operator, f"i{function.__name__.strip('_')}", None)
 
     def emit_of(vector: Vector | None) -> Callable | None:
         return vector and (of_floats if vector.is_float else of_ints)
 
-    @infer_global(function)
     class _Typing(AbstractTemplate):
         def generic(self, args, kws):
             vector = _common(args)
@@ -211,8 +214,10 @@ def _define_operator(function: Callable, of_floats: Callable | None, of_ints: Ca
         vector = _common(signature.args)
         return _of_vectors(vector, emit_of(vector))(builder, *values)
 
-    for arguments in (Vector,), (Vector, Vector), (Vector, types.Number), (types.Number, Vector):
-        lower_builtin(function, *arguments)(lower)
+    for name in filter(None, (function, assignment)):
+        infer_global(name)(_Typing)
+        for arguments in (Vector,), (Vector, Vector), (Vector, types.Number), (types.Number, Vector):
+            lower_builtin(name, *arguments)(lower)
 
 
 _define_operator(operator.add, lambda b, x, y: b.fadd(x, y), lambda b, x, y: b.add(x, y))

@@ -80,7 +80,9 @@ def test_nan_lanes():
 @kernel("void(int64, int64)")
 def _wide_floats(x, out):
     v = load_f32x32(x)
-    store_f32x32(out, 2 * abs(v) - v)
+    total = 2 * abs(v)
+    total -= v
+    store_f32x32(out, total)
     store_f32(out + 128, hsum(v))
 
 

@@ -42,7 +42,7 @@ def rounded(x: np.ndarray, format_: Format) -> np.ndarray:
     if not format_.integer:
         return x
     q, d = activations.q8_ref(x)
-    return (q.reshape(*d.shape, activations.GROUP) * d[..., None]).reshape(x.shape)
+    return (q.reshape(*d.shape, activations.Q8_BLOCK) * d[..., None]).reshape(x.shape)
 
 
 def random_blocks(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
