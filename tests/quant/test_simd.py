@@ -23,6 +23,8 @@ from quant.simd.memory import (
 )
 from quant.target.jit import kernel
 
+pytestmark = pytest.mark.levels
+
 
 @kernel("void(int64, int64, int64, int64)")
 def _float_operators(x, y, scalar, out):
