@@ -20,8 +20,8 @@ def rounded_row(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
     """q int8 (n, 32), d and s float32 (n,), sums int32 (2, n) of the n groups of float32 (K,)."""
     out, work = aligned_bytes(quantize_tokens.row_bytes(x.size)), aligned_bytes(quantize_tokens.WORK_BYTES)
     kernels.call(_round_row, x, x.size, out, work)
-    blocks, n = out.reshape(-1, BLOCK_BYTES), x.size // activations.GROUP
-    q = blocks[:, : quantize_tokens.D].copy().view(np.int8).reshape(-1, activations.GROUP)
+    blocks, n = out.reshape(-1, BLOCK_BYTES), x.size // activations.Q8_BLOCK
+    q = blocks[:, : quantize_tokens.D].copy().view(np.int8).reshape(-1, activations.Q8_BLOCK)
     d, s = (blocks[:, at : at + 64].copy().view(np.float32).ravel() for at in (quantize_tokens.D, quantize_tokens.S))
     sums = blocks[:, quantize_tokens.SUMS :].copy().view(np.int32).reshape(-1, 2, GROUPS).swapaxes(0, 1).reshape(2, -1)
     return q[:n], d[:n], s[:n], sums[:, :n]
