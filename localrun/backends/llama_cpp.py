@@ -141,14 +141,14 @@ class LlamaCppCache:
 
         return llama_cpp.llama_memory_seq_pos_max(self._memory, _SEQUENCE) + 1
 
-    def truncate(self, n: int) -> None:
-        """Forgets all but the first n tokens; all of them where the model cannot forget a part (a recurrent state).
+    def truncate(self, length: int) -> None:
+        """Forgets all tokens from `length` on; all of them where the model cannot forget a part (a recurrent state).
 
         The caller looks at length afterwards and evaluates again what is missing.
         """
         import llama_cpp
 
-        if n < self.length and not llama_cpp.llama_memory_seq_rm(self._memory, _SEQUENCE, n, -1):
+        if length < self.length and not llama_cpp.llama_memory_seq_rm(self._memory, _SEQUENCE, length, -1):
             llama_cpp.llama_memory_clear(self._memory, True)
 
     def save(self) -> dict[str, np.ndarray]:

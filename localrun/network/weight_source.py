@@ -97,6 +97,6 @@ class WeightSource(Protocol):
         """The routed experts of layer `index`."""
 
     def choose_experts(
-        self, logits: torch.Tensor, bias: torch.Tensor | None, config: Config
+        self, logits_TE: torch.Tensor, bias_E: torch.Tensor | None, config: Config
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids (T, K) and weights (T, K) by the router's logits (T, E): localrun.network.moe.choose_experts."""
+        """Ids (T, K) and weights (T, K) by the router's logits: localrun.network.moe.choose_experts."""
