@@ -17,16 +17,17 @@ from localrun.cpu.bridge import Experts
 from localrun.gpu.device import Cuda, StandIn
 from localrun.gpu.host_experts import PrefillExperts, StepExperts
 from quant.decode.program import MOST_TOKENS
+from quant.matrix import ExpertMatrices
 from quant.ops import experts as quant_experts
 from quant.threads.pool import Pool
 
 HIDDEN, N_EXPERTS, TOP_K = 64, 8, 3
 
 
-def random_experts(type_: str = "F32", inner: int = 32) -> Experts:
+def random_experts(type_: str = "F32", inner: int = 32) -> ExpertMatrices:
     rng = np.random.default_rng(inner)
     shapes = (N_EXPERTS, inner, HIDDEN), (N_EXPERTS, inner, HIDDEN), (N_EXPERTS, HIDDEN, inner)
-    return Experts(*(kernels.random_weight(type_, shape, rng)[0] for shape in shapes))
+    return ExpertMatrices(*(kernels.random_weight(type_, shape, rng)[0] for shape in shapes))
 
 
 def random_inputs(n_tokens: int, device: torch.device, here: float = 0.8) -> tuple[torch.Tensor, ...]:
@@ -38,7 +39,7 @@ def random_inputs(n_tokens: int, device: torch.device, here: float = 0.8) -> tup
     return x.to(device), ids.to(device), torch.rand(n_tokens, TOP_K, generator=generator).to(device)
 
 
-def assert_sum(found: torch.Tensor, pool: Pool, layer: Experts, inputs: tuple[torch.Tensor, ...]) -> None:
+def assert_sum(found: torch.Tensor, pool: Pool, layer: ExpertMatrices, inputs: tuple[torch.Tensor, ...]) -> None:
     """Equal to what the CPU's network has."""
     expected = Experts(pool, layer).begin(*(x.cpu() for x in inputs))()
     integer = layer.gate.format.integer
