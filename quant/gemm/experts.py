@@ -54,7 +54,8 @@ def _swiglu(a, begin, n_tokens, step, gated, upped, work):
     kind, offset, n_steps = load_i64(a + DOWN + KIND), load_i64(a + DOWN + OFFSET), load_i64(a + INNER) // STEP
     panel, rounded = load_i64(a + DOWN_TOKENS) + TOKEN_BYTES * n_steps * begin, work + WORK_BYTES
     for at in range(0, 4 * ROWS * n_tokens, 64):
-        store_f32x16(gated + at, silu(load_f32x16(gated + at)) * load_f32x16(upped + at))
+        g, u = load_f32x16(gated + at), load_f32x16(upped + at)
+        store_f32x16(gated + at, silu(g) * u)
     round_row(gated, STEP * n_tokens, rounded, work)
     first = 0
     while first < n_tokens:

@@ -51,7 +51,8 @@ def swiglu(gate, up, n, out):
     """out = silu(gate) * up, all float32 (n,); out may be either."""
     whole = n // 16 * 16
     for i in range(0, whole, 16):
-        store_f32x16(out + 4 * i, silu(load_f32x16(gate + 4 * i)) * load_f32x16(up + 4 * i))
+        g, u = load_f32x16(gate + 4 * i), load_f32x16(up + 4 * i)
+        store_f32x16(out + 4 * i, silu(g) * u)
     for i in range(whole, n):
         g = load_f32(gate + 4 * i)
         store_f32(out + 4 * i, g / (np.float32(1.0) + math.exp(-g)) * load_f32(up + 4 * i))
