@@ -8,11 +8,9 @@ row has no address of its own. Products need no sums over lanes, and what is don
 from collections.abc import Callable
 
 import numpy as np
-from numba import types
 
 from quant.errors import QuantError
-from quant.simd.core import I8, I16, define, store
-from quant.simd.memory import load_i64, load_u8, load_u16, load_u32, store_i32, store_i32x16
+from quant.simd.memory import load_i64, load_u8, load_u16, load_u32, store_i8, store_i16, store_i32, store_i32x16
 from quant.simd.rows16 import transpose_strided
 from quant.target.jit import inline, kernel
 
@@ -41,10 +39,6 @@ def plain_blocks(name: str, blocks: np.ndarray) -> np.ndarray:
 def unpack(name: str, plain: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
     """unpack of an interleaved format, uint8 (..., R, row bytes) -> float32 (..., R, columns), by the plain one's."""
     return lambda blocks: plain(plain_blocks(name, blocks))
-
-
-store_i8 = define(types.void, (types.int64, types.int64), lambda b, p, v: store(b, p, b.trunc(v, I8)))
-store_i16 = define(types.void, (types.int64, types.int64), lambda b, p, v: store(b, p, b.trunc(v, I16)))
 
 
 @inline

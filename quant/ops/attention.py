@@ -79,7 +79,7 @@ _hidden = define(f32x16, (f32x16, types.int64), _hide)
 
 
 @inline
-def _add_products(n_rows, a, row_stride, column_stride, b, depth, c):
+def _add_matmul(n_rows, a, row_stride, column_stride, b, depth, c):
     """c[r] += sum over k of a[r][k] * b[k]: rows of 32 floats. Strides of a in bytes."""
     for r in range(0, n_rows, _ROWS):
         rows = min(_ROWS, n_rows - r)
@@ -182,13 +182,13 @@ def _add_keys(a, head, first, begin, state, scores):
     for part in range(a + PARTS, load_i64(a + PARTS_END), PART_BYTES):
         depth, k_row = load_i64(part + DEPTH), load_i64(part + K_ROW)
         k = load_i64(part + K) + load_i64(part + K_HEAD) * shared + k_row * begin
-        _add_products(n_rows, k, k_row, 4, packed, depth, scores)
+        _add_matmul(n_rows, k, k_row, 4, packed, depth, scores)
         packed += _ROW * depth
     _hide_future(scores, n_before + first + 1 - begin, n_rows)
     _fold_in(scores, n_rows, state, width)
     v_row = load_i64(a + V_ROW)
     v = load_i64(a + V) + load_i64(a + V_HEAD) * shared + v_row * begin
-    _add_products(width, v, 4, v_row, scores, n_rows, state + _ROW * 2)
+    _add_matmul(width, v, 4, v_row, scores, n_rows, state + _ROW * 2)
 
 
 @inline
