@@ -47,8 +47,8 @@ class _VectorModel(models.PrimitiveModel):
 i8x16, i8x32, i8x64 = (Vector(I8, lanes, f"i8x{lanes}") for lanes in (16, 32, 64))
 i32x8, i32x16 = (Vector(I32, lanes, f"i32x{lanes}") for lanes in (8, 16))
 f32x8, f32x16, f32x32 = (Vector(F32, lanes, f"f32x{lanes}") for lanes in (8, 16, 32))
-FLOATS = {vector.ir.count: vector for vector in (f32x8, f32x16, f32x32)}  # by lanes
-_MASKS = {lanes: Vector(I1, lanes, f"i1x{lanes}") for lanes in FLOATS}  # what comparisons give: for where()
+FLOATS_BY_LANES = {vector.ir.count: vector for vector in (f32x8, f32x16, f32x32)}
+_MASKS = {lanes: Vector(I1, lanes, f"i1x{lanes}") for lanes in FLOATS_BY_LANES}  # what comparisons give: for where()
 
 # ---- definitions of operations ---------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from numba.core import cgutils
 
 from quant.simd.core import (
     F32,
-    FLOATS,
+    FLOATS_BY_LANES,
     I8,
     I16,
     I32,
@@ -136,12 +136,16 @@ def _round_to_i8(builder, v):
 
 
 def _of_lanes(vector: Vector) -> Vector:
-    return FLOATS[vector.ir.count]
+    return FLOATS_BY_LANES[vector.ir.count]
 
 
 round_to_i8 = define(i8x32, (f32x32,), _round_to_i8)
-to_f32 = define_for_all(1, lambda b, v: b.sitofp(v, FLOATS[v.type.count].ir), _of_lanes)  # signed lanes' values
-as_f32 = define_for_all(1, lambda b, v: b.bitcast(v, FLOATS[v.type.count].ir), _of_lanes)  # lanes' bits, of 32 each
+to_f32 = define_for_all(
+    1, lambda b, v: b.sitofp(v, FLOATS_BY_LANES[v.type.count].ir), _of_lanes
+)  # signed lanes' values
+as_f32 = define_for_all(
+    1, lambda b, v: b.bitcast(v, FLOATS_BY_LANES[v.type.count].ir), _of_lanes
+)  # lanes' bits, of 32 each
 
 # ---- orders of lanes -------------------------------------------------------------------------------------------------
 
