@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import os
 import signal
 import tempfile
 import zlib
@@ -32,6 +33,9 @@ hypothesis.settings.register_profile("localrun", derandomize=True, deadline=None
 hypothesis.settings.load_profile("localrun")
 
 _MOST_PROCESSES = 4  # each holds 1 to 2 GB
+# Threads of torch's and NumPy's libraries spin while they wait for each other: two processes with two threads each take
+# several times as long as with one each.
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")
@@ -103,9 +107,12 @@ def _locked(path: Path, how: int) -> Iterator[None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A kernel that two processes want is compiled by one; the other waits, and finds it in the cache."""
+    """What processes side by side leave to each other: cores, and the compiling of kernels."""
     if not hasattr(config, "workerinput"):
+        if config.getoption("numprocesses", None):
+            os.environ |= _ONE_THREAD
         return
+    # A kernel that two processes want is compiled by one; the other waits, and finds it in the cache.
     folder, cfunc = Path(config.workerinput["locks"]), numba.cfunc
 
     def one_at_a_time(*arguments: Any, **options: Any) -> Callable[[Callable], Any]:

@@ -65,7 +65,7 @@ def _evaluate(path: str, ids: list[int], n_greedy: int) -> np.ndarray:
         raise SystemExit(f"llama.cpp could not load {path}")
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = len(ids) + n_greedy
-    params.n_threads = params.n_threads_batch = 2
+    params.n_threads = params.n_threads_batch = 1  # more would spin, beside those of the suite
     params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
     context = llama_cpp.llama_init_from_model(model, params)
