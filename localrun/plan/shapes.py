@@ -97,7 +97,7 @@ class ModelShape:
         return match is not None and int(match[1]) >= self.config.num_hidden_layers
 
     def groups(self) -> dict[str, list[Tensor]]:
-        """Tensors by the part of the model they belong to: facts.GROUPS, and "mtp"."""
+        """Tensors by the part of the model they belong to: summary.GROUPS, and "mtp"."""
         groups: dict[str, list[Tensor]] = {}
         for tensor in self.tensors:
             group = "mtp" if self.is_nextn(tensor) else group_of(tensor.name)
