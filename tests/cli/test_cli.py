@@ -289,7 +289,7 @@ ERRORS = {
     "chunk of 0": (["perplexity", "-f", __file__, "-c", "0"], "chunks of 0 tokens"),
     "no chunks": (["perplexity", "-f", __file__, "--chunks", "0"], "0 chunks"),
     "no text": (["perplexity", "-f", "-"], "-: is empty"),
-    "imatrix, no text": (["imatrix", "-f", "-", "-o", "/tmp/x"], "-: is empty"),
+    "imatrix, no text": (["imatrix", "-f", "-", "-o", "/tmp/no-text.imatrix"], "-: is empty"),
     "imatrix, no folder": (
         ["imatrix", "-f", __file__, "-o", "/no/such/x"],
         "/no/such/x: folder /no/such does not exist",
