@@ -102,7 +102,7 @@ def test_the_step_is_the_network(variant: str) -> None:
 def test_the_step_is_the_network_quantised(variant: str, mix: str) -> None:
     path = quantised(variant, mix)
     with localrun.load(path, threads=2, ctx=64) as model:
-        ids = naive.steady_prompt(path, 40)
+        ids = naive.steady_prompt(path, 40, like=tiny_models.shared(variant))
         if mix in ("F16", "BF16"):
             assert error(*both_ways(model, ids)) < ROUNDING_TOLERANCE
         else:
@@ -146,7 +146,7 @@ def test_quantised_logits_are_as_exact_as_llama_cpps(variant: str, mix: str) -> 
     """As in test_logits.py; the 16-bit cache costs a hundredth of what rounding activations does."""
     path = quantised(variant, mix)
     twin = tiny_models.shared_twin(path)
-    ids = naive.steady_prompt(twin, 96)
+    ids = naive.steady_prompt(twin, 96, like=tiny_models.shared(variant))
     truth = llama_cpp_oracle.logits(twin, ids)
     theirs = rms_error(llama_cpp_oracle.logits(path, ids), truth)
     with localrun.load(path, threads=2, ctx=128) as model:
