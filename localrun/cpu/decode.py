@@ -164,6 +164,9 @@ class Layers:
         projected = self._vector("queries projected", c.num_attention_heads * c.head_dim)
         keys, values = self._vector("keys", key_width), self._vector("values", value_width)
         self._rows(norm, [(q_proj, projected), (k_proj, keys), (v_proj, values)])
+        q_norm, k_norm = (
+            self._array(names.layer(index, f"self_attn.{part}_norm")) if c.qk_norm else 0 for part in "qk"
+        )
         heads = Heads(
             n_groups=groups, per_group=c.num_attention_heads // groups,
             key_width=c.head_dim, value_width=c.v_head_dim, key_slot=2 * cache_layer, value_slot=2 * cache_layer + 1,
@@ -176,6 +179,10 @@ class Layers:
                 queries,
                 keys,
                 values,
+                q_norm=q_norm,
+                k_norm=k_norm,
+                by_halves=c.rope == "halves",
+                epsilon=c.rms_norm_eps,
                 n_heads=c.num_attention_heads,
                 n_key_heads=groups,
                 head_dim=c.head_dim,

@@ -1,4 +1,4 @@
-"""Attention of both architectures over the 16-bit cache: multi-head latent (MLA) and grouped-query (GQA).
+"""Attention of both kinds over the 16-bit cache: multi-head latent (MLA) and grouped-query (GQA).
 
 Letters: T new tokens, S tokens in the cache (the new ones included), H heads, N heads handled at a time, D hidden_size,
 C kv_lora_rank, R qk_rope_head_dim, P qk_nope_head_dim, V v_head_dim, G key-value heads.
@@ -127,13 +127,16 @@ class GroupedQueryAttention:
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
             weights.linear(names.layer(index, f"self_attn.{part}_proj")) for part in "qkvo"
         )
+        self.q_norm, self.k_norm = (
+            weights.vector(names.layer(index, f"self_attn.{part}_norm")) if config.qk_norm else None for part in "qk"
+        )
 
     def __call__(self, x_TD: torch.Tensor, cache: Cache) -> torch.Tensor:
         """float32 (T, D) of the tokens after cache.length -> (T, D); appends their keys and values to the cache."""
         c, n_tokens = self.config, x_TD.shape[0]
         turns = self.rope.turns(cache.length, n_tokens)
-        q_THd = self._rotate(self.q_proj(x_TD).unflatten(1, (-1, c.head_dim)), turns)
-        k_TGd = self._rotate(self.k_proj(x_TD).unflatten(1, (-1, c.head_dim)), turns)
+        q_THd = self._heads(self.q_proj(x_TD), self.q_norm, turns)
+        k_TGd = self._heads(self.k_proj(x_TD), self.k_norm, turns)
         keys, values = cache.append(self.cache_layer, k_TGd.flatten(1), self.v_proj(x_TD))
         k_SGd = keys.float().unflatten(1, (-1, c.head_dim))
         v_SGV = values.float().unflatten(1, (-1, c.v_head_dim))
@@ -141,9 +144,12 @@ class GroupedQueryAttention:
         self.weights.attend([(q_THd, k_SGd)], v_SGV, self.scale, out_THV)
         return self.o_proj(out_THV.flatten(1))
 
-    def _rotate(self, x_THd: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-        """Rotate the first R of each head's values."""
-        rope_dim = self.config.qk_rope_head_dim
+    def _heads(self, x: torch.Tensor, norm: torch.Tensor | None, turns: torch.Tensor) -> torch.Tensor:
+        """float32 (T, H * d) -> (T, H, d), each head normed if the model does so, its first R values rotated."""
+        c = self.config
+        x_THd, rope_dim = x.unflatten(1, (-1, c.head_dim)), c.qk_rope_head_dim
+        if norm is not None:
+            x_THd = rms_norm(x_THd, (c.head_dim,), norm, c.rms_norm_eps)
         rotated = self.rope.rotate(x_THd[..., :rope_dim], turns)
         return rotated if rope_dim == x_THd.shape[-1] else torch.cat([rotated, x_THd[..., rope_dim:]], -1)
 

@@ -1,7 +1,7 @@
-"""Rotary position embedding on consecutive pairs, with YaRN and linear scaling.
+"""Rotary position embedding, with YaRN and linear scaling.
 
-Both architectures rotate pairs (x[2i], x[2i+1]): DeepSeek's weights are laid out so, and the converter permutes
-llama's. Sources: RoFormer (arXiv 2104.09864), YaRN (arXiv 2309.00071), llama.cpp 3f545becc ggml_rope_yarn and
+Two values are rotated against each other: neighbours, (x[2i], x[2i+1]), or those of two halves, (x[i], x[i+R/2]).
+Sources: RoFormer (arXiv 2104.09864), YaRN (arXiv 2309.00071), llama.cpp 3f545becc ggml_rope_yarn and
 src/models/deepseek2.cpp, deepseek-ai/DeepSeek-V3 inference/model.py.
 """
 
@@ -63,15 +63,17 @@ def attention_scale(config: Config) -> float:
 
 
 def rotation_magnitude(config: Config) -> float:
-    """The length that rotation gives to a unit vector: 1, but for YaRN files without mscale_all_dim."""
+    """The length that rotation gives to a unit vector: 1 without YaRN, or where DeepSeek's file has mscale_all_dim."""
     scaling = config.rope_scaling
-    if scaling is None or scaling.type != "yarn" or scaling.mscale_all_dim is not None:
+    if scaling is None or scaling.type != "yarn":
+        return 1.0
+    if config.attention == "mla" and scaling.mscale_all_dim is not None:
         return 1.0
     return _yarn_mscale(scaling.factor, 1.0)
 
 
 class Rope:
-    """Turns pairs by position.
+    """Turns two values at a time by position.
 
     Attributes:
         frequencies: float64 (R/2,), radians a position.
@@ -81,6 +83,7 @@ class Rope:
     def __init__(self, config: Config, factors: np.ndarray | None = None):
         self.frequencies = frequencies(config, factors)
         self.magnitude = rotation_magnitude(config)
+        self._by_halves = config.rope == "halves"
         self._last: tuple[tuple[int, int], torch.Tensor] | None = None  # what all layers of a step ask for
 
     def turns(self, start: int, n_tokens: int) -> "torch.Tensor":
@@ -93,10 +96,12 @@ class Rope:
             self._last = (start, n_tokens), turns
         return self._last[1]
 
-    @staticmethod
-    def rotate(x_THR: "torch.Tensor", turns: "torch.Tensor") -> "torch.Tensor":
-        """float32 (T, H, R) with each token's pairs turned by its position."""
+    def rotate(self, x_THR: "torch.Tensor", turns: "torch.Tensor") -> "torch.Tensor":
+        """float32 (T, H, R), each token's turned by its position."""
         import torch
 
+        if self._by_halves:
+            turned = torch.complex(*x_THR.chunk(2, -1)) * turns
+            return torch.cat([turned.real, turned.imag], -1)
         pairs = torch.view_as_complex(x_THR.reshape(*x_THR.shape[:-1], -1, 2))
         return torch.view_as_real(pairs * turns).flatten(-2)

@@ -1,7 +1,7 @@
 """Phases between tokens' projections and their attention: queries turned by position, and the new cache rows.
 
 MLA moves queries into latent space with k_b, so that they meet cached latents directly (absorbed attention,
-DeepSeek-V2, arXiv 2405.04434, section 2.1.2); GQA only turns queries and keys.
+DeepSeek-V2, arXiv 2405.04434, section 2.1.2); GQA only norms (Qwen3) and turns queries and keys.
 """
 
 import numpy as np
@@ -35,7 +35,10 @@ from quant.threads.atomics import call_3
 _OWN = ARGUMENTS + 9 * 8
 NOPE, LATENT, KV, KV_NORM, EPSILON, RECORD_BYTES, K_B_INTEGER, K_B_TRANSPOSED = range(_OWN, _OWN + 8 * 8, 8)
 K_B = _OWN + 8 * 8
-N_KEY_HEADS, KEYS, VALUES, VALUE_WIDTH = range(_OWN, _OWN + 4 * 8, 8)
+# Addresses of the norms' weights are 0 if there are none. Pair i is turned: STRIDE * i and GAP behind it.
+(
+    N_KEY_HEADS, KEYS, VALUES, VALUE_WIDTH, Q_NORM, K_NORM, HEAD_EPSILON, STRIDE, GAP,
+) = range(_OWN, _OWN + 9 * 8, 8)  # fmt: skip
 
 
 @inline
@@ -51,15 +54,19 @@ def _query(phase, head, t):
 
 
 @inline
-def _rotate(x, phase, t, out):
-    """The first N_ROPE floats of x, each pair turned by the position of token t; out may be x."""
+def _rotate(x, phase, t, out, stride, gap):
+    """The first N_ROPE floats of x, each pair (stride * i, stride * i + gap) turned by the position of token t.
+
+    Neighbours are stride 2, gap 1; two halves stride 1, gap N_ROPE / 2. out may be x.
+    """
     state = load_i64(phase + STATE)
     turns = load_i64(state + TURNS) + 8 * load_i64(state + N_FREQUENCIES) * t
-    for i in range(0, load_i64(phase + N_ROPE), 2):
-        a, b = load_f32(x + 4 * i), load_f32(x + 4 * i + 4)
-        cos, sin = load_f32(turns + 4 * i), load_f32(turns + 4 * i + 4)
-        store_f32(out + 4 * i, a * cos - b * sin)
-        store_f32(out + 4 * i + 4, a * sin + b * cos)
+    for i in range(load_i64(phase + N_ROPE) // 2):
+        first, second = 4 * stride * i, 4 * (stride * i + gap)
+        a, b = load_f32(x + first), load_f32(x + second)
+        cos, sin = load_f32(turns + 8 * i), load_f32(turns + 8 * i + 4)
+        store_f32(out + first, a * cos - b * sin)
+        store_f32(out + second, a * sin + b * cos)
 
 
 @inline
@@ -108,7 +115,7 @@ def _store_latent(phase, t, work):
     kv, row = load_i64(phase + KV) + 4 * width * t, _cache_row(phase, load_i64(phase + SLOT), width, t)
     rms_norm(kv, load_i64(phase + KV_NORM), bits_to_f32(load_i64(phase + EPSILON)), latent, work)
     _store_f16(work, latent, row)
-    _rotate(kv + 4 * latent, phase, t, work)
+    _rotate(kv + 4 * latent, phase, t, work, 2, 1)
     _store_f16(work, n_rope, row + 2 * latent)
 
 
@@ -126,18 +133,26 @@ def _run_latent(phase, unit, work):
         _into_latent(phase, unit, work)
     for t in range(tokens_of(phase)):
         query = _query(phase, unit, t)
-        _rotate(_projected(phase, unit, t) + 4 * nope, phase, t, query + 4 * latent)
+        _rotate(_projected(phase, unit, t) + 4 * nope, phase, t, query + 4 * latent, 2, 1)
         scale(bits_to_f32(load_i64(phase + SCALE)), latent + n_rope, query)
 
 
 @inline
+def _norm_and_rotate(head, norm, phase, t, out):
+    """A head's query or key, normed in place if there is a norm; its first N_ROPE values, rotated, to out."""
+    if norm != 0:
+        rms_norm(head, norm, bits_to_f32(load_i64(phase + HEAD_EPSILON)), load_i64(phase + PROJECTED_WIDTH), head)
+    _rotate(head, phase, t, out, load_i64(phase + STRIDE), load_i64(phase + GAP))
+
+
+@inline
 def _store_keys_and_values(phase, t, work):
-    """Token t's cache rows: keys, rotated, and values."""
+    """Token t's cache rows: keys, normed and rotated, and values."""
     slot, row_width, n_values = load_i64(phase + SLOT), load_i64(phase + ROW_WIDTH), load_i64(phase + VALUE_WIDTH)
     width, n_rope = load_i64(phase + PROJECTED_WIDTH), load_i64(phase + N_ROPE)
     keys, row = load_i64(phase + KEYS) + 4 * row_width * t, _cache_row(phase, slot, row_width, t)
     for g in range(load_i64(phase + N_KEY_HEADS)):
-        _rotate(keys + 4 * width * g, phase, t, work)
+        _norm_and_rotate(keys + 4 * width * g, load_i64(phase + K_NORM), phase, t, work)
         _store_f16(work, n_rope, row + 2 * width * g)
         _store_f16(keys + 4 * (width * g + n_rope), width - n_rope, row + 2 * (width * g + n_rope))
     _store_f16(load_i64(phase + VALUES) + 4 * n_values * t, n_values, _cache_row(phase, slot + 1, n_values, t))
@@ -145,14 +160,14 @@ def _store_keys_and_values(phase, t, work):
 
 @kernel("void(int64, int64, int64)")
 def _run_grouped(phase, unit, work):
-    """GQA. Unit h: head h's queries, rotated. The last unit: the cache rows."""
+    """GQA. Unit h: head h's queries, normed and rotated. The last unit: the cache rows."""
     width, n_rope = load_i64(phase + PROJECTED_WIDTH), load_i64(phase + N_ROPE)
     for t in range(tokens_of(phase)):
         if unit == load_i64(phase + N_HEADS):
             _store_keys_and_values(phase, t, work)
         else:
             q, query = _projected(phase, unit, t), _query(phase, unit, t)
-            _rotate(q, phase, t, query)
+            _norm_and_rotate(q, load_i64(phase + Q_NORM), phase, t, query)
             for i in range(n_rope, width):
                 store_f32(query + 4 * i, load_f32(q + 4 * i))
             scale(bits_to_f32(load_i64(phase + SCALE)), width, query)
@@ -201,6 +216,10 @@ def grouped_queries_phase(
     keys: int,
     values: int,
     *,
+    q_norm: int,
+    k_norm: int,
+    by_halves: bool,
+    epsilon: float,
     n_heads: int,
     n_key_heads: int,
     head_dim: int,
@@ -216,9 +235,12 @@ def grouped_queries_phase(
         projected, keys: addresses of float32 (T, H, head_dim) and (T, G, head_dim).
         values: address of float32 (T, value_width), all key heads' together.
         queries: address of float32 (T, H, query_width), where turned queries go, times `scale`.
+        q_norm, k_norm: addresses of float32 (head_dim,), the weights of each head's norm; 0 for none.
+        by_halves: whether dimension i is turned against i + n_rope / 2, not against its neighbour.
     """
+    stride, gap = (1, n_rope // 2) if by_halves else (2, 1)
     words = [
         projected, head_dim, n_heads, queries, query_width, float_bits(scale), n_rope, slot, n_key_heads * head_dim,
-        n_key_heads, keys, values, value_width,
+        n_key_heads, keys, values, value_width, q_norm, k_norm, float_bits(epsilon), stride, gap,
     ]  # fmt: skip
     return Phase(NOTHING, _run_grouped, n_heads + 1, words, padded(4 * n_rope))

@@ -1,4 +1,6 @@
-"""A slow, obvious forward pass of deepseek2 and llama in float64 NumPy: the third opinion after llama.cpp and HF.
+"""A slow, obvious forward pass in float64 NumPy: the third opinion after llama.cpp and HF.
+
+deepseek2, llama and qwen3moe.
 
 Attention decompresses every head's keys and values and loops over heads; experts loop over tokens. Written from the
 papers and the references: DeepSeek-V2 (arXiv 2405.04434, eqs. 9-19 for MLA), DeepSeek-V3 (arXiv 2412.19437, eqs. 12-16
@@ -56,6 +58,14 @@ def rotate_pairs(x: Array, positions: Array, frequencies: Array, magnitude: floa
     cos, sin = np.cos(angles) * magnitude, np.sin(angles) * magnitude
     even, odd = x[..., 0::2], x[..., 1::2]
     return np.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
+
+
+def rotate_halves(x: Array, positions: Array, frequencies: Array, magnitude: float = 1.0) -> Array:
+    """RoPE on (x[i], x[i + n/2]) of the last axis, n values long; else as rotate_pairs."""
+    angles = positions.reshape(-1, *[1] * (x.ndim - 1)) * frequencies
+    cos, sin = np.cos(angles) * magnitude, np.sin(angles) * magnitude
+    first, second = np.split(x, 2, axis=-1)
+    return np.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
 
 
 def attend(q: Array, k: Array, v: Array, scale: float) -> Array:
@@ -140,7 +150,8 @@ class Naive:
 
     def _rope(self) -> tuple[Array, float, float]:
         """(frequencies, magnitude of cos and sin, factor on the attention scale)."""
-        n_dims, base = self.meta["rope.dimension_count"], self.meta["rope.freq_base"]
+        n_dims, base = self.meta.get("rope.dimension_count"), self.meta["rope.freq_base"]
+        n_dims = n_dims or self.meta["attention.key_length"]
         kind, factor = self.meta.get("rope.scaling.type"), self.meta.get("rope.scaling.factor", 1.0)
         plain = base ** (-2.0 * np.arange(n_dims // 2) / n_dims)
         if kind == "linear":
@@ -148,6 +159,8 @@ class Naive:
         if kind is None:
             return plain / self.tensors.get("rope_freqs.weight", 1.0), 1.0, 1.0
         frequencies = yarn_frequencies(n_dims, base, factor, self.meta["rope.scaling.original_context_length"])
+        if self.architecture == "qwen3moe":
+            return frequencies, 1 + 0.1 * math.log(factor), 1.0
         multiplier = self.meta.get("rope.scaling.yarn_log_multiplier")
         if multiplier is None:  # llama.cpp: both the rotated parts and the scale grow (no published config does this)
             mscale = 1 + 0.1 * math.log(factor)
@@ -191,7 +204,7 @@ class Naive:
             gates, ups = np.split(w["ffn_gate_up_exps.weight"], 2, axis=1)
         else:
             gates, ups = w["ffn_gate_exps.weight"], w["ffn_up_exps.weight"]
-        out = self._mlp(h, w, "_shexp")
+        out = self._mlp(h, w, "_shexp") if "ffn_gate_shexp.weight" in w else np.zeros_like(h)
         for t, logits in enumerate(h @ w["ffn_gate_inp.weight"].T):
             experts, weights, margin = route(logits, w.get("exp_probs_b.bias"), routing)
             self.margins[t] = min(self.margins[t], margin)
@@ -204,7 +217,7 @@ class Naive:
         return Routing(
             scoring_func="softmax" if softmax_gate else "sigmoid",
             num_experts_per_tok=self.meta["expert_used_count"],
-            norm_topk_prob=self.meta.get("expert_weights_norm", False),
+            norm_topk_prob=self.meta.get("expert_weights_norm", self.architecture == "qwen3moe"),
             routed_scaling_factor=self.meta.get("expert_weights_scale", 1.0),
             n_group=self.meta.get("expert_group_count", 1),
             topk_group=self.meta.get("expert_group_used_count", 1),
@@ -216,10 +229,12 @@ class Naive:
         q = (h @ w["attn_q.weight"].T).reshape(len(h), self.n_heads, -1)
         k = (h @ w["attn_k.weight"].T).reshape(len(h), n_kv, -1)
         v = (h @ w["attn_v.weight"].T).reshape(len(h), n_kv, -1)
+        if "attn_q_norm.weight" in w:
+            q, k = (rms_norm(x, w[f"attn_{part}_norm.weight"], self.eps) for part, x in (("q", q), ("k", k)))
         frequencies, magnitude, _ = self._rope()
         positions = np.arange(len(h))
-        q = rotate_pairs(q, positions, frequencies, magnitude)
-        k = rotate_pairs(k, positions, frequencies, magnitude)
+        rotate = rotate_halves if self.architecture == "qwen3moe" else rotate_pairs
+        q, k = (rotate(x, positions, frequencies, magnitude) for x in (q, k))
         scale = 1 / math.sqrt(q.shape[-1])
         shared_by = self.n_heads // n_kv
         heads = [attend(q[:, i], k[:, i // shared_by], v[:, i // shared_by], scale) for i in range(self.n_heads)]

@@ -171,8 +171,16 @@ class RandomWeights:
             for seed, (part, shape) in enumerate(shapes.items(), start=10)
         }
 
+        self.norms = {
+            f"blk.0.attn_{part}_norm.weight": 1 + 0.3 * random(config.head_dim, seed=seed)
+            for seed, part in enumerate("qk")
+        }
+
     def linear(self, name: str):
         return lambda x: x @ self.matrices[name].T
+
+    def vector(self, name: str) -> torch.Tensor:
+        return self.norms[name]
 
 
 GQA = Config(
@@ -188,6 +196,8 @@ SHAPES = {
     "values shorter than keys": {"v_head_dim": 8},
     "half of the head rotated": {"qk_rope_head_dim": 8},
     "positions stretched": {"rope_scaling": RopeScaling("linear", 4.0)},
+    "rotated by halves": {"rope": "halves"},
+    "normed heads, half of each rotated by halves": {"rope": "halves", "qk_norm": True, "qk_rope_head_dim": 8},
 }
 
 
@@ -200,7 +210,10 @@ def torch_gqa(config: Config, weights: RandomWeights, x_TD: torch.Tensor) -> tor
 
     def rotated_heads(part: str) -> torch.Tensor:
         heads = (x_TD @ w[part].T).unflatten(1, (-1, c.head_dim)).numpy()
-        turned = naive.rotate_pairs(heads[..., : c.qk_rope_head_dim], positions, frequencies)
+        if c.qk_norm:
+            heads = naive.rms_norm(heads, weights.norms[f"blk.0.attn_{part}_norm.weight"].numpy(), c.rms_norm_eps)
+        rotate = naive.rotate_halves if c.rope == "halves" else naive.rotate_pairs
+        turned = rotate(heads[..., : c.qk_rope_head_dim], positions, frequencies)
         return torch.from_numpy(np.concatenate([turned, heads[..., c.qk_rope_head_dim :]], axis=-1)).transpose(0, 1)
 
     v_GTV = (x_TD @ w["v"].T).unflatten(1, (-1, c.v_head_dim)).transpose(0, 1)

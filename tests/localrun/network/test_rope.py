@@ -135,6 +135,25 @@ def test_rotation_by_hand(start: int, mscale: float | None) -> None:
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=3e-6)
 
 
+def test_rotation_by_halves() -> None:
+    """The same as of neighbours, once what is rotated together lies side by side."""
+    x = torch.randn(3, 2, 64, generator=torch.Generator().manual_seed(0))
+    rope = Rope(dataclasses.replace(LLAMA, rope="halves"))
+    side_by_side = x.unflatten(-1, (2, 32)).transpose(-1, -2).flatten(-2)
+    expected = rotated_by_hand(side_by_side, 9, frequencies(LLAMA).tolist(), 1.0)
+    apart = expected.unflatten(-1, (32, 2)).transpose(-1, -2).flatten(-2)
+    found = rope.rotate(x, rope.turns(9, 3))
+    assert found.dtype == torch.float32 and found.shape == x.shape
+    torch.testing.assert_close(found.double(), apart, rtol=0, atol=3e-6)  # as above
+
+
+def test_yarn_of_grouped_queries_is_longer_vectors_and_no_other_scale() -> None:
+    """As in llama.cpp and transformers: 1 + 0.1 ln factor on queries and keys alike."""
+    config = dataclasses.replace(LLAMA, rope_scaling=yarn(factor=4.0, mscale=None))
+    assert attention_scale(config) == 1 / 8
+    assert rotation_magnitude(config) == pytest.approx(1.1386294)
+
+
 def test_rotation_uses_the_factors() -> None:
     x = torch.randn(2, 1, 64, generator=torch.Generator().manual_seed(0))
     rope = Rope(LLAMA, np.full(32, 2.0, np.float32))

@@ -1,0 +1,51 @@
+"""The declarations of architectures: what holds for all of them, without a file."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from localrun.models.architecture import Architecture
+from localrun.models.config import Config
+from localrun.models.registry import ARCHITECTURES
+from localrun.plan.shapes import from_config, known_models, load_model
+
+FIELDS = {field.name for field in dataclasses.fields(Config)}
+
+
+def test_a_module_has_one_name_whatever_the_architecture() -> None:
+    """names.layer knows no architecture."""
+    names: dict[str, set[str]] = {}
+    for architecture in ARCHITECTURES.values():
+        for tensor in architecture.layer:
+            names.setdefault(tensor.module, set()).add(tensor.name)
+    assert {module: found for module, found in names.items() if len(found) > 1} == {}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_names_are_given_once(architecture: Architecture) -> None:
+    fields = [key.field for key in architecture.keys if key.field]
+    for tensors in (architecture.ends, architecture.layer):
+        for names in ([tensor.name for tensor in tensors], [tensor.module for tensor in tensors]):
+            assert len(set(names)) == len(names)
+    for names in ([key.name for key in architecture.keys], fields):
+        assert len(set(names)) == len(names)
+    assert {*fields, *architecture.constants} <= FIELDS
+    assert {"attention", "rope"} <= architecture.constants.keys()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_presence_depends_on_modules_of_the_layer(architecture: Architecture) -> None:
+    for tensors in (architecture.ends, architecture.layer):
+        modules = {tensor.module for tensor in tensors}
+        assert {name for t in tensors for name in (t.with_module, t.without_module) if name} <= modules
+
+
+@pytest.mark.parametrize("name", known_models())
+def test_a_configuration_goes_to_config_json_and_back(name: str) -> None:
+    """What `localrun plan` makes its probes of."""
+    config = dataclasses.replace(load_model(name).config, rope_scaling=None, rope_theta=10000.0)
+    values = ARCHITECTURES[config.architecture].settings(config)
+    assert from_config(values | {"tie_word_embeddings": False}, Path(name)).config == config
