@@ -3,10 +3,12 @@
 from localrun.models.architecture import Architecture
 from localrun.models.deepseek2 import DEEPSEEK2
 from localrun.models.llama import LLAMA
+from localrun.models.qwen3moe import QWEN3MOE
 
 _DECLARED: tuple[Architecture, ...] = (
     DEEPSEEK2,
     LLAMA,
+    QWEN3MOE,
 )
 ARCHITECTURES = {architecture.name: architecture for architecture in _DECLARED}
 CHECKPOINTS = {name: architecture for architecture in ARCHITECTURES.values() for name in architecture.checkpoints}

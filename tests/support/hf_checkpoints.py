@@ -54,6 +54,20 @@ LLAMA = {
     "head_dim": 32,
     "max_position_embeddings": 1024,
 }
+QWEN3_MOE = {
+    "vocab_size": 320,
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "moe_intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 1024,
+}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -66,7 +80,7 @@ PROMPT = [3, 17, 200, 5, 9, 80, 41, 7, 7, 250, 11, 13, 319, 0, 64, 128]
 
 
 def make(kind: str, config: dict[str, Any], seed: int = 0) -> torch.nn.Module:
-    """A model of transformers' class (DeepseekV3, DeepseekV2 or Llama), random weights in float32."""
+    """A model of transformers' class (DeepseekV3, DeepseekV2, Llama or Qwen3Moe), random weights in float32."""
     import transformers
 
     settings = getattr(transformers, f"{kind}Config")(**config, attn_implementation="eager")

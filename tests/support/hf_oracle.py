@@ -1,4 +1,5 @@
-"""transformers' logits for a tiny deepseek2 file: DeepseekV2ForCausalLM for a softmax gate, DeepseekV3 for a sigmoid.
+"""transformers' logits for a tiny file: deepseek2 by DeepseekV2ForCausalLM for a softmax gate, DeepseekV3 for a
+sigmoid; qwen3moe by Qwen3MoeForCausalLM, whose tensors a GGUF holds as they are.
 
 The GGUF is read back by gguf-py and its tensors are renamed to the checkpoint's (the inverse of llama.cpp's
 conversion/deepseek.py): k_b is transposed and merged with v_b into kv_b_proj, gate and up experts are stacked. Rotary
@@ -29,6 +30,10 @@ _LAYER = {
     "attn_kv_a_norm.weight": "self_attn.kv_a_layernorm.weight",
     "attn_kv_b.weight": "self_attn.kv_b_proj.weight",
     "attn_output.weight": "self_attn.o_proj.weight",
+    "attn_k.weight": "self_attn.k_proj.weight",
+    "attn_v.weight": "self_attn.v_proj.weight",
+    "attn_q_norm.weight": "self_attn.q_norm.weight",
+    "attn_k_norm.weight": "self_attn.k_norm.weight",
     "ffn_norm.weight": "post_attention_layernorm.weight",
     "ffn_gate_inp.weight": "mlp.gate.weight",
     "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
@@ -77,15 +82,19 @@ def logits(path: Path | str, ids: list[int]) -> np.ndarray:
 
 
 def _model_class(config: PreTrainedConfig) -> type:
-    from transformers import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM
+    from transformers import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM, Qwen3MoeForCausalLM
 
-    return {"deepseek_v2": DeepseekV2ForCausalLM, "deepseek_v3": DeepseekV3ForCausalLM}[config.model_type]
+    classes = DeepseekV2ForCausalLM, DeepseekV3ForCausalLM, Qwen3MoeForCausalLM
+    return {each.config_class.model_type: each for each in classes}[config.model_type]
 
 
 def _config(metadata: dict[str, object], tensors: dict[str, np.ndarray]) -> PreTrainedConfig:
     from transformers import DeepseekV2Config, DeepseekV3Config
 
-    meta = {key.removeprefix("deepseek2."): value for key, value in metadata.items()}
+    architecture = metadata["general.architecture"]
+    meta = {key.removeprefix(f"{architecture}."): value for key, value in metadata.items()}
+    if architecture == "qwen3moe":
+        return _qwen3_moe_config(meta, tensors)
     softmax = meta.get("expert_gating_func", 1) == 1
     n_rope = meta["rope.dimension_count"]
     qk_head_dim = meta.get("attention.key_length_mla", meta["attention.key_length"])
@@ -120,6 +129,33 @@ def _config(metadata: dict[str, object], tensors: dict[str, np.ndarray]) -> PreT
         method = "group_limited_greedy" if fields["n_group"] > 1 else "greedy"
         return DeepseekV2Config(**fields, topk_method=method)
     return DeepseekV3Config(**fields, rope_interleave=True, num_mtp_layers=0)
+
+
+def _qwen3_moe_config(meta: dict[str, object], tensors: dict[str, np.ndarray]) -> PreTrainedConfig:
+    from transformers import Qwen3MoeConfig
+
+    rope = {"rope_type": "default", "rope_theta": float(meta["rope.freq_base"])}
+    if "rope.scaling.type" in meta:
+        rope |= {"rope_type": meta["rope.scaling.type"], "factor": float(meta["rope.scaling.factor"])}
+        rope["original_max_position_embeddings"] = meta["rope.scaling.original_context_length"]
+    return Qwen3MoeConfig(
+        vocab_size=meta["vocab_size"],
+        hidden_size=meta["embedding_length"],
+        intermediate_size=meta["feed_forward_length"],
+        moe_intermediate_size=meta["expert_feed_forward_length"],
+        num_hidden_layers=meta["block_count"],
+        num_attention_heads=meta["attention.head_count"],
+        num_key_value_heads=meta["attention.head_count_kv"],
+        head_dim=meta["attention.key_length"],
+        num_experts=meta["expert_count"],
+        num_experts_per_tok=meta["expert_used_count"],
+        norm_topk_prob=True,
+        max_position_embeddings=meta["context_length"],
+        rms_norm_eps=float(meta["attention.layer_norm_rms_epsilon"]),
+        tie_word_embeddings="output.weight" not in tensors,
+        rope_parameters=rope,
+        attn_implementation="eager",
+    )
 
 
 def _rope_parameters(meta: dict[str, object]) -> dict[str, object]:

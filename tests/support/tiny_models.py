@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import ggml
 import gguf
@@ -94,7 +95,37 @@ class Llama:
     rms_norm_eps: float = 1e-5
 
 
-Variant = str | Deepseek2 | Llama  # by name, or as it is
+@dataclass(frozen=True)
+class Qwen3Moe:
+    """One qwen3moe model: normed heads, rotated by halves, and experts in every layer."""
+
+    hidden_size: int = 256
+    intermediate_size: int = 320  # of no layer
+    moe_intermediate_size: int = 96
+    num_hidden_layers: int = 3
+    num_attention_heads: int = 6
+    num_key_value_heads: int = 2
+    head_dim: int = 32
+    vocab_size: int = 320
+    n_routed_experts: int = 16
+    num_experts_per_tok: int = 4
+    rope_theta: float = 1e6
+    yarn_factor: float | None = None
+    original_max_position_embeddings: int = 256
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    steady_routing: bool = False
+    # Where Deepseek2 has a choice.
+    scoring_func: ClassVar[str] = "softmax"
+    norm_topk_prob: ClassVar[bool] = True
+    e_score_correction_bias: ClassVar[bool] = False
+    n_shared_experts: ClassVar[int] = 0
+    routed_scaling_factor: ClassVar[None] = None
+    fused_gate_up: ClassVar[bool] = False
+
+
+Model = Deepseek2 | Llama | Qwen3Moe
+Variant = str | Model  # by name, or as it is
 
 # V2-Lite and Moonlight have no q_lora; llama.cpp tells that by the layer count (26 or 27), hence so deep and narrow.
 _LITE = {
@@ -131,7 +162,7 @@ _WIDE = {
     "steady_routing": True,
 }
 
-VARIANTS: dict[str, Deepseek2 | Llama] = {
+VARIANTS: dict[str, Model] = {
     "v2-lite": Deepseek2(**_V2 | _LITE | {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}),
     "v2": Deepseek2(**_V2 | {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 16.0}),
     "v2-no-groups": Deepseek2(**_V2 | {"routed_scaling_factor": 16.0}),
@@ -162,6 +193,11 @@ VARIANTS: dict[str, Deepseek2 | Llama] = {
     "llama-linear-rope": Llama(rope_linear_factor=4.0),
     "llama-mha": Llama(num_key_value_heads=6, head_dim=64, rms_norm_eps=0.1),
     "llama-wide": Llama(num_attention_heads=8, num_key_value_heads=4, head_dim=64, intermediate_size=512),
+    "qwen3moe": Qwen3Moe(),
+    "qwen3moe-yarn": Qwen3Moe(yarn_factor=4.0, num_key_value_heads=1, tie_word_embeddings=True),
+    "qwen3moe-wide": Qwen3Moe(
+        num_attention_heads=8, head_dim=64, moe_intermediate_size=256, rms_norm_eps=1e-3, steady_routing=True
+    ),
 }
 
 # As small as a model can be, for what is computed by an interpreter.
@@ -191,6 +227,9 @@ _PROMPT_SEED = {  # found by search, checked by test_logits.py; the deep models 
     "v3-large-eps": 0,
     "kimi-k2": 10,
     "wide-odd": 1,
+    "qwen3moe": 22,
+    "qwen3moe-yarn": 6,
+    "qwen3moe-wide": 7,
 }
 
 _N_TAGS = 8  # leading hidden dimensions that only the embedding writes, where steady_routing reads the experts from
@@ -204,13 +243,18 @@ def tiny_model(path: Path | str, variant: Variant, *, type: Types = "F32", seed:
     """
     model = VARIANTS[variant] if isinstance(variant, str) else variant
     tensors = _Weights(seed).of(model)
-    writer = gguf.GGUFWriter(path, "llama" if isinstance(model, Llama) else "deepseek2")
+    writer = gguf.GGUFWriter(path, type_name(model))
     _write_metadata(writer, model, f"{_name_of(variant)}, seed {seed}")
     for name, values in tensors.items():
         kind = _type_of(name, values.shape, type)
         writer.add_tensor(name, ggml.quantize(values, kind), raw_dtype=kind)
     _write(writer)
     return Path(path)
+
+
+def type_name(model: Model) -> str:
+    """general.architecture."""
+    return type(model).__name__.lower()
 
 
 def _name_of(variant: Variant) -> str:
@@ -314,9 +358,9 @@ class _Weights:
     def _norm(self, name: str, n: int) -> np.ndarray:
         return 1 + 0.1 * self._normal(name, n)
 
-    def of(self, m: Deepseek2 | Llama) -> dict[str, np.ndarray]:
+    def of(self, m: Model) -> dict[str, np.ndarray]:
         embedding = self._normal("token_embd.weight", m.vocab_size, m.hidden_size)
-        if isinstance(m, Deepseek2) and m.steady_routing:
+        if not isinstance(m, Llama) and m.steady_routing:
             embedding[:, :_N_TAGS] = np.sign(embedding[:, :_N_TAGS]) * 2
         tensors = {
             "token_embd.weight": embedding,
@@ -328,6 +372,10 @@ class _Weights:
             tensors["output.weight"] = self._matrix("output.weight", m.vocab_size, m.hidden_size)
         if isinstance(m, Llama):
             return tensors | self._llama(m)
+        if isinstance(m, Qwen3Moe):
+            for blk in (f"blk.{i}." for i in range(m.num_hidden_layers)):
+                tensors |= self._gqa(m, blk) | self._head_norms(m, blk) | self._moe(m, blk)
+            return tensors
         for i in range(m.num_hidden_layers + m.num_nextn_predict_layers):
             tensors |= self._mla(m, f"blk.{i}.")
             tensors |= self._dense(m, f"blk.{i}.") if i < m.first_k_dense_replace else self._moe(m, f"blk.{i}.")
@@ -335,7 +383,7 @@ class _Weights:
             tensors |= self._nextn(m, f"blk.{i}.nextn.")
         return tensors
 
-    def _residual_gain(self, m: Deepseek2 | Llama) -> float:
+    def _residual_gain(self, m: Model) -> float:
         """Two branches a layer add up to about the embedding's own variance over all layers."""
         return 1.5 / np.sqrt(2 * m.num_hidden_layers)
 
@@ -367,14 +415,14 @@ class _Weights:
         w["attn_output.weight"] = self._writer(m, blk + "attn_output", d, heads * v)
         return {blk + name: values for name, values in w.items()}
 
-    def _writer(self, m: Deepseek2 | Llama, name: str, *shape: int, gain: float = 1.0) -> np.ndarray:
+    def _writer(self, m: Model, name: str, *shape: int, gain: float = 1.0) -> np.ndarray:
         """A matrix whose output is added to the residual stream: the routing tags are left as they are."""
         matrix = self._matrix(name, *shape, gain=gain * self._residual_gain(m))
-        if isinstance(m, Deepseek2) and m.steady_routing:
+        if not isinstance(m, Llama) and m.steady_routing:
             matrix[..., :_N_TAGS, :] = 0
         return matrix
 
-    def _mlp(self, m: Deepseek2 | Llama, blk: str, suffix: str, width: int, *stack: int) -> dict[str, np.ndarray]:
+    def _mlp(self, m: Model, blk: str, suffix: str, width: int, *stack: int) -> dict[str, np.ndarray]:
         # silu(gate) * up has a standard deviation near 0.6 for unit gate and up: 1.6 brings the output back to 1.
         return {
             f"{blk}ffn_gate{suffix}.weight": self._matrix(f"{blk}ffn_gate{suffix}", *stack, width, m.hidden_size),
@@ -384,11 +432,11 @@ class _Weights:
             ),
         }
 
-    def _dense(self, m: Deepseek2 | Llama, blk: str) -> dict[str, np.ndarray]:
+    def _dense(self, m: Model, blk: str) -> dict[str, np.ndarray]:
         norm = {blk + "ffn_norm.weight": self._norm(blk + "ffn_norm", m.hidden_size)}
         return norm | self._mlp(m, blk, "", m.intermediate_size)
 
-    def _moe(self, m: Deepseek2, blk: str) -> dict[str, np.ndarray]:
+    def _moe(self, m: Deepseek2 | Qwen3Moe, blk: str) -> dict[str, np.ndarray]:
         w = {
             blk + "ffn_norm.weight": self._norm(blk + "ffn_norm", m.hidden_size),
             blk + "ffn_gate_inp.weight": self._router(m, blk + "ffn_gate_inp"),
@@ -396,8 +444,11 @@ class _Weights:
         if m.e_score_correction_bias:
             w[blk + "exp_probs_b.bias"] = 0.2 * self._normal(blk + "exp_probs_b", m.n_routed_experts)
         w |= self._mlp(m, blk, "_exps", m.moe_intermediate_size, m.n_routed_experts)
-        w |= self._mlp(m, blk, "_shexp", m.moe_intermediate_size * m.n_shared_experts)
-        if m.scoring_func == "softmax":  # unnormalised probabilities are near 1/experts: bring the sum back to 1
+        if m.n_shared_experts:
+            w |= self._mlp(m, blk, "_shexp", m.moe_intermediate_size * m.n_shared_experts)
+        if (
+            m.scoring_func == "softmax" and not m.norm_topk_prob
+        ):  # unnormalised probabilities are near 1/experts: bring the sum back to 1
             total = m.num_experts_per_tok / m.n_routed_experts * (m.routed_scaling_factor or 1.0)
             w[blk + "ffn_down_exps.weight"] /= np.float32(total)
         if m.fused_gate_up:
@@ -405,7 +456,7 @@ class _Weights:
             w[blk + "ffn_gate_up_exps.weight"] = np.concatenate([gate, up], axis=1)
         return w
 
-    def _router(self, m: Deepseek2, name: str) -> np.ndarray:
+    def _router(self, m: Deepseek2 | Qwen3Moe, name: str) -> np.ndarray:
         router = self._matrix(name, m.n_routed_experts, m.hidden_size, gain=2.0)
         if m.steady_routing:
             router[:, _N_TAGS:] = 0
@@ -421,17 +472,29 @@ class _Weights:
             w[f"{matrix}.weight"] = self._matrix(blk + matrix, m.vocab_size, d)
         return {blk + name: values for name, values in w.items()}
 
+    def _gqa(self, m: Llama | Qwen3Moe, blk: str) -> dict[str, np.ndarray]:
+        d, q_width, kv_width = m.hidden_size, m.num_attention_heads * m.head_dim, m.num_key_value_heads * m.head_dim
+        return {
+            blk + "attn_norm.weight": self._norm(blk + "attn_norm", d),
+            blk + "attn_q.weight": self._matrix(blk + "attn_q", q_width, d, gain=1.5),
+            blk + "attn_k.weight": self._matrix(blk + "attn_k", kv_width, d),
+            blk + "attn_v.weight": self._matrix(blk + "attn_v", kv_width, d),
+            blk + "attn_output.weight": self._writer(m, blk + "attn_output", d, q_width),
+        }
+
+    def _head_norms(self, m: Qwen3Moe, blk: str) -> dict[str, np.ndarray]:
+        """Far from 1, and queries' from keys': a norm that is left out, or the other's, shows."""
+        return {
+            f"{blk}attn_{part}_norm.weight": gain + 0.3 * self._normal(f"{blk}attn_{part}_norm", m.head_dim)
+            for part, gain in (("q", np.float32(1.5)), ("k", np.float32(1)))
+        }
+
     def _llama(self, m: Llama) -> dict[str, np.ndarray]:
-        w, d, head = {}, m.hidden_size, m.head_dim
+        w = {}
         for blk in (f"blk.{i}." for i in range(m.num_hidden_layers)):
-            w[blk + "attn_norm.weight"] = self._norm(blk + "attn_norm", d)
-            w[blk + "attn_q.weight"] = self._matrix(blk + "attn_q", m.num_attention_heads * head, d, gain=1.5)
-            w[blk + "attn_k.weight"] = self._matrix(blk + "attn_k", m.num_key_value_heads * head, d)
-            w[blk + "attn_v.weight"] = self._matrix(blk + "attn_v", m.num_key_value_heads * head, d)
-            w[blk + "attn_output.weight"] = self._writer(m, blk + "attn_output", d, m.num_attention_heads * head)
-            w |= self._dense(m, blk)
+            w |= self._gqa(m, blk) | self._dense(m, blk)
         if m.rope_freqs:  # llama 3.1's divisors: 1 for high frequencies, growing to 8 for low ones
-            w["rope_freqs.weight"] = np.linspace(1, 8, head // 2, dtype=np.float32)
+            w["rope_freqs.weight"] = np.linspace(1, 8, m.head_dim // 2, dtype=np.float32)
         return w
 
 
@@ -446,7 +509,7 @@ def _type_of(name: str, shape: tuple[int, ...], types: Types) -> GGMLQuantizatio
     return GGMLQuantizationType.F16
 
 
-def _write_metadata(writer: gguf.GGUFWriter, m: Deepseek2 | Llama, name: str) -> None:
+def _write_metadata(writer: gguf.GGUFWriter, m: Model, name: str) -> None:
     prefix = writer.arch + "."
 
     def u32(key: str, value: int) -> None:
@@ -464,6 +527,8 @@ def _write_metadata(writer: gguf.GGUFWriter, m: Deepseek2 | Llama, name: str) ->
     writer.add_float32(prefix + "attention.layer_norm_rms_epsilon", m.rms_norm_eps)
     if isinstance(m, Llama):
         _write_llama_metadata(writer, m)
+    elif isinstance(m, Qwen3Moe):
+        _write_qwen3moe_metadata(writer, m)
     else:
         _write_deepseek2_metadata(writer, m)
 
@@ -479,6 +544,25 @@ def _write_llama_metadata(writer: gguf.GGUFWriter, m: Llama) -> None:
     if m.rope_linear_factor is not None:
         writer.add_string("llama.rope.scaling.type", "linear")
         writer.add_float32("llama.rope.scaling.factor", m.rope_linear_factor)
+
+
+def _write_qwen3moe_metadata(writer: gguf.GGUFWriter, m: Qwen3Moe) -> None:
+    counts = {
+        "block_count": m.num_hidden_layers,
+        "attention.head_count_kv": m.num_key_value_heads,
+        "attention.key_length": m.head_dim,
+        "attention.value_length": m.head_dim,
+        "expert_count": m.n_routed_experts,
+        "expert_used_count": m.num_experts_per_tok,
+        "expert_feed_forward_length": m.moe_intermediate_size,
+    }
+    for key, value in counts.items():
+        writer.add_uint32("qwen3moe." + key, value)
+    writer.add_float32("qwen3moe.rope.freq_base", m.rope_theta)
+    if m.yarn_factor is not None:
+        writer.add_string("qwen3moe.rope.scaling.type", "yarn")
+        writer.add_float32("qwen3moe.rope.scaling.factor", m.yarn_factor)
+        writer.add_uint32("qwen3moe.rope.scaling.original_context_length", m.original_max_position_embeddings)
 
 
 def _write_deepseek2_metadata(writer: gguf.GGUFWriter, m: Deepseek2) -> None:

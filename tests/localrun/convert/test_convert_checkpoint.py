@@ -296,6 +296,48 @@ def test_what_has_no_place_in_a_llama_gguf_is_refused_in_one_line(case: str, tmp
         make_plan(folder, tmp_path / "x.gguf", Options(mix="F32"))
 
 
+QWEN3_MOE_UNSUITED: dict[str, tuple[dict[str, Any], str]] = {
+    "weights as they are": ({"norm_topk_prob": False}, "norm_topk_prob is False"),
+    "nothing said of weights": ({"norm_topk_prob": None}, "norm_topk_prob is False"),
+    "dense layers between": ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
+    "dense layers by number": ({"mlp_only_layers": [0]}, "mlp_only_layers is [0]"),
+    "biases": ({"attention_bias": True}, "attention_bias is True"),
+    "a window": ({"use_sliding_window": True}, "use_sliding_window is True"),
+    "no experts named": ({"num_experts": None, "num_local_experts": None}, "num_local_experts is missing"),
+    "llama 3's rope": ({"rope_parameters": hf.LLAMA3_ROPE}, "rope scaling is 'llama3'"),
+    "yarn's factor": (
+        {"rope_parameters": hf.YARN | {"mscale": None, "mscale_all_dim": None, "attention_factor": 1.5}},
+        "yarn has attention_factor",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def qwen3_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return hf.save(hf.make("Qwen3Moe", hf.QWEN3_MOE), tmp_path_factory.mktemp("qwen3moe") / "model")
+
+
+@pytest.mark.parametrize("case", QWEN3_MOE_UNSUITED)
+def test_what_has_no_place_in_a_qwen3moe_gguf_is_refused_in_one_line(
+    case: str, qwen3_moe: Path, tmp_path: Path
+) -> None:
+    changes, expected = QWEN3_MOE_UNSUITED[case]
+    folder = shutil.copytree(qwen3_moe, tmp_path / "model")
+    hf.edit_config(folder, **changes)
+    with pytest.raises(CheckpointError, match=re.escape(expected)):
+        make_plan(folder, tmp_path / "x.gguf", Options(mix="F32"))
+
+
+def test_both_spellings_of_the_number_of_experts(qwen3_moe: Path, tmp_path: Path) -> None:
+    """Published files say num_experts, transformers 5 num_local_experts."""
+    assert json.loads((qwen3_moe / "config.json").read_text())["num_local_experts"] == 8
+    folder = shutil.copytree(qwen3_moe, tmp_path / "model")
+    hf.edit_config(folder, num_local_experts=None, num_experts=8)
+    for source in (qwen3_moe, folder):
+        plan = make_plan(source, tmp_path / "x.gguf", Options(mix="F32"))
+        assert plan.metadata.get(".expert_count") == 8
+
+
 def test_too_many_parts_are_refused(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "MAX_PARTS", 20)
     with pytest.raises(LocalrunError, match=r"x\.gguf: would be \d+ parts, more than 20; allow larger ones"):

@@ -36,6 +36,20 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Llama",
         hf.LLAMA | {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
     ),
+    "qwen3moe": ("Qwen3Moe", hf.QWEN3_MOE),
+    "qwen3moe-tied-yarn": (
+        "Qwen3Moe",
+        hf.QWEN3_MOE
+        | {
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e6,
+                "factor": 4.0,
+                "original_max_position_embeddings": 256,
+            },
+        },
+    ),
 }
 
 

@@ -52,6 +52,7 @@ MODELS = {
     "deepseek-legacy-8-experts": tiny_models.Deepseek2(**_SMALL | {"split_kv_b": False, "n_routed_experts": 8}),
     "llama": tiny_models.Llama(**_SMALL_LLAMA),
     "llama-mha-tied": tiny_models.Llama(**_SMALL_LLAMA | {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "qwen3moe": tiny_models.Qwen3Moe(**_SMALL_LLAMA, moe_intermediate_size=256, n_routed_experts=4),
     "llama-80-layers": tiny_models.Llama(**_SMALL_LLAMA | {"num_hidden_layers": 80, "intermediate_size": 256}),
 }
 QUANTIZED = [mix for mix, (_, type_) in MIXES.items() if type_ not in ("F32", "F16", "BF16")]

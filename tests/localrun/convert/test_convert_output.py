@@ -110,13 +110,13 @@ def test_tensors_that_keep_their_type_keep_their_bytes(tmp_path: Path) -> None:
 
 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "qwen3moe")
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "mamba2")
     writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(LocalrunError, match="types are known for deepseek2 and llama, not for 'qwen3moe'"):
+    with pytest.raises(LocalrunError, match="types are known for deepseek2, llama and qwen3moe, not for 'mamba2'"):
         plan_for(tmp_path / "x.gguf", tmp_path / "y.gguf")
 
 

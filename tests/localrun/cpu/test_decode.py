@@ -43,7 +43,7 @@ DIVIDED = {"v3-odd", "v2-lite", "llama-mha"}
 QUANTISED = [
     ("wide", "Q4_K_M"), ("wide", "Q8_0"), ("wide", "MXFP4_MOE"), ("wide", "F16"), ("wide-odd", "Q4_K_M"),
     ("wide-odd", "IQ4_XS"), ("llama-wide", "Q4_K_M"), ("llama-wide", "Q4_1"), ("llama-wide", "Q5_0"),
-    ("llama-wide", "IQ4_NL"), ("llama-wide", "BF16"),
+    ("llama-wide", "IQ4_NL"), ("llama-wide", "BF16"), ("qwen3moe-wide", "Q4_K_M"), ("qwen3moe-wide", "Q8_0"),
 ]  # fmt: skip
 
 
@@ -125,7 +125,7 @@ def test_the_step_is_the_network_with_a_quantised_joint_kv_b() -> None:
     "variant",
     [
         "v2", "v2-no-groups", "v3-all-moe", "v3-fused-gate-up", "v3-tied", "kimi-k2", "yarn-no-log-multiplier",
-        "llama-mha", "llama-rope-freqs", "llama-linear-rope",
+        "llama-mha", "llama-rope-freqs", "llama-linear-rope", "qwen3moe", "qwen3moe-yarn",
     ],
 )  # fmt: skip
 def test_logits_equal_the_float64_reference(variant: str) -> None:
@@ -134,7 +134,7 @@ def test_logits_equal_the_float64_reference(variant: str) -> None:
         assert error(one_by_one(model, ids), naive.Naive(path).logits(ids)) < SESSION_TOLERANCE
 
 
-@pytest.mark.parametrize("variant", ["v3-odd", "v3-no-bias", "llama-tied"])
+@pytest.mark.parametrize("variant", ["v3-odd", "v3-no-bias", "llama-tied", "qwen3moe"])
 def test_logits_equal_llama_cpps(variant: str) -> None:
     path, ids = tiny_models.shared(variant), tiny_models.prompt(variant)
     with localrun.load(path, threads=2, ctx=64) as model:

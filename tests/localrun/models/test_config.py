@@ -126,7 +126,16 @@ def test_tiny_variants(variant: str) -> None:
         assert (config.v_head_dim, config.kv_lora_rank, config.n_routed_experts) == (model.head_dim, 0, 0)
         scaling = None if model.rope_linear_factor is None else RopeScaling("linear", model.rope_linear_factor)
         assert config.rope_scaling == scaling
+        assert (config.attention, config.rope, config.qk_norm) == ("gqa", "pairs", False)
+    elif isinstance(model, tiny_models.Qwen3Moe):
+        fields += ["num_key_value_heads", "head_dim", "rope_theta", "n_routed_experts", "num_experts_per_tok"]
+        fields += ["moe_intermediate_size", "scoring_func", "norm_topk_prob"]
+        width = model.num_key_value_heads * 2 * model.head_dim
+        assert (config.attention, config.rope, config.qk_norm) == ("gqa", "halves", True)
+        assert (config.qk_rope_head_dim, config.v_head_dim) == (model.head_dim, model.head_dim)
+        assert (config.rope_scaling is None) == (model.yarn_factor is None)
     else:
+        assert (config.attention, config.rope) == ("mla", "pairs")
         fields += ["q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "scoring_func"]
         fields += ["n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"]
         fields += ["num_nextn_predict_layers"]

@@ -32,14 +32,15 @@ BEST_EXPERT_GROUPS = {"v2"}
 NOT_IN_TRANSFORMERS = {"yarn-no-log-multiplier", "v3-large-eps"}
 
 VARIANTS = list(tiny_models.VARIANTS)
-DEEPSEEK2 = [name for name in VARIANTS if isinstance(tiny_models.VARIANTS[name], tiny_models.Deepseek2)]
+WITH_EXPERTS = [name for name in VARIANTS if not isinstance(tiny_models.VARIANTS[name], tiny_models.Llama)]
 IN_LLAMA_CPP = [name for name in VARIANTS if name not in BEST_EXPERT_GROUPS]
-IN_TRANSFORMERS = [name for name in DEEPSEEK2 if name not in NOT_IN_TRANSFORMERS]
+IN_TRANSFORMERS = [name for name in WITH_EXPERTS if name not in NOT_IN_TRANSFORMERS]
 
 # "wide" takes every type as it is; in "wide-odd" the K-quants meet rows of 352 and 288 and fall back as in V2-Lite.
 QUANTIZED = (
     [("wide", mix) for mix in MIXES]
     + [("wide-odd", mix) for mix in ("Q4_K_M", "Q5_K", "Q6_K", "IQ4_XS")]
+    + [("qwen3moe-wide", mix) for mix in ("Q4_K_M", "Q8_0", "MXFP4_MOE")]
     + [("llama-wide", mix) for mix in [*TYPES, "Q4_K_M"]]
 )
 

@@ -26,8 +26,9 @@ def plan(*args: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("model", "n_bytes"),
-    [("deepseek-v3", 70_272), ("deepseek-r1", 70_272), ("qwen2.5-72b", 327_680), ("llama-3.1-405b", 516_096)],
-)
+    [("deepseek-v3", 70_272), ("deepseek-r1", 70_272), ("qwen2.5-72b", 327_680), ("llama-3.1-405b", 516_096),
+     ("qwen3-30b-a3b", 98_304), ("qwen3-235b-a22b", 192_512)],
+)  # fmt: skip
 def test_kv_bytes_a_token(model: str, n_bytes: int) -> None:
     rows = {row["model"]: row for row in plan("--kv-table")["kv"]}
     assert rows[model]["bytes_per_token"] == n_bytes

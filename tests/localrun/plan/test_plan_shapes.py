@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import tiny_models
-from hf_checkpoints import LITE, LLAMA, LLAMA3_ROPE, V3, edit_config, make, save
+from hf_checkpoints import LITE, LLAMA, LLAMA3_ROPE, QWEN3_MOE, V3, edit_config, make, save
 
 from cli.main import run
 from localrun.errors import LocalrunError
@@ -25,8 +25,9 @@ from localrun.plan.shapes import from_config, known_models, load_model, n_bytes
         ("DeepseekV2", LITE),
         ("Llama", LLAMA | {"rope_parameters": LLAMA3_ROPE}),
         ("Llama", LLAMA | {"tie_word_embeddings": True}),
+        ("Qwen3Moe", QWEN3_MOE),
     ],
-    ids=["v3", "lite", "llama", "tied"],
+    ids=["v3", "lite", "llama", "tied", "qwen3moe"],
 )
 @pytest.mark.parametrize("type_", ["Q4_K_M", "Q8_0"])
 def test_bytes_are_those_of_convert(
@@ -61,7 +62,7 @@ def test_known_models_have_as_many_weights_as_transformers_says(name: str) -> No
     assert ours == expected
 
 
-@pytest.mark.parametrize("variant", ["v2-lite", "v3", "llama"])
+@pytest.mark.parametrize("variant", ["v2-lite", "v3", "llama", "qwen3moe"])
 def test_a_gguf_is_as_it_is(variant: str) -> None:
     path = tiny_models.shared(variant)
     model = load_model(str(path))
