@@ -32,7 +32,7 @@ _STEP_BYTES = 1 << 34  # of weights read for all of them, if each read its own
 
 
 class NativeModel:
-    """A deepseek2 or llama model over the tensors of a file.
+    """A model of a declared architecture over the tensors of a file.
 
     Attributes:
         vocab_size: logits a token.

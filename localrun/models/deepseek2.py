@@ -3,7 +3,6 @@
 Which variant a file holds is decided by the tensors and keys that are present, never by a layer count or a file name.
 Source: llama.cpp 3f545becc, src/models/deepseek2.cpp, conversion/deepseek.py; modeling_deepseek.py of
 deepseek-ai/DeepSeek-V3. Our converter differs from llama.cpp's in keeping the layers for multi-token prediction.
-Letters: H heads, C kv_lora_rank, R qk_rope_head_dim, P qk_nope_head_dim, V v_head_dim.
 """
 
 from __future__ import annotations
@@ -11,33 +10,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from localrun.models.architecture import (
-    DENSE,
-    MOE,
-    MTP,
-    Architecture,
-    Fields,
-    HeadRows,
-    Key,
-    Plain,
-    Settings,
-    Shape,
-    Tensor,
-    never,
-)
+from localrun.models import parts
+from localrun.models.architecture import DENSE, Architecture, Fields, Key, Settings
 from localrun.models.config import Config
 from localrun.models.keys import Keys
-from localrun.models.parts import (
-    COMMON_KEYS,
-    EMBED_TOKENS,
-    EXPERTS,
-    GATE,
-    INPUT_NORM,
-    LM_HEAD,
-    NORM,
-    POST_ATTENTION_NORM,
-    mlp,
-)
 from localrun.models.rope_scaling import ROPE_KEYS
 
 GATING = {"softmax": 1, "sigmoid": 2, "softmax_after_topk": 3}
@@ -45,7 +21,7 @@ _GATES = ("softmax", "sigmoid")  # that a checkpoint may have
 _LITE_LAYERS = (26, 27)  # by which llama.cpp tells models without q_lora_rank from the others
 
 KEYS = (
-    *COMMON_KEYS,
+    *parts.COMMON_KEYS,
     Key("block_count", "num_hidden_layers", value=lambda c: c.num_hidden_layers + c.num_nextn_predict_layers),
     Key("attention.head_count_kv", default=None, value=lambda _: 1),  # the latent is one key for all heads
     Key("attention.q_lora_rank", "q_lora_rank", default=None, setting_default=None),
@@ -67,63 +43,6 @@ KEYS = (
     Key("expert_group_count", "n_group", default=1, setting_default=1),
     Key("expert_group_used_count", "topk_group", default=None, setting_default=1),
     *ROPE_KEYS,
-)
-
-
-def _query_rows(c: Config) -> int:
-    return c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
-
-
-def _kv_b(c: Config) -> Shape:
-    return c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank
-
-
-def _has_q_lora(c: Config) -> bool:
-    return c.q_lora_rank is not None
-
-
-_KV_B = "self_attn.kv_b_proj"  # k_b and v_b together, in the checkpoint and in files of before April 2025
-_KEYS_OF = HeadRows(_KV_B + ".weight", lambda c: (0, c.qk_nope_head_dim), _kv_b, transposed=True)
-_VALUES_OF = HeadRows(_KV_B + ".weight", lambda c: (c.qk_nope_head_dim, c.qk_nope_head_dim + c.v_head_dim), _kv_b)
-MLA = (
-    Tensor("self_attn.kv_a_proj_with_mqa", "attn_kv_a_mqa.weight",
-           lambda c: (c.kv_lora_rank + c.qk_rope_head_dim, c.hidden_size)),
-    Tensor("self_attn.kv_a_layernorm", "attn_kv_a_norm.weight", lambda c: (c.kv_lora_rank,)),
-    Tensor("self_attn.o_proj", "attn_output.weight", lambda c: (c.hidden_size, c.num_attention_heads * c.v_head_dim)),
-    Tensor("self_attn.q_proj", "attn_q.weight", lambda c: (_query_rows(c), c.hidden_size),
-           when=lambda c: c.q_lora_rank is None),
-    Tensor("self_attn.q_a_proj", "attn_q_a.weight", lambda c: (c.q_lora_rank, c.hidden_size), when=_has_q_lora),
-    Tensor("self_attn.q_a_layernorm", "attn_q_a_norm.weight", lambda c: (c.q_lora_rank,), when=_has_q_lora),
-    Tensor("self_attn.q_b_proj", "attn_q_b.weight", lambda c: (_query_rows(c), c.q_lora_rank), when=_has_q_lora),
-    Tensor("self_attn.k_b_proj", "attn_k_b.weight",
-           lambda c: (c.num_attention_heads, c.kv_lora_rank, c.qk_nope_head_dim), _KEYS_OF, without_module=_KV_B),
-    Tensor("self_attn.v_b_proj", "attn_v_b.weight",
-           lambda c: (c.num_attention_heads, c.v_head_dim, c.kv_lora_rank), _VALUES_OF, without_module=_KV_B),
-    Tensor(_KV_B, "attn_kv_b.weight", _kv_b, None, when=never, with_module=_KV_B),
-)  # fmt: skip
-
-_BIAS, _SHARED = "mlp.gate.e_score_correction_bias", "mlp.shared_experts"
-SELECTION_BIAS = Tensor(
-    _BIAS, "exp_probs_b.bias", lambda c: (c.n_routed_experts,), Plain(_BIAS), MOE,
-    when=lambda c: c.has_selection_bias, with_module=_BIAS, may_lack=True,
-)  # fmt: skip
-SHARED_EXPERTS = mlp(
-    _SHARED, "_shexp", lambda c: c.shared_intermediate_size, layers=MOE,
-    when=lambda c: c.n_shared_experts > 0, with_module=_SHARED + ".gate_proj",
-)  # fmt: skip
-
-
-def _nextn(module: str, name: str, shape: Any, **options: Any) -> Tensor:
-    return Tensor(module, f"nextn.{name}.weight", shape, layers=MTP, **options)
-
-
-PREDICTION = (  # the published checkpoints repeat the embedding and the head
-    _nextn("eh_proj", "eh_proj", lambda c: (c.hidden_size, 2 * c.hidden_size)),
-    _nextn("enorm", "enorm", lambda c: (c.hidden_size,)),
-    _nextn("hnorm", "hnorm", lambda c: (c.hidden_size,)),
-    _nextn("embed_tokens", "embed_tokens", EMBED_TOKENS.shape, with_module="embed_tokens", may_lack=True),
-    _nextn("shared_head.head", "shared_head_head", LM_HEAD.shape, with_module="shared_head.head", may_lack=True),
-    _nextn("shared_head.norm", "shared_head_norm", NORM.shape, may_lack=True),
 )
 
 
@@ -159,7 +78,7 @@ def _read(keys: Keys, fields: Fields) -> Fields:
 def _read_gate(keys: Keys) -> Fields:
     """Files without the key: those with a selection bias mean sigmoid (noaux_tc), the others softmax."""
     gating, has_bias = keys.u32("expert_gating_func", 0), False
-    has_bias = any(name.endswith("." + SELECTION_BIAS.name) for name in keys.file.tensors)
+    has_bias = any(name.endswith("." + parts.SELECTION_BIAS.name) for name in keys.file.tensors)
     known = {number: name for name, number in GATING.items()} | {0: "sigmoid" if has_bias else "softmax"}
     if gating not in known:
         keys.refuse(f"expert gating function {gating} is not native")
@@ -206,9 +125,9 @@ def _describe(c: Config) -> dict[str, Any]:
 
 def _warnings(c: Config) -> list[str]:
     n_layers = c.num_hidden_layers
-    if (n_layers in _LITE_LAYERS or (n_layers == 48 and c.vocab_size == 128256)) != _has_q_lora(c):
+    if (n_layers in _LITE_LAYERS or (n_layers == 48 and c.vocab_size == 128256)) != parts.has_q_lora(c):
         return []
-    how = "with q_lora_rank" if _has_q_lora(c) else "without q_lora_rank"
+    how = "with q_lora_rank" if parts.has_q_lora(c) else "without q_lora_rank"
     return [f"llama.cpp cannot load a model {how} and {n_layers} layers; localrun can"]
 
 
@@ -217,17 +136,17 @@ DEEPSEEK2 = Architecture(
     checkpoints=("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"),
     constants={"attention": "mla", "rope": "pairs"},
     keys=KEYS,
-    ends=(EMBED_TOKENS, LM_HEAD, NORM),
+    ends=(parts.EMBED_TOKENS, parts.LM_HEAD, parts.NORM),
     layer=(
-        INPUT_NORM,
-        *MLA,
-        POST_ATTENTION_NORM,
-        *mlp("mlp", "", lambda c: c.intermediate_size, layers=DENSE),
-        GATE,
-        SELECTION_BIAS,
-        *EXPERTS,
-        *SHARED_EXPERTS,
-        *PREDICTION,
+        parts.INPUT_NORM,
+        *parts.MLA,
+        parts.POST_ATTENTION_NORM,
+        *parts.mlp("mlp", "", lambda c: c.intermediate_size, layers=DENSE),
+        parts.GATE,
+        parts.SELECTION_BIAS,
+        *parts.EXPERTS,
+        *parts.SHARED_EXPERTS,
+        *parts.MTP_TENSORS,
     ),
     read=_read,
     parse=_parse,

@@ -8,21 +8,10 @@ from __future__ import annotations
 
 from math import pi
 
+from localrun.models import parts
 from localrun.models.architecture import DENSE, Architecture, Fields, Key, Pairs, Settings, Tensor, never
 from localrun.models.config import Config
 from localrun.models.keys import Keys
-from localrun.models.parts import (
-    COMMON_KEYS,
-    EMBED_TOKENS,
-    GQA_KEYS,
-    INPUT_NORM,
-    LM_HEAD,
-    NORM,
-    POST_ATTENTION_NORM,
-    ROPE_FREQS,
-    gqa,
-    mlp,
-)
 from localrun.models.rope_scaling import ROPE_KEYS
 
 
@@ -65,21 +54,21 @@ LLAMA = Architecture(
     name="llama",
     checkpoints=("LlamaForCausalLM",),
     constants={"attention": "gqa", "rope": "pairs"},
-    keys=(*COMMON_KEYS, Key("block_count", "num_hidden_layers"), *GQA_KEYS, *ROPE_KEYS),
+    keys=(*parts.COMMON_KEYS, Key("block_count", "num_hidden_layers"), *parts.GQA_KEYS, *ROPE_KEYS),
     ends=(
-        EMBED_TOKENS,
-        LM_HEAD,
-        NORM,
+        parts.EMBED_TOKENS,
+        parts.LM_HEAD,
+        parts.NORM,
         Tensor(
-            "rope_freqs", ROPE_FREQS, lambda c: (c.qk_rope_head_dim // 2,), None,
+            "rope_freqs", parts.ROPE_FREQS, lambda c: (c.qk_rope_head_dim // 2,), None,
             when=never, with_module="rope_freqs", values=_frequency_divisors,
         ),
     ),
     layer=(
-        INPUT_NORM,
-        POST_ATTENTION_NORM,
-        *gqa(Pairs()),
-        *mlp("mlp", "", lambda c: c.intermediate_size, layers=DENSE),
+        parts.INPUT_NORM,
+        parts.POST_ATTENTION_NORM,
+        *parts.gqa(Pairs()),
+        *parts.mlp("mlp", "", lambda c: c.intermediate_size, layers=DENSE),
     ),
     read=_read,
     parse=_parse,

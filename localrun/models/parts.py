@@ -1,7 +1,6 @@
 """What declarations share: keys of all models and of grouped-query attention, and the tensors that layers are made of.
 
-Source: llama.cpp 3f545becc, gguf-py/gguf/tensor_mapping.py and conversion/base.py.
-Letters: D hidden_size, H heads, G key-value heads, d head_dim, E experts.
+Source: llama.cpp 3f545becc, gguf-py/gguf/tensor_mapping.py, conversion/base.py and conversion/deepseek.py.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from localrun.models.architecture import MOE, ROUTER, Key, Pairs, Plain, Shape, Stacked, Tensor
+from localrun.models.architecture import MOE, MTP, ROUTER, HeadRows, Key, Pairs, Plain, Shape, Stacked, Tensor, never
 from localrun.models.config import Config
 
 COMMON_KEYS = (
@@ -76,6 +75,40 @@ def gqa(queries_and_keys: Plain | Pairs) -> tuple[Tensor, ...]:
     )  # fmt: skip
 
 
+def _query_rows(c: Config) -> int:
+    return c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
+
+
+def _kv_b(c: Config) -> Shape:
+    return c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank
+
+
+def has_q_lora(c: Config) -> bool:
+    """Whether queries come of a latent of their own."""
+    return c.q_lora_rank is not None
+
+
+_KV_B = "self_attn.kv_b_proj"  # k_b and v_b together, in the checkpoint and in files of before April 2025
+_KEYS_OF = HeadRows(_KV_B + ".weight", lambda c: (0, c.qk_nope_head_dim), _kv_b, transposed=True)
+_VALUES_OF = HeadRows(_KV_B + ".weight", lambda c: (c.qk_nope_head_dim, c.qk_nope_head_dim + c.v_head_dim), _kv_b)
+MLA = (
+    Tensor("self_attn.kv_a_proj_with_mqa", "attn_kv_a_mqa.weight",
+           lambda c: (c.kv_lora_rank + c.qk_rope_head_dim, c.hidden_size)),
+    Tensor("self_attn.kv_a_layernorm", "attn_kv_a_norm.weight", lambda c: (c.kv_lora_rank,)),
+    Tensor("self_attn.o_proj", "attn_output.weight", lambda c: (c.hidden_size, c.num_attention_heads * c.v_head_dim)),
+    Tensor("self_attn.q_proj", "attn_q.weight", lambda c: (_query_rows(c), c.hidden_size),
+           when=lambda c: c.q_lora_rank is None),
+    Tensor("self_attn.q_a_proj", "attn_q_a.weight", lambda c: (c.q_lora_rank, c.hidden_size), when=has_q_lora),
+    Tensor("self_attn.q_a_layernorm", "attn_q_a_norm.weight", lambda c: (c.q_lora_rank,), when=has_q_lora),
+    Tensor("self_attn.q_b_proj", "attn_q_b.weight", lambda c: (_query_rows(c), c.q_lora_rank), when=has_q_lora),
+    Tensor("self_attn.k_b_proj", "attn_k_b.weight",
+           lambda c: (c.num_attention_heads, c.kv_lora_rank, c.qk_nope_head_dim), _KEYS_OF, without_module=_KV_B),
+    Tensor("self_attn.v_b_proj", "attn_v_b.weight",
+           lambda c: (c.num_attention_heads, c.v_head_dim, c.kv_lora_rank), _VALUES_OF, without_module=_KV_B),
+    Tensor(_KV_B, "attn_kv_b.weight", _kv_b, None, when=never, with_module=_KV_B),
+)  # fmt: skip
+
+
 def mlp(module: str, suffix: str, inner: Callable[[Config], int], **options: Any) -> tuple[Tensor, ...]:
     """gate, up and down of a feed-forward layer; options: Tensor's."""
     return (
@@ -108,3 +141,27 @@ EXPERTS = (
     Tensor("mlp.experts.down_proj", "ffn_down_exps.weight", _outer,
            Stacked("mlp.experts.{expert}.down_proj.weight"), MOE),
 )  # fmt: skip
+
+_BIAS, _SHARED = "mlp.gate.e_score_correction_bias", "mlp.shared_experts"
+SELECTION_BIAS = Tensor(
+    _BIAS, "exp_probs_b.bias", lambda c: (c.n_routed_experts,), Plain(_BIAS), MOE,
+    when=lambda c: c.has_selection_bias, with_module=_BIAS, may_lack=True,
+)  # fmt: skip
+SHARED_EXPERTS = mlp(
+    _SHARED, "_shexp", lambda c: c.shared_intermediate_size, layers=MOE,
+    when=lambda c: c.n_shared_experts > 0, with_module=_SHARED + ".gate_proj",
+)  # fmt: skip
+
+
+def _nextn(module: str, name: str, shape: Any, **options: Any) -> Tensor:
+    return Tensor(module, f"nextn.{name}.weight", shape, layers=MTP, **options)
+
+
+MTP_TENSORS = (  # the published checkpoints repeat the embedding and the head
+    _nextn("eh_proj", "eh_proj", lambda c: (c.hidden_size, 2 * c.hidden_size)),
+    _nextn("enorm", "enorm", lambda c: (c.hidden_size,)),
+    _nextn("hnorm", "hnorm", lambda c: (c.hidden_size,)),
+    _nextn("embed_tokens", "embed_tokens", EMBED_TOKENS.shape, with_module="embed_tokens", may_lack=True),
+    _nextn("shared_head.head", "shared_head_head", LM_HEAD.shape, with_module="shared_head.head", may_lack=True),
+    _nextn("shared_head.norm", "shared_head_norm", NORM.shape, may_lack=True),
+)

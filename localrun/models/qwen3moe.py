@@ -7,26 +7,15 @@ experts' weights by their sum; no key says otherwise.
 
 from __future__ import annotations
 
+from localrun.models import parts
 from localrun.models.architecture import Architecture, Fields, Key, Plain, Settings, Tensor
 from localrun.models.keys import Keys
-from localrun.models.parts import (
-    COMMON_KEYS,
-    EMBED_TOKENS,
-    EXPERTS,
-    GATE,
-    GQA_KEYS,
-    INPUT_NORM,
-    LM_HEAD,
-    NORM,
-    POST_ATTENTION_NORM,
-    gqa,
-)
 from localrun.models.rope_scaling import ROPE_KEYS
 
 KEYS = (
-    *COMMON_KEYS,
+    *parts.COMMON_KEYS,
     Key("block_count", "num_hidden_layers"),
-    *GQA_KEYS,
+    *parts.GQA_KEYS,
     Key("expert_count", "n_routed_experts", setting="num_experts", setting_default=0),
     Key("expert_used_count", "num_experts_per_tok"),
     Key("expert_feed_forward_length", "moe_intermediate_size"),
@@ -63,15 +52,15 @@ QWEN3MOE = Architecture(
         "norm_topk_prob": True,
     },
     keys=KEYS,
-    ends=(EMBED_TOKENS, LM_HEAD, NORM),
+    ends=(parts.EMBED_TOKENS, parts.LM_HEAD, parts.NORM),
     layer=(
-        INPUT_NORM,
-        *gqa(Plain()),
+        parts.INPUT_NORM,
+        *parts.gqa(Plain()),
         Tensor("self_attn.q_norm", "attn_q_norm.weight", lambda c: (c.head_dim,)),
         Tensor("self_attn.k_norm", "attn_k_norm.weight", lambda c: (c.head_dim,)),
-        POST_ATTENTION_NORM,
-        GATE,
-        *EXPERTS,
+        parts.POST_ATTENTION_NORM,
+        parts.GATE,
+        *parts.EXPERTS,
     ),
     read=_read,
     parse=_parse,

@@ -46,7 +46,7 @@ class Layer:
 
 
 class Network:
-    """A deepseek2 or llama model over the tensors of a file."""
+    """A model of a declared architecture over the tensors of a file."""
 
     def __init__(self, config: Config, weights: WeightSource, make_attention: MakeAttention = attention):
         """make_attention: a device's own; it gets the same `rope` for all layers."""
