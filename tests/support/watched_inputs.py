@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch.nn.functional import linear, silu
 
-_GQA = {"self_attn.k_proj.weight": "attn_k.weight", "self_attn.v_proj.weight": "attn_v.weight"}
-_NAMES = {module: name for name, module in hf_oracle._LAYER.items()} | _GQA
+_NAMES = {module: name for name, module in hf_oracle._LAYER.items()}
 
 
 class Watched:

@@ -46,8 +46,10 @@ def agree(found: imatrix.Importance, watched: Watched, tolerance: float = CLOSE)
         assert np.abs(squares - expected).max() <= tolerance * expected.max(), name
 
 
-@pytest.mark.parametrize("variant", ["v2-lite", "v3", "v3-odd", "v3-legacy-kv-b", "v3-fused-gate-up", "v3-nextn"])
-def test_inputs_are_transformers_deepseek(variant: str) -> None:
+@pytest.mark.parametrize(
+    "variant", ["v2-lite", "v3", "v3-odd", "v3-legacy-kv-b", "v3-fused-gate-up", "v3-nextn", "qwen3moe"]
+)
+def test_inputs_are_transformers(variant: str) -> None:
     """Every matrix of every layer, experts and heads each by themselves; not head, embedding, prediction layer."""
     path, ids = tiny_models.shared(variant), tiny_models.prompt(variant)
     found, watched = collect(path, ids), Watched(hf_oracle.model(path))
@@ -55,7 +57,8 @@ def test_inputs_are_transformers_deepseek(variant: str) -> None:
         watched.run(ids[start : start + N_CTX])
     agree(found, watched)
     with localrun.gguf.file.open_gguf(path) as file:
-        layers = file.u32("deepseek2.block_count") - file.u32("deepseek2.nextn_predict_layers", 0)
+        prefix = file.string("general.architecture")
+        layers = file.u32(f"{prefix}.block_count") - file.u32(f"{prefix}.nextn_predict_layers", 0)
         matrices = {t.name for t in file.tensors.values() if len(t.shape) > 1 and t.name.startswith("blk.")}
     assert set(found.squares) == {name for name in matrices if int(name.split(".")[1]) < layers}
     assert (found.n_chunks, found.n_ctx) == (2, N_CTX)

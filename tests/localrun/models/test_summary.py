@@ -1,10 +1,12 @@
 """What inspect tells of a file: the groups of tensor names, and the sums, on a file written for it."""
 
+import json
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
+import tiny_models
 from paths import DATA
 
 from localrun.bundled import model_path
@@ -82,6 +84,21 @@ def test_the_demo_model() -> None:
     assert found["native"] and found["parameters"] == 134_515_008
     assert found["kv_bytes_per_token"] == 30 * 3 * (64 + 64) * 2
     assert sum(group["bytes"] for group in found["groups"].values()) == found["tensor_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("variant", "kinds"),
+    [("v3", ("mla", "pairs", False)), ("llama", ("gqa", "pairs", False)), ("qwen3moe", ("gqa", "halves", True))],
+)
+def test_every_architecture_says_what_it_is(variant: str, kinds: tuple[str, str, bool]) -> None:
+    with open_gguf(tiny_models.shared(variant)) as file:
+        found = json.loads(json.dumps(summary_of(file)))
+    config = found["config"]
+    assert found["native"] and found["not_native_because"] is None
+    assert (config["attention"], config["rope"], config["qk_norm"]) == kinds
+    assert config["hidden_act"] == "silu"
+    assert set(found["groups"]) >= {"attention", "embedding"}
+    assert ("routed experts" in found["groups"]) == (config["n_routed_experts"] > 0)
 
 
 def test_a_file_without_tensors() -> None:
