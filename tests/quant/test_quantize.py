@@ -111,7 +111,6 @@ def test_extreme_importances(name):
     assert np.sqrt(np.mean((values - x)[:, 40] ** 2)) <= 0.5 * plain
 
 
-@pytest.mark.levels
 @pytest.mark.parametrize("n_rows", [1, 2, 3, 7])
 @pytest.mark.parametrize("name", tensor.NAMES)
 def test_bytes_do_not_depend_on_workers_or_neighbours(name, n_rows):
