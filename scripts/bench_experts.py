@@ -30,7 +30,6 @@ from quant.formats import registry
 from quant.formats.interleave import interleave
 from quant.matrix import ExpertMatrices, quant_matrix
 from quant.ops import experts
-from quant.quantize.tensor import NAMES as PACKABLE
 from quant.target import isa
 from quant.threads import bandwidth
 from quant.threads.pool import Pool
@@ -112,7 +111,7 @@ class Ours:
     def _interleave(matrices: np.ndarray, shape: tuple[int, ...], type_: str) -> None:
         """In place, an expert at a time; uint8 (E, bytes)."""
         for matrix in matrices:
-            matrix[:] = interleave(type_, matrix, shape[1], len(matrix) // shape[1]).reshape(-1)
+            matrix[:] = interleave(registry.get(type_), matrix, shape[1], len(matrix) // shape[1]).reshape(-1)
 
     def __call__(self, x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> None:
         out = np.empty_like(x)
@@ -223,7 +222,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--experts", type=int, default=64, help="in RAM")
     parser.add_argument("--top-k", type=int, default=8, help="experts a token")
     parser.add_argument(
-        "--type", default="Q4_K", choices=(*PACKABLE, *registry.INTERLEAVED), help="of all three matrices"
+        "--type", default="Q4_K", choices=(*registry.QUANTIZABLE, *registry.INTERLEAVED), help="of all three matrices"
     )
     parser.add_argument("-t", "--threads", type=int, default=hardware.usable_cores())
     parser.add_argument("-r", "--rounds", type=int, default=5)

@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("-r", "--repetitions", type=int, default=9)
     arguments = parser.parse_args()
     pool, results = Pool(1), {}
-    for name in arguments.types or [name for name in tensor.NAMES if name != "F32"]:
+    for name in arguments.types or [name for name in registry.QUANTIZABLE if name != "F32"]:
         results[name] = measure(name, (arguments.rows, arguments.cols), arguments.repetitions, pool)
         print(name, *(f"{key} {value}" for key, value in results[name].items()), file=sys.stderr)
     machine = {"cpu": cpu_name(), "isa": isa.LEVEL, "threads": 1}

@@ -18,23 +18,33 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Run for one level: prints "name digest" of each kernel. Mangled names hold the module's; so do the strings and the
-# section comments, which are no instructions.
+# Run for one level: prints "name digest" of each kernel, wherever a module keeps it: by a name, in a list, a dictionary
+# or a format. Mangled names hold the module's; so do strings and section comments, which are no instructions.
 _CHILD = r"""
-import hashlib, importlib, pkgutil, re, sys
+import dataclasses, hashlib, importlib, pkgutil, re
 import quant
 from numba.core.ccallback import CFunc
+from quant.target import isa
+
+def kernels_in(value):
+    if isinstance(value, CFunc):
+        yield value
+    elif hasattr(value, "compiled"):
+        if isa.has(getattr(value, "level", "generic")):
+            yield value.compiled
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from kernels_in(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from kernels_in(getattr(value, field.name))
 
 kernels = {}
-level, unused = sys.argv[1], re.compile(r"panel_(k|32|r16)$|gemm\.pack_(256|32|interleaved)$")  # of no use below AVX2
 aside = re.compile(r"\s*\.(file|ident|ascii|asciz|size|string)|\s*#")
 for module in pkgutil.walk_packages(quant.__path__, "quant."):
-    if module.ispkg or module.name.endswith("amx_emulated") or (level == "generic" and unused.search(module.name)):
-        continue
-    for value in vars(importlib.import_module(module.name)).values():
-        value = value.compiled if hasattr(value, "compiled") else value
-        if isinstance(value, CFunc):
-            kernels[id(value)] = value
+    if not module.ispkg and not module.name.endswith("amx_emulated"):
+        for value in vars(importlib.import_module(module.name)).values():
+            kernels |= {id(kernel): kernel for kernel in kernels_in(value)}
 for kernel in kernels.values():
     names = {}
     text = kernel._library.get_asm_str()
@@ -49,7 +59,7 @@ def digests(level: str) -> list[str]:
     """ "name digest" of each kernel at one level, sorted."""
     with tempfile.TemporaryDirectory() as cache:
         environment = os.environ | {"LOCALRUN_ISA": level, "LOCALRUN_CACHE": cache, "PYTHONPATH": os.getcwd()}
-        done = subprocess.run([sys.executable, "-c", _CHILD, level], env=environment, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", _CHILD], env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"level {level}: {done.stderr[-2000:]}")
     return sorted(done.stdout.split("\n")[:-1])

@@ -131,7 +131,7 @@ def plan(name: str, path: Path) -> tuple[list[Tensor], list[str], Layout]:
     metadata, targets = model.conversion.metadata, model.conversion.targets
     metadata.string("general.name", f"synthetic {name}")
     metadata.u32("general.quantization_version", QUANTIZATION_VERSION)
-    metadata.u32("general.file_type", MIXES[MIX][0])
+    metadata.u32("general.file_type", MIXES[MIX].number)
     _add_vocabulary(metadata, model.config.vocab_size)
     types = choose_types(targets, metadata, MIX, OVERRIDES)
     tensors = [_tensor(target.name, target.shape, model.config) for target in targets]

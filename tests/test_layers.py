@@ -65,14 +65,7 @@ MAY_IMPORT = {
 MAY_IMPORT_THE_PACKAGE = {"convert", "plan"}
 # What does not keep to it yet.
 EXCEPTIONS = {
-    "quant": [
-        "quant.gemm.pack_256 -> quant.formats.iq4_nl",
-        "quant.gemm.pack_32 -> quant.formats.iq4_nl",
-        "quant.gemm.pack_32 -> quant.formats.mxfp4",
-        "quant.quantize.q4_k_q5_k -> quant.formats.q4_k",
-        "quant.quantize.tables -> quant.formats.iq4_nl",
-        "quant.quantize.tables -> quant.formats.mxfp4",
-    ],
+    "quant": [],
     "localrun": [],
 }
 # Package: what no module of it may import, anywhere in it.

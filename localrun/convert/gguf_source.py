@@ -73,7 +73,9 @@ class GGUFSource:
     def _in_order(self, name: str, n_rows: int, blocks: np.ndarray) -> np.ndarray:
         """The rows one after the other; n_rows is a multiple of tensor_types.ROWS where they were interleaved."""
         type_ = self._interleaved.get(name)
-        return blocks if type_ is None else deinterleave(type_, blocks, n_rows, blocks.size // n_rows).reshape(-1)
+        if type_ is None:
+            return blocks
+        return deinterleave(registry.get(type_), blocks, n_rows, blocks.size // n_rows).reshape(-1)
 
     def _extent(self, name: str, start: int, stop: int) -> tuple[Path, int, int]:
         """Where rows are: file, offset, bytes."""

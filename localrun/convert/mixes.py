@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -20,31 +21,47 @@ from localrun.errors import LocalrunError
 from localrun.gguf import types as tensor_types
 from localrun.models.names import EMBED_TOKENS, LM_HEAD, READ_BY_ROW
 from localrun.models.registry import ARCHITECTURES
+from quant.formats import registry
 
-# general.file_type (llama.h, enum llama_ftype) and the type that most tensors get.
+
+class Mix(NamedTuple):
+    """A mix of types for the tensors of a file.
+
+    Attributes:
+        number: general.file_type (llama.h, enum llama_ftype).
+        type: what most tensors get.
+        fallback: for rows that are no whole blocks of that type.
+        compared: whether `localrun plan` weighs it up against its neighbours in size.
+    """
+
+    number: int
+    type: str
+    fallback: str = "F16"
+    compared: bool = False
+
+
 MIXES = {
-    "F32": (0, "F32"),
-    "F16": (1, "F16"),
-    "BF16": (32, "BF16"),
-    "Q8_0": (7, "Q8_0"),
-    "Q4_0": (2, "Q4_0"),
-    "Q4_1": (3, "Q4_1"),
-    "Q5_0": (8, "Q5_0"),
-    "Q5_1": (9, "Q5_1"),
-    "Q4_K_S": (14, "Q4_K"),
-    "Q4_K_M": (15, "Q4_K"),
-    "Q5_K_S": (16, "Q5_K"),
-    "Q5_K_M": (17, "Q5_K"),
-    "Q6_K": (18, "Q6_K"),
-    "IQ4_NL": (25, "IQ4_NL"),
-    "MXFP4_MOE": (38, "MXFP4"),
+    "F32": Mix(0, "F32"),
+    "F16": Mix(1, "F16"),
+    "BF16": Mix(32, "BF16"),
+    "Q8_0": Mix(7, "Q8_0", compared=True),
+    "Q4_0": Mix(2, "Q4_0", compared=True),
+    "Q4_1": Mix(3, "Q4_1"),
+    "Q5_0": Mix(8, "Q5_0"),
+    "Q5_1": Mix(9, "Q5_1"),
+    "Q4_K_S": Mix(14, "Q4_K", "Q5_0", compared=True),
+    "Q4_K_M": Mix(15, "Q4_K", "Q5_0", compared=True),
+    "Q5_K_S": Mix(16, "Q5_K", "Q5_1", compared=True),
+    "Q5_K_M": Mix(17, "Q5_K", "Q5_1", compared=True),
+    "Q6_K": Mix(18, "Q6_K", "Q8_0", compared=True),
+    "IQ4_NL": Mix(25, "IQ4_NL"),
+    "MXFP4_MOE": Mix(38, "MXFP4"),
 }
 ALIASES = {"Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}  # the first two as in llama-quantize
-TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "MXFP4")
+TYPES = registry.QUANTIZABLE
 PLAIN = ("F32", "F16", "BF16")
 
-# For rows that are no whole blocks of 256.
-_FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+_FALLBACK = {mix.type: mix.fallback for mix in MIXES.values()}
 _KEPT = re.compile(r"_norm\.weight$|ffn_gate_inp\.weight$|(?<!weight)$")  # stays F32 whatever its dimensions
 _MLA = re.compile(r"attn_[kv]_b\.weight$")
 _MLA_TYPES = (*PLAIN, "Q8_0")
@@ -147,7 +164,7 @@ class _Rules:
     """llama.cpp's choices for one model."""
 
     def __init__(self, targets: list[Target], metadata: Metadata, mix: str, has_imatrix: bool) -> None:
-        self._mix, self._default, self._has_imatrix = mix, MIXES[mix][1], has_imatrix
+        self._mix, self._default, self._has_imatrix = mix, MIXES[mix].type, has_imatrix
         self._n_layers = metadata.get(".block_count", 0)
         self._n_experts = metadata.get(".expert_count", 0)
         heads, kv_heads = metadata.get(".attention.head_count", 1), metadata.get(".attention.head_count_kv", 1)

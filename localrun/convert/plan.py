@@ -111,7 +111,7 @@ def make_plan(source_path: Path, destination: Path, options: Options) -> Plan:
         types = interleave(model.targets, types)
     if mix is not None:
         model.metadata.u32("general.quantization_version", QUANTIZATION_VERSION)
-        model.metadata.u32("general.file_type", MIXES[mix][0])
+        model.metadata.u32("general.file_type", MIXES[mix].number)
     layout = make_layout(destination, model.metadata, model.targets, types, options.split_max_bytes)
     work = list(units(model.targets, options.unit_bytes))
     fingerprint = _fingerprint(source, layout, options)

@@ -21,6 +21,7 @@ from localrun.convert.plan import Plan
 from localrun.convert.targets import Unit, origin, read_unit
 from localrun.errors import LocalrunError
 from localrun.gguf import types as tensor_types
+from quant.formats import registry
 from quant.formats.interleave import interleave
 from quant.threads.pool import Pool
 
@@ -155,7 +156,7 @@ class _Pipeline:
         blocks = rows if rows.dtype == np.uint8 else self._quantize(unit, rows, _plain(type_))
         if _plain(type_) == type_:
             return blocks
-        return interleave(type_, blocks, unit.n_rows, blocks.size // unit.n_rows).reshape(-1)
+        return interleave(registry.get(type_), blocks, unit.n_rows, blocks.size // unit.n_rows).reshape(-1)
 
     def _quantize(self, unit: Unit, rows: np.ndarray, type_: str) -> np.ndarray:
         """uint8, 1-D: float32 rows in a plain type."""

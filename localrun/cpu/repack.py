@@ -16,6 +16,7 @@ from localrun.gguf.file import GGUFFile, Tensor
 from localrun.gguf.residency import let_go
 from localrun.models import names
 from localrun.models.config import Config
+from quant.formats import registry
 from quant.formats.interleave import interleave
 
 _PARTS = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
@@ -66,12 +67,13 @@ def _plain_experts(file: GGUFFile, index: int) -> list[Tensor]:
 
 def _repack(file: GGUFFile, tensor: Tensor, workers: Executor) -> None:
     type_ = tensor_types.from_name(tensor_types.interleaved(tensor.type.name, tensor.shape))
+    format_ = registry.get(type_.name)
     n_experts, n_rows, _ = tensor.shape
     plain = tensor.data.reshape(n_experts, -1)
     out = np.empty_like(plain)
 
     def one(expert: int) -> None:
-        interleave(type_.name, plain[expert], n_rows, plain.shape[1] // n_rows, out[expert])
+        interleave(format_, plain[expert], n_rows, plain.shape[1] // n_rows, out[expert])
 
     for _ in workers.map(one, range(n_experts)):
         pass

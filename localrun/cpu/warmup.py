@@ -31,7 +31,7 @@ def warm_up(
         notice: called with one line if there is something to compile and no progress to show it by.
     """
     from quant.formats import registry
-    from quant.gemm.packed import repack_of
+    from quant.gemm import packed
     from quant.target import jit
 
     if progress is None and not jit.has_kernels():
@@ -45,7 +45,8 @@ def warm_up(
         if progress is not None:
             progress(done, total, f"Kernels: {type_name}")
         format_ = registry.get(type_name)
-        for kernel in (format_.gemv, format_.gemv_batch, format_.expand, repack_of(format_)):
+        panels = packed.find(format_)
+        for kernel in (format_.gemv, format_.gemv_batch, format_.expand, panels and panels.repack):
             if kernel:
                 kernel.compiled  # noqa: B018 (asking is compiling)
     if progress is not None:

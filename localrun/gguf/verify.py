@@ -1,7 +1,7 @@
 """Reads all weights of a GGUF once, and looks for numbers that are none: NaN or infinite values and block scales.
 
-Sizes, offsets and types have been checked by open_gguf. Which fields of a block are scales: ggml-common.h of
-https://github.com/ggml-org/llama.cpp @3f545becc; ggml_validate_row_data there looks at the same.
+Sizes, offsets and types have been checked by open_gguf. Looked at are the float16 fields of blocks, as in
+ggml_validate_row_data of https://github.com/ggml-org/llama.cpp @3f545becc, ggml-quants.c.
 """
 
 from __future__ import annotations
@@ -13,25 +13,14 @@ import numpy as np
 
 from localrun.gguf import types as tensor_types
 from localrun.gguf.file import GGUFFile, Tensor
+from quant.block_format import halves
+from quant.formats import registry
 from quant.formats.interleave import deinterleave
 
 _CHUNK_BLOCKS = 1 << 18  # looked at at a time
 
-# Byte offsets of the float16 scales of a block.
-_SCALES = {
-    "Q4_0": (0,),
-    "Q4_1": (0, 2),
-    "Q5_0": (0,),
-    "Q5_1": (0, 2),
-    "Q8_0": (0,),
-    "Q2_K": (80, 82),
-    "Q3_K": (108,),
-    "Q4_K": (0, 2),
-    "Q5_K": (0, 2),
-    "Q6_K": (208,),
-    "IQ4_NL": (0,),
-    "IQ4_XS": (0,),
-}
+# Byte offsets of the float16 scales in blocks of ggml's types that have no module in quant.formats.
+_SCALES = {"Q2_K": (80, 82), "Q3_K": (108,)}
 _FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 
 
@@ -74,7 +63,7 @@ def _checks(tensor: Tensor) -> Iterator[str] | None:
     type_ = tensor_types.plain(tensor.type).name
     if type_ in _FLOATS or type_ == "BF16":
         return _check_floats(tensor, type_)
-    if type_ in _SCALES or type_ == "MXFP4":
+    if type_ in _SCALES or type_ in registry.NAMES:
         return _check_blocks(tensor, type_)
     return None
 
@@ -98,17 +87,18 @@ def _blocks(tensor: Tensor) -> Iterator[tuple[int, np.ndarray]]:
     for start in range(0, len(rows), step):
         chunk = rows[start : start + step]
         if isinstance(tensor.type, tensor_types.InterleavedType):
-            chunk = deinterleave(tensor.type.name, chunk, len(chunk), row * n_bytes)
+            chunk = deinterleave(registry.get(tensor.type.name), chunk, len(chunk), row * n_bytes)
         yield start * row, chunk.reshape(-1, n_bytes)
 
 
 def _check_blocks(tensor: Tensor, type_: str) -> Iterator[str]:
     n_weights, _ = tensor_types.block_size(tensor.type)
+    places = _SCALES.get(type_) or halves(registry.get(type_).layout)
     for start, chunk in _blocks(tensor):
         if type_ == "MXFP4":
             wrong = chunk[:, 0] == 0xFF  # E8M0's NaN
         else:
-            scales = [np.ascontiguousarray(chunk[:, at : at + 2]).view("<f2")[:, 0] for at in _SCALES[type_]]
+            scales = [np.ascontiguousarray(chunk[:, at : at + 2]).view("<f2")[:, 0] for at in places]
             wrong = ~np.logical_and.reduce([np.isfinite(scale) for scale in scales])
         if wrong.any():
             block = start + int(wrong.argmax())

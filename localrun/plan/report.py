@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
+from localrun.convert.mixes import MIXES
 from localrun.limits import PREFILL_CHUNK
 from localrun.plan.machine import Machine
 from localrun.plan.memory import Memory, plan_memory, refusal
@@ -14,7 +15,6 @@ from localrun.plan.tables import active_weights
 
 SHORT_CTX = 64  # tokens in the cache for the headline figure: the middle of localrun bench's 128
 ACCEPTANCE = 0.85  # of drafted tokens: 80-90% reported, arXiv 2505.09343 section 2.3.3
-_LADDER = ("Q4_0", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0")
 
 
 def model_facts(model: ModelShape) -> dict[str, Any]:
@@ -162,7 +162,9 @@ def _other_machines(model: ModelShape, machine: Machine) -> list[tuple[str, Mode
 def _other_models(model: ModelShape, machine: Machine) -> list[tuple[str, ModelShape, Machine]]:
     rows = []
     size = n_bytes(model.tensors)
-    others = [] if model.conversion is None and model.file is None else [model.with_type(mix) for mix in _LADDER]
+    others = []
+    if model.conversion is not None or model.file is not None:
+        others = [model.with_type(name) for name, mix in MIXES.items() if mix.compared]
     smaller = max(
         (o for o in others if n_bytes(o.tensors) < 0.98 * size), key=lambda o: n_bytes(o.tensors), default=None
     )

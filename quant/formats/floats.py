@@ -1,5 +1,6 @@
 """F32, F16 and BF16: plain rows of numbers. Products and sums in float32, activations as they are.
 
+Quantising is a copy, or rounding to nearest, ties to even, as ggml rounds.
 Source: IEEE 754; bfloat16 is the upper half of a float32.
 """
 
@@ -7,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from quant.block_format import EXPAND, GEMV, GEMV_BATCH, Format
+from quant.block_format import EXPAND, GEMV, GEMV_BATCH, LARGEST_BF16, QUANTIZE, Format
 from quant.gemv.plain import MAX_BATCH, later, prefetch_both, prefetch_start, specialize
 from quant.simd.floats import fma, hsum, zero_f32x16
 from quant.simd.memory import (
@@ -20,6 +21,10 @@ from quant.simd.memory import (
     load_i64,
     load_u16,
     stack,
+    store_bf16,
+    store_bf16x16,
+    store_f16,
+    store_f16x16,
     store_f32,
     store_f32x16,
 )
@@ -119,10 +124,65 @@ def _unpack_bf16(blocks: np.ndarray) -> np.ndarray:
     return (blocks.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
-def _format(name: str, size: int, unpack: Callable[[np.ndarray], np.ndarray], gemv, gemv_batch, expand) -> Format:
-    return Format(name, 1, size, False, unpack, gemv, gemv_batch, expand)
+# ---- quantising ------------------------------------------------------------------------------------------------------
 
 
-F32 = _format("F32", 4, lambda b: b.view(np.float32), _f32_gemv, _f32_gemv_batch, _f32_expand)
-F16 = _format("F16", 2, lambda b: b.view(np.float16).astype(np.float32), _f16_gemv, _f16_gemv_batch, _f16_expand)
-BF16 = _format("BF16", 2, _unpack_bf16, _bf16_gemv, _bf16_gemv_batch, _bf16_expand)
+@kernel(QUANTIZE)
+def _f32_quantize(x, importance, n_blocks, out, scratch):
+    for i in range(0, n_blocks - 15, 16):
+        store_f32x16(out + 4 * i, load_f32x16(x + 4 * i))
+    for i in range(n_blocks // 16 * 16, n_blocks):
+        store_f32(out + 4 * i, load_f32(x + 4 * i))
+
+
+@kernel(QUANTIZE)
+def _f16_quantize(x, importance, n_blocks, out, scratch):
+    for i in range(0, n_blocks - 15, 16):
+        store_f16x16(out + 2 * i, load_f32x16(x + 4 * i))
+    for i in range(n_blocks // 16 * 16, n_blocks):
+        store_f16(out + 2 * i, load_f32(x + 4 * i))
+
+
+@kernel(QUANTIZE)
+def _bf16_quantize(x, importance, n_blocks, out, scratch):
+    for i in range(0, n_blocks - 15, 16):
+        store_bf16x16(out + 2 * i, load_f32x16(x + 4 * i))
+    for i in range(n_blocks // 16 * 16, n_blocks):
+        store_bf16(out + 2 * i, load_f32(x + 4 * i))
+
+
+F32 = Format(
+    "F32",
+    1,
+    np.dtype("<f4"),
+    False,
+    lambda b: b.view(np.float32),
+    _f32_gemv,
+    _f32_gemv_batch,
+    _f32_expand,
+    quantize=_f32_quantize,
+    largest=float(np.finfo(np.float32).max),
+)
+F16 = Format(
+    "F16",
+    1,
+    np.dtype("<f2"),
+    False,
+    lambda b: b.view(np.float16).astype(np.float32),
+    _f16_gemv,
+    _f16_gemv_batch,
+    _f16_expand,
+    quantize=_f16_quantize,
+)
+BF16 = Format(
+    "BF16",
+    1,
+    np.dtype("<u2"),
+    False,
+    _unpack_bf16,
+    _bf16_gemv,
+    _bf16_gemv_batch,
+    _bf16_expand,
+    quantize=_bf16_quantize,
+    largest=LARGEST_BF16,
+)

@@ -5,40 +5,51 @@ along the columns, then come the next 16 rows. So 16 rows take the bytes they to
 row has no address of its own. Products need no sums over lanes, and what is done to scales and bits serves 16 rows.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 
+from quant.block_format import ROWS, Format, PanelFormat
 from quant.errors import QuantError
+from quant.gemv.interleaved import AddBlock, kernels
 from quant.simd.memory import load_i64, load_u8, load_u16, load_u32, store_i8, store_i16, store_i32, store_i32x16
 from quant.simd.rows16 import transpose_strided
 from quant.target.jit import inline, kernel
 
-ROWS = 16
-# The fields of a block as (bytes of a word, words), in their order; see the plain formats' modules.
-LAYOUTS = {
-    "Q4_K_R16": ((2, 1), (2, 1), (4, 3), (4, 32)),  # d, dmin, scales, qs
-    "Q5_K_R16": ((2, 1), (2, 1), (4, 3), (4, 8), (4, 32)),  # d, dmin, scales, qh, qs
-    "Q6_K_R16": ((4, 32), (4, 16), (1, 16), (2, 1)),  # ql, qh, scales, d
-}
+
+def words_of(layout: np.dtype) -> list[tuple[int, int]]:
+    """The fields of a block as (bytes of a word, words), in their order: packed bits in fours, numbers one by one."""
+    words = []
+    for name in layout.names:
+        number, shape = layout[name].base, layout[name].shape
+        size = 4 if number == np.uint8 else number.itemsize
+        words.append((size, number.itemsize * int(np.prod(shape)) // size))
+    return words
 
 
-def plain_blocks(name: str, blocks: np.ndarray) -> np.ndarray:
+def _plain_blocks(layout: np.dtype, blocks: np.ndarray) -> np.ndarray:
     """The reference: uint8 (..., R, row bytes) interleaved, R a multiple of 16, to plain rows of the same shape."""
-    layout = LAYOUTS[name]
-    block_bytes = sum(size * count for size, count in layout)
-    raw = blocks.reshape(*blocks.shape[:-2], blocks.shape[-2] // ROWS, -1, ROWS * block_bytes)
+    raw = blocks.reshape(*blocks.shape[:-2], blocks.shape[-2] // ROWS, -1, ROWS * layout.itemsize)
     fields, at = [], 0
-    for size, count in layout:
+    for size, count in words_of(layout):
         field = raw[..., at : at + ROWS * size * count].reshape(*raw.shape[:-1], count, ROWS, size)
         fields.append(np.moveaxis(field, -2, -4).reshape(*raw.shape[:-2], ROWS, raw.shape[-2], count * size))
         at += ROWS * size * count
     return np.concatenate(fields, -1).reshape(blocks.shape)
 
 
-def unpack(name: str, plain: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
-    """unpack of an interleaved format, uint8 (..., R, row bytes) -> float32 (..., R, columns), by the plain one's."""
-    return lambda blocks: plain(plain_blocks(name, blocks))
+def interleaved(plain: Format, add_block: AddBlock, panels: PanelFormat) -> Format:
+    """The format with 16 rows of `plain` interleaved; its layout is that of one row's block.
+
+    Args:
+        add_block: see gemv.interleaved.kernels.
+        panels: how its blocks become panels.
+    """
+    name = f"{plain.name}_R{ROWS}"
+    gemv, gemv_batch = kernels(name, plain.block_bytes, add_block)
+
+    def unpack(blocks: np.ndarray) -> np.ndarray:
+        return plain.unpack(_plain_blocks(plain.layout, blocks))
+
+    return Format(name, plain.block, plain.layout, True, unpack, gemv, gemv_batch, rows=ROWS, panels=panels)
 
 
 @inline
@@ -95,10 +106,9 @@ def _reorder(plain, n_groups, n_blocks, fields, n_fields, interleaved, back):
 
 
 def _reordered(
-    name: str, data: np.ndarray, n_rows: int, row_bytes: int, back: bool, out: np.ndarray | None = None
+    format_: Format, data: np.ndarray, n_rows: int, row_bytes: int, back: bool, out: np.ndarray | None = None
 ) -> np.ndarray:
-    layout = LAYOUTS[name]
-    block_bytes = sum(size * count for size, count in layout)
+    name, block_bytes = format_.name, format_.block_bytes
     if n_rows % ROWS or row_bytes % block_bytes:
         raise QuantError(f"{name}: {n_rows} rows of {row_bytes} bytes are no multiples of {ROWS} and {block_bytes}")
     if data.dtype != np.uint8 or not data.flags.c_contiguous or data.nbytes != n_rows * row_bytes:
@@ -106,30 +116,32 @@ def _reordered(
     out = np.empty((n_rows, row_bytes), np.uint8) if out is None else out
     if out.dtype != np.uint8 or not out.flags.c_contiguous or out.nbytes != data.nbytes:
         raise QuantError(f"{name}: a result of {data.nbytes} contiguous bytes expected; found {out.nbytes}")
-    fields = np.array(layout, np.int64)
+    fields = np.array(words_of(format_.layout), np.int64)
     plain, interleaved = (out, data) if back else (data, out)
     sizes = n_rows // ROWS, row_bytes // block_bytes
-    _reorder.ctypes(plain.ctypes.data, *sizes, fields.ctypes.data, len(layout), interleaved.ctypes.data, back)
+    _reorder.ctypes(plain.ctypes.data, *sizes, fields.ctypes.data, len(fields), interleaved.ctypes.data, back)
     return out
 
 
-def interleave(name: str, plain: np.ndarray, n_rows: int, row_bytes: int, out: np.ndarray | None = None) -> np.ndarray:
-    """The rows of a plain format as those of the interleaved format `name`: uint8 (n_rows, row_bytes).
+def interleave(
+    format_: Format, plain: np.ndarray, n_rows: int, row_bytes: int, out: np.ndarray | None = None
+) -> np.ndarray:
+    """The rows of a plain format as those of an interleaved one: uint8 (n_rows, row_bytes).
 
     Any 16 rows from a multiple of 16 on can be done by themselves. Takes no memory but the result's, and leaves the
     GIL to others.
 
     Args:
-        name: "Q4_K_R16", of LAYOUTS.
+        format_: the interleaved one.
         plain: uint8, contiguous, n_rows * row_bytes.
         out: where the result goes if not to new memory: uint8, contiguous, as many bytes.
 
     Raises:
         QuantError: the sizes do not fit, or n_rows is no multiple of 16.
     """
-    return _reordered(name, plain, n_rows, row_bytes, False, out)
+    return _reordered(format_, plain, n_rows, row_bytes, False, out)
 
 
-def deinterleave(name: str, interleaved: np.ndarray, n_rows: int, row_bytes: int) -> np.ndarray:
+def deinterleave(format_: Format, interleaved: np.ndarray, n_rows: int, row_bytes: int) -> np.ndarray:
     """The reverse of interleave: the same arguments, results and errors."""
-    return _reordered(name, interleaved, n_rows, row_bytes, True)
+    return _reordered(format_, interleaved, n_rows, row_bytes, True)

@@ -1,37 +1,43 @@
 """IQ4_NL: 4-bit weights on a non-linear grid, x = d*VALUES[q]. 32 weights in 18 bytes, 4.5 bits each.
-Block: d f16 @0 | qs u8[16] @2, nibbles as in Q4_0.
-Source: ggml src/ggml-common.h @d99724f, block_iq4_nl and kvalues_iq4nl."""
+
+Quantising: ggml tries 15 scales that bring the largest weight near the lowest level; here 16 compete with 16 that bring
+it near the highest.
+Source: ggml src/ggml-common.h @d99724f, block_iq4_nl and kvalues_iq4nl; quantize_row_iq4_nl_impl in ggml-quants.c.
+"""
 
 import numpy as np
 
-from quant.block_format import EXPAND, Format
-from quant.formats.blocks_32 import add_offset, add_single, biased_dots_of_quarters, eight_scales
-from quant.gemv import plain
+from quant.block_format import QUANTIZE, block_layout, offsets
+from quant.formats.blocks_32 import biased_dots_of_quarters
+from quant.formats.nibbles_32 import BLOCK, codes_of, panel_format, stores_codes, symmetric, unpack_codes
+from quant.gemm.microkernel_step import BYTES
+from quant.quantize.levels import averages, inverse_of, midpoints
+from quant.quantize.search import TINY, first_wins_ties, write_importance, write_squares
 from quant.simd.core import i8x32, i8x64
-from quant.simd.floats import to_f32
-from quant.simd.ints import BIAS, dot_i8, lookup_in, nibbles, zero_i32x8
-from quant.simd.memory import load_f16, load_i8x16, load_i8x32, load_quarters, store_f32x32
+from quant.simd.exact import best_lane, constants, count_below, lane, signed_largest, step_function, sum_tree, where
+from quant.simd.floats import fma, splat_f32x16, to_f32, zero_f32x16
+from quant.simd.ints import BIAS, lookup_in
+from quant.simd.memory import load_f16, load_f32, load_f32x32, store_f16
 from quant.target.jit import inline, kernel
 
-BLOCK, BLOCK_BYTES = 32, 18
+LAYOUT = block_layout(18, d="<f2", qs="16u1")
+D, _ = offsets(LAYOUT)
+BLOCK_BYTES = LAYOUT.itemsize
 
 VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
 _value = lookup_in(VALUES, i8x32)
 _raised_value = lookup_in(VALUES.astype(np.int16) + BIAS, i8x64)
+_codes, _codes_of_even = codes_of(LAYOUT)
 
 
 def unpack(blocks: np.ndarray) -> np.ndarray:
     """uint8 (..., n*18) -> float32 (..., n*32), bit-equal to ggml's."""
-    raw = blocks.reshape(*blocks.shape[:-1], -1, BLOCK_BYTES)
-    d = raw[..., :2].copy().view(np.float16).astype(np.float32)
-    q = np.concatenate([raw[..., 2:] & 15, raw[..., 2:] >> 4], -1)
-    return (d * VALUES[q].astype(np.float32)).reshape(*blocks.shape[:-1], -1)
+    raw = blocks.view(LAYOUT)
+    d, values = raw["d"].astype(np.float32)[..., None], VALUES[unpack_codes(raw)]
+    return (d * values.astype(np.float32)).reshape(*blocks.shape[:-1], -1)
 
 
-@inline
-def _quants(block):
-    """i8x32 in -127..113"""
-    return _value(nibbles(load_i8x16(block + 2)))
+# ---- products --------------------------------------------------------------------------------------------------------
 
 
 @inline
@@ -41,31 +47,84 @@ def raised_values(qs):
 
 
 @inline
-def _weights(block):
-    """Raised values of low and high nibbles of blocks 0 2 4 6, of blocks 1 3 5 7; the blocks' scales."""
-    even, odd = load_quarters(block + 2, 2 * BLOCK_BYTES), load_quarters(block + BLOCK_BYTES + 2, 2 * BLOCK_BYTES)
-    scales = eight_scales(block, BLOCK_BYTES)
-    return *raised_values(even), *raised_values(odd), scales
+def _levels(block):
+    """i8x32 in -127..113"""
+    return _value(_codes(block))
 
 
 @inline
-def _add_k_block(weights, k_block, total):
-    return add_offset(biased_dots_of_quarters(weights, k_block), BIAS, weights[4], k_block, total)
+def _raised_of_even(block):
+    low, high = _codes_of_even(block)
+    return _raised_value(low), _raised_value(high)
+
+
+# ---- quantising ------------------------------------------------------------------------------------------------------
+
+_index = count_below(midpoints(VALUES))
+_nearest = step_function(VALUES.astype(np.float64))
+_LOWEST, _HIGHEST = int(VALUES[0]), int(VALUES[-1])
+_TO_HIGHEST = constants([_HIGHEST + step for step in (0, -1, 1, -2, 2, -3, 3, -4, 4, -5, 5, -6, 6, -7, 7, -9)])
+_TO_LOWEST = constants([_LOWEST + step for step in (0, -1, 1, -2, 2, -3, 3, -4, 4, -5, 5, -6, 6, -7, 7, 9)])
+_store_codes = stores_codes(LAYOUT)
 
 
 @inline
-def _add_block(block, q8, n_cols, i, total):
-    dots = dot_i8(zero_i32x8(), _quants(block), load_i8x32(q8 + 4 * n_cols + 32 * i))
-    return add_single(dots, load_f16(block), q8, n_cols, i, total)
+def _best_scale(x, w, inverse):
+    """The best of the scales for the levels that x * inverse rounds to."""
+    xl, ll = zero_f32x16(), zero_f32x16()
+    for i in range(BLOCK):
+        xi, wi = splat_f32x16(load_f32(x + 4 * i)), splat_f32x16(load_f32(w + 4 * i))
+        level = _nearest(inverse * xi)
+        wl = wi * level
+        xl, ll = fma(wl, xi, xl), fma(wl, level, ll)
+    scale = where(ll > 0, xl / ll, 0)
+    return lane(scale, best_lane(scale * xl * first_wins_ties()))
 
 
-@kernel(EXPAND)
-def _expand(w, n_blocks, out):
+@inline
+def _indices(values, d):
+    """The table's entries nearest to values / d."""
+    return _index(values * inverse_of(d), np.float32(1.0))
+
+
+@inline
+def _error(values, w, d):
+    """Sum of w * (d * level - x)^2."""
+    rest = to_f32(_value(_indices(values, d))) * d - values
+    return sum_tree(load_f32x32(w) * rest * rest)
+
+
+@kernel(QUANTIZE)
+def _quantize(x, importance, n_blocks, out, scratch):
+    variance, average = averages(x, importance, BLOCK * n_blocks)
     for b in range(n_blocks):
-        block = w + BLOCK_BYTES * b
-        store_f32x32(out + 128 * b, to_f32(_quants(block)) * load_f16(block))
+        row, block = x + 128 * b, out + BLOCK_BYTES * b
+        values = load_f32x32(row)
+        largest = signed_largest(values)
+        d = np.float32(0.0)
+        if abs(largest) > TINY:
+            if importance != 0:
+                write_importance(row, importance + 128 * b, BLOCK, variance, average, scratch)
+            else:
+                write_squares(row, BLOCK, scratch)
+            unit = np.float32(1.0) / largest
+            store_f16(block + D, _best_scale(row, scratch, _TO_HIGHEST() * unit))
+            d = load_f16(block + D)
+            store_f16(block + D, _best_scale(row, scratch, _TO_LOWEST() * unit))
+            if _error(values, scratch, load_f16(block + D)) < _error(values, scratch, d):
+                d = load_f16(block + D)
+        store_f16(block + D, d)
+        _store_codes(block, _indices(values, d))
 
 
-_gemv, _gemv_batch = plain.kernels("IQ4_NL", 8 * BLOCK_BYTES, _weights, _add_k_block, _add_block)
-
-IQ4_NL = Format("IQ4_NL", BLOCK, BLOCK_BYTES, True, unpack, _gemv, _gemv_batch, _expand)
+IQ4_NL = symmetric(
+    "IQ4_NL",
+    LAYOUT,
+    unpack,
+    levels=_levels,
+    raised_of_even=_raised_of_even,
+    offset=BIAS,
+    dots=biased_dots_of_quarters,
+    panels=panel_format("IQ4_NL", LAYOUT, BYTES, 128, table=VALUES.astype(int) + 128),
+    quantize=_quantize,
+)

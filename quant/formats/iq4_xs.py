@@ -1,16 +1,20 @@
 """IQ4_XS: 4-bit weights on IQ4_NL's grid, 8 sub-blocks of 32, x = d*(ls-32)*VALUES[q]. 256 weights in 136 bytes, 4.25
 bits each.
-Block: d f16 @0 | scales_h u16 @2, 2 bits a sub-block | scales_l u8[4] @4, 4 bits a sub-block | qs u8[128] @8, 16 bytes
-a sub-block, byte j holds weight j (low nibble) and j+16 (high).
-Source: ggml src/ggml-common.h @d99724f, block_iq4_xs; dequantize_row_iq4_xs in ggml-quants.c."""
+
+A sub-block has 2 bits of its ls in scales_h and 4 in scales_l, and 16 bytes of qs, byte j of which holds weight j (low
+nibble) and j+16 (high). There is no quantising to it.
+Source: ggml src/ggml-common.h @d99724f, block_iq4_xs; dequantize_row_iq4_xs in ggml-quants.c.
+"""
 
 import numpy as np
 
-from quant.block_format import EXPAND, Format
+from quant.block_format import EXPAND, Format, PanelFormat, block_layout, offsets
 from quant.formats.blocks_32 import add_offset, biased_dots_of_quarters
 from quant.formats.iq4_nl import VALUES, raised_values
+from quant.gemm.microkernel_step import BYTES, STEP_BYTES
+from quant.gemm.repack import SCALES, repacks, two_nibbles
 from quant.gemv import plain
-from quant.simd.core import i8x32
+from quant.simd.core import i8x32, i32x16
 from quant.simd.floats import interleaved_bytes, to_f32
 from quant.simd.ints import BIAS, even_quarters, lookup_in, nibbles, odd_quarters
 from quant.simd.memory import (
@@ -21,23 +25,29 @@ from quant.simd.memory import (
     load_u8,
     load_u16,
     load_u32,
+    store_f32x16,
     store_f32x32,
+    store_i32x16,
 )
+from quant.simd.rows16 import gather, half_to_f32, transpose
 from quant.target.jit import inline, kernel
 
-BLOCK, BLOCK_BYTES = 256, 136
+BLOCK = 256
+LAYOUT = block_layout(136, d="<f2", scales_h="<u2", scales_l="4u1", qs="128u1")
+D, SCALES_H, SCALES_L, QS = offsets(LAYOUT)
+BLOCK_BYTES = LAYOUT.itemsize
 
 _value = lookup_in(VALUES, i8x32)
 
 
 def unpack(blocks: np.ndarray) -> np.ndarray:
     """uint8 (..., n*136) -> float32 (..., n*256), bit-equal to ggml's."""
-    raw = blocks.reshape(*blocks.shape[:-1], -1, BLOCK_BYTES)
-    d = raw[..., :2].copy().view(np.float16).astype(np.float32)
-    high = raw[..., 2:4].copy().view(np.uint16) >> np.arange(0, 16, 2, dtype=np.uint16) & 3
-    low = np.stack([raw[..., 4:8] & 15, raw[..., 4:8] >> 4], -1).reshape(*raw.shape[:-1], 8)
+    raw = blocks.view(LAYOUT)
+    d = raw["d"].astype(np.float32)[..., None]
+    high = raw["scales_h"][..., None] >> np.arange(0, 16, 2, dtype=np.uint16) & 3
+    low = np.stack([raw["scales_l"] & 15, raw["scales_l"] >> 4], -1).reshape(*raw.shape, 8)
     ls = (low | high << 4).astype(np.int8) - np.int8(32)
-    qs = raw[..., 8:].reshape(*raw.shape[:-1], 8, 16)
+    qs = raw["qs"].reshape(*raw.shape, 8, 16)
     q = np.concatenate([qs & 15, qs >> 4], -1)
     x = (d * ls.astype(np.float32))[..., None] * VALUES[q].astype(np.float32)
     return x.reshape(*blocks.shape[:-1], -1)
@@ -46,21 +56,21 @@ def unpack(blocks: np.ndarray) -> np.ndarray:
 @inline
 def _quants(block, j):
     """Sub-block j, i8x32 in -127..113."""
-    return _value(nibbles(load_i8x16(block + 8 + 16 * j)))
+    return _value(nibbles(load_i8x16(block + QS + 16 * j)))
 
 
 @inline
 def _scale(block, j):
     """d * (ls - 32) of sub-block j."""
-    low = load_u8(block + 4 + j // 2) >> (4 * (j % 2)) & 15
-    high = load_u16(block + 2) >> (2 * j) & 3
-    return load_f16(block) * np.float32((low | high << 4) - 32)
+    low = load_u8(block + SCALES_L + j // 2) >> (4 * (j % 2)) & 15
+    high = load_u16(block + SCALES_H) >> (2 * j) & 3
+    return load_f16(block + D) * np.float32((low | high << 4) - 32)
 
 
 @inline
 def _packed_scales(block):
     """The 8 ls, each below 64, as the bytes of one int64: 2 bits of scales_h above 4 of scales_l."""
-    low, high = load_u32(block + 4), load_u16(block + 2)
+    low, high = load_u32(block + SCALES_L), load_u16(block + SCALES_H)
     low = (low | low << 16) & 0x0000FFFF0000FFFF
     low = (low | low << 8) & 0x00FF00FF00FF00FF
     low = (low | low << 4) & 0x0F0F0F0F0F0F0F0F
@@ -73,9 +83,9 @@ def _packed_scales(block):
 @inline
 def _weights(block):
     """Raised values of low and high nibbles of sub-blocks 0 2 4 6, of 1 3 5 7; d * (ls - 32) in two lanes each."""
-    low, high = load_i8x64(block + 8), load_i8x64(block + 72)
+    low, high = load_i8x64(block + QS), load_i8x64(block + QS + 64)
     packed = _packed_scales(block)
-    scales = (interleaved_bytes(packed, packed) - 32) * load_f16_everywhere(block)
+    scales = (interleaved_bytes(packed, packed) - 32) * load_f16_everywhere(block + D)
     return *raised_values(even_quarters(low, high)), *raised_values(odd_quarters(low, high)), scales
 
 
@@ -93,6 +103,37 @@ def _expand(w, n_blocks, out):
             store_f32x32(out + 1024 * b + 128 * j, x)
 
 
+_byte_value = lookup_in(VALUES.astype(int) + 128, i32x16)
+
+
+@inline
+def _store_values(words, out):
+    """Low nibbles to the step's first half, high ones to its second, both through the table."""
+    low, high = two_nibbles(words)
+    store_i32x16(out, _byte_value(low))
+    store_i32x16(out + 256, _byte_value(high))
+
+
+@repacks
+def _repack(rows, n_blocks, out):
+    for b in range(n_blocks):
+        block = BLOCK_BYTES * b
+        high, low = gather(rows, block + D), gather(rows, block + SCALES_L)  # high: d, then scales_h
+        d = half_to_f32(high)
+        for j in range(8):
+            w0, w1, w2, w3 = transpose(rows, block + QS + 16 * j)
+            _store_values(w0, out)
+            _store_values(w1, out + 64)
+            _store_values(w2, out + 128)
+            _store_values(w3, out + 192)
+            upper = (high >> 16 + 2 * j & 3) << 4
+            scale = (low >> 4 * j & 15 | upper) - 32
+            store_f32x16(out + SCALES, to_f32(scale) * d)
+            out += STEP_BYTES
+
+
 _gemv, _gemv_batch = plain.kernels("IQ4_XS", BLOCK_BYTES, _weights, _add_k_block)
 
-IQ4_XS = Format("IQ4_XS", BLOCK, BLOCK_BYTES, True, unpack, _gemv, _gemv_batch, _expand)
+IQ4_XS = Format(
+    "IQ4_XS", BLOCK, LAYOUT, True, unpack, _gemv, _gemv_batch, _expand, panels=PanelFormat(BYTES, 128, _repack)
+)

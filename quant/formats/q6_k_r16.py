@@ -1,22 +1,29 @@
 """Q6_K with 16 rows interleaved (formats/interleave.py): 16 rows and 256 columns in 3360 bytes.
-ql u32[32][16] @0 | qh u32[16][16] @2048 | scales i8[16][16] @3072 | d f16[16] @3328; see q6_k.py."""
 
-from quant.block_format import Format
+Every field begins 16 times as far from a block's start as in q6_k.py. ql and qh are words of 4 of the plain block's
+bytes: u32[32][16] and u32[16][16]; then come scales i8[16][16] and d f16[16].
+"""
+
+from quant.block_format import ROWS, PanelFormat
 from quant.formats import q6_k
-from quant.formats.interleave import ROWS, unpack
-from quant.gemv.interleaved import FLOATS, WORDS, Block, Token, as_bytes, kernels, masked, merged
+from quant.formats.interleave import interleaved
+from quant.formats.q6_k import store_sixes
+from quant.gemm.microkernel_step import HALVES, STEP_BYTES
+from quant.gemm.repack import SCALES as STEP_SCALES
+from quant.gemm.repack import repacks
+from quant.gemv.interleaved import FLOATS, WORDS, Block, Token, as_bytes, masked, merged
 from quant.simd.core import constant
 from quant.simd.floats import emit_fma
 from quant.simd.ints import emit_dot_u8
+from quant.simd.memory import load_f16x16, load_i8x16_picked, load_i32x16, load_i64, store_f32x16
 
-NAME = "Q6_K_R16"
-QH, SCALES, D = 2048, 3072, 3328
+QL, QH, SCALES, D = ROWS * q6_k.QL, ROWS * q6_k.QH, ROWS * q6_k.SCALES, ROWS * q6_k.D
 
 
 def _quarters(block: Block, half: int, g: int) -> list:
     """Columns 4g..4g+3 of each quarter of 32 columns of a half, 0..63."""
     builder = block.builder
-    low, high = (block.words(64 * (16 * half + 8 * i + g)) for i in range(2))
+    low, high = (block.words(QL + 64 * (16 * half + 8 * i + g)) for i in range(2))
     bits = block.words(QH + 64 * (8 * half + g))
     return [
         as_bytes(
@@ -49,6 +56,25 @@ def _add_block(block: Block, tokens: list[Token], totals: list) -> list:
     return [emit_fma(builder, d, total, before) for total, before in zip(sums, totals, strict=True)]
 
 
-_gemv, _gemv_batch = kernels(NAME, q6_k.BLOCK_BYTES, _add_block)
+_load_i8x16 = load_i8x16_picked(range(16))
 
-Q6_K_R16 = Format(NAME, q6_k.BLOCK, q6_k.BLOCK_BYTES, True, unpack(NAME, q6_k.unpack), _gemv, _gemv_batch, None, ROWS)
+
+@repacks
+def _repack(rows, n_blocks, out):
+    block = load_i64(rows)
+    for _ in range(n_blocks):
+        d = load_f16x16(block + D)
+        for i in range(16):
+            scale = _load_i8x16(block + SCALES + 16 * i) * d
+            store_f32x16(out + STEP_SCALES + STEP_BYTES * (i // 2) + 64 * (i % 2), scale)
+        for half in range(2):
+            for g in range(8):
+                bits = load_i32x16(block + QH + 64 * (8 * half + g))
+                to = out + 4 * STEP_BYTES * half + 64 * g
+                store_sixes(load_i32x16(block + QL + 64 * (16 * half + g)), bits, 0, to)
+                store_sixes(load_i32x16(block + QL + 64 * (16 * half + 8 + g)), bits, 1, to)
+        out += 8 * STEP_BYTES
+        block += ROWS * q6_k.BLOCK_BYTES
+
+
+Q6_K_R16 = interleaved(q6_k.Q6_K, _add_block, PanelFormat(HALVES, 32, _repack))

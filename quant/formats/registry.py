@@ -1,36 +1,49 @@
-"""The block formats by ggml's names, each in a module of its own that is imported when first used."""
+"""The block formats by ggml's names, each in a module that is imported when first used.
+
+A module has Formats by their names. What is asked without one, such as which types there are, is here.
+"""
 
 from importlib import import_module
+from typing import NamedTuple
 
-from quant.block_format import Format
+from quant.block_format import ROWS, Format
 from quant.errors import QuantError
 
-_MODULES = {
-    "F32": "floats",
-    "F16": "floats",
-    "BF16": "floats",
-    "Q4_0": "q4_0",
-    "Q4_1": "q4_1",
-    "Q5_0": "q5_0",
-    "Q5_1": "q5_1",
-    "Q8_0": "q8_0",
-    "Q4_K": "q4_k",
-    "Q5_K": "q5_k",
-    "Q6_K": "q6_k",
-    "IQ4_NL": "iq4_nl",
-    "IQ4_XS": "iq4_xs",
-    "MXFP4": "mxfp4",
+
+class Entry(NamedTuple):
+    """Where a format is, and what it has."""
+
+    module: str
+    interleaved: str = ""  # the module of the same format with 16 rows interleaved
+    quantizes: bool = True  # whether there is a kernel that makes blocks from float32
+
+
+_ENTRIES = {
+    "F32": Entry("floats"),
+    "F16": Entry("floats"),
+    "BF16": Entry("floats"),
+    "Q8_0": Entry("q8_0"),
+    "Q4_0": Entry("q4_0_q5_0"),
+    "Q4_1": Entry("q4_1_q5_1"),
+    "Q5_0": Entry("q4_0_q5_0"),
+    "Q5_1": Entry("q4_1_q5_1"),
+    "Q4_K": Entry("q4_k_q5_k", interleaved="q4_k_q5_k_r16"),
+    "Q5_K": Entry("q4_k_q5_k", interleaved="q4_k_q5_k_r16"),
+    "Q6_K": Entry("q6_k", interleaved="q6_k_r16"),
+    "IQ4_NL": Entry("iq4_nl"),
+    "IQ4_XS": Entry("iq4_xs", quantizes=False),
+    "MXFP4": Entry("mxfp4"),
 }
-NAMES = tuple(_MODULES)
-INTERLEAVED = (
-    "Q4_K_R16",
-    "Q5_K_R16",
-    "Q6_K_R16",
-)  # names of our own: 16 rows of the format before _R16
+_INTERLEAVED = {f"{name}_R{ROWS}": entry.interleaved for name, entry in _ENTRIES.items() if entry.interleaved}
+_MODULES = {name: entry.module for name, entry in _ENTRIES.items()} | _INTERLEAVED
+
+NAMES = tuple(_ENTRIES)
+INTERLEAVED = tuple(_INTERLEAVED)  # names of our own: 16 rows of the format before _R16
+QUANTIZABLE = tuple(name for name, entry in _ENTRIES.items() if entry.quantizes)
 
 
 def get(name: str) -> Format:
     """The format called `name`. Raises QuantError."""
-    if name not in _MODULES and name not in INTERLEAVED:
-        raise QuantError(f"no kernels for type {name}; there are some for {', '.join((*NAMES, *INTERLEAVED))}")
-    return getattr(import_module(f"quant.formats.{_MODULES.get(name, name.lower())}"), name)
+    if name not in _MODULES:
+        raise QuantError(f"no kernels for type {name}; there are some for {', '.join(_MODULES)}")
+    return getattr(import_module(f"quant.formats.{_MODULES[name]}"), name)

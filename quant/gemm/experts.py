@@ -7,6 +7,7 @@ summation does not depend on the number of workers.
 
 import numpy as np
 
+from quant.block_format import PanelFormat
 from quant.gemm.pack_tokens import write_panels
 from quant.gemm.packed import (
     KIND,
@@ -16,8 +17,8 @@ from quant.gemm.packed import (
     SCRATCH_BYTES,
     STEP,
     TOKEN_BYTES,
-    PanelFormat,
     multiply_panels,
+    panel_fields,
     token_block,
     tokens_bytes,
     write_group,
@@ -187,7 +188,8 @@ def run(
     work_size = worker_bytes(WORK_BYTES + row_bytes(UP_ROWS * most))
     arguments = np.array(
         (
-            *gate.fields, *formats[0].fields, *up.fields, *formats[1].fields, *down.fields, *formats[2].fields,
+            *gate.fields, *panel_fields(formats[0]), *up.fields, *panel_fields(formats[1]),
+            *down.fields, *panel_fields(formats[2]),
             counters.ctypes.data, hidden, inner, n_tokens,
             len(computed), computed.ctypes.data, computed_start.ctypes.data,
             token.ctypes.data, sorted_weights.ctypes.data, gate_tokens, up_tokens,

@@ -5,6 +5,7 @@ The inputs are rounded and written to token panels, one a group; then workers ta
 
 import numpy as np
 
+from quant.block_format import PanelFormat
 from quant.gemm.pack_tokens import write_panels
 from quant.gemm.packed import (
     MATRIX_BYTES,
@@ -12,8 +13,8 @@ from quant.gemm.packed import (
     SCRATCH_BYTES,
     STEP,
     TOKEN_BYTES,
-    PanelFormat,
     multiply_panels,
+    panel_fields,
     tokens_bytes,
 )
 from quant.matrix import ADDRESS, GROUP_BYTES, ROW_BYTES, QuantMatrix
@@ -79,7 +80,7 @@ def multiply(pool: Pool, matrix: QuantMatrix, format_: PanelFormat, x: int, n_to
     write_panels(pool, format_, x, n_inputs, matrix.n_cols, source, start, tokens)
     counter, sums_bytes = np.zeros(1, np.int64), worker_bytes(4 * UNIT_ROWS * n_tokens)
     arguments = (
-        *matrix.fields, *format_.fields, counter.ctypes.data,
+        *matrix.fields, *panel_fields(format_), counter.ctypes.data,
         n_groups, matrix.n_rows, matrix.n_cols, n_tokens, tokens, out,
         pool.buffer("sums", sums_bytes * pool.n_workers), sums_bytes,
         pool.buffer("scratch", SCRATCH_BYTES * pool.n_workers),

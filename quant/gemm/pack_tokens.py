@@ -6,7 +6,8 @@ panels are written from front to back.
 
 import numpy as np
 
-from quant.gemm.packed import STEP, TOKEN_BYTES, PanelFormat, token_block, write_group
+from quant.block_format import PanelFormat
+from quant.gemm.packed import STEP, TOKEN_BYTES, token_block, write_group
 from quant.gemm.quantize_tokens import BLOCK_BYTES, GROUPS, WORK_BYTES, round_row, row_bytes
 from quant.simd.memory import load_i64
 from quant.target.jit import inline, kernel

@@ -15,11 +15,8 @@ nothing. Of the others: BIAS - offset * sum of q, i32, over all 32 columns and n
 start there, those of MINIMUM at BIAS.
 """
 
-from dataclasses import dataclass
-from importlib import import_module
-
 from quant import matrix as matrix_words
-from quant.block_format import Format
+from quant.block_format import Format, PanelFormat
 from quant.gemm.microkernel import TILES
 from quant.gemm.microkernel_amx import SCRATCH_END, configure, release
 from quant.gemm.microkernel_step import (
@@ -51,51 +48,12 @@ from quant.simd.memory import (
 )
 from quant.simd.rows16 import VECTOR_ROWS
 from quant.target import isa
-from quant.target.jit import Kernel, inline
+from quant.target.jit import inline
 from quant.threads.atomics import call_3, call_5
 from quant.threads.pool import worker_bytes
 
-REPACK = "void(int64, int64, int64)"
 _ADDRESSES = SCRATCH_END  # in a worker's scratch, behind what the tile has there: addresses of the panel's rows
 SCRATCH_BYTES = worker_bytes(_ADDRESSES + 8 * VECTOR_ROWS)
-
-
-@dataclass(frozen=True)
-class PanelFormat:
-    """How blocks of one format become panels.
-
-    Attributes:
-        kind, offset: see the module.
-        repack: void(rows, n_blocks, out): n_blocks blocks behind each of 16 addresses at `rows`, to steps.
-            Of interleaved rows they are one address.
-    """
-
-    kind: int
-    offset: int
-    repack: Kernel
-
-    @property
-    def fields(self) -> tuple[int, ...]:
-        """As jobs see it, in the order of REPACKER and its neighbours."""
-        return self.repack.address, TILES[self.kind].address, self.kind, self.offset
-
-
-_MODULES = {
-    "Q4_K": "pack_256",
-    "Q5_K": "pack_256",
-    "Q6_K": "pack_256",
-    "IQ4_XS": "pack_256",
-    "Q4_K_R16": "pack_interleaved",
-    "Q5_K_R16": "pack_interleaved",
-    "Q6_K_R16": "pack_interleaved",
-    "Q4_0": "pack_32",
-    "Q4_1": "pack_32",
-    "Q5_0": "pack_32",
-    "Q5_1": "pack_32",
-    "Q8_0": "pack_32",
-    "IQ4_NL": "pack_32",
-    "MXFP4": "pack_32",
-}
 
 
 # Repacking a row pays from here on; several passes of a few tokens are cheaper where rows are interleaved.
@@ -104,15 +62,13 @@ TOKENS_FROM, TOKENS_FROM_INTERLEAVED = 4, 8
 
 def find(format_: Format) -> PanelFormat | None:
     """How to make panels of a format; None where float32 tiles are used instead."""
-    if format_.name not in _MODULES or not isa.has("avx2"):
-        return None
-    return getattr(import_module(f"quant.gemm.{_MODULES[format_.name]}"), format_.name)
+    panels = format_.panels
+    return panels if panels and isa.has(panels.repack.level) else None
 
 
-def repack_of(format_: Format) -> Kernel | None:
-    """The kernel that makes panels of a format, if there is one."""
-    found = find(format_)
-    return found.repack if found else None
+def panel_fields(format_: PanelFormat) -> tuple[int, ...]:
+    """A format as jobs see it, in the order of REPACKER and its neighbours."""
+    return format_.repack.address, TILES[format_.kind].address, format_.kind, format_.offset
 
 
 def tokens_from(*formats: Format) -> int:

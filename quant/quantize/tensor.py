@@ -1,11 +1,8 @@
 """Packs rows of float32 into blocks of any format, on all workers.
 
-A packing kernel is the address of void(x, importance, n_blocks, out, scratch): one row of float32 at x, its columns'
-importances (float32, or address 0 for none), SCRATCH_BYTES of work memory. Rows are independent and every sum has one
-order, so the bytes depend neither on the number of workers nor on the CPU.
+The kernels are the formats' own (block_format.Format.quantize). Rows are independent and every sum has one order, so
+the bytes depend neither on the number of workers nor on the CPU.
 """
-
-from importlib import import_module
 
 import numpy as np
 
@@ -17,40 +14,8 @@ from quant.target.jit import inline, kernel
 from quant.threads.atomics import atomic_add, call_5
 from quant.threads.pool import Pool, worker_bytes
 
-# A module for each family of kernels, imported (and compiled) when first used: running a model needs none of them.
-_MODULES = {
-    "F32": "floats",
-    "F16": "floats",
-    "BF16": "floats",
-    "Q8_0": "blocks_32",
-    "Q4_0": "blocks_32",
-    "Q4_1": "blocks_32",
-    "Q5_0": "blocks_32",
-    "Q5_1": "blocks_32",
-    "Q4_K": "q4_k_q5_k",
-    "Q5_K": "q4_k_q5_k",
-    "Q6_K": "q6_k",
-    "IQ4_NL": "tables",
-    "MXFP4": "tables",
-}
-NAMES = tuple(_MODULES)
-
 SCRATCH_BYTES = worker_bytes(4096)
 _UNIT_WEIGHTS = 1 << 15  # that a worker takes at a time: long beside the dispatch, short enough to share out
-_LARGEST = {"F32": float(np.finfo(np.float32).max), "BF16": 2.0**128 - 2.0**120, "MXFP4": 2.0**128 - 2.0**120}
-
-
-def kernel_address(name: str) -> int:
-    """The packing kernel of the format called `name`. Raises QuantError if there is none."""
-    if name not in _MODULES:
-        raise QuantError(f"type {name} can't be packed; these can: {', '.join(NAMES)}")
-    return getattr(import_module(f"quant.quantize.{_MODULES[name]}"), name).address
-
-
-def largest(name: str) -> float:
-    """The largest magnitude of a weight that pack() accepts: float16's where values or scales are kept in it."""
-    return _LARGEST.get(name, 65504.0)
-
 
 # Where the job finds its arguments, int64 each.
 (
@@ -91,7 +56,7 @@ def _pack(arguments, worker):
 
 
 def pack(pool: Pool, format_: Format, x: int, n_rows: int, n_cols: int, out: int, importance: int = 0) -> int:
-    """Pack a matrix; returns -1, or the flat index of its first weight that is not finite or beyond largest().
+    """Pack a matrix; returns -1, or the flat index of its first weight that is not finite or beyond its largest.
 
     Rows with such a weight are left out; the others are packed.
 
@@ -104,13 +69,15 @@ def pack(pool: Pool, format_: Format, x: int, n_rows: int, n_cols: int, out: int
     Raises:
         QuantError: the format can't be packed, or n_cols is not a whole number of its blocks.
     """
+    if format_.quantize is None:
+        raise QuantError(f"weights can't be quantised to {format_.name}")
     row_bytes = format_.row_bytes(n_cols)
     none = n_rows * n_cols
     found = np.full(pool.n_workers, none, np.int64)
     counter = np.zeros(1, np.int64)
-    limit = int(np.float32(largest(format_.name)).view(np.int32))
+    limit = int(np.float32(format_.largest).view(np.int32))
     arguments = (
-        counter.ctypes.data, kernel_address(format_.name), found.ctypes.data, x, importance, out,
+        counter.ctypes.data, format_.quantize.address, found.ctypes.data, x, importance, out,
         n_rows, n_cols, n_cols // format_.block, row_bytes, max(1, _UNIT_WEIGHTS // max(1, n_cols)), limit,
         pool.buffer("pack scratch", SCRATCH_BYTES * pool.n_workers),
     )  # fmt: skip

@@ -14,6 +14,7 @@ from packed_layout import unpacked
 from programs import rows_by_step
 from step_layers import SMALL, Layer
 
+from quant.block_format import halves
 from quant.decode.program import MOST_TOKENS, Program
 from quant.decode.queries import latent_queries_phase
 from quant.errors import QuantError
@@ -35,7 +36,7 @@ def plain(name: str) -> str:
 
 
 def interleaved(name: str, raw: np.ndarray) -> np.ndarray:
-    return interleave.interleave(name, np.ascontiguousarray(raw), *raw.shape)
+    return interleave.interleave(registry.get(name), np.ascontiguousarray(raw), *raw.shape)
 
 
 def both_weights(
@@ -55,7 +56,7 @@ def test_types(name: str) -> None:
     """Sizes are the plain format's; the name is none of ggml's."""
     format_, kind = registry.get(name), gguf.GGMLQuantizationType[plain(name)]
     assert (format_.name, format_.rows, format_.block, format_.block_bytes) == (name, 16, *gguf.GGML_QUANT_SIZES[kind])
-    assert set(interleave.LAYOUTS) == set(NAMES) and not set(NAMES) & set(registry.NAMES)
+    assert not set(NAMES) & set(registry.NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -92,21 +93,21 @@ def test_rows_are_put_back(name: str) -> None:
     raw = any_bytes(plain(name), np.random.default_rng(2))[:48]
     data = interleaved(name, raw)
     assert not np.array_equal(data, raw)
-    assert np.array_equal(interleave.deinterleave(name, data, *raw.shape), raw)
+    assert np.array_equal(interleave.deinterleave(registry.get(name), data, *raw.shape), raw)
     assert np.array_equal(interleaved(name, raw[16:32]), data[16:32])
-    assert np.array_equal(interleave.deinterleave(name, data[16:32], 16, raw.shape[1]), raw[16:32])
+    assert np.array_equal(interleave.deinterleave(registry.get(name), data[16:32], 16, raw.shape[1]), raw[16:32])
     assert interleaved(name, raw[:0]).shape == (0, raw.shape[1])
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
     data = np.zeros((32, 288), np.uint8)
     with pytest.raises(QuantError, match="Q4_K_R16: 24 rows of 288 bytes are no multiples of 16 and 144"):
-        interleave.interleave("Q4_K_R16", data[:24], 24, 288)
+        interleave.interleave(registry.get("Q4_K_R16"), data[:24], 24, 288)
     with pytest.raises(QuantError, match="Q6_K_R16: 32 rows of 288 bytes are no multiples of 16 and 210"):
-        interleave.interleave("Q6_K_R16", data, 32, 288)
+        interleave.interleave(registry.get("Q6_K_R16"), data, 32, 288)
     for wrong in (data[:16], data.view(np.int8), data[:, ::-1]):
         with pytest.raises(QuantError, match="Q4_K_R16: 32 rows of 288 contiguous bytes expected"):
-            interleave.deinterleave("Q4_K_R16", wrong, 32, 288)
+            interleave.deinterleave(registry.get("Q4_K_R16"), wrong, 32, 288)
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
@@ -144,7 +145,7 @@ def test_products_are_exact_at_the_extremes_of_the_integers(name: str, fill: int
     raw = kernels.random_blocks(plain(name), (16, COLS), rng)
     blocks, scales = raw.reshape(-1, format_.block_bytes), raw.reshape(-1, format_.block_bytes).copy()
     blocks[:] = fill
-    for at in kernels.SCALES_AT[plain(name)]:
+    for at in halves(format_.layout):
         blocks[:, at : at + 2] = scales[:, at : at + 2]
     x, out = np.full(COLS, sign * 3, np.float32), np.empty(16, np.float32)
     kernels.call(format_.gemv, interleaved(name, raw), 16, COLS, kernels.record(x, format_), out)
@@ -156,7 +157,7 @@ def test_products_are_exact_at_the_extremes_of_the_integers(name: str, fill: int
 def test_nan_reaches_its_row_only(name: str) -> None:
     format_, rng = registry.get(name), np.random.default_rng(0)
     raw = kernels.random_blocks(plain(name), (32, COLS), rng)
-    d = kernels.SCALES_AT[plain(name)][0] + format_.block_bytes
+    d = halves(format_.layout)[0] + format_.block_bytes
     raw[21, d : d + 2] = 0xFF
     out = np.empty(32, np.float32)
     record = kernels.record(np.ones(COLS, np.float32), format_)

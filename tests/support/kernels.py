@@ -5,7 +5,7 @@ import ctypes
 import gguf
 import numpy as np
 
-from quant.block_format import Format
+from quant.block_format import Format, halves
 from quant.formats import registry
 from quant.gemv import activations
 from quant.matrix import QuantMatrix, quant_matrix
@@ -15,8 +15,6 @@ from quant.threads.pool import Pool, aligned_bytes
 
 _INT64 = ctypes.c_int64
 COLS = 1536  # six blocks of 256: the four that kernels take together, and two
-# Where a block's f16 numbers are, if not at its start alone.
-SCALES_AT = {"Q6_K": (208,), "Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2)}
 
 
 def call(kernel_: Kernel, *arguments: int | np.ndarray) -> None:
@@ -56,7 +54,7 @@ def random_blocks(name: str, shape: tuple[int, ...], rng: np.random.Generator) -
     if name == "MXFP4":
         blocks[:, 0] = rng.integers(118, 126, len(blocks))
         return raw
-    for at in SCALES_AT.get(name, (0,)):
+    for at in halves(format_.layout):
         scales = (rng.standard_normal(len(blocks)) / 64).astype(np.float16)
         blocks[:, at : at + 2] = scales[:, None].view(np.uint8)
     return raw

@@ -2,10 +2,11 @@
 
 import numpy as np
 
+from quant.block_format import PanelFormat
 from quant.gemm import packed
 
 
-def unpacked(steps: np.ndarray, format_: packed.PanelFormat) -> np.ndarray:
+def unpacked(steps: np.ndarray, format_: PanelFormat) -> np.ndarray:
     """The float32 (16, n*32) weights of n steps, uint8 (n, PART_BYTES): what panel.py says of the layout."""
     u = steps[:, :512].reshape(-1, 8, 16, 4).transpose(2, 0, 1, 3).reshape(16, -1, 2, 16)
     first, second = steps[:, 512:].copy().view(np.float32).reshape(-1, 2, 16).transpose(1, 2, 0)[..., None, None]

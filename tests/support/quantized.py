@@ -50,7 +50,7 @@ def importances(seed: int = 4) -> np.ndarray:
 def digest() -> str:
     """Of every format's blocks of every kind of weights, with and without importances."""
     blocks = hashlib.sha256()
-    for name in tensor.NAMES:
+    for name in registry.QUANTIZABLE:
         for kind in KINDS:
             x = weights(kind, (20, COLS))
             blocks.update(packed(name, x))

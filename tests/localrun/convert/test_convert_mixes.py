@@ -55,7 +55,7 @@ MODELS = {
     "qwen3moe": tiny_models.Qwen3Moe(**_SMALL_LLAMA, moe_intermediate_size=256, n_routed_experts=4),
     "llama-80-layers": tiny_models.Llama(**_SMALL_LLAMA | {"num_hidden_layers": 80, "intermediate_size": 256}),
 }
-QUANTIZED = [mix for mix, (_, type_) in MIXES.items() if type_ not in ("F32", "F16", "BF16")]
+QUANTIZED = [name for name, mix in MIXES.items() if mix.type not in ("F32", "F16", "BF16")]
 MLA = re.compile(r"attn_[kv]_b\.weight$")
 
 
@@ -90,7 +90,7 @@ _LINE = re.compile(r"^\[ *\d+/ *\d+\] (\S+) .* type = *(\w+), size = .*?(?:\((\w
 
 def llama_cpp_types(source: Path, mixes: list[str], with_imatrix: bool = False) -> list[dict[str, str]]:
     """Tensor -> type, for each mix."""
-    arguments = json.dumps([str(source), [MIXES[mix][0] for mix in mixes], with_imatrix])
+    arguments = json.dumps([str(source), [MIXES[mix].number for mix in mixes], with_imatrix])
     done = subprocess.run([sys.executable, "-c", _DRY_RUN, arguments], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     logs = done.stderr.split("NEXT\n")[1:]
@@ -183,5 +183,5 @@ def test_names_of_mixes() -> None:
 
 def test_the_file_type_is_llama_cpps_number() -> None:
     names = {"F32": "ALL_F32"}
-    for mix, (number, _) in MIXES.items():
+    for mix, (number, *_) in MIXES.items():
         assert gguf.LlamaFileType[names.get(mix, f"MOSTLY_{mix}")] == number
