@@ -19,17 +19,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 # Run for one level: prints "name digest" of each kernel, wherever a module keeps it: by a name, in a list, a dictionary
-# or a format. Mangled names hold the module's; so do strings and section comments, which are no instructions.
+# or a format. Mangled names hold the module's; so do strings, section comments and the places for the
+# environments of functions, inlined ones included, which are no instructions.
 _CHILD = r"""
 import dataclasses, hashlib, importlib, pkgutil, re
 import quant
 from numba.core.ccallback import CFunc
 from quant.target import isa
+from quant.target.jit import Kernel
 
 def kernels_in(value):
     if isinstance(value, CFunc):
         yield value
-    elif hasattr(value, "compiled"):
+    elif isinstance(value, Kernel):
         if isa.has(getattr(value, "level", "generic")):
             yield value.compiled
     elif isinstance(value, dict | list | tuple):
@@ -40,7 +42,7 @@ def kernels_in(value):
             yield from kernels_in(getattr(value, field.name))
 
 kernels = {}
-aside = re.compile(r"\s*\.(file|ident|ascii|asciz|size|string)|\s*#")
+aside = re.compile(r"\s*\.(file|ident|ascii|asciz|size|string|type|comm)|\s*#")
 for module in pkgutil.walk_packages(quant.__path__, "quant."):
     if not module.ispkg and not module.name.endswith("amx_emulated"):
         for value in vars(importlib.import_module(module.name)).values():

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from kernels import COLS, any_bytes, oracle, same_bits
 
-from quant.block_format import halves
 from quant.errors import QuantError
 from quant.formats import registry
 from quant.gemv import activations, plain
@@ -114,8 +113,8 @@ def test_products_are_exact_at_the_extremes_of_the_integers(name):
         blocks = raw.reshape(-1, format_.block_bytes)
         scales = blocks.copy()
         blocks[:] = fill
-        for at in halves(format_.layout):
-            blocks[:, at : at + 2] = scales[:, at : at + 2]
+        for at in kernels.scales_of(format_):
+            blocks[:, at] = scales[:, at]
         x = np.full(COLS, sign * 3, np.float32)
         out = np.empty(2, np.float32)
         kernels.call(format_.gemv, raw, 2, COLS, kernels.record(x, format_), out)

@@ -145,8 +145,8 @@ def test_products_are_exact_at_the_extremes_of_the_integers(name: str, fill: int
     raw = kernels.random_blocks(plain(name), (16, COLS), rng)
     blocks, scales = raw.reshape(-1, format_.block_bytes), raw.reshape(-1, format_.block_bytes).copy()
     blocks[:] = fill
-    for at in halves(format_.layout):
-        blocks[:, at : at + 2] = scales[:, at : at + 2]
+    for at in kernels.scales_of(format_):
+        blocks[:, at] = scales[:, at]
     x, out = np.full(COLS, sign * 3, np.float32), np.empty(16, np.float32)
     kernels.call(format_.gemv, interleaved(name, raw), 16, COLS, kernels.record(x, format_), out)
     weights, seen = oracle(plain(name), raw).astype(np.float64), kernels.rounded(x, format_).astype(np.float64)

@@ -43,6 +43,11 @@ def rounded(x: np.ndarray, format_: Format) -> np.ndarray:
     return (q.reshape(*d.shape, activations.Q8_BLOCK) * d[..., None]).reshape(x.shape)
 
 
+def scales_of(format_: Format) -> list[slice]:
+    """The bytes of a block that hold its scales: f16 numbers, or MXFP4's exponent."""
+    return [slice(at, at + 2) for at in halves(format_.layout)] or [slice(0, 1)]
+
+
 def random_blocks(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
     """uint8 (..., row bytes): every bit pattern of the quants, with scales near 1/64 so that sums stay finite."""
     format_ = registry.get(name)
