@@ -5,10 +5,13 @@ import numpy as np
 import pytest
 from packed_layout import unpacked
 
+from quant.errors import QuantError
 from quant.formats import registry
 from quant.gemm import packed
 from quant.gemm.microkernel_step import BIAS, BIAS_FLOAT, PART_BYTES, STEP_BYTES
 from quant.matrix import QuantMatrix
+from quant.target import isa
+from quant.target.jit import kernel
 from quant.threads.pool import Pool, aligned_bytes
 
 pytestmark = pytest.mark.levels
@@ -117,3 +120,13 @@ def test_weight_fields_start_a_panel_jobs_matrix():
     weight, _ = kernels.random_weight("Q4_K", (1, 2, 256), np.random.default_rng(0))
     assert isinstance(weight, QuantMatrix)
     assert 8 * len(weight.fields) == packed.REPACKER
+
+
+def test_repacking_is_compiled_at_no_level_below_its_own(monkeypatch):
+    """LLVM would abort the process."""
+    monkeypatch.setattr(isa, "has", lambda level: level == "generic")
+    format_ = registry.get(NAMES[0])
+    assert packed.find(format_) is None
+    repack = format_.panels.repack
+    with pytest.raises(QuantError, match="needs avx2"):
+        _ = kernel(repack.signature, repack.level)(repack.function).address
