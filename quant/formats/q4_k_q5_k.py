@@ -18,14 +18,17 @@ from quant.gemm.repack import repacks, store_nibbles, two_nibbles, with_high_bit
 from quant.gemv import activations, plain
 from quant.gemv.activations import NIBBLES
 from quant.gemv.plain import specialize
-from quant.quantize.lines import fit_lines, levels_of_line
+from quant.quantize.levels import inverse_of
+from quant.quantize.lines import fit_lines
 from quant.quantize.search import mean
+from quant.simd.exact import round_between
 from quant.simd.floats import fma, interleaved_bytes, picked, subtract_odd, to_f32
 from quant.simd.ints import dot_u8, pair_sums, shifted, zero_i8x32, zero_i32x16
 from quant.simd.memory import (
     load_f16,
     load_f16_pair,
     load_f32x16,
+    load_f32x32,
     load_i8x32,
     load_i8x64,
     load_twice,
@@ -243,7 +246,7 @@ def _quantize_scales(x, importance, average, n_max, block, scratch):
 def _levels(x, block, scales, minima, j, n_max):
     """Levels of sub-block j, i8x32 in 0..n_max."""
     scale, minimum = load_f16(block + D) * _byte(scales, j), load_f16(block + DMIN) * _byte(minima, j)
-    return levels_of_line(x + 128 * j, scale, minimum, n_max)
+    return round_between((load_f32x32(x + 128 * j) + minimum) * inverse_of(scale), 0, n_max)
 
 
 @kernel(QUANTIZE)

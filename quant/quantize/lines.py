@@ -7,7 +7,7 @@ of each; here 15 neighbours compete with the errors they would cause.
 import numpy as np
 
 from quant.quantize.search import TINY, errors, fit_scale_min, sum_squares, write_importance, write_magnitudes
-from quant.simd.exact import best_lane, clamp, constants, greatest, lane, least, round_between
+from quant.simd.exact import best_lane, clamp, constants, greatest, lane, least
 from quant.simd.memory import load_f16, load_f32, load_f32x32, store_f16, store_f32
 from quant.target.jit import inline
 
@@ -88,10 +88,3 @@ def fit_lines(x, importance, average, n_max, d_at, scratch):
     store_f16(d_at, d)
     store_f16(d_at + 2, dmin)
     return scales, minima
-
-
-@inline
-def levels_of_line(x, scale, minimum, n_max):
-    """The q of 32 weights for which scale*q - minimum is nearest, i8x32 in 0..n_max."""
-    inverse = np.float32(1.0) / scale if scale != 0 else np.float32(0.0)
-    return round_between((load_f32x32(x) + minimum) * inverse, 0, n_max)
