@@ -58,7 +58,7 @@ def dots_of_quarters(weights, k_block):
 
 @inline
 def biased_dots_of_quarters(weights, k_block):
-    """The same for signed weights raised by simd.ints.BIAS, which stays in the result."""
+    """The same for signed weights raised by simd.ints.WEIGHT_BIAS, which stays in the result."""
     q, zero = k_block + QUARTERS, zero_i32x16()
     even = dot_biased(dot_biased(zero, weights[0], load_i8x64(q)), weights[1], load_i8x64(q + 64))
     odd = dot_biased(dot_biased(zero, weights[2], load_i8x64(q + 128)), weights[3], load_i8x64(q + 192))

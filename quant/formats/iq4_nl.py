@@ -16,7 +16,7 @@ from quant.quantize.search import TINY, first_wins_ties, write_importance, write
 from quant.simd.core import i8x32, i8x64
 from quant.simd.exact import best_lane, constants, count_below, lane, signed_largest, step_function, sum_tree, where
 from quant.simd.floats import fma, splat_f32x16, to_f32, zero_f32x16
-from quant.simd.ints import BIAS, lookup_in
+from quant.simd.ints import WEIGHT_BIAS, lookup_in
 from quant.simd.memory import load_f16, load_f32, load_f32x32, store_f16
 from quant.target.jit import inline, kernel
 
@@ -26,7 +26,7 @@ BLOCK_BYTES = LAYOUT.itemsize
 
 VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
 _value = lookup_in(VALUES, i8x32)
-_raised_value = lookup_in(VALUES.astype(np.int16) + BIAS, i8x64)
+_raised_value = lookup_in(VALUES.astype(np.int16) + WEIGHT_BIAS, i8x64)
 _codes, _codes_of_even = codes_of(LAYOUT)
 
 
@@ -42,7 +42,7 @@ def unpack(blocks: np.ndarray) -> np.ndarray:
 
 @inline
 def raised_values(qs):
-    """The grid's values + BIAS of 64 bytes' low nibbles, of their high ones."""
+    """The grid's values + WEIGHT_BIAS of 64 bytes' low nibbles, of their high ones."""
     return _raised_value(qs & 15), _raised_value(qs >> 4)
 
 
@@ -123,7 +123,7 @@ IQ4_NL = symmetric(
     unpack,
     levels=_levels,
     raised_of_even=_raised_of_even,
-    offset=BIAS,
+    offset=WEIGHT_BIAS,
     dots=biased_dots_of_quarters,
     panels=panel_format("IQ4_NL", LAYOUT, BYTES, 128, table=VALUES.astype(int) + 128),
     quantize=_quantize,

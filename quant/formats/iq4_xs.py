@@ -16,7 +16,7 @@ from quant.gemm.repack import SCALES, repacks, two_nibbles
 from quant.gemv import plain
 from quant.simd.core import i8x32, i32x16
 from quant.simd.floats import interleaved_bytes, to_f32
-from quant.simd.ints import BIAS, even_quarters, lookup_in, nibbles, odd_quarters
+from quant.simd.ints import WEIGHT_BIAS, even_quarters, lookup_in, nibbles, odd_quarters
 from quant.simd.memory import (
     load_f16,
     load_f16_everywhere,
@@ -91,7 +91,7 @@ def _weights(block):
 
 @inline
 def _add_k_block(weights, k_block, total):
-    return add_offset(biased_dots_of_quarters(weights, k_block), BIAS, weights[4], k_block, total)
+    return add_offset(biased_dots_of_quarters(weights, k_block), WEIGHT_BIAS, weights[4], k_block, total)
 
 
 @kernel(EXPAND)

@@ -15,7 +15,7 @@ from quant.gemv.activations import IN_ORDER, SCALES, SUMS
 from quant.quantize.levels import inverse_of
 from quant.simd.exact import greatest, round_away_to_i8
 from quant.simd.floats import fma, picked, to_f32
-from quant.simd.ints import BIAS, biased, dot_biased, dot_i8, pair_sums_wide, zero_i32x8, zero_i32x16
+from quant.simd.ints import WEIGHT_BIAS, biased, dot_biased, dot_i8, pair_sums_wide, zero_i32x8, zero_i32x16
 from quant.simd.memory import (
     load_f16,
     load_f32x16,
@@ -48,7 +48,7 @@ def unpack(blocks: np.ndarray) -> np.ndarray:
 
 @inline
 def _weights(block):
-    """Blocks 0|1, 2|3, 4|5, 6|7, each + BIAS; the blocks' scales."""
+    """Blocks 0|1, 2|3, 4|5, 6|7, each + WEIGHT_BIAS; the blocks' scales."""
     qs = block + QS
     blocks_0 = biased(load_halves(qs, BLOCK_BYTES))
     blocks_2 = biased(load_halves(qs + 2 * BLOCK_BYTES, BLOCK_BYTES))
@@ -65,7 +65,7 @@ def _add_k_block(weights, k_block, total):
     dots_4 = dot_biased(zero, weights[2], load_i8x64(q + 128))
     dots_6 = dot_biased(zero, weights[3], load_i8x64(q + 192))
     dots = to_f32(pair_sums_wide(pair_sums_wide(dots_0, dots_2), pair_sums_wide(dots_4, dots_6)))
-    dots = fma(np.float32(-BIAS / 2), _in_order_of_dots(load_f32x16(k_block + SUMS)), dots)
+    dots = fma(np.float32(-WEIGHT_BIAS / 2), _in_order_of_dots(load_f32x16(k_block + SUMS)), dots)
     scales = _in_order_of_dots(weights[4] * load_f32x16(k_block + SCALES))
     return fma(dots, scales, total)
 

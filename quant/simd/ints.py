@@ -40,7 +40,7 @@ from quant.target import isa
 
 # What signed weights are raised by before a product of 64 bytes. 0 where the sign is moved to the other operand
 # instead: products above 128 * 127 don't fit AVX2's sums in 16 bits.
-BIAS = 128 if isa.has("avx512_vnni") else 0
+WEIGHT_BIAS = 128 if isa.has("avx512_vnni") else 0
 
 # ---- constants -------------------------------------------------------------------------------------------------------
 
@@ -179,8 +179,8 @@ def _dot_i8(builder, total, w, x):
 
 
 def _dot_biased(builder, total, w, x):
-    """total + sum of w*x over each 4 lanes; w = the weight + BIAS, x signed, not below -127."""
-    if BIAS:
+    """total + sum of w*x over each 4 lanes; w = the weight + WEIGHT_BIAS, x signed, not below -127."""
+    if WEIGHT_BIAS:
         return emit_dot_u8(builder, total, w, x)
     if isa.has("avx2"):
 
@@ -238,5 +238,7 @@ dot_i8 = _define_dot(_dot_i8)
 dot_biased = _define_dot(_dot_biased)
 pair_sums = define(i32x16, (i32x16, i32x16), _pair_sums)
 pair_sums_wide = define(i32x16, (i32x16, i32x16), _pair_sums_wide)
-biased = define(i8x64, (i8x64,), lambda b, v: b.xor(v, constant(v.type, 128)) if BIAS else v)  # signed lanes + BIAS
+biased = define(
+    i8x64, (i8x64,), lambda b, v: b.xor(v, constant(v.type, 128)) if WEIGHT_BIAS else v
+)  # signed lanes + WEIGHT_BIAS
 sum_first_i8, sum_second_i8 = _half_sum(0), _half_sum(1)
