@@ -238,7 +238,6 @@ dot_i8 = _define_dot(_dot_i8)
 dot_biased = _define_dot(_dot_biased)
 pair_sums = define(i32x16, (i32x16, i32x16), _pair_sums)
 pair_sums_wide = define(i32x16, (i32x16, i32x16), _pair_sums_wide)
-biased = define(
-    i8x64, (i8x64,), lambda b, v: b.xor(v, constant(v.type, 128)) if WEIGHT_BIAS else v
-)  # signed lanes + WEIGHT_BIAS
+# Signed lanes + WEIGHT_BIAS:
+biased = define(i8x64, (i8x64,), lambda b, v: b.xor(v, constant(v.type, 128)) if WEIGHT_BIAS else v)
 sum_first_i8, sum_second_i8 = _half_sum(0), _half_sum(1)
