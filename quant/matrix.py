@@ -1,4 +1,4 @@
-"""Quantised matrices in memory that somebody else keeps: as Python holds them, and as kernels read them."""
+"""Quantised matrices in memory that somebody else keeps: as Python holds them, and as kernels read them (MATRIX)."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -7,10 +7,31 @@ import numpy as np
 
 from quant.block_format import Format
 from quant.errors import QuantError
+from quant.simd.struct import address, i64, struct
+from quant.target.jit import inline
 
-# A matrix as the kernels see it: eight int64 among a job's arguments (QuantMatrix.fields).
-GEMV, EXPAND, BLOCK, ROW_BYTES, ADDRESS, GROUP_BYTES, GEMV_BATCH, INTERLEAVED = range(0, 64, 8)
-MATRIX_BYTES = 64
+MATRIX = struct(
+    "Matrix",
+    gemv=address,  # kernels of its format, or 0
+    gemv_batch=address,
+    expand=address,
+    block=i64,  # weights in a block
+    interleaved=i64,  # rows that lie interleaved, a power of 2
+    expand_from=i64,  # tokens
+    address=address,
+    row_bytes=i64,
+    group_bytes=i64,
+)
+# From so many tokens on expanding a row to float32 costs less than decoding it for a small batch at a time
+# (docs/lab-notes.md); plain numbers are not decoded.
+EXPAND_FROM, EXPAND_FROM_OF_FLOATS = 16, 6
+_NEVER = 1 << 62
+
+
+@inline
+def row_address(matrix, group, row):
+    """Where a row of a MATRIX begins; the first of those that it is interleaved with."""
+    return matrix.address + matrix.group_bytes * group + matrix.row_bytes * row
 
 
 @dataclass(frozen=True)
@@ -36,12 +57,20 @@ class QuantMatrix:
         """Bytes from one row to the next."""
         return self.format.row_bytes(self.n_cols)
 
+    @property
+    def expand_from(self) -> int:
+        """Tokens from which on products go through rows in float32; beyond any number where those have no kernels."""
+        if self.format.rows > 1 or self.n_cols % 16:
+            return _NEVER
+        return EXPAND_FROM_OF_FLOATS if self.format.block == 1 else EXPAND_FROM
+
     @cached_property
-    def fields(self) -> tuple[int, ...]:
-        """The matrix as jobs see it, in the order of GEMV and its neighbours."""
-        return (
-            self.format.gemv.address, self.format.expand_address, self.format.block,
-            self.row_bytes, self.address, self.group_bytes, self.format.gemv_batch.address, self.format.rows,
+    def struct(self) -> np.ndarray:
+        """The matrix as kernels see it, a packed MATRIX."""
+        return MATRIX.pack(
+            gemv=self.format.gemv.address, gemv_batch=self.format.gemv_batch.address, expand=self.format.expand_address,
+            block=self.format.block, interleaved=self.format.rows, expand_from=self.expand_from,
+            address=self.address, row_bytes=self.row_bytes, group_bytes=self.group_bytes,
         )  # fmt: skip
 
     def rows(self, start: int, count: int) -> "QuantMatrix":

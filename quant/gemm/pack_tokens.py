@@ -1,4 +1,4 @@
-"""Token panels of the inputs of a product: rounded once, then copied to every panel that needs them.
+"""Packing of the inputs of a product into token panels: rounded once, then copied to every panel that needs them.
 
 Two jobs. Rounded rows are short (quantize_tokens.py: 1.5 bytes a column), so that those of a prompt stay in L2 while
 panels are written from front to back.
@@ -9,62 +9,64 @@ import numpy as np
 from quant.block_format import PanelFormat
 from quant.gemm.packed import STEP, TOKEN_BYTES, token_block, write_group
 from quant.gemm.quantize_tokens import BLOCK_BYTES, GROUPS, WORK_BYTES, round_row, row_bytes
-from quant.simd.memory import load_i64
+from quant.simd.struct import address, atomic, i64, pointer, struct
 from quant.target.jit import inline, kernel
-from quant.threads.atomics import atomic_add
 from quant.threads.pool import Pool, worker_bytes
+from quant.threads.work_items import work_items
 
-_UNIT_INPUTS, _UNIT_TOKENS = 4, 24  # that a worker takes at a time, of inputs and of panels' tokens
+_ITEM_INPUTS, _ITEM_TOKENS = 4, 24  # of a work item: inputs, and panels' tokens
 
 _WORK_BYTES = worker_bytes(WORK_BYTES)
 
-# Where the jobs find their arguments.
-(
-    IN_COUNTER, IN_X, N_INPUTS, N_COLS, WORK, ROUNDED, ROUNDED_BYTES,
-    COUNTER, N_TOKENS, SOURCE, GROUP, START, KIND, OFFSET, PANELS,
-) = range(0, 15 * 8, 8)  # fmt: skip
+PACK_TOKENS = struct(
+    "PackTokens",
+    inputs_taken=atomic,
+    tokens_taken=atomic,
+    x=address,  # float32 (n_inputs, n_cols)
+    n_inputs=i64,
+    n_cols=i64,
+    work=address,
+    rounded=address,  # the inputs in 8 bits
+    rounded_bytes=i64,
+    n_tokens=i64,  # of all panels
+    source=pointer(i64),  # by token: its input
+    panel=pointer(i64),  # by token
+    start=pointer(i64),  # by panel: its first token; one more
+    kind=i64,  # of the weights' format
+    offset=i64,
+    panels=address,
+)
 
 
 @kernel("void(int64, int64)")
 def _round(arguments, worker):
     """The first job of write_panels()."""
-    a = arguments
-    n_inputs, n_cols, per_input = load_i64(a + N_INPUTS), load_i64(a + N_COLS), load_i64(a + ROUNDED_BYTES)
-    work = load_i64(a + WORK) + _WORK_BYTES * worker
-    while True:
-        first = atomic_add(load_i64(a + IN_COUNTER), _UNIT_INPUTS)
-        if first >= n_inputs:
-            break
-        for i in range(first, min(first + _UNIT_INPUTS, n_inputs)):
-            round_row(load_i64(a + IN_X) + 4 * n_cols * i, n_cols, load_i64(a + ROUNDED) + per_input * i, work)
+    a = PACK_TOKENS(arguments)
+    work = a.work + _WORK_BYTES * worker
+    for first in work_items(a.inputs_taken, a.n_inputs, _ITEM_INPUTS):
+        for i in range(first, min(first + _ITEM_INPUTS, a.n_inputs)):
+            round_row(a.x + 4 * a.n_cols * i, a.n_cols, a.rounded + a.rounded_bytes * i, work)
 
 
 @inline
 def _write_block(a, first, size):
     """The block of tokens first..first+size of all panels."""
-    n_steps, per_input = load_i64(a + N_COLS) // STEP, load_i64(a + ROUNDED_BYTES)
-    kind, offset, source = load_i64(a + KIND), load_i64(a + OFFSET), load_i64(a + SOURCE) + 8 * first
-    at = load_i64(a + PANELS) + TOKEN_BYTES * n_steps * first
+    n_steps, per_input, kind, offset, source = a.n_cols // STEP, a.rounded_bytes, a.kind, a.offset, a.source + first
+    at = a.panels + TOKEN_BYTES * n_steps * first
     for step in range(n_steps):
         skipped, g = BLOCK_BYTES * (step // GROUPS), step % GROUPS
         for i in range(size):
-            rounded = load_i64(a + ROUNDED) + per_input * load_i64(source + 8 * i) + skipped
-            write_group(kind, offset, rounded, g, at, size, i)
+            write_group(kind, offset, a.rounded + per_input * source[i] + skipped, g, at, size, i)
         at += TOKEN_BYTES * size
 
 
 @kernel("void(int64, int64)")
 def _write(arguments, worker):
     """The second job of write_panels(): a worker writes the blocks that begin among its tokens."""
-    a = arguments
-    n_tokens, group, start = load_i64(a + N_TOKENS), load_i64(a + GROUP), load_i64(a + START)
-    while True:
-        token = atomic_add(load_i64(a + COUNTER), _UNIT_TOKENS)
-        if token >= n_tokens:
-            break
-        for i in range(token, min(token + _UNIT_TOKENS, n_tokens)):
-            at = start + 8 * load_i64(group + 8 * i)
-            begin, end = load_i64(at), load_i64(at + 8)
+    a = PACK_TOKENS(arguments)
+    for token in work_items(a.tokens_taken, a.n_tokens, _ITEM_TOKENS):
+        for i in range(token, min(token + _ITEM_TOKENS, a.n_tokens)):
+            begin, end = a.start[a.panel[i]], a.start[a.panel[i] + 1]
             first, size = token_block(i - begin, end - begin)
             if first == i - begin:
                 _write_block(a, i, size)
@@ -80,23 +82,22 @@ def write_panels(
     start: np.ndarray,
     panels: int,
 ) -> None:
-    """Round inputs to 8 bits and write the token panels of several groups, one behind the other.
+    """Round inputs to 8 bits and write several token panels, one behind the other.
 
     Args:
         x: address of float32 (n_inputs, n_cols).
         source: int64 (n,): which input each token of all panels is.
-        start: int64 (n_groups + 1,): first token of each panel.
+        start: int64 (n_panels + 1,): first token of each panel.
         panels: address of tokens_bytes(n_cols, n).
     """
-    counters, per_input = np.zeros(16, np.int64), row_bytes(n_cols)  # two cache lines
-    group = np.repeat(np.arange(len(start) - 1), np.diff(start))
-    arguments = (
-        counters.ctypes.data, x, n_inputs, n_cols,
-        pool.buffer("rounding", _WORK_BYTES * pool.n_workers),
-        pool.buffer("rounded inputs", per_input * n_inputs), per_input,
-        counters.ctypes.data + 64, len(source), source.ctypes.data, group.ctypes.data, start.ctypes.data,
-        format_.kind, format_.offset, panels,
+    per_input = row_bytes(n_cols)
+    panel = np.repeat(np.arange(len(start) - 1), np.diff(start))
+    arguments = PACK_TOKENS.pack(
+        inputs_taken=0, tokens_taken=0, x=x, n_inputs=n_inputs, n_cols=n_cols,
+        work=pool.buffer("rounding", _WORK_BYTES * pool.n_workers),
+        rounded=pool.buffer("rounded inputs", per_input * n_inputs), rounded_bytes=per_input,
+        n_tokens=len(source), source=source.ctypes.data, panel=panel.ctypes.data, start=start.ctypes.data,
+        kind=format_.kind, offset=format_.offset, panels=panels,
     )  # fmt: skip
-    packed = np.array(arguments, np.int64)
-    pool.run(_round.address, packed)
-    pool.run(_write.address, packed)
+    pool.run(_round.address, arguments)
+    pool.run(_write.address, arguments)

@@ -15,7 +15,8 @@ nothing. Of the others: BIAS - offset * sum of q, i32, over all 32 columns and n
 start there, those of MINIMUM at BIAS.
 """
 
-from quant import matrix as matrix_words
+import numpy as np
+
 from quant.block_format import Format, PanelFormat
 from quant.gemm.microkernel import TILES
 from quant.gemm.microkernel_amx import SCRATCH_END, configure, release
@@ -33,13 +34,12 @@ from quant.gemm.microkernel_step import (
     TOKENS,
 )
 from quant.gemm.quantize_tokens import SUMS, D, S
-from quant.matrix import ADDRESS, BLOCK, GROUP_BYTES, INTERLEAVED, ROW_BYTES
+from quant.matrix import MATRIX, QuantMatrix, row_address
 from quant.simd.floats import zero_f32x16
 from quant.simd.memory import (
     load_f32,
     load_i8x32,
     load_i32,
-    load_i64,
     store_f32,
     store_f32x16,
     store_i8x32,
@@ -47,6 +47,7 @@ from quant.simd.memory import (
     store_i64,
 )
 from quant.simd.rows16 import VECTOR_ROWS
+from quant.simd.struct import address, i64, struct
 from quant.target import isa
 from quant.target.jit import inline
 from quant.threads.atomics import call_3, call_5
@@ -66,19 +67,20 @@ def find(format_: Format) -> PanelFormat | None:
     return panels if panels and isa.has(panels.repack.level) else None
 
 
-def panel_fields(format_: PanelFormat) -> tuple[int, ...]:
-    """A format as jobs see it, in the order of REPACKER and its neighbours."""
-    return format_.repack.address, TILES[format_.kind].address, format_.kind, format_.offset
-
-
 def tokens_from(*formats: Format) -> int:
     """The number of tokens from which on products with matrices of these formats go through panels."""
     return TOKENS_FROM_INTERLEAVED if all(format_.rows > 1 for format_ in formats) else TOKENS_FROM
 
 
-# A matrix in panel jobs: those int64 of matrix.py and these.
-REPACKER, TILE, KIND, OFFSET = range(matrix_words.MATRIX_BYTES, matrix_words.MATRIX_BYTES + 32, 8)
-MATRIX_BYTES = matrix_words.MATRIX_BYTES + 32
+PACKED_MATRIX = struct("PackedMatrix", matrix=MATRIX, repack=address, tile=address, kind=i64, offset=i64)
+
+
+def packed_matrix(matrix: QuantMatrix, format_: PanelFormat) -> np.ndarray:
+    """A matrix as jobs see it that multiply it through panels, a PACKED_MATRIX."""
+    return PACKED_MATRIX.pack(
+        matrix=matrix.struct, repack=format_.repack.address, tile=TILES[format_.kind].address,
+        kind=format_.kind, offset=format_.offset,
+    )  # fmt: skip
 
 
 # ---- token panels ----------------------------------------------------------------------------------------------------
@@ -122,49 +124,42 @@ def n_panels(n_rows):
 
 
 @inline
-def _repack(matrix, w, row_bytes, n_rows, n_blocks, addresses, panel):
+def _repack(weights, w, n_rows, n_blocks, addresses, panel):
     """A panel of the rows from w on; behind the last of n_rows the last one again. addresses: scratch."""
-    interleaved = load_i64(matrix + INTERLEAVED)
+    interleaved, row_bytes = weights.matrix.interleaved, weights.matrix.row_bytes
     for part in range(2):
         for r in range(VECTOR_ROWS):
             row = min(VECTOR_ROWS * part + r, n_rows - 1) & -interleaved  # a power of 2
             store_i64(addresses + 8 * r, w + row_bytes * row)
-        call_3(load_i64(matrix + REPACKER), addresses, n_blocks, panel + PART_BYTES * part)
+        call_3(weights.repack, addresses, n_blocks, panel + PART_BYTES * part)
 
 
 @inline
-def multiply_panels(matrix, group, first, n_rows, n_cols, tokens, n_tokens, sums, scratch, ahead, ahead_bytes):
+def multiply_panels(weights, group, first, n_rows, n_cols, tokens, n_tokens, sums, scratch, ahead, ahead_bytes):
     """sums[p][t] f32[32] = rows first+32p.. of one group of the matrix . token t, for the panels p of n_rows rows.
 
-    matrix: address of its fields. tokens: a token panel. scratch: of SCRATCH_BYTES. ahead: what to prefetch meanwhile.
+    weights: a PACKED_MATRIX. tokens: a token panel. scratch: of SCRATCH_BYTES. ahead: what to prefetch meanwhile.
     """
-    row_bytes, block = load_i64(matrix + ROW_BYTES), load_i64(matrix + BLOCK)
-    w = load_i64(matrix + ADDRESS) + load_i64(matrix + GROUP_BYTES) * group + row_bytes * first
+    row_bytes, block = weights.matrix.row_bytes, weights.matrix.block
+    w = row_address(weights.matrix, group, first)
     panels, n_steps = n_panels(n_rows), n_cols // STEP
     for i in range(0, 4 * ROWS * panels * n_tokens, 64):
         store_f32x16(sums + i, zero_f32x16())
     tile_steps = GROUPS * panels * n_steps * ((n_tokens + TOKENS - 1) // TOKENS)
     store_i64(scratch + AHEAD, ahead)
     store_i64(scratch + AHEAD + 8, (ahead_bytes // 64 + tile_steps - 1) // tile_steps)
-    configure(load_i64(matrix + KIND), n_tokens, scratch)
+    configure(weights.kind, n_tokens, scratch)
     for step in range(0, n_steps, STEPS):
         steps = min(STEPS, n_steps - step)
         n_blocks, skipped = steps * STEP // block, step * STEP // block * (row_bytes * block // n_cols)
-        skipped *= load_i64(matrix + INTERLEAVED)
+        skipped *= weights.matrix.interleaved
         for p in range(panels):
-            _repack(
-                matrix,
-                w + row_bytes * ROWS * p + skipped,
-                row_bytes,
-                n_rows - ROWS * p,
-                n_blocks,
-                scratch + _ADDRESSES,
-                scratch,
-            )
+            rows = w + row_bytes * ROWS * p + skipped
+            _repack(weights, rows, n_rows - ROWS * p, n_blocks, scratch + _ADDRESSES, scratch)
             t = 0
             while t < n_tokens:
                 _, size = token_block(t, n_tokens)
                 x = tokens + TOKEN_BYTES * (t * n_steps + size * step)
-                call_5(load_i64(matrix + TILE), scratch, x, sums + 4 * ROWS * (n_tokens * p + t), steps, size)
+                call_5(weights.tile, scratch, x, sums + 4 * ROWS * (n_tokens * p + t), steps, size)
                 t += size
     release(n_tokens, scratch)

@@ -3,8 +3,11 @@
 Tokens come in blocks of 32 of one head, which are the lanes of all vectors. Queries are packed column by column, so
 that a row of keys gives a row of scores, the softmax goes from row to row, and values add up to a transposed result.
 Keys and values are taken a chunk at a time, with the softmax's largest score and sum so far (online softmax, Milakov
-and Gimelshein, arXiv 1805.02867): work memory does not grow with the context. What no token of a block sees is left
+and Gimelshein, arXiv 1805.02867). So work memory does not grow with the context. What no token of a block sees is left
 out.
+
+The state of a block of tokens is rows of 32 float32, a lane a token: the largest score | the sum of e^(score - largest)
+| as many rows as values are wide, the weighted sums | a row for each column of the packed queries.
 
 q k^T may come in two parts, each with keys of its own: those of the head, and those that all heads share.
 """
@@ -23,31 +26,50 @@ from quant.simd.floats import as_f32, exp, maximum, splat_f32x16, zero_f32x16
 from quant.simd.memory import load_f32, load_f32x16, load_i64, store_f32, store_f32x16, store_i64
 from quant.simd.register_tile import add_products, register_tile, switch
 from quant.simd.rows16 import transpose, transpose_strided
+from quant.simd.struct import address, array, atomic, f32, i64, struct
 from quant.target import isa
 from quant.target.jit import inline, kernel
-from quant.threads.atomics import atomic_add
 from quant.threads.pool import Pool, worker_bytes
+from quant.threads.work_items import work_items
 
 TOKENS = 32  # of a block
-_CHUNK = 256  # keys and values at a time: in L2 with the blocks of a unit
-_MOST_BLOCKS, _UNITS_PER_WORKER = 4, 8  # of a unit; at least, so that workers end together
+_CHUNK = 256  # keys and values at a time: in L2 with the blocks of a work item
+_MOST_BLOCKS, _ITEMS_PER_WORKER = 4, 8  # of a work item; at least, so that workers end together
 _ROW = 4 * TOKENS  # bytes of a row of scores
 _ROWS = 12 if isa.has("avx512_vnni") else 3  # of keys at a time: their totals fill 24 of 32 registers, 12 of 16
 _ADDRESSES = 16 * 8  # scratch for those of 16 rows
 
-# Where the job finds its arguments: then those of one or two parts of the scores.
-(
-    COUNTER, N_HEADS, N_TOKENS, N_BEFORE, SHARED, SCALE, V, V_HEAD, V_ROW, WIDTH, OUT, OUT_HEAD, OUT_TOKEN,
-    UNIT_TOKENS, STATE_BYTES, SCRATCH, SCRATCH_BYTES, PARTS_END, PARTS,
-) = range(0, 19 * 8, 8)  # fmt: skip
-Q, Q_HEAD, Q_TOKEN, K, K_HEAD, K_ROW, DEPTH, PART_BYTES = range(0, 8 * 8, 8)  # the last is the length of all
+# Where a block's state begins with which row.
+_MAXIMUM, _SUM, _MIXED = 0, _ROW, 2 * _ROW
+
+# Rows of float32: of head h they begin `head` * h bytes behind the address, and are `row` bytes apart.
+ROWS = struct("Rows", address=address, head=i64, row=i64)
+PART = struct("ScorePart", q=ROWS, k=ROWS, depth=i64)
+ATTEND = struct(
+    "PromptAttention",
+    counter=atomic,
+    n_heads=i64,
+    n_tokens=i64,
+    n_before=i64,  # tokens in the context before them
+    shared=i64,  # heads that have the same keys and values
+    scale=f32,
+    v=ROWS,
+    width=i64,  # of values
+    out=ROWS,
+    item_tokens=i64,
+    state_bytes=i64,
+    scratch=address,  # a worker's: addresses of 16 rows, scores f32[_CHUNK][32], states
+    scratch_bytes=i64,
+    n_parts=i64,
+    parts=array(PART, 2),
+)
 
 
 def _tile(builder, n: int, a, row_stride, column_stride, b, depth, c) -> None:
     """Emits c[r] += sum over k of a[r][k] * b[k], for n rows of 32 floats; strides of a in bytes."""
     halves = range(2)
     at = [[builder.add(c, I64(_ROW * r + 64 * half)) for half in halves] for r in range(n)]
-    totals = [[load(builder, address, f32x16.ir) for address in row] for row in at]
+    totals = [[load(builder, to, f32x16.ir) for to in row] for row in at]
     place = cgutils.alloca_once_value(builder, a)
 
     def add(index, totals):
@@ -59,8 +81,8 @@ def _tile(builder, n: int, a, row_stride, column_stride, b, depth, c) -> None:
         return totals
 
     totals = register_tile(builder, depth, totals, add)
-    for address, total in zip(chain(*at), chain(*totals), strict=True):
-        store(builder, address, total)
+    for to, total in zip(chain(*at), chain(*totals), strict=True):
+        store(builder, to, total)
 
 
 def _multiply_rows(builder, n_rows, *arguments) -> None:
@@ -94,12 +116,12 @@ def _clear(rows, n_rows):
 
 @inline
 def _pack_queries(a, part, head, first, addresses, packed):
-    """scale * q of a unit's tokens, a row a column; behind the last token the last one again."""
-    depth, scale = load_i64(part + DEPTH), load_f32(a + SCALE)
-    q, last = load_i64(part + Q) + load_i64(part + Q_HEAD) * head, load_i64(a + N_TOKENS) - 1
+    """scale * q of a block's tokens, a row a column; behind the last token the last one again."""
+    depth, scale, q_row = part.depth, a.scale, part.q.row
+    q, last = part.q.address + part.q.head * head, a.n_tokens - 1
     for half in range(2):
         for r in range(16):
-            store_i64(addresses + 8 * r, q + load_i64(part + Q_TOKEN) * min(first + 16 * half + r, last))
+            store_i64(addresses + 8 * r, q + q_row * min(first + 16 * half + r, last))
         for c in range(0, depth // 4 * 4, 4):
             for e, column in enumerate(transpose(addresses, 4 * c)):
                 store_f32x16(packed + _ROW * (c + e) + 64 * half, as_f32(column) * scale)
@@ -110,7 +132,7 @@ def _pack_queries(a, part, head, first, addresses, packed):
 
 @inline
 def _hide_future(scores, n_common, n_rows):
-    """-infinity where a token must not look: all see n_common rows, token i of the unit's i more."""
+    """-infinity where a token must not look: all see n_common rows, token i of the block's i more."""
     for j in range(max(0, n_common), n_rows):
         for half in range(2):
             at = scores + _ROW * j + 64 * half
@@ -120,27 +142,27 @@ def _hide_future(scores, n_common, n_rows):
 @inline
 def _fold_in(scores, n_rows, state, width):
     """Rows of scores to weights e^(score - the largest so far), and what was summed before to the same scale."""
-    low_before, high_before = load_f32x16(state), load_f32x16(state + 64)
+    low_before, high_before = load_f32x16(state + _MAXIMUM), load_f32x16(state + _MAXIMUM + 64)
     low_most, high_most = low_before, high_before
     for at in range(scores, scores + _ROW * n_rows, _ROW):
         low_most = maximum(low_most, load_f32x16(at))
         high_most = maximum(high_most, load_f32x16(at + 64))
-    store_f32x16(state, low_most)
-    store_f32x16(state + 64, high_most)
+    store_f32x16(state + _MAXIMUM, low_most)
+    store_f32x16(state + _MAXIMUM + 64, high_most)
     low_factor = exp(low_before - low_most)
     high_factor = exp(high_before - high_most)
-    for at in range(state + _ROW, state + _ROW * (2 + width), _ROW):  # sums of weights, then of values
+    for at in range(state + _SUM, state + _MIXED + _ROW * width, _ROW):
         store_f32x16(at, load_f32x16(at) * low_factor)
         store_f32x16(at + 64, load_f32x16(at + 64) * high_factor)
-    low_sum, high_sum = load_f32x16(state + _ROW), load_f32x16(state + _ROW + 64)
+    low_sum, high_sum = load_f32x16(state + _SUM), load_f32x16(state + _SUM + 64)
     for at in range(scores, scores + _ROW * n_rows, _ROW):
         low = exp(load_f32x16(at) - low_most)
         high = exp(load_f32x16(at + 64) - high_most)
         store_f32x16(at, low)
         store_f32x16(at + 64, high)
         low_sum, high_sum = low_sum + low, high_sum + high
-    store_f32x16(state + _ROW, low_sum)
-    store_f32x16(state + _ROW + 64, high_sum)
+    store_f32x16(state + _SUM, low_sum)
+    store_f32x16(state + _SUM + 64, high_sum)
 
 
 @inline
@@ -159,59 +181,60 @@ def _store_turned(mixed, width, out, stride, count):
 @inline
 def _begin(a, head, first, addresses, state):
     """A block's state: nothing summed yet, and its queries."""
-    width = load_i64(a + WIDTH)
+    width = a.width
     _clear(state, 2 + width)
     for half in range(2):
-        store_f32x16(state + 64 * half, splat_f32x16(-np.float32(np.inf)))
-    packed = state + _ROW * (2 + width)
-    for part in range(a + PARTS, load_i64(a + PARTS_END), PART_BYTES):
+        store_f32x16(state + _MAXIMUM + 64 * half, splat_f32x16(-np.float32(np.inf)))
+    packed = state + _MIXED + _ROW * width
+    for i in range(a.n_parts):
+        part = a.parts[i]
         _pack_queries(a, part, head, first, addresses, packed)
-        packed += _ROW * load_i64(part + DEPTH)
+        packed += _ROW * part.depth
 
 
 @inline
 def _add_keys(a, head, first, begin, state, scores):
     """Keys and values begin.. of a chunk, as far as the block of tokens first.. sees them."""
-    n_before, width, shared = load_i64(a + N_BEFORE), load_i64(a + WIDTH), head // load_i64(a + SHARED)
-    n_seen = n_before + min(first + TOKENS, load_i64(a + N_TOKENS))
+    n_before, width, shared = a.n_before, a.width, head // a.shared
+    n_seen = n_before + min(first + TOKENS, a.n_tokens)
     n_rows = min(_CHUNK, n_seen - begin)
     if n_rows <= 0:
         return
     _clear(scores, n_rows)
-    packed = state + _ROW * (2 + width)
-    for part in range(a + PARTS, load_i64(a + PARTS_END), PART_BYTES):
-        depth, k_row = load_i64(part + DEPTH), load_i64(part + K_ROW)
-        k = load_i64(part + K) + load_i64(part + K_HEAD) * shared + k_row * begin
+    packed = state + _MIXED + _ROW * width
+    for i in range(a.n_parts):
+        part = a.parts[i]
+        depth, k_row = part.depth, part.k.row
+        k = part.k.address + part.k.head * shared + k_row * begin
         _add_matmul(n_rows, k, k_row, 4, packed, depth, scores)
         packed += _ROW * depth
     _hide_future(scores, n_before + first + 1 - begin, n_rows)
     _fold_in(scores, n_rows, state, width)
-    v_row = load_i64(a + V_ROW)
-    v = load_i64(a + V) + load_i64(a + V_HEAD) * shared + v_row * begin
-    _add_matmul(width, v, 4, v_row, scores, n_rows, state + _ROW * 2)
+    v = a.v.address + a.v.head * shared + a.v.row * begin
+    _add_matmul(width, v, 4, a.v.row, scores, n_rows, state + _MIXED)
 
 
 @inline
 def _end(a, head, first, state):
     """Sums of values over sums of weights, to where they belong."""
-    width, stride = load_i64(a + WIDTH), load_i64(a + OUT_TOKEN)
-    low, high = 1 / load_f32x16(state + _ROW), 1 / load_f32x16(state + _ROW + 64)
-    mixed = state + _ROW * 2
+    width, stride = a.width, a.out.row
+    low, high = 1 / load_f32x16(state + _SUM), 1 / load_f32x16(state + _SUM + 64)
+    mixed = state + _MIXED
     for at in range(mixed, mixed + _ROW * width, _ROW):
         store_f32x16(at, load_f32x16(at) * low)
         store_f32x16(at + 64, load_f32x16(at + 64) * high)
-    out = load_i64(a + OUT) + load_i64(a + OUT_HEAD) * head + stride * first
-    _store_turned(mixed, width, out, stride, min(TOKENS, load_i64(a + N_TOKENS) - first))
+    out = a.out.address + a.out.head * head + stride * first
+    _store_turned(mixed, width, out, stride, min(TOKENS, a.n_tokens - first))
 
 
 @inline
-def _unit(a, head, first, last, scratch):
+def _run_item(a, head, first, last, scratch):
     """Tokens first..last of one head, in blocks: a chunk of keys and values serves all of them while it is in L2."""
-    scores, state_bytes = scratch + _ADDRESSES, load_i64(a + STATE_BYTES)
+    scores, state_bytes = scratch + _ADDRESSES, a.state_bytes
     states = scores + _ROW * _CHUNK
     for token in range(first, last, TOKENS):
         _begin(a, head, token, scratch, states + state_bytes * ((token - first) // TOKENS))
-    for begin in range(0, load_i64(a + N_BEFORE) + last, _CHUNK):
+    for begin in range(0, a.n_before + last, _CHUNK):
         for token in range(first, last, TOKENS):
             _add_keys(a, head, token, begin, states + state_bytes * ((token - first) // TOKENS), scores)
     for token in range(first, last, TOKENS):
@@ -221,16 +244,13 @@ def _unit(a, head, first, last, scratch):
 @kernel("void(int64, int64)")
 def _attend(arguments, worker):
     """The job of attend(): heads one after the other, in each the tokens that see most first."""
-    a = arguments
-    n_tokens, unit_tokens = load_i64(a + N_TOKENS), load_i64(a + UNIT_TOKENS)
-    units = (n_tokens + unit_tokens - 1) // unit_tokens
-    scratch = load_i64(a + SCRATCH) + load_i64(a + SCRATCH_BYTES) * worker
-    while True:
-        unit = atomic_add(load_i64(a + COUNTER), 1)
-        if unit >= units * load_i64(a + N_HEADS):
-            break
-        first = unit_tokens * (units - 1 - unit % units)
-        _unit(a, unit // units, first, min(first + unit_tokens, n_tokens), scratch)
+    a = ATTEND(arguments)
+    n_tokens, item_tokens = a.n_tokens, a.item_tokens
+    items = (n_tokens + item_tokens - 1) // item_tokens
+    scratch = a.scratch + a.scratch_bytes * worker
+    for item in work_items(a.counter, items * a.n_heads):
+        first = item_tokens * (items - 1 - item % items)
+        _run_item(a, item // items, first, min(first + item_tokens, n_tokens), scratch)
 
 
 @dataclass(frozen=True)
@@ -242,9 +262,9 @@ class Rows:
     row: int
 
     @property
-    def fields(self) -> tuple[int, int, int]:
+    def struct(self) -> np.ndarray:
         """As the job sees it."""
-        return self.address, self.head, self.row
+        return ROWS.pack(address=self.address, head=self.head, row=self.row)
 
 
 def attend(
@@ -268,19 +288,13 @@ def attend(
         shared: heads that have the same keys and values.
     """
     blocks = -(-n_tokens // TOKENS)
-    unit_blocks = max(1, min(_MOST_BLOCKS, blocks * n_heads // (_UNITS_PER_WORKER * pool.n_workers)))
-    state_bytes = _ROW * (2 + width + sum(depth for _, _, depth in parts))
-    scratch_bytes = worker_bytes(_ADDRESSES + _ROW * _CHUNK + unit_blocks * state_bytes)
-    counter = np.zeros(1, np.int64)
-    fields = [field for q, k, depth in parts for field in (*q.fields, *k.fields, depth)]
-    arguments = np.array(
-        [
-            counter.ctypes.data, n_heads, n_tokens, n_before, shared, 0, *values.fields, width, *out.fields,
-            TOKENS * unit_blocks, state_bytes,
-            pool.buffer("attention", scratch_bytes * pool.n_workers), scratch_bytes, 0, *fields,
-        ],
-        np.int64,
+    item_blocks = max(1, min(_MOST_BLOCKS, blocks * n_heads // (_ITEMS_PER_WORKER * pool.n_workers)))
+    state_bytes = _MIXED + _ROW * (width + sum(depth for _, _, depth in parts))
+    scratch_bytes = worker_bytes(_ADDRESSES + _ROW * _CHUNK + item_blocks * state_bytes)
+    arguments = ATTEND.pack(
+        counter=0, n_heads=n_heads, n_tokens=n_tokens, n_before=n_before, shared=shared, scale=scale,
+        v=values.struct, width=width, out=out.struct, item_tokens=TOKENS * item_blocks, state_bytes=state_bytes,
+        scratch=pool.buffer("attention", scratch_bytes * pool.n_workers), scratch_bytes=scratch_bytes,
+        n_parts=len(parts), parts=[PART.pack(q=q.struct, k=k.struct, depth=depth) for q, k, depth in parts],
     )  # fmt: skip
-    arguments[SCALE // 8] = np.array([scale], np.float32).view(np.int32)[0]
-    arguments[PARTS_END // 8] = arguments.ctypes.data + 8 * arguments.size
     pool.run(_attend.address, arguments)

@@ -1,124 +1,133 @@
 """The routed experts of one layer: down(silu(gate x) * up x) for the chosen ones, weighted and summed.
 
-Two jobs for any number of tokens, which are grouped by expert: the rows of all active experts form one pool of units,
-first gate and up (with SwiGLU and the rounding of its result), then down. A worker owns the output
-rows it sums into, so the order of summation does not depend on the number of workers.
+Three jobs for any number of tokens, which are grouped by expert: the inputs' q8 rows; gate and up with SwiGLU and the
+rounding of its result; down. The rows of all active experts are one pool of work items. A worker owns the output rows
+it sums into, so the order of summation does not depend on the number of workers.
 """
 
 import numpy as np
 
 from quant.gemm import experts as packed_experts
 from quant.gemm import packed
+from quant.gemm.experts import Pairs, pairs_by_expert
 from quant.gemv.activations import q8_bytes, write_q8
-from quant.matrix import MATRIX_BYTES, ExpertMatrices, QuantMatrix
+from quant.matrix import MATRIX, ExpertMatrices, QuantMatrix
 from quant.ops.multiply import multiply_rows, scratch_bytes, write_q8_rows
-from quant.simd.memory import load_f32, load_i64, store_f32, store_i64
+from quant.simd.memory import store_f32
+from quant.simd.struct import address, atomic, boolean, f32, i64, pointer, struct
 from quant.simd.vectors import scale_add, swiglu
 from quant.target.jit import inline, kernel
-from quant.threads.atomics import atomic_add
 from quant.threads.pool import Pool, worker_bytes
+from quant.threads.work_items import rows_of_item, work_items
 
-# What a worker takes at a time: its start is read without prefetching, so few starts, but workers should end together.
-_UNIT_BYTES = 1 << 19
-_UNITS_PER_WORKER = 8
+_ITEMS_PER_WORKER = 8
 
-
-# Where the job finds its arguments, int64 each: three matrices, then the rest.
-GATE, UP, DOWN = range(0, 3 * MATRIX_BYTES, MATRIX_BYTES)
-(
-    TOKEN_COUNTER, UP_COUNTER, DOWN_COUNTER, IN_INTEGER, DOWN_INTEGER, HIDDEN, INNER, N_TOKENS, N_ACTIVE, ACTIVE, START,
-    TOKEN, WEIGHT, X, X_RECORD_BYTES, X_RECORDS, X_TABLE, H_RECORD_BYTES, H_RECORDS, H_TABLE, GATED, GATED_TABLE,
-    UPPED, UPPED_TABLE, OUT, UP_ROWS, DOWN_ROWS, SCRATCH, SCRATCH_BYTES, SUMS, SUMS_BYTES, SUMS_TABLE,
-) = range(3 * MATRIX_BYTES, 3 * MATRIX_BYTES + 32 * 8, 8)  # fmt: skip
+# A pair is a token and one of its experts; pairs are in the order of experts. Tables hold addresses by pair.
+EXPERTS = struct(
+    "Experts",
+    gate=MATRIX,
+    up=MATRIX,
+    down=MATRIX,
+    tokens_taken=atomic,
+    up_taken=atomic,
+    down_taken=atomic,
+    up_integer=boolean,  # what gate and up read
+    down_integer=boolean,
+    hidden=i64,
+    inner=i64,
+    n_tokens=i64,
+    n_active=i64,
+    active=pointer(i64),  # (n_active,): experts
+    start=pointer(i64),  # (n_active + 1,): their first pairs
+    token=pointer(i64),  # by pair
+    weight=pointer(f32),  # by pair
+    x=address,
+    x_q8=address,  # by token
+    x_q8_bytes=i64,
+    x_table=pointer(i64),
+    inner_q8=address,  # by pair
+    inner_q8_bytes=i64,
+    inner_table=pointer(i64),
+    gate_out=address,  # float32 (pairs, inner)
+    gate_table=pointer(i64),
+    up_out=address,
+    up_table=pointer(i64),
+    out=address,
+    up_rows=i64,  # of a work item
+    down_rows=i64,
+    scratch=address,
+    scratch_bytes=i64,
+    sums=address,  # a worker's float32 (most pairs of an expert, down_rows)
+    sums_bytes=i64,
+    sums_table=pointer(i64),
+)
 
 
 @inline
 def _gate_and_up(a, group, first, n_rows, scratch):
-    """Rows of gate and up of one active expert for its tokens, SwiGLU, and the result's activation records."""
-    inner, hidden = load_i64(a + INNER), load_i64(a + HIDDEN)
-    expert = load_i64(load_i64(a + ACTIVE) + 8 * group)
-    begin, end = load_i64(load_i64(a + START) + 8 * group), load_i64(load_i64(a + START) + 8 * group + 8)
-    x, n_tokens = load_i64(a + X_TABLE) + 8 * begin, end - begin
-    gated_table, upped_table = load_i64(a + GATED_TABLE) + 8 * begin, load_i64(a + UPPED_TABLE) + 8 * begin
-    multiply_rows(a + GATE, expert, first, n_rows, hidden, n_tokens, x, gated_table, 4 * first, scratch)
-    multiply_rows(a + UP, expert, first, n_rows, hidden, n_tokens, x, upped_table, 4 * first, scratch)
+    """Rows of gate and up of one active expert for its tokens, SwiGLU, and the q8 rows of the result."""
+    inner, expert, begin, end = a.inner, a.active[group], a.start[group], a.start[group + 1]
+    x, n_tokens = a.x_table + begin, end - begin
+    multiply_rows(a.gate, expert, first, n_rows, a.hidden, n_tokens, x, a.gate_table + begin, 4 * first, scratch)
+    multiply_rows(a.up, expert, first, n_rows, a.hidden, n_tokens, x, a.up_table + begin, 4 * first, scratch)
     for pair in range(begin, end):
-        gated, upped = load_i64(a + GATED) + 4 * inner * pair, load_i64(a + UPPED) + 4 * inner * pair
-        swiglu(gated + 4 * first, upped + 4 * first, n_rows, gated + 4 * first)
-        record = load_i64(a + H_RECORDS) + load_i64(a + H_RECORD_BYTES) * pair
-        write_q8(gated, first, first + n_rows, inner, load_i64(a + DOWN_INTEGER) != 0, record)
+        gate_out, up_out = a.gate_out + 4 * inner * pair, a.up_out + 4 * inner * pair
+        swiglu(gate_out + 4 * first, up_out + 4 * first, n_rows, gate_out + 4 * first)
+        q8 = a.inner_q8 + a.inner_q8_bytes * pair
+        write_q8(gate_out, first, first + n_rows, inner, a.down_integer, q8)
 
 
 @inline
 def _sum_down(a, first, n_rows, scratch, sums, sums_table):
     """Output rows first..first+n_rows of every token: the weighted sum of its experts' down rows."""
-    inner, hidden, token_of = load_i64(a + INNER), load_i64(a + HIDDEN), load_i64(a + TOKEN)
-    for t in range(load_i64(a + N_TOKENS)):
+    hidden = a.hidden
+    for t in range(a.n_tokens):
         for i in range(first, first + n_rows):
-            store_f32(load_i64(a + OUT) + 4 * (hidden * t + i), np.float32(0.0))
-    for group in range(load_i64(a + N_ACTIVE)):
-        expert = load_i64(load_i64(a + ACTIVE) + 8 * group)
-        begin, end = load_i64(load_i64(a + START) + 8 * group), load_i64(load_i64(a + START) + 8 * group + 8)
-        h = load_i64(a + H_TABLE) + 8 * begin
-        multiply_rows(a + DOWN, expert, first, n_rows, inner, end - begin, h, sums_table, 0, scratch)
+            store_f32(a.out + 4 * (hidden * t + i), np.float32(0.0))
+    for group in range(a.n_active):
+        begin, end = a.start[group], a.start[group + 1]
+        q8 = a.inner_table + begin
+        multiply_rows(a.down, a.active[group], first, n_rows, a.inner, end - begin, q8, sums_table, 0, scratch)
         for pair in range(begin, end):
-            weight = load_f32(load_i64(a + WEIGHT) + 4 * pair)
-            out = load_i64(a + OUT) + 4 * (hidden * load_i64(token_of + 8 * pair) + first)
-            row_sums = sums + 4 * load_i64(a + DOWN_ROWS) * (pair - begin)
-            scale_add(weight, row_sums, n_rows, out)
+            row_sums = sums + 4 * a.down_rows * (pair - begin)
+            scale_add(a.weight[pair], row_sums, n_rows, a.out + 4 * (hidden * a.token[pair] + first))
 
 
 @kernel("void(int64, int64)")
-def _write_records(arguments, worker):
-    """The job before the others: the tokens' activation records."""
-    a = arguments
-    hidden, integer, per_record = load_i64(a + HIDDEN), load_i64(a + IN_INTEGER) != 0, load_i64(a + X_RECORD_BYTES)
-    while True:
-        t = atomic_add(load_i64(a + TOKEN_COUNTER), 1)
-        if t >= load_i64(a + N_TOKENS):
-            break
-        write_q8_rows(
-            load_i64(a + X) + 4 * hidden * t, 1, hidden, integer, per_record, load_i64(a + X_RECORDS) + per_record * t
-        )
+def _quantize_inputs(arguments, worker):
+    """The first job of run(): the tokens' q8 rows."""
+    a = EXPERTS(arguments)
+    for t in work_items(a.tokens_taken, a.n_tokens):
+        write_q8_rows(a.x + 4 * a.hidden * t, 1, a.hidden, a.up_integer, 0, a.x_q8 + a.x_q8_bytes * t)
 
 
 @kernel("void(int64, int64)")
 def _run_up(arguments, worker):
-    """The first job of run(): gate and up of all active experts."""
-    a = arguments
-    scratch = load_i64(a + SCRATCH) + load_i64(a + SCRATCH_BYTES) * worker
-    rows = load_i64(a + UP_ROWS)
-    units = (load_i64(a + INNER) + rows - 1) // rows
-    while True:
-        unit = atomic_add(load_i64(a + UP_COUNTER), 1)
-        if unit >= units * load_i64(a + N_ACTIVE):
-            break
-        first = unit % units * rows
-        _gate_and_up(a, unit // units, first, min(rows, load_i64(a + INNER) - first), scratch)
+    """The second job: gate and up of all active experts."""
+    a = EXPERTS(arguments)
+    scratch, rows = a.scratch + a.scratch_bytes * worker, a.up_rows
+    items = (a.inner + rows - 1) // rows
+    for item in work_items(a.up_taken, items * a.n_active):
+        first = item % items * rows
+        _gate_and_up(a, item // items, first, min(rows, a.inner - first), scratch)
 
 
 @kernel("void(int64, int64)")
 def _run_down(arguments, worker):
-    """The second job of run(): down, and the weighted sums."""
-    a = arguments
-    scratch = load_i64(a + SCRATCH) + load_i64(a + SCRATCH_BYTES) * worker
-    rows = load_i64(a + DOWN_ROWS)
-    sums = load_i64(a + SUMS) + load_i64(a + SUMS_BYTES) * worker
-    most = load_i64(a + SUMS_BYTES) // (4 * rows)
-    sums_table = load_i64(a + SUMS_TABLE) + 8 * most * worker
+    """The third job: down, and the weighted sums."""
+    a = EXPERTS(arguments)
+    scratch, rows = a.scratch + a.scratch_bytes * worker, a.down_rows
+    sums, most = a.sums + a.sums_bytes * worker, a.sums_bytes // (4 * rows)
+    sums_table = a.sums_table + most * worker
     for i in range(most):
-        store_i64(sums_table + 8 * i, sums + 4 * rows * i)
-    while True:
-        first = atomic_add(load_i64(a + DOWN_COUNTER), rows)
-        if first >= load_i64(a + HIDDEN):
-            break
-        _sum_down(a, first, min(rows, load_i64(a + HIDDEN) - first), scratch, sums, sums_table)
+        sums_table[i] = sums + 4 * rows * i
+    for first in work_items(a.down_taken, a.hidden, rows):
+        _sum_down(a, first, min(rows, a.hidden - first), scratch, sums, sums_table)
 
 
-def _unit_rows(matrix: QuantMatrix, n_rows: int, n_workers: int) -> int:
-    """Rows that a worker takes at a time of n_rows, a multiple of 32 so that activation groups stay whole."""
-    rows = min(_UNIT_BYTES // matrix.row_bytes, n_rows // (_UNITS_PER_WORKER * n_workers))
-    return max(32, rows // 32 * 32)
+def _item_rows(matrix: QuantMatrix, n_rows: int, n_workers: int) -> int:
+    """Rows of a work item, of n_rows in all: a multiple of 32, so that groups of activations stay whole."""
+    return rows_of_item(matrix.row_bytes, n_rows, n_workers, 32, _ITEMS_PER_WORKER)
 
 
 def run(pool: Pool, experts: ExpertMatrices, x: int, ids: np.ndarray, weights: np.ndarray, out: int) -> None:
@@ -130,60 +139,49 @@ def run(pool: Pool, experts: ExpertMatrices, x: int, ids: np.ndarray, weights: n
         weights: float32 (T, K).
         out: address of float32 (T, D).
     """
-    gate, up, down = experts.gate, experts.up, experts.down
-    n_tokens, per_token = ids.shape
-    formats = [matrix.format for matrix in (gate, up, down)]
-    panel_formats = [packed.find(format_) for format_ in formats]
-    order = ids.ravel().argsort(kind="stable")
-    sorted_ids = ids.ravel()[order]
-    start = np.flatnonzero(np.concatenate([[True], sorted_ids[1:] != sorted_ids[:-1], [True]]))
-    active = sorted_ids[start[:-1]]
-    if active[0] < 0:  # a group like any other, but for being computed
-        active, start = active[1:], start[1:]
-    if all(panel_formats) and active.size and order.size - start[0] >= packed.tokens_from(*formats) * active.size:
-        packed_experts.run(pool, experts, panel_formats, x, ids, weights, out)
-        return
-    most = int(np.diff(start).max(initial=1))
-    token = order // per_token
-    sorted_weights = weights.ravel()[order].astype(np.float32)
-    pairs = np.arange(order.size, dtype=np.int64)
-    hidden, inner = gate.n_cols, gate.n_rows
-    x_bytes, h_bytes = q8_bytes(hidden), q8_bytes(inner)
-    x_records = pool.buffer("records", x_bytes * n_tokens)
-    h_records = pool.buffer("inner records", h_bytes * order.size)
-    gated, upped = (pool.buffer(name, 4 * inner * order.size) for name in ("gated", "upped"))
-    per_worker = max(scratch_bytes(hidden), scratch_bytes(inner))
-    up_rows = _unit_rows(gate, inner * active.size, pool.n_workers)
-    down_rows = _unit_rows(down, hidden, pool.n_workers)
-    sums_bytes = worker_bytes(4 * down_rows * most)
-    sums_rows = sums_bytes // (4 * down_rows)
-    counters = np.zeros(24, np.int64)  # on three cache lines
-    tables = np.stack(
-        [x_records + x_bytes * token, h_records + h_bytes * pairs, gated + 4 * inner * pairs, upped + 4 * inner * pairs]
-    )
-    values = {
-        TOKEN_COUNTER: counters.ctypes.data,
-        UP_COUNTER: counters.ctypes.data + 64, DOWN_COUNTER: counters.ctypes.data + 128,
-        IN_INTEGER: int(gate.format.integer or up.format.integer), DOWN_INTEGER: int(down.format.integer),
-        HIDDEN: hidden, INNER: inner, N_TOKENS: n_tokens, N_ACTIVE: len(active),
-        ACTIVE: active.ctypes.data, START: start.ctypes.data,
-        TOKEN: token.ctypes.data, WEIGHT: sorted_weights.ctypes.data,
-        X: x, X_RECORD_BYTES: x_bytes, X_RECORDS: x_records, X_TABLE: tables[0].ctypes.data,
-        H_RECORD_BYTES: h_bytes, H_RECORDS: h_records, H_TABLE: tables[1].ctypes.data,
-        GATED: gated, GATED_TABLE: tables[2].ctypes.data,
-        UPPED: upped, UPPED_TABLE: tables[3].ctypes.data,
-        OUT: out, UP_ROWS: up_rows, DOWN_ROWS: down_rows,
-        SCRATCH: pool.buffer("scratch", per_worker * pool.n_workers), SCRATCH_BYTES: per_worker,
-        SUMS: pool.buffer("sums", sums_bytes * pool.n_workers), SUMS_BYTES: sums_bytes,
-        SUMS_TABLE: pool.buffer("sums table", 8 * sums_rows * pool.n_workers),
-    }  # fmt: skip
-    arguments = np.empty(3 * MATRIX_BYTES // 8 + len(values), np.int64)
-    arguments[: 3 * MATRIX_BYTES // 8] = [*gate.fields, *up.fields, *down.fields]
-    for offset, value in values.items():
-        arguments[offset // 8] = value
-    if n_tokens == 1:
-        _write_records.ctypes(arguments.ctypes.data, 0)
+    formats = [matrix.format for matrix in (experts.gate, experts.up, experts.down)]
+    packed_formats = [packed.find(format_) for format_ in formats]
+    pairs = pairs_by_expert(ids, weights)
+    n_active = pairs.experts.size
+    if all(packed_formats) and n_active and pairs.token.size >= packed.tokens_from(*formats) * n_active:
+        packed_experts.run(pool, experts, packed_formats, x, len(ids), pairs, out)
     else:
-        pool.run(_write_records.address, arguments)
+        _run(pool, experts, x, len(ids), pairs, out)
+
+
+def _run(pool: Pool, experts: ExpertMatrices, x: int, n_tokens: int, pairs: Pairs, out: int) -> None:
+    """run() by rows of blocks as they lie in memory."""
+    gate, up, down = experts.gate, experts.up, experts.down
+    hidden, inner, n_pairs, n_active = gate.n_cols, gate.n_rows, pairs.token.size, pairs.experts.size
+    x_bytes, inner_bytes = q8_bytes(hidden), q8_bytes(inner)
+    x_q8, inner_q8 = pool.buffer("q8", x_bytes * n_tokens), pool.buffer("inner q8", inner_bytes * n_pairs)
+    gate_out, up_out = (pool.buffer(name, 4 * inner * n_pairs) for name in ("gate out", "up out"))
+    per_worker = max(scratch_bytes(hidden), scratch_bytes(inner))
+    up_rows = _item_rows(gate, inner * n_active, pool.n_workers)
+    down_rows = _item_rows(down, hidden, pool.n_workers)
+    sums_bytes = worker_bytes(4 * down_rows * pairs.most)
+    pair = np.arange(n_pairs, dtype=np.int64)
+    x_table, inner_table, gate_table, up_table = np.stack(
+        [x_q8 + x_bytes * pairs.token, inner_q8 + inner_bytes * pair, gate_out + 4 * inner * pair,
+         up_out + 4 * inner * pair]
+    )  # fmt: skip
+    arguments = EXPERTS.pack(
+        gate=gate.struct, up=up.struct, down=down.struct, tokens_taken=0, up_taken=0, down_taken=0,
+        up_integer=gate.format.integer or up.format.integer, down_integer=down.format.integer,
+        hidden=hidden, inner=inner, n_tokens=n_tokens, n_active=n_active,
+        active=pairs.experts.ctypes.data, start=pairs.start.ctypes.data,
+        token=pairs.token.ctypes.data, weight=pairs.weight.ctypes.data,
+        x=x, x_q8=x_q8, x_q8_bytes=x_bytes, x_table=x_table.ctypes.data,
+        inner_q8=inner_q8, inner_q8_bytes=inner_bytes, inner_table=inner_table.ctypes.data,
+        gate_out=gate_out, gate_table=gate_table.ctypes.data, up_out=up_out, up_table=up_table.ctypes.data,
+        out=out, up_rows=up_rows, down_rows=down_rows,
+        scratch=pool.buffer("scratch", per_worker * pool.n_workers), scratch_bytes=per_worker,
+        sums=pool.buffer("sums", sums_bytes * pool.n_workers), sums_bytes=sums_bytes,
+        sums_table=pool.buffer("sums table", 8 * (sums_bytes // (4 * down_rows)) * pool.n_workers),
+    )  # fmt: skip
+    if n_tokens == 1:
+        _quantize_inputs.ctypes(arguments.ctypes.data, 0)
+    else:
+        pool.run(_quantize_inputs.address, arguments)
     pool.run(_run_up.address, arguments)
     pool.run(_run_down.address, arguments)

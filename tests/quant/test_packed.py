@@ -9,7 +9,6 @@ from quant.errors import QuantError
 from quant.formats import registry
 from quant.gemm import packed
 from quant.gemm.microkernel_step import BIAS, BIAS_FLOAT, PART_BYTES, STEP_BYTES
-from quant.matrix import QuantMatrix
 from quant.target import isa
 from quant.target.jit import kernel
 from quant.threads.pool import Pool, aligned_bytes
@@ -114,12 +113,6 @@ def test_all_token_blocks_but_the_last_are_full(n_tokens):
 
 def test_float_formats_have_no_panels():
     assert all(packed.find(registry.get(name)) is None for name in ("F32", "F16", "BF16"))
-
-
-def test_weight_fields_start_a_panel_jobs_matrix():
-    weight, _ = kernels.random_weight("Q4_K", (1, 2, 256), np.random.default_rng(0))
-    assert isinstance(weight, QuantMatrix)
-    assert 8 * len(weight.fields) == packed.REPACKER
 
 
 def test_repacking_is_compiled_at_no_level_below_its_own(monkeypatch):
