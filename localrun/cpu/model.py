@@ -107,7 +107,7 @@ class NativeModel:
             return self._by_steps(ids, cache, all_logits)
 
     def _by_network(self, ids: Sequence[int], cache: Cache, all_logits: bool) -> np.ndarray:
-        with self._pool.drowsy():  # torch's threads want the cores
+        with self._pool.passive_wait():  # torch's threads want the cores
             hidden, logits = self.network.forward(ids, cache, all_logits, self.keep_hidden)
         if self.keep_hidden:
             self.hidden = hidden

@@ -85,7 +85,7 @@ class MTP:
         if len(next_ids) > _STEP_TOKENS:
             if self._network is None:
                 self._network = self._get_network()
-            with self._pool.drowsy():  # torch's threads want the cores
+            with self._pool.passive_wait():  # torch's threads want the cores
                 return self._network.forward(next_ids, hidden, cache)
         with cache.all_or_none():
             return self._by_steps(next_ids, hidden, cache)

@@ -76,7 +76,7 @@ def collect(
     inputs, pool = _Inputs(), Pool(engine.threads)
     TorchThreads.hold(engine.threads)
     try:
-        with pool.drowsy():
+        with pool.passive_wait():
             model = Network(engine.config, _ObservedWeights(engine.file, pool, inputs))
             for index, chunk in enumerate(chunks):
                 if not np.isfinite(_evaluate(model, chunk, inputs)).all():

@@ -7,28 +7,28 @@ such calls holds Pool.exclusive() meanwhile.
 
 from collections.abc import Sequence
 
-import numpy as np
-
-from quant.decode.experts import Choice, expert_phases
+from quant.decode.experts import expert_phases
 from quant.decode.linear import Input
-from quant.decode.program import MOST_TOKENS, N_TOKENS, STEP, Phases, reset
+from quant.decode.program import MOST_TOKENS, PROGRAM, STEP, Phases, reset
+from quant.decode.router import Choice
 from quant.errors import QuantError
 from quant.matrix import ExpertMatrices
-from quant.simd.memory import load_i64, store_i64
+from quant.simd.struct import address, i64, struct
 from quant.target.jit import kernel
 from quant.threads.pool import Pool, aligned_bytes, dispatch
 
 # What a call is told by the address of.
-CONTROL, JOB, PROGRAM, TOKENS = range(0, 32, 8)
+NODE = struct("Node", control=address, job=address, program=address, n_tokens=i64)
 
 
 @kernel("void(int64)")
-def _run(record):
+def _run(node):
     """Run a program for so many tokens."""
-    program, n_tokens = load_i64(record + PROGRAM), load_i64(record + TOKENS)
-    store_i64(program + N_TOKENS, n_tokens)
-    reset(program, n_tokens, 1)
-    dispatch(load_i64(record + CONTROL), load_i64(record + JOB), program)
+    a = NODE(node)
+    program = PROGRAM(a.program)
+    program.n_tokens = a.n_tokens
+    reset(program, a.n_tokens, 1)
+    dispatch(a.control, a.job, a.program)
 
 
 class ExpertNodes:
@@ -56,23 +56,23 @@ class ExpertNodes:
             raise QuantError("experts of different widths do not share buffers")
         self._pool = pool
         most_inner = max(layer.gate.n_rows for layer in layers)
-        gated, upped = (aligned_bytes(4 * MOST_TOKENS * top_k * most_inner) for _ in range(2))
+        gate_out, up_out = (aligned_bytes(4 * MOST_TOKENS * top_k * most_inner) for _ in range(2))
         self._programs = [Phases(pool) for _ in layers]
         for program, experts in zip(self._programs, layers, strict=True):
             choice = Choice(ids, weights, experts.gate.n_groups, top_k)
-            between = program.keep(gated), program.keep(upped)
-            for phase in expert_phases(Input(x), choice, experts, *between, None, out, pool.n_workers, instead=True):
+            between = program.keep(gate_out), program.keep(up_out)
+            for phase in expert_phases(Input(x), choice, experts, *between, None, out, pool.n_workers, replaces=True):
                 program.add(phase)
         work = aligned_bytes(max(program.work_bytes for program in self._programs) * pool.n_workers)
         for program in self._programs:
             program.finish(work)
-        self._records = np.array(
+        self._nodes = [
             [
-                [[pool.control, STEP.address, program.address, n_tokens] for n_tokens in range(1, MOST_TOKENS + 1)]
-                for program in self._programs
-            ],
-            np.int64,
-        )
+                NODE.pack(control=pool.control, job=STEP.address, program=program.address, n_tokens=n_tokens)
+                for n_tokens in range(1, MOST_TOKENS + 1)
+            ]
+            for program in self._programs
+        ]
 
     @property
     def function(self) -> int:
@@ -80,4 +80,4 @@ class ExpertNodes:
 
     def argument(self, layer: int, n_tokens: int) -> int:
         """What to call `function` with, for the layer-th of the layers and the first n_tokens of the buffers."""
-        return self._records[layer, n_tokens - 1].ctypes.data
+        return self._nodes[layer][n_tokens - 1].ctypes.data

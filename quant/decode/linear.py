@@ -7,146 +7,144 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from quant.decode.program import (
-    ARGUMENTS,
-    HEAD_FROM,
-    MOST_TOKENS,
-    PHASE_BYTES,
-    STATE,
-    Phase,
-    float_bits,
-    padded,
-    tokens_of,
-)
+from quant.decode.program import HEADER, MOST_TOKENS, PHASE, PHASE_BYTES, Phase, padded, program_of, tokens_of
 from quant.errors import QuantError
 from quant.gemv.activations import q8_bytes, write_q8
-from quant.matrix import ADDRESS, GEMV, GEMV_BATCH, GROUP_BYTES, MATRIX_BYTES, ROW_BYTES, QuantMatrix
-from quant.simd.memory import bits_to_f32, load_i64, stack, store_i64
+from quant.matrix import MATRIX, QuantMatrix, row_address
+from quant.simd.memory import load_i64, stack, store_i64
+from quant.simd.struct import address, array, boolean, f32, i64, struct
 from quant.simd.vectors import copy, rms_norm, scale_add, swiglu
-from quant.target.jit import Kernel, inline, kernel
+from quant.target.jit import inline, kernel
+from quant.target.kernel import Kernel
 from quant.threads.atomics import call_5, call_7
+from quant.threads.work_items import rows_of_item
 
-_UNIT_BYTES = 1 << 19  # weights that a worker takes at a time: long enough to stream, short enough to share out
-_UNITS_PER_WORKER = 4  # at least, so that workers end together
+# A worker's memory has token_bytes a token: its vector, its q8 row, then rows that are to be added to the residual.
+ROWS_MATRIX = struct(
+    "RowsMatrix", matrix=MATRIX, n_rows=i64, item_rows=i64, first_item=i64, out=address, integer=boolean
+)
+_FIELDS = {
+    "phase": PHASE,
+    "x": address,
+    "second": address,  # a norm's weight, or a gate's other half
+    "epsilon": f32,
+    "beside": address,  # a second vector to be normed
+    "beside_norm": address,
+    "n_cols": i64,
+    "q8": i64,  # where in a token's memory
+    "temporary": i64,
+    "token_bytes": i64,
+    "integer": boolean,  # whether a matrix wants the q8 row
+    "residual": boolean,
+    "is_head": boolean,
+    "n_matrices": i64,
+}
+MOST_MATRICES = (PHASE_BYTES - struct("RowsBegin", **_FIELDS).size) // ROWS_MATRIX.size
+ROWS = struct("Rows", **_FIELDS, matrices=array(ROWS_MATRIX, MOST_MATRICES))
 
-# Arguments: the vector; a norm's weight or a gate's other half; a second vector to be normed; then the matrices.
-(
-    X, SECOND, EPSILON, BESIDE, BESIDE_NORM, N_COLS, RECORD, TEMPORARY, TOKEN_BYTES, ROUNDED, RESIDUAL, IS_HEAD,
-    N_MATRICES,
-) = range(ARGUMENTS, ARGUMENTS + 13 * 8, 8)  # fmt: skip
-MATRICES = ARGUMENTS + 13 * 8
-# A matrix: ops/multiply.py's fields, then these.
-N_ROWS, UNIT_ROWS, FIRST_UNIT, OUT, INTEGER = range(MATRIX_BYTES, MATRIX_BYTES + 40, 8)
-MATRIX_SIZE = MATRIX_BYTES + 40
-MOST_MATRICES = (PHASE_BYTES - MATRICES) // MATRIX_SIZE
+# ---- rows of one matrix times a few q8 rows --------------------------------------------------------------------------
 
-# ---- rows of one matrix times a few records --------------------------------------------------------------------------
-
-token_tables = stack(16 * MOST_TOKENS)  # addresses of tokens' records, then of their outputs
+token_tables = stack(16 * MOST_TOKENS)  # addresses of tokens' q8 rows, then of their outputs
 
 
 @inline
-def set_token(tables, i, record, out):
-    """The record and the output of the i-th token."""
-    store_i64(tables + 8 * i, record)
+def set_token(tables, i, q8, out):
+    """The q8 row and the output of the i-th token."""
+    store_i64(tables + 8 * i, q8)
     store_i64(tables + 8 * (MOST_TOKENS + i), out)
 
 
 @inline
 def multiply(matrix, group, first, n_rows, n_cols, tables, n_tokens):
-    """out[r] = row first+r of a group of the matrix times the record, for the first n_tokens of the tables."""
-    w = load_i64(matrix + ADDRESS) + load_i64(matrix + GROUP_BYTES) * group + load_i64(matrix + ROW_BYTES) * first
-    outs = tables + 8 * MOST_TOKENS
+    """out[r] = row first+r of a group of the matrix times the q8 row, for the first n_tokens of the tables."""
+    w, outs = row_address(matrix, group, first), tables + 8 * MOST_TOKENS
     if n_tokens == 1:
-        call_5(load_i64(matrix + GEMV), w, n_rows, n_cols, load_i64(tables), load_i64(outs))
+        call_5(matrix.gemv, w, n_rows, n_cols, load_i64(tables), load_i64(outs))
     else:
-        call_7(load_i64(matrix + GEMV_BATCH), w, n_rows, n_cols, tables, outs, 0, n_tokens)
+        call_7(matrix.gemv_batch, w, n_rows, n_cols, tables, outs, 0, n_tokens)
 
 
 # ---- the phase -------------------------------------------------------------------------------------------------------
-# A worker's memory has TOKEN_BYTES a token: its vector, its record, then rows that are to be added to the residual.
 
 
 @inline
-def _first_token(phase):
+def _first_token(a):
     """The first token that there is anything to do for."""
-    return load_i64(load_i64(phase + STATE) + HEAD_FROM) if load_i64(phase + IS_HEAD) != 0 else 0
+    return program_of(a).head_from if a.is_head else 0
 
 
 @inline
-def _round(phase, own):
-    """The activation record of the vector at `own`, if a matrix of the phase wants one."""
-    n_cols = load_i64(phase + N_COLS)
-    if load_i64(phase + ROUNDED) != 0:
-        write_q8(own, 0, n_cols, n_cols, True, own + load_i64(phase + RECORD))
+def _quantize(a, own):
+    """The q8 row of the vector at `own`, if a matrix of the phase wants one."""
+    if a.integer:
+        write_q8(own, 0, a.n_cols, a.n_cols, True, own + a.q8)
 
 
 @kernel("void(int64, int64)")
 def _prepare_plain(phase, work):
-    n_cols = load_i64(phase + N_COLS)
-    for t in range(_first_token(phase), tokens_of(phase)):
-        own = work + load_i64(phase + TOKEN_BYTES) * t
-        copy(load_i64(phase + X) + 4 * n_cols * t, n_cols, own)
-        _round(phase, own)
+    a = ROWS(phase)
+    for t in range(_first_token(a), tokens_of(a)):
+        own = work + a.token_bytes * t
+        copy(a.x + 4 * a.n_cols * t, a.n_cols, own)
+        _quantize(a, own)
 
 
 @kernel("void(int64, int64)")
 def _prepare_norm(phase, work):
-    n_cols, epsilon = load_i64(phase + N_COLS), bits_to_f32(load_i64(phase + EPSILON))
-    for t in range(_first_token(phase), tokens_of(phase)):
-        own = work + load_i64(phase + TOKEN_BYTES) * t
-        rms_norm(load_i64(phase + X) + 4 * n_cols * t, load_i64(phase + SECOND), epsilon, n_cols, own)
-        _round(phase, own)
+    a = ROWS(phase)
+    for t in range(_first_token(a), tokens_of(a)):
+        own = work + a.token_bytes * t
+        rms_norm(a.x + 4 * a.n_cols * t, a.second, a.epsilon, a.n_cols, own)
+        _quantize(a, own)
 
 
 @kernel("void(int64, int64)")
 def _prepare_two_norms(phase, work):
-    half, epsilon = load_i64(phase + N_COLS) // 2, bits_to_f32(load_i64(phase + EPSILON))
-    for t in range(_first_token(phase), tokens_of(phase)):
-        own, at = work + load_i64(phase + TOKEN_BYTES) * t, 4 * half * t
-        rms_norm(load_i64(phase + X) + at, load_i64(phase + SECOND), epsilon, half, own)
-        rms_norm(load_i64(phase + BESIDE) + at, load_i64(phase + BESIDE_NORM), epsilon, half, own + 4 * half)
-        _round(phase, own)
+    a = ROWS(phase)
+    half = a.n_cols // 2
+    for t in range(_first_token(a), tokens_of(a)):
+        own, at = work + a.token_bytes * t, 4 * half * t
+        rms_norm(a.x + at, a.second, a.epsilon, half, own)
+        rms_norm(a.beside + at, a.beside_norm, a.epsilon, half, own + 4 * half)
+        _quantize(a, own)
 
 
 @kernel("void(int64, int64)")
 def _prepare_gated(phase, work):
-    n_cols = load_i64(phase + N_COLS)
-    for t in range(_first_token(phase), tokens_of(phase)):
-        own, at = work + load_i64(phase + TOKEN_BYTES) * t, 4 * n_cols * t
-        swiglu(load_i64(phase + X) + at, load_i64(phase + SECOND) + at, n_cols, own)
-        _round(phase, own)
+    a = ROWS(phase)
+    for t in range(_first_token(a), tokens_of(a)):
+        own, at = work + a.token_bytes * t, 4 * a.n_cols * t
+        swiglu(a.x + at, a.second + at, a.n_cols, own)
+        _quantize(a, own)
 
 
 @inline
-def _matrix_of(phase, unit):
-    """The matrix that a unit is rows of."""
-    matrix = phase + MATRICES
-    for _ in range(1, load_i64(phase + N_MATRICES)):
-        if unit < load_i64(matrix + MATRIX_SIZE + FIRST_UNIT):
-            break
-        matrix += MATRIX_SIZE
-    return matrix
+def _matrix_of(a, item):
+    """The ROWS_MATRIX that an item is rows of."""
+    i = 0
+    while i + 1 < a.n_matrices and item >= a.matrices[i + 1].first_item:
+        i += 1
+    return a.matrices[i]
 
 
 @kernel("void(int64, int64, int64)")
-def _run(phase, unit, work):
-    matrix, from_token, n_tokens = _matrix_of(phase, unit), _first_token(phase), tokens_of(phase)
-    first = (unit - load_i64(matrix + FIRST_UNIT)) * load_i64(matrix + UNIT_ROWS)
-    n_rows = min(load_i64(matrix + UNIT_ROWS), load_i64(matrix + N_ROWS) - first)
-    record = load_i64(phase + RECORD) if load_i64(matrix + INTEGER) != 0 else 0
-    is_residual, temporary = load_i64(phase + RESIDUAL) != 0, load_i64(phase + TEMPORARY)
-    out, out_bytes = load_i64(matrix + OUT) + 4 * first, 4 * load_i64(matrix + N_ROWS)
+def _run(phase, item, work):
+    a = ROWS(phase)
+    m, from_token, n_tokens = _matrix_of(a, item), _first_token(a), tokens_of(a)
+    first = (item - m.first_item) * m.item_rows
+    n_rows = min(m.item_rows, m.n_rows - first)
+    q8, temporary, is_residual = a.q8 if m.integer else 0, a.temporary, a.residual
+    out, out_bytes = m.out + 4 * first, 4 * m.n_rows
     if from_token == n_tokens:
         return
     tables = token_tables()
     for t in range(from_token, n_tokens):
-        own = work + load_i64(phase + TOKEN_BYTES) * t
-        set_token(tables, t - from_token, own + record, own + temporary if is_residual else out + out_bytes * t)
-    multiply(matrix, 0, first, n_rows, load_i64(phase + N_COLS), tables, n_tokens - from_token)
+        own = work + a.token_bytes * t
+        set_token(tables, t - from_token, own + q8, own + temporary if is_residual else out + out_bytes * t)
+    multiply(m.matrix, 0, first, n_rows, a.n_cols, tables, n_tokens - from_token)
     if is_residual:
         for t in range(from_token, n_tokens):
-            scale_add(1.0, work + load_i64(phase + TOKEN_BYTES) * t + temporary, n_rows, out + out_bytes * t)
+            scale_add(1.0, work + a.token_bytes * t + temporary, n_rows, out + out_bytes * t)
 
 
 @dataclass(frozen=True)
@@ -165,10 +163,9 @@ class Input:
     beside_norm: int = 0
 
 
-def unit_rows(weight: QuantMatrix, n_bytes: int, n_workers: int) -> int:
-    """Rows that a worker takes at a time in a phase of n_bytes of weights, a multiple of 8 and of interleaved rows."""
-    wanted, multiple = min(_UNIT_BYTES, n_bytes // (_UNITS_PER_WORKER * n_workers)), max(8, weight.format.rows)
-    return max(multiple, wanted // weight.row_bytes // multiple * multiple)
+def item_rows(weight: QuantMatrix, n_bytes: int, n_workers: int) -> int:
+    """Rows of a work item in a phase of n_bytes of weights, a multiple of 8 and of interleaved rows."""
+    return rows_of_item(weight.row_bytes, n_bytes // weight.row_bytes, n_workers, max(8, weight.format.rows))
 
 
 def rows_phase(
@@ -188,21 +185,23 @@ def rows_phase(
     if len(matrices) > MOST_MATRICES or any(weight.n_cols != n_cols for weight, _ in matrices):
         raise QuantError(f"{len(matrices)} matrices do not share a phase")
     n_bytes = sum(weight.n_rows * weight.row_bytes for weight, _ in matrices)
-    record = padded(4 * n_cols)
-    temporary = record + q8_bytes(n_cols)
-    rounded = any(weight.format.integer for weight, _ in matrices)
-    words, n_units, most_rows = [], 0, 0
+    q8 = padded(4 * n_cols)
+    temporary = q8 + q8_bytes(n_cols)
+    packed, n_items, most_rows = [], 0, 0
     for weight, out in matrices:
-        rows = unit_rows(weight, n_bytes, n_workers)
-        words += [*weight.fields, weight.n_rows, rows, n_units, out, weight.format.integer]
-        n_units += -(-weight.n_rows // rows)
+        rows = item_rows(weight, n_bytes, n_workers)
+        fields = {"n_rows": weight.n_rows, "item_rows": rows, "first_item": n_items, "out": out}
+        packed.append(ROWS_MATRIX.pack(matrix=weight.struct, integer=weight.format.integer, **fields))
+        n_items += -(-weight.n_rows // rows)
         most_rows = max(most_rows, rows)
     token_bytes = temporary + padded(4 * most_rows * residual)
-    head = [
-        input_.x, input_.norm or input_.up, float_bits(input_.epsilon), input_.beside, input_.beside_norm, n_cols,
-        record, temporary, token_bytes, rounded, residual, is_head, len(matrices),
-    ]  # fmt: skip
-    return Phase(_preparation(input_), _run, n_units, [*head, *words], token_bytes * MOST_TOKENS)
+    arguments = ROWS.pack(
+        phase=HEADER, x=input_.x, second=input_.norm or input_.up, epsilon=input_.epsilon,
+        beside=input_.beside, beside_norm=input_.beside_norm, n_cols=n_cols,
+        q8=q8, temporary=temporary, token_bytes=token_bytes, integer=any(w.format.integer for w, _ in matrices),
+        residual=residual, is_head=is_head, n_matrices=len(matrices), matrices=packed,
+    )  # fmt: skip
+    return Phase(_preparation(input_), _run, n_items, arguments, token_bytes * MOST_TOKENS)
 
 
 def _preparation(input_: Input) -> Kernel:
@@ -214,9 +213,9 @@ def _preparation(input_: Input) -> Kernel:
     return _prepare_gated if input_.up else _prepare_plain
 
 
-@kernel("void(int64, int64, int64, int64, int64)")
+@kernel("void(int64, int64, float32, int64, int64)")
 def _norm_row(x, norm, epsilon, n_cols, out):
-    rms_norm(x, norm, bits_to_f32(epsilon), n_cols, out)
+    rms_norm(x, norm, epsilon, n_cols, out)
 
 
 def normed(input_: Input, first: int, last: int, n_cols: int) -> np.ndarray:
@@ -224,5 +223,5 @@ def normed(input_: Input, first: int, last: int, n_cols: int) -> np.ndarray:
     out = np.empty((last - first, n_cols), np.float32)
     for t, row in enumerate(out, first):
         x = input_.x + 4 * n_cols * t
-        _norm_row.ctypes(x, input_.norm, float_bits(input_.epsilon), n_cols, row.ctypes.data)
+        _norm_row.ctypes(x, input_.norm, input_.epsilon, n_cols, row.ctypes.data)
     return out

@@ -1,13 +1,13 @@
 """A few tokens through the whole network in one job: a program of phases that all workers go through together.
 
-A phase is a piece of the network whose units of work don't depend on each other (rows of matrices, heads). Its record
-holds the addresses of two kernels, prepare(phase, work) and run(phase, unit, work), and their arguments. Every worker
+A phase is a piece of the network whose work items don't depend on each other (rows of matrices, heads). It has two
+kernels, prepare(phase, work) and run(phase, item, work), which find their arguments behind its PHASE. Every worker
 prepares a phase for itself, in work memory of its own (the norm of the input, its 8-bit form, the router's choice:
-microseconds), then takes units until there are none, then waits until all are done.
+microseconds). Then it takes items until there are none, then waits until all are done.
 
-There is no barrier: a phase ends when its units are done, not when all workers have come. A worker that the system
-took the core from finds the phases it missed without units and passes through them. What it prepares there may be
-made of vectors that others are already changing; nothing comes of it, since it gets no unit of that phase.
+There is no barrier: a phase ends when its items are done, not when all workers have come. A worker that the system
+took the core from finds the phases it missed without items and passes through them. What it prepares there may be
+made of vectors that others are already changing; nothing comes of it, since it gets no item of that phase.
 
 Tokens follow each other in one context: each sees those before it. A phase reads its weights once for all of them, and
 does for each the same operations in the same order as for a token alone, so that results are the same to the bit.
@@ -22,106 +22,144 @@ import numpy as np
 from quant.errors import QuantError
 from quant.gemv.plain import MAX_BATCH
 from quant.matrix import QuantMatrix, check_single_rows
-from quant.simd.memory import bits_to_f32, load_f64, load_i64, store_f32, store_i64
-from quant.target.jit import Kernel, inline, kernel
+from quant.simd.memory import store_i64
+from quant.simd.struct import address, atomic, boolean, f32, f64, i64, pointer, struct
+from quant.target.jit import inline, kernel
+from quant.target.kernel import Kernel
 from quant.threads.atomics import atomic_add, atomic_load, call_2, call_3, wait_for
 from quant.threads.pool import Pool, aligned_bytes, worker_bytes
-
-# A phase's record: two counters on cache lines of their own, then int64 words; from ARGUMENTS on they are the kernels'.
-NEXT, DONE, N_UNITS, UNITS, PER_TOKEN, PER_CHUNK, PREPARE, RUN, STATE = 0, 64, *range(128, 184, 8)
-ARGUMENTS = 192
-PHASE_BYTES = 1024
-
-# The program: how many phases, where; workers' memory; then the state of the step, STATE in every phase.
-N_PHASES, PHASES, WORK, WORK_BYTES, EXPAND, EMBEDDING, EMBEDDING_ROW_BYTES, EMBEDDING_BLOCKS, X = range(0, 72, 8)
-X_BYTES, IDS, N_TOKENS, POSITION, HEAD_FROM, FREQUENCIES, N_FREQUENCIES, MAGNITUDE, TURNS, CACHE = range(72, 152, 8)
-_PROGRAM_BYTES = 192
+from quant.threads.work_items import work_items
 
 MOST_TOKENS = MAX_BATCH  # of a step
-MOST_CHUNKS = 32  # pieces of the context that attention hands out
-LEAST_CHUNK = 64  # tokens of a piece, at least; pieces are multiples of it
+MAX_SPLITS = 32  # parts of the context that attention hands out
+MIN_SPLIT = 64  # tokens of a split, at least; splits are multiples of it
+
+# The phases, the workers' memory, then what all phases know of the step.
+PROGRAM = struct(
+    "Program",
+    n_phases=i64,
+    phases=address,  # PHASE_BYTES apart
+    work=address,
+    work_bytes=i64,
+    embedding=address,
+    embedding_row_bytes=i64,
+    embedding_blocks=i64,  # of a row
+    expand=address,  # the kernel of its format
+    x=address,  # float32 (MOST_TOKENS, x_bytes / 4): embeddings
+    x_bytes=i64,
+    ids=pointer(i64),
+    n_tokens=i64,
+    position=i64,
+    head_from=i64,
+    frequencies=pointer(f64),
+    n_frequencies=i64,
+    magnitude=f32,
+    rotations=pointer(f32),  # cosine and sine of each frequency, of each token
+    cache=pointer(i64),  # addresses of blocks of cache rows
+)
+
+# What a phase's arguments begin with.
+PHASE = struct(
+    "Phase",
+    taken=atomic,
+    done=atomic,
+    n_items=i64,  # of this step
+    items=i64,  # of one token, and one split of its context
+    per_token=boolean,
+    per_split=boolean,
+    prepare=address,
+    run=address,
+    program=address,
+)
+PHASE_BYTES = 1024
+HEADER = PHASE.zeros()  # to pack arguments with; Phases.finish() fills it
 
 
 @inline
-def tokens_of(phase):
+def program_of(a):
+    """The PROGRAM of a phase's arguments."""
+    return PROGRAM(a.phase.program)
+
+
+@inline
+def tokens_of(a):
     """How many tokens this step has."""
-    return load_i64(load_i64(phase + STATE) + N_TOKENS)
+    return program_of(a).n_tokens
 
 
 @inline
-def cached_by(phase, t):
+def cached_by(a, t):
     """Tokens of the context that the step's token t sees, itself included."""
-    return load_i64(load_i64(phase + STATE) + POSITION) + t + 1
+    return program_of(a).position + t + 1
 
 
 @inline
-def chunk_length(n_cached):
-    """Tokens of a piece of a context of n_cached."""
-    return (n_cached + MOST_CHUNKS * LEAST_CHUNK - 1) // (MOST_CHUNKS * LEAST_CHUNK) * LEAST_CHUNK
+def split_length(n_cached):
+    """Tokens of a split of a context of n_cached."""
+    return (n_cached + MAX_SPLITS * MIN_SPLIT - 1) // (MAX_SPLITS * MIN_SPLIT) * MIN_SPLIT
 
 
 @inline
-def chunks_of(n_cached):
-    """Pieces of a context of n_cached."""
-    return (n_cached + chunk_length(n_cached) - 1) // chunk_length(n_cached)
+def splits_of(n_cached):
+    """Splits of a context of n_cached."""
+    return (n_cached + split_length(n_cached) - 1) // split_length(n_cached)
 
 
 @inline
 def _begin_token(program, t):
     """The rotations of a token's position, and its embedding."""
-    n_frequencies, magnitude = load_i64(program + N_FREQUENCIES), bits_to_f32(load_i64(program + MAGNITUDE))
-    turns = load_i64(program + TURNS) + 8 * n_frequencies * t
+    n_frequencies, magnitude = program.n_frequencies, program.magnitude
+    rotations = program.rotations + 2 * n_frequencies * t
     for i in range(n_frequencies):
-        angle = (load_i64(program + POSITION) + t) * load_f64(load_i64(program + FREQUENCIES) + 8 * i)
-        store_f32(turns + 8 * i, np.float32(math.cos(angle)) * magnitude)
-        store_f32(turns + 8 * i + 4, np.float32(math.sin(angle)) * magnitude)
-    token, n_blocks = load_i64(load_i64(program + IDS) + 8 * t), load_i64(program + EMBEDDING_BLOCKS)
-    row = load_i64(program + EMBEDDING) + load_i64(program + EMBEDDING_ROW_BYTES) * token
-    call_3(load_i64(program + EXPAND), row, n_blocks, load_i64(program + X) + load_i64(program + X_BYTES) * t)
+        angle = (program.position + t) * program.frequencies[i]
+        rotations[2 * i] = np.float32(math.cos(angle)) * magnitude
+        rotations[2 * i + 1] = np.float32(math.sin(angle)) * magnitude
+    row = program.embedding + program.embedding_row_bytes * program.ids[t]
+    call_3(program.expand, row, program.embedding_blocks, program.x + program.x_bytes * t)
 
 
 @inline
-def reset(program, n_tokens, n_chunks):
-    """This step's units in all phases, none taken."""
-    for p in range(load_i64(program + N_PHASES)):
-        phase = load_i64(program + PHASES) + PHASE_BYTES * p
-        n_units = load_i64(phase + UNITS)
-        if load_i64(phase + PER_TOKEN) != 0:
-            n_units *= n_tokens
-        if load_i64(phase + PER_CHUNK) != 0:
-            n_units *= n_chunks
-        store_i64(phase + N_UNITS, n_units)
-        store_i64(phase + NEXT, 0)
-        store_i64(phase + DONE, 0)
+def reset(program, n_tokens, n_splits):
+    """This step's items in all phases, none taken."""
+    for p in range(program.n_phases):
+        phase = PHASE(program.phases + PHASE_BYTES * p)
+        n_items = phase.items
+        if phase.per_token:
+            n_items *= n_tokens
+        if phase.per_split:
+            n_items *= n_splits
+        phase.n_items = n_items
+        store_i64(phase.taken, 0)
+        store_i64(phase.done, 0)
 
 
 @kernel("void(int64)")
-def _begin(program):
-    """Reset the counters; this step's units, rotations and embeddings."""
-    n_tokens, n_chunks = load_i64(program + N_TOKENS), 1
-    for t in range(n_tokens):
+def _begin(address):
+    """Reset the counters; this step's items, rotations and embeddings."""
+    program, n_splits = PROGRAM(address), 1
+    for t in range(program.n_tokens):
         _begin_token(program, t)
-        n_chunks = max(n_chunks, chunks_of(load_i64(program + POSITION) + t + 1))
-    reset(program, n_tokens, n_chunks)
+        n_splits = max(n_splits, splits_of(program.position + t + 1))
+    reset(program, program.n_tokens, n_splits)
 
 
 @kernel("void(int64, int64)")
-def _step(program, worker):
+def _step(address, worker):
     """The job: all phases in order."""
-    work = load_i64(program + WORK) + load_i64(program + WORK_BYTES) * worker
-    for p in range(load_i64(program + N_PHASES)):
-        phase = load_i64(program + PHASES) + PHASE_BYTES * p
-        n_units = load_i64(phase + N_UNITS)
-        if atomic_load(phase + NEXT) < n_units:
-            call_2(load_i64(phase + PREPARE), phase, work)
+    program = PROGRAM(address)
+    work = program.work + program.work_bytes * worker
+    for p in range(program.n_phases):
+        at = program.phases + PHASE_BYTES * p
+        phase = PHASE(at)
+        n_items = phase.n_items
+        if atomic_load(phase.taken) < n_items:
+            call_2(phase.prepare, at, work)
             finished = 0
-            unit = atomic_add(phase + NEXT, 1)
-            while unit < n_units:
-                call_3(load_i64(phase + RUN), phase, unit, work)
+            for item in work_items(phase.taken, n_items):
+                call_3(phase.run, at, item, work)
                 finished += 1
-                unit = atomic_add(phase + NEXT, 1)
-            atomic_add(phase + DONE, finished)
-        wait_for(phase + DONE, n_units)
+            atomic_add(phase.done, finished)
+        wait_for(phase.done, n_items)
 
 
 @kernel("void(int64, int64)")
@@ -131,11 +169,6 @@ def _nothing(phase, work):
 
 NOTHING = _nothing  # to prepare where there is nothing to
 STEP = _step  # the job of all programs
-
-
-def float_bits(value: float) -> int:
-    """A float32 as a word of a phase's arguments; kernels read it with bits_to_f32."""
-    return int(np.float32(value).view(np.int32))
 
 
 def padded(n_bytes: int) -> int:
@@ -148,20 +181,22 @@ class Phase:
     """What a worker does between two points where all must have arrived.
 
     Attributes:
-        prepare, run: void(phase, work) and void(phase, unit, work).
-        n_units: units of work; with per_token, times the step's tokens; with per_chunk, times the pieces of the
-            longest of their contexts. Some of those may turn out to have no work.
-        arguments: int64 words for the kernels.
+        prepare, run: void(phase, work) and void(phase, item, work).
+        n_items: of work; with per_token, times the step's tokens; with per_split, times the splits of the longest of
+            their contexts. Some of those may turn out to have no work.
+        arguments: a packed struct whose first field is a PHASE, from HEADER.
         work_bytes: memory that a worker needs for it.
+        name: what a user calls it, "blk.3.attn: queries".
     """
 
     prepare: Kernel
     run: Kernel
-    n_units: int
-    arguments: list[int]
+    n_items: int
+    arguments: np.ndarray
     work_bytes: int
     per_token: bool = False
-    per_chunk: bool = False
+    per_split: bool = False
+    name: str = ""
 
 
 class Phases:
@@ -175,12 +210,13 @@ class Phases:
         self.pool = pool
         self._memory: list[object] = []
         self._phases: list[Phase] = []
-        self._program = aligned_bytes(_PROGRAM_BYTES).view(np.int64)
+        self._program = PROGRAM.zeros()
         self.address = self._program.ctypes.data
 
-    def _set(self, words: dict[int, int]) -> None:
-        for offset, value in words.items():
-            self._program[offset // 8] = value
+    @property
+    def names(self) -> list[str]:
+        """The phases' names, in order."""
+        return [phase.name for phase in self._phases]
 
     def keep(self, owner: np.ndarray) -> int:
         """The address of an array that lives as long as the program."""
@@ -191,8 +227,9 @@ class Phases:
         """Address of float32 (MOST_TOKENS, n) that phases share, zero at first."""
         return self.keep(aligned_bytes(padded(4 * n * MOST_TOKENS)))
 
-    def add(self, phase: Phase) -> None:
-        """Append a phase."""
+    def add(self, phase: Phase, name: str = "") -> None:
+        """Append a phase, under this name."""
+        phase.name = name
         self._phases.append(phase)
 
     @property
@@ -206,15 +243,16 @@ class Phases:
         Args:
             work: uint8 (at least n_workers * work_bytes,), page aligned, for programs that run one after the other.
         """
-        words = aligned_bytes(PHASE_BYTES * len(self._phases)).view(np.int64).reshape(len(self._phases), -1)
-        for row, phase in zip(words, self._phases, strict=True):
-            row[UNITS // 8], row[PER_TOKEN // 8], row[PER_CHUNK // 8] = phase.n_units, phase.per_token, phase.per_chunk
-            row[PREPARE // 8], row[RUN // 8] = phase.prepare.address, phase.run.address
-            row[STATE // 8] = self.address
-            row[ARGUMENTS // 8 : ARGUMENTS // 8 + len(phase.arguments)] = phase.arguments
         per_worker = self.work_bytes
         work = self.keep(aligned_bytes(per_worker * self.pool.n_workers) if work is None else work)
-        self._set({N_PHASES: len(words), PHASES: self.keep(words), WORK: work, WORK_BYTES: per_worker})
+        rows = aligned_bytes(PHASE_BYTES * len(self._phases)).view(np.int64).reshape(len(self._phases), -1)
+        for row, phase in zip(rows, self._phases, strict=True):
+            row[: len(phase.arguments)] = phase.arguments
+            PHASE.write(
+                row, items=phase.n_items, per_token=phase.per_token, per_split=phase.per_split,
+                prepare=phase.prepare.address, run=phase.run.address, program=self.address,
+            )  # fmt: skip
+        PROGRAM.write(self._program, n_phases=len(rows), phases=self.keep(rows), work=work, work_bytes=per_worker)
 
 
 class Program(Phases):
@@ -243,37 +281,35 @@ class Program(Phases):
         self.cache = np.zeros(n_cache_rows, np.int64)
         self._ids = np.zeros(MOST_TOKENS, np.int64)
         self.x = self.vector(embedding.n_cols)
-        self._set(
-            {
-                EXPAND: embedding.format.expand_address,
-                EMBEDDING: embedding.address,
-                EMBEDDING_ROW_BYTES: embedding.row_bytes,
-                EMBEDDING_BLOCKS: embedding.n_cols // embedding.format.block,
-                X: self.x,
-                X_BYTES: 4 * embedding.n_cols,
-                IDS: self._ids.ctypes.data,
-                FREQUENCIES: self._frequencies.ctypes.data,
-                N_FREQUENCIES: self._frequencies.size,
-                MAGNITUDE: float_bits(magnitude),
-                TURNS: self.vector(2 * self._frequencies.size),
-                CACHE: self.cache.ctypes.data,
-            }
-        )
+        PROGRAM.write(
+            self._program,
+            expand=embedding.format.expand_address, embedding=embedding.address,
+            embedding_row_bytes=embedding.row_bytes, embedding_blocks=embedding.n_cols // embedding.format.block,
+            x=self.x, x_bytes=4 * embedding.n_cols, ids=self._ids.ctypes.data,
+            frequencies=self._frequencies.ctypes.data, n_frequencies=self._frequencies.size, magnitude=magnitude,
+            rotations=self.vector(2 * self._frequencies.size), cache=self.cache.ctypes.data,
+        )  # fmt: skip
 
-    def run(self, ids: Sequence[int], position: int, cache: np.ndarray, head_from: int = 0) -> None:
+    def run(
+        self, ids: Sequence[int], position: int, cache: np.ndarray, head_from: int = 0, until: str | None = None
+    ) -> None:
         """One step: tokens `ids` from `position` on.
 
         Args:
             cache: int64 addresses of the blocks of cache rows.
             head_from: the first of the tokens that phases of the head have anything to do for.
+            until: the name of the last phase that is to run.
 
         Raises:
-            QuantError: more than MOST_TOKENS, or none.
+            QuantError: more than MOST_TOKENS, or none; no phase has that name.
         """
         if not 1 <= len(ids) <= MOST_TOKENS:
             raise QuantError(f"{len(ids)} tokens in a step; it takes 1 to {MOST_TOKENS}")
+        if until is not None and until not in self.names:
+            raise QuantError(f"no phase is called {until!r}")
+        n_phases = len(self._phases) if until is None else self.names.index(until) + 1
         self._ids[: len(ids)] = ids
         self.cache[:] = cache
-        self._set({N_TOKENS: len(ids), POSITION: position, HEAD_FROM: head_from})
+        PROGRAM.write(self._program, n_phases=n_phases, n_tokens=len(ids), position=position, head_from=head_from)
         _begin.ctypes(self.address)
         self.pool.run(STEP.address, self._program)

@@ -9,18 +9,32 @@ import numpy as np
 from quant.block_format import Format
 from quant.errors import QuantError
 from quant.simd.exact import all_within
-from quant.simd.memory import bits_to_f32, load_f32, load_f32x16, load_i64, store_i64
+from quant.simd.memory import load_f32, load_f32x16
+from quant.simd.struct import address, atomic, f32, i64, pointer, struct
 from quant.target.jit import inline, kernel
-from quant.threads.atomics import atomic_add, call_5
+from quant.threads.atomics import call_5
 from quant.threads.pool import Pool, worker_bytes
+from quant.threads.work_items import work_items
 
 SCRATCH_BYTES = worker_bytes(4096)
-_UNIT_WEIGHTS = 1 << 15  # that a worker takes at a time: long beside the dispatch, short enough to share out
+_ITEM_WEIGHTS = 1 << 15  # of a work item: long beside the dispatch, short enough to share out
 
-# Where the job finds its arguments, int64 each.
-(
-    COUNTER, PACK, FOUND, X, IMPORTANCE, OUT, N_ROWS, N_COLS, N_BLOCKS, ROW_BYTES, UNIT_ROWS, LIMIT, SCRATCH,
-) = range(0, 13 * 8, 8)  # fmt: skip
+PACK_ROWS = struct(
+    "PackRows",
+    counter=atomic,
+    pack=address,  # the kernel
+    found=pointer(i64),  # by worker: the first weight that is not finite or beyond the limit
+    x=address,
+    importance=address,
+    out=address,
+    n_rows=i64,
+    n_cols=i64,
+    n_blocks=i64,
+    row_bytes=i64,
+    item_rows=i64,
+    limit=f32,
+    scratch=address,
+)
 
 
 @inline
@@ -37,22 +51,16 @@ def _first_beyond(x, n, limit):
 @kernel("void(int64, int64)")
 def _pack(arguments, worker):
     """The job of pack()."""
-    a = arguments
-    n_rows, n_cols, step = load_i64(a + N_ROWS), load_i64(a + N_COLS), load_i64(a + UNIT_ROWS)
-    found, limit = load_i64(a + FOUND) + 8 * worker, bits_to_f32(load_i64(a + LIMIT))
-    scratch = load_i64(a + SCRATCH) + SCRATCH_BYTES * worker
-    while True:
-        first = atomic_add(load_i64(a + COUNTER), step)
-        if first >= n_rows:
-            break
-        for r in range(first, min(first + step, n_rows)):
-            x = load_i64(a + X) + 4 * n_cols * r
-            beyond = _first_beyond(x, n_cols, limit)
+    a = PACK_ROWS(arguments)
+    n_cols, scratch = a.n_cols, a.scratch + SCRATCH_BYTES * worker
+    for first in work_items(a.counter, a.n_rows, a.item_rows):
+        for r in range(first, min(first + a.item_rows, a.n_rows)):
+            x = a.x + 4 * n_cols * r
+            beyond = _first_beyond(x, n_cols, a.limit)
             if beyond < n_cols:
-                store_i64(found, min(load_i64(found), n_cols * r + beyond))
+                a.found[worker] = min(a.found[worker], n_cols * r + beyond)
                 continue
-            out = load_i64(a + OUT) + load_i64(a + ROW_BYTES) * r
-            call_5(load_i64(a + PACK), x, load_i64(a + IMPORTANCE), load_i64(a + N_BLOCKS), out, scratch)
+            call_5(a.pack, x, a.importance, a.n_blocks, a.out + a.row_bytes * r, scratch)
 
 
 def pack(pool: Pool, format_: Format, x: int, n_rows: int, n_cols: int, out: int, importance: int = 0) -> int:
@@ -74,13 +82,12 @@ def pack(pool: Pool, format_: Format, x: int, n_rows: int, n_cols: int, out: int
     row_bytes = format_.row_bytes(n_cols)
     none = n_rows * n_cols
     found = np.full(pool.n_workers, none, np.int64)
-    counter = np.zeros(1, np.int64)
-    limit = int(np.float32(format_.largest).view(np.int32))
-    arguments = (
-        counter.ctypes.data, format_.quantize.address, found.ctypes.data, x, importance, out,
-        n_rows, n_cols, n_cols // format_.block, row_bytes, max(1, _UNIT_WEIGHTS // max(1, n_cols)), limit,
-        pool.buffer("pack scratch", SCRATCH_BYTES * pool.n_workers),
+    arguments = PACK_ROWS.pack(
+        counter=0, pack=format_.quantize.address, found=found.ctypes.data, x=x, importance=importance, out=out,
+        n_rows=n_rows, n_cols=n_cols, n_blocks=n_cols // format_.block, row_bytes=row_bytes,
+        item_rows=max(1, _ITEM_WEIGHTS // max(1, n_cols)), limit=format_.largest,
+        scratch=pool.buffer("pack scratch", SCRATCH_BYTES * pool.n_workers),
     )  # fmt: skip
-    pool.run(_pack.address, np.array(arguments, np.int64))
+    pool.run(_pack.address, arguments)
     index = int(found.min())
     return index if index < none else -1

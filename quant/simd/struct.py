@@ -10,7 +10,7 @@ A view is an address. Reading a field is one load at a constant offset, or none 
     i64, address    an integer
     f32             a float32
     boolean         whether the word is not 0
-    pointer(kind)   an address; a.start[i] reads or writes element i there, a.start + i points to it
+    pointer(kind)   an address, set from an integer; a.start[i] reads or writes element i, a.start + i points to it
     atomic          the address of an int64 that has a cache line to itself (of a block that begins on one)
     a struct        a view of it: it lies within
     array(s, n)     up to n structs that lie within; a.parts[i] is a view of one
@@ -28,10 +28,12 @@ from struct import calcsize, pack_into
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core.typeconv import Conversion
 from numba.core.typing.templates import AbstractTemplate, AttributeTemplate, infer_getattr, infer_global, signature
 from numba.extending import (
     intrinsic,
     lower_builtin,
+    lower_cast,
     lower_getattr_generic,
     lower_setattr_generic,
     models,
@@ -77,6 +79,11 @@ class Pointer(types.Type):
     def __init__(self, element: Kind):
         self.element = element
         super().__init__(f"pointer({element.name})")
+
+    def can_convert_from(self, context, other):
+        """An integer is an address."""
+        if isinstance(other, types.Integer):
+            return Conversion.unsafe
 
 
 class View(types.Type):
@@ -202,6 +209,11 @@ def address_of(context, view):
 
 
 # ---- how Numba types and compiles a.field, a.field = v, p[i], p[i] = v and p + i ------------------------------------
+
+
+@lower_cast(types.Integer, Pointer)
+def _integer_to_pointer(context, builder, source, target, value):
+    return context.cast(builder, value, source, types.int64)
 
 
 @infer_getattr

@@ -14,13 +14,14 @@ from numba import types
 
 from quant.errors import QuantError
 from quant.simd.core import I32, I64, Vector, constant, define, load
-from quant.simd.memory import load_i64, prefetch, store_i64
+from quant.simd.memory import prefetch, store_i64
+from quant.simd.struct import atomic, i64, pointer, struct
 from quant.target.jit import kernel
-from quant.threads.atomics import atomic_add
 from quant.threads.pool import Pool, aligned_bytes
+from quant.threads.work_items import work_items
 
 _STEP = 256  # bytes a turn of the loop
-_UNIT = 256 << 10  # bytes that a worker takes at a time
+_ITEM = 256 << 10  # bytes of a work item
 _SPAN = 32 << 20  # bytes a worker between two looks at the clock: 1-3 ms, so that some spans are undisturbed
 _AHEAD = 4096
 
@@ -40,47 +41,36 @@ _zero = define(_i64x8, (), lambda b: constant(_i64x8.ir, 0))
 _xor = define(_i64x8, (_i64x8, _i64x8), lambda b, x, y: b.xor(x, y))
 _fold_xor = define(types.int64, (_i64x8,), _fold)
 
-# Where the jobs find their arguments, int64 each; one result a worker behind them.
-COUNTER, ADDRESS, N_BYTES, RESULTS = range(0, 4 * 8, 8)
+READ = struct("Read", counter=atomic, address=i64, n_bytes=i64, results=pointer(i64))
 
 
 @kernel("void(int64, int64)")
-def _read(a, worker):
-    """Exclusive or of all 64-bit words of N_BYTES, a multiple of _STEP, from ADDRESS."""
-    end = load_i64(a + ADDRESS) + load_i64(a + N_BYTES)
+def _read(arguments, worker):
+    """Exclusive or of all 64-bit words of n_bytes, a multiple of _STEP, from the address, to the worker's result."""
+    a = READ(arguments)
     s0, s1, s2, s3 = _zero(), _zero(), _zero(), _zero()
-    while True:
-        first = load_i64(a + ADDRESS) + atomic_add(a + COUNTER, _UNIT)
-        if first >= end:
-            break
-        for p in range(first, min(first + _UNIT, end), _STEP):
+    for item in work_items(a.counter, a.n_bytes, _ITEM):
+        for p in range(a.address + item, a.address + min(item + _ITEM, a.n_bytes), _STEP):
             for line in range(p + _AHEAD, p + _AHEAD + _STEP, 64):
                 prefetch(line)
             s0, s1 = _xor(s0, _load(p)), _xor(s1, _load(p + 64))
             s2, s3 = _xor(s2, _load(p + 128)), _xor(s3, _load(p + 192))
-    store_i64(a + RESULTS + 8 * worker, _fold_xor(_xor(_xor(s0, s1), _xor(s2, s3))))
+    a.results[worker] = _fold_xor(_xor(_xor(s0, s1), _xor(s2, s3)))
 
 
 @kernel("void(int64, int64)")
-def _fill(a, worker):
+def _fill(arguments, worker):
     """Write its own address to every line of 64 bytes: no page is like another, or shared with any."""
-    end = load_i64(a + ADDRESS) + load_i64(a + N_BYTES)
-    while True:
-        first = load_i64(a + ADDRESS) + atomic_add(a + COUNTER, _UNIT)
-        if first >= end:
-            break
-        for p in range(first, min(first + _UNIT, end), 64):
+    a = READ(arguments)
+    for item in work_items(a.counter, a.n_bytes, _ITEM):
+        for p in range(a.address + item, a.address + min(item + _ITEM, a.n_bytes), 64):
             store_i64(p, p)
-
-
-def _arguments(pool: Pool, address: int, n_bytes: int) -> np.ndarray:
-    return np.array([0, address, n_bytes, *[0] * pool.n_workers], np.int64)
 
 
 def buffer(pool: Pool, n_bytes: int) -> np.ndarray:
     """uint8 (n_bytes,) to read from, 64-byte aligned, every page in RAM and near the worker that first wrote to it."""
     array = aligned_bytes(n_bytes)
-    pool.run(_fill.address, _arguments(pool, array.ctypes.data, n_bytes // 64 * 64))
+    pool.run(_fill.address, READ.pack(counter=0, address=array.ctypes.data, n_bytes=n_bytes // 64 * 64, results=0))
     return array
 
 
@@ -88,9 +78,9 @@ def read(pool: Pool, address: int, n_bytes: int) -> int:
     """The exclusive or of the 64-bit words of n_bytes, a multiple of 256, at address. Raises QuantError."""
     if n_bytes % _STEP:
         raise QuantError(f"{n_bytes} bytes to read; expected a multiple of {_STEP}")
-    arguments = _arguments(pool, address, n_bytes)
-    pool.run(_read.address, arguments)
-    return int(np.bitwise_xor.reduce(arguments[RESULTS // 8 :]))
+    results = np.zeros(pool.n_workers, np.int64)
+    pool.run(_read.address, READ.pack(counter=0, address=address, n_bytes=n_bytes, results=results.ctypes.data))
+    return int(np.bitwise_xor.reduce(results))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Worker threads that run one kernel together, without the GIL.
 
-A job is the address of a C function void(int64 arguments, int64 worker), compiled by jit.kernel, that takes units of
-work from a shared counter until there are none. The calling thread is worker 0; the others spin for about a millisecond
+A job is the address of a C function void(int64 arguments, int64 worker), compiled by jit.kernel. It takes work items
+from a shared counter until there are none. The calling thread is worker 0. The others spin for about a millisecond
 between jobs (a decode step hands out hundreds), then sleep. A worker that comes too late is not waited for: on a busy
 machine a job then takes as long as on one core, instead of until the system finds time for the second
 (docs/lab-notes.md).
@@ -20,7 +20,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from quant.errors import QuantError
-from quant.simd.memory import load_i64, store_i64
+from quant.simd.struct import address, atomic, struct
 from quant.target.jit import inline, kernel
 from quant.threads.atomics import (
     atomic_add,
@@ -33,11 +33,18 @@ from quant.threads.atomics import (
     wake_all,
 )
 
-# The control block: words on cache lines of their own.
-_LINE = 64
-GENERATION, JOB, ARGUMENTS, TICKETS, DONE, STOP, SLEEPERS, SPINS = (i * _LINE for i in range(8))
-_CONTROL_BYTES = 8 * _LINE
-_CLOSED = 1 << 32  # added to TICKETS when no worker may join the job any more
+CONTROL = struct(
+    "PoolControl",
+    generation=atomic,  # of jobs
+    tickets=atomic,  # workers who asked to join the job; _CLOSED is added when none may any more
+    done=atomic,  # workers who have finished it
+    stop=atomic,
+    sleepers=atomic,
+    spins=atomic,  # pauses before a worker sleeps
+    job=address,
+    arguments=address,
+)
+_CLOSED = 1 << 32
 _PAGE = 4096
 _SPINS = 20_000  # pauses of 40-140 cycles: about 1 ms
 
@@ -45,39 +52,40 @@ _SPINS = 20_000  # pauses of 40-140 cycles: about 1 ms
 @kernel("void(int64, int64)")
 def _work(control, worker):
     """A worker's life: wait for the next generation, join its job if that is still open, until stopped."""
-    generation = np.int64(0)
+    c, generation = CONTROL(control), np.int64(0)
     while True:
         spins = 0
-        while atomic_load(control + GENERATION) == generation:
+        while atomic_load(c.generation) == generation:
             pause()
             spins += 1
-            if spins > atomic_load(control + SPINS):
-                atomic_add(control + SLEEPERS, 1)
-                while atomic_load(control + GENERATION) == generation:
-                    sleep_while_equal(control + GENERATION, generation)
-                atomic_add(control + SLEEPERS, -1)
-        generation = atomic_load(control + GENERATION)
-        if atomic_load(control + STOP) != 0:
+            if spins > atomic_load(c.spins):
+                atomic_add(c.sleepers, 1)
+                while atomic_load(c.generation) == generation:
+                    sleep_while_equal(c.generation, generation)
+                atomic_add(c.sleepers, -1)
+        generation = atomic_load(c.generation)
+        if atomic_load(c.stop) != 0:
             return
-        # The ticket may be one of the next job: then JOB and ARGUMENTS, set before TICKETS is opened, are that job's.
-        if atomic_add(control + TICKETS, 1) < _CLOSED:
-            call_2(load_i64(control + JOB), load_i64(control + ARGUMENTS), worker)
-            atomic_add(control + DONE, 1)
+        # The ticket may be one of the next job: then job and arguments, set before tickets are open, are that job's.
+        if atomic_add(c.tickets, 1) < _CLOSED:
+            call_2(c.job, c.arguments, worker)
+            atomic_add(c.done, 1)
 
 
 @inline
 def dispatch(control, job, arguments):
     """Hand out a job, do worker 0's share of it, wait for those who joined. For one caller at a time."""
-    store_i64(control + JOB, job)
-    store_i64(control + ARGUMENTS, arguments)
-    atomic_store(control + DONE, 0)
-    atomic_store(control + TICKETS, 0)
-    atomic_add(control + GENERATION, 1)
-    if atomic_load(control + SLEEPERS) > 0:
-        wake_all(control + GENERATION)
+    c = CONTROL(control)
+    c.job = job
+    c.arguments = arguments
+    atomic_store(c.done, 0)
+    atomic_store(c.tickets, 0)
+    atomic_add(c.generation, 1)
+    if atomic_load(c.sleepers) > 0:
+        wake_all(c.generation)
     call_2(job, arguments, 0)
-    joined = atomic_add(control + TICKETS, _CLOSED)
-    wait_for(control + DONE, joined)
+    joined = atomic_add(c.tickets, _CLOSED)
+    wait_for(c.done, joined)
 
 
 @kernel("void(int64, int64, int64)")
@@ -87,14 +95,15 @@ def _dispatch(control, job, arguments):
 
 @kernel("void(int64, int64)")
 def _set_spins(control, spins):
-    atomic_store(control + SPINS, spins)
+    atomic_store(CONTROL(control).spins, spins)
 
 
 @kernel("void(int64)")
 def _stop(control):
-    atomic_store(control + STOP, 1)
-    atomic_add(control + GENERATION, 1)
-    wake_all(control + GENERATION)
+    c = CONTROL(control)
+    atomic_store(c.stop, 1)
+    atomic_add(c.generation, 1)
+    wake_all(c.generation)
 
 
 def aligned_bytes(n_bytes: int) -> np.ndarray:
@@ -133,7 +142,7 @@ class Pool:
         if n_workers < 1:
             raise QuantError(f"{n_workers} threads asked for; at least 1 is needed")
         self.n_workers = n_workers
-        self._block = aligned_bytes(_CONTROL_BYTES)
+        self._block = CONTROL.zeros()
         self.control = self._block.ctypes.data
         _set_spins.ctypes(self.control, _SPINS)
         self._lock = threading.Lock()
@@ -158,7 +167,7 @@ class Pool:
             yield
 
     @contextmanager
-    def drowsy(self) -> Iterator[None]:
+    def passive_wait(self) -> Iterator[None]:
         """Within, workers sleep as soon as a job ends: what the caller does between jobs has use for all cores."""
         _set_spins.ctypes(self.control, 0)
         try:

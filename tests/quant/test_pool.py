@@ -77,14 +77,14 @@ def busy_seconds(pool: Pool) -> float:
 
 
 @pytest.mark.serial
-def test_drowsy_workers_do_not_spin() -> None:
+def test_passive_waiters_do_not_spin() -> None:
     pool = Pool(2)
     lively = busy_seconds(pool)
-    with pool.drowsy():
-        drowsy = busy_seconds(pool)
+    with pool.passive_wait():
+        passive = busy_seconds(pool)
     again = busy_seconds(pool)
     pool.close()
-    assert drowsy < 0.5 * min(lively, again)  # a lively worker spins for about 1 ms of each 2
+    assert passive < 0.5 * min(lively, again)  # a lively worker spins for about 1 ms of each 2
 
 
 def test_buffers_grow_and_are_kept():
