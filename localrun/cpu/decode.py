@@ -4,6 +4,7 @@ The network itself is network/model.py, for any number of tokens; this is the sa
 caches, and is tested against it.
 """
 
+import ctypes
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,11 +14,12 @@ from localrun.models.config import Config
 from localrun.models.tensors import GGUFTensors
 from localrun.network.cache import Cache
 from localrun.network.rope import attention_scale, frequencies, rotation_magnitude
-from quant.decode.attention import Heads, attend_phase, lift_phase
-from quant.decode.experts import SIGMOID, SOFTMAX, SOFTMAX_AFTER_TOPK, Router, expert_phases
+from quant.decode.attention import Heads, attend_phase, project_values_phase
+from quant.decode.experts import expert_phases
 from quant.decode.linear import Input, normed, rows_phase
-from quant.decode.program import MOST_TOKENS, Program
+from quant.decode.program import MOST_TOKENS, Phase, Program
 from quant.decode.queries import grouped_queries_phase, latent_queries_phase
+from quant.decode.router import SIGMOID, SOFTMAX, SOFTMAX_AFTER_TOPK, Router
 from quant.matrix import QuantMatrix
 from quant.threads.pool import Pool
 
@@ -27,6 +29,8 @@ _HEADS_TOGETHER = 16  # of MLA: they share each expanded cache row; more would c
 
 class Layers:
     """A program whose phases are layers of a model, laid out one after the other. T: quant.decode.program.MOST_TOKENS.
+
+    Phases have names like "blk.3.attn: queries".
 
     Attributes:
         x: address of float32 (T, hidden_size), the sums that layers add to; set before the first.
@@ -39,15 +43,27 @@ class Layers:
         n_slots = n_layers * (1 if config.attention == "mla" else 2)
         self.program = Program(pool, embedding, frequencies(config, factors), rotation_magnitude(config), n_slots)
         self.x = self.program.x
-        self._buffers: dict[str, tuple[int, int]] = {}
+        self._room: dict[str, int] = {}  # floats of a token that a vector has room for
+        self._vectors: dict[str, tuple[int, int]] = {}  # addresses and lengths, as used last
+        self._outputs: dict[str, dict[str, tuple[int, int]]] = {}  # by phase: what it writes, "x" or others
+        self._part = ""  # of the model, that phases are added for
+
+    def _add(self, phase: Phase, name: str, *outputs: str) -> None:
+        """Append a phase of the part at hand, which writes these vectors."""
+        name = f"{self._part}: {name}"
+        x = self.x, self.config.hidden_size
+        self._outputs[name] = {output: x if output == "x" else self._vectors[output] for output in outputs}
+        self.program.add(phase, name)
 
     def _layer(self, index: int, cache_layer: int) -> None:
         """Layer `index` of the file, over one layer of the cache."""
+        self._part = f"blk.{index}.attn"
         norm = self._normed(self.x, names.layer(index, "input_layernorm"))
         if self.config.attention == "mla":
             self._latent_attention(index, cache_layer, norm)
         else:
             self._grouped_attention(index, cache_layer, norm)
+        self._part = f"blk.{index}.ffn"
         norm = self._normed(self.x, names.layer(index, "post_attention_layernorm"))
         if self.tensors.has(names.layer(index, "mlp.gate")):
             self._moe(index, norm)
@@ -58,7 +74,8 @@ class Layers:
         """The last phase: logits of the normed sums."""
         self._final, self._logits = self._normed(self.x, norm), np.zeros((MOST_TOKENS, head.n_rows), np.float32)
         logits = self.program.keep(self._logits)
-        self.program.add(rows_phase(self._final, [(head, logits)], self.pool.n_workers, is_head=True))
+        self.program.add(rows_phase(self._final, [(head, logits)], self.pool.n_workers, is_head=True), "head")
+        self._outputs["head"] = {"logits": (logits, head.n_rows)}
         self.program.finish()
 
     def __call__(self, ids: Sequence[int], cache: Cache, n_logits: int) -> np.ndarray:
@@ -76,6 +93,19 @@ class Layers:
         cache.advance(len(ids))
         return self._logits[first : len(ids)].copy()
 
+    def run_until(self, phase: str, ids: Sequence[int], cache: Cache) -> dict[str, np.ndarray]:
+        """Evaluate up to MOST_TOKENS ids after the cache's as far as this phase: what it writes, by name, (T, n).
+
+        The cache counts as before. Raises QuantError if no phase is called so.
+        """
+        self.program.run(ids, cache.length, cache.addresses, until=phase)
+        return {name: self._read(*place, len(ids)) for name, place in self._outputs[phase].items()}
+
+    @staticmethod
+    def _read(address: int, n: int, n_tokens: int) -> np.ndarray:
+        floats = (ctypes.c_float * (n_tokens * n)).from_address(address)
+        return np.array(floats, np.float32).reshape(n_tokens, n)
+
     def hidden(self, first: int, last: int) -> np.ndarray:
         """float32 (last - first, hidden_size): what the head reads of the last step's tokens first..last."""
         return normed(self._final, first, last, self.config.hidden_size)
@@ -90,22 +120,27 @@ class Layers:
 
     def _vector(self, name: str, n: int) -> int:
         """Address of float32 (T, n) that all layers use in turn under this name."""
-        address, size = self._buffers.get(name, (0, -1))
-        if size < n:
-            address = self.program.vector(n)
-            self._buffers[name] = address, n
+        address, _ = self._vectors.get(name, (0, 0))
+        if self._room.get(name, -1) < n:
+            address, self._room[name] = self.program.vector(n), n
+        self._vectors[name] = address, n
         return address
 
-    def _rows(self, input_: Input, matrices: list[tuple[QuantMatrix, int]], residual: bool = False) -> None:
-        self.program.add(rows_phase(input_, matrices, self.pool.n_workers, residual))
+    def _rows(self, name: str, input_: Input, matrices: dict[str, QuantMatrix]) -> None:
+        """A phase of matrices, by the names of the vectors that are their outputs."""
+        places = [(matrix, self._vector(output, matrix.n_rows)) for output, matrix in matrices.items()]
+        self._add(rows_phase(input_, places, self.pool.n_workers), name, *matrices)
+
+    def _add_to_x(self, name: str, input_: Input, matrix: QuantMatrix) -> None:
+        self._add(rows_phase(input_, [(matrix, self.x)], self.pool.n_workers, residual=True), name, "x")
 
     def _attend(self, heads: Heads, queries: int, v_b: QuantMatrix | None, o_proj: QuantMatrix) -> None:
-        """From turned queries to the sum with the residual."""
+        """From rotated queries to the sum with the residual."""
         partials = self._vector("partials", heads.partials_bytes // 4)
-        mixed = self._vector("mixed", o_proj.n_cols)
-        self.program.add(attend_phase(heads, queries, partials))
-        self.program.add(lift_phase(heads, partials, v_b, mixed))
-        self._rows(Input(mixed), [(o_proj, self.x)], residual=True)
+        values = self._vector("heads' values", o_proj.n_cols)
+        self._add(attend_phase(heads, queries, partials), "attend", "partials")
+        self._add(project_values_phase(heads, partials, v_b, values), "values", "heads' values")
+        self._add_to_x("output", Input(values), o_proj)
 
     def _latent_attention(self, index: int, cache_layer: int, norm: Input) -> None:
         c = self.config
@@ -115,15 +150,14 @@ class Layers:
 
         row_width = c.kv_lora_rank + c.qk_rope_head_dim
         q_width = c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
-        projected, kv = self._vector("queries projected", q_width), self._vector("kv", row_width)
-        kv_a = (self.tensors.matrix(name("kv_a_proj_with_mqa")), kv)
+        projected, kv = self._vector("projected queries", q_width), self._vector("kv", row_width)
+        kv_a = self.tensors.matrix(name("kv_a_proj_with_mqa"))
         if c.q_lora_rank is None:
-            self._rows(norm, [(self.tensors.matrix(name("q_proj")), projected), kv_a])
+            self._rows("projections", norm, {"projected queries": self.tensors.matrix(name("q_proj")), "kv": kv_a})
         else:
-            q_a = self._vector("q_a", c.q_lora_rank)
-            self._rows(norm, [(self.tensors.matrix(name("q_a_proj")), q_a), kv_a])
-            q_norm = self._normed(q_a, name("q_a_layernorm"))
-            self._rows(q_norm, [(self.tensors.matrix(name("q_b_proj")), projected)])
+            self._rows("projections", norm, {"q_a": self.tensors.matrix(name("q_a_proj")), "kv": kv_a})
+            q_norm = self._normed(self._vector("q_a", c.q_lora_rank), name("q_a_layernorm"))
+            self._rows("q_b", q_norm, {"projected queries": self.tensors.matrix(name("q_b_proj"))})
         is_split = self.tensors.has(name("k_b_proj"))
         if is_split:
             k_b, v_b = self.tensors.matrix(name("k_b_proj")), self.tensors.matrix(name("v_b_proj"))
@@ -137,7 +171,7 @@ class Layers:
             key_row=2 * row_width, value_row=2 * row_width, key_group=0, value_group=0,
         )  # fmt: skip
         queries = self._vector("queries", heads.n_heads * heads.query_width)
-        self.program.add(
+        self._add(
             latent_queries_phase(
                 projected,
                 queries,
@@ -150,7 +184,9 @@ class Layers:
                 scale=attention_scale(c),
                 epsilon=c.rms_norm_eps,
                 slot=cache_layer,
-            )
+            ),
+            "queries",
+            "queries",
         )
         self._attend(heads, queries, v_b, self.tensors.matrix(name("o_proj")))
 
@@ -161,9 +197,9 @@ class Layers:
         )
         groups = c.num_key_value_heads
         key_width, value_width = groups * c.head_dim, groups * c.v_head_dim
-        projected = self._vector("queries projected", c.num_attention_heads * c.head_dim)
+        projected = self._vector("projected queries", c.num_attention_heads * c.head_dim)
         keys, values = self._vector("keys", key_width), self._vector("values", value_width)
-        self._rows(norm, [(q_proj, projected), (k_proj, keys), (v_proj, values)])
+        self._rows("projections", norm, {"projected queries": q_proj, "keys": k_proj, "values": v_proj})
         q_norm, k_norm = (
             self._array(names.layer(index, f"self_attn.{part}_norm")) if c.qk_norm else 0 for part in "qk"
         )
@@ -173,7 +209,7 @@ class Layers:
             key_row=2 * key_width, value_row=2 * value_width, key_group=2 * c.head_dim, value_group=2 * c.v_head_dim,
         )  # fmt: skip
         queries = self._vector("queries", heads.n_heads * heads.query_width)
-        self.program.add(
+        self._add(
             grouped_queries_phase(
                 projected,
                 queries,
@@ -191,45 +227,43 @@ class Layers:
                 query_width=heads.query_width,
                 scale=attention_scale(c),
                 slot=2 * cache_layer,
-            )
+            ),
+            "queries",
+            "queries",
         )
         self._attend(heads, queries, None, o_proj)
 
     def _mlp(self, index: int, norm: Input) -> None:
         gate, up, down = self._gate_up_down(index, "mlp")
-        self._rows(norm, [gate, up])
-        self._rows(Input(gate[1], up=up[1]), [(down, self.x)], residual=True)
+        self._rows("gate, up", norm, {"gate": gate, "up": up})
+        self._add_to_x("down", Input(self._vector("gate", gate.n_rows), up=self._vector("up", up.n_rows)), down)
 
-    def _gate_up_down(
-        self, index: int, prefix: str
-    ) -> tuple[tuple[QuantMatrix, int], tuple[QuantMatrix, int], QuantMatrix]:
-        """Gate and up with the places of their outputs, and down."""
+    def _gate_up_down(self, index: int, prefix: str) -> tuple[QuantMatrix, QuantMatrix, QuantMatrix]:
         gate, up, down = (
             self.tensors.matrix(names.layer(index, f"{prefix}.{part}_proj")) for part in ("gate", "up", "down")
         )
-        gated, upped = (self._vector(f"{prefix} {part}", gate.n_rows) for part in ("gated", "upped"))
-        return (gate, gated), (up, upped), down
+        return gate, up, down
 
     def _moe(self, index: int, norm: Input) -> None:
         c = self.config
-        logits = self._vector("router", c.n_routed_experts)
-        first, shared = [(self.tensors.matrix(names.layer(index, "mlp.gate")), logits)], None
+        first, shared = {"router": self.tensors.matrix(names.layer(index, "mlp.gate"))}, None
         if self.tensors.has(names.layer(index, "mlp.shared_experts.gate_proj")):
             gate, up, down = self._gate_up_down(index, "mlp.shared_experts")
-            first += [gate, up]
-            shared = gate[1], up[1], down
-        self._rows(norm, first)
+            first |= {"shared gate": gate, "shared up": up}
+            shared = self._vector("shared gate", gate.n_rows), self._vector("shared up", up.n_rows), down
+        self._rows("router", norm, first)
         bias_name = names.layer(index, "mlp.gate.e_score_correction_bias")
         bias = self._array(bias_name) if self.tensors.has(bias_name) else 0
         router = Router(
-            logits, bias, c.n_routed_experts, c.num_experts_per_tok, c.n_group, c.topk_group,
-            SCORING[c.scoring_func], c.norm_topk_prob, c.routed_scaling_factor,
+            self._vector("router", c.n_routed_experts), bias, c.n_routed_experts, c.num_experts_per_tok, c.n_group,
+            c.topk_group, SCORING[c.scoring_func], c.norm_topk_prob, c.routed_scaling_factor,
         )  # fmt: skip
         experts = self.tensors.expert_matrices(index)
         n_inner = c.num_experts_per_tok * experts.gate.n_rows
-        gated, upped = self._vector("experts gated", n_inner), self._vector("experts upped", n_inner)
-        for phase in expert_phases(norm, router, experts, gated, upped, shared, self.x, self.pool.n_workers):
-            self.program.add(phase)
+        gate_out, up_out = self._vector("experts' gate", n_inner), self._vector("experts' up", n_inner)
+        gate_up, down = expert_phases(norm, router, experts, gate_out, up_out, shared, self.x, self.pool.n_workers)
+        self._add(gate_up, "experts' gate, up", "experts' gate", "experts' up")
+        self._add(down, "experts' down", "x")
 
 
 class DecodeStep(Layers):

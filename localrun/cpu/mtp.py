@@ -18,7 +18,7 @@ from localrun.models import names
 from localrun.models.config import Config
 from localrun.models.tensors import GGUFTensors
 from localrun.network.cache import Cache, row_widths
-from quant.decode.linear import Input
+from quant.decode.linear import Input, rows_phase
 from quant.decode.program import MOST_TOKENS
 from quant.threads.pool import Pool
 
@@ -45,7 +45,8 @@ class MTPStep(Layers):
             beside=self.program.keep(self._hidden),
             beside_norm=self._array(names.layer(index, "hnorm")),
         )
-        self._rows(both, [(tensors.matrix(names.layer(index, "eh_proj")), self.x)])
+        eh_proj = tensors.matrix(names.layer(index, "eh_proj"))
+        self.program.add(rows_phase(both, [(eh_proj, self.x)], pool.n_workers), f"blk.{index}: eh_proj")
         self._layer(index, 0)
         self._head(names.layer(index, "shared_head.norm"), tensors.matrix(lm_head))
 

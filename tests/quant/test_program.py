@@ -13,18 +13,20 @@ from programs import LATE, add_late, rows_by_step, small_program
 
 from quant.decode.linear import MOST_MATRICES, Input, normed, rows_phase
 from quant.decode.program import (
-    ARGUMENTS,
-    LEAST_CHUNK,
-    MOST_CHUNKS,
+    HEADER,
+    MAX_SPLITS,
+    MIN_SPLIT,
     MOST_TOKENS,
     NOTHING,
+    PHASE,
     Phase,
     Program,
-    chunk_length,
-    chunks_of,
+    split_length,
+    splits_of,
 )
 from quant.errors import QuantError
-from quant.simd.memory import load_i64, store_i64
+from quant.simd.memory import store_i64
+from quant.simd.struct import i64, pointer, struct
 from quant.target.jit import kernel
 from quant.threads.pool import Pool
 
@@ -36,14 +38,24 @@ def run(program: Program, position: int = 0, n_tokens: int = 1) -> None:
 # ---- phases ----------------------------------------------------------------------------------------------------------
 
 
+SUM_BEFORE = struct("SumBefore", phase=PHASE, inputs=pointer(i64), n_inputs=i64, outputs=pointer(i64))
+
+
 @kernel("void(int64, int64, int64)")
-def _sum_before(phase, unit, work):
-    """Arguments: inputs, how many, outputs. outputs[unit] += 1 + unit + the sum of all inputs."""
-    total = 1 + unit
-    for i in range(load_i64(phase + ARGUMENTS + 8)):
-        total += load_i64(load_i64(phase + ARGUMENTS) + 8 * i)
-    out = load_i64(phase + ARGUMENTS + 16) + 8 * unit
-    store_i64(out, load_i64(out) + total)
+def _sum_before(phase, item, work):
+    """outputs[item] += 1 + item + the sum of all inputs."""
+    a = SUM_BEFORE(phase)
+    total = 1 + item
+    for i in range(a.n_inputs):
+        total += a.inputs[i]
+    a.outputs[item] += total
+
+
+def arguments_of(inputs: np.ndarray, outputs: np.ndarray) -> np.ndarray:
+    return SUM_BEFORE.pack(phase=HEADER, inputs=inputs.ctypes.data, n_inputs=len(inputs), outputs=outputs.ctypes.data)
+
+
+NONE = np.zeros(0, np.int64)
 
 
 def chain(pool: Pool, counts: list[int], add=Program.add) -> tuple[Program, list[np.ndarray]]:
@@ -51,8 +63,7 @@ def chain(pool: Pool, counts: list[int], add=Program.add) -> tuple[Program, list
     program, outs = small_program(pool), [np.zeros(0, np.int64)]
     for n_units in counts:
         outs.append(np.zeros(n_units, np.int64))
-        words = [outs[-2].ctypes.data, len(outs[-2]), outs[-1].ctypes.data]
-        add(program, Phase(NOTHING, _sum_before, n_units, words, 64))
+        add(program, Phase(NOTHING, _sum_before, n_units, arguments_of(outs[-2], outs[-1]), 64))
     program.finish()
     return program, outs[1:]
 
@@ -82,9 +93,8 @@ def test_a_phase_sees_all_of_the_one_before(n_workers: int) -> None:
 @pytest.mark.parametrize("n_cached", [5, 63, 64, 65, 4096, 4097, 10**5])
 def test_units_of_every_piece_and_token_run_once(pool: Pool, n_cached: int, n_tokens: int) -> None:
     """n_cached: what the last token sees. The longest of the contexts says how many pieces."""
-    program, out = small_program(pool), np.zeros(3 * MOST_CHUNKS * MOST_TOKENS + 1, np.int64)
-    words = [0, 0, out.ctypes.data]
-    program.add(Phase(NOTHING, _sum_before, 3, words, 64, per_token=True, per_chunk=True))
+    program, out = small_program(pool), np.zeros(3 * MAX_SPLITS * MOST_TOKENS + 1, np.int64)
+    program.add(Phase(NOTHING, _sum_before, 3, arguments_of(NONE, out), 64, per_token=True, per_split=True))
     program.finish()
     run(program, n_cached - n_tokens, n_tokens)
     n_units = 3 * n_tokens * max(pieces(n_cached - t)[1] for t in range(n_tokens))
@@ -93,8 +103,8 @@ def test_units_of_every_piece_and_token_run_once(pool: Pool, n_cached: int, n_to
 
 @kernel("void(int64, int64)")
 def _pieces(n_cached, out):
-    store_i64(out, chunk_length(n_cached))
-    store_i64(out + 8, chunks_of(n_cached))
+    store_i64(out, split_length(n_cached))
+    store_i64(out + 8, splits_of(n_cached))
 
 
 def pieces(n_cached: int) -> tuple[int, int]:
@@ -107,18 +117,18 @@ def pieces(n_cached: int) -> tuple[int, int]:
 @pytest.mark.levels
 def test_pieces_cover_the_context() -> None:
     """They are whole tiles, and no more than there is memory for."""
-    full = MOST_CHUNKS * LEAST_CHUNK
+    full = MAX_SPLITS * MIN_SPLIT
     for n_cached in [*range(1, 200), *range(full - 3, full + 4), *range(full, 6 * full, 61), 10**5, 10**6]:
-        chunk, n_chunks = pieces(n_cached)
-        assert chunk >= LEAST_CHUNK and chunk % LEAST_CHUNK == 0
-        assert n_chunks <= MOST_CHUNKS
-        assert chunk * (n_chunks - 1) < n_cached <= chunk * n_chunks
+        chunk, n_splits = pieces(n_cached)
+        assert chunk >= MIN_SPLIT and chunk % MIN_SPLIT == 0
+        assert n_splits <= MAX_SPLITS
+        assert chunk * (n_splits - 1) < n_cached <= chunk * n_splits
 
 
 @pytest.mark.parametrize("n_tokens", [0, MOST_TOKENS + 1])
 def test_steps_of_too_many_tokens_are_refused(pool: Pool, n_tokens: int) -> None:
     program = small_program(pool)
-    program.add(Phase(NOTHING, _sum_before, 0, [0, 0, 0], 64))
+    program.add(Phase(NOTHING, _sum_before, 0, arguments_of(NONE, NONE), 64))
     program.finish()
     with pytest.raises(QuantError, match=f"{n_tokens} tokens in a step; it takes 1 to {MOST_TOKENS}"):
         run(program, 0, n_tokens)

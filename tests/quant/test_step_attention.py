@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from kernels import floats
 
-from quant.decode.attention import Heads, attend_phase, lift_phase
-from quant.decode.program import LEAST_CHUNK, MOST_CHUNKS, Program
+from quant.decode.attention import Heads, attend_phase, project_values_phase
+from quant.decode.program import MAX_SPLITS, MIN_SPLIT, Program
 from quant.matrix import QuantMatrix
 from quant.threads.pool import Pool, aligned_bytes
 
@@ -78,7 +78,7 @@ def attend_few(
     partials = aligned_bytes(n_tokens * heads.partials_bytes + 64 * GUARD)
     partials.view(np.float32)[:] = np.nan
     program.add(attend_phase(heads, query_address, program.keep(partials)))
-    program.add(lift_phase(heads, partials.ctypes.data, v_b, out_address))
+    program.add(project_values_phase(heads, partials.ctypes.data, v_b, out_address))
     program.finish()
     blocks = [np.full((n_cached + GUARD, rows[0].size), np.nan, np.float16) for rows in (keys, values)]
     for block, rows in zip(blocks, (keys, values), strict=True):
@@ -106,7 +106,7 @@ def error(found: np.ndarray, wanted: np.ndarray) -> float:
 
 
 MLA, GQA = Shape(True, 1, 8, 80, 64), Shape(False, 2, 3, 32, 32)
-FULL = MOST_CHUNKS * LEAST_CHUNK  # from here on pieces get longer
+FULL = MAX_SPLITS * MIN_SPLIT  # from here on pieces get longer
 LENGTHS = [1, 2, 63, 64, 65, 127, 128, 129, FULL - 1, FULL, FULL + 1, 4096, 4097, 5000, 2 * FULL + 1]
 SHAPES = {
     "1 head": Shape(True, 1, 1, 48, 32),

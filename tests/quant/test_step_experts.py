@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from step_layers import SCORING, SMALL, Layer, choose, router, torch_choice
 
-from quant.decode import experts as step_experts
-from quant.decode.experts import SIGMOID, SOFTMAX, SOFTMAX_AFTER_TOPK, Router
-from quant.decode.program import MOST_TOKENS, PHASE_BYTES
+from quant.decode.program import MOST_TOKENS
+from quant.decode.router import ROUTER, SIGMOID, SOFTMAX, SOFTMAX_AFTER_TOPK, Router, new_choice, set_groups
+from quant.simd.memory import load_i64, store_i64
 from quant.target.jit import kernel
-from quant.threads.pool import Pool
+from quant.threads.pool import Pool, aligned_bytes
 
 pytestmark = pytest.mark.levels
 
@@ -156,21 +156,27 @@ def test_nan_logits_give_experts_that_exist(name: str, with_bias: bool) -> None:
 # ---- groups ----------------------------------------------------------------------------------------------------------
 
 
-@kernel("void(int64, int64, int64)")
-def _group(phase, choice, n_tokens):
-    step_experts._group(phase, choice, n_tokens)
+@kernel("void(int64, int64, int64, int64, int64, int64)")
+def _groups(router, memory, ids, n_tokens, members, starts):
+    r = ROUTER(router)
+    c, n_pairs = new_choice(r, memory), r.top_k * n_tokens
+    for pair in range(n_pairs):
+        c.ids[pair] = load_i64(ids + 8 * pair)
+    set_groups(r, c, n_tokens)
+    for i in range(n_pairs + 1):
+        store_i64(starts + 8 * i, c.starts[i])
+        if i < n_pairs:
+            store_i64(members + 8 * i, c.members[i])
 
 
 def groups(ids_TK: np.ndarray) -> list[list[tuple[int, int]]]:
     """(token, slot) of each group's pairs."""
     n_tokens, top_k = ids_TK.shape
-    n_pairs = MOST_TOKENS * top_k
-    phase, choice = np.zeros(PHASE_BYTES // 8, np.int64), np.full(3 * n_pairs + 1, -1, np.int64)
-    phase[step_experts.TOP_K // 8] = top_k
-    phase[step_experts.N_EXPERTS // 8] = ids_TK.max() + 1
-    choice[: ids_TK.size] = ids_TK.ravel()
-    kernels.call(_group, phase, choice, n_tokens)
-    members, starts = choice[n_pairs : 2 * n_pairs].tolist(), choice[2 * n_pairs :][: ids_TK.size + 1].tolist()
+    settings = router(SOFTMAX, int(ids_TK.max()) + 1, top_k)
+    members, starts = np.full(ids_TK.size, -1), np.full(ids_TK.size + 1, -1)
+    memory = aligned_bytes(settings.choice_bytes)
+    kernels.call(_groups, settings.struct, memory, np.ascontiguousarray(ids_TK), n_tokens, members, starts)
+    members, starts = members.tolist(), starts.tolist()
     spans = [span for span in itertools.pairwise(starts) if span[0] < span[1]]
     assert starts[: len(spans) + 1] == [0, *(end for _, end in spans)]  # those without work come last
     return [[divmod(pair, top_k) for pair in members[begin:end]] for begin, end in spans]

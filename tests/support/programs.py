@@ -10,10 +10,10 @@ from kernels import floats
 from numba import types
 
 from quant.decode.linear import Input, rows_phase
-from quant.decode.program import ARGUMENTS, N_UNITS, NEXT, PHASE_BYTES, STATE, WORK, WORK_BYTES, Phase, Program
+from quant.decode.program import PHASE, PHASE_BYTES, PROGRAM, Phase, Program
 from quant.formats import registry
 from quant.matrix import QuantMatrix, quant_matrix
-from quant.simd.memory import load_i64
+from quant.simd.struct import address, i64, struct
 from quant.target.jit import kernel
 from quant.threads.atomics import atomic_add, atomic_load, call_2, call_3
 from quant.threads.pool import Pool
@@ -47,38 +47,42 @@ def rows_by_step(
 
 
 _sleep = types.ExternalFunction("usleep", types.int32(types.uint32))
-_LATE_WORKERS, _N_MISSED, _PREPARE, _RUN = range(PHASE_BYTES - 32, PHASE_BYTES, 8)  # at the end of a phase's record
+LATE_PHASE = struct("Late", late_workers=i64, missed=address, prepare=address, run=address)
+_AT = PHASE_BYTES - LATE_PHASE.size  # behind the arguments of the phase itself
 
 
 @kernel("void(int64, int64)")
 def _late_prepare(phase, work):
     """Workers of a set sleep before they prepare; counts those whose phase has then gone by without them."""
-    state = load_i64(phase + STATE)
-    worker = (work - load_i64(state + WORK)) // load_i64(state + WORK_BYTES)
-    if (load_i64(phase + _LATE_WORKERS) >> worker) & 1:
+    late, own = LATE_PHASE(phase + _AT), PHASE(phase)
+    program = PROGRAM(own.program)
+    worker = (work - program.work) // program.work_bytes
+    if (late.late_workers >> worker) & 1:
         _sleep(types.uint32(200))
-        if atomic_load(phase + NEXT) >= load_i64(phase + N_UNITS):
-            atomic_add(load_i64(phase + _N_MISSED), 1)
-    call_2(load_i64(phase + _PREPARE), phase, work)
+        if atomic_load(own.taken) >= own.n_items:
+            atomic_add(late.missed, 1)
+    call_2(late.prepare, phase, work)
 
 
 @kernel("void(int64, int64, int64)")
-def _late_run(phase, unit, work):
-    """Some units take long."""
-    if (unit + phase // PHASE_BYTES) % 5 == 0:
+def _late_run(phase, item, work):
+    """Some items take long."""
+    if (item + phase // PHASE_BYTES) % 5 == 0:
         _sleep(types.uint32(100))
-    call_3(load_i64(phase + _RUN), phase, unit, work)
+    call_3(LATE_PHASE(phase + _AT).run, phase, item, work)
 
 
 def add_late(late_workers: int, missed: np.ndarray):
     """Program.add for phases to which the workers in the set of bits `late_workers` come late."""
     add = Program.add
 
-    def add_one(program: Program, phase: Phase) -> None:
-        padding = [0] * ((_LATE_WORKERS - ARGUMENTS) // 8 - len(phase.arguments))
-        words = [*phase.arguments, *padding, late_workers, missed.ctypes.data, phase.prepare.address, phase.run.address]
-        late = dataclasses.replace(phase, prepare=_late_prepare, run=_late_run, arguments=words)
-        add(program, late)
+    def add_one(program: Program, phase: Phase, name: str = "") -> None:
+        words = np.zeros(PHASE_BYTES // 8, np.int64)
+        words[: len(phase.arguments)] = phase.arguments
+        words[_AT // 8 :] = LATE_PHASE.pack(
+            late_workers=late_workers, missed=missed.ctypes.data, prepare=phase.prepare.address, run=phase.run.address
+        )
+        add(program, dataclasses.replace(phase, prepare=_late_prepare, run=_late_run, arguments=words), name)
 
     return add_one
 

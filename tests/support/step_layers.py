@@ -13,12 +13,12 @@ import numpy as np
 from kernels import floats
 from routers import CONFIG
 
-from quant.decode import experts as step_experts
-from quant.decode.experts import SIGMOID, SOFTMAX, SOFTMAX_AFTER_TOPK, Choice, Router, expert_phases
+from quant.decode.experts import expert_phases
 from quant.decode.linear import Input, rows_phase
-from quant.decode.program import ARGUMENTS, MOST_TOKENS, PHASE_BYTES, Program
+from quant.decode.program import MOST_TOKENS, Program
+from quant.decode.router import ROUTER, SIGMOID, SOFTMAX, SOFTMAX_AFTER_TOPK, Choice, Router, choose_for, new_choice
 from quant.matrix import ExpertMatrices, QuantMatrix
-from quant.simd.memory import load_i64, store_i64
+from quant.simd.memory import store_f32, store_i64
 from quant.target.jit import kernel
 from quant.threads.pool import Pool, aligned_bytes
 
@@ -36,13 +36,17 @@ def router(scoring: int, n_experts: int, top_k: int, n_group: int = 1, topk_grou
     )  # fmt: skip
 
 
-@kernel("void(int64, int64, int64, int64)")
-def _choose_all(phase, n_tokens, choices, choice_bytes):
-    """One choice a token, in rows of choice_bytes; `phase` holds the logits' address, of the first token's."""
-    n_bytes, first = 4 * load_i64(phase + step_experts.N_EXPERTS), load_i64(phase + step_experts.LOGITS)
+@kernel("void(int64, int64, int64, int64, int64, int64)")
+def _choose_all(router, n_tokens, choices, choice_bytes, ids, weights):
+    """One choice a token, in rows of choice_bytes, each as the first token's; then all ids and weights."""
+    r = ROUTER(router)
     for t in range(n_tokens):
-        store_i64(phase + step_experts.LOGITS, first + n_bytes * t)
-        step_experts._choose_for(phase, 0, choices + choice_bytes * t)
+        c = new_choice(r, choices + choice_bytes * t)
+        choose_for(r, 0, c)
+        for k in range(r.top_k):
+            store_i64(ids + 8 * (r.top_k * t + k), c.ids[k])
+            store_f32(weights + 4 * (r.top_k * t + k), c.weights[k])
+        r.logits = r.logits + r.n_experts
 
 
 def choose(settings: Router, logits_TE: np.ndarray, bias_E: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -51,16 +55,12 @@ def choose(settings: Router, logits_TE: np.ndarray, bias_E: np.ndarray | None = 
     bias_E = None if bias_E is None else np.ascontiguousarray(bias_E, np.float32)
     bias = 0 if bias_E is None else bias_E.ctypes.data
     settings = dataclasses.replace(settings, logits=logits_TE.ctypes.data, bias=bias)
-    phase = np.zeros(PHASE_BYTES // 8, np.int64)
-    phase[ARGUMENTS // 8 :][: len(settings.words)] = settings.words
     rows = aligned_bytes(settings.choice_bytes * (len(logits_TE) + 1))
     rows[-settings.choice_bytes :] = 171  # what a choice writes behind its memory would show here
-    kernels.call(_choose_all, phase, len(logits_TE), rows, settings.choice_bytes)
+    ids_TK, weights_TK = np.zeros((len(logits_TE), top_k), np.int64), np.zeros((len(logits_TE), top_k), np.float32)
+    kernels.call(_choose_all, settings.struct, len(logits_TE), rows, settings.choice_bytes, ids_TK, weights_TK)
     assert np.all(rows[-settings.choice_bytes :] == 171)
-    rows = rows.reshape(-1, settings.choice_bytes)[:-1]
-    at = 24 * MOST_TOKENS * top_k + 8
-    ids, weights = rows[:, : 8 * top_k], rows[:, at : at + 4 * top_k]
-    return np.ascontiguousarray(ids).view(np.int64), np.ascontiguousarray(weights).view(np.float32)
+    return ids_TK, weights_TK
 
 
 def torch_choice(settings: Router, logits_TE: np.ndarray, bias_E: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -132,7 +132,7 @@ class Layer:
         program = Program(pool, self.weights["tokens"], np.ones(1), 1.0, 1)
         w, n_inner = self.weights, self.settings.num_experts_per_tok * self.inner
         input_ = Input(program.x, program.keep(self.norm), 1e-6)
-        router, gated, upped = (program.vector(n) for n in (self.settings.n_routed_experts, n_inner, n_inner))
+        router, gate_out, up_out = (program.vector(n) for n in (self.settings.n_routed_experts, n_inner, n_inner))
         first, shared = [(w["router"], router)], None
         if self.shared_inner:
             shared = program.vector(self.shared_inner), program.vector(self.shared_inner), w["shared down"]
@@ -144,7 +144,7 @@ class Layer:
             ids_TK, weights_TK = np.zeros((MOST_TOKENS, top_k), np.int64), np.zeros((MOST_TOKENS, top_k), np.float32)
             settings = Choice(program.keep(ids_TK), program.keep(weights_TK), self.settings.n_routed_experts, top_k)
         experts = ExpertMatrices(w["gate"], w["up"], w["down"])
-        for phase in expert_phases(input_, settings, experts, gated, upped, shared, program.x, pool.n_workers):
+        for phase in expert_phases(input_, settings, experts, gate_out, up_out, shared, program.x, pool.n_workers):
             program.add(phase)
         program.finish()
         x, rows = floats(program.x, together, self.hidden), []

@@ -25,7 +25,7 @@ import localrun
 from localrun.engine import Engine
 from localrun.errors import ContextFullError
 from localrun.network.cache import Cache
-from quant.decode.program import LEAST_CHUNK, MOST_CHUNKS, MOST_TOKENS, Program
+from quant.decode.program import MAX_SPLITS, MIN_SPLIT, MOST_TOKENS, Program
 
 # Between the step and torch on the same cache rows only the order of float32 sums differs: up to 8e-7 here.
 ROUNDING_TOLERANCE = 3e-6
@@ -169,7 +169,7 @@ def test_workers_do_not_change_the_logits(variant: str, mix: str) -> None:
 def test_far_into_the_context(variant: str) -> None:
     """4200 tokens by prefill, then steps: pieces of the context are longer than a tile."""
     path, n_before = tiny_models.shared(variant), 4200
-    assert n_before > MOST_CHUNKS * LEAST_CHUNK
+    assert n_before > MAX_SPLITS * MIN_SPLIT
     with localrun.load(path, threads=2, ctx=64) as model:
         cache, ids = model.model.new_cache(n_before + 8), tiny_models.token_ids(variant, n_before)
         for first in range(0, n_before, 600):
@@ -215,7 +215,7 @@ def test_tokens_together_are_tokens_alone_in_every_type(variant: str, mix: str) 
 @pytest.mark.parametrize("variant", ["v3", "v3-legacy-kv-b", "llama"])
 def test_tokens_together_where_pieces_get_longer(variant: str) -> None:
     """Some of a step's tokens have more and shorter pieces than the others."""
-    full = MOST_CHUNKS * LEAST_CHUNK
+    full = MAX_SPLITS * MIN_SPLIT
     with localrun.load(tiny_models.shared(variant, type=tiny_models.Q4_K_M), threads=2, ctx=64) as model:
         cache, ids = model.model.new_cache(full + 16), tiny_models.token_ids(variant, full)
         for first in range(0, full - 10, 509):

@@ -23,7 +23,7 @@ from closeness import QUANTIZED_TOLERANCE, SESSION_TOLERANCE, error
 import localrun
 from localrun.cpu.mtp import MTP
 from localrun.errors import ContextFullError
-from quant.decode.program import LEAST_CHUNK, MOST_CHUNKS, MOST_TOKENS
+from quant.decode.program import MAX_SPLITS, MIN_SPLIT, MOST_TOKENS
 
 # Where the order of a sum tips the rounding of a cache row's value to 16 bits, 2^-11 of it: up to 2.1e-5 here.
 ROW_TOLERANCE = 1e-4
@@ -201,7 +201,7 @@ def test_positions_together_are_positions_alone(name: str) -> None:
 
 @pytest.mark.parametrize("mix", QUANTISED)
 def test_positions_together_are_positions_alone_where_pieces_get_longer(mix: str) -> None:
-    full = MOST_CHUNKS * LEAST_CHUNK
+    full = MAX_SPLITS * MIN_SPLIT
     with opened(tiny_models.shared("v3-nextn", type=QUANTISED[mix])) as (_, mtp):
         cache = mtp.new_cache(full + 16)
         mtp.forward(*positions(full - 2), cache)
