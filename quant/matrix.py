@@ -17,7 +17,8 @@ MATRIX = struct(
     expand=address,
     block=i64,  # weights in a block
     interleaved=i64,  # rows that lie interleaved, a power of 2
-    expand_from=i64,  # tokens
+    expand_from=i64,  # tokens from which on rows are expanded to float32
+    expand_rows=i64,  # so many at a time
     address=address,
     row_bytes=i64,
     group_bytes=i64,
@@ -26,6 +27,7 @@ MATRIX = struct(
 # (docs/lab-notes.md); plain numbers are not decoded.
 EXPAND_FROM, EXPAND_FROM_OF_FLOATS = 16, 6
 _NEVER = 1 << 62
+_EXPANDED_BYTES = 1 << 18  # of rows in float32 at a time: beside their inputs in L2
 
 
 @inline
@@ -64,12 +66,18 @@ class QuantMatrix:
             return _NEVER
         return EXPAND_FROM_OF_FLOATS if self.format.block == 1 else EXPAND_FROM
 
+    @property
+    def expand_rows(self) -> int:
+        """Rows that are expanded at a time."""
+        return max(4, min(64, _EXPANDED_BYTES // (4 * self.n_cols) // 4 * 4))
+
     @cached_property
     def struct(self) -> np.ndarray:
         """The matrix as kernels see it, a packed MATRIX."""
         return MATRIX.pack(
             gemv=self.format.gemv.address, gemv_batch=self.format.gemv_batch.address, expand=self.format.expand_address,
             block=self.format.block, interleaved=self.format.rows, expand_from=self.expand_from,
+            expand_rows=self.expand_rows,
             address=self.address, row_bytes=self.row_bytes, group_bytes=self.group_bytes,
         )  # fmt: skip
 

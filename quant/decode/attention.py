@@ -70,14 +70,14 @@ ATTEND = struct(
     padded_width=i64,  # of a value, in whole vectors
     partials=address,  # by token, split and head
 )
-# The result of one head over one split. The weighted sum of values begins _VALUES bytes behind its address.
+# The result of one head over one split. The weighted sum of values begins VALUES_AT bytes behind its address.
 PARTIAL = struct("Partial", maximum=f32, sum=f32)  # of the scores; of exp(score - maximum)
-_VALUES = 64
+VALUES_AT = 64
 
 
 @inline
 def _partial_bytes(padded_width):
-    return _VALUES + 4 * padded_width
+    return VALUES_AT + 4 * padded_width
 
 
 _SUM_HEADS = 8
@@ -157,7 +157,7 @@ def _start_heads(a, first, partials, scores):
         partial.maximum = np.float32(_NEVER)
         partial.sum = np.float32(0.0)
         for i in range(0, width, 16):
-            store_f32x16(at + _VALUES + 4 * i, zero_f32x16())
+            store_f32x16(at + VALUES_AT + 4 * i, zero_f32x16())
     return queries, outs
 
 
@@ -184,13 +184,15 @@ def _run_attend(phase, item, work):
         multiply(work, n_tokens, query_width, n_heads, queries, outs, 0)
         for h in range(n_heads):
             at = partials + partial_bytes * h
-            _fold_in(scores + 4 * _TOKENS * h, n_tokens, PARTIAL(at), at + _VALUES, padded_width)
+            _fold_in(scores + 4 * _TOKENS * h, n_tokens, PARTIAL(at), at + VALUES_AT, padded_width)
         row_bytes = 4 * query_width
         if not same_rows:
             row_bytes = 4 * padded_width
             for i in range(n_tokens):
                 expand_f16(values + a.value_row * (first + i), a.value_width, padded_width, work + row_bytes * i)
-        _add_weighted_sums(n_heads, scores, work, row_bytes, n_tokens, padded_width, partials + _VALUES, partial_bytes)
+        _add_weighted_sums(
+            n_heads, scores, work, row_bytes, n_tokens, padded_width, partials + VALUES_AT, partial_bytes
+        )
 
 
 # ---- heads' results --------------------------------------------------------------------------------------------------
@@ -227,7 +229,7 @@ def _combine(a, head, token, out):
         partial = PARTIAL(first + stride * s)
         factor = np.float32(math.exp(partial.maximum - largest))
         total += factor * partial.sum
-        scale_add(factor, first + stride * s + _VALUES, a.width, out)
+        scale_add(factor, first + stride * s + VALUES_AT, a.width, out)
     scale(np.float32(1.0) / total, a.width, out)
 
 
@@ -284,7 +286,7 @@ class Heads:
     @property
     def partial_bytes(self) -> int:
         """Memory of one head's result over one split of the context."""
-        return _VALUES + 4 * _padded_lanes(self.value_width)
+        return VALUES_AT + 4 * _padded_lanes(self.value_width)
 
     @property
     def partials_bytes(self) -> int:

@@ -20,14 +20,14 @@ _VECTOR = ir.VectorType(F32, LANES)
 
 
 def _tile(n_rows: int, n_tokens: int):
-    """An intrinsic void(w, n_cols, records, outs, offset): outs[t][offset + 4*r] = w[r] . records[t], all float32.
+    """An intrinsic void(w, n_cols, inputs, outs, offset): outs[t][offset + 4*r] = w[r] . inputs[t], all float32.
 
-    w: n_rows contiguous rows of n_cols, a multiple of 16. records, outs: addresses of n_tokens addresses.
+    w: n_rows contiguous rows of n_cols, a multiple of 16. inputs, outs: addresses of n_tokens addresses.
     """
 
-    def emit(builder, w, n_cols, records, outs, offset) -> None:
+    def emit(builder, w, n_cols, inputs, outs, offset) -> None:
         rows = [builder.add(w, builder.mul(n_cols, I64(4 * r))) for r in range(n_rows)]
-        tokens = [load(builder, builder.add(records, I64(8 * t)), I64) for t in range(n_tokens)]
+        tokens = [load(builder, builder.add(inputs, I64(8 * t)), I64) for t in range(n_tokens)]
         zero = constant(_VECTOR, 0.0)
 
         def add(index, totals):
@@ -50,18 +50,18 @@ _full, _one_token, _one_row, _single = _tile(ROWS, TOKENS), _tile(ROWS, 1), _til
 
 
 @inline
-def multiply(w, n_rows, n_cols, n_tokens, records, outs, offset):
-    """outs[t][offset + 4*r] = w[r] . records[t] for float32 rows w (n_rows, n_cols), n_cols a multiple of 16."""
+def multiply(w, n_rows, n_cols, n_tokens, inputs, outs, offset):
+    """outs[t][offset + 4*r] = w[r] . inputs[t] for float32 rows w (n_rows, n_cols), n_cols a multiple of 16."""
     full_rows, full_tokens = n_rows // ROWS * ROWS, n_tokens // TOKENS * TOKENS
     for r in range(0, full_rows, ROWS):
         row, at = w + 4 * n_cols * r, offset + 4 * r
         for t in range(0, full_tokens, TOKENS):
-            _full(row, n_cols, records + 8 * t, outs + 8 * t, at)
+            _full(row, n_cols, inputs + 8 * t, outs + 8 * t, at)
         for t in range(full_tokens, n_tokens):
-            _one_token(row, n_cols, records + 8 * t, outs + 8 * t, at)
+            _one_token(row, n_cols, inputs + 8 * t, outs + 8 * t, at)
     for r in range(full_rows, n_rows):
         row, at = w + 4 * n_cols * r, offset + 4 * r
         for t in range(0, full_tokens, TOKENS):
-            _one_row(row, n_cols, records + 8 * t, outs + 8 * t, at)
+            _one_row(row, n_cols, inputs + 8 * t, outs + 8 * t, at)
         for t in range(full_tokens, n_tokens):
-            _single(row, n_cols, records + 8 * t, outs + 8 * t, at)
+            _single(row, n_cols, inputs + 8 * t, outs + 8 * t, at)

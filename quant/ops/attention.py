@@ -166,7 +166,7 @@ def _fold_in(scores, n_rows, state, width):
 
 
 @inline
-def _store_turned(mixed, width, out, stride, count):
+def _store_transposed(mixed, width, out, stride, count):
     """out[i][v] = mixed[v][i] for the first `count` tokens."""
     for v in range(0, width // 16 * 16, 16):
         for i in range(0, count, 4):
@@ -224,7 +224,7 @@ def _end(a, head, first, state):
         store_f32x16(at, load_f32x16(at) * low)
         store_f32x16(at + 64, load_f32x16(at + 64) * high)
     out = a.out.address + a.out.head * head + stride * first
-    _store_turned(mixed, width, out, stride, min(TOKENS, a.n_tokens - first))
+    _store_transposed(mixed, width, out, stride, min(TOKENS, a.n_tokens - first))
 
 
 @inline

@@ -156,7 +156,7 @@ def _run(pool: Pool, experts: ExpertMatrices, x: int, n_tokens: int, pairs: Pair
     x_bytes, inner_bytes = q8_bytes(hidden), q8_bytes(inner)
     x_q8, inner_q8 = pool.buffer("q8", x_bytes * n_tokens), pool.buffer("inner q8", inner_bytes * n_pairs)
     gate_out, up_out = (pool.buffer(name, 4 * inner * n_pairs) for name in ("gate out", "up out"))
-    per_worker = max(scratch_bytes(hidden), scratch_bytes(inner))
+    per_worker = max(scratch_bytes(gate), scratch_bytes(down))
     up_rows = _item_rows(gate, inner * n_active, pool.n_workers)
     down_rows = _item_rows(down, hidden, pool.n_workers)
     sums_bytes = worker_bytes(4 * down_rows * pairs.most)

@@ -11,7 +11,7 @@ from quant.gemm import linear as packed_linear
 from quant.gemm import packed
 from quant.gemv.activations import q8_bytes
 from quant.matrix import MATRIX, QuantMatrix, check_single_rows, row_address
-from quant.ops.multiply import multiply_rows, scratch_bytes, scratch_rows, write_q8_rows
+from quant.ops.multiply import multiply_rows, scratch_bytes, write_q8_rows
 from quant.simd.floats import fma, splat_f32x16, zero_f32x16
 from quant.simd.memory import load_f32, load_f32x16, store_f32x16
 from quant.simd.struct import address, atomic, boolean, i64, pointer, struct
@@ -70,7 +70,7 @@ def _multiply(arguments, worker):
 def item_rows(pool: Pool, matrix: QuantMatrix, n_tokens: int) -> int:
     """Rows that a worker takes at a time."""
     if n_tokens >= matrix.expand_from:
-        return scratch_rows(matrix.n_cols)
+        return matrix.expand_rows
     multiple, n_rows = max(4, matrix.format.rows), matrix.n_rows * matrix.n_groups
     return rows_of_item(matrix.row_bytes, n_rows, pool.n_workers, multiple)
 
@@ -87,7 +87,7 @@ def multiply(pool: Pool, matrix: QuantMatrix, x: int, n_tokens: int, out: int) -
         packed_linear.multiply(pool, matrix, packed_format, x, n_tokens, out)
         return
     n_inputs = n_tokens * matrix.n_groups
-    per_row, per_worker = q8_bytes(matrix.n_cols), scratch_bytes(matrix.n_cols)
+    per_row, per_worker = q8_bytes(matrix.n_cols), scratch_bytes(matrix)
     arguments = MULTIPLY.pack(
         matrix=matrix.struct, counter=0, integer=matrix.format.integer,
         n_groups=matrix.n_groups, n_rows=matrix.n_rows, n_cols=matrix.n_cols, n_tokens=n_tokens, x=x, out=out,

@@ -8,31 +8,19 @@ time, and each expanded row serves all tokens. All read the same q8 rows, so the
 from quant.gemm.float_tile import multiply
 from quant.gemv.activations import write_q8
 from quant.gemv.plain import MAX_BATCH
-from quant.matrix import row_address
+from quant.matrix import QuantMatrix, row_address
 from quant.simd.struct import address_of
 from quant.target.jit import inline
 from quant.threads.atomics import call_3, call_5, call_7
 from quant.threads.pool import worker_bytes
 
 _PASS_BYTES = 1 << 16  # of weights that several passes of small batches share: they stay in L2
-_SCRATCH_BYTES = 1 << 18  # expanded rows of one worker: beside a token block in L2
 _TOKEN_BLOCK_BYTES = 1 << 19  # inputs that stay in L2 while the expanded rows pass over them
 
 
-@inline
-def _expanded_rows(n_cols):
-    """How many rows of n_cols are expanded at a time."""
-    return max(4, min(64, _SCRATCH_BYTES // (4 * n_cols) // 4 * 4))
-
-
-def scratch_rows(n_cols: int) -> int:
-    """How many rows of n_cols fit a worker's scratch memory."""
-    return _expanded_rows.py_func(n_cols)
-
-
-def scratch_bytes(n_cols: int) -> int:
-    """From one worker's scratch memory, for rows of n_cols, to the next one's."""
-    return worker_bytes(4 * n_cols * scratch_rows(n_cols))
+def scratch_bytes(matrix: QuantMatrix) -> int:
+    """From one worker's scratch memory, for rows of a matrix, to the next one's."""
+    return worker_bytes(4 * matrix.n_cols * matrix.expand_rows)
 
 
 @inline
@@ -72,7 +60,7 @@ def _multiply_batches(matrix, w, n_rows, n_cols, n_tokens, q8, outs, offset):
 @inline
 def _multiply_expanded(matrix, w, n_rows, n_cols, n_tokens, q8, outs, offset, scratch):
     """Rows from w on in float32, a block of tokens at a time."""
-    stride, row_blocks = _expanded_rows(n_cols), n_cols // matrix.block
+    stride, row_blocks = matrix.expand_rows, n_cols // matrix.block
     token_block = max(8, _TOKEN_BLOCK_BYTES // (4 * n_cols))
     for r in range(0, n_rows, stride):
         count = min(stride, n_rows - r)

@@ -125,6 +125,21 @@ def test_pieces_cover_the_context() -> None:
         assert chunk * (n_splits - 1) < n_cached <= chunk * n_splits
 
 
+def test_a_step_can_end_with_a_phase(pool: Pool) -> None:
+    """Those behind it are left out, this time only."""
+    program, outs = small_program(pool), [np.zeros(2, np.int64) for _ in range(3)]
+    for name, out in zip(("first", "second", "third"), outs, strict=True):
+        program.add(Phase(NOTHING, _sum_before, 2, arguments_of(NONE, out), 64), name)
+    program.finish()
+    assert program.names == ["first", "second", "third"]
+    program.run([0], 0, np.zeros(1, np.int64), until="second")
+    assert [out.tolist() for out in outs] == [[1, 2], [1, 2], [0, 0]]
+    run(program)
+    assert [out.tolist() for out in outs] == [[2, 4], [2, 4], [1, 2]]
+    with pytest.raises(QuantError, match="no phase is called 'fourth'"):
+        program.run([0], 0, np.zeros(1, np.int64), until="fourth")
+
+
 @pytest.mark.parametrize("n_tokens", [0, MOST_TOKENS + 1])
 def test_steps_of_too_many_tokens_are_refused(pool: Pool, n_tokens: int) -> None:
     program = small_program(pool)

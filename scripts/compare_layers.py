@@ -1,0 +1,272 @@
+"""Where the decode step leaves the torch network: layer by layer and phase by phase, for the last tokens of a prompt.
+
+    python scripts/compare_layers.py MODEL -p TEXT [--source CHECKPOINT]
+
+Every layer of the network starts from what the step has at that layer, with the same rows in its cache, so that errors
+do not add up: the first phase that leaves the tolerance is the one to look at. --source compares the sums after each
+layer, of the step and of the network by itself, with those of transformers for the checkpoint that MODEL was made of.
+An error is the largest difference of the largest magnitude. A table goes to stderr; the last line of stdout is one
+JSON document. Exit 1 if something leaves its tolerance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import localrun
+from localrun.cpu.bridge import Experts, HeadLinear, Linear
+from localrun.cpu.decode import DecodeStep
+from localrun.cpu.weights import LayerWeights
+from localrun.engine import Engine
+from localrun.models import names
+from localrun.models.tensors import GGUFTensors
+from localrun.network.cache import Cache, new_cache
+from localrun.network.model import Network
+from quant.decode.attention import PARTIAL, VALUES_AT
+from quant.decode.program import MAX_SPLITS, MOST_TOKENS, splits_of
+from quant.threads.pool import Pool
+
+# An input whose rounding to 8 bits tips the other way changes a sum of some hundred terms by a 127th of one: below
+# 0.5% of the largest where measured, a few times over within a layer. A wrong sign or scale is tens of percent.
+TOLERANCE = 0.02
+SOURCE_TOLERANCE = 0.2  # weights of 4 bits, over all layers
+
+# What the vectors that a phase writes are in the network: outputs of modules.
+MODULES = {
+    "q_a": "self_attn.q_a_proj", "kv": "self_attn.kv_a_proj_with_mqa", "keys": "self_attn.k_proj",
+    "values": "self_attn.v_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "router": "mlp.gate",
+    "shared gate": "mlp.shared_experts.gate_proj", "shared up": "mlp.shared_experts.up_proj",
+}  # fmt: skip
+
+
+class _Watched:
+    """A module of the network that notes what it gives. may_expand: attention is to call it, not its matrices."""
+
+    may_expand = False
+
+    def __init__(self, module: Linear | HeadLinear, note: Callable[[torch.Tensor], None]):
+        self._module, self._note = module, note
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        out = self._module(x)
+        self._note(out)
+        return out
+
+    def transposed(self, x: torch.Tensor) -> torch.Tensor:
+        return self._module.transposed(x)
+
+
+class WatchedWeights(LayerWeights):
+    """A model's modules; `seen` has what they gave last, by their names, float32 (T, n)."""
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self.seen: dict[str, np.ndarray] = {}
+        self._attend, self.attend = self.attend, self._watched_attend
+
+    def _note(self, name: str, x: torch.Tensor) -> None:
+        self.seen[name] = x.flatten(1).numpy().copy()
+
+    def linear(self, name: str) -> _Watched:
+        return _Watched(super().linear(name), lambda out: self._note(name, out))
+
+    def heads(self, name: str) -> _Watched:
+        return _Watched(super().heads(name), lambda out: self._note("heads' values", out))  # the last to be called
+
+    def split_heads(self, *arguments: Any) -> tuple[_Watched, _Watched]:
+        first, last = super().split_heads(*arguments)
+        return _Watched(first, lambda out: None), _Watched(last, lambda out: self._note("heads' values", out))
+
+    def joined_mlp(self, *names: str) -> None:
+        return None
+
+    def _watched_attend(self, parts: list, v: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+        self._note("queries", torch.cat([q for q, _ in parts], -1) * scale)
+        self._attend(parts, v, scale, out)
+        self._note("attended", out)
+        self._note("heads' values", out)
+
+    def experts(self, index: int) -> WatchedExperts:
+        return WatchedExperts(super().experts(index), self._note)
+
+
+class WatchedExperts:
+    """Routed experts that note what gate and up give, in the router's order."""
+
+    def __init__(self, module: Experts, note: Callable[[str, torch.Tensor], None]):
+        self._module, self._note = module, note
+
+    def begin(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Callable[[], torch.Tensor]:
+        for part in ("gate", "up"):
+            matrix = getattr(self._module.experts, part)
+            rows = [
+                Linear(self._module.pool, replace(matrix, address=matrix.address + matrix.group_bytes * e, n_groups=1))
+                for e in ids.flatten().tolist()
+            ]
+            inputs = x.repeat_interleave(ids.shape[1], 0)
+            outs = torch.cat([linear(row[None]) for linear, row in zip(rows, inputs, strict=True)])
+            self._note(f"experts' {part}", outs.unflatten(0, ids.shape))
+        return self._module.begin(x, ids, weights)
+
+
+def error(found: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference, of the largest magnitude; infinite if something is no number."""
+    difference = float(np.abs(found - expected).max()) / max(float(np.abs(expected).max()), 1e-30)
+    return difference if np.isfinite(difference) else float("inf")
+
+
+def _combined(partials: np.ndarray, n_heads: int, n_before: int) -> np.ndarray:
+    """float32 (T, H * width): attention's results of all splits, put together."""
+    partials = partials.reshape(len(partials), MAX_SPLITS, n_heads, -1)
+    largest, sums = partials[..., PARTIAL.offset("maximum") // 4], partials[..., PARTIAL.offset("sum") // 4]
+    values, out = partials[..., VALUES_AT // 4 :], []
+    for t in range(len(partials)):
+        used = slice(0, splits_of(n_before + t + 1))
+        weights = np.exp(largest[t, used] - largest[t, used].max(0))
+        total = np.sum(weights * sums[t, used], 0)[:, None]
+        out.append((np.sum(weights[..., None] * values[t, used], 0) / total).ravel())
+    return np.stack(out)
+
+
+class Comparison:
+    """The step and the network of one model, over the same tensors."""
+
+    def __init__(self, engine: Engine, threads: int):
+        self.config, self._pool = engine.config, Pool(threads)
+        self._weights = WatchedWeights(engine.file, self._pool)
+        self.step = DecodeStep(self.config, GGUFTensors(engine.file), self._pool)
+        self.network = Network(self.config, self._weights)
+
+    def close(self) -> None:
+        self._pool.close()
+
+    def _caches(self, ids: list[int]) -> tuple[Cache, Cache]:
+        """Two caches with the step's rows of all tokens but the last MOST_TOKENS."""
+        mine, other = (new_cache(self.config, len(ids)) for _ in range(2))
+        before = ids[: max(0, len(ids) - MOST_TOKENS)]
+        for first in range(0, len(before), MOST_TOKENS):
+            self.step(before[first : first + MOST_TOKENS], mine, 0)
+        other.load(mine.save(), mine.length)
+        return mine, other
+
+    @torch.inference_mode()
+    def phases(self, ids: list[int]) -> Iterator[tuple[str, dict[str, float], np.ndarray | None]]:
+        """Of each phase its name, the errors of what it writes, and the sums behind a layer: of its last phase."""
+        mine, other = self._caches(ids)
+        last = ids[mine.length :]
+        x, before, layer = self.network.embed_tokens(torch.tensor(last)), None, -1
+        for phase in self.step.program.names:
+            found = self.step.run_until(phase, last, mine)
+            if phase == "head":
+                yield phase, {"logits": error(found["logits"], self._logits(x))}, None
+                return
+            if int(phase.split(".")[1]) != layer:
+                layer, before = layer + 1, x
+                self._weights.seen.clear()
+                after = self.network.layers[layer](x, other).numpy()
+            errors = {
+                name: error(*self._pair(name, value, layer, before.numpy(), after, mine.length, ".attn" in phase))
+                for name, value in found.items()
+            }
+            is_last = ".ffn" in phase and "x" in found
+            x = torch.from_numpy(found["x"]) if is_last else x
+            yield phase, errors, found["x"] if is_last else None
+
+    def _logits(self, x: torch.Tensor) -> np.ndarray:
+        c = self.config
+        return self.network.lm_head(torch.rms_norm(x, (c.hidden_size,), self.network.norm, c.rms_norm_eps)).numpy()
+
+    def _pair(
+        self, name: str, value: np.ndarray, layer: int, before: np.ndarray, after: np.ndarray, n_before: int, attn: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A phase's vectors and the network's."""
+        seen = self._weights.seen
+        if name == "x":
+            return value, before + seen[names.layer(layer, "self_attn.o_proj")] if attn else after
+        if name == "projected queries":
+            both = (names.layer(layer, f"self_attn.{part}") for part in ("q_proj", "q_b_proj"))
+            return value, next(seen[module] for module in both if module in seen)
+        if name in MODULES:
+            return value, seen[names.layer(layer, MODULES[name])]
+        expected, n_heads = seen["attended" if name == "partials" else name], self.config.num_attention_heads
+        if name == "partials":
+            value = _combined(value, n_heads, n_before)
+        # Queries and values are padded to whole vectors, a head at a time.
+        heads = n_heads if name in ("queries", "partials") else 1
+        wanted = expected.reshape(len(value), heads, -1)
+        return value.reshape(len(value), heads, -1)[..., : wanted.shape[-1]], wanted
+
+    @torch.inference_mode()
+    def by_itself(self, ids: list[int]) -> list[np.ndarray]:
+        """The network's sums after each layer, of the last tokens, from its own beginning; then its logits."""
+        cache, x, sums = new_cache(self.config, len(ids), exact=True), self.network.embed_tokens(torch.tensor(ids)), []
+        for layer in self.network.layers:
+            x = layer(x, cache)
+            sums.append(x[-MOST_TOKENS:].numpy())
+        return sums
+
+
+@torch.inference_mode()
+def source_sums(checkpoint: Path, ids: list[int]) -> list[np.ndarray]:
+    """The sums after each layer but the last by transformers, whose last ones are normed."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")
+    states = model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+    return [state[0, -MOST_TOKENS:].numpy() for state in states[1:-1]]
+
+
+def report(engine: Engine, ids: list[int], source: Path | None, threads: int, tolerance: float) -> dict[str, Any]:
+    """What the last line of stdout has."""
+    comparison, phases, layers, sums, first = Comparison(engine, threads), [], [], [], None
+    try:
+        for phase, errors, x in comparison.phases(ids):
+            phases.append({"phase": phase, "errors": errors})
+            print(f"{phase:40}", *(f"{name} {value:.1e}" for name, value in errors.items()), sep="  ", file=sys.stderr)
+            sums += [] if x is None else [x]
+            if first is None and max(errors.values()) > tolerance:
+                first = phase
+        if source is not None:
+            for index, (step, network, right) in enumerate(
+                zip(sums, comparison.by_itself(ids), source_sums(source, ids), strict=False)
+            ):
+                errors = {"step": error(step, right), "network": error(network, right)}
+                layers.append({"layer": index, "errors": errors})
+                print(f"layer {index}: step {errors['step']:.1e}, network {errors['network']:.1e}", file=sys.stderr)
+                if first is None and max(errors.values()) > SOURCE_TOLERANCE:
+                    first = f"layer {index} against the source"
+    finally:
+        comparison.close()
+    return {"tokens": len(ids), "tolerance": tolerance, "first": first, "phases": phases, "layers": layers}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a GGUF file or the name of a bundled model")
+    parser.add_argument("-p", "--prompt", required=True)
+    parser.add_argument("--source", type=Path, help="the checkpoint that the model was made of, a folder")
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help=f"of a phase; {TOLERANCE} if not given")
+    parser.add_argument("-t", "--threads", type=int, default=2)
+    options = parser.parse_args()
+    with localrun.load(options.model, device="cpu", threads=options.threads) as engine:
+        ids = engine.tokenizer.encode(options.prompt)
+        if not ids:
+            parser.error("the prompt has no tokens")
+        found = report(engine, ids, options.source, options.threads, options.tolerance)
+    if found["first"] is not None:
+        print(f"first beyond its tolerance: {found['first']}", file=sys.stderr)
+    print(json.dumps(found))
+    return int(found["first"] is not None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""scripts/compare_layers.py: silent where the step is the network; names the phase where one of them is made wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import tiny_models
+from paths import SCRIPTS
+
+import localrun
+from localrun.network.rope import Rope
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import compare_layers
+
+    yield compare_layers
+
+
+def report(script: ModuleType, variant: str, n_tokens: int = 12, type_: Any = "F32") -> dict[str, Any]:
+    with localrun.load(tiny_models.shared(variant, type=type_), threads=1, ctx=64) as engine:
+        return script.report(engine, tiny_models.token_ids(variant, n_tokens), None, 1, script.TOLERANCE)
+
+
+@pytest.mark.parametrize("variant", ["v3", "v3-legacy-kv-b", "v2-lite", "llama"])
+def test_all_phases_are_the_networks(script: ModuleType, variant: str) -> None:
+    found = report(script, variant)
+    assert found["first"] is None
+    errors = [error for phase in found["phases"] for error in phase["errors"].values()]
+    # Float32 rounding of sums of some hundred terms, and of scores whose weights are exponentials.
+    assert max(errors) < 1e-4
+    assert len(errors) >= len(found["phases"]) > 6 and found["phases"][-1]["phase"] == "head"
+
+
+def test_few_tokens_of_a_quantised_model(script: ModuleType) -> None:
+    assert report(script, "v3", 3, tiny_models.Q4_K_M)["first"] is None
+
+
+def test_a_rope_of_the_wrong_sign_is_named(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Rope.rotate
+    monkeypatch.setattr(Rope, "rotate", staticmethod(lambda x, turns: right(x, turns.conj().resolve_conj())))
+    for variant in ("v3", "llama"):
+        assert report(script, variant)["first"] == "blk.0.attn: queries"
+
+
+@pytest.mark.parametrize(
+    ("tensor", "phase"),
+    [("post_attention_layernorm", "blk.1.ffn: router"), ("input_layernorm", "blk.1.attn: projections")],
+)
+def test_a_wrong_norm_of_one_layer_is_named(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tensor: str, phase: str
+) -> None:
+    name, vector = script.names.layer(1, tensor), script.WatchedWeights.vector
+    monkeypatch.setattr(
+        script.WatchedWeights, "vector", lambda self, which: vector(self, which) * (1.3 if which == name else 1)
+    )
+    assert report(script, "v2-lite")["first"] == phase
+
+
+def test_a_wrong_weight_of_the_router_shows_behind_the_experts(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = script.WatchedWeights.choose_experts
+    twice = staticmethod(lambda *arguments: (right(*arguments)[0], 2 * right(*arguments)[1]))
+    monkeypatch.setattr(script.WatchedWeights, "choose_experts", twice)
+    assert report(script, "v3")["first"].endswith("ffn: experts' down")
+
+
+def test_the_command(script: ModuleType) -> None:
+    """One JSON document as the last line, exit 0; exit 1 and the phase's name if it is asked for too much."""
+    path = "miniature"
+    command = [sys.executable, str(SCRIPTS / "compare_layers.py"), path, "-p", "Once upon a time", "-t", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["first"] is None
+    done = subprocess.run([*command, "--tolerance", "0"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "first beyond its tolerance: blk.0.attn: projections"
