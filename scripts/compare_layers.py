@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 import localrun
+from localrun.bundled import model_path
 from localrun.cpu.bridge import Experts, HeadLinear, Linear
 from localrun.cpu.decode import DecodeStep
 from localrun.cpu.weights import LayerWeights
@@ -257,7 +258,7 @@ def main() -> int:
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, help=f"of a phase; {TOLERANCE} if not given")
     parser.add_argument("-t", "--threads", type=int, default=2)
     options = parser.parse_args()
-    with localrun.load(options.model, device="cpu", threads=options.threads) as engine:
+    with localrun.load(model_path(options.model), device="cpu", threads=options.threads) as engine:
         ids = engine.tokenizer.encode(options.prompt)
         if not ids:
             parser.error("the prompt has no tokens")

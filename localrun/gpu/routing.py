@@ -16,7 +16,7 @@ from localrun.cpu.decode import SCORING
 from localrun.gpu.cache import E4M3_MAX, DeviceCache
 from localrun.models.config import Config
 from localrun.network.rope import Rope
-from quant.decode.experts import SMALLEST_SUM
+from quant.decode.router import SMALLEST_SUM
 
 _FINE = tl.constexpr(1024)  # positions of the fine table; the coarse one has every 1024th
 _COARSE = 4096  # 4 million positions: more than any model is made for

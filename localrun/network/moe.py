@@ -13,7 +13,7 @@ from torch.nn.functional import silu
 from localrun.models import names
 from localrun.models.config import Config
 from localrun.network.weight_source import Finish, WeightSource
-from quant.decode.experts import SMALLEST_SUM
+from quant.decode.router import SMALLEST_SUM
 
 
 class MLP:

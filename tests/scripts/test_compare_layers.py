@@ -35,8 +35,8 @@ def test_all_phases_are_the_networks(script: ModuleType, variant: str) -> None:
     found = report(script, variant)
     assert found["first"] is None
     errors = [error for phase in found["phases"] for error in phase["errors"].values()]
-    # Float32 rounding of sums of some hundred terms, and of scores whose weights are exponentials.
-    assert max(errors) < 1e-4
+    # Float32 rounding, and where it tips that of a new row in the cache to 16 bits: half a step of 2^-10 of a value.
+    assert max(errors) < 2**-11
     assert len(errors) >= len(found["phases"]) > 6 and found["phases"][-1]["phase"] == "head"
 
 
@@ -46,7 +46,7 @@ def test_few_tokens_of_a_quantised_model(script: ModuleType) -> None:
 
 def test_a_rope_of_the_wrong_sign_is_named(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     right = Rope.rotate
-    monkeypatch.setattr(Rope, "rotate", staticmethod(lambda x, turns: right(x, turns.conj().resolve_conj())))
+    monkeypatch.setattr(Rope, "rotate", lambda self, x, turns: right(self, x, turns.conj().resolve_conj()))
     for variant in ("v3", "llama"):
         assert report(script, variant)["first"] == "blk.0.attn: queries"
 
