@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from localrun.runtime import MTPModel
+from quant.batch import MAX_BATCH
 
-MOST = 4  # drafts a step: the decode step takes up to five tokens at once
+MOST = MAX_BATCH - 1  # drafts a step: the token before them goes with them
 
 
 class Draft:

@@ -13,10 +13,7 @@ from localrun.limits import PREFILL_CHUNK
 from localrun.plan.machine import Cpu, Gpu, Machine
 from localrun.plan.memory import Placement
 from localrun.plan.shapes import ModelShape, Tensor
-
-GEMM_TOKENS = 4  # fewer tokens run the decoding kernels, taken as once each: quant.gemm.packed.TOKENS_FROM
-
-ATTENTION_TOKENS = 32  # of a prompt, that see the same part of the cache: quant.ops.attention
+from quant.batch import ATTENTION_TOKENS, PACKED_FROM
 
 
 @dataclass(frozen=True)
@@ -173,7 +170,7 @@ def _cpu_phase(cpu: Cpu, group: str, tensors: list[Tensor], model: ModelShape, n
 def _kernel_s(cpu: Cpu, tensor: Tensor, n_bytes: float, weights: float, n_tokens: float) -> float:
     """Arithmetic of a matrix on all cores: the decoding kernel for few tokens, expansion and products for many."""
     rates = cpu.kernel(tensor.type, tensor.shape[-1])
-    if n_tokens < GEMM_TOKENS:
+    if n_tokens < PACKED_FROM:  # the decoding kernels, taken as once each
         return n_bytes * n_tokens / (rates.gemv * cpu.cores)
     return weights / (rates.expand * cpu.cores) + 2 * weights * n_tokens / (rates.gemm * cpu.cores)
 

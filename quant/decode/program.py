@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from quant.batch import MAX_BATCH
 from quant.errors import QuantError
-from quant.gemv.plain import MAX_BATCH
 from quant.matrix import QuantMatrix, check_single_rows
 from quant.simd.memory import store_i64
 from quant.simd.struct import address, atomic, boolean, f32, f64, i64, pointer, struct

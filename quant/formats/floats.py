@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from quant.batch import MAX_BATCH
 from quant.block_format import EXPAND, GEMV, GEMV_BATCH, LARGEST_BF16, QUANTIZE, Format
-from quant.gemv.plain import MAX_BATCH, later, prefetch_both, prefetch_start, specialize
+from quant.gemv.plain import later, prefetch_both, prefetch_start, specialize
 from quant.simd.floats import fma, hsum, zero_f32x16
 from quant.simd.memory import (
     bits_to_f32,

@@ -17,6 +17,7 @@ start there, those of MINIMUM at BIAS.
 
 import numpy as np
 
+from quant.batch import PACKED_FROM, PACKED_FROM_INTERLEAVED
 from quant.block_format import Format, PanelFormat
 from quant.gemm.microkernel import TILES
 from quant.gemm.microkernel_amx import SCRATCH_END, configure, release
@@ -57,10 +58,6 @@ _ADDRESSES = SCRATCH_END  # in a worker's scratch, behind what the tile has ther
 SCRATCH_BYTES = worker_bytes(_ADDRESSES + 8 * VECTOR_ROWS)
 
 
-# Repacking a row pays from here on; several passes of a few tokens are cheaper where rows are interleaved.
-TOKENS_FROM, TOKENS_FROM_INTERLEAVED = 4, 8
-
-
 def find(format_: Format) -> PanelFormat | None:
     """How to make panels of a format; None where float32 tiles are used instead."""
     panels = format_.panels
@@ -69,7 +66,7 @@ def find(format_: Format) -> PanelFormat | None:
 
 def tokens_from(*formats: Format) -> int:
     """The number of tokens from which on products with matrices of these formats go through panels."""
-    return TOKENS_FROM_INTERLEAVED if all(format_.rows > 1 for format_ in formats) else TOKENS_FROM
+    return PACKED_FROM_INTERLEAVED if all(format_.rows > 1 for format_ in formats) else PACKED_FROM
 
 
 PACKED_MATRIX = struct("PackedMatrix", matrix=MATRIX, repack=address, tile=address, kind=i64, offset=i64)

@@ -11,9 +11,10 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+from quant.batch import MAX_BATCH
 from quant.block_format import GEMV, GEMV_BATCH
 from quant.gemv.activations import IN_ORDER, K_BLOCK_BYTES, SCALES, SUMS_16, k_blocks_at
-from quant.gemv.plain import AHEAD, MAX_BATCH, NEAR, prefetch_start, specialize
+from quant.gemv.plain import AHEAD, NEAR, prefetch_start, specialize
 from quant.simd.core import F32, I8, I32, I64, constant, define, f32x16, i8x64, i32x16, load, splat, store
 from quant.simd.memory import emit_load_f16x16, emit_prefetch
 from quant.simd.register_tile import register_tile, switch

@@ -7,13 +7,13 @@ whose sum is the product. What is left of a row that is no multiple of 256 goes 
 from collections.abc import Callable
 from types import FunctionType
 
+from quant.batch import MAX_BATCH
 from quant.block_format import GEMV, GEMV_BATCH
 from quant.gemv.activations import K_BLOCK_BYTES, k_blocks_at
 from quant.simd.floats import hsum, zero_f32x16
 from quant.simd.memory import load_f32x16, load_i64, prefetch, prefetch_near, stack, store_f32, store_f32x16
 from quant.target.jit import inline, kernel
 
-MAX_BATCH = 5  # tokens of one gemv_batch, whose sums are kept in memory: a step's token with four drafted ones
 AHEAD = 8192  # bytes between the weights in use and those on their way from RAM to L2
 NEAR = 3456  # and those on their way to L1: behind arithmetic in the queues, loads come too late for that
 _sums = stack(64 * MAX_BATCH)

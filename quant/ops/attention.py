@@ -21,6 +21,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+from quant.batch import ATTENTION_TOKENS
 from quant.simd.core import F32, I64, constant, define, f32x16, load, splat, store
 from quant.simd.floats import as_f32, exp, maximum, splat_f32x16, zero_f32x16
 from quant.simd.memory import load_f32, load_f32x16, load_i64, store_f32, store_f32x16, store_i64
@@ -32,10 +33,9 @@ from quant.target.jit import inline, kernel
 from quant.threads.pool import Pool, worker_bytes
 from quant.threads.work_items import work_items
 
-TOKENS = 32  # of a block
 _CHUNK = 256  # keys and values at a time: in L2 with the blocks of a work item
 _MOST_BLOCKS, _ITEMS_PER_WORKER = 4, 8  # of a work item; at least, so that workers end together
-_ROW = 4 * TOKENS  # bytes of a row of scores
+_ROW = 4 * ATTENTION_TOKENS  # bytes of a row of scores
 _ROWS = 12 if isa.has("avx512_vnni") else 3  # of keys at a time: their totals fill 24 of 32 registers, 12 of 16
 _ADDRESSES = 16 * 8  # scratch for those of 16 rows
 
@@ -196,7 +196,7 @@ def _begin(a, head, first, addresses, state):
 def _add_keys(a, head, first, begin, state, scores):
     """Keys and values begin.. of a chunk, as far as the block of tokens first.. sees them."""
     n_before, width, shared = a.n_before, a.width, head // a.shared
-    n_seen = n_before + min(first + TOKENS, a.n_tokens)
+    n_seen = n_before + min(first + ATTENTION_TOKENS, a.n_tokens)
     n_rows = min(_CHUNK, n_seen - begin)
     if n_rows <= 0:
         return
@@ -224,7 +224,7 @@ def _end(a, head, first, state):
         store_f32x16(at, load_f32x16(at) * low)
         store_f32x16(at + 64, load_f32x16(at + 64) * high)
     out = a.out.address + a.out.head * head + stride * first
-    _store_transposed(mixed, width, out, stride, min(TOKENS, a.n_tokens - first))
+    _store_transposed(mixed, width, out, stride, min(ATTENTION_TOKENS, a.n_tokens - first))
 
 
 @inline
@@ -232,13 +232,13 @@ def _run_item(a, head, first, last, scratch):
     """Tokens first..last of one head, in blocks: a chunk of keys and values serves all of them while it is in L2."""
     scores, state_bytes = scratch + _ADDRESSES, a.state_bytes
     states = scores + _ROW * _CHUNK
-    for token in range(first, last, TOKENS):
-        _begin(a, head, token, scratch, states + state_bytes * ((token - first) // TOKENS))
+    for token in range(first, last, ATTENTION_TOKENS):
+        _begin(a, head, token, scratch, states + state_bytes * ((token - first) // ATTENTION_TOKENS))
     for begin in range(0, a.n_before + last, _CHUNK):
-        for token in range(first, last, TOKENS):
-            _add_keys(a, head, token, begin, states + state_bytes * ((token - first) // TOKENS), scores)
-    for token in range(first, last, TOKENS):
-        _end(a, head, token, states + state_bytes * ((token - first) // TOKENS))
+        for token in range(first, last, ATTENTION_TOKENS):
+            _add_keys(a, head, token, begin, states + state_bytes * ((token - first) // ATTENTION_TOKENS), scores)
+    for token in range(first, last, ATTENTION_TOKENS):
+        _end(a, head, token, states + state_bytes * ((token - first) // ATTENTION_TOKENS))
 
 
 @kernel("void(int64, int64)")
@@ -287,13 +287,14 @@ def attend(
         width: of values.
         shared: heads that have the same keys and values.
     """
-    blocks = -(-n_tokens // TOKENS)
+    blocks = -(-n_tokens // ATTENTION_TOKENS)
     item_blocks = max(1, min(_MOST_BLOCKS, blocks * n_heads // (_ITEMS_PER_WORKER * pool.n_workers)))
     state_bytes = _MIXED + _ROW * (width + sum(depth for _, _, depth in parts))
     scratch_bytes = worker_bytes(_ADDRESSES + _ROW * _CHUNK + item_blocks * state_bytes)
     arguments = ATTEND.pack(
         counter=0, n_heads=n_heads, n_tokens=n_tokens, n_before=n_before, shared=shared, scale=scale,
-        v=values.struct, width=width, out=out.struct, item_tokens=TOKENS * item_blocks, state_bytes=state_bytes,
+        v=values.struct, width=width, out=out.struct, item_tokens=ATTENTION_TOKENS * item_blocks,
+        state_bytes=state_bytes,
         scratch=pool.buffer("attention", scratch_bytes * pool.n_workers), scratch_bytes=scratch_bytes,
         n_parts=len(parts), parts=[PART.pack(q=q.struct, k=k.struct, depth=depth) for q, k, depth in parts],
     )  # fmt: skip

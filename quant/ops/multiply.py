@@ -5,9 +5,9 @@ passes over rows that stay in the cache. Many: rows are expanded to float32 in a
 time, and each expanded row serves all tokens. All read the same q8 rows, so they agree to float32 rounding.
 """
 
+from quant.batch import MAX_BATCH
 from quant.gemm.float_tile import multiply
 from quant.gemv.activations import write_q8
-from quant.gemv.plain import MAX_BATCH
 from quant.matrix import QuantMatrix, row_address
 from quant.simd.struct import address_of
 from quant.target.jit import inline

@@ -55,7 +55,7 @@ def experts_of_a_layer(pool: Pool, types: list[tuple[str, str, str]]) -> dict[st
 
 
 if __name__ == "__main__":
-    packed.TOKENS_FROM = 1
+    packed.PACKED_FROM = 1
     pool, chosen = Pool(2), sys.argv[2:] or list(registry.NAMES)
     experts_ = [types for types in EXPERTS if set(types) <= set(chosen)]
     np.savez(sys.argv[1], **products(pool, chosen), **experts_of_a_layer(pool, experts_))

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from localrun.plan import speed as decode
 from localrun.plan.machine import Machine, load_machine, parse_machine
 from localrun.plan.memory import Placement, plan_memory
 from localrun.plan.report import make_report
@@ -232,11 +231,3 @@ def test_a_saved_description_gives_the_same_machine() -> None:
     machine = load_machine("10k-server")
     again = parse_machine(machine.document, "again", "again.json")
     assert (again.cpu, again.gpu, again.ram_bytes) == (machine.cpu, machine.gpu, machine.ram_bytes)
-
-
-def test_the_runners_own_thresholds() -> None:
-    from quant.gemm import packed
-    from quant.ops import attention as prompt_attention
-
-    assert decode.GEMM_TOKENS == packed.TOKENS_FROM
-    assert decode.ATTENTION_TOKENS == prompt_attention.TOKENS
