@@ -2,7 +2,8 @@
 
     python scripts/break_on_purpose.py [NAME ...]
 
-Prints a line for each fault, with the first test that caught it, then a JSON document in one line. Exit 1 if a fault
+The tests run once without a fault, too, and must pass. Prints a line for each fault, with the first test that caught
+it, then a JSON document in one line. Exit 1 if a fault
 was not caught. A fault whose text is not in its file exactly once is refused: this list follows the code.
 """
 
@@ -145,7 +146,7 @@ def first_failure(folder: Path, tests: tuple[str, ...]) -> str | None:
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode == 0:
         return None
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+(?: \S+\])?)", done.stdout, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     if done.returncode != 1 or failed is None:
         raise SystemExit(f"pytest ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return failed[1]
@@ -173,6 +174,9 @@ def main(arguments: list[str]) -> int:
     results = []
     with tempfile.TemporaryDirectory(prefix="localrun-broken-") as name:
         copy_tree(Path(name))
+        sound = first_failure(Path(name), tuple(dict.fromkeys(path for fault in chosen for path in fault.tests)))
+        if sound:
+            raise SystemExit(f"{sound} fails without any fault")
         for fault in chosen:
             results.append(try_out(fault, Path(name)))
             print(f"{fault.name:<32} {results[-1].seconds:6.1f} s  {results[-1].caught_by or 'NOT CAUGHT'}", flush=True)
