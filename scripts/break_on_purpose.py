@@ -3,8 +3,8 @@
     python scripts/break_on_purpose.py [NAME ...]
 
 The tests run once without a fault, too, and must pass. Prints a line for each fault, with the first test that caught
-it, then a JSON document in one line. Exit 1 if a fault
-was not caught. A fault whose text is not in its file exactly once is refused: this list follows the code.
+it, then a JSON document in one line. Exit 1 if a fault was not caught. A fault whose text is not in its file exactly
+once is refused: this list follows the code.
 """
 
 from __future__ import annotations
