@@ -4,11 +4,14 @@ Numba's on-disk cache does not see edits in another module than the kernel's own
 level that chose the intrinsics. So the directory is named after all of them (measured: docs/lab-notes.md).
 """
 
+import fcntl
 import hashlib
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -30,7 +33,17 @@ inline = numba.njit(forceinline=True, error_model="numpy")
 def _compile(kernel_: Kernel) -> CFunc:
     if not isa.has(kernel_.level):
         raise QuantError(f"{kernel_.__name__} needs {kernel_.level}; this process is limited to {isa.LEVEL}")
-    return numba.cfunc(kernel_.signature, cache=True, error_model="numpy")(kernel_.function)
+    with _alone_with(kernel_):
+        return numba.cfunc(kernel_.signature, cache=True, error_model="numpy")(kernel_.function)
+
+
+@contextmanager
+def _alone_with(kernel_: Kernel) -> Iterator[None]:
+    """No other process compiles this kernel meanwhile: it waits, and then finds it in the cache."""
+    name = f"{kernel_.function.__module__}.{kernel_.__name__}"
+    with (Path(config.CACHE_DIR) / "compiling.lock").open("a") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX, 1, zlib.crc32(name.encode()))  # one byte a kernel; freed when it is closed
+        yield
 
 
 def kernel(signature: str, level: str = "generic") -> Callable[[Callable], Kernel]:
@@ -78,4 +91,4 @@ config.CACHE_DIR = str(cache_dir())
 
 def has_kernels() -> bool:
     """Whether compiled kernels are kept from before."""
-    return any(Path(config.CACHE_DIR).iterdir())
+    return any(path.is_dir() for path in Path(config.CACHE_DIR).iterdir())
