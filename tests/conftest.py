@@ -12,14 +12,13 @@ import os
 import signal
 import tempfile
 import zlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import gpu_device  # noqa: F401 (before any test imports what imports triton)
 import hypothesis
-import numba
 import pytest
 
 from localrun.hardware import usable_cores
@@ -107,22 +106,8 @@ def _locked(path: Path, how: int) -> Iterator[None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What processes side by side leave to each other: cores, and the compiling of kernels."""
-    if not hasattr(config, "workerinput"):
-        if config.getoption("numprocesses", None):
-            os.environ |= _ONE_THREAD
-        return
-    # A kernel that two processes want is compiled by one; the other waits, and finds it in the cache.
-    folder, cfunc = Path(config.workerinput["locks"]), numba.cfunc
-
-    def one_at_a_time(*arguments: Any, **options: Any) -> Callable[[Callable], Any]:
-        def compiled(function: Callable) -> Any:
-            with _locked(folder / f"{function.__module__}.{function.__qualname__}", fcntl.LOCK_EX):
-                return cfunc(*arguments, **options)(function)
-
-        return compiled
-
-    numba.cfunc = one_at_a_time
+    if config.getoption("numprocesses", None):
+        os.environ |= _ONE_THREAD
 
 
 @pytest.hookimpl(wrapper=True)

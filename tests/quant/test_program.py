@@ -238,6 +238,7 @@ def test_a_head_leaves_out_the_first_tokens(pool: Pool, head_from: int) -> None:
     np.testing.assert_allclose(normed(input_, 1, 3, 48), expected[1:], rtol=1e-6)
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("type_", ["F32", "Q8_0"])
 def test_two_normed_vectors_side_by_side(pool: Pool, type_: str) -> None:
     """Each with a weight and a length of its own; as the same columns, taken as they are."""

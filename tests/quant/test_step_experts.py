@@ -20,8 +20,6 @@ from quant.simd.memory import load_i64, store_i64
 from quant.target.jit import kernel
 from quant.threads.pool import Pool, aligned_bytes
 
-pytestmark = pytest.mark.levels
-
 ROUTERS = {
     "V2-Lite": router(SOFTMAX, 64, 6),
     "V2": router(SOFTMAX, 160, 6, 8, 3, routed_scaling_factor=16.0),
@@ -222,6 +220,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("name", LAYERS)
 def test_experts(pool: Pool, name: str) -> None:
     layer = LAYERS[name]
@@ -232,6 +231,7 @@ def test_experts(pool: Pool, name: str) -> None:
     assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("name", LAYERS)
 def test_workers_do_not_change_the_experts_sum(name: str) -> None:
     answers = []
@@ -241,6 +241,7 @@ def test_workers_do_not_change_the_experts_sum(name: str) -> None:
     assert all(np.array_equal(answers[0], answer) for answer in answers[1:])
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_given_choice_is_as_good_as_the_routers(pool: Pool, name: str) -> None:
     """To the bit: with the router's own choice, made before."""
@@ -249,6 +250,7 @@ def test_a_given_choice_is_as_good_as_the_routers(pool: Pool, name: str) -> None
     assert np.array_equal(layer.run(pool, given=choose(layer.settings, logits_TE)), layer.run(pool))
 
 
+@pytest.mark.levels
 @pytest.mark.parametrize("together", range(2, MOST_TOKENS + 1))
 @pytest.mark.parametrize("name", LAYERS)
 def test_tokens_together_are_tokens_alone(pool: Pool, name: str, together: int) -> None:

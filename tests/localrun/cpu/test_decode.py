@@ -36,7 +36,7 @@ ROW_TOLERANCE = 0.2
 # ---- whole models ----------------------------------------------------------------------------------------------------
 
 VARIANTS = list(tiny_models.VARIANTS)
-AT_LEVELS = {"v3-odd", "v3-legacy-kv-b", "v2-lite-legacy-kv-b", "llama-mha", ("wide", "Q4_K_M"), ("llama-wide", "Q4_1")}
+AT_LEVELS = {"v3-odd", "v3-legacy-kv-b", "llama-mha", ("wide", "Q4_K_M"), ("llama-wide", "Q4_1")}
 ALSO_AT_LEVELS = functools.partial(mark_some, chosen=AT_LEVELS, mark=pytest.mark.levels)
 # How work is divided among workers depends on the kind of attention, on experts, and on sizes; not on what is scaled.
 DIVIDED = {"v3-odd", "v2-lite", "llama-mha"}

@@ -17,7 +17,6 @@ import pytest
 import tiny_models
 import torch
 from caches import rows_of
-from cases import mark_some
 from closeness import QUANTIZED_TOLERANCE, SESSION_TOLERANCE, error
 
 import localrun
@@ -137,7 +136,6 @@ def test_logits_are_transformers(name: str) -> None:
     assert error(last_1D, normed_TD[-1:]) < SESSION_TOLERANCE
 
 
-@pytest.mark.levels
 def test_the_whole_way_is_transformers() -> None:
     """From tokens to the head's logits, over the hidden states that the model leaves; then two drafts on."""
     oracle, ids = Oracle(OWN), tiny_models.prompt("v3-nextn")
@@ -160,7 +158,6 @@ def test_the_whole_way_is_transformers() -> None:
 # ---- the step against torch ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.levels
 @pytest.mark.parametrize("mix", QUANTISED)
 def test_the_step_is_the_network(mix: str) -> None:
     """Position by position, each over the rows that the step has left."""
@@ -182,7 +179,7 @@ def test_the_step_is_the_network(mix: str) -> None:
         assert np.quantile(errors, 0.9) < QUANTIZED_TOLERANCE
 
 
-@pytest.mark.parametrize("name", mark_some(SHARED, {"own"}, pytest.mark.levels))
+@pytest.mark.parametrize("name", SHARED)
 def test_positions_together_are_positions_alone(name: str) -> None:
     ids, hidden_TD = positions(20)
     with opened(file_without(*SHARED[name])) as (_, mtp):

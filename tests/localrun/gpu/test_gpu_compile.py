@@ -44,6 +44,7 @@ def test_kernels_compile_without_spills(capability: int) -> None:
     assert not [line for line in found if line["stack"] or line["shared"] > SHARED_BYTES]
 
 
+@pytest.mark.slow
 def test_compiling_is_told_of_once_and_not_where_it_was_done_before(tmp_path: Path) -> None:
     line = "compiling kernels for the GPU, which takes a while; they are kept for the next run\n"
     some, cache = ["router V3", "F16 rows"], {"TRITON_CACHE_DIR": str(tmp_path / "cache")}

@@ -193,7 +193,9 @@ def dense(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("dense")
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", slow_but(MODELS, {"V3", "V3 with a joint kv_b and fused gate and up", "V2", "V2-Lite"})
+)
 def test_every_kind_of_model(name: str) -> None:
     ids = ids_of(8, name)
     with opened(MODELS[name]) as (model, native):
