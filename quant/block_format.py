@@ -48,7 +48,7 @@ class PanelFormat:
 
     Attributes:
         kind, offset: see there.
-        repack: void(rows, n_blocks, out): n_blocks blocks behind each of 16 addresses at `rows`, to steps.
+        repack: void(rows, n_blocks, out): n_blocks blocks behind each of 16 addresses at `rows`, to k-blocks.
             Of interleaved rows they are one address.
     """
 

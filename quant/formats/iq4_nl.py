@@ -10,7 +10,7 @@ import numpy as np
 from quant.block_format import QUANTIZE, block_layout, offsets
 from quant.formats.blocks_32 import biased_dots_of_quarters
 from quant.formats.nibbles_32 import BLOCK, codes_of, panel_format, stores_codes, symmetric, unpack_codes
-from quant.gemm.microkernel_step import BYTES
+from quant.gemm.microkernel_k_block import SIGNED_BYTES
 from quant.quantize.levels import averages, inverse_of, midpoints
 from quant.quantize.search import TINY, first_wins_ties, write_importance, write_squares
 from quant.simd.core import i8x32, i8x64
@@ -125,6 +125,6 @@ IQ4_NL = symmetric(
     raised_of_even=_raised_of_even,
     offset=WEIGHT_BIAS,
     dots=biased_dots_of_quarters,
-    panels=panel_format("IQ4_NL", LAYOUT, BYTES, 128, table=VALUES.astype(int) + 128),
+    panels=panel_format("IQ4_NL", LAYOUT, SIGNED_BYTES, 128, table=VALUES.astype(int) + 128),
     quantize=_quantize,
 )

@@ -11,7 +11,7 @@ import numpy as np
 from quant.block_format import EXPAND, Format, PanelFormat, block_layout, offsets
 from quant.formats.blocks_32 import add_offset, biased_dots_of_quarters
 from quant.formats.iq4_nl import VALUES, raised_values
-from quant.gemm.microkernel_step import BYTES, STEP_BYTES
+from quant.gemm.microkernel_k_block import K_BLOCK_BYTES, SIGNED_BYTES
 from quant.gemm.repack import SCALES, repacks, two_nibbles
 from quant.gemv import plain
 from quant.simd.core import i8x32, i32x16
@@ -129,11 +129,11 @@ def _repack(rows, n_blocks, out):
             upper = (high >> 16 + 2 * j & 3) << 4
             scale = (low >> 4 * j & 15 | upper) - 32
             store_f32x16(out + SCALES, to_f32(scale) * d)
-            out += STEP_BYTES
+            out += K_BLOCK_BYTES
 
 
 _gemv, _gemv_batch = plain.kernels("IQ4_XS", BLOCK_BYTES, _weights, _add_k_block)
 
 IQ4_XS = Format(
-    "IQ4_XS", BLOCK, LAYOUT, True, unpack, _gemv, _gemv_batch, _expand, panels=PanelFormat(BYTES, 128, _repack)
+    "IQ4_XS", BLOCK, LAYOUT, True, unpack, _gemv, _gemv_batch, _expand, panels=PanelFormat(SIGNED_BYTES, 128, _repack)
 )

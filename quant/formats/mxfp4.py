@@ -11,7 +11,7 @@ import numpy as np
 
 from quant.block_format import LARGEST_BF16, QUANTIZE, block_layout, offsets
 from quant.formats.nibbles_32 import codes_of, panel_format, stores_codes, symmetric, unpack_codes
-from quant.gemm.microkernel_step import OFFSET
+from quant.gemm.microkernel_k_block import SYMMETRIC
 from quant.gemm.repack import SCALES
 from quant.quantize.levels import midpoints
 from quant.simd.core import i8x32, i8x64
@@ -116,7 +116,7 @@ MXFP4 = symmetric(
     offset=RAISE,
     scale=_scale,
     scales=_scales,
-    panels=panel_format("MXFP4", LAYOUT, OFFSET, RAISE, _store_scale, VALUES.astype(int) + RAISE),
+    panels=panel_format("MXFP4", LAYOUT, SYMMETRIC, RAISE, _store_scale, VALUES.astype(int) + RAISE),
     quantize=_quantize,
     largest=LARGEST_BF16,
 )

@@ -20,7 +20,7 @@ from quant.formats.blocks_32 import (
     eight_scales,
     four_u16,
 )
-from quant.gemm.microkernel_step import MINIMUM, STEP_BYTES
+from quant.gemm.microkernel_k_block import AFFINE, K_BLOCK_BYTES
 from quant.gemm.repack import repacks, store_d, store_d_and_m, store_fives, store_fours, store_halves, two_nibbles
 from quant.gemv import plain
 from quant.gemv.plain import specialize
@@ -108,7 +108,7 @@ def _repack(rows, n_blocks, out):
     for b in range(n_blocks):
         store_scale(rows, BLOCK_BYTES * b, out)
         store_codes(rows, BLOCK_BYTES * b + CODES, out)
-        out += STEP_BYTES
+        out += K_BLOCK_BYTES
 
 
 def _expands(name: str, layout: np.dtype, values: Callable) -> Kernel:
@@ -234,6 +234,6 @@ def affine(
         return to_f32(codes(block)) * load_f16(block) + load_f16(block + m)
 
     gemv, gemv_batch = plain.kernels(name, 8 * block_bytes, weights, add_k_block, add_block, together)
-    panels = panel_format(name, layout, MINIMUM, 0, store_d_and_m)
+    panels = panel_format(name, layout, AFFINE, 0, store_d_and_m)
     expand = _expands(name, layout, values)
     return Format(name, BLOCK, layout, True, unpack, gemv, gemv_batch, expand, panels=panels, quantize=quantize)

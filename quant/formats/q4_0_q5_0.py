@@ -11,7 +11,7 @@ import numpy as np
 
 from quant.block_format import QUANTIZE, Format, block_layout
 from quant.formats.nibbles_32 import BLOCK, codes_of, panel_format, stores_codes, symmetric, unpack_codes
-from quant.gemm.microkernel_step import OFFSET
+from quant.gemm.microkernel_k_block import SYMMETRIC
 from quant.gemv.plain import specialize
 from quant.quantize.levels import averages, inverse_of, levels_towards_zero
 from quant.quantize.search import TINY, fit_scale, write_importance
@@ -69,7 +69,7 @@ def _format(name: str, layout: np.dtype, n_levels: int, together: int) -> Format
         levels=levels,
         raised_of_even=codes_of_even,
         offset=offset,
-        panels=panel_format(name, layout, OFFSET, offset),
+        panels=panel_format(name, layout, SYMMETRIC, offset),
         quantize=kernel(QUANTIZE)(specialize(_quantize, f"quantize_{name}", **names)),
         together=together,
     )

@@ -12,8 +12,8 @@ from functools import partial
 import numpy as np
 
 from quant.block_format import EXPAND, QUANTIZE, Format, PanelFormat, block_layout, offsets
-from quant.gemm.microkernel_step import MINIMUM, STEP_BYTES
-from quant.gemm.repack import SCALES as STEP_SCALES
+from quant.gemm.microkernel_k_block import AFFINE, K_BLOCK_BYTES
+from quant.gemm.repack import SCALES as K_BLOCK_SCALES
 from quant.gemm.repack import repacks, store_nibbles, two_nibbles, with_high_bits
 from quant.gemv import activations, plain
 from quant.gemv.activations import NIBBLES
@@ -170,7 +170,7 @@ def _expand(w, n_blocks, out):
 def _store_scaled(packed, d, out):
     """d times each of the 4 bytes in a word, to 4 steps."""
     for j in range(4):
-        store_f32x16(out + STEP_BYTES * j, to_f32(packed >> 8 * j & 255) * d)
+        store_f32x16(out + K_BLOCK_BYTES * j, to_f32(packed >> 8 * j & 255) * d)
 
 
 @inline
@@ -178,11 +178,11 @@ def store_scales_and_minima(d, dmin, low, high, mixed, out):
     """What is before the weights, for 8 steps. Numbers of 6 bits: see _packed_scales."""
     low_rest, high_rest = low >> 2 & 0x30303030, high >> 2 & 0x30303030
     _store_scaled(low & 0x3F3F3F3F, d, out)
-    _store_scaled(mixed & 0x0F0F0F0F | low_rest, d, out + 4 * STEP_BYTES)
+    _store_scaled(mixed & 0x0F0F0F0F | low_rest, d, out + 4 * K_BLOCK_BYTES)
     minus_dmin = -dmin
     _store_scaled(high & 0x3F3F3F3F, minus_dmin, out + 64)
     mixed = mixed >> 4 & 0x0F0F0F0F
-    _store_scaled(mixed | high_rest, minus_dmin, out + 4 * STEP_BYTES + 64)
+    _store_scaled(mixed | high_rest, minus_dmin, out + 4 * K_BLOCK_BYTES + 64)
 
 
 @inline
@@ -198,35 +198,35 @@ def store_fives(words, high, quarter, out):
     """As store_nibbles, with fifth bits from bits 2*quarter and 2*quarter+1 of each byte of `high`."""
     first, second = two_nibbles(words)
     store_i32x16(out, with_high_bits(first, high, 2 * quarter, 0x01010101))
-    store_i32x16(out + STEP_BYTES, with_high_bits(second, high, 2 * quarter + 1, 0x01010101))
+    store_i32x16(out + K_BLOCK_BYTES, with_high_bits(second, high, 2 * quarter + 1, 0x01010101))
 
 
 @repacks
 def _repack_4(rows, n_blocks, out):
     for b in range(n_blocks):
         block = BYTES_4 * b
-        _repack_scales(rows, block, out + STEP_SCALES)
+        _repack_scales(rows, block, out + K_BLOCK_SCALES)
         for quarter in range(4):
             for i, words in enumerate(transpose_8(rows, block + QS_4 + 32 * quarter)):
                 store_nibbles(words, out + 64 * i)
-            out += 2 * STEP_BYTES
+            out += 2 * K_BLOCK_BYTES
 
 
 @repacks
 def _repack_5(rows, n_blocks, out):
     for b in range(n_blocks):
         block = BYTES_5 * b
-        _repack_scales(rows, block, out + STEP_SCALES)
+        _repack_scales(rows, block, out + K_BLOCK_SCALES)
         for half in range(2):
             h0, h1, h2, h3 = transpose(rows, block + QH + 16 * half)
             for quarter in range(4):
                 w0, w1, w2, w3 = transpose(rows, block + QS_5 + 32 * quarter + 16 * half)
-                to = out + 2 * STEP_BYTES * quarter + 256 * half
+                to = out + 2 * K_BLOCK_BYTES * quarter + 256 * half
                 store_fives(w0, h0, quarter, to)
                 store_fives(w1, h1, quarter, to + 64)
                 store_fives(w2, h2, quarter, to + 128)
                 store_fives(w3, h3, quarter, to + 192)
-        out += 8 * STEP_BYTES
+        out += 8 * K_BLOCK_BYTES
 
 
 # ---- quantising ------------------------------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def _quantize_5(x, importance, n_blocks, out, scratch):
 def _format(name: str, layout: np.dtype, weights: Callable, codes: Callable, repack, quantize) -> Format:
     gemv, gemv_batch = plain.kernels(name, layout.itemsize, weights, _add_k_block)
     expand = kernel(EXPAND)(specialize(_expand, f"expand_{name}", BLOCK_BYTES=layout.itemsize, codes=codes))
-    panels = PanelFormat(MINIMUM, 0, repack)
+    panels = PanelFormat(AFFINE, 0, repack)
     unpack = partial(_unpack, layout)
     return Format(name, BLOCK, layout, True, unpack, gemv, gemv_batch, expand, panels=panels, quantize=quantize)
 

@@ -10,8 +10,8 @@ from quant.block_format import ROWS, Format, PanelFormat
 from quant.formats import q4_k_q5_k as plain
 from quant.formats.interleave import interleaved
 from quant.formats.q4_k_q5_k import store_fives, store_scales_and_minima
-from quant.gemm.microkernel_step import MINIMUM, STEP_BYTES
-from quant.gemm.repack import SCALES as STEP_SCALES
+from quant.gemm.microkernel_k_block import AFFINE, K_BLOCK_BYTES
+from quant.gemm.repack import SCALES as K_BLOCK_SCALES
 from quant.gemm.repack import repacks, store_nibbles
 from quant.gemv.interleaved import FLOATS, WORDS, AddBlock, Block, Token, as_bytes, masked, merged
 from quant.simd.core import constant
@@ -104,11 +104,11 @@ def _repack_scales(block, out):
 def _repack_4(rows, n_blocks, out):
     block = load_i64(rows)
     for _ in range(n_blocks):
-        _repack_scales(block, out + STEP_SCALES)
+        _repack_scales(block, out + K_BLOCK_SCALES)
         for c in range(4):
             for g in range(8):
                 store_nibbles(load_i32x16(block + QS_4 + 64 * (8 * c + g)), out + 64 * g)
-            out += 2 * STEP_BYTES
+            out += 2 * K_BLOCK_BYTES
         block += ROWS * plain.BYTES_4
 
 
@@ -116,18 +116,18 @@ def _repack_4(rows, n_blocks, out):
 def _repack_5(rows, n_blocks, out):
     block = load_i64(rows)
     for _ in range(n_blocks):
-        _repack_scales(block, out + STEP_SCALES)
+        _repack_scales(block, out + K_BLOCK_SCALES)
         for g in range(8):
             fifth = load_i32x16(block + QH + 64 * g)
             for c in range(4):
                 words = load_i32x16(block + QS_5 + 64 * (8 * c + g))
-                store_fives(words, fifth, c, out + 2 * STEP_BYTES * c + 64 * g)
-        out += 8 * STEP_BYTES
+                store_fives(words, fifth, c, out + 2 * K_BLOCK_BYTES * c + 64 * g)
+        out += 8 * K_BLOCK_BYTES
         block += ROWS * plain.BYTES_5
 
 
 def _format(of: Format, add_block: AddBlock, repack: Kernel) -> Format:
-    return interleaved(of, add_block, PanelFormat(MINIMUM, 0, repack))
+    return interleaved(of, add_block, PanelFormat(AFFINE, 0, repack))
 
 
 Q4_K_R16 = _format(plain.Q4_K, _add_block_4, _repack_4)

@@ -9,8 +9,8 @@ Source: ggml src/ggml-common.h @d99724f, block_q6_K; dequantize_row_q6_K in ggml
 import numpy as np
 
 from quant.block_format import EXPAND, QUANTIZE, Format, PanelFormat, block_layout, offsets
-from quant.gemm.microkernel_step import HALVES, STEP_BYTES
-from quant.gemm.repack import SCALES as STEP_SCALES
+from quant.gemm.microkernel_k_block import K_BLOCK_BYTES, TWO_SCALES
+from quant.gemm.repack import SCALES as K_BLOCK_SCALES
 from quant.gemm.repack import repacks, two_nibbles, with_high_bits
 from quant.gemv import plain
 from quant.gemv.activations import IN_ORDER, SCALES_16, SUMS_16
@@ -122,8 +122,8 @@ def _expand(w, n_blocks, out):
 def store_sixes(words, high, k, out):
     """Low nibbles to step k, high ones to step k+2, with bits 2k and 2k+4 of each byte of `high`, and the next ones."""
     first, second = two_nibbles(words)
-    store_i32x16(out + STEP_BYTES * k, with_high_bits(first, high, 2 * k, 0x03030303))
-    store_i32x16(out + STEP_BYTES * (k + 2), with_high_bits(second, high, 2 * k + 4, 0x03030303))
+    store_i32x16(out + K_BLOCK_BYTES * k, with_high_bits(first, high, 2 * k, 0x03030303))
+    store_i32x16(out + K_BLOCK_BYTES * (k + 2), with_high_bits(second, high, 2 * k + 4, 0x03030303))
 
 
 @inline
@@ -131,7 +131,7 @@ def _store_signed(scales, d, out):
     """d times each of 4 signed bytes, for the halves of 2 steps."""
     for i in range(4):
         scale = to_f32(sign_extend_i8(scales >> 8 * i))
-        store_f32x16(out + STEP_BYTES * (i // 2) + 64 * (i % 2), scale * d)
+        store_f32x16(out + K_BLOCK_BYTES * (i // 2) + 64 * (i % 2), scale * d)
 
 
 @repacks
@@ -140,10 +140,10 @@ def _repack(rows, n_blocks, out):
         block = BLOCK_BYTES * b
         d = half_to_f32(gather(rows, block + D - 2) >> 16)  # a word that ends where the block does
         s0, s1, s2, s3 = transpose(rows, block + SCALES)
-        _store_signed(s0, d, out + STEP_SCALES)
-        _store_signed(s1, d, out + STEP_SCALES + 2 * STEP_BYTES)
-        _store_signed(s2, d, out + STEP_SCALES + 4 * STEP_BYTES)
-        _store_signed(s3, d, out + STEP_SCALES + 6 * STEP_BYTES)
+        _store_signed(s0, d, out + K_BLOCK_SCALES)
+        _store_signed(s1, d, out + K_BLOCK_SCALES + 2 * K_BLOCK_BYTES)
+        _store_signed(s2, d, out + K_BLOCK_SCALES + 4 * K_BLOCK_BYTES)
+        _store_signed(s3, d, out + K_BLOCK_SCALES + 6 * K_BLOCK_BYTES)
         for half in range(2):
             for i in range(2):
                 h0, h1, h2, h3 = transpose(rows, block + QH + 32 * half + 16 * i)
@@ -153,7 +153,7 @@ def _repack(rows, n_blocks, out):
                     store_sixes(w1, h1, k, out + 256 * i + 64)
                     store_sixes(w2, h2, k, out + 256 * i + 128)
                     store_sixes(w3, h3, k, out + 256 * i + 192)
-            out += 4 * STEP_BYTES
+            out += 4 * K_BLOCK_BYTES
 
 
 # ---- quantising ------------------------------------------------------------------------------------------------------
@@ -265,6 +265,6 @@ Q6_K = Format(
     _gemv,
     _gemv_batch,
     _expand,
-    panels=PanelFormat(HALVES, 32, _repack),
+    panels=PanelFormat(TWO_SCALES, 32, _repack),
     quantize=_quantize,
 )

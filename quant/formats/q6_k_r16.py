@@ -8,8 +8,8 @@ from quant.block_format import ROWS, PanelFormat
 from quant.formats import q6_k
 from quant.formats.interleave import interleaved
 from quant.formats.q6_k import store_sixes
-from quant.gemm.microkernel_step import HALVES, STEP_BYTES
-from quant.gemm.repack import SCALES as STEP_SCALES
+from quant.gemm.microkernel_k_block import K_BLOCK_BYTES, TWO_SCALES
+from quant.gemm.repack import SCALES as K_BLOCK_SCALES
 from quant.gemm.repack import repacks
 from quant.gemv.interleaved import FLOATS, WORDS, Block, Token, as_bytes, masked, merged
 from quant.simd.core import constant
@@ -66,15 +66,15 @@ def _repack(rows, n_blocks, out):
         d = load_f16x16(block + D)
         for i in range(16):
             scale = _load_i8x16(block + SCALES + 16 * i) * d
-            store_f32x16(out + STEP_SCALES + STEP_BYTES * (i // 2) + 64 * (i % 2), scale)
+            store_f32x16(out + K_BLOCK_SCALES + K_BLOCK_BYTES * (i // 2) + 64 * (i % 2), scale)
         for half in range(2):
             for g in range(8):
                 bits = load_i32x16(block + QH + 64 * (8 * half + g))
-                to = out + 4 * STEP_BYTES * half + 64 * g
+                to = out + 4 * K_BLOCK_BYTES * half + 64 * g
                 store_sixes(load_i32x16(block + QL + 64 * (16 * half + g)), bits, 0, to)
                 store_sixes(load_i32x16(block + QL + 64 * (16 * half + 8 + g)), bits, 1, to)
-        out += 8 * STEP_BYTES
+        out += 8 * K_BLOCK_BYTES
         block += ROWS * q6_k.BLOCK_BYTES
 
 
-Q6_K_R16 = interleaved(q6_k.Q6_K, _add_block, PanelFormat(HALVES, 32, _repack))
+Q6_K_R16 = interleaved(q6_k.Q6_K, _add_block, PanelFormat(TWO_SCALES, 32, _repack))

@@ -8,7 +8,7 @@ import numpy as np
 
 from quant.block_format import EXPAND, QUANTIZE, Format, PanelFormat, block_layout, offsets
 from quant.formats.blocks_32 import add_single, eight_scales
-from quant.gemm.microkernel_step import BYTES, STEP_BYTES
+from quant.gemm.microkernel_k_block import K_BLOCK_BYTES, SIGNED_BYTES
 from quant.gemm.repack import repacks, store_d
 from quant.gemv import plain
 from quant.gemv.activations import IN_ORDER, SCALES, SUMS
@@ -90,7 +90,7 @@ def _repack(rows, n_blocks, out):
         for half in range(2):
             for e, words in enumerate(transpose(rows, BLOCK_BYTES * b + QS + 16 * half)):
                 store_i32x16(out + 256 * half + 64 * e, words ^ 0x80808080)
-        out += STEP_BYTES
+        out += K_BLOCK_BYTES
 
 
 @kernel(QUANTIZE)
@@ -113,6 +113,6 @@ Q8_0 = Format(
     _gemv,
     _gemv_batch,
     _expand,
-    panels=PanelFormat(BYTES, 128, _repack),
+    panels=PanelFormat(SIGNED_BYTES, 128, _repack),
     quantize=_quantize,
 )

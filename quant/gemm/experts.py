@@ -12,10 +12,10 @@ import numpy as np
 from quant.block_format import PanelFormat
 from quant.gemm.pack_tokens import write_panels
 from quant.gemm.packed import (
+    K_BLOCK,
     PACKED_MATRIX,
     ROWS,
     SCRATCH_BYTES,
-    STEP,
     TOKEN_BYTES,
     multiply_panels,
     packed_matrix,
@@ -23,7 +23,7 @@ from quant.gemm.packed import (
     tokens_bytes,
     write_group,
 )
-from quant.gemm.quantize_tokens import BLOCK_BYTES, GROUPS, WORK_BYTES, round_row, row_bytes
+from quant.gemm.quantize_tokens import BLOCK_BYTES, BLOCKS_TOGETHER, WORK_BYTES, round_row, row_bytes
 from quant.matrix import ExpertMatrices, row_address
 from quant.simd.floats import fma, splat_f32x16, zero_f32x16
 from quant.simd.memory import load_f32x16, store_f32x16
@@ -33,7 +33,7 @@ from quant.target.jit import inline, kernel
 from quant.threads.atomics import atomic_add
 from quant.threads.pool import Pool, worker_bytes
 
-UP_ROWS = ROWS  # rows of gate and of up in a work item: one step of down's token panels
+UP_ROWS = ROWS  # rows of gate and of up in a work item: one k-block of down's token panels
 DOWN_ROWS = 2 * ROWS
 
 EXPERTS = struct(
@@ -97,20 +97,22 @@ def pairs_by_expert(ids: np.ndarray, weights: np.ndarray) -> Pairs:
 
 
 @inline
-def _swiglu(a, begin, n_tokens, step, gate_out, up_out, work):
-    """silu(gate) * up of 32 rows, rounded, to one step of down's token panel. gate_out, up_out: sums, overwritten."""
-    kind, offset, n_steps = a.down.kind, a.down.offset, a.inner // STEP
-    panel, rounded = a.down_tokens + TOKEN_BYTES * n_steps * begin, work + WORK_BYTES
+def _swiglu(a, begin, n_tokens, k_block, gate_out, up_out, work):
+    """silu(gate) * up of 32 rows, rounded, to a k-block of down's token panel. gate_out, up_out: sums, overwritten."""
+    kind, offset, n_k_blocks = a.down.kind, a.down.offset, a.inner // K_BLOCK
+    panel, rounded = a.down_tokens + TOKEN_BYTES * n_k_blocks * begin, work + WORK_BYTES
     for at in range(0, 4 * ROWS * n_tokens, 64):
         g, u = load_f32x16(gate_out + at), load_f32x16(up_out + at)
         store_f32x16(gate_out + at, silu(g) * u)
-    round_row(gate_out, STEP * n_tokens, rounded, work)
+    round_row(gate_out, K_BLOCK * n_tokens, rounded, work)
     first = 0
     while first < n_tokens:
         _, size = token_block(first, n_tokens)
-        at = panel + TOKEN_BYTES * (n_steps * first + size * step)
+        at = panel + TOKEN_BYTES * (n_k_blocks * first + size * k_block)
         for i in range(first, first + size):
-            write_group(kind, offset, rounded + BLOCK_BYTES * (i // GROUPS), i % GROUPS, at, size, i - first)
+            write_group(
+                kind, offset, rounded + BLOCK_BYTES * (i // BLOCKS_TOGETHER), i % BLOCKS_TOGETHER, at, size, i - first
+            )
         first += size
 
 
@@ -123,14 +125,14 @@ def _run_up_item(a, item, upcoming, items, work, sums, scratch):
     next_expert, next_first, n_ahead = expert, first, 0
     if upcoming < items * a.n_active:
         next_expert, next_first, n_ahead = a.active[upcoming // items], upcoming % items * UP_ROWS, UP_ROWS
-    up_out, skipped = sums + 4 * UP_ROWS * n_tokens, TOKEN_BYTES * (hidden // STEP) * begin
+    up_out, skipped = sums + 4 * UP_ROWS * n_tokens, TOKEN_BYTES * (hidden // K_BLOCK) * begin
     for i in range(2):
         weights, tokens, out = a.gate, a.gate_tokens + skipped, sums
         if i == 1:
             weights, tokens, out = a.up, a.up_tokens + skipped, up_out
         ahead, ahead_bytes = row_address(weights.matrix, next_expert, next_first), n_ahead * weights.matrix.row_bytes
         multiply_panels(weights, expert, first, UP_ROWS, hidden, tokens, n_tokens, out, scratch, ahead, ahead_bytes)
-    _swiglu(a, begin, n_tokens, first // STEP, sums, up_out, work)
+    _swiglu(a, begin, n_tokens, first // K_BLOCK, sums, up_out, work)
 
 
 @kernel("void(int64, int64)")
@@ -167,7 +169,7 @@ def _run_down_item(a, first, upcoming, sums, scratch):
             store_f32x16(a.out + 4 * (hidden * t + first + r), zero_f32x16())
     for group in range(n_active):
         begin, end, expert = a.start[group], a.start[group + 1], a.active[group]
-        tokens = a.down_tokens + TOKEN_BYTES * (inner // STEP) * begin
+        tokens = a.down_tokens + TOKEN_BYTES * (inner // K_BLOCK) * begin
         next_first, following = first, group + 1
         if following == n_active:
             following, next_first = 0, upcoming

@@ -8,10 +8,10 @@ import numpy as np
 from quant.block_format import PanelFormat
 from quant.gemm.pack_tokens import write_panels
 from quant.gemm.packed import (
+    K_BLOCK,
     PACKED_MATRIX,
     ROWS,
     SCRATCH_BYTES,
-    STEP,
     TOKEN_BYTES,
     multiply_panels,
     packed_matrix,
@@ -70,7 +70,7 @@ def _multiply(arguments, worker):
         ahead_bytes = a.weights.matrix.row_bytes * ITEM_ROWS if upcoming < n_items else 0
         group, first = item // items, item % items * ITEM_ROWS
         count = min(ITEM_ROWS, n_rows - first)
-        tokens = a.tokens + TOKEN_BYTES * (n_cols // STEP) * n_tokens * group
+        tokens = a.tokens + TOKEN_BYTES * (n_cols // K_BLOCK) * n_tokens * group
         multiply_panels(a.weights, group, first, count, n_cols, tokens, n_tokens, sums, scratch, ahead, ahead_bytes)
         _store_sums(sums, n_tokens, count, a.out + 4 * (n_rows * group + first), 4 * n_rows * a.n_groups)
         item = upcoming

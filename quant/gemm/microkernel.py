@@ -1,7 +1,7 @@
 """The register tile of the many-token products: 32 rows of a weight panel times a few tokens of a token panel.
 
 Integer dot products of 32 columns, multiplied by the weights' scale and the token's in float32, and float32 sums that
-stay in registers over all columns of the panels (gemm/microkernel_step.py). Layout of both panels: gemm/packed.py.
+stay in registers over all columns of the panels (gemm/microkernel_k_block.py). Layout of both panels: gemm/packed.py.
 
 With VNNI: 6 tokens, bound by the two vector ports: 8 vpdpbusd and 2 or 3 float operations for 32 columns. With AVX2
 4 tokens and 8 rows at a time, the products of 8 bits added in 16 bits as long as they fit (docs/lab-notes.md). With
@@ -13,22 +13,22 @@ from itertools import chain
 from numba import types
 from numba.core import cgutils
 
-from quant.gemm.microkernel_amx import AmxSteps
-from quant.gemm.microkernel_step import (
+from quant.gemm.microkernel_amx import AmxKBlocks
+from quant.gemm.microkernel_k_block import (
+    AFFINE,
     AHEAD,
-    BYTES,
-    GROUPS,
-    HALVES,
     LANES,
-    MINIMUM,
-    OFFSET,
     PART_BYTES,
     PARTS,
+    PASSES,
     ROWS,
+    SIGNED_BYTES,
+    SYMMETRIC,
     TOKENS,
+    TWO_SCALES,
     VECTOR_TOKENS,
     VF32,
-    Steps,
+    KBlocks,
 )
 from quant.simd.core import I64, define, load, store
 from quant.simd.memory import emit_prefetch
@@ -38,38 +38,40 @@ from quant.target.jit import Kernel, kernel
 
 
 def _prefetch(builder, address, n_bytes) -> None:
-    """The lines from `address` on. A few a step: a burst would hold the buffers that the tile's own loads need."""
+    """The lines from `address` on. A few a k-block: a burst would hold the buffers that the tile's own loads need."""
     with cgutils.for_range_slice(builder, I64(0), n_bytes, I64(64), I64) as (offset, _):
         emit_prefetch(builder, builder.add(address, offset), 2)
 
 
 def _tile(kind: int):
-    """An intrinsic void(weights, tokens, sums, n_steps, n_tokens): sums[t] f32[32] += weights . tokens[t]."""
+    """An intrinsic void(weights, tokens, sums, n_k_blocks, n_tokens): sums[t] f32[32] += weights . tokens[t]."""
 
-    def emit_for(builder, n: int, weights, tokens, sums, n_steps, ahead) -> None:
+    def emit_for(builder, n: int, weights, tokens, sums, n_k_blocks, ahead) -> None:
         at = [[builder.add(sums, I64(4 * ROWS * t + 64 * part)) for t in range(n)] for part in range(PARTS)]
         totals = [[load(builder, a, VF32) for a in row] for row in at]
         stride = builder.mul(load(builder, builder.add(ahead, I64(8)), I64), I64(64))
         first_line = load(builder, ahead, I64)
-        steps = (AmxSteps if n > VECTOR_TOKENS else Steps)(builder, kind, n, weights, tokens, n_steps)
+        k_blocks = (AmxKBlocks if n > VECTOR_TOKENS else KBlocks)(builder, kind, n, weights, tokens, n_k_blocks)
 
         def add(index, totals):
             _prefetch(builder, builder.add(first_line, builder.mul(index, stride)), stride)
-            steps.at(index).add(totals)
+            k_blocks.at(index).add(totals)
             return totals
 
-        totals = register_tile(builder, n_steps, totals, add)
-        store(builder, ahead, builder.add(first_line, builder.mul(n_steps, stride)))
+        totals = register_tile(builder, n_k_blocks, totals, add)
+        store(builder, ahead, builder.add(first_line, builder.mul(n_k_blocks, stride)))
         for total, address in zip(chain(*totals), chain(*at), strict=True):
             store(builder, address, total)
 
-    def emit(builder, weights, tokens, sums, n_steps, n_tokens) -> None:
+    def emit(builder, weights, tokens, sums, n_k_blocks, n_tokens) -> None:
         def emit_block(n: int) -> None:
-            with cgutils.for_range(builder, I64(GROUPS)) as group:
+            with cgutils.for_range(builder, I64(PASSES)) as group:
                 part = builder.mul(builder.lshr(group.index, I64(1)), I64(PART_BYTES))
                 half = builder.mul(builder.and_(group.index, I64(1)), I64(32))
                 w, row_sums = builder.add(weights, builder.add(part, half)), builder.mul(group.index, I64(4 * LANES))
-                emit_for(builder, n, w, tokens, builder.add(sums, row_sums), n_steps, builder.add(weights, I64(AHEAD)))
+                emit_for(
+                    builder, n, w, tokens, builder.add(sums, row_sums), n_k_blocks, builder.add(weights, I64(AHEAD))
+                )
 
         switch(builder, n_tokens, TOKENS, emit_block)
 
@@ -82,23 +84,23 @@ TILE = "void(int64, int64, int64, int64, int64)"
 TILES: dict[int, Kernel] = {}
 
 if isa.has("avx2"):
-    _minimum, _offset, _halves, _bytes = _tile(MINIMUM), _tile(OFFSET), _tile(HALVES), _tile(BYTES)
+    _minimum, _offset, _halves, _bytes = _tile(AFFINE), _tile(SYMMETRIC), _tile(TWO_SCALES), _tile(SIGNED_BYTES)
 
     @kernel(TILE)
-    def _minimum_tile(weights, tokens, sums, n_steps, n_tokens):
-        _minimum(weights, tokens, sums, n_steps, n_tokens)
+    def _minimum_tile(weights, tokens, sums, n_k_blocks, n_tokens):
+        _minimum(weights, tokens, sums, n_k_blocks, n_tokens)
 
     @kernel(TILE)
-    def _offset_tile(weights, tokens, sums, n_steps, n_tokens):
-        _offset(weights, tokens, sums, n_steps, n_tokens)
+    def _offset_tile(weights, tokens, sums, n_k_blocks, n_tokens):
+        _offset(weights, tokens, sums, n_k_blocks, n_tokens)
 
     @kernel(TILE)
-    def _halves_tile(weights, tokens, sums, n_steps, n_tokens):
-        _halves(weights, tokens, sums, n_steps, n_tokens)
+    def _halves_tile(weights, tokens, sums, n_k_blocks, n_tokens):
+        _halves(weights, tokens, sums, n_k_blocks, n_tokens)
 
     @kernel(TILE)
-    def _bytes_tile(weights, tokens, sums, n_steps, n_tokens):
-        _bytes(weights, tokens, sums, n_steps, n_tokens)
+    def _bytes_tile(weights, tokens, sums, n_k_blocks, n_tokens):
+        _bytes(weights, tokens, sums, n_k_blocks, n_tokens)
 
-    TILES[MINIMUM], TILES[OFFSET] = _minimum_tile, _offset_tile
-    TILES[HALVES], TILES[BYTES] = _halves_tile, _bytes_tile
+    TILES[AFFINE], TILES[SYMMETRIC] = _minimum_tile, _offset_tile
+    TILES[TWO_SCALES], TILES[SIGNED_BYTES] = _halves_tile, _bytes_tile

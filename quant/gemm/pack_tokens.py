@@ -7,8 +7,8 @@ panels are written from front to back.
 import numpy as np
 
 from quant.block_format import PanelFormat
-from quant.gemm.packed import STEP, TOKEN_BYTES, token_block, write_group
-from quant.gemm.quantize_tokens import BLOCK_BYTES, GROUPS, WORK_BYTES, round_row, row_bytes
+from quant.gemm.packed import K_BLOCK, TOKEN_BYTES, token_block, write_group
+from quant.gemm.quantize_tokens import BLOCK_BYTES, BLOCKS_TOGETHER, WORK_BYTES, round_row, row_bytes
 from quant.simd.struct import address, atomic, i64, pointer, struct
 from quant.target.jit import inline, kernel
 from quant.threads.pool import Pool, worker_bytes
@@ -51,10 +51,16 @@ def _round(arguments, worker):
 @inline
 def _write_block(a, first, size):
     """The block of tokens first..first+size of all panels."""
-    n_steps, per_input, kind, offset, source = a.n_cols // STEP, a.rounded_bytes, a.kind, a.offset, a.source + first
-    at = a.panels + TOKEN_BYTES * n_steps * first
-    for step in range(n_steps):
-        skipped, g = BLOCK_BYTES * (step // GROUPS), step % GROUPS
+    n_k_blocks, per_input, kind, offset, source = (
+        a.n_cols // K_BLOCK,
+        a.rounded_bytes,
+        a.kind,
+        a.offset,
+        a.source + first,
+    )
+    at = a.panels + TOKEN_BYTES * n_k_blocks * first
+    for k_block in range(n_k_blocks):
+        skipped, g = BLOCK_BYTES * (k_block // BLOCKS_TOGETHER), k_block % BLOCKS_TOGETHER
         for i in range(size):
             write_group(kind, offset, a.rounded + per_input * source[i] + skipped, g, at, size, i)
         at += TOKEN_BYTES * size

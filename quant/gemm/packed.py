@@ -1,18 +1,18 @@
-"""Panels: weights and activations arranged for the integer products of many tokens (gemm/microkernel.py).
+"""Packed panels: weights and tokens in the order of the micro-kernel's integer products (gemm/microkernel.py).
 
 A weight panel holds 32 rows, repacked from their blocks a few columns at a time into a worker's L1-sized scratch. For
-16 of them a step of 32 columns takes 640 bytes: u8[8][16 rows][4 columns] | f32[16] | f32[16]; the other 16 follow. A
+16 of them a k-block, 32 columns, takes 640 bytes: u8[8][16 rows][4 columns] | f32[16] | f32[16]; the other 16 follow. A
 weight is scale * (u - offset) - minimum. The two vectors by the kind of the format:
 
-    MINIMUM   scale, -minimum                           one of each for every 32 weights; offset 0
-    OFFSET    scale, nothing                            one for every 32; u below 32
-    BYTES     the same                                  one for every 32; u of 8 bits
-    HALVES    scale of columns 0-15, of columns 16-31   one for every 16
+    AFFINE        scale, -minimum                           one of each for every 32 weights; offset 0
+    SYMMETRIC     scale, nothing                            one for every 32; u below 32
+    SIGNED_BYTES  scale, nothing                            one for every 32; u of 8 bits
+    TWO_SCALES    scale of columns 0-15, of columns 16-31   one for every 16
 
 A token panel holds the tokens of one product in blocks of 6 (4 with AVX2, 12 with AMX), but for the last one. A block
-of n takes 44*n bytes a step: q i8[n][32] | d f32[n] | two words [n]. The words of MINIMUM: s f32 = d * sum of q, and
+of n takes 44*n bytes a k-block: q i8[n][32] | d f32[n] | two words [n]. The words of AFFINE: s f32 = d * sum of q, and
 nothing. Of the others: BIAS - offset * sum of q, i32, over all 32 columns and nothing, or over each half. Dot products
-start there, those of MINIMUM at BIAS.
+start there, those of AFFINE at BIAS.
 """
 
 import numpy as np
@@ -21,18 +21,18 @@ from quant.batch import PACKED_FROM, PACKED_FROM_INTERLEAVED
 from quant.block_format import Format, PanelFormat
 from quant.gemm.microkernel import TILES
 from quant.gemm.microkernel_amx import SCRATCH_END, configure, release
-from quant.gemm.microkernel_step import (
+from quant.gemm.microkernel_k_block import (
+    AFFINE,
     AHEAD,
     BIAS,
-    GROUPS,
-    HALVES,
-    MINIMUM,
+    K_BLOCK,
+    K_BLOCKS,
     PART_BYTES,
+    PASSES,
     ROWS,
-    STEP,
-    STEPS,
     TOKEN_BYTES,
     TOKENS,
+    TWO_SCALES,
 )
 from quant.gemm.quantize_tokens import SUMS, D, S
 from quant.matrix import MATRIX, QuantMatrix, row_address
@@ -85,7 +85,7 @@ def packed_matrix(matrix: QuantMatrix, format_: PanelFormat) -> np.ndarray:
 
 def tokens_bytes(n_cols: int, n_tokens: int) -> int:
     """Bytes of a token panel."""
-    return TOKEN_BYTES * (n_cols // STEP) * n_tokens
+    return TOKEN_BYTES * (n_cols // K_BLOCK) * n_tokens
 
 
 @inline
@@ -97,14 +97,14 @@ def token_block(i, n_tokens):
 
 @inline
 def write_group(kind, offset, block, g, at, size, i):
-    """Group g of a rounded block (gemm/quantize_tokens.py) as token i of the `size` that share the step at `at`."""
-    store_i8x32(at + STEP * i, load_i8x32(block + STEP * g))
-    words = at + STEP * size + 4 * i
+    """Group g of a rounded block (gemm/quantize_tokens.py) as token i of the `size` that share the k-block at `at`."""
+    store_i8x32(at + K_BLOCK * i, load_i8x32(block + K_BLOCK * g))
+    words = at + K_BLOCK * size + 4 * i
     store_f32(words, load_f32(block + D + 4 * g))
     first, second = load_i32(block + SUMS + 4 * g), load_i32(block + SUMS + 64 + 4 * g)
-    if kind == MINIMUM:
+    if kind == AFFINE:
         store_f32(words + 4 * size, load_f32(block + S + 4 * g))
-    elif kind == HALVES:
+    elif kind == TWO_SCALES:
         store_i32(words + 4 * size, BIAS - offset * first)
         store_i32(words + 8 * size, BIAS - offset * second)
     else:
@@ -139,16 +139,16 @@ def multiply_panels(weights, group, first, n_rows, n_cols, tokens, n_tokens, sum
     """
     row_bytes, block = weights.matrix.row_bytes, weights.matrix.block
     w = row_address(weights.matrix, group, first)
-    panels, n_steps = n_panels(n_rows), n_cols // STEP
+    panels, n_k_blocks = n_panels(n_rows), n_cols // K_BLOCK
     for i in range(0, 4 * ROWS * panels * n_tokens, 64):
         store_f32x16(sums + i, zero_f32x16())
-    tile_steps = GROUPS * panels * n_steps * ((n_tokens + TOKENS - 1) // TOKENS)
+    tile_k_blocks = PASSES * panels * n_k_blocks * ((n_tokens + TOKENS - 1) // TOKENS)
     store_i64(scratch + AHEAD, ahead)
-    store_i64(scratch + AHEAD + 8, (ahead_bytes // 64 + tile_steps - 1) // tile_steps)
+    store_i64(scratch + AHEAD + 8, (ahead_bytes // 64 + tile_k_blocks - 1) // tile_k_blocks)
     configure(weights.kind, n_tokens, scratch)
-    for step in range(0, n_steps, STEPS):
-        steps = min(STEPS, n_steps - step)
-        n_blocks, skipped = steps * STEP // block, step * STEP // block * (row_bytes * block // n_cols)
+    for k_block in range(0, n_k_blocks, K_BLOCKS):
+        k_blocks = min(K_BLOCKS, n_k_blocks - k_block)
+        n_blocks, skipped = k_blocks * K_BLOCK // block, k_block * K_BLOCK // block * (row_bytes * block // n_cols)
         skipped *= weights.matrix.interleaved
         for p in range(panels):
             rows = w + row_bytes * ROWS * p + skipped
@@ -156,7 +156,7 @@ def multiply_panels(weights, group, first, n_rows, n_cols, tokens, n_tokens, sum
             t = 0
             while t < n_tokens:
                 _, size = token_block(t, n_tokens)
-                x = tokens + TOKEN_BYTES * (t * n_steps + size * step)
-                call_5(weights.tile, scratch, x, sums + 4 * ROWS * (n_tokens * p + t), steps, size)
+                x = tokens + TOKEN_BYTES * (t * n_k_blocks + size * k_block)
+                call_5(weights.tile, scratch, x, sums + 4 * ROWS * (n_tokens * p + t), k_blocks, size)
                 t += size
     release(n_tokens, scratch)

@@ -16,7 +16,7 @@ from quant.simd.rows16 import transpose_strided
 from quant.target import isa
 from quant.target.jit import inline
 
-GROUPS = 16  # of a block
+BLOCKS_TOGETHER = 16  # of a block
 GROUP_COLUMNS = 32
 BLOCK_BYTES = 768
 D, S, SUMS = 512, 576, 640  # where they begin
@@ -91,14 +91,14 @@ def round_block(x, stride, count, out, work):
 
 def row_bytes(n_cols: int) -> int:
     """Bytes of a rounded row: its blocks one behind the other, the last one perhaps not full."""
-    return BLOCK_BYTES * (-(-n_cols // (GROUP_COLUMNS * GROUPS)))
+    return BLOCK_BYTES * (-(-n_cols // (GROUP_COLUMNS * BLOCKS_TOGETHER)))
 
 
 @inline
 def round_row(x, n_cols, out, work):
     """Round n_cols float32 at x, a multiple of 32, to a row of blocks."""
     n_groups = n_cols // GROUP_COLUMNS
-    for first in range(0, n_groups, GROUPS):
-        count = min(GROUPS, n_groups - first)
+    for first in range(0, n_groups, BLOCKS_TOGETHER):
+        count = min(BLOCKS_TOGETHER, n_groups - first)
         round_block(x + 4 * GROUP_COLUMNS * first, 4 * GROUP_COLUMNS, count, out, work)
         out += BLOCK_BYTES

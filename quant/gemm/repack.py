@@ -1,16 +1,16 @@
 """What the kernels share that repack blocks into panels (block_format.PanelFormat): words of 16 rows, and their places.
 
-`rows` is the address of 16 rows' addresses, `at` an offset behind each of them, `out` that of a step of 32 columns for
-these rows. Layout of a step: packed.py.
+`rows` is the address of 16 rows' addresses, `at` an offset behind each of them, `out` that of a k-block for these rows.
+Layout of a k-block: packed.py.
 """
 
 from quant.block_format import REPACK
-from quant.gemm.microkernel_step import STEP, STEP_BYTES
+from quant.gemm.microkernel_k_block import K_BLOCK, K_BLOCK_BYTES
 from quant.simd.memory import store_f32x16, store_i32x16
 from quant.simd.rows16 import gather, half_to_f32, high_nibbles, transpose, with_fifth_bits
 from quant.target.jit import inline, kernel
 
-SCALES = 16 * STEP  # where a step's scales begin
+SCALES = 16 * K_BLOCK  # where a k-block's scales begin
 
 repacks = kernel(REPACK, "avx2")  # decorator: micro-kernels need AVX2, and so does what is here
 
@@ -37,15 +37,15 @@ def two_nibbles(words):
 
 @inline
 def store_nibbles(words, out):
-    """Low nibbles to one step, high ones to the next."""
+    """Low nibbles to one k-block, high ones to the next."""
     low, high = two_nibbles(words)
     store_i32x16(out, low)
-    store_i32x16(out + STEP_BYTES, high)
+    store_i32x16(out + K_BLOCK_BYTES, high)
 
 
 @inline
 def store_halves(low, high, e, out):
-    """Weights 4e..4e+3 of the first half of a step, and of the second."""
+    """Weights 4e..4e+3 of the first half of a k-block, and of the second."""
     store_i32x16(out + 64 * e, low)
     store_i32x16(out + 64 * e + 256, high)
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from quant.gemm import quantize_tokens
-from quant.gemm.quantize_tokens import BLOCK_BYTES, GROUPS
+from quant.gemm.quantize_tokens import BLOCK_BYTES, BLOCKS_TOGETHER
 from quant.gemv import activations
 from quant.target.jit import kernel
 from quant.threads.pool import aligned_bytes
@@ -23,7 +23,14 @@ def rounded_row(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
     blocks, n = out.reshape(-1, BLOCK_BYTES), x.size // activations.Q8_BLOCK
     q = blocks[:, : quantize_tokens.D].copy().view(np.int8).reshape(-1, activations.Q8_BLOCK)
     d, s = (blocks[:, at : at + 64].copy().view(np.float32).ravel() for at in (quantize_tokens.D, quantize_tokens.S))
-    sums = blocks[:, quantize_tokens.SUMS :].copy().view(np.int32).reshape(-1, 2, GROUPS).swapaxes(0, 1).reshape(2, -1)
+    sums = (
+        blocks[:, quantize_tokens.SUMS :]
+        .copy()
+        .view(np.int32)
+        .reshape(-1, 2, BLOCKS_TOGETHER)
+        .swapaxes(0, 1)
+        .reshape(2, -1)
+    )
     return q[:n], d[:n], s[:n], sums[:, :n]
 
 

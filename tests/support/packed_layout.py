@@ -11,6 +11,6 @@ def unpacked(steps: np.ndarray, format_: PanelFormat) -> np.ndarray:
     u = steps[:, :512].reshape(-1, 8, 16, 4).transpose(2, 0, 1, 3).reshape(16, -1, 2, 16)
     first, second = steps[:, 512:].copy().view(np.float32).reshape(-1, 2, 16).transpose(1, 2, 0)[..., None, None]
     w = u.astype(np.float32) - np.float32(format_.offset)
-    if format_.kind == packed.HALVES:
+    if format_.kind == packed.TWO_SCALES:
         return (np.concatenate([first, second], -2) * w).reshape(16, -1)
-    return (first * w + (second if format_.kind == packed.MINIMUM else 0)).reshape(16, -1)
+    return (first * w + (second if format_.kind == packed.AFFINE else 0)).reshape(16, -1)

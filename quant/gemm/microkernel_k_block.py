@@ -1,4 +1,4 @@
-"""One step of the register tile (microkernel.py): 32 columns of a weight panel and of a few tokens, emitted as LLVM IR.
+"""One k-block of the register tile (microkernel.py): 32 columns of a weight panel and of a few tokens, as LLVM IR.
 
 Integer dot products, scaled and added to float32 totals. Layout of both panels: gemm/packed.py.
 """
@@ -20,46 +20,46 @@ PARTS, VECTOR_TOKENS = (2, 6) if isa.has("avx512_vnni") else (1, 4)
 if isa.has("amx"):
     VECTOR_TOKENS = 4
 TOKENS = 12 if isa.has("amx") else VECTOR_TOKENS  # of a block at most; more than VECTOR_TOKENS go through AMX tiles
-GROUPS = ROWS // (PARTS * LANES)  # passes over the panels
-STEP = 32  # columns between two scalings
-PART_BYTES = 640  # of a step for 16 rows: 512 of weights, two vectors of scales
-STEP_BYTES = 2 * PART_BYTES
-STEPS = 16  # of a weight panel at most: 20 KB, which stay in L1 while all tokens pass over them
-AHEAD = STEPS * STEP_BYTES  # behind a weight panel: what to prefetch next i64 | lines of it a step i64
-AMX = AHEAD + 64  # behind that, with AMX: products of two steps and the tile file
-TOKEN_BYTES = 44  # of a token's step: 32 of q, d, and two words more
+PASSES = ROWS // (PARTS * LANES)  # passes over the panels
+K_BLOCK = 32  # columns between two scalings
+PART_BYTES = 640  # of a k-block for 16 rows: 512 of weights, two vectors of scales
+K_BLOCK_BYTES = 2 * PART_BYTES
+K_BLOCKS = 16  # of a weight panel at most: 20 KB, which stay in L1 while all tokens pass over them
+AHEAD = K_BLOCKS * K_BLOCK_BYTES  # behind a weight panel: what to prefetch next i64 | lines of it a k-block i64
+AMX = AHEAD + 64  # behind that, with AMX: products of two k-blocks and the tile file
+TOKEN_BYTES = 44  # of a token's k-block: 32 of q, d, and two words more
 
 # Integer sums start at the bits of 1.5 * 2**23: they are float32 numbers without a conversion, too large by that much,
 # as sums of 32 products stay below 2**22. A scale has 18 bits at most, so that its product with the excess is exact.
 BIAS, BIAS_FLOAT = 0x4B400000, 1.5 * 2**23
 
-MINIMUM, OFFSET, HALVES, BYTES = range(4)  # kinds of formats: see gemm/packed.py
-_MOST = {MINIMUM: 31, OFFSET: 31, HALVES: 63, BYTES: 255}  # weights as they lie in a panel are not above
+AFFINE, SYMMETRIC, TWO_SCALES, SIGNED_BYTES = range(4)  # kinds of formats: see gemm/packed.py
+_MOST = {AFFINE: 31, SYMMETRIC: 31, TWO_SCALES: 63, SIGNED_BYTES: 255}  # weights as they lie in a panel are not above
 
 VF32, VI32, VI8 = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(I8, 4 * LANES)
 
 
-class Step:
-    """Emits one step of one tile: `n` tokens, addresses of the step's weights and tokens."""
+class KBlock:
+    """Emits one k-block of one tile: `n` tokens, addresses of the k-block's weights and tokens."""
 
     def __init__(self, builder, kind: int, n: int, weights, tokens):
         self.builder, self.kind, self.n, self.weights, self.tokens = builder, kind, n, weights, tokens
 
     def word(self, field: int, t: int, vector: ir.VectorType):
         """A word of token t in every lane: field 0 is d, 1 and 2 are the two others."""
-        address = self.builder.add(self.tokens, I64(self.n * (STEP + 4 * field) + 4 * t))
+        address = self.builder.add(self.tokens, I64(self.n * (K_BLOCK + 4 * field) + 4 * t))
         return splat(self.builder, load(self.builder, address, vector.element), vector)
 
     def row_floats(self, i: int) -> list:
         """The first or second vector of scales, of each part."""
         return [
-            load(self.builder, self.builder.add(self.weights, I64(PART_BYTES * part + 16 * STEP + 64 * i)), VF32)
+            load(self.builder, self.builder.add(self.weights, I64(PART_BYTES * part + 16 * K_BLOCK + 64 * i)), VF32)
             for part in range(PARTS)
         ]
 
     def columns(self, k: int, t: int):
         """The q of columns k..k+3 of token t, for every row."""
-        words = load(self.builder, self.builder.add(self.tokens, I64(STEP * t + k)), I32)
+        words = load(self.builder, self.builder.add(self.tokens, I64(K_BLOCK * t + k)), I32)
         return self.builder.bitcast(splat(self.builder, words, VI32), VI8)
 
     def row_bytes(self, k: int, part: int):
@@ -82,7 +82,7 @@ class Step:
     def dots_avx2(self, starts: list, columns: range) -> list:
         """[t]: the same without VNNI."""
         b = self.builder
-        if self.kind == BYTES:
+        if self.kind == SIGNED_BYTES:
             return self.signed_dots_avx2(columns)
         sums = list(starts)
         width = 4 * (0x7FFF // (2 * _MOST[self.kind] * 127))  # columns whose products fit 16 bits
@@ -118,16 +118,16 @@ class Step:
                 totals[part][t] = emit_fma(b, scaled, d, totals[part][t])
 
     def add(self, totals: list) -> None:
-        """Add this step to the totals."""
-        if self.kind == HALVES:
+        """Add this k-block to the totals."""
+        if self.kind == TWO_SCALES:
             for half in range(2):
                 starts = [self.word(1 + half, t, VI32) for t in range(self.n)]
                 dots = self.dots(starts, range(16 * half, 16 * half + 16))
                 self.add_scaled(totals, dots, self.row_floats(half))
             return
-        starts = [self.word(1, t, VI32) if self.kind != MINIMUM else constant(VI32, BIAS) for t in range(self.n)]
-        self.add_scaled(totals, self.dots(starts, range(STEP)), self.row_floats(0))
-        if self.kind == MINIMUM:
+        starts = [self.word(1, t, VI32) if self.kind != AFFINE else constant(VI32, BIAS) for t in range(self.n)]
+        self.add_scaled(totals, self.dots(starts, range(K_BLOCK)), self.row_floats(0))
+        if self.kind == AFFINE:
             minima = self.row_floats(1)
             for t in range(self.n):
                 s = self.word(1, t, VF32)
@@ -135,18 +135,18 @@ class Step:
                     totals[part][t] = emit_fma(self.builder, minima[part], s, totals[part][t])
 
 
-class Steps:
-    """The steps of one block of `n` tokens: addresses of the first step's weights and tokens, number of steps."""
+class KBlocks:
+    """The k-blocks of one block of `n` tokens: addresses of the first's weights and tokens, and how many."""
 
-    def __init__(self, builder, kind: int, n: int, weights, tokens, n_steps):
+    def __init__(self, builder, kind: int, n: int, weights, tokens, n_k_blocks):
         self.builder, self.kind, self.n = builder, kind, n
-        self.weights, self.tokens, self.n_steps = weights, tokens, n_steps
+        self.weights, self.tokens, self.n_k_blocks = weights, tokens, n_k_blocks
 
     def addresses(self, index) -> tuple:
-        """Of the weights and tokens of a step."""
-        weights = self.builder.add(self.weights, self.builder.mul(index, I64(STEP_BYTES)))
+        """Of the weights and tokens of a k-block."""
+        weights = self.builder.add(self.weights, self.builder.mul(index, I64(K_BLOCK_BYTES)))
         return weights, self.builder.add(self.tokens, self.builder.mul(index, I64(TOKEN_BYTES * self.n)))
 
-    def at(self, index) -> Step:
-        """Called for every step in order."""
-        return Step(self.builder, self.kind, self.n, *self.addresses(index))
+    def at(self, index) -> KBlock:
+        """Called for every k-block in order."""
+        return KBlock(self.builder, self.kind, self.n, *self.addresses(index))
