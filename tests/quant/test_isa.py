@@ -11,10 +11,6 @@ def test_detected_level_has_all_its_features():
     assert isa.FEATURES[isa.detect()] <= isa.host_features()
 
 
-# What a sample at a level does without: no instruction of it saturates, and of every kind of format another is there.
-LEFT_OUT = {"generic": "Q4_1 or Q5_0 or Q5_K or IQ4_NL or MXFP4 or Q4_K_R16 or (test_r16 and test_experts)"}
-
-
 def run_marked(level: str, *options: str) -> None:
     """The tests marked `levels`, in one process, which compiles each kernel once."""
     command = ["-m", "pytest", "-q", "-x", "-n0", "-p", "no:cacheprovider", "-m", "levels", *options]
@@ -22,10 +18,10 @@ def run_marked(level: str, *options: str) -> None:
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-@levels.lower
+@levels.next_lower
 def test_a_sample_at_a_lower_level(level: str) -> None:
-    """Kernels, each with one of the sizes that its tests know."""
-    run_marked(level, "--sample", *(("-k", f"not ({LEFT_OUT[level]})") if level in LEFT_OUT else ()))
+    """Kernels, each with one of the sizes that its tests know; at the levels below that, the slow test runs them."""
+    run_marked(level, "--sample")
 
 
 @pytest.mark.slow

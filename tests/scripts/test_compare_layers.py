@@ -6,14 +6,17 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import hf_checkpoints as hf
 import pytest
 import tiny_models
 from paths import SCRIPTS
 
 import localrun
+from localrun.convert import Options, convert, make_plan
 from localrun.network.rope import Rope
 
 
@@ -30,7 +33,7 @@ def report(script: ModuleType, variant: str, n_tokens: int = 12, type_: Any = "F
         return script.report(engine, tiny_models.token_ids(variant, n_tokens), None, 1, script.TOLERANCE)
 
 
-@pytest.mark.parametrize("variant", ["v3", "v3-legacy-kv-b", "v2-lite", "llama"])
+@pytest.mark.parametrize("variant", ["v3", "v3-legacy-kv-b", "v2-lite", "llama", "qwen3moe"])
 def test_all_phases_are_the_networks(script: ModuleType, variant: str) -> None:
     found = report(script, variant)
     assert found["first"] is None
@@ -42,6 +45,24 @@ def test_all_phases_are_the_networks(script: ModuleType, variant: str) -> None:
 
 def test_few_tokens_of_a_quantised_model(script: ModuleType) -> None:
     assert report(script, "v3", 3, tiny_models.Q4_K_M)["first"] is None
+
+
+@pytest.mark.parametrize(("kind", "config"), [("DeepseekV3", hf.V3), ("Qwen3Moe", hf.QWEN3_MOE)])
+def test_the_source_has_the_last_word(script: ModuleType, tmp_path: Path, kind: str, config: dict[str, Any]) -> None:
+    """Step and network agree with transformers; where the checkpoint is another one, the layer is named."""
+    folder = hf.save(hf.make(kind, config), tmp_path / "model")
+    path = folder.with_suffix(".gguf")
+    convert(make_plan(folder, path, Options(mix="F32")))
+    norm = "model.layers.1.post_attention_layernorm.weight"
+    with localrun.load(path, threads=1, ctx=64) as engine:
+        found = script.report(engine, hf.PROMPT, folder, 1, script.TOLERANCE)
+        hf.edit_tensors(folder, lambda tensors: tensors.update({norm: 3 * tensors[norm]}))
+        changed = script.report(engine, hf.PROMPT, folder, 1, script.TOLERANCE)
+    assert found["first"] is None and len(found["layers"]) == config["num_hidden_layers"] - 1
+    # 16-bit keys and values in the step's cache; the network by itself keeps 32 bits.
+    assert max(layer["errors"]["step"] for layer in found["layers"]) < 2e-3
+    assert max(layer["errors"]["network"] for layer in found["layers"]) < 1e-5
+    assert changed["first"] == "layer 1 against the source"
 
 
 def test_a_rope_of_the_wrong_sign_is_named(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ _LOWER = [level for level in isa.LEVELS if isa.LEVELS.index(level) < isa.LEVELS.
 _NONE = pytest.param("none", marks=pytest.mark.skip(reason=f"this CPU's own level is the lowest, {isa.detect()}"))
 
 lower = pytest.mark.parametrize("level", _LOWER or [_NONE])
+next_lower = pytest.mark.parametrize("level", _LOWER[-1:] or [_NONE])
 
 
 def run(level: str, *command: str, **variables: str) -> subprocess.CompletedProcess:
