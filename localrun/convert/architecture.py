@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from localrun.convert.builder import Builder, layer_prefix
-from localrun.convert.checkpoint import Checkpoint, read_json
 from localrun.convert.errors import CheckpointError
 from localrun.convert.metadata import Metadata
 from localrun.convert.settings import Settings, architecture_of, read_config, typed
+from localrun.convert.sources.checkpoint import Checkpoint, read_json
 from localrun.convert.targets import Target
 from localrun.models.architecture import Architecture
 from localrun.models.config import Config

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from localrun.convert.checkpoint import Checkpoint
 from localrun.convert.errors import CheckpointError
+from localrun.convert.sources.checkpoint import Checkpoint
 from localrun.convert.targets import Piece, Target
 from localrun.models.architecture import HeadRows, Pairs, Tensor
 from localrun.models.config import Config

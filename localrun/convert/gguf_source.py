@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from localrun.convert.architecture import Model
-from localrun.convert.checkpoint import SourceTensor
 from localrun.convert.metadata import Entry, Metadata
 from localrun.convert.mixes import PLAIN
-from localrun.convert.reading import Reader
+from localrun.convert.sources.checkpoint import SourceTensor
+from localrun.convert.sources.reading import Reader
 from localrun.convert.targets import Piece, Target
 from localrun.errors import LocalrunError, UnsupportedModelError
 from localrun.gguf import types as tensor_types

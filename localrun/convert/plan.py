@@ -12,12 +12,12 @@ from gguf.utility import size_label
 
 import localrun
 from localrun.convert import architecture, gguf_source, vocabulary
-from localrun.convert.checkpoint import Checkpoint
 from localrun.convert.gguf_source import GGUFSource
 from localrun.convert.imatrix import Importances
 from localrun.convert.layout import Layout, make_layout
 from localrun.convert.metadata import Metadata
 from localrun.convert.mixes import MIXES, Override, choose_types, interleave, is_overruled
+from localrun.convert.sources.checkpoint import Checkpoint
 from localrun.convert.targets import Target, Unit, units
 from localrun.errors import LocalrunError
 

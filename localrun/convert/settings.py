@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NoReturn
 
-from localrun.convert.checkpoint import Checkpoint
 from localrun.convert.errors import CheckpointError
+from localrun.convert.sources.checkpoint import Checkpoint
 from localrun.models.architecture import REQUIRED, Architecture
 from localrun.models.config import Config, RopeScaling
 from localrun.models.registry import CHECKPOINTS

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from localrun.convert.checkpoint import SourceTensor
+from localrun.convert.sources.checkpoint import SourceTensor
 from localrun.gguf.types import ROWS
 
 

@@ -158,7 +158,7 @@ def _config_path(path: Path) -> Path | None:
 
 
 def _read_config_json(path: Path) -> dict[str, Any]:
-    from localrun.convert.checkpoint import read_json
+    from localrun.convert.sources.checkpoint import read_json
 
     return read_json(path)
 
@@ -195,9 +195,9 @@ def from_config(
 ) -> ModelShape:
     """The model of a config.json, packed as `localrun convert --type` would. Raises LocalrunError."""
     from localrun.convert.architecture import read_model
-    from localrun.convert.checkpoint import SourceTensor
     from localrun.convert.mixes import parse_mix
     from localrun.convert.settings import Settings
+    from localrun.convert.sources.checkpoint import SourceTensor
     from localrun.plan.checkpoint_shapes import checkpoint_shapes
 
     mix = parse_mix(type_ or DEFAULT_TYPE)

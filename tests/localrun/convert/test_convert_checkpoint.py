@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from localrun.convert import Options, layout, make_plan
-from localrun.convert.checkpoint import Checkpoint
 from localrun.convert.errors import CheckpointError
+from localrun.convert.sources.checkpoint import Checkpoint
 from localrun.errors import LocalrunError
 
 FP8 = torch.float8_e4m3fn

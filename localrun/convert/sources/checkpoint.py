@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from localrun.convert.errors import CheckpointError
-from localrun.convert.reading import Reader
-from localrun.convert.safetensors_file import DTYPE_BYTES, StoredTensor, read_header
+from localrun.convert.sources.reading import Reader
+from localrun.convert.sources.safetensors_file import DTYPE_BYTES, StoredTensor, read_header
 from quant.formats import fp8
 
 INDEX = "model.safetensors.index.json"
