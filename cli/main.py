@@ -3,6 +3,7 @@
 Nothing here or in the command modules imports torch, numba, llama_cpp or gguf at the top, so that --help is quick.
 """
 
+import logging
 import os
 import sys
 from typing import Annotated
@@ -17,6 +18,7 @@ from cli.doctor import doctor
 from cli.generate import generate
 from cli.imatrix import imatrix
 from cli.inspect import inspect
+from cli.output import Notes
 from cli.perplexity import perplexity
 from cli.plan import app as plan
 
@@ -78,6 +80,7 @@ def main() -> None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  open until the end
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that lacks a character gets a question mark, not a crash
+    logging.getLogger("quant").addHandler(Notes())
     sys.exit(run(sys.argv[1:]))
 
 

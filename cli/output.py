@@ -1,6 +1,7 @@
 """What goes to the terminal: data to stdout, everything else to stderr; progress bars only where a person looks."""
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,13 @@ Progress = Callable[[int, int, str], None]
 def note(line: str) -> None:
     """One line for the user."""
     print(f"localrun: {line}", file=sys.stderr, flush=True)
+
+
+class Notes(logging.Handler):
+    """What the packages log, as lines for the user."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
 
 
 def print_json(document: dict[str, Any]) -> None:

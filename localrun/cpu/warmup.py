@@ -32,9 +32,9 @@ def warm_up(
     """
     from quant.formats import registry
     from quant.gemm import packed
-    from quant.target import jit
+    from quant.target import jit, kernel_cache
 
-    if progress is None and not jit.has_kernels():
+    if progress is None and not kernel_cache.kept():
         notice("first run on this machine: compiling the kernels, which takes a while")
     total = len(_MODULES) + len(types)
     for done, (module, what) in enumerate(_MODULES.items()):

@@ -162,16 +162,17 @@ def _pages() -> Finding:
 def _kernels() -> Finding:
     """Where compiled kernels are kept: without a place to write to, every start takes half a minute."""
     try:
-        from numba import config
-
-        from quant.target import jit
+        from quant.target import kernel_cache
     except QuantError as error:
         return Finding("kernel cache", "not looked at", None, str(error))
-    folder = Path(config.CACHE_DIR)
-    is_temporary = folder.name.startswith("localrun-kernels-")
-    advice = "set LOCALRUN_CACHE to a folder that can be written to: kernels are compiled at every start"
-    text = f"{folder}, {'kernels are there' if jit.has_kernels() else 'empty: the first run compiles'}"
-    return Finding("kernel cache", text, str(folder), advice if is_temporary else "")
+    folder = kernel_cache.folder()
+    if folder.refusal:
+        advice = f"{folder.refusal}, so every start compiles the kernels; set LOCALRUN_CACHE to a folder of your own"
+        return Finding("kernel cache", f"{folder.path}, not used", str(folder.path), advice)
+    kept, damaged = kernel_cache.kept(), kernel_cache.damaged()
+    text = f"{folder.path}, {f'{kept} kernels' if kept else 'empty: the first run compiles'}"
+    advice = f"{damaged} of its kernels are damaged; the next run compiles them anew" if damaged else ""
+    return Finding("kernel cache", text, str(folder.path), advice)
 
 
 def _bandwidth() -> Finding:

@@ -36,10 +36,10 @@ def load(cache: Path, how: str, which: str) -> list[str]:
 def test_only_the_first_run_compiles_and_says_so(which: str, n_kernels: int, tmp_path: Path) -> None:
     first = load(tmp_path, "quiet", which)
     assert first == ["notice: first run on this machine: compiling the kernels, which takes a while"]
-    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")}
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.kernel")}
     assert len(kept) > n_kernels
     steps = [line.split(" ", 2) for line in load(tmp_path, "progress", which)]
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")} == kept
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.kernel")} == kept
     done, totals, names = zip(*steps, strict=True)
     assert [int(n) for n in done] == list(range(len(steps))) and set(totals) == {str(len(steps) - 1)}
     assert "Kernels: decoding: attention" in names and "Kernels: F32" in names
