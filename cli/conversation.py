@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from cli.interrupt import Interruptible
 from cli.model import stream
 from localrun.errors import LocalrunError
-from localrun.text.chat_template import CHATML, CHATML_STOP, ChatTemplate, chat_ids
+from localrun.text.chat_template import CHATML, CHATML_STOP, ChatTemplate
+from localrun.text.prompt import chat_ids
 
 if TYPE_CHECKING:
     from localrun.engine import Engine

@@ -99,14 +99,14 @@ def _prompt(prompt: str | None, file: str | None) -> str:
 
 
 def _prompt_ids(engine: "Engine", text: str, system: str | None, raw: bool) -> list[int]:
-    from localrun.text.chat_template import chat_ids
+    from localrun.text.prompt import chat_ids, raw_ids
 
     if not raw and engine.template is None:
         if system is not None:
             raise LocalrunError("the file has no chat template, so --system has no place in the prompt")
         note("the file has no chat template: the prompt is continued as it is")
     if raw or engine.template is None:
-        return engine.tokenizer.encode(text)
+        return raw_ids(engine.tokenizer, text)
     messages = [{"role": "user", "content": text}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": check_text(system, "the system message")})

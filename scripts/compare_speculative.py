@@ -26,7 +26,7 @@ from localrun.generate.sampling import Sampling
 from localrun.generate.session import Session, Stats
 from localrun.generate.speculative import Speculation
 from localrun.measure import bench
-from localrun.text.chat_template import chat_ids
+from localrun.text.prompt import chat_ids
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 from forced_draft import ForcedDraft

@@ -72,21 +72,23 @@ class Session:
     ) -> Iterator[str]:
         """The text that follows the prompt `ids`, in pieces of whole characters; stop strings are not part of it.
 
-        Closing the iterator early keeps what was evaluated. progress(done, total) counts prompt tokens.
+        A stop string may spell control tokens, which are no part of the text either. Closing the iterator early keeps
+        what was evaluated. progress(done, total) counts prompt tokens.
 
         Raises:
             ContextFullError: the prompt does not fit.
             LocalrunError: no prompt, or an id that the vocabulary lacks.
         """
         decoder = self.engine.tokenizer.stream_decoder()
-        text = StopStrings(stop)
+        stops, marks = _with_marks(stop, self.engine.tokenizer.controls if stop else {})
+        text, hidden = StopStrings(stops), dict.fromkeys(map(ord, marks.values()))
         for token in self.tokens(ids, sampling, max_tokens=max_tokens, progress=progress):
-            if piece := text.push(decoder.push(token)):
+            if piece := text.push(decoder.push(token) + marks.get(token, "")).translate(hidden):
                 yield piece
             if text.found:
                 self.finish_reason = "stop"
                 return
-        if rest := text.push(decoder.flush()) + text.flush():
+        if rest := (text.push(decoder.flush()) + text.flush()).translate(hidden):
             yield rest
 
     def tokens(
@@ -271,6 +273,19 @@ def fingerprint(engine: Runner) -> str:
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _with_marks(stops: Sequence[str], controls: dict[str, int]) -> tuple[list[str], dict[int, str]]:
+    """The stop strings, also with a mark in place of each control token that they spell; and the marks by token id.
+
+    A mark is half of a character, which decoded text never holds.
+    """
+    marked, marks = list(stops), {}
+    for text in sorted(controls, key=len, reverse=True):
+        if any(text in stop for stop in marked):
+            mark = marks[controls[text]] = chr(0xD800 + len(marks))
+            marked = [stop.replace(text, mark) for stop in marked]
+    return [*stops, *marked], marks
 
 
 class StopStrings:

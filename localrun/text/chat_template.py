@@ -30,6 +30,9 @@ CHATML = (
 """What llama.cpp takes for a model without a template (common/chat.cpp, common_chat_templates_init)."""
 CHATML_STOP = "<|im_end|>"  # ends a reply; in the vocabulary of a model without a template it is plain text
 
+Message = dict[str, Any]
+Answer = dict[str, str]
+
 
 class TemplateError(LocalrunError):
     """A chat template that is broken, refuses the conversation, or runs into a limit."""
@@ -43,8 +46,8 @@ class ChatTemplate:
             raise TemplateError(f"the chat template has {len(source)} characters, expected at most {MAX_SOURCE}")
         self.source, self.bos_token, self.eos_token = source, bos_token, eos_token
 
-    def render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
-        """The conversation as text, control tokens written out.
+    def render(self, messages: list[Message], *, add_generation_prompt: bool = True) -> str:
+        """The conversation as text, control tokens written out, as transformers' apply_chat_template has it.
 
         Args:
             messages: {"role": "system" | "user" | "assistant", "content": text} each.
@@ -52,18 +55,29 @@ class ChatTemplate:
 
         Raises TemplateError if the template is broken, refuses the messages, or runs into a limit.
         """
+        (answer,) = self.answers([messages], add_generation_prompt)
+        return text_of(answer)
+
+    def answers(self, conversations: list[list[Message]], add_generation_prompt: bool = True) -> list[Answer]:
+        """{"text": the conversation as text} or {"error": why there is none}, for each, from one process.
+
+        Raises TemplateError if the template is broken or runs into a limit of the process.
+        """
         variables = {
-            "messages": messages,
             "add_generation_prompt": add_generation_prompt,
             "bos_token": self.bos_token,
             "eos_token": self.eos_token,
             "tools": None,
             "documents": None,
         }
-        answer = _in_child(self.source, variables)
-        if "error" in answer:
-            raise TemplateError(f"the chat template failed: {answer['error']}")
-        return answer["text"]
+        return _in_child(self.source, variables, conversations)
+
+
+def text_of(answer: Answer) -> str:
+    """The text. Raises TemplateError where there is none."""
+    if "error" in answer:
+        raise TemplateError(f"the chat template failed: {answer['error']}")
+    return answer["text"]
 
 
 def chat_template(file: GGUFFile, tokenizer: Tokenizer) -> ChatTemplate | None:
@@ -76,30 +90,23 @@ def chat_template(file: GGUFFile, tokenizer: Tokenizer) -> ChatTemplate | None:
     )
 
 
-def chat_ids(template: ChatTemplate, tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
-    """The ids that a reply to messages continues: control tokens read as such, and one BOS where one is due."""
-    ids = tokenizer.encode(template.render(messages), add_special=False, parse_special=True)
-    if tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
-        ids.insert(0, tokenizer.bos_id)
-    return ids
-
-
 def _text(tokenizer: Tokenizer, id: int | None) -> str:
     return "" if id is None else tokenizer.decode([id], special=True)
 
 
-def _in_child(source: str, variables: dict[str, Any]) -> dict[str, str]:
-    """The child's answer. Files, not pipes: the system then bounds what the child can write, and nothing can block."""
+def _in_child(source: str, variables: dict[str, Any], conversations: list[list[Message]]) -> list[Answer]:
+    """The child's answers. Files, not pipes: the system then bounds what the child can write, and nothing can block."""
     request = {
         "path": [os.path.abspath(entry) for entry in sys.path],
         "limits": {
             "memory_bytes": MEMORY_BYTES,
-            "output_bytes": 8 * MAX_TEXT,  # JSON writes a character as up to 6 bytes
+            "output_bytes": 8 * MAX_TEXT * len(conversations),  # JSON writes a character as up to 6 bytes
             "cpu_s": round(TIME_S) + 1,
             "chars": MAX_TEXT,
         },
         "source": source,
         "variables": variables,
+        "conversations": conversations,
     }
     with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout:
         stdin.write(json.dumps(request).encode())
@@ -109,7 +116,10 @@ def _in_child(source: str, variables: dict[str, Any]) -> dict[str, str]:
         answer = stdout.read()
     if not answer:
         raise TemplateError(f"the chat template failed: it ended its process (exit code {code})")
-    return json.loads(answer)
+    answers = json.loads(answer)
+    if isinstance(answers, dict):
+        text_of(answers)  # an error of all
+    return answers
 
 
 def _run(command: list[str], stdin: Any, stdout: Any) -> int:

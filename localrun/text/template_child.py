@@ -2,8 +2,8 @@
 
 A template is a program from an untrusted file. The sandbox keeps it from Python's internals; the limits of the
 operating system, set before the template is even parsed, keep it from taking memory, CPU time or disk space.
-Reads {"path", "limits", "source", "variables"} as JSON from stdin, writes {"text"} or {"error"} to stdout. Whatever
-ends it otherwise leaves stdout empty.
+Reads {"path", "limits", "source", "variables", "conversations"} as JSON from stdin. Writes a list to stdout with a
+{"text"} or an {"error"} for each conversation, or one {"error"} for all. Whatever ends it otherwise leaves it empty.
 
 The environment is the one Hugging Face templates are written for: transformers, utils/chat_template_utils.py @v5.0.0,
 _compile_jinja_template.
@@ -71,21 +71,30 @@ def environment() -> Any:
     return env
 
 
-def render(env: Any, source: str, variables: dict[str, Any], max_chars: int) -> dict[str, str]:
+def render(template: Any, variables: dict[str, Any], max_chars: int) -> dict[str, str]:
     """The answer: {"text": what the template writes}, or {"error": why there is none}."""
     pieces, size = [], 0
-    for piece in env.from_string(source).generate(**variables):
-        pieces.append(piece)
-        size += len(piece)
-        if size > max_chars:
-            return {"error": f"it writes more than {max_chars} characters"}
+    try:
+        for piece in template.generate(**variables):
+            pieces.append(piece)
+            size += len(piece)
+            if size > max_chars:
+                return {"error": f"it writes more than {max_chars} characters"}
+    except Exception as error:  # a template can raise anything, and its message is the answer
+        return {"error": reason(error)}
     return {"text": "".join(pieces)}
 
 
-def describe(kind: type[BaseException], error: BaseException, _trace: Any) -> None:
-    """The excepthook: a template can raise anything, and its message is the answer."""
-    text = "it needs too much memory" if issubclass(kind, MemoryError) else " ".join(f"{error}".split())
-    sys.stdout.write(json.dumps({"error": text[:500] or kind.__name__}))
+def reason(error: BaseException) -> str:
+    """One short line."""
+    if isinstance(error, MemoryError):
+        return "it needs too much memory"
+    return " ".join(f"{error}".split())[:200] or type(error).__name__
+
+
+def describe(_kind: type[BaseException], error: BaseException, _trace: Any) -> None:
+    """The excepthook: what is wrong before anything is rendered."""
+    sys.stdout.write(json.dumps({"error": reason(error)}))
     sys.stdout.flush()
 
 
@@ -96,8 +105,12 @@ def main() -> None:
     sys.excepthook = describe
     limits = request["limits"]
     limit(limits["memory_bytes"], limits["output_bytes"], limits["cpu_s"])
-    answer = render(environment(), request["source"], request["variables"], limits["chars"])
-    sys.stdout.write(json.dumps(answer))
+    template = environment().from_string(request["source"])
+    answers = [
+        render(template, request["variables"] | {"messages": messages}, limits["chars"])
+        for messages in request["conversations"]
+    ]
+    sys.stdout.write(json.dumps(answers))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,16 @@ class Tokenizer:
         self.eos_id = self._special("eos", llama_cpp.llama_vocab_eos(vocab), llama_cpp.llama_vocab_get_add_eos(vocab))
         self.add_bos = llama_cpp.llama_vocab_get_add_bos(vocab)
         self.eog_ids = frozenset(id for id in range(self.n_vocab) if llama_cpp.llama_vocab_is_eog(vocab, id))
+
+    @cached_property
+    def controls(self) -> dict[str, int]:
+        """The ids of control tokens by their texts, as encode reads them with parse_special and only then."""
+        if not self._model:
+            return {}
+        attributes = self._lib.LLAMA_TOKEN_ATTR_CONTROL | self._lib.LLAMA_TOKEN_ATTR_UNKNOWN
+        ids = [id for id in range(self.n_vocab) if self._lib.llama_vocab_get_attr(self._vocab, id) & attributes]
+        texts = {self.piece(id, special=True).decode("utf-8", "replace"): id for id in ids}
+        return {text: id for text, id in texts.items() if text.strip()}
 
     def _special(self, name: str, id: int, added: bool) -> int | None:
         """id, or None where there is none; llama.cpp's defaults for absent keys can lie outside a small vocabulary."""

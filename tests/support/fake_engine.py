@@ -4,7 +4,7 @@ import io
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -28,6 +28,7 @@ class Tokenizer:
 
     knows_chatml = True
     n_vocab, bos_id, eos_id, add_bos, eog_ids = 256, None, END, False, frozenset({END})
+    controls: ClassVar[dict[str, int]] = {}
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
         if text == "<|im_end|>" and parse_special and self.knows_chatml:

@@ -514,6 +514,29 @@ def test_stop_strings(tokenizer: Tokenizer, stop: list[str], expected: str) -> N
     assert expected == TEXT or len(session.reply_ids) <= len(ids)
 
 
+@pytest.mark.parametrize(
+    ("stop", "by_token", "by_letters"),
+    [
+        (["<|im_start|>"], "One, two", "One, two"),
+        (["two<|im_start|>"], "One, ", "One, "),
+        (["<|im_start|> th"], "One, two", "One, two"),
+        (["<|im_start|><|im_start|>"], "One, two three", "One, two<|im_start|> three"),
+        (["x<|im_start|>", "three"], "One, two ", "One, two<|im_start|> "),
+        (["start"], "One, two three", "One, two<|im_"),
+    ],
+    ids=repr,
+)
+def test_stop_strings_with_control_tokens(
+    tokenizer: Tokenizer, stop: list[str], by_token: str, by_letters: str
+) -> None:
+    """The control token itself ends a reply, though it is no part of its text, and so do the letters that spell it."""
+    for parse_special, expected in ((True, by_token), (False, by_letters)):
+        ids = tokenizer.encode("One, two<|im_start|> three", add_special=False, parse_special=parse_special)
+        pieces, session = Script(tokenizer, [*ids, *ids]).reply(max_tokens=len(ids), stop=stop)
+        assert "".join(pieces) == expected
+        assert session.finish_reason == ("length" if expected.endswith("three") else "stop")
+
+
 def test_what_may_begin_a_stop_string_is_held_back(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("one two three", add_special=False)
     reply = Session(Script(tokenizer, ids)).reply(Script.PROMPT, GREEDY, max_tokens=3, stop=[" two!"])

@@ -5,36 +5,17 @@ from pathlib import Path
 
 import gguf
 import pytest
+from chats import BOS, CHAT, EOS, TEMPLATES, template, transformers_text
 from paths import DATA
 
 from localrun.errors import GGUFError, LocalrunError
 from localrun.gguf.file import open_gguf
 from localrun.text import template_child
-from localrun.text.chat_template import CHATML, MAX_SOURCE, ChatTemplate, TemplateError, chat_ids, chat_template
+from localrun.text.chat_template import CHATML, MAX_SOURCE, TemplateError, chat_template
+from localrun.text.prompt import chat_ids
 from localrun.text.tokenizer import Tokenizer
 
-TEMPLATES = sorted((DATA / "templates").glob("*.jinja"))
 VOCABULARY = DATA / "vocab" / "ggml-vocab-gpt-2.gguf"
-BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
-CHAT = [
-    {"role": "system", "content": "You are terse."},
-    {"role": "user", "content": 'Is 1 < 2 & "3" > 2?\n'},
-    {"role": "assistant", "content": "<think>Yes.</think>Yes, 👍."},
-    {"role": "user", "content": "Why?"},
-]
-
-
-def template(source: str) -> ChatTemplate:
-    return ChatTemplate(source, bos_token=BOS, eos_token=EOS)
-
-
-def transformers_text(source: str, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    texts, _ = render_jinja_template(
-        [messages], chat_template=source, add_generation_prompt=add_generation_prompt, bos_token=BOS, eos_token=EOS
-    )
-    return texts[0]
 
 
 def test_all_templates_are_there() -> None:

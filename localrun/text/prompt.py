@@ -1,0 +1,147 @@
+"""The token ids of a prompt: whose control tokens count.
+
+In a chat, those that the template writes. What a message spells out, "<|im_end|>" say, is text like any other: a
+user's words cannot end his turn. Templates trim, split and escape messages, so where their text has gone is found by
+rendering the conversation twice: as it is, and with private characters around each control token that a message
+spells. Without these characters the second text must be the first one, or the prompt is refused.
+
+Some templates read a message as one text, others walk over its parts ({"type": "text", "text": ...}). Which it is shows
+when private characters stand in for the words: where they do not come out, the words would not either. llama.cpp finds
+it out by rendering too (common/jinja/caps.cpp of https://github.com/ggml-org/llama.cpp).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from localrun.text.chat_template import Answer, ChatTemplate, Message, TemplateError, text_of
+from localrun.text.tokenizer import Tokenizer
+
+# Of the private planes of Unicode, so that no filter changes them and trimming takes them for letters.
+_OPEN, _CLOSE = "\U00100000", "\U00100001"
+_FIRST_WORD = 0xF0000  # stands for the first message's words, the next for the second's
+_ENCLOSED = re.compile(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}|[{_OPEN}{_CLOSE}]")
+_MUST_BE_THERE = ("user", "system")  # templates may leave an earlier reply out
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation as the template writes it.
+
+    Attributes:
+        text: equal to what transformers' apply_chat_template gives.
+        spelled: where messages spell control tokens in it, (start, stop) each, in order.
+    """
+
+    text: str
+    spelled: Sequence[tuple[int, int]]
+
+
+def chat_ids(template: ChatTemplate, tokenizer: Tokenizer, messages: list[Message]) -> list[int]:
+    """The ids that a reply to messages continues: the template's control tokens as such, and one BOS where one is due.
+
+    Raises TemplateError if the template is broken, refuses the messages, leaves words of theirs out, or changes them
+    so that its own control tokens cannot be told from theirs.
+    """
+    controls = _any_of(tokenizer.controls)
+    ids = _encode(tokenizer, chat_prompt(template, messages, controls), controls)
+    is_due = tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]
+    return [tokenizer.bos_id, *ids] if is_due else ids
+
+
+def raw_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a prompt that the user writes himself, control tokens included; not a second BOS if he writes one."""
+    ids = tokenizer.encode(text, parse_special=True)
+    return ids[1:] if tokenizer.add_bos and ids[:2] == [tokenizer.bos_id] * 2 else ids
+
+
+def chat_prompt(template: ChatTemplate, messages: list[Message], controls: re.Pattern[str]) -> Prompt:
+    """The conversation as text, and where its messages spell what controls matches. Raises as chat_ids does."""
+    rendered = _render(template, messages, set(), controls)
+    if rendered.lost:
+        as_parts = _render(template, messages, rendered.lost, controls)
+        rendered = as_parts if as_parts.lost < rendered.lost else rendered
+    text = text_of(rendered.answer)
+    for index in sorted(rendered.lost):
+        if messages[index]["role"] in _MUST_BE_THERE:
+            raise TemplateError(f"the chat template leaves the {messages[index]['role']} message out")
+    return Prompt(text, _spelled(text, rendered.marked, controls) if rendered.marked else ())
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """A conversation's text; messages whose words it lacks; its text with marks, if there is anything to mark."""
+
+    answer: Answer
+    lost: set[int]
+    marked: Answer | None
+
+
+def _render(template: ChatTemplate, messages: list[Message], parts: set[int], controls: re.Pattern[str]) -> _Rendered:
+    """The conversation, those messages whose indices are in `parts` as parts."""
+    words = {index: chr(_FIRST_WORD + index) for index, message in enumerate(messages) if message["content"].strip()}
+    marked = [controls.sub(f"{_OPEN}\\g<0>{_CLOSE}", message["content"]) for message in messages]
+    texts = [[message["content"] for message in messages], [words.get(i, "") for i in range(len(messages))]]
+    if marked != texts[0]:
+        texts.append(marked)
+    answer, probe, *rest = template.answers([_with(messages, contents, parts) for contents in texts])
+    lost = {index for index, word in words.items() if "error" in answer or _is_lost(word, probe)}
+    return _Rendered(answer, lost, rest[0] if rest else None)
+
+
+def _with(messages: list[Message], contents: list[str], parts: set[int]) -> list[Message]:
+    return [
+        message | {"content": [{"type": "text", "text": content}] if index in parts else content}
+        for index, (message, content) in enumerate(zip(messages, contents, strict=True))
+    ]
+
+
+def _is_lost(word: str, probe: Answer) -> bool:
+    """Whether a message's words do not come out, or as a part in Python's spelling."""
+    text = probe.get("text")
+    return text is not None and (word not in text or f"'text': '{word}'" in text)
+
+
+def _spelled(text: str, marked: Answer, controls: re.Pattern[str]) -> list[tuple[int, int]]:
+    """Where text spells control tokens that messages brought: those that stand between marks in `marked`."""
+    spans, plain, at = [], "", 0
+    with_marks = marked.get("text", "")
+    for mark in _ENCLOSED.finditer(with_marks):
+        plain += with_marks[at : mark.start()]
+        inner, at = mark[1] or "", mark.end()
+        if controls.fullmatch(inner):
+            spans.append((len(plain), len(plain) + len(inner)))
+        plain += inner
+    if plain + with_marks[at:] != text:
+        raise TemplateError("a message spells a control token, and the chat template changes it: write it otherwise")
+    return spans
+
+
+def _encode(tokenizer: Tokenizer, prompt: Prompt, controls: re.Pattern[str]) -> list[int]:
+    """The ids of a prompt. Between two control tokens of the template all is text where a message spells one."""
+    hidden = _hide(prompt)
+    edges = [0, *(edge for control in controls.finditer(hidden) for edge in control.span()), len(hidden)]
+    ids: list[int] = []
+    done = 0
+    for start, stop in zip(edges[::2], edges[1::2], strict=True):
+        if _OPEN in hidden[start:stop]:
+            ids += tokenizer.encode(prompt.text[done:start], add_special=False, parse_special=True)
+            ids += tokenizer.encode(prompt.text[start:stop], add_special=False)
+            done = stop
+    return ids + tokenizer.encode(prompt.text[done:], add_special=False, parse_special=True)
+
+
+def _hide(prompt: Prompt) -> str:
+    """The text with a mark for each character of what messages spell."""
+    hidden, at = "", 0
+    for start, stop in prompt.spelled:
+        hidden += prompt.text[at:start] + _OPEN * (stop - start)
+        at = stop
+    return hidden + prompt.text[at:]
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Matches each of these texts, the longest that there is; nothing if there are none."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
