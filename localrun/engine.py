@@ -145,7 +145,7 @@ class Engine:
         else:
             from localrun.backends.llama_cpp import LlamaCppModel
 
-            self.model = LlamaCppModel(file.path, self.ctx, threads, progress)
+            self.model = LlamaCppModel(file.path, self.ctx, threads, progress, file)
         self._warn_of_memory(notice)
         self.speculative: str | int = "off"
         self.draft_model: Engine | None = None

@@ -1,8 +1,7 @@
 """Any GGUF model through llama.cpp, by llama-cpp-python's low-level interface: token ids in, logits out.
 
 Runs on the CPU. Knows nothing of text or sampling. What the functions promise is in include/llama.h of
-https://github.com/ggml-org/llama.cpp; the checks before loading are those that src/llama-model.cpp makes with
-GGML_ASSERT (@3f545becc, load_hparams), which would end the process.
+https://github.com/ggml-org/llama.cpp.
 
 Legend: T new tokens.
 """
@@ -10,15 +9,16 @@ Legend: T new tokens.
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet, finalize
 
 import numpy as np
 
-from localrun.backends import llama_log
+from localrun.backends import binding, llama_log
+from localrun.backends.loading import load
 from localrun.errors import ContextFullError, LocalrunError
 from localrun.gguf.file import GGUFFile, open_gguf
 from localrun.limits import cut
@@ -26,7 +26,6 @@ from localrun.limits import cut
 Progress = Callable[[int, int, str], None]
 
 _SEQUENCE = 0  # each cache is a context of its own, with this one sequence
-_MAX_LAYERS, _MAX_EXPERTS = 512, 1024  # LLAMA_MAX_LAYERS, LLAMA_MAX_EXPERTS
 
 
 class LlamaCppModel:
@@ -36,23 +35,23 @@ class LlamaCppModel:
         vocab_size: logits a token.
         mtp: None: llama.cpp's heads for multi-token prediction are not used.
 
+    Args:
+        path: the GGUF file, or the first part of a split one.
+        file: the same file, already open; else it is opened and closed.
+
     Raises GGUFError or LocalrunError, one line naming the file and llama.cpp's reason, if it cannot be loaded.
     """
 
     mtp = None
 
-    def __init__(self, path: Path | str, ctx: int, threads: int, progress: Progress | None = None) -> None:
+    def __init__(
+        self, path: Path | str, ctx: int, threads: int, progress: Progress | None = None, file: GGUFFile | None = None
+    ) -> None:
         import llama_cpp
 
         self.path, self.ctx, self.threads = Path(path), ctx, threads
-        with open_gguf(path) as file:
-            _check_counts(file)
-            params = _model_params(file, progress)
-        llama_log.silence()
-        llama_log.clear()
-        self._model = llama_cpp.llama_model_load_from_file(bytes(self.path), params)
-        if not self._model:
-            raise LocalrunError(f"{path}: llama.cpp cannot load it: {llama_log.last_error() or 'no reason given'}")
+        with nullcontext(file) if file else open_gguf(path) as opened:
+            self._model = _load(opened, threads, progress)
         self._free = finalize(self, llama_cpp.llama_model_free, self._model)
         self.vocab_size: int = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         self.train_context: int = llama_cpp.llama_model_n_ctx_train(self._model)
@@ -117,12 +116,7 @@ class LlamaCppCache:
     def __init__(self, model: LlamaCppModel, handle: Any) -> None:
         import llama_cpp
 
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx = model.ctx
-        params.n_threads = params.n_threads_batch = model.threads
-        params.offload_kqv = params.op_offload = False
-        llama_log.clear()
-        self._context = llama_cpp.llama_init_from_model(handle, params)
+        self._context = binding.new_context(handle, model.ctx, model.threads)
         if not self._context:
             reason = llama_log.last_error() or "no reason given"
             raise LocalrunError(f"{model.path}: llama.cpp cannot make a context of {model.ctx} tokens: {reason}")
@@ -184,16 +178,8 @@ class LlamaCppCache:
         """Appends ids, at most batch_size of them; the logits after the last n_logits, float32 (n_logits, vocab)."""
         import llama_cpp
 
-        start, first_logits = self.length, len(ids) - n_logits
-        batch = llama_cpp.llama_batch_init(len(ids), 0, 1)
-        try:
-            batch.n_tokens = len(ids)
-            for i, token in enumerate(ids):
-                batch.token[i], batch.pos[i], batch.logits[i] = token, start + i, i >= first_logits
-                batch.n_seq_id[i], batch.seq_id[i][0] = 1, _SEQUENCE
-            status = llama_cpp.llama_decode(self._context, batch)
-        finally:
-            llama_cpp.llama_batch_free(batch)
+        start = self.length
+        status = binding.evaluate(self._context, ids, start, n_logits)
         if status:
             self.truncate(start)
             reason = llama_log.last_error() or "no reason given"
@@ -208,46 +194,12 @@ class LlamaCppCache:
         self._free()
 
 
-def _model_params(file: GGUFFile, progress: Progress | None) -> Any:
-    import llama_cpp
+def _load(file: GGUFFile, threads: int, progress: Progress | None) -> Any:
+    def report(fraction: float) -> None:
+        if progress is not None:
+            progress(int(fraction * file.file_size), file.file_size, "loading")
 
-    params = llama_cpp.llama_model_default_params()
-    params.n_gpu_layers = 0
     # On CPUs with AMX, llama.cpp puts weights into AMX buffers, and aborts on the batched product with attn_k_b that
     # multi-head latent attention makes (deepseek2 and its relatives).
-    params.use_extra_bufts = not any(name.endswith(".attn_k_b.weight") for name in file.tensors)
-    if progress is not None:
-
-        def report(fraction: float, _user_data: Any) -> bool:
-            progress(int(fraction * file.file_size), file.file_size, "loading")
-            return True
-
-        params.progress_callback = llama_cpp.llama_progress_callback(report)
-    return params
-
-
-def _check_counts(file: GGUFFile) -> None:
-    """Refuses numbers on which llama.cpp would abort, whatever the architecture; it reports all other faults itself."""
-    arch = file.string("general.architecture")
-
-    def count(name: str) -> int:
-        value = file.metadata.get(f"{arch}.{name}", 0)
-        return value if isinstance(value, int) else 0  # other types, and arrays by layer, are llama.cpp's to judge
-
-    n_experts, n_groups = count("expert_count"), count("expert_group_count")
-    limits = {"block_count": (1, _MAX_LAYERS), "expert_count": (0, _MAX_EXPERTS)}
-    if isinstance(file.metadata.get(f"{arch}.expert_used_count", 0), int):
-        limits["expert_used_count"] = (min(1, n_experts), n_experts)
-    limits["expert_group_count"] = (0, max(0, n_experts - 1))
-    if n_groups > 1:
-        limits["expert_group_used_count"] = (1, n_groups - 1)
-    for name, (low, high) in limits.items():
-        if not low <= count(name) <= high:
-            raise LocalrunError(f"{file.path}: key '{arch}.{name}' is {count(name)}, expected {low} to {high}")
-    if n_groups > 1 and n_experts % n_groups:
-        key = f"{arch}.expert_group_count"
-        raise LocalrunError(f"{file.path}: key {key!r} is {n_groups}, expected a divisor of {n_experts}")
-    for name in ("layer_norm_rms_epsilon", "layer_norm_epsilon"):
-        epsilon = file.metadata.get(f"{arch}.attention.{name}", 0.0)
-        if isinstance(epsilon, float) and not 0 <= epsilon < math.inf:
-            raise LocalrunError(f"{file.path}: key '{arch}.attention.{name}' is {epsilon}, expected at least 0")
+    batched = any(name.endswith(".attn_k_b.weight") for name in file.tensors)
+    return load(file, threads, use_extra_bufts=not batched, progress=report)

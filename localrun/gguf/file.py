@@ -7,12 +7,8 @@ are named name-00001-of-00003.gguf, and each carries split.no (u16), split.count
 
 from __future__ import annotations
 
-import mmap
 import os
-import stat
-import sys
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +18,12 @@ from gguf import GGUFValueType
 
 from localrun.errors import GGUFError
 from localrun.gguf.header import Array, Header, Scalar, TensorRecord, read_header
+from localrun.gguf.mapped import MappedFile
 from localrun.gguf.types import InterleavedType, TensorType
 
 REQUIRED: Any = object()  # default of the typed getters: a missing key is an error
 _COUNTS = slice(8, 24)  # of tensors and of keys, u64 each, behind magic and version
 _SPLIT_COUNT, _NO_KEY = (len(key).to_bytes(8, "little") + key for key in (b"split.count", b"split-count"))
-_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # linux/mman.h; named by newer Pythons only
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,11 +68,11 @@ class GGUFFile:
         self.alignment = header.alignment
         self.metadata = Metadata(header.values)
         self.tensors = {record.name: part.tensor(record) for part in parts for record in part.header.tensors}
-        self.file_size = sum(len(part.map) for part in parts)
+        self.files = [part.file for part in parts]
+        self.file_size = sum(len(file.map) for file in self.files)
         self._values = header.values
         self._keys_end = header.keys_end
         self._replaced: dict[str, Tensor] = {}
-        self._maps = [part.map for part in parts]
 
     @property
     def spans(self) -> list[tuple[int, int]]:
@@ -84,7 +80,7 @@ class GGUFFile:
         if self._replaced:
             kept = [tensor for name, tensor in self.tensors.items() if name not in self._replaced]
             return [(tensor.data.ctypes.data, tensor.n_bytes) for tensor in kept]
-        return [(np.frombuffer(map_, np.uint8).ctypes.data, len(map_)) for map_ in self._maps]
+        return [(np.frombuffer(file.map, np.uint8).ctypes.data, len(file.map)) for file in self.files]
 
     @property
     def is_interleaved(self) -> bool:
@@ -93,8 +89,9 @@ class GGUFFile:
 
     def without_tensors(self) -> bytes:
         """A GGUF file of its keys alone, which other tools can read; not a part of a split, either."""
-        keys = self._maps[0][_COUNTS.stop : self._keys_end].replace(_SPLIT_COUNT, _NO_KEY, 1)
-        counts = self._maps[0][: _COUNTS.start] + bytes(8) + self._maps[0][_COUNTS.stop - 8 : _COUNTS.stop]
+        map_ = self.files[0].map
+        keys = map_[_COUNTS.stop : self._keys_end].replace(_SPLIT_COUNT, _NO_KEY, 1)
+        counts = map_[: _COUNTS.start] + bytes(8) + map_[_COUNTS.stop - 8 : _COUNTS.stop]
         return (counts + keys).ljust(-(-self._keys_end // self.alignment) * self.alignment, b"\0")
 
     @property
@@ -107,12 +104,16 @@ class GGUFFile:
         self._replaced[name] = self.tensors[name]
         self.tensors[name] = replace(self.tensors[name], type=type_, n_bytes=data.nbytes, data=data)
 
+    def check_unchanged(self) -> None:
+        """Raises GGUFError if one of its files was written to, or cut short, since it was opened."""
+        for file in self.files:
+            file.check_unchanged()
+
     def close(self) -> None:
-        """Let go of the maps. Views that others still hold stay valid; a map ends with the last of its views."""
+        """Let go of the files. Views that others still hold stay valid; a map ends with the last of its views."""
         self.tensors, self._replaced = {}, {}
-        for map_ in self._maps:
-            with suppress(BufferError):  # raised while a view of the map is alive
-                map_.close()
+        for file in self.files:
+            file.close()
 
     def __enter__(self) -> GGUFFile:
         return self
@@ -159,48 +160,25 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
 class _Part:
     """One mapped file with its header."""
 
-    path: Path
-    map: mmap.mmap
+    file: MappedFile
     header: Header
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
 
     def number(self, key: str, type_: GGUFValueType, default: Any = REQUIRED) -> int:
         return _typed(self.path, self.header.values, key, Scalar, type_, default)
 
     def tensor(self, record: TensorRecord) -> Tensor:
         start = self.header.data_start + record.offset
-        data = np.frombuffer(self.map, np.uint8, record.n_bytes, start)
+        data = np.frombuffer(self.file.map, np.uint8, record.n_bytes, start)
         return Tensor(record.name, record.shape, record.type, record.n_bytes, data)
 
 
 def _open_part(path: Path) -> _Part:
-    map_ = _map(path)
-    return _Part(path, map_, read_header(map_, path))
-
-
-def _map(path: Path) -> mmap.mmap:
-    """The file mapped copy-on-write, after the checks that give a clearer error than mmap would."""
-    try:
-        mode = path.stat().st_mode  # before open, which would wait for ever on a pipe
-        if not stat.S_ISREG(mode):
-            kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
-            raise GGUFError(f"{path}: is {kind}, expected a GGUF file")
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if not size:
-                raise GGUFError(f"{path}: is empty (0 bytes), expected a GGUF file")
-            return _map_private(file.fileno(), size)
-    except FileNotFoundError:
-        raise GGUFError(f"{path}: no such file") from None
-    except OSError as error:
-        raise GGUFError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _map_private(fd: int, size: int) -> mmap.mmap:
-    if sys.platform != "linux":
-        return mmap.mmap(fd, size, access=mmap.ACCESS_COPY)
-    # ACCESS_COPY plus NORESERVE: without it Linux refuses to map a file larger than RAM and swap, as if all of it might
-    # be written to, and such a model could not even be inspected.
-    return mmap.mmap(fd, size, mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE)
+    file = MappedFile(path)
+    return _Part(file, read_header(file.map, path))
 
 
 def _open_rest(first: _Part) -> list[_Part]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from localrun import hardware
 from localrun.backends import llama_log
+from localrun.backends.loading import load
 from localrun.errors import LocalrunError
 from localrun.gguf.file import GGUFFile
 
@@ -34,15 +35,8 @@ class TimedLlamaCpp:
             raise LocalrunError(f"{file.path}: has interleaved rows, which llama.cpp can't read; give the plain file")
         import llama_cpp
 
-        self._lib = llama_cpp
-        llama_log.silence()
-        llama_log.clear()
-        params = llama_cpp.llama_model_default_params()
-        params.n_gpu_layers = 0
-        params.use_extra_bufts = _may_repack(file)
-        self._model = llama_cpp.llama_model_load_from_file(bytes(file.path), params)
-        if not self._model:
-            raise LocalrunError(f"{file.path}: llama.cpp cannot load it: {llama_log.last_error() or 'no reason given'}")
+        self._lib, repacks = llama_cpp, _may_repack(file)
+        self._model = load(file, threads, use_extra_bufts=repacks)
         contexts = {flash: self._context(threads, ctx, flash) for flash in (True, False)}
         self._contexts = {flash: context for flash, context in contexts.items() if context}
         if not self._contexts:
@@ -50,7 +44,7 @@ class TimedLlamaCpp:
             raise LocalrunError(f"{file.path}: llama.cpp cannot make a context: {llama_log.last_error()}")
         self._for_prompt, self._for_reply = self._choose()
         self.description: dict[str, Any] = {
-            "weights": "repacked where it can" if params.use_extra_bufts else "as mapped",
+            "weights": "repacked where it can" if repacks else "as mapped",
             "flash_attention": {"prompt": self._for_prompt, "generation": self._for_reply},
             "threads": threads,
             "n_batch": N_BATCH,

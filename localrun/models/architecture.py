@@ -61,6 +61,7 @@ class Key:
         setting_default: what a config.json means that lacks it.
         value: what is written, where that is not the field. Such a key is read by the architecture's `read`.
         omit: the value that is not written.
+        by_layer: whether a GGUF may hold one number a layer instead.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Key:
     setting_default: Any = REQUIRED
     value: Callable[[Config], Any] | None = None
     omit: Any = None
+    by_layer: bool = False
 
     def written(self, config: Config) -> Any:
         """The value for a GGUF; None if the key is left out."""

@@ -18,12 +18,15 @@ from localrun.models.rope_scaling import ROPE_KEYS
 
 GATING = {"softmax": 1, "sigmoid": 2, "softmax_after_topk": 3}
 _GATES = ("softmax", "sigmoid")  # that a checkpoint may have
+_JOINT_MULTIPLE = 16  # of columns that a transposed product takes (quant.ops.linear)
 _LITE_LAYERS = (26, 27)  # by which llama.cpp tells models without q_lora_rank from the others
 
 KEYS = (
     *parts.COMMON_KEYS,
     Key("block_count", "num_hidden_layers", value=lambda c: c.num_hidden_layers + c.num_nextn_predict_layers),
-    Key("attention.head_count_kv", default=None, value=lambda _: 1),  # the latent is one key for all heads
+    Key(
+        "attention.head_count_kv", default=None, value=lambda _: 1, by_layer=True
+    ),  # the latent is one key for all heads
     Key("attention.q_lora_rank", "q_lora_rank", default=None, setting_default=None),
     Key("attention.kv_lora_rank", "kv_lora_rank"),
     Key("attention.key_length", default=None, value=lambda c: c.kv_lora_rank + c.qk_rope_head_dim),
@@ -58,6 +61,9 @@ def _read(keys: Keys, fields: Fields) -> Fields:
         keys.fail("attention." + lengths[0], key_length, f"more than rope.dimension_count, {rope_dim}")
     if fields["rope_scaling"] is not None and fields["rope_scaling"].type == "linear":
         keys.refuse("deepseek2 with linear rope scaling is not native")
+    if fields["kv_lora_rank"] % _JOINT_MULTIPLE and any(name.endswith(parts.JOINT_KV_B) for name in tensors):
+        width = f"a kv_lora_rank of {fields['kv_lora_rank']}, no multiple of {_JOINT_MULTIPLE}"
+        keys.refuse(f"attn_kv_b with {width}, is not native")
     q_a, n_group = "blk.0.attn_q_a.weight", fields["n_group"] or 1
     topk_group = keys.u32("expert_group_used_count", *([] if n_group > 1 else [1]))
     return {
@@ -66,7 +72,7 @@ def _read(keys: Keys, fields: Fields) -> Fields:
         "qk_nope_head_dim": key_length - rope_dim,
         "v_head_dim": v_head_dim,
         "shared_intermediate_size": next(
-            (tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".ffn_gate_shexp.weight")), 0
+            (keys.rows(name) for name in tensors if name.endswith(".ffn_gate_shexp.weight")), 0
         ),
         "n_group": n_group,
         "topk_group": topk_group if n_group > 1 else 1,

@@ -2,6 +2,8 @@
 
 import math
 
+import numpy as np
+
 from localrun.errors import GGUFError, UnsupportedModelError
 from localrun.gguf.file import GGUFFile
 
@@ -22,12 +24,30 @@ class Keys:
         self._read.add(name)
         return getter(self.prefix + name, *default)
 
-    def u32(self, name: str, *default):
-        """A count; 0 only where there is a default."""
-        value = self._get(self.file.u32, name, default)
+    def u32(self, name: str, *default, by_layer: bool = False):
+        """A count; 0 only where there is a default.
+
+        by_layer: an array of one count a layer will do as well, if all are the same; else UnsupportedModelError.
+        """
+        items = self.file.metadata.get(self.prefix + name) if by_layer else None
+        if isinstance(items, np.ndarray) and items.dtype in (np.uint32, np.int32):
+            self._read.add(name)
+            value = self._same_in_all(name, items)
+        else:
+            value = self._get(self.file.u32, name, default)
         if isinstance(value, int) and value == 0 and not default:
             self.fail(name, 0, "a positive number")
         return value
+
+    def _same_in_all(self, name: str, items: np.ndarray) -> int:
+        n_layers = self.u32("block_count")
+        if len(items) != n_layers:
+            self.fail(name, f"{len(items)} numbers", f"one, or {n_layers}: one a layer")
+        if items.min() < 0:
+            self.fail(name, items.min(), "a positive number")
+        if items.min() != items.max():
+            self.refuse(f"key '{self.prefix}{name}' is another number from layer to layer, which is not native")
+        return int(items[0])
 
     def f32(self, name: str, *default):
         """A finite number."""
@@ -50,10 +70,13 @@ class Keys:
         return self.file.has(self.prefix + name)
 
     def rows(self, tensor: str) -> int:
-        """Rows of a tensor. Raises GGUFError if it is missing."""
+        """Rows of a matrix. Raises GGUFError if it is missing, or none."""
         if tensor not in self.file.tensors:
             raise GGUFError(f"{self.file.path}: tensor '{tensor}' not found")
-        return self.file.tensors[tensor].shape[0]
+        shape = self.file.tensors[tensor].shape
+        if len(shape) != 2:
+            raise GGUFError(f"{self.file.path}: tensor '{tensor}' has shape {shape}; expected rows and columns")
+        return shape[0]
 
     def fail(self, name: str, found, expected) -> None:
         """Raises GGUFError."""

@@ -17,6 +17,8 @@ from quant.formats import registry
 EMBED_TOKENS, LM_HEAD, NORM = parts.EMBED_TOKENS.name, parts.LM_HEAD.name, parts.NORM.name
 ROPE_FREQS = parts.ROPE_FREQS
 
+# Types of ggml's that no matrix product takes weights in.
+_NO_WEIGHTS = ("F64", "I8", "I16", "I32", "I64", "Q8_1", "Q8_K")
 # Tensors of which single rows or columns are read.
 READ_BY_ROW = re.compile(r"embd|embed_tokens|attn_(kv|k|v)_b\.")
 
@@ -49,11 +51,22 @@ def check_tensors(file: GGUFFile, config: Config) -> None:
 
 
 def check_types(file: GGUFFile) -> None:
-    """Every tensor has a type that there are kernels for. Raises UnsupportedModelError."""
+    """Every tensor has a type that there are kernels for.
+
+    Raises:
+        GGUFError: a type that no weights have, or of which no vectors are.
+        UnsupportedModelError: a type that other tools compute with.
+    """
     for tensor in file.tensors.values():
         known = registry.NAMES if READ_BY_ROW.search(tensor.name) else (*registry.NAMES, *registry.INTERLEAVED)
-        if tensor.type.name not in known:
-            raise UnsupportedModelError(f"{file.path}: tensor '{tensor.name}' has type {tensor.type.name}, not native")
+        if tensor.type.name in known:
+            continue
+        found = f"{file.path}: tensor '{tensor.name}' has type {tensor.type.name}"
+        if len(tensor.shape) < 2:
+            raise GGUFError(f"{found}; expected F32")
+        if tensor.type.name in _NO_WEIGHTS:
+            raise GGUFError(f"{found}; expected F32, F16, BF16 or a format of quantised weights")
+        raise UnsupportedModelError(f"{found}, not native")
 
 
 def expected_shapes(file: GGUFFile, config: Config) -> dict[str, Shape]:

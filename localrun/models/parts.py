@@ -14,8 +14,8 @@ from localrun.models.config import Config
 COMMON_KEYS = (
     Key("context_length", "max_position_embeddings"),
     Key("embedding_length", "hidden_size"),
-    Key("feed_forward_length", "intermediate_size"),
-    Key("attention.head_count", "num_attention_heads"),
+    Key("feed_forward_length", "intermediate_size", by_layer=True),
+    Key("attention.head_count", "num_attention_heads", by_layer=True),
     Key("attention.layer_norm_rms_epsilon", "rms_norm_eps", "f32", setting_default=1e-6),
     Key("vocab_size", "vocab_size", default=None),  # the embedding's rows count
 )
@@ -35,7 +35,7 @@ def _heads(fields: dict[str, Any]) -> int:
 
 
 GQA_KEYS = (
-    Key("attention.head_count_kv", "num_key_value_heads", default=_heads, setting_default=_heads),
+    Key("attention.head_count_kv", "num_key_value_heads", default=_heads, setting_default=_heads, by_layer=True),
     Key("attention.key_length", "head_dim", default=_fair_share, setting_default=_fair_share),
     Key("attention.value_length", "v_head_dim", default=_head_dim, setting=None, setting_default=_head_dim),
     Key("rope.dimension_count", "qk_rope_head_dim", default=_head_dim, setting=None, setting_default=_head_dim),
@@ -88,6 +88,7 @@ def has_q_lora(c: Config) -> bool:
     return c.q_lora_rank is not None
 
 
+JOINT_KV_B = "attn_kv_b.weight"
 _KV_B = "self_attn.kv_b_proj"  # k_b and v_b together, in the checkpoint and in files of before April 2025
 _KEYS_OF = HeadRows(_KV_B + ".weight", lambda c: (0, c.qk_nope_head_dim), _kv_b, transposed=True)
 _VALUES_OF = HeadRows(_KV_B + ".weight", lambda c: (c.qk_nope_head_dim, c.qk_nope_head_dim + c.v_head_dim), _kv_b)
@@ -105,7 +106,7 @@ MLA = (
            lambda c: (c.num_attention_heads, c.kv_lora_rank, c.qk_nope_head_dim), _KEYS_OF, without_module=_KV_B),
     Tensor("self_attn.v_b_proj", "attn_v_b.weight",
            lambda c: (c.num_attention_heads, c.v_head_dim, c.kv_lora_rank), _VALUES_OF, without_module=_KV_B),
-    Tensor(_KV_B, "attn_kv_b.weight", _kv_b, None, when=never, with_module=_KV_B),
+    Tensor(_KV_B, JOINT_KV_B, _kv_b, None, when=never, with_module=_KV_B),
 )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """A GGUF's keys to a Config, by the declaration of its architecture, and checked."""
 
+from functools import partial
 from typing import Any
 
 from localrun.errors import UnsupportedModelError
@@ -41,11 +42,12 @@ def read_config(file: GGUFFile) -> Config:
 
 def _read(keys: Keys, key: Key, fields: dict[str, Any]) -> Any:
     """The key's value, or what its absence means. A key that is only written must have its type."""
+    getter = partial(keys.u32, by_layer=True) if key.by_layer else getattr(keys, key.type)
     if key.value is not None:
-        return getattr(keys, key.type)(key.name, None)
+        return getter(key.name, None)
     if key.default is REQUIRED:
-        return getattr(keys, key.type)(key.name)
-    return getattr(keys, key.type)(key.name, key.default(fields) if callable(key.default) else key.default)
+        return getter(key.name)
+    return getter(key.name, key.default(fields) if callable(key.default) else key.default)
 
 
 def _check(keys: Keys, config: Config) -> None:

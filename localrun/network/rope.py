@@ -103,5 +103,5 @@ class Rope:
         if self._by_halves:
             turned = torch.complex(*x_THR.chunk(2, -1)) * turns
             return torch.cat([turned.real, turned.imag], -1)
-        pairs = torch.view_as_complex(x_THR.reshape(*x_THR.shape[:-1], -1, 2))
+        pairs = torch.complex(x_THR[..., ::2], x_THR[..., 1::2])  # of any stride, unlike view_as_complex
         return torch.view_as_real(pairs * turns).flatten(-2)

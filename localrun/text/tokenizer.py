@@ -13,16 +13,15 @@ import ctypes
 import operator
 import os
 import re
-import tempfile
 import threading
 from collections.abc import Callable, Iterable
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from localrun.backends import llama_log
+from localrun.backends import binding, llama_log
 from localrun.errors import GGUFError, LocalrunError
 from localrun.gguf.file import GGUFFile, open_gguf
+from localrun.gguf.mapped import path_of
 
 # Values of tokenizer.ggml.model. The other kinds (bert, t5, rwkv, plamo2) belong to models that do not write text or
 # are rare, and llama.cpp's code for them aborts or loops on faulty files.
@@ -75,23 +74,15 @@ class Tokenizer:
             self.n_vocab = file.u32(f"{file.string('general.architecture')}.vocab_size")
             return
         _check_vocabulary(file, kind)
-        if not file.is_interleaved:
-            self._load(self.path)
-            return
-        with tempfile.TemporaryDirectory() as folder:  # llama.cpp refuses types that it does not know
-            keys = Path(folder, "keys.gguf")
-            keys.write_bytes(file.without_tensors())
-            self._load(os.fspath(keys))
+        # The keys as they were checked, and nothing else: llama.cpp refuses types of tensors that it does not know.
+        with path_of(file.without_tensors()) as keys:
+            self._load(keys)
 
     def _load(self, path: str) -> None:
         import llama_cpp
 
-        llama_log.silence()
-        llama_log.clear()
-        params = llama_cpp.llama_model_default_params()
-        params.vocab_only = True
         self._lib = llama_cpp
-        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+        self._model = binding.load_model([path], vocab_only=True)
         if not self._model:
             raise LocalrunError(f"{self.path}: llama.cpp cannot read the vocabulary: {llama_log.last_error()}")
         self._vocab = vocab = llama_cpp.llama_model_get_vocab(self._model)

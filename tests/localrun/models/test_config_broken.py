@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
 
-import gguf
 import gguf_builder as b
 import pytest
-from config_models import BASES, LLAMA, MAX_U32, Model, Shape, Value, config_of, yarn
+from config_models import (
+    BASES,
+    LEGACY,
+    LEGACY_KEYS,
+    LLAMA,
+    MAX_U32,
+    Model,
+    Shape,
+    Value,
+    config_of,
+    of_layers,
+    yarn,
+)
 from gguf import GGMLQuantizationType as Type
 
 import localrun
@@ -68,8 +80,8 @@ for _base in BASES:
         _full = f"'{_base}.{_key}'"
         _wrong = f"key {_full} has type float32, expected uint32"
         case(f"{_base}: {_key} is a float", _wrong, base=_base, keys={_key: (b.F32, 2.0)})
-        _wrong = f"key {_full} has type array of uint32, expected uint32"
-        case(f"{_base}: {_key} is an array", _wrong, base=_base, keys={_key: (b.ARRAY, (b.U32, [2] * 3))})
+        _wrong = f"key {_full} has type array of float32, expected uint32"
+        case(f"{_base}: {_key} is an array", _wrong, base=_base, keys={_key: (b.ARRAY, (b.F32, [2] * 3))})
     for _key in _FLOATS + (_FLOATS_MLA if _base == "deepseek2" else ()):
         _wrong = f"key '{_base}.{_key}' has type uint32, expected float32"
         case(f"{_base}: {_key} is a count", _wrong, base=_base, keys={_key: (b.U32, 1)})
@@ -115,12 +127,13 @@ for _base in BASES:
         f"{_base}: a tensor too many", _wrong, base=_base, tensors={"blk.0.attn_extra.weight": (64,)},
         error=UnsupportedModelError,
     )  # fmt: skip
-    for _type in (Type.Q2_K, Type.IQ1_S, Type.F64, Type.I32, Type.TQ1_0):
-        _rows = gguf.GGML_QUANT_SIZES[_type][0]
-        if _rows == 1:  # the others' rows are longer than these models'
-            _wrong = f"tensor 'output.weight' has type {_type.name}, not native"
-            _types = {"output.weight": _type}
-            case(f"{_base}: {_type.name}", _wrong, base=_base, types=_types, error=UnsupportedModelError)
+    for _type in (Type.F64, Type.I8, Type.I16, Type.I32, Type.I64, Type.Q8_1):
+        _wrong = (
+            f"tensor 'output.weight' has type {_type.name}; expected F32, F16, BF16 or a format of quantised weights"
+        )
+        case(f"{_base}: {_type.name}", _wrong, base=_base, types={"output.weight": _type})
+        _wrong = f"tensor 'blk.0.attn_norm.weight' has type {_type.name}; expected F32"
+        case(f"{_base}: norm of {_type.name}", _wrong, base=_base, types={"blk.0.attn_norm.weight": _type})
 
 for _base, _model in BASES.items():
     for _name, _shape in _model.tensors.items():
@@ -188,6 +201,33 @@ case("yarn with base 1", "rope.freq_base' is 1.0; expected more than 1 with yarn
 for _key in ("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"):
     for _value in (0.0, -1.0):
         case(f"{_key} {_value}", f"{_key}' is {_value}; expected a positive number", keys={_key: (b.F32, _value)})
+# Numbers by layer, as some converters write them: these models have 3 layers and 1.
+for _base, _key, _layers in (
+    ("deepseek2", "feed_forward_length", 3), ("deepseek2", "attention.head_count", 3),
+    ("deepseek2", "attention.head_count_kv", 3), ("llama", "feed_forward_length", 1),
+    ("llama", "attention.head_count", 1), ("llama", "attention.head_count_kv", 1),
+):  # fmt: skip
+    for _item in (b.U32, b.I32):
+        _wrong = f"key '{_base}.{_key}' is {_layers + 1} numbers; expected one, or {_layers}: one a layer"
+        case(f"{_base}: {_key} for a layer more, {_item}", _wrong, base=_base,
+             keys={_key: (b.ARRAY, (_item, [2] * (_layers + 1)))})  # fmt: skip
+    case(f"{_base}: {_key} for no layer", f"key '{_base}.{_key}' is 0 numbers", base=_base,
+         keys={_key: (b.ARRAY, (b.U32, []))})  # fmt: skip
+    case(f"{_base}: {_key} negative", f"key '{_base}.{_key}' is -1; expected a positive number", base=_base,
+         keys={_key: (b.ARRAY, (b.I32, [-1] * _layers))})  # fmt: skip
+case("widths by layer", "'deepseek2.feed_forward_length' is another number from layer to layer, which is not native",
+     keys={"feed_forward_length": (b.ARRAY, (b.U32, [64, 64, 32]))}, error=UnsupportedModelError)  # fmt: skip
+# Tensors without dimensions, where sizes are read off the tensor.
+for _name in ("token_embd.weight", "blk.0.attn_q_a.weight", "blk.1.ffn_gate_shexp.weight"):
+    for _shape in ((), (64,), (1, 32, 64)):
+        _keys = {"attention.q_lora_rank": (b.U32, 0)}  # else the key says it
+        case(f"{_name} of shape {_shape}", f"tensor '{_name}' has shape {_shape}; expected", keys=_keys,
+             tensors={_name: _shape})  # fmt: skip
+case(
+    "joint kv_b of an odd latent", "attn_kv_b with a kv_lora_rank of 40, no multiple of 16, is not native",
+    keys=LEGACY_KEYS | {"attention.kv_lora_rank": (b.U32, 40)},
+    tensors=LEGACY | of_layers("attn_kv_b.weight", (128, 40)), error=UnsupportedModelError,
+)  # fmt: skip
 for _type in ((b.STRING, "linear"), None):  # linear is what no type means
     case(f"scaling {_type}", "deepseek2 with linear rope scaling is not native", keys={"rope.scaling.type": _type},
          error=UnsupportedModelError)  # fmt: skip
@@ -295,10 +335,11 @@ print(json.dumps(answers))
 
 
 def test_what_is_not_native_goes_to_llama_cpp_or_is_refused(tmp_path: Path) -> None:
-    """In a process of its own: a failed assertion of llama.cpp would end it."""
+    """In a process of its own: a failed assertion of llama.cpp would end it. One file for each message."""
+    kinds = {re.sub("llama|deepseek2|[0-9.]+", "", case[-1]): name for name, case in CASES.items()}
     paths = {}
-    for i, (name, (*_, error, _message)) in enumerate(CASES.items()):
-        if error is UnsupportedModelError:
+    for i, name in enumerate(kinds.values()):
+        if CASES[name][-2] is UnsupportedModelError:
             (tmp_path / str(i)).mkdir()
             paths[str(broken(name, tmp_path / str(i))[0])] = name
     command = [sys.executable, "-c", _LOAD_ALL, *paths]
@@ -307,5 +348,5 @@ def test_what_is_not_native_goes_to_llama_cpp_or_is_refused(tmp_path: Path) -> N
     answers = {paths[path]: answer for path, answer in json.loads(done.stdout).items()}
     assert answers.keys() == set(paths.values())
     assert "native" not in answers.values()
-    assert answers["deepseek2: unknown key"] == "llama.cpp"
+    assert answers["llama: unknown key"] == "llama.cpp"
     assert all("\n" not in answer for answer in answers.values())
