@@ -171,7 +171,7 @@ def _kernels() -> Finding:
         return Finding("kernel cache", f"{folder.path}, not used", str(folder.path), advice)
     kept, damaged = kernel_cache.kept(), kernel_cache.damaged()
     text = f"{folder.path}, {f'{kept} kernels' if kept else 'empty: the first run compiles'}"
-    advice = f"{damaged} of its kernels are damaged; the next run compiles them anew" if damaged else ""
+    advice = f"{damaged} of them are damaged; the next run compiles them anew" if damaged else ""
     return Finding("kernel cache", text, str(folder.path), advice)
 
 

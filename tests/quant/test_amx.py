@@ -44,8 +44,8 @@ def run(script: str, *arguments: str, **variables: str) -> str:
 # ---- results ---------------------------------------------------------------------------------------------------------
 
 
-ONE_OF_EACH_KIND = ("Q4_K", "Q4_0", "Q6_K", "Q8_0")  # minima, an offset, scales of 16 columns, signed bytes
-FORMATS = [(ONE_OF_EACH_KIND, 180), ((), 400)]  # with the number of results; none is all
+KINDS = ("Q4_K", "Q6_K", "Q8_0")  # minima, scales of 16 columns, signed bytes
+FORMATS = [(KINDS, 140), ((), 400)]  # with the number of results; none is all
 
 
 def results(folder: Path, level: str, *formats: str) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ import ggml
 import gguf
 import numpy as np
 import pytest
+from cases import slow_but
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -21,6 +22,7 @@ from quant.target import isa
 
 EQUAL_TO_GGML = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4")
 SEARCHED = ("Q4_K", "Q5_K", "Q6_K", "IQ4_NL")
+OTHER_LEVELS = [level for level in isa.LEVELS if level != isa.LEVEL and isa.has(level)]
 IMPORTANCE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", *SEARCHED)  # those that take notice of it
 
 
@@ -122,7 +124,7 @@ def test_bytes_do_not_depend_on_workers_or_neighbours(name, n_rows):
         assert np.array_equal(packed(name, x[r : r + 1], importance), one[r : r + 1])
 
 
-@pytest.mark.parametrize("level", [level for level in isa.LEVELS if level != isa.LEVEL and isa.has(level)])
+@pytest.mark.parametrize("level", slow_but(OTHER_LEVELS, OTHER_LEVELS[-1:]))
 def test_bytes_do_not_depend_on_the_cpu(level):
     done = subprocess.run(
         [sys.executable, str(SUPPORT / "quantized.py")],

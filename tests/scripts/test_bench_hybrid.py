@@ -36,6 +36,7 @@ def numbers(value: Any) -> Iterator[float]:
         yield value
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(HAS_GPU, reason="kernels are not interpreted, so the stand-in has none")
 def test_every_figure(script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     use_dense(monkeypatch)

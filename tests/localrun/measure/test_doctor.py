@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import slow_but
 
 from cli.main import run as command
 from localrun import hardware
@@ -18,6 +19,8 @@ from localrun.measure import doctor
 from localrun.measure.doctor import Finding
 from localrun.placement import available
 from localrun.placement.available import Gpu, NoGpu
+from quant.target import kernel_cache
+from quant.target.kernel_cache import Folder
 
 NAMES = [
     *["python", "packages", "cpu", "cores", "load", "numa", "ram", "huge pages", "kernel cache", "memory", "gpu"],
@@ -94,7 +97,7 @@ def test_a_wrong_level_is_a_finding() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ulimit -v limits addresses on Linux only")
-@pytest.mark.parametrize("kib", [1_400_000, 3_000_000])
+@pytest.mark.parametrize("kib", slow_but([1_400_000, 3_000_000], [1_400_000]))
 def test_little_address_space(kib: int) -> None:
     """Somewhere between starting and nothing at all, every finding is there, and RAM is what is left."""
     done = run("--json", before=f"ulimit -v {kib}")
@@ -103,10 +106,24 @@ def test_little_address_space(kib: int) -> None:
     assert 0 <= found["ram"]["data"]["free"] < 1024 * kib
 
 
-def test_no_place_for_kernels(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    found = json.loads(run("--json", LOCALRUN_CACHE=str(tmp_path / "file")).stdout)["kernel cache"]
-    assert found["status"] == "warning" and "LOCALRUN_CACHE" in found["advice"]
+def test_no_place_for_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Folder(tmp_path, "Read-only file system")
+    monkeypatch.setattr(kernel_cache, "folder", lambda: folder)
+    found = doctor._kernels()
+    assert found.text == f"{tmp_path}, not used"
+    assert (
+        found.advice.startswith("Read-only file system, so every start compiles") and "LOCALRUN_CACHE" in found.advice
+    )
+
+
+def test_damaged_kernels_are_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_cache, "folder", lambda: Folder(tmp_path))
+    assert not doctor._kernels().advice
+    for name in ("one.kernel", "two.kernel"):
+        (tmp_path / name).write_bytes(bytes(40))
+    found = doctor._kernels()
+    assert found.text == f"{tmp_path}, 2 kernels"
+    assert found.advice == "2 of them are damaged; the next run compiles them anew"
 
 
 @pytest.mark.parametrize(("path", "message"), [("/no/such", "/no/such: no such file or folder")])
