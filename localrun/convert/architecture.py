@@ -7,15 +7,21 @@ https://github.com/ggml-org/llama.cpp @3f545becc.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from localrun.convert.builder import Builder, layer_prefix
 from localrun.convert.errors import CheckpointError
-from localrun.convert.metadata import Metadata
-from localrun.convert.settings import Settings, architecture_of, read_config, typed
-from localrun.convert.sources.checkpoint import Checkpoint, read_json
+from localrun.convert.metadata import Metadata, PlannedHeader
+from localrun.convert.sampling_hints import add_sampling
+from localrun.convert.settings import Settings, read_config
+from localrun.convert.sources.checkpoint import Checkpoint
 from localrun.convert.targets import Target
+from localrun.errors import GGUFError, UnsupportedModelError
 from localrun.models.architecture import Architecture
 from localrun.models.config import Config
+from localrun.models.names import check_tensors
+from localrun.models.parts import EMBED_TOKENS, LM_HEAD
+from localrun.models.reader import read_config as read_model_config
 
 
 @dataclass
@@ -35,9 +41,14 @@ class Model:
 
 def read_model(checkpoint: Checkpoint, *, keep_mtp: bool = True) -> Model:
     """The model that a checkpoint holds. Raises CheckpointError if it is of another kind or does not hold together."""
-    settings = Settings(checkpoint)
-    architecture = architecture_of(settings)
-    config, warnings = read_config(architecture, settings), []
+    settings = Settings(checkpoint.config, str(checkpoint.path / "config.json"))
+    architecture, config, warnings = settings.architecture, read_config(settings), [*checkpoint.warnings]
+    if unknown := settings.unknown():
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        warnings.append(f"{settings.where}: not known here, nor read by transformers: {', '.join(unknown[:5])}{more}")
+    if config.tie_word_embeddings and _has_own_head(checkpoint):
+        warnings.append("config.json ties the head to the embedding; the checkpoint has another head, which is kept")
+        config = replace(config, tie_word_embeddings=False)
     builder = Builder(checkpoint, config)
     if architecture.has_mtp:
         n_nextn = _count_nextn(builder, architecture, settings, keep_mtp, warnings)
@@ -45,8 +56,27 @@ def read_model(checkpoint: Checkpoint, *, keep_mtp: bool = True) -> Model:
     metadata = _metadata(architecture, config, checkpoint)
     _add_tensors(builder, architecture, settings)
     model = Model(metadata, builder.finish(), warnings + architecture.warnings(config))
-    _add_sampling(model.metadata, checkpoint)
+    model.warnings += _check_header(model, settings.where)
+    model.warnings += add_sampling(model.metadata, checkpoint)
     return model
+
+
+def _has_own_head(checkpoint: Checkpoint) -> bool:
+    """Whether there is a head beside the embedding, and another one: transformers does not tie them then."""
+    head, embedding = LM_HEAD.source.name, EMBED_TOKENS.source.name
+    return {head, embedding} <= checkpoint.tensors.keys() and not checkpoint.are_equal(head, embedding)
+
+
+def _check_header(model: Model, where: str) -> list[str]:
+    """A line if only llama.cpp will run the file. Raises CheckpointError if what reads models refuses it."""
+    header = PlannedHeader(Path(where), model.metadata, model.targets)
+    try:
+        check_tensors(header, read_model_config(header))
+    except UnsupportedModelError as error:
+        return [f"{error}: llama.cpp runs it"]
+    except GGUFError as error:
+        raise CheckpointError(str(error)) from None
+    return []
 
 
 def add_keys(metadata: Metadata, architecture: Architecture, config: Config) -> None:
@@ -96,28 +126,8 @@ def _count_nextn(
         present += 1
     if 0 < present < named:
         raise CheckpointError(f"{settings.where}: names {named} prediction layers; the shards hold {present}")
-    if not present and named:
+    if not present and named and settings.has("num_nextn_predict_layers"):
         warnings.append(
             f"config.json names {named} layer(s) for multi-token prediction, the shards hold none: left out"
         )
     return present
-
-
-# generation_config.json's names, and the keys and types of llama.cpp's common/common.cpp.
-_SAMPLING = {"temperature": "temp", "top_p": "top_p", "min_p": "min_p", "repetition_penalty": "penalty_repeat"}
-
-
-def _add_sampling(metadata: Metadata, checkpoint: Checkpoint) -> None:
-    """What the model's makers recommend for sampling, unless they recommend none."""
-    path = checkpoint.path / "generation_config.json"
-    if not path.exists():
-        return
-    checkpoint.files.append(path)
-    recommended = read_json(path)
-    if recommended.get("do_sample") is not True:
-        return
-    for name, key in _SAMPLING.items():
-        if recommended.get(name) is not None:
-            metadata.f32(f"general.sampling.{key}", typed(recommended, name, float, None, str(path)))
-    if recommended.get("top_k") is not None:
-        metadata.i32("general.sampling.top_k", typed(recommended, "top_k", int, None, str(path)))

@@ -7,12 +7,10 @@ from collections.abc import Iterator
 
 from localrun.convert.errors import CheckpointError
 from localrun.convert.sources.checkpoint import Checkpoint
+from localrun.convert.sources.json_file import shown
 from localrun.convert.targets import Piece, Target
 from localrun.models.architecture import HeadRows, Pairs, Tensor
 from localrun.models.config import Config
-
-# Not weights: what a runner computes itself, and the activation scales of other FP8 runtimes.
-_IGNORED = re.compile(r"\.rotary_emb\.inv_freq$|\.activation_scale$|\.input_scale$")
 
 
 class Builder:
@@ -55,9 +53,9 @@ class Builder:
     def finish(self) -> list[Target]:
         """All targets. Raises CheckpointError if a source tensor has found no place."""
         for name in self.checkpoint.tensors:
-            if name not in self._used and not _IGNORED.search(name):
+            if name not in self._used:
                 raise CheckpointError(
-                    f"{self.checkpoint.path}: tensor '{name}' is unknown and has no place in the model"
+                    f"{self.checkpoint.path}: tensor {shown(name)} is unknown and has no place in the model"
                 )
         return self.targets
 
@@ -65,10 +63,16 @@ class Builder:
         """Marks a source as used; its rows. Raises CheckpointError if it is missing or has another shape."""
         tensor = self.checkpoint.tensors.get(source)
         if tensor is None:
-            raise CheckpointError(f"{self.checkpoint.path}: tensor '{source}' is missing; '{target}' is made of it")
+            shard = self.checkpoint.index.get(source)
+            lacks = f"; the index says it is in {shard}" if shard else ""
+            raise CheckpointError(
+                f"{self.checkpoint.path}: tensor '{source}' is missing; '{target}' is made of it{lacks}"
+            )
         if tensor.shape != shape or 0 in shape:
             found, path = list(tensor.shape), self.checkpoint.path
-            raise CheckpointError(f"{path}: tensor '{source}' has shape {found}; expected {list(shape)}")
+            raise CheckpointError(
+                f"{path}: tensor '{source}' has shape {found}; expected {list(shape)}, by config.json"
+            )
         self._used.add(source)
         return tensor.n_rows
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from gguf import GGUFValueType, GGUFWriter
@@ -65,6 +66,24 @@ class Metadata:
         for key, entry in self.entries.items():
             if key != "general.architecture":  # GGUFWriter adds it itself
                 writer.add_key_value(key, entry.value, entry.type, entry.item_type)
+
+
+class PlannedHeader:
+    """The header of a file that is not there, with what models.reader and models.names ask of GGUFFile."""
+
+    def __init__(self, path: Path, metadata: Metadata, tensors: Iterable[Any]) -> None:
+        """tensors: anything with a name and a shape in NumPy order."""
+        self.path = path
+        self.metadata = {key: entry.value for key, entry in metadata.entries.items()}
+        self.tensors = {tensor.name: tensor for tensor in tensors}
+
+    def has(self, key: str) -> bool:
+        return key in self.metadata
+
+    def _get(self, key: str, default: Any = ...) -> Any:
+        return self.metadata[key] if default is ... else self.metadata.get(key, default)
+
+    u32 = f32 = bool = string = _get
 
 
 def _check_text(key: str, items: Sequence[str | bytes]) -> None:

@@ -2,112 +2,183 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NoReturn
 
 from localrun.convert.errors import CheckpointError
-from localrun.convert.sources.checkpoint import Checkpoint
-from localrun.models.architecture import REQUIRED, Architecture
+from localrun.convert.sources.json_file import shown, typed
+from localrun.models.architecture import Fields
+from localrun.models.checkpoint_class import ONLY
 from localrun.models.config import Config, RopeScaling
 from localrun.models.registry import CHECKPOINTS
+from localrun.models.rope_scaling import yarn_magnitude
 
-_FLOAT32_MAX = 3.4e38
 _KINDS = {"u32": int, "f32": float, "bool": bool, "string": str}  # by the type of the key in a GGUF
+_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+_ROPE_PARAMETERS = {
+    "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast",
+    "beta_slow", "short_factor", "long_factor", "low_freq_factor", "high_freq_factor", "mscale", "mscale_all_dim",
+    "truncate", "partial_rotary_factor", "mrope_section",
+}  # fmt: skip
+# Numbers beyond these give frequencies that 32 bits do not hold.
+_SMALLEST, _LARGEST = 1e-30, 1e30
 
 
-def typed(values: dict[str, Any], key: str, kind: type, default: Any, where: str) -> Any:
-    """values[key], checked to be of this kind: an int at least 0; a float that fits 32 bits, also written as an int."""
-    value = values.get(key)
-    if value is None:
-        if default is REQUIRED:
-            raise CheckpointError(f"{where}: {key} is missing; expected {kind.__name__}")
-        return default
-    sound = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
-    if not sound or (kind is int and not 0 <= value < 2**32) or (kind is float and not abs(value) <= _FLOAT32_MAX):
-        raise CheckpointError(f"{where}: {key} is {value!r}; expected {kind.__name__}")
-    return kind(value)
+def _positive(values: dict[str, Any], key: str, where: str) -> float:
+    value = typed(values, key, float, where)
+    if not _SMALLEST < value < _LARGEST:
+        raise CheckpointError(f"{where}: {key} is {value:g}; expected a positive number")
+    return value
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary settings, of either spelling: rope_theta with rope_scaling, or rope_parameters (transformers 5)."""
+    """Rotary settings, of either spelling: rope_theta with rope_scaling, or rope_parameters (transformers 5).
+
+    Source: modeling_rope_utils.py of transformers 5.24.
+    """
 
     type: str
     theta: float
     parameters: dict[str, Any]
+    trained_length: int
     where: str
 
-    def get(self, key: str, kind: type, *default: Any) -> Any:
-        """A parameter. Raises CheckpointError if it is missing without a default, or of another kind."""
-        return typed(self.parameters, key, kind, default[0] if default else REQUIRED, f"{self.where}: rope settings")
+    def positive(self, key: str) -> float:
+        """A parameter above 0. Raises CheckpointError if it is missing or something else."""
+        return _positive(self.parameters, key, self.where)
+
+    @property
+    def original_max_position_embeddings(self) -> int:
+        """The training length; the whole length where the file has none."""
+        value = self.trained_length
+        if not value:
+            raise CheckpointError(f"{self.where}: original_max_position_embeddings is 0; expected 1 or more")
+        return value
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        """yarn's beta_fast and beta_slow; null and 0 mean the defaults."""
+        given = {key: self.parameters.get(key) or default for key, default in (("beta_fast", 32.0), ("beta_slow", 1.0))}
+        fast, slow = (_positive(given, key, self.where) for key in given)
+        if fast < slow:
+            raise CheckpointError(f"{self.where}: beta_fast is {fast:g}; expected at least beta_slow, {slow:g}")
+        return fast, slow
+
+    @property
+    def mscales(self) -> tuple[float, float]:
+        """yarn's mscale and mscale_all_dim; 0 where the file has none."""
+        given = {key: self.parameters.get(key) or 0.0 for key in ("mscale", "mscale_all_dim")}
+        return typed(given, "mscale", float, self.where), typed(given, "mscale_all_dim", float, self.where)
+
+    @property
+    def attention_factor(self) -> float:
+        """What yarn multiplies rotated queries and keys by, each."""
+        if self.parameters.get("attention_factor") is not None:
+            return typed(self.parameters, "attention_factor", float, self.where)
+        factor, (mscale, mscale_all_dim) = self.positive("factor"), self.mscales
+        if mscale and mscale_all_dim:
+            return yarn_magnitude(factor, mscale) / yarn_magnitude(factor, mscale_all_dim)
+        return yarn_magnitude(factor)
+
+    def scaling(self) -> RopeScaling | None:
+        """Linear or yarn scaling; what architectures add to it they parse themselves."""
+        if self.type == "linear":
+            return RopeScaling(self.type, self.positive("factor"))
+        if self.type != "yarn":
+            return None
+        if self.theta <= 1:
+            raise CheckpointError(f"{self.where}: rope_theta is {self.theta:g}; expected more than 1 with yarn")
+        if self.parameters.get("truncate", True) is not True:
+            raise CheckpointError(f"{self.where}: truncate is {shown(self.parameters['truncate'])}; GGUF means True")
+        return RopeScaling(self.type, self.positive("factor"), self.original_max_position_embeddings, None, *self.betas)
 
 
 class Settings:
-    """config.json with checks. Raises CheckpointError naming the file, the key, what was found and expected."""
+    """config.json with checks. Errors name the file, the key, what was found and expected.
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.where = str(checkpoint.path / "config.json")
-        self.values = checkpoint.config
+    Attributes:
+        where: what errors call the file.
+        architecture, checkpoint_class: what its architectures names.
+    """
 
-    def get(self, key: str, kind: type, default: Any = REQUIRED) -> Any:
-        """The value of a key; null counts as absent."""
-        return typed(self.values, key, kind, default, self.where)
+    def __init__(self, values: dict[str, Any], where: str) -> None:
+        """Raises CheckpointError if it names no class that is declared."""
+        self.values, self.where = values, where
+        names = typed(values, "architectures", list, where)
+        if len(names) != 1 or not isinstance(names[0], str) or names[0] not in CHECKPOINTS:
+            self.fail(f"architectures is {shown(names)}; expected one of {', '.join(CHECKPOINTS)}")
+        self.architecture, self.checkpoint_class = CHECKPOINTS[names[0]]
 
-    def expect(self, key: str, allowed: Iterable[Any], why: str) -> None:
-        """The key is absent, null, or has one of these values; else refuses."""
-        value = self.values.get(key)
-        if value is not None and value not in allowed:
-            self.fail(f"{key} is {value!r}; {why}")
+    def get(self, key: str, kind: type, fields: Fields | None = None) -> Any:
+        """The value of a key, or what its absence or null means to its class. Raises CheckpointError."""
+        names, setting = self.checkpoint_class.names(key), self.checkpoint_class.settings[key]
+        name = next((name for name in names if name in self.values), None)
+        value = setting.default if name is None else self.values[name]
+        if value is None and setting.null is not None:
+            return setting.null(fields or {})
+        if value is None and name is None:
+            return typed({}, key, kind, self.where)
+        return typed({name or key: value}, name or key, kind, self.where)
+
+    def has(self, key: str) -> bool:
+        """Whether the file has the key, under any of its names."""
+        return any(name in self.values for name in self.checkpoint_class.names(key))
 
     def fail(self, message: str) -> NoReturn:
         """Raises CheckpointError."""
         raise CheckpointError(f"{self.where}: {message}")
 
+    def check(self) -> None:
+        """Raises CheckpointError if a key has a value for which there is no place."""
+        for key, setting in self.checkpoint_class.settings.items():
+            value = self.values.get(key, setting.default)
+            if setting.use == ONLY and value not in setting.values:
+                self.fail(f"{key} is {shown(value)}; {setting.why}")
+
+    def unknown(self) -> list[str]:
+        """Keys of which nothing is known."""
+        keys = [key for key in self.values if not self.checkpoint_class.knows(key)]
+        return keys + [f"{key} of the rope settings" for key in self.rope.parameters if key not in _ROPE_PARAMETERS]
+
     @cached_property
     def rope(self) -> Rope:
         """The rotary settings, checked to be of a known type."""
-        scaling = self.get("rope_scaling", dict, None) or self.get("rope_parameters", dict, None) or {}
-        theta = typed(scaling, "rope_theta", float, self.get("rope_theta", float, 10000.0), self.where)
-        type_ = scaling.get("rope_type", scaling.get("type")) or "default"
-        if type_ not in ("default", "linear", "yarn", "llama3"):
-            self.fail(f"rope scaling is {type_!r}; expected default, linear, yarn or llama3")
-        return Rope(type_, theta, scaling, self.where)
+        where = f"{self.where}: rope settings"
+        parameters = {}
+        for key in ("rope_parameters", "rope_scaling"):
+            if self.values.get(key):
+                parameters = typed(self.values, key, dict, self.where)
+        type_ = parameters.get("rope_type", parameters.get("type", "default"))
+        if type_ not in _ROPE_TYPES:
+            self.fail(f"rope scaling is {shown(type_)}; expected default, linear, yarn or llama3")
+        if parameters.get("partial_rotary_factor", 1.0) != 1:
+            self.fail("partial_rotary_factor is not 1; a head that is rotated in part has no place in the model")
+        theta = _positive({"rope_theta": 10000.0} | self._outside("rope_theta") | parameters, "rope_theta", where)
+        return Rope(type_, theta, parameters, self._trained_length(parameters, where), where)
+
+    def _outside(self, key: str) -> dict[str, Any]:
+        """A rotary setting that stands beside the others; empty if it does not."""
+        return {key: self.values[key]} if key in self.values else {}
+
+    def _trained_length(self, parameters: dict[str, Any], where: str) -> int:
+        """original_max_position_embeddings, wherever it stands; the whole length where it stands nowhere."""
+        key = "original_max_position_embeddings"
+        whole = {key: self.get("max_position_embeddings", int)}
+        return typed(whole | parameters | self._outside(key), key, int, where)
 
 
-def architecture_of(settings: Settings) -> Architecture:
-    """The declaration that a config.json's architectures names. Raises CheckpointError if there is none."""
-    names = settings.get("architectures", list)
-    if len(names) != 1 or names[0] not in CHECKPOINTS:
-        settings.fail(f"architectures is {names}; expected one of {', '.join(CHECKPOINTS)}")
-    return CHECKPOINTS[names[0]]
-
-
-def read_config(architecture: Architecture, settings: Settings) -> Config:
+def read_config(settings: Settings) -> Config:
     """The model of a config.json. Raises CheckpointError on what is missing, wrong, or has no place in a GGUF."""
-    settings.expect("hidden_act", ["silu", "swish"], "only silu has a place in the model")
-    for name, allowed, why in architecture.expected:
-        settings.expect(name, allowed, why)
-    fields: dict[str, Any] = {"tie_word_embeddings": settings.get("tie_word_embeddings", bool, False)}
+    settings.check()
+    architecture = settings.architecture
+    fields: Fields = {"tie_word_embeddings": settings.get("tie_word_embeddings", bool)}
     for key in architecture.keys:
-        default = key.setting_default(fields) if callable(key.setting_default) else key.setting_default
         if key.field and key.setting is not None:
-            fields[key.field] = settings.get(key.setting or key.field, _KINDS[key.type], default)
-        elif key.field and default is not REQUIRED:
-            fields[key.field] = default
-    fields |= {"rope_theta": settings.rope.theta, "rope_scaling": _scaling(settings.rope)}
+            fields[key.field] = settings.get(key.setting or key.field, _KINDS[key.type], fields)
+        elif key.field:
+            fields[key.field] = key.default(fields) if callable(key.default) else key.default
+    fields |= {"rope_theta": settings.rope.theta, "rope_scaling": settings.rope.scaling()}
     fields |= architecture.parse(settings, fields)
     return Config(architecture=architecture.name, **architecture.constants, **fields)
-
-
-def _scaling(rope: Rope) -> RopeScaling | None:
-    """Linear or yarn scaling; what architectures add to it they parse themselves."""
-    if rope.type not in ("linear", "yarn"):
-        return None
-    factor = rope.get("factor", float)
-    if rope.type == "linear":
-        return RopeScaling(rope.type, factor)
-    original = rope.get("original_max_position_embeddings", int)
-    betas = rope.get("beta_fast", float, 32.0), rope.get("beta_slow", float, 1.0)
-    return RopeScaling(rope.type, factor, original, None, *betas)

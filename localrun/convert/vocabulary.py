@@ -20,7 +20,8 @@ from gguf import GGUFValueType, SpecialVocab, TokenType
 from localrun.convert import pretokenizers
 from localrun.convert.errors import CheckpointError
 from localrun.convert.metadata import Metadata
-from localrun.convert.sources.checkpoint import Checkpoint, read_json
+from localrun.convert.sources.checkpoint import Checkpoint
+from localrun.convert.sources.json_file import read_json
 
 _TIKTOKEN_SPECIALS = 256  # ids behind the ranks that Kimi-K2 keeps for control tokens (its tokenization_kimi.py)
 # Added tokens that are control tokens whatever their file says.

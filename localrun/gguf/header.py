@@ -22,6 +22,7 @@ import numpy as np
 from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFValueType
 
 from localrun.errors import GGUFError
+from localrun.gguf import lfs
 from localrun.gguf import types as tensor_types
 from localrun.gguf.types import InterleavedType, TensorType
 
@@ -189,6 +190,8 @@ def read_header(data: mmap, path: Path) -> Header:
 
 
 def _read_version(cursor: _Cursor) -> int:
+    if lfs.is_pointer(cursor.data[: lfs.LONGEST]):
+        raise GGUFError(f"{cursor.path}: {lfs.ADVICE}")
     cursor.skip(len(MAGIC))
     magic = cursor.data[: len(MAGIC)]
     if magic != MAGIC:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
+from localrun.models.checkpoint_class import CheckpointClass
 from localrun.models.config import Config
 from localrun.models.keys import Keys
 
@@ -29,20 +30,29 @@ class Rope(Protocol):
 
     type: str
     theta: float
-    parameters: dict[str, Any]
+    original_max_position_embeddings: int
 
-    def get(self, key: str, kind: type, *default: Any) -> Any:
-        """A parameter. Raises CheckpointError if it is missing without a default, or of another kind."""
+    def positive(self, key: str) -> float:
+        """A parameter above 0. Raises CheckpointError if it is missing or something else."""
+
+    @property
+    def mscales(self) -> tuple[float, float]:
+        """yarn's mscale and mscale_all_dim; 0 where the file has none."""
+
+    @property
+    def attention_factor(self) -> float:
+        """What yarn multiplies rotated queries and keys by, each."""
 
 
 class Settings(Protocol):
     """config.json with checks (convert.settings)."""
 
     values: dict[str, Any]
+    checkpoint_class: CheckpointClass
     rope: Rope
 
-    def get(self, key: str, kind: type, default: Any = REQUIRED) -> Any:
-        """The value of a key. Raises CheckpointError if it is missing without a default, or of another kind."""
+    def get(self, key: str, kind: type, fields: Fields | None = None) -> Any:
+        """The value of a key, or what its absence or null means. Raises CheckpointError if it is of another kind."""
 
     def fail(self, message: str) -> NoReturn:
         """Raises CheckpointError."""
@@ -57,8 +67,8 @@ class Key:
         field: of Config; empty for keys that follow from others.
         type: in a GGUF: "u32", "f32", "bool" or "string"; in config.json the like.
         default: what a GGUF means that lacks it. A function is given the fields of the keys before it.
-        setting: in config.json; empty if named like the field, None if config.json has no such key.
-        setting_default: what a config.json means that lacks it.
+        setting: in config.json; empty if named like the field, None if config.json has no such key: the field is then
+            the default, or what the architecture's `parse` says.
         value: what is written, where that is not the field. Such a key is read by the architecture's `read`.
         omit: the value that is not written.
         by_layer: whether a GGUF may hold one number a layer instead.
@@ -69,7 +79,6 @@ class Key:
     type: str = "u32"
     default: Any = REQUIRED
     setting: str | None = ""
-    setting_default: Any = REQUIRED
     value: Callable[[Config], Any] | None = None
     omit: Any = None
     by_layer: bool = False
@@ -182,28 +191,26 @@ class Architecture:
 
     Attributes:
         name: general.architecture.
-        checkpoints: the values of config.json's architectures that mean it.
+        checkpoints: the classes of transformers whose checkpoints mean it.
         constants: fields of Config that are the same for all its models.
         keys: in the order of a converted file, but for those of all files.
         ends: tensors outside of layers.
         layer: tensors of a layer; both in the order of a converted file.
         read: what a GGUF's keys do not say by themselves, given those that do; refuses what the network cannot do.
         parse: the same of a config.json; refuses what a GGUF cannot say.
-        expected: settings that must be absent or one of some values: name, values, why.
         describe: entries of a config.json that mean a Config, beside those of the keys.
         warnings: of a converted model, one line each.
         values_need_bits: whether llama.cpp's mixes give attn_v more bits, by layers and heads a key-value head.
     """
 
     name: str
-    checkpoints: tuple[str, ...]
+    checkpoints: tuple[CheckpointClass, ...]
     constants: Mapping[str, Any]
     keys: tuple[Key, ...]
     ends: tuple[Tensor, ...]
     layer: tuple[Tensor, ...]
     read: Callable[[Keys, Fields], Fields] = no_fields
     parse: Callable[[Settings, Fields], Fields] = no_fields
-    expected: tuple[tuple[str, list[Any], str], ...] = ()
     describe: Callable[[Config], dict[str, Any]] = no_fields
     warnings: Callable[[Config], list[str]] = field(default=lambda _: [])
     values_need_bits: Callable[[int, int], bool] = field(default=lambda _n_layers, _n_shared: False)
@@ -226,7 +233,7 @@ class Architecture:
         values = {
             k.setting or k.field: getattr(config, k.field) for k in self.keys if k.field and k.setting is not None
         }
-        return {"architectures": [self.checkpoints[0]]} | values | self.describe(config)
+        return {"architectures": [self.checkpoints[0].name]} | values | self.describe(config)
 
     def layer_in_file(self, config: Config, index: int, has: Callable[[str], bool]) -> Iterator[Tensor]:
         """The tensors of layer `index` of a file in which that has these modules."""

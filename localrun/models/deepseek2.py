@@ -12,40 +12,116 @@ from typing import Any
 
 from localrun.models import parts
 from localrun.models.architecture import DENSE, Architecture, Fields, Key, Settings
+from localrun.models.checkpoint_class import NO_BIAS, SILU, CheckpointClass, no_effect, only, read
 from localrun.models.config import Config
 from localrun.models.keys import Keys
 from localrun.models.rope_scaling import ROPE_KEYS
 
 GATING = {"softmax": 1, "sigmoid": 2, "softmax_after_topk": 3}
-_GATES = ("softmax", "sigmoid")  # that a checkpoint may have
 _JOINT_MULTIPLE = 16  # of columns that a transposed product takes (quant.ops.linear)
+_LATENT_EPS = 1e-6  # transformers' norms of latents have it, whatever rms_norm_eps says
 _LITE_LAYERS = (26, 27)  # by which llama.cpp tells models without q_lora_rank from the others
 
 KEYS = (
     *parts.COMMON_KEYS,
     Key("block_count", "num_hidden_layers", value=lambda c: c.num_hidden_layers + c.num_nextn_predict_layers),
-    Key(
-        "attention.head_count_kv", default=None, value=lambda _: 1, by_layer=True
-    ),  # the latent is one key for all heads
-    Key("attention.q_lora_rank", "q_lora_rank", default=None, setting_default=None),
+    Key("attention.head_count_kv", default=None, value=lambda _: 1, by_layer=True),  # the latent is one key for all
+    Key("attention.q_lora_rank", "q_lora_rank", default=None),
     Key("attention.kv_lora_rank", "kv_lora_rank"),
     Key("attention.key_length", default=None, value=lambda c: c.kv_lora_rank + c.qk_rope_head_dim),
     Key("attention.value_length", default=None, value=lambda c: c.kv_lora_rank),
     Key("attention.key_length_mla", "qk_nope_head_dim", value=lambda c: c.qk_nope_head_dim + c.qk_rope_head_dim),
     Key("attention.value_length_mla", "v_head_dim", value=lambda c: c.v_head_dim),
-    Key("leading_dense_block_count", "first_k_dense_replace", default=0, setting_default=0),
+    Key("leading_dense_block_count", "first_k_dense_replace", default=0),
     Key("rope.dimension_count", "qk_rope_head_dim"),
-    Key("nextn_predict_layers", "num_nextn_predict_layers", default=0, setting_default=0, omit=0),
+    Key("nextn_predict_layers", "num_nextn_predict_layers", default=0, omit=0),
     Key("expert_count", "n_routed_experts"),
     Key("expert_used_count", "num_experts_per_tok"),
-    Key("expert_shared_count", "n_shared_experts", default=0, setting_default=0),
+    Key("expert_shared_count", "n_shared_experts", default=0),
     Key("expert_feed_forward_length", "moe_intermediate_size"),
-    Key("expert_weights_scale", "routed_scaling_factor", "f32", default=1.0, setting_default=1.0),
-    Key("expert_weights_norm", "norm_topk_prob", "bool", default=False, setting_default=False, omit=False),
+    Key("expert_weights_scale", "routed_scaling_factor", "f32", default=1.0),
+    Key("expert_weights_norm", "norm_topk_prob", "bool", default=False, omit=False),
     Key("expert_gating_func", default=0, value=lambda c: GATING[c.scoring_func]),
-    Key("expert_group_count", "n_group", default=1, setting_default=1),
-    Key("expert_group_used_count", "topk_group", default=None, setting_default=1),
+    Key("expert_group_count", "n_group", default=1),
+    Key("expert_group_used_count", "topk_group", default=None),
     *ROPE_KEYS,
+)
+
+# What both classes say.
+_BOTH = {
+    "hidden_act": SILU,
+    "attention_bias": NO_BIAS,
+    "rms_norm_eps": read(1e-6),
+    "moe_layer_freq": only(1, why="expected 1: experts in every layer behind the dense ones"),
+    **no_effect("num_key_value_heads", "pretraining_tp", "qk_head_dim", "aux_loss_alpha", "seq_aux", "ep_size"),
+}
+V2 = CheckpointClass(
+    "DeepseekV2ForCausalLM",
+    _BOTH
+    | {
+        "vocab_size": read(102400),
+        "hidden_size": read(4096),
+        "intermediate_size": read(11008),
+        "moe_intermediate_size": read(1407),
+        "num_hidden_layers": read(32),
+        "num_attention_heads": read(32),
+        "max_position_embeddings": read(2048),
+        "kv_lora_rank": read(512),
+        "q_lora_rank": read(1536, null=lambda _: None),
+        "qk_nope_head_dim": read(128),
+        "qk_rope_head_dim": read(64),
+        "v_head_dim": read(128),
+        "first_k_dense_replace": read(0),
+        "n_routed_experts": read(64),
+        "n_shared_experts": read(2),
+        "num_experts_per_tok": read(None),
+        "n_group": read(None, null=lambda _: 0),
+        "topk_group": read(None, null=lambda _: 0),
+        "routed_scaling_factor": read(1.0),
+        "topk_method": only("greedy", "group_limited_greedy", why="DeepseekV2's router has no other"),
+        "scoring_func": only("softmax", why="DeepseekV2's router has no other"),
+        # transformers never divides; the model's own code does, and then leaves out routed_scaling_factor
+        "norm_topk_prob": only(False, None, why="what it means for DeepseekV2 is not agreed upon"),
+        "num_nextn_predict_layers": read(0),
+        "mlp_bias": NO_BIAS,
+        **no_effect("head_dim", "rope_interleave"),
+    },
+    spelled={"n_routed_experts": ("num_experts", "n_routed_experts")},
+)
+V3 = CheckpointClass(
+    "DeepseekV3ForCausalLM",
+    _BOTH
+    | {
+        "vocab_size": read(129280),
+        "hidden_size": read(7168),
+        "intermediate_size": read(18432),
+        "moe_intermediate_size": read(2048),
+        "num_hidden_layers": read(61),
+        "num_attention_heads": read(128),
+        "max_position_embeddings": read(4096),
+        "kv_lora_rank": read(512),
+        "q_lora_rank": read(1536, null=lambda _: None),
+        "qk_nope_head_dim": read(128),
+        "qk_rope_head_dim": read(64),
+        "v_head_dim": read(128),
+        "head_dim": read(None, null=lambda fields: fields["qk_rope_head_dim"]),
+        "first_k_dense_replace": read(3),
+        "n_routed_experts": read(256),
+        "n_shared_experts": read(1),
+        "num_experts_per_tok": read(8),
+        "n_group": read(8),
+        "topk_group": read(4),
+        "routed_scaling_factor": read(2.5),
+        "norm_topk_prob": read(True, null=lambda _: False),
+        "topk_method": only("noaux_tc", why="DeepseekV3's router has no other"),
+        "scoring_func": only("sigmoid", why="DeepseekV3's router has no other"),
+        "rope_interleave": only(True, why="weights rotated by halves cannot be converted"),
+        "num_nextn_predict_layers": read(1),
+    },
+    spelled={
+        "n_routed_experts": ("num_local_experts", "n_routed_experts"),
+        "num_nextn_predict_layers": ("num_nextn_predict_layers", "num_mtp_layers"),
+    },
 )
 
 
@@ -92,31 +168,37 @@ def _read_gate(keys: Keys) -> Fields:
 
 
 def _parse(settings: Settings, fields: Fields) -> Fields:
-    # transformers 5 leaves out what each class does anyway.
-    is_v3 = settings.values["architectures"] == ["DeepseekV3ForCausalLM"]
-    method = settings.get("topk_method", str, "noaux_tc" if is_v3 else "greedy")
-    chooses_among_all = settings.get("topk_method", str, "noaux_tc") == "greedy"  # whatever n_group says
-    n_group = 1 if chooses_among_all else fields["n_group"]
+    is_v3 = settings.checkpoint_class is V3
+    method = settings.get("topk_method", str)
+    if not is_v3 and method == "greedy":  # among all, whatever n_group says
+        fields |= {"n_group": 1, "topk_group": 1}
+    for name in ("n_group", "topk_group"):
+        if not fields[name]:
+            settings.fail(f"{name} is null or 0; expected 1 or more for {method}")
+    if is_v3 and settings.get("head_dim", int, fields) != fields["qk_rope_head_dim"]:
+        settings.fail(f"head_dim is not qk_rope_head_dim, {fields['qk_rope_head_dim']}; it is what is rotated")
     return {
         "shared_intermediate_size": fields["n_shared_experts"] * fields["moe_intermediate_size"],
-        "scoring_func": settings.get("scoring_func", str, "sigmoid" if is_v3 else "softmax"),
+        "scoring_func": settings.get("scoring_func", str),
         "has_selection_bias": method == "noaux_tc",
-        "n_group": n_group,
-        "topk_group": fields["topk_group"] if n_group > 1 else 1,
+        "n_group": fields["n_group"],
+        "topk_group": fields["topk_group"] if fields["n_group"] > 1 else 1,
         "rope_scaling": _parse_scaling(settings, fields),
     }
 
 
 def _parse_scaling(settings: Settings, fields: Fields) -> Any:
     rope, scaling = settings.rope, fields["rope_scaling"]
-    if rope.type == "llama3":
-        settings.fail("rope scaling is 'llama3'; expected default, linear or yarn")
+    if rope.type not in ("default", "yarn"):
+        settings.fail(f"rope scaling is '{rope.type}'; expected default or yarn")
     if rope.type != "yarn":
         return scaling
-    mscale, mscale_all_dim = rope.get("mscale", float, None), rope.get("mscale_all_dim", float, None)
+    mscale, mscale_all_dim = rope.mscales
     if not mscale_all_dim or mscale != mscale_all_dim:
-        found = f"mscale {mscale} and mscale_all_dim {mscale_all_dim}"
+        found = f"mscale {mscale:g} and mscale_all_dim {mscale_all_dim:g}"
         settings.fail(f"yarn has {found}; GGUF can only tell of equal ones other than 0")
+    if rope.attention_factor != 1:
+        settings.fail(f"yarn has attention_factor {rope.attention_factor:g}; GGUF can only tell of 1 beside mscale")
     return replace(scaling, mscale_all_dim=mscale_all_dim)
 
 
@@ -126,20 +208,25 @@ def _describe(c: Config) -> dict[str, Any]:
         "architectures": ["DeepseekV3ForCausalLM" if is_sigmoid else "DeepseekV2ForCausalLM"],
         "topk_method": "noaux_tc" if is_sigmoid else "group_limited_greedy",
         "scoring_func": c.scoring_func,
+        "norm_topk_prob": is_sigmoid and c.norm_topk_prob,
+        "head_dim": c.qk_rope_head_dim,
     }
 
 
 def _warnings(c: Config) -> list[str]:
-    n_layers = c.num_hidden_layers
-    if (n_layers in _LITE_LAYERS or (n_layers == 48 and c.vocab_size == 128256)) != parts.has_q_lora(c):
-        return []
-    how = "with q_lora_rank" if parts.has_q_lora(c) else "without q_lora_rank"
-    return [f"llama.cpp cannot load a model {how} and {n_layers} layers; localrun can"]
+    warnings, n_layers = [], c.num_hidden_layers
+    if (n_layers in _LITE_LAYERS or (n_layers == 48 and c.vocab_size == 128256)) == parts.has_q_lora(c):
+        how = "with q_lora_rank" if parts.has_q_lora(c) else "without q_lora_rank"
+        warnings.append(f"llama.cpp cannot load a model {how} and {n_layers} layers; localrun can")
+    if c.rms_norm_eps != _LATENT_EPS:
+        found = f"rms_norm_eps is {c.rms_norm_eps:g}, which a GGUF means for all norms"
+        warnings.append(f"{found}; transformers takes {_LATENT_EPS:g} for those of the latents")
+    return warnings
 
 
 DEEPSEEK2 = Architecture(
     name="deepseek2",
-    checkpoints=("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"),
+    checkpoints=(V2, V3),
     constants={"attention": "mla", "rope": "pairs"},
     keys=KEYS,
     ends=(parts.EMBED_TOKENS, parts.LM_HEAD, parts.NORM),
@@ -156,12 +243,6 @@ DEEPSEEK2 = Architecture(
     ),
     read=_read,
     parse=_parse,
-    expected=(
-        ("rope_interleave", [True], "weights rotated by halves cannot be converted"),
-        ("moe_layer_freq", [1], "expected 1: experts in every layer behind the dense ones"),
-        ("topk_method", ["greedy", "group_limited_greedy", "noaux_tc"], "that routing has no GGUF key"),
-        ("scoring_func", list(_GATES), "that gate has no GGUF key"),
-    ),
     describe=_describe,
     warnings=_warnings,
 )

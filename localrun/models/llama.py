@@ -10,9 +10,29 @@ from math import pi
 
 from localrun.models import parts
 from localrun.models.architecture import DENSE, Architecture, Fields, Key, Pairs, Settings, Tensor, never
+from localrun.models.checkpoint_class import NO_BIAS, SILU, CheckpointClass, no_effect, read
 from localrun.models.config import Config
 from localrun.models.keys import Keys
-from localrun.models.rope_scaling import ROPE_KEYS
+from localrun.models.rope_scaling import ROPE_KEYS, check_yarn
+
+CLASS = CheckpointClass(
+    "LlamaForCausalLM",
+    {
+        "vocab_size": read(32000),
+        "hidden_size": read(4096),
+        "intermediate_size": read(11008),
+        "num_hidden_layers": read(32),
+        "num_attention_heads": read(32),
+        "num_key_value_heads": read(None, null=parts.heads),
+        "head_dim": read(None, null=parts.fair_share),
+        "max_position_embeddings": read(2048),
+        "rms_norm_eps": read(1e-6),
+        "hidden_act": SILU,
+        "attention_bias": NO_BIAS,
+        "mlp_bias": NO_BIAS,
+        **no_effect("pretraining_tp"),
+    },
+)
 
 
 def _read(keys: Keys, fields: Fields) -> Fields:
@@ -30,6 +50,7 @@ def _parse(settings: Settings, fields: Fields) -> Fields:
     head_dim = fields["head_dim"]
     if not head_dim or head_dim % 2:
         settings.fail(f"head_dim is {head_dim}; expected an even number")
+    check_yarn(settings)
     return {}
 
 
@@ -38,8 +59,8 @@ def _frequency_divisors(settings: Settings, c: Config) -> list[float] | None:
     rope = settings.rope
     if rope.type != "llama3" or not c.num_hidden_layers:
         return None
-    factor, original = rope.get("factor", float), rope.get("original_max_position_embeddings", int)
-    low, high = rope.get("low_freq_factor", float), rope.get("high_freq_factor", float)
+    factor, original = rope.positive("factor"), rope.original_max_position_embeddings
+    low, high = rope.positive("low_freq_factor"), rope.positive("high_freq_factor")
     if high <= low:
         settings.fail(f"high_freq_factor is {high}; expected more than low_freq_factor, {low}")
     divisors = []
@@ -52,7 +73,7 @@ def _frequency_divisors(settings: Settings, c: Config) -> list[float] | None:
 
 LLAMA = Architecture(
     name="llama",
-    checkpoints=("LlamaForCausalLM",),
+    checkpoints=(CLASS,),
     constants={"attention": "gqa", "rope": "pairs"},
     keys=(*parts.COMMON_KEYS, Key("block_count", "num_hidden_layers"), *parts.GQA_KEYS, *ROPE_KEYS),
     ends=(
@@ -72,6 +93,5 @@ LLAMA = Architecture(
     ),
     read=_read,
     parse=_parse,
-    expected=(("pretraining_tp", [0, 1], "only 1 can be converted"),),
     values_need_bits=lambda n_layers, n_shared: n_layers == 80 and n_shared > 1,  # Llama 2 70B, known by its shape
 )  # fmt: skip

@@ -16,12 +16,12 @@ COMMON_KEYS = (
     Key("embedding_length", "hidden_size"),
     Key("feed_forward_length", "intermediate_size", by_layer=True),
     Key("attention.head_count", "num_attention_heads", by_layer=True),
-    Key("attention.layer_norm_rms_epsilon", "rms_norm_eps", "f32", setting_default=1e-6),
+    Key("attention.layer_norm_rms_epsilon", "rms_norm_eps", "f32"),
     Key("vocab_size", "vocab_size", default=None),  # the embedding's rows count
 )
 
 
-def _fair_share(fields: dict[str, Any]) -> int:
+def fair_share(fields: dict[str, Any]) -> int:
     """A head's part of the hidden vector."""
     return fields["hidden_size"] // max(fields["num_attention_heads"], 1)
 
@@ -30,15 +30,16 @@ def _head_dim(fields: dict[str, Any]) -> int:
     return fields["head_dim"]
 
 
-def _heads(fields: dict[str, Any]) -> int:
+def heads(fields: dict[str, Any]) -> int:
+    """As many as queries have."""
     return fields["num_attention_heads"]
 
 
 GQA_KEYS = (
-    Key("attention.head_count_kv", "num_key_value_heads", default=_heads, setting_default=_heads, by_layer=True),
-    Key("attention.key_length", "head_dim", default=_fair_share, setting_default=_fair_share),
-    Key("attention.value_length", "v_head_dim", default=_head_dim, setting=None, setting_default=_head_dim),
-    Key("rope.dimension_count", "qk_rope_head_dim", default=_head_dim, setting=None, setting_default=_head_dim),
+    Key("attention.head_count_kv", "num_key_value_heads", default=heads, by_layer=True),
+    Key("attention.key_length", "head_dim", default=fair_share),
+    Key("attention.value_length", "v_head_dim", default=_head_dim, setting=None),
+    Key("rope.dimension_count", "qk_rope_head_dim", default=_head_dim, setting=None),
 )
 
 

@@ -9,18 +9,44 @@ from __future__ import annotations
 
 from localrun.models import parts
 from localrun.models.architecture import Architecture, Fields, Key, Plain, Settings, Tensor
+from localrun.models.checkpoint_class import NO_BIAS, SILU, CheckpointClass, no_effect, only, read
 from localrun.models.keys import Keys
-from localrun.models.rope_scaling import ROPE_KEYS
+from localrun.models.rope_scaling import ROPE_KEYS, check_yarn
 
+CLASS = CheckpointClass(
+    "Qwen3MoeForCausalLM",
+    {
+        "vocab_size": read(151936),
+        "hidden_size": read(2048),
+        "intermediate_size": read(6144),
+        "moe_intermediate_size": read(768),
+        "num_hidden_layers": read(24),
+        "num_attention_heads": read(32),
+        "num_key_value_heads": read(4),
+        "head_dim": read(None, null=parts.fair_share),
+        "num_experts": read(128),
+        "num_experts_per_tok": read(8),
+        "max_position_embeddings": read(32768),
+        "rms_norm_eps": read(1e-6),
+        "hidden_act": SILU,
+        "attention_bias": NO_BIAS,
+        "norm_topk_prob": only(True, default=False,
+                               why="only weights that are divided by their sum have a place in a GGUF"),
+        "decoder_sparse_step": only(1, why="expected 1: experts in every layer"),
+        "mlp_only_layers": only(None, [], why="expected none: experts in every layer"),
+        "use_sliding_window": only(False, why="a window has no place in the model"),
+        **no_effect("sliding_window", "max_window_layers"),
+    },
+    spelled={"num_experts": ("num_local_experts", "num_experts")},
+)  # fmt: skip
 KEYS = (
     *parts.COMMON_KEYS,
     Key("block_count", "num_hidden_layers"),
     *parts.GQA_KEYS,
-    Key("expert_count", "n_routed_experts", setting="num_experts", setting_default=0),
+    Key("expert_count", "n_routed_experts", setting="num_experts"),
     Key("expert_used_count", "num_experts_per_tok"),
     Key("expert_feed_forward_length", "moe_intermediate_size"),
-    Key("expert_weights_scale", "routed_scaling_factor", "f32", default=1.0, setting=None, setting_default=1.0,
-        omit=1.0),
+    Key("expert_weights_scale", "routed_scaling_factor", "f32", default=1.0, setting=None, omit=1.0),
     *ROPE_KEYS,
 )  # fmt: skip
 
@@ -29,21 +55,16 @@ def _read(_: Keys, fields: Fields) -> Fields:
     return {"routed_scaling_factor": fields["routed_scaling_factor"] or 1.0}  # 0 means no scaling, as in llama.cpp
 
 
-def _parse(settings: Settings, fields: Fields) -> Fields:
-    if not settings.get("norm_topk_prob", bool, False):
-        settings.fail("norm_topk_prob is False; only weights that are divided by their sum have a place in a GGUF")
+def _parse(settings: Settings, _: Fields) -> Fields:
     if settings.rope.type == "llama3":
         settings.fail("rope scaling is 'llama3'; expected default, linear or yarn")
-    for parameter in ("attention_factor", "mscale", "mscale_all_dim", "truncate"):
-        if settings.rope.type == "yarn" and settings.rope.parameters.get(parameter) is not None:
-            settings.fail(f"yarn has {parameter}, which GGUF cannot tell of")
-    # transformers 5 writes num_local_experts.
-    return {"n_routed_experts": fields["n_routed_experts"] or settings.get("num_local_experts", int)}
+    check_yarn(settings)
+    return {}
 
 
 QWEN3MOE = Architecture(
     name="qwen3moe",
-    checkpoints=("Qwen3MoeForCausalLM",),
+    checkpoints=(CLASS,),
     constants={
         "attention": "gqa",
         "rope": "halves",
@@ -64,11 +85,5 @@ QWEN3MOE = Architecture(
     ),
     read=_read,
     parse=_parse,
-    expected=(
-        ("attention_bias", [False], "biases of attention have no place in the model"),
-        ("decoder_sparse_step", [1], "expected 1: experts in every layer"),
-        ("mlp_only_layers", [[]], "expected none: experts in every layer"),
-        ("use_sliding_window", [False], "a window has no place in the model"),
-    ),
     describe=lambda _: {"norm_topk_prob": True},
 )

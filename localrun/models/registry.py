@@ -11,4 +11,4 @@ _DECLARED: tuple[Architecture, ...] = (
     QWEN3MOE,
 )
 ARCHITECTURES = {architecture.name: architecture for architecture in _DECLARED}
-CHECKPOINTS = {name: architecture for architecture in ARCHITECTURES.values() for name in architecture.checkpoints}
+CHECKPOINTS = {each.name: (architecture, each) for architecture in _DECLARED for each in architecture.checkpoints}

@@ -5,9 +5,10 @@ keeps for old files' sake.
 """
 
 from collections.abc import Callable
+from math import isclose, log
 from typing import Any
 
-from localrun.models.architecture import Key
+from localrun.models.architecture import Key, Settings
 from localrun.models.config import Config, RopeScaling
 from localrun.models.keys import Keys
 
@@ -37,6 +38,22 @@ ROPE_KEYS = (
     Key("rope.scaling.yarn_beta_slow", type="f32", default=None, value=_scaling("beta_slow", "yarn")),
     Key("rope.scaling.yarn_log_multiplier", type="f32", default=None, value=_log_multiplier),
 )  # fmt: skip
+
+
+def yarn_magnitude(factor: float, mscale: float = 1.0) -> float:
+    """1 + 0.1 mscale ln(factor), by which YaRN lengthens queries and keys (arXiv 2309.00071, eq. 22)."""
+    return 1 + 0.1 * mscale * log(factor) if factor > 1 else 1.0
+
+
+def check_yarn(settings: Settings) -> None:
+    """A checkpoint's yarn without mscale must mean what a GGUF does. Raises CheckpointError if it does not."""
+    rope = settings.rope
+    if rope.type != "yarn":
+        return
+    plain = yarn_magnitude(rope.positive("factor"))
+    if not isclose(rope.attention_factor, plain, rel_tol=1e-6):  # config.json may have it rounded to float32
+        found = f"attention_factor or mscale that give {rope.attention_factor:g}"
+        settings.fail(f"yarn has {found}; GGUF can only tell of {plain:g}, which follows from the factor")
 
 
 def read_scaling(keys: Keys) -> RopeScaling | None:

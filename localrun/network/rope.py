@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from localrun.models.config import Config
+from localrun.models.rope_scaling import yarn_magnitude
 
 if TYPE_CHECKING:
     import torch
@@ -43,10 +44,6 @@ def frequencies(config: Config, factors: np.ndarray | None = None) -> np.ndarray
     return plain / scaling.factor * ramp + plain * (1 - ramp)
 
 
-def _yarn_mscale(scale: float, mscale: float) -> float:
-    return 1 + 0.1 * mscale * math.log(scale) if scale > 1 else 1.0
-
-
 def attention_scale(config: Config) -> float:
     """What the scores of one head are multiplied by: 1 / sqrt(d).
 
@@ -59,7 +56,7 @@ def attention_scale(config: Config) -> float:
     if scaling is None or scaling.type != "yarn":
         return scale
     mscale = 1.0 if scaling.mscale_all_dim is None else scaling.mscale_all_dim
-    return scale * _yarn_mscale(scaling.factor, mscale) ** 2
+    return scale * yarn_magnitude(scaling.factor, mscale) ** 2
 
 
 def rotation_magnitude(config: Config) -> float:
@@ -69,7 +66,7 @@ def rotation_magnitude(config: Config) -> float:
         return 1.0
     if config.attention == "mla" and scaling.mscale_all_dim is not None:
         return 1.0
-    return _yarn_mscale(scaling.factor, 1.0)
+    return yarn_magnitude(scaling.factor)
 
 
 class Rope:

@@ -7,7 +7,7 @@ none besides.
 from collections.abc import Iterator
 
 from localrun.convert.builder import layer_prefix
-from localrun.convert.settings import Settings, architecture_of, read_config
+from localrun.convert.settings import Settings, read_config
 from localrun.errors import LocalrunError
 from localrun.models.architecture import Architecture
 from localrun.models.config import Config
@@ -24,8 +24,7 @@ _LIMITS = {
 
 def checkpoint_shapes(settings: Settings) -> dict[str, tuple[int, ...]]:
     """Name -> shape. Raises CheckpointError on what is missing or no number, LocalrunError on absurd sizes."""
-    architecture = architecture_of(settings)
-    config = read_config(architecture, settings)
+    architecture, config = settings.architecture, read_config(settings)
     for field, most in _LIMITS.items():
         if getattr(config, field) > most:
             name, found = architecture.setting_of(field), getattr(config, field)

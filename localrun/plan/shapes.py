@@ -21,7 +21,6 @@ from localrun.models.summary import group_of
 from localrun.plan.known import load_data
 
 DEFAULT_TYPE = "Q4_K_M"
-_ABSENT: Any = object()
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ def _config_path(path: Path) -> Path | None:
 
 
 def _read_config_json(path: Path) -> dict[str, Any]:
-    from localrun.convert.sources.checkpoint import read_json
+    from localrun.convert.sources.json_file import read_json
 
     return read_json(path)
 
@@ -171,23 +170,8 @@ class _Checkpoint:
     config: dict[str, Any]
     tensors: dict[str, Any] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
-
-
-class _PlannedFile:
-    """The header of a file that is not there, with the getters of GGUFFile that read_config uses."""
-
-    def __init__(self, path: Path, metadata: Any, tensors: Iterable[Tensor]) -> None:
-        self.path = path
-        self.metadata = {key: entry.value for key, entry in metadata.entries.items()}
-        self.tensors = {tensor.name: tensor for tensor in tensors}
-
-    def has(self, key: str) -> bool:
-        return key in self.metadata
-
-    def _get(self, key: str, default: Any = _ABSENT) -> Any:
-        return self.metadata[key] if default is _ABSENT else self.metadata.get(key, default)
-
-    u32 = f32 = bool = string = _get
+    index: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
 
 def from_config(
@@ -195,6 +179,7 @@ def from_config(
 ) -> ModelShape:
     """The model of a config.json, packed as `localrun convert --type` would. Raises LocalrunError."""
     from localrun.convert.architecture import read_model
+    from localrun.convert.metadata import PlannedHeader
     from localrun.convert.mixes import parse_mix
     from localrun.convert.settings import Settings
     from localrun.convert.sources.checkpoint import SourceTensor
@@ -205,10 +190,8 @@ def from_config(
     is_qwen2 = values.get("architectures") == ["Qwen2ForCausalLM"]
     if is_qwen2:  # the same tensors and, of 80 layers, the same rules for types; biases besides
         checkpoint.config["architectures"] = ["LlamaForCausalLM"]
-    settings = Settings(checkpoint)
-    settings.where = str(path)
     try:
-        settings.get("architectures", list)
+        settings = Settings(checkpoint.config, str(path))
         for tensor, shape in checkpoint_shapes(settings).items():
             checkpoint.tensors[tensor] = SourceTensor(tensor, shape, "BF16", 2 * prod(shape))
         model = read_model(checkpoint)
@@ -218,7 +201,7 @@ def from_config(
         _add_biases(model.targets)
     conversion = Conversion(model.metadata, model.targets)
     tensors = conversion.tensors(mix)
-    config = read_config(_PlannedFile(path, model.metadata, tensors))
+    config = read_config(PlannedHeader(path, model.metadata, tensors))
     return ModelShape(name, config, tensors, mix, source, conversion=conversion)
 
 

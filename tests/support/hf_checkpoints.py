@@ -76,6 +76,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+NULL: Any = object()  # for edit_config
 PROMPT = [3, 17, 200, 5, 9, 80, 41, 7, 7, 250, 11, 13, 319, 0, 64, 128]
 
 
@@ -116,10 +117,11 @@ def logits(model: torch.nn.Module, ids: list[int] = PROMPT) -> np.ndarray:
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
-    """Set keys of config.json; None removes one."""
+    """Set keys of config.json; None removes one, NULL sets it to null."""
     path = folder / "config.json"
     config = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    config = {key: value for key, value in config.items() if value is not None or key not in changes}
+    path.write_text(json.dumps({key: None if value is NULL else value for key, value in config.items()}))
 
 
 def edit_tensors(folder: Path, change: Any, file: str = "model.safetensors") -> None:

@@ -7,8 +7,7 @@ https://github.com/ggml-org/llama.cpp @3f545becc does the same); without a block
 
 from __future__ import annotations
 
-import json
-from contextlib import suppress
+import re
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PurePath
@@ -17,12 +16,17 @@ from typing import Any
 import numpy as np
 
 from localrun.convert.errors import CheckpointError
+from localrun.convert.sources.json_file import is_kind, read_json, shown, typed
 from localrun.convert.sources.reading import Reader
 from localrun.convert.sources.safetensors_file import DTYPE_BYTES, StoredTensor, read_header
 from quant.formats import fp8
 
-INDEX = "model.safetensors.index.json"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_NAMED = "transformers_weights"  # the key of config.json that names another
 _SCALE = "_scale_inv"
+# Not weights: what a runner computes itself, and the activation scales of other FP8 runtimes.
+_COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$|\.activation_scale$|\.input_scale$")
+_COMPARED_BYTES = 16 << 20  # of two tensors at a time
 
 
 @dataclass(frozen=True)
@@ -51,25 +55,28 @@ class Checkpoint:
         config: config.json.
         tensors: name -> SourceTensor.
         files: all files that results depend on.
+        index: tensor -> shard, as the index says; empty without one.
+        warnings: one line each.
     """
 
     def __init__(self, path: Path) -> None:
         """Read and check config, index and all shards' headers. Raises CheckpointError."""
         self.path = path
         self.config = read_json(path / "config.json")
-        shards, index = _shards(path)
-        stored = _collect(shards, index, path / INDEX)
+        shards, self.index = _shards(path, self.config)
+        stored = _collect(shards)
         self._stored = {name: tensor for name, tensor in stored.items() if not _is_scale(name, stored)}
         self._scales = {name: stored[name + _SCALE] for name in self._stored if name + _SCALE in stored}
         self._block = _block_size(self.config, path)
         self.tensors = {name: self._checked(tensor) for name, tensor in self._stored.items()}
         self.files = [path / "config.json", *shards]
+        self.warnings = _not_read(path, shards, bool(self.index))
         self._reader = Reader()
 
     def _checked(self, tensor: StoredTensor) -> SourceTensor:
-        where = f"{tensor.path}: tensor '{tensor.name}'"
+        where = f"{tensor.path}: tensor {shown(tensor.name)}"
         if tensor.dtype not in DTYPE_BYTES:
-            raise CheckpointError(f"{where} has dtype {tensor.dtype}; expected one of {', '.join(DTYPE_BYTES)}")
+            raise CheckpointError(f"{where} has dtype {shown(tensor.dtype)}; expected one of {', '.join(DTYPE_BYTES)}")
         scale = self._scales.get(tensor.name)
         if (tensor.dtype == "F8_E4M3") != (scale is not None):
             state = "no scale" if scale is None else f"a scale but dtype {tensor.dtype}"
@@ -81,7 +88,7 @@ class Checkpoint:
     def _check_scale(self, tensor: StoredTensor, scale: StoredTensor) -> None:
         if len(tensor.shape) != 2:
             raise CheckpointError(
-                f"{tensor.path}: tensor '{tensor.name}' is FP8 with shape {tensor.shape}; expected 2-D"
+                f"{tensor.path}: tensor {shown(tensor.name)} is FP8 with shape {tensor.shape}; expected 2-D"
             )
         rows, cols = tensor.shape
         allowed = [(), (1,), (1, 1), (rows,), (rows, 1)]
@@ -90,7 +97,9 @@ class Checkpoint:
         if scale.dtype not in ("F32", "BF16", "F16") or scale.shape not in allowed:
             shapes = " or ".join(map(str, allowed))
             found = f"{scale.dtype} {scale.shape}"
-            raise CheckpointError(f"{scale.path}: tensor '{scale.name}' is {found}; expected F32 of shape {shapes}")
+            raise CheckpointError(
+                f"{scale.path}: tensor {shown(scale.name)} is {found}; expected F32 of shape {shapes}"
+            )
 
     def read(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
         """out = rows start..stop of a tensor, float32 (stop - start, n_cols), C order. Raises CheckpointError."""
@@ -122,53 +131,73 @@ class Checkpoint:
             return self._block
         return (1 if prod(self._scales[name].shape) > 1 else rows, cols)
 
+    def are_equal(self, first: str, second: str) -> bool:
+        """Whether two tensors hold the same bytes."""
+        one, other = self._stored[first], self._stored[second]
+        if (one.dtype, one.shape) != (other.dtype, other.shape):
+            return False
+        for at in range(0, one.n_bytes, _COMPARED_BYTES):
+            n_bytes = min(_COMPARED_BYTES, one.n_bytes - at)
+            part = self._reader.fetch(one.path, one.offset + at, n_bytes, first).tobytes()
+            if self._reader.fetch(other.path, other.offset + at, n_bytes, second).tobytes() != part:
+                return False
+        return True
+
     def close(self) -> None:
         self._reader.close()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises CheckpointError."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; expected a Hugging Face checkpoint folder") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds no JSON object")
-    return value
+def _shards(path: Path, config: dict[str, Any]) -> tuple[list[Path], dict[str, str]]:
+    """The files that transformers' from_pretrained reads, and which tensor the index says is in which.
 
-
-def _shards(path: Path) -> tuple[list[Path], dict[str, str]]:
-    """The shards, and which tensor the index says is in which; without an index, every safetensors file there is."""
-    if not (path / INDEX).exists():
-        shards = sorted(path.glob("*.safetensors"))
-        if not shards:
-            raise CheckpointError(f"{path}: has no safetensors file; expected model.safetensors or {INDEX}")
-        return shards, {}
-    index = read_json(path / INDEX).get("weight_map")
-    if not isinstance(index, dict) or not index:
-        raise CheckpointError(f"{path / INDEX}: has no weight_map")
-    for name, shard in index.items():
-        if not isinstance(shard, str) or PurePath(shard).name != shard:
-            raise CheckpointError(f"{path / INDEX}: tensor '{name}' is in {shard!r}; expected a file name")
+    That is what config.json's transformers_weights names, else a whole model.safetensors, else what the index names.
+    """
+    name = WHOLE if (path / WHOLE).is_file() else INDEX
+    if config.get(_NAMED) is not None:
+        name = typed(config, _NAMED, str, str(path / "config.json"))
+        _check_name(name, (".safetensors", ".safetensors.index.json"), f"{path / 'config.json'}: {_NAMED}")
+    if not name.endswith(".json"):
+        return [path / name], {}
+    if not (path / name).exists():
+        others = ", ".join(sorted(other.name for other in path.glob("*.safetensors"))) or "none"
+        others = others if len(others) <= 200 else others[:200] + "..."
+        raise CheckpointError(f"{path}: has no {WHOLE} and no {name}; other safetensors files: {others}")
+    index = typed(read_json(path / name), "weight_map", dict, str(path / name))
+    if not index:
+        raise CheckpointError(f"{path / name}: weight_map is empty")
+    for tensor, shard in index.items():
+        _check_name(shard, (".safetensors",), f"{path / name}: tensor {shown(tensor)}")
     return [path / shard for shard in sorted(set(index.values()))], index
 
 
-def _collect(shards: list[Path], index: dict[str, str], index_path: Path) -> dict[str, StoredTensor]:
-    """All shards' tensors, no name twice, each where the index says."""
+def _check_name(name: Any, endings: tuple[str, ...], what: str) -> None:
+    """Raises CheckpointError unless it is the name of a file in the folder."""
+    sound = isinstance(name, str) and name.isprintable() and PurePath(name).name == name and name.endswith(endings)
+    if not sound:
+        raise CheckpointError(f"{what} is in {shown(name)}; expected the name of a file, *{endings[0]}")
+
+
+def _collect(shards: list[Path]) -> dict[str, StoredTensor]:
+    """All shards' tensors, no name twice, without what every runner computes itself."""
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
         for name, tensor in read_header(shard).items():
             if name in tensors:
-                raise CheckpointError(f"{shard}: tensor '{name}' is also in {tensors[name].path.name}")
-            tensors[name] = tensor
-    for name, shard in index.items():
-        if name not in tensors or tensors[name].path.name != shard:
-            raise CheckpointError(f"{index_path}: tensor '{name}' should be in {shard}, which lacks it")
+                raise CheckpointError(f"{shard}: tensor {shown(name)} is also in {tensors[name].path.name}")
+            if not _COMPUTED.search(name):
+                tensors[name] = tensor
     return tensors
+
+
+def _not_read(path: Path, shards: list[Path], has_index: bool) -> list[str]:
+    """A line on weights in the folder that are left alone, as transformers leaves them."""
+    others = {other for other in path.glob("*.safetensors") if not other.name.startswith(".")} - set(shards)
+    names = [*sorted(other.name for other in others), *([INDEX] if (path / INDEX).exists() and not has_index else [])]
+    if not names:
+        return []
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    read = shards[0].name if len(shards) == 1 else f"{len(shards)} shards"
+    return [f"not read, as in transformers: {', '.join(names[:3])}{more}; the model is in {read}"]
 
 
 def _is_scale(name: str, tensors: dict[str, StoredTensor]) -> bool:
@@ -177,17 +206,16 @@ def _is_scale(name: str, tensors: dict[str, StoredTensor]) -> bool:
 
 def _block_size(config: dict[str, Any], path: Path) -> tuple[int, int] | None:
     """Rows and columns that share an FP8 scale. Raises CheckpointError for other ways of quantisation."""
-    quantization = config.get("quantization_config")
-    if not quantization:
+    if not config.get("quantization_config"):
         return None
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    where = str(path / "config.json")
+    quantization = typed(config, "quantization_config", dict, where)
+    method = typed(quantization, "quant_method", str, f"{where}: quantization_config")
     if method != "fp8":
-        raise CheckpointError(f"{path / 'config.json'}: quantization_config is {method!r}; only 'fp8' can be converted")
+        raise CheckpointError(f"{where}: quantization_config is {shown(method)}; only 'fp8' can be converted")
     block = quantization.get("weight_block_size")
     if block is None:
         return None
-    with suppress(TypeError, ValueError):
-        rows, cols = block
-        if isinstance(rows, int) and isinstance(cols, int) and min(rows, cols) > 0:
-            return rows, cols
-    raise CheckpointError(f"{path / 'config.json'}: weight_block_size is {block}; expected two positive numbers")
+    if not isinstance(block, list) or len(block) != 2 or not all(is_kind(n, int) and n for n in block):
+        raise CheckpointError(f"{where}: weight_block_size is {shown(block)}; expected two positive numbers")
+    return block[0], block[1]

@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from localrun.convert.errors import CheckpointError
+from localrun.convert.sources.json_file import shown, typed
+from localrun.gguf import lfs
 
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+MAX_DIMS = 8  # no layer's weights have more than 4
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}  # the dtypes that there are conversions for
 
 
@@ -33,9 +36,15 @@ class StoredTensor:
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a file by name. Raises CheckpointError, naming the file, if the file is not sound."""
     try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path}: is no file")
         with path.open("rb") as file:
             size = path.stat().st_size
-            length = int.from_bytes(file.read(8), "little")
+            start = file.read(lfs.LONGEST)
+            if lfs.is_pointer(start):
+                raise CheckpointError(f"{path}: {lfs.ADVICE}")
+            length = int.from_bytes(start[:8], "little")
+            file.seek(8)
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise CheckpointError(f"{path}: is not a safetensors file, or cut off: a header of {length} bytes")
             header = _json_object(file.read(length), path)
@@ -51,11 +60,12 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 def _json_object(text: bytes, path: Path) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if len(set(names)) != len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise CheckpointError(f"{path}: tensor '{twice}' is there twice")
-        return dict(pairs)
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise CheckpointError(f"{path}: tensor {shown(name)} is there twice")
+            found[name] = value
+        return found
 
     try:
         header = json.loads(text, object_pairs_hook=unique)
@@ -68,16 +78,27 @@ def _json_object(text: bytes, path: Path) -> dict[str, Any]:
 
 def _tensor(name: str, entry: Any, path: Path, data_start: int) -> StoredTensor:
     """The tensor that a header entry tells of, dtype and extent checked."""
-    try:
-        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        sound = all(isinstance(number, int) and number >= 0 for number in (*shape, start, end))
-    except (KeyError, TypeError, ValueError):
-        sound = False
-    if not sound:
-        raise CheckpointError(f"{path}: tensor '{name}' has a broken header entry")
+    where = f"{path}: tensor {shown(name)}"
+    if not isinstance(entry, dict):
+        raise CheckpointError(f"{where} has a broken header entry, {shown(entry)}")
+    dtype = typed(entry, "dtype", str, where)
+    shape, offsets = (_numbers(entry, key, where) for key in ("shape", "data_offsets"))
+    if len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise CheckpointError(f"{where}: data_offsets is {shown(offsets)}; expected where it starts and ends")
+    if len(shape) > MAX_DIMS:
+        raise CheckpointError(f"{where}: shape has {len(shape)} dimensions; expected at most {MAX_DIMS}")
+    (start, end), shape = offsets, tuple(shape)
     if dtype in DTYPE_BYTES and end - start != prod(shape) * DTYPE_BYTES[dtype]:
-        raise CheckpointError(f"{path}: tensor '{name}' has {end - start} bytes; expected {dtype} {list(shape)}")
+        raise CheckpointError(f"{where} has {end - start} bytes; expected {dtype} {list(shape)}")
     return StoredTensor(name, shape, dtype, path, data_start + start, end - start)
+
+
+def _numbers(entry: dict[str, Any], key: str, where: str) -> list[int]:
+    """A list of sizes of at most 64 bits."""
+    numbers = typed(entry, key, list, where)
+    if not all(type(number) is int and 0 <= number < 2**64 for number in numbers):
+        raise CheckpointError(f"{where}: {key} is {shown(numbers)}; expected whole numbers: broken")
+    return numbers
 
 
 def _check_extent(path: Path, tensors: list[StoredTensor], data_start: int, size: int) -> None:
@@ -85,9 +106,11 @@ def _check_extent(path: Path, tensors: list[StoredTensor], data_start: int, size
     at = data_start
     for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.n_bytes)):
         if tensor.offset != at:
-            raise CheckpointError(f"{path}: tensor '{tensor.name}' starts at byte {tensor.offset}; expected {at}")
+            raise CheckpointError(f"{path}: tensor {shown(tensor.name)} starts at byte {tensor.offset}; expected {at}")
         at += tensor.n_bytes
         if at > size:
-            raise CheckpointError(f"{path}: is cut off in tensor '{tensor.name}': {size} bytes; expected {at} or more")
+            raise CheckpointError(
+                f"{path}: is cut off in tensor {shown(tensor.name)}: {size} bytes; expected {at} or more"
+            )
     if at != size:
         raise CheckpointError(f"{path}: has {size} bytes; expected {at} from its header")

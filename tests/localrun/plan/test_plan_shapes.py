@@ -110,14 +110,14 @@ def changed(tmp_path: Path, **changes: Any) -> str:
 BAD = {
     "no architecture": ({"architectures": "absent"}, "architectures is missing"),
     "unknown architecture": ({"architectures": ["GPT2LMHeadModel"]}, "architectures is ['GPT2LMHeadModel']"),
-    "no layers": ({"num_hidden_layers": "absent"}, "num_hidden_layers is missing"),
+    "no experts a token": ({"num_experts_per_tok": "absent"}, "num_experts_per_tok is missing"),
     "endless layers": ({"num_hidden_layers": 2**31}, "num_hidden_layers is 2147483648; expected at most 512"),
     "endless experts": ({"n_routed_experts": 2**31}, "n_routed_experts is 2147483648; expected at most 1024"),
-    "text": ({"hidden_size": "wide"}, "hidden_size is 'wide'; expected int"),
-    "negative": ({"moe_intermediate_size": -1}, "moe_intermediate_size is -1; expected int"),
+    "text": ({"hidden_size": "wide"}, "hidden_size is 'wide'; expected a whole number"),
+    "negative": ({"moe_intermediate_size": -1}, "moe_intermediate_size is -1; expected a whole number"),
     "zero": ({"hidden_size": 0}, "config.json: its sizes give 'model.embed_tokens.weight' the shape [102400, 0]"),
     "no heads": ({"num_attention_heads": 0}, "o_proj.weight' the shape [2048, 0]"),
-    "null": ({"vocab_size": None}, "vocab_size is missing"),
+    "null": ({"vocab_size": None}, "vocab_size is None; expected a whole number"),
 }
 
 
