@@ -82,9 +82,9 @@ def convert(
     """Convert a checkpoint to a GGUF file, or a GGUF file to another type, in one pass."""
     from localrun.convert import Options, make_plan
     from localrun.convert.mixes import parse_mix, parse_override
+    from localrun.workers import n_workers
 
-    if threads is not None and threads < 1:
-        raise LocalrunError(f"-t {threads}; expected 1 or more")
+    threads = n_workers(threads)
     chosen = Options(
         mix=None if type_ is None else parse_mix(type_),
         overrides=[parse_override(text) for text in tensor_types or []],
@@ -105,14 +105,13 @@ def convert(
         _report(plan, last, seconds, as_json)
 
 
-def _carry_out(plan: "Plan", threads: int | None, resume: bool, force: bool) -> "tuple[Progress, float]":
+def _carry_out(plan: "Plan", threads: int, resume: bool, force: bool) -> "tuple[Progress, float]":
     """Write the file, with progress on stderr; what was moved, and the seconds it took."""
     from localrun.convert import convert as carry_out
-    from localrun.hardware import usable_cores
 
     try:
         with _Eta() as eta:
-            last = carry_out(plan, threads=threads or usable_cores(), resume=resume, force=force, progress=eta.show)
+            last = carry_out(plan, threads=threads, resume=resume, force=force, progress=eta.show)
     except KeyboardInterrupt:
         note("interrupted; --resume goes on from here")
         raise

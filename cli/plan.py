@@ -101,9 +101,9 @@ def _machine(name: str, shape: ModelShape, ctx: int, threads: int | None, as_jso
         return load_machine(name)
     from localrun.plan.measure import this_machine, unmeasured
     from localrun.plan.memory import refusal
+    from localrun.workers import n_workers
 
-    if threads is not None and threads < 1:
-        raise LocalrunError(f"-t {threads}; expected 1 or more")
+    threads = n_workers(threads)
     unknown = unmeasured()
     if refusal(shape, unknown, ctx):
         return unknown

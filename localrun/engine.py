@@ -2,11 +2,14 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
 from localrun import hardware
+from localrun.arguments import function, path_text, refuse, shown, token_ids, whole
+from localrun.bundled import model_path
 from localrun.cpu.warmup import warm_up
 from localrun.errors import LocalrunError, UnsupportedModelError
 from localrun.generate.drafts import Draft, MTPDraft, NGramDraft
@@ -24,8 +27,11 @@ from localrun.placement.placement import CPU, GPU, RAM, Placement
 from localrun.runtime import KVCache, Model, MTPModel
 from localrun.text.chat_template import ChatTemplate, chat_template
 from localrun.text.tokenizer import Tokenizer
+from localrun.turn import Turn
+from localrun.workers import n_workers
 
 DEFAULT_CTX = 8192  # tokens, where the model allows as many
+MOST_CTX = 2**31 - 1  # positions are int32
 Progress = Callable[[int, int, str], None]
 Notice = Callable[[str], None]
 
@@ -51,10 +57,10 @@ def load(
     """Open a GGUF model for generation.
 
     Args:
-        path: the file, or the first part of a split one.
+        path: the file, or the first part of a split one; or the name of a bundled model: miniature, smollm2.
         device: "cuda": all but routed experts on the GPU, and of these as many as fit; "cpu"; or "auto", which is
             "cpu" as long as the GPU half has not been measured on a card (docs/gpu.md).
-        threads: worker threads; None for one a physical core.
+        threads: worker threads, at most 512; None for one a physical core.
         ctx: tokens that a session can hold; None for DEFAULT_CTX, or the model's own length if that is less.
         backend: "native", "llama.cpp", or "auto": native where it can, else llama.cpp with a notice.
         vram: GiB of the card's memory that may be used; None for all that is free.
@@ -73,21 +79,20 @@ def load(
     Raises:
         LocalrunError: anything the user can mend: no such file, a broken one, too large a context, a wrong option.
     """
+    given, draft = _model_path("path", path), None if draft is None else _model_path("draft", draft)
     where = DeviceRequest(device, vram, gpu_experts, cache_bits, expert_usage, repack)
-    if backend not in ("auto", "native", "llama.cpp"):
-        raise LocalrunError(f"backend '{backend}'; expected auto, native or llama.cpp")
-    if threads is not None and threads < 1:
-        raise LocalrunError(f"{threads} threads; expected 1 or more")
-    if ctx is not None and ctx < 1:
-        raise LocalrunError(f"a context of {ctx} tokens; expected 1 or more")
+    if not isinstance(backend, str) or backend not in ("auto", "native", "llama.cpp"):
+        refuse("backend", backend, "auto, native or llama.cpp")
+    if ctx is not None:
+        ctx = whole("ctx", ctx, f"1 to {MOST_CTX} tokens", low=1, high=MOST_CTX)
     if check_setting(speculative) == "off" and draft is not None:
         raise LocalrunError("a draft model, but speculative 'off'; expected auto, or 1 to 4 drafts a step")
-    file, notice = open_gguf(path), notice or (lambda line: None)
-    own_drafts, placed = speculative != "off" and draft is None, placed or (lambda placement: None)
+    progress, notice = function("progress", progress), function("notice", notice) or (lambda line: None)
+    placed = function("placed", placed) or (lambda placement: None)
+    threads, own_drafts = n_workers(threads), speculative != "off" and draft is None
+    file = open_gguf(given)
     try:
-        engine = Engine(
-            file, threads or hardware.usable_cores(), ctx, backend, where, own_drafts, progress, notice, placed
-        )
+        engine = Engine(file, threads, ctx, backend, where, own_drafts, progress, notice, placed)
     except BaseException:
         file.close()
         raise
@@ -99,8 +104,13 @@ def load(
     return engine
 
 
+def _model_path(name: str, given: Any) -> Path:
+    """The file that a path, or the name of a bundled model, stands for."""
+    return model_path(path_text(name, given))
+
+
 class Engine:
-    """A model ready to run, for one thread at a time. Close it, or use it as a context manager.
+    """A model ready to run. Close it, or use it as a context manager. Threads that share it take turns.
 
     Attributes:
         model: what evaluates tokens.
@@ -114,6 +124,7 @@ class Engine:
         threads: worker threads.
         speculative: "auto", "off", or how many drafts every step verifies.
         draft_model: the model that makes them, if another does.
+        turn: taken around every use of the model.
     """
 
     model: Model
@@ -130,7 +141,7 @@ class Engine:
         notice: Notice,
         placed: Callable[[Placement], None],
     ):
-        self.file, self.threads = file, threads
+        self.file, self.threads, self.turn = file, threads, Turn()
         self.config = self._native_config(backend, notice)
         self.backend = "native" if self.config else "llama.cpp"
         self.ctx = self._choose_ctx(ctx, notice)
@@ -256,7 +267,8 @@ class Engine:
 
     def new_cache(self) -> KVCache:
         """An empty cache for ctx tokens."""
-        return self.model.new_cache(self.ctx)
+        with self.turn:
+            return self.model.new_cache(self.ctx)
 
     def check_ids(self, ids: Sequence[int]) -> None:
         """Raises LocalrunError unless there are ids and the model knows them all."""
@@ -264,7 +276,7 @@ class Engine:
             raise LocalrunError("the prompt is empty")
         for token in (min(ids), max(ids)):
             if not 0 <= token < self.model.vocab_size:
-                raise LocalrunError(f"token id {token}; this model has ids 0 to {self.model.vocab_size - 1}")
+                raise LocalrunError(f"token id {shown(token)}; this model has ids 0 to {self.model.vocab_size - 1}")
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """float32 (T, vocab): the logits after each of the ids, from an empty context; no state is kept.
@@ -272,10 +284,13 @@ class Engine:
         The native backend keeps the keys and values of this one call in 32 bits, so nothing is rounded to the 16 bits
         of a session's cache.
         """
-        self.check_ids(ids)
-        cache, rest, rows = self.model.new_cache(len(ids), exact=True), list(ids), []
-        for n_tokens in cut(len(ids)):
-            rows.append(self.model.forward(rest[:n_tokens], cache, all_logits=True))
+        rest, rows = token_ids(ids), []
+        self.check_ids(rest)
+        with self.turn:
+            cache = self.model.new_cache(len(rest), exact=True)
+        for n_tokens in cut(len(rest)):
+            with self.turn:
+                rows.append(self.model.forward(rest[:n_tokens], cache, all_logits=True))
             rest = rest[n_tokens:]
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
@@ -283,12 +298,13 @@ class Engine:
         self, ids: Sequence[int], sampling: Sampling | None = None, max_tokens: int | None = None
     ) -> Iterator[int]:
         """The ids that follow the prompt `ids`; an end token ends it and is not yielded."""
-        yield from self.session().tokens(ids, sampling, max_tokens=max_tokens)
+        return self.session().tokens(ids, sampling, max_tokens=max_tokens)
 
     def session(self, speculative: str | int | None = None) -> Session:
         """A conversation with a cache of its own; speculative, if given, in place of the engine's."""
         setting = self.speculative if speculative is None else check_setting(speculative)
-        return Session(self, None if setting == "off" else Speculation(self._new_draft(), setting))
+        with self.turn:
+            return Session(self, None if setting == "off" else Speculation(self._new_draft(), setting))
 
     def _new_draft(self) -> Draft:
         if self.draft_model:
@@ -301,6 +317,7 @@ class Engine:
         """What runs, where and with what, for -v and --json."""
         from quant.target import isa
 
+        self.turn.check()
         facts: dict[str, str | int] = {
             "model": str(self.file.metadata.get("general.name", self.file.path.name)),
             "architecture": self.file.string("general.architecture"),
@@ -318,7 +335,12 @@ class Engine:
         return facts
 
     def close(self) -> None:
-        """End the worker threads and free the file; sessions can't be used afterwards."""
+        """End the worker threads and free the file, once no thread computes; sessions can't be used afterwards.
+
+        Raises LocalrunError if this thread is computing, in a signal handler say.
+        """
+        if not self.turn.end():
+            return
         if self.draft_model:
             self.draft_model.close()
         self.model.close()
@@ -326,6 +348,7 @@ class Engine:
         self.file.close()
 
     def __enter__(self) -> "Engine":
+        self.turn.check()
         return self
 
     def __exit__(self, *exc_info) -> None:

@@ -15,3 +15,7 @@ class UnsupportedModelError(LocalrunError):
 
 class ContextFullError(LocalrunError):
     """The prompt or the reply needs more tokens than the context holds."""
+
+
+class ClosedError(LocalrunError):
+    """A model that was closed, or loaded before this process was forked, can't be used any more."""

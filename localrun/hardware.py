@@ -41,7 +41,20 @@ def physical_cores() -> int:
 
 def usable_cores(root: Path = ROOT) -> int:
     """Physical cores that this process may keep busy, at least 1."""
-    return max(1, min(logical_cores(), physical_cores(), cpu_quota(root) or physical_cores()))
+    cores = _cores_of_mask(root) or min(logical_cores(), physical_cores())
+    return max(1, min(cores, cpu_quota(root) or cores))
+
+
+def _cores_of_mask(root: Path) -> int:
+    """Physical cores among the hardware threads that this process may run on; 0 if the system does not tell.
+
+    A mask may hold some threads of a core, or all: each core's threads name the same siblings.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return 0
+    topologies = [root / f"sys/devices/system/cpu/cpu{thread}/topology" for thread in os.sched_getaffinity(0)]
+    siblings = [_text(path / "core_cpus_list") or _text(path / "thread_siblings_list") for path in topologies]
+    return len(set(siblings)) if all(siblings) else 0
 
 
 def cpu_quota(root: Path = ROOT) -> int | None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from localrun.gguf.file import GGUFFile
 from localrun.text.tokenizer import Tokenizer
+from localrun.turn import Turn
 
 
 class KVCache(Protocol):
@@ -98,6 +99,7 @@ class Runner(Protocol):
     Attributes:
         backend: whose code runs the model: a saved session is good for that alone.
         ctx: tokens that a session can hold.
+        turn: taken around everything that sessions and drafts do with the model or their caches.
     """
 
     file: GGUFFile
@@ -105,6 +107,7 @@ class Runner(Protocol):
     tokenizer: Tokenizer
     backend: str
     ctx: int
+    turn: Turn
 
     def new_cache(self) -> KVCache:
         """An empty cache for ctx tokens."""

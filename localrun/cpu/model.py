@@ -4,6 +4,7 @@ A few tokens, or some more of a small model, go through the decode step; more go
 imported only then.
 """
 
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -52,12 +53,14 @@ class NativeModel:
         self.hidden = np.empty((0, config.hidden_size), np.float32)
         self._mtp: MTP | None = None
         self._network: Network | None = None
+        self._release_torch: weakref.finalize | None = None
 
     @property
     def network(self) -> "Network":
         """The network for any number of tokens."""
         if self._network is None:
             TorchThreads.hold(self._pool.n_workers)
+            self._release_torch = weakref.finalize(self, TorchThreads.release)
             from localrun.cpu.weights import LayerWeights
             from localrun.network.model import Network
 
@@ -129,5 +132,5 @@ class NativeModel:
         """End all threads."""
         self._resident.close()
         self._pool.close()
-        if self._network is not None:
-            TorchThreads.release()
+        if self._release_torch is not None:
+            self._release_torch()

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from localrun.arguments import number, refuse, whole
 from localrun.errors import LocalrunError
 
 # The file's recommendations (general.sampling.*) and the settings they stand for.
@@ -22,6 +23,7 @@ _RECOMMENDED = {
     "penalty_repeat": "repeat_penalty",
     "penalty_last_n": "repeat_last_n",
 }
+_LARGEST = 1e300  # of a logit after the penalty, so that differences are finite
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Sampling:
         seed: None draws one.
 
     Raises:
-        LocalrunError: a value outside its range.
+        LocalrunError: a value outside its range, or of another type.
     """
 
     temperature: float = 0.8
@@ -51,16 +53,22 @@ class Sampling:
 
     def __post_init__(self):
         for name, is_valid, expected in (
-            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
-            ("top_k", self.top_k >= 0, "0 (all) or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("repeat_penalty", 0 < self.repeat_penalty < float("inf"), "above 0"),
-            ("repeat_last_n", self.repeat_last_n >= -1, "-1 (all), 0 (none) or more"),
-            ("seed", self.seed is None or self.seed >= 0, "0 or more"),
+            ("temperature", lambda x: x >= 0, "0 or more"),
+            ("top_p", lambda x: 0 < x <= 1, "above 0 and at most 1"),
+            ("min_p", lambda x: 0 <= x <= 1, "between 0 and 1"),
+            ("repeat_penalty", lambda x: x > 0, "above 0"),
         ):
-            if not is_valid:
-                raise LocalrunError(f"{name} is {getattr(self, name)}; expected {expected}")
+            value = number(name, getattr(self, name), expected)
+            if not is_valid(value):
+                refuse(name, value, expected)
+            object.__setattr__(self, name, value)
+        for name, low, expected in (
+            ("top_k", 0, "0 (all) or more"),
+            ("repeat_last_n", -1, "-1 (all), 0 (none) or more"),
+            ("seed", 0, "0 or more"),
+        ):
+            if name != "seed" or self.seed is not None:
+                object.__setattr__(self, name, whole(name, getattr(self, name), expected, low=low))
 
     @classmethod
     def recommended(cls, metadata: Mapping[str, Any]) -> "Sampling":
@@ -87,11 +95,10 @@ class Sampler:
 
     def __call__(self, logits: np.ndarray) -> int:
         """The next token's id, from float32 (vocab). Raises LocalrunError if a logit is not a number."""
-        logits = self._penalised(logits.astype(np.float64))
-        best = int(logits.argmax())
-        if not np.isfinite(logits[best]):
+        if not np.isfinite(logits.max()):
             raise LocalrunError("the model's output is not a finite number: the file's weights are damaged")
-        token = best if self.sampling.temperature == 0 else self._draw(logits)
+        logits = self._penalised(logits.astype(np.float64))
+        token = int(logits.argmax()) if self.sampling.temperature == 0 else self._draw(logits)
         self._seen.append(token)
         return token
 
@@ -101,7 +108,9 @@ class Sampler:
             recent = self._seen if s.repeat_last_n < 0 else self._seen[-s.repeat_last_n :]
             ids = np.unique(np.array(recent, np.int64))
             values = logits[ids]
-            logits[ids] = np.where(values > 0, values / s.repeat_penalty, values * s.repeat_penalty)
+            with np.errstate(over="ignore"):
+                penalised = np.where(values > 0, values / s.repeat_penalty, values * s.repeat_penalty)
+            logits[ids] = penalised.clip(-_LARGEST, _LARGEST)
         return logits
 
     def _draw(self, logits: np.ndarray) -> int:

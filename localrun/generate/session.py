@@ -2,14 +2,18 @@
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from localrun.arguments import function, path_text, refuse, texts, token_ids, whole
 from localrun.errors import ContextFullError, LocalrunError
 from localrun.generate.sampling import Sampler, Sampling
 from localrun.generate.speculative import Speculation
@@ -42,24 +46,51 @@ class Stats:
         return (self.steps + self.accepted_tokens) / self.steps if self.steps else 0.0
 
 
+@dataclass
+class _Reply:
+    """A reply on its way: what was asked for, and what has come of it."""
+
+    prompt: list[int]
+    sampling: Sampling
+    limit: float  # tokens
+    progress: Callable[[int, int], None] | None
+    cached: list[int] = field(default_factory=list)  # the session's ids
+    ids: list[int] = field(default_factory=list)
+    stats: Stats = field(default_factory=Stats)
+    finish_reason: str | None = None
+
+
 class Session:
     """One cache and the tokens in it.
 
+    A new reply ends the one before: that one's iterator, if it is used again, raises a LocalrunError. Threads that use
+    sessions of one engine take turns, a step or a chunk of a prompt each.
+
     Attributes:
-        ids: the tokens whose keys and values are cached.
-        reply_ids: what the last reply generated.
-        stats: what it took.
-        finish_reason: why it ended: "stop" (end token or stop string), "length", "context"; None if it was closed.
+        ids: the tokens whose keys and values are cached. The cache may hold more behind them, which do not count.
         speculation: what drafts tokens to be verified together; None for one token a step.
     """
 
     def __init__(self, engine: Runner, speculation: Speculation | None = None):
         self.engine, self.speculation = engine, speculation
         self.ids: list[int] = []
-        self.reply_ids: list[int] = []
-        self.stats = Stats()
-        self.finish_reason: str | None = None
+        self._reply = _Reply([], Sampling(), 0, None)
         self._cache = engine.new_cache()
+
+    @property
+    def reply_ids(self) -> list[int]:
+        """What the last reply generated."""
+        return self._reply.ids
+
+    @property
+    def stats(self) -> Stats:
+        """What the last reply took."""
+        return self._reply.stats
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why it ended: "stop" (end token or stop string), "length", "context"; None if it was closed."""
+        return self._reply.finish_reason
 
     def reply(
         self,
@@ -67,7 +98,7 @@ class Session:
         sampling: Sampling | None = None,
         *,
         max_tokens: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[str]:
         """The text that follows the prompt `ids`, in pieces of whole characters; stop strings are not part of it.
@@ -77,19 +108,9 @@ class Session:
 
         Raises:
             ContextFullError: the prompt does not fit.
-            LocalrunError: no prompt, or an id that the vocabulary lacks.
+            LocalrunError: no prompt, an id that the vocabulary lacks, or an argument that is none.
         """
-        decoder = self.engine.tokenizer.stream_decoder()
-        stops, marks = _with_marks(stop, self.engine.tokenizer.controls if stop else {})
-        text, hidden = StopStrings(stops), dict.fromkeys(map(ord, marks.values()))
-        for token in self.tokens(ids, sampling, max_tokens=max_tokens, progress=progress):
-            if piece := text.push(decoder.push(token) + marks.get(token, "")).translate(hidden):
-                yield piece
-            if text.found:
-                self.finish_reason = "stop"
-                return
-        if rest := (text.push(decoder.flush()) + text.flush()).translate(hidden):
-            yield rest
+        return self._texts(self._new_reply(ids, sampling, max_tokens, progress), texts("stop", stop))
 
     def tokens(
         self,
@@ -100,98 +121,151 @@ class Session:
         progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[int]:
         """Like reply, in token ids; an end token ends it and is not yielded."""
-        ids = [int(token) for token in ids]
-        self.stats, self.finish_reason, self.reply_ids = Stats(prompt_tokens=len(ids)), None, []
-        sample = Sampler(sampling or Sampling(), ids)
-        step = _Step(self._prefill(ids, progress)[None], [])
-        limit = float("inf") if max_tokens is None else max_tokens
-        while len(self.reply_ids) < limit:
-            if self.reply_ids:
-                room = self.engine.ctx - self._cache.length
-                if room <= 0:
-                    self.finish_reason = "context"
-                    return
-                step = self._step(int(min(limit - len(self.reply_ids), room)) - 1)
-            if (yield from self._accept(step, sample)):
-                self.finish_reason = "stop"
-                return
-            if self.speculation and self.stats.steps:
-                self.speculation.record(len(step.drafts), step.n_accepted, step.propose_s, step.verify_s)
-                self.stats.speed_up = self.speculation.speed_up
-        self.finish_reason = "length"
+        return self._tokens(self._new_reply(ids, sampling, max_tokens, progress))
 
-    def _step(self, most_drafts: int) -> "_Step":
-        """Evaluate the reply's last token and drafts behind it."""
-        started, last, drafts = time.perf_counter(), self.reply_ids[-1], []
-        if self.speculation:
-            drafts = self.speculation.propose(self.ids, last, most_drafts)
-        proposed = time.perf_counter()
-        rows = self._evaluate([last, *drafts], all_logits=bool(drafts))
-        verified = time.perf_counter()
-        self.stats.decode_s += verified - started
-        self.stats.steps += 1
-        self.stats.drafted_tokens += len(drafts)
-        return _Step(rows, drafts, proposed - started, verified - proposed)
-
-    def _accept(self, step: "_Step", sample: Sampler) -> Generator[int, None, bool]:
-        """Yield a token for each row as long as the drafts come true; whether the reply is at its end.
-
-        What is cached afterwards is what plain decoding would have cached, wherever this stops.
-        """
-        cached = len(self.ids) - len(step.drafts)
-        try:
-            for row, draft in zip(step.rows, [*step.drafts, None], strict=True):
-                started = time.perf_counter()
-                token = sample(row)
-                self.stats.decode_s += time.perf_counter() - started
-                if token in self.engine.tokenizer.eog_ids:
-                    return True
-                self.reply_ids.append(token)
-                self.stats.generated_tokens += 1
-                yield token
-                if token != draft:
-                    return False
-                step.n_accepted += 1
-        finally:
-            self.stats.accepted_tokens += step.n_accepted
-            self.forget(cached + step.n_accepted)
-        return False
-
-    def _prefill(self, ids: list[int], progress: Callable[[int, int], None] | None) -> np.ndarray:
-        """Evaluate what the cache lacks of ids; the logits after the last, float32 (vocab)."""
+    def _new_reply(self, ids: Any, sampling: Any, max_tokens: Any, progress: Any) -> _Reply:
+        """The arguments of reply(), checked."""
+        ids = token_ids(ids)
         self.engine.check_ids(ids)
         if len(ids) > self.engine.ctx:
             raise ContextFullError(
                 f"the prompt has {len(ids)} tokens; the context holds {self.engine.ctx}: shorten it, or raise -c/--ctx"
             )
-        started = time.perf_counter()
-        self.forget(min(_common_prefix(self.ids, ids), len(ids) - 1))
-        self.stats.reused_tokens = len(self.ids)
-        logits = self.advance(ids[len(self.ids) :], progress)
+        if sampling is not None and not isinstance(sampling, Sampling):
+            refuse("sampling", sampling, "a localrun.Sampling, or None")
+        limit = math.inf if max_tokens is None else whole("max_tokens", max_tokens, "0 or more, or None", low=0)
+        reply = _Reply(ids, sampling or Sampling(), limit, function("progress", progress))
+        reply.stats.prompt_tokens = len(ids)
+        return reply
+
+    def _texts(self, reply: _Reply, stop: list[str]) -> Iterator[str]:
+        decoder = self.engine.tokenizer.stream_decoder()
+        stops, marks = _with_marks(stop, self.engine.tokenizer.controls if stop else {})
+        text, hidden = StopStrings(stops), dict.fromkeys(map(ord, marks.values()))
+        with closing(self._tokens(reply)) as tokens:
+            for token in tokens:
+                if piece := text.push(decoder.push(token) + marks.get(token, "")).translate(hidden):
+                    yield piece
+                if text.found:
+                    reply.finish_reason = "stop"
+                    return
+        if rest := (text.push(decoder.flush()) + text.flush()).translate(hidden):
+            yield rest
+
+    def _tokens(self, reply: _Reply) -> Generator[int, None, None]:
+        with self.engine.turn:
+            self.ids = reply.cached = list(self.ids)  # the reply before keeps the old list, and may still cut it
+            self._reply = reply
+        sample = Sampler(reply.sampling, reply.prompt)
+        step = _Step(self._prefill(reply)[None], [])
+        while len(reply.ids) < reply.limit:
+            if reply.ids:
+                with self._turn(reply):
+                    self.forget(len(self.ids))
+                    room = self.engine.ctx - len(self.ids)
+                    if room > 0:
+                        step = self._step(reply, int(min(reply.limit - len(reply.ids), room)) - 1)
+                if room <= 0:
+                    reply.finish_reason = "context"
+                    return
+            if (yield from self._accept(reply, step, sample)):
+                reply.finish_reason = "stop"
+                return
+            if self.speculation and reply.stats.steps:
+                with self._turn(reply):
+                    self.speculation.record(len(step.drafts), step.n_accepted, step.propose_s, step.verify_s)
+                    reply.stats.speed_up = self.speculation.speed_up
+        reply.finish_reason = "length"
+
+    @contextmanager
+    def _turn(self, reply: _Reply | None) -> Iterator[None]:
+        """The turn of a reply, if it is this session's still; or of none."""
+        with self.engine.turn:
+            if reply is not None and reply is not self._reply:
+                raise LocalrunError("this reply has ended: another one of its session has begun")
+            yield
+
+    def _step(self, reply: _Reply, most_drafts: int) -> "_Step":
+        """Evaluate the reply's last token and drafts behind it."""
+        started, last, drafts = time.perf_counter(), reply.ids[-1], []
         if self.speculation:
-            self.speculation.start_reply(ids)
-        self.stats.prefill_s = time.perf_counter() - started
+            drafts = self.speculation.propose(self.ids, last, most_drafts)
+        proposed = time.perf_counter()
+        rows = self._evaluate([last, *drafts], all_logits=bool(drafts))
+        verified = time.perf_counter()
+        reply.stats.decode_s += verified - started
+        reply.stats.steps += 1
+        reply.stats.drafted_tokens += len(drafts)
+        return _Step(rows, drafts, proposed - started, verified - proposed)
+
+    def _accept(self, reply: _Reply, step: "_Step", sample: Sampler) -> Generator[int, None, bool]:
+        """Yield a token for each row as long as the drafts come true; whether the reply is at its end.
+
+        The ids that count afterwards are those of plain decoding, wherever this stops. It takes no turn to say so: a
+        dropped iterator may be ended by the garbage collector, at any moment of any thread.
+        """
+        cached = len(reply.cached) - len(step.drafts)
+        try:
+            for row, draft in zip(step.rows, [*step.drafts, None], strict=True):
+                started = time.perf_counter()
+                token = sample(row)
+                reply.stats.decode_s += time.perf_counter() - started
+                if token in self.engine.tokenizer.eog_ids:
+                    return True
+                reply.ids.append(token)
+                reply.stats.generated_tokens += 1
+                yield token
+                if token != draft:
+                    return False
+                step.n_accepted += 1
+        finally:
+            reply.stats.accepted_tokens += step.n_accepted
+            del reply.cached[cached + step.n_accepted :]
+        return False
+
+    def _prefill(self, reply: _Reply) -> np.ndarray:
+        """Evaluate what the cache lacks of the prompt; the logits after the last, float32 (vocab)."""
+        started, ids = time.perf_counter(), reply.prompt
+        with self._turn(reply):
+            self.forget(min(_common_prefix(self.ids, ids), len(ids) - 1))
+            reply.stats.reused_tokens = len(self.ids)
+        logits = self.advance(ids[reply.stats.reused_tokens :], reply.progress, reply)
+        if self.speculation:
+            with self._turn(reply):
+                self.speculation.start_reply(ids)
+        reply.stats.prefill_s = time.perf_counter() - started
         return logits
 
-    def advance(self, ids: Sequence[int], progress: Callable[[int, int], None] | None = None) -> np.ndarray:
-        """Evaluate at least one token after those that are cached; the logits after the last, float32 (vocab)."""
+    def advance(
+        self,
+        ids: Sequence[int],
+        progress: Callable[[int, int], None] | None = None,
+        reply: _Reply | None = None,
+    ) -> np.ndarray:
+        """Evaluate at least one token after those that are cached; the logits after the last, float32 (vocab).
+
+        Args:
+            reply: whose prompt they are; an error ends this if another one has begun.
+        """
         total = len(self.ids) + len(ids)
         for n_tokens in self.engine.model.chunks(len(ids)):
-            logits = self._evaluate(ids[:n_tokens])[-1]
+            with self._turn(reply):
+                logits = self._evaluate(ids[:n_tokens])[-1]
             ids = ids[n_tokens:]
             if progress is not None:
-                progress(len(self.ids), total)
+                progress(total - len(ids), total)
         return logits
 
     def forget(self, length: int) -> None:
         """Keep the first `length` tokens, or none where the model can't forget a part."""
-        self._cache.truncate(length)
-        del self.ids[self._cache.length :]
-        if self.speculation:
-            self.speculation.draft.forget(len(self.ids))
+        with self.engine.turn:
+            self._cache.truncate(length)
+            del self.ids[self._cache.length :]
+            if self.speculation:
+                self.speculation.draft.forget(len(self.ids))
 
     def _evaluate(self, ids: Sequence[int], all_logits: bool = False) -> np.ndarray:
-        """Logits after each of ids, or after the last: float32 (T, vocab) or (1, vocab)."""
+        """Logits after each of ids, or after the last: float32 (T, vocab) or (1, vocab). The caller has the turn."""
         rows = self.engine.model.forward(list(ids), self._cache, all_logits=all_logits)
         self.ids += ids
         if self.speculation:
@@ -200,10 +274,14 @@ class Session:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write tokens and cache to `path`, whole or not at all. Raises LocalrunError if it can't be written."""
+        with self.engine.turn:
+            self.forget(len(self.ids))
+            self._save(Path(path_text("path", path)))
+
+    def _save(self, path: Path) -> None:
         from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
-        path = Path(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         metadata = {"localrun.ids": json.dumps(self.ids), "localrun.model": fingerprint(self.engine)}
         try:
@@ -216,6 +294,10 @@ class Session:
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Replace this session by a saved one. Raises LocalrunError if it is no session of this model."""
+        with self.engine.turn:
+            self._load(Path(path_text("path", path)))
+
+    def _load(self, path: Path) -> None:
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -231,6 +313,7 @@ class Session:
         ids = _read_ids(metadata.get("localrun.ids", ""))
         if ids is None:
             raise LocalrunError(f"{path}: not a saved session: its token ids are damaged")
+        self._reply, self.ids = replace(self._reply), []  # a reply that is at work has ended
         self.forget(0)
         try:
             if ids:

@@ -15,18 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from localrun.errors import LocalrunError
+from localrun.arguments import whole
 from localrun.generate.drafts import MOST, Draft
 from localrun.generate.pace import Pace
 
 
 def check_setting(value: str | int) -> str | int:
     """ "auto", "off" or the number of drafts, 1 to MOST. Raises LocalrunError if it is something else."""
-    if value in ("auto", "off"):
+    if isinstance(value, str) and value in ("auto", "off"):
         return value
-    if str(value) in map(str, range(1, MOST + 1)):
-        return int(value)
-    raise LocalrunError(f"speculative '{value}'; expected auto, off, or 1 to {MOST} drafts a step")
+    count = int(value) if isinstance(value, str) and value in map(str, range(1, MOST + 1)) else value
+    return whole("speculative", count, f"auto, off, or 1 to {MOST} drafts a step", low=1, high=MOST)
 
 
 class Speculation:

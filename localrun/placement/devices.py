@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from localrun import hardware
+from localrun.arguments import flag, number, path_text, refuse, whole
 from localrun.errors import LocalrunError
 from localrun.gguf.file import GGUFFile
 from localrun.models import names
@@ -43,14 +43,17 @@ class DeviceRequest:
     repack: bool = False
 
     def __post_init__(self) -> None:
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise LocalrunError(f"device '{self.device}'; expected auto, cpu or cuda")
-        if self.vram is not None and not 0 < self.vram < math.inf:
-            raise LocalrunError(f"{self.vram} GiB of VRAM; expected more than 0")
-        if self.n_experts != "auto" and not (isinstance(self.n_experts, int) and self.n_experts >= 0):
-            raise LocalrunError(f"'{self.gpu_experts}' experts of each layer on the GPU; expected auto, or 0 or more")
-        if self.cache_bits not in (16, 8):
-            raise LocalrunError(f"a cache of {self.cache_bits} bits; expected 16 or 8")
+        if not isinstance(self.device, str) or self.device not in ("auto", "cpu", "cuda"):
+            refuse("device", self.device, "auto, cpu or cuda")
+        if self.vram is not None and number("vram", self.vram, "more than 0 GiB") <= 0:
+            refuse("vram", self.vram, "more than 0 GiB")
+        if self.n_experts != "auto":
+            whole("gpu_experts", self.n_experts, "auto, or 0 or more experts of each layer", low=0)
+        if whole("cache_bits", self.cache_bits, "16 or 8", low=8, high=16) not in (16, 8):
+            refuse("cache_bits", self.cache_bits, "16 or 8")
+        if self.expert_usage is not None:
+            path_text("expert_usage", self.expert_usage)
+        flag("repack", self.repack)
         if self.device == "cuda" and self.repack:
             raise LocalrunError(f"--repack with device 'cuda': {_ON_CPU}")
         if self.device == "cpu" and self.asks_for_gpu:

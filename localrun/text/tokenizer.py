@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import codecs
 import ctypes
-import operator
 import os
 import re
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any
 
+from localrun.arguments import refuse, shown, token_ids, whole
 from localrun.backends import binding, llama_log
-from localrun.errors import GGUFError, LocalrunError
+from localrun.errors import ClosedError, GGUFError, LocalrunError
 from localrun.gguf.file import GGUFFile, open_gguf
 from localrun.gguf.mapped import path_of
 
@@ -56,7 +57,8 @@ class Tokenizer:
 
     def __init__(self, path: str | os.PathLike[str], file: GGUFFile | None = None) -> None:
         self.path = os.fspath(path)
-        self._model: Any = None
+        self._loaded: _Loaded | None = None
+        self._is_closed = False
         if file is not None:
             self._open(file)
         else:
@@ -82,10 +84,11 @@ class Tokenizer:
         import llama_cpp
 
         self._lib = llama_cpp
-        self._model = binding.load_model([path], vocab_only=True)
-        if not self._model:
+        model = binding.load_model([path], vocab_only=True)
+        if not model:
             raise LocalrunError(f"{self.path}: llama.cpp cannot read the vocabulary: {llama_log.last_error()}")
-        self._vocab = vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self._loaded = _Loaded(llama_cpp, model)
+        vocab = self._loaded.vocab
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(vocab)
         self.bos_id = self._special("bos", llama_cpp.llama_vocab_bos(vocab), llama_cpp.llama_vocab_get_add_bos(vocab))
         self.eos_id = self._special("eos", llama_cpp.llama_vocab_eos(vocab), llama_cpp.llama_vocab_get_add_eos(vocab))
@@ -95,10 +98,11 @@ class Tokenizer:
     @cached_property
     def controls(self) -> dict[str, int]:
         """The ids of control tokens by their texts, as encode reads them with parse_special and only then."""
-        if not self._model:
+        loaded = self._loaded
+        if loaded is None:
             return {}
         attributes = self._lib.LLAMA_TOKEN_ATTR_CONTROL | self._lib.LLAMA_TOKEN_ATTR_UNKNOWN
-        ids = [id for id in range(self.n_vocab) if self._lib.llama_vocab_get_attr(self._vocab, id) & attributes]
+        ids = [id for id in range(self.n_vocab) if self._lib.llama_vocab_get_attr(loaded.vocab, id) & attributes]
         texts = {self.piece(id, special=True).decode("utf-8", "replace"): id for id in ids}
         return {text: id for text, id in texts.items() if text.strip()}
 
@@ -119,7 +123,9 @@ class Tokenizer:
 
         Raises LocalrunError if the file has no vocabulary, or the text is too long for llama.cpp.
         """
-        self._require_vocabulary()
+        if not isinstance(text, str | bytes):
+            refuse("text", text, "a text, or bytes")
+        loaded = self._vocabulary()
         data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
         if len(data) > MAX_TEXT_BYTES:
             raise LocalrunError(f"the text has {len(data)} bytes, more than the {MAX_TEXT_BYTES} a tokenizer can take")
@@ -132,7 +138,7 @@ class Tokenizer:
             count = _with_stack(
                 run,
                 self._lib.llama_tokenize,
-                (self._vocab, data, len(data), buffer, capacity, add_special, parse_special),
+                (loaded.vocab, data, len(data), buffer, capacity, add_special, parse_special),
             )
             if count >= 0:
                 return buffer[:count]
@@ -141,29 +147,29 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """The text of ids: their pieces, joined, a leading space kept; bytes that are not UTF-8 become U+FFFD."""
-        return b"".join(self.piece(id, special=special) for id in ids).decode("utf-8", "replace")
+        return b"".join(self.piece(id, special=special) for id in token_ids(ids)).decode("utf-8", "replace")
 
     def piece(self, id: int, *, special: bool = False) -> bytes:
         """The bytes of one token, which may be part of a character; b"" for a control token unless special.
 
         Raises LocalrunError if the id is not in the vocabulary.
         """
-        self._require_vocabulary()
-        id = operator.index(id)
+        id = whole("id", id, "a token id, a whole number")
+        loaded = self._vocabulary()
         if not 0 <= id < self.n_vocab:
             raise LocalrunError(
-                f"token id {id} is not in the vocabulary of {self.path}, expected 0 to {self.n_vocab - 1}"
+                f"token id {shown(id)} is not in the vocabulary of {self.path}, expected 0 to {self.n_vocab - 1}"
             )
         key = (id, special)
         if key not in self._cached:
-            self._cached[key] = self._piece(id, special)
+            self._cached[key] = self._piece(loaded, id, special)
         return self._cached[key]
 
-    def _piece(self, id: int, special: bool) -> bytes:
+    def _piece(self, loaded: _Loaded, id: int, special: bool) -> bytes:
         size = 64
         for _ in range(2):
             buffer = ctypes.create_string_buffer(size)
-            length = self._lib.llama_token_to_piece(self._vocab, id, buffer, size, 0, special)
+            length = self._lib.llama_token_to_piece(loaded.vocab, id, buffer, size, 0, special)
             if length >= 0:
                 return buffer.raw[:length]
             size = -length  # negative: the bytes it needs
@@ -174,14 +180,25 @@ class Tokenizer:
         return StreamDecoder(self)
 
     def close(self) -> None:
-        """Frees the vocabulary; the tokenizer cannot be used after. Safe to call twice."""
-        if self._model:
-            self._lib.llama_model_free(self._model)
-        self._model = None
+        """Frees the vocabulary, once no thread reads it; the tokenizer cannot be used after. Safe to call twice."""
+        self._is_closed, self._loaded = True, None
 
-    def _require_vocabulary(self) -> None:
-        if not self._model:
+    def _vocabulary(self) -> _Loaded:
+        """What llama.cpp holds, for as long as the caller keeps it. Raises LocalrunError if there is none."""
+        loaded = self._loaded
+        if self._is_closed:
+            raise ClosedError("the model is closed; load it again")
+        if loaded is None:
             raise LocalrunError(f"{self.path}: the file has no vocabulary, so text and tokens cannot be converted")
+        return loaded
+
+
+class _Loaded:
+    """A vocabulary in llama.cpp's memory; freed when the last who uses it lets go of it."""
+
+    def __init__(self, lib: Any, model: Any) -> None:
+        self.vocab = lib.llama_model_get_vocab(model)
+        weakref.finalize(self, lib.llama_model_free, model)
 
 
 class StreamDecoder:

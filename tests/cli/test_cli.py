@@ -326,12 +326,13 @@ def test_a_file_that_is_not_utf_8(engine: Engine, tmp_path: Path, capsys: pytest
 def test_wrong_numbers_of_drafts(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     for value in ("5", "0", "x"):
         assert run([name, *(["-p", "x"] if name == "generate" else []), "--speculative", value]) == 1
-        expected = f"localrun: speculative '{value}'; expected auto, off, or 1 to 4 drafts a step\n"
+        expected = f"localrun: speculative is '{value}'; expected auto, off, or 1 to 4 drafts a step\n"
         assert capsys.readouterr() == ("", expected)
 
 
 @pytest.mark.parametrize(
-    ("args", "message"), [(["-c", "0"], "a context of 0 tokens"), (["-c", "-5"], "-5"), (["-t", "0"], "0 threads")]
+    ("args", "message"),
+    [(["-c", "0"], "ctx is 0"), (["-c", "-5"], "-5"), (["-t", "0"], "threads is 0"), (["-t", "3000"], "1 to 512")],
 )
 def test_errors_of_the_real_engine(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["generate", "-p", "x", *args]) == 1

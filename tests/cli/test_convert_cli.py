@@ -75,7 +75,7 @@ def test_the_report_names_the_file(folder: Path, tmp_path: Path, capsys: pytest.
         (["--tensor-type", "x"], "expected REGEX=TYPE"),
         (["--split-max-size", "40"], "--split-max-size '40'; expected a number and M or G"),
         (["--split-max-size", "0G"], "--split-max-size '0G'"),
-        (["-t", "0"], "-t 0; expected 1 or more"),
+        (["-t", "0"], "threads is 0; expected 1 to 512"),
         (["--imatrix", "/no/such/file"], "/no/such/file: no such file"),
         (["--pre", "x"], "--pre 'x'"),
     ],

