@@ -80,6 +80,7 @@ def convert(
     as_json: options.Json = False,
 ) -> None:
     """Convert a checkpoint to a GGUF file, or a GGUF file to another type, in one pass."""
+    from cli.model import exit_if_cut
     from localrun.convert import Options, make_plan
     from localrun.convert.mixes import parse_mix, parse_override
     from localrun.workers import n_workers
@@ -95,6 +96,7 @@ def convert(
         pack=pack,
         pre=pre,
     )
+    exit_if_cut(source)
     plan = make_plan(source, destination, chosen)
     for warning in plan.warnings:
         note(warning)

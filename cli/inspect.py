@@ -18,11 +18,14 @@ def inspect(
     as_json: options.Json = False,
 ) -> None:
     """Show what a model file holds: shapes, types, bits per weight, and where the bytes are."""
+    from cli.model import exit_if_cut
     from localrun.bundled import model_path
     from localrun.gguf.file import open_gguf
     from localrun.models.summary import summary_of
 
-    with open_gguf(model_path(model)) as file:
+    path = model_path(model)
+    exit_if_cut(path)
+    with open_gguf(path) as file:
         document = summary_of(file)
         if verify:
             document["verified"] = _verify(file)

@@ -8,20 +8,30 @@ from typing import TYPE_CHECKING, Any
 
 import localrun
 from cli.options import LoadOptions, SamplingOptions
-from cli.output import note, progress_bar, size
+from cli.output import note, printable, progress_bar, size
 from localrun.bundled import model_path
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from localrun.engine import Engine
     from localrun.generate.sampling import Sampling
     from localrun.generate.session import Session
     from localrun.placement.placement import Placement
 
 
+def exit_if_cut(path: "str | Path") -> None:
+    """Should a mapped file be cut short, the process ends with a line that names path, and exit code 1."""
+    from localrun.gguf.bus_error import exit_with
+
+    exit_with(f"localrun: {printable(str(path))}: was cut short while it was in use, or its disk failed")
+
+
 def open_model(model: str | None, options: LoadOptions, verbose: bool = False) -> "Engine":
     """The loaded model; with verbose, what goes where and what runs, on stderr."""
     path, draft_path = model_path(model), None if options.draft is None else model_path(options.draft)
     started = time.perf_counter()
+    exit_if_cut(path)
     with progress_bar() as report:
         engine = localrun.load(
             path,

@@ -76,6 +76,10 @@ def load(
         notice: called with one line for each fact the user should know.
         placed: called with what will be where, before it is loaded; not where llama.cpp runs the model.
 
+    The file is mapped, so reading it while somebody cuts it short raises SIGBUS, which ends the process; the commands
+    make that a line (localrun.gguf.bus_error), a program that calls this may do so too. A file that is written to while
+    it is in use is a LocalrunError of the next step; one that is replaced by another of its name is a notice.
+
     Raises:
         LocalrunError: anything the user can mend: no such file, a broken one, too large a context, a wrong option.
     """
@@ -141,7 +145,8 @@ class Engine:
         notice: Notice,
         placed: Callable[[Placement], None],
     ):
-        self.file, self.threads, self.turn = file, threads, Turn()
+        self.file, self.threads, self.turn, self._notice = file, threads, Turn(), notice
+        self._said_replaced = False
         self.config = self._native_config(backend, notice)
         self.backend = "native" if self.config else "llama.cpp"
         self.ctx = self._choose_ctx(ctx, notice)
@@ -271,7 +276,14 @@ class Engine:
             return self.model.new_cache(self.ctx)
 
     def check_ids(self, ids: Sequence[int]) -> None:
-        """Raises LocalrunError unless there are ids and the model knows them all."""
+        """Raises LocalrunError unless there are ids, the model knows them all, and its file is as it was.
+
+        That another file has its name by now is said once.
+        """
+        self.file.check_unchanged()
+        if not self._said_replaced and (path := self.file.replaced()):
+            self._said_replaced = True
+            self._notice(f"{path}: was replaced; the file that was opened stays in use until the next start")
         if not len(ids):
             raise LocalrunError("the prompt is empty")
         for token in (min(ids), max(ids)):

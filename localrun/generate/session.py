@@ -266,6 +266,7 @@ class Session:
 
     def _evaluate(self, ids: Sequence[int], all_logits: bool = False) -> np.ndarray:
         """Logits after each of ids, or after the last: float32 (T, vocab) or (1, vocab). The caller has the turn."""
+        self.engine.file.check_unchanged()
         rows = self.engine.model.forward(list(ids), self._cache, all_logits=all_logits)
         self.ids += ids
         if self.speculation:

@@ -109,6 +109,10 @@ class GGUFFile:
         for file in self.files:
             file.check_unchanged()
 
+    def replaced(self) -> Path | None:
+        """The first of its names that leads to another file by now; what was opened is still as it was."""
+        return next((file.path for file in self.files if file.was_replaced()), None)
+
     def close(self) -> None:
         """Let go of the files. Views that others still hold stay valid; a map ends with the last of its views."""
         self.tensors, self._replaced = {}, {}

@@ -59,7 +59,9 @@ class MappedFile:
         return str(_DESCRIPTORS / str(self.descriptor)) if _DESCRIPTORS.exists() else str(self.path)
 
     def check_unchanged(self) -> None:
-        """Raises GGUFError if the file was written to, or cut short, since it was opened."""
+        """Raises GGUFError if the file, unless closed, was written to, or cut short, since it was opened."""
+        if not self._close.alive:
+            return
         now, then = os.fstat(self.descriptor), self._opened
         if (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns):
             raise GGUFError(f"{self.path}: was written to while it was in use; open it again")

@@ -307,7 +307,7 @@ def _n_bytes(ne: list[int], type_: int) -> int:
     return prod(ne) // block * block_bytes
 
 
-def _fit(tensor: Record) -> None:
+def fit(tensor: Record) -> None:
     """Data of the right length, if that is a length that a test can have."""
     n_bytes = _n_bytes(tensor.ne, tensor.type)
     if 0 < n_bytes < 1 << 20:
@@ -321,7 +321,7 @@ def _change_tensor_type(rng: random.Random, model: Model) -> str:
         [*map(int, Type), *map(int, (Type.I32, Type.F16, Type.BF16, Type.F64)), rng.choice(own), 4, 99]
     )
     if rng.random() < 0.8:
-        _fit(tensor)
+        fit(tensor)
     return f"{tensor.name!r} of type {tensor.type}"
 
 
@@ -344,7 +344,7 @@ def _change_shape(rng: random.Random, model: Model) -> str:
     else:
         ne.clear()
     if rng.random() < 0.8:
-        _fit(tensor)
+        fit(tensor)
     return f"{tensor.name!r} of shape {ne}"
 
 

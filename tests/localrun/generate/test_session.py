@@ -448,6 +448,10 @@ class Script:
     def new_cache(self) -> Cache:
         return Cache(0, (), self.ctx, np.float16)
 
+    @property
+    def file(self) -> SimpleNamespace:
+        return SimpleNamespace(check_unchanged=lambda: None)
+
     def check_ids(self, ids: list[int]) -> None:
         pass
 
