@@ -15,6 +15,7 @@ from localrun.models.config import Config
 from localrun.models.keys import Keys
 from localrun.models.rope_scaling import ROPE_KEYS, check_yarn
 
+_BETAS = 32.0, 1.0  # of llama.cpp for llama, whatever a file says
 CLASS = CheckpointClass(
     "LlamaForCausalLM",
     {
@@ -51,6 +52,12 @@ def _parse(settings: Settings, fields: Fields) -> Fields:
     if not head_dim or head_dim % 2:
         settings.fail(f"head_dim is {head_dim}; expected an even number")
     check_yarn(settings)
+    scaling = fields["rope_scaling"]
+    if scaling is not None and scaling.type == "yarn" and (scaling.beta_fast, scaling.beta_slow) != _BETAS:
+        settings.fail(
+            f"yarn has betas {scaling.beta_fast:g} and {scaling.beta_slow:g}; llama.cpp, which runs it, takes "
+            f"{_BETAS[0]:g} and {_BETAS[1]:g}"
+        )
     return {}
 
 

@@ -96,7 +96,7 @@ class Checkpoint:
             allowed = [(-(-rows // self._block[0]), -(-cols // self._block[1]))]
         if scale.dtype not in ("F32", "BF16", "F16") or scale.shape not in allowed:
             shapes = " or ".join(map(str, allowed))
-            found = f"{scale.dtype} {scale.shape}"
+            found = f"{shown(scale.dtype)} {scale.shape}"
             raise CheckpointError(
                 f"{scale.path}: tensor {shown(scale.name)} is {found}; expected F32 of shape {shapes}"
             )
