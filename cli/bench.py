@@ -3,15 +3,12 @@
 from contextlib import ExitStack
 from dataclasses import replace
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from cli import options
-from cli.output import note, print_json, progress_bar, size
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from cli.output import note, print_json, printable, progress_bar, show, size
 
 
 class Against(str, Enum):
@@ -68,37 +65,29 @@ def bench(
 
 
 def _print(document: dict[str, Any]) -> None:
-    from rich.console import Console
-
-    console = Console(width=max(100, Console().width), highlight=False, markup=False)
     machine, isa, threads = document["machine"], document["isa"], document["threads"]
-    console.print(f"{document['model']}, {size(document['weight_bytes'])}")
-    console.print(f"{machine['cpu']}, {threads} of {machine['cores']} cores, {isa}, on {document['device']}")
-    console.print(_table(document))
-    for line in _reading(document):
-        console.print(line)
+    show(f"{printable(document['model'])}, {size(document['weight_bytes'])}")
+    show(f"{machine['cpu']}, {threads} of {machine['cores']} cores, {isa}, on {document['device']}")
+    for line in [*_table(document), *_reading(document)]:
+        show(line)
     for line in _speculation(document["speculation"]) if "speculation" in document else ():
-        console.print(line)
+        show(line)
     for test, ratio in document.get("ratio", {}).items():
         best = document["ratio_of_best"][test]
-        console.print(f"{test}: {ratio:.2f} times as fast as llama.cpp (best by best {best:.2f})")
+        show(f"{test}: {ratio:.2f} times as fast as llama.cpp (best by best {best:.2f})")
 
 
-def _table(document: dict[str, Any]) -> "Table":
-    from rich.table import Table
-
-    table = Table("test", "engine", box=None, pad_edge=False)
-    for column in ("tokens/s", "", "median", "best"):
-        table.add_column(column, justify="left" if not column else "right")
+def _table(document: dict[str, Any]) -> list[str]:
     engines = {"localrun": document["results"]}
     if "against" in document:
         engines["llama.cpp"] = document["against"]["results"]
+    lines = [f"{'test':<8} {'engine':<10} {'tokens/s':>10} {'':<10} {'median':>9} {'best':>9}"]
     for test in document["results"]:
         for engine, results in engines.items():
             r = results[test]
-            rates = f"{r['mean']:.2f}", f"+/- {r['deviation']:.2f}", f"{r['median']:.2f}", f"{r['best']:.2f}"
-            table.add_row(test, engine, *rates)
-    return table
+            rates = f"{r['mean']:>10.2f} +/- {r['deviation']:<6.2f} {r['median']:>9.2f} {r['best']:>9.2f}"
+            lines.append(f"{test:<8} {engine:<10} {rates}")
+    return lines
 
 
 def _reading(document: dict[str, Any]) -> list[str]:

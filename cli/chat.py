@@ -4,7 +4,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from cli import options
-from cli.output import note, printable, size
+from cli.output import note, printable, size, tell
 from cli.text import check_text
 from localrun.bundled import MINIATURE
 
@@ -28,6 +28,7 @@ def chat(
     Reads messages from the terminal, or a line each from a pipe. Replies go to stdout, all else to stderr.
     """
     from cli.conversation import Conversation
+    from cli.interrupt import raising
     from cli.lines import EditedLines, PlainLines
     from cli.model import given_sampling, max_tokens, open_model, sampling_for
     from cli.repl import Repl
@@ -40,22 +41,20 @@ def chat(
         conversation = Conversation(engine, sampling_for(engine, given), system, stop or [], limit)
         _banner(conversation)
         on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-        Repl(conversation, EditedLines() if on_terminal else PlainLines()).run()
+        with raising():
+            Repl(conversation, EditedLines() if on_terminal else PlainLines()).run()
 
 
 def _banner(conversation: "Conversation") -> None:
     engine = conversation.engine
     facts = engine.describe()
     where = f"{facts['backend']} on {facts['device']} with {facts['threads']} threads"
-    print(
-        f"{printable(str(facts['model']))} ({facts['architecture']}, {size(int(facts['weight_bytes']))}), {where}, "
-        f"context {facts['ctx']} tokens",
-        file=sys.stderr,
-    )
+    name, architecture = printable(str(facts["model"])), printable(str(facts["architecture"]))
+    tell(f"{name} ({architecture}, {size(int(facts['weight_bytes']))}), {where}, context {facts['ctx']} tokens")
     if engine.file.path == MINIATURE:
         note("a small story model: it continues what you write; `localrun chat smollm2` chats")
     elif conversation.template is None:
         note("the file has no chat template and no ChatML: what you write is continued as it is")
     elif engine.template is None:
         note("the file has no chat template; using ChatML, as llama.cpp does")
-    print("/help lists the commands, Ctrl-C stops a reply, Ctrl-D ends.", file=sys.stderr, flush=True)
+    tell("/help lists the commands, Ctrl-C stops a reply, Ctrl-D ends.")

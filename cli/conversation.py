@@ -1,14 +1,15 @@
 """A conversation: its messages, its model session, and the files it is saved in. Prints nothing but replies."""
 
 import json
-import os
 from collections.abc import Callable
+from os.path import isfile  # False, not an error, for names too long and folders that can't be looked into
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.interrupt import Interruptible
 from cli.model import stream
 from localrun.errors import LocalrunError
+from localrun.files import read_bytes, replacing
 from localrun.text.chat_template import CHATML, CHATML_STOP, ChatTemplate
 from localrun.text.prompt import chat_ids
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 FORMAT = "localrun conversation 1"
 _ROLES = ("user", "assistant")
+_MOST_BYTES = 1 << 28  # of a saved conversation
 _CLOSING = ",.;:!?')"  # marks that no space goes before
 
 
@@ -117,30 +119,31 @@ class Conversation:
         return not interrupt.pressed
 
     def save(self, path: Path) -> None:
-        """Writes the messages to path and the cache to path.cache, each whole or not at all.
+        """Writes the messages to path and the cache to path.cache, each whole or not at all, for the user alone.
 
-        Raises LocalrunError if they cannot be written.
+        Raises LocalrunError if they cannot be written, or would replace what is no saved conversation.
         """
+        from localrun.generate.session import is_saved_session
+
+        cache = _cache_path(path)
+        if (isfile(path) and not _is_saved(path)) or (isfile(cache) and not is_saved_session(cache)):
+            raise LocalrunError(f"{path}: there is something else of that name, or with .cache; choose another name")
         document = {"format": FORMAT, "system": self.system, "messages": self.messages}
-        if not path.parent.is_dir():
-            raise LocalrunError(f"{path}: there is no directory {path.parent}")
-        self.session.save(_cache_path(path))
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(json.dumps(document, ensure_ascii=False, indent=1), encoding="utf-8")
-            temporary.replace(path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise LocalrunError(f"{path}: cannot be written: {error.strerror}") from None
+        text = json.dumps(document, ensure_ascii=False, indent=1)
+        with replacing(path, private=True) as temporary:
+            temporary.write_text(text, encoding="utf-8", errors="surrogatepass")
+            self.session.save(cache)
 
     def load(self, path: Path) -> str | None:
         """Replaces the conversation by a saved one; a line saying why its cache could not be used, or None.
 
-        Without the cache the next message only takes longer. Raises LocalrunError if path is no saved conversation.
+        Without the cache the next message only takes longer. Raises LocalrunError if path is no saved conversation, or
+        has a system message where there is no place for one; nothing has changed then.
         """
-        document = _read(path)
+        system, messages = _read(path)
+        self.instruct(system)
         self.clear()
-        self.system, self.messages = document["system"], document["messages"]
+        self.messages = messages
         try:
             self.session.load(_cache_path(path))
         except LocalrunError as error:
@@ -164,15 +167,22 @@ def _joined(messages: list[dict[str, str]]) -> str:
 
 
 def _cache_path(path: Path) -> Path:
-    return path.with_name(path.name + ".cache")
+    return Path(f"{path}.cache")
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The checked document of a saved conversation."""
+def _is_saved(path: Path) -> bool:
     try:
-        document = json.loads(path.read_bytes())
-    except OSError as error:
-        raise LocalrunError(f"{path}: cannot be read: {error.strerror}") from None
+        _read(path)
+    except LocalrunError:
+        return False
+    return True
+
+
+def _read(path: Path) -> tuple[str | None, list[dict[str, str]]]:
+    """System message and messages of a saved conversation. Raises LocalrunError if the file is none."""
+    data = read_bytes(path, str(path), _MOST_BYTES)
+    try:
+        document = json.loads(data)
     except (ValueError, RecursionError):
         raise LocalrunError(f"{path}: is not a saved conversation: not JSON") from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
@@ -180,7 +190,7 @@ def _read(path: Path) -> dict[str, Any]:
     system, messages = document.get("system"), document.get("messages")
     if not (system is None or isinstance(system, str)) or not _in_turn(messages):
         raise LocalrunError(f"{path}: is not a saved conversation: expected texts of user and assistant in turn")
-    return document
+    return system, messages
 
 
 def _in_turn(messages: Any) -> bool:

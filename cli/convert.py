@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli import options
-from cli.output import note, print_json, printable, size
+from cli.interrupt import raising
+from cli.output import end_line, note, print_json, printable, show, show_again, size
 from localrun.errors import LocalrunError
 
 if TYPE_CHECKING:
     from localrun.convert import Plan, Progress
 
 _LINE_S = 30.0  # between two lines of progress in a log
+_WIDTH = 100  # of a line of progress on a terminal
 
 
 Source = Annotated[
@@ -112,7 +114,7 @@ def _carry_out(plan: "Plan", threads: int, resume: bool, force: bool) -> "tuple[
     from localrun.convert import convert as carry_out
 
     try:
-        with _Eta() as eta:
+        with raising(), _Eta() as eta:
             last = carry_out(plan, threads=threads, resume=resume, force=force, progress=eta.show)
     except KeyboardInterrupt:
         note("interrupted; --resume goes on from here")
@@ -161,11 +163,11 @@ def _show(plan: "Plan", as_json: bool) -> None:
     if as_json:
         print_json(_facts(plan) | {"plan": rows})
         return
-    print(f"{'tensor':<40} {'shape':<20} {'from':<8} {'to':<8} {'size':>12}")
+    show(f"{'tensor':<40} {'shape':<20} {'from':<8} {'to':<8} {'size':>12}")
     for row in rows:
         shape = " x ".join(map(str, row["shape"]))
-        print(f"{row['name']:<40} {shape:<20} {row['from']:<8} {row['to']:<8} {size(row['bytes']):>12}")
-    print(f"{len(rows)} tensors, {_summary(plan)}")
+        show(f"{printable(row['name']):<40} {shape:<20} {row['from']:<8} {row['to']:<8} {size(row['bytes']):>12}")
+    show(f"{len(rows)} tensors, {_summary(plan)}")
 
 
 def _summary(plan: "Plan") -> str:
@@ -179,7 +181,7 @@ def _report(plan: "Plan", last: "Progress", seconds: float, as_json: bool) -> No
         print_json(_facts(plan) | done)
         return
     _note_without_importance(plan)
-    print(f"{printable(str(plan.layout.parts[0].path))}: {_summary(plan)}, {_duration(seconds)}")
+    show(f"{printable(str(plan.layout.parts[0].path))}: {_summary(plan)}, {_duration(seconds)}")
 
 
 def _note_without_importance(plan: "Plan") -> None:
@@ -217,7 +219,7 @@ class _Eta:
         moved = f"{size(progress.bytes_in)} in, {size(progress.bytes_out)} out"
         line = f"{percent:5.1f}% {moved}{eta}, {printable(progress.tensor)}"
         if self._terminal:
-            print(f"\r{line:<100.100}", end="", file=sys.stderr, flush=True)
+            show_again(line, _WIDTH)
         else:
             note(line.strip())
 
@@ -227,7 +229,7 @@ class _Eta:
     def __exit__(self, *exc_info: object) -> None:
         """Clears the line, for what is said next."""
         if self._terminal:
-            print(f"\r{'':<100}\r", end="", file=sys.stderr, flush=True)
+            end_line(_WIDTH)
 
 
 def _duration(seconds: float) -> str:

@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 
 from cli import options
-from cli.output import print_json, printable
+from cli.output import print_json, printable, show
 from localrun.errors import LocalrunError
+from localrun.files import user_path
 
 _WIDTH = 14
 
@@ -32,9 +33,9 @@ def doctor(
         print_json({each.name: {name: getattr(each, name) for name in fields} for each in findings})
         return
     for each in findings:
-        print(f"{each.status:<8} {each.name:<{_WIDTH}} {printable(each.text)}", flush=True)
+        show(f"{each.status:<8} {each.name:<{_WIDTH}} {printable(each.text)}")
         if each.advice:
-            print(f"{'':<8} {'':<{_WIDTH}} -> {printable(each.advice)}", flush=True)
+            show(f"{'':<8} {'':<{_WIDTH}} -> {printable(each.advice)}")
 
 
 def _path(path: str | None) -> Path | None:
@@ -42,9 +43,9 @@ def _path(path: str | None) -> Path | None:
     from localrun.bundled import model_path
 
     if path is not None:
-        if not Path(path).expanduser().exists():
+        if not (found := user_path(path)).exists():
             raise LocalrunError(f"{path}: no such file or folder")
-        return Path(path).expanduser()
+        return found
     try:
         return model_path(None)
     except LocalrunError:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli import options
-from cli.output import note, print_json, printable, progress_bar, rate
+from cli.interrupt import raising
+from cli.output import note, print_json, printable, progress_bar, rate, show
 from cli.text import read_text
 from localrun.errors import LocalrunError
 
@@ -48,7 +49,8 @@ def imatrix(
             result = collect(engine, engine.tokenizer.encode(text), chunk, chunks, _progress(report, started))
         seconds = time.perf_counter() - started
         facts = engine.describe()
-    write(out, result, "stdin" if file == "-" else file)
+    with raising():
+        write(out, result, "stdin" if file == "-" else file)
     _report(result, out, facts | {"seconds": round(seconds, 3)}, file, as_json)
 
 
@@ -86,4 +88,4 @@ def _report(result: "Importance", path: Path, facts: dict[str, object], file: st
             }
         )
         return
-    print(f"{printable(str(path))}: {len(result.squares)} matrices, {result.n_chunks} chunks of {result.n_ctx} tokens")
+    show(f"{printable(str(path))}: {len(result.squares)} matrices, {result.n_chunks} chunks of {result.n_ctx} tokens")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli import options
-from cli.output import note, print_json, printable, progress_bar, size
+from cli.output import note, print_json, printable, progress_bar, show, size
 from localrun.errors import LocalrunError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def inspect(
         print_json(document)
         return
     for line in [*_summary(document), "", *_shares(document), "", *_table(document)]:
-        print(line)
+        show(line)
 
 
 def _verify(file: "GGUFFile") -> dict[str, Any]:

@@ -1,16 +1,68 @@
-"""Ctrl-C that ends a reply and not the program.
+"""Ctrl-C: it ends the program at once, or raises KeyboardInterrupt where something is to be put in order, or ends a
+reply and not the program.
 
-An exception in the middle of a model step could leave the cache and its token list apart, so Ctrl-C only sets a flag,
-which is looked at between steps. A second Ctrl-C does not wait.
+An exception is lost where C code calls Python: callbacks of ctypes and of weak references, modules that are being
+imported. Python prints it, goes on, and the user's Ctrl-C had no effect. So no exception is raised while a program
+starts and loads, when there is nothing to put in order.
 """
 
+import os
 import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
+INTERRUPTED = 130  # the exit code, as of a shell's command
+_AGAIN_S = 0.02  # until the callback that lost a Ctrl-C has likely returned
+
+
+def end_at_once() -> None:
+    """From now on Ctrl-C ends the process, wherever it is, if it would raise KeyboardInterrupt now.
+
+    It does not in a background job, which ignores it.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
+
+def _end(_signal: int, _frame: FrameType | None) -> None:
+    with suppress(OSError):
+        if os.isatty(2):
+            os.write(2, b"\x1b[?25h\n")  # progress bars hide the cursor
+    os._exit(INTERRUPTED)
+
+
+@contextmanager
+def raising() -> Iterator[None]:
+    """A block in which Ctrl-C raises KeyboardInterrupt, and again if that was lost in a callback."""
+    handler, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
+    if handler is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def again(lost: Any) -> None:
+        if issubclass(lost.exc_type, KeyboardInterrupt):
+            main = threading.main_thread().ident
+            threading.Timer(_AGAIN_S, signal.pthread_kill, (main, signal.SIGINT)).start()
+        else:
+            hook(lost)
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        signal.signal(signal.SIGINT, handler)
+
 
 class Interruptible:
-    """A context in which Ctrl-C sets pressed; the second one raises KeyboardInterrupt at once."""
+    """A context in which Ctrl-C sets pressed; the second one raises KeyboardInterrupt at once.
+
+    An exception in the middle of a model step could leave the cache and its token list apart, so the flag is looked at
+    between steps.
+    """
 
     def __init__(self) -> None:
         self.pressed = False

@@ -1,16 +1,19 @@
 """Where the chat's messages come from: an editor with history on a terminal, plain lines otherwise."""
 
+import codecs
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from cli.output import note
 from cli.text import decode
 from localrun.errors import LocalrunError
+from localrun.files import user_path
 
 QUOTES = '"""'
+_LONGEST_LINE = 1 << 28  # bytes: more is no message, but a device without an end
 
 
 class Lines(Protocol):
@@ -23,13 +26,24 @@ class Lines(Protocol):
 class PlainLines:
     """Lines of stdin, without a prompt: for pipes and scripts. A line that is not UTF-8 is passed over with a note."""
 
+    def __init__(self) -> None:
+        self._mark = codecs.BOM_UTF8  # may stand before the first line
+
     def read(self, prompt: str) -> str | None:
-        while data := sys.stdin.buffer.readline():
+        while data := self._line():
             try:
                 return decode(data, "the line").rstrip("\r\n")
             except LocalrunError as error:
                 note(str(error))
         return None
+
+    def _line(self) -> bytes:
+        try:
+            data = sys.stdin.buffer.readline(_LONGEST_LINE)
+        except OSError as error:
+            raise LocalrunError(f"stdin: cannot be read: {error.strerror}") from None
+        mark, self._mark = self._mark, b""
+        return data.removeprefix(mark)
 
 
 class EditedLines:
@@ -39,8 +53,15 @@ class EditedLines:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.history import FileHistory, InMemoryHistory
 
+        class KeptHistory(FileHistory):
+            """One that a full disk does not end a chat over."""
+
+            def store_string(self, string: str) -> None:
+                with suppress(OSError):
+                    super().store_string(string)
+
         path = history_path()
-        self._session: PromptSession[str] = PromptSession(history=FileHistory(path) if path else InMemoryHistory())
+        self._session: PromptSession[str] = PromptSession(history=KeptHistory(path) if path else InMemoryHistory())
 
     def read(self, prompt: str) -> str | None:
         try:
@@ -51,11 +72,14 @@ class EditedLines:
 
 def history_path() -> str | None:
     """The file of typed messages, made readable for its owner only; None where there can be none."""
-    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    path = Path(state).expanduser() / "localrun" / "history"
+    path = user_path(os.environ.get("XDG_STATE_HOME") or "~/.local/state") / "localrun" / "history"
+    if not path.is_absolute():  # the user has no home
+        return None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            return None
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     except OSError:
         return None
     return str(path)

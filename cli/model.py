@@ -1,6 +1,5 @@
 """Opening a model for a command, and streaming a reply from it, both with progress shown."""
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import localrun
 from cli.options import LoadOptions, SamplingOptions
-from cli.output import note, printable, progress_bar, size
+from cli.output import note, printable, progress_bar, size, tell
 from localrun.bundled import model_path
 
 if TYPE_CHECKING:
@@ -64,10 +63,10 @@ def placement_document(engine: "Engine") -> dict[str, Any] | None:
 def _show_placement(placement: "Placement") -> None:
     """The table on stderr: bytes by memory, and what is needed of what there is."""
     for row in placement.rows:
-        print(f"{row.where:<5} {size(row.n_bytes):>11}  {row.what}", file=sys.stderr)
+        tell(f"{row.where:<5} {size(row.n_bytes):>11}  {row.what}")
     for where, needed in placement.needed.items():
         usable = size(max(0, placement.available[where]))
-        print(f"{where:<5} {size(needed):>11}  needed, {usable} usable", file=sys.stderr, flush=True)
+        tell(f"{where:<5} {size(needed):>11}  needed, {usable} usable")
 
 
 def sampling_for(engine: "Engine", given: dict[str, Any]) -> "Sampling":

@@ -1,18 +1,64 @@
-"""What goes to the terminal: data to stdout, everything else to stderr; progress bars only where a person looks."""
+"""The one place that prints: data to stdout, everything else to stderr; progress only where a person looks.
+
+Names, texts and templates come from files that anyone may have made. Whatever could move a terminal's cursor, turn
+letters around or not be seen at all is spelled out, in every line and in a reply on a terminal. A reply that goes into
+a pipe or a file, and JSON, stay as they are.
+"""
 
 import json
 import logging
+import re
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 Progress = Callable[[int, int, str], None]
 
+_MOST = 200  # characters of a file's content that a line repeats
+_LONGEST = 800  # of a whole message: those of ours are shorter
+# What a message may hold of a file: a text in quotes, a list or an object, a name.
+_FOREIGN = (r"""(?<!\w)(['"])(?:\\.|(?!\1).)*\1(?!\w)""", r"[\[({].*[\])}]", r"\S+")
+# Invisible ones that texts need: soft hyphens, joiners, and marks of direction, none of which reaches beyond its word.
+_NEEDED = frozenset("\t\n\u00ad\u061c\u200b\u200c\u200d\u200e\u200f\u2060")
+_UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, formats, lone surrogates, ends of lines and paragraphs
 
-def note(line: str) -> None:
-    """One line for the user."""
-    print(f"localrun: {line}", file=sys.stderr, flush=True)
+
+def show(line: str = "") -> None:
+    """A line of data for people, on stdout."""
+    print(_spelled(line), flush=True)
+
+
+def tell(line: str, end: str = "\n") -> None:
+    """A line on stderr, or a part of one."""
+    print(_spelled(line), end=end, file=sys.stderr, flush=True)
+
+
+def tell_text(text: str) -> None:
+    """Lines of a conversation, on stderr."""
+    print(visible(text), file=sys.stderr, flush=True)
+
+
+def note(message: str) -> None:
+    """One line for the user, on stderr, with this program's name."""
+    tell(f"localrun: {brief(' '.join(message.split()))}")
+
+
+def write(text: str) -> None:
+    """A piece of a reply, at once."""
+    sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def show_again(line: str, width: int) -> None:
+    """A line of progress on stderr, in place of the one before."""
+    print(f"\r{_spelled(line):<{width}.{width}}", end="", file=sys.stderr, flush=True)
+
+
+def end_line(width: int) -> None:
+    """Clears what show_again has shown."""
+    print(f"\r{'':<{width}}\r", end="", file=sys.stderr, flush=True)
 
 
 class Notes(logging.Handler):
@@ -23,24 +69,55 @@ class Notes(logging.Handler):
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """One JSON document on stdout, a line for each of its keys. A path that is not UTF-8 is shown with U+FFFD in it."""
+    """One JSON document on stdout, a line for each of its keys; characters that stdout cannot write are escaped.
+
+    A path that is not UTF-8 is shown with U+FFFD in it.
+    """
     rows = [
         f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False, allow_nan=False)}"
         for key, value in document.items()
     ]
     text = "{\n" + ",\n".join(rows) + "\n}"
-    print(text.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = re.sub(r"[^\x00-\x7f]", lambda found: json.dumps(found[0])[1:-1], text)
+    print(text)
 
 
 def printable(text: str) -> str:
-    """text with its control characters spelled out: names come from files that anyone may have made."""
-    return text if text.isprintable() else ascii(text)[1:-1]
+    """A name or value of a file's, for a table: one line, shortened, with all that is not seen spelled out."""
+    return _spelled(_cut(text, _MOST))
 
 
-def write(text: str) -> None:
-    """A piece of a reply, at once."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+def visible(text: str) -> str:
+    """A text of several lines with all that could deceive spelled out; each character by itself, so for pieces too."""
+    return "".join(char if char in _NEEDED or _is_seen(char) else ascii(char)[1:-1] for char in text)
+
+
+def brief(message: str) -> str:
+    """A message in which nothing that can come from a file is longer than _MOST characters."""
+    message = _cut(message, _LONGEST)
+    for pattern in _FOREIGN:
+        message = re.sub(pattern, lambda found: _cut(found[0], _MOST), message)
+    return message
+
+
+def _is_seen(char: str) -> bool:
+    return " " <= char <= "~" or unicodedata.category(char) not in _UNSEEN
+
+
+def _spelled(line: str) -> str:
+    return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
+def _cut(text: str, most: int) -> str:
+    """text, or its beginning and its end."""
+    if len(text) <= most:
+        return text
+    end = (most - 5) // 3
+    return f"{text[: most - 5 - end]}[...]{text[-end:]}"
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cli import options
-from cli.output import note, print_json, rate
+from cli.output import note, print_json, rate, show, show_again, tell
 from cli.text import read_text
 from localrun.errors import LocalrunError
 
@@ -55,7 +55,7 @@ def perplexity(
             }
         )
         return
-    print(f"perplexity {result.ppl:.4f} +/- {result.error:.5f} ({len(result.running)} chunks of {result.n_ctx} tokens)")
+    show(f"perplexity {result.ppl:.4f} +/- {result.error:.5f} ({len(result.running)} chunks of {result.n_ctx} tokens)")
 
 
 class _Eta:
@@ -70,10 +70,10 @@ class _Eta:
     def show(self, done: int, total: int, ppl: float) -> None:
         left = self.seconds() / done * (total - done)
         if sys.stderr.isatty():
-            end = "\n" if done == total else "\r"
-            line = f"chunk {done} of {total}, perplexity {ppl:.4f}, {left:.0f} s left"
-            print(f"{line:<70}", end=end, file=sys.stderr, flush=True)
+            show_again(f"chunk {done} of {total}, perplexity {ppl:.4f}, {left:.0f} s left", 70)
+            if done == total:
+                tell("")
         else:
             if done == 1:
                 note(f"{total} chunks, about {left:.0f} s left")
-            print(f"[{done}]{ppl:.4f}", end="\n" if done == total else ",", file=sys.stderr, flush=True)
+            tell(f"[{done}]{ppl:.4f}", end="\n" if done == total else ",")

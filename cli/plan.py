@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from cli import options
-from cli.output import note, print_json, printable, size
+from cli.output import note, print_json, printable, show, size
 from localrun.errors import LocalrunError
 
 if TYPE_CHECKING:
@@ -118,7 +118,8 @@ def _report(shape: ModelShape, machine: Machine, ctx: int, prompt: int, acceptan
     if as_json:
         print_json(document)
     else:
-        print("\n".join(_text(document)))
+        for line in _text(document):
+            show(line)
     if document["refusal"]:
         raise LocalrunError(document["refusal"])
 
@@ -173,16 +174,16 @@ def _print_tables(kv: bool, compute: bool, as_json: bool) -> None:
         print_json({name: rows for name, rows in tables.items() if rows})
         return
     if tables["kv"]:
-        print(f"{'bytes a token, 16 bits':<20} {'':<4} {'cache':>10} {'all heads':>12} {'8 heads':>10} {'1 head':>10}")
+        show(f"{'bytes a token, 16 bits':<20} {'':<4} {'cache':>10} {'all heads':>12} {'8 heads':>10} {'1 head':>10}")
         for row in tables["kv"]:
             sizes = f"{row['bytes_per_token']:>10,} {row['mha']:>12,} {row['gqa8']:>10,} {row['mqa']:>10,}"
-            print(f"{row['model']:<20} {row['attention']:<6} {sizes}{_published(row)}")
+            show(f"{row['model']:<20} {row['attention']:<6} {sizes}{_published(row)}")
     if tables["compute"]:
-        print(f"{'GFLOP a token':<20} {'weights':>10} {'active':>10} {'training':>10} {'decoding':>10}")
+        show(f"{'GFLOP a token':<20} {'weights':>10} {'active':>10} {'training':>10} {'decoding':>10}")
         for row in tables["compute"]:
             counts = f"{row['parameters'] / 1e9:>8.1f} G {row['active'] / 1e9:>8.1f} G"
             costs = f"{row['training_gflop_per_token']:>10.1f} {row['decoding_gflop_per_token']:>10.1f}"
-            print(f"{row['model']:<20} {counts} {costs}{_published(row)}")
+            show(f"{row['model']:<20} {counts} {costs}{_published(row)}")
 
 
 def _published(row: dict[str, Any]) -> str:
@@ -262,7 +263,8 @@ def cluster(
     if as_json:
         print_json(document)
     else:
-        print("\n".join(_cluster_text(document)))
+        for line in _cluster_text(document):
+            show(line)
     if plot is not None:
         shape = cluster_report.model_of(wanted)
         plot_interconnect(plot, shape, tokens, document["expert_parallel"]["layer_compute_s"])

@@ -1,17 +1,18 @@
 """The chat's loop and its commands."""
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from cli.conversation import Conversation
+from cli.explain import explain
 from cli.generate import timing_line
 from cli.lines import Lines, Message, read_message
 from cli.model import max_tokens
-from cli.output import note, printable, size, write
+from cli.output import note, printable, size, tell, tell_text, write
 from cli.text import read_text
 from localrun.errors import ContextFullError, LocalrunError
+from localrun.files import user_path
 
 _NAMES = {"temp": "temperature", "n": "n", "num_predict": "n"}  # names that users know from llama-cli and ollama
 
@@ -38,7 +39,7 @@ class Repl:
         }
 
     def run(self) -> None:
-        """The loop. An error in a turn is a line on stderr, and the chat goes on."""
+        """The loop. Whatever goes wrong in a turn is a line on stderr, and the chat goes on: there is talk to lose."""
         while True:
             try:
                 message = read_message(self._lines)
@@ -49,25 +50,39 @@ class Repl:
                 return
             try:
                 self._handle(message)
+            except KeyboardInterrupt:
+                note("interrupted; Ctrl-D or /exit ends the chat")
+            except BrokenPipeError:  # nobody reads any more
+                raise
             except ContextFullError as error:
                 note(f"{error}; /clear starts afresh")
-            except LocalrunError as error:
-                note(" ".join(str(error).split()))
+            except Exception as error:
+                note(explain(error))
 
     def _handle(self, message: Message) -> None:
         if message.is_command:
             name, _, rest = message.text.partition(" ")
             if name not in self._commands:
-                raise LocalrunError(f'unknown command {printable(name)}; /help lists them, """ starts a text with a /')
+                raise LocalrunError(f'unknown command {name}; /help lists them, """ starts a text with a /')
             self._commands[name][1](rest.strip())
         elif message.text.strip():
-            self._answer(lambda: self._conversation.say(message.text, write))
+            self._answer(lambda write: self._conversation.say(message.text, write))
 
-    def _answer(self, reply: Callable[[], bool]) -> None:
+    def _answer(self, reply: Callable[[Callable[[str], None]], bool]) -> None:
         """Has a reply written, and says what there is to say about it."""
-        complete = reply()
+        session, written = self._conversation.session, []
+
+        def write_on(text: str) -> None:
+            write(text)
+            written.append(None)
+
+        try:
+            complete = reply(write_on)
+        except BaseException:
+            if written:
+                write("\n")
+            raise
         write("\n")
-        session = self._conversation.session
         if not complete:
             note("stopped" if session.reply_ids else "stopped before the reply began; the message is forgotten")
         elif not session.reply_ids:
@@ -78,30 +93,27 @@ class Repl:
             note(f"the reply reached {self._conversation.limit} tokens; /set n -1 lifts the limit")
         elif self._conversation.has_ended:
             note("the text has ended; what you write next begins another")
-        print(timing_line(session), file=sys.stderr, flush=True)
+        tell(timing_line(session))
 
     def _help(self, _rest: str) -> None:
         for name, (text, _) in self._commands.items():
-            print(f"{name:<8} {text}", file=sys.stderr)
+            tell(f"{name:<8} {text}")
         if self._conversation.template is None:
-            print(
-                "What you write is continued. Write on where a text has not ended; /clear begins another.",
-                file=sys.stderr,
-            )
-        print('A line that ends in \\ goes on; """ starts and ends a text of several lines.', file=sys.stderr)
-        print("Ctrl-C stops a reply, Ctrl-D ends the chat.", file=sys.stderr)
+            tell("What you write is continued. Write on where a text has not ended; /clear begins another.")
+        tell('A line that ends in \\ goes on; """ starts and ends a text of several lines.')
+        tell("Ctrl-C stops a reply, Ctrl-D ends the chat.")
 
     def _clear(self, _rest: str) -> None:
         self._conversation.clear()
         note("the conversation is forgotten")
 
     def _regenerate(self, _rest: str) -> None:
-        self._answer(lambda: self._conversation.regenerate(write))
+        self._answer(self._conversation.regenerate)
 
     def _system(self, rest: str) -> None:
         if rest:
             self._conversation.instruct(None if rest == '""' else rest)
-        note(f"system message: {self._conversation.system or 'none'}")
+        tell_text(f"system message: {self._conversation.system or 'none'}")
 
     def _set(self, rest: str) -> None:
         name, _, value = rest.partition(" ")
@@ -114,13 +126,14 @@ class Repl:
 
     def _change(self, name: str, value: str) -> None:
         sampling = self._conversation.sampling
-        if name != "n" and not hasattr(sampling, name):
-            raise LocalrunError(f"unknown setting {printable(name)}; there are {self._settings()}")
+        if name not in ("n", *dataclasses.asdict(sampling)):
+            raise LocalrunError(f"unknown setting {name}; there are {self._settings()}")
         kind = float if name in ("temperature", "top_p", "min_p", "repeat_penalty") else int
         try:
             number = kind(value)
         except ValueError:
-            raise LocalrunError(f"{name} is {printable(value)!r}; expected a number") from None
+            what = "a number" if kind is float else "a whole number"
+            raise LocalrunError(f"{name} is {value!r}; expected {what}") from None
         if name == "n":
             self._conversation.limit = max_tokens(int(number))
         else:
@@ -132,10 +145,11 @@ class Repl:
 
     def _show(self, _rest: str) -> None:
         conversation = self._conversation
-        lines = [f"{name}: {value}" for name, value in conversation.engine.describe().items()]
+        facts = conversation.engine.describe().items()
+        lines = [f"{name}: {printable(str(value))}" for name, value in facts]
         lines += [f"settings: {self._settings()}", f"system: {conversation.system or 'none'}"]
         lines += [f"{message['role']}: {message['content']}" for message in conversation.messages]
-        print("\n".join(lines), file=sys.stderr)
+        tell_text("\n".join(lines))
 
     def _save(self, rest: str) -> None:
         self._conversation.save(_path(rest, "/save"))
@@ -153,13 +167,16 @@ class Repl:
 
     def _stats(self, _rest: str) -> None:
         session = self._conversation.session
-        print(timing_line(session), file=sys.stderr)
+        tell(timing_line(session))
         config = session.engine.config
         cache = f", {size(len(session.ids) * config.kv_bytes_per_token)}" if config else ""
         note(f"the context holds {len(session.ids)} of {session.engine.ctx} tokens{cache}")
 
 
 def _path(rest: str, command: str) -> Path:
-    if not rest:
+    """The file that a command names, in quotes or not."""
+    quoted = len(rest) > 1 and rest[0] == rest[-1] and rest[0] in "\"'"
+    name = rest[1:-1] if quoted else rest
+    if not name:
         raise LocalrunError(f"{command} needs a file name")
-    return Path(rest).expanduser()
+    return user_path(name)

@@ -10,6 +10,7 @@ import importlib.util
 from pathlib import Path
 
 from localrun.errors import LocalrunError
+from localrun.files import user_path
 
 MINIATURE = Path(__file__).parent / "data" / "miniature-Q5_K_M.gguf"  # what it is: MODEL.md beside it
 _NAMES = ("miniature", "smollm2")
@@ -24,7 +25,7 @@ def model_path(model: str | None) -> Path:
     """
     if model is None:
         return _miniature()
-    path = Path(model).expanduser()
+    path = user_path(model)
     if path.exists():
         return path
     if model.lower() == "miniature":

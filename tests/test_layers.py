@@ -48,7 +48,8 @@ MAY_IMPORT = {
         "arguments": "errors",
         "turn": "errors",
         "workers": "arguments errors hardware",
-        "bundled": "errors",
+        "files": "errors",
+        "bundled": "errors files",
         "gguf": "errors hardware",
         "models": "errors gguf",
         "placement": "arguments errors hardware limits gguf models",
@@ -56,14 +57,14 @@ MAY_IMPORT = {
         "cpu": "hardware limits gguf models network",
         "gpu": "errors limits gguf models placement network cpu",
         "backends": "errors limits gguf",
-        "text": "arguments errors gguf backends",
+        "text": "arguments errors files gguf backends",
         "runtime": "gguf text turn",
-        "generate": "arguments errors runtime",
+        "generate": "arguments errors files runtime",
         "engine": "arguments bundled errors hardware limits gguf models placement cpu gpu backends text turn workers "
         "runtime generate",
-        "measure": "errors hardware limits gguf models placement network cpu backends generate engine",
-        "convert": "errors gguf models",
-        "plan": "errors hardware limits bundled gguf models placement cpu convert",
+        "measure": "errors files hardware limits gguf models placement network cpu backends generate engine",
+        "convert": "errors files gguf models",
+        "plan": "errors files hardware limits bundled gguf models placement cpu convert",
     },
 }
 # The public face, for the version and, as its users do, load().
@@ -219,7 +220,7 @@ def test_importing_localrun_is_light(statement: str) -> None:
 
 
 def test_importing_the_command_line_is_light() -> None:
-    loaded = loaded_by("import cli.main")
+    loaded = loaded_by("import cli.app")
     assert "typer" in loaded and not loaded & (HEAVY | {"gguf"})
 
 

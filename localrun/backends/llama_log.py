@@ -8,6 +8,8 @@ import re
 from functools import cache
 from typing import Any
 
+from localrun.errors import LocalrunError
+
 _ERROR, _CONTINUED = 4, 5  # ggml.h, enum ggml_log_level
 _MAX_ERRORS = 50  # of one load; the last lines are the ones that say why
 
@@ -46,7 +48,11 @@ def _record(level: int, text: bytes, _user_data: Any) -> None:
 
 @cache  # holds the ctypes callback: collected, it would crash the next log line
 def _install() -> Any:
-    import llama_cpp
+    try:
+        import llama_cpp
+    except (OSError, RuntimeError, ImportError) as error:  # RuntimeError: what the package makes of an OSError
+        advice = "pip install --force-reinstall llama-cpp-python"
+        raise LocalrunError(f"llama.cpp, which reads vocabularies, cannot be loaded: {error}; {advice}") from None
 
     callback = llama_cpp.llama_log_callback(_record)
     llama_cpp.llama_log_set(callback, None)

@@ -46,13 +46,14 @@ class Importances(Mapping[str, np.ndarray]):
     Read from the file whenever asked for: those of a large model all together would take gigabytes.
 
     Attributes:
+        path: the file.
         unreached: target -> numbers of the slices that the text never reached.
         missing: matrices of layers that the file has nothing for, such as those for multi-token prediction.
     """
 
     def __init__(self, path: Path, targets: list[Target]) -> None:
         """Find and check all. Raises GGUFError if the file is no imatrix, or a matrix does not fit its target."""
-        self._path = path
+        self.path = path
         stored = _find(path)
         self._targets = {target.name: target for target in targets if target.name in stored}
         if not self._targets:
@@ -75,14 +76,14 @@ class Importances(Mapping[str, np.ndarray]):
         if stored.n_sums != n_slices * target.n_cols or stored.n_counts not in (1, n_slices):
             expected = f"{n_slices * target.n_cols} and {n_slices}"
             found = f"{stored.n_sums} sums and {stored.n_counts} counts"
-            raise GGUFError(f"{self._path}: '{name}' has {found}, expected {expected}")
+            raise GGUFError(f"{self.path}: '{name}' has {found}, expected {expected}")
         sums = self._floats(name, stored.sums_at, stored.n_sums).reshape(n_slices, -1)
         if stored.counts_at:
             counts = self._floats(name, stored.counts_at, stored.n_counts)
         else:
             counts = np.array([stored.n_calls], np.float32)
         if not (np.isfinite(sums).all() and np.isfinite(counts).all() and (sums >= 0).all()):
-            raise GGUFError(f"{self._path}: '{name}' has importances that are not finite or below 0")
+            raise GGUFError(f"{self.path}: '{name}' has importances that are not finite or below 0")
         counts = np.broadcast_to(counts, n_slices)[:, None]
         with np.errstate(divide="ignore", invalid="ignore"):
             means = np.where(counts > 0, sums / counts, np.nan).astype(np.float32)
@@ -90,9 +91,9 @@ class Importances(Mapping[str, np.ndarray]):
         return means
 
     def _floats(self, name: str, at: int, count: int) -> np.ndarray:
-        values = np.fromfile(self._path, np.float32, count, offset=at)
+        values = np.fromfile(self.path, np.float32, count, offset=at)
         if values.size != count:
-            raise GGUFError(f"{self._path}: is cut off in '{name}'")
+            raise GGUFError(f"{self.path}: is cut off in '{name}'")
         return values
 
 

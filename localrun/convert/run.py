@@ -6,16 +6,18 @@ Memory holds a few units, whatever the model's size. Everything that could have 
 from __future__ import annotations
 
 import errno
+import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from localrun.convert.errors import CheckpointError
 from localrun.convert.gguf_source import GGUFSource
-from localrun.convert.output import Output, journal_path, partial_path, remove_partial
+from localrun.convert.output import Output, journal_path, remove_partial
 from localrun.convert.packing import BadWeight, pack_unit
 from localrun.convert.plan import Plan
 from localrun.convert.targets import Unit, origin, read_unit
@@ -65,7 +67,8 @@ def convert(
     if force and not resume:
         remove_partial(plan.layout, journal_path(plan.destination))
     try:
-        output = Output(plan.layout, plan.destination, plan.fingerprint, *([sync_bytes] if sync_bytes else []))
+        n_units, size = len(plan.units), [sync_bytes] if sync_bytes else []
+        output = Output(plan.layout, plan.destination, plan.fingerprint, n_units, *size)
         return _run(plan, output, threads, progress)
     except OSError as error:
         raise _explain(error, plan) from None
@@ -76,18 +79,25 @@ def check_destination(plan: Plan, *, resume: bool, force: bool) -> None:
     folder = plan.destination.absolute().parent
     if not folder.is_dir():
         raise LocalrunError(f"{plan.destination}: folder {folder} does not exist")
-    sources = {path.resolve() for path in plan.source.files}
     for part in plan.layout.parts:
-        if part.path.resolve() in sources:
+        if _is_read(part.path.resolve(), plan):
             raise LocalrunError(f"{part.path}: is the source itself; choose another name for the result")
         if part.path.is_dir():
             raise LocalrunError(f"{part.path}: is a folder; expected the name of the file to write")
+        if os.path.lexists(part.path) and not part.path.is_file():
+            raise LocalrunError(f"{part.path}: is a device, a pipe or a broken link; expected the name of a file")
         if part.path.exists() and not force and not (resume and journal_path(plan.destination).exists()):
             raise LocalrunError(f"{part.path}: exists already; --force replaces it")
     if journal_path(plan.destination).exists() and not (resume or force):
         raise LocalrunError(
             f"{plan.destination}: an unfinished conversion is there; --resume goes on, --force begins anew"
         )
+
+
+def _is_read(path: Path, plan: Plan) -> bool:
+    """Whether the conversion reads that file: of a checkpoint's folder, all but other results count."""
+    sources = {each.resolve() for each in [*plan.source.files, *([plan.importances.path] if plan.importances else [])]}
+    return path in sources or (path.parent == plan.source.path.resolve() and path.is_file() and path.suffix != ".gguf")
 
 
 def _run(plan: Plan, output: Output, threads: int, progress: Callable[[Progress], None] | None) -> Progress:
@@ -213,5 +223,6 @@ def _explain(error: OSError, plan: Plan) -> LocalrunError:
     if error.errno in _NO_SPACE:
         needed = f"{plan.layout.size:,} bytes in all"
         return LocalrunError(f"{plan.destination}: the disk is full ({needed}); make room and go on with --resume")
-    where = error.filename or partial_path(plan.destination)
-    return LocalrunError(f"{where}: {error.strerror}; --resume goes on from there")
+    resumable = os.path.exists(journal_path(plan.destination))
+    advice = "; --resume goes on from there" if resumable else ""
+    return LocalrunError(f"{plan.destination}: cannot be written: {error.strerror}{advice}")

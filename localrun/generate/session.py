@@ -15,9 +15,12 @@ import numpy as np
 
 from localrun.arguments import function, path_text, refuse, texts, token_ids, whole
 from localrun.errors import ContextFullError, LocalrunError
+from localrun.files import replacing
 from localrun.generate.sampling import Sampler, Sampling
 from localrun.generate.speculative import Speculation
 from localrun.runtime import Runner
+
+_IDS, _MODEL = "localrun.ids", "localrun.model"  # what a saved session says of itself
 
 
 @dataclass
@@ -274,7 +277,10 @@ class Session:
         return rows
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write tokens and cache to `path`, whole or not at all. Raises LocalrunError if it can't be written."""
+        """Write tokens and cache to `path`, whole or not at all, for the user alone.
+
+        Raises LocalrunError if it can't be written.
+        """
         with self.engine.turn:
             self.forget(len(self.ids))
             self._save(Path(path_text("path", path)))
@@ -283,15 +289,12 @@ class Session:
         from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        metadata = {"localrun.ids": json.dumps(self.ids), "localrun.model": fingerprint(self.engine)}
-        try:
-            save_file(self._cache.save(), temporary, metadata)
-            os.replace(temporary, path)
-        except (OSError, SafetensorError) as error:  # a full disk, a missing folder
-            temporary.unlink(missing_ok=True)
-            reason = getattr(error, "strerror", None) or error  # the system's words alone: its line names the temporary
-            raise LocalrunError(f"{path}: cannot save the session: {reason}") from None
+        metadata = {_IDS: json.dumps(self.ids), _MODEL: fingerprint(self.engine)}
+        with replacing(path, private=True) as temporary:
+            try:
+                save_file(self._cache.save(), temporary, metadata)
+            except SafetensorError as error:  # a full disk
+                raise LocalrunError(f"{path}: cannot save the session: {error}") from None
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Replace this session by a saved one. Raises LocalrunError if it is no session of this model."""
@@ -299,21 +302,14 @@ class Session:
             self._load(Path(path_text("path", path)))
 
     def _load(self, path: Path) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(os.fspath(path), "np") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except FileNotFoundError:
-            raise LocalrunError(f"{path}: no such file") from None
-        except (OSError, SafetensorError) as error:
-            raise LocalrunError(f"{path}: not a saved session: {error}") from None
-        if metadata.get("localrun.model") != fingerprint(self.engine):
-            raise LocalrunError(f"{path}: the session belongs to another model")
-        ids = _read_ids(metadata.get("localrun.ids", ""))
-        if ids is None:
-            raise LocalrunError(f"{path}: not a saved session: its token ids are damaged")
+        with _open_saved(path) as file:
+            metadata = file.metadata() or {}
+            if metadata.get(_MODEL) != fingerprint(self.engine):
+                raise LocalrunError(f"{path}: the session belongs to another model")
+            ids = _read_ids(metadata.get(_IDS, ""))
+            if ids is None:
+                raise LocalrunError(f"{path}: not a saved session: its token ids are damaged")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         self._reply, self.ids = replace(self._reply), []  # a reply that is at work has ended
         self.forget(0)
         try:
@@ -335,6 +331,29 @@ class _Step:
     propose_s: float = 0.0
     verify_s: float = 0.0
     n_accepted: int = 0
+
+
+def is_saved_session(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a session that some model has saved."""
+    try:
+        with _open_saved(path) as file:
+            return _IDS in (file.metadata() or {})
+    except LocalrunError:
+        return False
+
+
+@contextmanager
+def _open_saved(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """A file of tensors, open. Raises LocalrunError, also where the block finds it broken."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if not Path(path).is_file():  # a pipe would be waited for
+            raise LocalrunError(f"{path}: no such file")
+        with safe_open(os.fspath(path), "np") as file:
+            yield file
+    except (OSError, SafetensorError, TypeError, AttributeError) as error:  # the last two: types that NumPy lacks
+        raise LocalrunError(f"{path}: not a saved session: {error}") from None
 
 
 def _read_ids(text: str) -> list[int] | None:

@@ -10,9 +10,7 @@ Letters: T tokens, N those of one expert, D hidden_size, I moe_intermediate_size
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +23,8 @@ from localrun.cpu.bridge import Experts, HeadLinear, Linear
 from localrun.cpu.torch_threads import TorchThreads
 from localrun.cpu.weights import LayerWeights
 from localrun.errors import LocalrunError
+from localrun.files import check_place, replacing
+from localrun.gguf.file import open_gguf
 from localrun.limits import PREFILL_CHUNK
 from localrun.measure.perplexity import text_chunks
 from localrun.models import names
@@ -239,14 +239,20 @@ class _ObservedCache(Cache):
 
 
 def check_destination(path: Path) -> None:
-    """Raises LocalrunError where a file of that name cannot be written: sooner than after all of the text."""
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise LocalrunError(f"{path}: folder {folder} does not exist")
-    if path.is_dir():
-        raise LocalrunError(f"{path}: is a folder; expected the name of the file to write")
-    with _partial(path) as partial:
-        partial.touch()
+    """Raises LocalrunError where no importance matrix of that name can be written, or one would replace something else:
+    sooner than after all of the text.
+    """
+    check_place(path)
+    if path.exists() and not _is_imatrix(path):
+        raise LocalrunError(f"{path}: is there, and no importance matrix; choose another name")
+
+
+def _is_imatrix(path: Path) -> bool:
+    try:
+        with open_gguf(path) as file:
+            return file.metadata.get("general.type") == "imatrix"
+    except LocalrunError:
+        return False
 
 
 def write(path: Path, importance: Importance, dataset: str) -> None:
@@ -255,22 +261,8 @@ def write(path: Path, importance: Importance, dataset: str) -> None:
     Args:
         dataset: what the text was, for who looks into the file.
     """
-    with _partial(path) as partial:
-        _write(partial, importance, dataset)
-        os.replace(partial, path)
-
-
-@contextmanager
-def _partial(path: Path) -> Iterator[Path]:
-    """A name beside path to write to, where nothing is left afterwards. Raises LocalrunError on errors of writing."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        yield partial
-    except OSError as error:
-        raise LocalrunError(f"{path}: cannot be written: {error.strerror}") from None
-    finally:
-        with suppress(OSError):  # most often there is none any more
-            partial.unlink()
+    with replacing(path) as temporary:
+        _write(temporary, importance, dataset)
 
 
 def _write(path: Path, importance: Importance, dataset: str) -> None:

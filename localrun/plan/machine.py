@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from localrun.errors import LocalrunError
+from localrun.files import user_path
 from localrun.plan.known import load_data, read_json
 
 TRANSFER_BYTES = 8  # a DDR channel is 64 bits wide
@@ -126,7 +126,7 @@ def load_machine(name: str) -> Machine:
     known = load_data("machines")["machines"]
     if name in known:
         return parse_machine(known[name], name, f"preset {name}")
-    path = Path(name).expanduser()
+    path = user_path(name)
     document = read_json(path, name, f"no such machine file; presets: this, {', '.join(known)}")
     return parse_machine(document, path.stem, name)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from localrun.errors import LocalrunError
+from localrun.files import check_place, replacing
 from localrun.plan.cluster import expert_parallel
 from localrun.plan.machine import Machine
 from localrun.plan.memory import plan_memory
@@ -18,13 +19,14 @@ _SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def check_plot(path: Path) -> None:
-    """Raises LocalrunError if there is no matplotlib, or the file's name says no format it can be."""
+    """Raises LocalrunError if there is no matplotlib, or no picture can have that name or lie there."""
     if path.suffix.lower() not in _SUFFIXES:
         raise LocalrunError(f"{path}: a picture's name ends in {', '.join(_SUFFIXES)}")
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise LocalrunError("--plot needs matplotlib: pip install 'localrun[plot]'") from None
+    check_place(path)
 
 
 def _figure() -> tuple[Any, Any]:
@@ -37,10 +39,8 @@ def _figure() -> tuple[Any, Any]:
 def _save(figure: Any, axes: Any, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise LocalrunError(f"{path}: cannot be written: {error.strerror}") from None
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:].lower())
 
 
 def plot_decode(path: Path, model: ModelShape, machine: Machine, ctx: int) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from localrun.errors import LocalrunError
+from localrun.files import user_path
 from localrun.models.config import Config
 from localrun.models.reader import read_config
 from localrun.models.summary import group_of
@@ -141,7 +142,7 @@ def load_model(model: str | None, type_: str | None = None) -> ModelShape:
     if model is not None and model.lower() in load_data("models"):
         entry = load_data("models")[model.lower()]
         return from_config(entry["config"], Path(model.lower()), type_, entry["title"], entry["source"])
-    if model is not None and (path := _config_path(Path(model).expanduser())):
+    if model is not None and (path := _config_path(user_path(model))):
         return from_config(_read_config_json(path), path, type_, path.resolve().parent.name or str(path), str(path))
     try:
         path = model_path(model)

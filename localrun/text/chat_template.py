@@ -10,11 +10,11 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from localrun.errors import LocalrunError
+from localrun.files import nameless_file
 from localrun.gguf.file import GGUFFile
 from localrun.text.tokenizer import Tokenizer
 
@@ -108,7 +108,7 @@ def _in_child(source: str, variables: dict[str, Any], conversations: list[list[M
         "variables": variables,
         "conversations": conversations,
     }
-    with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout:
+    with nameless_file() as stdin, nameless_file() as stdout:
         stdin.write(json.dumps(request).encode())
         stdin.seek(0)
         code = _run([sys.executable, "-I", "-S", str(Path(__file__).with_name("template_child.py"))], stdin, stdout)

@@ -81,6 +81,7 @@ class Tokenizer:
             self._load(keys)
 
     def _load(self, path: str) -> None:
+        llama_log.silence()
         import llama_cpp
 
         self._lib = llama_cpp

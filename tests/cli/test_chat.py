@@ -11,32 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_engine import Engine, feed, install
+from fake_engine import Engine
 
 from cli.interrupt import Interruptible
 from cli.lines import history_path
 from cli.main import run
 
-
-@pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
-    return install(monkeypatch)
-
-
 Talk = Callable[..., tuple[list[str], str]]
-
-
-@pytest.fixture
-def talk(engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Talk:
-    """A chat fed with a text and options: the lines of stdout, and all of stderr."""
-
-    def talk(text: str | bytes, *args: str) -> tuple[list[str], str]:
-        feed(monkeypatch, text)
-        assert run(["chat", *args]) == 0
-        out, err = capsys.readouterr()
-        return out.splitlines(), err
-
-    return talk
 
 
 def test_chat_replies_until_the_end_of_input(talk: Talk) -> None:

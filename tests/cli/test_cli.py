@@ -13,11 +13,12 @@ import gguf
 import numpy as np
 import pytest
 import typer.main
-from fake_engine import Engine, feed, install
+from fake_engine import Engine, feed
 from typer.testing import CliRunner
 
 import localrun
-from cli.main import app, run
+from cli.app import app
+from cli.main import run
 from cli.output import printable, size
 from localrun.bundled import model_path
 from localrun.generate.drafts import NGramDraft
@@ -58,11 +59,6 @@ OPTIONS = {
         *["--json", "-v", "--verbose"],
     ],
 }
-
-
-@pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
-    return install(monkeypatch)
 
 
 def command(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -295,7 +291,7 @@ ERRORS = {
         "/no/such/x: folder /no/such does not exist",
     ),
     "imatrix into a folder": (["imatrix", "-f", __file__, "-o", "/tmp"], "/tmp: is a folder"),
-    "imatrix, no place": (["imatrix", "-f", __file__, "-o", "x" * 250], "xxx: cannot be written: File name too long"),
+    "imatrix, no place": (["imatrix", "-f", __file__, "-o", "x" * 256], "xxx: cannot be written: File name too long"),
     "not a model": (["inspect", __file__], "not a GGUF file"),
 }
 

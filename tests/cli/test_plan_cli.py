@@ -11,7 +11,8 @@ import pytest
 import tiny_models
 import typer.main
 
-from cli.main import app, run
+from cli.app import app
+from cli.main import run
 from localrun.plan.known import load_data
 from localrun.plan.machine import load_machine
 
@@ -231,4 +232,4 @@ def test_plots(name: str, tmp_path: Path) -> None:
 
 def test_a_plot_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", *PLOTS["decode.png"], "--plot", str(tmp_path / "none" / "x.png")]) == 1
-    assert "cannot be written" in capsys.readouterr().err
+    assert "none does not exist" in capsys.readouterr().err

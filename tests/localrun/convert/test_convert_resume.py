@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -296,3 +298,123 @@ def test_a_shard_that_shrinks_meanwhile_is_an_error(folder: Path, tmp_path: Path
     os.truncate(copy / "model.safetensors", 5000)
     with pytest.raises(CheckpointError, match=r"model\.safetensors: is cut off in tensor"):
         convert(plan)
+
+
+# --- files of others, links, journals that say what is not so
+
+
+def test_a_refused_conversion_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
+    for _ in range(2):
+        with pytest.raises(LocalrunError, match="bytes of disk space"):
+            convert(plan_for(folder, tmp_path / "x.gguf"))
+        assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("kind", ["text", "link", "hard link", "broken link", "folder"])
+def test_a_partial_file_of_somebody_else_stays(folder: Path, tmp_path: Path, kind: str, force: bool) -> None:
+    victim, partial = tmp_path / "victim", tmp_path / "x.gguf.partial"
+    victim.write_text("precious")
+    if kind == "folder":
+        partial.mkdir()
+    elif kind == "text":
+        partial.write_text("mine")
+    elif kind == "hard link":
+        partial.hardlink_to(victim)
+    else:
+        partial.symlink_to(victim if kind == "link" else tmp_path / "none")
+    with pytest.raises(LocalrunError, match=r"x\.gguf\.partial: is there, and no part of an unfinished conversion"):
+        convert(plan_for(folder, tmp_path / "x.gguf"), force=force)
+    assert victim.read_text() == "precious" and names(tmp_path) == ["victim", "x.gguf.partial"]
+
+
+@pytest.mark.parametrize("kind", ["text", "link", "broken link", "folder", "pipe"])
+def test_what_has_a_journals_name_stays(folder: Path, tmp_path: Path, kind: str) -> None:
+    victim, journal = tmp_path / "victim", tmp_path / "x.gguf.journal"
+    victim.write_text("precious")
+    if kind == "folder":
+        journal.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(journal)
+    elif kind == "text":
+        journal.write_text("my diary\n")
+    else:
+        journal.symlink_to(victim if kind == "link" else tmp_path / "none")
+    for options in ({"resume": True}, {"force": True}):
+        with pytest.raises(LocalrunError, match=r"x\.gguf\.journal: is (no journal|a link or no file).*in the way"):
+            convert(plan_for(folder, tmp_path / "x.gguf"), **options)
+    assert victim.read_text() == "precious" and names(tmp_path) == ["victim", "x.gguf.journal"]
+    assert kind != "text" or journal.read_text() == "my diary\n"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "broken link"])
+def test_only_files_are_replaced(folder: Path, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x.gguf"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(tmp_path / "none")
+    with pytest.raises(LocalrunError, match="is a device, a pipe or a broken link"):
+        convert(plan_for(folder, path), force=True)
+    assert os.path.lexists(path) and not path.is_file()
+
+
+@pytest.mark.parametrize("name", ["config.json", "README.md", "model.safetensors"])
+def test_a_file_of_the_source_is_not_replaced(folder: Path, tmp_path: Path, name: str) -> None:
+    copy = shutil.copytree(folder, tmp_path / "model")
+    (copy / "README.md").write_text("mine")
+    before = (copy / name).read_bytes()
+    with pytest.raises(LocalrunError, match="is the source itself"):
+        convert(plan_for(copy, copy / name), force=True)
+    assert (copy / name).read_bytes() == before
+
+
+def test_the_imatrix_is_not_replaced(folder: Path, tmp_path: Path) -> None:
+    imatrix = write_imatrix(tmp_path / "i.gguf", {EXPERTS: np.ones((8, 96))}, {EXPERTS: np.ones((8, 1))})
+    with pytest.raises(LocalrunError, match=r"i\.gguf: is the source itself"):
+        convert(plan_for(folder, imatrix, imatrix=imatrix), force=True)
+
+
+_LINES = [
+    *['{"done": -1}', '{"done": true}', '{"done": "7"}', '{"done": 1e3}', '{"done": 1000000000}', "{}", "[]", "7"],
+    *["null", '{"done": 7, "complete": 1}', "[" * 10_000, '{"done": 1000000000, "complete": true}', "\xff"],
+    '{"done": 7, "complete": true}',
+]
+
+
+@pytest.mark.parametrize("line", _LINES, ids=range(len(_LINES)))
+def test_a_journal_is_checked_before_it_is_believed(folder: Path, tmp_path: Path, line: str) -> None:
+    """What no conversion writes does not count, nor what the files don't bear out: the result is whole all the same."""
+    path = tmp_path / "x.gguf"
+    interrupted(folder, path, 50)
+    with (tmp_path / "x.gguf.journal").open("a") as file:
+        file.write(line + "\n")
+    convert(plan_for(folder, path), resume=True)
+    assert path.read_bytes() == whole(folder)
+    assert names(tmp_path) == ["x.gguf"]
+
+
+@pytest.mark.parametrize("loss", ["partial", "header", "size"])
+def test_a_journal_that_calls_complete_what_is_not_there(folder: Path, tmp_path: Path, loss: str) -> None:
+    path, partial = tmp_path / "x.gguf", tmp_path / "x.gguf.partial"
+    plan = interrupted(folder, path, 50)
+    journal = Journal(tmp_path / "x.gguf.journal", plan.fingerprint)
+    journal.record(len(plan.units), complete=True)
+    journal.close()
+    if loss == "partial":
+        partial.unlink()
+    elif loss == "size":
+        os.truncate(partial, 1000)
+    else:
+        partial.write_bytes(bytes(partial.stat().st_size))
+    convert(plan_for(folder, path), resume=True)
+    assert path.read_bytes() == whole(folder)
+
+
+@functools.cache
+def whole(folder: Path) -> bytes:
+    """The result of the conversion, undisturbed."""
+    with tempfile.TemporaryDirectory() as name:
+        convert(plan_for(folder, Path(name) / "x.gguf"))
+        return (Path(name) / "x.gguf").read_bytes()
