@@ -53,12 +53,12 @@ def _summary(document: dict[str, Any]) -> list[str]:
     lines = [
         ("file", f"{document['paths'][0]}, {size(document['file_bytes'])}, {len(document['paths'])} part(s)"),
         ("name", document["name"] or "-"),
-        ("architecture", document["architecture"] + ("" if document["native"] else ", through llama.cpp")),
+        _what(document),
         ("parameters", f"{document['parameters']:,}"),
         ("bits per weight", document["bits_per_weight"]),
         ("KV cache", _kv(document["kv_bytes_per_token"])),
     ]
-    if not document["native"]:
+    if not document["native"] and document["kind"] == "model":
         lines.append(("not native", document["not_native_because"]))
     if "verified" in document:
         verified = document["verified"]
@@ -67,6 +67,13 @@ def _summary(document: dict[str, Any]) -> list[str]:
     config = document["config"] or {}
     lines += [(name, value) for name, value in config.items() if value not in (None, 0) and name != "architecture"]
     return [f"{name:<24} {printable(str(value))}" for name, value in lines]
+
+
+def _what(document: dict[str, Any]) -> tuple[str, str]:
+    if document["kind"] != "model":
+        return "kind", f"{document['kind']}, no model"
+    suffix = {"native": "", "llama.cpp": ", through llama.cpp", None: ", which cannot be run"}[document["backend"]]
+    return "architecture", document["architecture"] + suffix
 
 
 def _kv(n_bytes: int | None) -> str:

@@ -21,7 +21,7 @@ from localrun.gguf.file import GGUFFile, open_gguf
 from localrun.gguf.types import interleaved
 from localrun.limits import cut
 from localrun.models.config import Config
-from localrun.models.reader import read_config
+from localrun.models.reader import context_length, read_config
 from localrun.placement.devices import DeviceRequest, choose
 from localrun.placement.placement import CPU, GPU, RAM, Placement
 from localrun.runtime import KVCache, Model, MTPModel
@@ -213,9 +213,7 @@ class Engine:
         return config if backend != "llama.cpp" else None  # checked all the same: llama.cpp aborts on some faults
 
     def _choose_ctx(self, wanted: int | None, notice: Notice) -> int:
-        architecture = self.file.string("general.architecture")
-        trained = self.file.metadata.get(f"{architecture}.context_length", DEFAULT_CTX)
-        trained = trained if isinstance(trained, int) and trained > 0 else DEFAULT_CTX
+        trained = context_length(self.file) or DEFAULT_CTX
         ctx = min(DEFAULT_CTX, trained) if wanted is None else wanted
         if ctx > trained:
             notice(f"a context of {ctx} tokens, but the model was made for {trained}: text beyond that may be poor")

@@ -17,6 +17,7 @@ from localrun.errors import LocalrunError, UnsupportedModelError
 from localrun.gguf import types as tensor_types
 from localrun.gguf.file import open_gguf
 from localrun.gguf.header import Array, Header, read_header
+from localrun.models.reader import architecture_of
 from localrun.models.registry import ARCHITECTURES
 from quant.formats import registry
 from quant.formats.interleave import deinterleave
@@ -37,7 +38,7 @@ class GGUFSource:
         """Read and check all headers. Raises GGUFError."""
         with open_gguf(path) as file:  # checks the parts against each other, too
             self.path, self.files = path, file.paths
-            self.architecture = file.string("general.architecture")
+            self.architecture = architecture_of(file)
         self.tensors: dict[str, SourceTensor] = {}
         self._places: dict[str, tuple[Path, int]] = {}
         self._interleaved: dict[str, str] = {}  # name -> type

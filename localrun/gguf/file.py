@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from struct import pack_into
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,9 @@ from localrun.gguf.mapped import MappedFile
 from localrun.gguf.types import InterleavedType, TensorType
 
 REQUIRED: Any = object()  # default of the typed getters: a missing key is an error
-_COUNTS = slice(8, 24)  # of tensors and of keys, u64 each, behind magic and version
+_N_TENSORS = slice(8, 16)  # a u64 behind magic and version
+_BEFORE_ITEMS = 12  # bytes from the type of an array's items to the items
+_WHOLE = (GGUFValueType.INT32, GGUFValueType.UINT32)
 _SPLIT_COUNT, _NO_KEY = (len(key).to_bytes(8, "little") + key for key in (b"split.count", b"split-count"))
 
 
@@ -87,12 +90,19 @@ class GGUFFile:
         """Whether some tensors are of types that other tools don't know."""
         return any(isinstance(tensor.type, InterleavedType) for tensor in self.mapped.values())
 
-    def without_tensors(self) -> bytes:
-        """A GGUF file of its keys alone, which other tools can read; not a part of a split, either."""
-        map_ = self.files[0].map
-        keys = map_[_COUNTS.stop : self._keys_end].replace(_SPLIT_COUNT, _NO_KEY, 1)
-        counts = map_[: _COUNTS.start] + bytes(8) + map_[_COUNTS.stop - 8 : _COUNTS.stop]
-        return (counts + keys).ljust(-(-self._keys_end // self.alignment) * self.alignment, b"\0")
+    def without_tensors(self, as_floats: str = "") -> bytes:
+        """A GGUF file of its keys alone, which other tools can read; not a part of a split, either.
+
+        as_floats: a key whose array, if it is one that floats() reads, is written in float32.
+        """
+        content = bytearray(self.files[0].map[: self._keys_end])
+        content[_N_TENSORS] = bytes(8)
+        entry = self._values.get(as_floats)
+        if isinstance(entry, Array) and entry.type in _WHOLE:
+            pack_into("<I", content, entry.start - _BEFORE_ITEMS, GGUFValueType.FLOAT32)
+            pack_into(f"<{entry.count}f", content, entry.start, *entry.value)
+        content = content.replace(_SPLIT_COUNT, _NO_KEY, 1)
+        return bytes(content).ljust(-(-self._keys_end // self.alignment) * self.alignment, b"\0")
 
     @property
     def mapped(self) -> dict[str, Tensor]:
@@ -144,6 +154,12 @@ class GGUFFile:
     def array(self, key: str, item_type: GGUFValueType, default: Any = REQUIRED) -> list[str] | np.ndarray:
         """The items of an array key: a list of strings, else a read-only 1-D NumPy array; or default."""
         return _typed(self.path, self._values, key, Array, item_type, default)
+
+    def floats(self, key: str, default: Any = REQUIRED) -> np.ndarray:
+        """The items of an array of float32, or of whole numbers of 32 bits, which some converters write instead."""
+        entry = self._values.get(key)
+        whole = isinstance(entry, Array) and entry.type in _WHOLE
+        return self.array(key, entry.type if whole else GGUFValueType.FLOAT32, default)
 
     def _scalar(self, key: str, type_: GGUFValueType, default: Any) -> Any:
         return _typed(self.path, self._values, key, Scalar, type_, default)

@@ -16,6 +16,7 @@ import numpy as np
 from localrun.errors import GGUFError
 from localrun.gguf.file import GGUFFile, Tensor, open_gguf
 from localrun.models import names
+from localrun.models.reader import IMATRIX
 
 _MOST = 2.0**53  # far more than any text has
 
@@ -31,7 +32,7 @@ def read_usage(path: str | os.PathLike[str], layers: Sequence[int], n_experts: i
     """
     with open_gguf(path) as file:
         kind = file.string("general.type", "")
-        if kind != "imatrix":
+        if kind != IMATRIX:
             raise GGUFError(f"{path}: is no importance matrix: key 'general.type' is {kind!r}, expected 'imatrix'")
         found = _by_layer(file)
         if sorted(found) != sorted(layers):

@@ -3,7 +3,7 @@
 from functools import partial
 from typing import Any
 
-from localrun.errors import UnsupportedModelError
+from localrun.errors import GGUFError, UnsupportedModelError
 from localrun.gguf.file import GGUFFile
 from localrun.models.architecture import REQUIRED, Key
 from localrun.models.config import Config
@@ -11,6 +11,8 @@ from localrun.models.keys import Keys
 from localrun.models.parts import EMBED_TOKENS, LM_HEAD
 from localrun.models.registry import ARCHITECTURES
 from localrun.models.rope_scaling import read_scaling
+
+IMATRIX = "imatrix"  # general.type of an importance matrix
 
 
 def read_config(file: GGUFFile) -> Config:
@@ -20,7 +22,7 @@ def read_config(file: GGUFFile) -> Config:
         GGUFError: a key is missing, of another type, or contradicts a tensor.
         UnsupportedModelError: another architecture, or a setting that the native backend does not know.
     """
-    name = file.string("general.architecture")
+    name = architecture_of(file)
     if name not in ARCHITECTURES:
         raise UnsupportedModelError(f"{file.path}: architecture '{name}' is not native")
     architecture, keys = ARCHITECTURES[name], Keys(file, name)
@@ -38,6 +40,19 @@ def read_config(file: GGUFFile) -> Config:
     keys.refuse_unread()
     _check(keys, config)
     return config
+
+
+def architecture_of(file: GGUFFile) -> str:
+    """The name of a model's architecture. Raises GGUFError if it has none, as an importance matrix."""
+    if file.metadata.get("general.type") == IMATRIX:
+        raise GGUFError(f"{file.path}: is an importance matrix, expected a model")
+    return file.string("general.architecture")
+
+
+def context_length(file: GGUFFile) -> int | None:
+    """Tokens that a model of whatever architecture was made for; None if the file does not say."""
+    length = file.metadata.get(f"{architecture_of(file)}.context_length")
+    return length if type(length) is int and length > 0 else None
 
 
 def _read(keys: Keys, key: Key, fields: dict[str, Any]) -> Any:

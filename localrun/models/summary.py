@@ -11,11 +11,11 @@ from dataclasses import asdict
 from math import prod
 from typing import Any
 
-from localrun.errors import LocalrunError
+from localrun.errors import LocalrunError, UnsupportedModelError
 from localrun.gguf.file import GGUFFile, Tensor
 from localrun.models.config import Config
-from localrun.models.names import EMBED_TOKENS, LM_HEAD
-from localrun.models.reader import read_config
+from localrun.models.names import EMBED_TOKENS, LM_HEAD, check_tensors, check_types
+from localrun.models.reader import IMATRIX, read_config
 
 # The first pattern that matches a name decides.
 GROUPS = {
@@ -55,14 +55,17 @@ def summary_of(file: GGUFFile) -> dict[str, Any]:
     """Everything inspect prints, as one JSON document; sizes in bytes, shapes in NumPy order."""
     tensors = list(file.tensors.values())
     weights, n_bytes = sum(map(_weights, tensors)), sum(tensor.n_bytes for tensor in tensors)
-    config, reason = _config(file)
+    kind = "importance matrix" if file.metadata.get("general.type") == IMATRIX else "model"
+    config, backend, reason = _config(file)
     return {
         "paths": [str(path) for path in file.paths],
         "file_bytes": file.file_size,
         "gguf_version": file.version,
         "name": file.string("general.name", None),
-        "architecture": file.string("general.architecture"),
-        "native": config is not None,
+        "kind": kind,
+        "architecture": file.string("general.architecture") if kind == "model" else None,
+        "native": backend == "native",
+        "backend": backend,
         "not_native_because": reason,
         "parameters": weights,
         "tensor_bytes": n_bytes,
@@ -78,11 +81,17 @@ def summary_of(file: GGUFFile) -> dict[str, Any]:
     }
 
 
-def _config(file: GGUFFile) -> tuple[Any, str | None]:
+def _config(file: GGUFFile) -> tuple[Config | None, str | None, str | None]:
+    """The configuration if it can be read, the backend that would run the file, and why not the native one."""
+    config = None
     try:
-        return read_config(file), None
+        config = read_config(file)
+        check_tensors(file, config)
+        check_types(file)
     except LocalrunError as error:  # of another architecture, or a file without weights: still worth a look
-        return None, str(error).removeprefix(f"{file.path}: ")
+        backend = "llama.cpp" if isinstance(error, UnsupportedModelError) else None
+        return config, backend, str(error).removeprefix(f"{file.path}: ")
+    return config, "native", None
 
 
 def _weights(tensor: Tensor) -> int:

@@ -31,6 +31,7 @@ BYTE_PAIRS, SENTENCE_PIECE = ("gpt2", "gemma4"), ("llama",)
 # Four bytes that would spell a code point past U+10FFFF: on them llama.cpp's byte pair code ends the process.
 _PAST_UNICODE = re.compile(rb"\xf4[\x90-\xbf][\x80-\xbf]{2}|[\xf5-\xf7][\x80-\xbf]{3}")
 
+_SCORES = "tokenizer.ggml.scores"
 MAX_TOKEN_BYTES = 65_536  # longest known: 1,024 spaces; llama.cpp counts token bytes in int32
 MAX_TEXT_BYTES = 2**31 - 1  # llama_tokenize takes an int32
 
@@ -77,7 +78,7 @@ class Tokenizer:
             return
         _check_vocabulary(file, kind)
         # The keys as they were checked, and nothing else: llama.cpp refuses types of tensors that it does not know.
-        with path_of(file.without_tensors()) as keys:
+        with path_of(file.without_tensors(as_floats=_SCORES)) as keys:
             self._load(keys)
 
     def _load(self, path: str) -> None:
@@ -251,12 +252,10 @@ def _check_vocabulary(file: GGUFFile, kind: str) -> None:
     if kind not in BYTE_PAIRS + SENTENCE_PIECE:
         raise GGUFError(f"{file.path}: key 'tokenizer.ggml.model' is {kind[:50]!r}, expected 'gpt2' or 'llama'")
     tokens = file.array("tokenizer.ggml.tokens", GGUFValueType.STRING)
-    for key, type_ in (("scores", GGUFValueType.FLOAT32), ("token_type", GGUFValueType.INT32)):
-        items = file.array(f"tokenizer.ggml.{key}", type_, None)
+    kinds = file.array("tokenizer.ggml.token_type", GGUFValueType.INT32, None)
+    for key, items in ((_SCORES, file.floats(_SCORES, None)), ("tokenizer.ggml.token_type", kinds)):
         if items is not None and len(items) != len(tokens):
-            raise GGUFError(
-                f"{file.path}: key 'tokenizer.ggml.{key}' has {len(items)} items, expected {len(tokens)}, one a token"
-            )
+            raise GGUFError(f"{file.path}: key '{key}' has {len(items)} items, expected {len(tokens)}, one a token")
     _check_tokens(file, tokens, kind)
 
 

@@ -160,11 +160,11 @@ def bases() -> dict[str, Model]:
         "llama": tiny_models.shared(_LLAMA),
         "qwen3moe": tiny_models.shared(_QWEN3MOE, type="Q4_0"),
     }
-    models = {name: _parse(path) for name, path in files.items()}
+    models = {name: parse(path) for name, path in files.items()}
     return models | {"qwen2": _as_qwen2(models["llama"])}
 
 
-def _parse(path: Path) -> Model:
+def parse(path: Path) -> Model:
     from gguf import GGUFReader, GGUFValueType
 
     reader, keys = GGUFReader(path), []
