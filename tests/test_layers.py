@@ -63,7 +63,7 @@ MAY_IMPORT = {
         "engine": "arguments bundled errors hardware limits gguf models placement cpu gpu backends text turn workers "
         "runtime generate",
         "measure": "errors files hardware limits gguf models placement network cpu backends generate engine",
-        "convert": "errors files gguf models",
+        "convert": "errors files gguf models text",
         "plan": "errors files hardware limits bundled gguf models placement cpu convert",
     },
 }

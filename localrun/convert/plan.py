@@ -17,6 +17,7 @@ from localrun.convert.imatrix import Importances
 from localrun.convert.layout import Layout, make_layout
 from localrun.convert.metadata import Metadata
 from localrun.convert.mixes import MIXES, Override, choose_types, interleave, is_overruled
+from localrun.convert.read_back import read_back_vocabulary
 from localrun.convert.sources.checkpoint import Checkpoint
 from localrun.convert.targets import Target, Unit, units
 from localrun.errors import LocalrunError
@@ -112,6 +113,7 @@ def make_plan(source_path: Path, destination: Path, options: Options) -> Plan:
     if mix is not None:
         model.metadata.u32("general.quantization_version", QUANTIZATION_VERSION)
         model.metadata.u32("general.file_type", MIXES[mix].number)
+    model.warnings.extend(read_back_vocabulary(model.metadata, source_path))
     layout = make_layout(destination, model.metadata, model.targets, types, options.split_max_bytes)
     work = list(units(model.targets, options.unit_bytes))
     fingerprint = _fingerprint(source, layout, options)

@@ -1,8 +1,8 @@
-"""Tokenizer files of a checkpoint to GGUF's tokenizer.ggml keys.
+"""The vocabulary of a checkpoint as GGUF's tokenizer.ggml keys.
 
-Byte-level BPE from tokenizer.json, and Kimi-K2's tiktoken.model. Keys and token types are those of llama.cpp's
-converter: conversion/base.py (get_vocab_base) and conversion/deepseek.py of https://github.com/ggml-org/llama.cpp
-@3f545becc. Special ids and chat templates are found by gguf.SpecialVocab.
+Byte-level BPE from tokenizer.json, or vocab.json and merges.txt, and Kimi-K2's tiktoken.model. Keys and token types are
+those of llama.cpp's converter: conversion/base.py (get_vocab_base) and conversion/deepseek.py of
+https://github.com/ggml-org/llama.cpp @3f545becc.
 """
 
 from __future__ import annotations
@@ -10,22 +10,30 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFValueType, SpecialVocab, TokenType
+from gguf import GGUFValueType, TokenType
 
 from localrun.convert import pretokenizers
+from localrun.convert.chat_templates import add_chat_templates
 from localrun.convert.errors import CheckpointError
 from localrun.convert.metadata import Metadata
 from localrun.convert.sources.checkpoint import Checkpoint
-from localrun.convert.sources.json_file import read_json
+from localrun.convert.sources.json_file import is_kind, read_json, shown
+from localrun.convert.sources.tokenizer_files import KINDS, AddedToken, TokenizerConfig, TokenizerFiles, read_tokenizer
 
 _TIKTOKEN_SPECIALS = 256  # ids behind the ranks that Kimi-K2 keeps for control tokens (its tokenization_kimi.py)
 # Added tokens that are control tokens whatever their file says.
 _LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>")
+# Files of tokenizers that cannot be converted: a folder that has one of them is not one without a tokenizer.
+_OTHERS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "vocab.json", "vocab.txt")
+# GGUF's names where they differ from Hugging Face's.
+_ID_KEYS = {"unk": "unknown", "sep": "seperator", "pad": "padding"}
 
 
 @dataclass
@@ -35,8 +43,7 @@ class _Vocabulary:
     pre: str
     tokens: dict[int, str]
     types: dict[int, TokenType]
-    merges: list[str]
-    files: list[Path] = field(default_factory=list)
+    files: TokenizerFiles
 
 
 def add_vocabulary(metadata: Metadata, checkpoint: Checkpoint, pre: str | None) -> list[str]:
@@ -49,76 +56,67 @@ def add_vocabulary(metadata: Metadata, checkpoint: Checkpoint, pre: str | None) 
     """
     if pre is not None and pre not in pretokenizers.NAMES:
         raise CheckpointError(f"--pre {pre!r}: expected one of {', '.join(pretokenizers.NAMES)}")
-    vocabulary = _read(checkpoint.path, pre)
+    folder = checkpoint.path
+    config = TokenizerConfig(folder)
+    vocabulary = _read(folder, config, checkpoint.config.get("model_type"), pre)
     if vocabulary is None:
         metadata.string("tokenizer.ggml.model", "none")
-        return [f"{checkpoint.path} has no tokenizer.json or tiktoken.model: the result has no vocabulary, ids only"]
-    checkpoint.files.extend(vocabulary.files)
-    n_vocab = metadata.get(".vocab_size")
-    _add_tokens(metadata, vocabulary, n_vocab, checkpoint.path)
-    return _add_special(metadata, checkpoint, n_vocab)
+        return [f"{folder} has no tokenizer.json or tiktoken.model: the result has no vocabulary, ids only"]
+    files, n_vocab = vocabulary.files, metadata.get(".vocab_size")
+    checkpoint.files.extend(files.paths)
+    warnings = [*files.warnings, *_add_tokens(metadata, vocabulary, n_vocab, folder)]
+    warnings += _add_special_ids(metadata, files, checkpoint, n_vocab)
+    return warnings + add_chat_templates(metadata, folder, config.values, checkpoint.files)
 
 
-def _read(folder: Path, pre: str | None) -> _Vocabulary | None:
-    if (folder / "tokenizer.json").exists():
-        return _read_bpe(folder / "tokenizer.json", pre)
+def _read(folder: Path, config: TokenizerConfig, model_type: Any, pre: str | None) -> _Vocabulary | None:
+    files = read_tokenizer(folder, config, model_type)
+    if files is not None:
+        return _from_files(files, pre)
     if (folder / "tiktoken.model").exists():
-        return _read_tiktoken(folder, pre)
-    if (folder / "tokenizer.model").exists():
-        raise CheckpointError(
-            f"{folder / 'tokenizer.model'}: SentencePiece cannot be converted; expected byte-level BPE"
-        )
+        return _read_tiktoken(folder, config, pre)
+    for name in _OTHERS:
+        if (folder / name).exists():
+            what = "SentencePiece" if name.endswith(".model") else "a tokenizer of this kind"
+            raise CheckpointError(f"{folder / name}: {what} cannot be converted; expected byte-level BPE")
     return None
 
 
-def _read_bpe(path: Path, pre: str | None) -> _Vocabulary:
-    document = read_json(path)
-    model, added = document.get("model"), document.get("added_tokens") or []
-    if not isinstance(model, dict) or model.get("type") != "BPE" or model.get("byte_fallback"):
-        raise CheckpointError(f"{path}: is no byte-level BPE tokenizer; no other kind can be converted")
-    name = pre or pretokenizers.recognise(document.get("pre_tokenizer"), bool(model.get("ignore_merges")))
+def _from_files(files: TokenizerFiles, pre: str | None) -> _Vocabulary:
+    path = files.paths[0]
+    name = pre or files.pre
+    if name is None and files.document:
+        ignores_merges = bool(files.document["model"].get("ignore_merges"))
+        name = pretokenizers.recognise(files.document.get("pre_tokenizer"), ignores_merges)
     if name is None:
         names = ", ".join(pretokenizers.NAMES)
         raise CheckpointError(f"{path}: splits text in a way not known here; --pre names the nearest: {names}")
-    try:
-        tokens = {int(id): token for token, id in model["vocab"].items()}
-        merges = [_merge(pair) for pair in model["merges"]]
-        types = dict.fromkeys(tokens, TokenType.NORMAL)
-        for token in added:
-            tokens[token["id"]], types[token["id"]] = _added(token["content"], bool(token.get("special")))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: has a broken vocabulary, merge or added token: {error!r}") from None
-    return _Vocabulary(name, tokens, types, merges, [path])
+    tokens = {id: word for word, id in files.words.items()}
+    types = dict.fromkeys(tokens, TokenType.NORMAL)
+    for id, token in files.added.items():
+        is_control = token.special or _LOOKS_SPECIAL.fullmatch(token.text)
+        tokens[id], types[id] = token.text, TokenType.CONTROL if is_control else TokenType.USER_DEFINED
+    return _Vocabulary(name, tokens, types, files)
 
 
-def _merge(pair: str | list[str]) -> str:
-    """ "a b", from either of the formats that there are."""
-    left, right = pair.split(" ") if isinstance(pair, str) else pair
-    return f"{left} {right}"
-
-
-def _added(text: str, special: bool) -> tuple[str, TokenType]:
-    if special or _LOOKS_SPECIAL.fullmatch(text):
-        return text, TokenType.CONTROL
-    return text.replace("\u2581", " "), TokenType.USER_DEFINED
-
-
-def _read_tiktoken(folder: Path, pre: str | None) -> _Vocabulary:
+def _read_tiktoken(folder: Path, config: TokenizerConfig, pre: str | None) -> _Vocabulary:
     """Kimi-K2's vocabulary: ranks of byte strings, then 256 control tokens, those without a name reserved."""
-    path, config_path = folder / "tiktoken.model", folder / "tokenizer_config.json"
+    path = folder / "tiktoken.model"
     ranks = _read_ranks(path)
-    config = read_json(config_path)
-    if pre is None and config.get("tokenizer_class") != "TikTokenTokenizer":
-        raise CheckpointError(f"{config_path}: tokenizer_class is not Kimi-K2's; --pre names the way to split text")
-    named = config.get("added_tokens_decoder") or {}
+    if pre is None and config.class_name != "TikTokenTokenizer":
+        raise CheckpointError(f"{config.path}: tokenizer_class is not Kimi-K2's; --pre names the way to split text")
+    named = {token.id: token.text for token in config.by_id or ()}
     first = len(ranks)
     tokens = {rank: _printable(token) for token, rank in ranks.items()}
     types = dict.fromkeys(tokens, TokenType.NORMAL)
+    added = {}
     for id in range(first, first + _TIKTOKEN_SPECIALS):
-        entry = named.get(str(id)) or {}
-        tokens[id], types[id] = entry.get("content", f"<|reserved_token_{id}|>"), TokenType.CONTROL
+        tokens[id] = named.get(id) or _unused(f"<|reserved_token_{id}|>", named.values())
+        types[id], added[id] = TokenType.CONTROL, AddedToken(tokens[id], special=True)
     merges = [" ".join(map(_printable, pair)) for token in ranks if (pair := _last_merge(ranks, token))]
-    return _Vocabulary(pre or "kimi-k2", tokens, types, merges, [path, config_path])
+    adds = {kind: flag for kind in ("bos", "eos") if isinstance(flag := config.values.get(f"add_{kind}_token"), bool)}
+    files = TokenizerFiles({}, merges, added, config.named, adds, [path, *config.paths])
+    return _Vocabulary(pre or "kimi-k2", tokens, types, files)
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
@@ -165,51 +163,73 @@ def _printable(token: bytes) -> str:
     return "".join(_LETTERS[byte] for byte in token)
 
 
-def _add_tokens(metadata: Metadata, vocabulary: _Vocabulary, n_vocab: int, folder: Path) -> None:
-    last = max(vocabulary.tokens, default=-1)
+def _unused(name: str, names: Collection[str]) -> str:
+    """The name, or a longer one that no token has."""
+    while name in names:
+        name += "_"
+    return name
+
+
+def _add_tokens(metadata: Metadata, vocabulary: _Vocabulary, n_vocab: int, folder: Path) -> list[str]:
+    """Tokens, their types and merges; a line if some have no row in the embedding."""
+    files = vocabulary.files
+    last = max(vocabulary.tokens.keys() - files.added.keys(), default=-1)
     if last >= n_vocab:
         raise CheckpointError(f"{folder}: the tokenizer has id {last}; config.json's vocab_size is {n_vocab}")
+    names = set(vocabulary.tokens.values())
+    texts = [vocabulary.tokens.get(id) or _unused(f"[PAD{id}]", names) for id in range(n_vocab)]
+    types = [int(vocabulary.types.get(id, TokenType.UNUSED)) for id in range(n_vocab)]
     metadata.string("tokenizer.ggml.model", "gpt2")
     metadata.string("tokenizer.ggml.pre", vocabulary.pre)
-    texts = [vocabulary.tokens.get(id, f"[PAD{id}]") for id in range(n_vocab)]
-    types = [int(vocabulary.types.get(id, TokenType.UNUSED)) for id in range(n_vocab)]
     metadata.array("tokenizer.ggml.tokens", GGUFValueType.STRING, texts)
     metadata.array("tokenizer.ggml.token_type", GGUFValueType.INT32, types)
-    metadata.array("tokenizer.ggml.merges", GGUFValueType.STRING, vocabulary.merges)
+    metadata.array("tokenizer.ggml.merges", GGUFValueType.STRING, files.merges)
+    beyond = [token.text for id, token in sorted(files.added.items()) if id >= n_vocab]
+    if not beyond:
+        return []
+    n_more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
+    return [f"added token {shown(beyond[0])}{n_more}: behind config.json's vocab_size, {n_vocab}; left out"]
 
 
-# GGUF's names where they differ from Hugging Face's.
-_ID_KEYS = {"unk": "unknown", "sep": "seperator", "pad": "padding"}
+def _add_special_ids(metadata: Metadata, files: TokenizerFiles, checkpoint: Checkpoint, n_vocab: int) -> list[str]:
+    """Special ids, and whether they are put around texts; one line each for what has no place."""
+    config, where = checkpoint.config, str(checkpoint.path / "config.json")
+    ids: dict[str, int] = {}
+    for kind in KINDS:
+        named = files.id_of(files.named.get(kind, ""))
+        candidates = [*([] if named is None else [named]), *_token_ids(config, f"{kind}_token_id", where)]
+        found = [id for id in candidates if id < n_vocab]
+        if found:
+            ids[kind] = found[0]
+            metadata.u32(f"tokenizer.ggml.{_ID_KEYS.get(kind, kind)}_token_id", found[0])
+    warnings = _add_ends(metadata, checkpoint, ids.get("eos"), n_vocab)
+    for kind in ("bos", "eos"):
+        adds = files.adds.get(kind, False)
+        if adds and kind not in ids:
+            warnings.append(f"add_{kind}_token is true, but there is no such token: left out")
+        metadata.bool(f"tokenizer.ggml.add_{kind}_token", adds and kind in ids)
+    return warnings
 
 
-def _add_special(metadata: Metadata, checkpoint: Checkpoint, n_vocab: int) -> list[str]:
-    """Special ids, whether they are added to texts, chat templates."""
-    try:
-        special = SpecialVocab(checkpoint.path, n_vocab=n_vocab)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # what its reading of broken files ends in
-        raise CheckpointError(f"{checkpoint.path}: special tokens or chat template are broken: {error!r}") from None
-    for kind, id in special.special_token_ids.items():
-        metadata.u32(f"tokenizer.ggml.{_ID_KEYS.get(kind, kind)}_token_id", id)
-    for kind, added in special.add_special_token.items():
-        metadata.bool(f"tokenizer.ggml.add_{kind}_token", added)
-    if special.chat_template is None:
-        return ["no chat template: chat continues texts, or takes ChatML where the vocabulary has it"]
-    _add_templates(metadata, special.chat_template, checkpoint.path)
-    return []
+def _add_ends(metadata: Metadata, checkpoint: Checkpoint, eos: int | None, n_vocab: int) -> list[str]:
+    """Other tokens that end a reply, as far as a GGUF has keys for them: of a turn, of a message."""
+    listed = _token_ids(checkpoint.config, "eos_token_id", str(checkpoint.path / "config.json"))
+    path = checkpoint.path / "generation_config.json"
+    with suppress(CheckpointError):  # hints, of which convert.sampling_hints says that they are broken
+        listed += _token_ids(read_json(path), "eos_token_id", str(path))
+    ends = [id for id in dict.fromkeys(listed) if id < n_vocab and id != eos]
+    for kind, id in zip(("eot", "eom"), ends, strict=False):
+        metadata.u32(f"tokenizer.ggml.{kind}_token_id", id)
+    if len(ends) <= 2:
+        return []
+    return [f"{len(ends) - 2} more token(s) end a reply than a GGUF has keys for, {ends[2]} the first: see --stop"]
 
 
-def _add_templates(metadata: Metadata, templates: Any, folder: Path) -> None:
-    """One template, or several by name, of which "default" is the one that is used."""
-    if isinstance(templates, str):
-        metadata.string("tokenizer.chat_template", templates)
-        return
-    try:
-        named = {re.sub(r"[^A-Za-z0-9]", "_", each["name"]): str(each["template"]) for each in templates}
-    except (KeyError, TypeError):
-        raise CheckpointError(f"{folder}: special tokens or chat template are broken: one has no name") from None
-    others = sorted(name for name in named if name != "default")
-    for name in others:
-        metadata.string(f"tokenizer.chat_template.{name}", named[name])
-    metadata.array("tokenizer.chat_templates", GGUFValueType.STRING, others)
-    if "default" in named:
-        metadata.string("tokenizer.chat_template", named["default"])
+def _token_ids(values: dict[str, Any], key: str, where: str) -> list[int]:
+    """One id or a list of them; none for null and for -1, which some write where they mean none."""
+    given = values.get(key)
+    ids = [id for id in (given if isinstance(given, list) else [given]) if id not in (None, -1)]
+    for id in ids:
+        if not is_kind(id, int):
+            raise CheckpointError(f"{where}: {key} is {shown(given)}; expected ids of tokens")
+    return ids

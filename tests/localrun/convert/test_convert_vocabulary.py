@@ -177,32 +177,6 @@ def test_merges_as_pairs_are_merges_as_text(trained: dict[str, tokenizers.Tokeni
 # --- chat templates, special tokens
 
 
-def test_templates_from_every_place(trained: dict[str, tokenizers.Tokenizer], folder: Path) -> None:
-    trained["gpt-2"].save(str(folder / "tokenizer.json"))
-
-    def template() -> Any:
-        return make_plan(folder, folder.with_suffix(".gguf"), Options(mix="F32")).metadata.get(
-            "tokenizer.chat_template"
-        )
-
-    write_config(folder, bos_token="<|begin|>")
-    assert template() is None
-    (folder / "chat_template.jinja").write_text("from jinja")
-    assert template() == "from jinja"
-    write_config(folder, chat_template="from config")
-    assert template() == "from config"
-
-
-def test_named_templates(trained: dict[str, tokenizers.Tokenizer], folder: Path) -> None:
-    trained["gpt-2"].save(str(folder / "tokenizer.json"))
-    named = [{"name": n, "template": f"T {n}"} for n in ("tool-use", "default", "rag")]
-    write_config(folder, chat_template=named)
-    with localrun.gguf.file.open_gguf(converted(folder)) as file:
-        assert file.string("tokenizer.chat_template") == "T default"
-        assert file.string("tokenizer.chat_template.tool_use") == "T tool-use"
-        assert file.metadata["tokenizer.chat_templates"] == ["rag", "tool_use"]
-
-
 def test_recommended_sampling(trained: dict[str, tokenizers.Tokenizer], folder: Path) -> None:
     recommended = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20}
     (folder / "generation_config.json").write_text(json.dumps(recommended))
@@ -244,8 +218,24 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "another model": (lambda d: d["model"].update(type="Unigram"), "no byte-level BPE tokenizer"),
     "byte fallback": (lambda d: d["model"].update(byte_fallback=True), "no byte-level BPE tokenizer"),
     "no model": (lambda d: d.pop("model"), "no byte-level BPE tokenizer"),
-    "no vocabulary": (lambda d: d["model"].pop("vocab"), "broken vocabulary, merge or added token"),
-    "a merge of three": (lambda d: d["model"].update(merges=["a b c"]), "broken vocabulary, merge or added token"),
+    "no vocabulary": (lambda d: d["model"].pop("vocab"), "vocab is missing; expected an object"),
+    "a word without an id": (lambda d: d["model"]["vocab"].update(a="b"), "a is 'b'; expected a whole number"),
+    "one id for two words": (lambda d: d["model"]["vocab"].update(zzz=300), "id 300 is both .* and 'zzz'"),
+    "a merge of three": (lambda d: d["model"].update(merges=["a b c"]), "merge 'a b c'; expected two texts"),
+    "a merge with a space": (lambda d: d["model"].update(merges=[["a", "b c"]]), "expected two texts without spaces"),
+    "merges that are none": (lambda d: d["model"].update(merges={}), "merges is {}; expected a list"),
+    "an added token that is none": (lambda d: d["added_tokens"].append(7), "added token 7; expected an object"),
+    "an added token without an id": (lambda d: d["added_tokens"][0].pop("id"), "id is missing"),
+    "added tokens that are none": (lambda d: d.update(added_tokens=7), "added_tokens is 7; expected a list"),
+    "another prefix": (
+        lambda d: d["model"].update(continuing_subword_prefix="##"),
+        "continuing_subword_prefix is '##'; a GGUF cannot say that",
+    ),
+    "lower case": (lambda d: d.update(normalizer={"type": "Lowercase"}), "normalizer is 'Lowercase'; it changes texts"),
+    "one normalizer of two": (
+        lambda d: d.update(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Strip"}]}),
+        "normalizer is 'Strip'",
+    ),
     "half a character": (lambda d: d["model"]["vocab"].update({"\ud800": 690}), "is not Unicode text"),
     "an id too large": (lambda d: d["model"]["vocab"].update(zzz=N_VOCAB), "the tokenizer has id 700; config.json's"),
 }
@@ -261,26 +251,42 @@ def test_a_broken_tokenizer_is_one_line(case: str, trained: dict[str, tokenizers
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("name", "content", "expected"),
     [
-        ("tokenizer_config.json", b"{"),
-        ("tokenizer_config.json", b"[1]"),
-        ("tokenizer_config.json", b'{"chat_template": [{"template": 1}]}'),
-        ("chat_template.jinja", b"\xff"),
-        ("config.json", None),
+        ("tokenizer_config.json", "{", "tokenizer_config.json: is not JSON"),
+        ("tokenizer_config.json", "[1]", "tokenizer_config.json: holds no JSON object"),
+        (
+            "tokenizer_config.json",
+            '{"chat_template": [{"template": 1}]}',
+            "chat_template None is 1; expected names and",
+        ),
+        ("tokenizer_config.json", '{"chat_template": [3]}', "chat_template None is None; expected names and texts"),
+        ("tokenizer_config.json", '{"chat_template": 3}', "chat_template 'default' is 3; expected names and texts"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "has the id 'x'; expected a whole number"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"5": {}}}', "content is missing; expected text"),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": [1]}',
+            "added_tokens_decoder is \\[1\\]; expected an object",
+        ),
+        ("tokenizer_config.json", '{"extra_special_tokens": "x"}', "extra_special_tokens is 'x'; expected a list"),
+        ("added_tokens.json", '{"<x>": "y"}', "added_tokens.json: <x> is 'y'; expected a whole number"),
+        ("special_tokens_map.json", "x", "special_tokens_map.json: is not JSON"),
+        ("chat_template.json", '{"chat_template": 3}', "chat_template.json: chat_template 'default' is 3"),
+        ("config.json", None, "config.json: bos_token_id is -3; expected ids of tokens"),
     ],
 )
 def test_broken_special_tokens_are_one_line(
-    name: str, content: bytes | None, trained: dict[str, tokenizers.Tokenizer], folder: Path
+    name: str, content: str | None, expected: str, trained: dict[str, tokenizers.Tokenizer], folder: Path
 ) -> None:
     trained["gpt-2"].save(str(folder / "tokenizer.json"))
-    write_config(folder, bos_token="<|begin|>")
     if content is None:
         hf.edit_config(folder, bos_token_id=-3)
     else:
-        (folder / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"model: special tokens or chat template are broken"):
+        (folder / name).write_text(content)
+    with pytest.raises(CheckpointError, match=expected) as caught:
         make_plan(folder, folder.with_suffix(".gguf"), Options(mix="F32"))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_vocabulary_alone_is_nothing_to_convert(folder: Path, tmp_path: Path) -> None:
