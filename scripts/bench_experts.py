@@ -99,13 +99,28 @@ class Ours:
         matrices, at = [], 0
         for name, shape in shapes.items():
             start = at
-            for chunk in weights.chunks(Tensor(name, shape, shape[-1] ** -0.5), layer.type.removesuffix("_R16")):
-                self.memory[at : at + chunk.nbytes] = chunk.reshape(-1)
-                at += chunk.nbytes
+            at += n * layer.expert_bytes // 3
+            self._fill(self.memory[start:at], Tensor(name, shape, shape[-1] ** -0.5), weights, layer.type)
             if layer.type in registry.INTERLEAVED:
                 self._interleave(self.memory[start:at].reshape(n, -1), shape, layer.type)
             matrices.append(quant_matrix(self.memory[start:at], registry.get(layer.type), shape))
         self._experts = ExpertMatrices(*matrices)
+
+    @staticmethod
+    def _fill(memory: np.ndarray, tensor: Tensor, weights: Weights, type_: str) -> None:
+        """Random weights; of a type that none are packed in, random blocks with small scales."""
+        plain = type_.removesuffix("_R16")
+        if plain not in registry.QUANTIZABLE:
+            memory[:] = np.random.default_rng(0).integers(0, 256, memory.size, np.uint8)
+            blocks = memory.view(registry.get(plain).layout)
+            for name in blocks.dtype.names:
+                if blocks.dtype[name] == np.float16:
+                    blocks[name] = 0.001
+            return
+        at = 0
+        for chunk in weights.chunks(tensor, plain):
+            memory[at : at + chunk.nbytes] = chunk.reshape(-1)
+            at += chunk.nbytes
 
     @staticmethod
     def _interleave(matrices: np.ndarray, shape: tuple[int, ...], type_: str) -> None:
@@ -222,7 +237,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--experts", type=int, default=64, help="in RAM")
     parser.add_argument("--top-k", type=int, default=8, help="experts a token")
     parser.add_argument(
-        "--type", default="Q4_K", choices=(*registry.QUANTIZABLE, *registry.INTERLEAVED), help="of all three matrices"
+        "--type", default="Q4_K", choices=(*registry.NAMES, *registry.INTERLEAVED), help="of all three matrices"
     )
     parser.add_argument("-t", "--threads", type=int, default=hardware.usable_cores())
     parser.add_argument("-r", "--rounds", type=int, default=5)

@@ -19,8 +19,6 @@ from quant.formats.interleave import deinterleave
 
 _CHUNK_BLOCKS = 1 << 18  # looked at at a time
 
-# Byte offsets of the float16 scales in blocks of ggml's types that have no module in quant.formats.
-_SCALES = {"Q2_K": (80, 82), "Q3_K": (108,)}
 _FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 
 
@@ -63,7 +61,7 @@ def _checks(tensor: Tensor) -> Iterator[str] | None:
     type_ = tensor_types.plain(tensor.type).name
     if type_ in _FLOATS or type_ == "BF16":
         return _check_floats(tensor, type_)
-    if type_ in _SCALES or type_ in registry.NAMES:
+    if type_ in registry.NAMES:
         return _check_blocks(tensor, type_)
     return None
 
@@ -93,7 +91,7 @@ def _blocks(tensor: Tensor) -> Iterator[tuple[int, np.ndarray]]:
 
 def _check_blocks(tensor: Tensor, type_: str) -> Iterator[str]:
     n_weights, _ = tensor_types.block_size(tensor.type)
-    places = _SCALES.get(type_) or halves(registry.get(type_).layout)
+    places = halves(registry.get(type_).layout)
     for start, chunk in _blocks(tensor):
         if type_ == "MXFP4":
             wrong = chunk[:, 0] == 0xFF  # E8M0's NaN

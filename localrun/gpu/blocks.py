@@ -51,6 +51,8 @@ LAYOUTS = {
         Layout("Q5_0", 32, 22, 2),
         Layout("Q5_1", 32, 24, 4),
         Layout("Q8_0", 32, 34, 2),
+        Layout("Q2_K", 256, 84, 4),
+        Layout("Q3_K", 256, 110, 2),
         Layout("Q4_K", 256, 144, 4),
         Layout("Q5_K", 256, 176, 4),
         Layout("Q6_K", 256, 210, 2),
@@ -73,7 +75,7 @@ def columns(unit, FORMAT: tl.constexpr):
     if FORMAT == "Q4_K" or FORMAT == "Q5_K":
         low = unit // 2 * 64 + unit % 2 * 16
         high = low + 32
-    elif FORMAT == "Q6_K":
+    elif (FORMAT == "Q2_K" or FORMAT == "Q3_K") or FORMAT == "Q6_K":
         low = unit // 4 * 128 + unit % 4 * 16
         high = low + 64
     else:
@@ -169,6 +171,45 @@ def _unit_32(w, row, unit, stride, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def _unit_2k(w, row, unit, stride):
+    """Q2_K: 2 of the 4 bit pairs in 16 bytes of qs, those of sub-blocks 64 weights apart."""
+    w32 = w.to(tl.pointer_type(tl.uint32))
+    n4 = tl.arange(0, 4)[None, None, :]
+    block = row * stride + unit // 8
+    half, quarter = unit % 8 // 4, unit % 4 // 2
+    d, dmin = _half_pair(tl.load(w32 + block * 21 + 20))
+    at = w + block * 84 + half * 8 + unit % 4
+    low, high = tl.load(at).to(tl.uint32), tl.load(at + 4).to(tl.uint32)
+    s_low, s_high = d * (low & 15).to(tl.float32) * 4.0, d * (high & 15).to(tl.float32) * 4.0
+    m_low, m_high = s_low + dmin * (low >> 4).to(tl.float32), s_high + dmin * (high >> 4).to(tl.float32)
+    codes = tl.load(w32 + block * 21 + 4 + half * 8 + unit % 2 * 4 + n4) >> (2 * quarter)
+    return codes, s_low, m_low, s_high, m_high
+
+
+@triton.jit
+def _scale_3k(w, block, sub):
+    """sc-32 of a sub-block of Q3_K, float32."""
+    low = tl.load(w + block * 110 + 96 + sub % 8).to(tl.int32) >> (sub // 8 * 4) & 15
+    high = tl.load(w + block * 110 + 104 + sub % 4).to(tl.int32) >> (sub // 4 * 2) & 3
+    return ((low | high << 4) - 32).to(tl.float32)
+
+
+@triton.jit
+def _unit_3k(w, row, unit, stride):
+    """Q3_K: as Q2_K, with third bits from hmask."""
+    w16 = w.to(tl.pointer_type(tl.uint16))
+    n8 = tl.arange(0, 8)[None, None, :]
+    block = row * stride + unit // 8
+    half, quarter = unit % 8 // 4, unit % 4 // 2
+    d = _half(w16 + block * 55 + 54) * 8.0
+    sub = half * 8 + unit % 4
+    s_low, s_high = d * _scale_3k(w, block, sub), d * _scale_3k(w, block, sub + 4)
+    codes = _u16(w16 + block * 55 + 16 + half * 16 + unit % 2 * 8 + n8) >> (2 * quarter)
+    third = _u16(w16 + block * 55 + unit % 2 * 8 + n8) >> (4 * half + quarter)
+    return codes, codes, third, third >> 2, s_low, s_low * 1.5, s_high, s_high * 1.5
+
+
+@triton.jit
 def _unit_4k(w, row, unit, stride, FORMAT: tl.constexpr):
     """Q4_K, Q5_K: 16 of the 32 bytes of a pair of sub-blocks; the first one's codes are the low nibbles."""
     w32 = w.to(tl.pointer_type(tl.uint32))
@@ -251,6 +292,11 @@ def unit(w, row, unit, stride, n_cols, scales, FORMAT: tl.constexpr):
         return low, high, low, high, scale, scale, scale, scale
     elif FORMAT == "Q4_K" or FORMAT == "Q5_K":
         return _unit_4k(w, row, unit, stride, FORMAT)
+    elif FORMAT == "Q2_K":
+        codes, s_low, m_low, s_high, m_high = _unit_2k(w, row, unit, stride)
+        return codes, codes, codes, codes, s_low, m_low, s_high, m_high
+    elif FORMAT == "Q3_K":
+        return _unit_3k(w, row, unit, stride)
     elif FORMAT == "Q6_K":
         return _unit_6k(w, row, unit, stride)
     elif FORMAT == "IQ4_XS":
@@ -294,6 +340,10 @@ def _code(words, extra, SHIFT: tl.constexpr, B: tl.constexpr, FORMAT: tl.constex
         u = e4m3_half(words.to(tl.uint32)).to(tl.float32)
     elif (FORMAT == "F32" or FORMAT == "F16") or FORMAT == "BF16":
         u = words.to(tl.float32)
+    elif FORMAT == "Q2_K":
+        u = _fraction(words >> (8 * B + SHIFT) & 3, 2)
+    elif FORMAT == "Q3_K":
+        u = _fraction(words >> (8 * B + SHIFT) & 3 | (extra >> (8 * B) & 1) << 2, 3)
     else:
         code = words >> (8 * B + SHIFT) & 15
         if FORMAT == "Q5_0" or FORMAT == "Q5_1":

@@ -27,6 +27,8 @@ _ENTRIES = {
     "Q4_1": Entry("q4_1_q5_1"),
     "Q5_0": Entry("q4_0_q5_0"),
     "Q5_1": Entry("q4_1_q5_1"),
+    "Q2_K": Entry("q2_k_q3_k", quantizes=False),
+    "Q3_K": Entry("q2_k_q3_k", quantizes=False),
     "Q4_K": Entry("q4_k_q5_k", interleaved="q4_k_q5_k_r16"),
     "Q5_K": Entry("q4_k_q5_k", interleaved="q4_k_q5_k_r16"),
     "Q6_K": Entry("q6_k", interleaved="q6_k_r16"),

@@ -118,6 +118,15 @@ def load_i8x16_picked(lanes: Sequence[int]):
     return define(f32x16, (types.int64,), emit)
 
 
+def load_u8x16_picked(lanes: Sequence[int]):
+    """An intrinsic i32x16(address): 16 unsigned bytes in this order."""
+
+    def emit(builder, address):
+        return builder.zext(shuffle(builder, load(builder, address, i8x16.ir), None, lanes), i32x16.ir)
+
+    return define(i32x16, (types.int64,), emit)
+
+
 def _f16_pair(builder, address):
     pair = splat(builder, load(builder, address, I32), ir.VectorType(I32, 8))
     return half_to_float(builder, builder.bitcast(pair, ir.VectorType(I16, 16)))

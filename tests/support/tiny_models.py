@@ -27,12 +27,18 @@ from gguf import GGMLQuantizationType
 Types = str | Mapping[str, str]
 
 # What llama-quantize falls back to when a row is not whole blocks (llama-quant.cpp, llama_tensor_get_type).
-_FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
+_FALLBACK = {
+    **{"Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "IQ4_XS": "IQ4_NL"},
+    **{"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"},
+}
 
 # The shape of llama-quantize's Q4_K_M: 6 bits for the head and for the down projections of some layers, 4 elsewhere.
 Q4_K_M = {r"^output\.": "Q6_K", r"^blk\.[02]\.ffn_down": "Q6_K", r"": "Q4_K"}
 
-TYPES = ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4"]
+TYPES = [
+    *["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"],
+    *["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4"],
+]
 MIXES: dict[str, Types] = {name: name for name in TYPES} | {
     "Q4_K_M": Q4_K_M,
     "MXFP4_MOE": {r"_exps|attn_[kv]_b": "MXFP4", r"": "Q8_0"},

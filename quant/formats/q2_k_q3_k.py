@@ -1,0 +1,246 @@
+"""Q2_K and Q3_K: 16 sub-blocks of 16 weights, of which 2 bits lie in qs. 256 weights in 84 bytes, 2.625 bits each, or
+in 110 bytes, 3.4375 bits each.
+
+Q2_K: x = d*sc*q - dmin*m; a byte of scales has sc in its low 4 bits and m in the others. Q3_K: x = d*(sc-32)*(q-4);
+the third bit of q is hmask's, and sc has 6 bits: the low 4 of sub-blocks i and i+8 share byte i of scales, the high 2
+of i, i+4, i+8 and i+12 byte 8+i. Each half of 128 weights has 32 bytes of qs; its quarter k of 32 weights takes bits
+2k and 2k+1 of them, and bit 4*half+k of all 32 bytes of hmask.
+Source: ggml src/ggml-common.h @d99724f, block_q2_K, block_q3_K; dequantize_row_q2_K, dequantize_row_q3_K in
+ggml-quants.c.
+"""
+
+import numpy as np
+
+from quant.block_format import EXPAND, Format, PanelFormat, block_layout, offsets
+from quant.gemm.microkernel_k_block import K_BLOCK_BYTES, TWO_SCALES
+from quant.gemm.repack import SCALES as K_BLOCK_SCALES
+from quant.gemm.repack import repacks
+from quant.gemv import plain
+from quant.gemv.activations import IN_ORDER, SCALES_16, SUMS_16
+from quant.simd.floats import fma, halves_f32x32, interleaved_bytes, picked, to_f32
+from quant.simd.ints import dot_u8, pair_sums, shifted, zero_i32x16
+from quant.simd.memory import (
+    load_f16,
+    load_f16_everywhere,
+    load_f32x16,
+    load_i8x32,
+    load_i8x64,
+    load_i64,
+    load_twice,
+    load_u8,
+    load_u8x16_picked,
+    load_u32,
+    store_f32x16,
+    store_f32x32,
+    store_i32x16,
+)
+from quant.simd.rows16 import gather, half_to_f32, transpose
+from quant.target.jit import inline, kernel
+
+BLOCK = 256
+LAYOUT_2 = block_layout(84, scales="16u1", qs="64u1", d="<f2", dmin="<f2")
+LAYOUT_3 = block_layout(110, hmask="32u1", qs="64u1", scales="12u1", d="<f2")
+SCALES_2, QS_2, D_2, DMIN = offsets(LAYOUT_2)
+HMASK, QS_3, SCALES_3, D_3 = offsets(LAYOUT_3)
+BYTES_2, BYTES_3 = LAYOUT_2.itemsize, LAYOUT_3.itemsize
+
+
+def _low_bits(raw: np.ndarray) -> np.ndarray:
+    """uint8 (..., 2 halves, 4 quarters, 32): the 2 bits of qs."""
+    shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
+    return raw["qs"].reshape(*raw.shape, 2, 1, 32) >> shifts & 3
+
+
+def unpack_2(blocks: np.ndarray) -> np.ndarray:
+    """uint8 (..., n*84) -> float32 (..., n*256), bit-equal to ggml's."""
+    raw = blocks.view(LAYOUT_2)
+    d, dmin = (raw[name].astype(np.float32)[..., None] for name in ("d", "dmin"))
+    scale, minimum = d * (raw["scales"] & 15), dmin * (raw["scales"] >> 4)
+    q = _low_bits(raw).reshape(*raw.shape, 16, 16).astype(np.float32)
+    return (scale[..., None] * q - minimum[..., None]).reshape(*blocks.shape[:-1], -1)
+
+
+def unpack_3(blocks: np.ndarray) -> np.ndarray:
+    """uint8 (..., n*110) -> float32 (..., n*256), bit-equal to ggml's."""
+    raw = blocks.view(LAYOUT_3)
+    low, high = np.split(raw["scales"], [8], -1)
+    low, high = np.concatenate([low & 15, low >> 4], -1), np.concatenate([high >> 2 * k & 3 for k in range(4)], -1)
+    scale = raw["d"].astype(np.float32)[..., None] * ((low | high << 4).astype(np.float32) - 32)
+    third = raw["hmask"][..., None, :] >> np.arange(8, dtype=np.uint8)[:, None] & 1
+    q = (_low_bits(raw) | third.reshape(*raw.shape, 2, 4, 32) << 2).astype(np.float32) - 4
+    return (scale[..., None] * q.reshape(*raw.shape, 16, 16)).reshape(*blocks.shape[:-1], -1)
+
+
+# ---- products --------------------------------------------------------------------------------------------------------
+
+# Quarters 0|1 and 2|3 of a half to the lowest bits.
+_bits_0_2, _bits_4_6 = shifted(0, -2), shifted(-4, -6)
+# Their bits of hmask to bit 2, for the halves 0 and 1.
+_third_of_0, _third_of_1 = shifted(2, 1), shifted(0, -1)
+_third_of_4, _third_of_5 = shifted(-2, -3), shifted(-4, -5)
+
+# A sub-block of 16 fills a quarter of a vector; pair_sums, twice, leaves sub-block i in lane 4*(i%4) + i//4.
+_ORDER_OF_DOTS = [4 * (lane % 4) + lane // 4 for lane in range(16)]
+_bytes_in_order = load_u8x16_picked(_ORDER_OF_DOTS)
+_in_order_of_dots = picked([2 * (i % 8) + i // 8 for i in _ORDER_OF_DOTS])  # of i and i+8 in turn
+
+
+@inline
+def _dots(weights, k_block):
+    """f32x16: integer dot products of the 16 sub-blocks; the sums of 8 products are below 2^13."""
+    q, zero = k_block + IN_ORDER, zero_i32x16()
+    dots_0 = dot_u8(zero, weights[0], load_i8x64(q))
+    dots_4 = dot_u8(zero, weights[1], load_i8x64(q + 64))
+    dots_8 = dot_u8(zero, weights[2], load_i8x64(q + 128))
+    dots_12 = dot_u8(zero, weights[3], load_i8x64(q + 192))
+    return to_f32(pair_sums(pair_sums(dots_0, dots_4), pair_sums(dots_8, dots_12)))
+
+
+@inline
+def _weights_2(block):
+    """Weights 0..63, 64..127, ... in 0..3; d*sc and dmin*m of each sub-block."""
+    low, high = load_twice(block + QS_2), load_twice(block + QS_2 + 32)
+    scales = _bytes_in_order(block + SCALES_2)
+    return (
+        _bits_0_2(low) & 3,
+        _bits_4_6(low) & 3,
+        _bits_0_2(high) & 3,
+        _bits_4_6(high) & 3,
+        to_f32(scales & 15) * load_f16_everywhere(block + D_2),
+        to_f32(scales >> 4) * load_f16_everywhere(block + DMIN),
+    )
+
+
+@inline
+def _add_k_block_2(weights, k_block, total):
+    minima = weights[5] * load_f32x16(k_block + SUMS_16)
+    return fma(_dots(weights, k_block) * weights[4] - minima, load_f32x16(k_block + SCALES_16), total)
+
+
+@inline
+def _packed_scales(block, half):
+    """The sc of 8 sub-blocks as the bytes of one int64."""
+    low, high = load_i64(block + SCALES_3) >> 4 * half & 0x0F0F0F0F0F0F0F0F, load_u32(block + SCALES_3 + 8) >> 4 * half
+    return low | (high & 0x03030303 | (high >> 2 & 0x03030303) << 32) << 4
+
+
+@inline
+def _weights_3(block):
+    """Weights 0..63, 64..127, ... in 0..7; d*(sc-32) of each sub-block."""
+    low, high, third = load_twice(block + QS_3), load_twice(block + QS_3 + 32), load_twice(block + HMASK)
+    scales = _in_order_of_dots(interleaved_bytes(_packed_scales(block, 0), _packed_scales(block, 1))) - 32
+    return (
+        _bits_0_2(low) & 3 | _third_of_0(third) & 4,
+        _bits_4_6(low) & 3 | _third_of_1(third) & 4,
+        _bits_0_2(high) & 3 | _third_of_4(third) & 4,
+        _bits_4_6(high) & 3 | _third_of_5(third) & 4,
+        scales * load_f16_everywhere(block + D_3),
+    )
+
+
+@inline
+def _add_k_block_3(weights, k_block, total):
+    dots = fma(-4, load_f32x16(k_block + SUMS_16), _dots(weights, k_block))
+    return fma(dots, weights[4] * load_f32x16(k_block + SCALES_16), total)
+
+
+# ---- expansion -------------------------------------------------------------------------------------------------------
+
+
+@inline
+def _quarter(qs, j):
+    """The 2 bits of weights 32j..32j+31, i8x32."""
+    return load_i8x32(qs + 32 * (j // 4)) >> 2 * (j % 4) & 3
+
+
+@kernel(EXPAND)
+def _expand_2(w, n_blocks, out):
+    for b in range(n_blocks):
+        block = w + BYTES_2 * b
+        d, dmin = load_f16(block + D_2), load_f16(block + DMIN)
+        for j in range(8):
+            first, second = load_u8(block + SCALES_2 + 2 * j), load_u8(block + SCALES_2 + 2 * j + 1)
+            scales = halves_f32x32(d * np.float32(first & 15), d * np.float32(second & 15))
+            minima = halves_f32x32(dmin * np.float32(first >> 4), dmin * np.float32(second >> 4))
+            store_f32x32(out + 1024 * b + 128 * j, to_f32(_quarter(block + QS_2, j)) * scales - minima)
+
+
+@inline
+def _scale(packed, i):
+    """sc-32 of sub-block i of 8, as float32."""
+    return np.float32((packed >> 8 * i & 255) - 32)
+
+
+@kernel(EXPAND)
+def _expand_3(w, n_blocks, out):
+    for b in range(n_blocks):
+        block = w + BYTES_3 * b
+        d = load_f16(block + D_3)
+        for j in range(8):
+            packed, i = _packed_scales(block, j // 4), 2 * (j % 4)
+            q = _quarter(block + QS_3, j) | (load_i8x32(block + HMASK) >> j & 1) << 2
+            scales = halves_f32x32(d * _scale(packed, i), d * _scale(packed, i + 1))
+            store_f32x32(out + 1024 * b + 128 * j, to_f32(q - 4) * scales)
+
+
+# ---- panels ----------------------------------------------------------------------------------------------------------
+
+
+@inline
+def _store_scales(packed, d, out):
+    """d times each of 4 bytes less 32, for the halves of 2 steps."""
+    for i in range(4):
+        scale = to_f32((packed >> 8 * i & 255) - 32)
+        store_f32x16(out + K_BLOCK_BYTES * (i // 2) + 64 * (i % 2), scale * d)
+
+
+@inline
+def _repack_scales(rows, block, out):
+    low, next_, high = gather(rows, block), gather(rows, block + 4), gather(rows, block + 8)
+    d = half_to_f32(gather(rows, block + D_3 - SCALES_3 - 2) >> 16)  # a word that ends where the block does
+    _store_scales(low & 0x0F0F0F0F | (high & 0x03030303) << 4, d, out)
+    _store_scales(next_ & 0x0F0F0F0F | (high >> 2 & 0x03030303) << 4, d, out + 2 * K_BLOCK_BYTES)
+    _store_scales(low >> 4 & 0x0F0F0F0F | (high >> 4 & 0x03030303) << 4, d, out + 4 * K_BLOCK_BYTES)
+    _store_scales(next_ >> 4 & 0x0F0F0F0F | (high >> 6 & 0x03030303) << 4, d, out + 6 * K_BLOCK_BYTES)
+
+
+@inline
+def _store_threes(words, third, half, out):
+    """A word of each quarter of a half to its step."""
+    for k in range(4):
+        q = words >> 2 * k & 0x03030303 | (third >> 4 * half + k & 0x01010101) << 2
+        store_i32x16(out + K_BLOCK_BYTES * k, q)
+
+
+@repacks
+def _repack_3(rows, n_blocks, out):
+    for b in range(n_blocks):
+        block = BYTES_3 * b
+        _repack_scales(rows, block + SCALES_3, out + K_BLOCK_SCALES)
+        for i in range(2):
+            h0, h1, h2, h3 = transpose(rows, block + HMASK + 16 * i)
+            for half in range(2):
+                w0, w1, w2, w3 = transpose(rows, block + QS_3 + 32 * half + 16 * i)
+                to = out + 4 * K_BLOCK_BYTES * half + 256 * i
+                _store_threes(w0, h0, half, to)
+                _store_threes(w1, h1, half, to + 64)
+                _store_threes(w2, h2, half, to + 128)
+                _store_threes(w3, h3, half, to + 192)
+        out += 8 * K_BLOCK_BYTES
+
+
+_gemv_2, _gemv_batch_2 = plain.kernels("Q2_K", BYTES_2, _weights_2, _add_k_block_2)
+_gemv_3, _gemv_batch_3 = plain.kernels("Q3_K", BYTES_3, _weights_3, _add_k_block_3)
+
+Q2_K = Format("Q2_K", BLOCK, LAYOUT_2, True, unpack_2, _gemv_2, _gemv_batch_2, _expand_2)
+Q3_K = Format(
+    "Q3_K",
+    BLOCK,
+    LAYOUT_3,
+    True,
+    unpack_3,
+    _gemv_3,
+    _gemv_batch_3,
+    _expand_3,
+    panels=PanelFormat(TWO_SCALES, 4, _repack_3),
+)
