@@ -370,7 +370,7 @@ def _change_tensors(rng: random.Random, model: Model) -> str:
     return f"and {known.name!r}"
 
 
-_STRUCTURE: list[Callable[[random.Random, Model], str]] = [
+STRUCTURE: list[Callable[[random.Random, Model], str]] = [
     _change_value, _change_value, _change_number, _change_number, _change_key_type, _by_layer, _drop_key, _repeat_key,
     _rename_key, _add_key, _add_key, _change_tensor_type, _change_tensor_type, _change_shape, _change_shape,
     _change_tensors, _change_tensors,
@@ -380,7 +380,7 @@ _STRUCTURE: list[Callable[[random.Random, Model], str]] = [
 # ---- changes of the bytes --------------------------------------------------------------------------------------------
 
 
-def _change_bytes(rng: random.Random, content: bytes, header: int) -> tuple[bytes, str]:
+def change_bytes(rng: random.Random, content: bytes, header: int) -> tuple[bytes, str]:
     """One thing that a disk, a cable or a hand does to the bytes of a header."""
     raw, how, at = bytearray(content), rng.randrange(7), rng.randrange(header)
     if how == 0:
@@ -410,7 +410,7 @@ def header_case(seed: int, number: int) -> tuple[str, bytes]:
     by_bytes = rng.random() < 0.35
     for _ in range(0 if by_bytes else rng.choice((1, 1, 1, 2, 2, 3))):
         if model.keys and model.tensors:
-            changes.append(rng.choice(_STRUCTURE)(rng, model))
+            changes.append(rng.choice(STRUCTURE)(rng, model))
     try:
         content = model.build()
     except struct.error:  # a number that has no place in its field
@@ -418,7 +418,7 @@ def header_case(seed: int, number: int) -> tuple[str, bytes]:
     if by_bytes:
         header = len(content) - sum(len(t.data) + -len(t.data) % 32 for t in model.tensors)
         for _ in range(rng.choice((1, 1, 1, 2))):
-            content, change = _change_bytes(rng, content, min(header, len(content) or 1))
+            content, change = change_bytes(rng, content, min(header, len(content) or 1))
             changes.append(change)
     return f"{number}: {name}: {'; '.join(changes)}", content
 

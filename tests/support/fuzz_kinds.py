@@ -1,0 +1,205 @@
+"""The kinds of files that come from outside, as scripts/fuzz.py tries them: how a case is made, and who reads it.
+
+A reader is given a probe and runs each of its steps through it: a refusal is noted, and the next step still runs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fuzz_checkpoint
+import fuzz_gguf
+import fuzz_plan
+import fuzz_state
+import tiny_models
+
+import localrun
+from localrun.convert import Options, convert, make_plan
+from localrun.convert.imatrix import Importances
+from localrun.gguf.file import open_gguf
+from localrun.models.expert_counts import read_usage
+from localrun.models.names import check_tensors, check_types
+from localrun.models.reader import read_config
+from localrun.models.summary import summary_of
+from localrun.placement.devices import DeviceRequest, choose
+from localrun.plan.machine import load_machine
+from localrun.plan.report import make_report
+from localrun.plan.shapes import load_model
+from localrun.text.chat_template import chat_template
+from localrun.text.tokenizer import Tokenizer
+
+Files = bytes | dict[str, bytes | None]  # None for a folder
+
+
+class Probe:
+    """Runs steps; errors are those of the steps that refused."""
+
+    def __init__(self, refusals: tuple[type[Exception], ...]) -> None:
+        self._refusals, self.errors = refusals, []
+
+    def __call__(self, step: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """What the step returns; None if it refuses."""
+        try:
+            return step(*arguments, **options)
+        except self._refusals as error:
+            self.errors.append(error)
+            return None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of file.
+
+    Attributes:
+        share: of all cases.
+        case: seed and number to what was done and the files.
+        check: reads the file, or the folder where there are several.
+        batch: cases of one child.
+        in_process: whether a case runs in the child itself; others may take longer.
+    """
+
+    name: str
+    share: float
+    case: Callable[[int, int], tuple[str, Files]]
+    check: Callable[[Probe, Path], None]
+    batch: int = 4000
+    in_process: bool = True
+
+
+def kinds(sound: Path) -> list[Kind]:
+    """All kinds; what they are made of is readied, some of it in the folder `sound`."""
+    fuzz_gguf.bases()
+    fuzz_checkpoint.bases()
+    fuzz_plan.targets()
+    for backend in fuzz_state.BACKENDS:
+        tiny_models.shared(fuzz_state.BACKENDS[backend])
+    _in_child(fuzz_state.prepare, sound)
+    sessions = {backend: functools.partial(fuzz_state.session_case, sound, backend) for backend in fuzz_state.BACKENDS}
+    return [
+        Kind("header", 0.5, fuzz_gguf.header_case, _header),
+        Kind("header run", 0.01, _other_numbers(fuzz_gguf.header_case), _native_run, 500),
+        Kind("header llama.cpp", 0.0002, _other_numbers(fuzz_gguf.header_case), _llama_cpp_run, 20, False),
+        Kind("checkpoint", 0.2, fuzz_checkpoint.checkpoint_case, _checkpoint),
+        Kind("checkpoint run", 0.002, _other_numbers(fuzz_checkpoint.checkpoint_case), _conversion, 200),
+        Kind("imatrix", 0.1, fuzz_plan.imatrix_case, _imatrix),
+        Kind("machine", 0.1, fuzz_plan.machine_case, _machine),
+        Kind("session native", 0.02, sessions["native"], functools.partial(_session, "native"), 2000),
+        Kind("session llama.cpp", 0.02, sessions["llama.cpp"], functools.partial(_session, "llama.cpp"), 2000),
+    ]
+
+
+def _in_child(work: Callable[[Path], None], folder: Path) -> None:
+    """Run what loads models in a process of its own: this one is to be forked, which its threads would not survive."""
+    import os
+    import traceback
+
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work(folder)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    if os.waitpid(pid, 0)[1]:
+        raise SystemExit("what the cases are made of can't be had")
+
+
+def _other_numbers(case: Callable[[int, int], tuple[str, Files]]) -> Callable[[int, int], tuple[str, Files]]:
+    """The same cases from a number on that others don't reach."""
+    return lambda seed, number: case(seed, number + 10**9)
+
+
+def _header(probe: Probe, path: Path) -> None:
+    """What inspect, plan and the start of generate do with a file, up to the first weight."""
+    file = probe(open_gguf, path)
+    if file is None:
+        return
+    with file:
+        probe(summary_of, file)
+        config = probe(read_config, file)
+        if config is not None:
+            probe(check_tensors, file, config)
+            if not probe.errors:
+                probe(choose, DeviceRequest(device="cpu"), file, config, 64, True, lambda line: None)
+        probe(check_types, file)
+        tokenizer = probe(Tokenizer, path, file)
+        if tokenizer is not None:
+            probe(chat_template, file, tokenizer)
+            tokenizer.close()
+    probe(load_model, str(path))
+
+
+def _native_run(probe: Probe, path: Path) -> None:
+    """Loaded and evaluated by our own kernels."""
+    engine = probe(localrun.load, path, backend="native", threads=1, ctx=32, speculative="off")
+    if engine is not None:
+        with engine:
+            probe(engine.logits, [1, 2, 3])
+            probe(lambda: list(engine.generate([1, 2], localrun.Sampling(seed=0), max_tokens=3)))
+
+
+def _llama_cpp_run(probe: Probe, path: Path) -> None:
+    """Tried out by a process of its own, then loaded and evaluated by llama.cpp in this one."""
+    engine = probe(localrun.load, path, backend="llama.cpp", threads=1, ctx=32)
+    if engine is not None:
+        with engine:
+            probe(engine.logits, [1, 2, 3])
+
+
+def _checkpoint(probe: Probe, folder: Path) -> None:
+    """What convert decides before it reads a weight, and what plan says of the configuration."""
+    plan = probe(make_plan, folder, folder / "out.gguf", Options())
+    if plan is not None:
+        plan.source.close()
+    probe(load_model, str(folder))
+
+
+def _conversion(probe: Probe, folder: Path) -> None:
+    """Converted, and what came of it loaded and evaluated."""
+    plan = probe(make_plan, folder, folder / "out.gguf", Options(mix="Q8_0"))
+    if plan is None:
+        return
+    probe(convert, plan, threads=1)
+    if (folder / "out.gguf").exists():
+        _native_run(probe, folder / "out.gguf")
+
+
+def _imatrix(probe: Probe, path: Path) -> None:
+    """As convert reads it, and as the placement of experts does."""
+    found = probe(Importances, path, fuzz_plan.targets())
+    if found is not None:
+        probe(lambda: [found[name] for name in found])
+    probe(read_usage, path, [1], 8)
+    file = probe(open_gguf, path)
+    if file is not None:
+        with file:
+            probe(summary_of, file)
+
+
+@functools.cache
+def _planned() -> Any:
+    return load_model(str(fuzz_plan.imatrix_model()))
+
+
+def _machine(probe: Probe, path: Path) -> None:
+    """As plan reads it, and what it then says of a model."""
+    machine = probe(load_machine, str(path))
+    if machine is not None:
+        probe(make_report, _planned(), machine, 4096)
+
+
+_engine = functools.cache(fuzz_state.model)
+
+
+def _session(backend: str, probe: Probe, path: Path) -> None:
+    """Loaded into a session, which then goes on, or stays usable."""
+    engine = _engine(backend)
+    session = engine.session()
+    probe(session.load, path)
+    if len(session.ids) < engine.ctx:
+        probe(lambda: list(session.tokens([*session.ids, 1], localrun.Sampling(temperature=0), max_tokens=2)))
