@@ -85,8 +85,10 @@ class Importances(Mapping[str, np.ndarray]):
         if not (np.isfinite(sums).all() and np.isfinite(counts).all() and (sums >= 0).all()):
             raise GGUFError(f"{self.path}: '{name}' has importances that are not finite or below 0")
         counts = np.broadcast_to(counts, n_slices)[:, None]
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             means = np.where(counts > 0, sums / counts, np.nan).astype(np.float32)
+        if np.isinf(means).any():
+            raise GGUFError(f"{self._path}: '{name}' has importances that no float32 number holds")
         means[means < _LEAST] = 0
         return means
 
