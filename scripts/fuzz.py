@@ -5,7 +5,7 @@
 Every case follows from the seed, its kind and its number. Cases run in forked children, some thousands each, so that
 a crash costs one case; the parent counts it and goes on. FOLDER keeps what was counted (called again with the same seed
 and number of cases, the run goes on from there) and, for each fault, the input with what came of it. A fault is an
-exception that is no error of ours, a message that is too long, a descriptor that stays open, a case that takes more
+exception that is no error of ours, a message that is no short line, descriptors that stay open, a case that takes more
 than ten seconds, or the end of the process. The last line of stdout is one JSON document: counts by kind, and the
 faults, those from the same line of code together. Exit code 1 if there is any.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import io
 import json
 import mmap
 import os
@@ -28,18 +29,22 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 import fuzz_kinds
-from fuzz_kinds import Files, Kind, Probe
+from fuzz_kinds import Files, Kind, Probe, in_child
 
+from cli.explain import explain
+from cli.output import note
 from localrun.errors import LocalrunError
 from quant.errors import QuantError
 
 HANG_S = 10.0
-LONGEST = 500  # characters of a message: 200 of the file's content, twice, and what is said of them
+LONGEST = 850  # characters of a line
+FEW_DESCRIPTORS = 8  # that libraries may open when they are first used
 MOST_KEPT = 5  # inputs of one fault
 OUTCOMES = ("read", "refused", "fault", "signal", "hang")
 READ, REFUSED, FAULT, SIGNAL, HANG = range(5)
@@ -106,8 +111,8 @@ class Run:
             return count
         index = shared.now()[0]
         shared[index] = HANG if hangs else SIGNAL
-        code = os.waitstatus_to_exitcode(status)
-        self.keep(first + index, f"hangs for {HANG_S:g} s" if hangs else f"ends its process with {code}")
+        what = f"hangs for {HANG_S:g} s" if hangs else f"ends its process with {os.waitstatus_to_exitcode(status)}"
+        in_child(self.keep, first + index, what)
         return index + 1
 
     def _live(self, shared: Shared, first: int, start: int, count: int) -> None:
@@ -128,7 +133,7 @@ class Run:
                 shared[index] = self.one(scratch, first + index)
                 if index == start:
                     open_before = _descriptors()
-            if count - start > 1 and (left := _descriptors() - open_before) > 0:
+            if (left := _descriptors() - open_before) > FEW_DESCRIPTORS:
                 shared[count - 1] = FAULT
                 self.keep(first + count - 1, f"{left} descriptors stay open of cases {first + start} and following")
         finally:
@@ -137,7 +142,7 @@ class Run:
     def one(self, scratch: Path, number: int) -> int:
         """The outcome of one case."""
         _told, files = self.kind.case(self.seed, number)
-        probe = Probe((LocalrunError, QuantError))
+        probe = Probe((LocalrunError, QuantError, OSError))
         path = write(scratch, files)
         try:
             self.kind.check(probe, path)
@@ -145,8 +150,9 @@ class Run:
             self.keep(number, f"{type(error).__name__} at {origin(error)}", "".join(traceback.format_exception(error)))
             return FAULT
         for error in probe.errors:
-            if len(str(error).replace(str(scratch), "")) > LONGEST:
-                self.keep(number, f"a message of more than {LONGEST} characters at {origin(error)}", str(error))
+            line = said(error)
+            if len(line) > LONGEST or not line[:-1].isprintable() or line[-1:] != "\n":
+                self.keep(number, f"a message that is no short line, at {origin(error)}", line)
                 return FAULT
         return REFUSED if probe.errors else READ
 
@@ -163,6 +169,13 @@ class Run:
             place.mkdir(exist_ok=True)
             write(place, files)
             (place / "fault.txt").write_text(f"{json.dumps(line, indent=1)}\n{details}", encoding="utf-8")
+
+
+def said(error: BaseException) -> str:
+    """What a command prints of an error."""
+    with redirect_stderr(io.StringIO()) as printed:
+        note(explain(error))
+    return printed.getvalue()
 
 
 def origin(error: BaseException) -> str:

@@ -88,7 +88,7 @@ class Importances(Mapping[str, np.ndarray]):
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             means = np.where(counts > 0, sums / counts, np.nan).astype(np.float32)
         if np.isinf(means).any():
-            raise GGUFError(f"{self._path}: '{name}' has importances that no float32 number holds")
+            raise GGUFError(f"{self.path}: '{name}' has importances that no float32 number holds")
         means[means < _LEAST] = 0
         return means
 

@@ -8,6 +8,7 @@ FLOP/s. The format is docs/plan.md's.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -236,7 +237,8 @@ class _Fields:
         if isinstance(value, dict):
             self.sources[self.prefix + key] = str(value.get("source", ""))
             value = value.get("value")
-        sound = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        sound = is_number and abs(value) <= sys.float_info.max  # which "not a number" isn't either
         if not sound or (value < at_least if at_least is not None else value <= 0 and not default):
             self.fail(key, value, "a positive number" if at_least is None else f"a number of at least {at_least:g}")
         return float(value)

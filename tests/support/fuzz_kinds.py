@@ -6,6 +6,8 @@ A reader is given a probe and runs each of its steps through it: a refusal is no
 from __future__ import annotations
 
 import functools
+import os
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,7 @@ from localrun.models.reader import read_config
 from localrun.models.summary import summary_of
 from localrun.placement.devices import DeviceRequest, choose
 from localrun.plan.machine import load_machine
+from localrun.plan.memory import plan_memory, refusal
 from localrun.plan.report import make_report
 from localrun.plan.shapes import load_model
 from localrun.text.chat_template import chat_template
@@ -77,7 +80,7 @@ def kinds(sound: Path) -> list[Kind]:
     fuzz_plan.targets()
     for backend in fuzz_state.BACKENDS:
         tiny_models.shared(fuzz_state.BACKENDS[backend])
-    _in_child(fuzz_state.prepare, sound)
+    in_child(fuzz_state.prepare, sound)
     sessions = {backend: functools.partial(fuzz_state.session_case, sound, backend) for backend in fuzz_state.BACKENDS}
     return [
         Kind("header", 0.5, fuzz_gguf.header_case, _header),
@@ -85,28 +88,26 @@ def kinds(sound: Path) -> list[Kind]:
         Kind("header llama.cpp", 0.0002, _other_numbers(fuzz_gguf.header_case), _llama_cpp_run, 20, False),
         Kind("checkpoint", 0.2, fuzz_checkpoint.checkpoint_case, _checkpoint),
         Kind("checkpoint run", 0.002, _other_numbers(fuzz_checkpoint.checkpoint_case), _conversion, 200),
-        Kind("imatrix", 0.1, fuzz_plan.imatrix_case, _imatrix),
+        Kind("imatrix", 0.06, fuzz_plan.imatrix_case, _imatrix),
         Kind("machine", 0.1, fuzz_plan.machine_case, _machine),
+        Kind("machine report", 0.004, _other_numbers(fuzz_plan.machine_case), _machine_report, 1000),
         Kind("session native", 0.02, sessions["native"], functools.partial(_session, "native"), 2000),
         Kind("session llama.cpp", 0.02, sessions["llama.cpp"], functools.partial(_session, "llama.cpp"), 2000),
     ]
 
 
-def _in_child(work: Callable[[Path], None], folder: Path) -> None:
-    """Run what loads models in a process of its own: this one is to be forked, which its threads would not survive."""
-    import os
-    import traceback
-
+def in_child(work: Callable[..., None], *arguments: Any) -> None:
+    """Run what may load models in a process of its own: this one is to be forked, which their threads don't survive."""
     pid = os.fork()
     if pid == 0:
         try:
-            work(folder)
+            work(*arguments)
             os._exit(0)
         except BaseException:
             traceback.print_exc()
             os._exit(1)
     if os.waitpid(pid, 0)[1]:
-        raise SystemExit("what the cases are made of can't be had")
+        raise SystemExit("a case can't be made")
 
 
 def _other_numbers(case: Callable[[int, int], tuple[str, Files]]) -> Callable[[int, int], tuple[str, Files]]:
@@ -174,11 +175,8 @@ def _imatrix(probe: Probe, path: Path) -> None:
     found = probe(Importances, path, fuzz_plan.targets())
     if found is not None:
         probe(lambda: [found[name] for name in found])
-    probe(read_usage, path, [1], 8)
-    file = probe(open_gguf, path)
-    if file is not None:
-        with file:
-            probe(summary_of, file)
+    if path.read_bytes()[:4] == b"GGUF":
+        probe(read_usage, path, [1], 8)
 
 
 @functools.cache
@@ -188,6 +186,14 @@ def _planned() -> Any:
 
 def _machine(probe: Probe, path: Path) -> None:
     """As plan reads it, and what it then says of a model."""
+    machine = probe(load_machine, str(path))
+    if machine is not None:
+        probe(plan_memory, _planned(), machine, 4096)
+        probe(refusal, _planned(), machine, 4096)
+
+
+def _machine_report(probe: Probe, path: Path) -> None:
+    """All that plan prints."""
     machine = probe(load_machine, str(path))
     if machine is not None:
         probe(make_report, _planned(), machine, 4096)
