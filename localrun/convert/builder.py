@@ -12,8 +12,6 @@ from localrun.convert.targets import Piece, Target
 from localrun.models.architecture import HeadRows, Pairs, Tensor
 from localrun.models.config import Config
 
-_MOST_HEADS = 1 << 16  # of a layer; published models have 128
-
 
 class Builder:
     """Collects targets; every source tensor that goes into one is marked as used."""
@@ -84,24 +82,16 @@ def layer_prefix(index: int) -> str:
     return f"model.layers.{index}."
 
 
-def _check_heads(source: str, count: int) -> None:
-    """Each head is a piece of its own: a wrong count must not take all memory before a shape is compared."""
-    if count > _MOST_HEADS:
-        raise CheckpointError(f"tensor '{source}' has {count} heads by config.json; expected at most {_MOST_HEADS}")
-
-
 def _pieces(tensor: Tensor, source: str, n_rows: int, config: Config) -> Iterator[Piece]:
     """What a target takes of a source with n_rows rows."""
     rule = tensor.source
     if isinstance(rule, HeadRows):
         n_heads, n_target_rows, _ = tensor.shape(config)
-        _check_heads(source, n_heads)
         per_head, (first, last) = n_rows // n_heads, rule.rows(config)
         order = "transposed" if rule.transposed else "rows"
         for start in range(0, n_rows, per_head):
             yield Piece(source, start + first, start + last, n_target_rows, order)
     elif isinstance(rule, Pairs):
-        _check_heads(source, n_rows // config.head_dim)
         for start in range(0, n_rows, config.head_dim):
             yield Piece(source, start, start + config.head_dim, config.head_dim, "pairs")
     else:

@@ -140,6 +140,7 @@ BAD_MACHINES = {
     "missing": ({"ram_bytes": None}, "ram_bytes is missing"),
     "no cpu": ({"cpu": None}, "cpu is missing"),
     "text": ({"ram_bytes": "much"}, "ram_bytes is 'much'; expected a positive number"),
+    "beyond any float": ({"ram_bytes": 10**400}, "expected a positive number"),
     "zero": ({"cpu__cores": 0}, "cpu.cores is 0; expected a positive number"),
     "half a core": ({"cpu__cores": 1.5}, "cpu.cores is 1.5; expected a whole number"),
     "negative": ({"cpu__layer_s": -1}, "cpu.layer_s is -1; expected a number of at least 0"),
