@@ -154,7 +154,7 @@ BAD_MACHINES = {
     ),
     "a list": ({"cpu": []}, "cpu is no object"),
     "type without rates": (
-        {"cpu__kernels": [{"type": "Q2_K", "n_cols": 256, "gemv": 1, "expand": 1, "gemm": 1}]},
+        {"cpu__kernels": [{"type": "IQ2_XS", "n_cols": 256, "gemv": 1, "expand": 1, "gemm": 1}]},
         "has no rates for",
     ),
 }

@@ -202,5 +202,5 @@ def test_rows_are_whole_blocks():
 
 
 def test_unknown_type():
-    with pytest.raises(QuantError, match="no kernels for type Q2_K"):
-        registry.get("Q2_K")
+    with pytest.raises(QuantError, match="no kernels for type IQ2_XS"):
+        registry.get("IQ2_XS")

@@ -122,6 +122,6 @@ def test_embedding(rng: np.random.Generator) -> None:
 
 
 def test_unknown_formats_are_refused() -> None:
-    unknown = Format("Q2_K", 256, 84, True, lambda blocks: blocks, 0, 0, 0)
-    with pytest.raises(QuantError, match="no GPU kernels for type Q2_K"):
+    unknown = Format("IQ2_XS", 256, 74, True, lambda blocks: blocks, 0, 0, 0)
+    with pytest.raises(QuantError, match="no GPU kernels for type IQ2_XS"):
         Linear(QuantMatrix(unknown, 0, 1, 1, 256, 84), DEVICE)
