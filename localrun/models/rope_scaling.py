@@ -12,6 +12,9 @@ from localrun.models.architecture import Key, Settings
 from localrun.models.config import Config, RopeScaling
 from localrun.models.keys import Keys
 
+_TYPES = ("none", "linear", "yarn", "longrope")  # llama.cpp aborts on others
+_MOST_LOG_MULTIPLIER = 1000.0  # published ones are 0.1 and less; scores' scale is to stay a float32
+
 
 def _scaling(name: str, *types: str) -> Callable[[Config], Any]:
     """A field of the scaling, of these types; else None, which is not written."""
@@ -67,8 +70,12 @@ def read_scaling(keys: Keys) -> RopeScaling | None:
         if keys.f32(name, 1.0) != 1.0:
             keys.refuse(f"key '{keys.prefix}{name}' other than 1 is not native")
     keys.bool("rope.scaling.finetuned", False)
-    if type_ not in ("none", "linear", "yarn"):
+    if type_ not in _TYPES:
+        keys.fail("rope.scaling.type", repr(type_), f"one of {', '.join(_TYPES)}")
+    if type_ == "longrope":
         keys.refuse(f"rope scaling '{type_}' is not native")
+    if abs(log_multiplier) > _MOST_LOG_MULTIPLIER:
+        keys.fail("rope.scaling.yarn_log_multiplier", log_multiplier, f"at most {_MOST_LOG_MULTIPLIER:g}")
     if not factor > 0:
         keys.fail("rope.scaling.factor", factor, "a positive number")
     if type_ == "none" or (type_ == "linear" and factor == 1.0):

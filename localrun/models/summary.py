@@ -55,13 +55,14 @@ def summary_of(file: GGUFFile) -> dict[str, Any]:
     """Everything inspect prints, as one JSON document; sizes in bytes, shapes in NumPy order."""
     tensors = list(file.tensors.values())
     weights, n_bytes = sum(map(_weights, tensors)), sum(tensor.n_bytes for tensor in tensors)
+    name = file.metadata.get("general.name")
     kind = "importance matrix" if file.metadata.get("general.type") == IMATRIX else "model"
     config, backend, reason = _config(file)
     return {
         "paths": [str(path) for path in file.paths],
         "file_bytes": file.file_size,
         "gguf_version": file.version,
-        "name": file.string("general.name", None),
+        "name": name if isinstance(name, str) else None,
         "kind": kind,
         "architecture": file.string("general.architecture") if kind == "model" else None,
         "native": backend == "native",

@@ -9,6 +9,7 @@ import functools
 import itertools
 import random
 import struct
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import gguf_builder as b
 import tiny_models
+import vocabularies
 from gguf import GGMLQuantizationType
 
 from localrun.gguf import types as tensor_types
@@ -149,7 +151,7 @@ _OTHERS_BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias")
 
 @functools.cache
 def bases() -> dict[str, Model]:
-    """One small model of each native architecture, some variants, and one that only llama.cpp runs (qwen2)."""
+    """One small model of each native architecture, some variants, two with words, and one that llama.cpp alone runs."""
     smallest = tiny_models.SMALLEST
     files = {
         "deepseek2": tiny_models.shared(smallest),
@@ -161,7 +163,36 @@ def bases() -> dict[str, Model]:
         "qwen3moe": tiny_models.shared(_QWEN3MOE, type="Q4_0"),
     }
     models = {name: parse(path) for name, path in files.items()}
+    for name, vocabulary in (("llama byte pairs", _byte_pairs()), ("llama pieces", _pieces())):
+        n_tokens = len(next(key.value for key in vocabulary if key.name == b"tokenizer.ggml.tokens"))
+        model = parse(tiny_models.shared(replace(_LLAMA, vocab_size=n_tokens)))
+        model.keys = [key for key in model.keys if not key.name.startswith(b"tokenizer.")] + vocabulary
+        models[name] = model
     return models | {"qwen2": _as_qwen2(models["llama"])}
+
+
+def _byte_pairs() -> list[Key]:
+    """A byte-level vocabulary."""
+    with tempfile.TemporaryDirectory() as folder:
+        keys = parse(vocabularies.write_vocabulary(Path(folder, "vocabulary.gguf"))).keys
+    return [key for key in keys if key.name.startswith(b"tokenizer.")]
+
+
+def _pieces() -> list[Key]:
+    """A SentencePiece vocabulary."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "b", "ab", "\u2581a"]
+    types = [2, 3, 3, *[6] * 256, *[1] * 5]
+    return [
+        Key(b"tokenizer.ggml.model", b.STRING, b"llama"),
+        Key(b"tokenizer.ggml.tokens", b.ARRAY, tokens, b.STRING),
+        Key(b"tokenizer.ggml.token_type", b.ARRAY, types, b.I32),
+        Key(b"tokenizer.ggml.scores", b.ARRAY, [-float(i) for i in range(len(tokens))], b.F32),
+        Key(b"tokenizer.ggml.bos_token_id", b.U32, 1),
+        Key(b"tokenizer.ggml.eos_token_id", b.U32, 2),
+        Key(b"tokenizer.ggml.add_bos_token", b.BOOL, 1),
+        Key(b"tokenizer.ggml.add_space_prefix", b.BOOL, 1),
+        Key(b"tokenizer.chat_template", b.STRING, b"{{ messages[0].content }}"),
+    ]
 
 
 def parse(path: Path) -> Model:

@@ -118,6 +118,9 @@ for _base in BASES:
         f"{_base}: longrope", "rope scaling 'longrope' is not native", base=_base,
         keys={"rope.scaling.type": (b.STRING, "longrope")}, error=UnsupportedModelError,
     )  # fmt: skip
+    _keys = {"rope.scaling.type": (b.STRING, "lineal")}
+    _wrong = f"key '{_base}.rope.scaling.type' is 'lineal'; expected one of none, linear, yarn, longrope"
+    case(f"{_base}: lineal", _wrong, base=_base, keys=_keys)
     for _value in (0.0, -4.0):
         _keys = {"rope.scaling.type": (b.STRING, "linear"), "rope.scaling.factor": (b.F32, _value)}
         _wrong = f"key '{_base}.rope.scaling.factor' is {_value}; expected a positive number"
@@ -228,6 +231,8 @@ case(
     keys=LEGACY_KEYS | {"attention.kv_lora_rank": (b.U32, 40)},
     tensors=LEGACY | of_layers("attn_kv_b.weight", (128, 40)), error=UnsupportedModelError,
 )  # fmt: skip
+for _value in (-3e38, 1001.0):
+    case(f"multiplier {_value}", "expected at most 1000", keys={"rope.scaling.yarn_log_multiplier": (b.F32, _value)})
 for _type in ((b.STRING, "linear"), None):  # linear is what no type means
     case(f"scaling {_type}", "deepseek2 with linear rope scaling is not native", keys={"rope.scaling.type": _type},
          error=UnsupportedModelError)  # fmt: skip
