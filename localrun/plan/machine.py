@@ -8,7 +8,6 @@ FLOP/s. The format is docs/plan.md's.
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from localrun.files import user_path
 from localrun.plan.known import load_data, read_json
 
 TRANSFER_BYTES = 8  # a DDR channel is 64 bits wide
+_LEAST, _MOST = 1e-18, 1e24  # of any number: beyond all machines, and products of some are still finite
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def _kernels(fields: _Fields) -> tuple[Kernel, ...]:
 
 
 def _gpu(fields: _Fields) -> Gpu:
-    unified = fields.get("unified", False) is True
+    unified = fields.flag("unified", False)
     gpu = Gpu(
         name=fields.text("name", "GPU"),
         vram_bytes=fields.number("vram_bytes"),
@@ -237,10 +237,11 @@ class _Fields:
         if isinstance(value, dict):
             self.sources[self.prefix + key] = str(value.get("source", ""))
             value = value.get("value")
+        least = 0.0 if default else at_least
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        sound = is_number and abs(value) <= sys.float_info.max  # which "not a number" isn't either
-        if not sound or (value < at_least if at_least is not None else value <= 0 and not default):
-            self.fail(key, value, "a positive number" if at_least is None else f"a number of at least {at_least:g}")
+        if not is_number or not ((least is not None and value == least) or _LEAST <= value <= _MOST):
+            expected = "a positive number" if least is None else f"a number of at least {least:g}"
+            self.fail(key, value, f"{expected}, {_LEAST:g} to {_MOST:g}")
         return float(value)
 
     def fraction(self, key: str) -> float:
@@ -254,6 +255,12 @@ class _Fields:
         if value != int(value) or value > 1e6:
             self.fail(key, value, "a whole number")
         return int(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            self.fail(key, value, "true or false")
+        return value
 
     def text(self, key: str, *default: str) -> str:
         value = self.get(key, *default)

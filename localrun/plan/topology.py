@@ -18,6 +18,7 @@ from localrun.errors import LocalrunError
 from localrun.plan.known import load_data, read_json
 
 MOST_PORTS = 4096
+_MOST_DOLLARS = 1e12  # of one part
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ def _parse_prices(document: Any, path: Path) -> Prices:
     numbers = {}
     for key in ("switch", "link", "short_link", "endpoint"):
         value = document.get(key, document.get("link") if key == "short_link" else None)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
-            raise LocalrunError(f"{path}: {key} is {value!r}; expected dollars")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= _MOST_DOLLARS:
+            raise LocalrunError(f"{path}: {key} is {value!r}; expected dollars, 0 to {_MOST_DOLLARS:g}")
         numbers[key] = float(value)
     return Prices(**numbers, source=str(document.get("source", path)))
 

@@ -157,7 +157,7 @@ def _number_near(rng: random.Random, value: Any) -> Any:
     return rng.choice((value + 1, value - 1, value * 2, -value, value / 2, str(value), [value], value + 0.5))
 
 
-def _change_json(rng: random.Random, value: Any) -> str:
+def change_json(rng: random.Random, value: Any) -> str:
     """One value of a JSON document becomes another, goes, or comes."""
     places = _places(value)
     if not places:
@@ -179,7 +179,7 @@ def _change_json(rng: random.Random, value: Any) -> str:
 
 
 def _config(rng: random.Random, checkpoint: Checkpoint) -> str:
-    return "config: " + _change_json(rng, checkpoint.config)
+    return "config: " + change_json(rng, checkpoint.config)
 
 
 def _config_key(rng: random.Random, checkpoint: Checkpoint) -> str:
@@ -206,14 +206,14 @@ def _rope(rng: random.Random, checkpoint: Checkpoint) -> str:
 
 
 def _hints(rng: random.Random, checkpoint: Checkpoint) -> str:
-    return "hints: " + _change_json(rng, checkpoint.hints)
+    return "hints: " + change_json(rng, checkpoint.hints)
 
 
 def _index(rng: random.Random, checkpoint: Checkpoint) -> str:
     if checkpoint.index is None:
         shard = next(iter(checkpoint.headers))
         checkpoint.index = {"weight_map": dict.fromkeys(checkpoint.headers[shard], shard)}
-    return "index: " + _change_json(rng, checkpoint.index)
+    return "index: " + change_json(rng, checkpoint.index)
 
 
 def _entry(rng: random.Random, checkpoint: Checkpoint) -> str:
@@ -232,7 +232,7 @@ def _entry(rng: random.Random, checkpoint: Checkpoint) -> str:
     elif how == 3:
         entry["data_offsets"] = copy.deepcopy(rng.choice((*ODD, entry["data_offsets"][::-1], [0, 2**62])))
     else:
-        return f"{shard}: " + _change_json(rng, header)
+        return f"{shard}: " + change_json(rng, header)
     return f"{shard}: {name[:60]} = {repr(header[name])[:80]}"
 
 

@@ -187,6 +187,7 @@ def test_each_expert_is_packed_by_its_own_importance(
         (np.ones((8, 95)), np.ones((8, 1)), {}, "has 760 sums and 8 counts, expected 768 and 8"),
         (np.ones((8, 96)), np.ones((7, 1)), {}, "has 768 sums and 7 counts, expected 768 and 8"),
         (np.full((8, 96), np.nan), np.ones((8, 1)), {}, "not finite or below 0"),
+        (np.full((8, 96), 1e30), np.full((8, 1), 1e-30), {}, "importances that no float32 number holds"),
         (np.ones((8, 96)), np.ones((8, 1)), {"type": "model"}, "general.type' is 'model', expected 'imatrix'"),
     ],
 )
