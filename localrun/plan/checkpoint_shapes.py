@@ -15,11 +15,13 @@ from localrun.models.config import Config
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
 MAX_LAYERS, MAX_EXPERTS = 512, 1024  # llama.cpp's limits, llama.h @3f545becc; no published model is near them
-MAX_HEADS = 1 << 14  # each is a piece of its own; published models have 128
+MAX_HEADS, MAX_HEAD_DIM = 1 << 14, 1 << 16  # what takes a step of its own each; published models have 128 and 576
 _LIMITS = {
     "num_hidden_layers": MAX_LAYERS,
     "num_attention_heads": MAX_HEADS,
     "num_key_value_heads": MAX_HEADS,
+    "head_dim": MAX_HEAD_DIM,
+    "qk_rope_head_dim": MAX_HEAD_DIM,
     "n_routed_experts": MAX_EXPERTS,
     "num_nextn_predict_layers": MAX_LAYERS,
 }

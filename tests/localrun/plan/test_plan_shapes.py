@@ -114,6 +114,7 @@ BAD = {
     "endless layers": ({"num_hidden_layers": 2**31}, "num_hidden_layers is 2147483648; expected at most 512"),
     "endless experts": ({"n_routed_experts": 2**31}, "n_routed_experts is 2147483648; expected at most 1024"),
     "endless heads": ({"num_attention_heads": 2**31}, "num_attention_heads is 2147483648; expected at most 16384"),
+    "endless rotation": ({"qk_rope_head_dim": 2**31}, "qk_rope_head_dim is 2147483648; expected at most 65536"),
     "text": ({"hidden_size": "wide"}, "hidden_size is 'wide'; expected a whole number"),
     "negative": ({"moe_intermediate_size": -1}, "moe_intermediate_size is -1; expected a whole number"),
     "zero": ({"hidden_size": 0}, "config.json: its sizes give 'model.embed_tokens.weight' the shape [102400, 0]"),
