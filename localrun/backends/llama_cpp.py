@@ -199,6 +199,8 @@ def _load(file: GGUFFile, threads: int, progress: Progress | None) -> Any:
         if progress is not None:
             progress(int(fraction * file.file_size), file.file_size, "loading")
 
+    if progress is not None:
+        progress(0, file.file_size, "checking with llama.cpp")
     # On CPUs with AMX, llama.cpp puts weights into AMX buffers, and aborts on the batched product with attn_k_b that
     # multi-head latent attention makes (deepseek2 and its relatives).
     batched = any(name.endswith(".attn_k_b.weight") for name in file.tensors)

@@ -33,7 +33,8 @@ def load(file: GGUFFile, threads: int, use_extra_bufts: bool, progress: Callable
     if not model:
         raise LocalrunError(f"{file.path}: llama.cpp cannot load it: {in_words(file, llama_log.last_error())}")
     try:
-        file.check_unchanged()
+        for part in file.files:
+            part.check_same()
     except LocalrunError:
         binding.free_model(model)
         raise

@@ -12,6 +12,7 @@ from gguf.utility import size_label
 
 import localrun
 from localrun.convert import architecture, gguf_source, vocabulary
+from localrun.convert.errors import CheckpointError
 from localrun.convert.gguf_source import GGUFSource
 from localrun.convert.imatrix import Importances
 from localrun.convert.layout import Layout, make_layout
@@ -55,6 +56,9 @@ class Options:
     unit_bytes: int = UNIT_BYTES
 
 
+FileState = tuple[int, int]  # bytes, and when it was last written to
+
+
 @dataclass(frozen=True)
 class Plan:
     """A conversion that can be carried out. types and layout.places go with targets; mix is None if types are kept."""
@@ -70,6 +74,13 @@ class Plan:
     importances: Importances | None
     warnings: list[str]
     fingerprint: str
+    states: dict[Path, FileState]  # of all files that are read
+
+    def check_sources(self) -> None:
+        """Raises CheckpointError if a file that was read has changed since the plan was made."""
+        for path, state in self.states.items():
+            if path.exists() and _state(path) != state:
+                raise CheckpointError(f"{path}: was written to while it was being converted; convert it anew")
 
     @property
     def n_weights(self) -> int:
@@ -116,7 +127,7 @@ def make_plan(source_path: Path, destination: Path, options: Options) -> Plan:
     model.warnings.extend(read_back_vocabulary(model.metadata, source_path))
     layout = make_layout(destination, model.metadata, model.targets, types, options.split_max_bytes)
     work = list(units(model.targets, options.unit_bytes))
-    fingerprint = _fingerprint(source, layout, options)
+    states = {path: _state(path) for path in [*source.files, *([options.imatrix] if options.imatrix else [])]}
     return Plan(
         source,
         destination,
@@ -128,7 +139,8 @@ def make_plan(source_path: Path, destination: Path, options: Options) -> Plan:
         work,
         importances,
         model.warnings,
-        fingerprint,
+        _fingerprint(states, layout, options),
+        states,
     )
 
 
@@ -150,10 +162,14 @@ def _size_label(targets: list[Target]) -> str:
     return size_label(total, shared, experts, stacked[0].shape[0] if stacked else 0)
 
 
-def _fingerprint(source: Checkpoint | GGUFSource, layout: Layout, options: Options) -> str:
+def _state(path: Path) -> FileState:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _fingerprint(states: dict[Path, FileState], layout: Layout, options: Options) -> str:
     """Changes with anything that the bytes of the result depend on."""
-    files = [*source.files, *([options.imatrix] if options.imatrix else [])]
-    states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    files = [(path.name, *state) for path, state in states.items()]
     headers = [hashlib.sha256(part.header).hexdigest() for part in layout.parts]
-    document = [localrun.__version__, states, headers, options.unit_bytes]
+    document = [localrun.__version__, files, headers, options.unit_bytes]
     return hashlib.sha256(json.dumps(document).encode()).hexdigest()

@@ -104,6 +104,7 @@ def _run(plan: Plan, output: Output, threads: int, progress: Callable[[Progress]
     pool = Pool(threads)
     try:
         last = _Pipeline(plan, output, pool, progress).run()
+        plan.check_sources()
         output.finish()
         return last
     except CheckpointError:

@@ -58,6 +58,12 @@ class MappedFile:
         """A path to this very file; where the system has no such path, the name that it was opened by."""
         return str(_DESCRIPTORS / str(self.descriptor)) if _DESCRIPTORS.exists() else str(self.path)
 
+    def check_same(self) -> None:
+        """For whoever has read same_path: raises GGUFError unless that was this file, as it was when it was opened."""
+        self.check_unchanged()
+        if self.same_path == str(self.path) and self.was_replaced():
+            raise GGUFError(f"{self.path}: was replaced just now; open it again")
+
     def check_unchanged(self) -> None:
         """Raises GGUFError if the file, unless closed, was written to, or cut short, since it was opened."""
         if not self._close.alive:

@@ -79,6 +79,7 @@ def collect(
         with pool.passive_wait():
             model = Network(engine.config, _ObservedWeights(engine.file, pool, inputs))
             for index, chunk in enumerate(chunks):
+                engine.file.check_unchanged()
                 if not np.isfinite(_evaluate(model, chunk, inputs)).all():
                     raise LocalrunError(
                         f"chunk {index + 1} of {len(chunks)}: the model gives logits that make no sense"

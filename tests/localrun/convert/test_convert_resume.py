@@ -300,6 +300,20 @@ def test_a_shard_that_shrinks_meanwhile_is_an_error(folder: Path, tmp_path: Path
         convert(plan)
 
 
+@pytest.mark.parametrize("is_gguf", [False, True])
+def test_a_source_that_changes_meanwhile_leaves_no_file(is_gguf: bool, folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "model")
+    changed = copy / "model.safetensors"
+    if is_gguf:
+        copy = changed = tmp_path / "source.gguf"
+        convert(plan_for(folder, copy))
+    plan = plan_for(copy, tmp_path / "x.gguf")
+    with pytest.raises(CheckpointError) as caught:
+        convert(plan, progress=lambda _: os.utime(changed, ns=(0, 0)))
+    assert str(caught.value) == f"{changed}: was written to while it was being converted; convert it anew"
+    assert not list(tmp_path.glob("x.gguf*"))
+
+
 # --- files of others, links, journals that say what is not so
 
 

@@ -18,6 +18,7 @@ import localrun
 from localrun.backends.llama_cpp import LlamaCppModel
 from localrun.bundled import MINIATURE
 from localrun.errors import GGUFError
+from localrun.gguf import mapped
 from localrun.gguf.file import open_gguf
 from localrun.gguf.mapped import path_of
 from localrun.text.tokenizer import Tokenizer
@@ -102,6 +103,16 @@ def test_llama_cpp_reads_the_file_that_was_checked(path: Path) -> None:
     model = LlamaCppModel(tiny_models.shared("llama", seed=1), 64, 1)
     assert np.abs(model.forward(ids, model.new_cache()) - found[0]).max() > 0.1  # the other one would have shown
     model.close()
+
+
+def test_where_descriptors_have_no_paths(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On other systems than Linux llama.cpp opens the name: that it leads elsewhere by then is an error."""
+    monkeypatch.setattr(mapped, "_DESCRIPTORS", path / "absent")
+    LlamaCppModel(path, 64, 1).close()
+    with open_gguf(path) as file:
+        replace(path)
+        with pytest.raises(GGUFError, match=r"model\.gguf: was replaced just now; open it again"):
+            LlamaCppModel(path, 64, 1, file=file)
 
 
 def test_llama_cpp_reads_all_parts_that_were_checked(tmp_path: Path) -> None:
