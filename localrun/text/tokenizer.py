@@ -264,7 +264,8 @@ def _check_tokens(file: GGUFFile, tokens: list[str], kind: str) -> None:
     key = f"{file.path}: key 'tokenizer.ggml.tokens'"
     if not tokens:
         raise GGUFError(f"{key} is empty, expected a vocabulary")
-    names = {token or f"[EMPTY_{index}]" for index, token in enumerate(tokens)}  # llama.cpp's name for an empty token
+    # llama.cpp reads a token up to a NUL, and has a name for an empty one.
+    names = {token.partition("\0")[0] or f"[EMPTY_{index}]" for index, token in enumerate(tokens)}
     if len(names) != len(tokens):
         raise GGUFError(f"{key} has {len(tokens)} tokens but {len(names)} different ones, expected no token twice")
     longest = max(map(_n_bytes, tokens))

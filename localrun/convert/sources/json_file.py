@@ -23,6 +23,7 @@ _NAMES = {
     list: "a list",
     dict: "an object",
 }
+_MAX_SHOWN = 100  # characters of a value in a message
 _SPELL = reprlib.Repr()
 _SPELL.maxstring = _SPELL.maxother = 80
 
@@ -71,4 +72,5 @@ def typed(values: dict[str, Any], key: str, kind: type, where: str) -> Any:
 
 def shown(value: Any) -> str:
     """A value for a message: as Python spells it (null is None), short, in one line."""
-    return _SPELL.repr(value)
+    text = _SPELL.repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."

@@ -113,7 +113,7 @@ class TokenizerConfig:
         yield from listed
         yield from self.by_id or ()
         where, specials = str(self.path.with_name("added_tokens.json")), {*self.named.values(), *self.extra}
-        rest = {text: typed(self._added, text, int, where) for text in self._added.keys() - {t.text for t in listed}}
+        rest = {text: _id(self._added, text, where) for text in self._added.keys() - {t.text for t in listed}}
         for text, id in sorted(rest.items(), key=lambda item: item[1]):
             yield AddedToken(text, text in specials, id=id)
         for text in (*self.named.values(), *self._of_the_model(), *self.extra):
@@ -218,11 +218,17 @@ def _words(vocab: dict[str, Any], where: str) -> dict[str, int]:
     words: dict[str, int] = {}
     taken: dict[int, str] = {}
     for word in vocab:
-        words[word] = id = typed(vocab, word, int, where)
+        words[word] = id = _id(vocab, word, where)
         if id in taken:
             raise CheckpointError(f"{where}: id {id} is both {shown(taken[id])} and {shown(word)}")
         taken[id] = word
     return words
+
+
+def _id(ids: dict[str, Any], text: str, where: str) -> int:
+    if not is_kind(ids[text], int):
+        raise CheckpointError(f"{where}: the id of {shown(text)} is {shown(ids[text])}; expected a whole number")
+    return ids[text]
 
 
 def _merge(pair: Any, where: str) -> str:

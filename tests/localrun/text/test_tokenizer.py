@@ -224,6 +224,8 @@ def test_no_vocabulary(tmp_path: Path) -> None:
 
 FAULTY: list[tuple[str, str, list[str], list[str] | None, Extra | None, str]] = [
     ("a token twice", "gpt2", ["a", "b", "a"], ["a b"], None, "3 tokens but 2 different ones"),
+    ("a token twice up to a NUL", "gpt2", ["a", "b", "a\0c"], ["a b"], None, "3 tokens but 2 different ones"),
+    ("the name of an empty token", "gpt2", ["[EMPTY_1]", "\0"], ["a b"], None, "2 tokens but 1 different ones"),
     ("no merges", "gpt2", ["a", "b"], None, None, "cannot find tokenizer merges"),
     ("no byte tokens", "llama", ["<unk>", "<s>", "</s>", "a"], None, None, "no token for the byte 0x00"),
     ("few scores", "llama", BYTES, None, lambda w: w.add_token_scores([0.0]), "'tokenizer.ggml.scores' has 1 items"),
