@@ -29,9 +29,9 @@ Change = Callable[[random.Random, Keys], str]
 _CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 _TEXTS = (
     b"", b" ", b"\n", b"a", b"he", b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xf8\x88\x80\x80\x80",
-    b"\0", b"a\0b", b"<0x0A>", b"<0xZZ>", b"[EMPTY_3]", b"[PAD5]", b"<s>", b"</s>", b"<unk>", b"<|im_end|>", b"<|eot_id|>",
-    b"<end_of_turn>", "\u2581".encode(), "\u2581a".encode(), "\u0120t".encode(), b"x" * 300, b"x" * 70_000,
-    "\U0001f642".encode(), b"\x1b[31m", b"{{ 1/0 }}", b"<|" + b"|" * 300,
+    b"\0", b"a\0b", b"<0x0A>", b"<0xZZ>", b"[EMPTY_3]", b"[PAD5]", b"<s>", b"</s>", b"<unk>", b"<|im_end|>",
+    b"<|eot_id|>", b"<end_of_turn>", "\u2581".encode(), "\u2581a".encode(), "\u0120t".encode(), b"x" * 300,
+    b"x" * 70_000, "\U0001f642".encode(), b"\x1b[31m", b"{{ 1/0 }}", b"<|" + b"|" * 300,
 )  # fmt: skip
 _SAID = (
     b"a the he<|im_end|>\n<think> x" + "\u2581a \U0001f642 \u0120".encode() + bytes(range(256)) + b"".join(_TEXTS[:20])
@@ -44,8 +44,9 @@ _MODELS = ("gpt2", "llama", "none", "no_vocab", "bert", "t5", "rwkv", "plamo2", 
 _PRES = (
     "gpt-2", "default", "llama-bpe", "qwen2", "deepseek-llm", "deepseek-coder", "deepseek-v3", "kimi-k2", "smollm",
     "falcon", "starcoder", "refact", "command-r", "olmo", "dbrx", "poro-chat", "chatglm-bpe", "viking", "jais",
-    "tekken", "codeshell", "bloom", "exaone", "gpt-4o", "superbpe", "trillion", "bailingmoe", "llama4", "pixtral", "seed-coder",
-    "hunyuan", "hunyuan-dense", "glm4", "minerva-7b", "megrez", "jina-v2-es", "granite-docling", "", "nonsense",
+    "tekken", "codeshell", "bloom", "exaone", "gpt-4o", "superbpe", "trillion", "bailingmoe", "llama4", "pixtral",
+    "seed-coder", "hunyuan", "hunyuan-dense", "glm4", "minerva-7b", "megrez", "jina-v2-es", "granite-docling",
+    "", "nonsense",
 )  # fmt: skip
 _ID_KEYS = ("bos", "eos", "unknown", "seperator", "padding", "cls", "mask", "eot", "eom", "fim_pre", "fim_rep")
 _FLAGS = (
@@ -217,7 +218,8 @@ def tokenizer_files() -> dict[str, Any]:
         },
         "tokenizer_config.json": {
             "tokenizer_class": "GPT2Tokenizer", "bos_token": "<|im_start|>", "add_bos_token": True,
-            "eos_token": _ADDED | {"content": "<|im_end|>"}, "added_tokens_decoder": by_id, "additional_special_tokens": ["<|im_end|>"],
+            "eos_token": _ADDED | {"content": "<|im_end|>"},
+            "added_tokens_decoder": by_id, "additional_special_tokens": ["<|im_end|>"],
         },
         "special_tokens_map.json": {"eos_token": "<|im_end|>", "extra_special_tokens": {"image_token": "<i>"}},
         "added_tokens.json": {"<think>": len(words) + 3, "<tool>": len(words) + 5},
