@@ -15,22 +15,15 @@ from typing import Any
 
 import fuzz_checkpoint
 import fuzz_gguf
-import fuzz_plan
-import fuzz_state
-import tiny_models
+import fuzz_sessions
 
 import localrun
 from localrun.convert import Options, convert, make_plan
-from localrun.convert.imatrix import Importances
 from localrun.gguf.file import open_gguf
-from localrun.models.expert_counts import read_usage
 from localrun.models.names import check_tensors, check_types
 from localrun.models.reader import read_config
 from localrun.models.summary import summary_of
 from localrun.placement.devices import DeviceRequest, choose
-from localrun.plan.machine import load_machine
-from localrun.plan.memory import plan_memory, refusal
-from localrun.plan.report import make_report
 from localrun.plan.shapes import load_model
 from localrun.text.chat_template import chat_template
 from localrun.text.tokenizer import Tokenizer
@@ -73,27 +66,28 @@ class Kind:
     in_process: bool = True
 
 
-def kinds(sound: Path) -> list[Kind]:
-    """All kinds; what they are made of is readied, some of it in the folder `sound`."""
+def kinds() -> list[Kind]:
+    """All kinds; what they are made of is readied, as far as no model is loaded for it."""
     fuzz_gguf.bases()
     fuzz_checkpoint.bases()
-    fuzz_plan.targets()
-    for backend in fuzz_state.BACKENDS:
-        tiny_models.shared(fuzz_state.BACKENDS[backend])
-    in_child(fuzz_state.prepare, sound)
-    sessions = {backend: functools.partial(fuzz_state.session_case, sound, backend) for backend in fuzz_state.BACKENDS}
+    shares = {"conversation": 0.1, "journal": 0.08, "imatrix": 0.08, "machine": 0.002, "prices": 0.03}
     return [
-        Kind("header", 0.5, fuzz_gguf.header_case, _header),
-        Kind("header run", 0.01, _other_numbers(fuzz_gguf.header_case), _native_run, 500),
+        Kind("header", 0.45, fuzz_gguf.header_case, _header),
+        Kind("header run", 0.004, _other_numbers(fuzz_gguf.header_case), _native_run, 500),
         Kind("header llama.cpp", 0.0002, _other_numbers(fuzz_gguf.header_case), _llama_cpp_run, 20, False),
-        Kind("checkpoint", 0.2, fuzz_checkpoint.checkpoint_case, _checkpoint),
-        Kind("checkpoint run", 0.002, _other_numbers(fuzz_checkpoint.checkpoint_case), _conversion, 200),
-        Kind("imatrix", 0.06, fuzz_plan.imatrix_case, _imatrix),
-        Kind("machine", 0.1, fuzz_plan.machine_case, _machine),
-        Kind("machine report", 0.004, _other_numbers(fuzz_plan.machine_case), _machine_report, 1000),
-        Kind("session native", 0.02, sessions["native"], functools.partial(_session, "native"), 2000),
-        Kind("session llama.cpp", 0.02, sessions["llama.cpp"], functools.partial(_session, "llama.cpp"), 2000),
+        Kind("checkpoint", 0.15, fuzz_checkpoint.checkpoint_case, _checkpoint),
+        Kind("checkpoint run", 0.001, _other_numbers(fuzz_checkpoint.checkpoint_case), _conversion, 200),
+        *(_kept_beside(kind, shares.get(kind, 0.02)) for kind in fuzz_sessions.KINDS),
     ]
+
+
+def _kept_beside(kind: str, share: float) -> Kind:
+    """A kind of what users keep beside models."""
+
+    def check(probe: Probe, path: Path) -> None:
+        probe(fuzz_sessions.attempt, kind, path)
+
+    return Kind(kind, share, functools.partial(fuzz_sessions.case, kind), check, 2000)
 
 
 def in_child(work: Callable[..., None], *arguments: Any) -> None:
@@ -132,11 +126,11 @@ def _header(probe: Probe, path: Path) -> None:
         if tokenizer is not None:
             probe(chat_template, file, tokenizer)
             tokenizer.close()
-    probe(load_model, str(path))
 
 
 def _native_run(probe: Probe, path: Path) -> None:
-    """Loaded and evaluated by our own kernels."""
+    """Planned, loaded, and evaluated by our own kernels."""
+    probe(load_model, str(path))
     engine = probe(localrun.load, path, backend="native", threads=1, ctx=32, speculative="off")
     if engine is not None:
         with engine:
@@ -168,44 +162,3 @@ def _conversion(probe: Probe, folder: Path) -> None:
     probe(convert, plan, threads=1)
     if (folder / "out.gguf").exists():
         _native_run(probe, folder / "out.gguf")
-
-
-def _imatrix(probe: Probe, path: Path) -> None:
-    """As convert reads it, and as the placement of experts does."""
-    found = probe(Importances, path, fuzz_plan.targets())
-    if found is not None:
-        probe(lambda: [found[name] for name in found])
-    if path.read_bytes()[:4] == b"GGUF":
-        probe(read_usage, path, [1], 8)
-
-
-@functools.cache
-def _planned() -> Any:
-    return load_model(str(fuzz_plan.imatrix_model()))
-
-
-def _machine(probe: Probe, path: Path) -> None:
-    """As plan reads it, and what it then says of a model."""
-    machine = probe(load_machine, str(path))
-    if machine is not None:
-        probe(plan_memory, _planned(), machine, 4096)
-        probe(refusal, _planned(), machine, 4096)
-
-
-def _machine_report(probe: Probe, path: Path) -> None:
-    """All that plan prints."""
-    machine = probe(load_machine, str(path))
-    if machine is not None:
-        probe(make_report, _planned(), machine, 4096)
-
-
-_engine = functools.cache(fuzz_state.model)
-
-
-def _session(backend: str, probe: Probe, path: Path) -> None:
-    """Loaded into a session, which then goes on, or stays usable."""
-    engine = _engine(backend)
-    session = engine.session()
-    probe(session.load, path)
-    if len(session.ids) < engine.ctx:
-        probe(lambda: list(session.tokens([*session.ids, 1], localrun.Sampling(temperature=0), max_tokens=2)))

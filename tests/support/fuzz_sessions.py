@@ -60,7 +60,7 @@ def engine(backend: str) -> Engine:
 @functools.cache
 def _saved(backend: str) -> bytes:
     session = engine(backend).session()
-    list(session.tokens([1, 2, 3], max_tokens=4))
+    list(session.tokens([1, 2, 3], localrun.Sampling(temperature=0), max_tokens=4))
     session.save(_folder() / "session")
     return (_folder() / "session").read_bytes()
 
@@ -227,6 +227,11 @@ def attempt(kind: str, path: Path) -> None:
 @functools.cache
 def _shape() -> ModelShape:
     return load_model("qwen3-30b-a3b")
+
+
+@functools.cache
+def _planned() -> Any:
+    return load_model("deepseek-v2-lite")
 
 
 def _load_session(model: Engine, path: Path) -> None:
