@@ -16,6 +16,8 @@ from typing import Any
 import fuzz_checkpoint
 import fuzz_gguf
 import fuzz_sessions
+import fuzz_templates
+from fuzz_vocabulary import plan_tokenizer_files, tokenizer_files_case, use_vocabulary, vocabulary_case
 
 import localrun
 from localrun.convert import Options, convert, make_plan
@@ -77,17 +79,22 @@ def kinds() -> list[Kind]:
         Kind("header llama.cpp", 0.0002, _other_numbers(fuzz_gguf.header_case), _llama_cpp_run, 20, False),
         Kind("checkpoint", 0.15, fuzz_checkpoint.checkpoint_case, _checkpoint),
         Kind("checkpoint run", 0.001, _other_numbers(fuzz_checkpoint.checkpoint_case), _conversion, 200),
+        Kind("vocabulary", 0.03, vocabulary_case, _simple(use_vocabulary), 1000),
+        Kind("tokenizer files", 0.03, tokenizer_files_case, _simple(plan_tokenizer_files)),
+        Kind("template", 0.0003, fuzz_templates.template_case, _simple(fuzz_templates.render), 50, False),
         *(_kept_beside(kind, shares.get(kind, 0.02)) for kind in fuzz_sessions.KINDS),
     ]
 
 
+def _simple(attempt: Callable[[Path], None]) -> Callable[[Probe, Path], None]:
+    """The check of one step."""
+    return lambda probe, path: probe(attempt, path)
+
+
 def _kept_beside(kind: str, share: float) -> Kind:
     """A kind of what users keep beside models."""
-
-    def check(probe: Probe, path: Path) -> None:
-        probe(fuzz_sessions.attempt, kind, path)
-
-    return Kind(kind, share, functools.partial(fuzz_sessions.case, kind), check, 2000)
+    attempt = _simple(functools.partial(fuzz_sessions.attempt, kind))
+    return Kind(kind, share, functools.partial(fuzz_sessions.case, kind), attempt, 2000)
 
 
 def in_child(work: Callable[..., None], *arguments: Any) -> None:
