@@ -171,7 +171,7 @@ def _unused(name: str, names: Collection[str]) -> str:
 
 
 def _add_tokens(metadata: Metadata, vocabulary: _Vocabulary, n_vocab: int, folder: Path) -> list[str]:
-    """Tokens, their types and merges; a line if some have no row in the embedding."""
+    """Tokens, their types and merges; a line if some have no row in the embedding, or bytes have no token."""
     files = vocabulary.files
     last = max(vocabulary.tokens.keys() - files.added.keys(), default=-1)
     if last >= n_vocab:
@@ -184,11 +184,14 @@ def _add_tokens(metadata: Metadata, vocabulary: _Vocabulary, n_vocab: int, folde
     metadata.array("tokenizer.ggml.tokens", GGUFValueType.STRING, texts)
     metadata.array("tokenizer.ggml.token_type", GGUFValueType.INT32, types)
     metadata.array("tokenizer.ggml.merges", GGUFValueType.STRING, files.merges)
+    warnings = []
+    if lost := len(set(_LETTERS.values()) - names):
+        warnings.append(f"{folder}: {lost} of the 256 bytes have no token: texts lose them, as with transformers")
     beyond = [token.text for id, token in sorted(files.added.items()) if id >= n_vocab]
-    if not beyond:
-        return []
-    n_more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
-    return [f"added token {shown(beyond[0])}{n_more}: behind config.json's vocab_size, {n_vocab}; left out"]
+    if beyond:
+        n_more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
+        warnings.append(f"added token {shown(beyond[0])}{n_more}: behind config.json's vocab_size, {n_vocab}; left out")
+    return warnings
 
 
 def _add_special_ids(metadata: Metadata, files: TokenizerFiles, checkpoint: Checkpoint, n_vocab: int) -> list[str]:

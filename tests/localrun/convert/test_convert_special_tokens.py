@@ -9,10 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fuzz_gguf
 import gguf
+import gguf_builder as b
 import pytest
 from vocabularies import LETTERS, MERGES, WORDS
 
+from localrun.convert import Options, make_plan
 from localrun.convert.metadata import Metadata
 from localrun.convert.read_back import read_back_vocabulary
 from localrun.convert.vocabulary import add_vocabulary
@@ -275,6 +278,21 @@ def test_what_is_said_of_special_tokens(tmp_path: Path) -> None:
     assert "add_bos_token is true, but there is no such token" in warnings[2]
 
 
+def test_bytes_without_a_token_are_said(tmp_path: Path) -> None:
+    """transformers loses such bytes without a word; so do the readers of the file."""
+    from transformers import AutoTokenizer
+
+    document = tokenizer_json()
+    few = {word: id for id, word in enumerate([*"acdefghijklm", "he"])}
+    document["model"] |= {"vocab": few, "merges": ["h e"]}
+    folder = write(tmp_path / "model", {JSON: document, CONFIG: FAST})
+    metadata, warnings = planned(folder)
+    tokenizer, _ = opened(metadata, tmp_path / "v.gguf")
+    oracle = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.encode("abhe") == oracle("abhe")["input_ids"] == [few["a"], few["he"]]
+    assert "244 of the 256 bytes have no token" in warnings[0]
+
+
 # --- vocab.json and merges.txt, and others
 
 
@@ -295,6 +313,22 @@ def test_words_alone_do_not_say_how_text_is_split(class_name: str | None, tmp_pa
 def test_a_tokenizer_of_another_kind_is_not_left_out(name: str, tmp_path: Path) -> None:
     with pytest.raises(LocalrunError, match=f"{name}: .* cannot be converted; expected byte-level BPE"):
         planned(write(tmp_path, {name: "{}"}))
+
+
+def test_a_gguf_with_a_broken_vocabulary_is_not_converted(tmp_path: Path) -> None:
+    """Its keys are copied, so what generate would refuse in the source it would refuse in the result."""
+    model = fuzz_gguf.bases()["llama"].copy()
+    model.keys = [key for key in model.keys if not key.name.startswith(b"tokenizer.")]
+    tokens = [b"a"] * 48
+    model.keys += [
+        fuzz_gguf.Key(b"tokenizer.ggml.model", b.STRING, b"gpt2"),
+        fuzz_gguf.Key(b"tokenizer.ggml.tokens", b.ARRAY, tokens, b.STRING),
+        fuzz_gguf.Key(b"tokenizer.ggml.merges", b.ARRAY, [b"a a"], b.STRING),
+    ]
+    (tmp_path / "a.gguf").write_bytes(model.build())
+    with pytest.raises(LocalrunError, match=r"a\.gguf: key 'tokenizer\.ggml\.tokens' has 48 tokens but 1"):
+        make_plan(tmp_path / "a.gguf", tmp_path / "b.gguf", Options(mix="F32"))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.gguf"]
 
 
 def test_what_the_readers_refuse_is_refused_before_it_is_written(tmp_path: Path) -> None:
