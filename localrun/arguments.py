@@ -78,6 +78,20 @@ def texts(name: str, value: Any) -> list[str]:
     return list(value)
 
 
+def messages(value: Any) -> list[dict[str, str]]:
+    """A conversation: objects that have at least a role and a content, both texts."""
+    expected = 'a list of messages such as {"role": "user", "content": "Hi"}'
+    if not isinstance(value, list | tuple):
+        refuse("messages", value, expected)
+    for index, message in enumerate(value):
+        if not isinstance(message, Mapping):
+            refuse(f"messages[{index}]", message, expected)
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                refuse(f"messages[{index}][{key!r}]", message.get(key), "a text")
+    return list(value)
+
+
 def flag(name: str, value: Any) -> bool:
     """True or False."""
     return value if isinstance(value, bool) else refuse(name, value, "True or False")

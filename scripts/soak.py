@@ -47,6 +47,7 @@ from localrun.text.prompt import chat_ids
 
 ALLOCATORS = ("jemalloc", "tcmalloc", "tcmalloc_minimal", "mimalloc")
 WARM_UP = 3  # times that each thing is done before anything is counted: libraries are loaded, and pools filled
+SETTLING = 0.2  # of the time, that does not count either: the largest of every size of work comes late
 SAMPLE_S = 1.0
 # What the median of the last third may be above that of the first third: a share, and so much more.
 LIMITS = {
@@ -231,7 +232,8 @@ class Soak:
 
 
 def verdict(samples: list[dict[str, float]]) -> dict[str, dict[str, float | bool]]:
-    """For each of LIMITS: the medians of the first and the last third, and whether it is flat."""
+    """For each of LIMITS: the medians of the first and the last third that count, and whether it is flat."""
+    samples = samples[int(len(samples) * SETTLING) :]
     third, found = max(1, len(samples) // 3), {}
     for name, (share, more) in LIMITS.items():
         first, last = (statistics.median(s[name] for s in part) for part in (samples[:third], samples[-third:]))

@@ -108,8 +108,12 @@ def _in_child(source: str, variables: dict[str, Any], conversations: list[list[M
         "variables": variables,
         "conversations": conversations,
     }
+    try:
+        text = json.dumps(request)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TemplateError(f"messages can't be given to the chat template: {error}") from None
     with nameless_file() as stdin, nameless_file() as stdout:
-        stdin.write(json.dumps(request).encode())
+        stdin.write(text.encode())
         stdin.seek(0)
         code = _run([sys.executable, "-I", "-S", str(Path(__file__).with_name("template_child.py"))], stdin, stdout)
         stdout.seek(0)

@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from localrun import arguments
 from localrun.text.chat_template import Answer, ChatTemplate, Message, TemplateError, text_of
 from localrun.text.tokenizer import Tokenizer
 
@@ -43,10 +44,10 @@ def chat_ids(template: ChatTemplate, tokenizer: Tokenizer, messages: list[Messag
     """The ids that a reply to messages continues: the template's control tokens as such, and one BOS where one is due.
 
     Raises TemplateError if the template is broken, refuses the messages, leaves words of theirs out, or changes them
-    so that its own control tokens cannot be told from theirs.
+    so that its own control tokens cannot be told from theirs. Raises LocalrunError if they are no messages of texts.
     """
     controls = _any_of(tokenizer.controls)
-    ids = _encode(tokenizer, chat_prompt(template, messages, controls), controls)
+    ids = _encode(tokenizer, chat_prompt(template, arguments.messages(messages), controls), controls)
     is_due = tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]
     return [tokenizer.bos_id, *ids] if is_due else ids
 

@@ -28,6 +28,8 @@ from localrun.errors import ClosedError, LocalrunError
 from localrun.generate.sampling import Sampling
 from localrun.generate.session import Session
 from localrun.generate.speculative import Speculation
+from localrun.text.chat_template import CHATML, ChatTemplate
+from localrun.text.prompt import chat_ids
 
 GREEDY = Sampling(temperature=0.0)
 CTX = 96
@@ -485,6 +487,27 @@ def test_wrong_arguments_of_the_tokenizer(story_model: Engine, use: Callable[[An
     assert len(str(caught.value)) < 300  # one names the file
 
 
+@pytest.mark.parametrize(
+    ("messages", "name"),
+    [
+        (None, "messages"),
+        ("hi", "messages"),
+        ({"role": "user", "content": "hi"}, "messages"),
+        (["hi"], r"messages\[0\]"),
+        ([{"role": "user"}], r"messages\[0\]\['content'\]"),
+        ([{"role": "user", "content": "a"}, {"role": "user", "content": 5}], r"messages\[1\]\['content'\]"),
+        ([{"role": "user", "content": b"x"}], r"messages\[0\]\['content'\]"),
+        ([{"content": "x"}], r"messages\[0\]\['role'\]"),
+    ],
+)
+def test_wrong_messages(story_model: Engine, messages: Any, name: str) -> None:
+    template = ChatTemplate(CHATML, bos_token="", eos_token="")
+    with pytest.raises(LocalrunError, match=f"^{name} is "):
+        chat_ids(template, story_model.tokenizer, messages)
+    with pytest.raises(LocalrunError):
+        template.render(messages)
+
+
 @pytest.mark.parametrize("value", [5, None, ["x"]])
 def test_wrong_paths_of_a_session(engine: Engine, value: Any) -> None:
     for use in (engine.session().save, engine.session().load):
@@ -506,7 +529,7 @@ def test_load_takes_what_the_command_takes(tmp_path: Path, monkeypatch: pytest.M
         with localrun.load(path, threads=1, ctx=16) as engine:
             assert engine.file.path.resolve() == MINIATURE
     for path in ("nosuchmodel", "x\0y", "~/nosuchfile.gguf"):
-        with pytest.raises(LocalrunError, match="no such file"):
+        with pytest.raises(LocalrunError, match="no such file|is no file name"):
             localrun.load(path)
 
 
