@@ -529,7 +529,7 @@ def test_load_takes_what_the_command_takes(tmp_path: Path, monkeypatch: pytest.M
         with localrun.load(path, threads=1, ctx=16) as engine:
             assert engine.file.path.resolve() == MINIATURE
     for path in ("nosuchmodel", "x\0y", "~/nosuchfile.gguf"):
-        with pytest.raises(LocalrunError, match="no such file|is no file name"):
+        with pytest.raises(LocalrunError, match=r"no such file|is no file name"):
             localrun.load(path)
 
 
