@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli import options
+from cli.checked import checked
 from cli.interrupt import raising
 from cli.output import end_line, note, print_json, printable, show, show_again, size
 from localrun.errors import LocalrunError
@@ -61,6 +62,7 @@ Pack = Annotated[
     bool,
     typer.Option("--pack", help="Interleave rows: faster, for localrun only. Without --type a GGUF keeps its types."),
 ]
+Check = Annotated[bool, typer.Option("--check", help="Compare with transformers, where that is installed.")]
 AllowRequantize = Annotated[bool, typer.Option("--allow-requantize", help="Pack anew even what has lost much already.")]
 
 
@@ -78,6 +80,7 @@ def convert(
     split_max_size: SplitMaxSize = None,
     allow_requantize: AllowRequantize = False,
     pack: Pack = False,
+    check: Check = False,
     threads: options.Threads = None,
     as_json: options.Json = False,
 ) -> None:
@@ -85,6 +88,7 @@ def convert(
     from cli.model import exit_if_cut
     from localrun.convert import Options, make_plan
     from localrun.convert.mixes import parse_mix, parse_override
+    from localrun.convert.run import check_destination
     from localrun.workers import n_workers
 
     threads = n_workers(threads)
@@ -102,11 +106,18 @@ def convert(
     plan = make_plan(source, destination, chosen)
     for warning in plan.warnings:
         note(warning)
+    if plan.is_unusual and not check:
+        note("this checkpoint is unusual; --check compares the result with transformers'")
     if dry_run:
         _show(plan, as_json)
+    elif check:
+        check_destination(plan, resume=resume, force=force)
+        with checked(plan, chosen, threads) as compare:
+            last, seconds = _carry_out(plan, threads, resume, force)
+            _report(plan, last, seconds, as_json, compare())
     else:
         last, seconds = _carry_out(plan, threads, resume, force)
-        _report(plan, last, seconds, as_json)
+        _report(plan, last, seconds, as_json, {})
 
 
 def _carry_out(plan: "Plan", threads: int, resume: bool, force: bool) -> "tuple[Progress, float]":
@@ -175,9 +186,9 @@ def _summary(plan: "Plan") -> str:
     return f"{size(plan.layout.size)}{parts}, {plan.bits_per_weight:.2f} bits per weight"
 
 
-def _report(plan: "Plan", last: "Progress", seconds: float, as_json: bool) -> None:
+def _report(plan: "Plan", last: "Progress", seconds: float, as_json: bool, found: dict[str, Any]) -> None:
     if as_json:
-        done = {"bytes_in": last.bytes_in, "bytes_out": last.bytes_out, "seconds": round(seconds, 3)}
+        done = found | {"bytes_in": last.bytes_in, "bytes_out": last.bytes_out, "seconds": round(seconds, 3)}
         print_json(_facts(plan) | done)
         return
     _note_without_importance(plan)

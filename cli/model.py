@@ -71,7 +71,7 @@ def _show_placement(placement: "Placement") -> None:
 
 def sampling_for(engine: "Engine", given: dict[str, Any]) -> "Sampling":
     """The sampling the model recommends, with what the user gave in its place."""
-    return replace(localrun.Sampling.recommended(engine.file.metadata), **given)
+    return replace(localrun.Sampling.recommended(engine.file.metadata, note), **given)
 
 
 def given_sampling(options: SamplingOptions) -> dict[str, Any]:

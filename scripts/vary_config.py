@@ -109,9 +109,15 @@ BESIDE: dict[str, dict[str, dict[str, Any]]] = {
         "n_group": _GROUPS | {"topk_group": 1},
         "topk_group": _GROUPS | {"n_group": 4},
         "topk_method": {"n_group": 4, "topk_group": 2},
+        "num_attention_heads": {"num_key_value_heads": ABSENT},
         "original_max_position_embeddings": {"rope_parameters": hf.YARN},
     },
-    "DeepseekV3ForCausalLM": {"original_max_position_embeddings": {"rope_parameters": hf.YARN}},
+    "DeepseekV3ForCausalLM": {
+        "original_max_position_embeddings": {"rope_parameters": hf.YARN},
+        "num_attention_heads": {"num_key_value_heads": None},
+        "qk_rope_head_dim": {"head_dim": ABSENT},
+        "n_group": {"topk_group": 1},
+    },
 }
 
 
@@ -238,7 +244,7 @@ def table(checkpoint_class: CheckpointClass, outcomes: list[Outcome]) -> list[st
     lines = [f"### {checkpoint_class.name}", "", "| key | our table | outcome of each value | worst difference |"]
     lines.append("|---|---|---|---|")
     for key, found in sorted(by_key.items(), key=lambda each: min(WORST_FIRST.index(o.kind) for o in each[1])):
-        use = checkpoint_class.settings[key].use if key in checkpoint_class.settings else "-"
+        use = checkpoint_class.settings[key].use if key in checkpoint_class.settings else "read, another spelling"
         kinds: dict[str, list[str]] = {}
         for outcome in found:
             kinds.setdefault(outcome.kind, []).append(_spelled(outcome))

@@ -75,6 +75,8 @@ FORBIDDEN = {
     "localrun": {"cli", "typer", "rich", "prompt_toolkit", "transformers"},
     "cli": {"transformers"},
 }
+# What a module of them imports all the same: convert --check compares with transformers where that is installed.
+ALLOWED = {"localrun/measure/reference.py": {"transformers"}}
 HEAVY = {"torch", "numba", "llvmlite", "llama_cpp", "transformers", "safetensors"}
 MODULES = sorted(path for package in FORBIDDEN for path in (ROOT / package).rglob("*.py"))
 LIBRARIES = [path for path in MODULES if path.relative_to(ROOT).parts[0] != "cli"]
@@ -120,7 +122,7 @@ def test_all_packages_are_looked_at() -> None:
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_packages_import_one_way(path: Path) -> None:
     package = name_of(path).split("/")[0]
-    assert not imports(ast.walk(tree_of(path))) & FORBIDDEN[package]
+    assert not imports(ast.walk(tree_of(path))) & (FORBIDDEN[package] - ALLOWED.get(name_of(path), set()))
 
 
 @pytest.mark.parametrize("package", MAY_IMPORT)

@@ -61,7 +61,10 @@ FileState = tuple[int, int]  # bytes, and when it was last written to
 
 @dataclass(frozen=True)
 class Plan:
-    """A conversion that can be carried out. types and layout.places go with targets; mix is None if types are kept."""
+    """A conversion that can be carried out. types and layout.places go with targets; mix is None if types are kept.
+
+    is_unusual: whether something in the checkpoint is not as in most, so that what it means may be in doubt.
+    """
 
     source: Checkpoint | GGUFSource
     destination: Path
@@ -73,6 +76,7 @@ class Plan:
     units: list[Unit]
     importances: Importances | None
     warnings: list[str]
+    is_unusual: bool
     fingerprint: str
     states: dict[Path, FileState]  # of all files that are read
 
@@ -101,11 +105,12 @@ def make_plan(source_path: Path, destination: Path, options: Options) -> Plan:
     if source_path.is_dir():
         source = Checkpoint(source_path)
         model = architecture.read_model(source, keep_mtp=options.keep_mtp)
+        is_unusual = bool(model.warnings)
         model.warnings.extend(vocabulary.add_vocabulary(model.metadata, source, options.pre))
         model.metadata.string("general.size_label", _size_label(model.targets))
     else:
         source = GGUFSource(source_path)
-        model = gguf_source.read_model(source, keep_mtp=options.keep_mtp)
+        model, is_unusual = gguf_source.read_model(source, keep_mtp=options.keep_mtp), False
     if not model.targets:
         raise LocalrunError(f"{source_path}: holds no tensors to convert")
     importances = Importances(options.imatrix, model.targets) if options.imatrix else None
@@ -139,6 +144,7 @@ def make_plan(source_path: Path, destination: Path, options: Options) -> Plan:
         work,
         importances,
         model.warnings,
+        is_unusual,
         _fingerprint(states, layout, options),
         states,
     )

@@ -5,7 +5,7 @@ filters look at probabilities before temperature, as there.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -71,17 +71,22 @@ class Sampling:
                 object.__setattr__(self, name, whole(name, getattr(self, name), expected, low=low))
 
     @classmethod
-    def recommended(cls, metadata: Mapping[str, Any]) -> "Sampling":
-        """The defaults, with what the file recommends in general.sampling.* in their place."""
+    def recommended(cls, metadata: Mapping[str, Any], notice: Callable[[str], None] = lambda _: None) -> "Sampling":
+        """The defaults, with what the file recommends in general.sampling.* in their place.
+
+        A recommendation out of its range is left out; `notice` is called with a line on it.
+        """
         settings = cls()
         for key, name in _RECOMMENDED.items():
             value = metadata.get(f"general.sampling.{key}")
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
-            if not math.isfinite(value):
-                raise LocalrunError(f"key 'general.sampling.{key}' is {value}; expected a finite number")
-            value = max(0, value) if name == "top_k" else value  # llama.cpp reads -1 as all, too
-            settings = replace(settings, **{name: type(getattr(settings, name))(value)})
+            value = 0 if name == "top_k" and value < 0 else value  # llama.cpp reads -1 as all, too
+            try:
+                kind = type(getattr(settings, name)) if math.isfinite(value) else float
+                settings = replace(settings, **{name: kind(value)})
+            except LocalrunError as error:
+                notice(f"key 'general.sampling.{key}' is not followed: {error}")
         return settings
 
 

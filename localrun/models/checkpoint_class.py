@@ -40,9 +40,9 @@ def read(default: Any, null: Callable[[dict[str, Any]], Any] | None = None) -> S
     return Setting(READ, default, null)
 
 
-def only(*values: Any, why: str, default: Any = ...) -> Setting:
+def only(*values: Any, why: str, default: Any = ..., null: Callable[[dict[str, Any]], Any] | None = None) -> Setting:
     """A key that must have one of some values; the first is the default, if no other is given."""
-    return Setting(ONLY, values[0] if default is ... else default, None, values, why)
+    return Setting(ONLY, values[0] if default is ... else default, null, values, why)
 
 
 def no_effect(*names: str) -> dict[str, Setting]:

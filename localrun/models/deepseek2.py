@@ -20,6 +20,7 @@ from localrun.models.rope_scaling import ROPE_KEYS
 GATING = {"softmax": 1, "sigmoid": 2, "softmax_after_topk": 3}
 _JOINT_MULTIPLE = 16  # of columns that a transposed product takes (quant.ops.linear)
 _LATENT_EPS = 1e-6  # transformers' norms of latents have it, whatever rms_norm_eps says
+_EPS_MATTERS = 1e-5  # another epsilon than the latents' moves logits by less than 1e-4 of their range up to here
 _LITE_LAYERS = (26, 27)  # by which llama.cpp tells models without q_lora_rank from the others
 
 KEYS = (
@@ -81,7 +82,9 @@ V2 = CheckpointClass(
         "topk_method": only("greedy", "group_limited_greedy", why="DeepseekV2's router has no other"),
         "scoring_func": only("softmax", why="DeepseekV2's router has no other"),
         # transformers never divides; the model's own code does, and then leaves out routed_scaling_factor
-        "norm_topk_prob": only(False, None, why="what it means for DeepseekV2 is not agreed upon"),
+        "norm_topk_prob": only(
+            False, None, why="what it means for DeepseekV2 is not agreed upon", null=lambda _: False
+        ),
         "num_nextn_predict_layers": read(0),
         "mlp_bias": NO_BIAS,
         **no_effect("head_dim", "rope_interleave"),
@@ -177,6 +180,9 @@ def _parse(settings: Settings, fields: Fields) -> Fields:
             settings.fail(f"{name} is null or 0; expected 1 or more for {method}")
     if is_v3 and settings.get("head_dim", int, fields) != fields["qk_rope_head_dim"]:
         settings.fail(f"head_dim is not qk_rope_head_dim, {fields['qk_rope_head_dim']}; it is what is rotated")
+    if abs(fields["rms_norm_eps"] - _LATENT_EPS) > _EPS_MATTERS:
+        found = f"rms_norm_eps is {fields['rms_norm_eps']:g}"
+        settings.fail(f"{found}; norms of latents have {_LATENT_EPS:g}, and a GGUF holds one for all norms")
     return {
         "shared_intermediate_size": fields["n_shared_experts"] * fields["moe_intermediate_size"],
         "scoring_func": settings.get("scoring_func", str),

@@ -47,7 +47,7 @@ OPTIONS = {
     "inspect": ["--verify", "--json"],
     "convert": [
         *["--type", "--tensor-type", "--no-mtp", "--imatrix", "--pre", "--resume", "--force", "--dry-run"],
-        *["--split-max-size", "--allow-requantize", "--pack", "-t", "--threads", "--json"],
+        *["--split-max-size", "--allow-requantize", "--pack", "--check", "-t", "--threads", "--json"],
     ],
     "imatrix": [
         *["-f", "--file", "-o", "--output", "-c", "--ctx", "--chunks", "--device", "-t", "--threads"],

@@ -311,11 +311,21 @@ def test_a_recommended_top_k_below_0_means_all() -> None:
     assert Sampling.recommended({"general.sampling.top_k": -1}).top_k == 0
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("key", ["top_k", "penalty_last_n", "temp"])
-def test_recommendations_that_are_no_numbers(key: str, value: float) -> None:
-    with pytest.raises(LocalrunError, match=f"key 'general.sampling.{key}' is {value}; expected a finite number"):
-        Sampling.recommended({f"general.sampling.{key}": value})
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[(key, value) for key in ("top_k", "penalty_last_n", "temp") for value in (math.nan, math.inf)],
+        *[("temp", -1.0), ("top_p", 0.0), ("top_p", 1.5), ("min_p", -0.1), ("penalty_repeat", 0.0)],
+        ("penalty_last_n", -2),
+    ],
+)
+def test_a_recommendation_out_of_its_range_is_not_followed(key: str, value: float) -> None:
+    """They are hints: a file with an odd one answers as one without."""
+    lines: list[str] = []
+    metadata = {"general.sampling.temp": 0.5, "general.sampling.min_p": 0.25, f"general.sampling.{key}": value}
+    sound = {name: each for name, each in metadata.items() if not name.endswith("." + key)}
+    assert Sampling.recommended(metadata, lines.append) == Sampling.recommended(sound)
+    assert len(lines) == 1 and lines[0].startswith(f"key 'general.sampling.{key}' is not followed: ")
 
 
 def test_the_recommended_keys_are_ggufs() -> None:
