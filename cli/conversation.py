@@ -140,7 +140,7 @@ class Conversation:
         Without the cache the next message only takes longer. Raises LocalrunError if path is no saved conversation, or
         has a system message where there is no place for one; nothing has changed then.
         """
-        system, messages = _read(path)
+        system, messages = read_saved(path)
         self.instruct(system)
         self.clear()
         self.messages = messages
@@ -172,13 +172,13 @@ def _cache_path(path: Path) -> Path:
 
 def _is_saved(path: Path) -> bool:
     try:
-        _read(path)
+        read_saved(path)
     except LocalrunError:
         return False
     return True
 
 
-def _read(path: Path) -> tuple[str | None, list[dict[str, str]]]:
+def read_saved(path: Path) -> tuple[str | None, list[dict[str, str]]]:
     """System message and messages of a saved conversation. Raises LocalrunError if the file is none."""
     data = read_bytes(path, str(path), _MOST_BYTES)
     try:

@@ -30,6 +30,7 @@ from localrun.text.tokenizer import Tokenizer
 from localrun.turn import Turn
 from localrun.workers import n_workers
 
+_KERNEL_BYTES = 128 << 20  # of address space: loading them takes 65 MB, and LLVM aborts where it has too little
 DEFAULT_CTX = 8192  # tokens, where the model allows as many
 MOST_CTX = 2**31 - 1  # positions are int32
 Progress = Callable[[int, int, str], None]
@@ -247,6 +248,10 @@ class Engine:
         types = {tensor.type.name for tensor in tensors}
         if repack:
             types |= {interleaved(tensor.type.name, tensor.shape) for tensor in tensors}
+        left = hardware.free_addresses()
+        if left < _KERNEL_BYTES:
+            need, have = _KERNEL_BYTES >> 20, left >> 20
+            raise LocalrunError(f"the kernels need {need} MiB of address space, and {have} are left; raise ulimit -v")
         warm_up(types, progress, notice)
         if repack:
             from localrun.cpu.repack import repack_experts

@@ -83,7 +83,7 @@ def total_ram(root: Path = ROOT) -> int:
 def free_ram(root: Path = ROOT) -> int:
     """Bytes of RAM that new allocations can have without swapping, within all limits; file caches count as free."""
     info = _meminfo(root)
-    return max(0, min([info["MemAvailable"], _free_addresses(), *(group.free for group in _memory_groups(root))]))
+    return max(0, min([info["MemAvailable"], free_addresses(), *(group.free for group in _memory_groups(root))]))
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _meminfo(root: Path) -> dict[str, int]:
     return {"MemTotal": memory.total, "MemAvailable": memory.available}
 
 
-def _free_addresses() -> int:
+def free_addresses() -> int:
     """Bytes of address space that ulimit -v leaves this process."""
     try:
         import resource

@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -102,8 +103,8 @@ class Importances(Mapping[str, np.ndarray]):
 def _find(path: Path) -> dict[str, _Stored]:
     """Name -> where its importances are, in either format. Raises GGUFError."""
     try:
-        with path.open("rb") as file:
-            is_gguf = file.read(4) == b"GGUF"
+        with path.open("rb") if path.is_file() else nullcontext() as file:  # a pipe would be waited for
+            is_gguf = file is None or file.read(4) == b"GGUF"
     except OSError:
         is_gguf = True  # whose reader says what is wrong
     return dict(_find_gguf(path) if is_gguf else _find_legacy(path))

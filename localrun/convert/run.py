@@ -80,12 +80,12 @@ def check_destination(plan: Plan, *, resume: bool, force: bool) -> None:
     if not folder.is_dir():
         raise LocalrunError(f"{plan.destination}: folder {folder} does not exist")
     for part in plan.layout.parts:
-        if _is_read(part.path.resolve(), plan):
-            raise LocalrunError(f"{part.path}: is the source itself; choose another name for the result")
         if part.path.is_dir():
             raise LocalrunError(f"{part.path}: is a folder; expected the name of the file to write")
         if os.path.lexists(part.path) and not part.path.is_file():
             raise LocalrunError(f"{part.path}: is a device, a pipe or a broken link; expected the name of a file")
+        if _is_read(part.path.resolve(), plan):
+            raise LocalrunError(f"{part.path}: is the source itself; choose another name for the result")
         if part.path.exists() and not force and not (resume and journal_path(plan.destination).exists()):
             raise LocalrunError(f"{part.path}: exists already; --force replaces it")
     if journal_path(plan.destination).exists() and not (resume or force):

@@ -22,6 +22,7 @@ Notice = Callable[[str], None]
 # Whether the GPU half has been run and measured on a card. Until then "auto" stays on the CPU.
 _MEASURED = False
 _ON_CPU = "interleaved rows run on the CPU only"
+_MOST_DIGITS = 20  # of a number of experts; Python reads 4,300
 _OPTIONS = "--vram, --gpu-experts, --expert-usage and --cache-bits"
 
 
@@ -63,7 +64,7 @@ class DeviceRequest:
     def n_experts(self) -> int | str:
         """gpu_experts, a number where it was given as text."""
         given = self.gpu_experts
-        return int(given) if isinstance(given, str) and given.isdecimal() else given
+        return int(given) if isinstance(given, str) and given.isdecimal() and len(given) < _MOST_DIGITS else given
 
     @property
     def asks_for_gpu(self) -> bool:

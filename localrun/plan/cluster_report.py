@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,8 @@ from localrun.plan.cluster import (
     with_compute,
 )
 from localrun.plan.shapes import ModelShape, load_model
+
+_LEAST, _MOST = 1e-6, 1e18  # of rates: slower and faster than any network or any users, and sums stay finite
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ def _check(wanted: Wanted) -> None:
             raise LocalrunError(f"a unit of {unit} devices; expected 1 to 10^6")
     for name in ("bytes_per_s", "requests_per_s"):
         value = getattr(wanted, name)
-        if value is not None and not (0 < value < math.inf):
-            raise LocalrunError(f"{name.removesuffix('_per_s')} a second {value}; expected more than 0")
+        if value is not None and not _LEAST <= value <= _MOST:
+            raise LocalrunError(f"{name.removesuffix('_per_s')} a second {value}; expected {_LEAST:g} to {_MOST:g}")
     for name, least in (("acceptance", 0.0), ("utilisation", 1e-6)):
         if not least <= getattr(wanted, name) <= 1:
             raise LocalrunError(f"{name} {getattr(wanted, name)}; expected 0 to 1")

@@ -184,7 +184,7 @@ ERRORS = {
     "not a model": ([__file__, "--machine", "laptop"], "not a GGUF file"),
     "plot's name": (["--kv-table", "--plot", "x.txt"], "x.txt: a picture's name ends in"),
     "device": (["cluster", "--device", "abacus"], "unknown device 'abacus'"),
-    "bandwidth": (["cluster", "--bandwidth", "0"], "bytes a second 0.0; expected more than 0"),
+    "bandwidth": (["cluster", "--bandwidth", "0"], "bytes a second 0.0; expected 1e-06 to 1e+18"),
     "tokens": (["cluster", "--tokens", "0"], "tokens 0; expected 1"),
     "ports": (["cluster", "--ports", "7"], "switches of 7 ports"),
     "fabric": (["cluster", "--fabric", "big"], "--fabric 'big'"),

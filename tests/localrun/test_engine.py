@@ -195,3 +195,15 @@ def test_bad_ids_are_refused(ids: list[int]) -> None:
             model.logits(ids)
         with pytest.raises(LocalrunError):
             next(model.session().tokens(ids, GREEDY))
+
+
+def test_too_little_address_space_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LLVM ends the process where it finds too little for a kernel."""
+    monkeypatch.setattr("localrun.hardware.free_addresses", lambda: 50 << 20)
+    with pytest.raises(LocalrunError, match="the kernels need 128 MiB of address space, and 50 are left; raise ulimit"):
+        localrun.load(tiny_models.shared("llama"), threads=1, ctx=32)
+
+
+def test_a_number_of_experts_without_end() -> None:
+    with pytest.raises(LocalrunError, match="gpu_experts is '9999"):
+        localrun.load(tiny_models.shared("llama"), gpu_experts="9" * 5000)

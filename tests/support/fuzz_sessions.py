@@ -26,7 +26,7 @@ from fuzz_checkpoint import ODD, change_json, spelled
 from safetensors.numpy import save
 
 import localrun
-from cli.conversation import _read as read_conversation
+from cli.conversation import read_saved
 from localrun.convert.imatrix import Importances
 from localrun.convert.journal import Journal
 from localrun.convert.targets import Target
@@ -206,7 +206,7 @@ def cases(kind: str, seed: int) -> Iterator[tuple[str, bytes]]:
 def attempt(kind: str, path: Path) -> None:
     """Has the file read. Raises LocalrunError if it is refused."""
     if kind == "conversation":
-        read_conversation(path)
+        read_saved(path)
     elif kind == "session" or kind == "llama.cpp's state":
         _load_session(engine("native" if kind == "session" else "llama.cpp"), path)
     elif kind == "journal":

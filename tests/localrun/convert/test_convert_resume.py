@@ -362,13 +362,13 @@ def test_what_has_a_journals_name_stays(folder: Path, tmp_path: Path, kind: str)
     assert kind != "text" or journal.read_text() == "my diary\n"
 
 
-@pytest.mark.parametrize("kind", ["pipe", "broken link"])
+@pytest.mark.parametrize("kind", ["pipe", "broken link", "endless link"])
 def test_only_files_are_replaced(folder: Path, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "x.gguf"
     if kind == "pipe":
         os.mkfifo(path)
     else:
-        path.symlink_to(tmp_path / "none")
+        path.symlink_to(path if kind == "endless link" else tmp_path / "none")
     with pytest.raises(LocalrunError, match="is a device, a pipe or a broken link"):
         convert(plan_for(folder, path), force=True)
     assert os.path.lexists(path) and not path.is_file()
@@ -388,6 +388,12 @@ def test_the_imatrix_is_not_replaced(folder: Path, tmp_path: Path) -> None:
     imatrix = write_imatrix(tmp_path / "i.gguf", {EXPERTS: np.ones((8, 96))}, {EXPERTS: np.ones((8, 1))})
     with pytest.raises(LocalrunError, match=r"i\.gguf: is the source itself"):
         convert(plan_for(folder, imatrix, imatrix=imatrix), force=True)
+
+
+def test_an_imatrix_that_is_a_pipe_is_not_waited_for(folder: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "i.gguf")
+    with pytest.raises(LocalrunError, match=r"i\.gguf: is not a regular file"):
+        plan_for(folder, tmp_path / "x.gguf", imatrix=tmp_path / "i.gguf")
 
 
 _LINES = [

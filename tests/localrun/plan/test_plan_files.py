@@ -91,3 +91,10 @@ def test_no_machine_of_that_name(name: str, capsys: pytest.CaptureFixture[str]) 
     assert run(["plan", "deepseek-v3", "--machine", name]) == 1
     err = capsys.readouterr().err
     assert err.startswith("localrun: ") and err.count("\n") == 1 and "output" not in err
+
+
+@pytest.mark.parametrize("option", ["--requests=1e308", "--requests=0", "--bandwidth=1e-320", "--bandwidth=nan"])
+def test_rates_that_nobody_has(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "cluster", option]) == 1
+    err = capsys.readouterr().err
+    assert "a second " in err and "; expected 1e-06 to 1e+18" in err and err.count("\n") == 1
