@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,12 @@ from localrun.convert.mixes import PLAIN
 from localrun.convert.sources.checkpoint import SourceTensor
 from localrun.convert.sources.reading import Reader
 from localrun.convert.targets import Piece, Target
-from localrun.errors import LocalrunError, UnsupportedModelError
+from localrun.errors import GGUFError, LocalrunError, UnsupportedModelError
 from localrun.gguf import types as tensor_types
-from localrun.gguf.file import open_gguf
+from localrun.gguf.file import GGUFFile, open_gguf
 from localrun.gguf.header import Array, Header, read_header
-from localrun.models.reader import architecture_of
+from localrun.models.names import check_tensors, check_types
+from localrun.models.reader import architecture_of, read_config
 from localrun.models.registry import ARCHITECTURES
 from quant.formats import registry
 from quant.formats.interleave import deinterleave
@@ -39,6 +41,7 @@ class GGUFSource:
         with open_gguf(path) as file:  # checks the parts against each other, too
             self.path, self.files = path, file.paths
             self.architecture = architecture_of(file)
+            _check(file)
         self.tensors: dict[str, SourceTensor] = {}
         self._places: dict[str, tuple[Path, int]] = {}
         self._interleaved: dict[str, str] = {}  # name -> type
@@ -86,6 +89,18 @@ class GGUFSource:
 
     def close(self) -> None:
         self._reader.close()
+
+
+def _check(file: GGUFFile) -> None:
+    """Raises GGUFError for a model that nobody could run. What llama.cpp alone may run can be packed all the same."""
+    if not file.tensors or architecture_of(file) not in ARCHITECTURES:
+        return  # said later, in words of their own
+    with suppress(UnsupportedModelError):
+        check_tensors(file, read_config(file))
+        check_types(file)
+    for tensor in file.tensors.values():
+        if not tensor.shape:
+            raise GGUFError(f"{file.path}: tensor '{tensor.name}' has no dimensions, expected rows")
 
 
 def _read_header(path: Path) -> Header:

@@ -160,15 +160,21 @@ def _may_be_quantized(target: Target) -> bool:
     return len(target.shape) - n_dims >= 2 and not _KEPT.search(target.name)
 
 
+def _count(metadata: Metadata, key: str, default: int) -> int:
+    """A count of the model; default where a file has one a layer, or something else."""
+    value = metadata.get(key, default)
+    return value if isinstance(value, int) else default
+
+
 class _Rules:
     """llama.cpp's choices for one model."""
 
     def __init__(self, targets: list[Target], metadata: Metadata, mix: str, has_imatrix: bool) -> None:
         self._mix, self._default, self._has_imatrix = mix, MIXES[mix].type, has_imatrix
-        self._n_layers = metadata.get(".block_count", 0)
-        self._n_experts = metadata.get(".expert_count", 0)
-        heads, kv_heads = metadata.get(".attention.head_count", 1), metadata.get(".attention.head_count_kv", 1)
-        self._n_gqa = heads // max(kv_heads, 1) if isinstance(heads, int) and isinstance(kv_heads, int) else 1
+        self._n_layers = _count(metadata, ".block_count", 0)
+        self._n_experts = _count(metadata, ".expert_count", 0)
+        heads, kv_heads = (_count(metadata, f".attention.{name}", 1) for name in ("head_count", "head_count_kv"))
+        self._n_gqa = heads // max(kv_heads, 1)
         architecture = ARCHITECTURES[metadata.architecture]
         self._values_need_bits = architecture.values_need_bits(self._n_layers, self._n_gqa)
         self._tied = all(target.name != LM_HEAD for target in targets)

@@ -33,7 +33,7 @@ def read_usage(path: str | os.PathLike[str], layers: Sequence[int], n_experts: i
     with open_gguf(path) as file:
         kind = file.string("general.type", "")
         if kind != IMATRIX:
-            raise GGUFError(f"{path}: is no importance matrix: key 'general.type' is {kind!r}, expected 'imatrix'")
+            raise GGUFError(f"{path}: is no importance matrix: key 'general.type' is {kind[:50]!r}, expected 'imatrix'")
         found = _by_layer(file)
         if sorted(found) != sorted(layers):
             raise GGUFError(f"{path}: counts experts of {_span(found)}; this model has them in {_span(layers)}")

@@ -90,4 +90,4 @@ class Keys:
         """Raises UnsupportedModelError if the architecture has a key that nothing here understands."""
         for key in self.file.metadata:
             if key.startswith(self.prefix) and key.removeprefix(self.prefix) not in self._read:
-                self.refuse(f"key '{key}' is not known to the native backend")
+                self.refuse(f"key {key[:100]!r} is not known to the native backend")

@@ -449,8 +449,9 @@ def header_case(seed: int, number: int) -> tuple[str, bytes]:
     if by_bytes:
         header = len(content) - sum(len(t.data) + -len(t.data) % 32 for t in model.tensors)
         for _ in range(rng.choice((1, 1, 1, 2))):
-            content, change = change_bytes(rng, content, min(header, len(content) or 1))
-            changes.append(change)
+            if content:
+                content, change = change_bytes(rng, content, min(header, len(content)))
+                changes.append(change)
     return f"{number}: {name}: {'; '.join(changes)}", content
 
 

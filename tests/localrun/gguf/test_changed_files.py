@@ -162,11 +162,14 @@ def test_descriptors_are_closed(path: Path) -> None:
     def count() -> int:
         return len(os.listdir("/proc/self/fd"))
 
+    broken = path.with_name("broken.gguf")
+    broken.write_bytes(path.read_bytes()[:5000])
     before = count()
     for _ in range(3):
         open_gguf(path).close()
-        with pytest.raises(GGUFError):
-            open_gguf(path.with_name("absent.gguf"))
+        for wrong in (broken, path.with_name("absent.gguf"), path.parent):
+            with pytest.raises(GGUFError):
+                open_gguf(wrong)
     assert count() == before
 
 

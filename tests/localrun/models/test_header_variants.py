@@ -212,3 +212,19 @@ def test_inspect_and_load_agree_on_what_is_broken(
     with pytest.raises(LocalrunError) as caught:
         localrun.load(path, threads=1, ctx=8)
     assert str(caught.value) == f"{path}: {found['not_native_because']}"
+    capsys.readouterr()
+    assert run(["convert", str(path), str(tmp_path / "out.gguf"), "--type", "F16"]) == 1
+    assert capsys.readouterr().err == f"localrun: {caught.value}\n" and not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("mix", ["F16", "Q4_K_M"])
+def test_what_is_not_native_can_be_packed(mix: str, tmp_path: Path) -> None:
+    """Counts by layer do not disturb the mix; a tensor without dimensions has no rows to pack."""
+    model = narrow_second_layer("llama")
+    by_layer(model, ".attention.head_count_kv", [2, 2])
+    path = write(tmp_path, model)
+    assert run(["convert", str(path), str(tmp_path / "out.gguf"), "--type", mix]) == 0
+    no_dimensions(next(tensor for tensor in model.tensors if tensor.name == b"output_norm.weight"))
+    path = write(tmp_path, model)
+    assert run(["convert", str(path), str(tmp_path / "other.gguf"), "--type", mix]) == 1
+    assert not list(tmp_path.glob("other*"))
