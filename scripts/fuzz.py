@@ -89,15 +89,27 @@ class Run:
 
     def _child(self, shared: Shared, first: int, start: int, count: int) -> int:
         """One child, from a case on; the index of the first that it did not come to."""
-        shared.begin(start)
-        pid = os.fork()
-        if pid == 0:
-            try:
-                self._live(shared, first, start, count)
-                os._exit(0)
-            except BaseException:
-                traceback.print_exc(file=sys.__stderr__)
-                os._exit(1)
+        with tempfile.TemporaryDirectory(prefix="fuzz-", dir=_fast_folder(), ignore_cleanup_errors=True) as scratch:
+            shared.begin(start)
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    self._live(Path(scratch), shared, first, start, count)
+                    os._exit(0)
+                except BaseException:
+                    traceback.print_exc(file=sys.__stderr__)
+                    os._exit(1)
+            status, hangs = self._wait(pid, shared)
+        if status == 0:
+            return count
+        index = shared.now()[0]
+        shared[index] = HANG if hangs else SIGNAL
+        what = f"hangs for {HANG_S:g} s" if hangs else f"ends its process with {os.waitstatus_to_exitcode(status)}"
+        in_child(self.keep, first + index, what)
+        return index + 1
+
+    def _wait(self, pid: int, shared: Shared) -> tuple[int, bool]:
+        """How the child ended, and whether that was because a case took too long."""
         status, hangs = None, False
         while status is None:
             time.sleep(0.001)
@@ -107,15 +119,9 @@ class Run:
                 hangs = True
                 os.kill(pid, signal.SIGKILL)
                 status = os.waitpid(pid, 0)[1]
-        if status == 0:
-            return count
-        index = shared.now()[0]
-        shared[index] = HANG if hangs else SIGNAL
-        what = f"hangs for {HANG_S:g} s" if hangs else f"ends its process with {os.waitstatus_to_exitcode(status)}"
-        in_child(self.keep, first + index, what)
-        return index + 1
+        return status, hangs
 
-    def _live(self, shared: Shared, first: int, start: int, count: int) -> None:
+    def _live(self, scratch: Path, shared: Shared, first: int, start: int, count: int) -> None:
         """A child's life."""
         os.setsid()
         quiet = os.open(os.devnull, os.O_RDWR)
@@ -125,19 +131,15 @@ class Run:
         resource.setrlimit(resource.RLIMIT_AS, (used + self.limit_bytes,) * 2)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         warnings.simplefilter("error", RuntimeWarning)  # NumPy's, which a user would see between our lines
-        scratch = Path(tempfile.mkdtemp(prefix="fuzz-", dir=_fast_folder()))
-        try:
-            open_before = None
-            for index in range(start, count):
-                shared.begin(index)
-                shared[index] = self.one(scratch, first + index)
-                if index == start:
-                    open_before = _descriptors()
-            if (left := _descriptors() - open_before) > FEW_DESCRIPTORS:
-                shared[count - 1] = FAULT
-                self.keep(first + count - 1, f"{left} descriptors stay open of cases {first + start} and following")
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        open_before = None
+        for index in range(start, count):
+            shared.begin(index)
+            shared[index] = self.one(scratch, first + index)
+            if index == start:
+                open_before = _descriptors()
+        if (left := _descriptors() - open_before) > FEW_DESCRIPTORS:
+            shared[count - 1] = FAULT
+            self.keep(first + count - 1, f"{left} descriptors stay open of cases {first + start} and following")
 
     def one(self, scratch: Path, number: int) -> int:
         """The outcome of one case."""
