@@ -22,7 +22,7 @@ from localrun.text.tokenizer import Tokenizer
 
 # Of the private planes of Unicode, so that no filter changes them and trimming takes them for letters.
 _OPEN, _CLOSE = "\U00100000", "\U00100001"
-_FIRST_WORD = 0xF0000  # stands for the first message's words, the next for the second's
+_FIRST_WORD = 0xF0000  # three of it stand for the first message's words, of the next for the second's
 _ENCLOSED = re.compile(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}|[{_OPEN}{_CLOSE}]")
 _MUST_BE_THERE = ("user", "system")  # templates may leave an earlier reply out
 
@@ -82,7 +82,9 @@ class _Rendered:
 
 def _render(template: ChatTemplate, messages: list[Message], parts: set[int], controls: re.Pattern[str]) -> _Rendered:
     """The conversation, those messages whose indices are in `parts` as parts."""
-    words = {index: chr(_FIRST_WORD + index) for index, message in enumerate(messages) if message["content"].strip()}
+    words = {
+        index: 3 * chr(_FIRST_WORD + index) for index, message in enumerate(messages) if message["content"].strip()
+    }
     marked = [controls.sub(f"{_OPEN}\\g<0>{_CLOSE}", message["content"]) for message in messages]
     texts = [[message["content"] for message in messages], [words.get(i, "") for i in range(len(messages))]]
     if marked != texts[0]:

@@ -177,6 +177,7 @@ def test_parts_cannot_write_control_tokens(tokenizer: Tokenizer) -> None:
         ("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}", "leaves the system message out"),
         ("{{ messages[0].content }}", "leaves the user message out"),
         ("hello", "leaves the system message out"),
+        ("{% for m in messages %}{{ m.content[0] }}{% endfor %}", "leaves the system message out"),
         ("{% for m in messages %}{{ m.content | length }}{% endfor %}", "leaves the system message out"),
         ("{{ raise_exception('no!') }}", "failed: no!"),
         ("{% for %}", "Expected an expression"),
