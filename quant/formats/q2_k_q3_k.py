@@ -12,7 +12,7 @@ ggml-quants.c.
 import numpy as np
 
 from quant.block_format import EXPAND, Format, PanelFormat, block_layout, offsets
-from quant.gemm.microkernel_k_block import K_BLOCK_BYTES, TWO_SCALES
+from quant.gemm.microkernel_k_block import K_BLOCK_BYTES, TWO_MINIMA, TWO_SCALES, part_bytes
 from quant.gemm.repack import SCALES as K_BLOCK_SCALES
 from quant.gemm.repack import repacks
 from quant.gemv import plain
@@ -185,6 +185,45 @@ def _expand_3(w, n_blocks, out):
 
 # ---- panels ----------------------------------------------------------------------------------------------------------
 
+_STEP_2 = 2 * part_bytes(TWO_MINIMA)
+
+
+@inline
+def _store_minima(packed, dmin, out):
+    """-dmin times the upper 4 bits of each of 4 bytes, for the halves of 2 steps."""
+    for i in range(4):
+        store_f32x16(out + _STEP_2 * (i // 2) + 64 * (i % 2), to_f32(packed >> 8 * i + 4 & 15) * -dmin)
+
+
+@inline
+def _store_scaled(words, scales, i, out):
+    """A word of each quarter k of a half to its step, times the sc of its sub-block: byte 2k+i of two words."""
+    for k in range(4):
+        scale = scales[k // 2] >> 16 * (k % 2) + 8 * i & 15
+        store_i32x16(out + _STEP_2 * k, (words >> 2 * k & 0x03030303) * scale)
+
+
+@repacks
+def _repack_2(rows, n_blocks, out):
+    for b in range(n_blocks):
+        block = BYTES_2 * b
+        halves = gather(rows, block + D_2)
+        d, dmin = half_to_f32(halves), half_to_f32(halves >> 16)
+        scales = transpose(rows, block + SCALES_2)
+        for j in range(8):
+            store_f32x16(out + _STEP_2 * j + K_BLOCK_SCALES, d)
+        for pair in range(4):
+            _store_minima(scales[pair], dmin, out + 2 * _STEP_2 * pair + K_BLOCK_SCALES + 64)
+        for half in range(2):
+            for i in range(2):
+                w0, w1, w2, w3 = transpose(rows, block + QS_2 + 32 * half + 16 * i)
+                of_half, to = (scales[2 * half], scales[2 * half + 1]), out + 4 * _STEP_2 * half + 256 * i
+                _store_scaled(w0, of_half, i, to)
+                _store_scaled(w1, of_half, i, to + 64)
+                _store_scaled(w2, of_half, i, to + 128)
+                _store_scaled(w3, of_half, i, to + 192)
+        out += 8 * _STEP_2
+
 
 @inline
 def _store_scales(packed, d, out):
@@ -232,7 +271,17 @@ def _repack_3(rows, n_blocks, out):
 _gemv_2, _gemv_batch_2 = plain.kernels("Q2_K", BYTES_2, _weights_2, _add_k_block_2)
 _gemv_3, _gemv_batch_3 = plain.kernels("Q3_K", BYTES_3, _weights_3, _add_k_block_3)
 
-Q2_K = Format("Q2_K", BLOCK, LAYOUT_2, True, unpack_2, _gemv_2, _gemv_batch_2, _expand_2)
+Q2_K = Format(
+    "Q2_K",
+    BLOCK,
+    LAYOUT_2,
+    True,
+    unpack_2,
+    _gemv_2,
+    _gemv_batch_2,
+    _expand_2,
+    panels=PanelFormat(TWO_MINIMA, 0, _repack_2),
+)
 Q3_K = Format(
     "Q3_K",
     BLOCK,

@@ -18,17 +18,18 @@ from quant.gemm.microkernel_k_block import (
     AFFINE,
     AHEAD,
     LANES,
-    PART_BYTES,
     PARTS,
     PASSES,
     ROWS,
     SIGNED_BYTES,
     SYMMETRIC,
     TOKENS,
+    TWO_MINIMA,
     TWO_SCALES,
     VECTOR_TOKENS,
     VF32,
     KBlocks,
+    part_bytes,
 )
 from quant.simd.core import I64, define, load, store
 from quant.simd.memory import emit_prefetch
@@ -66,7 +67,7 @@ def _tile(kind: int):
     def emit(builder, weights, tokens, sums, n_k_blocks, n_tokens) -> None:
         def emit_block(n: int) -> None:
             with cgutils.for_range(builder, I64(PASSES)) as group:
-                part = builder.mul(builder.lshr(group.index, I64(1)), I64(PART_BYTES))
+                part = builder.mul(builder.lshr(group.index, I64(1)), I64(part_bytes(kind)))
                 half = builder.mul(builder.and_(group.index, I64(1)), I64(32))
                 w, row_sums = builder.add(weights, builder.add(part, half)), builder.mul(group.index, I64(4 * LANES))
                 emit_for(
@@ -85,6 +86,7 @@ TILES: dict[int, Kernel] = {}
 
 if isa.has("avx2"):
     _minimum, _offset, _halves, _bytes = _tile(AFFINE), _tile(SYMMETRIC), _tile(TWO_SCALES), _tile(SIGNED_BYTES)
+    _minima = _tile(TWO_MINIMA)
 
     @kernel(TILE)
     def _minimum_tile(weights, tokens, sums, n_k_blocks, n_tokens):
@@ -102,5 +104,10 @@ if isa.has("avx2"):
     def _bytes_tile(weights, tokens, sums, n_k_blocks, n_tokens):
         _bytes(weights, tokens, sums, n_k_blocks, n_tokens)
 
+    @kernel(TILE)
+    def _minima_tile(weights, tokens, sums, n_k_blocks, n_tokens):
+        _minima(weights, tokens, sums, n_k_blocks, n_tokens)
+
     TILES[AFFINE], TILES[SYMMETRIC] = _minimum_tile, _offset_tile
     TILES[TWO_SCALES], TILES[SIGNED_BYTES] = _halves_tile, _bytes_tile
+    TILES[TWO_MINIMA] = _minima_tile

@@ -20,7 +20,6 @@ from quant.gemm.amx_emulated import EmulatedTiles
 from quant.gemm.microkernel_k_block import (
     AMX,
     K_BLOCK,
-    PART_BYTES,
     PARTS,
     TOKENS,
     TWO_SCALES,
@@ -28,6 +27,7 @@ from quant.gemm.microkernel_k_block import (
     VI32,
     KBlock,
     KBlocks,
+    part_bytes,
 )
 from quant.simd.core import I8, I64, define, load
 from quant.target import amx, isa
@@ -117,7 +117,7 @@ class AmxKBlocks(KBlocks):
             tiles.load(x, b.add(tokens, I64(first)), K_BLOCK)
             for part in range(PARTS):
                 w, sums = _weights(part), _sums(is_last, part)
-                tiles.load(w, b.add(weights, I64(PART_BYTES * part + 16 * first)), _ROW)
+                tiles.load(w, b.add(weights, I64(part_bytes(self.kind) * part + 16 * first)), _ROW)
                 tiles.zero(sums)
                 tiles.add_product(sums, x, w)
                 tiles.store(sums, b.add(products, I64(_PRODUCT * (PARTS * (first // depth) + part))), _ROW)

@@ -22,19 +22,26 @@ if isa.has("amx"):
 TOKENS = 12 if isa.has("amx") else VECTOR_TOKENS  # of a block at most; more than VECTOR_TOKENS go through AMX tiles
 PASSES = ROWS // (PARTS * LANES)  # passes over the panels
 K_BLOCK = 32  # columns between two scalings
-PART_BYTES = 640  # of a k-block for 16 rows: 512 of weights, two vectors of scales
-K_BLOCK_BYTES = 2 * PART_BYTES
-K_BLOCKS = 16  # of a weight panel at most: 20 KB, which stay in L1 while all tokens pass over them
-AHEAD = K_BLOCKS * K_BLOCK_BYTES  # behind a weight panel: what to prefetch next i64 | lines of it a k-block i64
+AFFINE, SYMMETRIC, TWO_SCALES, SIGNED_BYTES, TWO_MINIMA = range(5)  # kinds of formats: see gemm/packed.py
+# Weights as they lie in a panel are not above:
+_MOST = {AFFINE: 31, SYMMETRIC: 31, TWO_SCALES: 63, SIGNED_BYTES: 255, TWO_MINIMA: 45}
+
+
+def part_bytes(kind: int) -> int:
+    """Of a k-block for 16 rows: 512 of weights, and two or three vectors of scales and minima."""
+    return 16 * K_BLOCK + 64 * (3 if kind == TWO_MINIMA else 2)
+
+
+K_BLOCK_BYTES = 2 * part_bytes(AFFINE)  # and of all other kinds but one
+K_BLOCKS = 16  # of a weight panel at most: 20 to 22 KB, which stay in L1 while all tokens pass over them
+# Behind a weight panel: what to prefetch next i64 | lines of it a k-block i64.
+AHEAD = K_BLOCKS * 2 * part_bytes(TWO_MINIMA)
 AMX = AHEAD + 64  # behind that, with AMX: products of two k-blocks and the tile file
 TOKEN_BYTES = 44  # of a token's k-block: 32 of q, d, and two words more
 
 # Integer sums start at the bits of 1.5 * 2**23: they are float32 numbers without a conversion, too large by that much,
 # as sums of 32 products stay below 2**22. A scale has 18 bits at most, so that its product with the excess is exact.
 BIAS, BIAS_FLOAT = 0x4B400000, 1.5 * 2**23
-
-AFFINE, SYMMETRIC, TWO_SCALES, SIGNED_BYTES = range(4)  # kinds of formats: see gemm/packed.py
-_MOST = {AFFINE: 31, SYMMETRIC: 31, TWO_SCALES: 63, SIGNED_BYTES: 255}  # weights as they lie in a panel are not above
 
 VF32, VI32, VI8 = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES), ir.VectorType(I8, 4 * LANES)
 
@@ -44,6 +51,7 @@ class KBlock:
 
     def __init__(self, builder, kind: int, n: int, weights, tokens):
         self.builder, self.kind, self.n, self.weights, self.tokens = builder, kind, n, weights, tokens
+        self.part_bytes = part_bytes(kind)
 
     def word(self, field: int, t: int, vector: ir.VectorType):
         """A word of token t in every lane: field 0 is d, 1 and 2 are the two others."""
@@ -51,11 +59,9 @@ class KBlock:
         return splat(self.builder, load(self.builder, address, vector.element), vector)
 
     def row_floats(self, i: int) -> list:
-        """The first or second vector of scales, of each part."""
-        return [
-            load(self.builder, self.builder.add(self.weights, I64(PART_BYTES * part + 16 * K_BLOCK + 64 * i)), VF32)
-            for part in range(PARTS)
-        ]
+        """Vector i of scales and minima, of each part."""
+        places = [self.part_bytes * part + 16 * K_BLOCK + 64 * i for part in range(PARTS)]
+        return [load(self.builder, self.builder.add(self.weights, I64(place)), VF32) for place in places]
 
     def columns(self, k: int, t: int):
         """The q of columns k..k+3 of token t, for every row."""
@@ -64,7 +70,7 @@ class KBlock:
 
     def row_bytes(self, k: int, part: int):
         """The weights of columns k..k+3."""
-        return load(self.builder, self.builder.add(self.weights, I64(PART_BYTES * part + 16 * k)), VI8)
+        return load(self.builder, self.builder.add(self.weights, I64(self.part_bytes * part + 16 * k)), VI8)
 
     def dots(self, starts: list, columns: range) -> list:
         """[part][t]: starts[t] + weights . q over some columns, in 32 bits."""
@@ -125,12 +131,13 @@ class KBlock:
                 dots = self.dots(starts, range(16 * half, 16 * half + 16))
                 self.add_scaled(totals, dots, self.row_floats(half))
             return
-        starts = [self.word(1, t, VI32) if self.kind != AFFINE else constant(VI32, BIAS) for t in range(self.n)]
+        n_minima = {AFFINE: 1, TWO_MINIMA: 2}.get(self.kind, 0)
+        starts = [constant(VI32, BIAS) if n_minima else self.word(1, t, VI32) for t in range(self.n)]
         self.add_scaled(totals, self.dots(starts, range(K_BLOCK)), self.row_floats(0))
-        if self.kind == AFFINE:
-            minima = self.row_floats(1)
+        for i in range(1, 1 + n_minima):
+            minima = self.row_floats(i)
             for t in range(self.n):
-                s = self.word(1, t, VF32)
+                s = self.word(i, t, VF32)
                 for part in range(PARTS):
                     totals[part][t] = emit_fma(self.builder, minima[part], s, totals[part][t])
 
@@ -144,7 +151,7 @@ class KBlocks:
 
     def addresses(self, index) -> tuple:
         """Of the weights and tokens of a k-block."""
-        weights = self.builder.add(self.weights, self.builder.mul(index, I64(K_BLOCK_BYTES)))
+        weights = self.builder.add(self.weights, self.builder.mul(index, I64(2 * part_bytes(self.kind))))
         return weights, self.builder.add(self.tokens, self.builder.mul(index, I64(TOKEN_BYTES * self.n)))
 
     def at(self, index) -> KBlock:

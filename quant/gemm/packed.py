@@ -2,17 +2,18 @@
 
 A weight panel holds 32 rows, repacked from their blocks a few columns at a time into a worker's L1-sized scratch. For
 16 of them a k-block, 32 columns, takes 640 bytes: u8[8][16 rows][4 columns] | f32[16] | f32[16]; the other 16 follow. A
-weight is scale * (u - offset) - minimum. The two vectors by the kind of the format:
+weight is scale * (u - offset) - minimum. The vectors by the kind of the format:
 
     AFFINE        scale, -minimum                           one of each for every 32 weights; offset 0
     SYMMETRIC     scale, nothing                            one for every 32; u below 32
     SIGNED_BYTES  scale, nothing                            one for every 32; u of 8 bits
     TWO_SCALES    scale of columns 0-15, of columns 16-31   one for every 16
+    TWO_MINIMA    scale, -minimum of columns 0-15, of 16-31 one minimum for every 16; offset 0; three vectors, 704 bytes
 
 A token panel holds the tokens of one product in blocks of 6 (4 with AVX2, 12 with AMX), but for the last one. A block
 of n takes 44*n bytes a k-block: q i8[n][32] | d f32[n] | two words [n]. The words of AFFINE: s f32 = d * sum of q, and
-nothing. Of the others: BIAS - offset * sum of q, i32, over all 32 columns and nothing, or over each half. Dot products
-start there, those of AFFINE at BIAS.
+nothing; of TWO_MINIMA the same over each half. Of the others: BIAS - offset * sum of q, i32, over all 32 columns and
+nothing, or over each half. Dot products start there, those with minima at BIAS.
 """
 
 import numpy as np
@@ -27,12 +28,13 @@ from quant.gemm.microkernel_k_block import (
     BIAS,
     K_BLOCK,
     K_BLOCKS,
-    PART_BYTES,
     PASSES,
     ROWS,
     TOKEN_BYTES,
     TOKENS,
+    TWO_MINIMA,
     TWO_SCALES,
+    part_bytes,
 )
 from quant.gemm.quantize_tokens import SUMS, D, S
 from quant.matrix import MATRIX, QuantMatrix, row_address
@@ -69,14 +71,16 @@ def tokens_from(*formats: Format) -> int:
     return PACKED_FROM_INTERLEAVED if all(format_.rows > 1 for format_ in formats) else PACKED_FROM
 
 
-PACKED_MATRIX = struct("PackedMatrix", matrix=MATRIX, repack=address, tile=address, kind=i64, offset=i64)
+PACKED_MATRIX = struct(
+    "PackedMatrix", matrix=MATRIX, repack=address, tile=address, kind=i64, offset=i64, part_bytes=i64
+)
 
 
 def packed_matrix(matrix: QuantMatrix, format_: PanelFormat) -> np.ndarray:
     """A matrix as jobs see it that multiply it through panels, a PACKED_MATRIX."""
     return PACKED_MATRIX.pack(
         matrix=matrix.struct, repack=format_.repack.address, tile=TILES[format_.kind].address,
-        kind=format_.kind, offset=format_.offset,
+        kind=format_.kind, offset=format_.offset, part_bytes=part_bytes(format_.kind),
     )  # fmt: skip
 
 
@@ -104,6 +108,10 @@ def write_group(kind, offset, block, g, at, size, i):
     first, second = load_i32(block + SUMS + 4 * g), load_i32(block + SUMS + 64 + 4 * g)
     if kind == AFFINE:
         store_f32(words + 4 * size, load_f32(block + S + 4 * g))
+    elif kind == TWO_MINIMA:
+        d = load_f32(block + D + 4 * g)
+        store_f32(words + 4 * size, d * np.float32(first))
+        store_f32(words + 8 * size, d * np.float32(second))
     elif kind == TWO_SCALES:
         store_i32(words + 4 * size, BIAS - offset * first)
         store_i32(words + 8 * size, BIAS - offset * second)
@@ -128,7 +136,7 @@ def _repack(weights, w, n_rows, n_blocks, addresses, panel):
         for r in range(VECTOR_ROWS):
             row = min(VECTOR_ROWS * part + r, n_rows - 1) & -interleaved  # a power of 2
             store_i64(addresses + 8 * r, w + row_bytes * row)
-        call_3(weights.repack, addresses, n_blocks, panel + PART_BYTES * part)
+        call_3(weights.repack, addresses, n_blocks, panel + weights.part_bytes * part)
 
 
 @inline

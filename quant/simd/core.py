@@ -222,7 +222,7 @@ def _define_operator(function: Callable, of_floats: Callable | None, of_ints: Ca
 
 _define_operator(operator.add, lambda b, x, y: b.fadd(x, y), lambda b, x, y: b.add(x, y))
 _define_operator(operator.sub, lambda b, x, y: b.fsub(x, y), lambda b, x, y: b.sub(x, y))
-_define_operator(operator.mul, lambda b, x, y: b.fmul(x, y), None)
+_define_operator(operator.mul, lambda b, x, y: b.fmul(x, y), lambda b, x, y: b.mul(x, y))
 _define_operator(operator.truediv, lambda b, x, y: b.fdiv(x, y), None)
 _define_operator(operator.neg, lambda b, x: b.fneg(x), None)
 _define_operator(abs, lambda b, x: call(b, f"llvm.fabs.v{x.type.count}f32", x.type, x), None)

@@ -201,7 +201,9 @@ def _step(is_last: bool) -> tuple[str, ...]:
     return tuple(found)
 
 
-@pytest.mark.parametrize(("name", "halves"), [("minimum", 1), ("offset", 1), ("bytes", 1), ("halves", 2)])
+@pytest.mark.parametrize(
+    ("name", "halves"), [("minimum", 1), ("minima", 1), ("offset", 1), ("bytes", 1), ("halves", 2)]
+)
 def test_tile_kernels_are_the_expected_instructions(assembly: dict[str, str], name: str, halves: int) -> None:
     """The weights second in AT&T order, as the unsigned operand; before the loop and in it, for 5 to 12 tokens."""
     found, length = _tile_instructions(assembly[name]), len(_step(False))

@@ -8,7 +8,7 @@ from packed_layout import unpacked
 from quant.errors import QuantError
 from quant.formats import registry
 from quant.gemm import packed
-from quant.gemm.microkernel_k_block import BIAS, BIAS_FLOAT, K_BLOCK_BYTES, PART_BYTES
+from quant.gemm.microkernel_k_block import BIAS, BIAS_FLOAT, part_bytes
 from quant.target import isa
 from quant.target.jit import kernel
 from quant.threads.pool import Pool, aligned_bytes
@@ -27,9 +27,10 @@ def test_repacked_blocks_are_the_weights(name):
     raw = kernels.random_blocks(name, (16, 3 * format_.block), np.random.default_rng(0))
     rows = np.array([row.ctypes.data for row in raw])
     n_k_blocks = 3 * format_.block // packed.K_BLOCK
-    out = aligned_bytes(n_k_blocks * K_BLOCK_BYTES)
+    n_bytes = part_bytes(packed.find(format_).kind)
+    out = aligned_bytes(n_k_blocks * 2 * n_bytes)
     kernels.call(packed.find(format_).repack, rows, 3, out)
-    steps = out.reshape(n_k_blocks, K_BLOCK_BYTES)[:, :PART_BYTES]
+    steps = out.reshape(n_k_blocks, 2 * n_bytes)[:, :n_bytes]
     assert np.array_equal(unpacked(steps, packed.find(format_)), format_.unpack(raw))
 
 

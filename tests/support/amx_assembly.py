@@ -22,6 +22,7 @@ KERNELS = {
     "offset": microkernel._offset_tile,
     "halves": microkernel._halves_tile,
     "bytes": microkernel._bytes_tile,
+    "minima": microkernel._minima_tile,
     "multiply": packed_linear._multiply,
 }
 
