@@ -12,6 +12,7 @@ from localrun.models.parts import EMBED_TOKENS, LM_HEAD
 from localrun.models.registry import ARCHITECTURES
 from localrun.models.rope_scaling import read_scaling
 
+_LONGEST_NAME = 64  # characters; llama.cpp's are a third as long
 IMATRIX = "imatrix"  # general.type of an importance matrix
 
 
@@ -46,7 +47,11 @@ def architecture_of(file: GGUFFile) -> str:
     """The name of a model's architecture. Raises GGUFError if it has none, as an importance matrix."""
     if file.metadata.get("general.type") == IMATRIX:
         raise GGUFError(f"{file.path}: is an importance matrix, expected a model")
-    return file.string("general.architecture")
+    name = file.string("general.architecture")
+    if len(name) > _LONGEST_NAME or not name.isprintable():
+        found = f"key 'general.architecture' is {name[:_LONGEST_NAME]!r}"
+        raise GGUFError(f"{file.path}: {found}, expected the name of an architecture")
+    return name
 
 
 def context_length(file: GGUFFile) -> int | None:

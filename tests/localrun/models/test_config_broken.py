@@ -318,6 +318,15 @@ def test_other_architectures_are_not_native(tmp_path: Path) -> None:
         config_of(path)
 
 
+@pytest.mark.parametrize("name", ["x" * 65, "0" * 5000, "a\nb", "\x1b[31m"])
+def test_what_is_no_name_of_an_architecture(name: str, tmp_path: Path) -> None:
+    path = Model(name, {}, {}).write(tmp_path / "model.gguf")
+    with pytest.raises(GGUFError) as caught:
+        config_of(path)
+    found = f"key 'general.architecture' is {name[:64]!r}"
+    assert str(caught.value) == f"{path}: {found}, expected the name of an architecture"
+
+
 def test_no_architecture(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(b.build([b.key("general.name", b.STRING, "x")]))
