@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import signal
+from contextlib import suppress
 from typing import Any
 
+from localrun.hardware import free_addresses
+
+_ROOM_BYTES = 256 << 20  # of address space: the library has 170 MB, and ends a process in which it finds too little
 _HANDLER = """
 declare i64 @write(i32, i64, i64)
 declare void @_exit(i32)
@@ -24,9 +28,16 @@ _kept: list[Any] = []  # lines and machine code: the handler may run as long as 
 
 
 def exit_with(line: str) -> None:
-    """From now on a bus error in any thread writes line to stderr and ends the process with exit code 1."""
-    if not hasattr(signal, "SIGBUS"):
-        return
+    """From now on a bus error in any thread writes line to stderr and ends the process with exit code 1.
+
+    Not where LLVM cannot be loaded or has no room: what needs it for more than this says so.
+    """
+    if hasattr(signal, "SIGBUS") and free_addresses() > _ROOM_BYTES:
+        with suppress(OSError, ImportError):
+            _install(line)
+
+
+def _install(line: str) -> None:
     import llvmlite.binding as llvm
 
     text = ctypes.create_string_buffer(f"{line}\n".encode("utf-8", "replace"))

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from localrun.errors import LocalrunError
 from localrun.placement import available
 from quant.errors import QuantError
 
+_NOT_LOADED = (OSError, ImportError)  # of shared libraries
 READ_BYTES = 1 << 30  # of memory; four times the last level cache if that is more
 _LITTLE_RAM = 4 << 30
 _SLOW_DISK = 300e6  # bytes/s: a model of 10 GB takes half a minute to come in
@@ -92,8 +94,19 @@ def _packages() -> Finding:
             with suppress(PackageNotFoundError):
                 found[name] = version(name)
     missing = [name for name, found_version in found.items() if found_version is None]
-    advice = f"missing: {', '.join(missing)}; pip install {' '.join(missing)}" if missing else ""
+    advice = f"missing: {', '.join(missing)}; pip install {' '.join(missing)}" if missing else "; ".join(_broken())
     return Finding("packages", ", ".join(f"{name} {v}" for name, v in found.items() if v), found, advice)
+
+
+def _broken() -> Iterator[str]:
+    """What to do about packages whose shared libraries cannot be loaded."""
+    for package, module in (("llvmlite", "llvmlite.binding"), ("llama-cpp-python", "llama_cpp")):
+        try:
+            loaded = import_module(module)
+            if module == "llvmlite.binding":
+                _ = loaded.llvm_version_info  # loads the library
+        except (OSError, ImportError, RuntimeError) as error:
+            yield f"{package} cannot be loaded ({error}); pip install --force-reinstall {package}"
 
 
 def _cpu() -> Finding:
@@ -102,6 +115,8 @@ def _cpu() -> Finding:
         from quant.target import isa
     except QuantError as error:  # LOCALRUN_ISA names no level, or one that this CPU lacks
         return Finding("cpu", model, {"model": model, "isa": None}, f"{error}; unset it")
+    except _NOT_LOADED as error:
+        return Finding("cpu", model, {"model": model, "isa": None}, str(error))
     usable = [level for level in isa.LEVELS if isa.FEATURES[level] <= isa.host_features()]
     best = usable[-2] if isa.REFUSED else usable[-1]
     data = {"model": model, "isa": isa.LEVEL, "best_isa": best, "LOCALRUN_ISA": forced or None}
@@ -163,7 +178,7 @@ def _kernels() -> Finding:
     """Where compiled kernels are kept: without a place to write to, every start takes half a minute."""
     try:
         from quant.target import kernel_cache
-    except QuantError as error:
+    except (QuantError, *_NOT_LOADED) as error:
         return Finding("kernel cache", "not looked at", None, str(error))
     folder = kernel_cache.folder()
     if folder.refusal:
@@ -180,7 +195,7 @@ def _bandwidth() -> Finding:
     try:
         from quant.threads import bandwidth
         from quant.threads.pool import Pool
-    except QuantError as error:
+    except (QuantError, *_NOT_LOADED) as error:
         return Finding("memory", "not measured", None, str(error))
     cache, usable = hardware.last_level_cache(), hardware.usable_cores()
     n_bytes = min(max(READ_BYTES, 4 * cache), hardware.free_ram() // 4)

@@ -275,3 +275,23 @@ def test_a_slow_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").write_bytes(b"x")
     monkeypatch.setattr(doctor, "read_rate", lambda path: (100e6, True))
     assert doctor._disk(tmp_path / "a").advice == "a model of 10 GB takes 100 s to come in; keep models on an SSD"
+
+
+def test_libraries_that_cannot_be_loaded_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the rest of the machine is still looked at."""
+    import quant.target
+    import quant.threads
+
+    monkeypatch.setattr(doctor, "_DISK_SECONDS", 0.01)
+    for module in ("llama_cpp", "quant.target.isa", "quant.target.kernel_cache", "quant.threads.bandwidth"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for package, name in ((quant.target, "isa"), (quant.target, "kernel_cache"), (quant.threads, "bandwidth")):
+        monkeypatch.delattr(package, name, raising=False)
+    assert command(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == NAMES
+    for name in ("packages", "cpu", "kernel cache", "memory"):
+        assert found[name]["status"] == "warning", name
+    assert found["packages"]["advice"].endswith("pip install --force-reinstall llama-cpp-python")
