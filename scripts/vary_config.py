@@ -112,6 +112,7 @@ BESIDE: dict[str, dict[str, dict[str, Any]]] = {
         "num_attention_heads": {"num_key_value_heads": ABSENT},
         "original_max_position_embeddings": {"rope_parameters": hf.YARN},
     },
+    "Qwen3MoeForCausalLM": {"num_experts": {"num_local_experts": ABSENT}},
     "DeepseekV3ForCausalLM": {
         "original_max_position_embeddings": {"rope_parameters": hf.YARN},
         "num_attention_heads": {"num_key_value_heads": None},
