@@ -418,10 +418,10 @@ def change_bytes(rng: random.Random, content: bytes, header: int) -> tuple[bytes
         raw[at] ^= 1 << rng.randrange(8)
     elif how == 1:
         raw[at] = rng.randrange(256)
-    elif how == 2:
+    elif how == 2 and len(raw) >= 8:
         at = rng.randrange(max(1, header - 8))
         struct.pack_into("<Q", raw, at, rng.choice(_SIZES))
-    elif how == 3:
+    elif how == 3 and len(raw) >= 4:
         at = rng.randrange(max(1, header - 4))
         struct.pack_into("<I", raw, at, rng.choice(_COUNTS))
     elif how == 4:
