@@ -23,11 +23,11 @@ import resource
 import statistics
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -202,14 +202,8 @@ class Soak:
     def side_by_side(self) -> None:
         engine = self.rng.choice(self.engines)
         prompts = [self.ids(engine, 30) for _ in range(4)]
-        work = [
-            threading.Thread(target=lambda ids=ids: list(engine.generate(ids, max_tokens=10)), daemon=True)
-            for ids in prompts
-        ]
-        for thread in work:
-            thread.start()
-        for thread in work:
-            thread.join()
+        with ThreadPoolExecutor(len(prompts)) as threads:
+            list(threads.map(lambda ids: list(engine.generate(ids, max_tokens=10)), prompts))
 
     def converted(self) -> None:
         """A conversion, whose result is opened, or one that is given up."""
