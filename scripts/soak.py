@@ -20,7 +20,6 @@ import json
 import os
 import random
 import resource
-import statistics
 import sys
 import tempfile
 import time
@@ -49,7 +48,8 @@ ALLOCATORS = ("jemalloc", "tcmalloc", "tcmalloc_minimal", "mimalloc")
 WARM_UP = 3  # times that each thing is done before anything is counted: libraries are loaded, and pools filled
 SETTLING = 0.2  # of the time, that does not count either: the largest of every size of work comes late
 SAMPLE_S = 1.0
-# What the median of the last third may be above that of the first third: a share, and so much more.
+# What the least of the last third may be above that of the first third: a share, and so much more. The least, since a
+# thread that brings a model's file into memory may still be at work when a sample is taken.
 LIMITS = {
     "rss_mb": (
         0.05,
@@ -226,11 +226,11 @@ class Soak:
 
 
 def verdict(samples: list[dict[str, float]]) -> dict[str, dict[str, float | bool]]:
-    """For each of LIMITS: the medians of the first and the last third that count, and whether it is flat."""
+    """For each of LIMITS: the least of the first and of the last third that count, and whether it is flat."""
     samples = samples[int(len(samples) * SETTLING) :]
     third, found = max(1, len(samples) // 3), {}
     for name, (share, more) in LIMITS.items():
-        first, last = (statistics.median(s[name] for s in part) for part in (samples[:third], samples[-third:]))
+        first, last = (min(s[name] for s in part) for part in (samples[:third], samples[-third:]))
         highest = max(s[name] for s in samples)
         is_flat = last <= first * (1 + share) + more
         found[name] = {"first": round(first, 1), "last": round(last, 1), "highest": round(highest, 1), "flat": is_flat}
