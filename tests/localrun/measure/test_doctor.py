@@ -155,7 +155,7 @@ def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cores(logical: int, quota: int | None, allowed: int, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "physical_cores", lambda: 8)
     monkeypatch.setattr(os, "cpu_count", lambda: logical)
-    monkeypatch.setattr(hardware, "logical_cores", lambda: allowed)
+    monkeypatch.setattr(hardware, "_cores_of_mask", lambda root: min(allowed, 8))
     monkeypatch.setattr(hardware, "cpu_quota", lambda root=None: quota)
     found = doctor._cores()
     assert found.data["smt"] == (logical == 16) and found.advice.startswith(advice)
