@@ -27,7 +27,6 @@ from localrun.gguf import types as tensor_types
 from localrun.gguf.types import InterleavedType, TensorType
 
 MAGIC = b"GGUF"
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 VERSIONS = (2, 3)
 MAX_DIMS = 4
 MAX_KEY = 2**16 - 1  # bytes; the format's own limit
@@ -195,8 +194,6 @@ def _read_version(cursor: _Cursor) -> int:
         raise GGUFError(f"{cursor.path}: {lfs.ADVICE}")
     cursor.skip(len(MAGIC))
     magic = cursor.data[: len(MAGIC)]
-    if cursor.data[: len(_LFS_POINTER)] == _LFS_POINTER:
-        raise GGUFError(f"{cursor.path}: is a Git LFS pointer, not the model itself; git lfs pull fetches that")
     if magic != MAGIC:
         raise cursor.error(f"has magic {magic!r}, expected {MAGIC!r}: not a GGUF file")
     version = cursor.u32()

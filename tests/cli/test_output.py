@@ -194,3 +194,17 @@ def test_a_closed_or_strange_stdin(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr(sys, "stdin", type("Stdin", (), {"buffer": Folder()})())
     with pytest.raises(LocalrunError, match="stdin: cannot be read: Is a directory"):
         read_text("-")
+
+
+def test_a_git_lfs_pointer_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "m.gguf").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n")
+    assert run(["inspect", str(tmp_path / "m.gguf")]) == 1
+    assert "m.gguf: is a Git LFS pointer, not the file itself" in capsys.readouterr().err
+
+
+def test_an_importance_matrix_replaces_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (hostile(tmp_path / "m.gguf"), tmp_path / "text"):
+        path.exists() or path.write_text("mine")
+        before = path.read_bytes()
+        assert run(["imatrix", "-f", __file__, "-o", str(path)]) == 1
+        assert "is there, and no importance matrix" in capsys.readouterr().err and path.read_bytes() == before

@@ -78,12 +78,13 @@ def test_prices_that_are_none(value: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[" * 100_000, "{", "\0", "1" * 5000, '{"a": -Infinity}'])
-@pytest.mark.parametrize("what", ["--machine", "--prices"])
-def test_what_is_no_json(what: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "x.json").write_text(text)
-    options = [what, str(tmp_path / "x.json")]
-    assert run(["plan", *(["cluster"] if what == "--prices" else ["deepseek-v3"]), *options]) == 1
-    assert capsys.readouterr().err.startswith(f"localrun: {tmp_path / 'x.json'}: not JSON: ")
+@pytest.mark.parametrize("read", [load_machine, load_prices])
+def test_what_is_no_json(read: Any, text: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(LocalrunError) as caught:
+        read(str(path) if read is load_machine else path)
+    assert str(caught.value).startswith(f"{path}: not JSON: ")
 
 
 @pytest.mark.parametrize("name", ["", "~nosuchuser/m.json", "/", "x" * 300])
