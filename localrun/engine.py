@@ -283,10 +283,11 @@ class Engine:
 
         That another file has its name by now is said once.
         """
-        self.file.check_unchanged()
-        if not self._said_replaced and (path := self.file.replaced()):
-            self._said_replaced = True
-            self._notice(f"{path}: was replaced; the file that was opened stays in use until the next start")
+        with self.turn:  # or another thread may close the file meanwhile
+            self.file.check_unchanged()
+            if not self._said_replaced and (path := self.file.replaced()):
+                self._said_replaced = True
+                self._notice(f"{path}: was replaced; the file that was opened stays in use until the next start")
         if not len(ids):
             raise LocalrunError("the prompt is empty")
         for token in (min(ids), max(ids)):
