@@ -13,21 +13,20 @@ def test_detected_level_has_all_its_features():
 
 def run_marked(level: str, *options: str) -> None:
     """The tests marked `levels`, in one process, which compiles each kernel once."""
-    command = ["-m", "pytest", "-q", "-x", "-n0", "-p", "no:cacheprovider", "-m", "levels", *options]
-    done = levels.run(level, *command, str(TESTS / "quant"), str(TESTS / "localrun" / "cpu"))
+    done = levels.run(level, "-m", "pytest", "-q", "-x", "-n0", "-p", "no:cacheprovider", "-m", "levels", *options)
     assert done.returncode == 0, done.stdout[-3000:]
 
 
 @levels.next_lower
 def test_a_sample_at_a_lower_level(level: str) -> None:
-    """Kernels, each with one of the sizes that its tests know; at the levels below that, the slow test runs them."""
-    run_marked(level, "--sample")
+    """Kernels, each with one of the sizes that its tests know. Whole steps and all levels are the slow test's."""
+    run_marked(level, "--sample", str(TESTS / "quant"))
 
 
 @pytest.mark.slow
 @levels.lower
 def test_all_shapes_at_a_lower_level(level: str) -> None:
-    run_marked(level)
+    run_marked(level, str(TESTS / "quant"), str(TESTS / "localrun" / "cpu"))
 
 
 @levels.lower
