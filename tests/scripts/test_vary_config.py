@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from cases import slow_but
 from paths import SCRIPTS
 
 from localrun.models.checkpoint_class import NO_EFFECT, ONLY, CheckpointClass, Setting
@@ -55,7 +56,7 @@ TELLING: dict[str, list[tuple[str, Any, str]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", TELLING)
+@pytest.mark.parametrize("name", slow_but(TELLING, ["DeepseekV3ForCausalLM", "LlamaForCausalLM"]))
 def test_a_key_is_honoured_refused_or_of_no_effect(name: str, script: ModuleType, tmp_path: Path) -> None:
     """transformers' logits of the same folder are what "honoured" and "no effect" are held against."""
     variations = script.Variations(CLASSES[name], tmp_path)

@@ -106,13 +106,17 @@ def test_greedy_tokens_equal_llama_cpps(variant: str) -> None:
         assert list(model.generate(ids, greedy, max_tokens=n))[:n_sure] == expected[:n_sure]
 
 
-# Every type is in the fast suite once, in a model with experts; a dense one has the same matrices but for theirs.
-DENSE = [("llama-wide", "Q4_K_M"), ("llama-wide", "Q8_0")]
+# Every type is in the fast suite once, in a model with experts, and so is each fall-back; a dense model has the same
+# matrices but for the experts'.
+FAST = [("wide", mix) for mix in MIXES] + [
+    *[("wide-odd", "Q4_K_M"), ("qwen3moe-wide", "Q4_K_M"), ("qwen3moe-wide", "MXFP4_MOE")],
+    *[("llama-wide", "Q4_K_M"), ("llama-wide", "Q8_0")],
+]
 
 
 @pytest.mark.parametrize(
     ("variant", "mix"),
-    slow_but(QUANTIZED, [case for case in QUANTIZED if case[0] != "llama-wide"] + DENSE),
+    slow_but(QUANTIZED, FAST),
     ids=lambda value: value,
 )
 def test_quantized_logits_are_as_exact_as_llama_cpps(variant: str, mix: str) -> None:
