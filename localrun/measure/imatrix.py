@@ -28,6 +28,7 @@ from localrun.gguf.file import open_gguf
 from localrun.limits import PREFILL_CHUNK
 from localrun.measure.perplexity import text_chunks
 from localrun.models import names
+from localrun.models.reader import is_imatrix
 from localrun.network.cache import Cache, row_widths
 from localrun.network.model import Network
 from quant.matrix import QuantMatrix
@@ -251,7 +252,7 @@ def check_destination(path: Path) -> None:
 def _is_imatrix(path: Path) -> bool:
     try:
         with open_gguf(path) as file:
-            return file.metadata.get("general.type") == "imatrix"
+            return is_imatrix(file)
     except LocalrunError:
         return False
 

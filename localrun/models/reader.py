@@ -43,9 +43,15 @@ def read_config(file: GGUFFile) -> Config:
     return config
 
 
+def is_imatrix(file: GGUFFile) -> bool:
+    """Whether a file holds importances and no model."""
+    kind = file.metadata.get("general.type")
+    return isinstance(kind, str) and kind == IMATRIX  # an array would be compared item by item
+
+
 def architecture_of(file: GGUFFile) -> str:
     """The name of a model's architecture. Raises GGUFError if it has none, as an importance matrix."""
-    if file.metadata.get("general.type") == IMATRIX:
+    if is_imatrix(file):
         raise GGUFError(f"{file.path}: is an importance matrix, expected a model")
     name = file.string("general.architecture")
     if len(name) > _LONGEST_NAME or not name.isprintable():

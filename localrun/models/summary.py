@@ -15,7 +15,7 @@ from localrun.errors import LocalrunError, UnsupportedModelError
 from localrun.gguf.file import GGUFFile, Tensor
 from localrun.models.config import Config
 from localrun.models.names import EMBED_TOKENS, LM_HEAD, check_tensors, check_types
-from localrun.models.reader import IMATRIX, read_config
+from localrun.models.reader import is_imatrix, read_config
 
 # The first pattern that matches a name decides.
 GROUPS = {
@@ -56,7 +56,7 @@ def summary_of(file: GGUFFile) -> dict[str, Any]:
     tensors = list(file.tensors.values())
     weights, n_bytes = sum(map(_weights, tensors)), sum(tensor.n_bytes for tensor in tensors)
     name = file.metadata.get("general.name")
-    kind = "importance matrix" if file.metadata.get("general.type") == IMATRIX else "model"
+    kind = "importance matrix" if is_imatrix(file) else "model"
     config, backend, reason = _config(file)
     return {
         "paths": [str(path) for path in file.paths],

@@ -185,6 +185,16 @@ def test_an_importance_matrix_is_no_model(tmp_path: Path, capsys: pytest.Capture
         assert capsys.readouterr().err == f"localrun: {path}: is an importance matrix, expected a model\n"
 
 
+@pytest.mark.parametrize("items", [[], [17], [17, 17]], ids=len)
+def test_a_kind_of_file_that_is_no_text(items: list[int], tmp_path: Path) -> None:
+    """It is no importance matrix."""
+    model = fuzz_gguf.bases()["llama"].copy()
+    model.keys = [key for key in model.keys if key.name != b"general.type"]
+    model.keys.append(fuzz_gguf.Key(b"general.type", b.ARRAY, items))
+    with open_gguf(write(tmp_path, model)) as file:
+        assert summary_of(file)["kind"] == "model"
+
+
 def no_dimensions(tensor: fuzz_gguf.Record) -> None:
     tensor.ne.clear()
     fuzz_gguf.fit(tensor)
