@@ -24,7 +24,9 @@ def generate(
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", metavar="TEXT", help="The prompt.")] = None,
     file: options.File = None,
     n_tokens: options.NTokens = 128,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text as it is; control tokens that it spells count.")
+    ] = False,
     system: options.System = None,
     stop: options.Stop = None,
     *,
