@@ -60,7 +60,7 @@ VALUES: dict[str, list[Any]] = {
     "num_hidden_layers": [2], "num_attention_heads": [2, 8], "num_key_value_heads": [1, None], "head_dim": [16, None],
     "kv_lora_rank": [48], "q_lora_rank": [32, None], "qk_rope_head_dim": [32], "qk_nope_head_dim": [16],
     "v_head_dim": [16], "first_k_dense_replace": [0, 2, 7, None], "n_routed_experts": [4, 16],
-    "num_experts": [4, 16], "num_local_experts": [4, 16], "n_shared_experts": [2], "num_experts_per_tok": [1, 2, None],
+    "num_experts": [4, 16], "num_local_experts": [4, 16], "n_shared_experts": [1, 2, 3], "num_experts_per_tok": [1, 2, None],
     "n_group": [1, 2, None], "topk_group": [1, 4, None], "routed_scaling_factor": [0.5, 4.0, 16],
     "rms_norm_eps": [1e-5, 1e-2], "max_position_embeddings": [64, 4096], "hidden_act": ["gelu", "swish", "relu", None],
     "topk_method": ["greedy", "group_limited_greedy", "noaux_tc"], "scoring_func": ["softmax", "sigmoid"],
