@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from localrun.convert.sources.json_file import shown
 from localrun.convert.targets import Target
 from localrun.errors import GGUFError
 from localrun.gguf.file import open_gguf
@@ -77,26 +78,26 @@ class Importances(Mapping[str, np.ndarray]):
         if stored.n_sums != n_slices * target.n_cols or stored.n_counts not in (1, n_slices):
             expected = f"{n_slices * target.n_cols} and {n_slices}"
             found = f"{stored.n_sums} sums and {stored.n_counts} counts"
-            raise GGUFError(f"{self.path}: '{name}' has {found}, expected {expected}")
+            raise GGUFError(f"{self.path}: {shown(name)} has {found}, expected {expected}")
         sums = self._floats(name, stored.sums_at, stored.n_sums).reshape(n_slices, -1)
         if stored.counts_at:
             counts = self._floats(name, stored.counts_at, stored.n_counts)
         else:
             counts = np.array([stored.n_calls], np.float32)
         if not (np.isfinite(sums).all() and np.isfinite(counts).all() and (sums >= 0).all()):
-            raise GGUFError(f"{self.path}: '{name}' has importances that are not finite or below 0")
+            raise GGUFError(f"{self.path}: {shown(name)} has importances that are not finite or below 0")
         counts = np.broadcast_to(counts, n_slices)[:, None]
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             means = np.where(counts > 0, sums / counts, np.nan).astype(np.float32)
         if np.isinf(means).any():
-            raise GGUFError(f"{self.path}: '{name}' has importances that no float32 number holds")
+            raise GGUFError(f"{self.path}: {shown(name)} has importances that no float32 number holds")
         means[means < _LEAST] = 0
         return means
 
     def _floats(self, name: str, at: int, count: int) -> np.ndarray:
         values = np.fromfile(self.path, np.float32, count, offset=at)
         if values.size != count:
-            raise GGUFError(f"{self.path}: is cut off in '{name}'")
+            raise GGUFError(f"{self.path}: is cut off in {shown(name)}")
         return values
 
 
@@ -126,7 +127,7 @@ def _find_gguf(path: Path) -> Iterator[tuple[str, _Stored]]:
         for part, tensor in ((_SUMS, record), (_COUNTS, counts)):
             if tensor is None or tensor.type.name != "F32":
                 found = "missing" if tensor is None else tensor.type.name
-                raise GGUFError(f"{path}: tensor '{name}{part}' is {found}, expected F32")
+                raise GGUFError(f"{path}: tensor {shown(name + part)} is {found}, expected F32")
         sums_at, counts_at = (header.data_start + tensor.offset for tensor in (record, counts))
         yield name, _Stored(sums_at, prod(record.shape), counts_at, prod(counts.shape))
 
@@ -139,7 +140,7 @@ def _find_legacy(path: Path) -> Iterator[tuple[str, _Stored]]:
             n_calls, n_sums = _int32(file, path), _int32(file, path)
             yield name, _Stored(file.tell(), n_sums, n_calls=max(1, n_calls))
             if file.seek(4 * n_sums, os.SEEK_CUR) > size:
-                raise GGUFError(f"{path}: is cut off in '{name}'")
+                raise GGUFError(f"{path}: is cut off in {shown(name)}")
 
 
 def _int32(file: BinaryIO, path: Path, most: int = 2**31 - 1) -> int:

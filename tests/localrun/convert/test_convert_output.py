@@ -229,6 +229,15 @@ def test_an_imatrix_that_is_cut_short_is_refused(n_bytes: int, folder: Path, tmp
         plan_for(folder, tmp_path / "x.gguf", imatrix=path)
 
 
+def test_a_long_name_in_an_imatrix_is_shortened(folder: Path, tmp_path: Path) -> None:
+    """It may hold anything: here what no terminal should be sent."""
+    path = legacy_imatrix(tmp_path / "i.dat", {"\x1b[2J" * 200: (5, np.ones((8, 96)))})
+    os.truncate(path, 1000)
+    with pytest.raises(LocalrunError) as caught:
+        plan_for(folder, tmp_path / "x.gguf", imatrix=path)
+    assert len(str(caught.value)) < len(str(path)) + 150 and str(caught.value).isprintable()
+
+
 def test_importances_too_small_to_compute_with(folder: Path, tmp_path: Path) -> None:
     """Products with numbers near the least of float32 are 0 or not finite; packed by them, so were weights."""
     sums = np.full((8, 96), 1e-42)
