@@ -3,7 +3,7 @@
 import fcntl
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from types import ModuleType
 
 import numba
@@ -45,13 +45,12 @@ def _compile(kernel_: Kernel) -> CFunc:
 @contextmanager
 def _alone_with(name: str) -> Iterator[None]:
     """No other process compiles this kernel meanwhile: it waits, and then finds it in the cache."""
-    try:
-        file = (kernel_cache.folder().path / "compiling.lock").open("a")
-    except OSError:  # a folder that can't be written to: there is nothing to wait for
-        yield
-        return
-    with file:
-        fcntl.lockf(file, fcntl.LOCK_EX, 1, zlib.crc32(name.encode()))  # one byte a kernel; freed when it is closed
+    folder = kernel_cache.folder()
+    with ExitStack() as held:
+        if not folder.refusal:
+            with suppress(OSError):  # a folder that can't be written to: there is nothing to wait for
+                file = held.enter_context((folder.path / "compiling.lock").open("a"))
+                fcntl.lockf(file, fcntl.LOCK_EX, 1, zlib.crc32(name.encode()))  # one byte a kernel; freed when closed
         yield
 
 

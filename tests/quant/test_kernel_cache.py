@@ -198,6 +198,12 @@ def test_kernels_outside_the_package_are_not_kept(folder: Path) -> None:
     assert elsewhere.address and not kept(folder)
 
 
+def test_a_refused_folder_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link that another user has put there would be followed."""
+    monkeypatch.setattr(kernel_cache, "folder", lambda: Folder(tmp_path, "others may write to it"))
+    assert compiled_hits() == 0 and not list(tmp_path.iterdir())
+
+
 # ---- where the folder is ---------------------------------------------------------------------------------------------
 
 
