@@ -50,7 +50,7 @@ MAY_IMPORT = {
         "workers": "arguments errors hardware",
         "files": "errors",
         "bundled": "errors files",
-        "gguf": "errors hardware",
+        "gguf": "errors files hardware",
         "models": "errors gguf",
         "placement": "arguments errors hardware limits gguf models",
         "network": "errors limits models",

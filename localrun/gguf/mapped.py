@@ -17,6 +17,7 @@ from pathlib import Path
 from weakref import finalize
 
 from localrun.errors import GGUFError
+from localrun.files import nameless_file
 
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # linux/mman.h; named by newer Pythons only
 _DESCRIPTORS = Path("/proc/self/fd")  # Linux: opening an entry opens the file itself, for a child process as well
@@ -103,10 +104,10 @@ def _map_private(fd: int, size: int) -> mmap.mmap:
 def path_of(content: bytes) -> Iterator[str]:
     """A path at which content can be read as long as the context lasts; on Linux it takes no room on any disk.
 
-    Raises OSError where a temporary file is needed and none can be written.
+    Raises LocalrunError or OSError where a temporary file is needed and none can be written.
     """
-    if hasattr(os, "memfd_create") and _DESCRIPTORS.exists():
-        with open(os.memfd_create("localrun"), "wb") as file:
+    if _DESCRIPTORS.exists():
+        with nameless_file() as file:
             file.write(content)
             file.flush()
             yield str(_DESCRIPTORS / str(file.fileno()))

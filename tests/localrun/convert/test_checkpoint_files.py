@@ -127,7 +127,7 @@ def test_a_tensor_that_the_index_names_and_its_shard_lacks_is_missing(folder: Pa
 def test_what_every_runner_computes_may_have_any_dtype(dtype: torch.dtype, folder: Path) -> None:
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     hf.edit_tensors(folder, lambda t: t.update({name: torch.zeros(8, dtype=dtype)}))
-    make_plan(folder, folder / "x.gguf", Options(mix="F32"))
+    assert make_plan(folder, folder / "x.gguf", Options(mix="F32")).targets
 
 
 @pytest.mark.parametrize("differs", [True, False])
@@ -165,4 +165,4 @@ def test_a_gguf_that_is_a_git_lfs_pointer_is_named_as_one(tmp_path: Path) -> Non
 def test_a_byte_order_mark_is_no_matter(folder: Path) -> None:
     path = folder / "config.json"
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    make_plan(folder, folder / "x.gguf", Options(mix="F32"))
+    assert make_plan(folder, folder / "x.gguf", Options(mix="F32")).targets

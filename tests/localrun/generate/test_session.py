@@ -29,7 +29,8 @@ from localrun import limits
 from localrun.engine import Engine
 from localrun.errors import ContextFullError, LocalrunError
 from localrun.generate.sampling import Sampling
-from localrun.generate.session import Session, StopStrings
+from localrun.generate.session import Session
+from localrun.generate.stop_strings import StopStrings
 from localrun.limits import cut
 from localrun.network.cache import Cache
 from localrun.text.tokenizer import Tokenizer

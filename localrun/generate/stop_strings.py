@@ -1,0 +1,50 @@
+"""Texts that end a reply, also where control tokens spell them."""
+
+from collections.abc import Sequence
+
+
+def with_marks(stops: Sequence[str], controls: dict[str, int]) -> tuple[list[str], dict[int, str]]:
+    """The stop strings, also with a mark in place of each control token that they spell; and the marks by token id.
+
+    A mark is half of a character, which decoded text never holds.
+    """
+    marked, marks = list(stops), {}
+    for text in sorted(controls, key=len, reverse=True):
+        if any(text in stop for stop in marked):
+            mark = marks[controls[text]] = chr(0xD800 + len(marks))
+            marked = [stop.replace(text, mark) for stop in marked]
+    return [*stops, *marked], marks
+
+
+class StopStrings:
+    """Passes text on until one of the stop strings comes, holding back what could be the beginning of one."""
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """The text that is certain to come before any stop string."""
+        self._held += text
+        # The one that ends first wins, so that it does not matter in what pieces the text comes.
+        found = [
+            (self._held.find(stop) + len(stop), self._held.find(stop)) for stop in self._stops if stop in self._held
+        ]
+        if found:
+            self.found = True
+            return self._held[: min(found)[1]]
+        keep = max((self._overlap(stop) for stop in self._stops), default=0)
+        passed = self._held[: len(self._held) - keep]
+        self._held = self._held[len(passed) :]
+        return passed
+
+    def flush(self) -> str:
+        """What is held back: no stop string came of it."""
+        held, self._held = self._held, ""
+        return "" if self.found else held
+
+    def _overlap(self, stop: str) -> int:
+        """Length of the longest end of the text that begins `stop`."""
+        longest = min(len(stop) - 1, len(self._held))
+        return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
