@@ -230,7 +230,8 @@ class _ObservedCache(Cache):
     """A 32-bit cache; latents are the input of a kv_b matrix, where a file has that instead of k_b and v_b."""
 
     def __init__(self, config: Config, capacity: int, inputs: _Inputs) -> None:
-        super().__init__(config.num_hidden_layers, row_widths(config), capacity, np.float32)
+        widths = [row_widths(config, index) for index in range(config.num_hidden_layers)]
+        super().__init__(widths, capacity, np.float32)
         self._n_latent, self._inputs = config.kv_lora_rank, inputs
 
     def append(self, layer: int, *rows: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -39,6 +39,10 @@ class Config:
         hidden_act: the activation of gates, in dense layers and experts.
         qk_rope_head_dim: R, how many of a head's dimensions are rotated.
         n_routed_experts: 0 if all layers are dense.
+        index_topk: tokens that a query attends to, at most, chosen by an indexer (DeepSeek-V3.2); 0 for all.
+        indexer_types: of each layer: "full", with an indexer of its own, or "shared", with the choice of the last one.
+        indexer_rope: what the indexer rotates together, as `rope`.
+        lacks_indexer: whether the file has none of the indexer's tensors, although its keys speak of it.
         first_k_dense_replace: leading dense layers of a model with experts. A GGUF's tensors count, not this.
         shared_intermediate_size: inner width of all shared experts together.
         has_selection_bias: whether a bias moves the choice of experts (noaux_tc).
@@ -70,6 +74,13 @@ class Config:
     kv_lora_rank: int = 0
     qk_nope_head_dim: int = 0
     num_nextn_predict_layers: int = 0
+    # its sparse form
+    index_n_heads: int = 0
+    index_head_dim: int = 0
+    index_topk: int = 0
+    indexer_types: tuple[str, ...] = ()
+    indexer_rope: str = "pairs"
+    lacks_indexer: bool = False
     # mixture of experts
     n_routed_experts: int = 0
     num_experts_per_tok: int = 0
@@ -91,4 +102,13 @@ class Config:
             width = self.kv_lora_rank + self.qk_rope_head_dim
         else:
             width = self.num_key_value_heads * (self.head_dim + self.v_head_dim)
-        return self.num_hidden_layers * width * KV_BYTES
+        n_indexers = sum(self.chooses_rows(index) for index in range(self.num_hidden_layers))
+        return (self.num_hidden_layers * width + n_indexers * self.index_head_dim) * KV_BYTES
+
+    def has_indexer(self, index: int) -> bool:
+        """Whether layer `index` has an indexer's tensors, used or not; of multi-token prediction it may have them."""
+        return index < len(self.indexer_types) and self.indexer_types[index] == "full"
+
+    def chooses_rows(self, index: int) -> bool:
+        """Whether layer `index` chooses the tokens that it and the next ones attend to."""
+        return self.index_topk > 0 and self.has_indexer(index)

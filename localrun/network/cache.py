@@ -1,10 +1,11 @@
 """The key-value cache: what attention keeps of each token, one block of memory a layer.
 
 It knows widths, not meanings: multi-head latent attention keeps one row of kv_lora_rank + qk_rope_head_dim values a
-token, grouped-query attention a row of keys and a row of values.
+token, and one of the indexer's key in layers that have an indexer; grouped-query attention a row of keys and a row of
+values.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -73,14 +74,15 @@ class Cache(Context):
 
     Attributes:
         is_exact: whether values have 32 bits.
-        addresses: int64, of the blocks of rows: layer by layer, and in a layer by `widths`.
+        addresses: int64, of the blocks of rows: layer by layer, and in a layer as its widths.
     """
 
-    def __init__(self, n_layers: int, widths: tuple[int, ...], capacity: int, dtype: type[np.floating]):
+    def __init__(self, widths: Sequence[tuple[int, ...]], capacity: int, dtype: type[np.floating]):
+        """widths: of each layer's rows."""
         super().__init__(capacity)
-        self._widths, self._dtype = widths, dtype
+        self._widths, self._dtype = list(widths), dtype
         self.is_exact = dtype == np.float32
-        self._layers = [tuple(np.empty((capacity, width), dtype) for width in widths) for _ in range(n_layers)]
+        self._layers = [tuple(np.empty((capacity, width), dtype) for width in layer) for layer in widths]
         self.addresses = np.array([rows.ctypes.data for parts in self._layers for rows in parts], np.int64)
 
     def append(self, layer: int, *rows: "torch.Tensor") -> "tuple[torch.Tensor, ...]":
@@ -107,20 +109,26 @@ class Cache(Context):
 
     def load(self, tensors: dict[str, np.ndarray], length: int) -> None:
         """Take over what save() gave for `length` tokens. Raises LocalrunError if it is something else, or too long."""
-        self._check_saved(tensors, length, [self._widths] * len(self._layers), self._dtype)
+        self._check_saved(tensors, length, self._widths, self._dtype)
         for layer, parts in enumerate(self._layers):
             for part, rows in enumerate(parts):
                 rows[:length] = tensors[f"{layer}.{part}"]
         self.length = length
 
 
-def row_widths(config: Config) -> tuple[int, ...]:
-    """Values that a layer keeps of a token: of latents, or of keys and of values."""
+def row_widths(config: Config, index: int | None = None) -> tuple[int, ...]:
+    """Values that layer `index` keeps of a token: of latents, and of the indexer's key; or of keys and of values.
+
+    None stands for the layer of multi-token prediction, whose attention is dense.
+    """
     if config.attention == "mla":
-        return (config.kv_lora_rank + config.qk_rope_head_dim,)
+        latent = config.kv_lora_rank + config.qk_rope_head_dim
+        chooses = index is not None and config.chooses_rows(index)
+        return (latent, config.index_head_dim) if chooses else (latent,)
     return config.num_key_value_heads * config.head_dim, config.num_key_value_heads * config.v_head_dim
 
 
 def new_cache(config: Config, capacity: int, exact: bool = False) -> Cache:
     """An empty cache for up to `capacity` tokens of a model, of 16-bit values or, if exact, of 32-bit ones."""
-    return Cache(config.num_hidden_layers, row_widths(config), capacity, np.float32 if exact else np.float16)
+    widths = [row_widths(config, index) for index in range(config.num_hidden_layers)]
+    return Cache(widths, capacity, np.float32 if exact else np.float16)

@@ -14,33 +14,27 @@ q k^T may come in two parts, each with keys of its own: those of the head, and t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 
 from quant.batch import ATTENTION_TOKENS
-from quant.simd.core import F32, I64, constant, define, f32x16, load, splat, store
-from quant.simd.floats import as_f32, exp, maximum, splat_f32x16, zero_f32x16
-from quant.simd.memory import load_f32, load_f32x16, load_i64, store_f32, store_f32x16, store_i64
-from quant.simd.register_tile import add_products, register_tile, switch
-from quant.simd.rows16 import transpose, transpose_strided
+from quant.gemm.lanes import ADDRESSES, ROW, add_matmul, clear, pack_lanes
+from quant.simd.core import I64, constant, define, f32x16, splat
+from quant.simd.floats import as_f32, exp, maximum, splat_f32x16
+from quant.simd.memory import load_f32, load_f32x16, store_f32, store_f32x16
+from quant.simd.rows16 import transpose_strided
 from quant.simd.struct import address, array, atomic, f32, i64, struct
-from quant.target import isa
 from quant.target.jit import inline, kernel
 from quant.threads.pool import Pool, worker_bytes
 from quant.threads.work_items import work_items
 
 _CHUNK = 256  # keys and values at a time: in L2 with the blocks of a work item
 _MOST_BLOCKS, _ITEMS_PER_WORKER = 4, 8  # of a work item; at least, so that workers end together
-_ROW = 4 * ATTENTION_TOKENS  # bytes of a row of scores
-_ROWS = 12 if isa.has("avx512_vnni") else 3  # of keys at a time: their totals fill 24 of 32 registers, 12 of 16
-_ADDRESSES = 16 * 8  # scratch for those of 16 rows
 
 # Where a block's state begins with which row.
-_MAXIMUM, _SUM, _MIXED = 0, _ROW, 2 * _ROW
+_MAXIMUM, _SUM, _MIXED = 0, ROW, 2 * ROW
 
 # Rows of float32: of head h they begin `head` * h bytes behind the address, and are `row` bytes apart.
 ROWS = struct("Rows", address=address, head=i64, row=i64)
@@ -65,30 +59,6 @@ ATTEND = struct(
 )
 
 
-def _tile(builder, n: int, a, row_stride, column_stride, b, depth, c) -> None:
-    """Emits c[r] += sum over k of a[r][k] * b[k], for n rows of 32 floats; strides of a in bytes."""
-    halves = range(2)
-    at = [[builder.add(c, I64(_ROW * r + 64 * half)) for half in halves] for r in range(n)]
-    totals = [[load(builder, to, f32x16.ir) for to in row] for row in at]
-    place = cgutils.alloca_once_value(builder, a)
-
-    def add(index, totals):
-        row, first = builder.add(b, builder.mul(index, I64(_ROW))), builder.load(place)
-        values = [load(builder, builder.add(row, I64(64 * half)), f32x16.ir) for half in halves]
-        xs = (load(builder, builder.add(first, builder.mul(row_stride, I64(r))), F32) for r in range(n))
-        totals = add_products(builder, totals, (splat(builder, x, f32x16.ir) for x in xs), values)
-        builder.store(builder.add(first, column_stride), place)
-        return totals
-
-    totals = register_tile(builder, depth, totals, add)
-    for to, total in zip(chain(*at), chain(*totals), strict=True):
-        store(builder, to, total)
-
-
-def _multiply_rows(builder, n_rows, *arguments) -> None:
-    switch(builder, n_rows, _ROWS, lambda n: _tile(builder, n, *arguments))
-
-
 def _hide(builder, v, n_hidden):
     """-infinity in the first n_hidden lanes."""
     lanes = ir.Constant(ir.VectorType(I64, 16), list(range(16)))
@@ -96,38 +66,7 @@ def _hide(builder, v, n_hidden):
     return builder.select(hidden, constant(v.type, float("-inf")), v)
 
 
-_multiply_tile = define(types.void, (types.int64,) * 7, _multiply_rows)
 _hidden = define(f32x16, (f32x16, types.int64), _hide)
-
-
-@inline
-def _add_matmul(n_rows, a, row_stride, column_stride, b, depth, c):
-    """c[r] += sum over k of a[r][k] * b[k]: rows of 32 floats. Strides of a in bytes."""
-    for r in range(0, n_rows, _ROWS):
-        rows = min(_ROWS, n_rows - r)
-        _multiply_tile(rows, a + row_stride * r, row_stride, column_stride, b, depth, c + _ROW * r)
-
-
-@inline
-def _clear(rows, n_rows):
-    for at in range(rows, rows + _ROW * n_rows, 64):
-        store_f32x16(at, zero_f32x16())
-
-
-@inline
-def _pack_queries(a, part, head, first, addresses, packed):
-    """scale * q of a block's tokens, a row a column; behind the last token the last one again."""
-    depth, scale, q_row = part.depth, a.scale, part.q.row
-    q, last = part.q.address + part.q.head * head, a.n_tokens - 1
-    for half in range(2):
-        for r in range(16):
-            store_i64(addresses + 8 * r, q + q_row * min(first + 16 * half + r, last))
-        for c in range(0, depth // 4 * 4, 4):
-            for e, column in enumerate(transpose(addresses, 4 * c)):
-                store_f32x16(packed + _ROW * (c + e) + 64 * half, as_f32(column) * scale)
-        for c in range(depth // 4 * 4, depth):
-            for r in range(16):
-                store_f32(packed + _ROW * c + 64 * half + 4 * r, scale * load_f32(load_i64(addresses + 8 * r) + 4 * c))
 
 
 @inline
@@ -135,7 +74,7 @@ def _hide_future(scores, n_common, n_rows):
     """-infinity where a token must not look: all see n_common rows, token i of the block's i more."""
     for j in range(max(0, n_common), n_rows):
         for half in range(2):
-            at = scores + _ROW * j + 64 * half
+            at = scores + ROW * j + 64 * half
             store_f32x16(at, _hidden(load_f32x16(at), j - n_common + 1 - 16 * half))
 
 
@@ -144,18 +83,18 @@ def _fold_in(scores, n_rows, state, width):
     """Rows of scores to weights e^(score - the largest so far), and what was summed before to the same scale."""
     low_before, high_before = load_f32x16(state + _MAXIMUM), load_f32x16(state + _MAXIMUM + 64)
     low_most, high_most = low_before, high_before
-    for at in range(scores, scores + _ROW * n_rows, _ROW):
+    for at in range(scores, scores + ROW * n_rows, ROW):
         low_most = maximum(low_most, load_f32x16(at))
         high_most = maximum(high_most, load_f32x16(at + 64))
     store_f32x16(state + _MAXIMUM, low_most)
     store_f32x16(state + _MAXIMUM + 64, high_most)
     low_factor = exp(low_before - low_most)
     high_factor = exp(high_before - high_most)
-    for at in range(state + _SUM, state + _MIXED + _ROW * width, _ROW):
+    for at in range(state + _SUM, state + _MIXED + ROW * width, ROW):
         store_f32x16(at, load_f32x16(at) * low_factor)
         store_f32x16(at + 64, load_f32x16(at + 64) * high_factor)
     low_sum, high_sum = load_f32x16(state + _SUM), load_f32x16(state + _SUM + 64)
-    for at in range(scores, scores + _ROW * n_rows, _ROW):
+    for at in range(scores, scores + ROW * n_rows, ROW):
         low = exp(load_f32x16(at) - low_most)
         high = exp(load_f32x16(at + 64) - high_most)
         store_f32x16(at, low)
@@ -170,26 +109,26 @@ def _store_transposed(mixed, width, out, stride, count):
     """out[i][v] = mixed[v][i] for the first `count` tokens."""
     for v in range(0, width // 16 * 16, 16):
         for i in range(0, count, 4):
-            for e, row in enumerate(transpose_strided(mixed + _ROW * v + 4 * i, _ROW)):
+            for e, row in enumerate(transpose_strided(mixed + ROW * v + 4 * i, ROW)):
                 if i + e < count:
                     store_f32x16(out + stride * (i + e) + 4 * v, as_f32(row))
     for v in range(width // 16 * 16, width):
         for i in range(count):
-            store_f32(out + stride * i + 4 * v, load_f32(mixed + _ROW * v + 4 * i))
+            store_f32(out + stride * i + 4 * v, load_f32(mixed + ROW * v + 4 * i))
 
 
 @inline
 def _begin(a, head, first, addresses, state):
     """A block's state: nothing summed yet, and its queries."""
     width = a.width
-    _clear(state, 2 + width)
+    clear(state, 2 + width)
     for half in range(2):
         store_f32x16(state + _MAXIMUM + 64 * half, splat_f32x16(-np.float32(np.inf)))
-    packed = state + _MIXED + _ROW * width
+    packed = state + _MIXED + ROW * width
     for i in range(a.n_parts):
-        part = a.parts[i]
-        _pack_queries(a, part, head, first, addresses, packed)
-        packed += _ROW * part.depth
+        q, depth = a.parts[i].q, a.parts[i].depth
+        pack_lanes(q.address + q.head * head, q.row, first, a.n_tokens, depth, a.scale, addresses, packed)
+        packed += ROW * depth
 
 
 @inline
@@ -200,18 +139,18 @@ def _add_keys(a, head, first, begin, state, scores):
     n_rows = min(_CHUNK, n_seen - begin)
     if n_rows <= 0:
         return
-    _clear(scores, n_rows)
-    packed = state + _MIXED + _ROW * width
+    clear(scores, n_rows)
+    packed = state + _MIXED + ROW * width
     for i in range(a.n_parts):
         part = a.parts[i]
         depth, k_row = part.depth, part.k.row
         k = part.k.address + part.k.head * shared + k_row * begin
-        _add_matmul(n_rows, k, k_row, 4, packed, depth, scores)
-        packed += _ROW * depth
+        add_matmul(n_rows, k, k_row, 4, packed, depth, scores)
+        packed += ROW * depth
     _hide_future(scores, n_before + first + 1 - begin, n_rows)
     _fold_in(scores, n_rows, state, width)
     v = a.v.address + a.v.head * shared + a.v.row * begin
-    _add_matmul(width, v, 4, a.v.row, scores, n_rows, state + _MIXED)
+    add_matmul(width, v, 4, a.v.row, scores, n_rows, state + _MIXED)
 
 
 @inline
@@ -220,7 +159,7 @@ def _end(a, head, first, state):
     width, stride = a.width, a.out.row
     low, high = 1 / load_f32x16(state + _SUM), 1 / load_f32x16(state + _SUM + 64)
     mixed = state + _MIXED
-    for at in range(mixed, mixed + _ROW * width, _ROW):
+    for at in range(mixed, mixed + ROW * width, ROW):
         store_f32x16(at, load_f32x16(at) * low)
         store_f32x16(at + 64, load_f32x16(at + 64) * high)
     out = a.out.address + a.out.head * head + stride * first
@@ -230,8 +169,8 @@ def _end(a, head, first, state):
 @inline
 def _run_item(a, head, first, last, scratch):
     """Tokens first..last of one head, in blocks: a chunk of keys and values serves all of them while it is in L2."""
-    scores, state_bytes = scratch + _ADDRESSES, a.state_bytes
-    states = scores + _ROW * _CHUNK
+    scores, state_bytes = scratch + ADDRESSES, a.state_bytes
+    states = scores + ROW * _CHUNK
     for token in range(first, last, ATTENTION_TOKENS):
         _begin(a, head, token, scratch, states + state_bytes * ((token - first) // ATTENTION_TOKENS))
     for begin in range(0, a.n_before + last, _CHUNK):
@@ -289,8 +228,8 @@ def attend(
     """
     blocks = -(-n_tokens // ATTENTION_TOKENS)
     item_blocks = max(1, min(_MOST_BLOCKS, blocks * n_heads // (_ITEMS_PER_WORKER * pool.n_workers)))
-    state_bytes = _MIXED + _ROW * (width + sum(depth for _, _, depth in parts))
-    scratch_bytes = worker_bytes(_ADDRESSES + _ROW * _CHUNK + item_blocks * state_bytes)
+    state_bytes = _MIXED + ROW * (width + sum(depth for _, _, depth in parts))
+    scratch_bytes = worker_bytes(ADDRESSES + ROW * _CHUNK + item_blocks * state_bytes)
     arguments = ATTEND.pack(
         counter=0, n_heads=n_heads, n_tokens=n_tokens, n_before=n_before, shared=shared, scale=scale,
         v=values.struct, width=width, out=out.struct, item_tokens=ATTENTION_TOKENS * item_blocks,

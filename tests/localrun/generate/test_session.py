@@ -446,7 +446,7 @@ class Script:
         self.turn = Turn()
 
     def new_cache(self) -> Cache:
-        return Cache(0, (), self.ctx, np.float16)
+        return Cache([], self.ctx, np.float16)
 
     @property
     def file(self) -> SimpleNamespace:

@@ -434,7 +434,7 @@ class Head:
         monkeypatch.setattr(self.engine.model, "forward", watched)
 
     def new_cache(self, capacity: int) -> Cache:
-        return Cache(0, (), capacity, np.float16)
+        return Cache([], capacity, np.float16)
 
     def forward(self, next_ids: Sequence[int], hidden: np.ndarray, cache: Cache) -> tuple[np.ndarray, np.ndarray]:
         assert len(next_ids) == len(hidden) > 0 and self.keep_hidden

@@ -60,7 +60,7 @@ def test_the_length_is_on_the_device_too(bits: int) -> None:
 @pytest.mark.parametrize("bits", [16, 32])
 def test_what_is_saved_moves_between_devices(bits: int) -> None:
     cache, tensors = loaded(bits)
-    there = Cache(2, row_widths(CONFIG), 8, np.float32 if bits == 32 else np.float16)
+    there = Cache([row_widths(CONFIG)] * 2, 8, np.float32 if bits == 32 else np.float16)
     there.load(cache.save(), 5)
     again = DeviceCache(CONFIG, 8, DEVICE, bits)
     again.load(there.save(), 5)
