@@ -138,7 +138,7 @@ class Pool:
     """`n_workers` threads, the caller included. One job at a time; close(), or losing the pool, ends the threads."""
 
     def __init__(self, n_workers: int):
-        """Start the workers. Raises QuantError if n_workers < 1."""
+        """Start the workers. Raises QuantError if n_workers < 1, or if so many can't be started: then none is left."""
         if n_workers < 1:
             raise QuantError(f"{n_workers} threads asked for; at least 1 is needed")
         self.n_workers = n_workers
@@ -147,13 +147,16 @@ class Pool:
         _set_spins.ctypes(self.control, _SPINS)
         self._lock = threading.Lock()
         self._buffers: dict[str, tuple[int, int, np.ndarray]] = {}  # address, size, owner
-        self._threads = [
-            threading.Thread(target=_live, args=(self._block, worker), daemon=True, name=f"localrun-{worker}")
-            for worker in range(1, n_workers)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
         self._finalizer = weakref.finalize(self, _end, self._block, self._threads)
+        for worker in range(1, n_workers):
+            thread = threading.Thread(target=_live, args=(self._block, worker), daemon=True, name=f"localrun-{worker}")
+            try:
+                thread.start()
+            except RuntimeError:
+                self._finalizer()
+                raise QuantError(f"{n_workers} threads can't be started here") from None
+            self._threads.append(thread)
 
     def run(self, job: int, arguments: np.ndarray) -> None:
         """Run the kernel at address `job` on the workers; returns when it is done. `arguments`: int64, C order."""

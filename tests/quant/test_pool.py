@@ -1,6 +1,7 @@
 """The worker pool: every unit of a job is done once, by whoever has time; threads end."""
 
 import gc
+import threading
 import time
 
 import numpy as np
@@ -107,6 +108,21 @@ def test_memory_of_workers_is_a_page_apart(n_bytes):
 def test_no_workers():
     with pytest.raises(QuantError, match="0 threads"):
         Pool(0)
+
+
+def test_where_not_all_can_start_none_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    started, start = [], threading.Thread.start
+
+    def two_start(thread: threading.Thread) -> None:
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", two_start)
+    with pytest.raises(QuantError, match="5 threads can't be started here"):
+        Pool(5)
+    assert not any(thread.is_alive() for thread in started)
 
 
 def test_a_lost_pool_ends_its_threads() -> None:
