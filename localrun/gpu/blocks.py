@@ -59,6 +59,10 @@ LAYOUTS = {
         Layout("IQ4_NL", 32, 18, 2),
         Layout("IQ4_XS", 256, 136, 4),
         Layout("MXFP4", 32, 17, 1),
+        Layout("NVFP4", 64, 36, 4),
+        Layout("TQ1_0", 256, 54, 1),
+        Layout("TQ2_0", 256, 66, 2),
+        Layout("Q1_0", 128, 18, 2),
     )
 }
 
@@ -75,7 +79,7 @@ def columns(unit, FORMAT: tl.constexpr):
     if FORMAT == "Q4_K" or FORMAT == "Q5_K":
         low = unit // 2 * 64 + unit % 2 * 16
         high = low + 32
-    elif (FORMAT == "Q2_K" or FORMAT == "Q3_K") or FORMAT == "Q6_K":
+    elif (FORMAT == "Q2_K" or FORMAT == "Q3_K") or (FORMAT == "Q6_K" or FORMAT == "TQ2_0"):
         low = unit // 4 * 128 + unit % 4 * 16
         high = low + 64
     else:
@@ -132,6 +136,70 @@ def _unit_mxfp4(w, row, unit, stride):
     # 2^(e-128); e below 2 gives a subnormal.
     scale = _float_bits(tl.where(e < 2, 0x00200000 << tl.minimum(e, 1), (tl.maximum(e, 1) - 1) << 23))
     return codes, scale * 32.0, scale * 44.0
+
+
+@triton.jit
+def _scale_nvfp4(d, sub):
+    """Half of what byte `sub` of a word says: E4M3 without a sign, and 0 where that is NaN."""
+    code = d >> (8 * sub) & 255
+    bits = tl.where(code == 0x7F, 0, (code & 0x7F) << 7)  # as f16, whose exponent's bias is 8 more
+    return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 128.0
+
+
+@triton.jit
+def _unit_nvfp4(w, row, unit, stride):
+    """Half a block: a half has 8 bytes, whose low nibbles come first."""
+    w32 = w.to(tl.pointer_type(tl.uint32))
+    n4 = tl.arange(0, 4)[None, None, :]
+    at, sub = (row * stride + unit // 2) * 9, unit % 2 * 2
+    d = tl.load(w32 + at)
+    s_low, s_high = _scale_nvfp4(d, sub), _scale_nvfp4(d, sub + 1)
+    low, high = tl.load(w32 + at + 1 + sub * 2 + n4 % 2), tl.load(w32 + at + 3 + sub * 2 + n4 % 2)
+    # weights() takes the low half's codes from bit 0 on, the high one's from bit 4.
+    low, high = tl.where(n4 < 2, low, low >> 4), tl.where(n4 < 2, high << 4, high)
+    return low, high, s_low * 32.0, s_low * 44.0, s_high * 32.0, s_high * 44.0
+
+
+@triton.jit
+def _ternary_digit(byte, n):
+    """Digit n in base 3 of bytes that are fractions in 256ths."""
+    power = tl.where(n == 0, 1, tl.where(n == 1, 3, tl.where(n == 2, 9, tl.where(n == 3, 27, 81))))
+    return ((byte.to(tl.uint32) * power & 255) * 3 >> 8).to(tl.uint32)
+
+
+@triton.jit
+def _unit_tq1(w, row, unit, stride):
+    """TQ1_0: 32 digits, of which byte and number follow from the unit: see the module of quant."""
+    n16 = tl.arange(0, 16)[None, None, :]
+    at, j = w + (row * stride + unit // 8) * 54, unit % 8
+    d = _half((at + 52).to(tl.pointer_type(tl.uint16)))
+    low = tl.load(at + tl.where(j < 5, 0, 32) + n16)
+    high = tl.load(at + tl.where(j < 5, 16 + n16, tl.where(j < 7, 32 + n16, 48 + n16 % 4)))
+    low = _ternary_digit(low, tl.where(j < 5, j, 2 * (j - 5)))
+    high = _ternary_digit(high, tl.where(j < 5, j, tl.where(j < 7, 2 * j - 9, n16 // 4)))
+    return low, high, d * 4.0, d * 5.0
+
+
+@triton.jit
+def _unit_tq2(w, row, unit, stride):
+    """TQ2_0: bit pairs as Q2_K's, one scale."""
+    w16 = w.to(tl.pointer_type(tl.uint16))
+    n8 = tl.arange(0, 8)[None, None, :]
+    block = row * stride + unit // 8
+    d = _half(w16 + block * 33 + 32)
+    codes = _u16(w16 + block * 33 + unit % 8 // 4 * 16 + unit % 2 * 8 + n8) >> (unit % 4 // 2 * 2)
+    return codes, d * 4.0, d * 5.0
+
+
+@triton.jit
+def _unit_q1(w, row, unit, stride):
+    """Q1_0: a half is 16 bits."""
+    w16 = w.to(tl.pointer_type(tl.uint16))
+    n8 = tl.arange(0, 8)[None, None, :]
+    at = w16 + (row * stride + unit // 4) * 9
+    low, high = _u16(at + 1 + unit % 4 * 2), _u16(at + 2 + unit % 4 * 2)
+    d = _half(at)
+    return low >> (2 * n8), high >> (2 * n8), d * 4.0, d * 5.0
 
 
 @triton.jit
@@ -305,6 +373,18 @@ def unit(w, row, unit, stride, n_cols, scales, FORMAT: tl.constexpr):
     elif FORMAT == "MXFP4":
         codes, scale, offset = _unit_mxfp4(w, row, unit, stride)
         return codes, codes, codes, codes, scale, offset, scale, offset
+    elif FORMAT == "NVFP4":
+        low, high, s_low, m_low, s_high, m_high = _unit_nvfp4(w, row, unit, stride)
+        return low, high, low, high, s_low, m_low, s_high, m_high
+    elif FORMAT == "TQ1_0":
+        low, high, scale, offset = _unit_tq1(w, row, unit, stride)
+        return low, high, low, high, scale, offset, scale, offset
+    elif FORMAT == "TQ2_0":
+        codes, scale, offset = _unit_tq2(w, row, unit, stride)
+        return codes, codes, codes, codes, scale, offset, scale, offset
+    elif FORMAT == "Q1_0":
+        low, high, scale, offset = _unit_q1(w, row, unit, stride)
+        return low, high, low, high, scale, offset, scale, offset
     else:
         low, high, low_bits, high_bits, scale, offset = _unit_32(w, row, unit, stride, FORMAT)
         return low, high, low_bits, high_bits, scale, offset, scale, offset
@@ -340,7 +420,11 @@ def _code(words, extra, SHIFT: tl.constexpr, B: tl.constexpr, FORMAT: tl.constex
         u = e4m3_half(words.to(tl.uint32)).to(tl.float32)
     elif (FORMAT == "F32" or FORMAT == "F16") or FORMAT == "BF16":
         u = words.to(tl.float32)
-    elif FORMAT == "Q2_K":
+    elif FORMAT == "TQ1_0":
+        u = _fraction(words, 2)
+    elif FORMAT == "Q1_0":
+        u = _fraction(words >> B & 1, 1)
+    elif FORMAT == "Q2_K" or FORMAT == "TQ2_0":
         u = _fraction(words >> (8 * B + SHIFT) & 3, 2)
     elif FORMAT == "Q3_K":
         u = _fraction(words >> (8 * B + SHIFT) & 3 | (extra >> (8 * B) & 1) << 2, 3)
@@ -354,7 +438,7 @@ def _code(words, extra, SHIFT: tl.constexpr, B: tl.constexpr, FORMAT: tl.constex
             u = _fraction(code | (extra >> (8 * B) & 3) << 4, 6)
         elif FORMAT == "IQ4_NL" or FORMAT == "IQ4_XS":
             u = _fraction(_pick(code, _IQ4_0, _IQ4_1, _IQ4_2, _IQ4_3), 8)
-        elif FORMAT == "MXFP4":
+        elif FORMAT == "MXFP4" or FORMAT == "NVFP4":
             u = _fraction(_pick(code, _E2M1_0, _E2M1_1, _E2M1_2, _E2M1_3), 5)
         else:
             u = _fraction(code, 4)

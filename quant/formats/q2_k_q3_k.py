@@ -12,19 +12,19 @@ ggml-quants.c.
 import numpy as np
 
 from quant.block_format import EXPAND, Format, PanelFormat, block_layout, offsets
+from quant.formats.sub_blocks_16 import ORDER, dots_in_order
 from quant.gemm.microkernel_k_block import K_BLOCK_BYTES, TWO_MINIMA, TWO_SCALES, part_bytes
 from quant.gemm.repack import SCALES as K_BLOCK_SCALES
 from quant.gemm.repack import repacks
 from quant.gemv import plain
-from quant.gemv.activations import IN_ORDER, SCALES_16, SUMS_16
+from quant.gemv.activations import SCALES_16, SUMS_16
 from quant.simd.floats import fma, halves_f32x32, interleaved_bytes, picked, to_f32
-from quant.simd.ints import dot_u8, pair_sums, shifted, zero_i32x16
+from quant.simd.ints import shifted
 from quant.simd.memory import (
     load_f16,
     load_f16_everywhere,
     load_f32x16,
     load_i8x32,
-    load_i8x64,
     load_i64,
     load_twice,
     load_u8,
@@ -45,7 +45,7 @@ HMASK, QS_3, SCALES_3, D_3 = offsets(LAYOUT_3)
 BYTES_2, BYTES_3 = LAYOUT_2.itemsize, LAYOUT_3.itemsize
 
 
-def _low_bits(raw: np.ndarray) -> np.ndarray:
+def low_bits(raw: np.ndarray) -> np.ndarray:
     """uint8 (..., 2 halves, 4 quarters, 32): the 2 bits of qs."""
     shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
     return raw["qs"].reshape(*raw.shape, 2, 1, 32) >> shifts & 3
@@ -56,7 +56,7 @@ def unpack_2(blocks: np.ndarray) -> np.ndarray:
     raw = blocks.view(LAYOUT_2)
     d, dmin = (raw[name].astype(np.float32)[..., None] for name in ("d", "dmin"))
     scale, minimum = d * (raw["scales"] & 15), dmin * (raw["scales"] >> 4)
-    q = _low_bits(raw).reshape(*raw.shape, 16, 16).astype(np.float32)
+    q = low_bits(raw).reshape(*raw.shape, 16, 16).astype(np.float32)
     return (scale[..., None] * q - minimum[..., None]).reshape(*blocks.shape[:-1], -1)
 
 
@@ -67,7 +67,7 @@ def unpack_3(blocks: np.ndarray) -> np.ndarray:
     low, high = np.concatenate([low & 15, low >> 4], -1), np.concatenate([high >> 2 * k & 3 for k in range(4)], -1)
     scale = raw["d"].astype(np.float32)[..., None] * ((low | high << 4).astype(np.float32) - 32)
     third = raw["hmask"][..., None, :] >> np.arange(8, dtype=np.uint8)[:, None] & 1
-    q = (_low_bits(raw) | third.reshape(*raw.shape, 2, 4, 32) << 2).astype(np.float32) - 4
+    q = (low_bits(raw) | third.reshape(*raw.shape, 2, 4, 32) << 2).astype(np.float32) - 4
     return (scale[..., None] * q.reshape(*raw.shape, 16, 16)).reshape(*blocks.shape[:-1], -1)
 
 
@@ -79,33 +79,23 @@ _bits_0_2, _bits_4_6 = shifted(0, -2), shifted(-4, -6)
 _third_of_0, _third_of_1 = shifted(2, 1), shifted(0, -1)
 _third_of_4, _third_of_5 = shifted(-2, -3), shifted(-4, -5)
 
-# A sub-block of 16 fills a quarter of a vector; pair_sums, twice, leaves sub-block i in lane 4*(i%4) + i//4.
-_ORDER_OF_DOTS = [4 * (lane % 4) + lane // 4 for lane in range(16)]
-_bytes_in_order = load_u8x16_picked(_ORDER_OF_DOTS)
-_in_order_of_dots = picked([2 * (i % 8) + i // 8 for i in _ORDER_OF_DOTS])  # of i and i+8 in turn
+_bytes_in_order = load_u8x16_picked(ORDER)
+_in_order_of_dots = picked([2 * (i % 8) + i // 8 for i in ORDER])  # of i and i+8 in turn
 
 
 @inline
-def _dots(weights, k_block):
-    """f32x16: integer dot products of the 16 sub-blocks; the sums of 8 products are below 2^13."""
-    q, zero = k_block + IN_ORDER, zero_i32x16()
-    dots_0 = dot_u8(zero, weights[0], load_i8x64(q))
-    dots_4 = dot_u8(zero, weights[1], load_i8x64(q + 64))
-    dots_8 = dot_u8(zero, weights[2], load_i8x64(q + 128))
-    dots_12 = dot_u8(zero, weights[3], load_i8x64(q + 192))
-    return to_f32(pair_sums(pair_sums(dots_0, dots_4), pair_sums(dots_8, dots_12)))
+def quarters(qs):
+    """Weights 0..63, 64..127, ... in 0..3."""
+    low, high = load_twice(qs), load_twice(qs + 32)
+    return _bits_0_2(low) & 3, _bits_4_6(low) & 3, _bits_0_2(high) & 3, _bits_4_6(high) & 3
 
 
 @inline
 def _weights_2(block):
-    """Weights 0..63, 64..127, ... in 0..3; d*sc and dmin*m of each sub-block."""
-    low, high = load_twice(block + QS_2), load_twice(block + QS_2 + 32)
+    """The same; d*sc and dmin*m of each sub-block."""
     scales = _bytes_in_order(block + SCALES_2)
     return (
-        _bits_0_2(low) & 3,
-        _bits_4_6(low) & 3,
-        _bits_0_2(high) & 3,
-        _bits_4_6(high) & 3,
+        *quarters(block + QS_2),
         to_f32(scales & 15) * load_f16_everywhere(block + D_2),
         to_f32(scales >> 4) * load_f16_everywhere(block + DMIN),
     )
@@ -114,7 +104,7 @@ def _weights_2(block):
 @inline
 def _add_k_block_2(weights, k_block, total):
     minima = weights[5] * load_f32x16(k_block + SUMS_16)
-    return fma(_dots(weights, k_block) * weights[4] - minima, load_f32x16(k_block + SCALES_16), total)
+    return fma(dots_in_order(weights, k_block) * weights[4] - minima, load_f32x16(k_block + SCALES_16), total)
 
 
 @inline
@@ -140,7 +130,7 @@ def _weights_3(block):
 
 @inline
 def _add_k_block_3(weights, k_block, total):
-    dots = fma(-4, load_f32x16(k_block + SUMS_16), _dots(weights, k_block))
+    dots = fma(-4, load_f32x16(k_block + SUMS_16), dots_in_order(weights, k_block))
     return fma(dots, weights[4] * load_f32x16(k_block + SCALES_16), total)
 
 
@@ -148,7 +138,7 @@ def _add_k_block_3(weights, k_block, total):
 
 
 @inline
-def _quarter(qs, j):
+def quarter(qs, j):
     """The 2 bits of weights 32j..32j+31, i8x32."""
     return load_i8x32(qs + 32 * (j // 4)) >> 2 * (j % 4) & 3
 
@@ -162,7 +152,7 @@ def _expand_2(w, n_blocks, out):
             first, second = load_u8(block + SCALES_2 + 2 * j), load_u8(block + SCALES_2 + 2 * j + 1)
             scales = halves_f32x32(d * np.float32(first & 15), d * np.float32(second & 15))
             minima = halves_f32x32(dmin * np.float32(first >> 4), dmin * np.float32(second >> 4))
-            store_f32x32(out + 1024 * b + 128 * j, to_f32(_quarter(block + QS_2, j)) * scales - minima)
+            store_f32x32(out + 1024 * b + 128 * j, to_f32(quarter(block + QS_2, j)) * scales - minima)
 
 
 @inline
@@ -178,7 +168,7 @@ def _expand_3(w, n_blocks, out):
         d = load_f16(block + D_3)
         for j in range(8):
             packed, i = _packed_scales(block, j // 4), 2 * (j % 4)
-            q = _quarter(block + QS_3, j) | (load_i8x32(block + HMASK) >> j & 1) << 2
+            q = quarter(block + QS_3, j) | (load_i8x32(block + HMASK) >> j & 1) << 2
             scales = halves_f32x32(d * _scale(packed, i), d * _scale(packed, i + 1))
             store_f32x32(out + 1024 * b + 128 * j, to_f32(q - 4) * scales)
 

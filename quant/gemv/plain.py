@@ -1,7 +1,7 @@
 """The row loops of the decode kernels, shared by all formats: rows of blocks times one q8 row, or a small batch.
 
 A format says how it decodes 256 weights at a time and multiplies them with a k-block of a q8 row, in float32 lanes
-whose sum is the product. What is left of a row that is no multiple of 256 goes by single blocks of 32.
+whose sum is the product. What is left of a row that is no multiple of 256 goes by single blocks.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def specialize(template: Callable, name: str, **names: object) -> Callable:
 
 
 # What specialize() gives the two templates below; kernels() describes them.
-STRIDE, TOGETHER = 256, 4
+STRIDE, TOGETHER, SINGLE = 256, 4, 32
 weights = add_k_block = add_block = None
 
 
@@ -78,10 +78,10 @@ def _gemv(w, n_rows, n_cols, q8, out):
             prefetch_both(later(block, last), 0, STRIDE)
             total = add_k_block(weights(block), k_blocks + K_BLOCK_BYTES * b, total)
             block += STRIDE
-        for i in range(8 * n_k_blocks, n_cols // 32):
-            prefetch_both(later(block, last), 0, STRIDE // 8)
+        for i in range(256 // SINGLE * n_k_blocks, n_cols // SINGLE):
+            prefetch_both(later(block, last), 0, STRIDE * SINGLE // 256)
             total = add_block(block, q8, n_cols, i, total)
-            block += STRIDE // 8
+            block += STRIDE * SINGLE // 256
         store_f32(out + 4 * r, hsum(total))
 
 
@@ -98,12 +98,12 @@ def _gemv_batch(w, n_rows, n_cols, q8_rows, outs, offset, n_tokens):
                 k_block = load_i64(q8_rows + 8 * t) + k_blocks + K_BLOCK_BYTES * b
                 store_f32x16(sums + 64 * t, add_k_block(decoded, k_block, load_f32x16(sums + 64 * t)))
             block += STRIDE
-        for i in range(8 * n_k_blocks, n_cols // 32):
-            prefetch_both(later(block, last), 0, STRIDE // 8)
+        for i in range(256 // SINGLE * n_k_blocks, n_cols // SINGLE):
+            prefetch_both(later(block, last), 0, STRIDE * SINGLE // 256)
             for t in range(n_tokens):
                 total = add_block(block, load_i64(q8_rows + 8 * t), n_cols, i, load_f32x16(sums + 64 * t))
                 store_f32x16(sums + 64 * t, total)
-            block += STRIDE // 8
+            block += STRIDE * SINGLE // 256
         for t in range(n_tokens):
             store_f32(load_i64(outs + 8 * t) + offset + 4 * r, hsum(load_f32x16(sums + 64 * t)))
 
@@ -121,6 +121,7 @@ def kernels(
     add_k_block: Callable,
     add_block: Callable = no_block,
     together: int = 4,
+    single: int = 32,
 ):
     """gemv and gemv_batch of a format.
 
@@ -129,11 +130,13 @@ def kernels(
         stride: bytes of 256 weights.
         weights: inline (address) -> a tuple of vectors: 256 decoded weights.
         add_k_block: inline (weights, address of a k-block, total f32x16) -> total.
-        add_block: inline (address, q8 row, n_cols, i, total f32x16) -> total, for block i of 32 columns.
+        add_block: inline (address, q8 row, n_cols, i, total f32x16) -> total, for block i of `single` columns.
         together: k-blocks in one turn of gemv's loop, prefetched as one range: 4 unless they need too many registers.
+        single: weights of a block, where rows need not be multiples of 256.
     """
     names = {
-        "STRIDE": stride, "TOGETHER": together, "weights": weights, "add_k_block": add_k_block, "add_block": add_block,
+        "STRIDE": stride, "TOGETHER": together, "SINGLE": single,
+        "weights": weights, "add_k_block": add_k_block, "add_block": add_block,
     }  # fmt: skip
     return (
         kernel(GEMV)(specialize(_gemv, f"gemv_{name}", **names)),

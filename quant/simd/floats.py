@@ -31,7 +31,7 @@ from quant.simd.core import (
     shuffle,
     splat,
 )
-from quant.simd.halves import half_to_float
+from quant.simd.halves import e4m3_to_float, half_to_float
 
 # ---- constants -------------------------------------------------------------------------------------------------------
 
@@ -168,7 +168,7 @@ add_odd, subtract_odd = _add_odd(1.0), _add_odd(-1.0)
 even_doubled = picked([i // 2 * 2 for i in range(16)])
 widened = define(f32x16, (f32x8,), lambda b, v: shuffle(b, v, constant(v.type, 0.0), range(16)))  # with zeros
 
-# ---- scales of several blocks, which lie in int64 --------------------------------------------------------------------
+# ---- scales of blocks, most of them in int64 --------------------------------------------------------------------
 
 
 def _halves_in(builder, *words):
@@ -200,6 +200,14 @@ def _half_powers(builder, *words):
     return builder.bitcast(builder.select(builder.icmp_unsigned("<", e, constant(e.type, 2)), tiny, normal), f32x16.ir)
 
 
+def _e4m3_halved(builder, code):
+    """Half of what E4M3 without a sign says, of lanes in 0..255; 0 where it says NaN. Bit 7 means nothing."""
+    value = e4m3_to_float(builder, builder.and_(code, constant(code.type, 0x7F)), -1)
+    is_nan = builder.icmp_unsigned("==", code, constant(code.type, 0x7F))
+    return builder.select(is_nan, constant(value.type, 0.0), value)
+
+
+e4m3_halved = define(f32x16, (i32x16,), _e4m3_halved)
 interleaved_bytes = define(f32x16, (types.int64, types.int64), _interleaved_bytes)
 f16_lanes = define(f32x16, (types.int64,) * 4, lambda b, *words: half_to_float(b, _halves_in(b, *words)))
 f16_lanes_doubled = define(f32x16, (types.int64,) * 2, lambda b, *words: half_to_float(b, _halves_doubled(b, *words)))

@@ -27,6 +27,7 @@ from quant.simd.core import (
     call,
     constant,
     define,
+    define_for_all,
     define_typed,
     i8x16,
     i8x32,
@@ -45,6 +46,7 @@ WEIGHT_BIAS = 128 if isa.has("avx512_vnni") else 0
 # ---- constants -------------------------------------------------------------------------------------------------------
 
 zero_i8x32 = define(i8x32, (), lambda builder: constant(i8x32.ir, 0))
+zero_i8x64 = define(i8x64, (), lambda builder: constant(i8x64.ir, 0))
 zero_i32x8 = define(i32x8, (), lambda builder: constant(i32x8.ir, 0))
 zero_i32x16 = define(i32x16, (), lambda builder: constant(i32x16.ir, 0))
 ones_i8x32 = define(i8x32, (), lambda builder: constant(i8x32.ir, 1))
@@ -94,8 +96,36 @@ def _quarters(chosen: Sequence[int]) -> Callable:
     return lambda builder, v, w: shuffle(builder, v, w, [16 * quarter + i for quarter in chosen for i in range(16)])
 
 
+def _typed_join(low, high):
+    if low == high and low in (i8x16, i8x32):
+        joined = {i8x16: i8x32, i8x32: i8x64}[low]
+        return joined(low, high), lambda b, low, high: shuffle(b, low, high, range(joined.ir.count))
+    return None
+
+
+def _of_bytes(emit: Callable):
+    """An intrinsic vector(vector) of the bytes of any integer vector: emit(builder, bytes) -> bytes."""
+
+    def emit_bytes(builder, v):
+        bytes_ = ir.VectorType(I8, v.type.count * v.type.element.width // 8)
+        return builder.bitcast(emit(builder, builder.bitcast(v, bytes_)), v.type)
+
+    return define_for_all(1, emit_bytes)
+
+
+def _ternary_digit(builder, v):
+    carries = (builder.icmp_unsigned(">", v, constant(v.type, most)) for most in (85, 170))
+    return builder.add(*(builder.zext(carry, v.type) for carry in carries))
+
+
 nibbles = define(i8x32, (i8x16,), _nibbles)  # the low ones of 16 bytes, then the high ones
-join = define(i8x32, (i8x16, i8x16), lambda b, low, high: shuffle(b, low, high, range(32)))
+join = define_typed(2, _typed_join)
+swapped_eights = define(  # the second 8 of 32 bytes and the third change places
+    i8x32, (i8x32,), lambda b, v: shuffle(b, v, None, [*range(8), *range(16, 24), *range(8, 16), *range(24, 32)])
+)
+# A byte as a fraction in 256ths, in base 3: its first digit, and what is left, times 3.
+ternary_digit = _of_bytes(_ternary_digit)
+ternary_rest = _of_bytes(lambda b, v: b.add(v, b.add(v, v)))
 first_half = define(i8x16, (i8x32,), lambda b, v: shuffle(b, v, None, range(16)))
 second_half = define(i8x16, (i8x32,), lambda b, v: shuffle(b, v, None, range(16, 32)))
 even_quarters = define(i8x64, (i8x64, i8x64), _quarters((0, 2, 4, 6)))  # 0 and 2 of v, then 0 and 2 of w

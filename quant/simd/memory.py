@@ -13,6 +13,7 @@ from quant.simd.core import (
     I32,
     I64,
     call,
+    constant,
     define,
     f32x16,
     f32x32,
@@ -125,6 +126,36 @@ def load_u8x16_picked(lanes: Sequence[int]):
         return builder.zext(shuffle(builder, load(builder, address, i8x16.ir), None, lanes), i32x16.ir)
 
     return define(i32x16, (types.int64,), emit)
+
+
+def load_words_picked(lanes: Sequence[int]):
+    """An intrinsic i32x16(address, stride): the bytes of 4 words, `stride` bytes apart, unsigned, in this order."""
+    words = _strided(ir.VectorType(I8, 4), 4)
+
+    def emit(builder, address, stride):
+        return builder.zext(shuffle(builder, words(builder, address, stride), None, lanes), i32x16.ir)
+
+    return define(i32x16, (types.int64, types.int64), emit)
+
+
+def load_word_times(factors: Sequence[int]):
+    """An intrinsic i8x16(address): the 4 bytes there times each of 4 factors, modulo 256."""
+    bytes_ = ir.Constant(i8x16.ir, [factor for factor in factors for _ in range(4)])
+
+    def emit(builder, address):
+        word = load(builder, address, ir.VectorType(I8, 4))
+        return builder.mul(shuffle(builder, word, None, [*range(4)] * 4), bytes_)
+
+    return define(i8x16, (types.int64,), emit)
+
+
+def _load_eights(builder, address):
+    doubled = shuffle(builder, load(builder, address, i8x32.ir), None, [8 * (i // 16) + i % 8 for i in range(64)])
+    shifted = builder.lshr(builder.bitcast(doubled, i32x16.ir), ir.Constant(i32x16.ir, [0, 0, 4, 4] * 4))
+    return builder.and_(builder.bitcast(shifted, i8x64.ir), constant(i8x64.ir, 15))
+
+
+load_eights = define(i8x64, (types.int64,), _load_eights)  # of each 8 of 32 bytes: the low nibbles, then the high ones
 
 
 def _f16_pair(builder, address):

@@ -2,6 +2,7 @@
 
 import ctypes
 
+import ggml
 import gguf
 import numpy as np
 
@@ -14,6 +15,7 @@ from quant.target.jit import Kernel, kernel
 from quant.threads.pool import Pool, aligned_bytes
 
 _INT64 = ctypes.c_int64
+_BYTE_SCALES = {"MXFP4": (1, 118, 126), "NVFP4": (4, 0, 56)}  # how many a block begins with; their range near 1/64
 COLS = 1536  # six blocks of 256: the four that kernels take together, and two
 
 
@@ -44,8 +46,8 @@ def rounded(x: np.ndarray, format_: Format) -> np.ndarray:
 
 
 def scales_of(format_: Format) -> list[slice]:
-    """The bytes of a block that hold its scales: f16 numbers, or MXFP4's exponent."""
-    return [slice(at, at + 2) for at in halves(format_.layout)] or [slice(0, 1)]
+    """The bytes of a block that hold its scales: f16 numbers, or those of _BYTE_SCALES."""
+    return [slice(at, at + 2) for at in halves(format_.layout)] or [slice(0, _BYTE_SCALES[format_.name][0])]
 
 
 def random_blocks(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
@@ -56,8 +58,9 @@ def random_blocks(name: str, shape: tuple[int, ...], rng: np.random.Generator) -
         return gguf.quants.quantize(values, gguf.GGMLQuantizationType[name]).view(np.uint8).reshape(*shape[:-1], -1)
     raw = rng.integers(0, 256, (*shape[:-1], format_.row_bytes(shape[-1])), dtype=np.uint8)
     blocks = raw.reshape(-1, format_.block_bytes)
-    if name == "MXFP4":
-        blocks[:, 0] = rng.integers(118, 126, len(blocks))
+    if name in _BYTE_SCALES:
+        count, low, high = _BYTE_SCALES[name]
+        blocks[:, :count] = rng.integers(low, high, (len(blocks), count))
         return raw
     for at in halves(format_.layout):
         scales = (rng.standard_normal(len(blocks)) / 64).astype(np.float16)
@@ -68,7 +71,7 @@ def random_blocks(name: str, shape: tuple[int, ...], rng: np.random.Generator) -
 def random_weight(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> tuple[QuantMatrix, np.ndarray]:
     """A quantised matrix of `shape`, and its values by gguf's dequantize, float64."""
     raw = random_blocks(name, shape, rng)
-    values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[name]).reshape(shape).astype(np.float64)
+    values = oracle(name, raw).reshape(shape).astype(np.float64)
     return quant_matrix(np.ascontiguousarray(raw).reshape(-1), registry.get(name), shape), values
 
 
@@ -80,8 +83,10 @@ def multiply(pool: Pool, weight: QuantMatrix, x: np.ndarray) -> np.ndarray:
 
 
 def oracle(name: str, raw: np.ndarray) -> np.ndarray:
+    """float32 by gguf's dequantize, or libggml's where the package has none."""
+    kind = gguf.GGMLQuantizationType[name]
     with np.errstate(all="ignore"):
-        return gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[name])
+        return ggml.dequantize(raw, kind) if name == "Q1_0" else gguf.quants.dequantize(raw, kind)
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:

@@ -17,7 +17,7 @@ from localrun.gguf.file import open_gguf
 from localrun.gguf.verify import verify
 
 NAMES = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
-NAMES += ["IQ4_NL", "IQ4_XS", "MXFP4"]
+NAMES += ["IQ4_NL", "IQ4_XS", "MXFP4", "TQ1_0", "TQ2_0", "Q1_0"]
 
 
 def write(path: Path, tensors: dict[str, tuple[np.ndarray, Type]]) -> Path:
