@@ -11,15 +11,18 @@ ggml-quants.c.
 
 import numpy as np
 
-from quant.block_format import EXPAND, Format, PanelFormat, block_layout, offsets
+from quant.block_format import EXPAND, QUANTIZE, Format, PanelFormat, block_layout, offsets
 from quant.formats.sub_blocks_16 import ORDER, dots_in_order
 from quant.gemm.microkernel_k_block import K_BLOCK_BYTES, TWO_MINIMA, TWO_SCALES, part_bytes
 from quant.gemm.repack import SCALES as K_BLOCK_SCALES
 from quant.gemm.repack import repacks
 from quant.gemv import plain
 from quant.gemv.activations import SCALES_16, SUMS_16
-from quant.simd.floats import fma, halves_f32x32, interleaved_bytes, picked, to_f32
-from quant.simd.ints import shifted
+from quant.quantize.search import mean, sum_squares
+from quant.quantize.sixteens import fit_lines, fit_scales, levels, prepare, store_lines
+from quant.simd.exact import to_i8x16
+from quant.simd.floats import fma, halves_f32x32, interleaved_bytes, picked, to_f32, zero_f32x16
+from quant.simd.ints import shifted, zero_i8x32
 from quant.simd.memory import (
     load_f16,
     load_f16_everywhere,
@@ -32,7 +35,11 @@ from quant.simd.memory import (
     load_u32,
     store_f32x16,
     store_f32x32,
+    store_i8x16,
+    store_i8x32,
+    store_i32,
     store_i32x16,
+    store_i64,
 )
 from quant.simd.rows16 import gather, half_to_f32, transpose
 from quant.target.jit import inline, kernel
@@ -258,6 +265,65 @@ def _repack_3(rows, n_blocks, out):
         out += 8 * K_BLOCK_BYTES
 
 
+# ---- quantising ------------------------------------------------------------------------------------------------------
+
+
+@inline
+def _prepare(x, importance, average, variances, by_squares, scratch):
+    variance = sum_squares(x, BLOCK) * np.float32(variances / BLOCK)
+    prepare(x, importance, variance, average, by_squares, scratch)
+
+
+@inline
+def _store_low_bits(a, b, c, e, out):
+    """The 2 lowest bits of levels of the quarters of a half."""
+    store_i8x32(out, a & 3 | (b & 3) << 2 | (c & 3) << 4 | (e & 3) << 6)
+
+
+@kernel(QUANTIZE)
+def _quantize_2(x, importance, n_blocks, out, scratch):
+    average = mean(importance, BLOCK * n_blocks) if importance != 0 else np.float32(0.0)
+    for b in range(n_blocks):
+        values, block = x + 4 * BLOCK * b, out + BYTES_2 * b
+        _prepare(values, importance + 4 * BLOCK * b if importance != 0 else 0, average, 1, False, scratch)
+        sc, m = fit_lines(scratch, 3, block + D_2)
+        store_lines(sc * load_f16(block + D_2), m * load_f16(block + DMIN), scratch)
+        store_i8x16(block + SCALES_2, to_i8x16(sc) | to_i8x16(m) << 4)
+        for half in range(2):
+            a, b_ = levels(values, scratch, 4 * half, 0, 3), levels(values, scratch, 4 * half + 1, 0, 3)
+            c, e = levels(values, scratch, 4 * half + 2, 0, 3), levels(values, scratch, 4 * half + 3, 0, 3)
+            _store_low_bits(a, b_, c, e, block + QS_2 + 32 * half)
+
+
+@inline
+def _pack_scales(low, high, out):
+    """The 12 bytes of 16 scales in 0..63, the bytes of two int64."""
+    store_i64(out, low & 0x0F0F0F0F0F0F0F0F | (high & 0x0F0F0F0F0F0F0F0F) << 4)
+    low, high = low >> 4, high >> 4
+    upper = low & 0x03030303 | (low >> 32 & 0x03030303) << 2
+    store_i32(out + 8, upper | (high & 0x03030303) << 4 | (high >> 32 & 0x03030303) << 6)
+
+
+@kernel(QUANTIZE)
+def _quantize_3(x, importance, n_blocks, out, scratch):
+    average = mean(importance, BLOCK * n_blocks) if importance != 0 else np.float32(0.0)
+    for b in range(n_blocks):
+        values, block = x + 4 * BLOCK * b, out + BYTES_3 * b
+        _prepare(values, importance + 4 * BLOCK * b if importance != 0 else 0, average, 2, True, scratch)
+        sc = fit_scales(scratch, 4, block + D_3)
+        store_lines(sc * load_f16(block + D_3), zero_f32x16(), scratch)
+        store_i8x16(scratch, to_i8x16(sc + 32))
+        _pack_scales(load_i64(scratch), load_i64(scratch + 8), block + SCALES_3)
+        third = zero_i8x32()
+        for half in range(2):
+            j = 4 * half
+            a, b_ = levels(values, scratch, j, -4, 3) + 4, levels(values, scratch, j + 1, -4, 3) + 4
+            c, e = levels(values, scratch, j + 2, -4, 3) + 4, levels(values, scratch, j + 3, -4, 3) + 4
+            _store_low_bits(a, b_, c, e, block + QS_3 + 32 * half)
+            third |= (a >> 2 | b_ >> 2 << 1 | c >> 2 << 2 | e >> 2 << 3) << j
+        store_i8x32(block + HMASK, third)
+
+
 _gemv_2, _gemv_batch_2 = plain.kernels("Q2_K", BYTES_2, _weights_2, _add_k_block_2)
 _gemv_3, _gemv_batch_3 = plain.kernels("Q3_K", BYTES_3, _weights_3, _add_k_block_3)
 
@@ -271,6 +337,7 @@ Q2_K = Format(
     _gemv_batch_2,
     _expand_2,
     panels=PanelFormat(TWO_MINIMA, 0, _repack_2),
+    quantize=_quantize_2,
 )
 Q3_K = Format(
     "Q3_K",
@@ -282,4 +349,5 @@ Q3_K = Format(
     _gemv_batch_3,
     _expand_3,
     panels=PanelFormat(TWO_SCALES, 4, _repack_3),
+    quantize=_quantize_3,
 )

@@ -14,7 +14,16 @@ from quant.gemm.repack import SCALES as K_BLOCK_SCALES
 from quant.gemm.repack import repacks, two_nibbles, with_high_bits
 from quant.gemv import plain
 from quant.gemv.activations import IN_ORDER, SCALES_16, SUMS_16
-from quant.quantize.search import TINY, errors, fit_scale, mean, sum_squares, write_importance, write_squares
+from quant.quantize.search import (
+    TINY,
+    errors,
+    everywhere,
+    fit_scale,
+    mean,
+    sum_squares,
+    write_importance,
+    write_squares,
+)
 from quant.simd.exact import best_lane, clamp, constants, lane, round_between, signed_largest
 from quant.simd.floats import fma, halves_f32x32, to_f32, zero_f32x16
 from quant.simd.ints import dot_u8, pair_sums, pair_sums_wide, shifted, zero_i32x16
@@ -195,7 +204,7 @@ def _round_scales(x, scratch, d, rounded):
         best = np.float32(0.0)
         if scale != 0:
             near = clamp(np.rint(scale / d) + _AROUND(), -128, 127)
-            total = errors(x + 64 * j, scratch + 64 * j, 16, near * d, zero_f32x16(), -32, 31)
+            total = errors(everywhere, x + 64 * j, scratch + 64 * j, 16, near * d, zero_f32x16(), -32, 31)
             lane_ = best_lane(-total)
             best = lane(near, lane_)
             error += lane(total, lane_)

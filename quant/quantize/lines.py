@@ -6,7 +6,15 @@ of each; here 15 neighbours compete with the errors they would cause.
 
 import numpy as np
 
-from quant.quantize.search import TINY, errors, fit_scale_min, sum_squares, write_importance, write_magnitudes
+from quant.quantize.search import (
+    TINY,
+    errors,
+    everywhere,
+    fit_scale_min,
+    sum_squares,
+    write_importance,
+    write_magnitudes,
+)
 from quant.simd.exact import best_lane, clamp, constants, greatest, lane, least
 from quant.simd.memory import load_f16, load_f32, load_f32x32, store_f16, store_f32
 from quant.target.jit import inline
@@ -61,7 +69,7 @@ def _round_lines(x, scratch, d, dmin, n_max):
         near_minimum = np.rint(minimum / dmin) if dmin > 0 else np.float32(0.0)
         sc = clamp(near_scale + _SCALE_STEPS(), 0, 63)
         m = clamp(near_minimum + _MINIMUM_STEPS(), 0, 63)
-        total = errors(x + 128 * j, scratch + 128 * j, 32, sc * d, m * -dmin, 0, n_max)
+        total = errors(everywhere, x + 128 * j, scratch + 128 * j, 32, sc * d, m * -dmin, 0, n_max)
         best = best_lane(-total)
         error += lane(total, best)
         scales, minima = scales | np.int64(lane(sc, best)) << 8 * j, minima | np.int64(lane(m, best)) << 8 * j

@@ -1,7 +1,8 @@
 """The least squared errors of a group of weights: 16 candidate scales at once, one a lane.
 
 Every sum runs over the weights in order inside each lane, so results are the same on every machine. x and w are
-addresses of float32: the weights of a group and how much an error in each counts.
+addresses of float32: the weights of a group and how much an error in each counts. Where groups are short, 16 of them
+take the lanes instead (sixteens.py); what both do says how it reads: `at` is everywhere or side_by_side.
 Method: ggml's make_qx_quants and make_qkx2_quants (ggml-quants.c), which try the candidates one after the other; lines
 are fitted twice, the second time to the levels that the first fit rounds to.
 """
@@ -22,6 +23,18 @@ _OUTWARD = constants([0, -12, -9, -6, -4, -2, 2, 4, 6, 9, 0, 4, 0, 4, 0, -6])
 _OF_MINIMUM = constants([1] * 10 + [0.75] * 2 + [0.4] * 2 + [0] * 2)
 _TENTH, _MILLIONTH, _TEN_THOUSANDTH = np.float32(0.1), np.float32(1e-6), np.float32(1e-4)
 first_wins_ties = constants([1 + 2**-18] + [1] * 15)  # factors: float32 noise must not beat the first candidate
+
+
+@inline
+def everywhere(x, i):
+    """Weight i of a group, in every lane."""
+    return splat_f32x16(load_f32(x + 4 * i))
+
+
+@inline
+def side_by_side(x, i):
+    """Weight i of each of 16 groups that lie side by side."""
+    return load_f32x16(x + 64 * i)
 
 
 @inline
@@ -82,14 +95,24 @@ def write_magnitudes(x, n, w):
 def fit_scale(x, w, n, n_max, largest):
     """The scale s with the least error of s*q, q integers in -n_max..n_max-1; `largest` is of largest magnitude."""
     inverse = fma(_AROUND(), _TENTH, n_max) * (np.float32(-1.0) / largest)
+    scale, _, gain = refit_scale(everywhere, x, w, n, n_max, inverse)
+    return lane(scale, best_lane(gain * first_wins_ties()))
+
+
+@inline
+def refit_scale(at, x, w, n, n_max, inverse):
+    """The best scale for the integers in -n_max..n_max-1 that x * inverse rounds to.
+
+    With it the sum of w*q^2, by which an error in the scale counts, and by how much it lowers the error.
+    """
     xl, ll = zero_f32x16(), zero_f32x16()
     for i in range(n):
-        xi, wi = splat_f32x16(load_f32(x + 4 * i)), splat_f32x16(load_f32(w + 4 * i))
+        xi = at(x, i)
         l = clamp(rint(inverse * xi), -n_max, n_max - 1)
-        wl = wi * l
+        wl = at(w, i) * l
         xl, ll = fma(wl, xi, xl), fma(wl, l, ll)
     scale = where(ll > 0, xl / ll, 0)
-    return lane(scale, best_lane(scale * xl * first_wins_ties()))
+    return scale, ll, scale * xl
 
 
 @inline
@@ -101,14 +124,14 @@ def fit_scale_min(x, w, n, n_max, low, high, at_zero):
     part = _OF_MINIMUM() * low
     offset = where(part < high, part, low)
     inverse = fma(_OUTWARD(), _TENTH, n_max) / (high - offset)
-    scale, minimum, _ = _fit_line(x, w, n, n_max, inverse, offset, at_zero)
-    scale, minimum, gain = _fit_line(x, w, n, n_max, 1 / scale, minimum, at_zero)
+    scale, minimum, _ = refit_line(everywhere, x, w, n, n_max, inverse, offset, at_zero)
+    scale, minimum, gain = refit_line(everywhere, x, w, n, n_max, 1 / scale, minimum, at_zero)
     best = best_lane(gain * first_wins_ties())
     return lane(scale, best), lane(minimum, best)
 
 
 @inline
-def _fit_line(x, w, n, n_max, inverse, offset, at_zero):
+def refit_line(at, x, w, n, n_max, inverse, offset, at_zero):
     """The best s and m for the integers that (x - offset) * inverse rounds to, and by how much they lower the error.
 
     The error is sum(w * (s*q + m - x)^2), from sums over w, w*x, w*q, w*q^2 and w*x*q.
@@ -116,7 +139,7 @@ def _fit_line(x, w, n, n_max, inverse, offset, at_zero):
     zero = zero_f32x16()
     sw, sx, sl, sll, sxl = zero, zero, zero, zero, zero
     for i in range(n):
-        xi, wi = splat_f32x16(load_f32(x + 4 * i)), splat_f32x16(load_f32(w + 4 * i))
+        xi, wi = at(x, i), at(w, i)
         l = clamp(rint((xi - offset) * inverse), 0, n_max)
         wl = wi * l
         sw, sx = sw + wi, fma(wi, xi, sx)
@@ -136,12 +159,12 @@ def _fit_line(x, w, n, n_max, inverse, offset, at_zero):
 
 
 @inline
-def errors(x, w, n, scale, offset, low, high):
+def errors(at, x, w, n, scale, offset, low, high):
     """Sum of w * (scale*q + offset - x)^2 for each candidate, q the best integers in low..high."""
     inverse = where(abs(scale) > 0, 1 / scale, 0)
     total = zero_f32x16()
     for i in range(n):
-        xi, wi = splat_f32x16(load_f32(x + 4 * i)), splat_f32x16(load_f32(w + 4 * i))
+        xi, wi = at(x, i), at(w, i)
         rest = xi - offset
         error = rest - scale * clamp(rint(rest * inverse), low, high)
         total = fma(wi * error, error, total)

@@ -210,9 +210,15 @@ def _mark_negative(builder, index, v, bits):
     return builder.select(builder.and_(negative, nonzero), marked, index)
 
 
+def _to_i8x16(builder, v):
+    """Whole numbers of a byte's range."""
+    return builder.trunc(builder.fptosi(v, ir.VectorType(I32, 16)), i8x16.ir)
+
+
 truncate_to_i8 = define(i8x32, (f32x32,), _truncate_to_i8)
 round_away_to_i8 = define(i8x32, (f32x32,), _round_away_to_i8)
 round_between = define(i8x32, (f32x32, types.float32, types.float32), _round_between)
+to_i8x16 = define(i8x16, (f32x16,), _to_i8x16)
 clamp_levels = define(i8x32, (i8x32, types.int64), _clamp_levels)
 join_nibbles = define(i8x16, (i8x32,), _join_nibbles)
 gather_bits = define(types.int64, (i8x32, types.int64), _gather_bits)
