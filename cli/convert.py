@@ -29,7 +29,7 @@ Type = Annotated[
     typer.Option(
         "--type",
         metavar="TYPE",
-        help="F32, F16, BF16, Q8_0, Q4_K_M (the default), MXFP4_MOE, and others.",
+        help="F32, F16, BF16, Q8_0, Q4_K_M (the default), Q2_K, IQ2_XXS, MXFP4_MOE, and others of llama.cpp's.",
         show_default=False,
     ),
 ]
@@ -39,6 +39,15 @@ TensorTypes = Annotated[
         "--tensor-type",
         metavar="REGEX=TYPE",
         help="A type for tensors whose name matches; may be repeated, the first match counts.",
+        show_default=False,
+    ),
+]
+MixPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--mix",
+        metavar="FILE",
+        help="Types by a file, a line REGEX TYPE each, the first match counts; `inspect --mix` writes such lines.",
         show_default=False,
     ),
 ]
@@ -71,6 +80,7 @@ def convert(
     destination: Destination,
     type_: Type = None,
     tensor_types: TensorTypes = None,
+    mix: MixPath = None,
     no_mtp: NoMtp = False,
     imatrix: Imatrix = None,
     pre: Pre = None,
@@ -95,6 +105,7 @@ def convert(
     chosen = Options(
         mix=None if type_ is None else parse_mix(type_),
         overrides=[parse_override(text) for text in tensor_types or []],
+        mix_file=mix,
         keep_mtp=not no_mtp,
         imatrix=imatrix,
         split_max_bytes=_parse_size(split_max_size) if split_max_size else 0,

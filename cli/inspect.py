@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 def inspect(
     model: options.Model = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read all weights; fail if one is not finite.")] = False,
+    mix: Annotated[bool, typer.Option("--mix", help="Print the tensors' types as lines for `convert --mix`.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Show what a model file holds: shapes, types, bits per weight, and where the bytes are."""
@@ -26,6 +27,9 @@ def inspect(
     path = model_path(model)
     exit_if_cut(path)
     with open_gguf(path) as file:
+        if mix:
+            _print_mix(file, as_json)
+            return
         document = summary_of(file)
         if verify:
             document["verified"] = _verify(file)
@@ -34,6 +38,26 @@ def inspect(
         return
     for line in [*_summary(document), "", *_shares(document), "", *_table(document)]:
         show(line)
+
+
+def _print_mix(file: "GGUFFile", as_json: bool) -> None:
+    from localrun.convert.mixes import mix_lines
+    from localrun.gguf.types import plain
+
+    tensors = list(file.tensors.values())
+    types = [plain(tensor.type).name for tensor in tensors]
+    lines = mix_lines(tensors, types)
+    if as_json:
+        rows = [{"pattern": line.pattern, "type": line.type, "tensors": line.n_tensors} for line in lines]
+        print_json({"paths": [str(path) for path in file.paths], "mix": rows})
+        return
+    counts = ", ".join(f"{types.count(type_)} {type_}" for type_ in sorted(set(types)))
+    show(f"# {printable(file.paths[0].name)}: {counts}")
+    if any(plain(tensor.type) != tensor.type for tensor in tensors):
+        show("# some rows are interleaved, as by --pack")
+    width = max((len(line.pattern) for line in lines), default=0)
+    for line in lines:
+        show(f"{line.pattern:<{width}}  {line.type}")
 
 
 def _verify(file: "GGUFFile") -> dict[str, Any]:

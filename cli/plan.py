@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,6 +55,15 @@ def model(
     machine: Annotated[
         str, typer.Option("--machine", metavar="NAME", help="this (measured), a preset, or a JSON file.")
     ] = "this",
+    fit: Annotated[
+        str | None,
+        typer.Option(
+            "--fit",
+            metavar="SIZE|this",
+            help="Choose the largest type that fits in so much RAM, 256GB say, or in what the machine has.",
+            show_default=False,
+        ),
+    ] = None,
     threads: options.Threads = None,
     acceptance: Annotated[
         float, typer.Option("--acceptance", help="Part of the drafted tokens that are kept, for models that draft.")
@@ -67,7 +77,10 @@ def model(
 
     `localrun plan cluster` does so for many machines.
     """
+    from localrun.plan.fit import find_fit, with_ram
+    from localrun.plan.memory import refusal
     from localrun.plan.plots import check_plot, plot_decode, plot_kv
+    from localrun.plan.report import make_fit_report, make_report
     from localrun.plan.shapes import known_models, load_model
 
     if plot is not None:
@@ -82,39 +95,19 @@ def model(
             raise LocalrunError(f"{name} {value}; expected 1 to 10^8")
     if not 0 <= acceptance <= 1:
         raise LocalrunError(f"--acceptance {acceptance}; expected 0 to 1")
+    if fit is not None and type_ is not None:
+        raise LocalrunError("--fit chooses the type; leave out --type")
     shape = load_model(model, type_)
-    where = _machine(machine, shape, ctx, threads, as_json)
-    if where is None:
-        return
-    _report(shape, where, ctx, prompt, acceptance, as_json)
-    if plot is not None:
-        plot_decode(plot, shape, where, ctx)
-
-
-def _machine(name: str, shape: ModelShape, ctx: int, threads: int | None, as_json: bool) -> Machine | None:
-    """The machine; this one is measured only if the model fits. Raises LocalrunError if it does not."""
-    from localrun.plan.machine import load_machine
-
-    if name != "this":
-        if threads is not None:
-            raise LocalrunError("-t/--threads goes with --machine this; a description says its cores")
-        return load_machine(name)
-    from localrun.plan.measure import this_machine, unmeasured
-    from localrun.plan.memory import refusal
-    from localrun.workers import n_workers
-
-    threads = n_workers(threads)
-    unknown = unmeasured()
-    if refusal(shape, unknown, ctx):
-        return unknown
-    note("measuring this machine; the first time kernels are compiled, which takes a minute or two")
-    return this_machine(shape, threads)
-
-
-def _report(shape: ModelShape, machine: Machine, ctx: int, prompt: int, acceptance: float, as_json: bool) -> None:
-    from localrun.plan.report import make_report
-
-    document = make_report(shape, machine, ctx, prompt, acceptance)
+    where = _machine(machine, threads)
+    if fit is None:
+        if not refusal(shape, where, ctx):
+            where = _measured(machine, where, shape, threads)
+        document = make_report(shape, where, ctx, prompt, acceptance)
+    else:
+        where = with_ram(where, fit)
+        found = find_fit(shape, where, ctx)
+        shape, where = found.chosen, _measured(machine, where, found.chosen, threads)
+        document = make_fit_report(found, where, ctx, prompt, acceptance)
     if as_json:
         print_json(document)
     else:
@@ -122,6 +115,35 @@ def _report(shape: ModelShape, machine: Machine, ctx: int, prompt: int, acceptan
             show(line)
     if document["refusal"]:
         raise LocalrunError(document["refusal"])
+    if plot is not None:
+        plot_decode(plot, shape, where, ctx)
+
+
+def _machine(name: str, threads: int | None) -> Machine:
+    """The machine; of this one only what it holds. Raises LocalrunError."""
+    from localrun.plan.machine import load_machine
+
+    if name != "this":
+        if threads is not None:
+            raise LocalrunError("-t/--threads goes with --machine this; a description says its cores")
+        return load_machine(name)
+    from localrun.plan.measure import unmeasured
+    from localrun.workers import n_workers
+
+    n_workers(threads)  # refuses what is none
+    return unmeasured()
+
+
+def _measured(name: str, machine: Machine, shape: ModelShape, threads: int | None) -> Machine:
+    """The machine with its rates, which of this one are measured."""
+    if name != "this":
+        return machine
+    from localrun.plan.measure import this_machine
+    from localrun.workers import n_workers
+
+    note("measuring this machine; the first time kernels are compiled, which takes a minute or two")
+    found = this_machine(shape, n_workers(threads))
+    return replace(found, title=machine.title, ram_bytes=machine.ram_bytes, reserved_bytes=machine.reserved_bytes)
 
 
 def _text(document: dict[str, Any]) -> list[str]:
@@ -130,6 +152,7 @@ def _text(document: dict[str, Any]) -> list[str]:
         f"{printable(facts['name'])}, {facts['type']}: {facts['weights'] / 1e9:.2f} G weights, "
         f"{facts['active_weights'] / 1e9:.2f} G active, {facts['bits_per_weight']} bits a weight",
         f"on {printable(document['machine']['title'])}",
+        *_fit_lines(document.get("fit")),
         "",
         f"{'memory':<8} {'size':>12}  of",
         *(f"{row['where']:<8} {size(row['n_bytes']):>12}  {row['what']}" for row in memory["rows"]),
@@ -140,8 +163,21 @@ def _text(document: dict[str, Any]) -> list[str]:
         *(f"{name:<20} {part['weights_per_token'] / 1e9:>8.2f} G {size(part['bytes_per_token']):>12}"
           for name, part in facts["parts"].items() if part["bytes_per_token"]),
     ]  # fmt: skip
-    if not document["refusal"]:
+    if "unpredicted" in document:
+        lines += ["", f"no speeds: {document['unpredicted']}"]
+    elif not document["refusal"]:
         lines += ["", *_speed_lines(document), "", *_sensitivity_lines(document["sensitivity"])]
+    return lines
+
+
+def _fit_lines(fit: dict[str, Any] | None) -> list[str]:
+    """What was chosen, and what the next larger type would need."""
+    if fit is None:
+        return []
+    imatrix = ", with an importance matrix" if fit["imatrix"] else ""
+    lines = [f"largest type that fits: {fit['type']}, {size(fit['bytes'])}{imatrix}"]
+    if fit["next"]:
+        lines.append(f"the next larger, {fit['next']['type']}, needs {fit['next']['lacks']}")
     return lines
 
 

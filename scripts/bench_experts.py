@@ -108,17 +108,9 @@ class Ours:
 
     @staticmethod
     def _fill(memory: np.ndarray, tensor: Tensor, weights: Weights, type_: str) -> None:
-        """Random weights; of a type that none are packed in, random blocks with small scales."""
-        plain = type_.removesuffix("_R16")
-        if plain not in registry.QUANTIZABLE:
-            memory[:] = np.random.default_rng(0).integers(0, 256, memory.size, np.uint8)
-            blocks = memory.view(registry.get(plain).layout)
-            for name in blocks.dtype.names:
-                if blocks.dtype[name] == np.float16:
-                    blocks[name] = 0.001
-            return
+        """Random weights, in the plain type."""
         at = 0
-        for chunk in weights.chunks(tensor, plain):
+        for chunk in weights.chunks(tensor, type_.removesuffix("_R16")):
             memory[at : at + chunk.nbytes] = chunk.reshape(-1)
             at += chunk.nbytes
 

@@ -31,6 +31,7 @@ import numpy as np
 from gguf import GGUFValueType, TokenType
 
 from localrun.convert.layout import Layout, make_layout
+from localrun.convert.made_up import made_up_blocks
 from localrun.convert.metadata import Metadata
 from localrun.convert.mixes import MIXES, choose_types, parse_override
 from localrun.convert.output import check_space, partial_path
@@ -41,7 +42,6 @@ from localrun.models.names import EMBED_TOKENS
 from localrun.plan.known import load_data
 from localrun.plan.shapes import from_config
 from quant.formats import registry
-from quant.quantize.tensor import pack
 from quant.threads.pool import Pool
 
 MIX = "Q4_K_M"
@@ -158,14 +158,10 @@ class Weights:
             yield blocks.take(chosen, axis=0)
 
     def _pool(self, type_: str, deviation: float) -> np.ndarray:
-        """Packed blocks of Gaussian weights, uint8 (POOL_WEIGHTS / block, block_bytes)."""
+        """Blocks of Gaussian weights, uint8 (POOL_WEIGHTS / block, block_bytes)."""
         if (type_, deviation) not in self._pools:
-            format_ = registry.get(type_)
-            random = np.random.default_rng(zlib.crc32(type_.encode()))
-            x = random.standard_normal((POOL_WEIGHTS // 4096, 4096), dtype=np.float32) * np.float32(deviation)
-            out = np.empty((POOL_WEIGHTS // format_.block, format_.block_bytes), np.uint8)
-            assert pack(self._workers, format_, x.ctypes.data, *x.shape, out.ctypes.data) == -1
-            self._pools[type_, deviation] = out
+            n_blocks, seed = POOL_WEIGHTS // registry.get(type_).block, zlib.crc32(type_.encode())
+            self._pools[type_, deviation] = made_up_blocks(self._workers, type_, n_blocks, deviation, seed)
         return self._pools[type_, deviation]
 
 

@@ -17,7 +17,16 @@ from localrun.convert.gguf_source import GGUFSource
 from localrun.convert.imatrix import Importances
 from localrun.convert.layout import Layout, make_layout
 from localrun.convert.metadata import Metadata
-from localrun.convert.mixes import MIXES, Override, choose_types, interleave, is_overruled
+from localrun.convert.mixes import (
+    Override,
+    check_importances,
+    check_types_can_be_packed,
+    choose_types,
+    file_type,
+    interleave,
+    notes_on,
+    read_mix_file,
+)
 from localrun.convert.read_back import read_back_vocabulary
 from localrun.convert.sources.checkpoint import Checkpoint
 from localrun.convert.targets import Target, Unit, units
@@ -36,6 +45,7 @@ class Options:
         mix: a key of mixes.MIXES; None for DEFAULT_MIX, or where rows of a GGUF are to be interleaved, or put in order
             again, for the types that it has.
         overrides: types by name; the first that matches counts.
+        mix_file: more of them, after those, and perhaps a mix for what none matches.
         keep_mtp: whether layers for multi-token prediction go in.
         imatrix: a file with importances.
         split_max_bytes: the most a part's tensors may take; 0 for one file.
@@ -47,6 +57,7 @@ class Options:
 
     mix: str | None = None
     overrides: Sequence[Override] = ()
+    mix_file: Path | None = None
     keep_mtp: bool = True
     imatrix: Path | None = None
     split_max_bytes: int = 0
@@ -61,7 +72,8 @@ FileState = tuple[int, int]  # bytes, and when it was last written to
 
 @dataclass(frozen=True)
 class Plan:
-    """A conversion that can be carried out. types and layout.places go with targets; mix is None if types are kept.
+    """A conversion that can be carried out. types and layout.places go with targets; mix is None if types are kept, or
+    a mix file says them all.
 
     is_unusual: whether something in the checkpoint is not as in most, so that what it means may be in doubt.
     """
@@ -114,21 +126,9 @@ def make_plan(source_path: Path, destination: Path, options: Options) -> Plan:
     if not model.targets:
         raise LocalrunError(f"{source_path}: holds no tensors to convert")
     importances = Importances(options.imatrix, model.targets) if options.imatrix else None
-    mix = options.mix or _default_mix(source, options)
-    if mix is None:
-        types = [target.from_type for target in model.targets]
-    else:
-        has_imatrix = importances is not None
-        types = choose_types(model.targets, model.metadata, mix, options.overrides, has_imatrix=has_imatrix)
-    if any(is_overruled(target, override) for target in model.targets for override in options.overrides):
-        model.warnings.append("attn_k_b and attn_v_b get at least Q8_0, whatever --tensor-type says")
-    if isinstance(source, GGUFSource):
-        gguf_source.check_requantize(source, model.targets, types, options.allow_requantize)
+    mix, types = _choose(source, model, importances, options)
     if options.pack:
         types = interleave(model.targets, types)
-    if mix is not None:
-        model.metadata.u32("general.quantization_version", QUANTIZATION_VERSION)
-        model.metadata.u32("general.file_type", MIXES[mix].number)
     model.warnings.extend(read_back_vocabulary(model.metadata, source_path))
     layout = make_layout(destination, model.metadata, model.targets, types, options.split_max_bytes)
     work = list(units(model.targets, options.unit_bytes))
@@ -148,6 +148,35 @@ def make_plan(source_path: Path, destination: Path, options: Options) -> Plan:
         _fingerprint(states, layout, options),
         states,
     )
+
+
+def _choose(
+    source: Checkpoint | GGUFSource, model: architecture.Model, importances: Importances | None, options: Options
+) -> tuple[str | None, list[str]]:
+    """The mix and each target's type, of which the model's metadata and warnings are to tell. Raises LocalrunError."""
+    targets, metadata = model.targets, model.metadata
+    mix, overrides = _wanted(source, options)
+    if mix is None and not overrides:
+        return None, [target.from_type for target in targets]
+    types = choose_types(targets, metadata, mix, overrides, has_imatrix=importances is not None)
+    check_types_can_be_packed(targets, types)
+    check_importances(targets, types, mix, importances, str(options.imatrix))
+    if isinstance(source, GGUFSource):
+        gguf_source.check_requantize(source, targets, types, options.allow_requantize)
+    model.warnings.extend(notes_on(targets, overrides))
+    metadata.u32("general.quantization_version", QUANTIZATION_VERSION)
+    metadata.u32("general.file_type", file_type(mix, targets, types))
+    return mix, types
+
+
+def _wanted(source: Checkpoint | GGUFSource, options: Options) -> tuple[str | None, list[Override]]:
+    """The mix and what overrides it; neither if types are kept. Raises LocalrunError on options that do not agree."""
+    if options.mix_file is None:
+        return options.mix or _default_mix(source, options), list(options.overrides)
+    written = read_mix_file(options.mix_file)
+    if options.mix and written.base:
+        raise LocalrunError(f"{written.path}: says base {written.base}; leave out --type {options.mix}")
+    return options.mix or written.base, [*options.overrides, *written.overrides]
 
 
 def _default_mix(source: Checkpoint | GGUFSource, options: Options) -> str | None:

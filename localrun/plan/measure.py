@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from localrun import hardware
+from localrun.convert.made_up import made_up_blocks
 from localrun.limits import PREFILL_CHUNK
 from localrun.models.registry import ARCHITECTURES
 from localrun.plan.machine import Cpu, Machine, parse_machine
@@ -106,14 +107,9 @@ def _read_bandwidth(pool: Any, size: int) -> float:
 
 
 def _random_blocks(pool: Any, format_: Any, n_rows: int, n_cols: int) -> np.ndarray:
-    """Valid blocks of n_rows rows: a few packed ones, repeated."""
-    from quant.quantize.tensor import pack
-
-    few = min(n_rows, 64)
-    values = np.random.default_rng(0).standard_normal((few, n_cols), np.float32)
-    packed = np.empty(few * format_.row_bytes(n_cols), np.uint8)
-    pack(pool, format_, values.ctypes.data, few, n_cols, packed.ctypes.data)
-    return np.resize(packed, n_rows * format_.row_bytes(n_cols))
+    """Valid blocks of n_rows rows: a few made-up ones, repeated."""
+    few = made_up_blocks(pool, format_.name, min(n_rows, 64) * n_cols // format_.block, 1.0)
+    return np.resize(few, n_rows * format_.row_bytes(n_cols))
 
 
 def kernel_rates(pool: Any, type_: str, n_cols: int, rows: list[int], size: int = _LARGE_BYTES) -> dict[str, Any]:

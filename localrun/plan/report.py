@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
-from localrun.convert.mixes import MIXES
+from localrun.convert.mixes import MIXES, needs_imatrix
 from localrun.limits import PREFILL_CHUNK
+from localrun.plan.fit import Fit
 from localrun.plan.machine import Machine
 from localrun.plan.memory import Memory, plan_memory, refusal
 from localrun.plan.shapes import ModelShape, n_bytes
@@ -56,23 +57,49 @@ def make_report(
     model: ModelShape, machine: Machine, ctx: int, prompt: int = PREFILL_CHUNK, acceptance: float = ACCEPTANCE
 ) -> dict[str, Any]:
     """Everything `localrun plan MODEL` prints. Never raises for lack of room: see "refusal"."""
-    memory = plan_memory(model, machine, ctx)
     refused = refusal(model, machine, ctx)
-    document = {
+    document = _without_speed(model, machine, ctx, refused)
+    return document if refused else document | _speeds(model, machine, ctx, prompt, acceptance)
+
+
+def make_fit_report(
+    fit: Fit, machine: Machine, ctx: int, prompt: int = PREFILL_CHUNK, acceptance: float = ACCEPTANCE
+) -> dict[str, Any]:
+    """The same for what fits, with "fit"; without speeds, but with "unpredicted", where rates of its types lack."""
+    model = fit.chosen
+    document = _without_speed(model, machine, ctx, "") | {"fit": _fit_facts(fit, machine, ctx)}
+    if lacking := _without_rates(model, machine):
+        return document | {"unpredicted": f"the machine description has no rates for {', '.join(lacking)}"}
+    return document | _speeds(model, machine, ctx, prompt, acceptance)
+
+
+def _fit_facts(fit: Fit, machine: Machine, ctx: int) -> dict[str, Any]:
+    facts = {"type": fit.chosen.type, "bytes": n_bytes(fit.chosen.tensors), "imatrix": needs_imatrix(fit.chosen.type)}
+    if fit.next is None:
+        return facts | {"next": None}
+    memory = plan_memory(fit.next, machine, ctx)
+    larger = {"type": fit.next.type, "bytes": n_bytes(fit.next.tensors), "lacks": memory.shortage()}
+    return facts | {"next": larger | {"needed": memory.needed, "available": memory.available}}
+
+
+def _without_speed(model: ModelShape, machine: Machine, ctx: int, refused: str) -> dict[str, Any]:
+    return {
         "model": model_facts(model),
         "machine": {"name": machine.name, "title": machine.title, "sources": machine.sources, "file": machine.document},
         "ctx": ctx,
-        "memory": memory_facts(memory),
+        "memory": memory_facts(plan_memory(model, machine, ctx)),
         "refusal": refused or None,
     }
-    if refused:
-        return document
+
+
+def _speeds(model: ModelShape, machine: Machine, ctx: int, prompt: int, acceptance: float) -> dict[str, Any]:
+    placement = plan_memory(model, machine, ctx).placement
     short = min(SHORT_CTX, ctx)
-    decoding = decode_speed(model, machine, memory.placement, short)
-    reading = prefill_speed(model, machine, memory.placement, min(prompt, ctx))
-    return document | {
+    decoding = decode_speed(model, machine, placement, short)
+    reading = prefill_speed(model, machine, placement, min(prompt, ctx))
+    return {
         "decode": speed_facts(decoding) | {"ctx": short},
-        "decode_full_context": speed_facts(decode_speed(model, machine, memory.placement, ctx)) | {"ctx": ctx},
+        "decode_full_context": speed_facts(decode_speed(model, machine, placement, ctx)) | {"ctx": ctx},
         "prefill": speed_facts(reading) | {"tokens": min(prompt, ctx)},
         "sensitivity": sensitivity(model, machine, ctx, min(prompt, ctx), acceptance),
     }
@@ -172,7 +199,7 @@ def _other_models(model: ModelShape, machine: Machine) -> list[tuple[str, ModelS
         (o for o in others if n_bytes(o.tensors) > 1.02 * size), key=lambda o: n_bytes(o.tensors), default=None
     )
     for other in (smaller, larger):
-        if other is not None and _has_rates(other, machine):
+        if other is not None and not _without_rates(other, machine):
             rows.append((other.type, other, machine))
     used = model.config.num_experts_per_tok
     if used > 2:
@@ -181,7 +208,7 @@ def _other_models(model: ModelShape, machine: Machine) -> list[tuple[str, ModelS
     return rows
 
 
-def _has_rates(model: ModelShape, machine: Machine) -> bool:
-    """Whether the machine description knows all types of a model; of this machine only those in use were measured."""
+def _without_rates(model: ModelShape, machine: Machine) -> list[str]:
+    """A model's types that the machine description lacks; of this machine only those in use were measured."""
     known = {kernel.type for kernel in machine.cpu.kernels}
-    return all(tensor.type in known for tensor in model.tensors if len(tensor.shape) > 1)
+    return sorted({tensor.type for tensor in model.tensors if len(tensor.shape) > 1} - known)

@@ -46,10 +46,10 @@ class Conversion:
     targets: list[Any]
 
     def types(self, mix: str) -> list[str]:
-        """The type of each target."""
-        from localrun.convert.mixes import choose_types
+        """The type of each target, with an importance matrix if it takes one."""
+        from localrun.convert.mixes import choose_types, needs_imatrix
 
-        return choose_types(self.targets, self.metadata, mix)
+        return choose_types(self.targets, self.metadata, mix, has_imatrix=needs_imatrix(mix))
 
     def tensors(self, mix: str) -> tuple[Tensor, ...]:
         """The file's tensors."""

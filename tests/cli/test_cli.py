@@ -44,9 +44,9 @@ OPTIONS = {
         *["--against", "--json", "-v", "--verbose"],
     ],
     "doctor": ["--json"],
-    "inspect": ["--verify", "--json"],
+    "inspect": ["--verify", "--mix", "--json"],
     "convert": [
-        *["--type", "--tensor-type", "--no-mtp", "--imatrix", "--pre", "--resume", "--force", "--dry-run"],
+        *["--type", "--tensor-type", "--mix", "--no-mtp", "--imatrix", "--pre", "--resume", "--force", "--dry-run"],
         *["--split-max-size", "--allow-requantize", "--pack", "--check", "-t", "--threads", "--json"],
     ],
     "imatrix": [

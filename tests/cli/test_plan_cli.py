@@ -18,7 +18,7 @@ from localrun.plan.machine import load_machine
 
 OPTIONS = {
     "model": [
-        *["--type", "-c", "--ctx", "--prompt", "--machine", "-t", "--threads", "--acceptance"],
+        *["--type", "-c", "--ctx", "--prompt", "--machine", "--fit", "-t", "--threads", "--acceptance"],
         *["--kv-table", "--compute-table", "--plot", "--json"],
     ],
     "cluster": [

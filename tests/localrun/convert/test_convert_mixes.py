@@ -14,7 +14,7 @@ import pytest
 import tiny_models
 
 from localrun.convert import Options, make_plan
-from localrun.convert.mixes import MIXES, choose_types, parse_mix, parse_override
+from localrun.convert.mixes import MIXES, PLAIN, choose_types, parse_mix, parse_override
 from localrun.convert.plan import Plan
 from localrun.errors import LocalrunError
 
@@ -51,11 +51,13 @@ MODELS = {
     "deepseek-legacy-kv-b": tiny_models.Deepseek2(**_SMALL | {"split_kv_b": False}),
     "deepseek-legacy-8-experts": tiny_models.Deepseek2(**_SMALL | {"split_kv_b": False, "n_routed_experts": 8}),
     "llama": tiny_models.Llama(**_SMALL_LLAMA),
+    "llama-gqa-2": tiny_models.Llama(**_SMALL_LLAMA | {"num_key_value_heads": 2, "num_hidden_layers": 32}),
     "llama-mha-tied": tiny_models.Llama(**_SMALL_LLAMA | {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     "qwen3moe": tiny_models.Qwen3Moe(**_SMALL_LLAMA, moe_intermediate_size=256, n_routed_experts=4),
+    "qwen3moe-8-experts": tiny_models.Qwen3Moe(**_SMALL_LLAMA, moe_intermediate_size=256, n_routed_experts=8),
     "llama-80-layers": tiny_models.Llama(**_SMALL_LLAMA | {"num_hidden_layers": 80, "intermediate_size": 256}),
 }
-QUANTIZED = [name for name, mix in MIXES.items() if mix.type not in ("F32", "F16", "BF16")]
+QUANTIZED = [name for name, mix in MIXES.items() if mix.type not in PLAIN]
 MLA = re.compile(r"attn_[kv]_b\.weight$")
 
 
@@ -71,32 +73,32 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path
 # Run in a process of its own, whose log is ours to read: dry runs name the type of every tensor there.
 _DRY_RUN = """
 import ctypes, json, sys, llama_cpp, numpy as np
-path, ftypes, with_imatrix = json.loads(sys.argv[1])
+path, ftypes = json.loads(sys.argv[1])
 params = llama_cpp.llama_model_quantize_default_params()
 params.nthread, params.dry_run = 1, True
-if with_imatrix:  # of one tensor: the rules only look at whether there is one
-    weights = np.ones(256, np.float32)
-    entries = (llama_cpp.llama_model_imatrix_data * 2)()
-    entries[0].name, entries[0].size = b"output.weight", weights.size
-    entries[0].data = weights.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-    params.imatrix = entries
-for params.ftype in ftypes:
-    print("NEXT", file=sys.stderr, flush=True)
-    if llama_cpp.llama_model_quantize(path.encode(), b"none.gguf", ctypes.byref(params)):
-        sys.exit(1)
+weights = np.ones(256, np.float32)  # of one tensor: the rules only look at whether there is an imatrix
+entries = (llama_cpp.llama_model_imatrix_data * 2)()
+entries[0].name, entries[0].size = b"output.weight", weights.size
+entries[0].data = weights.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+for with_imatrix in (False, True):
+    params.imatrix = entries if with_imatrix else None
+    for params.ftype in ftypes:
+        print("NEXT", file=sys.stderr, flush=True)
+        if llama_cpp.llama_model_quantize(path.encode(), b"none.gguf", ctypes.byref(params)):
+            sys.exit(1)
 """
 _LINE = re.compile(r"^\[ *\d+/ *\d+\] (\S+) .* type = *(\w+), size = .*?(?:\((\w+)\))?$", re.MULTILINE)
 
 
-def llama_cpp_types(source: Path, mixes: list[str], with_imatrix: bool = False) -> list[dict[str, str]]:
-    """Tensor -> type, for each mix."""
-    arguments = json.dumps([str(source), [MIXES[mix].number for mix in mixes], with_imatrix])
+def llama_cpp_types(source: Path, mixes: list[str] = QUANTIZED) -> dict[tuple[str, bool], dict[str, str]]:
+    """(mix, whether there is an imatrix) -> tensor -> type."""
+    arguments = json.dumps([str(source), [MIXES[mix].number for mix in mixes]])
     done = subprocess.run([sys.executable, "-c", _DRY_RUN, arguments], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     logs = done.stderr.split("NEXT\n")[1:]
     found = [{name: (new or old).upper() for name, old, new in _LINE.findall(log)} for log in logs]
-    assert [len(types) for types in found] == [len(gguf.GGUFReader(source).tensors)] * len(mixes)
-    return found
+    assert [len(types) for types in found] == [len(gguf.GGUFReader(source).tensors)] * 2 * len(mixes)
+    return dict(zip(((mix, with_) for with_ in (False, True) for mix in mixes), found, strict=True))
 
 
 def plan_for(source: Path, folder: Path, mix: str = "Q4_K_M") -> Plan:
@@ -111,21 +113,20 @@ def types_of(plan: Plan, mix: str, *, has_imatrix: bool = False) -> dict[str, st
 @pytest.mark.parametrize("model", MODELS)
 def test_types_are_llama_cpps_but_for_k_b_and_v_b(model: str, sources: dict[str, Path], tmp_path: Path) -> None:
     plan = plan_for(sources[model], tmp_path)
-    for mix, theirs in zip(QUANTIZED, llama_cpp_types(sources[model], QUANTIZED), strict=True):
-        ours = types_of(plan, mix)
+    mixes = ["Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M"] if model == "llama-80-layers" else QUANTIZED
+    for (mix, has_imatrix), theirs in llama_cpp_types(sources[model], mixes).items():
+        ours = types_of(plan, mix, has_imatrix=has_imatrix)
         differing = {name for name in theirs if theirs[name] != ours[name]}
         assert theirs.keys() == ours.keys()
-        assert {name for name in differing if not MLA.search(name)} == set(), mix
+        assert {name for name in differing if not MLA.search(name)} == set(), (mix, has_imatrix)
         # The departure: small tensors that every position passes through stay at 8 bits.
         assert {ours[name] for name in ours if MLA.search(name)} <= {"Q8_0"}
 
 
-def test_an_imatrix_changes_types_as_in_llama_cpp(sources: dict[str, Path], tmp_path: Path) -> None:
+def test_an_imatrix_changes_some_mixes(sources: dict[str, Path], tmp_path: Path) -> None:
     plan = plan_for(sources["llama"], tmp_path)
-    theirs = llama_cpp_types(sources["llama"], QUANTIZED, with_imatrix=True)
-    assert [types_of(plan, mix, has_imatrix=True) for mix in QUANTIZED] == theirs
-    changed = [mix for mix in QUANTIZED if types_of(plan, mix, has_imatrix=True) != types_of(plan, mix)]
-    assert changed == ["Q4_0", "Q5_0", "IQ4_NL"]
+    changed = {mix for mix in QUANTIZED if types_of(plan, mix, has_imatrix=True) != types_of(plan, mix)}
+    assert changed == {"Q4_0", "Q5_0", "IQ3_XXS", "IQ4_XS", "IQ4_NL"}
 
 
 @pytest.mark.parametrize("mix", ["F32", "F16", "BF16"])
@@ -158,6 +159,18 @@ def test_no_override_makes_k_b_and_v_b_less_than_q8_0(sources: dict[str, Path], 
     assert "attn_k_b and attn_v_b get at least Q8_0, whatever --tensor-type says" in plan.warnings
 
 
+def test_an_override_that_rows_do_not_fit_falls_back_as_llama_cpps(sources: dict[str, Path], tmp_path: Path) -> None:
+    """tensor_type_fallback comes after the overrides there, too."""
+    options = Options(mix="Q8_0", overrides=[parse_override("down_exps=Q4_K")])
+    plan = make_plan(sources["deepseek"], tmp_path / "x.gguf", options)
+    types = {target.name: type_ for target, type_ in zip(plan.targets, plan.types, strict=True)}
+    assert types["blk.2.ffn_down_exps.weight"] == "Q5_0"
+    assert plan.warnings == [
+        "--tensor-type 'down_exps=Q4_K': rows of 'blk.1.ffn_down_exps.weight' and of 14 more are 32 weights, no whole "
+        "Q4_K blocks: Q5_0 instead"
+    ]
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
@@ -165,7 +178,7 @@ def test_no_override_makes_k_b_and_v_b_less_than_q8_0(sources: dict[str, Path], 
         ("a=Q9_K", "expected REGEX=TYPE, TYPE one of"),
         ("(=Q8_0", "no regular expression"),
         ("nothing_like_that=Q8_0", "matches no tensor"),
-        ("down_exps=Q4_K", "rows of 'blk.1.ffn_down_exps.weight' are 32"),
+        ("down_exps=Q8_K", "expected REGEX=TYPE"),
     ],
 )
 def test_a_wrong_override_is_refused(override: str, expected: str, sources: dict[str, Path], tmp_path: Path) -> None:
