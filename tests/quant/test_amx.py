@@ -23,6 +23,7 @@ from numba import types
 from paths import SUPPORT
 
 from quant.errors import QuantError
+from quant.formats import registry
 from quant.gemm.amx_emulated import EmulatedTiles
 from quant.gemm.microkernel_amx import shapes
 from quant.simd.core import I64, define
@@ -44,8 +45,11 @@ def run(script: str, *arguments: str, **variables: str) -> str:
 # ---- results ---------------------------------------------------------------------------------------------------------
 
 
-KINDS = ("Q4_K", "Q6_K", "Q8_0")  # minima, scales of 16 columns, signed bytes
-FORMATS = [(KINDS, 140), ((), 400)]  # with the number of results; none is all
+PANEL_FORMATS = [format_ for name in registry.NAMES if (format_ := registry.get(name)).panels]
+FEW = ("Q4_K", "Q6_K", "Q8_0")  # minima, scales of 16 columns, signed bytes
+# Both levels make the same panels. What multiplies them differs by their kind: one format each.
+EACH_KIND = tuple({format_.panels.kind: format_.name for format_ in PANEL_FORMATS}.values())
+FORMATS = [(FEW, 140), (EACH_KIND, 220)]  # with the number of results
 
 
 def results(folder: Path, level: str, *formats: str) -> dict[str, np.ndarray]:

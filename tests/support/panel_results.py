@@ -1,8 +1,8 @@
 """Products of many tokens at this process's ISA level, to compare with other levels'.
 
-    python panel_results.py OUT [FORMAT ...]
+    python panel_results.py OUT FORMAT ...
 
-With formats named, those; else all that have panels.
+The formats are some that have panels.
 """
 
 import itertools
@@ -11,7 +11,6 @@ import sys
 import kernels
 import numpy as np
 
-from quant.formats import registry
 from quant.gemm import packed
 from quant.matrix import ExpertMatrices
 from quant.ops import experts
@@ -25,11 +24,9 @@ EXPERTS = [("Q4_K", "Q6_K", "Q8_0"), ("Q6_K", "Q4_0", "Q5_K"), ("IQ4_XS", "IQ4_X
 
 
 def products(pool: Pool, names: list[str]) -> dict[str, np.ndarray]:
-    """linear.multiply for the formats with panels."""
+    """linear.multiply for formats that have panels."""
     found = {}
     for name in names:
-        if packed.find(registry.get(name)) is None:
-            continue
         for shape, counts in SHAPES:
             rng = np.random.default_rng(shape[1])
             weight, _ = kernels.random_weight(name, shape, rng)
@@ -56,7 +53,7 @@ def experts_of_a_layer(pool: Pool, types: list[tuple[str, str, str]]) -> dict[st
 
 if __name__ == "__main__":
     packed.PACKED_FROM = 1
-    pool, chosen = Pool(2), sys.argv[2:] or list(registry.NAMES)
+    pool, chosen = Pool(2), sys.argv[2:]
     experts_ = [types for types in EXPERTS if set(types) <= set(chosen)]
     np.savez(sys.argv[1], **products(pool, chosen), **experts_of_a_layer(pool, experts_))
     pool.close()
