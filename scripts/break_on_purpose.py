@@ -100,7 +100,7 @@ FAULTS = (
     ),
     Fault(
         "multi-token prediction: norms exchanged", "localrun/cpu/mtp.py",
-        'self._array(names.layer(index, "enorm"))', 'self._array(names.layer(index, "hnorm"))', (_MTP,),
+        'self._array(name("enorm"))', 'self._array(name("hnorm"))', (_MTP,),
     ),
     Fault(
         "sampling: temperature before the filters", "localrun/generate/sampling.py",

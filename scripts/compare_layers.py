@@ -16,6 +16,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -190,14 +191,14 @@ class Comparison:
         self, name: str, value: np.ndarray, layer: int, before: np.ndarray, after: np.ndarray, n_before: int, attn: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         """A phase's vectors and the network's."""
-        seen = self._weights.seen
+        seen, layer_name = self._weights.seen, partial(names.layer, self.config.architecture, layer)
         if name == "x":
-            return value, before + seen[names.layer(layer, "self_attn.o_proj")] if attn else after
+            return value, before + seen[layer_name("self_attn.o_proj")] if attn else after
         if name == "projected queries":
-            both = (names.layer(layer, f"self_attn.{part}") for part in ("q_proj", "q_b_proj"))
+            both = (layer_name(f"self_attn.{part}") for part in ("q_proj", "q_b_proj"))
             return value, next(seen[module] for module in both if module in seen)
         if name in MODULES:
-            return value, seen[names.layer(layer, MODULES[name])]
+            return value, seen[layer_name(MODULES[name])]
         expected, n_heads = seen["attended" if name == "partials" else name], self.config.num_attention_heads
         if name == "partials":
             value = _combined(value, n_heads, n_before)

@@ -6,6 +6,7 @@ caches, and is tested against it.
 
 import ctypes
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -58,14 +59,14 @@ class Layers:
     def _layer(self, index: int, cache_layer: int) -> None:
         """Layer `index` of the file, over one layer of the cache."""
         self._part = f"blk.{index}.attn"
-        norm = self._normed(self.x, names.layer(index, "input_layernorm"))
+        norm = self._normed(self.x, self._name(index, "input_layernorm"))
         if self.config.attention == "mla":
             self._latent_attention(index, cache_layer, norm)
         else:
             self._grouped_attention(index, cache_layer, norm)
         self._part = f"blk.{index}.ffn"
-        norm = self._normed(self.x, names.layer(index, "post_attention_layernorm"))
-        if self.tensors.has(names.layer(index, "mlp.gate")):
+        norm = self._normed(self.x, self._name(index, "post_attention_layernorm"))
+        if self.tensors.has(self._name(index, "mlp.gate")):
             self._moe(index, norm)
         else:
             self._mlp(index, norm)
@@ -110,6 +111,14 @@ class Layers:
         """float32 (last - first, hidden_size): what the head reads of the last step's tokens first..last."""
         return normed(self._final, first, last, self.config.hidden_size)
 
+    def _name(self, index: int, module: str) -> str:
+        """Of a tensor of a layer."""
+        return names.layer(self.config.architecture, index, module)
+
+    def _module(self, index: int, module: str) -> str:
+        """Of a module of a layer's attention."""
+        return self._name(index, f"self_attn.{module}")
+
     def _array(self, name: str) -> int:
         """Address of a 1-D tensor in float32."""
         return self.program.keep(self.tensors.array(name))
@@ -144,10 +153,7 @@ class Layers:
 
     def _latent_attention(self, index: int, cache_layer: int, norm: Input) -> None:
         c = self.config
-
-        def name(module: str) -> str:
-            return names.layer(index, f"self_attn.{module}")
-
+        name = partial(self._module, index)
         row_width = c.kv_lora_rank + c.qk_rope_head_dim
         q_width = c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
         projected, kv = self._vector("projected queries", q_width), self._vector("kv", row_width)
@@ -192,17 +198,14 @@ class Layers:
 
     def _grouped_attention(self, index: int, cache_layer: int, norm: Input) -> None:
         c = self.config
-        q_proj, k_proj, v_proj, o_proj = (
-            self.tensors.matrix(names.layer(index, f"self_attn.{part}_proj")) for part in "qkvo"
-        )
+        name = partial(self._module, index)
+        q_proj, k_proj, v_proj, o_proj = (self.tensors.matrix(name(f"{part}_proj")) for part in "qkvo")
         groups = c.num_key_value_heads
         key_width, value_width = groups * c.head_dim, groups * c.v_head_dim
         projected = self._vector("projected queries", c.num_attention_heads * c.head_dim)
         keys, values = self._vector("keys", key_width), self._vector("values", value_width)
         self._rows("projections", norm, {"projected queries": q_proj, "keys": k_proj, "values": v_proj})
-        q_norm, k_norm = (
-            self._array(names.layer(index, f"self_attn.{part}_norm")) if c.qk_norm else 0 for part in "qk"
-        )
+        q_norm, k_norm = (self._array(name(f"{part}_norm")) if c.qk_norm else 0 for part in "qk")
         heads = Heads(
             n_groups=groups, per_group=c.num_attention_heads // groups,
             key_width=c.head_dim, value_width=c.v_head_dim, key_slot=2 * cache_layer, value_slot=2 * cache_layer + 1,
@@ -240,19 +243,19 @@ class Layers:
 
     def _gate_up_down(self, index: int, prefix: str) -> tuple[QuantMatrix, QuantMatrix, QuantMatrix]:
         gate, up, down = (
-            self.tensors.matrix(names.layer(index, f"{prefix}.{part}_proj")) for part in ("gate", "up", "down")
+            self.tensors.matrix(self._name(index, f"{prefix}.{part}_proj")) for part in ("gate", "up", "down")
         )
         return gate, up, down
 
     def _moe(self, index: int, norm: Input) -> None:
         c = self.config
-        first, shared = {"router": self.tensors.matrix(names.layer(index, "mlp.gate"))}, None
-        if self.tensors.has(names.layer(index, "mlp.shared_experts.gate_proj")):
+        first, shared = {"router": self.tensors.matrix(self._name(index, "mlp.gate"))}, None
+        if self.tensors.has(self._name(index, "mlp.shared_experts.gate_proj")):
             gate, up, down = self._gate_up_down(index, "mlp.shared_experts")
             first |= {"shared gate": gate, "shared up": up}
             shared = self._vector("shared gate", gate.n_rows), self._vector("shared up", up.n_rows), down
         self._rows("router", norm, first)
-        bias_name = names.layer(index, "mlp.gate.e_score_correction_bias")
+        bias_name = self._name(index, "mlp.gate.e_score_correction_bias")
         bias = self._array(bias_name) if self.tensors.has(bias_name) else 0
         router = Router(
             self._vector("router", c.n_routed_experts), bias, c.n_routed_experts, c.num_experts_per_tok, c.n_group,

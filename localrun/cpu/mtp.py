@@ -9,6 +9,7 @@ chained, before (vLLM) or after the norm (SGLang); the model's own vectors come 
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,21 +35,22 @@ class MTPStep(Layers):
     def __init__(self, config: Config, tensors: GGUFTensors, pool: Pool):
         """The tensors must stay mapped."""
         index = config.num_hidden_layers
-        embed_tokens, lm_head = names.mtp_shared(tensors.has, index)
+        name = partial(names.layer, config.architecture, index)
+        embed_tokens, lm_head = names.mtp_shared(tensors.has, config)
         super().__init__(config, tensors, pool, tensors.matrix(embed_tokens), 1)
         embedded, self.x = self.program.x, self.program.vector(config.hidden_size)
         self._hidden = np.zeros((MOST_TOKENS, config.hidden_size), np.float32)
         both = Input(
             embedded,
-            self._array(names.layer(index, "enorm")),
+            self._array(name("enorm")),
             config.rms_norm_eps,
             beside=self.program.keep(self._hidden),
-            beside_norm=self._array(names.layer(index, "hnorm")),
+            beside_norm=self._array(name("hnorm")),
         )
-        eh_proj = tensors.matrix(names.layer(index, "eh_proj"))
+        eh_proj = tensors.matrix(name("eh_proj"))
         self.program.add(rows_phase(both, [(eh_proj, self.x)], pool.n_workers), f"blk.{index}: eh_proj")
         self._layer(index, 0)
-        self._head(names.layer(index, "shared_head.norm"), tensors.matrix(lm_head))
+        self._head(name("shared_head.norm"), tensors.matrix(lm_head))
 
     def follow(self, next_ids: Sequence[int], hidden_TD: np.ndarray, cache: Cache, n_logits: int) -> np.ndarray:
         """Evaluate up to MOST_TOKENS positions: float32 (n_logits, vocab) of the last. Raises ContextFullError."""

@@ -37,7 +37,7 @@ def repack_experts(
         needed: bytes of RAM that the model and its cache take.
         notice: told of layers that stay as they are.
     """
-    layers = [tensors for index in range(config.num_hidden_layers) if (tensors := _plain_experts(file, index))]
+    layers = [tensors for index in range(config.num_hidden_layers) if (tensors := _plain_experts(file, config, index))]
     if not layers:
         notice("--repack has no effect: no routed experts of a type that can be interleaved")
         return
@@ -59,9 +59,10 @@ def repack_experts(
         )
 
 
-def _plain_experts(file: GGUFFile, index: int) -> list[Tensor]:
+def _plain_experts(file: GGUFFile, config: Config, index: int) -> list[Tensor]:
     """The expert tensors of a layer that can be interleaved."""
-    found = [file.tensors.get(names.layer(index, f"mlp.experts.{part}")) for part in _PARTS]
+    tensors = (names.layer(config.architecture, index, f"mlp.experts.{part}") for part in _PARTS)
+    found = [file.tensors.get(name) for name in tensors]
     return [t for t in found if t and tensor_types.interleaved(t.type.name, t.shape) != t.type.name]
 
 

@@ -68,7 +68,7 @@ class DeviceWeights(GGUFTensors):
 
 def has_experts(tensors: GGUFTensors, index: int) -> bool:
     """Whether layer `index` has routed experts."""
-    return tensors.has(names.layer(index, "mlp.gate"))
+    return tensors.has(names.layer(tensors.architecture, index, "mlp.gate"))
 
 
 def spans_on_device(tensors: GGUFTensors, placement: Placement) -> list[Span]:
@@ -85,7 +85,7 @@ def spans_in_ram(tensors: GGUFTensors, config: Config, placement: Placement) -> 
         for name, tensor in tensors.file.tensors.items()
         if placement.tensors[name] == CPU and (drafts or not names.is_nextn(name, config))
     ]
-    _, head = names.mtp_shared(tensors.has, config.num_hidden_layers)
+    _, head = names.mtp_shared(tensors.has, config)
     if drafts and not names.is_nextn(head, config):  # the model's own, which is on the device as well
         spans.append((tensors.file.tensors[head].data.ctypes.data, tensors.file.tensors[head].n_bytes))
     for index, ids in placement.experts.items():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -111,7 +112,7 @@ def _reached(inputs: _Inputs, config: Config) -> tuple[dict[int, int], dict[int,
     """Layer -> its routed experts; layer -> those of them that no token was sent to."""
     n_experts, unreached = {}, {}
     for index in range(config.num_hidden_layers):
-        counts = inputs.counts.get(names.layer(index, "mlp.experts.down_proj"))
+        counts = inputs.counts.get(names.layer(config.architecture, index, "mlp.experts.down_proj"))
         if counts is not None:
             n_experts[index] = len(counts)
             missed = (counts == 0).nonzero()[:, 0].tolist()
@@ -165,11 +166,11 @@ class _ObservedWeights(LayerWeights):
         """Nothing: the inputs of down would be inside of one call."""
 
     def experts(self, index: int) -> Experts:
-        fused = names.layer(index, "mlp.experts.gate_up_proj")
-        parts = [names.layer(index, f"mlp.experts.{part}_proj") for part in ("gate", "up")]
+        name = partial(names.layer, self.architecture, index)
+        fused = name("mlp.experts.gate_up_proj")
+        parts = [name(f"mlp.experts.{part}_proj") for part in ("gate", "up")]
         first = [fused] if self.has(fused) else parts
-        down = names.layer(index, "mlp.experts.down_proj")
-        return _ObservedExperts(super().experts(index), first, down, self._inputs)
+        return _ObservedExperts(super().experts(index), first, name("mlp.experts.down_proj"), self._inputs)
 
 
 class _ObservedLinear(Linear):
@@ -232,12 +233,12 @@ class _ObservedCache(Cache):
     def __init__(self, config: Config, capacity: int, inputs: _Inputs) -> None:
         widths = [row_widths(config, index) for index in range(config.num_hidden_layers)]
         super().__init__(widths, capacity, np.float32)
-        self._n_latent, self._inputs = config.kv_lora_rank, inputs
+        self._config, self._inputs = config, inputs
 
     def append(self, layer: int, *rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        name = names.layer(layer, "self_attn.kv_b_proj")
+        name = names.layer(self._config.architecture, layer, "self_attn.kv_b_proj")
         if name in self._inputs.squares:
-            self._inputs.add(name, rows[0][:, None, : self._n_latent])
+            self._inputs.add(name, rows[0][:, None, : self._config.kv_lora_rank])
         return super().append(layer, *rows)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from localrun.errors import GGUFError
 from localrun.gguf.file import GGUFFile, Tensor, open_gguf
-from localrun.models import names
+from localrun.models.parts import DOWN_EXPERTS
 from localrun.models.reader import IMATRIX
 
 _MOST = 2.0**53  # far more than any text has
@@ -42,7 +42,7 @@ def read_usage(path: str | os.PathLike[str], layers: Sequence[int], n_experts: i
 
 def _by_layer(file: GGUFFile) -> dict[int, Tensor]:
     """The counts of each layer's experts; whatever layers there are."""
-    pattern = rf"blk\.(\d+)\.{re.escape(names.LAYER['mlp.experts.down_proj'])}\.counts"
+    pattern = rf"blk\.(\d+)\.{re.escape(DOWN_EXPERTS.name)}\.counts"
     matches = ((re.fullmatch(pattern, name), tensor) for name, tensor in file.tensors.items())
     return {int(match[1]): tensor for match, tensor in matches if match}
 

@@ -22,13 +22,17 @@ _NO_WEIGHTS = ("F64", "I8", "I16", "I32", "I64", "Q8_1", "Q8_K")
 # Tensors of which single rows or columns are read.
 READ_BY_ROW = re.compile(r"embd|embed_tokens|attn_(kv|k|v)_b\.")
 
-# Module -> name in a layer, of all architectures; none names a module otherwise than another does.
-LAYER = {tensor.module: tensor.name for architecture in ARCHITECTURES.values() for tensor in architecture.layer}
+# Module -> name in a layer, of all architectures; what one lacks is called as in the others, and is in no file of it.
+_ANY = {tensor.module: tensor.name for architecture in ARCHITECTURES.values() for tensor in architecture.layer}
+_LAYER = {
+    name: _ANY | {tensor.module: tensor.name for tensor in architecture.layer}
+    for name, architecture in ARCHITECTURES.items()
+}
 
 
-def layer(index: int, module: str) -> str:
-    """The GGUF name of a module of a layer: (3, "self_attn.o_proj") -> "blk.3.attn_output.weight"."""
-    return f"blk.{index}.{LAYER[module]}"
+def layer(architecture: str, index: int, module: str) -> str:
+    """The GGUF name of a module of a layer: ("llama", 3, "self_attn.o_proj") -> "blk.3.attn_output.weight"."""
+    return f"blk.{index}.{_LAYER[architecture][module]}"
 
 
 def check_tensors(file: GGUFFile, config: Config) -> None:
@@ -100,13 +104,16 @@ def has_mtp(file: GGUFFile, config: Config) -> bool:
         return False
     index = config.num_hidden_layers
     shapes = _layer_shapes(file, config, index)
-    shapes[layer(index, "shared_head.norm")] = (config.hidden_size,)  # the converter lets a checkpoint do without
+    norm = layer(config.architecture, index, "shared_head.norm")  # the converter lets a checkpoint do without
+    shapes[norm] = (config.hidden_size,)
     return all(name in file.tensors and file.tensors[name].shape == shape for name, shape in shapes.items())
 
 
-def mtp_shared(has: Callable[[str], bool], index: int) -> tuple[str, str]:
-    """Names of the embedding and the head of layer `index`, for multi-token prediction: its own, or the model's."""
-    embedding, head = layer(index, "embed_tokens"), layer(index, "shared_head.head")
+def mtp_shared(has: Callable[[str], bool], config: Config) -> tuple[str, str]:
+    """Names of the embedding and the head of the layer for multi-token prediction: its own, or the model's."""
+    embedding, head = (
+        layer(config.architecture, config.num_hidden_layers, module) for module in ("embed_tokens", "shared_head.head")
+    )
     model_head = LM_HEAD if has(LM_HEAD) else EMBED_TOKENS
     return embedding if has(embedding) else EMBED_TOKENS, head if has(head) else model_head
 

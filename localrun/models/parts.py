@@ -133,6 +133,9 @@ def _outer(c: Config) -> Shape:
 
 
 _JOINED = "mlp.experts.gate_up_proj"  # gate rows first; some converters write it, ours does not
+DOWN_EXPERTS = Tensor(
+    "mlp.experts.down_proj", "ffn_down_exps.weight", _outer, Stacked("mlp.experts.{expert}.down_proj.weight"), MOE
+)
 EXPERTS = (
     Tensor("mlp.experts.gate_proj", "ffn_gate_exps.weight", _inner,
            Stacked("mlp.experts.{expert}.gate_proj.weight"), MOE, without_module=_JOINED),
@@ -140,8 +143,7 @@ EXPERTS = (
            Stacked("mlp.experts.{expert}.up_proj.weight"), MOE, without_module=_JOINED),
     Tensor(_JOINED, "ffn_gate_up_exps.weight",
            lambda c: (c.n_routed_experts, 2 * c.moe_intermediate_size, c.hidden_size), None, MOE, with_module=_JOINED),
-    Tensor("mlp.experts.down_proj", "ffn_down_exps.weight", _outer,
-           Stacked("mlp.experts.{expert}.down_proj.weight"), MOE),
+    DOWN_EXPERTS,
 )  # fmt: skip
 
 _BIAS, _SHARED = "mlp.gate.e_score_correction_bias", "mlp.shared_experts"

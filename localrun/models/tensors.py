@@ -1,18 +1,26 @@
 """A model's tensors by name, as quantised matrices in the file's map and as float32 vectors. No torch."""
 
+from functools import partial
+
 import numpy as np
 
 from localrun.gguf.file import GGUFFile
 from localrun.models import names
+from localrun.models.reader import architecture_of
 from quant.formats import registry
 from quant.matrix import ExpertMatrices, QuantMatrix, quant_matrix
 
 
 class GGUFTensors:
-    """The tensors of one file; names are GGUF's."""
+    """The tensors of one file; names are GGUF's.
+
+    Attributes:
+        architecture: whose names they are.
+    """
 
     def __init__(self, file: GGUFFile):
         self.file = file
+        self.architecture = architecture_of(file)
 
     def has(self, name: str) -> bool:
         """Whether the file holds the tensor `name`."""
@@ -35,10 +43,11 @@ class GGUFTensors:
 
     def expert_matrices(self, index: int) -> ExpertMatrices:
         """The routed experts of layer `index`, from separate or fused gate and up tensors (gate rows first)."""
-        fused = names.layer(index, "mlp.experts.gate_up_proj")
+        name = partial(names.layer, self.architecture, index)
+        fused = name("mlp.experts.gate_up_proj")
         if self.has(fused):
             both = self.matrix(fused)
             gate, up = both.rows(0, both.n_rows // 2), both.rows(both.n_rows // 2, both.n_rows // 2)
         else:
-            gate, up = (self.matrix(names.layer(index, f"mlp.experts.{part}_proj")) for part in ("gate", "up"))
-        return ExpertMatrices(gate, up, self.matrix(names.layer(index, "mlp.experts.down_proj")))
+            gate, up = (self.matrix(name(f"mlp.experts.{part}_proj")) for part in ("gate", "up"))
+        return ExpertMatrices(gate, up, self.matrix(name("mlp.experts.down_proj")))

@@ -7,6 +7,8 @@ Source: DeepSeek-V2 (arXiv 2405.04434, section 2.1 and appendix C), deepseek-ai/
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch.nn.functional import rms_norm
 
@@ -24,6 +26,11 @@ def head_groups(n_heads: int, bytes_per_head: int, work_bytes: int):
     return [(first, min(step, n_heads - first)) for first in range(0, n_heads, step)]
 
 
+def _module(config: Config, index: int, module: str) -> str:
+    """The GGUF name of a module of a layer's attention."""
+    return names.layer(config.architecture, index, f"self_attn.{module}")
+
+
 class LatentAttention:
     """MLA: a token leaves one row of C + R values, shared by all heads.
 
@@ -34,9 +41,7 @@ class LatentAttention:
     def __init__(self, config: Config, weights: WeightSource, index: int, rope: Rope, cache_layer: int | None = None):
         """cache_layer: of the cache, where that is not `index`."""
 
-        def name(module: str) -> str:
-            return names.layer(index, f"self_attn.{module}")
-
+        name = partial(_module, config, index)
         self.config, self.weights, self.rope = config, weights, rope
         self.cache_layer = index if cache_layer is None else cache_layer
         self.scale = attention_scale(config)
@@ -124,12 +129,9 @@ class GroupedQueryAttention:
         self.config, self.weights, self.rope = config, weights, rope
         self.cache_layer = index if cache_layer is None else cache_layer
         self.scale = attention_scale(config)
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
-            weights.linear(names.layer(index, f"self_attn.{part}_proj")) for part in "qkvo"
-        )
-        self.q_norm, self.k_norm = (
-            weights.vector(names.layer(index, f"self_attn.{part}_norm")) if config.qk_norm else None for part in "qk"
-        )
+        name = partial(_module, config, index)
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (weights.linear(name(f"{part}_proj")) for part in "qkvo")
+        self.q_norm, self.k_norm = (weights.vector(name(f"{part}_norm")) if config.qk_norm else None for part in "qk")
 
     def __call__(self, x_TD: torch.Tensor, cache: Cache) -> torch.Tensor:
         """float32 (T, D) of the tokens after cache.length -> (T, D); appends their keys and values to the cache."""

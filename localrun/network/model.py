@@ -5,6 +5,7 @@ Letters: T tokens, D hidden_size.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,10 +29,11 @@ class Layer:
 
     def __init__(self, config: Config, weights: WeightSource, index: int, self_attn: Attention):
         self.config, self.self_attn = config, self_attn
-        self.input_layernorm = weights.vector(names.layer(index, "input_layernorm"))
-        self.post_attention_layernorm = weights.vector(names.layer(index, "post_attention_layernorm"))
-        is_moe = weights.has(names.layer(index, "mlp.gate"))
-        self.mlp = MoE(config, weights, index) if is_moe else MLP(weights, index, "mlp")
+        name = partial(names.layer, config.architecture, index)
+        self.input_layernorm = weights.vector(name("input_layernorm"))
+        self.post_attention_layernorm = weights.vector(name("post_attention_layernorm"))
+        is_moe = weights.has(name("mlp.gate"))
+        self.mlp = MoE(config, weights, index) if is_moe else MLP(config, weights, index, "mlp")
 
     def __call__(self, x_TD: torch.Tensor, cache: Cache) -> torch.Tensor:
         """float32 (T, D) -> (T, D); appends to the cache."""
@@ -89,12 +91,13 @@ class MTPBlock:
     def __init__(self, config: Config, weights: WeightSource, rope: Rope):
         """The model's file must have it (names.has_mtp)."""
         self.config, index = config, config.num_hidden_layers
-        embed_tokens, lm_head = names.mtp_shared(weights.has, index)
+        name = partial(names.layer, config.architecture, index)
+        embed_tokens, lm_head = names.mtp_shared(weights.has, config)
         self.embed_tokens = weights.embedding(embed_tokens)
         self.enorm, self.hnorm, self.shared_head_norm = (
-            weights.vector(names.layer(index, norm)) for norm in ("enorm", "hnorm", "shared_head.norm")
+            weights.vector(name(norm)) for norm in ("enorm", "hnorm", "shared_head.norm")
         )
-        self.eh_proj = weights.linear(names.layer(index, "eh_proj"))
+        self.eh_proj = weights.linear(name("eh_proj"))
         # The only layer of a cache of its own.
         self.layer = Layer(config, weights, index, attention(config, weights, index, rope, cache_layer=0))
         self.lm_head = weights.linear(lm_head)

@@ -7,6 +7,8 @@ modeling_deepseek.py of DeepSeek-V2 (group_limited_greedy).
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch.nn.functional import silu
 
@@ -19,8 +21,9 @@ from quant.decode.router import SMALLEST_SUM
 class MLP:
     """down(silu(gate x) * up x)."""
 
-    def __init__(self, weights: WeightSource, index: int, prefix: str):
-        parts = [names.layer(index, f"{prefix}.{part}_proj") for part in ("gate", "up", "down")]
+    def __init__(self, config: Config, weights: WeightSource, index: int, prefix: str):
+        name = partial(names.layer, config.architecture, index)
+        parts = [name(f"{prefix}.{part}_proj") for part in ("gate", "up", "down")]
         self.gate_proj, self.up_proj, self.down_proj = map(weights.linear, parts)
         self._joined = weights.joined_mlp(*parts)
 
@@ -78,12 +81,13 @@ class MoE:
 
     def __init__(self, config: Config, weights: WeightSource, index: int):
         self.config, self.choose_experts = config, weights.choose_experts
-        self.gate = weights.linear(names.layer(index, "mlp.gate"))
-        bias = names.layer(index, "mlp.gate.e_score_correction_bias")
+        name = partial(names.layer, config.architecture, index)
+        self.gate = weights.linear(name("mlp.gate"))
+        bias = name("mlp.gate.e_score_correction_bias")
         self.e_score_correction_bias = weights.vector(bias) if weights.has(bias) else None
         self.experts = weights.experts(index)
-        has_shared = weights.has(names.layer(index, "mlp.shared_experts.gate_proj"))
-        self.shared_experts = MLP(weights, index, "mlp.shared_experts") if has_shared else None
+        has_shared = weights.has(name("mlp.shared_experts.gate_proj"))
+        self.shared_experts = MLP(config, weights, index, "mlp.shared_experts") if has_shared else None
 
     def begin(self, x_TD: torch.Tensor) -> Finish:
         """Start on float32 (T, D); the result's call waits for the routed experts and gives (T, D).

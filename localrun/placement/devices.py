@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from localrun import hardware
 from localrun.arguments import flag, number, path_text, refuse, whole
@@ -110,7 +111,8 @@ def choose(where: DeviceRequest, file: GGUFFile, config: Config, ctx: int, draft
 
 
 def _usage(path: str | os.PathLike[str], file: GGUFFile, config: Config) -> dict[int, list[int]]:
-    layers = [i for i in range(config.num_hidden_layers) if names.layer(i, "mlp.gate") in file.tensors]
+    name = partial(names.layer, config.architecture)
+    layers = [i for i in range(config.num_hidden_layers) if name(i, "mlp.gate") in file.tensors]
     return read_usage(path, layers, config.n_routed_experts)
 
 

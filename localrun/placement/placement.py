@@ -256,7 +256,7 @@ class _Parts:
         self.moe = [_MoeLayer(i, size, size // config.n_routed_experts) for i, size in sorted(moe.items())]
         if EMBED_TOKENS in sizes and LM_HEAD not in sizes:  # one tensor is both
             self.groups["head"] = self.groups.pop("embedding")
-        _, head = mtp_shared(sizes.__contains__, config.num_hidden_layers)
+        _, head = mtp_shared(sizes.__contains__, config)
         self.mtp_head = sizes.get(head, 0) if self.mtp and head in (LM_HEAD, EMBED_TOKENS) else 0
 
 

@@ -79,7 +79,7 @@ def test_a_rope_of_the_wrong_sign_is_named(script: ModuleType, monkeypatch: pyte
 def test_a_wrong_norm_of_one_layer_is_named(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, tensor: str, phase: str
 ) -> None:
-    name, vector = script.names.layer(1, tensor), script.WatchedWeights.vector
+    name, vector = script.names.layer("deepseek2", 1, tensor), script.WatchedWeights.vector
     monkeypatch.setattr(
         script.WatchedWeights, "vector", lambda self, which: vector(self, which) * (1.3 if which == name else 1)
     )

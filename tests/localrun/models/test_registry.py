@@ -9,19 +9,18 @@ import pytest
 
 from localrun.models.architecture import Architecture
 from localrun.models.config import Config
+from localrun.models.names import layer
 from localrun.models.registry import ARCHITECTURES
 from localrun.plan.shapes import from_config, known_models, load_model
 
 FIELDS = {field.name for field in dataclasses.fields(Config)}
 
 
-def test_a_module_has_one_name_whatever_the_architecture() -> None:
-    """names.layer knows no architecture."""
-    names: dict[str, set[str]] = {}
-    for architecture in ARCHITECTURES.values():
-        for tensor in architecture.layer:
-            names.setdefault(tensor.module, set()).add(tensor.name)
-    assert {module: found for module, found in names.items() if len(found) > 1} == {}
+@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_a_module_is_called_as_its_architecture_declares(architecture: Architecture) -> None:
+    for tensor in architecture.layer:
+        assert layer(architecture.name, 7, tensor.module) == f"blk.7.{tensor.name}"
+    assert layer(architecture.name, 0, "self_attn.kv_b_proj") == "blk.0.attn_kv_b.weight"  # whether it has one or not
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)

@@ -187,5 +187,5 @@ def test_mixture(pool: Pool, variant: str, n_tokens: int) -> None:
 def test_dense_layer(pool: Pool, variant: str, n_tokens: int) -> None:
     model, weights, config, file = layer(variant, 0)
     x_TD = np.random.default_rng(n_tokens).standard_normal((n_tokens, config.hidden_size), dtype=np.float32)
-    found = MLP(LayerWeights(file, pool), 0, "mlp")(torch.from_numpy(x_TD))
+    found = MLP(config, LayerWeights(file, pool), 0, "mlp")(torch.from_numpy(x_TD))
     assert_close(found, model._mlp(x_TD.astype(np.float64), weights, ""))
