@@ -196,9 +196,9 @@ class Comparison:
             return value, before + seen[layer_name("self_attn.o_proj")] if attn else after
         if name == "projected queries":
             both = (layer_name(f"self_attn.{part}") for part in ("q_proj", "q_b_proj"))
-            return value, next(seen[module] for module in both if module in seen)
+            return value, next(self._product(module) for module in both if module in seen)
         if name in MODULES:
-            return value, seen[layer_name(MODULES[name])]
+            return value, self._product(layer_name(MODULES[name]))
         expected, n_heads = seen["attended" if name == "partials" else name], self.config.num_attention_heads
         if name == "partials":
             value = _combined(value, n_heads, n_before)
@@ -206,6 +206,11 @@ class Comparison:
         heads = n_heads if name in ("queries", "partials") else 1
         wanted = expected.reshape(len(value), heads, -1)
         return value.reshape(len(value), heads, -1)[..., : wanted.shape[-1]], wanted
+
+    def _product(self, matrix: str) -> np.ndarray:
+        """What a matrix gave last, and its bias, if it has one."""
+        bias = names.bias(matrix)
+        return self._weights.seen[matrix] + (self._weights.array(bias) if self._weights.has(bias) else 0)
 
     @torch.inference_mode()
     def by_itself(self, ids: list[int]) -> list[np.ndarray]:

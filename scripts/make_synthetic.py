@@ -1,4 +1,4 @@
-"""Write a GGUF of a DeepSeek shape with random weights in real quantised blocks, for measuring speed.
+"""Write a GGUF of a published shape with random weights in real quantised blocks, for measuring speed.
 
     python scripts/make_synthetic.py SHAPE OUT.gguf
 
@@ -6,6 +6,8 @@ Shapes:
     v2-lite       DeepSeek-V2-Lite: 27 layers, 64 experts of 1408 columns (which fall back to Q5_0 and Q8_0), softmax
     16b-v3-style  about V2-Lite's size with V3's routing (sigmoid, bias, groups); experts of 1536: K-quants throughout
     v3-slice      DeepSeek-V3's full width, but 1 dense and 1 MoE layer and a vocabulary of 4,096
+    glm-4.5-air-slice, minimax-m2-slice, hy3-slice, qwen3-30b-a3b-slice, mixtral-8x7b-slice, glm-4.7-flash-slice
+                  the published widths, and as many layers as make 6 to 10 GB
     tiny          4 small layers with V3's routing
 
 Types are those of llama-quantize's Q4_K_M, attn_k_b and attn_v_b included. Weights are Gaussian, scaled so that
@@ -65,6 +67,12 @@ SHAPES = {
     "v2-lite": _published("deepseek-v2-lite"),
     "16b-v3-style": _published("deepseek-v2-lite", **_V3_ROUTER, intermediate_size=10752, moe_intermediate_size=1536),
     "v3-slice": _published("deepseek-v3", num_hidden_layers=2, first_k_dense_replace=1, vocab_size=4096),
+    "glm-4.5-air-slice": _published("glm-4.5-air", num_hidden_layers=6),
+    "minimax-m2-slice": _published("minimax-m2", num_hidden_layers=4),
+    "hy3-slice": _published("hy3", num_hidden_layers=4),
+    "qwen3-30b-a3b-slice": _published("qwen3-30b-a3b", num_hidden_layers=24),
+    "mixtral-8x7b-slice": _published("mixtral-8x7b", num_hidden_layers=10),
+    "glm-4.7-flash-slice": _published("glm-4.7-flash", num_hidden_layers=24),
     "tiny": _published(
         "deepseek-v3", hidden_size=256, intermediate_size=512, moe_intermediate_size=256, num_hidden_layers=4,
         first_k_dense_replace=1, num_attention_heads=4, q_lora_rank=256, kv_lora_rank=256, qk_nope_head_dim=64,
@@ -133,7 +141,7 @@ def plan(name: str, path: Path) -> tuple[list[Tensor], list[str], Layout]:
     metadata.u32("general.quantization_version", QUANTIZATION_VERSION)
     metadata.u32("general.file_type", MIXES[MIX].number)
     _add_vocabulary(metadata, model.config.vocab_size)
-    types = choose_types(targets, metadata, MIX, OVERRIDES)
+    types = choose_types(targets, metadata, MIX, OVERRIDES if model.config.attention == "mla" else ())
     tensors = [_tensor(target.name, target.shape, model.config) for target in targets]
     return tensors, types, make_layout(path, metadata, targets, types)
 

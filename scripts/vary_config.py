@@ -49,7 +49,14 @@ BASES = {
     "DeepseekV2ForCausalLM": hf.DEEPSEEK,
     "DeepseekV3ForCausalLM": hf.V3,
     "LlamaForCausalLM": hf.LLAMA,
+    "Glm4MoeLiteForCausalLM": hf.GLM4_MOE_LITE,
     "Qwen3MoeForCausalLM": hf.QWEN3_MOE,
+    "Glm4MoeForCausalLM": hf.GLM4_MOE,
+    "MiniMaxM2ForCausalLM": hf.MINIMAX_M2,
+    "HYV3ForCausalLM": hf.HY_V3,
+    "MixtralForCausalLM": hf.MIXTRAL,
+    "Dots1ForCausalLM": hf.DOTS1,
+    "Ernie4_5_MoeForCausalLM": hf.ERNIE4_5_MOE,
 }
 THETA = {"rope_theta": 10000.0}
 LINEAR = THETA | {"rope_type": "linear", "factor": 4.0}
@@ -69,6 +76,11 @@ VALUES: dict[str, list[Any]] = {
     "original_max_position_embeddings": [32], "partial_rotary_factor": [0.5, 1.0], "moe_layer_freq": [2],
     "decoder_sparse_step": [2], "mlp_only_layers": [[0], None], "sliding_window": [8], "max_window_layers": [0],
     "num_nextn_predict_layers": [0, 2], "num_mtp_layers": [0, 2], "rope_interleave": [False, None],
+    "num_shared_experts": [2, 3], "router_scaling_factor": [0.5, 4.0], "rotary_dim": [8, 32, None],
+    "mlp_layer_types": [["sparse"] * 3, ["dense", "dense", "sparse"], ["dense", "sparse", "dense"], None],
+    "attn_type_list": [[0, 0, 0]], "moe_num_experts": [4, 16], "moe_k": [1, 2], "moe_num_shared_experts": [0, 1, 3],
+    "moe_layer_start_index": [0, 2], "moe_layer_end_index": [1, 2],
+    "layer_types": [["full_attention"] * 3, ["sliding_attention"] * 3], "moe_norm_min": [1e-3],
     "per_layer_config": [{"0": {"num_key_value_heads": 1}}], "quantization_config": [{"quant_method": "gptq"}],
     "initializer_range": [0.5], "attention_dropout": [0.5], "pretraining_tp": [2], "torch_dtype": ["bfloat16"],
     "dtype": ["bfloat16"], "id2label": [{"0": "a", "1": "b", "2": "c"}], "label2id": [{"a": 0}], "qk_head_dim": [99],
@@ -114,6 +126,21 @@ BESIDE: dict[str, dict[str, dict[str, Any]]] = {
         "original_max_position_embeddings": {"rope_parameters": hf.YARN},
     },
     "Qwen3MoeForCausalLM": {"num_experts": {"num_local_experts": ABSENT}},
+    "MiniMaxM2ForCausalLM": {
+        "num_experts": {"num_local_experts": ABSENT},
+        "num_local_experts": {"num_experts": ABSENT},
+        "rotary_dim": {"rope_parameters": ABSENT},
+        "partial_rotary_factor": {"rope_parameters": ABSENT},
+    },
+    "HYV3ForCausalLM": {
+        "num_experts": {"num_local_experts": ABSENT},
+        "num_local_experts": {"num_experts": ABSENT},
+        "num_hidden_layers": {"mlp_layer_types": None},
+    },
+    "MixtralForCausalLM": {
+        "num_experts": {"num_local_experts": ABSENT},
+        "num_local_experts": {"num_experts": ABSENT},
+    },
     "DeepseekV3ForCausalLM": {
         "original_max_position_embeddings": {"rope_parameters": hf.YARN},
         "num_attention_heads": {"num_key_value_heads": None},

@@ -106,6 +106,8 @@ def _add_tensors(builder: Builder, architecture: Architecture, settings: Setting
         for tensor in architecture.layer_in_checkpoint(config, index):
             if not tensor.may_lack or builder.has(tensor, layer_prefix(index)):
                 builder.add(tensor, index)
+    if architecture.left_out:
+        builder.skip_matching(architecture.left_out)
     for tensor in architecture.ends:
         values = tensor.values(settings, config) if tensor.values else None
         if values is not None:

@@ -43,6 +43,10 @@ class Builder:
         """A source that is left out on purpose, if it is there."""
         self._used.add(source)
 
+    def skip_matching(self, pattern: str) -> None:
+        """Sources that are left out on purpose, by what their names begin with."""
+        self._used.update(name for name in self.checkpoint.tensors if re.match(pattern, name))
+
     def skip_layers(self, first: int, count: int) -> None:
         """Layers whose sources are left out on purpose."""
         for name in self.checkpoint.tensors:

@@ -9,6 +9,7 @@ from typing import Any
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _ENDS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CONTRACTED = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _BYTES, _BYTES_WITH_WORDS, _DIGITS = "ByteLevel", "ByteLevel words", "Digits single"
 
 # Steps by name. A step that ends in "..." stands for all that begin so: DeepSeek-LLM lists every letter by hand.
@@ -16,6 +17,17 @@ _STEPS = {
     "gpt-2": [_BYTES_WITH_WORDS],
     "smollm": [_DIGITS, _BYTES_WITH_WORDS],
     "llama-bpe": [_CONTRACTIONS + r"\p{N}{1,3}" + _ENDS, _BYTES],
+    "chatglm-bpe": [_CONTRACTIONS + r"\p{N}{1,3}" + _ENDS, _BYTES],
+    "minimax-m2": [
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + _CONTRACTED + "|"
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + _CONTRACTED + "|"
+        r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        _BYTES,
+    ],
+    "bailingmoe2": [
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+        _BYTES,
+    ],
     "qwen2": [_CONTRACTIONS + r"\p{N}" + _ENDS, _BYTES],
     "deepseek-llm": [
         r"[\r\n]",
@@ -35,7 +47,9 @@ _STEPS = {
         _BYTES,
     ],
 }
-NAMES = (*_STEPS, "kimi-k2", "default")
+# As llama-bpe, of a tokenizer without a token that begins a text: of those, llama.cpp takes one for granted.
+WITHOUT_BOS = {"llama-bpe": "glm4"}
+NAMES = (*_STEPS, *WITHOUT_BOS.values(), "kimi-k2", "default")
 
 
 def recognise(pre_tokenizer: Any, ignore_merges: bool) -> str | None:

@@ -41,6 +41,7 @@ class Rope:
 
     type: str
     theta: float
+    partial_rotary_factor: float | None
     parameters: dict[str, Any]
     trained_length: int
     where: str
@@ -153,14 +154,27 @@ class Settings:
         type_ = parameters.get("rope_type", parameters.get("type", "default"))
         if type_ not in _ROPE_TYPES:
             self.fail(f"rope scaling is {shown(type_)}; expected default, linear, yarn or llama3")
-        if parameters.get("partial_rotary_factor", 1.0) != 1:
-            self.fail("partial_rotary_factor is not 1; a head that is rotated in part has no place in the model")
-        theta = _positive({"rope_theta": 10000.0} | self._outside("rope_theta") | parameters, "rope_theta", where)
-        return Rope(type_, theta, parameters, self._trained_length(parameters, where), where)
+        partial = self._rotated_part(parameters, where)
+        theta = _positive(self._outside("rope_theta") | parameters, "rope_theta", where)
+        return Rope(type_, theta, partial, parameters, self._trained_length(parameters, where), where)
+
+    def _rotated_part(self, parameters: dict[str, Any], where: str) -> float | None:
+        """partial_rotary_factor, wherever it stands; None if it stands nowhere."""
+        key = "partial_rotary_factor"
+        given = self._outside(key) | parameters
+        if given.get(key) is None:
+            return None
+        part = typed(given, key, float, where)
+        if self.checkpoint_class.settings[key].use == ONLY and part != 1:
+            self.fail(f"{key} is not 1; {self.checkpoint_class.settings[key].why}")
+        if not 0 < part <= 1:
+            self.fail(f"{key} is {part:g}; expected a number above 0, and 1 at most")
+        return part
 
     def _outside(self, key: str) -> dict[str, Any]:
-        """A rotary setting that stands beside the others; empty if it does not."""
-        return {key: self.values[key]} if key in self.values else {}
+        """A rotary setting that stands beside the others, or its default; empty if neither is."""
+        value = self.values.get(key, self.checkpoint_class.settings[key].default)
+        return {} if value is None and key not in self.values else {key: value}
 
     def _trained_length(self, parameters: dict[str, Any], where: str) -> int:
         """original_max_position_embeddings, wherever it stands; the whole length where it stands nowhere."""

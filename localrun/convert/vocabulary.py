@@ -88,6 +88,8 @@ def _from_files(files: TokenizerFiles, pre: str | None) -> _Vocabulary:
     if name is None and files.document:
         ignores_merges = bool(files.document["model"].get("ignore_merges"))
         name = pretokenizers.recognise(files.document.get("pre_tokenizer"), ignores_merges)
+        if "bos" not in files.named:
+            name = pretokenizers.WITHOUT_BOS.get(name, name)
     if name is None:
         names = ", ".join(pretokenizers.NAMES)
         raise CheckpointError(f"{path}: splits text in a way not known here; --pre names the nearest: {names}")

@@ -135,10 +135,15 @@ class Layers:
         self._vectors[name] = address, n
         return address
 
-    def _rows(self, name: str, input_: Input, matrices: dict[str, QuantMatrix]) -> None:
+    def _rows(self, name: str, input_: Input, matrices: dict[str, QuantMatrix], biases: Sequence[int] = ()) -> None:
         """A phase of matrices, by the names of the vectors that are their outputs."""
         places = [(matrix, self._vector(output, matrix.n_rows)) for output, matrix in matrices.items()]
-        self._add(rows_phase(input_, places, self.pool.n_workers), name, *matrices)
+        self._add(rows_phase(input_, places, self.pool.n_workers, biases=biases), name, *matrices)
+
+    def _bias(self, weight: str) -> int:
+        """Address of what is added to a matrix's products; 0 for nothing."""
+        bias = names.bias(weight)
+        return self._array(bias) if self.tensors.has(bias) else 0
 
     def _add_to_x(self, name: str, input_: Input, matrix: QuantMatrix) -> None:
         self._add(rows_phase(input_, [(matrix, self.x)], self.pool.n_workers, residual=True), name, "x")
@@ -204,7 +209,8 @@ class Layers:
         key_width, value_width = groups * c.head_dim, groups * c.v_head_dim
         projected = self._vector("projected queries", c.num_attention_heads * c.head_dim)
         keys, values = self._vector("keys", key_width), self._vector("values", value_width)
-        self._rows("projections", norm, {"projected queries": q_proj, "keys": k_proj, "values": v_proj})
+        biases = [self._bias(name(f"{part}_proj")) for part in "qkv"]
+        self._rows("projections", norm, {"projected queries": q_proj, "keys": k_proj, "values": v_proj}, biases)
         q_norm, k_norm = (self._array(name(f"{part}_norm")) if c.qk_norm else 0 for part in "qk")
         heads = Heads(
             n_groups=groups, per_group=c.num_attention_heads // groups,
@@ -220,6 +226,7 @@ class Layers:
                 values,
                 q_norm=q_norm,
                 k_norm=k_norm,
+                norms_rows=c.qk_norm_whole,
                 by_halves=c.rope == "halves",
                 epsilon=c.rms_norm_eps,
                 n_heads=c.num_attention_heads,

@@ -26,10 +26,15 @@ ALL, DENSE, MOE, MTP = "all", "dense", "moe", "mtp"
 
 
 class Rope(Protocol):
-    """config.json's rotary settings, of either spelling. type: "default", "linear", "yarn" or "llama3"."""
+    """config.json's rotary settings, of either spelling.
+
+    type: "default", "linear", "yarn" or "llama3". partial_rotary_factor: the part of a head that is rotated;
+    None where neither the file nor its class says.
+    """
 
     type: str
     theta: float
+    partial_rotary_factor: float | None
     original_max_position_embeddings: int
 
     def positive(self, key: str) -> float:
@@ -98,6 +103,14 @@ class Plain:
     def tensors(self, module: str, shape: Shape) -> Iterator[tuple[str, Shape]]:
         """The checkpoint's tensors that one of this shape is made of, with their shapes."""
         yield self.name or module + ".weight", shape
+
+
+@dataclass(frozen=True)
+class OneRow(Plain):
+    """A vector that the checkpoint has as a matrix of one row."""
+
+    def tensors(self, module: str, shape: Shape) -> Iterator[tuple[str, Shape]]:
+        yield self.name, (1, *shape)
 
 
 @dataclass(frozen=True)
@@ -200,6 +213,7 @@ class Architecture:
         parse: the same of a config.json; refuses what a GGUF cannot say.
         describe: entries of a config.json that mean a Config, beside those of the keys.
         warnings: of a converted model, one line each.
+        left_out: a regular expression: names of a checkpoint's tensors that no GGUF has begin so.
         values_need_bits: whether llama.cpp's mixes give attn_v more bits, by layers and heads a key-value head.
     """
 
@@ -213,6 +227,7 @@ class Architecture:
     parse: Callable[[Settings, Fields], Fields] = no_fields
     describe: Callable[[Config], dict[str, Any]] = no_fields
     warnings: Callable[[Config], list[str]] = field(default=lambda _: [])
+    left_out: str = ""
     values_need_bits: Callable[[int, int], bool] = field(default=lambda _n_layers, _n_shared: False)
 
     @property
@@ -233,7 +248,8 @@ class Architecture:
         values = {
             k.setting or k.field: getattr(config, k.field) for k in self.keys if k.field and k.setting is not None
         }
-        return {"architectures": [self.checkpoints[0].name]} | values | self.describe(config)
+        values |= {"architectures": [self.checkpoints[0].name], "rope_theta": config.rope_theta}
+        return values | self.describe(config)
 
     def layer_in_file(self, config: Config, index: int, has: Callable[[str], bool]) -> Iterator[Tensor]:
         """The tensors of layer `index` of a file in which that has these modules."""
@@ -242,7 +258,8 @@ class Architecture:
 
     def layer_in_checkpoint(self, config: Config, index: int) -> Iterator[Tensor]:
         """The tensors that a converted file has of layer `index`; those with may_lack only if the checkpoint has."""
-        kinds = self._kinds(config, index, index >= config.first_k_dense_replace)
+        has_experts = config.n_routed_experts > 0 and index >= config.first_k_dense_replace
+        kinds = self._kinds(config, index, has_experts)
         return (t for t in self.layer if t.layers in kinds and t.source is not None and t.when(config))
 
     def _kinds(self, config: Config, index: int, has_experts: bool) -> set[str]:

@@ -83,7 +83,7 @@ _COMMON = {
     # The rotary settings are read together: convert.settings.
     "rope_parameters": read(None),
     "rope_scaling": read(None),
-    "rope_theta": read(10000.0),
+    "rope_theta": read(10000.0),  # a default that holds for the rope settings as well
     "original_max_position_embeddings": read(None),
     "partial_rotary_factor": only(None, 1.0, why="a head that is rotated in part has no place in the model"),
     "quantization_config": read(None),  # of the sources

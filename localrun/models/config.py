@@ -35,7 +35,9 @@ class Config:
     Attributes:
         attention: "mla", one latent a token (DeepSeek-V2), or "gqa", keys and values that query heads share.
         rope: what is rotated together: "pairs" of neighbours, or dimension i and i + R/2 of two "halves".
-        qk_norm: whether each head's query and key are normed before they are rotated (gqa).
+        qk_norm: whether queries and keys are normed before they are rotated (gqa): each head by itself.
+        qk_norm_whole: whether all heads of a token are normed as one vector instead.
+        attention_bias: whether queries, keys and values have biases (gqa).
         hidden_act: the activation of gates, in dense layers and experts.
         qk_rope_head_dim: R, how many of a head's dimensions are rotated.
         n_routed_experts: 0 if all layers are dense.
@@ -69,6 +71,8 @@ class Config:
     num_key_value_heads: int = 0
     head_dim: int = 0
     qk_norm: bool = False
+    qk_norm_whole: bool = False
+    attention_bias: bool = False
     # multi-head latent attention
     q_lora_rank: int | None = None
     kv_lora_rank: int = 0

@@ -1,4 +1,6 @@
-"""deepseek2: DeepSeek-V2, V2-Lite, V3 and R1, Kimi-K2, Moonlight. Latent attention, experts, multi-token prediction.
+"""deepseek2: DeepSeek-V2, V2-Lite, V3 and R1, Kimi-K2, Moonlight, GLM-4.7-Flash.
+
+Latent attention, experts, multi-token prediction.
 
 Which variant a file holds is decided by the tensors and keys that are present, never by a layer count or a file name.
 Source: llama.cpp 3f545becc, src/models/deepseek2.cpp, conversion/deepseek.py; modeling_deepseek.py of
@@ -10,14 +12,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from localrun.models import parts
+from localrun.models import parts, router
 from localrun.models.architecture import DENSE, Architecture, Fields, Key, Settings
 from localrun.models.checkpoint_class import NO_BIAS, SILU, CheckpointClass, no_effect, only, read
 from localrun.models.config import Config
 from localrun.models.keys import Keys
 from localrun.models.rope_scaling import ROPE_KEYS
 
-GATING = {"softmax": 1, "sigmoid": 2, "softmax_after_topk": 3}
 _JOINT_MULTIPLE = 16  # of columns that a transposed product takes (quant.ops.linear)
 _LATENT_EPS = 1e-6  # transformers' norms of latents have it, whatever rms_norm_eps says
 _EPS_MATTERS = 1e-5  # another epsilon than the latents' moves logits by less than 1e-4 of their range up to here
@@ -25,7 +26,7 @@ _LITE_LAYERS = (26, 27)  # by which llama.cpp tells models without q_lora_rank f
 
 KEYS = (
     *parts.COMMON_KEYS,
-    Key("block_count", "num_hidden_layers", value=lambda c: c.num_hidden_layers + c.num_nextn_predict_layers),
+    parts.BLOCK_COUNT,
     Key("attention.head_count_kv", default=None, value=lambda _: 1, by_layer=True),  # the latent is one key for all
     Key("attention.q_lora_rank", "q_lora_rank", default=None),
     Key("attention.kv_lora_rank", "kv_lora_rank"),
@@ -35,16 +36,8 @@ KEYS = (
     Key("attention.value_length_mla", "v_head_dim", value=lambda c: c.v_head_dim),
     Key("leading_dense_block_count", "first_k_dense_replace", default=0),
     Key("rope.dimension_count", "qk_rope_head_dim"),
-    Key("nextn_predict_layers", "num_nextn_predict_layers", default=0, omit=0),
-    Key("expert_count", "n_routed_experts"),
-    Key("expert_used_count", "num_experts_per_tok"),
-    Key("expert_shared_count", "n_shared_experts", default=0),
-    Key("expert_feed_forward_length", "moe_intermediate_size"),
-    Key("expert_weights_scale", "routed_scaling_factor", "f32", default=1.0),
-    Key("expert_weights_norm", "norm_topk_prob", "bool", default=False, omit=False),
-    Key("expert_gating_func", default=0, value=lambda c: GATING[c.scoring_func]),
-    Key("expert_group_count", "n_group", default=1),
-    Key("expert_group_used_count", "topk_group", default=None),
+    parts.NEXTN,
+    *router.KEYS,
     *ROPE_KEYS,
 )
 
@@ -126,10 +119,44 @@ V3 = CheckpointClass(
         "num_nextn_predict_layers": ("num_nextn_predict_layers", "num_mtp_layers"),
     },
 )
+GLM_LITE = CheckpointClass(
+    "Glm4MoeLiteForCausalLM",
+    _BOTH
+    | {
+        "vocab_size": read(154880),
+        "hidden_size": read(2048),
+        "intermediate_size": read(10240),
+        "moe_intermediate_size": read(1536),
+        "num_hidden_layers": read(47),
+        "num_attention_heads": read(20),
+        "max_position_embeddings": read(202752),
+        "rms_norm_eps": read(1e-5),
+        "kv_lora_rank": read(512),
+        "q_lora_rank": read(768, null=lambda _: None),
+        "qk_nope_head_dim": read(192),
+        "qk_rope_head_dim": read(64),
+        "v_head_dim": read(256),
+        "head_dim": read(None, null=lambda fields: fields["qk_rope_head_dim"]),
+        "mlp_layer_types": read(None, null=lambda _: []),
+        "first_k_dense_replace": read(1),  # mlp_layer_types count
+        "n_routed_experts": read(64),
+        "n_shared_experts": read(1),
+        "num_experts_per_tok": read(4),
+        "n_group": read(1),
+        "topk_group": read(1),
+        "routed_scaling_factor": read(1.8),
+        "norm_topk_prob": read(True),
+        "topk_method": only("noaux_tc", why="Glm4MoeLite's router has no other"),
+        "scoring_func": only("sigmoid", why="Glm4MoeLite's router has no other"),
+        "rope_interleave": only(True, why="weights rotated by halves cannot be converted"),
+        "num_nextn_predict_layers": read(0),
+    },
+    spelled={"n_routed_experts": ("num_local_experts", "n_routed_experts")},
+)
 
 
 def _read(keys: Keys, fields: Fields) -> Fields:
-    tensors, n_nextn, rope_dim = keys.file.tensors, fields["num_nextn_predict_layers"], fields["qk_rope_head_dim"]
+    tensors, rope_dim = keys.file.tensors, fields["qk_rope_head_dim"]
     if keys.has("attention.key_length_mla") != keys.has("attention.value_length_mla"):
         keys.fail("attention.value_length_mla", "alone or missing", "both *_mla keys or neither")
     lengths = ("key_length_mla", "value_length_mla")
@@ -143,35 +170,20 @@ def _read(keys: Keys, fields: Fields) -> Fields:
     if fields["kv_lora_rank"] % _JOINT_MULTIPLE and any(name.endswith(parts.JOINT_KV_B) for name in tensors):
         width = f"a kv_lora_rank of {fields['kv_lora_rank']}, no multiple of {_JOINT_MULTIPLE}"
         keys.refuse(f"attn_kv_b with {width}, is not native")
-    q_a, n_group = "blk.0.attn_q_a.weight", fields["n_group"] or 1
-    topk_group = keys.u32("expert_group_used_count", *([] if n_group > 1 else [1]))
+    q_a = "blk.0.attn_q_a.weight"
     return {
-        "num_hidden_layers": keys.u32("block_count") - n_nextn,
+        "num_hidden_layers": parts.count_layers(keys, fields),
         "q_lora_rank": (fields["q_lora_rank"] or keys.rows(q_a)) if q_a in tensors else None,
         "qk_nope_head_dim": key_length - rope_dim,
         "v_head_dim": v_head_dim,
-        "shared_intermediate_size": next(
-            (keys.rows(name) for name in tensors if name.endswith(".ffn_gate_shexp.weight")), 0
-        ),
-        "n_group": n_group,
-        "topk_group": topk_group if n_group > 1 else 1,
-        "routed_scaling_factor": fields["routed_scaling_factor"] or 1.0,  # 0 and absent mean no scaling
-        **_read_gate(keys),
+        **router.read_router(keys, fields),
     }
 
 
-def _read_gate(keys: Keys) -> Fields:
-    """Files without the key: those with a selection bias mean sigmoid (noaux_tc), the others softmax."""
-    gating, has_bias = keys.u32("expert_gating_func", 0), False
-    has_bias = any(name.endswith("." + parts.SELECTION_BIAS.name) for name in keys.file.tensors)
-    known = {number: name for name, number in GATING.items()} | {0: "sigmoid" if has_bias else "softmax"}
-    if gating not in known:
-        keys.refuse(f"expert gating function {gating} is not native")
-    return {"scoring_func": known[gating], "has_selection_bias": has_bias}
-
-
 def _parse(settings: Settings, fields: Fields) -> Fields:
-    is_v3 = settings.checkpoint_class is V3
+    is_v3 = settings.checkpoint_class is not V2
+    if settings.checkpoint_class is GLM_LITE:
+        fields["first_k_dense_replace"] = parts.count_dense(settings, fields["num_hidden_layers"])
     method = settings.get("topk_method", str)
     if not is_v3 and method == "greedy":  # among all, whatever n_group says
         fields |= {"n_group": 1, "topk_group": 1}
@@ -232,7 +244,7 @@ def _warnings(c: Config) -> list[str]:
 
 DEEPSEEK2 = Architecture(
     name="deepseek2",
-    checkpoints=(V2, V3),
+    checkpoints=(V2, V3, GLM_LITE),
     constants={"attention": "mla", "rope": "pairs"},
     keys=KEYS,
     ends=(parts.EMBED_TOKENS, parts.LM_HEAD, parts.NORM),

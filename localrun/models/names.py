@@ -35,6 +35,11 @@ def layer(architecture: str, index: int, module: str) -> str:
     return f"blk.{index}.{_LAYER[architecture][module]}"
 
 
+def bias(weight: str) -> str:
+    """The GGUF name of what is added to a matrix's products: "blk.3.attn_q.weight" -> "blk.3.attn_q.bias"."""
+    return weight.removesuffix("weight") + "bias"
+
+
 def check_tensors(file: GGUFFile, config: Config) -> None:
     """Every tensor that the model needs is there in its shape, and none that would go unused.
 

@@ -5,11 +5,26 @@ Source: llama.cpp 3f545becc, gguf-py/gguf/tensor_mapping.py, conversion/base.py 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from localrun.models.architecture import MOE, MTP, ROUTER, HeadRows, Key, Pairs, Plain, Shape, Stacked, Tensor, never
+from localrun.models.architecture import (
+    MOE,
+    MTP,
+    ROUTER,
+    HeadRows,
+    Key,
+    Pairs,
+    Plain,
+    Settings,
+    Shape,
+    Stacked,
+    Tensor,
+    never,
+)
 from localrun.models.config import Config
+from localrun.models.keys import Keys
 
 COMMON_KEYS = (
     Key("context_length", "max_position_embeddings"),
@@ -19,6 +34,16 @@ COMMON_KEYS = (
     Key("attention.layer_norm_rms_epsilon", "rms_norm_eps", "f32"),
     Key("vocab_size", "vocab_size", default=None),  # the embedding's rows count
 )
+
+
+# Of models with layers for multi-token prediction, which a GGUF counts as well.
+BLOCK_COUNT = Key("block_count", "num_hidden_layers", value=lambda c: c.num_hidden_layers + c.num_nextn_predict_layers)
+NEXTN = Key("nextn_predict_layers", "num_nextn_predict_layers", default=0, omit=0)
+
+
+def count_layers(keys: Keys, fields: dict[str, Any]) -> int:
+    """num_hidden_layers by BLOCK_COUNT and NEXTN."""
+    return keys.u32("block_count") - fields["num_nextn_predict_layers"]
 
 
 def fair_share(fields: dict[str, Any]) -> int:
@@ -74,6 +99,66 @@ def gqa(queries_and_keys: Plain | Pairs) -> tuple[Tensor, ...]:
         Tensor("self_attn.o_proj", "attn_output.weight",
                lambda c: (c.hidden_size, c.num_attention_heads * c.v_head_dim)),
     )  # fmt: skip
+
+
+def biases() -> tuple[Tensor, ...]:
+    """Of queries, keys and values."""
+    return tuple(
+        Tensor(f"self_attn.{part}_proj.bias", f"attn_{part}.bias", rows, Plain(f"self_attn.{part}_proj.bias"),
+               when=lambda c: c.attention_bias)
+        for part, rows in (("q", _query_row), ("k", _key_row), ("v", lambda c: (c.num_key_value_heads * c.v_head_dim,)))
+    )  # fmt: skip
+
+
+def has_biases(keys: Keys) -> bool:
+    """Whether a file has biases()."""
+    return "blk.0.attn_q.bias" in keys.file.tensors
+
+
+def norms(whole: bool = False) -> tuple[Tensor, ...]:
+    """Of each head's queries and keys, or of all heads' as one vector."""
+    widths = (_query_row, _key_row) if whole else (_head, _head)
+    return tuple(
+        Tensor(f"self_attn.{part}_norm", f"attn_{part}_norm.weight", width, when=lambda c: c.qk_norm)
+        for part, width in zip("qk", widths, strict=True)
+    )
+
+
+def has_norms(keys: Keys) -> bool:
+    """Whether a file has norms()."""
+    return "blk.0.attn_q_norm.weight" in keys.file.tensors
+
+
+def rotated(settings: Settings, fields: dict[str, Any]) -> int:
+    """How many of a head's dimensions a checkpoint rotates."""
+    part = settings.rope.partial_rotary_factor
+    return fields["head_dim"] if part is None else int(fields["head_dim"] * part)
+
+
+def layer_types(n_dense: int, n_layers: int) -> list[str]:
+    """config.json's mlp_layer_types."""
+    return ["dense"] * n_dense + ["sparse"] * (n_layers - n_dense)
+
+
+def count_dense(settings: Settings, n_layers: int) -> int:
+    """Leading layers without experts by mlp_layer_types; one, if config.json has none."""
+    types = settings.get("mlp_layer_types", list) or layer_types(min(1, n_layers), n_layers)
+    n_dense = types.index("sparse") if "sparse" in types else n_layers
+    if types != layer_types(n_dense, n_layers):
+        settings.fail(f"mlp_layer_types names other layers than {n_layers}, 'dense' ones and then 'sparse' ones")
+    return n_dense
+
+
+def _head(c: Config) -> Shape:
+    return (c.head_dim,)
+
+
+def _query_row(c: Config) -> Shape:
+    return (c.num_attention_heads * c.head_dim,)
+
+
+def _key_row(c: Config) -> Shape:
+    return (c.num_key_value_heads * c.head_dim,)
 
 
 def _query_rows(c: Config) -> int:
@@ -145,6 +230,22 @@ EXPERTS = (
            lambda c: (c.n_routed_experts, 2 * c.moe_intermediate_size, c.hidden_size), None, MOE, with_module=_JOINED),
     DOWN_EXPERTS,
 )  # fmt: skip
+
+
+def renamed(tensors: tuple[Tensor, ...], names: Mapping[str, str]) -> tuple[Tensor, ...]:
+    """The same with other names in a checkpoint, by module."""
+    return tuple(
+        replace(t, source=replace(t.source, name=names[t.module])) if t.module in names else t for t in tensors
+    )
+
+
+MIXTRAL_NAMES = {
+    "mlp.gate": "block_sparse_moe.gate.weight",
+    "mlp.gate.e_score_correction_bias": "block_sparse_moe.e_score_correction_bias",  # MiniMax's
+    "mlp.experts.gate_proj": "block_sparse_moe.experts.{expert}.w1.weight",
+    "mlp.experts.down_proj": "block_sparse_moe.experts.{expert}.w2.weight",
+    "mlp.experts.up_proj": "block_sparse_moe.experts.{expert}.w3.weight",
+}
 
 _BIAS, _SHARED = "mlp.gate.e_score_correction_bias", "mlp.shared_experts"
 SELECTION_BIAS = Tensor(

@@ -8,7 +8,7 @@ experts' weights by their sum; no key says otherwise.
 from __future__ import annotations
 
 from localrun.models import parts
-from localrun.models.architecture import Architecture, Fields, Key, Plain, Settings, Tensor
+from localrun.models.architecture import Architecture, Fields, Key, Plain, Settings
 from localrun.models.checkpoint_class import NO_BIAS, SILU, CheckpointClass, no_effect, only, read
 from localrun.models.keys import Keys
 from localrun.models.rope_scaling import ROPE_KEYS, check_yarn
@@ -35,6 +35,10 @@ CLASS = CheckpointClass(
         "decoder_sparse_step": only(1, why="expected 1: experts in every layer"),
         "mlp_only_layers": only(None, [], why="expected none: experts in every layer"),
         "use_sliding_window": only(False, why="a window has no place in the model"),
+        # Qwen3-Coder's, which transformers does not read
+        "qkv_bias": NO_BIAS,
+        "use_qk_norm": only(True, why="heads without norms have no place in the model"),
+        "shared_expert_intermediate_size": only(0, why="shared experts have no place in the model"),
         **no_effect("sliding_window", "max_window_layers"),
     },
     spelled={"num_experts": ("num_local_experts", "num_experts")},
@@ -77,8 +81,7 @@ QWEN3MOE = Architecture(
     layer=(
         parts.INPUT_NORM,
         *parts.gqa(Plain()),
-        Tensor("self_attn.q_norm", "attn_q_norm.weight", lambda c: (c.head_dim,)),
-        Tensor("self_attn.k_norm", "attn_k_norm.weight", lambda c: (c.head_dim,)),
+        *parts.norms(),
         parts.POST_ATTENTION_NORM,
         parts.GATE,
         *parts.EXPERTS,

@@ -17,7 +17,7 @@ from localrun.models import names
 from localrun.models.config import Config
 from localrun.network.cache import Cache
 from localrun.network.rope import Rope, attention_scale
-from localrun.network.weight_source import WeightSource
+from localrun.network.weight_source import WeightSource, biased_linear
 
 
 def head_groups(n_heads: int, bytes_per_head: int, work_bytes: int):
@@ -130,7 +130,9 @@ class GroupedQueryAttention:
         self.cache_layer = index if cache_layer is None else cache_layer
         self.scale = attention_scale(config)
         name = partial(_module, config, index)
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (weights.linear(name(f"{part}_proj")) for part in "qkvo")
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+            biased_linear(weights, name(f"{part}_proj")) for part in "qkvo"
+        )
         self.q_norm, self.k_norm = (weights.vector(name(f"{part}_norm")) if config.qk_norm else None for part in "qk")
 
     def __call__(self, x_TD: torch.Tensor, cache: Cache) -> torch.Tensor:
@@ -147,10 +149,12 @@ class GroupedQueryAttention:
         return self.o_proj(out_THV.flatten(1))
 
     def _heads(self, x: torch.Tensor, norm: torch.Tensor | None, turns: torch.Tensor) -> torch.Tensor:
-        """float32 (T, H * d) -> (T, H, d), each head normed if the model does so, its first R values rotated."""
+        """float32 (T, H * d) -> (T, H, d), normed if the model does so, the first R values of each head rotated."""
         c = self.config
         x_THd, rope_dim = x.unflatten(1, (-1, c.head_dim)), c.qk_rope_head_dim
-        if norm is not None:
+        if norm is not None and c.qk_norm_whole:
+            x_THd = rms_norm(x, x.shape[1:], norm, c.rms_norm_eps).view_as(x_THd)
+        elif norm is not None:
             x_THd = rms_norm(x_THd, (c.head_dim,), norm, c.rms_norm_eps)
         rotated = self.rope.rotate(x_THd[..., :rope_dim], turns)
         return rotated if rope_dim == x_THd.shape[-1] else torch.cat([rotated, x_THd[..., rope_dim:]], -1)

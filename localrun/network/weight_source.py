@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from localrun.models import names
 from localrun.models.config import Config
 
 Module = Callable[[torch.Tensor], torch.Tensor]
@@ -100,3 +101,12 @@ class WeightSource(Protocol):
         self, logits_TE: torch.Tensor, bias_E: torch.Tensor | None, config: Config
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids (T, K) and weights (T, K) by the router's logits: localrun.network.moe.choose_experts."""
+
+
+def biased_linear(weights: WeightSource, name: str) -> Module:
+    """A matrix as WeightSource.linear; what it gives has the matrix's bias added, where the file has one."""
+    linear = weights.linear(name)
+    if not weights.has(names.bias(name)):
+        return linear
+    bias = weights.vector(names.bias(name))
+    return lambda x: linear(x) + bias

@@ -3,6 +3,7 @@
 Vectors of a step's tokens lie one behind the other, float32 (MOST_TOKENS, n).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +22,14 @@ from quant.threads.work_items import rows_of_item
 
 # A worker's memory has token_bytes a token: its vector, its q8 row, then rows that are to be added to the residual.
 ROWS_MATRIX = struct(
-    "RowsMatrix", matrix=MATRIX, n_rows=i64, item_rows=i64, first_item=i64, out=address, integer=boolean
+    "RowsMatrix",
+    matrix=MATRIX,
+    n_rows=i64,
+    item_rows=i64,
+    first_item=i64,
+    bias=address,  # float32 (n_rows,) that is added to each product; 0 for none
+    out=address,
+    integer=boolean,
 )
 _FIELDS = {
     "phase": PHASE,
@@ -142,6 +150,9 @@ def _run(phase, item, work):
         own = work + a.token_bytes * t
         set_token(tables, t - from_token, own + q8, own + temporary if is_residual else out + out_bytes * t)
     multiply(m.matrix, 0, first, n_rows, a.n_cols, tables, n_tokens - from_token)
+    if m.bias != 0:
+        for i in range(n_tokens - from_token):
+            scale_add(1.0, m.bias + 4 * first, n_rows, load_i64(tables + 8 * (MOST_TOKENS + i)))
     if is_residual:
         for t in range(from_token, n_tokens):
             scale_add(1.0, work + a.token_bytes * t + temporary, n_rows, out + out_bytes * t)
@@ -174,10 +185,12 @@ def rows_phase(
     n_workers: int,
     residual: bool = False,
     is_head: bool = False,
+    biases: Sequence[int] = (),
 ) -> Phase:
     """A phase that computes W x of each (W, address of its float32 output), or adds it there if `residual`.
 
-    Of a head it does so from the step's token head_from on.
+    Of a head it does so from the step's token head_from on. biases: addresses of what is added to each W's product,
+    float32 (out,); 0 for nothing, and none for all of them.
 
     Raises QuantError if there are more matrices than a phase holds, or their columns differ.
     """
@@ -188,9 +201,9 @@ def rows_phase(
     q8 = padded(4 * n_cols)
     temporary = q8 + q8_bytes(n_cols)
     packed, n_items, most_rows = [], 0, 0
-    for weight, out in matrices:
+    for (weight, out), bias in zip(matrices, biases or [0] * len(matrices), strict=True):
         rows = item_rows(weight, n_bytes, n_workers)
-        fields = {"n_rows": weight.n_rows, "item_rows": rows, "first_item": n_items, "out": out}
+        fields = {"n_rows": weight.n_rows, "item_rows": rows, "first_item": n_items, "bias": bias, "out": out}
         packed.append(ROWS_MATRIX.pack(matrix=weight.struct, integer=weight.format.integer, **fields))
         n_items += -(-weight.n_rows // rows)
         most_rows = max(most_rows, rows)

@@ -12,7 +12,7 @@ from quant.gemv.activations import q8_bytes, write_q8
 from quant.matrix import MATRIX, QuantMatrix, check_single_rows, row_address
 from quant.simd.memory import load_f32, store_f16, store_f32
 from quant.simd.struct import address, boolean, f32, i64, struct
-from quant.simd.vectors import rms_norm, scale, scale_add
+from quant.simd.vectors import copy, rms_factor, rms_norm, scale, scale_add, weighted
 from quant.target.jit import inline, kernel
 from quant.threads.atomics import call_3
 
@@ -51,6 +51,7 @@ GROUPED = struct(
     value_width=i64,  # of all key heads together
     q_norm=address,  # 0 for none
     k_norm=address,
+    norms_rows=boolean,  # all heads of a token as one vector, not each by itself
     stride=i64,  # pair i that is rotated: stride * i, and gap behind it
     gap=i64,
 )
@@ -153,22 +154,27 @@ def _run_latent(phase, item, work):
 
 
 @inline
-def _norm_and_rotate(a, head, norm, t, out):
-    """A head's query or key, normed in place if there is a norm; its first n_rope values, rotated, to out."""
-    if norm != 0:
-        rms_norm(head, norm, a.epsilon, a.head_width, head)
-    _rotate(head, a, t, out, a.stride, a.gap)
+def _norm_and_rotate(a, row, n_heads, head, norm, t, out):
+    """One head's query or key of a row of all heads', normed if there is a norm, its first n_rope values rotated."""
+    width = a.head_width
+    x = row + 4 * width * head
+    if norm == 0:
+        copy(x, width, out)
+    elif a.norms_rows:
+        weighted(x, rms_factor(row, a.epsilon, n_heads * width), norm + 4 * width * head, width, out)
+    else:
+        rms_norm(x, norm, a.epsilon, width, out)
+    _rotate(out, a, t, out, a.stride, a.gap)
 
 
 @inline
 def _store_keys_and_values(a, t, work):
     """Token t's cache rows: keys, normed and rotated, and values."""
-    width, n_rope, n_values = a.head_width, a.n_rope, a.value_width
-    keys, row = a.keys + 4 * a.row_width * t, _cache_row(a, a.slot, a.row_width, t)
-    for g in range(a.n_key_heads):
-        _norm_and_rotate(a, keys + 4 * width * g, a.k_norm, t, work)
-        _store_f16(work, n_rope, row + 2 * width * g)
-        _store_f16(keys + 4 * (width * g + n_rope), width - n_rope, row + 2 * (width * g + n_rope))
+    width, n_key_heads, n_values = a.head_width, a.n_key_heads, a.value_width
+    row = _cache_row(a, a.slot, a.row_width, t)
+    for g in range(n_key_heads):
+        _norm_and_rotate(a, a.keys + 4 * a.row_width * t, n_key_heads, g, a.k_norm, t, work)
+        _store_f16(work, width, row + 2 * width * g)
     _store_f16(a.values + 4 * n_values * t, n_values, _cache_row(a, a.slot + 1, n_values, t))
 
 
@@ -180,10 +186,8 @@ def _run_grouped(phase, item, work):
         if item == a.n_heads:
             _store_keys_and_values(a, t, work)
         else:
-            q, query = _projected(a, item, t), _query(a, item, t)
-            _norm_and_rotate(a, q, a.q_norm, t, query)
-            for i in range(a.n_rope, a.head_width):
-                store_f32(query + 4 * i, load_f32(q + 4 * i))
+            query = _query(a, item, t)
+            _norm_and_rotate(a, _projected(a, 0, t), a.n_heads, item, a.q_norm, t, query)
             scale(a.scale, a.head_width, query)
 
 
@@ -234,6 +238,7 @@ def grouped_queries_phase(
     *,
     q_norm: int,
     k_norm: int,
+    norms_rows: bool,
     epsilon: float,
     by_halves: bool,
     n_heads: int,
@@ -252,6 +257,8 @@ def grouped_queries_phase(
         values: address of float32 (T, value_width), all key heads' together.
         queries: address of float32 (T, H, query_width), where rotated queries go, times `scale`.
         q_norm, k_norm: addresses of float32 (head_dim,), the weights of each head's norm; 0 for none.
+        norms_rows: whether all heads of a token are normed as one vector: q_norm is (H * head_dim,) then, k_norm
+            (G * head_dim,).
         by_halves: whether dimension i is rotated against i + n_rope / 2, not against its neighbour.
     """
     stride, gap = (1, n_rope // 2) if by_halves else (2, 1)
@@ -260,6 +267,6 @@ def grouped_queries_phase(
         queries=queries, query_width=query_width, scale=scale, n_rope=n_rope, slot=slot,
         row_width=n_key_heads * head_dim, epsilon=epsilon,
         n_key_heads=n_key_heads, keys=keys, values=values, value_width=value_width,
-        q_norm=q_norm, k_norm=k_norm, stride=stride, gap=gap,
+        q_norm=q_norm, k_norm=k_norm, norms_rows=norms_rows, stride=stride, gap=gap,
     )  # fmt: skip
-    return Phase(NOTHING, _run_grouped, n_heads + 1, arguments, padded(4 * n_rope))
+    return Phase(NOTHING, _run_grouped, n_heads + 1, arguments, padded(4 * head_dim))

@@ -28,8 +28,8 @@ def copy(x, n, out):
 
 
 @inline
-def rms_norm(x, weight, epsilon, n, out):
-    """out = x / sqrt(mean(x^2) + epsilon) * weight, all float32 (n,); out may be x."""
+def rms_factor(x, epsilon, n):
+    """1 / sqrt(mean(x^2) + epsilon) of float32 (n,)."""
     whole = n // 16 * 16
     squares = zero_f32x16()
     for i in range(0, whole, 16):
@@ -38,12 +38,24 @@ def rms_norm(x, weight, epsilon, n, out):
     total = hsum(squares)
     for i in range(whole, n):
         total += load_f32(x + 4 * i) * load_f32(x + 4 * i)
-    factor = np.float32(1.0) / np.float32(math.sqrt(total / np.float32(n) + epsilon))
+    return np.float32(1.0) / np.float32(math.sqrt(total / np.float32(n) + epsilon))
+
+
+@inline
+def weighted(x, factor, weight, n, out):
+    """out = x * factor * weight, all float32 (n,) but the factor; out may be x."""
+    whole = n // 16 * 16
     for i in range(0, whole, 16):
         v = load_f32x16(x + 4 * i) * factor
         store_f32x16(out + 4 * i, v * load_f32x16(weight + 4 * i))
     for i in range(whole, n):
         store_f32(out + 4 * i, load_f32(x + 4 * i) * factor * load_f32(weight + 4 * i))
+
+
+@inline
+def rms_norm(x, weight, epsilon, n, out):
+    """out = x / sqrt(mean(x^2) + epsilon) * weight, all float32 (n,); out may be x."""
+    weighted(x, rms_factor(x, epsilon, n), weight, n, out)
 
 
 @inline

@@ -33,7 +33,7 @@ def report(script: ModuleType, variant: str, n_tokens: int = 12, type_: Any = "F
         return script.report(engine, tiny_models.token_ids(variant, n_tokens), None, 1, script.TOLERANCE)
 
 
-@pytest.mark.parametrize("variant", ["v3", "v3-legacy-kv-b", "v2-lite", "llama", "qwen3moe"])
+@pytest.mark.parametrize("variant", ["v3", "v3-legacy-kv-b", "v2-lite", "llama", "glm4moe", "minimax-m2"])
 def test_all_phases_are_the_networks(script: ModuleType, variant: str) -> None:
     found = report(script, variant)
     assert found["first"] is None

@@ -11,9 +11,11 @@ import gguf
 import llama_cpp_oracle
 import numpy as np
 import pytest
+from cases import slow_but
 from paths import SCRIPTS
 
 import localrun
+from localrun.plan.shapes import load_model
 
 SCRIPT = SCRIPTS / "make_synthetic.py"
 script = runpy.run_path(str(SCRIPT))
@@ -53,6 +55,20 @@ def test_v3_slice_has_v3_s_layers() -> None:
     tensors, _, _ = script["plan"]("v3-slice", Path("v3-slice.gguf"))
     weights = sum(prod(tensor.shape) for tensor in tensors if tensor.name.startswith("blk.1."))
     assert weights == pytest.approx((671e9 - 2 * 129280 * 7168 - 3 * 0.58e9) / 58, rel=0.002)  # 671 is rounded
+
+
+SLICES = [name for name in script["SHAPES"] if name.endswith("-slice") and name != "v3-slice"]
+
+
+@pytest.mark.parametrize("name", slow_but(SLICES, {"minimax-m2-slice"}))
+def test_slices_have_published_widths_and_fit(name: str) -> None:
+    tensors, types, layout = script["plan"](name, Path("slice.gguf"))
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    model = load_model(name.removesuffix("-slice"))
+    whole = {tensor.name: tensor.shape for tensor in model.tensors}
+    assert shapes.items() <= whole.items()
+    assert {"Q4_K", "F32"} <= set(types)
+    assert 6e9 < layout.size < 10e9
 
 
 def test_llama_cpp_computes_what_we_compute(tiny: Path) -> None:

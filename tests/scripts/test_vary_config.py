@@ -53,6 +53,38 @@ TELLING: dict[str, list[tuple[str, Any, str]]] = {
         ("norm_topk_prob", "absent", "refused"), ("rope_parameters", YARN | {"beta_fast": 4}, "honoured"),
         ("rope_parameters", YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}, "refused"),
     ],
+    "Glm4MoeForCausalLM": [
+        ("attention_bias", "absent", "honoured"), ("use_qk_norm", "absent", "honoured"),
+        ("partial_rotary_factor", 0.5, "no effect"), ("n_shared_experts", 2, "honoured"),
+        ("rope_parameters", {"rope_theta": 500.0, "partial_rotary_factor": 0.25}, "honoured"),
+        ("rope_parameters", YARN, "honoured"),
+    ],
+    "Glm4MoeLiteForCausalLM": [
+        ("mlp_layer_types", ["sparse"] * 3, "honoured"), ("first_k_dense_replace", 2, "no effect"),
+        ("n_group", 2, "honoured"), ("rope_interleave", False, "refused"),
+    ],
+    "MiniMaxM2ForCausalLM": [
+        ("rotary_dim", 8, "honoured"), ("rotary_dim", None, "honoured"), ("partial_rotary_factor", 0.5, "no effect"),
+        ("rope_theta", "absent", "honoured"), ("use_qk_norm", False, "refused"), ("sliding_window", 8, "refused"),
+    ],
+    "HYV3ForCausalLM": [
+        ("mlp_layer_types", ["dense", "dense", "sparse"], "honoured"), ("rope_theta", "absent", "no effect"),
+        ("mlp_layer_types", ["dense", "sparse", "dense"], "refused"), ("num_shared_experts", 2, "honoured"),
+        ("router_scaling_factor", "absent", "no effect"),
+    ],
+    "MixtralForCausalLM": [
+        ("num_local_experts", 4, "honoured"), ("num_experts_per_tok", 1, "honoured"), ("sliding_window", 8, "refused"),
+        ("rope_theta", "absent", "no effect"),
+    ],
+    "Dots1ForCausalLM": [
+        ("norm_topk_prob", "absent", "honoured"), ("sliding_window", "absent", "no effect"),
+        ("layer_types", ["sliding_attention"] * 3, "refused"), ("n_group", 2, "honoured"),
+    ],
+    "Ernie4_5_MoeForCausalLM": [
+        ("moe_layer_start_index", 2, "honoured"), ("moe_layer_end_index", 1, "refused"), ("moe_k", 2, "honoured"),
+        ("tie_word_embeddings", "absent", "no effect"), ("moe_num_shared_experts", 0, "honoured"),
+        ("use_bias", True, "refused"),
+    ],
 }  # fmt: skip
 
 

@@ -142,7 +142,7 @@ class Model:
 _LLAMA = tiny_models.Llama(
     hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, head_dim=16, vocab_size=48
 )
-_QWEN3MOE = tiny_models.Qwen3Moe(
+_QWEN3MOE = tiny_models.qwen3moe(
     hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
     head_dim=16, vocab_size=48, n_routed_experts=8, num_experts_per_tok=2,
 )  # fmt: skip

@@ -42,6 +42,7 @@ YARN = {
     "original_max_position_embeddings": 256,
 }
 V3 = DEEPSEEK | {"n_group": 4, "topk_group": 2, "rope_parameters": YARN}
+GLM4_MOE_LITE = DEEPSEEK | {"v_head_dim": 48}
 # llama.cpp tells models without q_lora_rank by their 27 layers, hence so deep and narrow.
 LITE = DEEPSEEK | {"num_hidden_layers": 27, "q_lora_rank": None, "hidden_size": 64, "n_shared_experts": 2}
 LLAMA = {
@@ -68,6 +69,39 @@ QWEN3_MOE = {
     "norm_topk_prob": True,
     "max_position_embeddings": 1024,
 }
+_GROUPED = {name: value for name, value in QWEN3_MOE.items() if name not in ("num_experts", "norm_topk_prob")}
+GLM4_MOE = _GROUPED | {
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
+    "attention_bias": True,
+    "use_qk_norm": True,
+}
+MINIMAX_M2 = {name: value for name, value in _GROUPED.items() if name != "moe_intermediate_size"} | {
+    "intermediate_size": 64,  # of experts
+    "num_local_experts": 8,
+    "rotary_dim": 16,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MIXTRAL = LLAMA | {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None}
+DOTS1 = _GROUPED | {
+    "num_key_value_heads": 6,  # llama.cpp knows no other
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "sliding_window": None,
+}
+ERNIE4_5_MOE = {name: value for name, value in _GROUPED.items() if name != "num_experts_per_tok"} | {
+    "moe_num_experts": 8,
+    "moe_k": 3,
+    "moe_num_shared_experts": 2,
+    "moe_layer_start_index": 1,
+}
+HY_V3 = _GROUPED | {"num_experts": 8, "num_shared_experts": 1}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -81,7 +115,7 @@ PROMPT = [3, 17, 200, 5, 9, 80, 41, 7, 7, 250, 11, 13, 319, 0, 64, 128]
 
 
 def make(kind: str, config: dict[str, Any], seed: int = 0) -> torch.nn.Module:
-    """A model of transformers' class (DeepseekV3, DeepseekV2, Llama or Qwen3Moe), random weights in float32."""
+    """A model of transformers' class (DeepseekV3, Llama and so on), random weights in float32."""
     import transformers
 
     settings = getattr(transformers, f"{kind}Config")(**config, attn_implementation="eager")

@@ -1,5 +1,6 @@
 """transformers' logits for a tiny file: deepseek2 by DeepseekV2ForCausalLM for a softmax gate, DeepseekV3 for a
-sigmoid; qwen3moe by Qwen3MoeForCausalLM, whose tensors a GGUF holds as they are.
+sigmoid; architectures with grouped-query attention and experts by their class (_CLASSES), whose tensors a GGUF holds as
+they are.
 
 The GGUF is read back by gguf-py and its tensors are renamed to the checkpoint's (the inverse of llama.cpp's
 conversion/deepseek.py): k_b is transposed and merged with v_b into kv_b_proj, gate and up experts are stacked. Rotary
@@ -32,6 +33,9 @@ _LAYER = {
     "attn_output.weight": "self_attn.o_proj.weight",
     "attn_k.weight": "self_attn.k_proj.weight",
     "attn_v.weight": "self_attn.v_proj.weight",
+    "attn_q.bias": "self_attn.q_proj.bias",
+    "attn_k.bias": "self_attn.k_proj.bias",
+    "attn_v.bias": "self_attn.v_proj.bias",
     "attn_q_norm.weight": "self_attn.q_norm.weight",
     "attn_k_norm.weight": "self_attn.k_norm.weight",
     "ffn_norm.weight": "post_attention_layernorm.weight",
@@ -51,12 +55,21 @@ _GLOBAL = {
 }
 
 
+# Of architectures with grouped-query attention: the class, and its names for what the others call otherwise.
+_CLASSES = {"qwen3moe": "Qwen3Moe", "glm4moe": "Glm4Moe", "minimax-m2": "MiniMaxM2", "hy_v3": "HYV3"}
+_OF_CLASS = {
+    "minimax_m2": {"exp_probs_b.bias": "mlp.e_score_correction_bias"},
+    "hy_v3": {"exp_probs_b.bias": "mlp.e_score_correction_bias"},
+}
+
+
 def model(path: Path | str) -> torch.nn.Module:
     """transformers' model with the file's weights."""
     import torch
 
     metadata, tensors = tiny_models.read(path)
     config = _config(metadata, tensors)
+    tensors = {_common(metadata["general.architecture"], name): values for name, values in tensors.items()}
     state = {name: torch.from_numpy(values) for name, values in _state_dict(config, tensors).items()}
     model = _model_class(config)(config).eval()
     missing, unexpected = model.load_state_dict(state, strict=False)
@@ -64,6 +77,12 @@ def model(path: Path | str) -> torch.nn.Module:
     if unexpected or set(missing) - allowed:
         raise KeyError(f"{path}: transformers misses {sorted(missing)} and does not know {sorted(unexpected)}")
     return model
+
+
+def _common(architecture: object, name: str) -> str:
+    """A tensor's name, as most architectures have it."""
+    blk = re.match(r"blk\.\d+\.", name)
+    return blk[0] + tiny_models.common_name(str(architecture), name.removeprefix(blk[0])) if blk else name
 
 
 @functools.lru_cache(maxsize=256)
@@ -82,9 +101,10 @@ def logits(path: Path | str, ids: list[int]) -> np.ndarray:
 
 
 def _model_class(config: PreTrainedConfig) -> type:
-    from transformers import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM, Qwen3MoeForCausalLM
+    import transformers
 
-    classes = DeepseekV2ForCausalLM, DeepseekV3ForCausalLM, Qwen3MoeForCausalLM
+    kinds = "DeepseekV2", "DeepseekV3", *_CLASSES.values()
+    classes = [getattr(transformers, f"{kind}ForCausalLM") for kind in kinds]
     return {each.config_class.model_type: each for each in classes}[config.model_type]
 
 
@@ -93,8 +113,8 @@ def _config(metadata: dict[str, object], tensors: dict[str, np.ndarray]) -> PreT
 
     architecture = metadata["general.architecture"]
     meta = {key.removeprefix(f"{architecture}."): value for key, value in metadata.items()}
-    if architecture == "qwen3moe":
-        return _qwen3_moe_config(meta, tensors)
+    if architecture in _CLASSES:
+        return _grouped_config(_CLASSES[architecture], meta, tensors)
     softmax = meta.get("expert_gating_func", 1) == 1
     n_rope = meta["rope.dimension_count"]
     qk_head_dim = meta.get("attention.key_length_mla", meta["attention.key_length"])
@@ -131,25 +151,56 @@ def _config(metadata: dict[str, object], tensors: dict[str, np.ndarray]) -> PreT
     return DeepseekV3Config(**fields, rope_interleave=True, num_mtp_layers=0)
 
 
-def _qwen3_moe_config(meta: dict[str, object], tensors: dict[str, np.ndarray]) -> PreTrainedConfig:
-    from transformers import Qwen3MoeConfig
+def _grouped_config(kind: str, meta: dict[str, object], tensors: dict[str, np.ndarray]) -> PreTrainedConfig:
+    import transformers
 
+    n_layers = meta["block_count"] - meta.get("nextn_predict_layers", 0)
+    n_dense = sum(f"blk.{i}.ffn_gate.weight" in tensors for i in range(n_layers))
+    rotated = meta.get("rope.dimension_count", meta["attention.key_length"]) / meta["attention.key_length"]
     rope = {"rope_type": "default", "rope_theta": float(meta["rope.freq_base"])}
     if "rope.scaling.type" in meta:
         rope |= {"rope_type": meta["rope.scaling.type"], "factor": float(meta["rope.scaling.factor"])}
         rope["original_max_position_embeddings"] = meta["rope.scaling.original_context_length"]
-    return Qwen3MoeConfig(
+    own = {
+        "Qwen3Moe": {"num_experts": meta["expert_count"], "norm_topk_prob": True},
+        "Glm4Moe": {
+            "n_routed_experts": meta["expert_count"],
+            "n_shared_experts": meta.get("expert_shared_count"),
+            "n_group": meta.get("expert_group_count"),
+            "topk_group": meta.get("expert_group_used_count"),
+            "first_k_dense_replace": n_dense,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": meta.get("expert_weights_scale"),
+            "attention_bias": "blk.0.attn_q.bias" in tensors,
+            "use_qk_norm": "blk.0.attn_q_norm.weight" in tensors,
+            "partial_rotary_factor": rotated,
+            "num_mtp_layers": 0,
+        },
+        "MiniMaxM2": {
+            "num_local_experts": meta["expert_count"],
+            "partial_rotary_factor": rotated,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        },
+        "HYV3": {
+            "num_experts": meta["expert_count"],
+            "num_shared_experts": meta.get("expert_shared_feed_forward_length", 0)
+            // meta["expert_feed_forward_length"],
+            "router_scaling_factor": meta.get("expert_weights_scale"),
+            "mlp_layer_types": ["dense"] * n_dense + ["sparse"] * (n_layers - n_dense),
+        },
+    }
+    return getattr(transformers, f"{kind}Config")(
+        **own[kind],
         vocab_size=meta["vocab_size"],
         hidden_size=meta["embedding_length"],
         intermediate_size=meta["feed_forward_length"],
         moe_intermediate_size=meta["expert_feed_forward_length"],
-        num_hidden_layers=meta["block_count"],
+        num_hidden_layers=n_layers,
         num_attention_heads=meta["attention.head_count"],
         num_key_value_heads=meta["attention.head_count_kv"],
         head_dim=meta["attention.key_length"],
-        num_experts=meta["expert_count"],
         num_experts_per_tok=meta["expert_used_count"],
-        norm_topk_prob=True,
         max_position_embeddings=meta["context_length"],
         rms_norm_eps=float(meta["attention.layer_norm_rms_epsilon"]),
         tie_word_embeddings="output.weight" not in tensors,
@@ -185,5 +236,6 @@ def _state_dict(config: PreTrainedConfig, tensors: dict[str, np.ndarray]) -> dic
         if "ffn_gate_exps.weight" in layer:
             gate_up = layer.pop("ffn_gate_exps.weight"), layer.pop("ffn_up_exps.weight")
             layer["ffn_gate_up_exps.weight"] = np.concatenate(gate_up, axis=1)
-        state |= {f"model.layers.{i}.{_LAYER[name]}": values for name, values in layer.items()}
+        names = _LAYER | _OF_CLASS.get(config.model_type, {})
+        state |= {f"model.layers.{i}.{names[name]}": values for name, values in layer.items()}
     return state

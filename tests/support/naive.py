@@ -1,6 +1,6 @@
 """A slow, obvious forward pass in float64 NumPy: the third opinion after llama.cpp and HF.
 
-deepseek2, llama and qwen3moe.
+deepseek2, llama, and architectures of grouped-query attention with experts that rotate by halves.
 
 Attention decompresses every head's keys and values and loops over heads; experts loop over tokens. Written from the
 papers and the references: DeepSeek-V2 (arXiv 2405.04434, eqs. 9-19 for MLA), DeepSeek-V3 (arXiv 2412.19437, eqs. 12-16
@@ -114,6 +114,9 @@ def _top(scores: Array, k: int) -> tuple[Array, float]:
     return order[:k], float(margin)
 
 
+_ALWAYS_NORMALISED = "llama", "qwen3moe", "minimax-m2"  # by llama.cpp, without a key
+
+
 class Naive:
     """A model read from a GGUF file by gguf-py.
 
@@ -139,6 +142,7 @@ class Naive:
         attention = self._mla if self.architecture == "deepseek2" else self._gqa
         for i in range(self.n_layers):
             w = {n.removeprefix(f"blk.{i}."): t for n, t in self.tensors.items() if n.startswith(f"blk.{i}.")}
+            w = {tiny_models.common_name(self.architecture, name): tensor for name, tensor in w.items()}
             x = x + attention(rms_norm(x, w["attn_norm.weight"], self.eps), w)
             h = rms_norm(x, w["ffn_norm.weight"], self.eps)
             x = x + (self._moe(h, w) if "ffn_gate_inp.weight" in w else self._mlp(h, w, ""))
@@ -159,7 +163,7 @@ class Naive:
         if kind is None:
             return plain / self.tensors.get("rope_freqs.weight", 1.0), 1.0, 1.0
         frequencies = yarn_frequencies(n_dims, base, factor, self.meta["rope.scaling.original_context_length"])
-        if self.architecture == "qwen3moe":
+        if self.architecture != "deepseek2":
             return frequencies, 1 + 0.1 * math.log(factor), 1.0
         multiplier = self.meta.get("rope.scaling.yarn_log_multiplier")
         if multiplier is None:  # llama.cpp: both the rotated parts and the scale grow (no published config does this)
@@ -217,7 +221,9 @@ class Naive:
         return Routing(
             scoring_func="softmax" if softmax_gate else "sigmoid",
             num_experts_per_tok=self.meta["expert_used_count"],
-            norm_topk_prob=self.meta.get("expert_weights_norm", self.architecture == "qwen3moe"),
+            norm_topk_prob=self.meta.get(
+                "expert_weights_norm", self.architecture in ("llama", "qwen3moe", "minimax-m2")
+            ),
             routed_scaling_factor=self.meta.get("expert_weights_scale", 1.0),
             n_group=self.meta.get("expert_group_count", 1),
             topk_group=self.meta.get("expert_group_used_count", 1),
@@ -226,15 +232,20 @@ class Naive:
 
     def _gqa(self, h: Array, w: dict[str, Array]) -> Array:
         n_kv = self.meta["attention.head_count_kv"]
-        q = (h @ w["attn_q.weight"].T).reshape(len(h), self.n_heads, -1)
-        k = (h @ w["attn_k.weight"].T).reshape(len(h), n_kv, -1)
-        v = (h @ w["attn_v.weight"].T).reshape(len(h), n_kv, -1)
-        if "attn_q_norm.weight" in w:
-            q, k = (rms_norm(x, w[f"attn_{part}_norm.weight"], self.eps) for part, x in (("q", q), ("k", k)))
+        q, k, v = (h @ w[f"attn_{part}.weight"].T + w.get(f"attn_{part}.bias", 0.0) for part in "qkv")
+        q_norm, k_norm = (w.get(f"attn_{part}_norm.weight", np.empty(0)) for part in "qk")
+        if len(q_norm) == q.shape[1]:
+            q, k = rms_norm(q, q_norm, self.eps), rms_norm(k, k_norm, self.eps)
+        q, k, v = (x.reshape(len(h), n, -1) for x, n in ((q, self.n_heads), (k, n_kv), (v, n_kv)))
+        if len(q_norm) == q.shape[2]:
+            q, k = rms_norm(q, q_norm, self.eps), rms_norm(k, k_norm, self.eps)
         frequencies, magnitude, _ = self._rope()
-        positions = np.arange(len(h))
-        rotate = rotate_halves if self.architecture == "qwen3moe" else rotate_pairs
-        q, k = (rotate(x, positions, frequencies, magnitude) for x in (q, k))
+        positions, n_rope = np.arange(len(h)), 2 * len(frequencies)
+        rotate = rotate_pairs if self.architecture == "llama" else rotate_halves
+        q, k = (
+            np.concatenate([rotate(x[..., :n_rope], positions, frequencies, magnitude), x[..., n_rope:]], axis=-1)
+            for x in (q, k)
+        )
         scale = 1 / math.sqrt(q.shape[-1])
         shared_by = self.n_heads // n_kv
         heads = [attend(q[:, i], k[:, i // shared_by], v[:, i // shared_by], scale) for i in range(self.n_heads)]

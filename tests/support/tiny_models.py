@@ -102,35 +102,98 @@ class Llama:
 
 
 @dataclass(frozen=True)
-class Qwen3Moe:
-    """One qwen3moe model: normed heads, rotated by halves, and experts in every layer."""
+class Grouped:
+    """One model with grouped-query attention and experts, of one of several architectures.
 
+    qk_norm: "head" for norms of each head, "whole" for norms of all heads as one vector, "" for none.
+    """
+
+    architecture: str
     hidden_size: int = 256
-    intermediate_size: int = 320  # of no layer
+    intermediate_size: int = 320
     moe_intermediate_size: int = 96
     num_hidden_layers: int = 3
+    first_k_dense_replace: int = 0
     num_attention_heads: int = 6
     num_key_value_heads: int = 2
     head_dim: int = 32
+    qk_rope_head_dim: int = 32
+    qk_norm: str = "head"
+    attention_bias: bool = False
     vocab_size: int = 320
     n_routed_experts: int = 16
+    n_shared_experts: int = 0
     num_experts_per_tok: int = 4
+    n_group: int | None = None
+    topk_group: int | None = None
+    scoring_func: str = "sigmoid"
+    e_score_correction_bias: bool = True
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float | None = None
     rope_theta: float = 1e6
     yarn_factor: float | None = None
     original_max_position_embeddings: int = 256
     rms_norm_eps: float = 1e-6
+    num_nextn_predict_layers: int = 0
     tie_word_embeddings: bool = False
     steady_routing: bool = False
-    # Where Deepseek2 has a choice.
-    scoring_func: ClassVar[str] = "softmax"
-    norm_topk_prob: ClassVar[bool] = True
-    e_score_correction_bias: ClassVar[bool] = False
-    n_shared_experts: ClassVar[int] = 0
-    routed_scaling_factor: ClassVar[None] = None
     fused_gate_up: ClassVar[bool] = False
 
 
-Model = Deepseek2 | Llama | Qwen3Moe
+# Which of the keys that not all have a file of an architecture has.
+_ROUTER_KEYS = "expert_feed_forward_length", "expert_gating_func", "expert_weights_norm", "expert_weights_scale"
+_GROUPED_KEYS = {
+    "llama": ("rope.dimension_count",),
+    "qwen3moe": ("expert_feed_forward_length",),
+    "glm4moe": (
+        "rope.dimension_count", "leading_dense_block_count", "nextn_predict_layers", "expert_shared_count",
+        "expert_group_count", "expert_group_used_count", *_ROUTER_KEYS,
+    ),
+    "minimax-m2": ("rope.dimension_count", "expert_feed_forward_length", "expert_gating_func"),
+    "hy_v3": ("nextn_predict_layers", "expert_shared_feed_forward_length", *_ROUTER_KEYS),
+}  # fmt: skip
+# What it calls tensors that the others call otherwise.
+_NAMES = {
+    "glm4moe": {"ffn_norm.weight": "post_attention_norm.weight"},
+    "hy_v3": {"exp_probs_b.bias": "exp_probs_b"},
+}
+
+
+def qwen3moe(**choices: object) -> Grouped:
+    """Normed heads, and experts in every layer."""
+    router = {"scoring_func": "softmax", "e_score_correction_bias": False}
+    return Grouped("qwen3moe", **router | choices)
+
+
+def mixtral(**choices: object) -> Grouped:
+    """Experts in every layer of a llama."""
+    router = {"scoring_func": "softmax", "e_score_correction_bias": False, "n_routed_experts": 8}
+    return Grouped("llama", **router | {"intermediate_size": 96, "num_experts_per_tok": 2, "qk_norm": ""} | choices)
+
+
+def glm4moe(**choices: object) -> Grouped:
+    """GLM-4.5 and 4.6, but for its size; Air has no qk_norm."""
+    return Grouped(
+        "glm4moe",
+        **{"qk_rope_head_dim": 16, "attention_bias": True, "n_shared_experts": 1, "first_k_dense_replace": 1}
+        | {"routed_scaling_factor": 2.5, "rms_norm_eps": 1e-5, "n_group": 1, "topk_group": 1}
+        | choices,
+    )
+
+
+def minimax_m2(**choices: object) -> Grouped:
+    """MiniMax-M2, but for its size."""
+    sizes = {"intermediate_size": 96, "qk_rope_head_dim": 16, "qk_norm": "whole", "rope_theta": 5e6}
+    return Grouped("minimax-m2", **sizes | choices)
+
+
+def hy_v3(**choices: object) -> Grouped:
+    """Hy3, but for its size."""
+    router = {"n_shared_experts": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 2.826}
+    return Grouped("hy_v3", **router | {"rms_norm_eps": 1e-5, "rope_theta": 11158840.0} | choices)
+
+
+Model = Deepseek2 | Llama | Grouped
 Variant = str | Model  # by name, or as it is
 
 # V2-Lite and Moonlight have no q_lora; llama.cpp tells that by the layer count (26 or 27), hence so deep and narrow.
@@ -199,11 +262,21 @@ VARIANTS: dict[str, Model] = {
     "llama-linear-rope": Llama(rope_linear_factor=4.0),
     "llama-mha": Llama(num_key_value_heads=6, head_dim=64, rms_norm_eps=0.1),
     "llama-wide": Llama(num_attention_heads=8, num_key_value_heads=4, head_dim=64, intermediate_size=512),
-    "qwen3moe": Qwen3Moe(),
-    "qwen3moe-yarn": Qwen3Moe(yarn_factor=4.0, num_key_value_heads=1, tie_word_embeddings=True),
-    "qwen3moe-wide": Qwen3Moe(
-        num_attention_heads=8, head_dim=64, moe_intermediate_size=256, rms_norm_eps=1e-3, steady_routing=True
+    "qwen3moe": qwen3moe(),
+    "qwen3moe-yarn": qwen3moe(yarn_factor=4.0, num_key_value_heads=1, tie_word_embeddings=True),
+    "qwen3moe-wide": qwen3moe(
+        num_attention_heads=8,
+        head_dim=64,
+        qk_rope_head_dim=64,
+        moe_intermediate_size=256,
+        rms_norm_eps=1e-3,
+        steady_routing=True,
     ),
+    "mixtral": mixtral(),
+    "glm4moe": glm4moe(num_nextn_predict_layers=1),
+    "glm4moe-air": glm4moe(qk_norm="", n_group=4, topk_group=2, routed_scaling_factor=1.0, tie_word_embeddings=True),
+    "minimax-m2": minimax_m2(num_attention_heads=3, num_key_value_heads=1, head_dim=40, rms_norm_eps=0.1),
+    "hy_v3": hy_v3(num_nextn_predict_layers=1, n_shared_experts=2),
 }
 
 # As small as a model can be, for what is computed by an interpreter.
@@ -236,6 +309,8 @@ _PROMPT_SEED = {  # found by search, checked by test_logits.py; the deep models 
     "qwen3moe": 22,
     "qwen3moe-yarn": 6,
     "qwen3moe-wide": 7,
+    "mixtral": 2,
+    "minimax-m2": 1,
 }
 
 _N_TAGS = 8  # leading hidden dimensions that only the embedding writes, where steady_routing reads the experts from
@@ -260,7 +335,12 @@ def tiny_model(path: Path | str, variant: Variant, *, type: Types = "F32", seed:
 
 def type_name(model: Model) -> str:
     """general.architecture."""
-    return type(model).__name__.lower()
+    return model.architecture if isinstance(model, Grouped) else type(model).__name__.lower()
+
+
+def common_name(architecture: str, name: str) -> str:
+    """What other architectures call a layer's tensor (its name without the layer)."""
+    return next((common for common, own in _NAMES.get(architecture, {}).items() if own == name), name)
 
 
 def _name_of(variant: Variant) -> str:
@@ -378,16 +458,17 @@ class _Weights:
             tensors["output.weight"] = self._matrix("output.weight", m.vocab_size, m.hidden_size)
         if isinstance(m, Llama):
             return tensors | self._llama(m)
-        if isinstance(m, Qwen3Moe):
-            for blk in (f"blk.{i}." for i in range(m.num_hidden_layers)):
-                tensors |= self._gqa(m, blk) | self._head_norms(m, blk) | self._moe(m, blk)
-            return tensors
+        attention = self._mla if isinstance(m, Deepseek2) else self._normed_gqa
         for i in range(m.num_hidden_layers + m.num_nextn_predict_layers):
-            tensors |= self._mla(m, f"blk.{i}.")
+            tensors |= attention(m, f"blk.{i}.")
             tensors |= self._dense(m, f"blk.{i}.") if i < m.first_k_dense_replace else self._moe(m, f"blk.{i}.")
         for i in range(m.num_hidden_layers, m.num_hidden_layers + m.num_nextn_predict_layers):
             tensors |= self._nextn(m, f"blk.{i}.nextn.")
-        return tensors
+        return {self._own_name(m, name): values for name, values in tensors.items()}
+
+    def _own_name(self, m: Model, name: str) -> str:
+        match = re.fullmatch(r"(blk\.\d+\.)(.+)", name)
+        return match[1] + _NAMES.get(type_name(m), {}).get(match[2], match[2]) if match else name
 
     def _residual_gain(self, m: Model) -> float:
         """Two branches a layer add up to about the embedding's own variance over all layers."""
@@ -442,7 +523,7 @@ class _Weights:
         norm = {blk + "ffn_norm.weight": self._norm(blk + "ffn_norm", m.hidden_size)}
         return norm | self._mlp(m, blk, "", m.intermediate_size)
 
-    def _moe(self, m: Deepseek2 | Qwen3Moe, blk: str) -> dict[str, np.ndarray]:
+    def _moe(self, m: Deepseek2 | Grouped, blk: str) -> dict[str, np.ndarray]:
         w = {
             blk + "ffn_norm.weight": self._norm(blk + "ffn_norm", m.hidden_size),
             blk + "ffn_gate_inp.weight": self._router(m, blk + "ffn_gate_inp"),
@@ -462,14 +543,14 @@ class _Weights:
             w[blk + "ffn_gate_up_exps.weight"] = np.concatenate([gate, up], axis=1)
         return w
 
-    def _router(self, m: Deepseek2 | Qwen3Moe, name: str) -> np.ndarray:
+    def _router(self, m: Deepseek2 | Grouped, name: str) -> np.ndarray:
         router = self._matrix(name, m.n_routed_experts, m.hidden_size, gain=2.0)
         if m.steady_routing:
             router[:, _N_TAGS:] = 0
             router[:, :_N_TAGS] *= np.float32(np.sqrt(m.hidden_size / _N_TAGS) / 2)
         return router
 
-    def _nextn(self, m: Deepseek2, blk: str) -> dict[str, np.ndarray]:
+    def _nextn(self, m: Deepseek2 | Grouped, blk: str) -> dict[str, np.ndarray]:
         d = m.hidden_size
         w = {"eh_proj.weight": self._matrix(blk + "eh_proj", d, 2 * d)}
         for norm in ("enorm", "hnorm", "shared_head_norm"):
@@ -478,7 +559,7 @@ class _Weights:
             w[f"{matrix}.weight"] = self._matrix(blk + matrix, m.vocab_size, d)
         return {blk + name: values for name, values in w.items()}
 
-    def _gqa(self, m: Llama | Qwen3Moe, blk: str) -> dict[str, np.ndarray]:
+    def _gqa(self, m: Llama | Grouped, blk: str) -> dict[str, np.ndarray]:
         d, q_width, kv_width = m.hidden_size, m.num_attention_heads * m.head_dim, m.num_key_value_heads * m.head_dim
         return {
             blk + "attn_norm.weight": self._norm(blk + "attn_norm", d),
@@ -488,12 +569,17 @@ class _Weights:
             blk + "attn_output.weight": self._writer(m, blk + "attn_output", d, q_width),
         }
 
-    def _head_norms(self, m: Qwen3Moe, blk: str) -> dict[str, np.ndarray]:
-        """Far from 1, and queries' from keys': a norm that is left out, or the other's, shows."""
-        return {
-            f"{blk}attn_{part}_norm.weight": gain + 0.3 * self._normal(f"{blk}attn_{part}_norm", m.head_dim)
-            for part, gain in (("q", np.float32(1.5)), ("k", np.float32(1)))
-        }
+    def _normed_gqa(self, m: Grouped, blk: str) -> dict[str, np.ndarray]:
+        w, heads = self._gqa(m, blk), {"q": m.num_attention_heads, "k": m.num_key_value_heads}
+        if m.attention_bias:
+            for part, n_heads in (heads | {"v": m.num_key_value_heads}).items():
+                name = f"{blk}attn_{part}.bias"
+                w[name] = 0.5 * self._normal(name, n_heads * m.head_dim)
+        # Far from 1, and queries' from keys': a norm that is left out, or the other's, shows.
+        for part, gain in (("q", np.float32(1.5)), ("k", np.float32(1))) if m.qk_norm else ():
+            name, width = f"{blk}attn_{part}_norm", m.head_dim * (heads[part] if m.qk_norm == "whole" else 1)
+            w[name + ".weight"] = gain + 0.3 * self._normal(name, width)
+        return w
 
     def _llama(self, m: Llama) -> dict[str, np.ndarray]:
         w = {}
@@ -533,8 +619,8 @@ def _write_metadata(writer: gguf.GGUFWriter, m: Model, name: str) -> None:
     writer.add_float32(prefix + "attention.layer_norm_rms_epsilon", m.rms_norm_eps)
     if isinstance(m, Llama):
         _write_llama_metadata(writer, m)
-    elif isinstance(m, Qwen3Moe):
-        _write_qwen3moe_metadata(writer, m)
+    elif isinstance(m, Grouped):
+        _write_grouped_metadata(writer, m)
     else:
         _write_deepseek2_metadata(writer, m)
 
@@ -552,23 +638,40 @@ def _write_llama_metadata(writer: gguf.GGUFWriter, m: Llama) -> None:
         writer.add_float32("llama.rope.scaling.factor", m.rope_linear_factor)
 
 
-def _write_qwen3moe_metadata(writer: gguf.GGUFWriter, m: Qwen3Moe) -> None:
+def _write_grouped_metadata(writer: gguf.GGUFWriter, m: Grouped) -> None:
+    optional = {
+        "expert_feed_forward_length": m.moe_intermediate_size,
+        "rope.dimension_count": m.qk_rope_head_dim,
+        "leading_dense_block_count": m.first_k_dense_replace,
+        "nextn_predict_layers": m.num_nextn_predict_layers or None,
+        "expert_shared_count": m.n_shared_experts,
+        "expert_shared_feed_forward_length": m.n_shared_experts * m.moe_intermediate_size,
+        "expert_gating_func": {"softmax": 1, "sigmoid": 2}[m.scoring_func],
+        "expert_group_count": m.n_group,
+        "expert_group_used_count": m.topk_group,
+        "expert_weights_norm": m.norm_topk_prob,
+        "expert_weights_scale": m.routed_scaling_factor,
+    }
+    for key, value in optional.items():
+        if key in _GROUPED_KEYS[m.architecture] and value is not None:
+            add = {bool: writer.add_bool, float: writer.add_float32, int: writer.add_uint32}[type(value)]
+            add(f"{m.architecture}.{key}", value)
     counts = {
-        "block_count": m.num_hidden_layers,
+        "block_count": m.num_hidden_layers + m.num_nextn_predict_layers,
         "attention.head_count_kv": m.num_key_value_heads,
         "attention.key_length": m.head_dim,
         "attention.value_length": m.head_dim,
         "expert_count": m.n_routed_experts,
         "expert_used_count": m.num_experts_per_tok,
-        "expert_feed_forward_length": m.moe_intermediate_size,
     }
     for key, value in counts.items():
-        writer.add_uint32("qwen3moe." + key, value)
-    writer.add_float32("qwen3moe.rope.freq_base", m.rope_theta)
+        writer.add_uint32(f"{m.architecture}.{key}", value)
+    writer.add_float32(f"{m.architecture}.rope.freq_base", m.rope_theta)
     if m.yarn_factor is not None:
-        writer.add_string("qwen3moe.rope.scaling.type", "yarn")
-        writer.add_float32("qwen3moe.rope.scaling.factor", m.yarn_factor)
-        writer.add_uint32("qwen3moe.rope.scaling.original_context_length", m.original_max_position_embeddings)
+        scaling = f"{m.architecture}.rope.scaling."
+        writer.add_string(scaling + "type", "yarn")
+        writer.add_float32(scaling + "factor", m.yarn_factor)
+        writer.add_uint32(scaling + "original_context_length", m.original_max_position_embeddings)
 
 
 def _write_deepseek2_metadata(writer: gguf.GGUFWriter, m: Deepseek2) -> None:

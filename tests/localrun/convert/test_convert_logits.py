@@ -15,6 +15,7 @@ import llama_cpp_oracle
 import numpy as np
 import pytest
 import torch
+from cases import slow_but
 
 import localrun
 from localrun.convert import Options, convert, make_plan
@@ -50,6 +51,32 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "glm4-moe-lite": ("Glm4MoeLite", hf.GLM4_MOE_LITE),
+    "mixtral": ("Mixtral", hf.MIXTRAL),
+    "dots1": ("Dots1", hf.DOTS1),
+    "ernie4_5-moe": ("Ernie4_5_Moe", hf.ERNIE4_5_MOE),
+    "ernie4_5-moe-untied": (
+        "Ernie4_5_Moe",
+        hf.ERNIE4_5_MOE | {"tie_word_embeddings": False, "moe_num_shared_experts": 0, "moe_layer_start_index": 2},
+    ),
+    "glm4moe": ("Glm4Moe", hf.GLM4_MOE),
+    "glm4moe-air": ("Glm4Moe", hf.GLM4_MOE | {"use_qk_norm": False, "routed_scaling_factor": 1.0}),
+    "glm4moe-groups-tied": (
+        "Glm4Moe",
+        hf.GLM4_MOE
+        | {"attention_bias": False, "n_group": 4, "topk_group": 2, "tie_word_embeddings": True, "n_shared_experts": 2},
+    ),
+    "minimax-m2": ("MiniMaxM2", hf.MINIMAX_M2),
+    "hy_v3": ("HYV3", hf.HY_V3),
+    "hy_v3-two-dense-tied": (
+        "HYV3",
+        hf.HY_V3
+        | {
+            "mlp_layer_types": ["dense", "dense", "sparse"],
+            "num_shared_experts": 2,
+            "tie_word_embeddings": True,
+        },
+    ),
 }
 
 
@@ -69,7 +96,11 @@ def ours(path: Path) -> np.ndarray:
         return model.logits(hf.PROMPT)
 
 
-@pytest.mark.parametrize("name", MODELS)
+# Further variants of architectures that are in the fast suite already.
+SLOW = {"glm4moe-air", "glm4moe-groups-tied", "hy_v3-two-dense-tied", "ernie4_5-moe-untied"}
+
+
+@pytest.mark.parametrize("name", slow_but(MODELS, MODELS.keys() - SLOW))
 def test_logits_equal_transformers_and_llama_cpps(name: str, tmp_path: Path) -> None:
     kind, config = MODELS[name]
     model = hf.make(kind, config)

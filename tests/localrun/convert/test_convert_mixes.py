@@ -53,8 +53,8 @@ MODELS = {
     "llama": tiny_models.Llama(**_SMALL_LLAMA),
     "llama-gqa-2": tiny_models.Llama(**_SMALL_LLAMA | {"num_key_value_heads": 2, "num_hidden_layers": 32}),
     "llama-mha-tied": tiny_models.Llama(**_SMALL_LLAMA | {"num_key_value_heads": 4, "tie_word_embeddings": True}),
-    "qwen3moe": tiny_models.Qwen3Moe(**_SMALL_LLAMA, moe_intermediate_size=256, n_routed_experts=4),
-    "qwen3moe-8-experts": tiny_models.Qwen3Moe(**_SMALL_LLAMA, moe_intermediate_size=256, n_routed_experts=8),
+    "qwen3moe": tiny_models.qwen3moe(**_SMALL_LLAMA, moe_intermediate_size=256, n_routed_experts=4),
+    "qwen3moe-8-experts": tiny_models.qwen3moe(**_SMALL_LLAMA, moe_intermediate_size=256, n_routed_experts=8),
     "llama-80-layers": tiny_models.Llama(**_SMALL_LLAMA | {"num_hidden_layers": 80, "intermediate_size": 256}),
 }
 QUANTIZED = [name for name, mix in MIXES.items() if mix.type not in PLAIN]

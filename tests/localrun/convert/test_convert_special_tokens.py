@@ -13,15 +13,19 @@ import fuzz_gguf
 import gguf
 import gguf_builder as b
 import pytest
+from cases import slow_but
+from chats import CHAT
+from paths import DATA
 from vocabularies import LETTERS, MERGES, WORDS
 
-from localrun.convert import Options, make_plan
+from localrun.convert import Options, make_plan, pretokenizers
 from localrun.convert.metadata import Metadata
 from localrun.convert.read_back import read_back_vocabulary
 from localrun.convert.vocabulary import add_vocabulary
 from localrun.errors import LocalrunError
 from localrun.gguf.file import open_gguf
-from localrun.text.chat_template import chat_template
+from localrun.text.chat_template import ChatTemplate, chat_template
+from localrun.text.prompt import chat_ids
 from localrun.text.tokenizer import Tokenizer
 
 os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
@@ -336,3 +340,79 @@ def test_what_the_readers_refuse_is_refused_before_it_is_written(tmp_path: Path)
     metadata.get("tokenizer.ggml.tokens")[3] = "he"
     with pytest.raises(LocalrunError, match=f"^{tmp_path}: .*280 tokens but 279 different ones"):
         read_back_vocabulary(metadata, tmp_path)
+
+
+# --- families: how text is split, what ends a reply, a chat by the published template
+
+
+LLAMA_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN_SPLIT = LLAMA_SPLIT.replace("{1,3}", "")
+UPPER_LOWER = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_HY = ":opensource"
+# How text is split, whether merges are ignored, control tokens, names in tokenizer_config.json, what ends a reply, and
+# llama.cpp's name for the first two.
+GLM = (
+    LLAMA_SPLIT, True,
+    ["<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"],
+    {"eos_token": "<|endoftext|>"}, ["<|endoftext|>", "<|user|>", "<|observation|>"], "glm4",
+)  # fmt: skip
+FAMILIES: dict[str, tuple[Any, ...]] = {
+    "GLM-4.6": GLM,
+    "GLM-4.7-Flash": GLM,
+    "MiniMax-M2": (
+        UPPER_LOWER, False, ["]!d~[", "]!p~[", "]~!b[", "]~b]", "[e~["],
+        {"bos_token": "]~!b[", "eos_token": "[e~["}, ["[e~["], "minimax-m2",
+    ),
+    "tencent-Hy3": (
+        None, False, [f"<｜hy_{name}{_HY}｜>" for name in ("begin_of_sentence", "eos", "User", "Assistant", "pad")]
+        + [f"<｜reasoning_mode{_HY}｜>"],
+        {"bos_token": f"<｜hy_begin_of_sentence{_HY}｜>", "eos_token": f"<｜hy_eos{_HY}｜>"}, [f"<｜hy_eos{_HY}｜>"],
+        "deepseek-v3",
+    ),
+    "Qwen3-Coder": (
+        QWEN_SPLIT, False, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], {"eos_token": "<|im_end|>"},
+        ["<|im_end|>", "<|endoftext|>"], "qwen2",
+    ),
+}  # fmt: skip
+REASONING = {"as it is": "", "on": "{%- set enable_thinking = true %}", "off": "{%- set enable_thinking = false %}"}
+
+
+@pytest.mark.parametrize("reasoning", slow_but(REASONING, {"as it is"}))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_chat_of_a_family_is_transformers(family: str, reasoning: str, tmp_path: Path) -> None:
+    """Ids of a chat by the published template, how its text is split, and what ends a reply."""
+    from transformers import AutoTokenizer
+
+    split, ignore_merges, controls, named, ends, pre = FAMILIES[family]
+    steps = [
+        {"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False} for p in _splits(split)
+    ]
+    document = tokenizer_json(*map(token, controls))
+    document["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*steps, BYTES | {"use_regex": False}]}
+    document["model"]["ignore_merges"] = ignore_merges
+    template = REASONING[reasoning] + (DATA / "templates" / f"{family}.jinja").read_text(encoding="utf-8")
+    ids = [len(VOCAB) + controls.index(text) for text in ends]
+    files = {JSON: document, CONFIG: FAST | named, "chat_template.jinja": template}
+    folder = write(tmp_path / "model", files | {"generation_config.json": {"eos_token_id": ids}})
+    metadata, _ = planned(folder)
+    tokenizer, source = opened(metadata, tmp_path / "v.gguf")
+    assert metadata.get("tokenizer.ggml.pre") == pre
+    assert source == template and set(ids) <= set(tokenizer.eog_ids)
+    oracle = AutoTokenizer.from_pretrained(folder)
+    renderer = ChatTemplate(source, bos_token=named.get("bos_token", ""), eos_token=named["eos_token"])
+    for messages in (CHAT[1:2], CHAT):
+        expected = oracle.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert chat_ids(renderer, tokenizer, messages) == expected
+        assert not set(ids) & {expected[-1]}
+
+
+def _splits(pattern: str | None) -> list[str]:
+    """One pattern, or DeepSeek-V3's three, which llama.cpp takes for Hy3 as well."""
+    return [pattern] if pattern else [step for step in pretokenizers._STEPS["deepseek-v3"] if step != "ByteLevel"]

@@ -78,8 +78,11 @@ class Oracle:
         from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
 
         metadata, tensors = tiny_models.read(path)
+        architecture = metadata["general.architecture"]
+        tensors = {hf_oracle._common(architecture, name): values for name, values in tensors.items()}
         ordinary = {name: values for name, values in tensors.items() if ".nextn." not in name}
-        config = hf_oracle._config(metadata | {"deepseek2.nextn_predict_layers": 0}, ordinary)  # its layer, too
+        config = hf_oracle._config(metadata | {f"{architecture}.nextn_predict_layers": 0}, ordinary)  # its layer, too
+        blk = f"blk.{metadata[f'{architecture}.block_count'] - 1}.nextn."
         self.model = hf_oracle._model_class(config)(config).eval()
         state = hf_oracle._state_dict(config, ordinary)
         self.model.load_state_dict({name: torch.from_numpy(values) for name, values in state.items()})
@@ -93,11 +96,11 @@ class Oracle:
 
         size = config.hidden_size
         self.enorm, self.hnorm, self.norm = (
-            weight(f"{BLK}{name}.weight", DeepseekV3RMSNorm(size, eps=config.rms_norm_eps))
+            weight(f"{blk}{name}.weight", DeepseekV3RMSNorm(size, eps=config.rms_norm_eps))
             for name in ("enorm", "hnorm", "shared_head_norm")
         )
-        self.eh_proj = weight(BLK + "eh_proj.weight", torch.nn.Linear(2 * size, size, bias=False))
-        embedding, head = BLK + "embed_tokens.weight", BLK + "shared_head_head.weight"
+        self.eh_proj = weight(blk + "eh_proj.weight", torch.nn.Linear(2 * size, size, bias=False))
+        embedding, head = blk + "embed_tokens.weight", blk + "shared_head_head.weight"
         self.embedding, self.head = self.model.model.embed_tokens, self.model.lm_head
         if embedding in tensors:
             self.embedding = weight(embedding, torch.nn.Embedding(config.vocab_size, size))
@@ -136,14 +139,16 @@ def test_logits_are_transformers(name: str) -> None:
     assert error(last_1D, normed_TD[-1:]) < SESSION_TOLERANCE
 
 
-def test_the_whole_way_is_transformers() -> None:
+@pytest.mark.parametrize("variant", ["v3-nextn", "glm4moe", "hy_v3"])
+def test_the_whole_way_is_transformers(variant: str) -> None:
     """From tokens to the head's logits, over the hidden states that the model leaves; then two drafts on."""
-    oracle, ids = Oracle(OWN), tiny_models.prompt("v3-nextn")
+    path = tiny_models.shared(variant)
+    oracle, ids = Oracle(path), tiny_models.prompt(variant)
     hidden_TD = oracle.hidden(ids[:-1])
     expected_TV, normed_TD = oracle(ids[1:], hidden_TD)
     draft_TV, draft_TD = oracle([*ids[1:], 7], np.concatenate([hidden_TD, normed_TD[-1:]]))
     second_TV, _ = oracle([*ids[1:], 7, 300], np.concatenate([hidden_TD, normed_TD[-1:], draft_TD[-1:]]))
-    with opened(OWN) as (model, mtp):
+    with opened(path) as (model, mtp):
         model.model.keep_hidden = True
         model.model.forward(ids[:-1], model.new_cache())
         cache = mtp.new_cache(64)

@@ -478,11 +478,14 @@ def test_the_models_own_head_gets_each_state_with_the_token_after_it(
     assert head.longest in (15, 16)  # the prompt's end, then what was kept of it
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_a_file_with_a_head_uses_it(setting: str | int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("variant", "setting"),
+    [*(("v3-nextn", setting) for setting in SETTINGS), ("glm4moe", 2), ("hy_v3", 2)],
+)
+def test_a_file_with_a_head_uses_it(variant: str, setting: str | int, tmp_path: Path) -> None:
     """Of random weights: almost never right, over turns and a saved session."""
-    with localrun.load(tiny_models.shared("v3-nextn"), threads=2, ctx=CTX, speculative=setting) as model:
-        session, ids = model.session(), tiny_models.prompt("v3-nextn")
+    with localrun.load(tiny_models.shared(variant), threads=2, ctx=CTX, speculative=setting) as model:
+        session, ids = model.session(), tiny_models.prompt(variant)
         assert session.speculation.draft.name == "mtp"
         for n in (40, 12, 50):
             assert list(session.tokens(ids[:n], GREEDY, max_tokens=30)) == plain(model, ids[:n], 30)

@@ -127,12 +127,17 @@ def test_tiny_variants(variant: str) -> None:
         scaling = None if model.rope_linear_factor is None else RopeScaling("linear", model.rope_linear_factor)
         assert config.rope_scaling == scaling
         assert (config.attention, config.rope, config.qk_norm) == ("gqa", "pairs", False)
-    elif isinstance(model, tiny_models.Qwen3Moe):
+    elif isinstance(model, tiny_models.Grouped):
         fields += ["num_key_value_heads", "head_dim", "rope_theta", "n_routed_experts", "num_experts_per_tok"]
         fields += ["moe_intermediate_size", "scoring_func", "norm_topk_prob"]
         width = model.num_key_value_heads * 2 * model.head_dim
-        assert (config.attention, config.rope, config.qk_norm) == ("gqa", "halves", True)
-        assert (config.qk_rope_head_dim, config.v_head_dim) == (model.head_dim, model.head_dim)
+        fields += ["qk_rope_head_dim", "attention_bias", "n_shared_experts", "num_nextn_predict_layers"]
+        rope = "pairs" if model.architecture == "llama" else "halves"
+        assert (config.attention, config.rope, config.v_head_dim) == ("gqa", rope, model.head_dim)
+        assert (config.qk_norm, config.qk_norm_whole) == (model.qk_norm != "", model.qk_norm == "whole")
+        assert config.shared_intermediate_size == model.n_shared_experts * model.moe_intermediate_size
+        assert (config.n_group, config.topk_group) == (model.n_group or 1, model.topk_group or 1)
+        assert config.routed_scaling_factor == pytest.approx(model.routed_scaling_factor or 1.0)
         assert (config.rope_scaling is None) == (model.yarn_factor is None)
     else:
         assert (config.attention, config.rope) == ("mla", "pairs")

@@ -260,8 +260,8 @@ case("llama: nothing rotated", "rope.dimension_count' is 0; expected an even num
      keys={"rope.dimension_count": (b.U32, 0)})  # fmt: skip
 case("llama: odd rotated part", "rope.dimension_count' is 7; expected an even number", base="llama",
      keys={"rope.dimension_count": (b.U32, 7)})  # fmt: skip
-case("llama: experts", "llama with experts is not native", base="llama", keys={"expert_count": (b.U32, 8)},
-     error=UnsupportedModelError)  # fmt: skip
+case("llama: experts of which none are used", "expert_used_count' is 0; expected 1 or more", base="llama",
+     keys={"expert_count": (b.U32, 8)})  # fmt: skip
 case("llama: yarn", "llama with yarn is not native", base="llama", keys=yarn(4.0, None), error=UnsupportedModelError)
 case("llama: bias in attention", "tensor 'blk.0.attn_q.bias' has no place", base="llama",
      tensors={"blk.0.attn_q.bias": (64,)}, error=UnsupportedModelError)  # fmt: skip

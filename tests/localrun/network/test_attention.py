@@ -171,16 +171,22 @@ class RandomWeights:
             for seed, (part, shape) in enumerate(shapes.items(), start=10)
         }
 
-        self.norms = {
-            f"blk.0.attn_{part}_norm.weight": 1 + 0.3 * random(config.head_dim, seed=seed)
-            for seed, part in enumerate("qk")
+        widths = {"q": heads if config.qk_norm_whole else 1, "k": groups if config.qk_norm_whole else 1}
+        self.vectors = {
+            f"blk.0.attn_{part}_norm.weight": 1 + 0.3 * random(width * config.head_dim, seed=seed)
+            for seed, (part, width) in enumerate(widths.items())
         }
+        for seed, part in enumerate("qkv" if config.attention_bias else "", start=20):
+            self.vectors[f"blk.0.attn_{part}.bias"] = random(shapes[part][0], seed=seed)
 
     def linear(self, name: str):
         return lambda x: x @ self.matrices[name].T
 
+    def has(self, name: str) -> bool:
+        return name in self.vectors
+
     def vector(self, name: str) -> torch.Tensor:
-        return self.norms[name]
+        return self.vectors[name]
 
 
 GQA = Config(
@@ -198,6 +204,8 @@ SHAPES = {
     "positions stretched": {"rope_scaling": RopeScaling("linear", 4.0)},
     "rotated by halves": {"rope": "halves"},
     "normed heads, half of each rotated by halves": {"rope": "halves", "qk_norm": True, "qk_rope_head_dim": 8},
+    "all heads normed as one vector": {"rope": "halves", "qk_norm": True, "qk_norm_whole": True},
+    "biases, normed heads": {"attention_bias": True, "qk_norm": True},
 }
 
 
@@ -205,18 +213,24 @@ def torch_gqa(config: Config, weights: RandomWeights, x_TD: torch.Tensor) -> tor
     """float64 (T, D) by torch's own attention; rotation by naive.py."""
     c, x_TD = config, x_TD.double()
     w = {name.split("_")[1].split(".")[0]: matrix.double() for name, matrix in weights.matrices.items()}
+    products = {part: x_TD @ w[part].T for part in "qkv"}
+    if c.attention_bias:
+        products = {part: product + weights.vectors[f"blk.0.attn_{part}.bias"] for part, product in products.items()}
     positions = np.arange(len(x_TD)) / (c.rope_scaling.factor if c.rope_scaling else 1.0)
     frequencies = 10000.0 ** (-np.arange(0, c.qk_rope_head_dim, 2) / c.qk_rope_head_dim)
 
     def rotated_heads(part: str) -> torch.Tensor:
-        heads = (x_TD @ w[part].T).unflatten(1, (-1, c.head_dim)).numpy()
-        if c.qk_norm:
-            heads = naive.rms_norm(heads, weights.norms[f"blk.0.attn_{part}_norm.weight"].numpy(), c.rms_norm_eps)
+        row, norm = products[part].numpy(), weights.vectors.get(f"blk.0.attn_{part}_norm.weight")
+        if c.qk_norm_whole:
+            row = naive.rms_norm(row, norm.numpy(), c.rms_norm_eps)
+        heads = row.reshape(len(row), -1, c.head_dim)
+        if c.qk_norm and not c.qk_norm_whole:
+            heads = naive.rms_norm(heads, norm.numpy(), c.rms_norm_eps)
         rotate = naive.rotate_halves if c.rope == "halves" else naive.rotate_pairs
         turned = rotate(heads[..., : c.qk_rope_head_dim], positions, frequencies)
         return torch.from_numpy(np.concatenate([turned, heads[..., c.qk_rope_head_dim :]], axis=-1)).transpose(0, 1)
 
-    v_GTV = (x_TD @ w["v"].T).unflatten(1, (-1, c.v_head_dim)).transpose(0, 1)
+    v_GTV = products["v"].unflatten(1, (-1, c.v_head_dim)).transpose(0, 1)
     out_HTV = torch.nn.functional.scaled_dot_product_attention(
         rotated_heads("q"), rotated_heads("k"), v_GTV, is_causal=True, enable_gqa=True
     )

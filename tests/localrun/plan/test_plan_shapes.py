@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import tiny_models
-from hf_checkpoints import LITE, LLAMA, LLAMA3_ROPE, QWEN3_MOE, V3, edit_config, make, save
+from cases import slow_but
+from hf_checkpoints import GLM4_MOE, LITE, LLAMA, LLAMA3_ROPE, QWEN3_MOE, V3, edit_config, make, save
 
 from cli.main import run
 from localrun.errors import LocalrunError
@@ -26,8 +27,9 @@ from localrun.plan.shapes import from_config, known_models, load_model, n_bytes
         ("Llama", LLAMA | {"rope_parameters": LLAMA3_ROPE}),
         ("Llama", LLAMA | {"tie_word_embeddings": True}),
         ("Qwen3Moe", QWEN3_MOE),
+        ("Glm4Moe", GLM4_MOE),
     ],
-    ids=["v3", "lite", "llama", "tied", "qwen3moe"],
+    ids=["v3", "lite", "llama", "tied", "qwen3moe", "glm4moe"],
 )
 @pytest.mark.parametrize("type_", ["Q4_K_M", "Q8_0"])
 def test_bytes_are_those_of_convert(
@@ -45,7 +47,11 @@ def test_bytes_are_those_of_convert(
         assert n_bytes(planned.tensors) == dry_run["tensor_bytes"]
 
 
-@pytest.mark.parametrize("name", [name for name in load_data("models") if name != "kimi-k2"])  # K2's class is V3's
+COUNTED = [name for name in load_data("models") if name != "kimi-k2"]  # K2's class is V3's
+OF_OTHER_CLASSES = {"glm-4.5", "minimax-m2", "hy3", "qwen3-30b-a3b", "deepseek-v3", "deepseek-v2-lite"}
+
+
+@pytest.mark.parametrize("name", slow_but(COUNTED, OF_OTHER_CLASSES))
 def test_known_models_have_as_many_weights_as_transformers_says(name: str) -> None:
     import torch
     import transformers
