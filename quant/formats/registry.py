@@ -36,8 +36,8 @@ _ENTRIES = {
     "IQ4_XS": Entry("iq4_xs", quantizes=False),
     "MXFP4": Entry("mxfp4"),
     "NVFP4": Entry("nvfp4", quantizes=False),
-    "TQ1_0": Entry("tq1_0_tq2_0", quantizes=False),
-    "TQ2_0": Entry("tq1_0_tq2_0", quantizes=False),
+    "TQ1_0": Entry("tq1_0_tq2_0"),
+    "TQ2_0": Entry("tq1_0_tq2_0"),
     "Q1_0": Entry("q1_0", quantizes=False),
 }
 _INTERLEAVED = {f"{name}_R{ROWS}": entry.interleaved for name, entry in _ENTRIES.items() if entry.interleaved}

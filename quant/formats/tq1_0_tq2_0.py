@@ -3,31 +3,38 @@ each.
 
 TQ2_0: qs lie as Q2_K's. TQ1_0: a byte is a fraction in 256ths, of which q are the first 5 digits in base 3 (4 in qh).
 Digit n of the first 32 bytes is of weights 32n.., of the other 16 of weights 160+16n.., of qh's 4 of weights 240+4n...
-There is no quantising to them.
-Source: ggml src/ggml-common.h @3f545becc, block_tq1_0, block_tq2_0; dequantize_row_tq1_0, dequantize_row_tq2_0 in
-ggml-quants.c.
+Quantising is bit-equal to ggml's: d is the largest magnitude, the others are rounded to it, to its negative or to 0.
+Source: ggml src/ggml-common.h @3f545becc, block_tq1_0, block_tq2_0; dequantize_row_tq1_0,
+quantize_row_tq1_0_ref and so on in ggml-quants.c.
 """
 
 import numpy as np
 
-from quant.block_format import EXPAND, Format, PanelFormat, block_layout, offsets
+from quant.block_format import EXPAND, QUANTIZE, Format, PanelFormat, block_layout, offsets
 from quant.formats.q2_k_q3_k import low_bits, quarter, quarters
 from quant.formats.sub_blocks_16 import dots_in_order
 from quant.gemm.microkernel_k_block import K_BLOCK_BYTES, SYMMETRIC
 from quant.gemm.repack import SCALES, repacks
 from quant.gemv import plain
 from quant.gemv.activations import SCALES_16, SUMS_16
-from quant.simd.floats import fma, to_f32
-from quant.simd.ints import join, ternary_digit, ternary_rest
+from quant.quantize.levels import inverse_of
+from quant.simd.exact import greatest, round_away_to_i8
+from quant.simd.floats import fma, maximum, to_f32
+from quant.simd.ints import join, ternary_digit, ternary_rest, zero_i8x32
 from quant.simd.memory import (
     load_f16,
     load_f16_everywhere,
     load_f32x16,
+    load_f32x32,
     load_i8x16,
     load_i8x32,
+    load_u8,
     load_word_times,
+    store_f16,
     store_f32x16,
     store_f32x32,
+    store_i8,
+    store_i8x32,
     store_i32x16,
 )
 from quant.simd.rows16 import gather, half_to_f32, transpose
@@ -178,10 +185,68 @@ def _repack_2(rows, n_blocks, out):
         out += 8 * K_BLOCK_BYTES
 
 
-def _format(name: str, layout: np.dtype, unpack, weights, expand, repack) -> Format:
+# ---- quantising ------------------------------------------------------------------------------------------------------
+
+
+@inline
+def _largest(x):
+    """The greatest magnitude of a block."""
+    found = abs(load_f32x32(x))
+    for j in range(1, 8):
+        found = maximum(abs(load_f32x32(x + 128 * j)), found)
+    return greatest(found)
+
+
+@inline
+def _levels(x, inverse, j):
+    """The q of weights 32j..32j+31, i8x32 in 0..2."""
+    return round_away_to_i8(load_f32x32(x + 128 * j) * inverse) + 1
+
+
+@inline
+def _fraction(levels, count, step):
+    """The byte whose first digits are `count` levels, `step` bytes apart."""
+    q = 0
+    for n in range(5):
+        q = 3 * q + (load_u8(levels + step * n) if n < count else 0)
+    return (256 * q + 242) // 243
+
+
+@kernel(QUANTIZE)
+def _quantize_1(x, importance, n_blocks, out, scratch):
+    for b in range(n_blocks):
+        values, block = x + 4 * BLOCK * b, out + BYTES_1 * b
+        d = _largest(values)
+        store_f16(block + D_1, d)
+        for j in range(8):
+            store_i8x32(scratch + 32 * j, _levels(values, inverse_of(d), j))
+        for i in range(32):
+            store_i8(block + QS_1 + i, _fraction(scratch + i, 5, 32))
+        for i in range(16):
+            store_i8(block + QS_1 + 32 + i, _fraction(scratch + 160 + i, 5, 16))
+        for i in range(4):
+            store_i8(block + QH + i, _fraction(scratch + 240 + i, 4, 4))
+
+
+@kernel(QUANTIZE)
+def _quantize_2(x, importance, n_blocks, out, scratch):
+    for b in range(n_blocks):
+        values, block = x + 4 * BLOCK * b, out + BYTES_2 * b
+        d = _largest(values)
+        inverse = inverse_of(d)
+        store_f16(block + D_2, d)
+        for half in range(2):
+            q = zero_i8x32()
+            for k in range(4):
+                q |= _levels(values, inverse, 4 * half + k) << 2 * k
+            store_i8x32(block + QS_2 + 32 * half, q)
+
+
+def _format(name: str, layout: np.dtype, unpack, weights, expand, repack, quantize) -> Format:
     gemv, gemv_batch = plain.kernels(name, layout.itemsize, weights, _add_k_block)
-    return Format(name, BLOCK, layout, True, unpack, gemv, gemv_batch, expand, panels=PanelFormat(SYMMETRIC, 1, repack))
+    panels = PanelFormat(SYMMETRIC, 1, repack)
+    return Format(name, BLOCK, layout, True, unpack, gemv, gemv_batch, expand, panels=panels, quantize=quantize)
 
 
-TQ1_0 = _format("TQ1_0", LAYOUT_1, unpack_1, _weights_1, _expand_1, _repack_1)
-TQ2_0 = _format("TQ2_0", LAYOUT_2, unpack_2, _weights_2, _expand_2, _repack_2)
+TQ1_0 = _format("TQ1_0", LAYOUT_1, unpack_1, _weights_1, _expand_1, _repack_1, _quantize_1)
+TQ2_0 = _format("TQ2_0", LAYOUT_2, unpack_2, _weights_2, _expand_2, _repack_2, _quantize_2)

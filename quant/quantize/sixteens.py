@@ -210,12 +210,12 @@ def _fit_each_scale(scratch, n_max):
     """The scales of the sub-blocks and how much errors in them count."""
     low, high = _extremes(scratch)
     largest = where(high > -low, high, low)
-    scale, counts, most = zero_f32x16(), zero_f32x16(), zero_f32x16()
+    scale, most = zero_f32x16(), zero_f32x16()
     for k in range(len(_LANDINGS)):
-        s, _, _ = refit_scale(side_by_side, scratch, scratch + W, N, n_max, _LANDINGS[k] / largest)
-        s, ll, gain = refit_scale(side_by_side, scratch, scratch + W, N, n_max, 1 / s)
+        s, _, gain = refit_scale(side_by_side, scratch, scratch + W, N, n_max, _LANDINGS[k] / largest)
         better = gain > most * _MORE
-        scale, counts, most = where(better, s, scale), where(better, ll, counts), where(better, gain, most)
+        scale, most = where(better, s, scale), where(better, gain, most)
+    scale, counts, _ = refit_scale(side_by_side, scratch, scratch + W, N, n_max, 1 / scale)
     return where(abs(largest) > np.float32(TINY), scale, 0), counts
 
 

@@ -20,7 +20,7 @@ from quant.formats import registry
 from quant.quantize import tensor
 from quant.target import isa
 
-EQUAL_TO_GGML = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4")
+EQUAL_TO_GGML = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4", "TQ1_0", "TQ2_0")
 SEARCHED = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL")
 OTHER_LEVELS = [level for level in isa.LEVELS if level != isa.LEVEL and isa.has(level)]
 IMPORTANCE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", *SEARCHED)  # those that take notice of it
@@ -148,6 +148,8 @@ _HALF_STEP = {
     "Q5_0": 1 / 16,
     "Q5_1": 1 / 31,
     "MXFP4": 1 / 4,  # of 8 when 6 is the largest level
+    "TQ1_0": 1 / 2,
+    "TQ2_0": 1 / 2,
     "IQ4_NL": 2**0.5 * 12 / 113,
     "Q2_K": 2**0.5 * (1 / 3 + 1.5 / 15),
     "Q3_K": 2**0.5 * (1 / 4 + 1 / 64),
