@@ -78,7 +78,7 @@ def model(
     `localrun plan cluster` does so for many machines.
     """
     from localrun.plan.fit import find_fit, with_ram
-    from localrun.plan.memory import refusal
+    from localrun.plan.memory import plan_memory
     from localrun.plan.plots import check_plot, plot_decode, plot_kv
     from localrun.plan.report import make_fit_report, make_report
     from localrun.plan.shapes import known_models, load_model
@@ -100,7 +100,7 @@ def model(
     shape = load_model(model, type_)
     where = _machine(machine, threads)
     if fit is None:
-        if not refusal(shape, where, ctx):
+        if plan_memory(shape, where, ctx).fits:
             where = _measured(machine, where, shape, threads)
         document = make_report(shape, where, ctx, prompt, acceptance)
     else:

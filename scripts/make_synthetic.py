@@ -1,6 +1,6 @@
 """Write a GGUF of a published shape with random weights in real quantised blocks, for measuring speed.
 
-    python scripts/make_synthetic.py SHAPE OUT.gguf
+    python scripts/make_synthetic.py SHAPE OUT.gguf [--mix scripts/mixes/ud-iq2_xxs.mix]
 
 Shapes:
     v2-lite       DeepSeek-V2-Lite: 27 layers, 64 experts of 1408 columns (which fall back to Q5_0 and Q8_0), softmax
@@ -10,9 +10,11 @@ Shapes:
                   the published widths, and as many layers as make 6 to 10 GB
     tiny          4 small layers with V3's routing
 
-Types are those of llama-quantize's Q4_K_M, attn_k_b and attn_v_b included. Weights are Gaussian, scaled so that
-activations stay near 1 through all layers. A pool of blocks is packed once for each type and scale; tensors are random
-draws from it, so that a file of 10 GB takes a minute or less and little memory. Bytes depend on nothing but the shape.
+Types are those of llama-quantize's Q4_K_M, attn_k_b and attn_v_b included, or those of a mix file (scripts/mixes has
+published ones); blocks of types that nothing packs are random bytes with fitting scales. Weights are Gaussian, scaled
+so that activations stay near 1 through all layers. A pool of blocks is packed once for each type and scale; tensors are
+random draws from it, so that a file of 10 GB takes a minute or less and little memory. Bytes depend on nothing but the
+shape and the types.
 The vocabulary is byte-level BPE with made-up words. The last line of stdout is one JSON document.
 """
 
@@ -35,7 +37,7 @@ from gguf import GGUFValueType, TokenType
 from localrun.convert.layout import Layout, make_layout
 from localrun.convert.made_up import made_up_blocks
 from localrun.convert.metadata import Metadata
-from localrun.convert.mixes import MIXES, choose_types, parse_override
+from localrun.convert.mixes import Override, choose_types, file_type, parse_override, read_mix_file
 from localrun.convert.output import check_space, partial_path
 from localrun.convert.plan import QUANTIZATION_VERSION
 from localrun.hardware import usable_cores
@@ -133,17 +135,25 @@ def _add_vocabulary(metadata: Metadata, n_vocab: int) -> None:
     metadata.bool("tokenizer.ggml.add_bos_token", True)
 
 
-def plan(name: str, path: Path) -> tuple[list[Tensor], list[str], Layout]:
+def plan(name: str, path: Path, mix_file: Path | None = None) -> tuple[list[Tensor], list[str], Layout]:
     """The tensors of SHAPES[name], their types, and where they lie in the file `path`: the converter's own plan."""
     model = from_config(SHAPES[name], Path(name), MIX)
+    own = OVERRIDES if model.config.attention == "mla" else ()
+    mix, overrides = (MIX, own) if mix_file is None else _written(mix_file)
     metadata, targets = model.conversion.metadata, model.conversion.targets
     metadata.string("general.name", f"synthetic {name}")
+    types = choose_types(targets, metadata, mix, overrides)
     metadata.u32("general.quantization_version", QUANTIZATION_VERSION)
-    metadata.u32("general.file_type", MIXES[MIX].number)
+    metadata.u32("general.file_type", file_type(mix, targets, types))
     _add_vocabulary(metadata, model.config.vocab_size)
-    types = choose_types(targets, metadata, MIX, OVERRIDES if model.config.attention == "mla" else ())
     tensors = [_tensor(target.name, target.shape, model.config) for target in targets]
     return tensors, types, make_layout(path, metadata, targets, types)
+
+
+def _written(path: Path) -> tuple[str | None, list[Override]]:
+    """The base and the lines of a mix file."""
+    written = read_mix_file(path)
+    return written.base, written.overrides
 
 
 class Weights:
@@ -173,10 +183,10 @@ class Weights:
         return self._pools[type_, deviation]
 
 
-def write(name: str, path: Path) -> dict:
+def write(name: str, path: Path, mix_file: Path | None = None) -> dict:
     """Write SHAPES[name] to path, by way of a temporary file beside it; what was written."""
     start = time.perf_counter()
-    tensors, types, layout = plan(name, path)
+    tensors, types, layout = plan(name, path, mix_file)
     check_space(layout, path)
     workers = Pool(usable_cores())
     weights, partial = Weights(workers), partial_path(path)
@@ -198,7 +208,7 @@ def write(name: str, path: Path) -> dict:
     return {
         "path": str(path),
         "shape": name,
-        "mix": MIX,
+        "mix": mix_file.name if mix_file else MIX,
         "parameters": sum(prod(tensor.shape) for tensor in tensors),
         "file_bytes": layout.size,
         "bytes_by_type": bytes_by_type,
@@ -211,8 +221,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=SHAPES, metavar="SHAPE", help=", ".join(SHAPES))
     parser.add_argument("out", type=Path, metavar="OUT.gguf")
+    parser.add_argument("--mix", type=Path, metavar="FILE", help="types, as for `localrun convert --mix`")
     arguments = parser.parse_args()
-    print(json.dumps(write(arguments.shape, arguments.out)))
+    print(json.dumps(write(arguments.shape, arguments.out, arguments.mix)))
 
 
 if __name__ == "__main__":

@@ -33,17 +33,20 @@ def made_up_blocks(pool: Pool, type_: str, n_blocks: int, deviation: float, seed
 
 def _drawn(format_: Format, n_blocks: int, deviation: float, random: np.random.Generator) -> np.ndarray:
     """Random bytes: with scales that give the deviation, or of many blocks those that are nearest to it."""
-    scales = [name for name in format_.layout.names or () if format_.layout[name] == np.float16]
-    n_drawn = n_blocks if scales else _MANY * n_blocks
+    names = format_.layout.names or ()
+    halves = [name for name in names if format_.layout[name] == np.float16]
+    n_drawn = n_blocks if halves else _MANY * n_blocks
     blocks = random.integers(0, 256, (n_drawn, format_.block_bytes), np.uint8)
-    fields = blocks.view(format_.layout)
-    for name in scales:
+    fields = blocks.view(format_.layout).reshape(n_drawn)
+    for name in halves:
         fields[name] = 1
-    if scales:
+    if halves:
         typical = format_.unpack(blocks[:_SAMPLE].reshape(-1)).std()
-        for name in scales:
+        for name in halves:
             fields[name] = deviation / typical
         return blocks
+    if "d" in names:  # of bytes: one value for all of a block's
+        fields["d"] = np.arange(n_drawn)[:, None] % 256
     with np.errstate(all="ignore"):  # some are no numbers
         found = format_.unpack(blocks.reshape(-1)).reshape(n_drawn, -1).std(axis=1)
         distance = np.nan_to_num(np.abs(np.log(found / deviation)), nan=np.inf)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -29,6 +30,7 @@ GROUPS = {
 }
 
 
+@lru_cache(1 << 14)  # planning asks of the same names again and again
 def group_of(name: str) -> str:
     """The part of the model a tensor belongs to, a key of GROUPS; routers and norms are "other"."""
     return next(group for group, pattern in GROUPS.items() if re.match(pattern, name))

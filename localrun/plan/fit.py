@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from localrun.convert.mixes import MIXES
 from localrun.errors import LocalrunError
 from localrun.placement.placement import gib
 from localrun.plan.machine import Machine
 from localrun.plan.memory import plan_memory
-from localrun.plan.shapes import ModelShape, n_bytes
-from quant.formats import registry
+from localrun.plan.shapes import ModelShape
 
 _ALL = "this"  # what the machine has
 _UNITS = {"M": 2, "G": 3, "T": 4}  # powers of 1024: memory is sold so, whatever it is called
@@ -40,11 +38,9 @@ def with_ram(machine: Machine, size: str) -> Machine:
 
 
 def find_fit(model: ModelShape, machine: Machine, ctx: int) -> Fit:
-    """Among the mixes that are compared and can be packed here. Raises LocalrunError if none fits."""
-    shapes = [model.with_type(name) for name, mix in MIXES.items() if mix.compared or name == "BF16"]
-    can_be_packed = [s for s in shapes if all(tensor.type in registry.QUANTIZABLE for tensor in s.tensors)]
+    """Among the mixes that can be packed here. Raises LocalrunError if none fits."""
     larger = None
-    for shape in sorted(can_be_packed, key=lambda shape: -n_bytes(shape.tensors)):
+    for shape in model.in_mixes():
         if plan_memory(shape, machine, ctx).fits:
             return Fit(shape, larger)
         larger = shape

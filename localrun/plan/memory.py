@@ -137,6 +137,8 @@ def nearest_that_fits(model: ModelShape, machine: Machine, ctx: int) -> str:
 
 def _longest_ctx(model: ModelShape, machine: Machine, ctx: int) -> int:
     """The longest context below ctx that fits, in steps; 0 if none does."""
+    if not plan_memory(model, machine, CTX_STEP).fits:
+        return 0
     low, high = 0, (ctx - 1) // CTX_STEP
     while low < high:
         middle = (low + high + 1) // 2
@@ -146,8 +148,5 @@ def _longest_ctx(model: ModelShape, machine: Machine, ctx: int) -> int:
 
 def _smaller_types(model: ModelShape) -> list[ModelShape]:
     """The model in every mix with fewer bytes, largest first."""
-    from localrun.convert.mixes import MIXES
-
     size = n_bytes(model.tensors)
-    others = [model.with_type(mix) for mix in MIXES]
-    return sorted((o for o in others if n_bytes(o.tensors) < size), key=lambda o: -n_bytes(o.tensors))
+    return [other for other in model.in_mixes() if n_bytes(other.tensors) < size]

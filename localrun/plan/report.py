@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
-from localrun.convert.mixes import MIXES, needs_imatrix
+from localrun.convert.mixes import needs_imatrix
 from localrun.limits import PREFILL_CHUNK
 from localrun.plan.fit import Fit
 from localrun.plan.machine import Machine
@@ -191,7 +191,7 @@ def _other_models(model: ModelShape, machine: Machine) -> list[tuple[str, ModelS
     size = n_bytes(model.tensors)
     others = []
     if model.conversion is not None or model.file is not None:
-        others = [model.with_type(name) for name, mix in MIXES.items() if mix.compared]
+        others = [other for other in model.in_mixes() if not _without_rates(other, machine)]
     smaller = max(
         (o for o in others if n_bytes(o.tensors) < 0.98 * size), key=lambda o: n_bytes(o.tensors), default=None
     )
@@ -199,7 +199,7 @@ def _other_models(model: ModelShape, machine: Machine) -> list[tuple[str, ModelS
         (o for o in others if n_bytes(o.tensors) > 1.02 * size), key=lambda o: n_bytes(o.tensors), default=None
     )
     for other in (smaller, larger):
-        if other is not None and not _without_rates(other, machine):
+        if other is not None:
             rows.append((other.type, other, machine))
     used = model.config.num_experts_per_tok
     if used > 2:

@@ -91,6 +91,15 @@ class ModelShape:
             conversion = Conversion(model.metadata, model.targets)
         return replace(self, tensors=conversion.tensors(mix), type=mix, file=None, conversion=conversion)
 
+    def in_mixes(self) -> list[ModelShape]:
+        """The same in every mix that there may be a reason for and that can be packed here, largest first."""
+        from localrun.convert.mixes import MIXES
+        from quant.formats.registry import QUANTIZABLE
+
+        others = [self.with_type(name) for name, mix in MIXES.items() if mix.compared]
+        packable = [other for other in others if all(tensor.type in QUANTIZABLE for tensor in other.tensors)]
+        return sorted(packable, key=lambda other: -n_bytes(other.tensors))
+
     def is_nextn(self, tensor: Tensor) -> bool:
         """Whether a tensor belongs to a layer for multi-token prediction, which plain decoding leaves alone."""
         match = re.match(r"blk\.(\d+)\.", tensor.name)

@@ -415,6 +415,25 @@ def test_inspect_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(line.startswith("blk.") for line in lines) == 30 * 9
 
 
+def test_inspect_prints_the_mix_that_convert_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", "miniature", "--mix"]) == 0
+    text = capsys.readouterr().out
+    assert [line.split() for line in text.splitlines()[1:]] == [
+        ["^output\\.weight$", "Q6_K"],
+        ["^blk\\.[256]\\.ffn_down_(exps|shexp)\\.weight$", "Q6_K"],
+        ["^blk\\.\\d+\\.attn_(k|v)_b\\.weight$", "Q8_0"],
+        [".", "Q5_K"],
+    ]
+    assert run(["inspect", "miniature", "--mix", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["mix"]
+    assert rows[-1] == {"pattern": ".", "type": "Q5_K", "tensors": 63}
+    (tmp_path / "my.mix").write_text(text)
+    source, options = str(model_path("miniature")), ["--mix", str(tmp_path / "my.mix"), "--dry-run", "--json"]
+    assert run(["convert", source, str(tmp_path / "x.gguf"), *options]) == 0
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert len(plan) == 128 and all(row["from"] == row["to"] for row in plan)
+
+
 def test_inspect_spells_out_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
     writer.add_name("evil\x1b[2J")

@@ -65,6 +65,32 @@ def test_a_refusal_in_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert document["memory"]["fits"] is False and "no type fits" in document["refusal"]
 
 
+def test_the_largest_type_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "deepseek-v2-lite", "--machine", "laptop", "-c", "4096"]
+    assert run([*arguments, "--fit", "14GB"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    lines = out.splitlines()
+    assert lines[0].startswith("DeepSeek-V2-Lite 16B, Q4_K_S: ") and "14.0 GiB of RAM" in lines[1]
+    assert lines[2] == "largest type that fits: Q4_K_S, 8.9 GiB"
+    assert lines[3].startswith("the next larger, Q4_K_M, needs 10.") and lines[3].endswith("of RAM (10.0 GiB usable)")
+    assert "tokens/s" in out
+    assert run([*arguments, "--fit", "this", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["fit"]["type"] == document["model"]["type"] == "Q8_0" and document["decode"]["tokens_per_s"] > 0
+    assert document["fit"]["next"]["type"] == "BF16" and document["fit"]["next"]["needed"]["RAM"] > 28 * 2**30
+
+
+def test_a_fit_without_rates_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A description that knows few types: the bytes are known all the same."""
+    rates = [{"type": "F32", "n_cols": 256, "gemv": 1e9, "expand": 1e9, "gemm": 1e9}]
+    path = edited(tmp_path / "machine.json", cpu__kernels=rates)
+    assert run(["plan", "deepseek-v2-lite", "--machine", path, "--fit", "14GB"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("no speeds: the machine description has no rates for ")
+    assert not any("tokens/s" in line for line in lines)
+
+
 def test_tables_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", "--kv-table", "--compute-table"]) == 0
     out = capsys.readouterr().out
@@ -176,6 +202,10 @@ ERRORS = {
     "a folder": (["deepseek-v3", "--machine", "/"], "/: cannot be read"),
     "unknown model": (["deepseek-v9", "--machine", "laptop"], "known models: deepseek-v3"),
     "unknown type": (["deepseek-v3", "--type", "Q9", "--machine", "laptop"], "unknown type 'Q9'"),
+    "fit": (["deepseek-v3", "--fit", "soon", "--machine", "laptop"], "--fit 'soon'; expected this, or a size of RAM"),
+    "fit nothing": (["deepseek-v3", "--fit", "0GB", "--machine", "laptop"], "--fit '0GB'; expected"),
+    "fit and a type": (["deepseek-v3", "--fit", "this", "--type", "Q8_0"], "--fit chooses the type; leave out --type"),
+    "nothing fits": (["deepseek-v3", "--fit", "64GB", "--machine", "laptop"], "no type fits a laptop: 128 bits of"),
     "ctx": (["deepseek-v3", "-c", "0", "--machine", "laptop"], "-c/--ctx 0; expected 1"),
     "prompt": (["deepseek-v3", "--prompt", "-1", "--machine", "laptop"], "--prompt -1"),
     "acceptance": (["deepseek-v3", "--acceptance", "nan", "--machine", "laptop"], "--acceptance nan"),

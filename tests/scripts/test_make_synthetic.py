@@ -50,6 +50,16 @@ def test_v2_lite_is_llama_quantize_s_size() -> None:
     assert (kinds["blk.0.attn_k_b.weight"], kinds["blk.0.attn_v_b.weight"]) == ("Q8_0", "Q8_0")
 
 
+@pytest.mark.parametrize(("name", "mix"), [("ud-q2_k_xl", "Q2_K"), ("ud-iq2_xxs", "IQ2_XXS")])
+def test_published_mixes_of_the_16b_shape(name: str, mix: str) -> None:
+    """Experts of two bits, the rest larger; rows of 1536 and 2048 weights are whole blocks."""
+    tensors, types, layout = script["plan"]("16b-v3-style", Path("x.gguf"), SCRIPTS / "mixes" / f"{name}.mix")
+    experts = [type_ for tensor, type_ in zip(tensors, types, strict=True) if "_exps" in tensor.name]
+    assert len(experts) == 3 * 26 and experts.count(mix) >= 2 * 26
+    n_weights = sum(prod(tensor.shape) for tensor in tensors)
+    assert 2.5 < 8 * sum(place.n_bytes for place in layout.places) / n_weights < 3.1
+
+
 def test_v3_slice_has_v3_s_layers() -> None:
     """A MoE layer of V3 has 11.5 billion weights: 671 billion, less embedding, head and dense layers, by 58."""
     tensors, _, _ = script["plan"]("v3-slice", Path("v3-slice.gguf"))

@@ -22,7 +22,7 @@ from localrun.convert.mixes.table import TYPES, parse_mix
 from localrun.errors import LocalrunError
 from localrun.files import read_bytes
 
-_LARGEST = 1 << 20  # bytes of a mix file: a line for every tensor of the largest models takes a tenth
+_LARGEST = 1 << 18  # bytes of a mix file: a line for every tensor of the largest models takes a quarter
 _COMMENT = re.compile(r"(^|\s)#.*")
 _BASE = "base"
 

@@ -15,8 +15,8 @@ class Mix(NamedTuple):
     Attributes:
         number: general.file_type (llama.h, enum llama_ftype).
         type: what most tensors get.
-        compared: whether `localrun plan` weighs it up against others; those that are not are worse than one of their
-            size, or nobody's choice for want of memory.
+        compared: whether `localrun plan` proposes it; those that it does not are worse than another of their size, or
+            have more bits than a checkpoint.
     """
 
     number: int
@@ -27,7 +27,7 @@ class Mix(NamedTuple):
 MIXES = {
     "F32": Mix(0, "F32"),
     "F16": Mix(1, "F16"),
-    "BF16": Mix(32, "BF16"),
+    "BF16": Mix(32, "BF16", compared=True),
     "Q8_0": Mix(7, "Q8_0", compared=True),
     "Q4_0": Mix(2, "Q4_0", compared=True),
     "Q4_1": Mix(3, "Q4_1"),

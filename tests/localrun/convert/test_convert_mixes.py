@@ -8,13 +8,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import gguf
+import llama_quantize
+import numpy as np
 import pytest
 import tiny_models
+from conversions import write_imatrix
 
 from localrun.convert import Options, make_plan
-from localrun.convert.mixes import MIXES, PLAIN, choose_types, parse_mix, parse_override
+from localrun.convert.mixes import MIXES, PLAIN, choose_types, needs_imatrix, parse_mix, parse_override
+from localrun.convert.mixes.rules import needs_importances
 from localrun.convert.plan import Plan
 from localrun.errors import LocalrunError
 
@@ -54,7 +59,13 @@ MODELS = {
     "llama-gqa-2": tiny_models.Llama(**_SMALL_LLAMA | {"num_key_value_heads": 2, "num_hidden_layers": 32}),
     "llama-mha-tied": tiny_models.Llama(**_SMALL_LLAMA | {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     "qwen3moe": tiny_models.qwen3moe(**_SMALL_LLAMA, moe_intermediate_size=256, n_routed_experts=4),
-    "qwen3moe-8-experts": tiny_models.qwen3moe(**_SMALL_LLAMA, moe_intermediate_size=256, n_routed_experts=8),
+    "mixtral": tiny_models.mixtral(
+        **_SMALL_LLAMA | {"intermediate_size": 256, "moe_intermediate_size": 256, "qk_rope_head_dim": 64}
+    ),
+    "glm4moe": tiny_models.glm4moe(
+        **_SMALL_LLAMA | {"num_key_value_heads": 2, "num_hidden_layers": 9},
+        **{"moe_intermediate_size": 256, "n_routed_experts": 6, "num_nextn_predict_layers": 1},
+    ),
     "llama-80-layers": tiny_models.Llama(**_SMALL_LLAMA | {"num_hidden_layers": 80, "intermediate_size": 256}),
 }
 QUANTIZED = [name for name, mix in MIXES.items() if mix.type not in PLAIN]
@@ -198,3 +209,79 @@ def test_the_file_type_is_llama_cpps_number() -> None:
     names = {"F32": "ALL_F32"}
     for mix, (number, *_) in MIXES.items():
         assert gguf.LlamaFileType[names.get(mix, f"MOSTLY_{mix}")] == number
+
+
+# --- what cannot be packed, or only badly
+
+
+def refusal(source: Path, folder: Path, **options: Any) -> str:
+    """The one line that make_plan refuses with."""
+    with pytest.raises(LocalrunError) as caught:
+        make_plan(source, folder / "x.gguf", Options(**options))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def imatrix_of(plan: Plan, path: Path, but: str = "nothing") -> Path:
+    """Importances of 1 for all matrices of layers whose names do not match."""
+    targets = [t for t in plan.targets if len(t.shape) > 1 and t.name.startswith("blk.") and not re.search(but, t.name)]
+    sums = {t.name: np.ones((t.n_rows // t.shape[-2], t.n_cols)) for t in targets}
+    return write_imatrix(path, sums, {name: np.ones((len(values), 1)) for name, values in sums.items()})
+
+
+def test_what_nothing_packs_is_refused(sources: dict[str, Path], tmp_path: Path) -> None:
+    text = refusal(sources["llama"], tmp_path, mix="Q8_0", overrides=[parse_override("ffn_down=IQ1_M")])
+    assert text.startswith("'blk.0.ffn_down.weight' would be IQ1_M, which cannot be packed here; expected one of F32,")
+
+
+def test_what_is_garbage_without_importances_is_refused(sources: dict[str, Path], tmp_path: Path) -> None:
+    """As llama.cpp's "this quantization requires an imatrix!" and "Missing importance matrix for tensor"."""
+    text = refusal(sources["llama"], tmp_path, mix="Q2_K_S")
+    assert text.startswith("'blk.0.attn_q.weight' would be Q2_K, which needs an importance matrix: --imatrix FILE")
+    plan = plan_for(sources["llama"], tmp_path)
+    lacking = imatrix_of(plan, tmp_path / "lacking.gguf", but=r"blk\.7\.ffn_up")
+    text = refusal(sources["llama"], tmp_path, mix="Q2_K_S", imatrix=lacking)
+    assert text.startswith(f"{lacking}: has no importances for 'blk.7.ffn_up.weight', which Q2_K needs")
+    other_type = [parse_override("ffn_up=Q4_K")]
+    make_plan(sources["llama"], tmp_path / "x.gguf", Options(mix="Q2_K_S", imatrix=lacking, overrides=other_type))
+    make_plan(sources["llama"], tmp_path / "x.gguf", Options(mix="Q2_K"))  # Q2_K needs none elsewhere
+
+
+@pytest.mark.parametrize("mix", QUANTIZED)
+def test_llama_cpp_refuses_the_same_mixes_without_an_imatrix(mix: str, sources: dict[str, Path]) -> None:
+    """Of a model whose rows all are whole blocks; its list is in tensor_requires_imatrix."""
+    plan = make_plan(sources["llama"], Path("x.gguf"), Options(mix="Q8_0"))
+    types = choose_types(plan.targets, plan.metadata, mix)
+    needing = {type_ for t, type_ in zip(plan.targets, types, strict=True) if needs_importances(t.name, type_, mix)}
+    assert bool(needing) == needs_imatrix(mix)
+    assert needs_imatrix(mix) == (mix in REFUSED)
+
+
+# By llama.cpp, of this model: the runs take seconds each.
+REFUSED = {"Q2_K_S", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mix", QUANTIZED)
+def test_the_refused_mixes_are_llama_cpps(mix: str, sources: dict[str, Path], tmp_path: Path) -> None:
+    if mix in REFUSED:
+        with pytest.raises(llama_quantize.QuantizeError, match=r"requires an (importance matrix|imatrix)"):
+            llama_quantize.quantize(sources["llama"], tmp_path / "x.gguf", mix)
+    else:
+        llama_quantize.quantize(sources["llama"], tmp_path / "x.gguf", mix)
+
+
+def test_a_mix_file_says_the_types_and_the_file_type(sources: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "my.mix").write_text("base Q6_K\nffn_ Q3_K\n")
+    plan = make_plan(sources["llama"], tmp_path / "x.gguf", Options(mix_file=tmp_path / "my.mix"))
+    types = {target.name: type_ for target, type_ in zip(plan.targets, plan.types, strict=True)}
+    assert (types["blk.3.ffn_up.weight"], types["blk.3.attn_q.weight"]) == ("Q3_K", "Q6_K")
+    assert plan.mix == "Q6_K" and plan.metadata.get("general.file_type") == MIXES["Q6_K"].number
+    text = refusal(sources["llama"], tmp_path, mix="Q4_K_M", mix_file=tmp_path / "my.mix")
+    assert text == f"{tmp_path / 'my.mix'}: says base Q6_K; leave out --type Q4_K_M"
+    (tmp_path / "all.mix").write_text("ffn_ Q3_K\n. Q6_K\n")
+    overrides = [parse_override("ffn_down=Q2_K")]  # the command line comes first
+    plan = make_plan(sources["llama"], tmp_path / "x.gguf", Options(mix_file=tmp_path / "all.mix", overrides=overrides))
+    assert plan.mix is None and plan.metadata.get("general.file_type") == MIXES["Q3_K_M"].number
+    types = {target.name: type_ for target, type_ in zip(plan.targets, plan.types, strict=True)}
+    assert (types["blk.3.ffn_up.weight"], types["blk.3.ffn_down.weight"]) == ("Q3_K", "Q2_K")

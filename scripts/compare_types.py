@@ -1,0 +1,212 @@
+"""Every low-bit type by one table: files of localrun convert and of llama.cpp's quantiser, of the same F16 and imatrix.
+
+    python scripts/compare_types.py [MODEL=TEXT ...] [--types Q2_K IQ2_XXS] [--tokens 4096] [-t 2]
+
+Each MODEL is unpacked to F16; importances come from the first part of its TEXT, what is measured from the part after
+it. All files run on the native backend, with 8-bit activations as always. A table goes to stderr; the last line of
+stdout is one JSON document: for each model and type perplexity, its error, how far ours is from llama.cpp's,
+Kullback-Leibler divergence from the F16 file (nats a token), the same first choice, bits a weight, and seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+import localrun
+from localrun.bundled import model_path
+from localrun.convert import Options, convert, make_plan
+from localrun.convert.gguf_source import GGUFSource, read_model
+from localrun.convert.imatrix import Importances
+from localrun.errors import LocalrunError
+from localrun.measure.imatrix import collect, write
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
+import llama_quantize
+from paths import DATA
+
+TEXT = DATA / "text" / "wikitext2.txt"
+TYPES = [
+    *["Q2_K_S", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "TQ2_0"],
+    *["IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M"],
+]
+CHUNK = 512  # tokens; predictions count from its second half on
+MADE = "localrun", "llama.cpp"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all types of a model share.
+
+    Attributes:
+        f16: the file that is packed.
+        imatrix: its importances.
+        chunks: ids to be predicted.
+        reference: float32 log-probabilities (T, V) of each chunk by the F16 file.
+    """
+
+    f16: Path
+    imatrix: Path
+    chunks: list[list[int]]
+    reference: list[np.ndarray]
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def prepare(folder: Path, model: str, text: Path, arguments: argparse.Namespace) -> Work:
+    """The F16 file, its importances and its predictions."""
+    path = folder / "F16.gguf"
+    options = Options(mix="F16", allow_requantize=True)
+    convert(make_plan(model_path(model), path, options), threads=arguments.threads)
+    with load(path, arguments) as engine:
+        ids = engine.tokenizer.encode(read(text, arguments))
+        n_seen, n_chunks = arguments.imatrix_tokens, arguments.tokens // CHUNK
+        if len(ids) < n_seen + n_chunks * CHUNK:
+            raise SystemExit(f"{text}: {len(ids)} tokens, fewer than --imatrix-tokens and --tokens")
+        imatrix = folder / "imatrix.gguf"
+        write(imatrix, collect(engine, ids[:n_seen], CHUNK), text.name)
+        chunks = [ids[start : start + CHUNK] for start in range(n_seen, n_seen + n_chunks * CHUNK, CHUNK)]
+        return Work(path, imatrix, chunks, list(log_probabilities(engine, chunks)))
+
+
+def read(text: Path, arguments: argparse.Namespace) -> str:
+    """As much of a text as its tokens may take."""
+    with text.open("rb") as file:
+        return file.read(8 * (arguments.imatrix_tokens + arguments.tokens)).decode("utf-8", "ignore")
+
+
+def load(path: Path, arguments: argparse.Namespace) -> localrun.Engine:
+    options = {"device": "cpu", "backend": "native", "speculative": "off"}
+    return localrun.load(path, threads=arguments.threads, ctx=CHUNK, **options)
+
+
+def log_probabilities(engine: localrun.Engine, chunks: Sequence[list[int]]) -> Iterator[np.ndarray]:
+    """float32 (T, V) of the second half of each chunk."""
+    for chunk in chunks:
+        rows = engine.logits(chunk)[CHUNK // 2 : -1].astype(np.float32)
+        rows -= rows.max(1, keepdims=True)
+        yield rows - np.log(np.exp(rows).sum(1, keepdims=True))
+
+
+def measure(path: Path, work: Work, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Figures of a file."""
+    losses, divergences, agreeing = [], [], []
+    with load(path, arguments) as engine:
+        found = log_probabilities(engine, work.chunks)
+        for log_q, log_p, chunk in zip(found, work.reference, work.chunks, strict=True):
+            losses.append(-log_q[np.arange(len(log_q)), chunk[CHUNK // 2 + 1 :]])
+            divergences.append((np.exp(log_p) * (log_p - log_q)).sum(1))
+            agreeing.append(log_q.argmax(1) == log_p.argmax(1))
+    nats = np.concatenate(losses).astype(np.float64)
+    perplexity = float(np.exp(nats.mean()))
+    tensors = gguf.GGUFReader(path).tensors
+    return {
+        "perplexity": perplexity,
+        "error": perplexity * float(nats.std()) / (len(nats) - 1) ** 0.5,
+        "kl": float(np.concatenate(divergences).mean(dtype=np.float64)),
+        "top_1": float(np.concatenate(agreeing).mean()),
+        "bits_per_weight": 8 * sum(int(t.n_bytes) for t in tensors) / sum(int(t.n_elements) for t in tensors),
+    }
+
+
+def compare(type_: str, work: Work, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Both files of a type; "error" instead where one cannot be made or run."""
+    paths = {who: work.f16.with_name(f"{who}.gguf") for who in MADE}
+    try:
+        rows = {}
+        for who, path in paths.items():
+            started = time.perf_counter()
+            pack(who, path, type_, work, arguments)
+            seconds = time.perf_counter() - started
+            rows[who] = measure(path, work, arguments) | {"pack_s": round(seconds, 2)}
+        ratio = rows["localrun"]["perplexity"] / rows["llama.cpp"]["perplexity"] - 1
+        return {"relative_difference": ratio, "differing_types": differing(*paths.values())} | rows
+    except (LocalrunError, llama_quantize.QuantizeError) as error:
+        return {"error": str(error).splitlines()[-1]}
+    finally:
+        for path in paths.values():
+            path.unlink(missing_ok=True)
+
+
+def pack(who: str, path: Path, type_: str, work: Work, arguments: argparse.Namespace) -> None:
+    if who == "localrun":
+        convert(make_plan(work.f16, path, Options(mix=type_, imatrix=work.imatrix)), threads=arguments.threads)
+        return
+    found = Importances(work.imatrix, read_model(GGUFSource(work.f16)).targets)
+    means = {name: np.nan_to_num(values, nan=1.0) for name, values in found.items()}  # as llama-quantize fills them
+    llama_quantize.quantize(work.f16, path, type_, means, arguments.threads)
+
+
+def differing(ours: Path, theirs: Path) -> dict[str, list[str]]:
+    """Tensors whose types differ: the small ones that stay at Q8_0 here."""
+    types = [{t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors} for path in (ours, theirs)]
+    return {name: [types[0][name], other] for name, other in types[1].items() if types[0][name] != other}
+
+
+def table(model: str, rows: dict[str, dict[str, Any]]) -> list[str]:
+    """Markdown."""
+    lines = [
+        f"| {model} | bits a weight | llama.cpp's | perplexity | llama.cpp's | ours over theirs | KL | llama.cpp's "
+        "| pack s | llama.cpp's |",
+        "|---" * 10 + "|",
+    ]
+    for type_, row in rows.items():
+        if "error" in row:
+            lines.append(f"| {type_} | {row['error']} |")
+            continue
+        ours, theirs = row["localrun"], row["llama.cpp"]
+        cells = [
+            *(f"{each['bits_per_weight']:.3f}" for each in (ours, theirs)),
+            *(f"{each['perplexity']:.4f}" for each in (ours, theirs)),
+            f"{row['relative_difference']:+.2%}",
+            *(f"{each['kl']:.5f}" for each in (ours, theirs)),
+            *(f"{each['pack_s']:.1f}" for each in (ours, theirs)),
+        ]
+        lines.append(f"| {type_} | {' | '.join(cells)} |")
+    return lines
+
+
+def run(model: str, text: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """All types of a model, with the F16 file's own figures."""
+    with tempfile.TemporaryDirectory() as folder:
+        work = prepare(Path(folder), model, text, arguments)
+        rows = {}
+        for type_ in arguments.types:
+            say(f"{model} {type_}")
+            rows[type_] = compare(type_, work, arguments)
+        f16 = measure(work.f16, work, arguments)
+    for line in [*table(model, rows), f"F16: perplexity {f16['perplexity']:.4f} +- {f16['error']:.4f}"]:
+        say(line)
+    return {"text": text.name, "F16": f16, "types": rows}
+
+
+def main() -> None:
+    """Print the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="MODEL=TEXT", default=["smollm2", "miniature"])
+    parser.add_argument("--types", nargs="+", default=TYPES)
+    parser.add_argument("--tokens", type=int, default=4096, help="that are measured with")
+    parser.add_argument("--imatrix-tokens", type=int, default=4096, help="that importances are collected from")
+    parser.add_argument("-t", "--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    found = {}
+    for name in arguments.models:
+        model, _, text = name.partition("=")
+        found[model] = run(model, Path(text or TEXT), arguments)
+    print(json.dumps({"tokens": arguments.tokens, "imatrix_tokens": arguments.imatrix_tokens, "models": found}))
+
+
+if __name__ == "__main__":
+    main()
