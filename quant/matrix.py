@@ -7,6 +7,7 @@ import numpy as np
 
 from quant.block_format import Format
 from quant.errors import QuantError
+from quant.simd.gated import SWIGLU, Activation
 from quant.simd.struct import address, i64, struct
 from quant.target.jit import inline
 
@@ -115,11 +116,24 @@ def check_single_rows(matrix: QuantMatrix) -> None:
 
 @dataclass(frozen=True)
 class ExpertMatrices:
-    """The three stacked matrices: gate and up (E, I, D), down (E, D, I), in any formats."""
+    """The three stacked matrices: gate and up (E, I, D), down (E, D, I), in any formats.
+
+    Attributes:
+        biases: float32 (E, I), (E, I) and (E, D), added to what gate, up and down give; None for none.
+        activation: what gate and up become before down.
+    """
 
     gate: QuantMatrix
     up: QuantMatrix
     down: QuantMatrix
+    biases: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+    activation: Activation = SWIGLU
+
+    @property
+    def bias_addresses(self) -> dict[str, int]:
+        """Of gate_bias, up_bias and down_bias; 0 where there are none."""
+        addresses = [bias.ctypes.data for bias in self.biases] if self.biases else [0, 0, 0]
+        return dict(zip(("gate_bias", "up_bias", "down_bias"), addresses, strict=True))
 
     def __post_init__(self):
         """Raises QuantError on shapes that don't belong together."""
@@ -127,3 +141,6 @@ class ExpertMatrices:
         shape = (gate.n_groups, gate.n_rows, gate.n_cols)
         if shape != (up.n_groups, up.n_rows, up.n_cols) or shape != (down.n_groups, down.n_cols, down.n_rows):
             raise QuantError("gate, up and down experts have shapes that do not belong together")
+        for bias, matrix in zip(self.biases or (), (gate, up, down), strict=False):
+            if bias.shape != (matrix.n_groups, matrix.n_rows) or bias.dtype != np.float32:
+                raise QuantError(f"a bias of {bias.dtype} {bias.shape} for experts' {matrix.n_rows} rows")

@@ -106,12 +106,15 @@ class Attend:
         v_SGV: torch.Tensor,
         scale: float,
         out_THV: torch.Tensor,
+        window: int = 0,
+        sinks_H: torch.Tensor | None = None,
     ) -> None:
         """out_THV = softmax(scale * q k^T) v, of the last T of S tokens.
 
         Args:
             parts: queries (T, H, d) and keys (S, G, d) or, shared by all heads, (S, 1, d); products of two parts are
                 added. H / G heads share one's keys and values.
+            window, sinks_H: as in weight_source.Attend.
         """
         (n_tokens, n_heads, width), (n_cached, n_groups, _) = out_THV.shape, v_SGV.shape
         prompt_attention.attend(
@@ -119,6 +122,7 @@ class Attend:
             [(_strides(q), _strides(k), q.shape[-1]) for q, k in parts],
             _strides(v_SGV), width, _strides(out_THV),
             n_heads=n_heads, shared=n_heads // n_groups, n_tokens=n_tokens, n_before=n_cached - n_tokens, scale=scale,
+            window=window, sinks=0 if sinks_H is None else sinks_H.data_ptr(),
         )  # fmt: skip
 
 

@@ -49,7 +49,10 @@ class RoutedExperts(Protocol):
 
 
 class Attend(Protocol):
-    """softmax(scale * q k^T) v of the last T of S tokens; each sees itself and those before."""
+    """softmax(scale * q k^T) v of the last T of S tokens; each sees itself and those before.
+
+    window: it sees so many, itself included; 0 for all. sinks_H: a logit more of each head's softmax, without a value.
+    """
 
     def __call__(
         self,
@@ -57,6 +60,8 @@ class Attend(Protocol):
         v_SGV: torch.Tensor,
         scale: float,
         out_THV: torch.Tensor,
+        window: int = 0,
+        sinks_H: torch.Tensor | None = None,
     ) -> None:
         """Write out_THV. parts: queries (T, H, d) and keys (S, G, d) or (S, 1, d), whose products are added."""
 

@@ -4,6 +4,9 @@ Both kinds of attention are one. Groups of heads share keys: all heads of MLA, i
 of one key-value head of GQA. A work item is one token, one group and one split of the context. Cache rows are read once
 for all heads of the group, in float32 tiles, with an online softmax (Milakov and Gimelshein, arXiv 1805.02867). Splits
 are combined afterwards, in order, so that results do not depend on the number of workers.
+
+With a window a token sees the last rows only, its own included; the block of rows may be no longer than that, and
+positions go round in it (program.cache_row). A sink is one more logit of a head's softmax, without a value.
 """
 
 import math
@@ -37,7 +40,7 @@ from quant.simd.core import F32, I64, define, load, splat, store
 from quant.simd.floats import exp, hmax, hsum, maximum, splat_f32x16, zero_f32x16
 from quant.simd.memory import load_f32x16, store_f32, store_f32x16, store_i64
 from quant.simd.register_tile import add_products, register_tile
-from quant.simd.struct import address, boolean, f32, i64, struct
+from quant.simd.struct import address, boolean, f32, i64, pointer, struct
 from quant.simd.vectors import expand_f16, scale, scale_add
 from quant.target.jit import inline, kernel
 
@@ -68,6 +71,7 @@ ATTEND = struct(
     value_row=i64,
     value_group=i64,
     padded_width=i64,  # of a value, in whole vectors
+    window=i64,  # rows that a token sees, at most; 0 for all
     partials=address,  # by token, split and head
 )
 # The result of one head over one split. The weighted sum of values begins VALUES_AT bytes behind its address.
@@ -78,6 +82,26 @@ VALUES_AT = 64
 @inline
 def _partial_bytes(padded_width):
     return VALUES_AT + 4 * padded_width
+
+
+@inline
+def _seen_by(a, t):
+    """Rows that the step's token t sees, itself included: the last ones."""
+    n_cached = cached_by(a, t)
+    return min(n_cached, a.window) if a.window > 0 else n_cached
+
+
+@inline
+def _expand_rows(a, slot, row_bytes, group_bytes, first, n_tokens, width, padded_width, out):
+    """A group's part of cache rows first.. in float32, padded_width apart."""
+    program = program_of(a)
+    n_rows = program.cache_rows[slot]
+    at, rows = first % n_rows, program.cache[slot] + group_bytes
+    for i in range(n_tokens):
+        row = at + i
+        if row >= n_rows:
+            row -= n_rows
+        expand_f16(rows + row_bytes * row, width, padded_width, out + 4 * padded_width * i)
 
 
 _SUM_HEADS = 8
@@ -167,20 +191,19 @@ def _run_attend(phase, item, work):
     a = ATTEND(phase)
     n_groups, n_heads, query_width, padded_width = a.n_groups, a.per_group, a.query_width, a.padded_width
     group, token, split = item % n_groups, item // n_groups % tokens_of(a), item // n_groups // tokens_of(a)
-    n_cached = cached_by(a, token)
-    length, partial_bytes, all_heads = split_length(n_cached), _partial_bytes(padded_width), n_groups * n_heads
+    n_cached, n_seen = cached_by(a, token), _seen_by(a, token)
+    length, partial_bytes, all_heads = split_length(n_seen), _partial_bytes(padded_width), n_groups * n_heads
     head = all_heads * (MAX_SPLITS * token + split) + n_heads * group
     partials, scores = a.partials + partial_bytes * head, work + 4 * _TOKENS * max(query_width, padded_width)
-    end = min(n_cached, length * (split + 1))
-    if length * split >= end:
+    begin = n_cached - n_seen + length * split
+    end = min(n_cached, begin + length)
+    if begin >= end:
         return
     queries, outs = _start_heads(a, all_heads * token + n_heads * group, partials, scores)
-    cache, same_rows = program_of(a).cache, a.value_slot == a.key_slot
-    keys, values = cache[a.key_slot] + a.key_group * group, cache[a.value_slot] + a.value_group * group
-    for first in range(length * split, end, _TOKENS):
+    same_rows = a.value_slot == a.key_slot
+    for first in range(begin, end, _TOKENS):
         n_tokens = min(_TOKENS, end - first)
-        for i in range(n_tokens):
-            expand_f16(keys + a.key_row * (first + i), a.key_width, query_width, work + 4 * query_width * i)
+        _expand_rows(a, a.key_slot, a.key_row, a.key_group * group, first, n_tokens, a.key_width, query_width, work)
         multiply(work, n_tokens, query_width, n_heads, queries, outs, 0)
         for h in range(n_heads):
             at = partials + partial_bytes * h
@@ -188,8 +211,9 @@ def _run_attend(phase, item, work):
         row_bytes = 4 * query_width
         if not same_rows:
             row_bytes = 4 * padded_width
-            for i in range(n_tokens):
-                expand_f16(values + a.value_row * (first + i), a.value_width, padded_width, work + row_bytes * i)
+            _expand_rows(
+                a, a.value_slot, a.value_row, a.value_group * group, first, n_tokens, a.value_width, padded_width, work
+            )
         _add_weighted_sums(
             n_heads, scores, work, row_bytes, n_tokens, padded_width, partials + VALUES_AT, partial_bytes
         )
@@ -204,6 +228,9 @@ PROJECT_VALUES = struct(
     partial_bytes=i64,
     n_heads=i64,
     width=i64,  # of a head's combined result
+    window=i64,
+    sinks=pointer(f32),  # (n_heads,)
+    has_sinks=boolean,
     out=address,  # float32 (MOST_TOKENS, n_heads, out_width)
     out_width=i64,
     q8=i64,  # where in a token's work memory, behind the combined result
@@ -217,7 +244,7 @@ PROJECT_VALUES = struct(
 @inline
 def _combine(a, head, token, out):
     """A head's result float32 (width,): the splits of the token's context, in order."""
-    n_splits, stride = splits_of(cached_by(a, token)), a.partial_bytes * a.n_heads
+    n_splits, stride = splits_of(_seen_by(a, token)), a.partial_bytes * a.n_heads
     first = a.partials + a.partial_bytes * (a.n_heads * MAX_SPLITS * token + head)
     largest = np.float32(_NEVER)
     for s in range(n_splits):
@@ -225,6 +252,9 @@ def _combine(a, head, token, out):
     for i in range(a.width):
         store_f32(out + 4 * i, np.float32(0.0))
     total = np.float32(0.0)
+    if a.has_sinks:
+        largest = max(largest, a.sinks[head])
+        total = np.float32(math.exp(a.sinks[head] - largest))
     for s in range(n_splits):
         partial = PARTIAL(first + stride * s)
         factor = np.float32(math.exp(partial.maximum - largest))
@@ -261,6 +291,8 @@ class Heads:
         key_slot, value_slot: blocks of cache rows; the same where values are the first part of keys.
         key_row, value_row: bytes of a cache row.
         key_group, value_group: bytes from one group's part of a row to the next one's.
+        window: rows that a token sees, at most; 0 for all.
+        sinks: address of float32 (heads,), a logit more in each head's softmax; or 0.
     """
 
     n_groups: int
@@ -273,6 +305,8 @@ class Heads:
     value_row: int
     key_group: int
     value_group: int
+    window: int = 0
+    sinks: int = 0
 
     @property
     def n_heads(self) -> int:
@@ -307,10 +341,13 @@ def attend_phase(heads: Heads, queries: int, partials: int) -> Phase:
         queries=queries, query_width=heads.query_width,
         key_slot=heads.key_slot, key_width=heads.key_width, key_row=heads.key_row, key_group=heads.key_group,
         value_slot=heads.value_slot, value_width=heads.value_width, value_row=heads.value_row,
-        value_group=heads.value_group, padded_width=padded_width, partials=partials,
+        value_group=heads.value_group, padded_width=padded_width, window=heads.window, partials=partials,
     )  # fmt: skip
     work_bytes = 4 * _TOKENS * (max(heads.query_width, padded_width) + heads.per_group) + 16 * heads.per_group
-    return Phase(NOTHING, _run_attend, heads.n_groups, arguments, work_bytes, per_token=True, per_split=True)
+    n_items = heads.n_groups
+    if heads.window:  # as many splits as there can be: mostly few
+        n_items *= min(MAX_SPLITS, -(-heads.window // MIN_SPLIT))
+    return Phase(NOTHING, _run_attend, n_items, arguments, work_bytes, per_token=True, per_split=not heads.window)
 
 
 def project_values_phase(heads: Heads, partials: int, v_b: QuantMatrix | None, out: int) -> Phase:
@@ -319,6 +356,7 @@ def project_values_phase(heads: Heads, partials: int, v_b: QuantMatrix | None, o
     q8, token_bytes = padded(4 * width), padded(4 * width) + q8_bytes(width)
     arguments = PROJECT_VALUES.pack(
         phase=HEADER, partials=partials, partial_bytes=heads.partial_bytes, n_heads=heads.n_heads, width=width,
+        window=heads.window, sinks=heads.sinks, has_sinks=heads.sinks != 0,
         out=out, out_width=v_b.n_rows if v_b else width, q8=q8, token_bytes=token_bytes,
         has_v_b=v_b is not None, v_b_integer=bool(v_b and v_b.format.integer),
         v_b=v_b.struct if v_b else MATRIX.zeros(),

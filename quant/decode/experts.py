@@ -10,6 +10,7 @@ from quant.decode.program import HEADER, MOST_TOKENS, PHASE, Phase, padded, toke
 from quant.decode.router import CHOICE, ROUTER, Choice, Router, choose, is_here
 from quant.gemv.activations import q8_bytes, write_q8
 from quant.matrix import MATRIX, ExpertMatrices, QuantMatrix
+from quant.simd.gated import ACTIVATION, gated
 from quant.simd.memory import store_f32
 from quant.simd.struct import address, boolean, f32, i64, struct
 from quant.simd.vectors import copy, rms_norm, scale_add, swiglu
@@ -35,6 +36,8 @@ GATE_UP = struct(
     gate_out=address,  # float32 (pairs, inner)
     up_out=address,
     item_rows=i64,
+    gate_bias=address,  # float32 (experts, inner), or 0
+    up_bias=address,
     gate=MATRIX,
     up=MATRIX,
 )
@@ -60,6 +63,8 @@ DOWN = struct(
     shared_integer=boolean,
     shared_gate_out=address,
     shared_up_out=address,
+    activation=ACTIVATION,
+    down_bias=address,  # float32 (experts, hidden), or 0
     down=MATRIX,
     shared_down=MATRIX,
 )
@@ -91,19 +96,22 @@ def _run_gate_up(phase, item, work):
     begin, end = c.starts[group], c.starts[group + 1]
     if begin == end:
         return
-    matrix, out = (a.gate, a.gate_out) if rest < per_matrix else (a.up, a.up_out)
+    matrix, bias, out = (a.gate, a.gate_bias, a.gate_out) if rest < per_matrix else (a.up, a.up_bias, a.up_out)
     q8, tables = a.q8 if a.integer else 0, token_tables()
     for i in range(begin, end):
         pair = c.members[i]
         own = work + a.token_bytes * (pair // a.router.top_k)
         set_token(tables, i - begin, own + q8, out + 4 * (inner * pair + first))
-    expert = c.ids[c.members[begin]]
-    multiply(matrix, expert, first, min(rows, inner - first), a.hidden, tables, end - begin)
+    expert, n_rows = c.ids[c.members[begin]], min(rows, inner - first)
+    multiply(matrix, expert, first, n_rows, a.hidden, tables, end - begin)
+    if bias != 0:
+        for i in range(begin, end):
+            scale_add(1.0, bias + 4 * (inner * expert + first), n_rows, out + 4 * (inner * c.members[i] + first))
 
 
 @kernel("void(int64, int64)")
 def _prepare_down(phase, work):
-    """silu(gate) * up of all pairs and of the shared expert as q8 rows, and the choice.
+    """silu(gate) * up, or the like, of all pairs and of the shared expert as q8 rows, and the choice.
 
     Every worker does all of it and makes the choice again: that takes microseconds, a phase of its own would more.
     """
@@ -113,7 +121,7 @@ def _prepare_down(phase, work):
     for pair in range(top_k * n_tokens):
         if is_here(a.router, c, pair):
             at = 4 * inner * pair
-            swiglu(a.gate_out + at, a.up_out + at, inner, temporary)
+            gated(a.activation, a.gate_out + at, a.up_out + at, inner, temporary)
             write_q8(temporary, 0, inner, inner, a.integer, work + a.q8_bytes * pair)
     if shared > 0:
         for t in range(n_tokens):
@@ -164,7 +172,10 @@ def _run_down(phase, item, work):
                 store_f32(out + 4 * (hidden * t + r), np.float32(0.0))
     for pair in range(top_k * n_tokens):
         if is_here(a.router, c, pair):
-            scale_add(c.weights[pair], temporary + 4 * rows * pair, n_rows, out + 4 * hidden * (pair // top_k))
+            sums = out + 4 * hidden * (pair // top_k)
+            scale_add(c.weights[pair], temporary + 4 * rows * pair, n_rows, sums)
+            if a.down_bias != 0:
+                scale_add(c.weights[pair], a.down_bias + 4 * (hidden * c.ids[pair] + first), n_rows, sums)
     if a.shared_inner > 0:
         _add_shared(a, first, n_rows, work)
 
@@ -190,13 +201,13 @@ def expert_phases(
         replaces: whether the sum replaces what is there.
     """
     gate_up = _gate_up_phase(input_, router, experts, gate_out, up_out, n_workers)
-    return gate_up, _down_phase(router, experts.down, gate_out, up_out, shared, out, n_workers, replaces)
+    return gate_up, _down_phase(router, experts, gate_out, up_out, shared, out, n_workers, replaces)
 
 
 def _gate_up_phase(
     input_: Input, router: Router | Choice, experts: ExpertMatrices, gate_out: int, up_out: int, n_workers: int
 ) -> Phase:
-    gate, up, top_k = experts.gate, experts.up, router.num_experts_per_tok
+    gate, up, biases, top_k = experts.gate, experts.up, experts.bias_addresses, router.num_experts_per_tok
     hidden, inner = gate.n_cols, gate.n_rows
     interleaved = max(gate, up, key=lambda matrix: matrix.format.rows)
     rows = item_rows(interleaved, 2 * top_k * inner * gate.row_bytes, n_workers)
@@ -206,17 +217,18 @@ def _gate_up_phase(
         phase=HEADER, router=router.struct, x=input_.x, norm=input_.norm, epsilon=input_.epsilon,
         hidden=hidden, inner=inner, integer=gate.format.integer or up.format.integer,
         q8=q8, token_bytes=token_bytes, choice=choice, gate_out=gate_out, up_out=up_out, item_rows=rows,
-        gate=gate.struct, up=up.struct,
+        gate_bias=biases["gate_bias"], up_bias=biases["up_bias"], gate=gate.struct, up=up.struct,
     )  # fmt: skip
     n_items = 2 * top_k * -(-inner // rows)
     return Phase(_prepare_gate_up, _run_gate_up, n_items, arguments, choice + router.choice_bytes, per_token=True)
 
 
 def _down_phase(
-    router: Router | Choice, down: QuantMatrix, gate_out: int, up_out: int,
+    router: Router | Choice, experts: ExpertMatrices, gate_out: int, up_out: int,
     shared: tuple[int, int, QuantMatrix] | None, out: int, n_workers: int, replaces: bool,
 ) -> Phase:  # fmt: skip
-    hidden, inner, top_k = down.n_rows, down.n_cols, router.num_experts_per_tok
+    down, top_k = experts.down, router.num_experts_per_tok
+    hidden, inner = down.n_rows, down.n_cols
     shared_gate_out, shared_up_out, shared_down = shared or (0, 0, None)
     shared_inner = shared_down.n_cols if shared_down else 0
     # Whole vectors: scale_add rounds once in them and twice behind, and where items end must not change results.
@@ -230,6 +242,7 @@ def _down_phase(
         out=out, replaces=replaces, item_rows=rows, shared_inner=shared_inner,
         shared_integer=bool(shared_down and shared_down.format.integer),
         shared_gate_out=shared_gate_out, shared_up_out=shared_up_out,
+        activation=experts.activation.struct, down_bias=experts.bias_addresses["down_bias"],
         down=down.struct, shared_down=shared_down.struct if shared_down else MATRIX.zeros(),
     )  # fmt: skip
     return Phase(_prepare_down, _run_down, -(-hidden // rows), arguments, choice + router.choice_bytes)

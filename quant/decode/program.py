@@ -33,6 +33,7 @@ from quant.threads.work_items import work_items
 MOST_TOKENS = MAX_BATCH  # of a step
 MAX_SPLITS = 32  # parts of the context that attention hands out
 MIN_SPLIT = 64  # tokens of a split, at least; splits are multiples of it
+_ENDLESS = 1 << 62
 
 # The phases, the workers' memory, then what all phases know of the step.
 PROGRAM = struct(
@@ -56,6 +57,7 @@ PROGRAM = struct(
     magnitude=f32,
     rotations=pointer(f32),  # cosine and sine of each frequency, of each token
     cache=pointer(i64),  # addresses of blocks of cache rows
+    cache_rows=pointer(i64),  # rows of each; a position's is the remainder
 )
 
 # What a phase's arguments begin with.
@@ -91,6 +93,13 @@ def tokens_of(a):
 def cached_by(a, t):
     """Tokens of the context that the step's token t sees, itself included."""
     return program_of(a).position + t + 1
+
+
+@inline
+def cache_row(a, slot, t):
+    """Which row of a block is that of the step's token t."""
+    program = program_of(a)
+    return (program.position + t) % program.cache_rows[slot]
 
 
 @inline
@@ -278,7 +287,7 @@ class Program(Phases):
         check_single_rows(embedding)
         self._memory.append(embedding)
         self._frequencies = np.ascontiguousarray(frequencies, np.float64)
-        self.cache = np.zeros(n_cache_rows, np.int64)
+        self.cache, self.cache_rows = np.zeros(n_cache_rows, np.int64), np.zeros(n_cache_rows, np.int64)
         self._ids = np.zeros(MOST_TOKENS, np.int64)
         self.x = self.vector(embedding.n_cols)
         PROGRAM.write(
@@ -288,15 +297,23 @@ class Program(Phases):
             x=self.x, x_bytes=4 * embedding.n_cols, ids=self._ids.ctypes.data,
             frequencies=self._frequencies.ctypes.data, n_frequencies=self._frequencies.size, magnitude=magnitude,
             rotations=self.vector(2 * self._frequencies.size), cache=self.cache.ctypes.data,
+            cache_rows=self.cache_rows.ctypes.data,
         )  # fmt: skip
 
     def run(
-        self, ids: Sequence[int], position: int, cache: np.ndarray, head_from: int = 0, until: str | None = None
+        self,
+        ids: Sequence[int],
+        position: int,
+        cache: np.ndarray,
+        head_from: int = 0,
+        until: str | None = None,
+        cache_rows: np.ndarray | None = None,
     ) -> None:
         """One step: tokens `ids` from `position` on.
 
         Args:
             cache: int64 addresses of the blocks of cache rows.
+            cache_rows: int64, rows of each, in which positions go round; None where none ends before the context.
             head_from: the first of the tokens that phases of the head have anything to do for.
             until: the name of the last phase that is to run.
 
@@ -309,7 +326,7 @@ class Program(Phases):
             raise QuantError(f"no phase is called {until!r}")
         n_phases = len(self._phases) if until is None else self.names.index(until) + 1
         self._ids[: len(ids)] = ids
-        self.cache[:] = cache
+        self.cache[:], self.cache_rows[:] = cache, _ENDLESS if cache_rows is None else cache_rows
         PROGRAM.write(self._program, n_phases=n_phases, n_tokens=len(ids), position=position, head_from=head_from)
         _begin.ctypes(self.address)
         self.pool.run(STEP.address, self._program)

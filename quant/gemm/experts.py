@@ -26,9 +26,10 @@ from quant.gemm.packed import (
 from quant.gemm.quantize_tokens import BLOCK_BYTES, BLOCKS_TOGETHER, WORK_BYTES, round_row, row_bytes
 from quant.matrix import ExpertMatrices, row_address
 from quant.simd.floats import fma, splat_f32x16, zero_f32x16
+from quant.simd.gated import ACTIVATION, gated
 from quant.simd.memory import load_f32x16, store_f32x16
 from quant.simd.struct import address, atomic, f32, i64, pointer, struct
-from quant.simd.vectors import silu
+from quant.simd.vectors import scale_add
 from quant.target.jit import inline, kernel
 from quant.threads.atomics import atomic_add
 from quant.threads.pool import Pool, worker_bytes
@@ -51,6 +52,10 @@ EXPERTS = struct(
     start=pointer(i64),
     token=pointer(i64),
     weight=pointer(f32),
+    gate_bias=address,  # float32 (experts, inner), or 0
+    up_bias=address,
+    down_bias=address,  # float32 (experts, hidden), or 0
+    activation=ACTIVATION,
     gate_tokens=address,  # token panels, by expert
     up_tokens=address,
     down_tokens=address,
@@ -97,13 +102,22 @@ def pairs_by_expert(ids: np.ndarray, weights: np.ndarray) -> Pairs:
 
 
 @inline
-def _swiglu(a, begin, n_tokens, k_block, gate_out, up_out, work):
+def _add_bias(bias, n_tokens, sums):
+    """32 rows' biases, to the sums of each token."""
+    for t in range(n_tokens):
+        scale_add(1.0, bias, ROWS, sums + 4 * ROWS * t)
+
+
+@inline
+def _gated(a, expert, begin, n_tokens, k_block, gate_out, up_out, work):
     """silu(gate) * up of 32 rows, rounded, to a k-block of down's token panel. gate_out, up_out: sums, overwritten."""
     kind, offset, n_k_blocks = a.down.kind, a.down.offset, a.inner // K_BLOCK
     panel, rounded = a.down_tokens + TOKEN_BYTES * n_k_blocks * begin, work + WORK_BYTES
-    for at in range(0, 4 * ROWS * n_tokens, 64):
-        g, u = load_f32x16(gate_out + at), load_f32x16(up_out + at)
-        store_f32x16(gate_out + at, silu(g) * u)
+    if a.gate_bias != 0:
+        first = 4 * (a.inner * expert + K_BLOCK * k_block)
+        _add_bias(a.gate_bias + first, n_tokens, gate_out)
+        _add_bias(a.up_bias + first, n_tokens, up_out)
+    gated(a.activation, gate_out, up_out, ROWS * n_tokens, gate_out)
     round_row(gate_out, K_BLOCK * n_tokens, rounded, work)
     first = 0
     while first < n_tokens:
@@ -132,7 +146,7 @@ def _run_up_item(a, item, upcoming, items, work, sums, scratch):
             weights, tokens, out = a.up, a.up_tokens + skipped, up_out
         ahead, ahead_bytes = row_address(weights.matrix, next_expert, next_first), n_ahead * weights.matrix.row_bytes
         multiply_panels(weights, expert, first, UP_ROWS, hidden, tokens, n_tokens, out, scratch, ahead, ahead_bytes)
-    _swiglu(a, begin, n_tokens, first // K_BLOCK, sums, up_out, work)
+    _gated(a, expert, begin, n_tokens, first // K_BLOCK, sums, up_out, work)
 
 
 @kernel("void(int64, int64)")
@@ -149,14 +163,16 @@ def _run_up(arguments, worker):
 
 
 @inline
-def _add_weighted(a, begin, n_tokens, first, n_rows, sums):
-    """out[token] += weight * sums, rows first.. of one expert's tokens."""
+def _add_weighted(a, expert, begin, n_tokens, first, n_rows, sums):
+    """out[token] += weight * (sums + bias), rows first.. of one expert's tokens."""
     for t in range(n_tokens):
         weight = splat_f32x16(a.weight[begin + t])
         out = a.out + 4 * (a.hidden * a.token[begin + t] + first)
         for r in range(0, n_rows, 16):
             row_sums = sums + 4 * (r // ROWS * ROWS * n_tokens + r % ROWS + ROWS * t)
             store_f32x16(out + 4 * r, fma(weight, load_f32x16(row_sums), load_f32x16(out + 4 * r)))
+        if a.down_bias != 0:
+            scale_add(a.weight[begin + t], a.down_bias + 4 * (a.hidden * expert + first), n_rows, out)
 
 
 @inline
@@ -176,7 +192,7 @@ def _run_down_item(a, first, upcoming, sums, scratch):
         ahead = row_address(a.down.matrix, a.active[following], next_first)
         ahead_bytes = a.down.matrix.row_bytes * min(DOWN_ROWS, max(0, hidden - next_first))
         multiply_panels(a.down, expert, first, n_rows, inner, tokens, end - begin, sums, scratch, ahead, ahead_bytes)
-        _add_weighted(a, begin, end - begin, first, n_rows, sums)
+        _add_weighted(a, expert, begin, end - begin, first, n_rows, sums)
 
 
 @kernel("void(int64, int64)")
@@ -217,6 +233,7 @@ def run(
         hidden=hidden, inner=inner, n_tokens=n_tokens, n_active=pairs.experts.size,
         active=pairs.experts.ctypes.data, start=pairs.start.ctypes.data,
         token=pairs.token.ctypes.data, weight=pairs.weight.ctypes.data,
+        **experts.bias_addresses, activation=experts.activation.struct,
         gate_tokens=gate_tokens, up_tokens=up_tokens,
         down_tokens=pool.buffer("inner panels", tokens_bytes(inner, n_pairs)), out=out,
         work=pool.buffer("work", work_bytes * pool.n_workers), work_bytes=work_bytes,

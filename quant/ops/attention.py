@@ -10,6 +10,9 @@ The state of a block of tokens is rows of 32 float32, a lane a token: the larges
 | as many rows as values are wide, the weighted sums | a row for each column of the packed queries.
 
 q k^T may come in two parts, each with keys of its own: those of the head, and those that all heads share.
+
+A window hides all but a token's last keys, itself included. A sink is one more logit of a head's softmax, with no value
+(gpt-oss; Xiao et al., arXiv 2309.17453): the softmax begins with it.
 """
 
 from collections.abc import Sequence
@@ -33,6 +36,9 @@ from quant.threads.work_items import work_items
 _CHUNK = 256  # keys and values at a time: in L2 with the blocks of a work item
 _MOST_BLOCKS, _ITEMS_PER_WORKER = 4, 8  # of a work item; at least, so that workers end together
 
+# Less than any score. Minus infinity would not do: a token may see nothing of a chunk, and infinity from itself is NaN.
+_LOWEST = float(np.finfo(np.float32).min)
+
 # Where a block's state begins with which row.
 _MAXIMUM, _SUM, _MIXED = 0, ROW, 2 * ROW
 
@@ -47,6 +53,8 @@ ATTEND = struct(
     n_before=i64,  # tokens in the context before them
     shared=i64,  # heads that have the same keys and values
     scale=f32,
+    window=i64,  # keys that a token sees, at most; 0 for all
+    sinks=address,  # float32 (n_heads,), or 0
     v=ROWS,
     width=i64,  # of values
     out=ROWS,
@@ -59,14 +67,19 @@ ATTEND = struct(
 )
 
 
-def _hide(builder, v, n_hidden):
-    """-infinity in the first n_hidden lanes."""
-    lanes = ir.Constant(ir.VectorType(I64, 16), list(range(16)))
-    hidden = builder.icmp_signed("<", lanes, splat(builder, n_hidden, lanes.type))
-    return builder.select(hidden, constant(v.type, float("-inf")), v)
+def _hide(order: str):
+    """Emits -infinity in the lanes whose number compares so with `edge`."""
+
+    def emit(builder, v, edge):
+        lanes = ir.Constant(ir.VectorType(I64, 16), list(range(16)))
+        hidden = builder.icmp_signed(order, lanes, splat(builder, edge, lanes.type))
+        return builder.select(hidden, constant(v.type, float("-inf")), v)
+
+    return emit
 
 
-_hidden = define(f32x16, (f32x16, types.int64), _hide)
+_hidden_below = define(f32x16, (f32x16, types.int64), _hide("<"))
+_hidden_from = define(f32x16, (f32x16, types.int64), _hide(">="))
 
 
 @inline
@@ -75,7 +88,22 @@ def _hide_future(scores, n_common, n_rows):
     for j in range(max(0, n_common), n_rows):
         for half in range(2):
             at = scores + ROW * j + 64 * half
-            store_f32x16(at, _hidden(load_f32x16(at), j - n_common + 1 - 16 * half))
+            store_f32x16(at, _hidden_below(load_f32x16(at), j - n_common + 1 - 16 * half))
+
+
+@inline
+def _hide_past(scores, n_old, n_rows):
+    """-infinity where a token no longer looks: n_old rows are too old for token 0 of a block, for token i i more."""
+    for j in range(min(n_old + ATTENTION_TOKENS - 1, n_rows)):
+        for half in range(2):
+            at = scores + ROW * j + 64 * half
+            store_f32x16(at, _hidden_from(load_f32x16(at), j - n_old + 1 - 16 * half))
+
+
+@inline
+def _first_seen(a, token):
+    """The first row that a token sees."""
+    return max(0, a.n_before + token + 1 - a.window) if a.window > 0 else 0
 
 
 @inline
@@ -120,10 +148,13 @@ def _store_transposed(mixed, width, out, stride, count):
 @inline
 def _begin(a, head, first, addresses, state):
     """A block's state: nothing summed yet, and its queries."""
-    width = a.width
+    width, largest, total = a.width, np.float32(_LOWEST), np.float32(0.0)
+    if a.sinks != 0:
+        largest, total = load_f32(a.sinks + 4 * head), np.float32(1.0)
     clear(state, 2 + width)
     for half in range(2):
-        store_f32x16(state + _MAXIMUM + 64 * half, splat_f32x16(-np.float32(np.inf)))
+        store_f32x16(state + _MAXIMUM + 64 * half, splat_f32x16(largest))
+        store_f32x16(state + _SUM + 64 * half, splat_f32x16(total))
     packed = state + _MIXED + ROW * width
     for i in range(a.n_parts):
         q, depth = a.parts[i].q, a.parts[i].depth
@@ -135,8 +166,9 @@ def _begin(a, head, first, addresses, state):
 def _add_keys(a, head, first, begin, state, scores):
     """Keys and values begin.. of a chunk, as far as the block of tokens first.. sees them."""
     n_before, width, shared = a.n_before, a.width, head // a.shared
-    n_seen = n_before + min(first + ATTENTION_TOKENS, a.n_tokens)
-    n_rows = min(_CHUNK, n_seen - begin)
+    end = min(begin + _CHUNK, n_before + min(first + ATTENTION_TOKENS, a.n_tokens))
+    begin = max(begin, _first_seen(a, first))
+    n_rows = end - begin
     if n_rows <= 0:
         return
     clear(scores, n_rows)
@@ -148,6 +180,8 @@ def _add_keys(a, head, first, begin, state, scores):
         add_matmul(n_rows, k, k_row, 4, packed, depth, scores)
         packed += ROW * depth
     _hide_future(scores, n_before + first + 1 - begin, n_rows)
+    if a.window > 0:
+        _hide_past(scores, n_before + first + 1 - a.window - begin, n_rows)
     _fold_in(scores, n_rows, state, width)
     v = a.v.address + a.v.head * shared + a.v.row * begin
     add_matmul(width, v, 4, a.v.row, scores, n_rows, state + _MIXED)
@@ -173,7 +207,7 @@ def _run_item(a, head, first, last, scratch):
     states = scores + ROW * _CHUNK
     for token in range(first, last, ATTENTION_TOKENS):
         _begin(a, head, token, scratch, states + state_bytes * ((token - first) // ATTENTION_TOKENS))
-    for begin in range(0, a.n_before + last, _CHUNK):
+    for begin in range(_first_seen(a, first), a.n_before + last, _CHUNK):
         for token in range(first, last, ATTENTION_TOKENS):
             _add_keys(a, head, token, begin, states + state_bytes * ((token - first) // ATTENTION_TOKENS), scores)
     for token in range(first, last, ATTENTION_TOKENS):
@@ -218,6 +252,8 @@ def attend(
     n_tokens: int,
     n_before: int,
     scale: float,
+    window: int = 0,
+    sinks: int = 0,
 ) -> None:
     """out[t, h] = softmax(scale * sum over parts of q[t, h] . k[s, h // shared]) v[s, h // shared], s <= n_before + t.
 
@@ -225,6 +261,8 @@ def attend(
         parts: queries, keys, and the length of both; one or two.
         width: of values.
         shared: heads that have the same keys and values.
+        window: s > n_before + t - window, where it is not 0.
+        sinks: address of float32 (H,), a logit more in each head's softmax, without a value; or 0.
     """
     blocks = -(-n_tokens // ATTENTION_TOKENS)
     item_blocks = max(1, min(_MOST_BLOCKS, blocks * n_heads // (_ITEMS_PER_WORKER * pool.n_workers)))
@@ -232,7 +270,8 @@ def attend(
     scratch_bytes = worker_bytes(ADDRESSES + ROW * _CHUNK + item_blocks * state_bytes)
     arguments = ATTEND.pack(
         counter=0, n_heads=n_heads, n_tokens=n_tokens, n_before=n_before, shared=shared, scale=scale,
-        v=values.struct, width=width, out=out.struct, item_tokens=ATTENTION_TOKENS * item_blocks,
+        window=window, sinks=sinks, v=values.struct, width=width, out=out.struct,
+        item_tokens=ATTENTION_TOKENS * item_blocks,
         state_bytes=state_bytes,
         scratch=pool.buffer("attention", scratch_bytes * pool.n_workers), scratch_bytes=scratch_bytes,
         n_parts=len(parts), parts=[PART.pack(q=q.struct, k=k.struct, depth=depth) for q, k, depth in parts],

@@ -1,4 +1,5 @@
-"""The routed experts of one layer: down(silu(gate x) * up x) for the chosen ones, weighted and summed.
+"""The routed experts of one layer: down(silu(gate x) * up x) for the chosen ones, weighted and summed. Biases, and
+another activation, are those of ExpertMatrices.
 
 Three jobs for any number of tokens, which are grouped by expert: the inputs' q8 rows; gate and up with SwiGLU and the
 rounding of its result; down. The rows of all active experts are one pool of work items. A worker owns the output rows
@@ -13,9 +14,10 @@ from quant.gemm.experts import Pairs, pairs_by_expert
 from quant.gemv.activations import q8_bytes, write_q8
 from quant.matrix import MATRIX, ExpertMatrices, QuantMatrix
 from quant.ops.multiply import multiply_rows, scratch_bytes, write_q8_rows
+from quant.simd.gated import ACTIVATION, gated
 from quant.simd.memory import store_f32
 from quant.simd.struct import address, atomic, boolean, f32, i64, pointer, struct
-from quant.simd.vectors import scale_add, swiglu
+from quant.simd.vectors import scale_add
 from quant.target.jit import inline, kernel
 from quant.threads.pool import Pool, worker_bytes
 from quant.threads.work_items import rows_of_item, work_items
@@ -41,6 +43,10 @@ EXPERTS = struct(
     start=pointer(i64),  # (n_active + 1,): their first pairs
     token=pointer(i64),  # by pair
     weight=pointer(f32),  # by pair
+    gate_bias=address,  # float32 (experts, inner), or 0
+    up_bias=address,
+    down_bias=address,  # float32 (experts, hidden), or 0
+    activation=ACTIVATION,
     x=address,
     x_q8=address,  # by token
     x_q8_bytes=i64,
@@ -72,7 +78,10 @@ def _gate_and_up(a, group, first, n_rows, scratch):
     multiply_rows(a.up, expert, first, n_rows, a.hidden, n_tokens, x, a.up_table + begin, 4 * first, scratch)
     for pair in range(begin, end):
         gate_out, up_out = a.gate_out + 4 * inner * pair, a.up_out + 4 * inner * pair
-        swiglu(gate_out + 4 * first, up_out + 4 * first, n_rows, gate_out + 4 * first)
+        if a.gate_bias != 0:
+            scale_add(1.0, a.gate_bias + 4 * (inner * expert + first), n_rows, gate_out + 4 * first)
+            scale_add(1.0, a.up_bias + 4 * (inner * expert + first), n_rows, up_out + 4 * first)
+        gated(a.activation, gate_out + 4 * first, up_out + 4 * first, n_rows, gate_out + 4 * first)
         q8 = a.inner_q8 + a.inner_q8_bytes * pair
         write_q8(gate_out, first, first + n_rows, inner, a.down_integer, q8)
 
@@ -89,8 +98,10 @@ def _sum_down(a, first, n_rows, scratch, sums, sums_table):
         q8 = a.inner_table + begin
         multiply_rows(a.down, a.active[group], first, n_rows, a.inner, end - begin, q8, sums_table, 0, scratch)
         for pair in range(begin, end):
-            row_sums = sums + 4 * a.down_rows * (pair - begin)
-            scale_add(a.weight[pair], row_sums, n_rows, a.out + 4 * (hidden * a.token[pair] + first))
+            row_sums, out = sums + 4 * a.down_rows * (pair - begin), a.out + 4 * (hidden * a.token[pair] + first)
+            scale_add(a.weight[pair], row_sums, n_rows, out)
+            if a.down_bias != 0:
+                scale_add(a.weight[pair], a.down_bias + 4 * (hidden * a.active[group] + first), n_rows, out)
 
 
 @kernel("void(int64, int64)")
@@ -171,6 +182,7 @@ def _run(pool: Pool, experts: ExpertMatrices, x: int, n_tokens: int, pairs: Pair
         hidden=hidden, inner=inner, n_tokens=n_tokens, n_active=n_active,
         active=pairs.experts.ctypes.data, start=pairs.start.ctypes.data,
         token=pairs.token.ctypes.data, weight=pairs.weight.ctypes.data,
+        **experts.bias_addresses, activation=experts.activation.struct,
         x=x, x_q8=x_q8, x_q8_bytes=x_bytes, x_table=x_table.ctypes.data,
         inner_q8=inner_q8, inner_q8_bytes=inner_bytes, inner_table=inner_table.ctypes.data,
         gate_out=gate_out, gate_table=gate_table.ctypes.data, up_out=up_out, up_table=up_table.ctypes.data,

@@ -3,25 +3,27 @@
 import kernels
 import numpy as np
 import pytest
-from expert_cases import N_EXPERTS, random_case, run
+from expert_cases import N_EXPERTS, gated, random_biases, random_case, run
 
 from quant.errors import QuantError
 from quant.matrix import ExpertMatrices
+from quant.simd.gated import SWIGLU, Activation
 from quant.threads.pool import Pool
 
 pytestmark = pytest.mark.levels
 
 
-def naive(values, formats_, x, ids, weights) -> np.ndarray:
+def naive(values, formats_, x, ids, weights, biases=None, activation=SWIGLU) -> np.ndarray:
     """sum_k w * down(silu(gate x) * up x), with the activations rounded as the formats want."""
     gate, up, down = values
     seen = kernels.rounded(x, formats_[0]).astype(np.float64)
     out = np.zeros(x.shape)
     for t, k in np.ndindex(*ids.shape):
         expert = ids[t, k]
-        gated = gate[expert] @ seen[t]
-        inner = gated / (1 + np.exp(-gated)) * (up[expert] @ seen[t])
-        out[t] += weights[t, k] * (down[expert] @ kernels.rounded(inner.astype(np.float32), formats_[1]))
+        gate_bias, up_bias, down_bias = (bias[expert] for bias in biases) if biases else (0, 0, 0)
+        inner = gated(activation, gate[expert] @ seen[t] + gate_bias, up[expert] @ seen[t] + up_bias)
+        result = down[expert] @ kernels.rounded(inner.astype(np.float32), formats_[1]) + down_bias
+        out[t] += weights[t, k] * result
     return out
 
 
@@ -52,6 +54,30 @@ def test_run(pool, gate, up, down, hidden, inner, n_tokens):
     # A float32 rounding of `inner` may tip an 8-bit rounding of it: one step of 1/127 in one of `inner` terms.
     tolerance = 2**-20 if not matrices[2].format.integer else 2e-3
     assert np.abs(got - want).max() <= tolerance * np.abs(want).max()
+
+
+@pytest.mark.parametrize("n_tokens", [1, 7, 40])
+@pytest.mark.parametrize(("format_", "inner"), [("F32", 75), ("MXFP4", 96)])
+def test_biases_and_a_bounded_activation(pool, format_, inner, n_tokens):
+    """Bounds that a fourth of all values meet; columns that are no whole vectors."""
+    rng = np.random.default_rng(n_tokens)
+    shapes = (N_EXPERTS, inner, 64), (N_EXPERTS, inner, 64), (N_EXPERTS, 64, inner)
+    matrices, values = zip(*(kernels.random_weight(format_, shape, rng) for shape in shapes), strict=True)
+    biases, activation = random_biases(N_EXPERTS, inner, 64, rng), Activation(1.702, 1.5)
+    x, ids, weights = random_case(n_tokens, 64, rng)
+    x /= 8
+    want = naive(values, (matrices[0].format, matrices[2].format), x, ids, weights, biases, activation)
+    found = run(pool, matrices, x, ids, weights, biases, activation)
+    tolerance = 2**-20 if format_ == "F32" else 2e-3  # as in test_run
+    assert np.abs(found - want).max() <= tolerance * np.abs(want).max()
+
+
+def test_biases_of_another_width_are_refused():
+    rng = np.random.default_rng(0)
+    shapes = (4, 32, 64), (4, 32, 64), (4, 64, 32)
+    matrices = [kernels.random_weight("F32", shape, rng)[0] for shape in shapes]
+    with pytest.raises(QuantError, match=r"a bias of float32 \(4, 64\) for experts' 32 rows"):
+        ExpertMatrices(*matrices, random_biases(4, 64, 32, rng))
 
 
 @pytest.mark.parametrize("n_tokens", [1, 3, 40])

@@ -23,21 +23,31 @@ def inputs(t: int, s: int, h: int, g: int, depths: tuple[int, ...], width: int) 
     return parts, random(s, g, width, seed=20)
 
 
-def attended(pool: Pool, parts: list, v_SGV: torch.Tensor, scale: float) -> torch.Tensor:
+def attended(
+    pool: Pool, parts: list, v_SGV: torch.Tensor, scale: float, window: int = 0, sinks_H: torch.Tensor | None = None
+) -> torch.Tensor:
     out_THV = torch.full((*parts[0][0].shape[:2], v_SGV.shape[-1]), torch.nan)
-    Attend(pool)(parts, v_SGV, scale, out_THV)
+    Attend(pool)(parts, v_SGV, scale, out_THV, window, sinks_H)
     return out_THV
 
 
-def expected(parts: list, v_SGV: torch.Tensor, scale: float) -> torch.Tensor:
+def expected(
+    parts: list, v_SGV: torch.Tensor, scale: float, window: int = 0, sinks_H: torch.Tensor | None = None
+) -> torch.Tensor:
     """float64 (T, H, V)."""
     (n_tokens, n_heads, _), n_cached = parts[0][0].shape, v_SGV.shape[0]
     q = torch.cat([q for q, _ in parts], -1).double().transpose(0, 1)
     keys = [k.repeat_interleave(n_heads // k.shape[1], 1) for _, k in parts]
     k = torch.cat(keys, -1).double().transpose(0, 1)
     v = v_SGV.repeat_interleave(n_heads // v_SGV.shape[1], 1).double().transpose(0, 1)
-    future = torch.ones(n_tokens, n_cached, dtype=torch.bool).triu(1 + n_cached - n_tokens)
-    scores = (scale * (q @ k.mT)).masked_fill(future, float("-inf"))
+    everything = torch.ones(n_tokens, n_cached, dtype=torch.bool)
+    hidden = everything.triu(1 + n_cached - n_tokens)
+    if window:
+        hidden |= everything.tril(n_cached - n_tokens - window)
+    scores = (scale * (q @ k.mT)).masked_fill(hidden, float("-inf"))
+    if sinks_H is not None:  # a column more, whose weight is dropped
+        column = sinks_H.double()[:, None, None].expand(-1, n_tokens, 1)
+        return (torch.cat([scores, column], -1).softmax(-1)[..., :-1] @ v).transpose(0, 1)
     return (scores.softmax(-1) @ v).transpose(0, 1)
 
 
@@ -59,6 +69,22 @@ def test_attention(pool: Pool, shape: tuple) -> None:
     parts, v_SGV = inputs(*shape)
     found = attended(pool, parts, v_SGV, 0.2)
     assert float((found - expected(parts, v_SGV, 0.2)).abs().max()) < TOLERANCE
+
+
+@pytest.mark.parametrize("has_sinks", [False, True], ids=["", "sinks"])
+@pytest.mark.parametrize(
+    ("shape", "window"),
+    [
+        ("one token", 0), ("one token", 1), ("blocks that are not full", 1), ("blocks that are not full", 40),
+        ("before the prompt, several chunks", 16), ("before the prompt, several chunks", 300),
+        ("before the prompt, several chunks", 900), ("all heads share", 33), ("a chunk's end between two blocks", 31),
+    ],
+)  # fmt: skip
+def test_windows_and_sinks(pool: Pool, shape: str, window: int, has_sinks: bool) -> None:
+    parts, v_SGV = inputs(*SHAPES[shape])
+    sinks_H = 2 * random(SHAPES[shape][2], seed=3) if has_sinks else None
+    found = attended(pool, parts, v_SGV, 0.2, window, sinks_H)
+    assert float((found - expected(parts, v_SGV, 0.2, window, sinks_H)).abs().max()) < TOLERANCE
 
 
 def test_strided_tensors(pool: Pool) -> None:

@@ -6,7 +6,7 @@ Letters: H heads, G groups of heads that share keys, S tokens in the cache, V va
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import kernels
 import numpy as np
@@ -63,10 +63,23 @@ def attend(
 
 
 def attend_few(
-    pool: Pool, shape: Shape, queries: np.ndarray, keys: np.ndarray, values: np.ndarray, v_b: QuantMatrix | None = None
+    pool: Pool,
+    shape: Shape,
+    queries: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    v_b: QuantMatrix | None = None,
+    *,
+    window: int = 0,
+    ring: int = 0,
+    sinks: np.ndarray | None = None,
 ) -> np.ndarray:
-    """float32 (T, H, V): the same for the last T tokens, whose queries are (T, H, key_width)."""
+    """float32 (T, H, V): the same for the last T tokens, whose queries are (T, H, key_width).
+
+    ring: rows of the cache's blocks, if they are fewer than there are tokens.
+    """
     heads, n_cached, n_tokens = shape.heads, len(keys), len(queries)
+    heads = replace(heads, window=window, sinks=0 if sinks is None else sinks.ctypes.data)
     embedding, _ = kernels.random_weight("F32", (1, 1, 16), np.random.default_rng(0))
     program = Program(pool, embedding, np.ones(1), 1.0, 3)
     query_address = program.vector(heads.n_heads * heads.query_width)
@@ -80,23 +93,30 @@ def attend_few(
     program.add(attend_phase(heads, query_address, program.keep(partials)))
     program.add(project_values_phase(heads, partials.ctypes.data, v_b, out_address))
     program.finish()
-    blocks = [np.full((n_cached + GUARD, rows[0].size), np.nan, np.float16) for rows in (keys, values)]
+    n_rows = ring or n_cached + 1
+    blocks = [np.full((n_rows + GUARD, rows[0].size), np.nan, np.float16) for rows in (keys, values)]
+    kept = np.arange(max(0, n_cached - (window + n_tokens - 1)) if window else 0, n_cached)
     for block, rows in zip(blocks, (keys, values), strict=True):
-        block[:n_cached] = rows.reshape(n_cached, -1)
+        block[kept % n_rows] = rows.reshape(n_cached, -1)[kept]
     cache = np.array([0, *(block.ctypes.data for block in blocks)], np.int64)
-    program.run([0] * n_tokens, n_cached - n_tokens, cache)
+    program.run([0] * n_tokens, n_cached - n_tokens, cache, cache_rows=np.array([1, n_rows, n_rows]))
     assert np.all(np.isnan(out[-GUARD:]))
     assert np.all(np.isnan(partials.view(np.float32)[-16 * GUARD :]))
     return out[:-GUARD].reshape(n_tokens, heads.n_heads, width).copy()
 
 
-def expected(shape: Shape, queries: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+def expected(
+    shape: Shape, queries: np.ndarray, keys: np.ndarray, values: np.ndarray, sinks: np.ndarray | None = None
+) -> np.ndarray:
     """float64 (H, V)."""
     groups = [0 if shape.latent else head // shape.per_group for head in range(shape.heads.n_heads)]
     keys_SHd, values_SHV = (part[:, groups].astype(np.float64) for part in (keys, values))
     scores_HS = np.einsum("hd,shd->hs", queries.astype(np.float64), keys_SHd)
-    weights_HS = np.exp(scores_HS - scores_HS.max(1, keepdims=True))
-    return np.einsum("hs,shv->hv", weights_HS / weights_HS.sum(1, keepdims=True), values_SHV)
+    extra_H1 = np.full((len(scores_HS), 1), -np.inf) if sinks is None else sinks[:, None].astype(np.float64)
+    largest_H1 = np.maximum(scores_HS.max(1, keepdims=True), extra_H1)
+    weights_HS = np.exp(scores_HS - largest_H1)
+    total_H1 = weights_HS.sum(1, keepdims=True) + np.exp(extra_H1 - largest_H1)
+    return np.einsum("hs,shv->hv", weights_HS / total_H1, values_SHV)
 
 
 def error(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -162,6 +182,38 @@ def test_tokens_together_are_tokens_alone(pool: Pool, shape: Shape, n_cached: in
     for t in range(5):
         seen = n_cached - 4 + t
         assert np.array_equal(together[t], attend(pool, shape, queries[t], keys[:seen], values[:seen], v_b))
+
+
+@pytest.mark.parametrize("has_sinks", [False, True], ids=["", "sinks"])
+@pytest.mark.parametrize(
+    ("n_cached", "window", "ring"),
+    [
+        (9, 0, 0),
+        (9, 16, 0),
+        (16, 16, 0),
+        (17, 16, 0),
+        (100, 1, 5),
+        (300, 128, 150),
+        (300, 128, 132),
+        (4100, 2500, 3000),
+    ],
+)
+@pytest.mark.parametrize("shape", [MLA, GQA], ids=["MLA", "GQA"])
+def test_windows_and_sinks(pool: Pool, shape: Shape, n_cached: int, window: int, ring: int, has_sinks: bool) -> None:
+    """Of five tokens, each with its own window, over rows that go round in their blocks; NaN is what nobody may see."""
+    rng = np.random.default_rng(7)
+    _, keys, values = shape.random(n_cached)
+    queries = rng.standard_normal((5, shape.heads.n_heads, shape.key_width)).astype(np.float32)
+    queries *= 2 / np.sqrt(shape.key_width)
+    sinks = (2 * rng.standard_normal(shape.heads.n_heads)).astype(np.float32) if has_sinks else None
+    together = attend_few(pool, shape, queries, keys, values, window=window, ring=ring, sinks=sinks)
+    for t in range(5):
+        last = n_cached - 4 + t
+        seen = slice(max(0, last - window) if window else 0, last)
+        wanted = expected(shape, queries[t], keys[seen], values[seen], sinks)
+        assert error(together[t], wanted) < TOLERANCE
+        alone = [queries[t : t + 1], keys[:last], values[:last]]
+        assert np.array_equal(together[t], attend_few(pool, shape, *alone, window=window, ring=ring, sinks=sinks)[0])
 
 
 @pytest.mark.parametrize(("type_", "tolerance"), [("F32", TOLERANCE), ("F16", TOLERANCE), ("Q8_0", 1e-2)])

@@ -216,6 +216,8 @@ LAYERS = {
     "float experts, integer shared": Layer(("BF16", "F16", "BF16", "Q8_0"), 64, 80, 160, SMALL),
     "one of K": Layer(("F32", "F32", "F32", "F32"), 64, 32, 32, router(SOFTMAX, 4, 1)),
     "all of K": Layer(("F32", "F32", "F32", "F32"), 64, 32, 32, router(SOFTMAX_AFTER_TOPK, 4, 4)),
+    "biased, a bounded activation": Layer(("F32", "F32", "F32", "F32"), 76, 20, 36, SMALL, biased=True),
+    "biased MXFP4": Layer(("MXFP4", "MXFP4", "MXFP4", "F32"), 64, 96, 0, SMALL, biased=True),
     "many rows": Layer(("F32", "F32", "Q8_0", "F32"), 1024, 608, 320, SMALL, n_tokens=2),
 }
 

@@ -10,6 +10,7 @@ import dataclasses
 import kernels
 import naive
 import numpy as np
+from expert_cases import gated, random_biases
 from kernels import floats
 from routers import CONFIG
 
@@ -18,6 +19,7 @@ from quant.decode.linear import Input, rows_phase
 from quant.decode.program import MOST_TOKENS, Program
 from quant.decode.router import ROUTER, SIGMOID, SOFTMAX, SOFTMAX_AFTER_TOPK, Choice, Router, choose_for, new_choice
 from quant.matrix import ExpertMatrices, QuantMatrix
+from quant.simd.gated import SWIGLU, Activation
 from quant.simd.memory import store_f32, store_i64
 from quant.target.jit import kernel
 from quant.threads.pool import Pool, aligned_bytes
@@ -89,6 +91,7 @@ class Layer:
     shared_inner: int
     settings: Router
     n_tokens: int = 6
+    biased: bool = False  # the routed experts; their activation is bounded then
 
     def __post_init__(self) -> None:
         rng, n_experts = np.random.default_rng(self.hidden), self.settings.n_routed_experts
@@ -108,6 +111,8 @@ class Layer:
         for name, (type_, shape) in shapes.items():
             if shape[1] and shape[2]:
                 self.weights[name], self.values[name] = kernels.random_weight(type_, shape, rng)
+        self.biases = random_biases(n_experts, self.inner, self.hidden, rng) if self.biased else None
+        self.activation = Activation(1.702, 1.5) if self.biased else SWIGLU
         self.norm = (1 + 0.1 * rng.standard_normal(self.hidden)).astype(np.float32) / np.float32(np.sqrt(self.hidden))
 
     def router_logits(self, pool: Pool) -> np.ndarray:
@@ -143,7 +148,7 @@ class Layer:
             top_k = self.settings.num_experts_per_tok
             ids_TK, weights_TK = np.zeros((MOST_TOKENS, top_k), np.int64), np.zeros((MOST_TOKENS, top_k), np.float32)
             settings = Choice(program.keep(ids_TK), program.keep(weights_TK), self.settings.n_routed_experts, top_k)
-        experts = ExpertMatrices(w["gate"], w["up"], w["down"])
+        experts = ExpertMatrices(w["gate"], w["up"], w["down"], self.biases, self.activation)
         for phase in expert_phases(input_, settings, experts, gate_out, up_out, shared, program.x, pool.n_workers):
             program.add(phase)
         program.finish()
@@ -164,9 +169,10 @@ class Layer:
         # With one integer format of the two both read rounded columns.
         rounding = next((w.format for w in (self.weights[gate], self.weights[up]) if w.format.integer), None)
         seen = (kernels.rounded(x, rounding) if rounding else x).astype(np.float64)
-        g, u = self.values[gate][expert] @ seen, self.values[up][expert] @ seen
-        inner = (g / (1 + np.exp(-g)) * u).astype(np.float32)
-        return self.values[down][expert] @ kernels.rounded(inner, self.weights[down].format)
+        biases = [bias[expert] for bias in self.biases] if self.biases and not name else [0, 0, 0]
+        g, u = self.values[gate][expert] @ seen + biases[0], self.values[up][expert] @ seen + biases[1]
+        inner = gated(SWIGLU if name else self.activation, g, u).astype(np.float32)
+        return self.values[down][expert] @ kernels.rounded(inner, self.weights[down].format) + biases[2]
 
     def expected(self) -> np.ndarray:
         """float64 (T, hidden)."""
