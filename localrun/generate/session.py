@@ -143,7 +143,7 @@ class Session:
         return reply
 
     def _texts(self, reply: _Reply, stop: list[str]) -> Iterator[str]:
-        decoder = self.engine.tokenizer.stream_decoder()
+        decoder = self.engine.tokenizer.reply_decoder()
         stops, marks = with_marks(stop, self.engine.tokenizer.controls if stop else {})
         text, hidden = StopStrings(stops), dict.fromkeys(map(ord, marks.values()))
         with closing(self._tokens(reply)) as tokens:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from localrun import arguments
 from localrun.text.chat_template import Answer, ChatTemplate, Message, TemplateError, text_of
+from localrun.text.harmony import CHANNEL, without_reasoning
 from localrun.text.tokenizer import Tokenizer
 
 # Of the private planes of Unicode, so that no filter changes them and trimming takes them for letters.
@@ -46,10 +47,18 @@ def chat_ids(template: ChatTemplate, tokenizer: Tokenizer, messages: list[Messag
     Raises TemplateError if the template is broken, refuses the messages, leaves words of theirs out, or changes them
     so that its own control tokens cannot be told from theirs. Raises LocalrunError if they are no messages of texts.
     """
-    controls = _any_of(tokenizer.controls)
-    ids = _encode(tokenizer, chat_prompt(template, arguments.messages(messages), controls), controls)
+    controls, messages = _any_of(tokenizer.controls), arguments.messages(messages)
+    if CHANNEL in template.source:
+        messages = [_without_reasoning(message) for message in messages]
+    ids = _encode(tokenizer, chat_prompt(template, messages, controls), controls)
     is_due = tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]
     return [tokenizer.bos_id, *ids] if is_due else ids
+
+
+def _without_reasoning(message: Message) -> Message:
+    """A reply as Harmony's templates want it."""
+    is_reply = message["role"] == "assistant"
+    return message | {"content": without_reasoning(message["content"])} if is_reply else message
 
 
 def raw_ids(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import codecs
 import ctypes
+import itertools
 import os
 import re
 import threading
@@ -23,6 +24,7 @@ from localrun.backends import binding, llama_log
 from localrun.errors import ClosedError, GGUFError, LocalrunError
 from localrun.gguf.file import GGUFFile, open_gguf
 from localrun.gguf.mapped import path_of
+from localrun.text.harmony import ChannelDecoder, has_channels
 
 # Values of tokenizer.ggml.model. The other kinds (bert, t5, rwkv, plamo2) belong to models that do not write text or
 # are rare, and llama.cpp's code for them aborts or loops on faulty files.
@@ -71,6 +73,7 @@ class Tokenizer:
         self.bos_id = self.eos_id = None
         self.add_bos = False
         self.eog_ids: frozenset[int] = frozenset()
+        self._shown: dict[int, str] = {}
         kind = file.string("tokenizer.ggml.model")
         self._byte_pairs = kind in BYTE_PAIRS
         if kind in NO_VOCABULARY:
@@ -80,6 +83,16 @@ class Tokenizer:
         # The keys as they were checked, and nothing else: llama.cpp refuses types of tensors that it does not know.
         with path_of(file.without_tensors(as_floats=_SCORES)) as keys:
             self._load(keys)
+        self._find_marks(file)
+
+    def _find_marks(self, file: GGUFFile) -> None:
+        """Control tokens of gpt-oss that llama.cpp makes a part of every text: here they are what the file says."""
+        from gguf import GGUFValueType, TokenType
+
+        loaded, kinds = self._vocabulary(), file.array("tokenizer.ggml.token_type", GGUFValueType.INT32, None)
+        for id in (id for id, kind in enumerate([] if kinds is None else kinds) if kind == TokenType.CONTROL):
+            if self._lib.llama_vocab_get_attr(loaded.vocab, id) & self._lib.LLAMA_TOKEN_ATTR_USER_DEFINED:
+                self._shown[id] = self._piece(loaded, id, True).decode("utf-8", "replace")
 
     def _load(self, path: str) -> None:
         llama_log.silence()
@@ -105,6 +118,7 @@ class Tokenizer:
             return {}
         attributes = self._lib.LLAMA_TOKEN_ATTR_CONTROL | self._lib.LLAMA_TOKEN_ATTR_UNKNOWN
         ids = [id for id in range(self.n_vocab) if self._lib.llama_vocab_get_attr(loaded.vocab, id) & attributes]
+        ids += self._shown
         texts = {self.piece(id, special=True).decode("utf-8", "replace"): id for id in ids}
         return {text: id for text, id in texts.items() if text.strip()}
 
@@ -131,6 +145,19 @@ class Tokenizer:
         data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
         if len(data) > MAX_TEXT_BYTES:
             raise LocalrunError(f"the text has {len(data)} bytes, more than the {MAX_TEXT_BYTES} a tokenizer can take")
+        if self._shown and not parse_special:
+            first, *rest = self._without_marks(data)
+            ids = self._encode(loaded, first, add_special, False)
+            return ids + [id for part in rest for id in self._encode(loaded, part, False, False)]
+        return self._encode(loaded, data, add_special, parse_special)
+
+    def _without_marks(self, data: bytes) -> list[bytes]:
+        """The text in parts, of which none has one of these control tokens: cut in two it is a text like any other."""
+        marks = b"|".join(re.escape(text.encode()) for text in self._shown.values())
+        cuts = [0, *(mark.start() + 1 for mark in re.finditer(marks, data)), len(data)]
+        return [data[start:stop] for start, stop in itertools.pairwise(cuts)]
+
+    def _encode(self, loaded: _Loaded, data: bytes, add_special: bool, parse_special: bool) -> list[int]:
         if self._byte_pairs:
             data = _PAST_UNICODE.sub(b"\xff" * 4, data)  # as invalid, a byte each
         run = _longest_run(data)
@@ -162,6 +189,8 @@ class Tokenizer:
             raise LocalrunError(
                 f"token id {shown(id)} is not in the vocabulary of {self.path}, expected 0 to {self.n_vocab - 1}"
             )
+        if id in self._shown and not special:
+            return b""
         key = (id, special)
         if key not in self._cached:
             self._cached[key] = self._piece(loaded, id, special)
@@ -180,6 +209,11 @@ class Tokenizer:
     def stream_decoder(self) -> StreamDecoder:
         """Decodes ids one at a time, holding back the bytes of a character that is not complete yet."""
         return StreamDecoder(self)
+
+    def reply_decoder(self) -> StreamDecoder | ChannelDecoder:
+        """The same, of a reply: where it has channels, their reasoning stands between <think> and </think>."""
+        decoder = self.stream_decoder()
+        return ChannelDecoder(decoder, self.controls) if has_channels(self.controls) else decoder
 
     def close(self) -> None:
         """Frees the vocabulary, once no thread reads it; the tokenizer cannot be used after. Safe to call twice."""

@@ -39,7 +39,7 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         return bytes(ids).decode("utf-8", "replace")
 
-    def stream_decoder(self) -> "Decoder":
+    def reply_decoder(self) -> "Decoder":
         return Decoder()
 
 

@@ -19,7 +19,7 @@ VOCABULARY = DATA / "vocab" / "ggml-vocab-gpt-2.gguf"
 
 
 def test_all_templates_are_there() -> None:
-    assert len(TEMPLATES) == 13
+    assert len(TEMPLATES) == 14
 
 
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
