@@ -1,5 +1,6 @@
 """localrun inspect: what a GGUF file holds, without loading it."""
 
+from collections import Counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -80,7 +81,7 @@ def _summary(document: dict[str, Any]) -> list[str]:
         _what(document),
         ("parameters", f"{document['parameters']:,}"),
         ("bits per weight", document["bits_per_weight"]),
-        ("KV cache", _kv(document["kv_bytes_per_token"])),
+        ("KV cache", _kv(document["kv_bytes_per_token"], document["kv_window_bytes"])),
     ]
     if not document["native"] and document["kind"] == "model":
         lines.append(("not native", document["not_native_because"]))
@@ -89,7 +90,8 @@ def _summary(document: dict[str, Any]) -> list[str]:
         unchecked = ", ".join(verified["unchecked_types"])
         lines.append(("verified", size(verified["bytes"]) + (f", but for {unchecked}" if unchecked else "")))
     config = document["config"] or {}
-    lines += [(name, value) for name, value in config.items() if value not in (None, 0) and name != "architecture"]
+    known = {name: _counted(value) for name, value in config.items() if value not in (None, 0, ())}
+    lines += [(name, value) for name, value in known.items() if name != "architecture"]
     return [f"{name:<24} {printable(str(value))}" for name, value in lines]
 
 
@@ -100,8 +102,17 @@ def _what(document: dict[str, Any]) -> tuple[str, str]:
     return "architecture", document["architecture"] + suffix
 
 
-def _kv(n_bytes: int | None) -> str:
-    return "not known" if n_bytes is None else f"{n_bytes:,} bytes a token"
+def _counted(value: Any) -> Any:
+    """What layers are, as how many of each kind."""
+    if not isinstance(value, tuple):
+        return value
+    return ", ".join(f"{count} {kind}" for kind, count in Counter(value).items())
+
+
+def _kv(n_bytes: int | None, in_windows: int | None) -> str:
+    if n_bytes is None:
+        return "not known"
+    return f"{n_bytes:,} bytes a token" + (f", and {size(in_windows)} of layers with a window" if in_windows else "")
 
 
 def _shares(document: dict[str, Any]) -> list[str]:

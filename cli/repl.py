@@ -169,7 +169,7 @@ class Repl:
         session = self._conversation.session
         tell(timing_line(session))
         config = session.engine.config
-        cache = f", {size(len(session.ids) * config.kv_bytes_per_token)}" if config else ""
+        cache = f", {size(config.kv_bytes(len(session.ids)))}" if config else ""
         note(f"the context holds {len(session.ids)} of {session.engine.ctx} tokens{cache}")
 
 

@@ -233,7 +233,8 @@ class Engine:
         placement = choose(where, self.file, config, self.ctx, own_drafts, notice)
         needed, free = placement.n_bytes(RAM, "KV cache"), hardware.free_ram()
         if needed > free:
-            most = free // config.kv_bytes_per_token
+            in_windows = config.kv_bytes(self.ctx) - self.ctx * config.kv_bytes_per_token
+            most = max(0, free - in_windows) // config.kv_bytes_per_token
             raise LocalrunError(
                 f"a context of {self.ctx} tokens takes {needed / 2**30:.1f} GiB of RAM and {free / 2**30:.1f} GiB are "
                 f"free; -c {most} would fit"

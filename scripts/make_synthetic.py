@@ -8,13 +8,14 @@ Shapes:
     v3-slice      DeepSeek-V3's full width, but 1 dense and 1 MoE layer and a vocabulary of 4,096
     glm-4.5-air-slice, minimax-m2-slice, hy3-slice, qwen3-30b-a3b-slice, mixtral-8x7b-slice, glm-4.7-flash-slice
                   the published widths, and as many layers as make 6 to 10 GB
+    gpt-oss-20b-slice  the same, its full width and 16 of its 24 layers
     tiny          4 small layers with V3's routing
 
-Types are those of llama-quantize's Q4_K_M, attn_k_b and attn_v_b included, or those of a mix file (scripts/mixes has
-published ones); blocks of types that nothing packs are random bytes with fitting scales. Weights are Gaussian, scaled
-so that activations stay near 1 through all layers. A pool of blocks is packed once for each type and scale; tensors are
-random draws from it, so that a file of 10 GB takes a minute or less and little memory. Bytes depend on nothing but the
-shape and the types.
+Types are those of llama-quantize's Q4_K_M, attn_k_b and attn_v_b included, of gpt-oss its own MXFP4 experts and Q8_0,
+or those of a mix file (scripts/mixes has published ones); blocks of types that nothing packs are random bytes with
+fitting scales. Weights are Gaussian, scaled so that activations stay near 1 through all layers. A pool of blocks is
+packed once for each type and scale; tensors are random draws from it, so that a file of 10 GB takes a minute or less
+and little memory. Bytes depend on nothing but the shape and the types.
 The vocabulary is byte-level BPE with made-up words. The last line of stdout is one JSON document.
 """
 
@@ -48,7 +49,6 @@ from localrun.plan.shapes import from_config
 from quant.formats import registry
 from quant.threads.pool import Pool
 
-MIX = "Q4_K_M"
 # The converter gives these more bits; llama-quantize does not.
 OVERRIDES = (parse_override("attn_k_b=Q5_0"), parse_override("attn_v_b=Q4_K"))
 POOL_WEIGHTS = 1 << 21  # a pool is 1-2 MB of blocks: stays in a core's cache while it is drawn from
@@ -75,6 +75,7 @@ SHAPES = {
     "qwen3-30b-a3b-slice": _published("qwen3-30b-a3b", num_hidden_layers=24),
     "mixtral-8x7b-slice": _published("mixtral-8x7b", num_hidden_layers=10),
     "glm-4.7-flash-slice": _published("glm-4.7-flash", num_hidden_layers=24),
+    "gpt-oss-20b-slice": load_data("models")["gpt-oss-20b"]["config"] | {"num_hidden_layers": 16},
     "tiny": _published(
         "deepseek-v3", hidden_size=256, intermediate_size=512, moe_intermediate_size=256, num_hidden_layers=4,
         first_k_dense_replace=1, num_attention_heads=4, q_lora_rank=256, kv_lora_rank=256, qk_nope_head_dim=64,
@@ -102,7 +103,7 @@ def _tensor(name: str, shape: tuple[int, ...], c: Config) -> Tensor:
     down_gain = 1.6 * residual_gain
     if name == EMBED_TOKENS:
         return Tensor(name, shape, 1.0)
-    if len(shape) == 1:
+    if len(shape) == 1 or name.endswith(".bias"):
         return Tensor(name, shape, 0.1, mean=1.0 if name.endswith("norm.weight") else 0.0)
     if ".attn_k_b." in name:  # stored transposed
         return Tensor(name, shape, 1 / sqrt(shape[-2]))
@@ -111,7 +112,8 @@ def _tensor(name: str, shape: tuple[int, ...], c: Config) -> Tensor:
         gain = residual_gain
     elif ".ffn_down_exps." in name:
         # What the weights of the chosen experts add up to; softmax without normalisation: each about 1/experts.
-        share = 1.0 if c.norm_topk_prob else c.num_experts_per_tok / c.n_routed_experts
+        sums_to_1 = c.norm_topk_prob or c.scoring_func == "softmax_after_topk"
+        share = 1.0 if sums_to_1 else c.num_experts_per_tok / c.n_routed_experts
         gain = down_gain / (share * c.routed_scaling_factor)
     elif ".ffn_down" in name:
         gain = down_gain
@@ -137,9 +139,9 @@ def _add_vocabulary(metadata: Metadata, n_vocab: int) -> None:
 
 def plan(name: str, path: Path, mix_file: Path | None = None) -> tuple[list[Tensor], list[str], Layout]:
     """The tensors of SHAPES[name], their types, and where they lie in the file `path`: the converter's own plan."""
-    model = from_config(SHAPES[name], Path(name), MIX)
+    model = from_config(SHAPES[name], Path(name))
     own = OVERRIDES if model.config.attention == "mla" else ()
-    mix, overrides = (MIX, own) if mix_file is None else _written(mix_file)
+    mix, overrides = (model.type, own) if mix_file is None else _written(mix_file)
     metadata, targets = model.conversion.metadata, model.conversion.targets
     metadata.string("general.name", f"synthetic {name}")
     types = choose_types(targets, metadata, mix, overrides)
@@ -208,7 +210,7 @@ def write(name: str, path: Path, mix_file: Path | None = None) -> dict:
     return {
         "path": str(path),
         "shape": name,
-        "mix": mix_file.name if mix_file else MIX,
+        "mix": mix_file.name if mix_file else from_config(SHAPES[name], Path(name)).type,
         "parameters": sum(prod(tensor.shape) for tensor in tensors),
         "file_bytes": layout.size,
         "bytes_by_type": bytes_by_type,

@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterator
 
 from localrun.convert.errors import CheckpointError
-from localrun.convert.sources.checkpoint import Checkpoint
+from localrun.convert.sources.checkpoint import MXFP4, Checkpoint, SourceTensor
 from localrun.convert.sources.json_file import shown
 from localrun.convert.targets import Piece, Target
-from localrun.models.architecture import HeadRows, Pairs, Tensor
+from localrun.models.architecture import Fused, HeadRows, Pairs, Shape, Tensor
 from localrun.models.config import Config
 
 
@@ -31,7 +31,7 @@ class Builder:
         name, shape, pieces = prefix + tensor.name, tensor.shape(self.config), []
         for source, source_shape in tensor.sources(self.config):
             n_rows = self._use(at + source, source_shape, name)
-            pieces += _pieces(tensor, at + source, n_rows, self.config)
+            pieces += _pieces(tensor, self.checkpoint.tensors[at + source], n_rows, self.config)
         dtype = self.checkpoint.tensors[pieces[0].source].dtype
         self.targets.append(Target(name, shape, dtype, tuple(pieces)))
 
@@ -72,6 +72,8 @@ class Builder:
             raise CheckpointError(
                 f"{self.checkpoint.path}: tensor '{source}' is missing; '{target}' is made of it{lacks}"
             )
+        if tensor.dtype == MXFP4:  # packed along the inputs, which come last
+            shape = (*shape[:-2], shape[-1], shape[-2])
         if tensor.shape != shape or 0 in shape:
             found, path = list(tensor.shape), self.checkpoint.path
             raise CheckpointError(
@@ -86,10 +88,12 @@ def layer_prefix(index: int) -> str:
     return f"model.layers.{index}."
 
 
-def _pieces(tensor: Tensor, source: str, n_rows: int, config: Config) -> Iterator[Piece]:
+def _pieces(tensor: Tensor, stored: SourceTensor, n_rows: int, config: Config) -> Iterator[Piece]:
     """What a target takes of a source with n_rows rows."""
-    rule = tensor.source
-    if isinstance(rule, HeadRows):
+    rule, source = tensor.source, stored.name
+    if isinstance(rule, Fused):
+        yield from _fused_pieces(rule, stored, tensor.shape(config))
+    elif isinstance(rule, HeadRows):
         n_heads, n_target_rows, _ = tensor.shape(config)
         per_head, (first, last) = n_rows // n_heads, rule.rows(config)
         order = "transposed" if rule.transposed else "rows"
@@ -100,3 +104,14 @@ def _pieces(tensor: Tensor, source: str, n_rows: int, config: Config) -> Iterato
             yield Piece(source, start, start + config.head_dim, config.head_dim, "pairs")
     else:
         yield Piece(source, 0, n_rows, n_rows)
+
+
+def _fused_pieces(rule: Fused, stored: SourceTensor, shape: Shape) -> Iterator[Piece]:
+    """A piece an expert, of matrices; of biases one for all."""
+    n_experts, n_outputs, *_ = shape
+    if len(shape) == 2:
+        yield Piece(stored.name, 0, n_experts, n_experts, "columns", rule.first, rule.step)
+        return
+    per_expert, order = stored.n_rows // n_experts, "rows" if stored.dtype == MXFP4 else "transposed"
+    for start in range(0, stored.n_rows, per_expert):
+        yield Piece(stored.name, start, start + per_expert, n_outputs, order, rule.first, rule.step)

@@ -34,7 +34,10 @@ class GGUFSource:
         tensors: name -> SourceTensor; dtype is ggml's name of the type, or of what an interleaved one is made of.
         files: the parts.
         keys: all keys of the first part, with their types.
+        block_types: the types whose blocks it gives.
     """
+
+    block_types = registry.NAMES
 
     def __init__(self, path: Path) -> None:
         """Read and check all headers. Raises GGUFError."""
@@ -68,11 +71,11 @@ class GGUFSource:
         self._reader.widen(self._in_order(name, stop - start, blocks), self.tensors[name].dtype, out)
 
     def blocks(self, name: str, start: int, stop: int) -> np.ndarray:
-        """uint8: the blocks of the rows in order, a new array. Raises CheckpointError."""
+        """uint8 (stop - start, row_bytes): the blocks of the rows in order, a new array. Raises CheckpointError."""
         path, offset, n_bytes = self._extent(name, start, stop)
         out = np.empty(n_bytes, np.uint8)
         self._reader.read(path, offset, out, name)
-        return self._in_order(name, stop - start, out)
+        return self._in_order(name, stop - start, out).reshape(stop - start, -1)
 
     def _in_order(self, name: str, n_rows: int, blocks: np.ndarray) -> np.ndarray:
         """The rows one after the other; n_rows is a multiple of tensor_types.ROWS where they were interleaved."""

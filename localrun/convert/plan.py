@@ -28,12 +28,13 @@ from localrun.convert.mixes import (
     read_mix_file,
 )
 from localrun.convert.read_back import read_back_vocabulary
-from localrun.convert.sources.checkpoint import Checkpoint
+from localrun.convert.sources.checkpoint import MXFP4, Checkpoint
 from localrun.convert.targets import Target, Unit, units
 from localrun.errors import LocalrunError
 
 UNIT_BYTES = 64 << 20  # as float32; some of these are in memory at a time
 DEFAULT_MIX = "Q4_K_M"
+MXFP4_MIX = "MXFP4_MOE"  # in place of it where the checkpoint's experts are MXFP4: keeps their bits
 QUANTIZATION_VERSION = 2  # ggml.h, GGML_QNT_VERSION
 
 
@@ -42,8 +43,8 @@ class Options:
     """What the user may choose.
 
     Attributes:
-        mix: a key of mixes.MIXES; None for DEFAULT_MIX, or where rows of a GGUF are to be interleaved, or put in order
-            again, for the types that it has.
+        mix: a key of mixes.MIXES; None for DEFAULT_MIX or MXFP4_MIX, or where rows of a GGUF are to be interleaved, or
+            put in order again, for the types that it has.
         overrides: types by name; the first that matches counts.
         mix_file: more of them, after those, and perhaps a mix for what none matches.
         keep_mtp: whether layers for multi-token prediction go in.
@@ -181,7 +182,9 @@ def _wanted(source: Checkpoint | GGUFSource, options: Options) -> tuple[str | No
 
 def _default_mix(source: Checkpoint | GGUFSource, options: Options) -> str | None:
     """What no mix means for a source; None if its types are kept. Raises LocalrunError on options that need one."""
-    if not isinstance(source, GGUFSource) or not (options.pack or source.is_interleaved):
+    if isinstance(source, Checkpoint):
+        return MXFP4_MIX if any(tensor.dtype == MXFP4 for tensor in source.tensors.values()) else DEFAULT_MIX
+    if not (options.pack or source.is_interleaved):
         return DEFAULT_MIX
     if options.overrides or options.imatrix:
         raise LocalrunError(f"{source.path}: keeps its types without --type; --tensor-type and --imatrix need it")

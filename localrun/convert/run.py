@@ -16,11 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from localrun.convert.errors import CheckpointError
-from localrun.convert.gguf_source import GGUFSource
 from localrun.convert.output import Output, journal_path, remove_partial
 from localrun.convert.packing import BadWeight, pack_unit
 from localrun.convert.plan import Plan
-from localrun.convert.targets import Unit, origin, read_unit
+from localrun.convert.targets import Unit, origin, read_blocks, read_unit
 from localrun.errors import LocalrunError
 from localrun.gguf import types as tensor_types
 from quant.formats import registry
@@ -154,9 +153,8 @@ class _Pipeline:
         """float32 (n_rows, n_cols), a view of a buffer; uint8 where the source has the type already."""
         plan = self._plan
         target, source = plan.targets[unit.target], plan.source
-        if isinstance(source, GGUFSource) and target.from_type == _plain(plan.types[unit.target]):
-            (piece,) = unit.pieces
-            return source.blocks(piece.source, piece.start, piece.stop)
+        if target.from_type in source.block_types and target.from_type == _plain(plan.types[unit.target]):
+            return read_blocks(source, unit)
         rows = self._buffers[which][: unit.n_rows * target.n_cols].reshape(unit.n_rows, target.n_cols)
         read_unit(source, target, unit, rows)
         return rows
@@ -201,7 +199,7 @@ class _Pipeline:
         self._bytes_out += place.n_bytes // target.n_rows * unit.n_rows
         for piece in unit.pieces:
             source = tensors[piece.source]
-            self._bytes_in += source.n_bytes // source.n_rows * (piece.stop - piece.start)
+            self._bytes_in += source.n_bytes // source.n_rows * (piece.stop - piece.start) // piece.step
         state = self._state(target.name)
         if self._progress is not None:
             self._progress(state)

@@ -83,17 +83,22 @@ class Rope:
             return yarn_magnitude(factor, mscale) / yarn_magnitude(factor, mscale_all_dim)
         return yarn_magnitude(factor)
 
-    def scaling(self) -> RopeScaling | None:
-        """Linear or yarn scaling; what architectures add to it they parse themselves."""
+    def scaling(self, truncate: bool) -> RopeScaling | None:
+        """Linear or yarn scaling; what architectures add to it they parse themselves.
+
+        truncate: what yarn means in a GGUF of this architecture; CheckpointError if it means something else here.
+        """
         if self.type == "linear":
             return RopeScaling(self.type, self.positive("factor"))
         if self.type != "yarn":
             return None
         if self.theta <= 1:
             raise CheckpointError(f"{self.where}: rope_theta is {self.theta:g}; expected more than 1 with yarn")
-        if self.parameters.get("truncate", True) is not True:
-            raise CheckpointError(f"{self.where}: truncate is {shown(self.parameters['truncate'])}; GGUF means True")
-        return RopeScaling(self.type, self.positive("factor"), self.original_max_position_embeddings, None, *self.betas)
+        if self.parameters.get("truncate", True) is not truncate:
+            found = shown(self.parameters.get("truncate", True))
+            raise CheckpointError(f"{self.where}: truncate is {found}; GGUF means {truncate}")
+        length = self.original_max_position_embeddings
+        return RopeScaling(self.type, self.positive("factor"), length, None, *self.betas, truncate)
 
 
 class Settings:
@@ -193,6 +198,6 @@ def read_config(settings: Settings) -> Config:
             fields[key.field] = settings.get(key.setting or key.field, _KINDS[key.type], fields)
         elif key.field:
             fields[key.field] = key.default(fields) if callable(key.default) else key.default
-    fields |= {"rope_theta": settings.rope.theta, "rope_scaling": settings.rope.scaling()}
+    fields |= {"rope_theta": settings.rope.theta, "rope_scaling": settings.rope.scaling(architecture.yarn_truncates)}
     fields |= architecture.parse(settings, fields)
     return Config(architecture=architecture.name, **architecture.constants, **fields)

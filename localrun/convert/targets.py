@@ -24,12 +24,20 @@ class Source(Protocol):
         """out = rows start..stop of a tensor, float32 (stop - start, n_cols), C order."""
 
 
+class BlockSource(Source, Protocol):
+    """One that holds quantised blocks."""
+
+    def blocks(self, name: str, start: int, stop: int) -> np.ndarray:
+        """uint8 (stop - start, row_bytes): the blocks of rows in order."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """Rows start..stop of a source tensor, which become n_rows rows of the target.
 
-    order: "rows" as they are; "transposed"; "pairs": the rows of one head, whose halves are rotated against each
-    other, reordered so that what is rotated together is neighbours (llama.cpp's rotary embedding for llama).
+    order: "rows" as they are; "columns", some of them; "transposed"; "pairs": the rows of one head, whose halves are
+    rotated against each other, reordered so that what is rotated together is neighbours (llama.cpp's rotary embedding
+    for llama). Of "rows" every step-th is taken, from `first` on; of "columns" and "transposed" every step-th column.
     """
 
     source: str
@@ -37,26 +45,43 @@ class Piece:
     stop: int
     n_rows: int
     order: str = "rows"
+    first: int = 0
+    step: int = 1
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether these are rows as they are."""
+        return self.order == "rows" and self.step == 1
 
     def read(self, source: Source, out: np.ndarray) -> None:
         """out = the target's rows, float32 (n_rows, n_cols), C order."""
-        if self.order == "rows":
+        if self.is_plain:
             source.read(self.source, self.start, self.stop, out)
             return
         rows = np.empty((self.stop - self.start, source.tensors[self.source].n_cols), np.float32)
         source.read(self.source, self.start, self.stop, rows)
-        if self.order == "transposed":
-            out[...] = rows.T
+        if self.order == "rows":
+            out[...] = rows[self.first :: self.step]
+        elif self.order == "columns":
+            out[...] = rows[:, self.first :: self.step]
+        elif self.order == "transposed":
+            out[...] = rows[:, self.first :: self.step].T
         else:
             out.reshape(-1, 2, out.shape[1])[...] = rows.reshape(2, -1, out.shape[1]).swapaxes(0, 1)
+
+    def blocks(self, source: BlockSource) -> np.ndarray:
+        """uint8 (n_rows, row_bytes): the target's rows in the blocks of the source. For "rows" only."""
+        return source.blocks(self.source, self.start, self.stop)[self.first :: self.step]
 
     def origin(self, row: int, column: int) -> tuple[int, int]:
         """Where in the source tensor the weight at (row, column) of this piece comes from."""
         if self.order == "transposed":
-            return self.start + column, row
+            return self.start + column, self.first + self.step * row
+        if self.order == "columns":
+            return self.start + row, self.first + self.step * column
         if self.order == "pairs":
             return self.start + row % 2 * (self.n_rows // 2) + row // 2, column
-        return self.start + row, column
+        return self.start + self.first + self.step * row, column
 
 
 @dataclass(frozen=True)
@@ -119,7 +144,7 @@ def units(targets: list[Target], unit_bytes: int) -> Iterator[Unit]:
 
 def _cut(piece: Piece, limit: int) -> Iterator[Piece]:
     """The piece in parts of at most `limit` rows, where its order lets it be cut."""
-    if piece.order != "rows":
+    if not piece.is_plain:
         yield piece
         return
     for start in range(piece.start, piece.stop, limit):
@@ -135,6 +160,11 @@ def read_unit(source: Source, target: Target, unit: Unit, out: np.ndarray) -> No
     for piece in unit.pieces:
         piece.read(source, out[first : first + piece.n_rows])
         first += piece.n_rows
+
+
+def read_blocks(source: BlockSource, unit: Unit) -> np.ndarray:
+    """uint8, 1-D, a new array: the unit's rows in the blocks of the source, whose type is the target's."""
+    return np.concatenate([piece.blocks(source) for piece in unit.pieces]).reshape(-1)
 
 
 def origin(unit: Unit, row: int, column: int) -> tuple[str, int, int] | None:

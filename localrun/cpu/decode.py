@@ -90,7 +90,7 @@ class Layers:
         """
         cache.check_room(len(ids))
         first = len(ids) - n_logits
-        self.program.run(ids, cache.length, cache.addresses, first)
+        self.program.run(ids, cache.length, cache.addresses, first, cache_rows=cache.n_rows)
         cache.advance(len(ids))
         return self._logits[first : len(ids)].copy()
 
@@ -99,7 +99,7 @@ class Layers:
 
         The cache counts as before. Raises QuantError if no phase is called so.
         """
-        self.program.run(ids, cache.length, cache.addresses, until=phase)
+        self.program.run(ids, cache.length, cache.addresses, until=phase, cache_rows=cache.n_rows)
         return {name: self._read(*place, len(ids)) for name, place in self._outputs[phase].items()}
 
     @staticmethod
@@ -145,16 +145,17 @@ class Layers:
         bias = names.bias(weight)
         return self._array(bias) if self.tensors.has(bias) else 0
 
-    def _add_to_x(self, name: str, input_: Input, matrix: QuantMatrix) -> None:
-        self._add(rows_phase(input_, [(matrix, self.x)], self.pool.n_workers, residual=True), name, "x")
+    def _add_to_x(self, name: str, input_: Input, matrix: QuantMatrix, bias: int = 0) -> None:
+        phase = rows_phase(input_, [(matrix, self.x)], self.pool.n_workers, residual=True, biases=[bias])
+        self._add(phase, name, "x")
 
-    def _attend(self, heads: Heads, queries: int, v_b: QuantMatrix | None, o_proj: QuantMatrix) -> None:
-        """From rotated queries to the sum with the residual."""
+    def _attend(self, heads: Heads, queries: int, v_b: QuantMatrix | None, o_proj: QuantMatrix, bias: int = 0) -> None:
+        """From rotated queries to the sum with the residual; bias: of the output."""
         partials = self._vector("partials", heads.partials_bytes // 4)
         values = self._vector("heads' values", o_proj.n_cols)
         self._add(attend_phase(heads, queries, partials), "attend", "partials")
         self._add(project_values_phase(heads, partials, v_b, values), "values", "heads' values")
-        self._add_to_x("output", Input(values), o_proj)
+        self._add_to_x("output", Input(values), o_proj, bias)
 
     def _latent_attention(self, index: int, cache_layer: int, norm: Input) -> None:
         c = self.config
@@ -212,10 +213,12 @@ class Layers:
         biases = [self._bias(name(f"{part}_proj")) for part in "qkv"]
         self._rows("projections", norm, {"projected queries": q_proj, "keys": k_proj, "values": v_proj}, biases)
         q_norm, k_norm = (self._array(name(f"{part}_norm")) if c.qk_norm else 0 for part in "qk")
+        sinks = name("sinks")
         heads = Heads(
             n_groups=groups, per_group=c.num_attention_heads // groups,
             key_width=c.head_dim, value_width=c.v_head_dim, key_slot=2 * cache_layer, value_slot=2 * cache_layer + 1,
             key_row=2 * key_width, value_row=2 * value_width, key_group=2 * c.head_dim, value_group=2 * c.v_head_dim,
+            window=c.window(index), sinks=self._array(sinks) if self.tensors.has(sinks) else 0,
         )  # fmt: skip
         queries = self._vector("queries", heads.n_heads * heads.query_width)
         self._add(
@@ -241,7 +244,7 @@ class Layers:
             "queries",
             "queries",
         )
-        self._attend(heads, queries, None, o_proj)
+        self._attend(heads, queries, None, o_proj, self._bias(name("o_proj")))
 
     def _mlp(self, index: int, norm: Input) -> None:
         gate, up, down = self._gate_up_down(index, "mlp")
@@ -256,12 +259,13 @@ class Layers:
 
     def _moe(self, index: int, norm: Input) -> None:
         c = self.config
-        first, shared = {"router": self.tensors.matrix(self._name(index, "mlp.gate"))}, None
+        gate_name = self._name(index, "mlp.gate")
+        first, shared = {"router": self.tensors.matrix(gate_name)}, None
         if self.tensors.has(self._name(index, "mlp.shared_experts.gate_proj")):
             gate, up, down = self._gate_up_down(index, "mlp.shared_experts")
             first |= {"shared gate": gate, "shared up": up}
             shared = self._vector("shared gate", gate.n_rows), self._vector("shared up", up.n_rows), down
-        self._rows("router", norm, first)
+        self._rows("router", norm, first, [self._bias(gate_name)] + [0] * (len(first) - 1))
         bias_name = self._name(index, "mlp.gate.e_score_correction_bias")
         bias = self._array(bias_name) if self.tensors.has(bias_name) else 0
         router = Router(

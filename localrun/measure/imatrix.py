@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch.nn.functional import silu
 
 from localrun.cpu.bridge import Experts, HeadLinear, Linear
 from localrun.cpu.torch_threads import TorchThreads
@@ -30,8 +29,9 @@ from localrun.limits import PREFILL_CHUNK
 from localrun.measure.perplexity import text_chunks
 from localrun.models import names
 from localrun.models.reader import is_imatrix
-from localrun.network.cache import Cache, row_widths
+from localrun.network.cache import Cache, row_widths, windows
 from localrun.network.model import Network
+from localrun.network.moe import gated
 from quant.matrix import QuantMatrix
 from quant.threads.pool import Pool
 
@@ -215,11 +215,16 @@ class _ObservedExperts(Experts):
                 for part in (self.experts.gate, self.experts.up, self.experts.down)
             )
             x_ND = x[tokens]
-            h_NI = silu(gate(x_ND)) * up(x_ND)
+            gate_bias, up_bias, down_bias = self._biases(expert)
+            h_NI = gated(self.experts.activation, gate(x_ND) + gate_bias, up(x_ND) + up_bias)
             self._inputs.add(self._first, x_ND[:, None], expert)
             self._inputs.add(self._down, h_NI[:, None], expert)
-            out.index_add_(0, tokens, down(h_NI) * weights[tokens, places, None])
+            out.index_add_(0, tokens, (down(h_NI) + down_bias) * weights[tokens, places, None])
         return lambda: out
+
+    def _biases(self, expert: int) -> list[torch.Tensor | int]:
+        """Of gate, up and down; 0 for none."""
+        return [torch.from_numpy(bias[expert]) for bias in self.experts.biases] if self.experts.biases else [0] * 3
 
 
 def _slice(stack: QuantMatrix, index: int) -> QuantMatrix:
@@ -232,7 +237,7 @@ class _ObservedCache(Cache):
 
     def __init__(self, config: Config, capacity: int, inputs: _Inputs) -> None:
         widths = [row_widths(config, index) for index in range(config.num_hidden_layers)]
-        super().__init__(widths, capacity, np.float32)
+        super().__init__(widths, capacity, np.float32, windows(config))
         self._config, self._inputs = config, inputs
 
     def append(self, layer: int, *rows: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -127,6 +127,21 @@ class Stacked(Plain):
 
 
 @dataclass(frozen=True)
+class Fused(Plain):
+    """All experts' matrices (or biases) in one tensor: those of a target are every step-th output from `first` on.
+
+    Matrices are (experts, inputs, outputs); where they are packed as MXFP4 the last two the other way round.
+    """
+
+    first: int = 0
+    step: int = 1
+
+    def tensors(self, module: str, shape: Shape) -> Iterator[tuple[str, Shape]]:
+        experts, outputs, *inputs = shape
+        yield self.name, (experts, *inputs, self.step * outputs)
+
+
+@dataclass(frozen=True)
 class HeadRows:
     """Some rows of each head of a matrix, (heads, rows, columns), or with transposed (heads, columns, rows).
 
@@ -214,6 +229,7 @@ class Architecture:
         describe: entries of a config.json that mean a Config, beside those of the keys.
         warnings: of a converted model, one line each.
         left_out: a regular expression: names of a checkpoint's tensors that no GGUF has begin so.
+        yarn_truncates: whether yarn's blend begins and ends at whole pairs.
         values_need_bits: whether llama.cpp's mixes give attn_v more bits, by layers and heads a key-value head.
     """
 
@@ -228,6 +244,7 @@ class Architecture:
     describe: Callable[[Config], dict[str, Any]] = no_fields
     warnings: Callable[[Config], list[str]] = field(default=lambda _: [])
     left_out: str = ""
+    yarn_truncates: bool = True
     values_need_bits: Callable[[int, int], bool] = field(default=lambda _n_layers, _n_shared: False)
 
     @property

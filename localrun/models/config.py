@@ -6,6 +6,10 @@ Read from a GGUF by localrun.models.reader, from a config.json by localrun.conve
 from dataclasses import dataclass
 
 KV_BYTES = 2  # the cache holds 16-bit values
+# Tokens that a sliding layer keeps behind its window, so that the end of a text can be taken back: drafts, a chunk of a
+# prompt, and a reply, whose reasoning chat templates drop from the next prompt. Of gpt-oss-20b they take 50 MB.
+WINDOW_SPARE = 2048
+FULL, SLIDING = "full_attention", "sliding_attention"  # layer_types
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,7 @@ class RopeScaling:
         original_max_position_embeddings: the training length (yarn).
         mscale_all_dim: YaRN's attention temperature; None where the file does not say.
         beta_fast, beta_slow: rotations over the training length between which yarn blends.
+        truncate: whether the blend's borders are whole pairs (yarn).
     """
 
     type: str
@@ -26,6 +31,7 @@ class RopeScaling:
     mscale_all_dim: float | None = None
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    truncate: bool = True
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,10 @@ class Config:
         qk_norm: whether queries and keys are normed before they are rotated (gqa): each head by itself.
         qk_norm_whole: whether all heads of a token are normed as one vector instead.
         attention_bias: whether queries, keys and values have biases (gqa).
+        layer_types: of each layer's attention, "full_attention" or "sliding_attention"; none if all are full.
+        sliding_window: tokens that a sliding layer sees, the one at hand included.
         hidden_act: the activation of gates, in dense layers and experts.
+        swiglu_alpha, swiglu_limit: of experts with a bounded activation (quant.simd.gated); 0 without one.
         qk_rope_head_dim: R, how many of a head's dimensions are rotated.
         n_routed_experts: 0 if all layers are dense.
         index_topk: tokens that a query attends to, at most, chosen by an indexer (DeepSeek-V3.2); 0 for all.
@@ -73,6 +82,8 @@ class Config:
     qk_norm: bool = False
     qk_norm_whole: bool = False
     attention_bias: bool = False
+    layer_types: tuple[str, ...] = ()
+    sliding_window: int = 0
     # multi-head latent attention
     q_lora_rank: int | None = None
     kv_lora_rank: int = 0
@@ -89,6 +100,8 @@ class Config:
     n_routed_experts: int = 0
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
+    swiglu_alpha: float = 0.0
+    swiglu_limit: float = 0.0
     first_k_dense_replace: int = 0
     n_shared_experts: int = 0
     shared_intermediate_size: int = 0
@@ -99,15 +112,45 @@ class Config:
     norm_topk_prob: bool = False
     routed_scaling_factor: float = 1.0
 
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of cache that one token takes in all layers."""
+    def window(self, index: int) -> int:
+        """Tokens that layer `index` sees, at most; 0 for all."""
+        return self.sliding_window if self.layer_types[index : index + 1] == (SLIDING,) else 0
+
+    def _kv_bytes_of(self, index: int) -> int:
+        """Bytes of cache that one token takes in layer `index`."""
         if self.attention == "mla":
             width = self.kv_lora_rank + self.qk_rope_head_dim
         else:
             width = self.num_key_value_heads * (self.head_dim + self.v_head_dim)
-        n_indexers = sum(self.chooses_rows(index) for index in range(self.num_hidden_layers))
-        return (self.num_hidden_layers * width + n_indexers * self.index_head_dim) * KV_BYTES
+        return (width + self.chooses_rows(index) * self.index_head_dim) * KV_BYTES
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of cache that one token more takes in all layers, where windows are full."""
+        return sum(self._kv_bytes_of(index) for index in range(self.num_hidden_layers) if not self.window(index))
+
+    @property
+    def kv_window_bytes(self) -> int:
+        """Bytes of cache that layers with a window take, once they are full."""
+        windows = [(index, self.window(index)) for index in range(self.num_hidden_layers)]
+        return sum(self._kv_bytes_of(index) * (window + WINDOW_SPARE) for index, window in windows if window)
+
+    def kv_bytes(self, n_tokens: int) -> int:
+        """Bytes of a cache for so many tokens."""
+        layers = range(self.num_hidden_layers)
+        return sum(self._kv_bytes_of(index) * cache_rows(self.window(index), n_tokens) for index in layers)
+
+    def kv_bytes_read(self, n_tokens: float) -> float:
+        """Bytes of the cache that one token's attention reads where so many are in it."""
+        layers = range(self.num_hidden_layers)
+        return sum(self._kv_bytes_of(index) * self._attended(index, n_tokens) for index in layers)
+
+    def attended(self, n_tokens: float) -> float:
+        """Cached tokens that one token's attention goes over, of so many, in all layers together."""
+        return sum(self._attended(index, n_tokens) for index in range(self.num_hidden_layers))
+
+    def _attended(self, index: int, n_tokens: float) -> float:
+        return min(n_tokens, self.window(index) or n_tokens)
 
     def has_indexer(self, index: int) -> bool:
         """Whether layer `index` has an indexer's tensors, used or not; of multi-token prediction it may have them."""
@@ -116,3 +159,8 @@ class Config:
     def chooses_rows(self, index: int) -> bool:
         """Whether layer `index` chooses the tokens that it and the next ones attend to."""
         return self.index_topk > 0 and self.has_indexer(index)
+
+
+def cache_rows(window: int, capacity: int) -> int:
+    """Tokens whose rows a layer keeps in a cache for `capacity`; window: how many it sees, 0 for all."""
+    return min(capacity, window + WINDOW_SPARE) if window else capacity

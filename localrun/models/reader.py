@@ -27,7 +27,7 @@ def read_config(file: GGUFFile) -> Config:
     if name not in ARCHITECTURES:
         raise UnsupportedModelError(f"{file.path}: architecture '{name}' is not native")
     architecture, keys = ARCHITECTURES[name], Keys(file, name)
-    fields: dict[str, Any] = {"rope_scaling": read_scaling(keys)}
+    fields: dict[str, Any] = {"rope_scaling": read_scaling(keys, architecture.yarn_truncates)}
     for key in architecture.keys:
         value = _read(keys, key, fields)
         if key.field and key.value is None:

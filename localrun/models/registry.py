@@ -5,6 +5,7 @@ from localrun.models.deepseek2 import DEEPSEEK2
 from localrun.models.dots1 import DOTS1
 from localrun.models.ernie4_5_moe import ERNIE4_5_MOE
 from localrun.models.glm4moe import GLM4MOE
+from localrun.models.gpt_oss import GPT_OSS
 from localrun.models.hy_v3 import HY_V3
 from localrun.models.llama import LLAMA
 from localrun.models.minimax_m2 import MINIMAX_M2
@@ -14,6 +15,7 @@ _DECLARED: tuple[Architecture, ...] = (
     DEEPSEEK2,
     DOTS1,
     ERNIE4_5_MOE,
+    GPT_OSS,
     GLM4MOE,
     HY_V3,
     LLAMA,

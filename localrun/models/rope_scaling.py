@@ -59,8 +59,8 @@ def check_yarn(settings: Settings) -> None:
         settings.fail(f"yarn has {found}; GGUF can only tell of {plain:g}, which follows from the factor")
 
 
-def read_scaling(keys: Keys) -> RopeScaling | None:
-    """The scaling that a GGUF names; None for none."""
+def read_scaling(keys: Keys, truncate: bool = True) -> RopeScaling | None:
+    """The scaling that a GGUF names; None for none. truncate: what yarn means to its architecture."""
     type_ = keys.string("rope.scaling.type", "linear")  # what llama.cpp takes where the file does not say
     factor = keys.f32("rope.scaling.factor", 1.0)
     original = keys.u32("rope.scaling.original_context_length", 0) or keys.u32("context_length")
@@ -87,4 +87,4 @@ def read_scaling(keys: Keys) -> RopeScaling | None:
             keys.fail(f"rope.scaling.yarn_beta_{name}", beta, "a positive number")
     if not keys.f32("rope.freq_base", 10000.0) > 1:
         keys.fail("rope.freq_base", keys.f32("rope.freq_base"), "more than 1 with yarn")
-    return RopeScaling(type_, factor, original, log_multiplier / 0.1 if log_multiplier else None, *betas)
+    return RopeScaling(type_, factor, original, log_multiplier / 0.1 if log_multiplier else None, *betas, truncate)

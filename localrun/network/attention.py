@@ -134,6 +134,8 @@ class GroupedQueryAttention:
             biased_linear(weights, name(f"{part}_proj")) for part in "qkvo"
         )
         self.q_norm, self.k_norm = (weights.vector(name(f"{part}_norm")) if config.qk_norm else None for part in "qk")
+        self.window, sinks = config.window(index), name("sinks")
+        self.sinks = weights.vector(sinks) if weights.has(sinks) else None
 
     def __call__(self, x_TD: torch.Tensor, cache: Cache) -> torch.Tensor:
         """float32 (T, D) of the tokens after cache.length -> (T, D); appends their keys and values to the cache."""
@@ -145,7 +147,7 @@ class GroupedQueryAttention:
         k_SGd = keys.float().unflatten(1, (-1, c.head_dim))
         v_SGV = values.float().unflatten(1, (-1, c.v_head_dim))
         out_THV = x_TD.new_empty(n_tokens, c.num_attention_heads, c.v_head_dim)
-        self.weights.attend([(q_THd, k_SGd)], v_SGV, self.scale, out_THV)
+        self.weights.attend([(q_THd, k_SGd)], v_SGV, self.scale, out_THV, self.window, self.sinks)
         return self.o_proj(out_THV.flatten(1))
 
     def _heads(self, x: torch.Tensor, norm: torch.Tensor | None, turns: torch.Tensor) -> torch.Tensor:

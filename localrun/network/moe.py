@@ -14,8 +14,18 @@ from torch.nn.functional import silu
 
 from localrun.models import names
 from localrun.models.config import Config
-from localrun.network.weight_source import Finish, WeightSource
+from localrun.network.weight_source import Finish, WeightSource, biased_linear
 from quant.decode.router import SMALLEST_SUM
+from quant.simd.gated import Activation
+
+
+def gated(activation: Activation, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """What quant.simd.gated makes of gate and up, float32 (T, I)."""
+    alpha, limit = activation.alpha, activation.limit
+    if limit == 0:
+        return silu(gate) * up
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (up + 1) * gate * torch.sigmoid(alpha * gate)
 
 
 class MLP:
@@ -82,7 +92,7 @@ class MoE:
     def __init__(self, config: Config, weights: WeightSource, index: int):
         self.config, self.choose_experts = config, weights.choose_experts
         name = partial(names.layer, config.architecture, index)
-        self.gate = weights.linear(name("mlp.gate"))
+        self.gate = biased_linear(weights, name("mlp.gate"))
         bias = name("mlp.gate.e_score_correction_bias")
         self.e_score_correction_bias = weights.vector(bias) if weights.has(bias) else None
         self.experts = weights.experts(index)

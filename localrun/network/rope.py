@@ -25,8 +25,10 @@ def _yarn_ramp(config: Config) -> np.ndarray:
         wavelength_length = scaling.original_max_position_embeddings / (n * 2 * math.pi)
         return dim * math.log(wavelength_length) / (2 * math.log(config.rope_theta))
 
-    low = max(0, math.floor(pair_with_rotations(scaling.beta_fast)))
-    high = min(dim - 1, math.ceil(pair_with_rotations(scaling.beta_slow)))
+    low, high = pair_with_rotations(scaling.beta_fast), pair_with_rotations(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(0, low), min(dim - 1, high)
     return np.clip((np.arange(dim // 2) - low) / max(0.001, high - low), 0, 1)
 
 

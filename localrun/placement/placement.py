@@ -330,7 +330,7 @@ def _cpu_rows(request: Request, parts: _Parts, experts: Mapping[int, Sequence[in
         yield Row(RAM, MTP, parts.mtp)
         yield Row(RAM, "head, for multi-token prediction", parts.mtp_head if on_gpu else 0)
     if not on_gpu:
-        yield Row(RAM, "KV cache", request.batch * request.ctx * c.kv_bytes_per_token)
+        yield Row(RAM, "KV cache", request.batch * c.kv_bytes(request.ctx))
     yield Row(RAM, "work memory", work_bytes(c) + (staging_bytes(c) if on_gpu else 0))
     yield Row(RAM, "the runner itself", request.runner_bytes)
 

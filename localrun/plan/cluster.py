@@ -126,8 +126,8 @@ def layer_compute_s(model: ModelShape, device: Device, n_tokens: int, ctx: int, 
     attention = _layer_weights(groups["attention"], c.num_hidden_layers)
     expert = 3 * c.hidden_size * c.moe_intermediate_size
     shared = _layer_weights(groups.get("shared experts", []), model.n_moe_layers)
-    per_layer_kv = c.kv_bytes_per_token / c.num_hidden_layers
-    n_bytes = attention + shared + experts_per_device * expert + n_tokens * ctx * per_layer_kv
+    per_layer_kv = c.kv_bytes_read(ctx) / c.num_hidden_layers
+    n_bytes = attention + shared + experts_per_device * expert + n_tokens * per_layer_kv
     heads = heads_of(model)
     width = 2 * c.kv_lora_rank + c.qk_rope_head_dim if c.attention == "mla" else heads.key_dim + heads.value_dim
     scores = heads.n_heads * ctx * width
@@ -178,7 +178,7 @@ def split_sizes(
     decode_rate = limit.tokens_per_device_s()
     concurrent = load.requests_per_s * load.reply_tokens * limit.token_s
     by_rate = load.requests_per_s * load.reply_tokens / decode_rate
-    cache = concurrent * (load.prompt_tokens + load.reply_tokens) * c.kv_bytes_per_token
+    cache = concurrent * c.kv_bytes(load.prompt_tokens + load.reply_tokens)
     weights = sum(tensor.n_weights for tensor in model.tensors if not model.is_nextn(tensor))  # in FP8
     by_room = (cache + weights) / device.memory_bytes
     decode = max(by_rate, by_room)

@@ -62,8 +62,8 @@ def plot_kv(path: Path, names: Sequence[str]) -> None:
     figure, axes = _figure()
     contexts = [2**step for step in range(10, 18)]
     for name in names:
-        per_token = load_model(name).config.kv_bytes_per_token
-        axes.plot(contexts, [per_token * ctx / 2**30 for ctx in contexts], marker="o", label=name)
+        config = load_model(name).config
+        axes.plot(contexts, [config.kv_bytes(ctx) / 2**30 for ctx in contexts], marker="o", label=name)
     axes.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="KV cache, GiB")
     _save(figure, axes, path)
 

@@ -22,6 +22,7 @@ from localrun.models.summary import group_of
 from localrun.plan.known import load_data
 
 DEFAULT_TYPE = "Q4_K_M"
+MXFP4_TYPE = "MXFP4_MOE"  # in place of it where the checkpoint's experts are packed so, as in convert
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def load_model(model: str | None, type_: str | None = None) -> ModelShape:
     """The model that an argument names: a known name, a bundled one, a config.json or its folder, or a GGUF.
 
     Args:
-        type_: a mix of localrun.convert.mixes; None for a GGUF's own types, or DEFAULT_TYPE.
+        type_: a mix of localrun.convert.mixes; None for a GGUF's own types, or DEFAULT_TYPE or MXFP4_TYPE.
 
     Raises:
         LocalrunError: no such model, a broken file, or an unknown type.
@@ -195,7 +196,7 @@ def from_config(
     from localrun.convert.sources.checkpoint import SourceTensor
     from localrun.plan.checkpoint_shapes import checkpoint_shapes
 
-    mix = parse_mix(type_ or DEFAULT_TYPE)
+    mix = parse_mix(type_ or (MXFP4_TYPE if _is_mxfp4(values) else DEFAULT_TYPE))
     checkpoint = _Checkpoint(path.parent if path.suffix == ".json" else path, dict(values))
     is_qwen2 = values.get("architectures") == ["Qwen2ForCausalLM"]
     if is_qwen2:  # the same tensors and, of 80 layers, the same rules for types; biases besides
@@ -213,6 +214,12 @@ def from_config(
     tensors = conversion.tensors(mix)
     config = read_config(PlannedHeader(path, model.metadata, tensors))
     return ModelShape(name, config, tensors, mix, source, conversion=conversion)
+
+
+def _is_mxfp4(values: dict[str, Any]) -> bool:
+    """Whether a config.json says that its checkpoint's experts are MXFP4."""
+    quantization = values.get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4"
 
 
 def _add_biases(targets: list[Any]) -> None:

@@ -190,7 +190,7 @@ def attention_flops(model: ModelShape, ctx: float, n_tokens: int) -> float:
     """
     c = model.config
     if c.attention == "gqa":
-        return 2 * c.num_hidden_layers * c.num_attention_heads * ctx * n_tokens * (c.head_dim + c.v_head_dim)
+        return 2 * c.num_attention_heads * c.attended(ctx) * n_tokens * (c.head_dim + c.v_head_dim)
     rebuilt = c.qk_nope_head_dim + c.v_head_dim
     absorbed = n_tokens * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
     decompressed = rebuilt * c.kv_lora_rank + n_tokens * (rebuilt + c.qk_rope_head_dim)
@@ -213,7 +213,7 @@ def _attention(
     model: ModelShape, machine: Machine, share: float, ctx: float, n_tokens: int, is_prompt: bool
 ) -> list[Phase]:
     """Over the cache: its bytes over the memory's rate, or the FLOPs over the cores'."""
-    n_bytes, flops = model.config.kv_bytes_per_token * ctx, attention_flops(model, ctx, n_tokens)
+    n_bytes, flops = model.config.kv_bytes_read(ctx), attention_flops(model, ctx, n_tokens)
     phases = []
     if machine.gpu and share:
         in_memory, in_flops = n_bytes / machine.gpu.read_bytes_per_s, flops / machine.gpu.flops

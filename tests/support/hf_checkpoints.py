@@ -102,6 +102,29 @@ ERNIE4_5_MOE = {name: value for name, value in _GROUPED.items() if name != "num_
     "moe_layer_start_index": 1,
 }
 HY_V3 = _GROUPED | {"num_experts": 8, "num_shared_experts": 1}
+GPT_OSS = {
+    "vocab_size": 320,
+    "hidden_size": 96,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 3,
+    "sliding_window": 8,
+    "max_position_embeddings": 1024,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0},
+}
+TRAINED_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 150000.0,
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 64,
+}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -177,3 +200,15 @@ def to_fp8(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, 
             quantized[place] = (weight[place] / scale[i, j]).to(torch.float8_e4m3fn)
             meant[place] = quantized[place].float() * scale[i, j]
     return quantized, scale, meant
+
+
+def to_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(blocks, scales, what they stand for) of (..., rows, cols): 32 neighbours share a power of 2."""
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    parts = weight.unflatten(-1, (-1, 32))
+    exponent = (parts.abs().amax(-1).clamp_min(1e-30).log2().floor() - 2).clamp(-127, 127)
+    scaled = parts / exponent.exp2()[..., None]
+    codes = (scaled[..., None] - values).abs().argmin(-1)
+    blocks = codes[..., ::2] | codes[..., 1::2] << 4
+    meant = (values[codes] * exponent.exp2()[..., None]).flatten(-2)
+    return blocks.to(torch.uint8), (exponent + 127).to(torch.uint8), meant

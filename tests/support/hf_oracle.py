@@ -56,10 +56,24 @@ _GLOBAL = {
 
 
 # Of architectures with grouped-query attention: the class, and its names for what the others call otherwise.
-_CLASSES = {"qwen3moe": "Qwen3Moe", "glm4moe": "Glm4Moe", "minimax-m2": "MiniMaxM2", "hy_v3": "HYV3"}
+_CLASSES = {
+    "qwen3moe": "Qwen3Moe",
+    "glm4moe": "Glm4Moe",
+    "minimax-m2": "MiniMaxM2",
+    "hy_v3": "HYV3",
+    "gpt-oss": "GptOss",
+}
 _OF_CLASS = {
     "minimax_m2": {"exp_probs_b.bias": "mlp.e_score_correction_bias"},
     "hy_v3": {"exp_probs_b.bias": "mlp.e_score_correction_bias"},
+    "gpt_oss": {
+        "attn_output.bias": "self_attn.o_proj.bias",
+        "attn_sinks.weight": "self_attn.sinks",
+        "ffn_gate_inp.weight": "mlp.router.weight",
+        "ffn_gate_inp.bias": "mlp.router.bias",
+        "ffn_gate_up_exps.bias": "mlp.experts.gate_up_proj_bias",
+        "ffn_down_exps.bias": "mlp.experts.down_proj_bias",
+    },
 }
 
 
@@ -161,7 +175,12 @@ def _grouped_config(kind: str, meta: dict[str, object], tensors: dict[str, np.nd
     if "rope.scaling.type" in meta:
         rope |= {"rope_type": meta["rope.scaling.type"], "factor": float(meta["rope.scaling.factor"])}
         rope["original_max_position_embeddings"] = meta["rope.scaling.original_context_length"]
+        rope |= {"truncate": False} if kind == "GptOss" else {}
     own = {
+        "GptOss": {
+            "num_local_experts": meta["expert_count"],
+            "sliding_window": meta.get("attention.sliding_window"),
+        },
         "Qwen3Moe": {"num_experts": meta["expert_count"], "norm_topk_prob": True},
         "Glm4Moe": {
             "n_routed_experts": meta["expert_count"],
@@ -233,9 +252,26 @@ def _state_dict(config: PreTrainedConfig, tensors: dict[str, np.ndarray]) -> dic
         if "attn_k_b.weight" in layer:
             k_b, v_b = layer.pop("attn_k_b.weight").transpose(0, 2, 1), layer.pop("attn_v_b.weight")
             layer["attn_kv_b.weight"] = np.concatenate([k_b, v_b], axis=1).reshape(-1, config.kv_lora_rank)
+        if config.model_type == "gpt_oss":
+            layer |= _fused(layer)
         if "ffn_gate_exps.weight" in layer:
             gate_up = layer.pop("ffn_gate_exps.weight"), layer.pop("ffn_up_exps.weight")
             layer["ffn_gate_up_exps.weight"] = np.concatenate(gate_up, axis=1)
         names = _LAYER | _OF_CLASS.get(config.model_type, {})
         state |= {f"model.layers.{i}.{names[name]}": values for name, values in layer.items()}
     return state
+
+
+def _fused(layer: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """gpt-oss's experts: (E, in, out), gate and up in turn; taken out of the layer."""
+    weights, biases = (
+        {part: layer.pop(f"ffn_{part}_exps.{kind}") for part in ("gate", "up", "down")} for kind in ("weight", "bias")
+    )
+    both = [np.stack([parts["gate"], parts["up"]], axis=2) for parts in (weights, biases)]  # (E, FE, 2, ...)
+    gate_up, gate_up_bias = (part.reshape(part.shape[0], -1, *part.shape[3:]) for part in both)
+    return {
+        "ffn_gate_up_exps.weight": gate_up.transpose(0, 2, 1),
+        "ffn_gate_up_exps.bias": gate_up_bias,
+        "ffn_down_exps.weight": weights["down"].transpose(0, 2, 1),
+        "ffn_down_exps.bias": biases["down"],
+    }

@@ -27,6 +27,12 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
 
 
+def bounded_swiglu(gate: Array, up: Array) -> Array:
+    """gpt-oss's activation."""
+    gate, up = np.minimum(gate, 7.0), np.clip(up, -7.0, 7.0)
+    return (up + 1) * gate / (1 + np.exp(-1.702 * gate))
+
+
 def swiglu(x: Array, gate: Array, up: Array, down: Array) -> Array:
     """down(silu(gate x) * up x) for one token (D,) or many (T, D); matrices are (out, in)."""
     g = x @ gate.T
@@ -39,15 +45,17 @@ def softmax(x: Array) -> Array:
     return e / e.sum(axis=-1, keepdims=True)
 
 
-def yarn_frequencies(n_dims: int, base: float, factor: float, original_context: int) -> Array:
-    """(n_dims / 2,) radians per position; beta_fast 32 and beta_slow 1."""
+def yarn_frequencies(n_dims: int, base: float, factor: float, original_context: int, whole: bool = True) -> Array:
+    """(n_dims / 2,) radians per position; beta_fast 32 and beta_slow 1. whole: the blend's ends are pairs."""
     extrapolated = base ** (-2.0 * np.arange(n_dims // 2) / n_dims)
 
     def dim_of(rotations: float) -> float:
         return n_dims * math.log(original_context / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
-    low = max(0, math.floor(dim_of(32)))
-    high = min(n_dims - 1, math.ceil(dim_of(1)))
+    low, high = dim_of(32), dim_of(1)
+    if whole:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(0, low), min(n_dims - 1, high)
     ramp = np.clip((np.arange(n_dims // 2) - low) / max(0.001, high - low), 0, 1)
     return extrapolated / factor * ramp + extrapolated * (1 - ramp)
 
@@ -68,10 +76,13 @@ def rotate_halves(x: Array, positions: Array, frequencies: Array, magnitude: flo
     return np.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
 
 
-def attend(q: Array, k: Array, v: Array, scale: float) -> Array:
-    """Causal attention of one head: q (T, d), k (T, d), v (T, dv) -> (T, dv)."""
-    scores = q @ k.T * scale
-    return softmax(np.where(np.tri(len(q), dtype=bool), scores, -np.inf)) @ v
+def attend(q: Array, k: Array, v: Array, scale: float, window: int = 0, sink: float = -np.inf) -> Array:
+    """Causal attention of one head: q (T, d), k (T, d), v (T, dv) -> (T, dv). sink: one more score, without a value."""
+    seen = np.tri(len(q), dtype=bool)
+    if window:
+        seen &= ~np.tri(len(q), k=-window, dtype=bool)
+    scores = np.where(seen, q @ k.T * scale, -np.inf)
+    return softmax(np.concatenate([scores, np.full((len(q), 1), sink)], axis=1))[:, :-1] @ v
 
 
 @dataclass(frozen=True)
@@ -92,6 +103,9 @@ def route(logits: Array, bias: Array | None, routing: Routing) -> tuple[Array, A
 
     margin: the smallest lead of a chosen group or expert over a rejected one; near 0 means that rounding decides.
     """
+    if routing.scoring_func == "softmax_after_topk":
+        experts, margin = _top(logits, routing.num_experts_per_tok)
+        return experts, softmax(logits[experts]), margin
     probs = softmax(logits) if routing.scoring_func == "softmax" else 1 / (1 + np.exp(-logits))
     selection = probs if bias is None else probs + bias
     margin = np.inf
@@ -123,7 +137,8 @@ class Naive:
     margins: (T,) smallest routing margin of each position over all layers, of the last logits() call.
     """
 
-    def __init__(self, path: Path | str, *, group_score: str | None = None) -> None:
+    def __init__(self, path: Path | str, *, group_score: str | None = None, whole_borders: bool = False) -> None:
+        """whole_borders: gpt-oss's yarn as llama.cpp has it, not as the model was trained."""
         metadata, tensors = tiny_models.read(path)
         self.architecture = metadata["general.architecture"]
         self.tensors = {name: values.astype(np.float64) for name, values in tensors.items()}
@@ -133,6 +148,7 @@ class Naive:
         self.n_heads = self.meta["attention.head_count"]
         self.n_layers = self.meta["block_count"] - self.meta.get("nextn_predict_layers", 0)
         self.group_score = group_score
+        self.whole_borders = whole_borders or self.architecture != "gpt-oss"
         self.margins = np.empty(0)
 
     def logits(self, ids: list[int]) -> Array:
@@ -143,6 +159,7 @@ class Naive:
         for i in range(self.n_layers):
             w = {n.removeprefix(f"blk.{i}."): t for n, t in self.tensors.items() if n.startswith(f"blk.{i}.")}
             w = {tiny_models.common_name(self.architecture, name): tensor for name, tensor in w.items()}
+            self.window = self.meta.get("attention.sliding_window", 0) * (i % 2 == 0)
             x = x + attention(rms_norm(x, w["attn_norm.weight"], self.eps), w)
             h = rms_norm(x, w["ffn_norm.weight"], self.eps)
             x = x + (self._moe(h, w) if "ffn_gate_inp.weight" in w else self._mlp(h, w, ""))
@@ -162,7 +179,8 @@ class Naive:
             return plain / factor, 1.0, 1.0
         if kind is None:
             return plain / self.tensors.get("rope_freqs.weight", 1.0), 1.0, 1.0
-        frequencies = yarn_frequencies(n_dims, base, factor, self.meta["rope.scaling.original_context_length"])
+        original = self.meta["rope.scaling.original_context_length"]
+        frequencies = yarn_frequencies(n_dims, base, factor, original, self.whole_borders)
         if self.architecture != "deepseek2":
             return frequencies, 1 + 0.1 * math.log(factor), 1.0
         multiplier = self.meta.get("rope.scaling.yarn_log_multiplier")
@@ -209,17 +227,26 @@ class Naive:
         else:
             gates, ups = w["ffn_gate_exps.weight"], w["ffn_up_exps.weight"]
         out = self._mlp(h, w, "_shexp") if "ffn_gate_shexp.weight" in w else np.zeros_like(h)
-        for t, logits in enumerate(h @ w["ffn_gate_inp.weight"].T):
+        for t, logits in enumerate(h @ w["ffn_gate_inp.weight"].T + w.get("ffn_gate_inp.bias", 0.0)):
             experts, weights, margin = route(logits, w.get("exp_probs_b.bias"), routing)
             self.margins[t] = min(self.margins[t], margin)
             for expert, weight in zip(experts, weights, strict=True):
-                out[t] += weight * swiglu(h[t], gates[expert], ups[expert], w["ffn_down_exps.weight"][expert])
+                down = w["ffn_down_exps.weight"][expert]
+                if "ffn_gate_exps.bias" in w:
+                    gate_bias, up_bias, down_bias = (w[f"ffn_{part}_exps.bias"] for part in ("gate", "up", "down"))
+                    gate, up = gates[expert] @ h[t] + gate_bias[expert], ups[expert] @ h[t] + up_bias[expert]
+                    out[t] += weight * (down @ bounded_swiglu(gate, up) + down_bias[expert])
+                else:
+                    out[t] += weight * swiglu(h[t], gates[expert], ups[expert], down)
         return out
 
     def _routing(self) -> Routing:
         softmax_gate = self.meta.get("expert_gating_func", 1) == 1
+        scoring = "softmax" if softmax_gate else "sigmoid"
+        if self.architecture == "gpt-oss":
+            scoring = "softmax_after_topk"
         return Routing(
-            scoring_func="softmax" if softmax_gate else "sigmoid",
+            scoring_func=scoring,
             num_experts_per_tok=self.meta["expert_used_count"],
             norm_topk_prob=self.meta.get(
                 "expert_weights_norm", self.architecture in ("llama", "qwen3moe", "minimax-m2")
@@ -248,8 +275,12 @@ class Naive:
         )
         scale = 1 / math.sqrt(q.shape[-1])
         shared_by = self.n_heads // n_kv
-        heads = [attend(q[:, i], k[:, i // shared_by], v[:, i // shared_by], scale) for i in range(self.n_heads)]
-        return np.concatenate(heads, axis=1) @ w["attn_output.weight"].T
+        sinks = w.get("attn_sinks.weight", np.full(self.n_heads, -np.inf))
+        heads = [
+            attend(q[:, i], k[:, i // shared_by], v[:, i // shared_by], scale, self.window, sinks[i])
+            for i in range(self.n_heads)
+        ]
+        return np.concatenate(heads, axis=1) @ w["attn_output.weight"].T + w.get("attn_output.bias", 0.0)
 
 
 _STEADY_MARGIN = 0.01

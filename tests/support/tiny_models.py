@@ -106,6 +106,8 @@ class Grouped:
     """One model with grouped-query attention and experts, of one of several architectures.
 
     qk_norm: "head" for norms of each head, "whole" for norms of all heads as one vector, "" for none.
+    sliding_window: of every second layer, the first among them; 0 for none. A model with windows is gpt-oss's kind: its
+    heads have sinks, and everything has biases.
     """
 
     architecture: str
@@ -133,6 +135,7 @@ class Grouped:
     rope_theta: float = 1e6
     yarn_factor: float | None = None
     original_max_position_embeddings: int = 256
+    sliding_window: int = 0
     rms_norm_eps: float = 1e-6
     num_nextn_predict_layers: int = 0
     tie_word_embeddings: bool = False
@@ -150,11 +153,13 @@ _GROUPED_KEYS = {
         "expert_group_count", "expert_group_used_count", *_ROUTER_KEYS,
     ),
     "minimax-m2": ("rope.dimension_count", "expert_feed_forward_length", "expert_gating_func"),
+    "gpt-oss": ("attention.sliding_window", "expert_feed_forward_length"),
     "hy_v3": ("nextn_predict_layers", "expert_shared_feed_forward_length", *_ROUTER_KEYS),
 }  # fmt: skip
 # What it calls tensors that the others call otherwise.
 _NAMES = {
     "glm4moe": {"ffn_norm.weight": "post_attention_norm.weight"},
+    "gpt-oss": {"ffn_norm.weight": "post_attention_norm.weight"},
     "hy_v3": {"exp_probs_b.bias": "exp_probs_b"},
 }
 
@@ -191,6 +196,15 @@ def hy_v3(**choices: object) -> Grouped:
     """Hy3, but for its size."""
     router = {"n_shared_experts": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 2.826}
     return Grouped("hy_v3", **router | {"rms_norm_eps": 1e-5, "rope_theta": 11158840.0} | choices)
+
+
+def gpt_oss(**choices: object) -> Grouped:
+    """gpt-oss, but for its size and its window."""
+    router = {"scoring_func": "softmax_after_topk", "e_score_correction_bias": False, "norm_topk_prob": False}
+    sizes = {"num_hidden_layers": 4, "intermediate_size": 96, "qk_norm": "", "attention_bias": True}
+    return Grouped(
+        "gpt-oss", **router | sizes | {"sliding_window": 16, "rms_norm_eps": 1e-5, "rope_theta": 150000.0} | choices
+    )
 
 
 Model = Deepseek2 | Llama | Grouped
@@ -277,6 +291,18 @@ VARIANTS: dict[str, Model] = {
     "glm4moe-air": glm4moe(qk_norm="", n_group=4, topk_group=2, routed_scaling_factor=1.0, tie_word_embeddings=True),
     "minimax-m2": minimax_m2(num_attention_heads=3, num_key_value_heads=1, head_dim=40, rms_norm_eps=0.1),
     "hy_v3": hy_v3(num_nextn_predict_layers=1, n_shared_experts=2),
+    "gpt-oss": gpt_oss(),
+    "gpt-oss-yarn": gpt_oss(num_hidden_layers=3, num_key_value_heads=1, yarn_factor=32.0, sliding_window=7),
+    "gpt-oss-wide": gpt_oss(
+        num_attention_heads=8,
+        head_dim=64,
+        qk_rope_head_dim=64,
+        intermediate_size=256,
+        moe_intermediate_size=256,
+        yarn_factor=32.0,
+        original_max_position_embeddings=64,
+        steady_routing=True,
+    ),
 }
 
 # As small as a model can be, for what is computed by an interpreter.
@@ -370,6 +396,20 @@ def without(
             writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     for name, values in (instead or {}).items():
         writer.add_tensor(name, values)
+    _write(writer)
+    return Path(out)
+
+
+def with_keys(path: Path | str, out: Path | str, values: Mapping[str, int | float | list[bool]]) -> Path:
+    """Writes the same model with more keys, and returns `out`."""
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(out, reader.get_field("general.architecture").contents())
+    _copy_metadata(reader, writer)
+    for key, value in values.items():
+        add = {int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}[type(value)]
+        add(key, value)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     _write(writer)
     return Path(out)
 
@@ -528,6 +568,8 @@ class _Weights:
             blk + "ffn_norm.weight": self._norm(blk + "ffn_norm", m.hidden_size),
             blk + "ffn_gate_inp.weight": self._router(m, blk + "ffn_gate_inp"),
         }
+        if isinstance(m, Grouped) and m.sliding_window:
+            w |= self._expert_biases(m, blk)
         if m.e_score_correction_bias:
             w[blk + "exp_probs_b.bias"] = 0.2 * self._normal(blk + "exp_probs_b", m.n_routed_experts)
         w |= self._mlp(m, blk, "_exps", m.moe_intermediate_size, m.n_routed_experts)
@@ -542,6 +584,23 @@ class _Weights:
             gate, up = w.pop(blk + "ffn_gate_exps.weight"), w.pop(blk + "ffn_up_exps.weight")
             w[blk + "ffn_gate_up_exps.weight"] = np.concatenate([gate, up], axis=1)
         return w
+
+    def _expert_biases(self, m: Grouped, blk: str) -> dict[str, np.ndarray]:
+        """Such that the activation's bounds, 7, are met by some."""
+        n, width = m.n_routed_experts, m.moe_intermediate_size
+        return {
+            f"{blk}ffn_gate_inp.bias": 0.5 * self._normal(f"{blk}ffn_gate_inp.bias", n),
+            f"{blk}ffn_gate_exps.bias": 4 * self._normal(f"{blk}ffn_gate_exps.bias", n, width),
+            f"{blk}ffn_up_exps.bias": 4 * self._normal(f"{blk}ffn_up_exps.bias", n, width),
+            f"{blk}ffn_down_exps.bias": self._small(m, f"{blk}ffn_down_exps.bias", n, m.hidden_size),
+        }
+
+    def _small(self, m: Grouped, name: str, *shape: int) -> np.ndarray:
+        """Biases of what is added to the residual stream, whose tags stay as they are."""
+        bias = np.float32(0.3 * self._residual_gain(m)) * self._normal(name, *shape)
+        if m.steady_routing:
+            bias[..., :_N_TAGS] = 0
+        return bias
 
     def _router(self, m: Deepseek2 | Grouped, name: str) -> np.ndarray:
         router = self._matrix(name, m.n_routed_experts, m.hidden_size, gain=2.0)
@@ -575,6 +634,9 @@ class _Weights:
             for part, n_heads in (heads | {"v": m.num_key_value_heads}).items():
                 name = f"{blk}attn_{part}.bias"
                 w[name] = 0.5 * self._normal(name, n_heads * m.head_dim)
+        if m.sliding_window:
+            w[blk + "attn_sinks.weight"] = 1 + self._normal(blk + "attn_sinks", m.num_attention_heads)
+            w[blk + "attn_output.bias"] = self._small(m, blk + "attn_output.bias", m.hidden_size)
         # Far from 1, and queries' from keys': a norm that is left out, or the other's, shows.
         for part, gain in (("q", np.float32(1.5)), ("k", np.float32(1))) if m.qk_norm else ():
             name, width = f"{blk}attn_{part}_norm", m.head_dim * (heads[part] if m.qk_norm == "whole" else 1)
@@ -591,7 +653,7 @@ class _Weights:
 
 
 def _type_of(name: str, shape: tuple[int, ...], types: Types) -> GGMLQuantizationType:
-    if len(shape) == 1 or name.endswith("ffn_gate_inp.weight"):
+    if len(shape) == 1 or name.endswith(("ffn_gate_inp.weight", ".bias")):
         return GGMLQuantizationType.F32
     if not isinstance(types, str):
         types = next((kind for pattern, kind in types.items() if re.search(pattern, name)), "F32")
@@ -646,9 +708,10 @@ def _write_grouped_metadata(writer: gguf.GGUFWriter, m: Grouped) -> None:
         "nextn_predict_layers": m.num_nextn_predict_layers or None,
         "expert_shared_count": m.n_shared_experts,
         "expert_shared_feed_forward_length": m.n_shared_experts * m.moe_intermediate_size,
-        "expert_gating_func": {"softmax": 1, "sigmoid": 2}[m.scoring_func],
+        "expert_gating_func": {"softmax": 1, "sigmoid": 2, "softmax_after_topk": 3}[m.scoring_func],
         "expert_group_count": m.n_group,
         "expert_group_used_count": m.topk_group,
+        "attention.sliding_window": m.sliding_window,
         "expert_weights_norm": m.norm_topk_prob,
         "expert_weights_scale": m.routed_scaling_factor,
     }

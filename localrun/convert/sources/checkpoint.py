@@ -3,6 +3,10 @@
 Knows nothing of what tensors mean. FP8 follows the published checkpoints' scheme: weight * scale_inv, one scale a block
 of weight_block_size, the last blocks trimmed to the weight's shape (conversion/base.py of
 https://github.com/ggml-org/llama.cpp @3f545becc does the same); without a block size, one scale a row or a tensor.
+
+MXFP4 is gpt-oss's: <name>_blocks, uint8 (..., blocks, 16), 32 codes each, two neighbours a byte, the first in the low
+half; <name>_scales, uint8 (..., blocks), exponents (transformers 5.24, integrations/mxfp4.py). The pair counts as one
+tensor <name> in ggml's blocks, whose byte j holds codes j and j + 16 (ggml-common.h @d99724f, block_mxfp4).
 """
 
 from __future__ import annotations
@@ -24,6 +28,9 @@ from quant.formats import fp8
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _NAMED = "transformers_weights"  # the key of config.json that names another
 _SCALE = "_scale_inv"
+MXFP4 = "MXFP4"  # dtype of a pair of these
+_BLOCKS, _SCALES = "_blocks", "_scales"
+_HALF_BLOCK = 16  # bytes of codes, and half the codes
 # Not weights: what a runner computes itself, and the activation scales of other FP8 runtimes.
 _COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$|\.activation_scale$|\.input_scale$")
 _COMPARED_BYTES = 16 << 20  # of two tensors at a time
@@ -57,7 +64,10 @@ class Checkpoint:
         files: all files that results depend on.
         index: tensor -> shard, as the index says; empty without one.
         warnings: one line each.
+        block_types: the types whose blocks it gives.
     """
+
+    block_types = (MXFP4,)
 
     def __init__(self, path: Path) -> None:
         """Read and check config, index and all shards' headers. Raises CheckpointError."""
@@ -65,10 +75,12 @@ class Checkpoint:
         self.config = read_json(path / "config.json")
         shards, self.index = _shards(path, self.config)
         stored = _collect(shards)
+        self._pairs = _take_pairs(stored)
         self._stored = {name: tensor for name, tensor in stored.items() if not _is_scale(name, stored)}
         self._scales = {name: stored[name + _SCALE] for name in self._stored if name + _SCALE in stored}
         self._block = _block_size(self.config, path)
         self.tensors = {name: self._checked(tensor) for name, tensor in self._stored.items()}
+        self.tensors |= {name: _checked_pair(name, *pair) for name, pair in self._pairs.items()}
         self.files = [path / "config.json", *shards]
         self.warnings = _not_read(path, shards, bool(self.index))
         self._reader = Reader()
@@ -103,6 +115,9 @@ class Checkpoint:
 
     def read(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
         """out = rows start..stop of a tensor, float32 (stop - start, n_cols), C order. Raises CheckpointError."""
+        if name in self._pairs:
+            self._reader.widen(self.blocks(name, start, stop), MXFP4, out)
+            return
         stored, reader = self._stored[name], self._reader
         item = DTYPE_BYTES[stored.dtype]
         offset = stored.offset + start * out.shape[1] * item
@@ -115,6 +130,22 @@ class Checkpoint:
             fp8.expand(raw.reshape(out.shape), scale, start, self._scale_block(name), out)
         else:
             reader.widen(raw, stored.dtype, out)
+
+    def blocks(self, name: str, start: int, stop: int) -> np.ndarray:
+        """uint8 (stop - start, row_bytes): rows of an MXFP4 tensor in ggml's blocks. Raises CheckpointError."""
+        blocks, scales = self._pairs[name]
+        n_blocks = scales.shape[-1]
+        out = np.empty((stop - start, n_blocks, 1 + _HALF_BLOCK), np.uint8)
+        out[..., 0] = self._rows_of(scales, start, stop, n_blocks)
+        low = self._rows_of(blocks, start, stop, n_blocks * _HALF_BLOCK).reshape(-1, _HALF_BLOCK)
+        codes = np.stack([low & 15, low >> 4], -1).reshape(stop - start, n_blocks, 2, _HALF_BLOCK)
+        out[..., 1:] = codes[:, :, 0] | codes[:, :, 1] << 4
+        return out.reshape(stop - start, -1)
+
+    def _rows_of(self, stored: StoredTensor, start: int, stop: int, row_bytes: int) -> np.ndarray:
+        """uint8 (stop - start, row_bytes), in memory that the next fetch overwrites."""
+        offset, n_bytes = stored.offset + start * row_bytes, (stop - start) * row_bytes
+        return self._reader.fetch(stored.path, offset, n_bytes, stored.name).reshape(-1, row_bytes)
 
     def _scale(self, name: str) -> np.ndarray:
         """float32 (blocks,): all scales of an FP8 tensor."""
@@ -133,6 +164,8 @@ class Checkpoint:
 
     def are_equal(self, first: str, second: str) -> bool:
         """Whether two tensors hold the same bytes."""
+        if not {first, second} <= self._stored.keys():
+            return False
         one, other = self._stored[first], self._stored[second]
         if (one.dtype, one.shape) != (other.dtype, other.shape):
             return False
@@ -200,6 +233,24 @@ def _not_read(path: Path, shards: list[Path], has_index: bool) -> list[str]:
     return [f"not read, as in transformers: {', '.join(names[:3])}{more}; the model is in {read}"]
 
 
+def _take_pairs(stored: dict[str, StoredTensor]) -> dict[str, tuple[StoredTensor, StoredTensor]]:
+    """Blocks and scales by the name of what they are together, taken out of the tensors."""
+    names = [name.removesuffix(_BLOCKS) for name in stored if name.endswith(_BLOCKS)]
+    return {
+        name: (stored.pop(name + _BLOCKS), stored.pop(name + _SCALES)) for name in names if name + _SCALES in stored
+    }
+
+
+def _checked_pair(name: str, blocks: StoredTensor, scales: StoredTensor) -> SourceTensor:
+    """The tensor that they are. Raises CheckpointError if they do not belong together."""
+    for part, shape in ((scales, blocks.shape[:-1]), (blocks, (*scales.shape, _HALF_BLOCK))):
+        if part.dtype != "U8" or part.shape != shape or part.n_bytes != prod(shape) or len(shape) < 2:
+            found = f"{shown(part.dtype)} {list(part.shape)}"
+            raise CheckpointError(f"{part.path}: tensor {shown(part.name)} is {found}; expected U8 {list(shape)}")
+    *rows, n_blocks = scales.shape
+    return SourceTensor(name, (*rows, 2 * _HALF_BLOCK * n_blocks), MXFP4, blocks.n_bytes + scales.n_bytes)
+
+
 def _is_scale(name: str, tensors: dict[str, StoredTensor]) -> bool:
     return name.endswith(_SCALE) and name.removesuffix(_SCALE) in tensors
 
@@ -211,8 +262,10 @@ def _block_size(config: dict[str, Any], path: Path) -> tuple[int, int] | None:
     where = str(path / "config.json")
     quantization = typed(config, "quantization_config", dict, where)
     method = typed(quantization, "quant_method", str, f"{where}: quantization_config")
+    if method == "mxfp4":  # which tensors are packed shows
+        return None
     if method != "fp8":
-        raise CheckpointError(f"{where}: quantization_config is {shown(method)}; only 'fp8' can be converted")
+        raise CheckpointError(f"{where}: quantization_config is {shown(method)}; only fp8 and mxfp4 can be converted")
     block = quantization.get("weight_block_size")
     if block is None:
         return None

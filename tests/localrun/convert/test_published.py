@@ -12,6 +12,7 @@ import pytest
 from cases import slow_but
 
 from localrun.convert.settings import Settings
+from localrun.plan.known import load_data
 from localrun.plan.shapes import from_config
 
 _GLM = {
@@ -103,6 +104,8 @@ PUBLISHED: dict[str, tuple[dict[str, Any], str, float]] = {
     "Qwen/Qwen3-30B-A3B-Instruct-2507": (_QWEN3, "qwen3moe", 30.5),
     "Qwen/Qwen3-Coder-480B-A35B-Instruct": (_QWEN3 | _CODER, "qwen3moe", 480),
     "mistralai/Mixtral-8x7B-Instruct-v0.1": (_MIXTRAL, "llama", 46.7),
+    "openai/gpt-oss-20b": (load_data("models")["gpt-oss-20b"]["config"], "gpt-oss", 20.9),
+    "openai/gpt-oss-120b": (load_data("models")["gpt-oss-120b"]["config"], "gpt-oss", 116.8),
 }
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import gguf
@@ -26,6 +27,8 @@ from localrun.convert.gguf_source import GGUFSource, read_model
 from localrun.convert.imatrix import Importances
 from localrun.errors import LocalrunError
 from localrun.measure import imatrix
+from localrun.network.model import Network
+from quant.threads.pool import Pool
 
 N_CTX = 20
 # Two implementations in float32 differ by 1e-5 of an activation after some layers, and squares by twice that.
@@ -62,6 +65,17 @@ def test_inputs_are_transformers(variant: str) -> None:
         matrices = {t.name for t in file.tensors.values() if len(t.shape) > 1 and t.name.startswith("blk.")}
     assert set(found.squares) == {name for name in matrices if int(name.split(".")[1]) < layers}
     assert (found.n_chunks, found.n_ctx) == (2, N_CTX)
+
+
+def test_observing_biased_experts_changes_nothing() -> None:
+    """gpt-oss's: between what is observed lie biases and another activation."""
+    path, ids = tiny_models.shared("gpt-oss"), tiny_models.prompt("gpt-oss")
+    with localrun.load(path, device="cpu", threads=2, ctx=64) as engine, closing(Pool(2)) as pool:
+        inputs = imatrix._Inputs()
+        model = Network(engine.config, imatrix._ObservedWeights(engine.file, pool, inputs))
+        found, expected = imatrix._evaluate(model, ids, inputs), engine.logits(ids)[-1:]
+    # float32 sums in another order
+    assert np.abs(found - expected).max() < 1e-5 * np.ptp(expected)
 
 
 def test_inputs_are_transformers_llama(tmp_path: Path) -> None:

@@ -35,7 +35,8 @@ from config_models import (
 from gguf import GGMLQuantizationType as Type
 
 import localrun
-from localrun.models.config import RopeScaling
+from localrun.errors import UnsupportedModelError
+from localrun.models.config import WINDOW_SPARE, RopeScaling
 
 _MLA = {"latent": 512, "nope": 128, "rope": 64, "v": 128}
 # Each: the file; bytes of cache a token (layers * 576 * 2); fields that config.json states.
@@ -150,7 +151,32 @@ def test_tiny_variants(variant: str) -> None:
         width = model.kv_lora_rank + model.qk_rope_head_dim
     assert {name: getattr(config, name) for name in fields} == {name: getattr(model, name) for name in fields}
     assert config.rms_norm_eps == pytest.approx(model.rms_norm_eps)
-    assert config.kv_bytes_per_token == 2 * model.num_hidden_layers * width
+    window = getattr(model, "sliding_window", 0)
+    n_sliding = -(-model.num_hidden_layers // 2) if window else 0
+    assert config.kv_bytes_per_token == 2 * (model.num_hidden_layers - n_sliding) * width
+    assert config.kv_window_bytes == 2 * n_sliding * width * (window + WINDOW_SPARE)
+    assert config.kv_bytes(10) == 2 * model.num_hidden_layers * width * 10
+    assert [config.window(index) for index in range(3)] == ([window, 0, window] if window else [0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "types"),
+    [(None, "sfsf"), (2, "sfsf"), (1, "ffff"), (4, "sssf"), (0, "ssss"), ([True, True, False, True], "ssfs")],
+)
+def test_which_layers_slide(pattern: int | list[bool] | None, types: str, tmp_path: Path) -> None:
+    """By what llama.cpp calls the pattern: every so-many-th layer is full, or one answer a layer."""
+    path, key = tmp_path / "model.gguf", "gpt-oss.attention.sliding_window_pattern"
+    values = {} if pattern is None else {key: pattern}
+    config = config_of(tiny_models.with_keys(tiny_models.shared("gpt-oss"), path, values))
+    assert "".join(kind[0] for kind in config.layer_types) == types
+
+
+def test_another_theta_in_windows_is_not_native(tmp_path: Path) -> None:
+    path = tiny_models.with_keys(
+        tiny_models.shared("gpt-oss"), tmp_path / "model.gguf", {"gpt-oss.rope.freq_base_swa": 1e4}
+    )
+    with pytest.raises(UnsupportedModelError, match="freq_base for layers with a window"):
+        config_of(path)
 
 
 # What changes in the sound file TINY, and what the configuration then says.
