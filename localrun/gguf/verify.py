@@ -90,11 +90,15 @@ def _blocks(tensor: Tensor) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _check_blocks(tensor: Tensor, type_: str) -> Iterator[str]:
+    from quant.formats.iq1 import d_of_m
+
     n_weights, _ = tensor_types.block_size(tensor.type)
     places = halves(registry.get(type_).layout)
     for start, chunk in _blocks(tensor):
         if type_ == "MXFP4":
             wrong = chunk[:, 0] == 0xFF  # E8M0's NaN
+        elif type_ == "IQ1_M":
+            wrong = ~np.isfinite(d_of_m(chunk.view(registry.get(type_).layout)[:, 0]))
         else:
             scales = [np.ascontiguousarray(chunk[:, at : at + 2]).view("<f2")[:, 0] for at in places]
             wrong = ~np.logical_and.reduce([np.isfinite(scale) for scale in scales])

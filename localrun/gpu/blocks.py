@@ -13,8 +13,11 @@ Shapes: R rows, U units, N words in 16 bytes. Source of the layouts: the modules
 
 from dataclasses import dataclass
 
+import numpy as np
 import triton
 import triton.language as tl
+
+from quant.formats import codebooks
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,28 @@ LAYOUTS = {
         Layout("TQ1_0", 256, 54, 1),
         Layout("TQ2_0", 256, 66, 2),
         Layout("Q1_0", 128, 18, 2),
+        Layout("IQ1_S", 256, 50, 4),
+        Layout("IQ1_M", 256, 56, 4),
+        Layout("IQ2_XXS", 256, 66, 4),
+        Layout("IQ2_XS", 256, 74, 4),
+        Layout("IQ2_S", 256, 82, 4),
+        Layout("IQ3_XXS", 256, 98, 4),
+        Layout("IQ3_S", 256, 110, 4),
     )
 }
+
+
+def grid(name: str) -> np.ndarray | None:
+    """What kernels read beside the blocks of a format of grid entries: int32 (entries * 2 or 1), 4 bytes each; or None.
+
+    Magnitudes; of IQ1 the weights eight times, plus 1, plus 128.
+    """
+    if name not in codebooks.SHAPES:
+        return None
+    entries = codebooks.grid(name)
+    entries = 8 * entries.astype(np.int16) + 129 if name in ("IQ1_S", "IQ1_M") else entries
+    return entries.astype(np.uint8).view(np.int32).reshape(-1)
+
 
 # The grids of IQ4_NL (plus 128) and MXFP4 (plus 12), four bytes a word, first value lowest.
 _IQ4 = tuple(tl.constexpr(word) for word in (0x3F2D1801, 0x766A5D4F, 0xA6998D81, 0xF1D9C5B5))
@@ -336,6 +359,103 @@ def _unit_4xs(w, row, unit, stride):
 
 
 @triton.jit
+def _byte(address):
+    return tl.load(address).to(tl.uint32)
+
+
+@triton.jit
+def _eight_signs(seven):
+    """7 bits of signs, and the eighth, which makes the number of set ones even."""
+    parity = seven ^ seven >> 4
+    parity ^= parity >> 2
+    return seven | ((parity ^ parity >> 1) & 1) << 7
+
+
+@triton.jit
+def _grid_words(grid, low, high, N):
+    """The two words of entries of 8."""
+    return tl.load(grid + 2 * low + N % 2).to(tl.uint32), tl.load(grid + 2 * high + N % 2).to(tl.uint32)
+
+
+@triton.jit
+def _unit_grid(w, row, unit, stride, grid, FORMAT: tl.constexpr, BYTES: tl.constexpr):
+    """IQ2, IQ3: words of the grid, 4 bits of signs of the low half's and above them of the high half's, scales."""
+    n = tl.arange(0, 4)[None, None, :]
+    block, sub = row * stride + unit // 8, unit % 8
+    at = w + block * BYTES
+    w16 = w.to(tl.pointer_type(tl.uint16)) + block * (BYTES // 2)
+    d = _half(w16)
+    qs = at + 2 + 8 * sub
+    if FORMAT == "IQ2_XXS" or FORMAT == "IQ3_XXS":
+        words = w16 + 3 + 4 * sub if FORMAT == "IQ2_XXS" else w16 + 33 + 2 * sub
+        word = _u16(words) | _u16(words + 1) << 16
+        signs_low = _eight_signs(word >> (7 * (n // 2)) & 127)
+        signs_high = _eight_signs(word >> (7 * (n // 2) + 14) & 127)
+        s_low = d * ((word >> 28) * 2 + 1).to(tl.float32) * (0.125 if FORMAT == "IQ2_XXS" else 0.25)
+        s_high = s_low
+        if FORMAT == "IQ2_XXS":
+            low, high = _grid_words(grid, _byte(qs + n // 2), _byte(qs + n // 2 + 2), n)
+        else:
+            low = tl.load(grid + _byte(qs + n)).to(tl.uint32)
+            high = tl.load(grid + _byte(qs + n + 4)).to(tl.uint32)
+    elif FORMAT == "IQ3_S":
+        ninth = _byte(at + 66 + sub) >> n
+        signs_low, signs_high = _byte(at + 74 + 4 * sub + n // 2), _byte(at + 76 + 4 * sub + n // 2)
+        s_low = d * ((_byte(at + 106 + sub // 2) >> (sub % 2 * 4) & 15) * 2 + 1).to(tl.float32)
+        s_high = s_low
+        low = tl.load(grid + (_byte(qs + n) | (ninth & 1) << 8)).to(tl.uint32)
+        high = tl.load(grid + (_byte(qs + n + 4) | (ninth >> 4 & 1) << 8)).to(tl.uint32)
+    else:
+        scales = _byte(at + (BYTES - 8) + sub)
+        s_low = d * ((scales & 15) * 2 + 1).to(tl.float32) * 0.125
+        s_high = d * ((scales >> 4) * 2 + 1).to(tl.float32) * 0.125
+        if FORMAT == "IQ2_XS":
+            first, second = _u16(w16 + 1 + 4 * sub + n // 2), _u16(w16 + 3 + 4 * sub + n // 2)
+            signs_low, signs_high = _eight_signs(first >> 9), _eight_signs(second >> 9)
+            low, high = _grid_words(grid, first & 511, second & 511, n)
+        else:
+            upper, qs = _byte(at + 66 + sub) >> (2 * (n // 2)), at + 2 + 4 * sub + n // 2
+            signs_low, signs_high = _byte(qs + 32), _byte(qs + 34)
+            first, second = _byte(qs) | (upper & 3) << 8, _byte(qs + 2) | (upper >> 4 & 3) << 8
+            low, high = _grid_words(grid, first, second, n)
+    shift = n % 2 * 4
+    signs = signs_low >> shift & 15 | (signs_high >> shift & 15) << 4
+    return low, high, signs, signs, s_low * 128.0, s_low * 192.0, s_high * 128.0, s_high * 192.0
+
+
+@triton.jit
+def _unit_1s(w, row, unit, stride, grid):
+    """IQ1_S: words of the grid, whether an eighth is subtracted as 8 bits, scales."""
+    n = tl.arange(0, 4)[None, None, :]
+    block, sub = row * stride + unit // 8, unit % 8
+    w16 = w.to(tl.pointer_type(tl.uint16)) + block * 25
+    qh, qs = _u16(w16 + 17 + sub), w + block * 50 + 2 + 4 * sub + n // 2
+    upper = qh >> (3 * (n // 2))
+    low, high = _grid_words(grid, _byte(qs) | (upper & 7) << 8, _byte(qs + 2) | (upper >> 6 & 7) << 8, n)
+    scale = _half(w16) * ((qh >> 12 & 7) * 2 + 1).to(tl.float32) * 32.0
+    down = (qh >> 15) * 255 | n * 0
+    return low, high, down, down, scale, scale * 1.5, scale, scale * 1.5
+
+
+@triton.jit
+def _unit_1m(w, row, unit, stride, grid):
+    """IQ1_M: the same, with a bit for every 8 weights, and the block's d in the scales' upper bits."""
+    n = tl.arange(0, 4)[None, None, :]
+    block, sub = row * stride + unit // 8, unit % 8
+    at = w + block * 56
+    scales = w.to(tl.pointer_type(tl.uint16)) + block * 28 + 24
+    d = _u16(scales) >> 12 | _u16(scales + 1) >> 12 << 4 | _u16(scales + 2) >> 12 << 8 | _u16(scales + 3) >> 12 << 12
+    d = d.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 32.0
+    s = _u16(scales + sub // 2) >> (sub % 2 * 6)
+    first, second = _byte(at + 32 + 2 * sub) >> (4 * (n // 2)), _byte(at + 33 + 2 * sub) >> (4 * (n // 2))
+    qs = at + 4 * sub + n // 2
+    low, high = _grid_words(grid, _byte(qs) | (first & 7) << 8, _byte(qs + 2) | (second & 7) << 8, n)
+    down = (first >> 3 & 1) * 15 | (second >> 3 & 1) * 240
+    s_low, s_high = d * ((s & 7) * 2 + 1).to(tl.float32), d * ((s >> 3 & 7) * 2 + 1).to(tl.float32)
+    return low, high, down, down, s_low, s_low * 1.5, s_high, s_high * 1.5
+
+
+@triton.jit
 def unit(w, row, unit, stride, n_cols, scales, FORMAT: tl.constexpr):
     """Units of rows.
 
@@ -344,7 +464,8 @@ def unit(w, row, unit, stride, n_cols, scales, FORMAT: tl.constexpr):
         row, unit: int32 (R, 1, 1) and (1, U, 1).
         stride: blocks in a row.
         n_cols: weights in a row.
-        scales: of FP8 only: float32 pointer to the row of scales that all rows share.
+        scales: of FP8 a float32 pointer to the row of scales that all rows share; of grid entries an int32 one to
+            grid().
 
     Returns:
         Words of the low and high halves, what else weights() needs of them (R, U, N); scale and offset of the low half,
@@ -367,6 +488,20 @@ def unit(w, row, unit, stride, n_cols, scales, FORMAT: tl.constexpr):
         return _unit_3k(w, row, unit, stride)
     elif FORMAT == "Q6_K":
         return _unit_6k(w, row, unit, stride)
+    elif FORMAT == "IQ1_S":
+        return _unit_1s(w, row, unit, stride, scales)
+    elif FORMAT == "IQ1_M":
+        return _unit_1m(w, row, unit, stride, scales)
+    elif FORMAT == "IQ2_XXS":
+        return _unit_grid(w, row, unit, stride, scales, FORMAT, 66)
+    elif FORMAT == "IQ2_XS":
+        return _unit_grid(w, row, unit, stride, scales, FORMAT, 74)
+    elif FORMAT == "IQ2_S":
+        return _unit_grid(w, row, unit, stride, scales, FORMAT, 82)
+    elif FORMAT == "IQ3_XXS":
+        return _unit_grid(w, row, unit, stride, scales, FORMAT, 98)
+    elif FORMAT == "IQ3_S":
+        return _unit_grid(w, row, unit, stride, scales, FORMAT, 110)
     elif FORMAT == "IQ4_XS":
         codes, scale, offset = _unit_4xs(w, row, unit, stride)
         return codes, codes, codes, codes, scale, offset, scale, offset
@@ -428,6 +563,13 @@ def _code(words, extra, SHIFT: tl.constexpr, B: tl.constexpr, FORMAT: tl.constex
         u = _fraction(words >> (8 * B + SHIFT) & 3, 2)
     elif FORMAT == "Q3_K":
         u = _fraction(words >> (8 * B + SHIFT) & 3 | (extra >> (8 * B) & 1) << 2, 3)
+    elif FORMAT == "IQ1_S" or FORMAT == "IQ1_M":
+        u = _fraction((words >> (8 * B) & 255) - (extra >> (B + SHIFT) & 1) * 2, 8)
+    elif (FORMAT == "IQ2_XXS" or FORMAT == "IQ2_XS") or (
+        (FORMAT == "IQ2_S" or FORMAT == "IQ3_XXS") or FORMAT == "IQ3_S"
+    ):
+        size = words >> (8 * B) & 255
+        u = _fraction(tl.where((extra >> (B + SHIFT) & 1) != 0, 64 - size, 64 + size), 7)
     else:
         code = words >> (8 * B + SHIFT) & 15
         if FORMAT == "Q5_0" or FORMAT == "Q5_1":

@@ -38,7 +38,8 @@ def _silu(x):
 
 @triton.jit
 def _gate_and_up(
-    gate, up, x, ids, slot_of, h, n_rows, n_cols, n_units, gate_stride, up_stride, gate_bytes, up_bytes, n_choices,
+    gate, up, gate_scales, up_scales, x, ids, slot_of, h, n_rows, n_cols, n_units, gate_stride, up_stride, gate_bytes,
+    up_bytes, n_choices,
     GATE: tl.constexpr, GATE_BYTES: tl.constexpr, GATE_WORD: tl.constexpr, GATE_U: tl.constexpr,
     UP: tl.constexpr, UP_BYTES: tl.constexpr, UP_WORD: tl.constexpr, UP_U: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
@@ -52,15 +53,17 @@ def _gate_and_up(
         gate += slot * gate_bytes + row0.to(tl.int64) * gate_stride * GATE_BYTES
         up += slot * up_bytes + row0.to(tl.int64) * up_stride * UP_BYTES
         g, _, _, _, _, _, _, _ = row_sums(
-            gate, row, 0, n_units, gate_stride, n_cols, gate, x, 0, GATE, GATE_WORD, 1, R, GATE_U
+            gate, row, 0, n_units, gate_stride, n_cols, gate_scales, x, 0, GATE, GATE_WORD, 1, R, GATE_U
         )
-        u, _, _, _, _, _, _, _ = row_sums(up, row, 0, n_units, up_stride, n_cols, up, x, 0, UP, UP_WORD, 1, R, UP_U)
+        u, _, _, _, _, _, _, _ = row_sums(
+            up, row, 0, n_units, up_stride, n_cols, up_scales, x, 0, UP, UP_WORD, 1, R, UP_U
+        )
         tl.store(h + pair * n_rows + row0 + i, _silu(g) * u, mask=row0 + i < n_rows)
 
 
 @triton.jit
 def _down(
-    down, h, ids, slot_of, weights, out, n_rows, n_cols, n_units, stride, group_bytes, n_choices,
+    down, scales, h, ids, slot_of, weights, out, n_rows, n_cols, n_units, stride, group_bytes, n_choices,
     FORMAT: tl.constexpr, BYTES: tl.constexpr, WORD: tl.constexpr, U: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """out[t, r] = sum over the token's pairs of weight * down[r] . h[pair], in order. Grid: tiles of rows, tokens."""
@@ -74,7 +77,7 @@ def _down(
         if slot >= 0:
             w = down + slot * group_bytes + row0.to(tl.int64) * stride * BYTES
             y, _, _, _, _, _, _, _ = row_sums(
-                w, row, 0, n_units, stride, n_cols, w, h + pair * n_cols, 0, FORMAT, WORD, 1, R, U
+                w, row, 0, n_units, stride, n_cols, scales, h + pair * n_cols, 0, FORMAT, WORD, 1, R, U
             )
             total += tl.load(weights + pair) * y
     tl.store(out + t * n_rows + row0 + i, total, mask=row0 + i < n_rows)
@@ -82,8 +85,8 @@ def _down(
 
 @triton.jit
 def _group_gate_and_up(
-    gate, up, a_gate, a_up, a_scale, order, tile_slot, tile_first, tile_end, h, n_slots, n_rows, n_cols, n_units,
-    gate_padded, up_padded, gate_stride, up_stride, gate_bytes, up_bytes, n_choices,
+    gate, up, gate_scales, up_scales, a_gate, a_up, a_scale, order, tile_slot, tile_first, tile_end, h, n_slots,
+    n_rows, n_cols, n_units, gate_padded, up_padded, gate_stride, up_stride, gate_bytes, up_bytes, n_choices,
     GATE: tl.constexpr, GATE_BYTES: tl.constexpr, GATE_WORD: tl.constexpr, GATE_U: tl.constexpr,
     UP: tl.constexpr, UP_BYTES: tl.constexpr, UP_WORD: tl.constexpr, UP_U: tl.constexpr,
     BT: tl.constexpr, R: tl.constexpr,
@@ -98,10 +101,11 @@ def _group_gate_and_up(
         token = tl.load(order + tl.minimum(p, end - 1)) // n_choices
         gate += slot * gate_bytes + row0.to(tl.int64) * gate_stride * GATE_BYTES
         up += slot * up_bytes + row0.to(tl.int64) * up_stride * UP_BYTES
+        at_gate, at_up = token * gate_padded, token * up_padded
         g = tile_products(
-            gate, row, gate_stride, n_cols, n_units, gate, a_gate, token * gate_padded, GATE, GATE_WORD, BT, R, GATE_U
+            gate, row, gate_stride, n_cols, n_units, gate_scales, a_gate, at_gate, GATE, GATE_WORD, BT, R, GATE_U
         )
-        u = tile_products(up, row, up_stride, n_cols, n_units, up, a_up, token * up_padded, UP, UP_WORD, BT, R, UP_U)
+        u = tile_products(up, row, up_stride, n_cols, n_units, up_scales, a_up, at_up, UP, UP_WORD, BT, R, UP_U)
         scale = tl.load(a_scale + token)[None, :]
         here = (row0 + i < n_rows)[:, None] & (p < end)[None, :]
         tl.store(h + (p * n_rows)[None, :] + (row0 + i)[:, None], _silu(g * scale) * (u * scale), mask=here)
@@ -109,8 +113,8 @@ def _group_gate_and_up(
 
 @triton.jit
 def _group_down(
-    down, a, a_scale, order, weights, tile_slot, tile_first, tile_end, out, n_slots, n_rows, n_cols, n_units, n_padded,
-    stride, group_bytes,
+    down, scales, a, a_scale, order, weights, tile_slot, tile_first, tile_end, out, n_slots, n_rows, n_cols, n_units,
+    n_padded, stride, group_bytes,
     FORMAT: tl.constexpr, BYTES: tl.constexpr, WORD: tl.constexpr, U: tl.constexpr, BT: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """out[pair, r] = weight * down[r] . h of the pair. Grid: tiles of one expert's pairs, tiles of rows."""
@@ -121,7 +125,7 @@ def _group_down(
         end = tl.load(tile_end + tile)
         row, at = tl.minimum(i, n_rows - row0 - 1), tl.minimum(p, end - 1)
         down += slot * group_bytes + row0.to(tl.int64) * stride * BYTES
-        y = tile_products(down, row, stride, n_cols, n_units, down, a, at * n_padded, FORMAT, WORD, BT, R, U)
+        y = tile_products(down, row, stride, n_cols, n_units, scales, a, at * n_padded, FORMAT, WORD, BT, R, U)
         pair = tl.load(order + at)
         y *= (tl.load(a_scale + at) * tl.load(weights + pair))[None, :]
         here = (row0 + i < n_rows)[:, None] & (p < end)[None, :]
@@ -182,14 +186,14 @@ class Experts:
         n_tokens, n_choices = ids.shape
         h = torch.empty(ids.numel(), gate.n_rows, device=x.device)
         _gate_and_up[-(-gate.n_rows // _PAIR_ROWS), ids.numel()](
-            gate.data, up.data, x, ids, self.slot_of, h, gate.n_rows, gate.n_cols, gate.n_units, gate.stride,
-            up.stride, gate.group_bytes, up.group_bytes, n_choices, *_format(gate, gemv.UNITS),
-            *_format(up, gemv.UNITS), _PAIR_ROWS, num_warps=gemv.WARPS,
+            gate.data, up.data, gate.scale_pointer, up.scale_pointer, x, ids, self.slot_of, h, gate.n_rows, gate.n_cols,
+            gate.n_units, gate.stride, up.stride, gate.group_bytes, up.group_bytes, n_choices,
+            *_format(gate, gemv.UNITS), *_format(up, gemv.UNITS), _PAIR_ROWS, num_warps=gemv.WARPS,
         )  # fmt: skip
         out = torch.empty_like(x)
         _down[-(-down.n_rows // _PAIR_ROWS), n_tokens](
-            down.data, h, ids, self.slot_of, weights, out, down.n_rows, down.n_cols, down.n_units, down.stride,
-            down.group_bytes, n_choices, *_format(down, gemv.UNITS), _PAIR_ROWS, num_warps=gemv.WARPS,
+            down.data, down.scale_pointer, h, ids, self.slot_of, weights, out, down.n_rows, down.n_cols, down.n_units,
+            down.stride, down.group_bytes, n_choices, *_format(down, gemv.UNITS), _PAIR_ROWS, num_warps=gemv.WARPS,
         )  # fmt: skip
         return out
 
@@ -204,15 +208,17 @@ class Experts:
         h = torch.zeros(n_pairs, gate.n_rows, device=x.device)
         options = {"num_warps": gemm.WARPS, "num_stages": gemm.STAGES}
         _group_gate_and_up[n_tiles, -(-gate.n_rows // gemm.ROWS)](
-            gate.data, up.data, a_gate, a_up, scale, order, *tiles, h, gate.n_groups, gate.n_rows, gate.n_cols,
-            gate.n_units, a_gate.shape[1], a_up.shape[1], gate.stride, up.stride, gate.group_bytes, up.group_bytes,
+            gate.data, up.data, gate.scale_pointer, up.scale_pointer, a_gate, a_up, scale, order, *tiles, h,
+            gate.n_groups, gate.n_rows, gate.n_cols, gate.n_units, a_gate.shape[1], a_up.shape[1], gate.stride,
+            up.stride, gate.group_bytes, up.group_bytes,
             n_choices, *_format(gate, gemm.UNITS), *_format(up, gemm.UNITS), tokens, gemm.ROWS, **options,
         )  # fmt: skip
         a, scale = gemm.arrange(h, down.layout)
         out = torch.zeros(n_pairs, down.n_rows, device=x.device)
         _group_down[n_tiles, -(-down.n_rows // gemm.ROWS)](
-            down.data, a, scale, order, weights, *tiles, out, down.n_groups, down.n_rows, down.n_cols, down.n_units,
-            a.shape[1], down.stride, down.group_bytes, *_format(down, gemm.UNITS), tokens, gemm.ROWS, **options,
+            down.data, down.scale_pointer, a, scale, order, weights, *tiles, out, down.n_groups, down.n_rows,
+            down.n_cols, down.n_units, a.shape[1], down.stride, down.group_bytes, *_format(down, gemm.UNITS), tokens,
+            gemm.ROWS, **options,
         )  # fmt: skip
         return out.view(*ids.shape, -1).sum(1)
 

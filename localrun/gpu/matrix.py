@@ -3,13 +3,15 @@
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 import torch
 
+from localrun.gpu import blocks
 from localrun.gpu.blocks import LAYOUTS, Layout
 from quant.errors import QuantError
+from quant.formats import codebooks
 from quant.matrix import QuantMatrix
 
 PADDING = 16  # bytes behind the last block, so that no kernel's words end past the allocation
@@ -53,8 +55,16 @@ class Matrix:
 
     @cached_property
     def scale_pointer(self) -> torch.Tensor:
-        """What kernels take for scales."""
+        """What kernels take for scales, or for the format's grid."""
+        if self.layout.name in codebooks.SHAPES:
+            return _grid(self.layout.name, self.data.device)
         return self.data if self.scales is None else self.scales
+
+
+@cache
+def _grid(name: str, device: torch.device) -> torch.Tensor:
+    """A format's grid on a device, one for all its matrices."""
+    return torch.from_numpy(blocks.grid(name)).to(device)
 
 
 def _host_bytes(weight: QuantMatrix, group: int, n_groups: int) -> torch.Tensor:

@@ -39,6 +39,13 @@ _ENTRIES = {
     "TQ1_0": Entry("tq1_0_tq2_0"),
     "TQ2_0": Entry("tq1_0_tq2_0"),
     "Q1_0": Entry("q1_0", quantizes=False),
+    "IQ1_S": Entry("iq1", quantizes=False),
+    "IQ1_M": Entry("iq1", quantizes=False),
+    "IQ2_XXS": Entry("iq2", quantizes=False),
+    "IQ2_XS": Entry("iq2", quantizes=False),
+    "IQ2_S": Entry("iq2", quantizes=False),
+    "IQ3_XXS": Entry("iq3", quantizes=False),
+    "IQ3_S": Entry("iq3", quantizes=False),
 }
 _INTERLEAVED = {f"{name}_R{ROWS}": entry.interleaved for name, entry in _ENTRIES.items() if entry.interleaved}
 _MODULES = {name: entry.module for name, entry in _ENTRIES.items()} | _INTERLEAVED

@@ -10,6 +10,10 @@ in vectors:
     scales_16 f32[16] @640: d of each 16 columns; sub-block i at lane 4*(i%4) + i//4
     sums_16 f32[16] @704: sum(q) of each 16 columns, in the same order
     in order i8[256] @768
+    every fourth i8[256] @1024: columns 0 4 8 ..., 1 5 9 ..., 2 6 10 ..., 3 7 11 ...
+    starts i32[16] @1280: -128 * sum(q) of each 16 columns
+    scales of 16 f32[16] @1344: d of each 16 columns
+The last three only where formats of grid entries read them (simd/permutes.py).
 Each 32 columns have a scale of their own in float32; llama.cpp's Q8_0 keeps it in 16 bits and its Q8_K shares one
 among 256, so this rounding is at least as fine as either. For integer formats x holds the rounded values, d*q, so
 that a matrix product over x and an integer one over q differ in float rounding alone.
@@ -19,12 +23,23 @@ import numpy as np
 
 from quant.simd.floats import hmax, round_to_i8, to_f32
 from quant.simd.ints import first_half, second_half, sum_first_i8, sum_second_i8
-from quant.simd.memory import load_f32, load_f32x32, store_f32, store_f32x32, store_i8x16, store_i8x32
+from quant.simd.memory import (
+    load_f32,
+    load_f32x32,
+    store_every_fourth,
+    store_f32,
+    store_f32x32,
+    store_i8x16,
+    store_i8x32,
+    store_i32,
+)
+from quant.simd.permutes import CAN_PERMUTE
 from quant.target.jit import inline
 
 Q8_BLOCK = 32  # columns that share a scale
-K_BLOCK_BYTES = 1088  # 64 more than it holds: k-blocks a power of two apart would share a few sets of the L1 cache
+K_BLOCK_BYTES = 1472  # 64 more than it holds: k-blocks a power of two apart would share a few sets of the L1 cache
 NIBBLES, QUARTERS, SCALES, SUMS, SCALES_16, SUMS_16, IN_ORDER = 0, 256, 512, 576, 640, 704, 768
+EVERY_FOURTH, STARTS, SCALES_OF_16 = 1024, 1280, 1344
 
 
 def q8_bytes(n_cols: int) -> int:
@@ -55,6 +70,12 @@ def _write_in_k_block(k_block, j, q, d, first, second):
     store_f32(k_block + SCALES_16 + lane + 16, d)
     store_f32(k_block + SUMS_16 + lane, first)
     store_f32(k_block + SUMS_16 + lane + 16, second)
+    if CAN_PERMUTE:
+        store_every_fourth(k_block + EVERY_FOURTH + 8 * j, q)
+        store_i32(k_block + STARTS + 8 * j, np.int64(first) * -128)
+        store_i32(k_block + STARTS + 8 * j + 4, np.int64(second) * -128)
+        store_f32(k_block + SCALES_OF_16 + 8 * j, d)
+        store_f32(k_block + SCALES_OF_16 + 8 * j + 4, d)
 
 
 def q8_ref(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

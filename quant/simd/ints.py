@@ -65,17 +65,21 @@ def _spread_bits(builder, word, value):
     return builder.select(bits, splat(builder, builder.trunc(value, I8), i8x32.ir), constant(i8x32.ir, 0))
 
 
+def _lanes_of(builder, mask):
+    """64 lanes of 1 bit: those of the 64-bit mask."""
+    if isa.has("avx512_vnni"):
+        return builder.bitcast(mask, ir.VectorType(I1, 64))
+    # LLVM would take the mask apart bit by bit.
+    copies = builder.bitcast(splat(builder, mask, ir.VectorType(I64, 8)), i8x64.ir)
+    its_byte = shuffle(builder, copies, None, [i // 16 * 16 + i // 8 for i in range(64)])
+    its_bit = ir.Constant(i8x64.ir, [1 << i % 8 for i in range(64)])
+    return builder.icmp_unsigned("==", builder.and_(its_byte, its_bit), its_bit)
+
+
 def _set_where(builder, v, mask, value):
     """v | value in the lanes whose bit of the 64-bit mask is set."""
     marks = splat(builder, builder.trunc(value, I8), v.type)
-    if isa.has("avx512_vnni"):
-        lanes = builder.bitcast(mask, ir.VectorType(I1, 64))
-    else:  # LLVM would take the mask apart bit by bit
-        copies = builder.bitcast(splat(builder, mask, ir.VectorType(I64, 8)), v.type)
-        its_byte = shuffle(builder, copies, None, [i // 16 * 16 + i // 8 for i in range(64)])
-        its_bit = ir.Constant(v.type, [1 << i % 8 for i in range(64)])
-        lanes = builder.icmp_unsigned("==", builder.and_(its_byte, its_bit), its_bit)
-    return builder.or_(v, builder.select(lanes, marks, constant(v.type, 0)))
+    return builder.or_(v, builder.select(_lanes_of(builder, mask), marks, constant(v.type, 0)))
 
 
 def shifted(first: int, second: int):
@@ -132,6 +136,9 @@ even_quarters = define(i8x64, (i8x64, i8x64), _quarters((0, 2, 4, 6)))  # 0 and 
 odd_quarters = define(i8x64, (i8x64, i8x64), _quarters((1, 3, 5, 7)))
 spread_bits = define(i8x32, (types.int64, types.int64), _spread_bits)
 set_where = define(i8x64, (i8x64, types.int64, types.int64), _set_where)
+where_bits = define(  # (mask, then, otherwise), lane by lane of a 64-bit mask
+    i8x64, (types.int64, i8x64, i8x64), lambda b, mask, then, other: b.select(_lanes_of(b, mask), then, other)
+)
 
 
 def lookup_in(table: Sequence[int], vector: Vector):

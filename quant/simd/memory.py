@@ -57,6 +57,7 @@ load_i64 = define(types.int64, (types.int64,), lambda b, p: load(b, p, I64))
 load_f32 = define(types.float32, (types.int64,), lambda b, p: load(b, p, F32))
 load_f64 = define(types.float64, (types.int64,), lambda b, p: load(b, p, ir.DoubleType()))
 load_f16 = define(types.float32, (types.int64,), lambda b, p: half_to_float(b, load(b, p, I16)))
+f16_to_f32 = define(types.float32, (types.int64,), lambda b, v: half_to_float(b, b.trunc(v, I16)))
 bits_to_f32 = define(types.float32, (types.int64,), lambda b, v: b.bitcast(b.trunc(v, I32), F32))
 store_i8, store_i16, store_i32 = _store_low(I8), _store_low(I16), _store_low(I32)
 store_i64 = define(types.void, (types.int64, types.int64), store)
@@ -95,8 +96,17 @@ def _store(vector):
 load_i8x16, load_i8x32, load_i8x64, load_i32x16 = _load(i8x16), _load(i8x32), _load(i8x64), _load(i32x16)
 load_f32x16, load_f32x32 = _load(f32x16), _load(f32x32)
 store_i8x16, store_i8x32, store_i32x8, store_i32x16 = _store(i8x16), _store(i8x32), _store(i32x8), _store(i32x16)
-store_f32x16, store_f32x32 = _store(f32x16), _store(f32x32)
+store_i8x64, store_f32x16, store_f32x32 = _store(i8x64), _store(f32x16), _store(f32x32)
 
+
+def _store_every_fourth(builder, address, v):
+    """Bytes i, i+4, ... 64 bytes apart for i in 0..3."""
+    for i in range(4):
+        part = builder.bitcast(shuffle(builder, v, None, range(i, 32, 4)), ir.VectorType(I64, 1))
+        store(builder, builder.add(address, I64(64 * i)), builder.extract_element(part, I32(0)))
+
+
+store_every_fourth = define(types.void, (types.int64, i8x32), _store_every_fourth)
 load_f16x16 = define(f32x16, (types.int64,), emit_load_f16x16)
 load_bf16x16 = define(f32x16, (types.int64,), lambda b, p: bfloat_to_float(b, load(b, p, ir.VectorType(I16, 16))))
 store_f16x16 = define(types.void, (types.int64, f32x16), lambda b, p, x: store(b, p, float_to_half(b, x)))

@@ -203,5 +203,5 @@ def test_rows_are_whole_blocks():
 
 
 def test_unknown_type():
-    with pytest.raises(QuantError, match="no kernels for type IQ2_XS"):
-        registry.get("IQ2_XS")
+    with pytest.raises(QuantError, match="no kernels for type Q8_K"):
+        registry.get("Q8_K")

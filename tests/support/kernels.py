@@ -46,7 +46,9 @@ def rounded(x: np.ndarray, format_: Format) -> np.ndarray:
 
 
 def scales_of(format_: Format) -> list[slice]:
-    """The bytes of a block that hold its scales: f16 numbers, or those of _BYTE_SCALES."""
+    """The bytes of a block that hold its scales: f16 numbers, IQ1_M's of all kinds, or those of _BYTE_SCALES."""
+    if format_.name == "IQ1_M":
+        return [slice(48, 56)]
     return [slice(at, at + 2) for at in halves(format_.layout)] or [slice(0, _BYTE_SCALES[format_.name][0])]
 
 
@@ -61,6 +63,11 @@ def random_blocks(name: str, shape: tuple[int, ...], rng: np.random.Generator) -
     if name in _BYTE_SCALES:
         count, low, high = _BYTE_SCALES[name]
         blocks[:, :count] = rng.integers(low, high, (len(blocks), count))
+        return raw
+    if name == "IQ1_M":
+        d = (rng.standard_normal(len(blocks)) / 64).astype(np.float16).view(np.uint16)
+        words = blocks[:, 48:].view(np.uint16)
+        words[:] = words & 0x0FFF | (d[:, None] >> [0, 4, 8, 12]).astype(np.uint16) << 12
         return raw
     for at in halves(format_.layout):
         scales = (rng.standard_normal(len(blocks)) / 64).astype(np.float16)

@@ -64,14 +64,17 @@ FEW = 1e-5  # sums of float32 products, twice, and the SwiGLU between
 MANY = 4e-3  # three operands rounded to float16, 2^-11 each; SwiGLU amplifies gate's error by up to the gate itself
 
 
+TYPES = [("Q4_K", "Q4_K", "Q5_0"), ("Q4_K", "Q6_K", "Q8_0"), ("IQ2_XXS", "IQ1_M", "IQ3_S")]  # gate, up, down
+
+
 @pytest.mark.parametrize("n_tokens", [1, 2])
-@pytest.mark.parametrize("types", [("Q4_K", "Q4_K", "Q5_0"), ("Q4_K", "Q6_K", "Q8_0")])
+@pytest.mark.parametrize("types", TYPES)
 def test_few_tokens(types: tuple[str, str, str], n_tokens: int, rng: np.random.Generator) -> None:
     host, values = random_experts(types, rng)
     check(host, values, choices(n_tokens, rng), None, FEW)
 
 
-@pytest.mark.parametrize("types", [("Q4_K", "Q4_K", "Q5_0"), ("Q4_K", "Q6_K", "Q8_0")])
+@pytest.mark.parametrize("types", TYPES)
 def test_many_tokens(types: tuple[str, str, str], rng: np.random.Generator) -> None:
     """More pairs of an expert than fill a tile, tokens and rows that fill no whole one."""
     host, values = random_experts(types, rng)

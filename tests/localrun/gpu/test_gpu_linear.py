@@ -122,6 +122,6 @@ def test_embedding(rng: np.random.Generator) -> None:
 
 
 def test_unknown_formats_are_refused() -> None:
-    unknown = Format("IQ2_XS", 256, 74, True, lambda blocks: blocks, 0, 0, 0)
-    with pytest.raises(QuantError, match="no GPU kernels for type IQ2_XS"):
+    unknown = Format("Q8_K", 256, 74, True, lambda blocks: blocks, 0, 0, 0)
+    with pytest.raises(QuantError, match="no GPU kernels for type Q8_K"):
         Linear(QuantMatrix(unknown, 0, 1, 1, 256, 84), DEVICE)

@@ -29,6 +29,7 @@ from gguf import GGMLQuantizationType as Type
 
 import localrun
 from localrun.errors import GGUFError, LocalrunError, UnsupportedModelError
+from quant.formats import registry
 
 Case = tuple[str, dict[str, Value | None], dict[str, Shape | None], dict[str, Type], type[LocalrunError], str]
 CASES: dict[str, Case] = {}
@@ -300,8 +301,10 @@ def test_broken_configurations(name: str, tmp_path: Path) -> None:
         assert_error(caught.value, path, error, message)
 
 
-@pytest.mark.parametrize("type_", [Type.IQ1_S, Type.IQ2_XXS, Type.IQ3_S, Type.TQ1_0])
-def test_types_without_kernels(type_: Type, tmp_path: Path) -> None:
+def test_types_without_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of today's have some; tomorrow's have none."""
+    type_ = Type.IQ2_XXS
+    monkeypatch.setattr(registry, "NAMES", [name for name in registry.NAMES if name != type_.name])
     keys = {"embedding_length": (b.U32, 256)}
     shapes = {name: (*shape[:-1], 256) if shape[-1] == 64 else shape for name, shape in LLAMA.tensors.items()}
     shapes |= {"blk.0.attn_output.weight": (256, 64), "blk.0.ffn_down.weight": (256, 96)}

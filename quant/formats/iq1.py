@@ -1,0 +1,128 @@
+"""IQ1_S and IQ1_M: groups of 8 weights -1, 0 or 1 on a grid of 2048 entries, moved by an eighth up or down. 256 weights
+in 50 and 56 bytes: 1.56 and 1.75 bits each.
+
+x = d * (2*s+1) * (w + delta), delta = 1/8 or -1/8; as integers: d/8 * (2*s+1) * (8*w + 1 or -1). IQ1_S: 8 bits of each
+index, then for every 32 weights 16: four times 3 of the indices' upper bits, 3 of s and delta's sign. IQ1_M: 8 bits of
+each index, then 4: its upper 3 and delta's sign; then 4 words of 16 bits: four times 3 of s, one for every 16 weights,
+and 4 of d.
+Source: ggml src/ggml-common.h @d99724f, block_iq1_s, block_iq1_m; dequantize_row_iq1_s, dequantize_row_iq1_m in
+ggml-quants.c.
+"""
+
+import numpy as np
+
+from quant.block_format import block_layout, offsets
+from quant.formats import codebooks
+from quant.formats.grids import entry_of, grid_format, load_fields
+from quant.gemm.microkernel_k_block import SYMMETRIC, TWO_SCALES
+from quant.simd.memory import f16_to_f32, load_f16, load_i64, load_u8, load_u16, load_u32
+from quant.target.jit import inline
+
+LAYOUT_S = block_layout(50, d="<f2", qs="32u1", qh="8<u2")
+LAYOUT_M = block_layout(56, qs="32u1", qh="16u1", scales="8u1")
+D, QS_S, QH_S = offsets(LAYOUT_S)
+QS_M, QH_M, SCALES = offsets(LAYOUT_M)
+DELTA = np.float32(0.125)
+
+
+def d_of_m(raw: np.ndarray) -> np.ndarray:
+    """float16 (...) of blocks of IQ1_M: the upper 4 bits of each of its words, lowest first."""
+    words = np.ascontiguousarray(raw["scales"]).view("<u2") >> 12 << np.arange(0, 16, 4, dtype=np.uint16)
+    return np.bitwise_or.reduce(words, -1).view(np.float16)
+
+
+def _weights(indices: np.ndarray, is_down: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """float32 (..., 256) of indices and signs of delta (..., 32) and scales (..., 8 or 16)."""
+    w = codebooks.grid("IQ1_S")[indices].astype(np.float32) + np.where(is_down, -DELTA, DELTA)[..., None]
+    return (scale[..., None] * w.reshape(*scale.shape, -1)).reshape(*scale.shape[:-1], -1)
+
+
+def unpack_s(blocks: np.ndarray) -> np.ndarray:
+    """uint8 (..., n*50) -> float32 (..., n*256), bit-equal to ggml's."""
+    raw = blocks.view(LAYOUT_S)
+    qh = raw["qh"]
+    upper = (qh[..., None] >> np.arange(0, 12, 3, dtype=np.uint16) & 7).reshape(*raw.shape, 32)
+    scale = raw["d"].astype(np.float32)[..., None] * (2 * (qh >> 12 & 7) + 1).astype(np.float32)
+    x = _weights(raw["qs"] | upper << 8, np.repeat(qh >> 15, 4, -1) == 1, scale)
+    return x.reshape(*blocks.shape[:-1], -1)
+
+
+def unpack_m(blocks: np.ndarray) -> np.ndarray:
+    """uint8 (..., n*56) -> float32 (..., n*256), bit-equal to ggml's."""
+    raw = blocks.view(LAYOUT_M)
+    nibbles = np.stack([raw["qh"] & 15, raw["qh"] >> 4], -1).reshape(*raw.shape, 32)
+    words = np.ascontiguousarray(raw["scales"]).view("<u2")
+    s = (words[..., None] >> np.arange(0, 12, 3, dtype=np.uint16) & 7).reshape(*raw.shape, 16)
+    scale = d_of_m(raw).astype(np.float32)[..., None] * (2 * s + 1).astype(np.float32)
+    indices = raw["qs"] | (nibbles & 7).astype(np.uint16) << 8
+    return _weights(indices, nibbles > 7, scale).reshape(*blocks.shape[:-1], -1)
+
+
+_entry = entry_of("IQ1", 8 * codebooks.grid("IQ1_S") + 1)
+
+
+@inline
+def _lower(v):
+    """8*w + 1 - 2"""
+    return v - 2
+
+
+@inline
+def _d_s(block):
+    return load_f16(block + D)
+
+
+@inline
+def _d_m(block):
+    words = load_i64(block + SCALES)
+    return f16_to_f32(words >> 12 & 15 | words >> 24 & 0xF0 | words >> 36 & 0xF00 | words >> 48 & 0xF000)
+
+
+@inline
+def _group_s(block, g):
+    upper = load_u16(block + QH_S + g // 4 * 2) >> 3 * (g % 4) & 7
+    return _entry(load_u8(block + QS_S + g) | upper << 8)
+
+
+@inline
+def _bits_s(block, k):
+    qh = load_u32(block + QH_S + 4 * k)
+    return (qh >> 15 & 1) * 0xFFFFFFFF | ((qh >> 31) * 0xFFFFFFFF) << 32
+
+
+@inline
+def _group_m(block, g):
+    upper = load_u8(block + QH_M + g // 2) >> 4 * (g % 2) & 7
+    return _entry(load_u8(block + QS_M + g) | upper << 8)
+
+
+@inline
+def _bits_m(block, k):
+    qh = load_u32(block + QH_M + 4 * k)
+    qh = (qh | qh << 16) & 0x0000FFFF0000FFFF
+    qh = (qh | qh << 8) & 0x00FF00FF00FF00FF
+    return (((qh | qh << 4) >> 3) & 0x0101010101010101) * 255
+
+
+_fields_of_qh = load_fields(16, [i // 2 for i in range(16)], [12] * 16)
+_fields_of_scales = load_fields(16, [i // 4 for i in range(16)], [3 * (i % 4) for i in range(16)])
+
+
+@inline
+def _fields_s(block):
+    return _fields_of_qh(block + QH_S)
+
+
+@inline
+def _fields_m(block):
+    return _fields_of_scales(block + SCALES)
+
+
+IQ1_S = grid_format(
+    "IQ1_S", LAYOUT_S, unpack_s, group=_group_s, bits=_bits_s, marked=_lower, d=_d_s, fields=_fields_s, n_bits=3,
+    unit=0.125, kind=SYMMETRIC, offset=9,
+)  # fmt: skip
+IQ1_M = grid_format(
+    "IQ1_M", LAYOUT_M, unpack_m, group=_group_m, bits=_bits_m, marked=_lower, d=_d_m, fields=_fields_m, n_bits=3,
+    unit=0.125, kind=TWO_SCALES, offset=9,
+)  # fmt: skip

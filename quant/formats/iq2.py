@@ -1,0 +1,250 @@
+"""IQ2_XXS, IQ2_XS and IQ2_S: groups of 8 weights on grids of 256, 512 and 1024 entries, with signs. 256 weights in 66,
+74 and 82 bytes: 2.06, 2.31 and 2.56 bits each.
+
+x = d/8 * (2*ls+1) * w, w of magnitude 8, 25 or 43. IQ2_XXS: 8 bytes for every 32 weights, four indices, then 32 bits:
+four times 7 of signs and ls. IQ2_XS: 16 bits a group, 9 of index and 7 of signs; ls for every 16. IQ2_S: 8 bits of each
+index, then the signs of each group, then the indices' upper 2 bits; ls as in IQ2_XS.
+Source: ggml src/ggml-common.h @d99724f, block_iq2_xxs, block_iq2_xs, block_iq2_s; dequantize_row_iq2_xxs and so on in
+ggml-quants.c.
+"""
+
+import numpy as np
+
+from quant.block_format import block_layout, offsets
+from quant.formats import codebooks
+from quant.formats.grids import (
+    entry_of,
+    fields_of,
+    four_sevens,
+    grid_format,
+    load_fields,
+    negative,
+    signed_values,
+    with_eighth_bits,
+)
+from quant.gemm.microkernel_k_block import SIGNED_BYTES, TWO_SCALES
+from quant.simd.ints import shifted
+from quant.simd.memory import load_f16, load_i8x32, load_i8x64, load_i64, load_u8, load_u16, load_u32
+from quant.simd.permutes import (
+    bits_from,
+    eights_in_turn,
+    even_bytes,
+    even_words,
+    interleave_high,
+    interleave_low,
+    mask_of,
+    odd_bytes,
+    odd_words,
+    spread_bytes,
+    table_of,
+)
+from quant.target.jit import inline
+
+LAYOUT_XXS = block_layout(66, d="<f2", qs="32<u2")
+LAYOUT_XS = block_layout(74, d="<f2", qs="32<u2", scales="8u1")
+LAYOUT_S = block_layout(82, d="<f2", qs="64u1", qh="8u1", scales="8u1")
+D, QS = offsets(LAYOUT_XXS)
+SCALES_XS, QH, SCALES_S = offsets(LAYOUT_XS)[2], *offsets(LAYOUT_S)[2:]
+SIGNS_S = QS + 32  # the second half of qs
+UNIT = 0.125
+
+
+def _weights(name: str, indices: np.ndarray, signs: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """float32 (..., 256) of indices and bytes of signs (..., 32) and scales (..., 8 or 16)."""
+    is_negative = np.unpackbits(signs[..., None], axis=-1, bitorder="little")
+    w = codebooks.grid(name)[indices] * (1 - 2 * is_negative.astype(np.int8))
+    return (scale[..., None] * w.reshape(*scale.shape, -1).astype(np.float32)).reshape(*scale.shape[:-1], -1)
+
+
+def _scale(raw: np.ndarray, ls: np.ndarray) -> np.ndarray:
+    return raw["d"].astype(np.float32)[..., None] * (np.float32(0.5) + ls.astype(np.float32)) * np.float32(0.25)
+
+
+def _nibbles(scales: np.ndarray) -> np.ndarray:
+    """(..., 16) of bytes (..., 8), low ones first."""
+    return np.stack([scales & 15, scales >> 4], -1).reshape(*scales.shape[:-1], 16)
+
+
+def unpack_xxs(blocks: np.ndarray) -> np.ndarray:
+    """uint8 (..., n*66) -> float32 (..., n*256), bit-equal to ggml's."""
+    raw = blocks.view(LAYOUT_XXS)
+    words = np.ascontiguousarray(raw["qs"]).view("<u4").reshape(*raw.shape, 8, 2)
+    indices = np.ascontiguousarray(words[..., 0]).view(np.uint8).reshape(*raw.shape, 32)
+    sevens = words[..., 1:] >> np.arange(0, 28, 7, dtype=np.uint32) & 127
+    signs = codebooks.ksigns()[sevens].reshape(*raw.shape, 32)
+    return _weights("IQ2_XXS", indices, signs, _scale(raw, words[..., 1] >> 28)).reshape(*blocks.shape[:-1], -1)
+
+
+def unpack_xs(blocks: np.ndarray) -> np.ndarray:
+    """uint8 (..., n*74) -> float32 (..., n*256), bit-equal to ggml's."""
+    raw = blocks.view(LAYOUT_XS)
+    signs = codebooks.ksigns()[raw["qs"] >> 9]
+    scale = _scale(raw, _nibbles(raw["scales"]))
+    return _weights("IQ2_XS", raw["qs"] & 511, signs, scale).reshape(*blocks.shape[:-1], -1)
+
+
+def unpack_s(blocks: np.ndarray) -> np.ndarray:
+    """uint8 (..., n*82) -> float32 (..., n*256), bit-equal to ggml's."""
+    raw = blocks.view(LAYOUT_S)
+    low, signs = np.split(raw["qs"], 2, -1)
+    high = (raw["qh"][..., None] >> np.arange(0, 8, 2, dtype=np.uint8) & 3).reshape(*raw.shape, 32)
+    scale = _scale(raw, _nibbles(raw["scales"]))
+    return _weights("IQ2_S", low | high.astype(np.uint16) << 8, signs, scale).reshape(*blocks.shape[:-1], -1)
+
+
+@inline
+def _d(block):
+    return load_f16(block + D)
+
+
+_entry_xxs, _entry_xs, _entry_s = (entry_of(name, codebooks.grid(name)) for name in ("IQ2_XXS", "IQ2_XS", "IQ2_S"))
+
+
+@inline
+def _group_xxs(block, g):
+    return _entry_xxs(load_u8(block + QS + 8 * (g // 4) + g % 4))
+
+
+@inline
+def _bits_xxs(block, k):
+    words = block + QS + 16 * k
+    return with_eighth_bits(four_sevens(load_u32(words + 4)) | four_sevens(load_u32(words + 12)) << 32)
+
+
+@inline
+def _group_xs(block, g):
+    return _entry_xs(load_u16(block + QS + 2 * g) & 511)
+
+
+@inline
+def _four_bytes(words):
+    """The low bytes of four 16-bit words."""
+    words = (words | words >> 8) & 0x0000FFFF0000FFFF
+    return (words | words >> 16) & 0xFFFFFFFF
+
+
+@inline
+def _bits_xs(block, k):
+    first, second = load_i64(block + QS + 16 * k) >> 9, load_i64(block + QS + 16 * k + 8) >> 9
+    sevens = _four_bytes(first & 0x007F007F007F007F) | _four_bytes(second & 0x007F007F007F007F) << 32
+    return with_eighth_bits(sevens)
+
+
+@inline
+def _group_s(block, g):
+    high = load_u8(block + QH + g // 4) >> 2 * (g % 4) & 3
+    return _entry_s(load_u8(block + QS + g) | high << 8)
+
+
+@inline
+def _bits_s(block, k):
+    return load_i64(block + SIGNS_S + 8 * k)
+
+
+_nibble_fields = load_fields(32, [i // 8 for i in range(16)], [4 * (i % 8) for i in range(16)])
+_fields_of_words = load_fields(32, [i // 2 * 2 + 1 for i in range(16)], [28] * 16)
+
+
+@inline
+def _fields_xxs(block):
+    return _fields_of_words(block + QS)
+
+
+@inline
+def _fields_xs(block):
+    return _nibble_fields(block + SCALES_XS)
+
+
+@inline
+def _fields_s(block):
+    return _nibble_fields(block + SCALES_S)
+
+
+# ---- where bytes can be permuted -------------------------------------------------------------------------------------
+
+_values = np.unique(codebooks.grid("IQ2_S"))
+# A group's first four weights make a byte, its others another; the fourth field is shifted down by 2. Signs are 4 bits
+# of a byte, one of which takes the place of a bit of another field.
+_PLACES = 2, 0, 1, 3
+_first, _second, _third, _fourth = (
+    table_of(signed_values(_values, shift, 2, sign)) for shift, sign in ((2, 0), (4, 1), (0, 2), (4, 3))
+)
+_signs_of_sevens = table_of(codebooks.ksigns())
+_sevens = bits_from([0, 7, 14, 21, 32, 39, 46, 53])
+
+
+def _codes_of(name: str):
+    """Lookups of the bytes of a group's first weights and of its last."""
+    return (table_of(fields_of(name, [4 * half + place for place in _PLACES], 2)) for half in range(2))
+
+
+_low_xxs, _high_xxs = _codes_of("IQ2_XXS")
+_low_xs, _high_xs = _codes_of("IQ2_XS")
+_low_s, _high_s = _codes_of("IQ2_S")
+_move_2 = shifted(-2, -2)
+_move_4 = shifted(-4, -4)
+_move_1 = shifted(-1, -1)
+
+
+@inline
+def _fourths(codes, signs):
+    """Weights + 128 of a block: every fourth column from 0, 1, 2 and 3 on."""
+    return (
+        _first(signs & 1 | codes & 254),
+        _second(signs & 2 | codes & 253),
+        _third(signs & 4 | codes & 251),
+        _fourth(signs & 8 | _move_2(codes) & 247),
+    )
+
+
+@inline
+def _two_blocks(low, high, signs):
+    """Of bytes of groups, 8 of one block and 8 of another in turn: codes of their halves, and signs."""
+    upper = _move_4(signs)
+    return (
+        _fourths(interleave_low(low, high), interleave_low(signs, upper)),
+        _fourths(interleave_high(low, high), interleave_high(signs, upper)),
+    )
+
+
+@inline
+def _two_xxs(a, b):
+    a, b = load_i8x64(a + QS), load_i8x64(b + QS)
+    index = even_words(a, b)
+    return _two_blocks(_low_xxs(index), _high_xxs(index), _signs_of_sevens(_sevens(odd_words(a, b))))
+
+
+_ninth_bits = mask_of([1])
+
+
+@inline
+def _two_xs(a, b):
+    a, b = load_i8x64(a + QS), load_i8x64(b + QS)
+    index, upper = even_bytes(a, b), odd_bytes(a, b)
+    ninth = _ninth_bits(upper)
+    return _two_blocks(_low_xs(index, ninth), _high_xs(index, ninth), _signs_of_sevens(_move_1(upper)))
+
+
+_ninth_of_4, _tenth_of_4 = mask_of([1, 4, 16, 64]), mask_of([2, 8, 32, 128])
+
+
+@inline
+def _two_s(a, b):
+    upper = spread_bytes(load_i64(a + QH), load_i64(b + QH))
+    index, ninth, tenth = eights_in_turn(load_i8x32(a + QS), load_i8x32(b + QS)), _ninth_of_4(upper), _tenth_of_4(upper)
+    signs = eights_in_turn(load_i8x32(a + SIGNS_S), load_i8x32(b + SIGNS_S))
+    return _two_blocks(_low_s(index, ninth, tenth), _high_s(index, ninth, tenth), signs)
+
+
+IQ2_XXS = grid_format(
+    "IQ2_XXS", LAYOUT_XXS, unpack_xxs, group=_group_xxs, bits=_bits_xxs, marked=negative, d=_d, fields=_fields_xxs,
+    n_bits=4, unit=UNIT, kind=SIGNED_BYTES, offset=128, two_blocks=_two_xxs,
+)  # fmt: skip
+IQ2_XS = grid_format(
+    "IQ2_XS", LAYOUT_XS, unpack_xs, group=_group_xs, bits=_bits_xs, marked=negative, d=_d, fields=_fields_xs, n_bits=4,
+    unit=UNIT, kind=TWO_SCALES, offset=43, two_blocks=_two_xs, level="avx512_vnni",
+)  # fmt: skip
+IQ2_S = grid_format(
+    "IQ2_S", LAYOUT_S, unpack_s, group=_group_s, bits=_bits_s, marked=negative, d=_d, fields=_fields_s, n_bits=4,
+    unit=UNIT, kind=TWO_SCALES, offset=43, two_blocks=_two_s, level="avx512_vnni",
+)  # fmt: skip

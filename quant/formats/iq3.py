@@ -1,0 +1,176 @@
+"""IQ3_XXS and IQ3_S: groups of 4 weights on grids of 256 and 512 entries, with signs. 256 weights in 98 and 110 bytes:
+3.06 and 3.44 bits each.
+
+IQ3_XXS: x = d/4 * (2*ls+1) * w, |w| from 4 to 62. 64 indices, then for every 32 weights 32 bits: four times 7 of signs
+and ls. IQ3_S: x = d * (2*ls+1) * w, |w| odd, up to 15. 64 times 8 bits of an index, their ninth bits, the signs of each
+8 weights, ls for every 32.
+Source: ggml src/ggml-common.h @d99724f, block_iq3_xxs, block_iq3_s; dequantize_row_iq3_xxs, dequantize_row_iq3_s in
+ggml-quants.c.
+"""
+
+import numpy as np
+
+from quant.block_format import block_layout, offsets
+from quant.formats import codebooks
+from quant.formats.grids import (
+    entry_of,
+    fields_of,
+    four_sevens,
+    grid_format,
+    load_fields,
+    negative,
+    signed_values,
+    with_eighth_bits,
+)
+from quant.gemm.microkernel_k_block import SIGNED_BYTES
+from quant.simd.memory import load_f16, load_i8x32, load_i8x64, load_i64, load_u8, load_u32
+from quant.simd.permutes import bits_from, fours_apart, table_of
+from quant.target.jit import inline
+
+LAYOUT_XXS = block_layout(98, d="<f2", qs="96u1")
+LAYOUT_S = block_layout(110, d="<f2", qs="64u1", qh="8u1", signs="32u1", scales="4u1")
+D, QS = offsets(LAYOUT_XXS)
+WORDS = QS + 64  # the last 32 bytes of IQ3_XXS's qs
+QH, SIGNS, SCALES = offsets(LAYOUT_S)[2:]
+
+
+def _weights(name: str, indices: np.ndarray, signs: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """float32 (..., 256) of indices (..., 64), bytes of signs (..., 32) and scales (..., 8)."""
+    is_negative = np.unpackbits(signs[..., None], axis=-1, bitorder="little").reshape(*indices.shape, 4)
+    w = codebooks.grid(name)[indices] * (1 - 2 * is_negative.astype(np.int8))
+    return (scale[..., None] * w.reshape(*scale.shape, 32).astype(np.float32)).reshape(*scale.shape[:-1], -1)
+
+
+def unpack_xxs(blocks: np.ndarray) -> np.ndarray:
+    """uint8 (..., n*98) -> float32 (..., n*256), bit-equal to ggml's."""
+    raw = blocks.view(LAYOUT_XXS)
+    indices, words = raw["qs"][..., :64], np.ascontiguousarray(raw["qs"][..., 64:]).view("<u4")
+    signs = codebooks.ksigns()[words[..., None] >> np.arange(0, 28, 7, dtype=np.uint32) & 127]
+    scale = raw["d"].astype(np.float32)[..., None] * (np.float32(0.5) + (words >> 28).astype(np.float32))
+    x = _weights("IQ3_XXS", indices, signs.reshape(*raw.shape, 32), scale * np.float32(0.5))
+    return x.reshape(*blocks.shape[:-1], -1)
+
+
+def unpack_s(blocks: np.ndarray) -> np.ndarray:
+    """uint8 (..., n*110) -> float32 (..., n*256), bit-equal to ggml's."""
+    raw = blocks.view(LAYOUT_S)
+    ninth = np.unpackbits(raw["qh"], axis=-1, bitorder="little").astype(np.uint16)
+    ls = np.stack([raw["scales"] & 15, raw["scales"] >> 4], -1).reshape(*raw.shape, 8)
+    scale = raw["d"].astype(np.float32)[..., None] * (1 + 2 * ls).astype(np.float32)
+    return _weights("IQ3_S", raw["qs"] | ninth << 8, raw["signs"], scale).reshape(*blocks.shape[:-1], -1)
+
+
+@inline
+def _d(block):
+    return load_f16(block + D)
+
+
+_entry_xxs, _entry_s = entry_of("IQ3_XXS", codebooks.grid("IQ3_XXS")), entry_of("IQ3_S", codebooks.grid("IQ3_S"))
+
+
+@inline
+def _group_xxs(block, g):
+    qs = block + QS + 2 * g
+    return _entry_xxs(load_u8(qs)) | _entry_xxs(load_u8(qs + 1)) << 32
+
+
+@inline
+def _bits_xxs(block, k):
+    words = block + WORDS + 8 * k
+    return with_eighth_bits(four_sevens(load_u32(words)) | four_sevens(load_u32(words + 4)) << 32)
+
+
+@inline
+def _group_s(block, g):
+    qs, ninth = block + QS + 2 * g, load_u8(block + QH + g // 4) >> 2 * (g % 4)
+    first, second = load_u8(qs) | (ninth & 1) << 8, load_u8(qs + 1) | (ninth & 2) << 7
+    return _entry_s(first) | _entry_s(second) << 32
+
+
+@inline
+def _bits_s(block, k):
+    return load_i64(block + SIGNS + 8 * k)
+
+
+_fields_of_words = load_fields(32, [i // 2 for i in range(16)], [28] * 16)
+_nibble_fields = load_fields(32, [0] * 16, [4 * (i // 2) for i in range(16)])
+
+
+@inline
+def _fields_xxs(block):
+    return _fields_of_words(block + WORDS)
+
+
+@inline
+def _fields_s(block):
+    return _nibble_fields(block + SCALES)
+
+
+# ---- where bytes can be permuted -------------------------------------------------------------------------------------
+
+# A group's weights 2 and 0 make a byte of 6 bits, its weights 3 and 1 another. Its signs are bits 1 to 4 of a byte, one
+# of which takes the place of a bit of the other field.
+_FIELDS = (3, 1), (3, 2), (0, 3), (0, 4)  # shift and sign of weights 0 to 3
+
+
+def _tables(name: str):
+    """Lookups of both bytes of an index, and of the four weights."""
+    codes = [table_of(fields_of(name, places, 3)) for places in ((2, 0), (3, 1))]
+    values = np.unique(codebooks.grid(name))
+    return codes + [table_of(signed_values(values, shift, 3, sign)) for shift, sign in _FIELDS]
+
+
+_even_xxs, _odd_xxs, _first_xxs, _second_xxs, _third_xxs, _fourth_xxs = _tables("IQ3_XXS")
+_even_s, _odd_s, _first_s, _second_s, _third_s, _fourth_s = _tables("IQ3_S")
+_signs_of_sevens = table_of(codebooks.ksigns())
+_sevens = bits_from([0, 0, 7, 7, 14, 14, 21, 21])
+_halves_of_bytes = bits_from([16 * i + at for i in range(4) for at in (-1, 3)])
+_halves_of_4_bytes = bits_from([4 * i - 1 for i in range(8)])
+
+
+@inline
+def _fourths_xxs(block):
+    """Weights + 128 of a block: every fourth column from 0, 1, 2 and 3 on."""
+    index = load_i8x64(block + QS)
+    even, odd = _even_xxs(index), _odd_xxs(index)
+    signs = _halves_of_bytes(_signs_of_sevens(_sevens(fours_apart(load_i8x32(block + WORDS)))))
+    return (
+        _first_xxs(signs & 2 | even & 253),
+        _second_xxs(signs & 4 | odd & 251),
+        _third_xxs(signs & 8 | even & 247),
+        _fourth_xxs(signs & 16 | odd & 239),
+    )
+
+
+@inline
+def _fourths_s(block):
+    """The same."""
+    index, ninth = load_i8x64(block + QS), load_i64(block + QH)
+    even, odd = _even_s(index, ninth), _odd_s(index, ninth)
+    signs = _halves_of_4_bytes(fours_apart(load_i8x32(block + SIGNS)))
+    return (
+        _first_s(signs & 2 | even & 253),
+        _second_s(signs & 4 | odd & 251),
+        _third_s(signs & 8 | even & 247),
+        _fourth_s(signs & 16 | odd & 239),
+    )
+
+
+@inline
+def _two_xxs(a, b):
+    return _fourths_xxs(a), _fourths_xxs(b)
+
+
+@inline
+def _two_s(a, b):
+    return _fourths_s(a), _fourths_s(b)
+
+
+IQ3_XXS = grid_format(
+    "IQ3_XXS", LAYOUT_XXS, unpack_xxs, group=_group_xxs, bits=_bits_xxs, marked=negative, d=_d, fields=_fields_xxs,
+    n_bits=4, unit=0.25, kind=SIGNED_BYTES, offset=128, two_blocks=_two_xxs,
+)  # fmt: skip
+IQ3_S = grid_format(
+    "IQ3_S", LAYOUT_S, unpack_s, group=_group_s, bits=_bits_s, marked=negative, d=_d, fields=_fields_s, n_bits=4,
+    unit=1.0, kind=SIGNED_BYTES, offset=128, two_blocks=_two_s,
+)  # fmt: skip

@@ -1,0 +1,126 @@
+"""Lookups of 64 bytes in tables that lie in registers, and other moves of bytes: AVX-512 VBMI, at level avx512_vnni.
+
+Formats whose weights are entries of a grid decode this way where CAN_PERMUTE says so: Intel from Ice Lake, AMD from
+Zen 4 on.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+
+from quant.simd.core import I32, I64, call, constant, define, i8x16, i8x32, i8x64, i32x16, shuffle
+from quant.target import isa
+
+CAN_PERMUTE = isa.has("avx512_vnni") and isa.target_has("avx512vbmi")
+
+_WORDS = i32x16.ir
+_QWORDS = ir.VectorType(I64, 8)
+
+
+def _constant(values: Sequence[int]) -> ir.Constant:
+    return ir.Constant(i8x64.ir, [int(value) & 0xFF for value in values])
+
+
+def _lookup(builder, table: np.ndarray, index, masks: Sequence) -> ir.Value:
+    """64 bytes of a table of 64, 128 or, by bit 7 and then by masks, of more."""
+    if len(table) == 64:
+        return call(builder, "llvm.x86.avx512.permvar.qi.512", i8x64.ir, _constant(table), index)
+    if len(table) == 128:
+        low, high = _constant(table[:64]), _constant(table[64:])
+        return call(builder, "llvm.x86.avx512.vpermi2var.qi.512", i8x64.ir, low, index, high)
+    half = len(table) // 2
+    *rest, bit = masks
+    low, high = _lookup(builder, table[:half], index, rest), _lookup(builder, table[half:], index, rest)
+    return builder.select(bit, high, low)
+
+
+def table_of(values: np.ndarray) -> Callable:
+    """An intrinsic i8x64(i8x64 index, int64 masks ...): entries of a table of bytes.
+
+    The index has 6, 7 or 8 bits for tables of 64, 128 or 256 (and bits above that do nothing). Of larger ones each mask
+    holds one more bit for all 64, lowest first.
+    """
+    n_masks = max(0, len(values).bit_length() - 9)
+
+    def emit(builder, index, *masks):
+        lanes = [builder.bitcast(mask, ir.VectorType(ir.IntType(1), 64)) for mask in masks]
+        if len(values) > 128:
+            lanes.insert(0, builder.icmp_signed("<", index, constant(index.type, 0)))
+        return _lookup(builder, np.asarray(values), index, lanes)
+
+    return define(i8x64, (i8x64,) + (types.int64,) * n_masks, emit)
+
+
+def bits_from(offsets: Sequence[int]) -> Callable:
+    """An intrinsic i8x64(i8x64): byte i of each 8 becomes the 8 bits that begin at bit offsets[i] of these 64."""
+    shifts = _constant([offset % 64 for offset in offsets] * 8)
+    name = "llvm.x86.avx512.pmultishift.qb.512"
+    return define(i8x64, (i8x64,), lambda builder, v: call(builder, name, v.type, shifts, v))
+
+
+def mask_of(bits: Sequence[int]) -> Callable:
+    """An intrinsic int64(i8x64): where a byte has one of these bits, which repeat."""
+    wanted = _constant([*bits] * (64 // len(bits)))
+
+    def emit(builder, v):
+        return builder.bitcast(builder.icmp_unsigned("!=", builder.and_(v, wanted), constant(v.type, 0)), I64)
+
+    return define(types.int64, (i8x64,), emit)
+
+
+def _in_quarters(a: Sequence[int], b: Sequence[int], width: int) -> Callable:
+    """emit(builder, v, w): in each quarter these elements of v's quarter, then those of w's; `width` bits each."""
+    kind, n = ir.VectorType(ir.IntType(width), 512 // width), 128 // width
+    lanes = [n * q + i + half * 4 * n for q in range(4) for half, chosen in enumerate((a, b)) for i in chosen]
+
+    def emit(builder, v, w):
+        found = shuffle(builder, builder.bitcast(v, kind), builder.bitcast(w, kind), lanes)
+        return builder.bitcast(found, i8x64.ir)
+
+    return emit
+
+
+def _interleaved(first: int) -> Callable:
+    lanes = [16 * q + first + i + 64 * side for q in range(4) for i in range(8) for side in range(2)]
+    return lambda builder, v, w: shuffle(builder, v, w, lanes)
+
+
+def _in_turn(kind: ir.VectorType, copies: int) -> Callable:
+    """Elements of a and of b in turn, `copies` of each."""
+
+    def emit(builder, a, b):
+        n = kind.count
+        lanes = [i + side for i in range(n) for side in (0, n) for _ in range(copies)]
+        return builder.bitcast(shuffle(builder, builder.bitcast(a, kind), builder.bitcast(b, kind), lanes), i8x64.ir)
+
+    return emit
+
+
+def _spread_bytes(builder, a, b):
+    """Two int64: byte i of a and of b, four times each, by pairs in turn."""
+    both = builder.insert_element(ir.Constant(ir.VectorType(I64, 2), ir.Undefined), a, I32(0))
+    both = builder.bitcast(builder.insert_element(both, b, I32(1)), i8x16.ir)
+    lanes = [8 * side + 2 * q + i for q in range(4) for side in range(2) for i in range(2) for _ in range(4)]
+    return shuffle(builder, both, None, lanes)
+
+
+def _at_least(builder, v, w):
+    return builder.bitcast(builder.icmp_unsigned(">=", v, w), I64)
+
+
+# Of two vectors, in each quarter: words 0 and 2, words 1 and 3, even bytes, odd bytes; of v, then of w.
+even_words = define(i8x64, (i8x64, i8x64), _in_quarters((0, 2), (0, 2), 32))
+odd_words = define(i8x64, (i8x64, i8x64), _in_quarters((1, 3), (1, 3), 32))
+even_bytes = define(i8x64, (i8x64, i8x64), _in_quarters(range(0, 16, 2), range(0, 16, 2), 8))
+odd_bytes = define(i8x64, (i8x64, i8x64), _in_quarters(range(1, 16, 2), range(1, 16, 2), 8))
+interleave_low = define(i8x64, (i8x64, i8x64), _interleaved(0))  # bytes 0..7 of v's and w's quarters in turn
+interleave_high = define(i8x64, (i8x64, i8x64), _interleaved(8))
+eights_in_turn = define(i8x64, (i8x32, i8x32), _in_turn(ir.VectorType(I64, 4), 1))
+fours_in_turn = define(i8x64, (i8x16, i8x16), _in_turn(ir.VectorType(I32, 4), 2))  # each four twice
+fours_apart = define(  # 4 bytes to the start of each 8, nothing behind them
+    i8x64, (i8x32,), lambda b, v: b.bitcast(b.zext(b.bitcast(v, ir.VectorType(I32, 8)), _QWORDS), i8x64.ir)
+)
+spread_bytes = define(i8x64, (types.int64, types.int64), _spread_bytes)
+at_least_mask = define(types.int64, (i8x64, i8x64), _at_least)  # where v >= w, unsigned
