@@ -191,17 +191,23 @@ def _add_fourths(weights, k_block, total):
     return fma(to_f32(dots), weights[4] * load_f32x16(k_block + SCALES_OF_16), total)
 
 
-def signed_values(values: Sequence[int], shift: int, n_bits: int, sign: int) -> np.ndarray:
-    """uint8 (64,): the table of an index whose bits from `shift` on are a value's number, and bit `sign` its sign."""
-    index = np.arange(64)
-    found = np.asarray(values, np.int16)[(index >> shift) % 2**n_bits % len(values)]
-    return (128 + np.where(index >> sign & 1, -found, found)).astype(np.uint8)
+def signed_values(
+    values: Sequence[int], shift: int, n_bits: int, sign: int, others: Sequence[int] | None = None
+) -> np.ndarray:
+    """uint8 (64,): the table of an index whose bits from `shift` on are a value's number, and bit `sign` its sign.
+
+    Values + 128; negative ones where the bit is set, or others instead.
+    """
+    index, values = np.arange(64), np.asarray(values, np.int16)
+    number = (index >> shift) % 2**n_bits % len(values)
+    others = -values if others is None else np.asarray(others)
+    return (128 + np.where(index >> sign & 1, others[number], values[number])).astype(np.uint8)
 
 
 def fields_of(name: str, places: Sequence[int], n_bits: int) -> np.ndarray:
     """uint8 (entries,): of each entry the numbers of the weights w of places[i] = w, `n_bits` each from bit 0 on.
 
-    A weight's number is its place among the values in the grid; a place of None stays 0.
+    A weight's number is its place among the values in the grid.
     """
     grid = codebooks.grid(name)
     number = np.searchsorted(np.unique(grid), grid)

@@ -13,9 +13,20 @@ import numpy as np
 
 from quant.block_format import block_layout, offsets
 from quant.formats import codebooks
-from quant.formats.grids import entry_of, grid_format, load_fields
+from quant.formats.grids import entry_of, fields_of, grid_format, load_fields, signed_values
 from quant.gemm.microkernel_k_block import SYMMETRIC, TWO_SCALES
-from quant.simd.memory import f16_to_f32, load_f16, load_i64, load_u8, load_u16, load_u32
+from quant.simd.ints import shifted, where_bits
+from quant.simd.memory import f16_to_f32, load_f16, load_i8x16, load_i8x32, load_i64, load_u8, load_u16, load_u32
+from quant.simd.permutes import (
+    at_least_mask,
+    bits_from,
+    eights_in_turn,
+    fours_in_turn,
+    interleave_high,
+    interleave_low,
+    mask_of,
+    table_of,
+)
 from quant.target.jit import inline
 
 LAYOUT_S = block_layout(50, d="<f2", qs="32u1", qh="8<u2")
@@ -118,11 +129,92 @@ def _fields_m(block):
     return _fields_of_scales(block + SCALES)
 
 
+# ---- where bytes can be permuted -------------------------------------------------------------------------------------
+
+# As in iq2.py a group's first four weights make a byte, its others another, the fourth field shifted down by 2. Delta's
+# sign is bit 3, or of the first weight, whose field that is in, bit 5.
+_PLACES = 2, 0, 1, 3
+_UP, _DOWN = (-7, 1, 9), (-9, -1, 7)
+_first, _second, _third, _fourth = (
+    table_of(signed_values(_UP, shift, 2, sign, _DOWN)) for shift, sign in ((2, 5), (4, 3), (0, 3), (4, 3))
+)
+_first_half = table_of(fields_of("IQ1_S", _PLACES, 2))
+_up_2, _down_2, _up_4, _down_4 = shifted(2, 2), shifted(-2, -2), shifted(4, 4), shifted(-4, -4)
+
+
+def _runs() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tables of 128 bytes for a group's second half: entries are in its order, and change once in 16 at most.
+
+    Number of the half at the first of each 16 entries, where among them the next one begins (16: nowhere), fields.
+    """
+    fields = fields_of("IQ1_S", [4 + place for place in _PLACES], 2)
+    starts = np.flatnonzero(np.diff(fields, prepend=fields[0] ^ 1))
+    number = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(fields))).reshape(128, 16)
+    assert (number[:, -1] - number[:, 0] < 2).all()
+    distinct = np.zeros(128, np.uint8)
+    distinct[: len(starts)] = fields[starts]
+    return number[:, 0].astype(np.uint8), (number == number[:, :1]).sum(1).astype(np.uint8), distinct
+
+
+_number, _change, _fields = (table_of(table) for table in _runs())
+
+
+@inline
+def _second_half(index, upper):
+    sixteen = _down_4(index) & 15 | _up_4(upper) & 112
+    number = _number(sixteen)
+    return _fields(where_bits(at_least_mask(index & 15, _change(sixteen)), number + 1, number))
+
+
+@inline
+def _fourths(codes, deltas):
+    """Weights + 128 of a block: every fourth column from 0, 1, 2 and 3 on."""
+    return (
+        _first(_up_2(deltas) & 32 | codes & 223),
+        _second(deltas & 8 | codes & 247),
+        _third(deltas & 8 | codes & 247),
+        _fourth(deltas & 8 | _down_2(codes) & 247),
+    )
+
+
+_ninth, _tenth, _eleventh = mask_of([1]), mask_of([2]), mask_of([4])
+
+
+@inline
+def _two_blocks(index, upper, deltas):
+    """Of bytes of groups, 8 of one block and 8 of another in turn: index, its upper 3 bits, delta's sign in bit 3."""
+    low = _first_half(index, _ninth(upper), _tenth(upper), _eleventh(upper))
+    high = _second_half(index, upper)
+    return (
+        _fourths(interleave_low(low, high), interleave_low(deltas, deltas)),
+        _fourths(interleave_high(low, high), interleave_high(deltas, deltas)),
+    )
+
+
+_threes = bits_from([0, 3, 6, 9, 16, 19, 22, 25])
+_last_of_16 = bits_from([12, 12, 12, 12, 28, 28, 28, 28])
+_nibbles = bits_from(range(0, 32, 4))
+
+
+@inline
+def _two_s(a, b):
+    index = eights_in_turn(load_i8x32(a + QS_S), load_i8x32(b + QS_S))
+    qh = fours_in_turn(load_i8x16(a + QH_S), load_i8x16(b + QH_S))
+    return _two_blocks(index, _threes(qh), _last_of_16(qh))
+
+
+@inline
+def _two_m(a, b):
+    index = eights_in_turn(load_i8x32(a + QS_M), load_i8x32(b + QS_M))
+    nibbles = _nibbles(fours_in_turn(load_i8x16(a + QH_M), load_i8x16(b + QH_M)))
+    return _two_blocks(index, nibbles, nibbles)
+
+
 IQ1_S = grid_format(
     "IQ1_S", LAYOUT_S, unpack_s, group=_group_s, bits=_bits_s, marked=_lower, d=_d_s, fields=_fields_s, n_bits=3,
-    unit=0.125, kind=SYMMETRIC, offset=9,
+    unit=0.125, kind=SYMMETRIC, offset=9, two_blocks=_two_s,
 )  # fmt: skip
 IQ1_M = grid_format(
     "IQ1_M", LAYOUT_M, unpack_m, group=_group_m, bits=_bits_m, marked=_lower, d=_d_m, fields=_fields_m, n_bits=3,
-    unit=0.125, kind=TWO_SCALES, offset=9,
+    unit=0.125, kind=TWO_SCALES, offset=9, two_blocks=_two_m,
 )  # fmt: skip

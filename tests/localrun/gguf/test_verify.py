@@ -19,7 +19,7 @@ from localrun.gguf.verify import verify
 
 NAMES = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 NAMES += ["IQ4_NL", "IQ4_XS", "MXFP4", "TQ1_0", "TQ2_0", "Q1_0"]
-GRIDS = ["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ3_S"]  # which ggml takes seconds to quantise to: blocks are made up
+GRIDS = ["IQ1_S", "IQ2_XXS", "IQ3_S"]  # which ggml takes seconds to quantise to: blocks are made up
 
 
 def write(path: Path, tensors: dict[str, tuple[np.ndarray, Type]]) -> Path:
@@ -78,6 +78,14 @@ def test_the_command_names_each_tensor_and_fails(tmp_path: Path, capsys: pytest.
     good = write(tmp_path / "y.gguf", {"good": (np.zeros(4, np.float32), Type.F32)})
     assert run(["inspect", str(good), "--verify", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["verified"] == {"tensors": 1, "bytes": 16, "unchecked_types": {}}
+
+
+def test_the_scale_that_lies_in_four_words(tmp_path: Path) -> None:
+    data = random_blocks("IQ1_M", (2, 256), np.random.default_rng(0))
+    data[1, 48:] = 0xFF
+    with open_gguf(write(tmp_path / "x.gguf", {"a": (data[:1], Type.IQ1_M), "b": (data, Type.IQ1_M)})) as file:
+        problems = verify(file).problems
+    assert problems == ["tensor 'b' (IQ1_M): the scale of block 1 (weights from 256) is not finite"]
 
 
 def test_types_that_are_not_known_are_told(tmp_path: Path) -> None:
