@@ -10,19 +10,20 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 
 from quant.block_format import EXPAND, REPACK, Format, PanelFormat
 from quant.formats import codebooks
+from quant.formats.grids_quantize import quantizer
 from quant.gemm.microkernel_k_block import K_BLOCK_BYTES
 from quant.gemm.repack import SCALES as K_BLOCK_SCALES
 from quant.gemv import pairs, plain
 from quant.gemv.activations import EVERY_FOURTH, IN_ORDER, SCALES_16, SCALES_OF_16, STARTS, SUMS_16
 from quant.gemv.plain import specialize
-from quant.simd.core import I8, I32, I64, call, constant, define, f32x16, i8x64, i32x16, load, shuffle
+from quant.simd.core import I32, I64, call, constant, define, f32x16, i8x64, i32x16, load, shuffle
 from quant.simd.floats import fma, halves_f32x32, picked, splat_f32x16, to_f32
 from quant.simd.ints import WEIGHT_BIAS, dot_biased, dot_u8, pair_sums_wide, where_bits, zero_i32x16
 from quant.simd.memory import (
+    emit_table,
     load_f32,
     load_f32x16,
     load_i8x32,
@@ -46,19 +47,13 @@ GROUPS = 32
 # ---- what formats are made of ----------------------------------------------------------------------------------------
 
 
-def entry_of(name: str, values: np.ndarray) -> Callable:
+def entry_of(values: np.ndarray) -> Callable:
     """An intrinsic int64(int64 i): entry i of int8 (entries, 8 or 4), its bytes + WEIGHT_BIAS."""
     raised = np.ascontiguousarray(values.astype(np.int16) + WEIGHT_BIAS).astype(np.uint8)
     word = ir.IntType(8 * raised.shape[1])
 
     def emit(builder, index):
-        table = builder.module.globals.get(name)
-        if table is None:
-            data = ir.Constant(ir.ArrayType(I8, raised.nbytes), bytearray(raised.tobytes()))
-            table = cgutils.global_constant(builder.module, name, data)
-            table.unnamed_addr, table.align = True, 64
-        first = builder.ptrtoint(table, I64)
-        found = load(builder, builder.add(first, builder.mul(index, I64(raised.shape[1]))), word)
+        found = load(builder, builder.add(emit_table(builder, raised), builder.mul(index, I64(raised.shape[1]))), word)
         return found if word == I64 else builder.zext(found, I64)
 
     return define(types.int64, (types.int64,), emit)
@@ -286,4 +281,5 @@ def grid_format(
     names = {"BLOCK_BYTES": block_bytes, "RAISED": offset, "write_weights": write_weights, "scales": scales}
     expand = kernel(EXPAND)(specialize(_expand, f"expand_{name}", **names))
     panels = PanelFormat(kind, offset, kernel(REPACK, level)(specialize(_repack, f"repack_{name}", **names)))
-    return Format(name, BLOCK, layout, True, unpack, gemv, gemv_batch, expand, panels=panels)
+    quantize = quantizer(name, layout)
+    return Format(name, BLOCK, layout, True, unpack, gemv, gemv_batch, expand, panels=panels, quantize=quantize)

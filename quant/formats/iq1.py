@@ -69,7 +69,7 @@ def unpack_m(blocks: np.ndarray) -> np.ndarray:
     return _weights(indices, nibbles > 7, scale).reshape(*blocks.shape[:-1], -1)
 
 
-_entry = entry_of("IQ1", 8 * codebooks.grid("IQ1_S") + 1)
+_entry = entry_of(8 * codebooks.grid("IQ1_S") + 1)
 
 
 @inline

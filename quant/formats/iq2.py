@@ -97,7 +97,7 @@ def _d(block):
     return load_f16(block + D)
 
 
-_entry_xxs, _entry_xs, _entry_s = (entry_of(name, codebooks.grid(name)) for name in ("IQ2_XXS", "IQ2_XS", "IQ2_S"))
+_entry_xxs, _entry_xs, _entry_s = (entry_of(codebooks.grid(name)) for name in ("IQ2_XXS", "IQ2_XS", "IQ2_S"))
 
 
 @inline

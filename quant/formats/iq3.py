@@ -65,7 +65,7 @@ def _d(block):
     return load_f16(block + D)
 
 
-_entry_xxs, _entry_s = entry_of("IQ3_XXS", codebooks.grid("IQ3_XXS")), entry_of("IQ3_S", codebooks.grid("IQ3_S"))
+_entry_xxs, _entry_s = entry_of(codebooks.grid("IQ3_XXS")), entry_of(codebooks.grid("IQ3_S"))
 
 
 @inline

@@ -61,7 +61,7 @@ def _raised_of_even(block):
 # ---- quantising ------------------------------------------------------------------------------------------------------
 
 _index = count_below(midpoints(VALUES))
-_nearest = step_function(VALUES.astype(np.float64))
+nearest_level = step_function(VALUES.astype(np.float64))
 _LOWEST, _HIGHEST = int(VALUES[0]), int(VALUES[-1])
 _TO_HIGHEST = constants([_HIGHEST + step for step in (0, -1, 1, -2, 2, -3, 3, -4, 4, -5, 5, -6, 6, -7, 7, -9)])
 _TO_LOWEST = constants([_LOWEST + step for step in (0, -1, 1, -2, 2, -3, 3, -4, 4, -5, 5, -6, 6, -7, 7, 9)])
@@ -74,7 +74,7 @@ def _best_scale(x, w, inverse):
     xl, ll = zero_f32x16(), zero_f32x16()
     for i in range(BLOCK):
         xi, wi = splat_f32x16(load_f32(x + 4 * i)), splat_f32x16(load_f32(w + 4 * i))
-        level = _nearest(inverse * xi)
+        level = nearest_level(inverse * xi)
         wl = wi * level
         xl, ll = fma(wl, xi, xl), fma(wl, level, ll)
     scale = where(ll > 0, xl / ll, 0)
@@ -82,7 +82,16 @@ def _best_scale(x, w, inverse):
 
 
 @inline
-def _indices(values, d):
+def fit_scale(x, w):
+    """The best of all scales that are tried for 32 weights, not all 0."""
+    values = load_f32x32(x)
+    unit = np.float32(1.0) / signed_largest(values)
+    to_highest, to_lowest = _best_scale(x, w, _TO_HIGHEST() * unit), _best_scale(x, w, _TO_LOWEST() * unit)
+    return to_lowest if _error(values, w, to_lowest) < _error(values, w, to_highest) else to_highest
+
+
+@inline
+def indices(values, d):
     """The table's entries nearest to values / d."""
     return _index(values * inverse_of(d), np.float32(1.0))
 
@@ -90,7 +99,7 @@ def _indices(values, d):
 @inline
 def _error(values, w, d):
     """Sum of w * (d * level - x)^2."""
-    rest = to_f32(_value(_indices(values, d))) * d - values
+    rest = to_f32(_value(indices(values, d))) * d - values
     return sum_tree(load_f32x32(w) * rest * rest)
 
 
@@ -100,21 +109,14 @@ def _quantize(x, importance, n_blocks, out, scratch):
     for b in range(n_blocks):
         row, block = x + 128 * b, out + BLOCK_BYTES * b
         values = load_f32x32(row)
-        largest = signed_largest(values)
-        d = np.float32(0.0)
-        if abs(largest) > TINY:
+        store_f16(block + D, np.float32(0.0))
+        if abs(signed_largest(values)) > TINY:
             if importance != 0:
                 write_importance(row, importance + 128 * b, BLOCK, variance, average, scratch)
             else:
                 write_squares(row, BLOCK, scratch)
-            unit = np.float32(1.0) / largest
-            store_f16(block + D, _best_scale(row, scratch, _TO_HIGHEST() * unit))
-            d = load_f16(block + D)
-            store_f16(block + D, _best_scale(row, scratch, _TO_LOWEST() * unit))
-            if _error(values, scratch, load_f16(block + D)) < _error(values, scratch, d):
-                d = load_f16(block + D)
-        store_f16(block + D, d)
-        _store_codes(block, _indices(values, d))
+            store_f16(block + D, fit_scale(row, scratch))
+        _store_codes(block, indices(values, load_f16(block + D)))
 
 
 IQ4_NL = symmetric(

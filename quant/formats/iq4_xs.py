@@ -2,31 +2,41 @@
 bits each.
 
 A sub-block has 2 bits of its ls in scales_h and 4 in scales_l, and 16 bytes of qs, byte j of which holds weight j (low
-nibble) and j+16 (high). There is no quantising to it.
+nibble) and j+16 (high).
+Quantising: IQ4_NL's search; of the rounded scales the one with the least error once the block's d is known.
 Source: ggml src/ggml-common.h @d99724f, block_iq4_xs; dequantize_row_iq4_xs in ggml-quants.c.
 """
 
 import numpy as np
 
-from quant.block_format import EXPAND, Format, PanelFormat, block_layout, offsets
+from quant.block_format import EXPAND, QUANTIZE, Format, PanelFormat, block_layout, offsets
 from quant.formats.blocks_32 import add_offset, biased_dots_of_quarters
-from quant.formats.iq4_nl import VALUES, raised_values
+from quant.formats.iq4_nl import VALUES, fit_scale, indices, nearest_level, raised_values
 from quant.gemm.microkernel_k_block import K_BLOCK_BYTES, SIGNED_BYTES
 from quant.gemm.repack import SCALES, repacks, two_nibbles
 from quant.gemv import plain
+from quant.quantize.search import TINY, everywhere, mean, sum_squares, write_importance, write_squares
 from quant.simd.core import i8x32, i32x16
-from quant.simd.floats import interleaved_bytes, to_f32
+from quant.simd.exact import best_lane, clamp, constants, greatest, join_nibbles, lane, where
+from quant.simd.floats import fma, interleaved_bytes, to_f32, zero_f32x16
 from quant.simd.ints import WEIGHT_BIAS, even_quarters, lookup_in, nibbles, odd_quarters
 from quant.simd.memory import (
     load_f16,
     load_f16_everywhere,
+    load_f32,
+    load_f32x32,
     load_i8x16,
     load_i8x64,
     load_u8,
     load_u16,
     load_u32,
+    store_f16,
+    store_f32,
     store_f32x16,
     store_f32x32,
+    store_i8x16,
+    store_i16,
+    store_i32,
     store_i32x16,
 )
 from quant.simd.rows16 import gather, half_to_f32, transpose
@@ -132,8 +142,99 @@ def _repack(rows, n_blocks, out):
             out += K_BLOCK_BYTES
 
 
+# ---- quantising ------------------------------------------------------------------------------------------------------
+
+_FITTED = 4 * BLOCK  # scratch: the weights of errors f32[256] @0, the scales f32[8], then rounded ones of each attempt
+_LARGEST = tuple(np.float32(value) for value in (-32, -31))  # what the largest scale becomes: ggml's, a little less
+_AROUND = constants([0, -1, 1, -2, 2, -3, 3, -4, 4, -5, 5, -6, 6, -7, 7, 8])
+
+
+@inline
+def _fit_scales(x, importance, average, scratch):
+    """The scales of the 8 sub-blocks, into scratch; returns the one of the largest magnitude."""
+    variance, top = np.float32(2.0 / BLOCK) * sum_squares(x, BLOCK), np.float32(0.0)
+    for j in range(8):
+        sub, w, scale = x + 128 * j, scratch + 128 * j, np.float32(0.0)
+        if greatest(abs(load_f32x32(sub))) > TINY:
+            if importance != 0:
+                write_importance(sub, importance + 128 * j, 32, variance, average, w)
+            else:
+                write_squares(sub, 32, w)
+            scale = fit_scale(sub, w)
+        store_f32(scratch + _FITTED + 4 * j, scale)
+        top = scale if abs(scale) > abs(top) else top
+    return top
+
+
+@inline
+def _errors(x, w, scale):
+    """Sum of w * (scale * level - x)^2 for 16 scales."""
+    inverse, total = where(abs(scale) > 0, 1 / scale, 0), zero_f32x16()
+    for i in range(32):
+        xi = everywhere(x, i)
+        rest = xi - scale * nearest_level(xi * inverse)
+        total = fma(everywhere(w, i) * rest, rest, total)
+    return total
+
+
+@inline
+def _round_scales(x, scratch, d, rounded):
+    """For each sub-block the 6-bit scale with the least error near the fitted one, as float32; returns their error."""
+    error = np.float32(0.0)
+    for j in range(8):
+        scale, best = load_f32(scratch + _FITTED + 4 * j), np.float32(0.0)
+        if scale != 0 and d != 0:
+            near = clamp(np.rint(scale / d) + _AROUND(), -32, 31)
+            total = _errors(x + 128 * j, scratch + 128 * j, near * d)
+            lane_ = best_lane(-total)
+            best = lane(near, lane_)
+            error += lane(total, lane_)
+        store_f32(rounded + 4 * j, best)
+    return error
+
+
+@inline
+def _choose_scales(x, top, scratch, block):
+    """Write the d with the least error to the block; returns the address of its rounded scales."""
+    chosen, least_error, d = scratch + _FITTED + 64, np.float32(np.inf), np.float32(0.0)
+    for i in range(len(_LARGEST)):
+        store_f16(block + D, top / _LARGEST[i])
+        candidate, rounded = load_f16(block + D), scratch + _FITTED + 64 * (i + 1)
+        error = _round_scales(x, scratch, candidate, rounded)
+        if error < least_error:
+            chosen, least_error, d = rounded, error, candidate
+    store_f16(block + D, d)
+    return chosen
+
+
+@kernel(QUANTIZE)
+def _quantize(x, importance, n_blocks, out, scratch):
+    average = mean(importance, BLOCK * n_blocks) if importance != 0 else np.float32(0.0)
+    for b in range(n_blocks):
+        values, block = x + 4 * BLOCK * b, out + BLOCK_BYTES * b
+        top = _fit_scales(values, importance + 4 * BLOCK * b if importance != 0 else 0, average, scratch)
+        scales = _choose_scales(values, top, scratch, block)
+        d, low, high = load_f16(block + D), 0, 0
+        for j in range(8):
+            scale = load_f32(scales + 4 * j)
+            ls = int(scale) + 32
+            low, high = low | (ls & 15) << 4 * j, high | ls >> 4 << 2 * j
+            store_i8x16(block + QS + 16 * j, join_nibbles(indices(load_f32x32(values + 128 * j), d * scale)))
+        store_i32(block + SCALES_L, low)
+        store_i16(block + SCALES_H, high)
+
+
 _gemv, _gemv_batch = plain.kernels("IQ4_XS", BLOCK_BYTES, _weights, _add_k_block)
 
 IQ4_XS = Format(
-    "IQ4_XS", BLOCK, LAYOUT, True, unpack, _gemv, _gemv_batch, _expand, panels=PanelFormat(SIGNED_BYTES, 128, _repack)
+    "IQ4_XS",
+    BLOCK,
+    LAYOUT,
+    True,
+    unpack,
+    _gemv,
+    _gemv_batch,
+    _expand,
+    panels=PanelFormat(SIGNED_BYTES, 128, _repack),
+    quantize=_quantize,
 )

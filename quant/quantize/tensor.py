@@ -8,6 +8,7 @@ import numpy as np
 
 from quant.block_format import Format
 from quant.errors import QuantError
+from quant.quantize import codebook
 from quant.simd.exact import all_within
 from quant.simd.memory import load_f32, load_f32x16
 from quant.simd.struct import address, atomic, f32, i64, pointer, struct
@@ -16,7 +17,7 @@ from quant.threads.atomics import call_5
 from quant.threads.pool import Pool, worker_bytes
 from quant.threads.work_items import work_items
 
-SCRATCH_BYTES = worker_bytes(4096)
+SCRATCH_BYTES = worker_bytes(codebook.SCRATCH_BYTES)  # the most that a format needs; only what is used is touched
 _ITEM_WEIGHTS = 1 << 15  # of a work item: long beside the dispatch, short enough to share out
 
 PACK_ROWS = struct(

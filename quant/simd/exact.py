@@ -125,6 +125,23 @@ def _all_within(builder, v, limit):
     return builder.icmp_unsigned("==", within, I16(0xFFFF))
 
 
+def _least_of_four(builder, *vectors):
+    """The least lane of each, in every quarter of the result."""
+
+    def least(a, b):
+        return builder.select(builder.fcmp_ordered("<", a, b), a, b)
+
+    def interleaved(a, b, width):
+        lanes = [
+            [16 * (i // width % 2) + i // (2 * width) * width + i % width + at for i in range(16)] for at in (0, 8)
+        ]
+        return least(*(shuffle(builder, a, b, chosen) for chosen in lanes))
+
+    v = interleaved(interleaved(*vectors[:2], 1), interleaved(*vectors[2:], 1), 2)
+    v = least(v, shuffle(builder, v, None, [(i + 8) % 16 for i in range(16)]))
+    return least(v, shuffle(builder, v, None, [(i + 4) % 16 for i in range(16)]))
+
+
 def _to_scalar(emit):
     return define_for_all(1, emit, lambda vector: types.float32)
 
@@ -134,6 +151,7 @@ signed_largest = _to_scalar(_signed_largest)
 least = _to_scalar(lambda b, v: _extreme(b, v, "<"))
 greatest = _to_scalar(lambda b, v: _extreme(b, v, ">"))
 all_within = define(types.boolean, (f32x16, types.float32), _all_within)
+least_of_four = define(f32x16, (f32x16,) * 4, _least_of_four)
 best_lane = define(types.int64, (f32x16,), _best_lane)
 lane = define(types.float32, (f32x16, types.int64), lambda b, v, i: b.extract_element(v, i))
 

@@ -1,14 +1,17 @@
 """Packing: bytes and errors against libggml's ggml_quantize_chunk, read back by gguf's dequantize."""
 
+import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
+from typing import Any
 
 import ggml
 import gguf
 import numpy as np
 import pytest
-from cases import slow_but
+from cases import mark_some, slow_but
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -21,9 +24,16 @@ from quant.quantize import tensor
 from quant.target import isa
 
 EQUAL_TO_GGML = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4", "TQ1_0", "TQ2_0")
-SEARCHED = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL")
+GRIDS = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
+BETTER = ("Q2_K", "Q3_K", *GRIDS, "IQ4_XS")  # with importances as well
+SEARCHED = (*BETTER, "Q4_K", "Q5_K", "Q6_K", "IQ4_NL")
 OTHER_LEVELS = [level for level in isa.LEVELS if level != isa.LEVEL and isa.has(level)]
 IMPORTANCE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", *SEARCHED)  # those that take notice of it
+
+
+def quick(names: Iterable[str]) -> list[Any]:
+    """The names, those of grids slow but for one: they share their code, and a kernel takes seconds to compile."""
+    return mark_some(names, [name for name in GRIDS if name != "IQ2_XXS"], pytest.mark.slow)
 
 
 def theirs(name: str, x: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
@@ -80,13 +90,23 @@ def test_float_rows_of_any_length(name):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", SEARCHED)
+@pytest.mark.parametrize("name", quick(SEARCHED))
 def test_error_is_no_larger_than_libggmls(name, kind):
     x = weights(kind, (200, COLS))
-    assert rms_error(name, packed(name, x), x) <= rms_error(name, theirs(name, x), x)
+    importance = np.ones(COLS, np.float32) if name in ggml.NEED_IMPORTANCES else None
+    ours, libggmls = packed(name, x, importance), theirs(name, x, importance)
+    assert rms_error(name, ours, x) <= rms_error(name, libggmls, x)
 
 
-@pytest.mark.parametrize("name", IMPORTANCE)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", quick(BETTER))
+def test_error_by_importance_is_no_larger_than_libggmls(name, kind):
+    x, importance = weights(kind, (200, COLS)), importances()
+    ours, libggmls = packed(name, x, importance), theirs(name, x, importance)
+    assert rms_error(name, ours, x, importance) <= rms_error(name, libggmls, x, importance)
+
+
+@pytest.mark.parametrize("name", quick(IMPORTANCE))
 def test_importance_lowers_the_error_where_it_matters(name):
     x, importance = weights("gaussian", (200, COLS)), importances()
     without = rms_error(name, packed(name, x), x, importance)
@@ -96,7 +116,7 @@ def test_importance_lowers_the_error_where_it_matters(name):
     assert ours <= 1.01 * libggmls  # measured: 0.95 to 1.005; the same search where it is not a better one
 
 
-@pytest.mark.parametrize("name", IMPORTANCE)
+@pytest.mark.parametrize("name", quick(IMPORTANCE))
 def test_extreme_importances(name):
     """None at all, none for some blocks, and one column that is everything: still packed well, or exactly there."""
     x, importance = weights("gaussian", (20, COLS)), importances()
@@ -114,7 +134,7 @@ def test_extreme_importances(name):
 
 
 @pytest.mark.parametrize("n_rows", [1, 2, 3, 7])
-@pytest.mark.parametrize("name", registry.QUANTIZABLE)
+@pytest.mark.parametrize("name", quick(registry.QUANTIZABLE))
 def test_bytes_do_not_depend_on_workers_or_neighbours(name, n_rows):
     x, importance = weights("heavy-tailed", (n_rows, 256 * 200)), np.tile(importances(), 67)[: 256 * 200].copy()
     one = packed(name, x, importance, n_workers=1)
@@ -124,15 +144,21 @@ def test_bytes_do_not_depend_on_workers_or_neighbours(name, n_rows):
         assert np.array_equal(packed(name, x[r : r + 1], importance), one[r : r + 1])
 
 
-@pytest.mark.parametrize("level", slow_but(OTHER_LEVELS, OTHER_LEVELS[-1:]))
-def test_bytes_do_not_depend_on_the_cpu(level):
+PLAIN = tuple(name for name in registry.QUANTIZABLE if name not in GRIDS)
+
+
+@pytest.mark.parametrize(
+    ("level", "names"),
+    slow_but(itertools.product(OTHER_LEVELS, (PLAIN, GRIDS)), [(level, PLAIN) for level in OTHER_LEVELS[-1:]]),
+)
+def test_bytes_do_not_depend_on_the_cpu(level, names):
     done = subprocess.run(
-        [sys.executable, str(SUPPORT / "quantized.py")],
+        [sys.executable, str(SUPPORT / "quantized.py"), *names],
         env=os.environ | {"LOCALRUN_ISA": level, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
-    assert done.stdout.strip() == digest(), done.stderr
+    assert done.stdout.strip() == digest(names), done.stderr
 
 
 # The error that a format implies, relative to the largest weight of a block, and absolutely: half a step, or a whole
@@ -153,10 +179,12 @@ _HALF_STEP = {
     "IQ4_NL": 2**0.5 * 12 / 113,
     "Q2_K": 2**0.5 * (1 / 3 + 1.5 / 15),
     "Q3_K": 2**0.5 * (1 / 4 + 1 / 64),
+    "IQ4_XS": 2**0.5 * (12 / 113 + 1 / 64),
     "Q4_K": 2**0.5 * (1 / 15 + 1.5 / 63),
     "Q5_K": 2**0.5 * (1 / 31 + 1.5 / 63),
     "Q6_K": 2**0.5 * (1 / 32 + 1 / 256),
 }
+_HALF_STEP |= dict.fromkeys(GRIDS, 2**0.5)  # every grid has an entry of lowest coordinates, so 0 is never far
 _SCALE_ROUNDING = 2**-9  # of one or two float16
 _SUBNORMAL = (
     2**-25 * 64 * 64
@@ -164,7 +192,7 @@ _SUBNORMAL = (
 _ROWS = hnp.arrays(np.float32, (2, 256), elements=st.floats(-1000, 1000, width=32))
 
 
-@pytest.mark.parametrize("name", registry.QUANTIZABLE)
+@pytest.mark.parametrize("name", quick(registry.QUANTIZABLE))
 @settings(max_examples=60)
 @given(x=_ROWS, scale=st.sampled_from([1e-6, 1e-3, 1.0, 60.0]))
 def test_error_is_within_the_formats_bound(name, x, scale):
@@ -182,7 +210,7 @@ def test_error_is_within_the_formats_bound(name, x, scale):
 
 @pytest.mark.levels
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("name", registry.QUANTIZABLE)
+@pytest.mark.parametrize("name", quick(registry.QUANTIZABLE))
 def test_the_first_weight_that_is_not_finite_is_reported(name, value):
     format_ = registry.get(name)
     x = weights("gaussian", (300, COLS))
@@ -196,7 +224,7 @@ def test_the_first_weight_that_is_not_finite_is_reported(name, value):
 
 
 @pytest.mark.levels
-@pytest.mark.parametrize("name", registry.QUANTIZABLE)
+@pytest.mark.parametrize("name", quick(registry.QUANTIZABLE))
 def test_weights_beyond_the_range_are_reported(name):
     x = weights("gaussian", (1, 256))
     x[0, 7] = registry.get(name).largest
@@ -211,7 +239,7 @@ def test_weights_beyond_the_range_are_reported(name):
 
 def test_what_cannot_be_packed():
     x = np.zeros((1, 256), np.float32)
-    with pytest.raises(QuantError, match="weights can't be quantised to IQ4_XS"):
-        tensor.pack(pool(), registry.get("IQ4_XS"), x.ctypes.data, 1, 256, x.ctypes.data)
+    with pytest.raises(QuantError, match="weights can't be quantised to NVFP4"):
+        tensor.pack(pool(), registry.get("NVFP4"), x.ctypes.data, 1, 256, x.ctypes.data)
     with pytest.raises(QuantError, match="Q6_K rows are multiples of 256 weights; found 32"):
         tensor.pack(pool(), registry.get("Q6_K"), x.ctypes.data, 1, 32, x.ctypes.data)

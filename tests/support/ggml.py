@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
+NEED_IMPORTANCES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS")  # without them quantize() would abort the process
+
 _SUFFIX = {"linux": ".so", "darwin": ".dylib", "win32": ".dll"}[sys.platform]
 _FLOAT_P = ctypes.POINTER(ctypes.c_float)
 _FROM_FLOAT = ctypes.CFUNCTYPE(None, _FLOAT_P, ctypes.c_void_p, ctypes.c_int64)

@@ -1,7 +1,9 @@
-"""Weights of many kinds, quantised: `python quantized.py` prints a digest, to compare with other ISA levels'."""
+"""Weights of many kinds, quantised: `quantized.py TYPE ...` prints a digest, to compare with other ISA levels'."""
 
 import functools
 import hashlib
+import sys
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -47,10 +49,10 @@ def importances(seed: int = 4) -> np.ndarray:
     return np.exp(1.5 * np.random.default_rng(seed).standard_normal(COLS)).astype(np.float32)
 
 
-def digest() -> str:
-    """Of every format's blocks of every kind of weights, with and without importances."""
+def digest(names: Iterable[str]) -> str:
+    """Of these formats' blocks of every kind of weights, with and without importances."""
     blocks = hashlib.sha256()
-    for name in registry.QUANTIZABLE:
+    for name in names:
         for kind in KINDS:
             x = weights(kind, (20, COLS))
             blocks.update(packed(name, x))
@@ -59,4 +61,4 @@ def digest() -> str:
 
 
 if __name__ == "__main__":
-    print(digest())
+    print(digest(sys.argv[1:]))

@@ -230,8 +230,8 @@ def imatrix_of(plan: Plan, path: Path, but: str = "nothing") -> Path:
 
 
 def test_what_nothing_packs_is_refused(sources: dict[str, Path], tmp_path: Path) -> None:
-    text = refusal(sources["llama"], tmp_path, mix="Q8_0", overrides=[parse_override("ffn_down=IQ1_M")])
-    assert text.startswith("'blk.0.ffn_down.weight' would be IQ1_M, which cannot be packed here; expected one of F32,")
+    text = refusal(sources["llama"], tmp_path, mix="Q8_0", overrides=[parse_override("ffn_down=NVFP4")])
+    assert text.startswith("'blk.0.ffn_down.weight' would be NVFP4, which cannot be packed here; expected one of F32,")
 
 
 def test_what_is_garbage_without_importances_is_refused(sources: dict[str, Path], tmp_path: Path) -> None:
