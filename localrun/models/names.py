@@ -5,6 +5,7 @@ All of it follows from the declarations of the architectures.
 
 import re
 from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 from localrun.errors import GGUFError, UnsupportedModelError
 from localrun.gguf.file import GGUFFile
@@ -56,7 +57,21 @@ def check_tensors(file: GGUFFile, config: Config) -> None:
             raise GGUFError(f"{file.path}: tensor '{name}' has shape {tensor.shape}; expected {shape}")
     for name in file.tensors:
         if name not in expected and not is_nextn(name, config):
-            raise UnsupportedModelError(f"{file.path}: tensor '{name}' has no place in the native network")
+            _refuse(file, config, name)
+
+
+def _refuse(file: GGUFFile, config: Config, name: str) -> NoReturn:
+    """Raises UnsupportedModelError, or GGUFError where llama.cpp would run the model wrongly.
+
+    Converters write a scale of the whole matrix, or one an expert, beside NVFP4 weights. llama.cpp 3f545becc applies
+    them in src/llama-graph.cpp, but src/models/deepseek2.cpp passes none of the feed-forward layers' on.
+    """
+    if not name.endswith((".scale", ".input_scale")):
+        raise UnsupportedModelError(f"{file.path}: tensor '{name}' has no place in the native network")
+    what = f"{file.path}: tensor '{name}', a scale beside NVFP4 weights, is not native"
+    if config.attention == "mla":
+        raise GGUFError(f"{what}, and llama.cpp leaves it out; convert the model to another type")
+    raise UnsupportedModelError(what)
 
 
 def check_types(file: GGUFFile) -> None:

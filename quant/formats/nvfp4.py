@@ -12,17 +12,26 @@ import numpy as np
 
 from quant.block_format import EXPAND, Format, PanelFormat, block_layout, offsets
 from quant.formats.mxfp4 import RAISE, VALUES
-from quant.formats.sub_blocks_16 import ORDER, dots_in_order
 from quant.gemm.microkernel_k_block import K_BLOCK_BYTES, TWO_SCALES
 from quant.gemm.repack import SCALES, repacks, two_nibbles
 from quant.gemv import plain
-from quant.gemv.activations import SCALES_16, SUMS_16
-from quant.simd.core import i8x32, i8x64, i32x16
-from quant.simd.floats import e4m3_halved, fma, halves_f32x8, halves_f32x32, to_f32, widened
-from quant.simd.ints import dot_i8, lookup_in, nibbles, swapped_eights, zero_i32x8
+from quant.gemv.activations import SPLIT, SPLIT_SCALES, SPLIT_SUMS
+from quant.simd.core import i8x32, i32x16
+from quant.simd.floats import e4m3_halved, first_8, fma, halves_f32x8, halves_f32x32, last_8, to_f32
+from quant.simd.ints import (
+    dot_i8,
+    dot_u8,
+    lookup_in,
+    nibbles,
+    packed_i16,
+    pairs_of,
+    products_i16,
+    swapped_eights,
+    zero_i32x8,
+)
 from quant.simd.memory import (
-    load_eights,
     load_f32,
+    load_f32x8,
     load_f32x16,
     load_i8x16,
     load_i8x32,
@@ -32,7 +41,7 @@ from quant.simd.memory import (
     store_f32x32,
     store_i32x16,
 )
-from quant.simd.rows16 import gather, transpose
+from quant.simd.rows16 import gather, low_bytes, transpose
 from quant.target.jit import inline, kernel
 
 BLOCK = 64
@@ -41,7 +50,7 @@ D, QS = offsets(LAYOUT)
 BLOCK_BYTES = LAYOUT.itemsize
 
 _value = lookup_in(VALUES, i8x32)
-_raised_value, _raised_value_of_row = lookup_in(VALUES + RAISE, i8x64), lookup_in(VALUES + RAISE, i32x16)
+_raised_value, _raised_value_of_row = lookup_in(VALUES + RAISE, i8x32), lookup_in(VALUES + RAISE, i32x16)
 
 
 def _scale_values() -> np.ndarray:
@@ -63,31 +72,55 @@ def unpack(blocks: np.ndarray) -> np.ndarray:
 
 # ---- products --------------------------------------------------------------------------------------------------------
 
-_bytes_in_order = load_words_picked(ORDER)
+# Two blocks' sums of 16 lie as activations.SPLIT_SCALES do, and so do their scales.
+_ORDER = [first + i for first in (0, 8) for i in (0, 1, 4, 5, 2, 3, 6, 7)]
+_scales_in_order = load_words_picked(_ORDER)
+_ones = pairs_of(1, 1)
 
 
 @inline
 def _raised(block):
-    """VALUES + RAISE of 64 weights, i8x64."""
-    return _raised_value(load_eights(block + QS))
+    """The first 8 of each 16 weights, + RAISE; the others."""
+    codes = load_i8x32(block + QS)
+    return _raised_value(codes & 15), _raised_value(codes >> 4)
 
 
 @inline
 def _weights(block):
     """Four blocks and their scales."""
     return (
-        _raised(block),
-        _raised(block + BLOCK_BYTES),
-        _raised(block + 2 * BLOCK_BYTES),
-        _raised(block + 3 * BLOCK_BYTES),
-        e4m3_halved(_bytes_in_order(block + D, BLOCK_BYTES)),
+        *_raised(block),
+        *_raised(block + BLOCK_BYTES),
+        *_raised(block + 2 * BLOCK_BYTES),
+        *_raised(block + 3 * BLOCK_BYTES),
+        e4m3_halved(_scales_in_order(block + D, BLOCK_BYTES)),
     )
 
 
 @inline
-def _add_k_block(weights, k_block, total):
-    dots = fma(-RAISE, load_f32x16(k_block + SUMS_16), dots_in_order(weights, k_block))
-    return fma(dots, weights[4] * load_f32x16(k_block + SCALES_16), total)
+def _two_blocks(w0, w1, w2, w3, q):
+    """Their products, in two lanes of 16 bits for each 16 weights; the sums of 8 are below 2^15."""
+    zero = zero_i32x8()
+    first = dot_u8(dot_u8(zero, w0, load_i8x32(q)), w1, load_i8x32(q + 32))
+    return packed_i16(first, dot_u8(dot_u8(zero, w2, load_i8x32(q + 64)), w3, load_i8x32(q + 96)))
+
+
+@inline
+def _dots(w, k_block):
+    q = k_block + SPLIT
+    return _two_blocks(w[0], w[1], w[2], w[3], q), _two_blocks(w[4], w[5], w[6], w[7], q + 128)
+
+
+@inline
+def _less_raise(dots, sums):
+    return fma(-RAISE, load_f32x8(sums), to_f32(products_i16(dots, _ones())))
+
+
+@inline
+def _add_dots(dots, w, k_block, total):
+    scales, sums = w[8] * load_f32x16(k_block + SPLIT_SCALES), k_block + SPLIT_SUMS
+    total = fma(_less_raise(dots[0], sums), first_8(scales), total)
+    return fma(_less_raise(dots[1], sums + 32), last_8(scales), total)
 
 
 @inline
@@ -112,7 +145,7 @@ def _add_block(block, q8, n_cols, i, total):
         j = 2 * i + half
         dots = to_f32(dot_i8(zero_i32x8(), _levels(block, half), load_i8x32(q8 + 4 * n_cols + 32 * j)))
         scales = halves_f32x8(_scale(block, 2 * half), _scale(block, 2 * half + 1))
-        total += widened(dots * (scales * load_f32(q8 + 5 * n_cols + 4 * j)))
+        total += dots * (scales * load_f32(q8 + 5 * n_cols + 4 * j))
     return total
 
 
@@ -134,8 +167,8 @@ def _repack(rows, n_blocks, out):
         block = BLOCK_BYTES * b
         scales = gather(rows, block + D)
         for half in range(2):
-            store_f32x16(out + SCALES, e4m3_halved(scales >> 16 * half & 255))
-            store_f32x16(out + SCALES + 64, e4m3_halved(scales >> 16 * half + 8 & 255))
+            store_f32x16(out + SCALES, e4m3_halved(low_bytes(scales >> 16 * half)))
+            store_f32x16(out + SCALES + 64, e4m3_halved(low_bytes(scales >> 16 * half + 8)))
             for e, words in enumerate(transpose(rows, block + QS + 16 * half)):
                 low, high = two_nibbles(words)
                 to = out + 256 * (e // 2) + 64 * (e % 2)
@@ -144,7 +177,7 @@ def _repack(rows, n_blocks, out):
             out += K_BLOCK_BYTES
 
 
-_gemv, _gemv_batch = plain.kernels("NVFP4", 4 * BLOCK_BYTES, _weights, _add_k_block, _add_block, single=BLOCK)
+_gemv, _gemv_batch = plain.four_rows("NVFP4", 4 * BLOCK_BYTES, _weights, _dots, _add_dots, _add_block, BLOCK)
 
 NVFP4 = Format(
     "NVFP4",

@@ -12,26 +12,27 @@ ggml-quants.c.
 import numpy as np
 
 from quant.block_format import EXPAND, QUANTIZE, Format, PanelFormat, block_layout, offsets
-from quant.formats.sub_blocks_16 import ORDER, dots_in_order
+from quant.formats.sub_blocks_16 import packed_dots, scales_in
 from quant.gemm.microkernel_k_block import K_BLOCK_BYTES, TWO_MINIMA, TWO_SCALES, part_bytes
 from quant.gemm.repack import SCALES as K_BLOCK_SCALES
 from quant.gemm.repack import repacks
 from quant.gemv import plain
-from quant.gemv.activations import SCALES_16, SUMS_16
+from quant.gemv.activations import PACKED_SCALES, PACKED_SUMS
 from quant.quantize.search import mean, sum_squares
 from quant.quantize.sixteens import fit_lines, fit_scales, levels, prepare, store_lines
 from quant.simd.exact import to_i8x16
-from quant.simd.floats import fma, halves_f32x32, interleaved_bytes, picked, to_f32, zero_f32x16
-from quant.simd.ints import shifted, zero_i8x32
+from quant.simd.floats import even_in_8, fma, halves_f32x32, odd_in_8, to_f32, zero_f32x16
+from quant.simd.ints import bytes_twice, crumbs, dot_i16, moved_bits, products_i16, shifted_i16, zero_i8x32
 from quant.simd.memory import (
+    load_16_twice,
+    load_eight_everywhere,
     load_f16,
-    load_f16_everywhere,
-    load_f32x16,
+    load_f16_in_8,
+    load_f16_pair_in_8,
+    load_f32x8,
     load_i8x32,
     load_i64,
-    load_twice,
     load_u8,
-    load_u8x16_picked,
     load_u32,
     store_f32x16,
     store_f32x32,
@@ -80,38 +81,43 @@ def unpack_3(blocks: np.ndarray) -> np.ndarray:
 
 # ---- products --------------------------------------------------------------------------------------------------------
 
-# Quarters 0|1 and 2|3 of a half to the lowest bits.
-_bits_0_2, _bits_4_6 = shifted(0, -2), shifted(-4, -6)
-# Their bits of hmask to bit 2, for the halves 0 and 1.
-_third_of_0, _third_of_1 = shifted(2, 1), shifted(0, -1)
-_third_of_4, _third_of_5 = shifted(-2, -3), shifted(-4, -5)
-
-_bytes_in_order = load_u8x16_picked(ORDER)
-_in_order_of_dots = picked([2 * (i % 8) + i // 8 for i in ORDER])  # of i and i+8 in turn
+_scales_of_first, _scales_of_second, _scales_of_both = scales_in("first"), scales_in("second"), scales_in("both")
+_signed_of_first, _signed_of_second, _signed_of_both = (
+    scales_in(halves, signed=True) for halves in ("first", "second", "both")
+)
 
 
 @inline
-def quarters(qs):
-    """Weights 0..63, 64..127, ... in 0..3."""
-    low, high = load_twice(qs), load_twice(qs + 32)
-    return _bits_0_2(low) & 3, _bits_4_6(low) & 3, _bits_0_2(high) & 3, _bits_4_6(high) & 3
+def _eight(qs):
+    """Bits 0 and 1 of 8 bytes, bits 2 and 3, 4 and 5, 6 and 7."""
+    return crumbs(load_eight_everywhere(qs))
 
 
 @inline
 def _weights_2(block):
-    """The same; d*sc and dmin*m of each sub-block."""
-    scales = _bytes_in_order(block + SCALES_2)
+    """Weights by eighths (sub_blocks_16.py), in 0..3; scales, twice; d and dmin in turn."""
+    qs = block + QS_2
     return (
-        *quarters(block + QS_2),
-        to_f32(scales & 15) * load_f16_everywhere(block + D_2),
-        to_f32(scales >> 4) * load_f16_everywhere(block + DMIN),
+        _eight(qs),
+        _eight(qs + 8),
+        _eight(qs + 16),
+        _eight(qs + 24),
+        _eight(qs + 32),
+        _eight(qs + 40),
+        _eight(qs + 48),
+        _eight(qs + 56),
+        load_16_twice(block + SCALES_2),
+        load_f16_pair_in_8(block + D_2),
     )
 
 
 @inline
-def _add_k_block_2(weights, k_block, total):
-    minima = weights[5] * load_f32x16(k_block + SUMS_16)
-    return fma(dots_in_order(weights, k_block) * weights[4] - minima, load_f32x16(k_block + SCALES_16), total)
+def _add_dots_2(dots, w, k_block, total):
+    scales, minima = w[8] & 15, shifted_i16(_scales_of_both(w[8]), 4)
+    scaled = to_f32(dot_i16(products_i16(dots[0], _scales_of_first(scales)), dots[1], _scales_of_second(scales)))
+    sums = to_f32(products_i16(minima, load_i8x32(k_block + PACKED_SUMS)))
+    d, dmin = even_in_8(w[9]), odd_in_8(w[9])
+    return fma(fma(-sums, dmin, scaled * d), load_f32x8(k_block + PACKED_SCALES), total)
 
 
 @inline
@@ -121,24 +127,41 @@ def _packed_scales(block, half):
     return low | (high & 0x03030303 | (high >> 2 & 0x03030303) << 32) << 4
 
 
+# The third bits of eighths of both halves, to bit 2.
+_third_of_first, _third_of_second = moved_bits([-2, -1, 0, 1], 4), moved_bits([2, 3, 4, 5], 4)
+
+
 @inline
-def _weights_3(block):
-    """Weights 0..63, 64..127, ... in 0..7; d*(sc-32) of each sub-block."""
-    low, high, third = load_twice(block + QS_3), load_twice(block + QS_3 + 32), load_twice(block + HMASK)
-    scales = _in_order_of_dots(interleaved_bytes(_packed_scales(block, 0), _packed_scales(block, 1))) - 32
+def _eights_3(block, i):
+    """Eighth i of the first half, and of the second."""
+    third = load_eight_everywhere(block + HMASK + 8 * i)
     return (
-        _bits_0_2(low) & 3 | _third_of_0(third) & 4,
-        _bits_4_6(low) & 3 | _third_of_1(third) & 4,
-        _bits_0_2(high) & 3 | _third_of_4(third) & 4,
-        _bits_4_6(high) & 3 | _third_of_5(third) & 4,
-        scales * load_f16_everywhere(block + D_3),
+        _eight(block + QS_3 + 8 * i) | _third_of_first(third),
+        _eight(block + QS_3 + 32 + 8 * i) | _third_of_second(third),
     )
 
 
 @inline
-def _add_k_block_3(weights, k_block, total):
-    dots = fma(-4, load_f32x16(k_block + SUMS_16), dots_in_order(weights, k_block))
-    return fma(dots, weights[4] * load_f32x16(k_block + SCALES_16), total)
+def _weights_3(block):
+    """Weights by eighths in 0..7; the sc - 32, twice; d."""
+    w0, w4 = _eights_3(block, 0)
+    w1, w5 = _eights_3(block, 1)
+    w2, w6 = _eights_3(block, 2)
+    w3, w7 = _eights_3(block, 3)
+    return (
+        *(w0, w1, w2, w3, w4, w5, w6, w7),
+        bytes_twice(_packed_scales(block, 0), _packed_scales(block, 1)) - 32,
+        load_f16_in_8(block + D_3),
+    )
+
+
+@inline
+def _add_dots_3(dots, w, k_block, total):
+    """Scales come as 256 times their values."""
+    scaled = to_f32(dot_i16(products_i16(dots[0], _signed_of_first(w[8])), dots[1], _signed_of_second(w[8])))
+    sums = to_f32(products_i16(_signed_of_both(w[8]), load_i8x32(k_block + PACKED_SUMS)))
+    d = w[9] * np.float32(1 / 256)
+    return fma(fma(-4, sums, scaled) * d, load_f32x8(k_block + PACKED_SCALES), total)
 
 
 # ---- expansion -------------------------------------------------------------------------------------------------------
@@ -324,8 +347,8 @@ def _quantize_3(x, importance, n_blocks, out, scratch):
         store_i8x32(block + HMASK, third)
 
 
-_gemv_2, _gemv_batch_2 = plain.kernels("Q2_K", BYTES_2, _weights_2, _add_k_block_2)
-_gemv_3, _gemv_batch_3 = plain.kernels("Q3_K", BYTES_3, _weights_3, _add_k_block_3)
+_gemv_2, _gemv_batch_2 = plain.four_rows("Q2_K", BYTES_2, _weights_2, packed_dots, _add_dots_2)
+_gemv_3, _gemv_batch_3 = plain.four_rows("Q3_K", BYTES_3, _weights_3, packed_dots, _add_dots_3)
 
 Q2_K = Format(
     "Q2_K",

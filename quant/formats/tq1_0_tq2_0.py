@@ -11,23 +11,27 @@ quantize_row_tq1_0_ref and so on in ggml-quants.c.
 import numpy as np
 
 from quant.block_format import EXPAND, QUANTIZE, Format, PanelFormat, block_layout, offsets
-from quant.formats.q2_k_q3_k import low_bits, quarter, quarters
+from quant.formats.q2_k_q3_k import low_bits, quarter
 from quant.formats.sub_blocks_16 import dots_in_order
 from quant.gemm.microkernel_k_block import K_BLOCK_BYTES, SYMMETRIC
 from quant.gemm.repack import SCALES, repacks
 from quant.gemv import plain
-from quant.gemv.activations import SCALES_16, SUMS_16
+from quant.gemv.activations import CRUMB_SCALES, CRUMB_STARTS, EIGHTHS, SCALES_16, SUMS_16
 from quant.quantize.levels import inverse_of
 from quant.simd.exact import greatest, round_away_to_i8
 from quant.simd.floats import fma, maximum, to_f32
-from quant.simd.ints import join, ternary_digit, ternary_rest, zero_i8x32
+from quant.simd.ints import crumbs_in_place, dot_u8, join, ternary_digit, ternary_rest, zero_i8x32
 from quant.simd.memory import (
+    load_eight_everywhere,
     load_f16,
     load_f16_everywhere,
+    load_f16_in_8,
+    load_f32x8,
     load_f32x16,
     load_f32x32,
     load_i8x16,
     load_i8x32,
+    load_i32x8,
     load_u8,
     load_word_times,
     store_f16,
@@ -105,15 +109,51 @@ def _weights_1(block):
 
 
 @inline
-def _weights_2(block):
-    """The same in 0..3."""
-    return *quarters(block + QS_2), load_f16_everywhere(block + D_2)
-
-
-@inline
 def _add_k_block(weights, k_block, total):
     dots = dots_in_order(weights, k_block) - load_f32x16(k_block + SUMS_16)
     return fma(dots, weights[4] * load_f32x16(k_block + SCALES_16), total)
+
+
+@inline
+def _eight(qs):
+    """Bits 0 and 1 of 8 bytes, bits 2 and 3, 4 and 5, 6 and 7; the bits may stay where they are."""
+    return crumbs_in_place(load_eight_everywhere(qs))
+
+
+@inline
+def _weights_2(block):
+    """Weights by eighths (sub_blocks_16.py), times what follows from their places; d."""
+    qs = block + QS_2
+    return (
+        _eight(qs),
+        _eight(qs + 8),
+        _eight(qs + 16),
+        _eight(qs + 24),
+        _eight(qs + 32),
+        _eight(qs + 40),
+        _eight(qs + 48),
+        _eight(qs + 56),
+        load_f16_in_8(block + D_2),
+    )
+
+
+@inline
+def _dots_2(w, k_block):
+    """The products of both halves, each block's in two lanes; they start at what the 1 in q - 1 takes away."""
+    q = k_block + EIGHTHS
+    first, second = load_i32x8(k_block + CRUMB_STARTS), load_i32x8(k_block + CRUMB_STARTS + 32)
+    first = dot_u8(dot_u8(first, w[0], load_i8x32(q)), w[1], load_i8x32(q + 64))
+    second = dot_u8(dot_u8(second, w[4], load_i8x32(q + 32)), w[5], load_i8x32(q + 96))
+    first = dot_u8(dot_u8(first, w[2], load_i8x32(q + 128)), w[3], load_i8x32(q + 192))
+    second = dot_u8(dot_u8(second, w[6], load_i8x32(q + 160)), w[7], load_i8x32(q + 224))
+    return first, second
+
+
+@inline
+def _add_dots_2(dots, w, k_block, total):
+    scales = k_block + CRUMB_SCALES
+    scaled = fma(to_f32(dots[1]), load_f32x8(scales + 32), to_f32(dots[0]) * load_f32x8(scales))
+    return fma(scaled, w[8], total)
 
 
 # ---- expansion -------------------------------------------------------------------------------------------------------
@@ -242,11 +282,30 @@ def _quantize_2(x, importance, n_blocks, out, scratch):
             store_i8x32(block + QS_2 + 32 * half, q)
 
 
-def _format(name: str, layout: np.dtype, unpack, weights, expand, repack, quantize) -> Format:
-    gemv, gemv_batch = plain.kernels(name, layout.itemsize, weights, _add_k_block)
-    panels = PanelFormat(SYMMETRIC, 1, repack)
-    return Format(name, BLOCK, layout, True, unpack, gemv, gemv_batch, expand, panels=panels, quantize=quantize)
+_gemv_1, _gemv_batch_1 = plain.kernels("TQ1_0", BYTES_1, _weights_1, _add_k_block)
+_gemv_2, _gemv_batch_2 = plain.four_rows("TQ2_0", BYTES_2, _weights_2, _dots_2, _add_dots_2)
 
-
-TQ1_0 = _format("TQ1_0", LAYOUT_1, unpack_1, _weights_1, _expand_1, _repack_1, _quantize_1)
-TQ2_0 = _format("TQ2_0", LAYOUT_2, unpack_2, _weights_2, _expand_2, _repack_2, _quantize_2)
+TQ1_0 = Format(
+    "TQ1_0",
+    BLOCK,
+    LAYOUT_1,
+    True,
+    unpack_1,
+    _gemv_1,
+    _gemv_batch_1,
+    _expand_1,
+    panels=PanelFormat(SYMMETRIC, 1, _repack_1),
+    quantize=_quantize_1,
+)
+TQ2_0 = Format(
+    "TQ2_0",
+    BLOCK,
+    LAYOUT_2,
+    True,
+    unpack_2,
+    _gemv_2,
+    _gemv_batch_2,
+    _expand_2,
+    panels=PanelFormat(SYMMETRIC, 1, _repack_2),
+    quantize=_quantize_2,
+)

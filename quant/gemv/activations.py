@@ -13,7 +13,15 @@ in vectors:
     every fourth i8[256] @1024: columns 0 4 8 ..., 1 5 9 ..., 2 6 10 ..., 3 7 11 ...
     starts i32[16] @1280: -128 * sum(q) of each 16 columns
     scales of 16 f32[16] @1344: d of each 16 columns
-The last three only where formats of grid entries read them (simd/permutes.py).
+    eighths i8[4][8][8] @1408: columns 8i..8i+7 of all blocks, for i in 0..3
+    crumb scales f32[16] @1664: d of each block in two lanes, divided by 1 4 16 64 1 4 16 64 (ints.CRUMBS_IN_PLACE)
+    crumb starts i32[16] @1728: -sum(q) of each block times the same factors, and 0 in turn
+    packed scales f32[8] @1792: d of blocks 0 1 4 5 2 3 6 7
+    packed sums i16[8][2] @1824: sum(q) of the halves of the same blocks
+    split i8[4][2][4][8] @1856: of each 64 columns, the first 8 of each 16, then the others
+    split scales f32[16] @2112: d of columns 0-15, 16-31, ...: 0 1 4 5 2 3 6 7 of each 8 of them
+    split sums f32[16] @2176: sum(q), in the same order
+The three from 1024 on only where formats of grid entries read them (simd/permutes.py).
 Each 32 columns have a scale of their own in float32; llama.cpp's Q8_0 keeps it in 16 bits and its Q8_K shares one
 among 256, so this rounding is at least as fine as either. For integer formats x holds the rounded values, d*q, so
 that a matrix product over x and an integer one over q differ in float rounding alone.
@@ -22,10 +30,11 @@ that a matrix product over x and an integer one over q differ in float rounding 
 import numpy as np
 
 from quant.simd.floats import hmax, round_to_i8, to_f32
-from quant.simd.ints import first_half, second_half, sum_first_i8, sum_second_i8
+from quant.simd.ints import CRUMBS_IN_PLACE, first_half, second_half, sum_first_i8, sum_second_i8, swapped_eights
 from quant.simd.memory import (
     load_f32,
     load_f32x32,
+    store_eights,
     store_every_fourth,
     store_f32,
     store_f32x32,
@@ -37,9 +46,11 @@ from quant.simd.permutes import CAN_PERMUTE
 from quant.target.jit import inline
 
 Q8_BLOCK = 32  # columns that share a scale
-K_BLOCK_BYTES = 1472  # 64 more than it holds: k-blocks a power of two apart would share a few sets of the L1 cache
+K_BLOCK_BYTES = 2240  # no multiple of a large power of two: k-blocks would share a few sets of the L1 cache
 NIBBLES, QUARTERS, SCALES, SUMS, SCALES_16, SUMS_16, IN_ORDER = 0, 256, 512, 576, 640, 704, 768
 EVERY_FOURTH, STARTS, SCALES_OF_16 = 1024, 1280, 1344
+EIGHTHS, CRUMB_SCALES, CRUMB_STARTS, PACKED_SCALES, PACKED_SUMS = 1408, 1664, 1728, 1792, 1824
+SPLIT, SPLIT_SCALES, SPLIT_SUMS = 1856, 2112, 2176
 
 
 def q8_bytes(n_cols: int) -> int:
@@ -51,6 +62,33 @@ def q8_bytes(n_cols: int) -> int:
 def k_blocks_at(n_cols):
     """Where a q8 row's k-blocks begin."""
     return (5 * n_cols + 8 * (n_cols // 32) + 63) // 64 * 64
+
+
+@inline
+def _write_for_packed_dots(k_block, j, q, d, first, second):
+    """The same, from the eighths on: what formats with 2 bits a weight read (formats/sub_blocks_16.py)."""
+    store_eights(k_block + EIGHTHS + 8 * j, 64, q)
+    bits = 2 * (j & 3) if CRUMBS_IN_PLACE else 0
+    store_f32(k_block + CRUMB_SCALES + 8 * j, d / np.float32(1 << bits))
+    store_f32(k_block + CRUMB_SCALES + 8 * j + 4, d / np.float32(1 << bits))
+    store_i32(k_block + CRUMB_STARTS + 8 * j, -(first + second) << bits)
+    store_i32(k_block + CRUMB_STARTS + 8 * j + 4, 0)
+    lane = j & 1 | (j >> 2 & 1) << 1 | (j >> 1 & 1) << 2
+    store_f32(k_block + PACKED_SCALES + 4 * lane, d)
+    store_i32(k_block + PACKED_SUMS + 4 * lane, first & 0xFFFF | second << 16)
+
+
+@inline
+def _write_split(k_block, j, q, d, first, second):
+    """The same, for formats with nibbles in blocks of 16."""
+    split, to = swapped_eights(q), k_block + SPLIT + 64 * (j >> 1) + 16 * (j & 1)
+    store_i8x16(to, first_half(split))
+    store_i8x16(to + 32, second_half(split))
+    lane = 4 * (2 * j & 8 | (j & 1) << 2 | j & 2)
+    store_f32(k_block + SPLIT_SCALES + lane, d)
+    store_f32(k_block + SPLIT_SCALES + lane + 4, d)
+    store_f32(k_block + SPLIT_SUMS + lane, first)
+    store_f32(k_block + SPLIT_SUMS + lane + 4, second)
 
 
 @inline
@@ -76,6 +114,8 @@ def _write_in_k_block(k_block, j, q, d, first, second):
         store_i32(k_block + STARTS + 8 * j + 4, np.int64(second) * -128)
         store_f32(k_block + SCALES_OF_16 + 8 * j, d)
         store_f32(k_block + SCALES_OF_16 + 8 * j + 4, d)
+    _write_for_packed_dots(k_block, j, q, d, int(first), int(second))
+    _write_split(k_block, j, q, d, first, second)
 
 
 def q8_ref(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

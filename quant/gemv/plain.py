@@ -10,12 +10,23 @@ from types import FunctionType
 from quant.batch import MAX_BATCH
 from quant.block_format import GEMV, GEMV_BATCH
 from quant.gemv.activations import K_BLOCK_BYTES, k_blocks_at
-from quant.simd.floats import hsum, zero_f32x16
-from quant.simd.memory import load_f32x16, load_i64, prefetch, prefetch_near, stack, store_f32, store_f32x16
+from quant.simd.floats import hsum, zero_f32x8, zero_f32x16
+from quant.simd.memory import (
+    load_f32x8,
+    load_f32x16,
+    load_i64,
+    prefetch,
+    prefetch_near,
+    stack,
+    store_f32,
+    store_f32x8,
+    store_f32x16,
+)
 from quant.target.jit import inline, kernel
 
 AHEAD = 8192  # bytes between the weights in use and those on their way from RAM to L2
 NEAR = 3456  # and those on their way to L1: behind arithmetic in the queues, loads come too late for that
+NEAR_OF_ROW = 768  # the same of each of four rows
 _sums = stack(64 * MAX_BATCH)
 
 
@@ -31,7 +42,8 @@ def specialize(template: Callable, name: str, **names: object) -> Callable:
 
 # What specialize() gives the two templates below; kernels() describes them.
 STRIDE, TOGETHER, SINGLE = 256, 4, 32
-weights = add_k_block = add_block = None
+weights = add_k_block = add_block = dots = add_dots = None
+zero_total = load_total = store_total = None
 
 
 @inline
@@ -85,33 +97,76 @@ def _gemv(w, n_rows, n_cols, q8, out):
         store_f32(out + 4 * r, hsum(total))
 
 
+def _gemv_four_rows(w, n_rows, n_cols, q8, out):
+    """gemv of four_rows(): a load of the k-block serves all four, and none waits for another's products."""
+    n_k_blocks, k_blocks, row_bytes = n_cols // 256, q8 + k_blocks_at(n_cols), n_cols * STRIDE // 256
+    last = prefetch_start(w, n_rows * row_bytes)
+    for r in range(0, n_rows, 4):
+        # Behind the last row it is computed again.
+        r1, r2, r3 = min(r + 1, n_rows - 1), min(r + 2, n_rows - 1), min(r + 3, n_rows - 1)
+        b0, b1, b2, b3 = w + row_bytes * r, w + row_bytes * r1, w + row_bytes * r2, w + row_bytes * r3
+        t0, t1, t2, t3 = zero_total(), zero_total(), zero_total(), zero_total()
+        for b in range(n_k_blocks):
+            k_block, at = k_blocks + K_BLOCK_BYTES * b, STRIDE * b
+            ahead, near = min(b0 + 3 * row_bytes + AHEAD + 4 * at, last), at + NEAR_OF_ROW
+            if near >= row_bytes:  # so far on in the next four rows
+                near += 3 * row_bytes
+            for byte in range(0, 4 * STRIDE, 64):
+                prefetch(ahead + byte)
+            for byte in range(0, STRIDE, 64):
+                prefetch_near(b0 + near + byte)
+                prefetch_near(b1 + near + byte)
+                prefetch_near(b2 + near + byte)
+                prefetch_near(b3 + near + byte)
+            w0, w1, w2, w3 = weights(b0 + at), weights(b1 + at), weights(b2 + at), weights(b3 + at)
+            d0, d1, d2, d3 = dots(w0, k_block), dots(w1, k_block), dots(w2, k_block), dots(w3, k_block)
+            t0 = add_dots(d0, w0, k_block, t0)
+            t1 = add_dots(d1, w1, k_block, t1)
+            t2 = add_dots(d2, w2, k_block, t2)
+            t3 = add_dots(d3, w3, k_block, t3)
+        for i in range(256 // SINGLE * n_k_blocks, n_cols // SINGLE):
+            at = STRIDE * SINGLE // 256 * i
+            t0 = add_block(b0 + at, q8, n_cols, i, t0)
+            t1 = add_block(b1 + at, q8, n_cols, i, t1)
+            t2 = add_block(b2 + at, q8, n_cols, i, t2)
+            t3 = add_block(b3 + at, q8, n_cols, i, t3)
+        store_f32(out + 4 * r, hsum(t0))
+        store_f32(out + 4 * r1, hsum(t1))
+        store_f32(out + 4 * r2, hsum(t2))
+        store_f32(out + 4 * r3, hsum(t3))
+
+
 def _gemv_batch(w, n_rows, n_cols, q8_rows, outs, offset, n_tokens):
     n_k_blocks, k_blocks = n_cols // 256, k_blocks_at(n_cols)
     block, sums, last = w, _sums(), prefetch_start(w, n_rows * (n_cols * STRIDE // 256))
     for r in range(n_rows):
         for t in range(n_tokens):
-            store_f32x16(sums + 64 * t, zero_f32x16())
+            store_total(sums + 64 * t, zero_total())
         for b in range(n_k_blocks):
             prefetch_both(later(block, last), 0, STRIDE)
             decoded = weights(block)
             for t in range(n_tokens):
                 k_block = load_i64(q8_rows + 8 * t) + k_blocks + K_BLOCK_BYTES * b
-                store_f32x16(sums + 64 * t, add_k_block(decoded, k_block, load_f32x16(sums + 64 * t)))
+                store_total(sums + 64 * t, add_k_block(decoded, k_block, load_total(sums + 64 * t)))
             block += STRIDE
         for i in range(256 // SINGLE * n_k_blocks, n_cols // SINGLE):
             prefetch_both(later(block, last), 0, STRIDE * SINGLE // 256)
             for t in range(n_tokens):
-                total = add_block(block, load_i64(q8_rows + 8 * t), n_cols, i, load_f32x16(sums + 64 * t))
-                store_f32x16(sums + 64 * t, total)
+                total = add_block(block, load_i64(q8_rows + 8 * t), n_cols, i, load_total(sums + 64 * t))
+                store_total(sums + 64 * t, total)
             block += STRIDE * SINGLE // 256
         for t in range(n_tokens):
-            store_f32(load_i64(outs + 8 * t) + offset + 4 * r, hsum(load_f32x16(sums + 64 * t)))
+            store_f32(load_i64(outs + 8 * t) + offset + 4 * r, hsum(load_total(sums + 64 * t)))
 
 
 @inline
 def no_block(block, q8, n_cols, i, total):
     """add_block of formats whose rows are multiples of 256."""
     return total
+
+
+_TOTALS_16 = {"zero_total": zero_f32x16, "load_total": load_f32x16, "store_total": store_f32x16}
+_TOTALS_8 = {"zero_total": zero_f32x8, "load_total": load_f32x8, "store_total": store_f32x8}
 
 
 def kernels(
@@ -138,7 +193,39 @@ def kernels(
         "STRIDE": stride, "TOGETHER": together, "SINGLE": single,
         "weights": weights, "add_k_block": add_k_block, "add_block": add_block,
     }  # fmt: skip
+    return _specialized(name, _gemv, names | _TOTALS_16)
+
+
+def four_rows(
+    name: str,
+    stride: int,
+    weights: Callable,
+    dots: Callable,
+    add_dots: Callable,
+    add_block: Callable = no_block,
+    single: int = 256,
+):
+    """The same where gemv takes four rows at a time: for few bits a weight, when what rows share counts.
+
+    Args:
+        dots: inline (weights, address of a k-block) -> integer products.
+        add_dots: inline (dots, weights, address of a k-block, total f32x8) -> total.
+        name, stride, weights, add_block, single: as kernels(), but for totals of f32x8.
+    """
+
+    @inline
+    def add_k_block(weights, k_block, total):
+        return add_dots(dots(weights, k_block), weights, k_block, total)
+
+    names = {
+        "STRIDE": stride, "SINGLE": single, "weights": weights, "dots": dots, "add_dots": add_dots,
+        "add_k_block": add_k_block, "add_block": add_block,
+    }  # fmt: skip
+    return _specialized(name, _gemv_four_rows, names | _TOTALS_8)
+
+
+def _specialized(name: str, gemv: Callable, names: dict[str, object]):
     return (
-        kernel(GEMV)(specialize(_gemv, f"gemv_{name}", **names)),
+        kernel(GEMV)(specialize(gemv, f"gemv_{name}", **names)),
         kernel(GEMV_BATCH)(specialize(_gemv_batch, f"gemv_batch_{name}", **names)),
     )

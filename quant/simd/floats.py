@@ -26,12 +26,13 @@ from quant.simd.core import (
     f32x16,
     f32x32,
     half,
+    i8x16,
     i8x32,
     i32x16,
     shuffle,
     splat,
 )
-from quant.simd.halves import e4m3_to_float, half_to_float
+from quant.simd.halves import half_to_float
 
 # ---- constants -------------------------------------------------------------------------------------------------------
 
@@ -165,7 +166,12 @@ def _add_odd(factor: float):
 
 
 add_odd, subtract_odd = _add_odd(1.0), _add_odd(-1.0)
+even_in_8, odd_in_8 = (  # lanes 0 2 4 6, each twice; lanes 1 3 5 7
+    define(f32x8, (f32x8,), lambda b, v, i=i: shuffle(b, v, None, [lane // 2 * 2 + i for lane in range(8)]))
+    for i in range(2)
+)
 even_doubled = picked([i // 2 * 2 for i in range(16)])
+first_8, last_8 = (define(f32x8, (f32x16,), lambda b, v, i=i: half(b, v, i)) for i in range(2))
 widened = define(f32x16, (f32x8,), lambda b, v: shuffle(b, v, constant(v.type, 0.0), range(16)))  # with zeros
 
 # ---- scales of blocks, most of them in int64 --------------------------------------------------------------------
@@ -201,13 +207,15 @@ def _half_powers(builder, *words):
 
 
 def _e4m3_halved(builder, code):
-    """Half of what E4M3 without a sign says, of lanes in 0..255; 0 where it says NaN. Bit 7 means nothing."""
-    value = e4m3_to_float(builder, builder.and_(code, constant(code.type, 0x7F)), -1)
+    """Half of what E4M3 without a sign says; 0 where it says NaN. Bit 7 means nothing."""
     is_nan = builder.icmp_unsigned("==", code, constant(code.type, 0x7F))
-    return builder.select(is_nan, constant(value.type, 0.0), value)
+    size = builder.select(is_nan, constant(code.type, 0), builder.and_(code, constant(code.type, 0x7F)))
+    # As a half, whose exponent's bias is 8 more.
+    bits = builder.shl(builder.zext(size, ir.VectorType(I16, 16)), constant(ir.VectorType(I16, 16), 7))
+    return builder.fmul(half_to_float(builder, bits), constant(f32x16.ir, 128.0))
 
 
-e4m3_halved = define(f32x16, (i32x16,), _e4m3_halved)
+e4m3_halved = define(f32x16, (i8x16,), _e4m3_halved)
 interleaved_bytes = define(f32x16, (types.int64, types.int64), _interleaved_bytes)
 f16_lanes = define(f32x16, (types.int64,) * 4, lambda b, *words: half_to_float(b, _halves_in(b, *words)))
 f16_lanes_doubled = define(f32x16, (types.int64,) * 2, lambda b, *words: half_to_float(b, _halves_doubled(b, *words)))

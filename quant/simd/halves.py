@@ -1,5 +1,4 @@
-"""16-bit floats: IEEE halves and bfloat16 to float32 and back, exact or rounded to nearest, ties to even. E4M3 to
-float32. Emits code.
+"""16-bit floats: IEEE halves and bfloat16 to float32 and back, exact or rounded to nearest, ties to even. Emits code.
 
 Without F16C LLVM would call runtime functions for halves that are not there (measured: a crash), so they are spelt out.
 """
@@ -76,18 +75,3 @@ def float_to_bfloat(builder, x):
     odd = builder.and_(builder.lshr(bits, constant(wide, 16)), constant(wide, 1))
     rounded = builder.add(builder.add(bits, constant(wide, 0x7FFF)), odd)
     return builder.trunc(builder.lshr(rounded, constant(wide, 16)), ir.VectorType(I16, x.type.count))
-
-
-def e4m3_to_float(builder, size, power: int = 0):
-    """2^power times what bytes of E4M3 below 127 mean, 32 bits a lane -> float32.
-
-    Exponent and mantissa are moved to their places, and the exponent's bias is added. Below 2^-6 there is no hidden
-    bit: it is put in with the exponent and subtracted. (A multiplication with 2^120 would do for all, but float32
-    subnormals on the way cost over a hundred cycles each.)
-    """
-    floats = ir.VectorType(F32, size.type.count)
-    moved = builder.shl(size, constant(size.type, 20))
-    normal = builder.bitcast(builder.add(moved, constant(size.type, 120 + power << 23)), floats)
-    small = builder.bitcast(builder.add(moved, constant(size.type, 121 + power << 23)), floats)
-    small = builder.fsub(small, constant(floats, 2.0 ** (power - 6)))
-    return builder.select(builder.icmp_unsigned("<", size, constant(size.type, 8)), small, normal)

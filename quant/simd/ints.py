@@ -43,6 +43,10 @@ from quant.target import isa
 # instead: products above 128 * 127 don't fit AVX2's sums in 16 bits.
 WEIGHT_BIAS = 128 if isa.has("avx512_vnni") else 0
 
+# Whether the bit pairs ("crumbs") of bytes may stay in their places in products of 32 bytes, as 1, 4, 16 and 64 times
+# their values. Below AVX-512 products of bytes above 128 don't fit.
+CRUMBS_IN_PLACE = isa.has("avx512_vnni")
+
 # ---- constants -------------------------------------------------------------------------------------------------------
 
 zero_i8x32 = define(i8x32, (), lambda builder: constant(i8x32.ir, 0))
@@ -127,6 +131,45 @@ join = define_typed(2, _typed_join)
 swapped_eights = define(  # the second 8 of 32 bytes and the third change places
     i8x32, (i8x32,), lambda b, v: shuffle(b, v, None, [*range(8), *range(16, 24), *range(8, 16), *range(24, 32)])
 )
+
+
+def moved_bits(counts: Sequence[int], mask: int):
+    """An intrinsic i8x32(i8x32): the bytes of each 8 shifted right by counts[0], [1], ... (left if negative), & mask.
+
+    A mask that takes no bits which a shift brings in from a neighbour.
+    """
+    words, bytes_ = ir.VectorType(I64, 4), i8x32.ir
+
+    def by_shifts(builder, v):
+        v = builder.bitcast(v, words)
+        if min(counts) >= 0:
+            v = builder.lshr(v, ir.Constant(words, counts))
+        else:
+            v = call(builder, "llvm.fshr.v4i64", words, v, v, ir.Constant(words, [count % 64 for count in counts]))
+        return builder.and_(builder.bitcast(v, bytes_), constant(bytes_, mask))
+
+    def by_matrix(builder, v):
+        """Row 7 - i of a matrix of bits says which bits make bit i."""
+        rows = [sum(1 << (bit + count) << 8 * (7 - bit) for bit in range(8) if mask >> bit & 1) for count in counts]
+        matrix = builder.bitcast(ir.Constant(words, rows), bytes_)
+        return call(builder, "llvm.x86.vgf2p8affineqb.256", bytes_, v, matrix, I8(0))
+
+    return define(i8x32, (i8x32,), by_matrix if isa.target_has("gfni") else by_shifts)
+
+
+def _crumbs_in_place(builder, v):
+    return builder.and_(v, ir.Constant(v.type, [mask for mask in (3, 12, 48, 192) for _ in range(8)]))
+
+
+def picked_with_zeros(lanes: Sequence[int | None]):
+    """An intrinsic i8x32(i8x32): these bytes of each half, 0 for None; 16 of the first half, then of the second."""
+    places = [32 if lane is None else lane + i // 16 * 16 for i, lane in enumerate(lanes)]
+    return define(i8x32, (i8x32,), lambda b, v: shuffle(b, v, constant(v.type, 0), places))
+
+
+# Bits 2i and 2i+1 of the bytes of 8 bytes i in 0..3, in 0..3; or times what follows from their places.
+crumbs = moved_bits([0, 2, 4, 6], 3)
+crumbs_in_place = define(i8x32, (i8x32,), _crumbs_in_place) if CRUMBS_IN_PLACE else crumbs
 # A byte as a fraction in 256ths, in base 3: its first digit, and what is left, times 3.
 ternary_digit = _of_bytes(_ternary_digit)
 ternary_rest = _of_bytes(lambda b, v: b.add(v, b.add(v, v)))
@@ -227,6 +270,60 @@ def _dot_biased(builder, total, w, x):
 
         return builder.add(total, by_halves(builder, half, w, x))
     return _add_dots(builder, total, w, x, builder.sext)
+
+
+def _packed_i16(builder, a, b):
+    """Two i32x8 as 16 lanes of 16 bits, which they fit: 4 of a and 4 of b in each half."""
+    if isa.has("avx2"):
+        return builder.bitcast(call(builder, "llvm.x86.avx2.packssdw", ir.VectorType(I16, 16), a, b), i8x32.ir)
+    low, high = (builder.trunc(v, ir.VectorType(I16, 8)) for v in (a, b))
+    both = shuffle(builder, low, high, [*range(4), *range(8, 12), *range(4, 8), *range(12, 16)])
+    return builder.bitcast(both, i8x32.ir)
+
+
+def _dot_i16(builder, total, a, b):
+    """total + sum of a*b over each 2 lanes of 16 bits."""
+    a, b = (builder.bitcast(v, ir.VectorType(I16, 16)) for v in (a, b))
+    if isa.has("avx512_vnni"):
+        return call(builder, "llvm.x86.avx512.vpdpwssd.256", total.type, total, a, b)
+    if isa.has("avx2"):
+        return builder.add(total, call(builder, "llvm.x86.avx2.pmadd.wd", total.type, a, b))
+    wide = ir.VectorType(I32, 16)
+    products = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
+    even, odd = (shuffle(builder, products, None, range(first, 16, 2)) for first in (0, 1))
+    return builder.add(total, builder.add(even, odd))
+
+
+def _products_i16(builder, a, b):
+    """Sums of a*b over each 2 lanes of 16 bits."""
+    if isa.has("avx2"):
+        a, b = (builder.bitcast(v, ir.VectorType(I16, 16)) for v in (a, b))
+        return call(builder, "llvm.x86.avx2.pmadd.wd", i32x8.ir, a, b)
+    return _dot_i16(builder, constant(i32x8.ir, 0), a, b)
+
+
+def pairs_of(first: int, second: int):
+    """An intrinsic i8x32(): two numbers of 16 bits in turn."""
+    return define(i8x32, (), lambda b: b.bitcast(ir.Constant(ir.VectorType(I16, 16), [first, second] * 8), i8x32.ir))
+
+
+def _bytes_twice(builder, low, high):
+    words = ir.Constant(ir.VectorType(I64, 2), ir.Undefined)
+    words = builder.insert_element(builder.insert_element(words, low, I32(0)), high, I32(1))
+    return builder.bitcast(shuffle(builder, words, None, [0, 1, 0, 1]), i8x32.ir)
+
+
+bytes_twice = define(i8x32, (types.int64, types.int64), _bytes_twice)  # two int64, twice
+packed_i16 = define(i8x32, (i32x8, i32x8), _packed_i16)
+dot_i16 = define(i32x8, (i32x8, i8x32, i8x32), _dot_i16)
+products_i16 = define(i32x8, (i8x32, i8x32), _products_i16)
+shifted_i16 = define(  # lanes of 16 bits, without sign, to the right
+    i8x32,
+    (i8x32, types.int64),
+    lambda b, v, n: b.bitcast(
+        b.lshr(b.bitcast(v, ir.VectorType(I16, 16)), splat(b, b.trunc(n, I16), ir.VectorType(I16, 16))), v.type
+    ),
+)
 
 
 def _define_dot(emit: Callable):

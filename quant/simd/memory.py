@@ -15,8 +15,8 @@ from quant.simd.core import (
     I32,
     I64,
     call,
-    constant,
     define,
+    f32x8,
     f32x16,
     f32x32,
     i8x16,
@@ -96,9 +96,11 @@ def _store(vector):
 
 
 load_i8x16, load_i8x32, load_i8x64, load_i32x16 = _load(i8x16), _load(i8x32), _load(i8x64), _load(i32x16)
-load_f32x16, load_f32x32 = _load(f32x16), _load(f32x32)
+load_i32x8 = _load(i32x8)
+load_f32x8, load_f32x16, load_f32x32 = _load(f32x8), _load(f32x16), _load(f32x32)
 store_i8x16, store_i8x32, store_i32x8, store_i32x16 = _store(i8x16), _store(i8x32), _store(i32x8), _store(i32x16)
-store_i8x64, store_f32x16, store_f32x32 = _store(i8x64), _store(f32x16), _store(f32x32)
+store_f32x8, store_f32x16, store_f32x32 = _store(f32x8), _store(f32x16), _store(f32x32)
+store_i8x64 = _store(i8x64)
 
 
 def _store_every_fourth(builder, address, v):
@@ -121,6 +123,22 @@ load_quarters = define(i8x64, (types.int64, types.int64), _strided(i8x16.ir, 4))
 load_halves = define(i8x64, (types.int64, types.int64), _strided(i8x32.ir, 2))  # (address, stride)
 
 
+def _load_eight_everywhere(builder, address):
+    return builder.bitcast(splat(builder, load(builder, address, I64), ir.VectorType(I64, 4)), i8x32.ir)
+
+
+def _store_eights(builder, address, stride, v):
+    eights = builder.bitcast(v, ir.VectorType(I64, 4))
+    for i in range(4):
+        at = builder.add(address, builder.mul(stride, I64(i)))
+        store(builder, at, builder.extract_element(eights, I32(i)))
+
+
+load_eight_everywhere = define(i8x32, (types.int64,), _load_eight_everywhere)  # 8 bytes, four times
+load_16_twice = define(i8x32, (types.int64,), lambda b, p: shuffle(b, load(b, p, i8x16.ir), None, [*range(16)] * 2))
+store_eights = define(types.void, (types.int64, types.int64, i8x32), _store_eights)  # 8 bytes each, `stride` apart
+
+
 def load_i8x16_picked(lanes: Sequence[int]):
     """An intrinsic f32x16(address): 16 signed bytes in this order, as floats."""
 
@@ -141,13 +159,9 @@ def load_u8x16_picked(lanes: Sequence[int]):
 
 
 def load_words_picked(lanes: Sequence[int]):
-    """An intrinsic i32x16(address, stride): the bytes of 4 words, `stride` bytes apart, unsigned, in this order."""
+    """An intrinsic i8x16(address, stride): the bytes of 4 words, `stride` bytes apart, in this order."""
     words = _strided(ir.VectorType(I8, 4), 4)
-
-    def emit(builder, address, stride):
-        return builder.zext(shuffle(builder, words(builder, address, stride), None, lanes), i32x16.ir)
-
-    return define(i32x16, (types.int64, types.int64), emit)
+    return define(i8x16, (types.int64, types.int64), lambda b, p, n: shuffle(b, words(b, p, n), None, lanes))
 
 
 def load_word_times(factors: Sequence[int]):
@@ -161,26 +175,22 @@ def load_word_times(factors: Sequence[int]):
     return define(i8x16, (types.int64,), emit)
 
 
-def _load_eights(builder, address):
-    doubled = shuffle(builder, load(builder, address, i8x32.ir), None, [8 * (i // 16) + i % 8 for i in range(64)])
-    shifted = builder.lshr(builder.bitcast(doubled, i32x16.ir), ir.Constant(i32x16.ir, [0, 0, 4, 4] * 4))
-    return builder.and_(builder.bitcast(shifted, i8x64.ir), constant(i8x64.ir, 15))
+def _f16_pair(lanes: int):
+    def emit(builder, address):
+        pair = splat(builder, load(builder, address, I32), ir.VectorType(I32, lanes // 2))
+        return half_to_float(builder, builder.bitcast(pair, ir.VectorType(I16, lanes)))
+
+    return emit
 
 
-load_eights = define(i8x64, (types.int64,), _load_eights)  # of each 8 of 32 bytes: the low nibbles, then the high ones
+def _f16_everywhere(lanes: int):
+    return lambda b, p: half_to_float(b, splat(b, load(b, p, I16), ir.VectorType(I16, lanes)))
 
 
-def _f16_pair(builder, address):
-    pair = splat(builder, load(builder, address, I32), ir.VectorType(I32, 8))
-    return half_to_float(builder, builder.bitcast(pair, ir.VectorType(I16, 16)))
-
-
-def _f16_everywhere(builder, address):
-    return half_to_float(builder, splat(builder, load(builder, address, I16), ir.VectorType(I16, 16)))
-
-
-load_f16_pair = define(f32x16, (types.int64,), _f16_pair)  # the two halves at the address, in turn over all lanes
-load_f16_everywhere = define(f32x16, (types.int64,), _f16_everywhere)  # the half at the address in every lane
+load_f16_pair = define(f32x16, (types.int64,), _f16_pair(16))  # the two halves at the address, in turn over all lanes
+load_f16_pair_in_8 = define(f32x8, (types.int64,), _f16_pair(8))  # the same in 8 lanes
+load_f16_everywhere = define(f32x16, (types.int64,), _f16_everywhere(16))  # the half at the address in every lane
+load_f16_in_8 = define(f32x8, (types.int64,), _f16_everywhere(8))  # the same in 8 lanes
 
 # ---- caches, and memory of a kernel's own ----------------------------------------------------------------------------
 

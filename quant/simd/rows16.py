@@ -6,7 +6,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from quant.simd.core import I8, I16, I32, I64, constant, define, f32x16, i8x64, i32x16, load, shuffle, splat
+from quant.simd.core import I8, I16, I32, I64, constant, define, f32x16, i8x16, i8x64, i32x16, load, shuffle, splat
 from quant.simd.halves import half_to_float
 
 VECTOR_ROWS = 16  # side by side: the lanes of i32x16
@@ -100,6 +100,9 @@ gather = define(i32x16, (types.int64, types.int64), _gather)  # the word at `off
 sign_extend_i8 = define(  # of the lowest 8 bits of each lane
     i32x16, (i32x16,), lambda b, v: b.ashr(b.shl(v, constant(v.type, 24)), constant(v.type, 24))
 )
+
+
+low_bytes = define(i8x16, (i32x16,), lambda b, v: b.trunc(v, i8x16.ir))  # of each lane
 
 
 def _high_nibbles(builder, v):

@@ -12,6 +12,7 @@ from kernels import COLS, any_bytes, oracle, same_bits
 from quant.errors import QuantError
 from quant.formats import registry
 from quant.gemv import activations, plain
+from quant.simd.ints import CRUMBS_IN_PLACE
 
 pytestmark = pytest.mark.levels
 
@@ -170,6 +171,23 @@ def test_half_scales_convert_exactly():
     assert same_bits(out, bits.view(np.float16).astype(np.float32))
 
 
+def check_packed_fields(step, q, d):
+    """A k-block from the eighths on."""
+    eights, sums = q.reshape(8, 4, 8), q.reshape(8, 2, 16).sum(2, dtype=np.int32)
+    assert np.array_equal(step[activations.EIGHTHS :][:256].view(np.int8), eights.swapaxes(0, 1).ravel())
+    factors = 4.0 ** (np.arange(8) % 4) if CRUMBS_IN_PLACE else np.ones(8)
+    crumb_scales, starts = (step[at:][:64].reshape(8, 8) for at in (activations.CRUMB_SCALES, activations.CRUMB_STARTS))
+    assert np.array_equal(crumb_scales.view(np.float32), np.repeat(d / factors, 2).astype(np.float32).reshape(8, 2))
+    assert np.array_equal(starts.view(np.int32), np.stack([-sums.sum(1) * factors, 0 * factors], 1))
+    order = [0, 1, 4, 5, 2, 3, 6, 7]
+    assert np.array_equal(step[activations.PACKED_SCALES :][:32].view(np.float32), d[order])
+    assert np.array_equal(step[activations.PACKED_SUMS :][:32].view(np.int16), sums[order].ravel())
+    assert np.array_equal(step[activations.SPLIT :][:256].view(np.int8), q.reshape(4, 4, 2, 8).swapaxes(1, 2).ravel())
+    order = [*order, *(8 + i for i in order)]
+    assert np.array_equal(step[activations.SPLIT_SCALES :][:64].view(np.float32), np.repeat(d, 2)[order])
+    assert np.array_equal(step[activations.SPLIT_SUMS :][:64].view(np.float32), sums.ravel()[order])
+
+
 def test_activation_record():
     rng = np.random.default_rng(6)
     x = rng.standard_normal(256).astype(np.float32)
@@ -193,6 +211,7 @@ def test_activation_record():
     assert np.array_equal(floats[1], np.stack([sums, 0 * sums], -1).ravel())
     assert np.array_equal(floats[2], np.repeat(d, 2).reshape(4, 4).T.ravel())
     assert np.array_equal(floats[3], halves.sum(2, dtype=np.float32).reshape(4, 4).T.ravel())
+    check_packed_fields(step, q, d)
     np.testing.assert_array_equal(record[:1024].view(np.float32), kernels.rounded(x, registry.get("Q4_0")))
     assert np.array_equal(kernels.record(x, registry.get("F32"))[:1024].view(np.float32), x)
 

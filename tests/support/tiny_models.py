@@ -29,6 +29,7 @@ Types = str | Mapping[str, str]
 # What llama-quantize falls back to when a row is not whole blocks (llama-quant.cpp, llama_tensor_get_type).
 _FALLBACK = {
     **{"Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "IQ4_XS": "IQ4_NL"},
+    **{"TQ1_0": "Q4_0", "TQ2_0": "Q4_0", "Q1_0": "Q4_0"},
     **{"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"},
 }
 
@@ -37,7 +38,7 @@ Q4_K_M = {r"^output\.": "Q6_K", r"^blk\.[02]\.ffn_down": "Q6_K", r"": "Q4_K"}
 
 TYPES = [
     *["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"],
-    *["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4"],
+    *["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4", "TQ1_0", "TQ2_0", "Q1_0"],
 ]
 MIXES: dict[str, Types] = {name: name for name in TYPES} | {
     "Q4_K_M": Q4_K_M,
@@ -346,7 +347,8 @@ def tiny_model(path: Path | str, variant: Variant, *, type: Types = "F32", seed:
     """Writes the GGUF file of VARIANTS[variant], or of a variant of one's own, and returns its path.
 
     type: the quantization type of every matrix, or a mapping from regular expressions on tensor names to types, first
-    match wins. 1-D tensors and the router stay F32; rows that are not whole blocks get llama-quantize's fallback type.
+    match wins. 1-D tensors stay F32, and so does the router unless an expression names it; rows that are not whole
+    blocks get llama-quantize's fallback type.
     """
     model = VARIANTS[variant] if isinstance(variant, str) else variant
     tensors = _Weights(seed).of(model)
@@ -379,7 +381,7 @@ def dequantized_twin(path: Path | str, twin: Path | str) -> Path:
     writer = gguf.GGUFWriter(twin, reader.get_field("general.architecture").contents())
     _copy_metadata(reader, writer)
     for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type))
+        writer.add_tensor(tensor.name, _unpacked(tensor))
     _write(writer)
     return Path(twin)
 
@@ -420,11 +422,18 @@ def _copy_metadata(reader: gguf.GGUFReader, writer: gguf.GGUFWriter) -> None:
             writer.add_key_value(key, field.contents(), field.types[0])
 
 
+def _unpacked(tensor: gguf.ReaderTensor) -> np.ndarray:
+    """float32 by gguf-py, or by libggml where that has no code for the type."""
+    if tensor.tensor_type == GGMLQuantizationType.Q1_0:
+        return ggml.dequantize(tensor.data, tensor.tensor_type)
+    return np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+
+
 def read(path: Path | str) -> tuple[dict[str, object], dict[str, np.ndarray]]:
     """(metadata, tensors as float32 in NumPy order) of a GGUF file, by gguf-py's reader."""
     reader = gguf.GGUFReader(path)
     metadata = {key: field.contents() for key, field in reader.fields.items()}
-    tensors = {t.name: np.array(gguf.dequantize(t.data, t.tensor_type), dtype=np.float32) for t in reader.tensors}
+    tensors = {tensor.name: _unpacked(tensor) for tensor in reader.tensors}
     return metadata, tensors
 
 
@@ -653,7 +662,9 @@ class _Weights:
 
 
 def _type_of(name: str, shape: tuple[int, ...], types: Types) -> GGMLQuantizationType:
-    if len(shape) == 1 or name.endswith(("ffn_gate_inp.weight", ".bias")):
+    router = "ffn_gate_inp"
+    stays = router in name and (isinstance(types, str) or not any(router in key for key in types))
+    if len(shape) == 1 or name.endswith(".bias") or stays:
         return GGMLQuantizationType.F32
     if not isinstance(types, str):
         types = next((kind for pattern, kind in types.items() if re.search(pattern, name)), "F32")

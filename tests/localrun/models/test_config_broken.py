@@ -131,6 +131,12 @@ for _base in BASES:
         f"{_base}: a tensor too many", _wrong, base=_base, tensors={"blk.0.attn_extra.weight": (64,)},
         error=UnsupportedModelError,
     )  # fmt: skip
+    _wrong = "tensor 'blk.0.attn_output.scale', a scale beside NVFP4 weights, is not native"
+    _runs = _base != "deepseek2"  # in llama.cpp
+    case(
+        f"{_base}: a scale", _wrong + ("" if _runs else ", and llama.cpp leaves it out; convert the model"), base=_base,
+        tensors={"blk.0.attn_output.scale": (1,)}, error=UnsupportedModelError if _runs else GGUFError,
+    )  # fmt: skip
     for _type in (Type.F64, Type.I8, Type.I16, Type.I32, Type.I64, Type.Q8_1):
         _wrong = (
             f"tensor 'output.weight' has type {_type.name}; expected F32, F16, BF16 or a format of quantised weights"
