@@ -5,7 +5,7 @@ sums the pieces, v_b moves the results out. A program takes some heads of one to
 read once for all of them, and the next programs find it in the L2 cache. Pieces are of equal length, by the token's own
 position: its result does not depend on what other tokens are in the call. Nothing waits for the host.
 
-Many tokens: decompressed. Keys and values of some heads and _CONTEXT tokens are rebuilt at a time and go through
+Many tokens: decompressed. Keys and values of some heads and CONTEXT tokens are rebuilt at a time and go through
 torch's fused attention, which keeps no scores: first the new tokens among themselves, causal, then chunks of the
 earlier context, summed by their log-sum-exp. Work memory does not grow with the context.
 
@@ -16,6 +16,7 @@ Sources: DeepSeek-V2 (arXiv 2405.04434); FlashAttention-2 (arXiv 2307.08691); Fl
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 import triton
@@ -27,14 +28,12 @@ from localrun.gpu.routing import Turns, turn_and_append
 from localrun.limits import GPU_ATTENTION_WORK_BYTES
 from localrun.models.config import Config
 from localrun.network import attention
-from localrun.network.model import MakeAttention
-from localrun.network.rope import Rope
 from localrun.network.weight_source import WeightSource
 
 FEW_TOKENS = 8  # tokens with all pieces each; more share them
 _LOG2_E = 1.4426950408889634
 _MIN_PIECE = 128  # cached tokens: shorter pieces would cost more to sum than they gain
-_CONTEXT = 4096  # cached tokens decompressed at a time
+CONTEXT = 4096  # cached tokens decompressed at a time
 _PEAK = tl.constexpr(12.0)  # float16 weights of the softmax are up to 2^12: small ones keep their bits down to 2^-26
 
 
@@ -78,11 +77,14 @@ def _latents(
 
 @triton.jit
 def attend_kernel(q_latent, q_rope, latents, rope_keys, scales, start, partials, log_sums, score_scale, n_pieces,
-                  latent_stride, rope_stride, N_HEADS: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
-                  BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
-                  MIN_PIECE: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+                  latent_stride, rope_stride, N_HEADS: tl.constexpr, PER_GROUP: tl.constexpr, C: tl.constexpr,
+                  R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
+                  BLOCK_S: tl.constexpr, MIN_PIECE: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
+                  IS_LATENT: tl.constexpr):  # fmt: skip
     """Program (block of heads, piece, token): softmax(q k^T) v over the piece, and the logarithm (base 2) of its sum.
 
+    IS_LATENT: a key is a latent, which is also the value, and a rotated part; all heads share them. Else PER_GROUP
+    heads share keys, which lie where the rotated parts do, and values, where the latents do; q_latent is not read.
     Products of DTYPE, sums and softmax float32. Queries are divided by each head's largest value: float16 holds them.
     """
     piece, token = tl.program_id(1), tl.program_id(2)
@@ -92,14 +94,22 @@ def attend_kernel(q_latent, q_rope, latents, rope_keys, scales, start, partials,
     if first >= n_seen:
         return
     last = tl.minimum(first + length, n_seen)
-    head = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
-    is_head = head < N_HEADS
-    query = token.to(tl.int64) * N_HEADS + head
-    q_c = _load_rows(q_latent, query, C, is_head, C, BLOCK_C)
+    blocks = (PER_GROUP + BLOCK_H - 1) // BLOCK_H
+    group = tl.program_id(0) // blocks
+    member = tl.program_id(0) % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
+    is_head = member < PER_GROUP
+    query = token.to(tl.int64) * N_HEADS + group * PER_GROUP + member
+    latents += group * C
+    rope_keys += group * R
     q_r = _load_rows(q_rope, query, R, is_head, R, BLOCK_R)
-    largest = tl.maximum(tl.max(tl.abs(q_c), 1), tl.max(tl.abs(q_r), 1))
+    largest = tl.max(tl.abs(q_r), 1)
+    if IS_LATENT:
+        q_c = _load_rows(q_latent, query, C, is_head, C, BLOCK_C)
+        largest = tl.maximum(tl.max(tl.abs(q_c), 1), largest)
     largest = tl.where(largest > 0, largest, 1.0)
-    q_c, q_r = (q_c / largest[:, None]).to(DTYPE), (q_r / largest[:, None]).to(DTYPE)
+    q_r = (q_r / largest[:, None]).to(DTYPE)
+    if IS_LATENT:
+        q_c = (q_c / largest[:, None]).to(DTYPE)
     factor = largest * score_scale
     peak = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
@@ -107,16 +117,20 @@ def attend_kernel(q_latent, q_rope, latents, rope_keys, scales, start, partials,
     for block in range(first, last, BLOCK_S):
         row = block + tl.arange(0, BLOCK_S)
         is_row = row < last
-        keys = _latents(latents, scales, row, latent_stride, is_row, C, BLOCK_C, BITS, DTYPE)
+        values = _latents(latents, scales, row, latent_stride, is_row, C, BLOCK_C, BITS, DTYPE)
         turned = _load_rows(rope_keys, row, rope_stride, is_row, R, BLOCK_R).to(DTYPE)
-        score = tl.dot(q_c, tl.trans(keys), input_precision="ieee")
-        score = tl.dot(q_r, tl.trans(turned), score, input_precision="ieee") * factor[:, None]
+        if IS_LATENT:
+            score = tl.dot(q_c, tl.trans(values), input_precision="ieee")
+            score = tl.dot(q_r, tl.trans(turned), score, input_precision="ieee")
+        else:
+            score = tl.dot(q_r, tl.trans(turned), input_precision="ieee")
+        score *= factor[:, None]
         score = tl.where(is_row[None, :], score, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(score, 1))
         weight = tl.exp2(score - new_peak[:, None] + _PEAK)
         shrink = tl.exp2(peak - new_peak)
         total = total * shrink + tl.sum(weight, 1)
-        mixed = tl.dot(weight.to(DTYPE), keys, mixed * shrink[:, None], input_precision="ieee")
+        mixed = tl.dot(weight.to(DTYPE), values, mixed * shrink[:, None], input_precision="ieee")
         peak = new_peak
     column = tl.arange(0, BLOCK_C)
     place = query * n_pieces + piece
@@ -160,13 +174,32 @@ def head_block(n_heads: int, dtype: torch.dtype = torch.float16) -> int:
 def attend_constants(config: Config, bits: int, dtype: torch.dtype) -> dict[str, object]:
     """What attend_kernel is compiled for; dtype: float16, or float32 for exact products."""
     c = config
+    value_width, key_width = _widths(c)
     return {
-        "N_HEADS": c.num_attention_heads, "C": c.kv_lora_rank, "R": c.qk_rope_head_dim,
-        "BLOCK_C": max(16, triton.next_power_of_2(c.kv_lora_rank)),
-        "BLOCK_R": max(16, triton.next_power_of_2(c.qk_rope_head_dim)),
-        "BLOCK_H": head_block(c.num_attention_heads, dtype), "BLOCK_S": 32 if _is_copied(bits, dtype) else 16,
+        "N_HEADS": c.num_attention_heads, "PER_GROUP": heads_together(c), "C": value_width, "R": key_width,
+        "BLOCK_C": max(16, triton.next_power_of_2(value_width)), "BLOCK_R": max(16, triton.next_power_of_2(key_width)),
+        "BLOCK_H": head_block(heads_together(c), dtype), "BLOCK_S": 32 if _is_copied(bits, dtype) else 16,
         "MIN_PIECE": _MIN_PIECE, "BITS": bits, "DTYPE": tl.float16 if dtype == torch.float16 else tl.float32,
+        "IS_LATENT": c.attention == "mla",
     }  # fmt: skip
+
+
+def _widths(config: Config) -> tuple[int, int]:
+    """C and R of attend_kernel: of values, and of keys or their rotated parts."""
+    c = config
+    return (c.kv_lora_rank, c.qk_rope_head_dim) if c.attention == "mla" else (c.v_head_dim, c.head_dim)
+
+
+def heads_together(config: Config) -> int:
+    """Heads that share keys and values."""
+    c = config
+    return c.num_attention_heads if c.attention == "mla" else c.num_attention_heads // c.num_key_value_heads
+
+
+def _head_blocks(config: Config, dtype: torch.dtype = torch.float16) -> int:
+    """Programs of attend_kernel a token and piece."""
+    together = heads_together(config)
+    return config.num_attention_heads // together * triton.cdiv(together, head_block(together, dtype))
 
 
 def attend_options(config: Config, bits: int, dtype: torch.dtype) -> dict[str, int]:
@@ -175,7 +208,7 @@ def attend_options(config: Config, bits: int, dtype: torch.dtype) -> dict[str, i
     Rows that go to the tensor cores as they are arrive while the ones before are multiplied; others take registers.
     """
     is_copied = _is_copied(bits, dtype)
-    n_warps = 4 if head_block(config.num_attention_heads, dtype) == 16 and bits != 8 else 8
+    n_warps = 4 if head_block(heads_together(config), dtype) == 16 and bits != 8 else 8
     return {"num_warps": n_warps, "num_stages": 2 if is_copied else 1}
 
 
@@ -186,7 +219,7 @@ def _is_copied(bits: int, dtype: torch.dtype) -> bool:
 def combine_constants(config: Config, bits: int, dtype: torch.dtype) -> dict[str, int]:
     """What combine_kernel is compiled for."""
     shared = attend_constants(config, bits, dtype)
-    columns = min(128, triton.next_power_of_2(config.kv_lora_rank))
+    columns = min(128, triton.next_power_of_2(_widths(config)[0]))
     return {name: shared[name] for name in ("N_HEADS", "C", "MIN_PIECE", "BLOCK_S")} | {
         "COLUMNS": columns,
         "PIECES": 16,
@@ -197,9 +230,8 @@ def pieces_for(config: Config, device: torch.device) -> int:
     """Pieces of the context that keep all of the device busy with one token."""
     if device.type == "cpu":
         return 4
-    blocks = triton.cdiv(config.num_attention_heads, head_block(config.num_attention_heads))
     n_processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return min(128, triton.cdiv(n_processors, blocks))
+    return min(128, triton.cdiv(n_processors, _head_blocks(config)))
 
 
 def attend(
@@ -216,21 +248,37 @@ def attend(
 
     Nothing waits for the host, and shapes depend on T alone. dtype of products: float16 or float32.
     """
-    n_tokens, n_heads, width = q_latent_THC.shape
-    device = q_latent_THC.device
+    scales = None if cache.scales is None else cache.scales[layer]
+    rows = cache.latents[layer], cache.rope_keys[layer]
+    queries = q_latent_THC.contiguous(), q_rope_THR.contiguous()
+    return attend_over(queries, rows, scales, cache.position, config, scale, n_pieces, cache.bits, dtype)
+
+
+def attend_over(
+    queries: tuple[torch.Tensor, torch.Tensor],
+    rows: tuple[torch.Tensor, torch.Tensor],
+    scales: torch.Tensor | None,
+    position: torch.Tensor,
+    config: Config,
+    scale: float,
+    n_pieces: int,
+    bits: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Both kernels. queries: q_latent and q_rope of attend_kernel; rows: one layer's latents and rope_keys."""
+    n_tokens, n_heads, _ = queries[1].shape
+    width, device = _widths(config)[0], queries[1].device
     n_pieces = max(1, min(n_pieces, n_pieces * FEW_TOKENS // n_tokens))
     partials = torch.empty(n_tokens, n_heads, n_pieces, width, device=device)
     log_sums = torch.empty(n_tokens, n_heads, n_pieces, device=device)
     out_THC = torch.empty(n_tokens, n_heads, width, device=device)
-    constants, sums = attend_constants(config, cache.bits, dtype), combine_constants(config, cache.bits, dtype)
-    scales = log_sums if cache.scales is None else cache.scales[layer]
-    attend_kernel[triton.cdiv(n_heads, constants["BLOCK_H"]), n_pieces, n_tokens](
-        q_latent_THC.contiguous(), q_rope_THR.contiguous(), cache.latents[layer], cache.rope_keys[layer], scales,
-        cache.position, partials, log_sums, scale * _LOG2_E, n_pieces, cache.latents.stride(1),
-        cache.rope_keys.stride(1), **constants, **attend_options(config, cache.bits, dtype),
+    constants, sums = attend_constants(config, bits, dtype), combine_constants(config, bits, dtype)
+    attend_kernel[_head_blocks(config, dtype), n_pieces, n_tokens](
+        *queries, *rows, log_sums if scales is None else scales, position, partials, log_sums, scale * _LOG2_E,
+        n_pieces, rows[0].stride(0), rows[1].stride(0), **constants, **attend_options(config, bits, dtype),
     )  # fmt: skip
     combine_kernel[n_heads, triton.cdiv(width, sums["COLUMNS"]), n_tokens](
-        partials, log_sums, cache.position, out_THC, n_pieces, **sums, num_warps=4
+        partials, log_sums, position, out_THC, n_pieces, **sums, num_warps=4
     )
     return out_THC
 
@@ -286,27 +334,14 @@ class LatentAttention(attention.LatentAttention):
         width = -(-max(q_HTd.shape[-1], c.v_head_dim) // 8) * 8  # torch's kernels: one for both, a multiple of 8
         out_THV = torch.empty(n_tokens, c.num_attention_heads, c.v_head_dim, device=q_HTd.device)
         # A token's keys, values and the product that is copied into them; an output of the new tokens and its sum.
-        bytes_per_head = q_HTd.element_size() * 3 * width * max(n_tokens, _CONTEXT) + 3 * 4 * width * n_tokens
+        bytes_per_head = q_HTd.element_size() * 3 * width * max(n_tokens, CONTEXT) + 3 * 4 * width * n_tokens
         for first, count in attention.head_groups(c.num_attention_heads, bytes_per_head, GPU_ATTENTION_WORK_BYTES):
             q_NTd = pad(q_HTd[first : first + count], (0, width - q_HTd.shape[-1]))
             matrices = tuple(b.dense(first, count).to(q_HTd.dtype) for b in (self.k_b_proj, self.v_b_proj))
-            out_NTV = self._attend_dense(q_NTd, matrices, cache)[..., : c.v_head_dim]
+            rebuilt = functools.partial(self._rebuilt, q_NTd, matrices, cache)
+            out_NTV = attend_by_pieces(q_NTd, rebuilt, cache.length, self.scale)[..., : c.v_head_dim]
             out_THV[:, first : first + count] = out_NTV.transpose(0, 1)
         return out_THV
-
-    def _attend_dense(
-        self, q_NTd: torch.Tensor, matrices: tuple[torch.Tensor, torch.Tensor], cache: DeviceCache
-    ) -> torch.Tensor:
-        """float32 (N, T, d) of some heads, given their k_b and v_b."""
-        start, end = cache.length, cache.length + q_NTd.shape[1]
-        out, log_sum = _fused_attention(q_NTd, *self._rebuilt(q_NTd, matrices, cache, start, end), True, self.scale)
-        for first in range(0, start, _CONTEXT):
-            keys_values = self._rebuilt(q_NTd, matrices, cache, first, min(first + _CONTEXT, start))
-            earlier, earlier_log_sum = _fused_attention(q_NTd, *keys_values, False, self.scale)
-            both = torch.logaddexp(log_sum, earlier_log_sum)
-            out = out * (log_sum - both).exp()[..., None] + earlier * (earlier_log_sum - both).exp()[..., None]
-            log_sum = both
-        return out
 
     def _rebuilt(
         self,
@@ -327,14 +362,17 @@ class LatentAttention(attention.LatentAttention):
         return k_NSd, v_NSd
 
 
-def attention_on(device: torch.device) -> MakeAttention:
-    """What makes the layers' attention there, with the same turns for all."""
-    turns_of = functools.cache(lambda rope: Turns(rope, device))
-
-    def make(config: Config, weights: WeightSource, index: int, rope: Rope) -> LatentAttention:
-        return LatentAttention(config, weights, index, turns_of(rope))
-
-    return make
+def attend_by_pieces(
+    q_NTd: torch.Tensor, rows: Callable[[int, int], tuple[torch.Tensor, torch.Tensor]], start: int, scale: float
+) -> torch.Tensor:
+    """float32 (N, T, d) of tokens from `start` on; rows(first, last) gives keys and values (N, last - first, d)."""
+    out, log_sum = _fused_attention(q_NTd, *rows(start, start + q_NTd.shape[1]), True, scale)
+    for first in range(0, start, CONTEXT):
+        earlier, earlier_log_sum = _fused_attention(q_NTd, *rows(first, min(first + CONTEXT, start)), False, scale)
+        both = torch.logaddexp(log_sum, earlier_log_sum)
+        out = out * (log_sum - both).exp()[..., None] + earlier * (earlier_log_sum - both).exp()[..., None]
+        log_sum = both
+    return out
 
 
 def _fused_attention(

@@ -3,9 +3,10 @@
 Three forms. 16 bits (float16), as on the CPU. 8 bits: the latents are E4M3 with one float32 scale a row (the row's
 largest value becomes 448), the rotated keys stay float16, since no norm bounds them; E4M3 rounds by up to 2^-4 of a
 value whatever its size, so finer scales would only help values below 1/28672 of the row's largest. 32 bits is for
-comparison. Grouped-query attention has no form here: llama models run on the CPU.
+comparison. Grouped-query attention keeps keys and values of 16 bits, or of 32 for comparison.
 
-Letters: L layers, S cached tokens, C kv_lora_rank, R qk_rope_head_dim, W = C + R.
+Letters: L layers, S cached tokens, C kv_lora_rank, R qk_rope_head_dim, W = C + R, G key-value heads, d head_dim,
+V v_head_dim.
 E4M3: Micikevicius et al., FP8 Formats for Deep Learning (arXiv 2209.05433).
 """
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from localrun.models.config import Config
-from localrun.network.cache import Context
+from localrun.network.cache import Context, row_widths
 
 E4M3_MAX = 448.0
 
@@ -24,16 +25,78 @@ def row_bytes(config: Config, bits: int = 16) -> int:
     return c + 2 * r + 4 if bits == 8 else (c + r) * bits // 8
 
 
-class DeviceCache(Context):
-    """Rows for up to `capacity` tokens, all reserved at once. Device work that is queued counts as done.
+class DeviceContext(Context):
+    """What caches on a device share. Device work that is queued counts as done.
 
     `length` is also on the device, for kernels whose launches are recorded once; setting it queues a write on the
     current stream.
 
     Attributes:
-        bits: 8, 16 or 32, of a latent value.
         is_exact: whether values have 32 bits.
         position: int32 (1,) on the device, `length`.
+    """
+
+    def __init__(self, capacity: int, device: torch.device, bits: int):
+        self.position = torch.zeros(1, dtype=torch.int32, device=device)
+        super().__init__(capacity)
+        self.is_exact = bits == 32
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    @length.setter
+    def length(self, n_tokens: int) -> None:
+        self._length = n_tokens
+        self.position.fill_(n_tokens)
+
+
+class GroupedCache(DeviceContext):
+    """Keys and values of grouped-query attention for up to `capacity` tokens, all reserved at once.
+
+    Attributes:
+        keys, values: (L, capacity, G * d) and (L, capacity, G * V), float16 or float32.
+    """
+
+    def __init__(
+        self, config: Config, capacity: int, device: torch.device, bits: int = 16, n_layers: int | None = None
+    ):
+        """As DeviceCache; bits: 16 or 32."""
+        super().__init__(capacity, device, bits)
+        self._n_layers = config.num_hidden_layers if n_layers is None else n_layers
+        dtype = torch.float32 if self.is_exact else torch.float16
+        self.keys, self.values = (
+            torch.empty(self._n_layers, capacity, width, dtype=dtype, device=device) for width in row_widths(config)
+        )
+
+    def append(self, layer: int, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write the rows (T, width) of tokens at these positions, int64 (T,) on the device."""
+        self.keys[layer].index_copy_(0, positions, keys.to(self.keys.dtype))
+        self.values[layer].index_copy_(0, positions, values.to(self.values.dtype))
+
+    def save(self) -> dict[str, np.ndarray]:
+        """As Cache.save gives them; waits for the device."""
+        return {
+            f"{layer}.{part}": rows[layer, : self.length].cpu().numpy()
+            for layer in range(self._n_layers)
+            for part, rows in enumerate((self.keys, self.values))
+        }
+
+    def load(self, tensors: dict[str, np.ndarray], length: int) -> None:
+        """Take over what save() gave for `length` tokens. Raises LocalrunError if it is something else, or too long."""
+        widths = self.keys.shape[-1], self.values.shape[-1]
+        self._check_saved(tensors, length, [widths] * self._n_layers, np.float32 if self.is_exact else np.float16)
+        for layer in range(self._n_layers):
+            for part, rows in enumerate((self.keys, self.values)):
+                rows[layer, :length] = torch.from_numpy(np.ascontiguousarray(tensors[f"{layer}.{part}"]))
+        self.length = length
+
+
+class DeviceCache(DeviceContext):
+    """Latent rows for up to `capacity` tokens, all reserved at once.
+
+    Attributes:
+        bits: 8, 16 or 32, of a latent value.
         latents: (L, capacity, C), uint8 (E4M3), float16 or float32.
         rope_keys: (L, capacity, R), float16 or float32.
         scales: float32 (L, capacity), of the latents; None unless bits is 8.
@@ -43,9 +106,8 @@ class DeviceCache(Context):
         self, config: Config, capacity: int, device: torch.device, bits: int = 16, n_layers: int | None = None
     ):
         """n_layers: num_hidden_layers unless given. torch.OutOfMemoryError if the device has no room."""
-        self.position = torch.zeros(1, dtype=torch.int32, device=device)
-        super().__init__(capacity)
-        self.bits, self.is_exact = bits, bits == 32
+        super().__init__(capacity, device, bits)
+        self.bits = bits
         self._n_layers = config.num_hidden_layers if n_layers is None else n_layers
         self._widths = config.kv_lora_rank, config.qk_rope_head_dim
         self.scales: torch.Tensor | None = None
@@ -59,15 +121,6 @@ class DeviceCache(Context):
             dtype = torch.float32 if self.is_exact else torch.float16
             rows = torch.empty(self._n_layers, capacity, sum(self._widths), dtype=dtype, device=device)
             self.latents, self.rope_keys = rows.split(self._widths, -1)
-
-    @property
-    def length(self) -> int:
-        return self._length
-
-    @length.setter
-    def length(self, n_tokens: int) -> None:
-        self._length = n_tokens
-        self.position.fill_(n_tokens)
 
     @property
     def n_bytes(self) -> int:
@@ -104,6 +157,14 @@ class DeviceCache(Context):
                 latents, self.scales[layer, :length] = pack_e4m3(latents)
             self.latents[layer, :length], self.rope_keys[layer, :length] = latents, rope_keys
         self.length = length
+
+
+def new_cache(
+    config: Config, capacity: int, device: torch.device, bits: int = 16, n_layers: int | None = None
+) -> DeviceCache | GroupedCache:
+    """An empty cache of the model's kind. torch.OutOfMemoryError if the device has no room."""
+    kind = DeviceCache if config.attention == "mla" else GroupedCache
+    return kind(config, capacity, device, bits, n_layers)
 
 
 def pack_e4m3(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

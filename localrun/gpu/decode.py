@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn.functional import rms_norm
 
-from localrun.gpu.cache import DeviceCache
+from localrun.gpu.cache import DeviceContext
 from localrun.gpu.device import Cuda, StandIn
 from localrun.gpu.routed import Mode, Routed
 from localrun.network.model import Network
@@ -33,9 +33,9 @@ class DecodeStep:
         self._ids = torch.zeros(MOST_TOKENS, dtype=torch.int64, device=device.torch)
         self._hidden = device.pinned((MOST_TOKENS, c.hidden_size), torch.float32)
         self._logits = device.pinned((MOST_TOKENS, c.vocab_size), torch.float32)
-        self._recorded: WeakKeyDictionary[DeviceCache, dict[int, Callable[[], None]]] = WeakKeyDictionary()
+        self._recorded: WeakKeyDictionary[DeviceContext, dict[int, Callable[[], None]]] = WeakKeyDictionary()
 
-    def __call__(self, ids: Sequence[int], cache: DeviceCache) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, ids: Sequence[int], cache: DeviceContext) -> tuple[np.ndarray, np.ndarray]:
         """Evaluate up to MOST_TOKENS ids after the cache's, which has room for them; it then holds them too.
 
         Returns:
@@ -55,7 +55,7 @@ class DecodeStep:
         """The ids of the next queue() or replay."""
         self._ids_on_host[: len(ids)] = torch.tensor(ids, dtype=torch.int64)
 
-    def _replay(self, cache: DeviceCache, n_tokens: int) -> Callable[[], None]:
+    def _replay(self, cache: DeviceContext, n_tokens: int) -> Callable[[], None]:
         """What queues the step: recorded when it is first asked for, which runs it a few times."""
         recorded = self._recorded.setdefault(cache, {})
         if n_tokens not in recorded:
@@ -69,7 +69,7 @@ class DecodeStep:
             recorded[n_tokens] = self._device.capture(step)
         return recorded[n_tokens]
 
-    def queue(self, cache: DeviceCache, n_tokens: int) -> None:
+    def queue(self, cache: DeviceContext, n_tokens: int) -> None:
         """The step's work, launch by launch. Within Pool.exclusive(), until it is done."""
         network, c = self._network, self._network.config
         self._routed.mode = Mode.STEP

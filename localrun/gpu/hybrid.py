@@ -18,10 +18,10 @@ from localrun.cpu.torch_threads import TorchThreads
 from localrun.gguf.file import GGUFFile
 from localrun.gguf.residency import Resident, let_go
 from localrun.gpu import compiling, prefill
-from localrun.gpu.attention import attention_on
-from localrun.gpu.cache import DeviceCache
+from localrun.gpu.cache import DeviceCache, GroupedCache, new_cache
 from localrun.gpu.decode import DecodeStep
 from localrun.gpu.device import Cuda, StandIn
+from localrun.gpu.grouped import attention_on
 from localrun.gpu.tuning import Tuning
 from localrun.gpu.weights import DeviceWeights, spans_in_ram, spans_on_device
 from localrun.models import names
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class HybridModel:
-    """A deepseek2 model over the tensors of a file, on a device and on the CPU.
+    """A model with experts over the tensors of a file, on a device and on the CPU.
 
     Attributes:
         vocab_size: logits a token.
@@ -111,11 +111,11 @@ class HybridModel:
             self._holds_torch = True
         return MTPBlock(self.config, LayerWeights(self.file, self.pool), self.network.rope)
 
-    def new_cache(self, capacity: int, exact: bool = False) -> DeviceCache:
+    def new_cache(self, capacity: int, exact: bool = False) -> DeviceCache | GroupedCache:
         """An empty cache for up to `capacity` tokens, of 16 or 8 bits as placed or, if exact, of 32."""
         with self.device.errors():
             bits = 32 if exact else self._placement.cache_bits
-            return DeviceCache(self.config, capacity, self.device.torch, bits)
+            return new_cache(self.config, capacity, self.device.torch, bits)
 
     def can_forget(self) -> bool:
         """Always."""
@@ -128,7 +128,7 @@ class HybridModel:
             return self.tuning.chunks(n_tokens)
 
     @torch.inference_mode()
-    def forward(self, ids: Sequence[int], cache: DeviceCache, all_logits: bool = False) -> np.ndarray:
+    def forward(self, ids: Sequence[int], cache: DeviceCache | GroupedCache, all_logits: bool = False) -> np.ndarray:
         """Evaluate ids after the cache's tokens; the cache then holds them too.
 
         Returns:
@@ -148,7 +148,9 @@ class HybridModel:
             self.hidden = hidden
         return logits if all_logits else logits[-1:]
 
-    def _prefill(self, ids: Sequence[int], cache: DeviceCache, all_logits: bool) -> tuple[np.ndarray, np.ndarray]:
+    def _prefill(
+        self, ids: Sequence[int], cache: DeviceCache | GroupedCache, all_logits: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Of all tokens, or as far as they are wanted of the last alone: what the head reads, and logits."""
         network, c = self.network, self.config
         self.routed.mode, n_batches = self.tuning.choose(len(ids))

@@ -38,6 +38,11 @@ class Turns:
         self.fine = self._table(np.arange(_FINE.value), 1.0).to(device)
         self.coarse = self._table(_FINE.value * np.arange(_COARSE), rope.magnitude).to(device)
 
+    def at(self, positions: torch.Tensor) -> torch.Tensor:
+        """As Rope.turns, complex64 (T, 1, R/2), of positions int64 (T,) on the device. Nothing waits for the host."""
+        coarse, fine = self.coarse[positions // _FINE.value], self.fine[positions % _FINE.value]
+        return (torch.view_as_complex(coarse) * torch.view_as_complex(fine))[:, None]
+
     def _table(self, positions: np.ndarray, magnitude: float) -> torch.Tensor:
         angles = np.outer(positions, self.rope.frequencies)
         turns = magnitude * np.stack([np.cos(angles), np.sin(angles)], -1)

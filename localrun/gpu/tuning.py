@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from localrun.gpu.cache import DeviceCache
+from localrun.gpu.cache import new_cache
 from localrun.gpu.device import Cuda, StandIn
 from localrun.gpu.prefill import LayerTimes, Seconds, best_batches, best_chunks, streaming_threshold
 from localrun.gpu.routed import Mode, Routed
@@ -113,7 +113,7 @@ class Tuning:
     def _attention(self, index: int, n_tokens: int) -> Callable[[], object]:
         """A layer without its routed experts, on an empty context."""
         layer, x_TD = self._network.layers[index], self._vectors(n_tokens)
-        cache = DeviceCache(self._network.config, n_tokens, self._device.torch, n_layers=index + 1)
+        cache = new_cache(self._network.config, n_tokens, self._device.torch, n_layers=index + 1)
 
         def run() -> None:
             experts, layer.mlp.experts = layer.mlp.experts, _NoExperts()

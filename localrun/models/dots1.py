@@ -10,7 +10,7 @@ from localrun.models.architecture import DENSE, Architecture, Fields, Key, Plain
 from localrun.models.checkpoint_class import NO_BIAS, SILU, CheckpointClass, no_effect, only, read
 from localrun.models.config import Config
 from localrun.models.keys import Keys
-from localrun.models.rope_scaling import ROPE_KEYS, check_yarn
+from localrun.models.rope_scaling import ROPE_KEYS, check_scaling
 
 _ONLY = "Dots1's router has no other"
 CLASS = CheckpointClass(
@@ -61,9 +61,7 @@ def _read(keys: Keys, fields: Fields) -> Fields:
 
 
 def _parse(settings: Settings, fields: Fields) -> Fields:
-    if settings.rope.type == "llama3":
-        settings.fail("rope scaling is 'llama3'; expected default, linear or yarn")
-    check_yarn(settings)
+    check_scaling(settings)
     types, n_layers = settings.get("layer_types", list), fields["num_hidden_layers"]
     has_window = settings.get("sliding_window", int) and settings.get("max_window_layers", int) < n_layers
     if any(kind != "full_attention" for kind in types) or (has_window and not types):

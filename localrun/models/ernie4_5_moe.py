@@ -15,7 +15,7 @@ from localrun.models.architecture import DENSE, Architecture, Fields, Key, OneRo
 from localrun.models.checkpoint_class import NO_BIAS, SILU, CheckpointClass, no_effect, only, read
 from localrun.models.config import Config
 from localrun.models.keys import Keys
-from localrun.models.rope_scaling import ROPE_KEYS, check_yarn
+from localrun.models.rope_scaling import ROPE_KEYS, check_scaling
 
 CLASS = CheckpointClass(
     "Ernie4_5_MoeForCausalLM",
@@ -75,9 +75,7 @@ def _read(keys: Keys, fields: Fields) -> Fields:
 
 
 def _parse(settings: Settings, fields: Fields) -> Fields:
-    if settings.rope.type == "llama3":
-        settings.fail("rope scaling is 'llama3'; expected default, linear or yarn")
-    check_yarn(settings)
+    check_scaling(settings)
     if settings.get("moe_layer_end_index", int) not in (-1, fields["num_hidden_layers"] - 1):
         settings.fail("moe_layer_end_index is not the last layer; expected experts up to there")
     return {

@@ -15,7 +15,7 @@ from localrun.models.architecture import DENSE, Architecture, Fields, Key, Plain
 from localrun.models.checkpoint_class import SILU, CheckpointClass, no_effect, read
 from localrun.models.config import Config
 from localrun.models.keys import Keys
-from localrun.models.rope_scaling import ROPE_KEYS, check_yarn
+from localrun.models.rope_scaling import ROPE_KEYS, check_scaling
 
 CLASS = CheckpointClass(
     "Glm4MoeForCausalLM",
@@ -72,9 +72,7 @@ def _read(keys: Keys, fields: Fields) -> Fields:
 
 
 def _parse(settings: Settings, fields: Fields) -> Fields:
-    if settings.rope.type == "llama3":
-        settings.fail("rope scaling is 'llama3'; expected default, linear or yarn")
-    check_yarn(settings)
+    check_scaling(settings)
     return {
         "attention_bias": settings.get("attention_bias", bool),
         "qk_norm": settings.get("use_qk_norm", bool),

@@ -19,7 +19,7 @@ from localrun.models.architecture import MOE, Architecture, Fields, Fused, Key, 
 from localrun.models.checkpoint_class import CheckpointClass, no_effect, only, read
 from localrun.models.config import FULL, SLIDING, Config
 from localrun.models.keys import Keys
-from localrun.models.rope_scaling import ROPE_KEYS, check_yarn
+from localrun.models.rope_scaling import ROPE_KEYS, check_scaling
 
 ALPHA, LIMIT = 1.702, 7.0  # of the experts' activation
 _PATTERN = "attention.sliding_window_pattern"
@@ -81,9 +81,7 @@ def _read(keys: Keys, fields: Fields) -> Fields:
 def _parse(settings: Settings, fields: Fields) -> Fields:
     if not {"rope_parameters", "rope_scaling"} & settings.values.keys():
         settings.fail("rope_scaling is missing")  # a yarn of the class's own would be meant
-    if settings.rope.type == "llama3":
-        settings.fail("rope scaling is 'llama3'; expected default, linear or yarn")
-    check_yarn(settings)
+    check_scaling(settings)
     types: Any = settings.values.get("layer_types")
     expected = _in_turn(fields["num_hidden_layers"])
     if types is not None and types != [*expected]:

@@ -15,7 +15,7 @@ from localrun.models.architecture import DENSE, Architecture, Fields, Key, Plain
 from localrun.models.checkpoint_class import NO_BIAS, SILU, CheckpointClass, no_effect, only, read
 from localrun.models.config import Config
 from localrun.models.keys import Keys
-from localrun.models.rope_scaling import ROPE_KEYS, check_yarn
+from localrun.models.rope_scaling import ROPE_KEYS, check_scaling
 
 _WHY = "no published model has another"
 CLASS = CheckpointClass(
@@ -79,9 +79,7 @@ def _read(keys: Keys, fields: Fields) -> Fields:
 
 
 def _parse(settings: Settings, fields: Fields) -> Fields:
-    if settings.rope.type == "llama3":
-        settings.fail("rope scaling is 'llama3'; expected default, linear or yarn")
-    check_yarn(settings)
+    check_scaling(settings)
     shared = settings.get("num_shared_experts", int)
     return {
         "norm_topk_prob": True,

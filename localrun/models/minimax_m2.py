@@ -10,7 +10,7 @@ from __future__ import annotations
 from localrun.models import parts, router
 from localrun.models.architecture import Architecture, Fields, Key, Plain, Settings
 from localrun.models.checkpoint_class import SILU, CheckpointClass, no_effect, only, read
-from localrun.models.rope_scaling import ROPE_KEYS, check_yarn
+from localrun.models.rope_scaling import ROPE_KEYS, check_scaling
 
 _WHY = "no published model has another"
 CLASS = CheckpointClass(
@@ -60,9 +60,7 @@ KEYS = (
 
 
 def _parse(settings: Settings, fields: Fields) -> Fields:
-    if settings.rope.type == "llama3":
-        settings.fail("rope scaling is 'llama3'; expected default, linear or yarn")
-    check_yarn(settings)
+    check_scaling(settings)
     rotated = parts.rotated(settings, fields)
     if settings.rope.partial_rotary_factor is None:  # as in the published files
         rotated = settings.get("rotary_dim", int, fields)

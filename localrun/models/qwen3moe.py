@@ -11,7 +11,7 @@ from localrun.models import parts
 from localrun.models.architecture import Architecture, Fields, Key, Plain, Settings
 from localrun.models.checkpoint_class import NO_BIAS, SILU, CheckpointClass, no_effect, only, read
 from localrun.models.keys import Keys
-from localrun.models.rope_scaling import ROPE_KEYS, check_yarn
+from localrun.models.rope_scaling import ROPE_KEYS, check_scaling
 
 CLASS = CheckpointClass(
     "Qwen3MoeForCausalLM",
@@ -60,9 +60,7 @@ def _read(_: Keys, fields: Fields) -> Fields:
 
 
 def _parse(settings: Settings, _: Fields) -> Fields:
-    if settings.rope.type == "llama3":
-        settings.fail("rope scaling is 'llama3'; expected default, linear or yarn")
-    check_yarn(settings)
+    check_scaling(settings)
     return {}
 
 

@@ -59,6 +59,13 @@ def check_yarn(settings: Settings) -> None:
         settings.fail(f"yarn has {found}; GGUF can only tell of {plain:g}, which follows from the factor")
 
 
+def check_scaling(settings: Settings) -> None:
+    """A checkpoint's scaling must be one that RopeScaling holds. Raises CheckpointError if it is not."""
+    if settings.rope.type == "llama3":
+        settings.fail("rope scaling is 'llama3'; expected default, linear or yarn")
+    check_yarn(settings)
+
+
 def read_scaling(keys: Keys, truncate: bool = True) -> RopeScaling | None:
     """The scaling that a GGUF names; None for none. truncate: what yarn means to its architecture."""
     type_ = keys.string("rope.scaling.type", "linear")  # what llama.cpp takes where the file does not say

@@ -16,7 +16,7 @@ from localrun.models.config import Config
 from localrun.models.expert_counts import read_usage
 from localrun.placement import available
 from localrun.placement.context_fit import refusal
-from localrun.placement.placement import VRAM, Placement, Request, lay_out, runs_on_gpu
+from localrun.placement.placement import VRAM, Placement, Request, lay_out, runs_on_gpu, why_not_on_gpu
 
 Notice = Callable[[str], None]
 
@@ -126,8 +126,8 @@ def _leave_out(where: DeviceRequest, config: Config, notice: Notice) -> None:
 
 def _free_vram(config: Config) -> tuple[int, str, bool]:
     """Bytes of VRAM that are free; else why the GPU is not used, and whether that may surprise."""
-    if not runs_on_gpu(config):
-        return 0, "the GPU runs latent attention only, and this model's is grouped", False
+    if reason := why_not_on_gpu(config):
+        return 0, reason, False
     found = available.find()
     if isinstance(found, available.NoGpu):
         return 0, found.reason, found.has_card

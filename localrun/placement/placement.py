@@ -176,14 +176,24 @@ def lay_out(request: Request) -> Placement:
     )
 
 
+def why_not_on_gpu(config: Config) -> str:
+    """Why the GPU half does not run the model; empty if it does."""
+    c = config
+    if not c.n_routed_experts:
+        return "the GPU is for models with experts, and this one has none"
+    if c.sliding_window or c.swiglu_limit or c.index_topk:
+        return "the GPU has no kernels for this model's attention or its experts"
+    return ""
+
+
 def runs_on_gpu(config: Config) -> bool:
-    """Whether the GPU has kernels for the model's attention: latent attention only."""
-    return config.attention == "mla"
+    """Whether the GPU half runs the model."""
+    return not why_not_on_gpu(config)
 
 
 def cache_bytes_per_token(config: Config, bits: int) -> int:
     """Bytes that all layers keep of a token; of 8 bits are latents, which have a scale, while rotated keys keep 16."""
-    if bits == 16 or not runs_on_gpu(config):
+    if bits == 16:
         return config.kv_bytes_per_token
     return config.num_hidden_layers * (config.kv_lora_rank + 2 * config.qk_rope_head_dim + _SCALE_BYTES)
 
@@ -271,6 +281,8 @@ def _check(request: Request, parts: _Parts) -> None:
         raise LocalrunError(f"{wanted} experts of each layer on the GPU; expected auto, or 0 to {n_experts}")
     if request.cache_bits not in (8, 16):
         raise LocalrunError(f"a cache of {request.cache_bits} bits; expected 16 or 8")
+    if request.cache_bits == 8 and request.vram is not None and request.config.attention != "mla":
+        raise LocalrunError("a cache of 8 bits is for latent attention; keys and values of others have 16")
     if request.ctx < 1 or request.batch < 1:
         raise LocalrunError(f"{request.batch} contexts of {request.ctx} tokens; expected 1 or more of each")
     for layer, counts in (request.usage or {}).items():

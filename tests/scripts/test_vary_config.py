@@ -65,7 +65,7 @@ TELLING: dict[str, list[tuple[str, Any, str]]] = {
     ],
     "MiniMaxM2ForCausalLM": [
         ("rotary_dim", 8, "honoured"), ("rotary_dim", None, "honoured"), ("partial_rotary_factor", 0.5, "no effect"),
-        ("rope_theta", "absent", "honoured"), ("use_qk_norm", False, "refused"), ("sliding_window", 8, "refused"),
+        ("rope_theta", "absent", "no effect"), ("use_qk_norm", False, "refused"), ("sliding_window", 8, "refused"),
     ],
     "HYV3ForCausalLM": [
         ("mlp_layer_types", ["dense", "dense", "sparse"], "honoured"), ("rope_theta", "absent", "no effect"),

@@ -57,6 +57,19 @@ CONFIGS = {
         "architectures": ["Qwen3MoeForCausalLM"], "num_key_value_heads": 1, "head_dim": 16, "num_experts": 4,
         "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True, "rope_scaling": _YARN,
     },
+    "glm4moe": _SIZES | {
+        "architectures": ["Glm4MoeForCausalLM"], "num_key_value_heads": 1, "head_dim": 16, "n_routed_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1, "attention_bias": True,
+        "use_qk_norm": True, "partial_rotary_factor": 0.5, "num_nextn_predict_layers": 1,
+    },
+    "minimax-m2": _SIZES | {
+        "architectures": ["MiniMaxM2ForCausalLM"], "num_key_value_heads": 1, "head_dim": 16, "rotary_dim": 8,
+        "num_local_experts": 4, "num_experts_per_tok": 2, "attn_type_list": [1, 1],
+    },
+    "hy_v3": _SIZES | {
+        "architectures": ["HYV3ForCausalLM"], "num_key_value_heads": 1, "head_dim": 16, "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_layer_types": ["dense", "sparse"],
+    },
 }  # fmt: skip
 _HINTS = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 40, "repetition_penalty": 1.1, "min_p": 0.0}
 _POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 12345\n"

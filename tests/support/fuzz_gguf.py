@@ -146,6 +146,11 @@ _QWEN3MOE = tiny_models.qwen3moe(
     hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
     head_dim=16, vocab_size=48, n_routed_experts=8, num_experts_per_tok=2,
 )  # fmt: skip
+_GROUPED = {
+    "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "head_dim": 16, "qk_rope_head_dim": 8, "vocab_size": 48, "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+}  # fmt: skip
 _OTHERS_BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias")
 
 
@@ -161,6 +166,9 @@ def bases() -> dict[str, Model]:
         ),
         "llama": tiny_models.shared(_LLAMA),
         "qwen3moe": tiny_models.shared(_QWEN3MOE, type="Q4_0"),
+        "glm4moe": tiny_models.shared(tiny_models.glm4moe(**_GROUPED, num_nextn_predict_layers=1)),
+        "minimax-m2": tiny_models.shared(tiny_models.minimax_m2(**_GROUPED | {"intermediate_size": 32})),
+        "hy_v3": tiny_models.shared(tiny_models.hy_v3(**_GROUPED | {"qk_rope_head_dim": 16}), type="Q8_0"),
     }
     models = {name: parse(path) for name, path in files.items()}
     for name, vocabulary in (("llama byte pairs", _byte_pairs()), ("llama pieces", _pieces())):

@@ -24,8 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from localrun.gpu import attention, blocks, compiling, experts, fp8, gemm, gemv, matrix, routing
-from localrun.gpu.cache import DeviceCache
+from localrun.gpu import attention, blocks, compiling, experts, fp8, gemm, gemv, grouped, matrix, routing
+from localrun.gpu.cache import DeviceCache, GroupedCache
 from localrun.models.config import Config
 from localrun.network.rope import Rope
 
@@ -130,6 +130,16 @@ def _config(n_heads: int) -> Config:
     )  # fmt: skip
 
 
+def _grouped_config() -> Config:
+    """GLM-4.5's attention."""
+    return Config(
+        architecture="glm4moe", attention="gqa", rope="halves",
+        hidden_size=5120, intermediate_size=1, num_hidden_layers=1,
+        num_attention_heads=96, vocab_size=1, max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=1e6,
+        rope_scaling=None, qk_rope_head_dim=64, v_head_dim=128, num_key_value_heads=8, head_dim=128,
+    )  # fmt: skip
+
+
 _MODELS = {"V3": _config(128), "V2-Lite": _config(16)}
 
 
@@ -141,6 +151,15 @@ def _attend(model: str, bits: int) -> Callable[[], object]:
         cache = DeviceCache(c, 16, torch.device("cpu"), bits)
         latent, rope = torch.empty(1, c.num_attention_heads, 512), torch.empty(1, c.num_attention_heads, 64)
         attention.attend(latent, rope, cache, 0, c, 0.1, 33, dtype)
+
+    return call
+
+
+def _attend_grouped(bits: int) -> Callable[[], object]:
+    def call() -> None:
+        c, dtype = _grouped_config(), torch.float32 if bits == 32 else torch.float16
+        cache = GroupedCache(c, 16, torch.device("cpu"), bits)
+        grouped.attend_grouped(torch.empty(1, c.num_attention_heads, c.head_dim), cache, 0, c, 0.1, 33, dtype)
 
     return call
 
@@ -167,6 +186,7 @@ VARIANTS: dict[str, Callable[[], object]] = {
     **{f"experts {n} tokens, {gate} {down}": _experts(n, gate, down)
        for n in (1, 64) for gate, down in (("Q4_K", "Q6_K"), ("Q8_0", "Q8_0"), ("Q4_K", "Q5_0"), ("MXFP4", "MXFP4"))},
     **{f"attention {model} {bits} bits": _attend(model, bits) for model in _MODELS for bits in (8, 16, 32)},
+    **{f"attention GLM-4.5 {bits} bits": _attend_grouped(bits) for bits in (16, 32)},
     **{f"queries {model} {bits} bits": _queries(model, bits) for model in _MODELS for bits in (8, 16, 32)},
     "router V3": _router,
     "FP8 products": _fp8(True),

@@ -25,9 +25,9 @@ from quant.threads.pool import Pool
 
 pytest.importorskip("triton", reason="localrun.gpu needs Triton")
 
-from localrun.gpu import attention
+from localrun.gpu import attention, grouped
 from localrun.gpu.attention import LatentAttention, attend
-from localrun.gpu.cache import DeviceCache
+from localrun.gpu.cache import DeviceCache, new_cache
 from localrun.gpu.routing import Turns
 
 CONFIG = Config(
@@ -259,7 +259,7 @@ def test_module(pool: Pool, variant: str, chunks: list[int], absorbing: bool, mo
     device, host = modules(pool, variant)
     c = device.config
     monkeypatch.setattr(device, "_absorbing_is_cheaper", lambda n_tokens: absorbing)
-    monkeypatch.setattr(attention, "_CONTEXT", 4)
+    monkeypatch.setattr(attention, "CONTEXT", 4)
     monkeypatch.setattr(attention, "GPU_ATTENTION_WORK_BYTES", 100_000)
     x_TD = random(N_TOKENS, c.hidden_size).cpu()
     host_cache = Cache([row_widths(c)], N_TOKENS, np.float32)
@@ -269,6 +269,38 @@ def test_module(pool: Pool, variant: str, chunks: list[int], absorbing: bool, mo
     assert_close(found, by_chunks(host, x_TD, chunks, host_cache), EXACT)
     rows = torch.from_numpy(device_cache.save()["0.0"])
     assert_close(rows, torch.from_numpy(host_cache.save()["0.0"]), EXACT)
+
+
+GROUPED_CASES = [("glm4moe", [11, 4]), ("minimax-m2", [8, 7]), ("mixtral", [15])]
+
+
+@pytest.mark.parametrize("kernel", [True, False], ids=["by the kernel", "by torch"])
+@pytest.mark.parametrize(("variant", "chunks"), slow_but(GROUPED_CASES, [("glm4moe", [11, 4])]))
+def test_grouped_module(
+    pool: Pool, variant: str, chunks: list[int], kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By torch: the earlier context 4 tokens at a time, some groups at a time. Rows of others are NaN."""
+    monkeypatch.setattr(grouped, "FEW_TOKENS", N_TOKENS if kernel else 0)
+    monkeypatch.setattr(attention, "CONTEXT", 4)
+    monkeypatch.setattr(grouped, "GPU_ATTENTION_WORK_BYTES", 100_000)
+    file = open_gguf(tiny_models.shared(variant))
+    c = read_config(file)
+    weights, rope = LayerWeights(file, pool), Rope(c)
+    device = grouped.GroupedQueryAttention(c, OnDevice(weights), 0, Turns(rope, DEVICE))
+    x_TD = random(N_TOKENS, c.hidden_size).cpu()
+    host_cache = Cache([row_widths(c)], N_TOKENS, np.float32)
+    device_cache = new_cache(c, N_TOKENS + 3, DEVICE, bits=32, n_layers=1)
+    device_cache.keys.fill_(float("nan"))
+    device_cache.values.fill_(float("nan"))
+    found = by_chunks(device, x_TD.to(DEVICE), chunks, device_cache)
+    host = cpu.GroupedQueryAttention(c, weights, 0, rope)
+    # As in test_module.
+    assert_close(found, by_chunks(host, x_TD, chunks, host_cache), EXACT)
+    for name, rows in host_cache.save().items():
+        assert_close(torch.from_numpy(device_cache.save()[name]), torch.from_numpy(rows), EXACT)
+    again = new_cache(c, N_TOKENS, DEVICE, bits=32, n_layers=1)
+    again.load(host_cache.save(), N_TOKENS)
+    assert again.length == N_TOKENS and np.array_equal(again.save()["0.1"], host_cache.save()["0.1"])
 
 
 @pytest.mark.parametrize("bits", [16, 8])
@@ -297,7 +329,7 @@ def test_work_memory_does_not_grow_with_the_context(pool: Pool, monkeypatch: pyt
     monkeypatch.setattr(
         attention, "_fused_attention", lambda q, k, v, *rest: sizes.append(k.shape[:2]) or fused(q, k, v, *rest)
     )
-    monkeypatch.setattr(attention, "_CONTEXT", 64)
+    monkeypatch.setattr(attention, "CONTEXT", 64)
     bytes_per_head = (4 * 3 * 64 + 3 * 4 * 8) * 96  # V3's miniature: 64 + 32 values a key
     monkeypatch.setattr(attention, "GPU_ATTENTION_WORK_BYTES", 3 * bytes_per_head)
     device._absorbing_is_cheaper = lambda n_tokens: False

@@ -22,7 +22,7 @@ CHOSEN = {
     89: [
         *["Q8_0 5 tokens", "experts 1 tokens, Q4_K Q6_K", "MXFP4 1 tokens", "Q5_K rows"],
         *["attention V3 16 bits", "attention V3 8 bits", "attention V2-Lite 16 bits", "attention V2-Lite 8 bits"],
-        "router V3",
+        *["router V3", "attention GLM-4.5 16 bits"],
     ],
     90: ["Q4_K 64 tokens", "FP8 products", "F16 4 tokens", "attention V3 16 bits"],
 }

@@ -80,6 +80,16 @@ MODELS = {
     "all layers with experts": replace(V3, first_k_dense_replace=0),
     "with a layer for multi-token prediction": replace(V3, num_nextn_predict_layers=1),
 }  # fmt: skip
+_GROUPED = {
+    "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 64,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "qk_rope_head_dim": 8,
+    "n_routed_experts": 8, "num_experts_per_tok": 2,
+}  # fmt: skip
+MODELS |= {
+    "GLM-4.5": tiny_models.glm4moe(**_GROUPED),
+    "MiniMax-M2": tiny_models.minimax_m2(**_GROUPED | {"intermediate_size": 32}),
+    "Mixtral": tiny_models.mixtral(**_GROUPED | {"intermediate_size": 32, "qk_rope_head_dim": 16}),
+}
 MTP = MODELS["with a layer for multi-token prediction"]
 
 

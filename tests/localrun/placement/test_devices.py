@@ -112,11 +112,11 @@ def test_too_little_vram(gpu: ModuleType) -> None:
         chosen(device="cuda", vram=0.1)
 
 
-def test_grouped_attention_runs_on_the_cpu(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_without_experts_runs_on_the_cpu(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(available, "find", lambda: pytest.fail("looked for a GPU in vain"))
     placement, notices = chosen("llama")
     assert placement.device == "cpu" and notices == []
-    with pytest.raises(LocalrunError, match="this model's is grouped"):
+    with pytest.raises(LocalrunError, match="the GPU is for models with experts, and this one has none"):
         chosen("llama", device="cuda")
 
 

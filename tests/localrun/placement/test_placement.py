@@ -196,6 +196,13 @@ def test_the_cache_of_grouped_attention() -> None:
     model = load_model("llama-3.1-405b")
     assert placement.cache_bytes_per_token(model.config, 16) == 516_096
     assert not placement.runs_on_gpu(model.config) and placement.runs_on_gpu(shape("kimi-k2").config)
+    assert not placement.runs_on_gpu(load_model("gpt-oss-20b").config)  # windows and sinks
+    model = load_model("qwen3-30b-a3b")
+    assert placement.runs_on_gpu(model.config) and placement.cache_bytes_per_token(model.config, 16) == 98_304
+    both = {"tensors": model.tensors, "config": model.config, "ctx": 64, "ram": 1 << 40, "vram": 1 << 40}
+    assert lay_out(Request(**both)).n_bytes("VRAM", "KV cache") == 64 * 98_304
+    with pytest.raises(LocalrunError, match="a cache of 8 bits is for latent attention"):
+        lay_out(Request(**both, cache_bits=8))
 
 
 # --- experts in VRAM

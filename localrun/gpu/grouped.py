@@ -1,0 +1,112 @@
+"""Grouped-query attention on the device: attention.py's kernels over keys and values of their own.
+
+A few tokens: a program takes the heads of one group. Many: keys and values go to torch's fused attention as they are,
+some groups and CONTEXT tokens at a time.
+
+Letters: T new tokens, S cached tokens, H heads, N heads handled at a time, G key-value heads, D hidden_size,
+d head_dim, V v_head_dim.
+"""
+
+import functools
+
+import torch
+from torch.nn.functional import pad
+
+from localrun.gpu.attention import (
+    CONTEXT,
+    FEW_TOKENS,
+    LatentAttention,
+    attend_by_pieces,
+    attend_over,
+    heads_together,
+    pieces_for,
+)
+from localrun.gpu.cache import GroupedCache
+from localrun.gpu.routing import Turns
+from localrun.limits import GPU_ATTENTION_WORK_BYTES
+from localrun.models.config import Config
+from localrun.network import attention
+from localrun.network.model import MakeAttention
+from localrun.network.rope import Rope
+from localrun.network.weight_source import WeightSource
+
+
+def attend_grouped(
+    q_THd: torch.Tensor,
+    cache: GroupedCache,
+    layer: int,
+    config: Config,
+    scale: float,
+    n_pieces: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """float32 (T, H, V): the values that each head and token attends to, mixed; else as attend()."""
+    rows, bits = (cache.values[layer], cache.keys[layer]), 32 if cache.is_exact else 16
+    q_THd = q_THd.contiguous()
+    return attend_over((q_THd, q_THd), rows, None, cache.position, config, scale, n_pieces, bits, dtype)
+
+
+class GroupedQueryAttention(attention.GroupedQueryAttention):
+    """GQA on the device, over its cache; everything else of the interface is that of the CPU's."""
+
+    def __init__(self, config: Config, weights: WeightSource, index: int, turns: Turns):
+        """As LatentAttention."""
+        super().__init__(config, weights, index, turns.rope)
+        self.turns = turns
+        device = turns.fine.device
+        self.n_pieces = pieces_for(config, device)
+        self.dtype = torch.float32 if device.type == "cpu" else torch.float16
+
+    def __call__(self, x_TD: torch.Tensor, cache: GroupedCache) -> torch.Tensor:
+        """As LatentAttention.__call__."""
+        c, n_tokens = self.config, x_TD.shape[0]
+        positions = cache.position.long() + torch.arange(n_tokens, device=x_TD.device)
+        turns = self.turns.at(positions)
+        q_THd = self._heads(self.q_proj(x_TD), self.q_norm, turns)
+        k_TGd = self._heads(self.k_proj(x_TD), self.k_norm, turns)
+        cache.append(self.cache_layer, positions, k_TGd.flatten(1), self.v_proj(x_TD))
+        dtype = torch.float32 if cache.is_exact else self.dtype
+        if n_tokens <= FEW_TOKENS:
+            out_THV = attend_grouped(q_THd, cache, self.cache_layer, c, self.scale, self.n_pieces, dtype)
+        else:
+            out_THV = self._many(q_THd.transpose(0, 1).to(dtype), cache)
+        return self.o_proj(out_THV.flatten(1))
+
+    def _many(self, q_HTd: torch.Tensor, cache: GroupedCache) -> torch.Tensor:
+        """(T, H, V) of the tokens after cache.length, whose rows are there, some groups of heads at a time."""
+        c, n_tokens = self.config, q_HTd.shape[1]
+        width, together = -(-max(c.head_dim, c.v_head_dim) // 8) * 8, heads_together(c)
+        out_THV = torch.empty(n_tokens, c.num_attention_heads, c.v_head_dim, device=q_HTd.device)
+        bytes_per_head = q_HTd.element_size() * 2 * width * max(n_tokens, CONTEXT) + 3 * 4 * width * n_tokens
+        for first, count in attention.head_groups(
+            c.num_key_value_heads, together * bytes_per_head, GPU_ATTENTION_WORK_BYTES
+        ):
+            heads = slice(first * together, (first + count) * together)
+            q_NTd = pad(q_HTd[heads], (0, width - c.head_dim))
+            rows = functools.partial(self._rows, q_NTd, cache, slice(first, first + count))
+            out_NTV = attend_by_pieces(q_NTd, rows, cache.length, self.scale)[..., : c.v_head_dim]
+            out_THV[:, heads] = out_NTV.transpose(0, 1)
+        return out_THV
+
+    def _rows(
+        self, q_NTd: torch.Tensor, cache: GroupedCache, groups: slice, first: int, last: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (N, last - first, d) of cached tokens, a group's for each of its heads, zeros behind them."""
+        both = []
+        for rows in (cache.keys, cache.values):
+            rows_SGd = rows[self.cache_layer, first:last].unflatten(-1, (self.config.num_key_value_heads, -1))
+            rows_GSd = rows_SGd[:, groups].transpose(0, 1).to(q_NTd.dtype)
+            rows_GSd = pad(rows_GSd, (0, q_NTd.shape[-1] - rows_GSd.shape[-1]))
+            both.append(rows_GSd.repeat_interleave(heads_together(self.config), 0))
+        return both[0], both[1]
+
+
+def attention_on(device: torch.device) -> MakeAttention:
+    """What makes the layers' attention there, with the same turns for all."""
+    turns_of = functools.cache(lambda rope: Turns(rope, device))
+
+    def make(config: Config, weights: WeightSource, index: int, rope: Rope) -> LatentAttention | GroupedQueryAttention:
+        kind = LatentAttention if config.attention == "mla" else GroupedQueryAttention
+        return kind(config, weights, index, turns_of(rope))
+
+    return make
