@@ -356,7 +356,8 @@ def tiny_model(path: Path | str, variant: Variant, *, type: Types = "F32", seed:
     _write_metadata(writer, model, f"{_name_of(variant)}, seed {seed}")
     for name, values in tensors.items():
         kind = _type_of(name, values.shape, type)
-        writer.add_tensor(name, ggml.quantize(values, kind), raw_dtype=kind)
+        importances = np.ones(values.shape[-1], np.float32) if kind.name in ggml.NEED_IMPORTANCES else None
+        writer.add_tensor(name, ggml.quantize(values, kind, importances), raw_dtype=kind)
     _write(writer)
     return Path(path)
 
