@@ -90,7 +90,7 @@ def _summary(document: dict[str, Any]) -> list[str]:
         unchecked = ", ".join(verified["unchecked_types"])
         lines.append(("verified", size(verified["bytes"]) + (f", but for {unchecked}" if unchecked else "")))
     config = document["config"] or {}
-    known = {name: _counted(value) for name, value in config.items() if value not in (None, 0, ())}
+    known = {name: _counted(value) for name, value in config.items() if value}
     lines += [(name, value) for name, value in known.items() if name != "architecture"]
     return [f"{name:<24} {printable(str(value))}" for name, value in lines]
 

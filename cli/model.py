@@ -43,6 +43,7 @@ def open_model(model: str | None, options: LoadOptions, verbose: bool = False) -
             expert_usage=options.expert_usage,
             cache_bits=int(options.cache_bits.value),
             repack=options.repack,
+            dense_attention=options.dense_attention,
             speculative=options.speculative,
             draft=draft_path,
             progress=report,

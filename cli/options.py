@@ -73,6 +73,9 @@ Repack = Annotated[
     bool,
     typer.Option("--repack", help="Lay experts out anew in free RAM at load: slower to start, faster to reply."),
 ]
+DenseAttention = Annotated[
+    bool, typer.Option("--dense-attention", help="Attend to all tokens where an indexer would choose some.")
+]
 CacheBitsChoice = Annotated[
     CacheBits, typer.Option("--cache-bits", help="Of the GPU's cache; 8 halves it and changes the text a little.")
 ]
@@ -152,6 +155,7 @@ class LoadOptions:
     expert_usage: ExpertUsage = None
     cache_bits: CacheBitsChoice = CacheBits.sixteen
     repack: Repack = False
+    dense_attention: DenseAttention = False
     threads: Threads = None
     ctx: Ctx = None
     backend: Backend = BackendChoice.auto

@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from localrun import hardware
-from localrun.arguments import function, path_text, refuse, shown, token_ids, whole
+from localrun.arguments import flag, function, path_text, refuse, shown, token_ids, whole
 from localrun.bundled import model_path
 from localrun.cpu.warmup import warm_up
 from localrun.errors import LocalrunError, UnsupportedModelError
@@ -49,6 +50,7 @@ def load(
     cache_bits: int = 16,
     expert_usage: str | os.PathLike[str] | None = None,
     repack: bool = False,
+    dense_attention: bool = False,
     speculative: str | int = "auto",
     draft: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
@@ -69,6 +71,8 @@ def load(
         expert_usage: an importance matrix (localrun imatrix): the experts that its text used most go to the GPU first.
         cache_bits: of the values that the GPU keeps of each token: 16, or 8, which changes the text a little.
         repack: lay the rows of routed experts out anew in RAM as far as it is free, which makes replies faster.
+        dense_attention: attend to all tokens where the model would choose some of them by an indexer: for comparison,
+            as the model was not trained so, and long contexts take longer.
         speculative: how many drafts of the next tokens a step verifies: "off", 1 to 4, or "auto" for as many as make
             it faster. The reply is the same (docs/speculative.md).
         draft: a small model with the same vocabulary that makes them; None for the model's own head for multi-token
@@ -86,6 +90,7 @@ def load(
     """
     given, draft = _model_path("path", path), None if draft is None else _model_path("draft", draft)
     where = DeviceRequest(device, vram, gpu_experts, cache_bits, expert_usage, repack)
+    dense_attention = flag("dense_attention", dense_attention)
     if not isinstance(backend, str) or backend not in ("auto", "native", "llama.cpp"):
         refuse("backend", backend, "auto, native or llama.cpp")
     if ctx is not None:
@@ -97,7 +102,7 @@ def load(
     threads, own_drafts = n_workers(threads), speculative != "off" and draft is None
     file = open_gguf(given)
     try:
-        engine = Engine(file, threads, ctx, backend, where, own_drafts, progress, notice, placed)
+        engine = Engine(file, threads, ctx, backend, where, dense_attention, own_drafts, progress, notice, placed)
     except BaseException:
         file.close()
         raise
@@ -107,6 +112,19 @@ def load(
         engine.close()
         raise
     return engine
+
+
+def _attending(config: Config | None, to_all: bool, notice: Notice) -> Config | None:
+    """The configuration of a model that is to attend to all tokens, if `to_all`. Says what is not as one may think."""
+    if config is None or not config.index_topk:
+        if config is not None and config.lacks_indexer:
+            notice(
+                "the file has no indexer tensors: attention goes over all tokens, which the model was not trained for"
+            )
+        elif to_all:
+            notice("--dense-attention has no effect: no indexer chooses tokens here")
+        return config
+    return replace(config, index_topk=0) if to_all else config
 
 
 def _model_path(name: str, given: Any) -> Path:
@@ -141,6 +159,7 @@ class Engine:
         ctx: int | None,
         backend: str,
         where: DeviceRequest,
+        dense_attention: bool,
         own_drafts: bool,
         progress: Progress | None,
         notice: Notice,
@@ -148,7 +167,7 @@ class Engine:
     ):
         self.file, self.threads, self.turn, self._notice = file, threads, Turn(), notice
         self._said_replaced = False
-        self.config = self._native_config(backend, notice)
+        self.config = _attending(self._native_config(backend, notice), dense_attention, notice)
         self.backend = "native" if self.config else "llama.cpp"
         self.ctx = self._choose_ctx(ctx, notice)
         self.placement = self._place(self.config, where, own_drafts, notice)
@@ -253,7 +272,7 @@ class Engine:
         if left < _KERNEL_BYTES:
             need, have = _KERNEL_BYTES >> 20, left >> 20
             raise LocalrunError(f"the kernels need {need} MiB of address space, and {have} are left; raise ulimit -v")
-        warm_up(types, progress, notice)
+        warm_up(types, progress, notice, has_indexer=config.index_topk > 0)
         if repack:
             from localrun.cpu.repack import repack_experts
 

@@ -9,6 +9,10 @@ Shapes:
     glm-4.5-air-slice, minimax-m2-slice, hy3-slice, qwen3-30b-a3b-slice, mixtral-8x7b-slice, glm-4.7-flash-slice
                   the published widths, and as many layers as make 6 to 10 GB
     gpt-oss-20b-slice  the same, its full width and 16 of its 24 layers
+    16b-v3.2-style
+                  about V2-Lite's size with V3.2's layers: indexers, routing; a quarter of its heads
+    v3.2-attention, glm-5.2-attention
+                  full width, 3 and 6 layers (3 and 3 of 6 with an indexer), 16 experts in one: scripts/bench_sparse.py
     tiny          4 small layers with V3's routing
 
 Types are those of llama-quantize's Q4_K_M, attn_k_b and attn_v_b included, of gpt-oss its own MXFP4 experts and Q8_0,
@@ -65,6 +69,7 @@ _V3_ROUTER = {
     "architectures": ["DeepseekV3ForCausalLM"], "topk_method": "noaux_tc", "scoring_func": "sigmoid",
     "norm_topk_prob": True, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5,
 }  # fmt: skip
+_FEW_EXPERTS = {"n_routed_experts": 16, "n_group": 1, "topk_group": 1, "vocab_size": 4096}
 SHAPES = {
     "v2-lite": _published("deepseek-v2-lite"),
     "16b-v3-style": _published("deepseek-v2-lite", **_V3_ROUTER, intermediate_size=10752, moe_intermediate_size=1536),
@@ -76,6 +81,13 @@ SHAPES = {
     "mixtral-8x7b-slice": _published("mixtral-8x7b", num_hidden_layers=10),
     "glm-4.7-flash-slice": _published("glm-4.7-flash", num_hidden_layers=24),
     "gpt-oss-20b-slice": load_data("models")["gpt-oss-20b"]["config"] | {"num_hidden_layers": 16},
+    "16b-v3.2-style": _published(
+        "deepseek-v3.2", hidden_size=2048, intermediate_size=10752, moe_intermediate_size=1536, num_hidden_layers=27,
+        first_k_dense_replace=1, num_attention_heads=32, index_n_heads=16, n_routed_experts=64, n_shared_experts=2,
+        num_experts_per_tok=6, vocab_size=102400,
+    ),
+    "v3.2-attention": _published("deepseek-v3.2", num_hidden_layers=3, first_k_dense_replace=2, **_FEW_EXPERTS),
+    "glm-5.2-attention": _published("glm-5.2", num_hidden_layers=6, first_k_dense_replace=5, **_FEW_EXPERTS),
     "tiny": _published(
         "deepseek-v3", hidden_size=256, intermediate_size=512, moe_intermediate_size=256, num_hidden_layers=4,
         first_k_dense_replace=1, num_attention_heads=4, q_lora_rank=256, kv_lora_rank=256, qk_nope_head_dim=64,

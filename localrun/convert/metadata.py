@@ -44,6 +44,9 @@ class Metadata:
     def bool(self, key: str, value: bool) -> None:
         self.set(key, Entry(GGUFValueType.BOOL, bool(value)))
 
+    def bools(self, key: str, values: Sequence[bool]) -> None:
+        self.array(key, GGUFValueType.BOOL, list(values))
+
     def string(self, key: str, value: str) -> None:
         """Raises LocalrunError if the text is not Unicode: JSON can spell halves of characters."""
         _check_text(key, [value])
@@ -84,6 +87,9 @@ class PlannedHeader:
         return self.metadata[key] if default is ... else self.metadata.get(key, default)
 
     u32 = f32 = bool = string = _get
+
+    def array(self, key: str, item_type: GGUFValueType, default: Any = ...) -> Any:
+        return self._get(key, default)
 
 
 def _check_text(key: str, items: Sequence[str | bytes]) -> None:

@@ -12,7 +12,9 @@ import torch
 from localrun.network.weight_source import Finish
 from quant.matrix import ExpertMatrices, QuantMatrix
 from quant.ops import attention as prompt_attention
+from quant.ops import chosen as chosen_attention
 from quant.ops import experts as quant_experts
+from quant.ops import indexer as quant_indexer
 from quant.ops import linear as quant_linear
 from quant.threads.pool import Pool
 
@@ -124,6 +126,67 @@ class Attend:
             n_heads=n_heads, shared=n_heads // n_groups, n_tokens=n_tokens, n_before=n_cached - n_tokens, scale=scale,
             window=window, sinks=0 if sinks_H is None else sinks_H.data_ptr(),
         )  # fmt: skip
+
+
+class AttendChosen:
+    """softmax(q k^T) v, each token over rows of its own; values are the first part of keys."""
+
+    def __init__(self, pool: Pool):
+        self.pool = pool
+
+    def __call__(
+        self,
+        parts: Sequence[torch.Tensor],
+        keys_SW: torch.Tensor,
+        rows_TK: torch.Tensor,
+        scale: float,
+        out_THV: torch.Tensor,
+        n_before: int,
+    ) -> None:
+        """As network.weight_source.AttendChosen."""
+        n_tokens, n_heads, width = out_THV.shape
+        parts = [_as_rows(part) for part in parts]
+        assert rows_TK.dtype == torch.int32 and rows_TK.is_contiguous() and keys_SW.is_contiguous()
+        chosen_attention.attend(
+            self.pool,
+            [(_by_token(part), part.shape[-1]) for part in parts],
+            keys_SW.data_ptr(), rows_TK.data_ptr(), _by_token(out_THV),
+            **_row_format(keys_SW), width=width, n_heads=n_heads, n_queries=n_tokens, n_before=n_before,
+            top_k=rows_TK.shape[1], scale=scale,
+        )  # fmt: skip
+
+
+class ChooseRows:
+    """An indexer's choice."""
+
+    def __init__(self, pool: Pool):
+        self.pool = pool
+
+    def __call__(
+        self, q_TId: torch.Tensor, weights_TI: torch.Tensor, keys_Sd: torch.Tensor, top_k: int
+    ) -> torch.Tensor:
+        """As network.indexer.choose_rows, in another order."""
+        (n_tokens, n_heads, head_dim), n_cached = q_TId.shape, keys_Sd.shape[0]
+        rows_TK = torch.empty(n_tokens, top_k, dtype=torch.int32)
+        q_TId, weights_TI = _as_rows(q_TId), _as_rows(weights_TI)
+        assert keys_Sd.is_contiguous()
+        quant_indexer.choose(
+            self.pool, q_TId.data_ptr(), weights_TI.data_ptr(), keys_Sd.data_ptr(), **_row_format(keys_Sd),
+            n_heads=n_heads, head_dim=head_dim, n_tokens=n_tokens, n_before=n_cached - n_tokens,
+            top_k=top_k, chosen=rows_TK.data_ptr(),
+        )  # fmt: skip
+        return rows_TK
+
+
+def _row_format(rows: torch.Tensor) -> dict[str, int]:
+    """Of float16 or float32 rows of the cache."""
+    return {"row_bytes": rows.stride(0) * rows.element_size(), "is_f16": rows.dtype == torch.float16}
+
+
+def _by_token(x: torch.Tensor) -> prompt_attention.Rows:
+    """Where (T, H, d) lies, a token's heads as rows."""
+    assert x.dtype == torch.float32 and x.stride(-1) == 1
+    return prompt_attention.Rows(x.data_ptr(), 4 * x.stride(0), 4 * x.stride(1))
 
 
 def _strides(x: torch.Tensor) -> prompt_attention.Rows:

@@ -7,20 +7,24 @@ caches, and is tested against it.
 import ctypes
 from collections.abc import Sequence
 from functools import partial
+from itertools import accumulate
 
 import numpy as np
 
 from localrun.models import names
 from localrun.models.config import Config
+from localrun.models.indexer import KEY_EPS
 from localrun.models.tensors import GGUFTensors
-from localrun.network.cache import Cache
+from localrun.network.cache import Cache, row_widths
 from localrun.network.rope import attention_scale, frequencies, rotation_magnitude
 from quant.decode.attention import Heads, attend_phase, project_values_phase
 from quant.decode.experts import expert_phases
+from quant.decode.indexer import Indexer, Room, indexer_phases
 from quant.decode.linear import Input, normed, rows_phase
 from quant.decode.program import MOST_TOKENS, Phase, Program
 from quant.decode.queries import grouped_queries_phase, latent_queries_phase
 from quant.decode.router import SIGMOID, SOFTMAX, SOFTMAX_AFTER_TOPK, Router
+from quant.gemm.indexer import HISTOGRAM_BYTES
 from quant.matrix import QuantMatrix
 from quant.threads.pool import Pool
 
@@ -37,17 +41,27 @@ class Layers:
         x: address of float32 (T, hidden_size), the sums that layers add to; set before the first.
     """
 
-    def __init__(self, config: Config, tensors: GGUFTensors, pool: Pool, embedding: QuantMatrix, n_layers: int):
-        """The tensors must stay mapped. n_layers: with a cache row each."""
+    def __init__(
+        self,
+        config: Config,
+        tensors: GGUFTensors,
+        pool: Pool,
+        embedding: QuantMatrix,
+        cached: Sequence[tuple[int, ...]],
+    ):
+        """The tensors must stay mapped. cached: widths of the cache rows of each layer."""
         self.config, self.tensors, self.pool = config, tensors, pool
         factors = tensors.array(names.ROPE_FREQS) if tensors.has(names.ROPE_FREQS) else None
-        n_slots = n_layers * (1 if config.attention == "mla" else 2)
+        self._slots = [0, *accumulate(len(widths) for widths in cached)]  # of each layer's first block of cache rows
+        n_slots = self._slots[-1]
         self.program = Program(pool, embedding, frequencies(config, factors), rotation_magnitude(config), n_slots)
         self.x = self.program.x
         self._room: dict[str, int] = {}  # floats of a token that a vector has room for
         self._vectors: dict[str, tuple[int, int]] = {}  # addresses and lengths, as used last
         self._outputs: dict[str, dict[str, tuple[int, int]]] = {}  # by phase: what it writes, "x" or others
         self._part = ""  # of the model, that phases are added for
+        self._rank_room = Room()
+        self._choice: dict[str, int] = {}  # of the last layer with an indexer, for Heads
 
     def _add(self, phase: Phase, name: str, *outputs: str) -> None:
         """Append a phase of the part at hand, which writes these vectors."""
@@ -89,6 +103,7 @@ class Layers:
             ContextFullError: the cache has no room for them.
         """
         cache.check_room(len(ids))
+        self._rank_room.make(cache.capacity)
         first = len(ids) - n_logits
         self.program.run(ids, cache.length, cache.addresses, first, cache_rows=cache.n_rows)
         cache.advance(len(ids))
@@ -99,6 +114,7 @@ class Layers:
 
         The cache counts as before. Raises QuantError if no phase is called so.
         """
+        self._rank_room.make(cache.capacity)
         self.program.run(ids, cache.length, cache.addresses, until=phase, cache_rows=cache.n_rows)
         return {name: self._read(*place, len(ids)) for name, place in self._outputs[phase].items()}
 
@@ -164,23 +180,35 @@ class Layers:
         q_width = c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
         projected, kv = self._vector("projected queries", q_width), self._vector("kv", row_width)
         kv_a = self.tensors.matrix(name("kv_a_proj_with_mqa"))
+        has_indexer = c.chooses_rows(index)
         if c.q_lora_rank is None:
             self._rows("projections", norm, {"projected queries": self.tensors.matrix(name("q_proj")), "kv": kv_a})
         else:
-            self._rows("projections", norm, {"q_a": self.tensors.matrix(name("q_a_proj")), "kv": kv_a})
+            first = {"q_a": self.tensors.matrix(name("q_a_proj")), "kv": kv_a}
+            second = {"projected queries": self.tensors.matrix(name("q_b_proj"))}
+            if has_indexer:
+                first["indexer's keys"] = self.tensors.matrix(name("indexer.wk"))
+                first["indexer's weights"] = self.tensors.matrix(name("indexer.weights_proj"))
+                second["indexer's queries"] = self.tensors.matrix(name("indexer.wq_b"))
+            self._rows("projections", norm, first)
             q_norm = self._normed(self._vector("q_a", c.q_lora_rank), name("q_a_layernorm"))
-            self._rows("q_b", q_norm, {"projected queries": self.tensors.matrix(name("q_b_proj"))})
+            self._rows("q_b", q_norm, second)
         is_split = self.tensors.has(name("k_b_proj"))
         if is_split:
             k_b, v_b = self.tensors.matrix(name("k_b_proj")), self.tensors.matrix(name("v_b_proj"))
         else:
             rows = c.qk_nope_head_dim, c.v_head_dim
             k_b, v_b = self.tensors.split_matrix(name("kv_b_proj"), c.num_attention_heads, rows)
+        slot = self._slots[cache_layer]
+        if has_indexer:
+            self._choose_rows(index, slot + 1)
+        elif index >= c.num_hidden_layers:  # for multi-token prediction: dense
+            self._choice = {}
         together = max(n for n in range(1, _HEADS_TOGETHER + 1) if c.num_attention_heads % n == 0)
         heads = Heads(
             n_groups=c.num_attention_heads // together, per_group=together,
-            key_width=row_width, value_width=c.kv_lora_rank, key_slot=cache_layer, value_slot=cache_layer,
-            key_row=2 * row_width, value_row=2 * row_width, key_group=0, value_group=0,
+            key_width=row_width, value_width=c.kv_lora_rank, key_slot=slot, value_slot=slot,
+            key_row=2 * row_width, value_row=2 * row_width, key_group=0, value_group=0, **self._choice,
         )  # fmt: skip
         queries = self._vector("queries", heads.n_heads * heads.query_width)
         self._add(
@@ -195,18 +223,47 @@ class Layers:
                 query_width=heads.query_width,
                 scale=attention_scale(c),
                 epsilon=c.rms_norm_eps,
-                slot=cache_layer,
+                slot=slot,
             ),
             "queries",
             "queries",
         )
         self._attend(heads, queries, v_b, self.tensors.matrix(name("o_proj")))
 
+    def _choose_rows(self, index: int, slot: int) -> None:
+        """The indexer of a layer: its key to the cache, and the rows that this layer and the next ones attend to."""
+        c = self.config
+
+        def norm(part: str) -> int:
+            return self._array(self._module(index, f"indexer.{part}"))
+
+        indexer = Indexer(
+            c.index_n_heads, c.index_head_dim, c.index_topk, c.qk_rope_head_dim, c.indexer_rope == "halves", KEY_EPS,
+        )  # fmt: skip
+        chosen = self._vector("chosen rows", indexer.chosen_bytes // 4)
+        phases = indexer_phases(
+            indexer,
+            queries=self._vector("indexer's queries", c.index_n_heads * c.index_head_dim),
+            keys=self._vector("indexer's keys", c.index_head_dim),
+            weights=self._vector("indexer's weights", c.index_n_heads),
+            norm=norm("k_norm"),
+            norm_bias=norm("k_norm.bias"),
+            packed=self._vector("indexer's packed queries", indexer.packed_bytes // 4),
+            packed_weights=self._vector("indexer's packed weights", indexer.weight_bytes // 4),
+            histograms=self._vector("histograms", HISTOGRAM_BYTES // 4),
+            room=self._rank_room.address,
+            chosen=chosen,
+            slot=slot,
+        )
+        for phase, what in zip(phases, ("keys", "ranks", "choice"), strict=True):
+            self._add(phase, f"indexer's {what}")
+        self._choice = {"window": c.index_topk, "chosen": chosen, "chosen_bytes": indexer.chosen_bytes}
+
     def _grouped_attention(self, index: int, cache_layer: int, norm: Input) -> None:
         c = self.config
         name = partial(self._module, index)
         q_proj, k_proj, v_proj, o_proj = (self.tensors.matrix(name(f"{part}_proj")) for part in "qkvo")
-        groups = c.num_key_value_heads
+        groups, slot = c.num_key_value_heads, self._slots[cache_layer]
         key_width, value_width = groups * c.head_dim, groups * c.v_head_dim
         projected = self._vector("projected queries", c.num_attention_heads * c.head_dim)
         keys, values = self._vector("keys", key_width), self._vector("values", value_width)
@@ -216,7 +273,7 @@ class Layers:
         sinks = name("sinks")
         heads = Heads(
             n_groups=groups, per_group=c.num_attention_heads // groups,
-            key_width=c.head_dim, value_width=c.v_head_dim, key_slot=2 * cache_layer, value_slot=2 * cache_layer + 1,
+            key_width=c.head_dim, value_width=c.v_head_dim, key_slot=slot, value_slot=slot + 1,
             key_row=2 * key_width, value_row=2 * value_width, key_group=2 * c.head_dim, value_group=2 * c.v_head_dim,
             window=c.window(index), sinks=self._array(sinks) if self.tensors.has(sinks) else 0,
         )  # fmt: skip
@@ -239,7 +296,7 @@ class Layers:
                 n_rope=c.qk_rope_head_dim,
                 query_width=heads.query_width,
                 scale=attention_scale(c),
-                slot=2 * cache_layer,
+                slot=slot,
             ),
             "queries",
             "queries",
@@ -286,7 +343,8 @@ class DecodeStep(Layers):
     def __init__(self, config: Config, tensors: GGUFTensors, pool: Pool):
         """The tensors must stay mapped."""
         n_layers = config.num_hidden_layers
-        super().__init__(config, tensors, pool, tensors.matrix(names.EMBED_TOKENS), n_layers)
+        cached = [row_widths(config, index) for index in range(n_layers)]
+        super().__init__(config, tensors, pool, tensors.matrix(names.EMBED_TOKENS), cached)
         for index in range(n_layers):
             self._layer(index, index)
         self._head(names.NORM, tensors.matrix(names.LM_HEAD if tensors.has(names.LM_HEAD) else names.EMBED_TOKENS))

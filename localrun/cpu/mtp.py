@@ -37,7 +37,7 @@ class MTPStep(Layers):
         index = config.num_hidden_layers
         name = partial(names.layer, config.architecture, index)
         embed_tokens, lm_head = names.mtp_shared(tensors.has, config)
-        super().__init__(config, tensors, pool, tensors.matrix(embed_tokens), 1)
+        super().__init__(config, tensors, pool, tensors.matrix(embed_tokens), [row_widths(config)])
         embedded, self.x = self.program.x, self.program.vector(config.hidden_size)
         self._hidden = np.zeros((MOST_TOKENS, config.hidden_size), np.float32)
         both = Input(

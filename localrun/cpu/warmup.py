@@ -19,16 +19,26 @@ _MODULES = {
     "quant.decode.attention": "decoding: attention",
     "quant.decode.experts": "decoding: experts",
 }
+# Those of a model with an indexer.
+_OF_INDEXER = {
+    "quant.ops.indexer": "choices of many tokens",
+    "quant.ops.chosen": "attention to chosen tokens",
+    "quant.decode.indexer": "decoding: choices",
+}
 
 
 def warm_up(
-    types: Collection[str], progress: Callable[[int, int, str], None] | None, notice: Callable[[str], None]
+    types: Collection[str],
+    progress: Callable[[int, int, str], None] | None,
+    notice: Callable[[str], None],
+    has_indexer: bool = False,
 ) -> None:
     """Compile the kernels for tensors of these types, or load them from the cache.
 
     Args:
         progress: called as progress(done, total, what).
         notice: called with one line if there is something to compile and no progress to show it by.
+        has_indexer: whether the model chooses the tokens that it attends to.
     """
     from quant.formats import registry
     from quant.gemm import packed
@@ -36,12 +46,13 @@ def warm_up(
 
     if progress is None and not kernel_cache.kept():
         notice("first run on this machine: compiling the kernels, which takes a while")
-    total = len(_MODULES) + len(types)
-    for done, (module, what) in enumerate(_MODULES.items()):
+    modules = _MODULES | (_OF_INDEXER if has_indexer else {})
+    total = len(modules) + len(types)
+    for done, (module, what) in enumerate(modules.items()):
         if progress is not None:
             progress(done, total, f"Kernels: {what}")
         jit.compile_kernels(import_module(module))
-    for done, type_name in enumerate(sorted(types), len(_MODULES)):
+    for done, type_name in enumerate(sorted(types), len(modules)):
         if progress is not None:
             progress(done, total, f"Kernels: {type_name}")
         format_ = registry.get(type_name)

@@ -24,6 +24,7 @@ class LayerWeights(GGUFTensors):
         super().__init__(file)
         self.pool = pool
         self.attend = bridge.Attend(pool)
+        self.attend_chosen, self.choose_rows = bridge.AttendChosen(pool), bridge.ChooseRows(pool)
 
     def vector(self, name: str) -> torch.Tensor:
         """A 1-D tensor, float32."""

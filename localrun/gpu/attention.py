@@ -335,7 +335,7 @@ class LatentAttention(attention.LatentAttention):
         out_THV = torch.empty(n_tokens, c.num_attention_heads, c.v_head_dim, device=q_HTd.device)
         # A token's keys, values and the product that is copied into them; an output of the new tokens and its sum.
         bytes_per_head = q_HTd.element_size() * 3 * width * max(n_tokens, CONTEXT) + 3 * 4 * width * n_tokens
-        for first, count in attention.head_groups(c.num_attention_heads, bytes_per_head, GPU_ATTENTION_WORK_BYTES):
+        for first, count in attention.in_groups(c.num_attention_heads, bytes_per_head, GPU_ATTENTION_WORK_BYTES):
             q_NTd = pad(q_HTd[first : first + count], (0, width - q_HTd.shape[-1]))
             matrices = tuple(b.dense(first, count).to(q_HTd.dtype) for b in (self.k_b_proj, self.v_b_proj))
             rebuilt = functools.partial(self._rebuilt, q_NTd, matrices, cache)

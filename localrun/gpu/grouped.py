@@ -78,7 +78,7 @@ class GroupedQueryAttention(attention.GroupedQueryAttention):
         width, together = -(-max(c.head_dim, c.v_head_dim) // 8) * 8, heads_together(c)
         out_THV = torch.empty(n_tokens, c.num_attention_heads, c.v_head_dim, device=q_HTd.device)
         bytes_per_head = q_HTd.element_size() * 2 * width * max(n_tokens, CONTEXT) + 3 * 4 * width * n_tokens
-        for first, count in attention.head_groups(
+        for first, count in attention.in_groups(
             c.num_key_value_heads, together * bytes_per_head, GPU_ATTENTION_WORK_BYTES
         ):
             heads = slice(first * together, (first + count) * together)

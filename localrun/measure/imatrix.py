@@ -153,6 +153,13 @@ class _ObservedWeights(LayerWeights):
     def linear(self, name: str) -> Linear:
         if name in (names.LM_HEAD, names.EMBED_TOKENS):
             return super().linear(name)
+        twin = name.replace("indexer.attn_q_b", "attn_q_b")
+        if twin != name:  # an indexer's queries are not asked for in short contexts; their input is that of the model's
+            self._inputs.squares[name], self._inputs.counts[name] = (
+                self._inputs.squares[twin],
+                self._inputs.counts[twin],
+            )
+            return super().linear(name)
         return _ObservedLinear(super().linear(name), name, self._inputs)
 
     def heads(self, name: str) -> HeadLinear:

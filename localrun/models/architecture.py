@@ -21,8 +21,9 @@ Fields = dict[str, Any]  # of Config
 REQUIRED: Any = object()
 ROUTER = "mlp.gate"  # a layer of a file that has it has routed experts
 
-# Layers that have a tensor: all, those without or with routed experts, those for multi-token prediction.
-ALL, DENSE, MOE, MTP = "all", "dense", "moe", "mtp"
+# Layers that have a tensor: all, those without or with routed experts, those for multi-token prediction, those with and
+# without an indexer of their own.
+ALL, DENSE, MOE, MTP, INDEXED, UNINDEXED = "all", "dense", "moe", "mtp", "indexed", "unindexed"
 
 
 class Rope(Protocol):
@@ -70,7 +71,7 @@ class Key:
     Attributes:
         name: in a GGUF, without the architecture's prefix.
         field: of Config; empty for keys that follow from others.
-        type: in a GGUF: "u32", "f32", "bool" or "string"; in config.json the like.
+        type: in a GGUF: "u32", "f32", "bool", "bools" (an array) or "string"; in config.json the like.
         default: what a GGUF means that lacks it. A function is given the fields of the keys before it.
         setting: in config.json; empty if named like the field, None if config.json has no such key: the field is then
             the default, or what the architecture's `parse` says.
@@ -176,7 +177,7 @@ class Tensor:
         name: in a GGUF, of a layer's without "blk.<n>.".
         shape: in a GGUF, NumPy order.
         source: how it comes from a checkpoint; None if the converter never writes it, or computes it.
-        layers: ALL, DENSE, MOE or MTP.
+        layers: ALL, DENSE, MOE, MTP, INDEXED or UNINDEXED.
         when: whether a model has it.
         with_module: a file has it if it has this module, whatever `when` says.
         without_module: a file has it unless it has this module, whatever `when` says.
@@ -283,4 +284,5 @@ class Architecture:
         known = {tensor.layers for tensor in self.layer}
         if {DENSE, MOE} <= known:
             known -= {DENSE if has_experts else MOE}
+        known -= {UNINDEXED if config.has_indexer(index) else INDEXED}
         return known if index >= config.num_hidden_layers else known - {MTP}

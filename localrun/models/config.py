@@ -94,7 +94,7 @@ class Config:
     index_head_dim: int = 0
     index_topk: int = 0
     indexer_types: tuple[str, ...] = ()
-    indexer_rope: str = "pairs"
+    indexer_rope: str = ""
     lacks_indexer: bool = False
     # mixture of experts
     n_routed_experts: int = 0
@@ -122,7 +122,7 @@ class Config:
             width = self.kv_lora_rank + self.qk_rope_head_dim
         else:
             width = self.num_key_value_heads * (self.head_dim + self.v_head_dim)
-        return (width + self.chooses_rows(index) * self.index_head_dim) * KV_BYTES
+        return (width + self._index_width(index)) * KV_BYTES
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -142,19 +142,28 @@ class Config:
 
     def kv_bytes_read(self, n_tokens: float) -> float:
         """Bytes of the cache that one token's attention reads where so many are in it."""
-        layers = range(self.num_hidden_layers)
-        return sum(self._kv_bytes_of(index) * self._attended(index, n_tokens) for index in layers)
+        layers, scored = range(self.num_hidden_layers), n_tokens if 0 < self.index_topk < n_tokens else 0
+        keys = sum(self._index_width(index) for index in layers) * KV_BYTES
+        rows = sum(
+            (self._kv_bytes_of(index) - self._index_width(index) * KV_BYTES) * self._attended(index, n_tokens)
+            for index in layers
+        )
+        return rows + keys * scored
 
     def attended(self, n_tokens: float) -> float:
         """Cached tokens that one token's attention goes over, of so many, in all layers together."""
         return sum(self._attended(index, n_tokens) for index in range(self.num_hidden_layers))
 
     def _attended(self, index: int, n_tokens: float) -> float:
-        return min(n_tokens, self.window(index) or n_tokens)
+        return min(n_tokens, self.window(index) or self.index_topk or n_tokens)
 
     def has_indexer(self, index: int) -> bool:
         """Whether layer `index` has an indexer's tensors, used or not; of multi-token prediction it may have them."""
         return index < len(self.indexer_types) and self.indexer_types[index] == "full"
+
+    def _index_width(self, index: int) -> int:
+        """Values of an indexer's key that layer `index` keeps of a token."""
+        return self.index_head_dim if self.chooses_rows(index) else 0
 
     def chooses_rows(self, index: int) -> bool:
         """Whether layer `index` chooses the tokens that it and the next ones attend to."""

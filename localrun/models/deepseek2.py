@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from localrun.models import parts, router
-from localrun.models.architecture import DENSE, Architecture, Fields, Key, Settings
+from localrun.models.architecture import DENSE, Architecture, Fields, Key, Settings, Tensor
 from localrun.models.checkpoint_class import NO_BIAS, SILU, CheckpointClass, no_effect, only, read
 from localrun.models.config import Config
 from localrun.models.keys import Keys
@@ -41,8 +41,8 @@ KEYS = (
     *ROPE_KEYS,
 )
 
-# What both classes say.
-_BOTH = {
+# What all classes of these models say.
+COMMON = {
     "hidden_act": SILU,
     "attention_bias": NO_BIAS,
     "rms_norm_eps": read(1e-6),
@@ -51,7 +51,7 @@ _BOTH = {
 }
 V2 = CheckpointClass(
     "DeepseekV2ForCausalLM",
-    _BOTH
+    COMMON
     | {
         "vocab_size": read(102400),
         "hidden_size": read(4096),
@@ -86,7 +86,7 @@ V2 = CheckpointClass(
 )
 V3 = CheckpointClass(
     "DeepseekV3ForCausalLM",
-    _BOTH
+    COMMON
     | {
         "vocab_size": read(129280),
         "hidden_size": read(7168),
@@ -121,7 +121,7 @@ V3 = CheckpointClass(
 )
 GLM_LITE = CheckpointClass(
     "Glm4MoeLiteForCausalLM",
-    _BOTH
+    COMMON
     | {
         "vocab_size": read(154880),
         "hidden_size": read(2048),
@@ -155,7 +155,8 @@ GLM_LITE = CheckpointClass(
 )
 
 
-def _read(keys: Keys, fields: Fields) -> Fields:
+def read_fields(keys: Keys, fields: Fields) -> Fields:
+    """What the keys do not say by themselves; refuses what the network cannot do."""
     tensors, rope_dim = keys.file.tensors, fields["qk_rope_head_dim"]
     if keys.has("attention.key_length_mla") != keys.has("attention.value_length_mla"):
         keys.fail("attention.value_length_mla", "alone or missing", "both *_mla keys or neither")
@@ -166,7 +167,7 @@ def _read(keys: Keys, fields: Fields) -> Fields:
     if key_length <= rope_dim:
         keys.fail("attention." + lengths[0], key_length, f"more than rope.dimension_count, {rope_dim}")
     if fields["rope_scaling"] is not None and fields["rope_scaling"].type == "linear":
-        keys.refuse("deepseek2 with linear rope scaling is not native")
+        keys.refuse(f"{keys.prefix[:-1]} with linear rope scaling is not native")
     if fields["kv_lora_rank"] % _JOINT_MULTIPLE and any(name.endswith(parts.JOINT_KV_B) for name in tensors):
         width = f"a kv_lora_rank of {fields['kv_lora_rank']}, no multiple of {_JOINT_MULTIPLE}"
         keys.refuse(f"attn_kv_b with {width}, is not native")
@@ -180,12 +181,13 @@ def _read(keys: Keys, fields: Fields) -> Fields:
     }
 
 
-def _parse(settings: Settings, fields: Fields) -> Fields:
-    is_v3 = settings.checkpoint_class is not V2
+def parse_fields(settings: Settings, fields: Fields) -> Fields:
+    """What a config.json does not say by itself; refuses what a GGUF cannot say."""
+    is_v2, is_v3 = settings.checkpoint_class is V2, settings.checkpoint_class in (V3, GLM_LITE)
     if settings.checkpoint_class is GLM_LITE:
         fields["first_k_dense_replace"] = parts.count_dense(settings, fields["num_hidden_layers"])
     method = settings.get("topk_method", str)
-    if not is_v3 and method == "greedy":  # among all, whatever n_group says
+    if is_v2 and method == "greedy":  # among all, whatever n_group says
         fields |= {"n_group": 1, "topk_group": 1}
     for name in ("n_group", "topk_group"):
         if not fields[name]:
@@ -231,15 +233,35 @@ def _describe(c: Config) -> dict[str, Any]:
     }
 
 
+def warnings_of_eps(c: Config) -> list[str]:
+    """A line if norms of latents have another epsilon in transformers."""
+    if c.rms_norm_eps == _LATENT_EPS:
+        return []
+    found = f"rms_norm_eps is {c.rms_norm_eps:g}, which a GGUF means for all norms"
+    return [f"{found}; transformers takes {_LATENT_EPS:g} for those of the latents"]
+
+
 def _warnings(c: Config) -> list[str]:
     warnings, n_layers = [], c.num_hidden_layers
     if (n_layers in _LITE_LAYERS or (n_layers == 48 and c.vocab_size == 128256)) == parts.has_q_lora(c):
         how = "with q_lora_rank" if parts.has_q_lora(c) else "without q_lora_rank"
         warnings.append(f"llama.cpp cannot load a model {how} and {n_layers} layers; localrun can")
-    if c.rms_norm_eps != _LATENT_EPS:
-        found = f"rms_norm_eps is {c.rms_norm_eps:g}, which a GGUF means for all norms"
-        warnings.append(f"{found}; transformers takes {_LATENT_EPS:g} for those of the latents")
-    return warnings
+    return warnings + warnings_of_eps(c)
+
+
+def layer(attention: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The tensors of a layer with this attention."""
+    return (
+        parts.INPUT_NORM,
+        *attention,
+        parts.POST_ATTENTION_NORM,
+        *parts.mlp("mlp", "", lambda c: c.intermediate_size, layers=DENSE),
+        parts.GATE,
+        parts.SELECTION_BIAS,
+        *parts.EXPERTS,
+        *parts.SHARED_EXPERTS,
+        *parts.MTP_TENSORS,
+    )
 
 
 DEEPSEEK2 = Architecture(
@@ -248,19 +270,9 @@ DEEPSEEK2 = Architecture(
     constants={"attention": "mla", "rope": "pairs"},
     keys=KEYS,
     ends=(parts.EMBED_TOKENS, parts.LM_HEAD, parts.NORM),
-    layer=(
-        parts.INPUT_NORM,
-        *parts.MLA,
-        parts.POST_ATTENTION_NORM,
-        *parts.mlp("mlp", "", lambda c: c.intermediate_size, layers=DENSE),
-        parts.GATE,
-        parts.SELECTION_BIAS,
-        *parts.EXPERTS,
-        *parts.SHARED_EXPERTS,
-        *parts.MTP_TENSORS,
-    ),
-    read=_read,
-    parse=_parse,
+    layer=layer(parts.MLA),
+    read=read_fields,
+    parse=parse_fields,
     describe=_describe,
     warnings=_warnings,
 )

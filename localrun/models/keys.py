@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+from gguf import GGUFValueType
 
 from localrun.errors import GGUFError, UnsupportedModelError
 from localrun.gguf.file import GGUFFile
@@ -59,6 +60,12 @@ class Keys:
     def bool(self, name: str, *default):
         """True or False."""
         return self._get(self.file.bool, name, default)
+
+    def bools(self, name: str, *default) -> tuple[bool, ...] | None:
+        """An array of True and False."""
+        self._read.add(name)
+        found = self.file.array(self.prefix + name, GGUFValueType.BOOL, *default)
+        return None if found is None else tuple(map(bool, found))
 
     def string(self, name: str, *default):
         """Text."""

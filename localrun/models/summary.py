@@ -23,7 +23,7 @@ GROUPS = {
     "routed experts": r"blk\.\d+\.ffn_\w+_exps\.",
     "shared experts": r"blk\.\d+\.ffn_\w+_shexp\.",
     "dense ffn": r"blk\.\d+\.ffn_(gate|up|down)\.",
-    "attention": r"blk\.\d+\.attn_",
+    "attention": r"blk\.\d+\.(attn_|indexer\.)",
     "embedding": r"token_embd\.",
     "head": r"output\.",
     "other": r"",

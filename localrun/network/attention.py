@@ -16,14 +16,15 @@ from localrun.limits import ATTENTION_WORK_BYTES
 from localrun.models import names
 from localrun.models.config import Config
 from localrun.network.cache import Cache
+from localrun.network.indexer import Choice, Indexer
 from localrun.network.rope import Rope, attention_scale
 from localrun.network.weight_source import WeightSource, biased_linear
 
 
-def head_groups(n_heads: int, bytes_per_head: int, work_bytes: int):
-    """(first, count) of the groups of heads that fit the work memory together."""
-    step = max(1, min(n_heads, work_bytes // bytes_per_head))
-    return [(first, min(step, n_heads - first)) for first in range(0, n_heads, step)]
+def in_groups(n: int, bytes_of_one: int, work_bytes: int) -> list[tuple[int, int]]:
+    """(first, count) of the groups of n heads, or tokens, that fit the work memory together."""
+    step = max(1, min(n, work_bytes // bytes_of_one))
+    return [(first, min(step, n - first)) for first in range(0, n, step)]
 
 
 def _module(config: Config, index: int, module: str) -> str:
@@ -36,6 +37,10 @@ class LatentAttention:
 
     Two ways to the same scores. Absorbed: k_b moves the query into latent space and v_b moves the result out of it;
     cheap for few tokens. Decompressed: keys and values of every head are rebuilt from the cache; cheaper for many.
+    Sparse attention, over the rows that an indexer has chosen for each token, is absorbed.
+
+    Attributes:
+        choice: of the layer's own indexer, or of that of a layer before; of one without rows attention is dense.
     """
 
     def __init__(self, config: Config, weights: WeightSource, index: int, rope: Rope, cache_layer: int | None = None):
@@ -60,24 +65,37 @@ class LatentAttention:
             rows = (config.qk_nope_head_dim, config.v_head_dim)
             self.k_b_proj, self.v_b_proj = weights.split_heads(name("kv_b_proj"), config.num_attention_heads, rows)
         self.o_proj = weights.linear(name("o_proj"))
+        self.indexer = Indexer(config, weights, index, rope) if config.chooses_rows(index) else None
+        self.choice = Choice()
 
     def __call__(self, x_TD: torch.Tensor, cache: Cache) -> torch.Tensor:
         """float32 (T, D) of the tokens after cache.length -> (T, D); appends their rows to the cache."""
         turns = self.rope.turns(cache.length, x_TD.shape[0])
-        q_nope_THP, q_rope_THR = self._queries(x_TD, turns)
-        latent_TC, k_rope_TR = self._latents(x_TD, turns)
-        (rows_SW,) = cache.append(self.cache_layer, torch.cat([latent_TC, k_rope_TR], -1))
+        queries_of = self._queries_of(x_TD)
+        q_nope_THP, q_rope_THR = self._queries(queries_of, turns)
+        rows = [torch.cat(self._latents(x_TD, turns), -1)]
+        if self.indexer is None:
+            (rows_SW,) = cache.append(self.cache_layer, *rows)
+        else:
+            rows_SW, keys_Sd = cache.append(self.cache_layer, *rows, self.indexer.keys(x_TD, turns))
+            self.choice.rows_TK = self.indexer.choose(x_TD, queries_of, keys_Sd, turns)
+        if self.choice.rows_TK is not None:
+            return self.o_proj(self._over_chosen(q_nope_THP, q_rope_THR, rows_SW).flatten(1))
         rows_SW = rows_SW.float()
         absorb = not self.k_b_proj.may_expand or self._absorbing_is_cheaper(x_TD.shape[0])
         attend = self._absorbed if absorb else self._decompressed
         return self.o_proj(attend(q_nope_THP, q_rope_THR, rows_SW).flatten(1))
 
-    def _queries(self, x_TD: torch.Tensor, turns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _queries_of(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """What queries are projected from: x, or their own latents."""
         c = self.config
         if c.q_lora_rank is None:
-            q = self.q_proj(x_TD)
-        else:
-            q = self.q_b_proj(rms_norm(self.q_a_proj(x_TD), (c.q_lora_rank,), self.q_a_layernorm, c.rms_norm_eps))
+            return x_TD
+        return rms_norm(self.q_a_proj(x_TD), (c.q_lora_rank,), self.q_a_layernorm, c.rms_norm_eps)
+
+    def _queries(self, queries_of: torch.Tensor, turns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        c = self.config
+        q = self.q_proj(queries_of) if c.q_lora_rank is None else self.q_b_proj(queries_of)
         q_nope, q_rope = q.unflatten(1, (c.num_attention_heads, -1)).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         return q_nope, self.rope.rotate(q_rope, turns)
 
@@ -95,12 +113,29 @@ class LatentAttention:
 
     def _absorbed(self, q_nope_THP, q_rope_THR, rows_SW) -> torch.Tensor:
         """(T, H, V) by attending in latent space."""
-        q_latent_THC = self.k_b_proj(q_nope_THP) if self.is_split else self.k_b_proj.transposed(q_nope_THP)
+        q_latent_THC = self._into_latent(q_nope_THP)
         latent_S1C, k_rope_S1R = self._parts(rows_SW[:, None])
         mixed_THC = torch.empty_like(q_latent_THC)
         parts = [(q_latent_THC, latent_S1C), (q_rope_THR, k_rope_S1R)]
         self.weights.attend(parts, latent_S1C, self.scale, mixed_THC)
         return self.v_b_proj(mixed_THC)
+
+    def _into_latent(self, q_nope_THP: torch.Tensor) -> torch.Tensor:
+        return self.k_b_proj(q_nope_THP) if self.is_split else self.k_b_proj.transposed(q_nope_THP)
+
+    def _over_chosen(self, q_nope_THP, q_rope_THR, rows_SW) -> torch.Tensor:
+        """(T, H, V) by attending in latent space, each token to the rows of its choice; some tokens at a time."""
+        c, rows_TK, n_tokens = self.config, self.choice.rows_TK, q_nope_THP.shape[0]
+        bytes_per_token = 2 * 4 * c.num_attention_heads * c.kv_lora_rank
+        results = []
+        for first, count in in_groups(n_tokens, bytes_per_token, ATTENTION_WORK_BYTES):
+            some = slice(first, first + count)
+            q_latent_THC = self._into_latent(q_nope_THP[some])
+            mixed_THC, n_before = torch.empty_like(q_latent_THC), rows_SW.shape[0] - n_tokens + first
+            parts = [q_latent_THC, q_rope_THR[some]]
+            self.weights.attend_chosen(parts, rows_SW, rows_TK[some], self.scale, mixed_THC, n_before)
+            results.append(self.v_b_proj(mixed_THC))
+        return torch.cat(results)
 
     def _decompressed(self, q_nope_THP, q_rope_THR, rows_SW) -> torch.Tensor:
         """(T, H, V) by rebuilding each head's keys and values."""
@@ -108,7 +143,7 @@ class LatentAttention:
         latent_SC, k_rope_SR = self._parts(rows_SW)
         out_THV = rows_SW.new_empty(n_tokens, c.num_attention_heads, c.v_head_dim)
         bytes_per_head = 4 * n_cached * (c.qk_nope_head_dim + c.v_head_dim)
-        for first, count in head_groups(c.num_attention_heads, bytes_per_head, ATTENTION_WORK_BYTES):
+        for first, count in in_groups(c.num_attention_heads, bytes_per_head, ATTENTION_WORK_BYTES):
             heads = slice(first, first + count)
             k_b, v_b = self.k_b_proj.dense(first, count), self.v_b_proj.dense(first, count)
             k_NSP, v_NSV = latent_SC @ (k_b if self.is_split else k_b.mT), latent_SC @ v_b.mT

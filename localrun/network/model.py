@@ -6,6 +6,7 @@ Letters: T tokens, D hidden_size.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -60,8 +61,16 @@ class Network:
             Layer(config, weights, index, make_attention(config, weights, index, self.rope))
             for index in range(config.num_hidden_layers)
         ]
+        self._share_choices()
         self.norm = weights.vector(names.NORM)
         self.lm_head = weights.linear(names.LM_HEAD if weights.has(names.LM_HEAD) else names.EMBED_TOKENS)
+
+    def _share_choices(self) -> None:
+        """Layers without an indexer attend to what the last one with one has chosen."""
+        layers = self.layers if self.config.index_topk else []
+        for index, (before, layer) in enumerate(pairwise(layers), 1):
+            if not self.config.chooses_rows(index):
+                layer.self_attn.choice = before.self_attn.choice
 
     @torch.inference_mode()
     def forward(

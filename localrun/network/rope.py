@@ -95,11 +95,11 @@ class Rope:
             self._last = (start, n_tokens), turns
         return self._last[1]
 
-    def rotate(self, x_THR: "torch.Tensor", turns: "torch.Tensor") -> "torch.Tensor":
-        """float32 (T, H, R), each token's turned by its position."""
+    def rotate(self, x_THR: "torch.Tensor", turns: "torch.Tensor", by_halves: bool | None = None) -> "torch.Tensor":
+        """float32 (T, H, R), each token's turned by its position; by_halves, if given, in place of the model's way."""
         import torch
 
-        if self._by_halves:
+        if self._by_halves if by_halves is None else by_halves:
             turned = torch.complex(*x_THR.chunk(2, -1)) * turns
             return torch.cat([turned.real, turned.imag], -1)
         pairs = torch.complex(x_THR[..., ::2], x_THR[..., 1::2])  # of any stride, unlike view_as_complex

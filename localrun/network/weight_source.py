@@ -66,14 +66,48 @@ class Attend(Protocol):
         """Write out_THV. parts: queries (T, H, d) and keys (S, G, d) or (S, 1, d), whose products are added."""
 
 
+class AttendChosen(Protocol):
+    """softmax(scale * q k^T) v of T of S tokens, each over rows of its own; values are part of keys."""
+
+    def __call__(
+        self,
+        parts: Sequence[torch.Tensor],
+        keys_SW: torch.Tensor,
+        rows_TK: torch.Tensor,
+        scale: float,
+        out_THV: torch.Tensor,
+        n_before: int,
+    ) -> None:
+        """Write out_THV: the V first values of rows, mixed.
+
+        Args:
+            parts: queries (T, H, d), which lie behind each other in keys.
+            keys_SW: float16 or float32.
+            rows_TK: network.indexer.Choice's.
+            n_before: tokens in the cache before these.
+        """
+
+
+class ChooseRows(Protocol):
+    """Which rows each of the last T of S tokens attends to: network.indexer.choose_rows, in any order."""
+
+    def __call__(
+        self, q_TId: torch.Tensor, weights_TI: torch.Tensor, keys_Sd: torch.Tensor, top_k: int
+    ) -> torch.Tensor:
+        """int32 (T, K)."""
+
+
 class WeightSource(Protocol):
     """A model's tensors as modules.
 
     Attributes:
-        attend: of attention in torch; a device's attention has its own, and never asks for it.
+        attend, attend_chosen, choose_rows: of attention in torch; a device's attention has its own, and never asks for
+            them.
     """
 
     attend: Attend
+    attend_chosen: AttendChosen
+    choose_rows: ChooseRows
 
     def has(self, name: str) -> bool:
         """Whether there is a tensor of this name."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from localrun.limits import PREFILL_CHUNK
+from localrun.models.config import Config
 from localrun.plan.machine import Cpu, Gpu, Machine
 from localrun.plan.memory import Placement
 from localrun.plan.shapes import ModelShape, Tensor
@@ -186,15 +187,24 @@ def _gpu_phase(gpu: Gpu, group: str, tensors: list[Tensor], model: ModelShape, n
 def attention_flops(model: ModelShape, ctx: float, n_tokens: int) -> float:
     """FLOPs of scores and weighted sums in all layers; for many latent tokens, of rebuilding keys and values too.
 
-    The cheaper of the two ways is taken, as localrun.network.attention does.
+    The cheaper of the two ways is taken, as localrun.network.attention does. With an indexer: its scores of
+    all tokens, and latent attention over those that are chosen.
     """
     c = model.config
+    if 0 < c.index_topk < ctx:
+        indexers = _n_indexers(c) * c.index_n_heads * c.index_head_dim * ctx
+        chosen = c.index_topk * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
+        return 2 * n_tokens * (indexers + c.num_hidden_layers * c.num_attention_heads * chosen)
     if c.attention == "gqa":
         return 2 * c.num_attention_heads * c.attended(ctx) * n_tokens * (c.head_dim + c.v_head_dim)
     rebuilt = c.qk_nope_head_dim + c.v_head_dim
     absorbed = n_tokens * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
     decompressed = rebuilt * c.kv_lora_rank + n_tokens * (rebuilt + c.qk_rope_head_dim)
     return 2 * c.num_hidden_layers * c.num_attention_heads * ctx * min(absorbed, decompressed)
+
+
+def _n_indexers(c: Config) -> int:
+    return sum(c.chooses_rows(index) for index in range(c.num_hidden_layers))
 
 
 def activation_bytes(model: ModelShape, n_tokens: int) -> float:
@@ -241,7 +251,7 @@ def mtp_speed(model: ModelShape, machine: Machine, placement: Placement, ctx: fl
     draft_tensors = [t for t in renumbered if "nextn.embed_tokens" not in t.name and "shared_head_head" not in t.name]
     layer = replace(
         model,
-        config=replace(model.config, num_hidden_layers=1),
+        config=replace(model.config, num_hidden_layers=1, index_topk=0),  # it attends to all tokens
         tensors=tuple(ends + draft_tensors),
     )
     draft = decode_speed(layer, machine, Placement(0, head=False, experts=0.0), ctx)  # it lives in RAM

@@ -7,6 +7,7 @@ are combined afterwards, in order, so that results do not depend on the number o
 
 With a window a token sees the last rows only, its own included; the block of rows may be no longer than that, and
 positions go round in it (program.cache_row). A sink is one more logit of a head's softmax, without a value.
+With a choice (decode/indexer.py) the window is how many rows a token attends to, which lie anywhere.
 """
 
 import math
@@ -38,7 +39,7 @@ from quant.gemv.activations import q8_bytes, write_q8
 from quant.matrix import MATRIX, QuantMatrix
 from quant.simd.core import F32, I64, define, load, splat, store
 from quant.simd.floats import exp, hmax, hsum, maximum, splat_f32x16, zero_f32x16
-from quant.simd.memory import load_f32x16, store_f32, store_f32x16, store_i64
+from quant.simd.memory import load_f32x16, load_i32, store_f32, store_f32x16, store_i64
 from quant.simd.register_tile import add_products, register_tile
 from quant.simd.struct import address, boolean, f32, i64, pointer, struct
 from quant.simd.vectors import expand_f16, scale, scale_add
@@ -72,6 +73,8 @@ ATTEND = struct(
     value_group=i64,
     padded_width=i64,  # of a value, in whole vectors
     window=i64,  # rows that a token sees, at most; 0 for all
+    chosen=address,  # int32 rows of the first token, if it sees more; 0 where it sees the last ones
+    chosen_bytes=i64,  # from one token's to the next one's
     partials=address,  # by token, split and head
 )
 # The result of one head over one split. The weighted sum of values begins VALUES_AT bytes behind its address.
@@ -92,13 +95,14 @@ def _seen_by(a, t):
 
 
 @inline
-def _expand_rows(a, slot, row_bytes, group_bytes, first, n_tokens, width, padded_width, out):
-    """A group's part of cache rows first.. in float32, padded_width apart."""
-    program = program_of(a)
-    n_rows = program.cache_rows[slot]
+def _expand_rows(a, token, slot, row_bytes, group_bytes, first, n_tokens, width, padded_width, out):
+    """A group's part of a token's cache rows first.. in float32, padded_width apart."""
+    program, n_hidden = program_of(a), cached_by(a, token) - _seen_by(a, token)
+    n_rows, chosen = program.cache_rows[slot], a.chosen + a.chosen_bytes * token + 4 * (first - n_hidden)
+    is_chosen = a.chosen != 0 and n_hidden > 0
     at, rows = first % n_rows, program.cache[slot] + group_bytes
     for i in range(n_tokens):
-        row = at + i
+        row = load_i32(chosen + 4 * i) if is_chosen else at + i
         if row >= n_rows:
             row -= n_rows
         expand_f16(rows + row_bytes * row, width, padded_width, out + 4 * padded_width * i)
@@ -203,7 +207,9 @@ def _run_attend(phase, item, work):
     same_rows = a.value_slot == a.key_slot
     for first in range(begin, end, _TOKENS):
         n_tokens = min(_TOKENS, end - first)
-        _expand_rows(a, a.key_slot, a.key_row, a.key_group * group, first, n_tokens, a.key_width, query_width, work)
+        _expand_rows(
+            a, token, a.key_slot, a.key_row, a.key_group * group, first, n_tokens, a.key_width, query_width, work
+        )
         multiply(work, n_tokens, query_width, n_heads, queries, outs, 0)
         for h in range(n_heads):
             at = partials + partial_bytes * h
@@ -212,7 +218,16 @@ def _run_attend(phase, item, work):
         if not same_rows:
             row_bytes = 4 * padded_width
             _expand_rows(
-                a, a.value_slot, a.value_row, a.value_group * group, first, n_tokens, a.value_width, padded_width, work
+                a,
+                token,
+                a.value_slot,
+                a.value_row,
+                a.value_group * group,
+                first,
+                n_tokens,
+                a.value_width,
+                padded_width,
+                work,
             )
         _add_weighted_sums(
             n_heads, scores, work, row_bytes, n_tokens, padded_width, partials + VALUES_AT, partial_bytes
@@ -292,6 +307,7 @@ class Heads:
         key_row, value_row: bytes of a cache row.
         key_group, value_group: bytes from one group's part of a row to the next one's.
         window: rows that a token sees, at most; 0 for all.
+        chosen, chosen_bytes: address of int32 rows of a token that sees more, and bytes to the next token's; or 0.
         sinks: address of float32 (heads,), a logit more in each head's softmax; or 0.
     """
 
@@ -306,6 +322,8 @@ class Heads:
     key_group: int
     value_group: int
     window: int = 0
+    chosen: int = 0
+    chosen_bytes: int = 0
     sinks: int = 0
 
     @property
@@ -341,7 +359,8 @@ def attend_phase(heads: Heads, queries: int, partials: int) -> Phase:
         queries=queries, query_width=heads.query_width,
         key_slot=heads.key_slot, key_width=heads.key_width, key_row=heads.key_row, key_group=heads.key_group,
         value_slot=heads.value_slot, value_width=heads.value_width, value_row=heads.value_row,
-        value_group=heads.value_group, padded_width=padded_width, window=heads.window, partials=partials,
+        value_group=heads.value_group, padded_width=padded_width, window=heads.window,
+        chosen=heads.chosen, chosen_bytes=heads.chosen_bytes, partials=partials,
     )  # fmt: skip
     work_bytes = 4 * _TOKENS * (max(heads.query_width, padded_width) + heads.per_group) + 16 * heads.per_group
     n_items = heads.n_groups

@@ -70,7 +70,7 @@ def _query(a, head, t):
 
 
 @inline
-def _rotate(x, a, t, out, stride, gap):
+def rotate(x, a, t, out, stride, gap):
     """The first n_rope floats of x, each pair (stride * i, stride * i + gap) rotated by the position of token t.
 
     Neighbours are stride 2, gap 1; two halves stride 1, gap n_rope / 2. out may be x.
@@ -86,13 +86,13 @@ def _rotate(x, a, t, out, stride, gap):
 
 
 @inline
-def _cache_row(a, slot, width, t):
+def cache_row_of(a, slot, width, t):
     """Address of token t's row of f16 in a block of cache rows of this width."""
     return program_of(a).cache[slot] + 2 * width * cache_row(a, slot, t)
 
 
 @inline
-def _store_f16(x, n, row):
+def store_row_f16(x, n, row):
     """float32 (n,) as f16."""
     for i in range(n):
         store_f16(row + 2 * i, load_f32(x + 4 * i))
@@ -126,11 +126,11 @@ def _into_latent_transposed(a, head, work):
 def _store_latent(a, t, work):
     """Token t's cache row: the normed latent, the rotated key behind it."""
     latent, width = a.latent, a.row_width
-    kv, row = a.kv + 4 * width * t, _cache_row(a, a.slot, width, t)
+    kv, row = a.kv + 4 * width * t, cache_row_of(a, a.slot, width, t)
     rms_norm(kv, a.kv_norm, a.epsilon, latent, work)
-    _store_f16(work, latent, row)
-    _rotate(kv + 4 * latent, a, t, work, 2, 1)
-    _store_f16(work, a.n_rope, row + 2 * latent)
+    store_row_f16(work, latent, row)
+    rotate(kv + 4 * latent, a, t, work, 2, 1)
+    store_row_f16(work, a.n_rope, row + 2 * latent)
 
 
 @kernel("void(int64, int64, int64)")
@@ -148,7 +148,7 @@ def _run_latent(phase, item, work):
         _into_latent(a, item, work)
     for t in range(tokens_of(a)):
         query = _query(a, item, t)
-        _rotate(_projected(a, item, t) + 4 * nope, a, t, query + 4 * latent, 2, 1)
+        rotate(_projected(a, item, t) + 4 * nope, a, t, query + 4 * latent, 2, 1)
         scale(a.scale, latent + a.n_rope, query)
 
 
@@ -163,18 +163,18 @@ def _norm_and_rotate(a, row, n_heads, head, norm, t, out):
         weighted(x, rms_factor(row, a.epsilon, n_heads * width), norm + 4 * width * head, width, out)
     else:
         rms_norm(x, norm, a.epsilon, width, out)
-    _rotate(out, a, t, out, a.stride, a.gap)
+    rotate(out, a, t, out, a.stride, a.gap)
 
 
 @inline
 def _store_keys_and_values(a, t, work):
     """Token t's cache rows: keys, normed and rotated, and values."""
     width, n_key_heads, n_values = a.head_width, a.n_key_heads, a.value_width
-    row = _cache_row(a, a.slot, a.row_width, t)
+    row = cache_row_of(a, a.slot, a.row_width, t)
     for g in range(n_key_heads):
         _norm_and_rotate(a, a.keys + 4 * a.row_width * t, n_key_heads, g, a.k_norm, t, work)
-        _store_f16(work, width, row + 2 * width * g)
-    _store_f16(a.values + 4 * n_values * t, n_values, _cache_row(a, a.slot + 1, n_values, t))
+        store_row_f16(work, width, row + 2 * width * g)
+    store_row_f16(a.values + 4 * n_values * t, n_values, cache_row_of(a, a.slot + 1, n_values, t))
 
 
 @kernel("void(int64, int64, int64)")

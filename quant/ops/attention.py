@@ -40,7 +40,13 @@ _MOST_BLOCKS, _ITEMS_PER_WORKER = 4, 8  # of a work item; at least, so that work
 _LOWEST = float(np.finfo(np.float32).min)
 
 # Where a block's state begins with which row.
-_MAXIMUM, _SUM, _MIXED = 0, ROW, 2 * ROW
+_MAXIMUM, _SUM, MIXED = 0, ROW, 2 * ROW
+
+
+def state_rows(width: int, depth: int) -> int:
+    """Rows of a state, for values and keys of these widths."""
+    return 2 + width + depth
+
 
 # Rows of float32: of head h they begin `head` * h bytes behind the address, and are `row` bytes apart.
 ROWS = struct("Rows", address=address, head=i64, row=i64)
@@ -107,7 +113,7 @@ def _first_seen(a, token):
 
 
 @inline
-def _fold_in(scores, n_rows, state, width):
+def fold_in(scores, n_rows, state, width):
     """Rows of scores to weights e^(score - the largest so far), and what was summed before to the same scale."""
     low_before, high_before = load_f32x16(state + _MAXIMUM), load_f32x16(state + _MAXIMUM + 64)
     low_most, high_most = low_before, high_before
@@ -118,7 +124,7 @@ def _fold_in(scores, n_rows, state, width):
     store_f32x16(state + _MAXIMUM + 64, high_most)
     low_factor = exp(low_before - low_most)
     high_factor = exp(high_before - high_most)
-    for at in range(state + _SUM, state + _MIXED + ROW * width, ROW):
+    for at in range(state + _SUM, state + MIXED + ROW * width, ROW):
         store_f32x16(at, load_f32x16(at) * low_factor)
         store_f32x16(at + 64, load_f32x16(at + 64) * high_factor)
     low_sum, high_sum = load_f32x16(state + _SUM), load_f32x16(state + _SUM + 64)
@@ -146,7 +152,7 @@ def _store_transposed(mixed, width, out, stride, count):
 
 
 @inline
-def _begin(a, head, first, addresses, state):
+def begin_block(a, head, first, addresses, state):
     """A block's state: nothing summed yet, and its queries."""
     width, largest, total = a.width, np.float32(_LOWEST), np.float32(0.0)
     if a.sinks != 0:
@@ -155,7 +161,7 @@ def _begin(a, head, first, addresses, state):
     for half in range(2):
         store_f32x16(state + _MAXIMUM + 64 * half, splat_f32x16(largest))
         store_f32x16(state + _SUM + 64 * half, splat_f32x16(total))
-    packed = state + _MIXED + ROW * width
+    packed = state + MIXED + ROW * width
     for i in range(a.n_parts):
         q, depth = a.parts[i].q, a.parts[i].depth
         pack_lanes(q.address + q.head * head, q.row, first, a.n_tokens, depth, a.scale, addresses, packed)
@@ -172,7 +178,7 @@ def _add_keys(a, head, first, begin, state, scores):
     if n_rows <= 0:
         return
     clear(scores, n_rows)
-    packed = state + _MIXED + ROW * width
+    packed = state + MIXED + ROW * width
     for i in range(a.n_parts):
         part = a.parts[i]
         depth, k_row = part.depth, part.k.row
@@ -182,17 +188,17 @@ def _add_keys(a, head, first, begin, state, scores):
     _hide_future(scores, n_before + first + 1 - begin, n_rows)
     if a.window > 0:
         _hide_past(scores, n_before + first + 1 - a.window - begin, n_rows)
-    _fold_in(scores, n_rows, state, width)
+    fold_in(scores, n_rows, state, width)
     v = a.v.address + a.v.head * shared + a.v.row * begin
-    add_matmul(width, v, 4, a.v.row, scores, n_rows, state + _MIXED)
+    add_matmul(width, v, 4, a.v.row, scores, n_rows, state + MIXED)
 
 
 @inline
-def _end(a, head, first, state):
+def end_block(a, head, first, state):
     """Sums of values over sums of weights, to where they belong."""
     width, stride = a.width, a.out.row
     low, high = 1 / load_f32x16(state + _SUM), 1 / load_f32x16(state + _SUM + 64)
-    mixed = state + _MIXED
+    mixed = state + MIXED
     for at in range(mixed, mixed + ROW * width, ROW):
         store_f32x16(at, load_f32x16(at) * low)
         store_f32x16(at + 64, load_f32x16(at + 64) * high)
@@ -206,12 +212,12 @@ def _run_item(a, head, first, last, scratch):
     scores, state_bytes = scratch + ADDRESSES, a.state_bytes
     states = scores + ROW * _CHUNK
     for token in range(first, last, ATTENTION_TOKENS):
-        _begin(a, head, token, scratch, states + state_bytes * ((token - first) // ATTENTION_TOKENS))
+        begin_block(a, head, token, scratch, states + state_bytes * ((token - first) // ATTENTION_TOKENS))
     for begin in range(_first_seen(a, first), a.n_before + last, _CHUNK):
         for token in range(first, last, ATTENTION_TOKENS):
             _add_keys(a, head, token, begin, states + state_bytes * ((token - first) // ATTENTION_TOKENS), scores)
     for token in range(first, last, ATTENTION_TOKENS):
-        _end(a, head, token, states + state_bytes * ((token - first) // ATTENTION_TOKENS))
+        end_block(a, head, token, states + state_bytes * ((token - first) // ATTENTION_TOKENS))
 
 
 @kernel("void(int64, int64)")
@@ -266,7 +272,7 @@ def attend(
     """
     blocks = -(-n_tokens // ATTENTION_TOKENS)
     item_blocks = max(1, min(_MOST_BLOCKS, blocks * n_heads // (_ITEMS_PER_WORKER * pool.n_workers)))
-    state_bytes = _MIXED + ROW * (width + sum(depth for _, _, depth in parts))
+    state_bytes = ROW * state_rows(width, sum(depth for _, _, depth in parts))
     scratch_bytes = worker_bytes(ADDRESSES + ROW * _CHUNK + item_blocks * state_bytes)
     arguments = ATTEND.pack(
         counter=0, n_heads=n_heads, n_tokens=n_tokens, n_before=n_before, shared=shared, scale=scale,

@@ -53,6 +53,22 @@ def weighted(x, factor, weight, n, out):
 
 
 @inline
+def layer_norm(x, weight, bias, epsilon, n, out):
+    """out = (x - mean(x)) / sqrt(var(x) + epsilon) * weight + bias, all float32 (n,); out may be x."""
+    total = np.float32(0.0)
+    for i in range(n):
+        total += load_f32(x + 4 * i)
+    mean, squares = total / np.float32(n), np.float32(0.0)
+    for i in range(n):
+        v = load_f32(x + 4 * i) - mean
+        squares += v * v
+    factor = np.float32(1.0) / np.float32(math.sqrt(squares / np.float32(n) + epsilon))
+    for i in range(n):
+        v = (load_f32(x + 4 * i) - mean) * factor
+        store_f32(out + 4 * i, v * load_f32(weight + 4 * i) + load_f32(bias + 4 * i))
+
+
+@inline
 def rms_norm(x, weight, epsilon, n, out):
     """out = x / sqrt(mean(x^2) + epsilon) * weight, all float32 (n,); out may be x."""
     weighted(x, rms_factor(x, epsilon, n), weight, n, out)

@@ -449,6 +449,7 @@ WRONG_LOADS: list[tuple[str, Any]] = [
     *(("cache_bits", value) for value in (4, "16", None, 12, 16.0)),
     *(("expert_usage", value) for value in (5, True)),
     *(("repack", value) for value in ("no", None, 1)),
+    *(("dense_attention", value) for value in ("no", None, 1)),
     *(("speculative", value) for value in (None, 0, 5, 2.0, True, "on", np.array([1, 2]))),
     *((name, value) for name in ("progress", "notice", "placed") for value in (5, "x")),
 ]

@@ -43,6 +43,10 @@ YARN = {
 }
 V3 = DEEPSEEK | {"n_group": 4, "topk_group": 2, "rope_parameters": YARN}
 GLM4_MOE_LITE = DEEPSEEK | {"v_head_dim": 48}
+# 16 tokens see more than they choose; llama.cpp turns an indexer's head by blocks of 64.
+SPARSE = DEEPSEEK | {"index_topk": 6, "index_n_heads": 12, "index_head_dim": 64}
+DEEPSEEK32 = SPARSE | {"n_group": 4, "topk_group": 2, "rope_parameters": YARN}
+GLM_DSA = SPARSE | {"rms_norm_eps": 1e-6, "indexer_types": ["full", "shared", "full"]}
 # llama.cpp tells models without q_lora_rank by their 27 layers, hence so deep and narrow.
 LITE = DEEPSEEK | {"num_hidden_layers": 27, "q_lora_rank": None, "hidden_size": 64, "n_shared_experts": 2}
 LLAMA = {

@@ -48,6 +48,13 @@ _LAYER = {
     for part in ("gate", "up", "down")
     for gguf_suffix, folder in (("", ""), ("_shexp", "shared_experts."))
 }
+_LAYER |= {
+    "indexer.attn_q_b.weight": "self_attn.indexer.wq_b.weight",
+    "indexer.attn_k.weight": "self_attn.indexer.wk.weight",
+    "indexer.k_norm.weight": "self_attn.indexer.k_norm.weight",
+    "indexer.k_norm.bias": "self_attn.indexer.k_norm.bias",
+    "indexer.proj.weight": "self_attn.indexer.weights_proj.weight",
+}
 _GLOBAL = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -117,8 +124,9 @@ def logits(path: Path | str, ids: list[int]) -> np.ndarray:
 def _model_class(config: PreTrainedConfig) -> type:
     import transformers
 
-    kinds = "DeepseekV2", "DeepseekV3", *_CLASSES.values()
+    kinds = "DeepseekV2", "DeepseekV3", "DeepseekV32", "GlmMoeDsa", *_CLASSES.values()
     classes = [getattr(transformers, f"{kind}ForCausalLM") for kind in kinds]
+
     return {each.config_class.model_type: each for each in classes}[config.model_type]
 
 
@@ -159,6 +167,8 @@ def _config(metadata: dict[str, object], tensors: dict[str, np.ndarray]) -> PreT
         "rope_parameters": _rope_parameters(meta),
         "attn_implementation": "eager",
     }
+    if "attention.indexer.top_k" in meta:
+        return _sparse_config(str(architecture), meta, fields)
     if softmax:
         method = "group_limited_greedy" if fields["n_group"] > 1 else "greedy"
         return DeepseekV2Config(**fields, topk_method=method)
@@ -228,6 +238,21 @@ def _grouped_config(kind: str, meta: dict[str, object], tensors: dict[str, np.nd
     )
 
 
+def _sparse_config(architecture: str, meta: dict[str, object], fields: dict[str, object]) -> PreTrainedConfig:
+    """Of a model with an indexer."""
+    from transformers import DeepseekV32Config, GlmMoeDsaConfig
+
+    for name, key in (("index_n_heads", "head_count"), ("index_head_dim", "key_length"), ("index_topk", "top_k")):
+        fields[name] = meta[f"attention.indexer.{key}"]
+    if architecture == "deepseek32":
+        return DeepseekV32Config(**fields)
+    if "attention.indexer.types" in meta:
+        fields["indexer_types"] = ["full" if is_full else "shared" for is_full in meta["attention.indexer.types"]]
+    elif meta["context_length"] >= 1 << 20:  # as GLM-5.2's config.json has it
+        fields |= {"index_topk_freq": 4, "index_skip_topk_offset": 3}
+    return GlmMoeDsaConfig(**fields)
+
+
 def _rope_parameters(meta: dict[str, object]) -> dict[str, object]:
     if "rope.scaling.type" not in meta:
         return {"rope_type": "default", "rope_theta": float(meta["rope.freq_base"])}
@@ -249,6 +274,8 @@ def _state_dict(config: PreTrainedConfig, tensors: dict[str, np.ndarray]) -> dic
     state.setdefault("lm_head.weight", tensors["token_embd.weight"])
     for i in range(config.num_hidden_layers):
         layer = {n.removeprefix(f"blk.{i}."): t for n, t in tensors.items() if re.match(rf"blk\.{i}\.", n)}
+        if getattr(config, "indexer_types", ["full"] * config.num_hidden_layers)[i] == "shared":  # never used
+            layer = {name: values for name, values in layer.items() if not name.startswith("indexer.")}
         if "attn_k_b.weight" in layer:
             k_b, v_b = layer.pop("attn_k_b.weight").transpose(0, 2, 1), layer.pop("attn_v_b.weight")
             layer["attn_kv_b.weight"] = np.concatenate([k_b, v_b], axis=1).reshape(-1, config.kv_lora_rank)

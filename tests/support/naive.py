@@ -1,6 +1,7 @@
 """A slow, obvious forward pass in float64 NumPy: the third opinion after llama.cpp and HF.
 
-deepseek2, llama, and architectures of grouped-query attention with experts that rotate by halves.
+deepseek2, deepseek32, glm-dsa, llama, and architectures of grouped-query attention with experts that rotate by halves.
+
 
 Attention decompresses every head's keys and values and loops over heads; experts loop over tokens. Written from the
 papers and the references: DeepSeek-V2 (arXiv 2405.04434, eqs. 9-19 for MLA), DeepSeek-V3 (arXiv 2412.19437, eqs. 12-16
@@ -76,9 +77,26 @@ def rotate_halves(x: Array, positions: Array, frequencies: Array, magnitude: flo
     return np.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
 
 
-def attend(q: Array, k: Array, v: Array, scale: float, window: int = 0, sink: float = -np.inf) -> Array:
-    """Causal attention of one head: q (T, d), k (T, d), v (T, dv) -> (T, dv). sink: one more score, without a value."""
-    seen = np.tri(len(q), dtype=bool)
+def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
+    """(x - mean) / deviation * weight + bias over the last axis."""
+    x = x - x.mean(axis=-1, keepdims=True)
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight + bias
+
+
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    scale: float,
+    window: int = 0,
+    sink: float = -np.inf,
+    chosen: Array | None = None,
+) -> Array:
+    """Causal attention of one head: q (T, d), k (T, d), v (T, dv) -> (T, dv).
+
+    sink: one more score, without a value. chosen: bool (T, T), who sees whom.
+    """
+    seen = np.tri(len(q), dtype=bool) if chosen is None else chosen
     if window:
         seen &= ~np.tri(len(q), k=-window, dtype=bool)
     scores = np.where(seen, q @ k.T * scale, -np.inf)
@@ -134,8 +152,12 @@ _ALWAYS_NORMALISED = "llama", "qwen3moe", "minimax-m2"  # by llama.cpp, without 
 class Naive:
     """A model read from a GGUF file by gguf-py.
 
-    margins: (T,) smallest routing margin of each position over all layers, of the last logits() call.
+    margins: (T,) smallest routing margin of each position over all layers, of the last logits() call. An indexer's
+        counts as a CHOICE_SHARE of its scores' deviation: 16 bits of its keys move a score by more than a router's.
+    chosen: bool (T, T) by layer with an indexer, of the last logits() call.
     """
+
+    CHOICE_SHARE = 1 / 20
 
     def __init__(self, path: Path | str, *, group_score: str | None = None, whole_borders: bool = False) -> None:
         """whole_borders: gpt-oss's yarn as llama.cpp has it, not as the model was trained."""
@@ -150,13 +172,16 @@ class Naive:
         self.group_score = group_score
         self.whole_borders = whole_borders or self.architecture != "gpt-oss"
         self.margins = np.empty(0)
+        self.chosen: list[Array] = []
+        self._layer = 0
 
     def logits(self, ids: list[int]) -> Array:
         """float64 (T, vocab)."""
-        self.margins = np.full(len(ids), np.inf)
+        self.margins, self.chosen = np.full(len(ids), np.inf), []
         x = self.tensors["token_embd.weight"][ids]
-        attention = self._mla if self.architecture == "deepseek2" else self._gqa
+        attention = self._mla if "attention.kv_lora_rank" in self.meta else self._gqa
         for i in range(self.n_layers):
+            self._layer = i
             w = {n.removeprefix(f"blk.{i}."): t for n, t in self.tensors.items() if n.startswith(f"blk.{i}.")}
             w = {tiny_models.common_name(self.architecture, name): tensor for name, tensor in w.items()}
             self.window = self.meta.get("attention.sliding_window", 0) * (i % 2 == 0)
@@ -181,7 +206,7 @@ class Naive:
             return plain / self.tensors.get("rope_freqs.weight", 1.0), 1.0, 1.0
         original = self.meta["rope.scaling.original_context_length"]
         frequencies = yarn_frequencies(n_dims, base, factor, original, self.whole_borders)
-        if self.architecture != "deepseek2":
+        if "attention.kv_lora_rank" not in self.meta:
             return frequencies, 1 + 0.1 * math.log(factor), 1.0
         multiplier = self.meta.get("rope.scaling.yarn_log_multiplier")
         if multiplier is None:  # llama.cpp: both the rotated parts and the scale grow (no published config does this)
@@ -196,7 +221,11 @@ class Naive:
         if "attn_q.weight" in w:
             q = h @ w["attn_q.weight"].T
         else:
-            q = rms_norm(h @ w["attn_q_a.weight"].T, w["attn_q_a_norm.weight"], self.eps) @ w["attn_q_b.weight"].T
+            q_latent = rms_norm(h @ w["attn_q_a.weight"].T, w["attn_q_a_norm.weight"], self.eps)
+            q = q_latent @ w["attn_q_b.weight"].T
+            if self._has_indexer():
+                self.chosen.append(self._choose(h, q_latent, w))
+        chosen = self.chosen[-1] if self.chosen else None
         q = q.reshape(len(h), self.n_heads, n_nope + n_rope)
         latent, k_rope = np.split(h @ w["attn_kv_a_mqa.weight"].T, [rank], axis=1)
         latent = rms_norm(latent, w["attn_kv_a_norm.weight"], self.eps)
@@ -209,8 +238,37 @@ class Naive:
         for head in range(self.n_heads):
             query = np.concatenate([q[:, head, :n_nope], q_rope[:, head]], axis=1)
             key = np.concatenate([latent @ k_b[head].T, k_rope], axis=1)
-            heads.append(attend(query, key, latent @ v_b[head].T, scale))
+            heads.append(attend(query, key, latent @ v_b[head].T, scale, chosen=chosen))
         return np.concatenate(heads, axis=1) @ w["attn_output.weight"].T
+
+    def _has_indexer(self) -> bool:
+        """Whether this layer chooses; a shared layer's indexer counts for nothing."""
+        types = self.meta.get("attention.indexer.types")
+        if types is None and self.meta.get("context_length") >= 1 << 20:
+            types = [i < 3 or (i - 2) % 4 == 0 for i in range(self.n_layers)]
+        return "attention.indexer.top_k" in self.meta and (types is None or bool(types[self._layer]))
+
+    def _choose(self, h: Array, q_latent: Array, w: dict[str, Array]) -> Array:
+        """bool (T, T): the positions that each query attends to."""
+        n_heads, top_k = self.meta["attention.indexer.head_count"], self.meta["attention.indexer.top_k"]
+        n_rope, positions, (frequencies, _, _) = self.meta["rope.dimension_count"], np.arange(len(h)), self._rope()
+        rotate = rotate_halves if self.architecture == "deepseek32" else rotate_pairs
+
+        def rotated(x: Array) -> Array:
+            return np.concatenate([rotate(x[..., :n_rope], positions, frequencies), x[..., n_rope:]], axis=-1)
+
+        q = rotated((q_latent @ w["indexer.attn_q_b.weight"].T).reshape(len(h), n_heads, -1))
+        k = h @ w["indexer.attn_k.weight"].T
+        k = rotated(layer_norm(k, w["indexer.k_norm.weight"], w["indexer.k_norm.bias"], 1e-6))
+        weights = h @ w["indexer.proj.weight"].T
+        chosen = np.zeros((len(h), len(h)), bool)
+        for t in range(len(h)):
+            scores = weights[t] @ np.maximum(q[t] @ k[: t + 1].T, 0)
+            best, margin = _top(scores, top_k)
+            chosen[t, best] = True
+            if t >= top_k:
+                self.margins[t] = min(self.margins[t], margin / scores.std() * self.CHOICE_SHARE)
+        return chosen
 
     def _kv_b(self, w: dict[str, Array]) -> tuple[Array, Array]:
         """(k_b (H, nope, C), v_b (H, v, C)) of the split or of the legacy form."""

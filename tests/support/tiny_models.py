@@ -84,6 +84,29 @@ class Deepseek2:
 
 
 @dataclass(frozen=True)
+class Sparse(Deepseek2):
+    """One deepseek32 or glm-dsa model: the same with an indexer.
+
+    indexer_types: a letter a layer, F for one with an indexer, S for one that shares; empty for a file without the key.
+    unused_indexers: whether layers that share have an indexer's tensors all the same.
+    """
+
+    architecture: str = "deepseek32"
+    num_hidden_layers: int = 3
+    index_n_heads: int = 12
+    index_head_dim: int = 64
+    index_topk: int = 8
+    indexer_types: str = ""
+    context_length: int = 1024
+    unused_indexers: bool = False
+
+    def has_indexer(self, layer: int) -> bool:
+        if self.indexer_types and layer < self.num_hidden_layers and not self.unused_indexers:
+            return self.indexer_types[layer] == "F"
+        return True
+
+
+@dataclass(frozen=True)
 class Llama:
     """One dense llama model with grouped-query attention."""
 
@@ -271,6 +294,20 @@ VARIANTS: dict[str, Model] = {
     ),
     "wide": Deepseek2(**_WIDE),
     "wide-odd": Deepseek2(**_WIDE | {"moe_intermediate_size": 352, "kv_lora_rank": 288}),
+    "deepseek32": Sparse(n_group=4, topk_group=2),
+    "deepseek32-nextn": Sparse(n_group=4, topk_group=2, yarn_factor=None, num_nextn_predict_layers=1),
+    "glm-dsa": Sparse(architecture="glm-dsa", yarn_factor=None, rms_norm_eps=1e-5),
+    "glm-dsa-shared": Sparse(
+        architecture="glm-dsa", yarn_factor=None, num_hidden_layers=5, indexer_types="FSFSS", v_head_dim=64
+    ),
+    "glm-dsa-default-types": Sparse(
+        architecture="glm-dsa",
+        yarn_factor=None,
+        num_hidden_layers=7,
+        context_length=1 << 20,
+        index_n_heads=40,
+        indexer_types="",
+    ),
     "llama": Llama(),
     "llama-tied": Llama(num_attention_heads=8, tie_word_embeddings=True, write_head_dim=False),
     "llama-rope-freqs": Llama(rope_freqs=True, rope_theta=500000.0),
@@ -332,6 +369,11 @@ _PROMPT_SEED = {  # found by search, checked by test_logits.py; the deep models 
     "v3-all-moe": 3,
     "v3-large-eps": 0,
     "kimi-k2": 10,
+    "deepseek32": 16,
+    "deepseek32-nextn": 5,
+    "glm-dsa": 5,
+    "glm-dsa-shared": 0,
+    "glm-dsa-default-types": 31,
     "wide-odd": 1,
     "qwen3moe": 22,
     "qwen3moe-yarn": 6,
@@ -364,7 +406,7 @@ def tiny_model(path: Path | str, variant: Variant, *, type: Types = "F32", seed:
 
 def type_name(model: Model) -> str:
     """general.architecture."""
-    return model.architecture if isinstance(model, Grouped) else type(model).__name__.lower()
+    return model.architecture if isinstance(model, Grouped | Sparse) else type(model).__name__.lower()
 
 
 def common_name(architecture: str, name: str) -> str:
@@ -540,6 +582,8 @@ class _Weights:
             w["attn_q_a.weight"] = self._matrix(blk + "attn_q_a", m.q_lora_rank, d, gain=0.7)
             w["attn_q_a_norm.weight"] = self._norm(blk + "attn_q_a_norm", m.q_lora_rank)
             w["attn_q_b.weight"] = self._matrix(blk + "attn_q_b", heads * (nope + rope), m.q_lora_rank, gain=1.5)
+        if isinstance(m, Sparse) and m.has_indexer(int(blk.split(".")[1])):
+            w |= self._indexer(m, blk)
         w["attn_kv_a_mqa.weight"] = self._matrix(blk + "attn_kv_a_mqa", rank + rope, d)
         w["attn_kv_a_norm.weight"] = self._norm(blk + "attn_kv_a_norm", rank)
         k_b = self._normal(blk + "attn_k_b", heads, rank, nope) / np.float32(np.sqrt(rank))
@@ -551,6 +595,17 @@ class _Weights:
             w["attn_kv_b.weight"] = kv_b.reshape(heads * (nope + v), rank)
         w["attn_output.weight"] = self._writer(m, blk + "attn_output", d, heads * v)
         return {blk + name: values for name, values in w.items()}
+
+    def _indexer(self, m: Sparse, blk: str) -> dict[str, np.ndarray]:
+        return {
+            "indexer.attn_q_b.weight": self._matrix(
+                blk + "indexer.attn_q_b", m.index_n_heads * m.index_head_dim, m.q_lora_rank
+            ),
+            "indexer.attn_k.weight": self._matrix(blk + "indexer.attn_k", m.index_head_dim, m.hidden_size),
+            "indexer.k_norm.weight": 1 + 0.3 * self._normal(blk + "indexer.k_norm", m.index_head_dim),
+            "indexer.k_norm.bias": 0.3 * self._normal(blk + "indexer.k_norm_bias", m.index_head_dim),
+            "indexer.proj.weight": self._matrix(blk + "indexer.proj", m.index_n_heads, m.hidden_size),
+        }
 
     def _writer(self, m: Model, name: str, *shape: int, gain: float = 1.0) -> np.ndarray:
         """A matrix whose output is added to the residual stream: the routing tags are left as they are."""
@@ -686,7 +741,7 @@ def _write_metadata(writer: gguf.GGUFWriter, m: Model, name: str) -> None:
     writer.add_uint32("general.quantization_version", 2)
     writer.add_string("tokenizer.ggml.model", "none")
     u32("vocab_size", m.vocab_size)
-    u32("context_length", 1024)
+    u32("context_length", m.context_length if isinstance(m, Sparse) else 1024)
     u32("embedding_length", m.hidden_size)
     u32("feed_forward_length", m.intermediate_size)
     u32("attention.head_count", m.num_attention_heads)
@@ -775,19 +830,28 @@ def _write_deepseek2_metadata(writer: gguf.GGUFWriter, m: Deepseek2) -> None:
         counts |= {"expert_group_count": m.n_group, "expert_group_used_count": m.topk_group}
     if m.num_nextn_predict_layers:
         counts["nextn_predict_layers"] = m.num_nextn_predict_layers
+    if isinstance(m, Sparse):
+        counts |= {
+            "attention.indexer.head_count": m.index_n_heads,
+            "attention.indexer.key_length": m.index_head_dim,
+            "attention.indexer.top_k": m.index_topk,
+        }
+    prefix = writer.arch + "."
     for key, value in counts.items():
-        writer.add_uint32("deepseek2." + key, value)
-    writer.add_float32("deepseek2.rope.freq_base", 10000.0)
+        writer.add_uint32(prefix + key, value)
+    if isinstance(m, Sparse) and m.indexer_types:
+        writer.add_array(prefix + "attention.indexer.types", [letter == "F" for letter in m.indexer_types])
+    writer.add_float32(prefix + "rope.freq_base", 10000.0)
     if m.norm_topk_prob:
-        writer.add_bool("deepseek2.expert_weights_norm", True)
+        writer.add_bool(prefix + "expert_weights_norm", True)
     if m.routed_scaling_factor is not None:
-        writer.add_float32("deepseek2.expert_weights_scale", m.routed_scaling_factor)
+        writer.add_float32(prefix + "expert_weights_scale", m.routed_scaling_factor)
     if m.yarn_factor is not None:
         _write_yarn_metadata(writer, m)
 
 
 def _write_yarn_metadata(writer: gguf.GGUFWriter, m: Deepseek2) -> None:
-    scaling = "deepseek2.rope.scaling."
+    scaling = f"{writer.arch}.rope.scaling."
     writer.add_string(scaling + "type", "yarn")
     writer.add_float32(scaling + "factor", m.yarn_factor)
     writer.add_uint32(scaling + "original_context_length", m.original_max_position_embeddings)

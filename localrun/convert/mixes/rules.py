@@ -19,7 +19,7 @@ from localrun.models.names import EMBED_TOKENS, LM_HEAD
 from localrun.models.registry import ARCHITECTURES
 
 # What stays F32 whatever its dimensions.
-_KEPT = re.compile(r"_norm\.weight$|ffn_gate_inp\.weight$|indexer\.[kq]_proj\.weight$|(?<!weight)$")
+_KEPT = re.compile(r"_norm\.weight$|ffn_gate_inp\.weight$|indexer\.([kq]_)?proj\.weight$|(?<!weight)$")
 MLA = re.compile(r"attn_[kv]_b\.weight$")  # latent attention's small matrices
 
 # For rows that are no whole blocks.

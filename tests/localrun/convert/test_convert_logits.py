@@ -22,7 +22,7 @@ from localrun.convert import Options, convert, make_plan
 from localrun.errors import LocalrunError
 
 TOLERANCE = 1e-5
-PROJECTIONS = ("_proj.weight", "kv_a_proj_with_mqa.weight")
+PROJECTIONS = ("_proj.weight", "kv_a_proj_with_mqa.weight", "indexer.wq_b.weight", "indexer.wk.weight")
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "v3": ("DeepseekV3", hf.V3),
@@ -31,6 +31,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "v2-lite": ("DeepseekV2", hf.LITE),
     "moonlight": ("DeepseekV3", hf.LITE | {"n_group": 1, "topk_group": 1}),
     "v3-tied": ("DeepseekV3", hf.V3 | {"tie_word_embeddings": True}),
+    "deepseek32": ("DeepseekV32", hf.DEEPSEEK32),
+    "glm-dsa": ("GlmMoeDsa", hf.GLM_DSA),
     "llama": ("Llama", hf.LLAMA),
     "llama-tied": ("Llama", hf.LLAMA | {"tie_word_embeddings": True}),
     "llama3-rope": ("Llama", hf.LLAMA | {"rope_parameters": hf.LLAMA3_ROPE}),
@@ -194,10 +196,12 @@ def test_mxfp4_parts_that_do_not_belong_together_are_refused(change: Any, messag
         make_plan(folder, tmp_path / "x.gguf", Options(mix="F32"))
 
 
-@pytest.mark.parametrize("block", [(32, 32), (40, 56), (128, 128)], ids=str)
-def test_an_fp8_checkpoint_means_its_dequantised_weights(block: tuple[int, int], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "block"), [("v3", (32, 32)), ("v3", (40, 56)), ("v3", (128, 128)), ("deepseek32", (128, 128))], ids=str
+)
+def test_an_fp8_checkpoint_means_its_dequantised_weights(name: str, block: tuple[int, int], tmp_path: Path) -> None:
     """Most block sizes here divide no shape: 96, 160, 112 and 48 rows; 96, 64 and 48 columns."""
-    model = hf.make("DeepseekV3", hf.V3)
+    model = hf.make(*MODELS[name])
     folder = hf.save(model, tmp_path / "model")
     meant: dict[str, torch.Tensor] = {}
 
@@ -209,9 +213,7 @@ def test_an_fp8_checkpoint_means_its_dequantised_weights(block: tuple[int, int],
     hf.edit_config(folder, quantization_config={"quant_method": "fp8", "weight_block_size": list(block)})
     reference = hf.save(model, tmp_path / "reference")
     hf.edit_tensors(reference, lambda tensors: tensors.update(meant))
-    from transformers import DeepseekV3ForCausalLM
-
-    expected = hf.logits(DeepseekV3ForCausalLM.from_pretrained(reference, attn_implementation="eager").eval())
+    expected = hf.logits(type(model).from_pretrained(reference, attn_implementation="eager").eval())
     assert error(hf.logits(model), expected) > 1e-3  # or FP8 would have rounded nothing
     path = converted(folder)
     assert error(ours(path), expected) < TOLERANCE

@@ -116,6 +116,13 @@ def test_published_yarn(name: str, factor: float, mscale: float, tmp_path: Path)
     assert (scaling.beta_fast, scaling.beta_slow) == (32, 1)
 
 
+# Which layers have an indexer, F, or share one, S.
+INDEXERS = {
+    "deepseek32": "FFF", "deepseek32-nextn": "FFF", "glm-dsa": "FFF", "glm-dsa-shared": "FSFSS",
+    "glm-dsa-default-types": "FFFSSSF",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("variant", tiny_models.VARIANTS)
 def test_tiny_variants(variant: str) -> None:
     model = tiny_models.VARIANTS[variant]
@@ -153,9 +160,14 @@ def test_tiny_variants(variant: str) -> None:
     assert config.rms_norm_eps == pytest.approx(model.rms_norm_eps)
     window = getattr(model, "sliding_window", 0)
     n_sliding = -(-model.num_hidden_layers // 2) if window else 0
-    assert config.kv_bytes_per_token == 2 * (model.num_hidden_layers - n_sliding) * width
+    if isinstance(model, tiny_models.Sparse):
+        assert (config.index_n_heads, config.index_topk) == (model.index_n_heads, model.index_topk)
+        assert config.indexer_rope == ("halves" if model.architecture == "deepseek32" else "pairs")
+        assert "".join(each[0].upper() for each in config.indexer_types) == INDEXERS[variant]
+    index_bytes = 2 * INDEXERS.get(variant, "").count("F") * config.index_head_dim
+    assert config.kv_bytes_per_token == 2 * (model.num_hidden_layers - n_sliding) * width + index_bytes
     assert config.kv_window_bytes == 2 * n_sliding * width * (window + WINDOW_SPARE)
-    assert config.kv_bytes(10) == 2 * model.num_hidden_layers * width * 10
+    assert config.kv_bytes(10) == (2 * model.num_hidden_layers * width + index_bytes) * 10
     assert [config.window(index) for index in range(3)] == ([window, 0, window] if window else [0, 0, 0])
 
 

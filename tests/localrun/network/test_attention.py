@@ -279,4 +279,4 @@ def test_the_16_bit_cache_rounds_and_nothing_else() -> None:
     ],
 )
 def test_head_groups(n_heads: int, bytes_per_head: int, expected: list) -> None:
-    assert attention.head_groups(n_heads, bytes_per_head, 100) == expected
+    assert attention.in_groups(n_heads, bytes_per_head, 100) == expected
