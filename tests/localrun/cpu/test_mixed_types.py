@@ -50,7 +50,7 @@ def test_every_matrix_has_another_type(variant: str, first: int) -> None:
     """The step's logits and the prompt's, against the float64 reference on the same weights."""
     types = types_of(variant, first)
     path, plain = tiny_models.shared(variant, type=types), tiny_models.shared(variant)
-    ids = naive.steady_prompt(path, 24, like=plain)
+    ids = naive.steady_prompt(path, 16, like=plain)
     expected = naive.Naive(path).logits(ids)
     with localrun.load(path, device="cpu", threads=2, ctx=64, backend="native") as model:
         prompt, cache = model.logits(ids), model.new_cache()
