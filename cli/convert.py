@@ -158,6 +158,7 @@ def _facts(plan: "Plan") -> dict[str, Any]:
         "source": str(plan.source.path),
         "paths": [str(part.path) for part in plan.layout.parts],
         "type": plan.mix,
+        "mix_file": str(plan.mix_file) if plan.mix_file else None,
         "architecture": plan.metadata.architecture,
         "tensors": len(plan.targets),
         "parameters": plan.n_weights,

@@ -1,11 +1,12 @@
 """Every low-bit type by one table: files of localrun convert and of llama.cpp's quantiser, of the same F16 and imatrix.
 
-    python scripts/compare_types.py [MODEL=TEXT ...] [--types Q2_K IQ2_XXS] [--tokens 4096] [-t 2]
+    python scripts/compare_types.py [MODEL=TEXT ...] [--types Q2_K IQ2_XXS] [--tokens 2048] [-t 2]
 
 Each MODEL is unpacked to F16; importances come from the first part of its TEXT, what is measured from the part after
 it. All files run on the native backend, with 8-bit activations as always. A table goes to stderr; the last line of
-stdout is one JSON document: for each model and type perplexity, its error, how far ours is from llama.cpp's,
-Kullback-Leibler divergence from the F16 file (nats a token), the same first choice, bits a weight, and seconds.
+stdout is one JSON document: for each model and type perplexity, its error, how far ours is from llama.cpp's and that
+difference's own error (both predict the same tokens), Kullback-Leibler divergence from the F16 file (nats a token), the
+same first choice, bits a weight, and seconds.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from localrun.bundled import model_path
 from localrun.convert import Options, convert, make_plan
 from localrun.convert.gguf_source import GGUFSource, read_model
 from localrun.convert.imatrix import Importances
+from localrun.convert.mixes import parse_mix
 from localrun.errors import LocalrunError
-from localrun.measure.imatrix import collect, write
+from localrun.measure.imatrix import Importance, collect, write
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 import llama_quantize
@@ -38,7 +40,7 @@ from paths import DATA
 TEXT = DATA / "text" / "wikitext2.txt"
 TYPES = [
     *["Q2_K_S", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "TQ2_0"],
-    *["IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M"],
+    *["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M"],
 ]
 CHUNK = 512  # tokens; predictions count from its second half on
 MADE = "localrun", "llama.cpp"
@@ -76,9 +78,19 @@ def prepare(folder: Path, model: str, text: Path, arguments: argparse.Namespace)
         if len(ids) < n_seen + n_chunks * CHUNK:
             raise SystemExit(f"{text}: {len(ids)} tokens, fewer than --imatrix-tokens and --tokens")
         imatrix = folder / "imatrix.gguf"
-        write(imatrix, collect(engine, ids[:n_seen], CHUNK), text.name)
+        write(imatrix, complete(collect(engine, ids[:n_seen], CHUNK), path), text.name)
         chunks = [ids[start : start + CHUNK] for start in range(n_seen, n_seen + n_chunks * CHUNK, CHUNK)]
         return Work(path, imatrix, chunks, list(log_probabilities(engine, chunks)))
+
+
+def complete(found: Importance, path: Path) -> Importance:
+    """With importances of 1 for what no text reaches, layers for multi-token prediction: the lowest types want some."""
+    for target in read_model(GGUFSource(path)).targets:
+        if len(target.shape) > 1 and target.name.startswith("blk.") and target.name not in found.squares:
+            n_slices = target.n_rows // target.shape[-2]
+            found.squares[target.name] = np.ones((n_slices, target.n_cols), np.float32)
+            found.counts[target.name] = np.ones(n_slices, np.float32)
+    return found
 
 
 def read(text: Path, arguments: argparse.Namespace) -> str:
@@ -100,8 +112,8 @@ def log_probabilities(engine: localrun.Engine, chunks: Sequence[list[int]]) -> I
         yield rows - np.log(np.exp(rows).sum(1, keepdims=True))
 
 
-def measure(path: Path, work: Work, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Figures of a file."""
+def measure(path: Path, work: Work, arguments: argparse.Namespace) -> tuple[dict[str, Any], np.ndarray]:
+    """Figures of a file, and each prediction's loss in nats, float64."""
     losses, divergences, agreeing = [], [], []
     with load(path, arguments) as engine:
         found = log_probabilities(engine, work.chunks)
@@ -112,27 +124,33 @@ def measure(path: Path, work: Work, arguments: argparse.Namespace) -> dict[str, 
     nats = np.concatenate(losses).astype(np.float64)
     perplexity = float(np.exp(nats.mean()))
     tensors = gguf.GGUFReader(path).tensors
-    return {
+    figures = {
         "perplexity": perplexity,
         "error": perplexity * float(nats.std()) / (len(nats) - 1) ** 0.5,
         "kl": float(np.concatenate(divergences).mean(dtype=np.float64)),
         "top_1": float(np.concatenate(agreeing).mean()),
         "bits_per_weight": 8 * sum(int(t.n_bytes) for t in tensors) / sum(int(t.n_elements) for t in tensors),
     }
+    return figures, nats
 
 
 def compare(type_: str, work: Work, arguments: argparse.Namespace) -> dict[str, Any]:
     """Both files of a type; "error" instead where one cannot be made or run."""
     paths = {who: work.f16.with_name(f"{who}.gguf") for who in MADE}
     try:
-        rows = {}
+        rows, nats = {}, {}
         for who, path in paths.items():
             started = time.perf_counter()
             pack(who, path, type_, work, arguments)
             seconds = time.perf_counter() - started
-            rows[who] = measure(path, work, arguments) | {"pack_s": round(seconds, 2)}
-        ratio = rows["localrun"]["perplexity"] / rows["llama.cpp"]["perplexity"] - 1
-        return {"relative_difference": ratio, "differing_types": differing(*paths.values())} | rows
+            figures, nats[who] = measure(path, work, arguments)
+            rows[who] = figures | {"pack_s": round(seconds, 2)}
+        apart = nats["localrun"] - nats["llama.cpp"]
+        return {
+            "relative_difference": float(np.exp(apart.mean()) - 1),
+            "difference_error": float(apart.std() / (len(apart) - 1) ** 0.5),
+            "differing_types": differing(*paths.values()),
+        } | rows
     except (LocalrunError, llama_quantize.QuantizeError) as error:
         return {"error": str(error).splitlines()[-1]}
     finally:
@@ -170,7 +188,7 @@ def table(model: str, rows: dict[str, dict[str, Any]]) -> list[str]:
         cells = [
             *(f"{each['bits_per_weight']:.3f}" for each in (ours, theirs)),
             *(f"{each['perplexity']:.4f}" for each in (ours, theirs)),
-            f"{row['relative_difference']:+.2%}",
+            f"{row['relative_difference']:+.2%} +- {row['difference_error']:.2%}",
             *(f"{each['kl']:.5f}" for each in (ours, theirs)),
             *(f"{each['pack_s']:.1f}" for each in (ours, theirs)),
         ]
@@ -186,7 +204,7 @@ def run(model: str, text: Path, arguments: argparse.Namespace) -> dict[str, Any]
         for type_ in arguments.types:
             say(f"{model} {type_}")
             rows[type_] = compare(type_, work, arguments)
-        f16 = measure(work.f16, work, arguments)
+        f16, _ = measure(work.f16, work, arguments)
     for line in [*table(model, rows), f"F16: perplexity {f16['perplexity']:.4f} +- {f16['error']:.4f}"]:
         say(line)
     return {"text": text.name, "F16": f16, "types": rows}
@@ -196,8 +214,8 @@ def main() -> None:
     """Print the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="MODEL=TEXT", default=["smollm2", "miniature"])
-    parser.add_argument("--types", nargs="+", default=TYPES)
-    parser.add_argument("--tokens", type=int, default=4096, help="that are measured with")
+    parser.add_argument("--types", nargs="+", type=parse_mix, default=TYPES)
+    parser.add_argument("--tokens", type=int, default=2048, help="that are measured with")
     parser.add_argument("--imatrix-tokens", type=int, default=4096, help="that importances are collected from")
     parser.add_argument("-t", "--threads", type=int, default=2)
     arguments = parser.parse_args()

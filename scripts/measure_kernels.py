@@ -40,7 +40,7 @@ def main() -> None:
 
     types = arguments.types or list(registry.NAMES)
     if arguments.add:
-        known = {row["type"] for row in table_of(isa.LEVEL)["rates"]}
+        known = {row["type"] for row in table_of(isa.LEVEL)["rates"]} if arguments.types is None else {YARDSTICK}
         types = [YARDSTICK, *(name for name in types if name not in known)]
     pool = Pool(1)
     rates = [kernel_rates(pool, type_, n_cols, [ROWS]) for type_ in types for n_cols in arguments.columns]
@@ -72,13 +72,18 @@ def scaled(rates: list[dict[str, Any]], table: list[dict[str, Any]]) -> list[dic
 
 
 def add(level: str, rates: list[dict[str, Any]]) -> None:
-    """Put the rows behind those of the level's table, as lines of their own, and say so in its source."""
-    text = TABLES.read_text(encoding="utf-8")
-    lines = "".join(f",\n    {json.dumps(row)}" for row in rates)
-    pattern = rf'("kernels": \{{.*?"{level}": \{{\n   "source": "[^"]*?)({re.escape(NOTE)})?(",.*?)(\n   \])'
-    text, n_found = re.subn(pattern, lambda m: f"{m[1]}{NOTE}{m[3]}{lines}{m[4]}", text, count=1, flags=re.DOTALL)
-    assert n_found == 1 and json.loads(text), f"{TABLES}: not as expected"
-    TABLES.write_text(text, encoding="utf-8")
+    """Put the rows into the level's table, in place of those of the same types, and say so in its source."""
+    document = json.loads(TABLES.read_text(encoding="utf-8"))
+    table, types = document["kernels"][level], {row["type"] for row in rates}
+    table["source"] = table["source"].removesuffix(NOTE) + NOTE
+    table["rates"] = [row for row in table["rates"] if row["type"] not in types] + rates
+    text = json.dumps(document, indent=1, ensure_ascii=False)
+    text = re.sub(r'\{\s*("type":[^{}]*?)\s*\}', _in_a_line, text)
+    TABLES.write_text(text + "\n", encoding="utf-8")
+
+
+def _in_a_line(row: re.Match[str]) -> str:
+    return f"{{{' '.join(row[1].split())}}}"
 
 
 def _rounded(value: float | int | str) -> float | int | str:

@@ -26,8 +26,7 @@ def made_up_blocks(pool: Pool, type_: str, n_blocks: int, deviation: float, seed
     n_rows = -(-n_blocks * format_.block // _ROW)
     x = random.standard_normal((n_rows, _ROW), dtype=np.float32) * np.float32(deviation)
     out = np.empty((n_rows * _ROW // format_.block, format_.block_bytes), np.uint8)
-    importance = np.ones(_ROW, np.float32)  # the lowest types ask for some
-    assert pack(pool, format_, x.ctypes.data, n_rows, _ROW, out.ctypes.data, importance.ctypes.data) == -1
+    assert pack(pool, format_, x.ctypes.data, n_rows, _ROW, out.ctypes.data) == -1
     return out[:n_blocks]
 
 

@@ -92,6 +92,7 @@ class Plan:
     is_unusual: bool
     fingerprint: str
     states: dict[Path, FileState]  # of all files that are read
+    mix_file: Path | None = None
 
     def check_sources(self) -> None:
         """Raises CheckpointError if a file that was read has changed since the plan was made."""
@@ -148,6 +149,7 @@ def make_plan(source_path: Path, destination: Path, options: Options) -> Plan:
         is_unusual,
         _fingerprint(states, layout, options),
         states,
+        options.mix_file,
     )
 
 

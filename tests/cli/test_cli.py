@@ -430,8 +430,9 @@ def test_inspect_prints_the_mix_that_convert_takes(tmp_path: Path, capsys: pytes
     (tmp_path / "my.mix").write_text(text)
     source, options = str(model_path("miniature")), ["--mix", str(tmp_path / "my.mix"), "--dry-run", "--json"]
     assert run(["convert", source, str(tmp_path / "x.gguf"), *options]) == 0
-    plan = json.loads(capsys.readouterr().out)["plan"]
-    assert len(plan) == 128 and all(row["from"] == row["to"] for row in plan)
+    document = json.loads(capsys.readouterr().out)
+    assert (document["type"], document["mix_file"]) == (None, str(tmp_path / "my.mix"))
+    assert len(document["plan"]) == 128 and all(row["from"] == row["to"] for row in document["plan"])
 
 
 def test_inspect_spells_out_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

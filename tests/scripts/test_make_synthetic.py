@@ -11,6 +11,7 @@ import gguf
 import llama_cpp_oracle
 import numpy as np
 import pytest
+import tiny_models
 from cases import slow_but
 from paths import SCRIPTS
 
@@ -82,13 +83,26 @@ def test_slices_have_published_widths_and_fit(name: str) -> None:
 
 
 def test_llama_cpp_computes_what_we_compute(tiny: Path) -> None:
-    ids = [256, 17, 300, 400]
-    expected = llama_cpp_oracle.logits(tiny, ids)
+    # Both round activations to 8 bits, differently: 0.4% each in every one of some 30 products.
+    check_logits(tiny, tiny)
     with localrun.load(tiny, threads=2, backend="native") as engine:
-        found = engine.logits(ids)
         assert engine.tokenizer.decode(engine.tokenizer.encode("the moth")[1:]) == "the moth"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ud-q2_k_xl", "ud-iq2_xxs"])
+def test_published_mixes_are_what_llama_cpp_computes_in_floats(name: str, tmp_path: Path) -> None:
+    """Of the same weights unpacked by gguf: its own 8-bit activations send a token here to another expert."""
+    script["write"]("tiny", tmp_path / "x.gguf", SCRIPTS / "mixes" / f"{name}.mix")
+    check_logits(tmp_path / "x.gguf", tiny_models.dequantized_twin(tmp_path / "x.gguf", tmp_path / "twin.gguf"))
+
+
+def check_logits(path: Path, theirs: Path) -> None:
+    ids = [256, 17, 300, 400]
+    expected = llama_cpp_oracle.logits(theirs, ids)
+    with localrun.load(path, threads=2, backend="native") as engine:
+        found = engine.logits(ids)
     for row, other in zip(found, expected, strict=True):
-        # Both round activations to 8 bits, differently: 0.4% each in every one of some 30 products.
         assert np.corrcoef(row, other)[0, 1] > 0.998
         assert 0.5 < row.std() < 2  # activations stay near 1
 

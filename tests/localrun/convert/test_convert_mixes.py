@@ -123,9 +123,19 @@ def types_of(plan: Plan, mix: str, *, has_imatrix: bool = False) -> dict[str, st
 
 @pytest.mark.parametrize("model", MODELS)
 def test_types_are_llama_cpps_but_for_k_b_and_v_b(model: str, sources: dict[str, Path], tmp_path: Path) -> None:
-    plan = plan_for(sources[model], tmp_path)
+    check_types(model, sources[model], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["gpt-oss", "gpt-oss-wide", "minimax-m2", "hy_v3"])
+def test_types_of_other_architectures_are_llama_cpps(variant: str, tmp_path: Path) -> None:
+    check_types(variant, tiny_models.shared(variant, type="F16"), tmp_path)
+
+
+def check_types(model: str, source: Path, folder: Path) -> None:
+    plan = plan_for(source, folder)
     mixes = ["Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M"] if model == "llama-80-layers" else QUANTIZED
-    for (mix, has_imatrix), theirs in llama_cpp_types(sources[model], mixes).items():
+    for (mix, has_imatrix), theirs in llama_cpp_types(source, mixes).items():
         ours = types_of(plan, mix, has_imatrix=has_imatrix)
         differing = {name for name in theirs if theirs[name] != ours[name]}
         assert theirs.keys() == ours.keys()
