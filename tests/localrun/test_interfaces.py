@@ -33,7 +33,8 @@ BEHIND = {
     weight_source.RoutedExperts: (bridge.Experts, experts.Experts, routed._Layer),
     weight_source.Attend: (bridge.Attend,),
 }
-WITHOUT = {(DeviceWeights, "attend")}  # a device's attention has its own
+# A device's attention has its own, and models with indexers are not run there.
+WITHOUT = {(DeviceWeights, name) for name in ("attend", "attend_chosen", "choose_rows")}
 PAIRS = [(protocol, kind) for protocol, kinds in BEHIND.items() for kind in kinds]
 
 

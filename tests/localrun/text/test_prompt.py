@@ -17,7 +17,8 @@ from localrun.text.tokenizer import Tokenizer
 
 SOURCES = {path.stem: path.read_text(encoding="utf-8") for path in TEMPLATES}
 # Control tokens that any of the templates writes; <think> and its like are tokens that users may write too.
-WRITTEN = re.findall(r"<[|｜][^<>\s'\"]+[|｜]>|\[gMASK\]|<sop>", "".join(SOURCES.values()))
+RENDERED = [transformers_text(source, CHAT, True) for source in SOURCES.values()]
+WRITTEN = re.findall(r"<[|｜][^<>\s'\"]+[|｜]>|\[gMASK\]|<sop>|\]~!b\[|\]~b\]|\[e~\[", "".join(RENDERED))
 CONTROLS = sorted({BOS, EOS, *CHATML_TOKENS, *WRITTEN})
 
 
