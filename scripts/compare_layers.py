@@ -91,9 +91,17 @@ class WatchedWeights(LayerWeights):
     def joined_mlp(self, *names: str) -> None:
         return None
 
-    def _watched_attend(self, parts: list, v: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+    def _watched_attend(
+        self,
+        parts: list,
+        v: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+        window: int = 0,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
         self._note("queries", torch.cat([q for q, _ in parts], -1) * scale)
-        self._attend(parts, v, scale, out)
+        self._attend(parts, v, scale, out, window, sinks)
         self._note("attended", out)
         self._note("heads' values", out)
 

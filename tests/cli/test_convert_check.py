@@ -47,7 +47,7 @@ def test_a_sound_conversion_passes(
 def test_a_setting_that_is_misread_is_refused_and_nothing_is_written(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Rope, "scaling", lambda _: None)
+    monkeypatch.setattr(Rope, "scaling", lambda *_: None)
     assert run(["convert", str(folder), str(tmp_path / "x.gguf"), "--type", "Q8_0", "--check"]) == 1
     assert "of their range from transformers', before any rounding; expected at most 0.001" in capsys.readouterr().err
     assert names(tmp_path) == []

@@ -9,6 +9,7 @@ from gpu_device import DEVICE
 from kernels import random_weight
 
 from localrun.gpu.experts import Experts
+from quant.formats import registry
 from quant.matrix import ExpertMatrices
 
 HIDDEN, INNER, N_EXPERTS = 256, 32, 5
@@ -22,7 +23,8 @@ def rng() -> np.random.Generator:
 def random_experts(
     types: tuple[str, str, str], rng: np.random.Generator, inner: int = INNER
 ) -> tuple[ExpertMatrices, list[np.ndarray]]:
-    """The experts, and the values of their three stacks."""
+    """The experts, and the values of their three stacks; at least a block of the down matrix is inside."""
+    inner = max(inner, registry.get(types[2]).block)
     shapes = ((N_EXPERTS, inner, HIDDEN), (N_EXPERTS, inner, HIDDEN), (N_EXPERTS, HIDDEN, inner))
     made = [random_weight(name, shape, rng) for name, shape in zip(types, shapes, strict=True)]
     return ExpertMatrices(*(weight for weight, _ in made)), [values for _, values in made]
