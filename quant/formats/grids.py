@@ -14,7 +14,7 @@ from numba import types
 from quant.block_format import EXPAND, REPACK, Format, PanelFormat
 from quant.formats import codebooks
 from quant.formats.grids_quantize import quantizer
-from quant.gemm.microkernel_k_block import K_BLOCK_BYTES
+from quant.gemm.microkernel_k_block import K_BLOCK_BYTES, SIGNED_BYTES, TWO_SCALES
 from quant.gemm.repack import SCALES as K_BLOCK_SCALES
 from quant.gemv import pairs, plain
 from quant.gemv.activations import EVERY_FOURTH, IN_ORDER, SCALES_16, SCALES_OF_16, STARTS, SUMS_16
@@ -36,10 +36,10 @@ from quant.simd.memory import (
     store_i8x64,
     store_i32x16,
 )
-from quant.simd.permutes import CAN_PERMUTE
+from quant.simd.permutes import CAN_PERMUTE, turn_bytes
 from quant.simd.rows16 import VECTOR_ROWS, transpose_strided
 from quant.target import isa
-from quant.target.jit import inline, kernel
+from quant.target.jit import Kernel, inline, kernel
 
 BLOCK = 256
 GROUPS = 32
@@ -210,6 +210,19 @@ def fields_of(name: str, places: Sequence[int], n_bits: int) -> np.ndarray:
     return np.bitwise_or.reduce(fields).astype(np.uint8)
 
 
+@inline
+def store_turned(vectors, stride, out):
+    """16 columns of 16 rows, 4 at a time to places `stride` apart: of vectors of a row's columns i, i+4, i+8 and i+12.
+
+    Byte 4r+i of vector c is row r's column 4i+c.
+    """
+    words = turn_bytes(vectors[0], vectors[1], vectors[2], vectors[3])
+    store_i32x16(out, words[0])
+    store_i32x16(out + stride, words[1])
+    store_i32x16(out + 2 * stride, words[2])
+    store_i32x16(out + 3 * stride, words[3])
+
+
 def grid_format(
     name: str,
     layout: np.dtype,
@@ -225,7 +238,8 @@ def grid_format(
     kind: int,
     offset: int,
     level: str = "avx2",
-    two_blocks: Callable | None = None,
+    two_blocks: Callable,
+    repack: Kernel,
 ) -> Format:
     """A format of grid entries.
 
@@ -241,6 +255,7 @@ def grid_format(
         level: the lowest that has a micro-kernel for it.
         two_blocks: where bytes can be permuted, inline (block, block) -> of each 4 vectors of weights + 128, every
             fourth column in each.
+        repack: for there, to panels of bytes.
     """
     block_bytes, odd = layout.itemsize, odd_numbers(n_bits)
 
@@ -274,12 +289,13 @@ def grid_format(
         a, b = two_blocks(first, second)
         return (*a, scales(first)), (*b, scales(second))
 
-    if CAN_PERMUTE and two_blocks is not None:
-        gemv, gemv_batch = pairs.kernels(name, block_bytes, weights_of_two, _add_fourths)
-    else:
-        gemv, gemv_batch = plain.kernels(name, block_bytes, weights, _add_k_block, together=1)
     names = {"BLOCK_BYTES": block_bytes, "RAISED": offset, "write_weights": write_weights, "scales": scales}
     expand = kernel(EXPAND)(specialize(_expand, f"expand_{name}", **names))
-    panels = PanelFormat(kind, offset, kernel(REPACK, level)(specialize(_repack, f"repack_{name}", **names)))
     quantize = quantizer(name, layout)
+    if CAN_PERMUTE:
+        gemv, gemv_batch = pairs.kernels(name, block_bytes, weights_of_two, _add_fourths)
+        panels = PanelFormat(TWO_SCALES if kind == TWO_SCALES else SIGNED_BYTES, 128, repack)
+    else:
+        gemv, gemv_batch = plain.kernels(name, block_bytes, weights, _add_k_block, together=1)
+        panels = PanelFormat(kind, offset, kernel(REPACK, level)(specialize(_repack, f"repack_{name}", **names)))
     return Format(name, BLOCK, layout, True, unpack, gemv, gemv_batch, expand, panels=panels, quantize=quantize)

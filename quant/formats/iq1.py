@@ -11,15 +11,27 @@ ggml-quants.c.
 
 import numpy as np
 
-from quant.block_format import block_layout, offsets
+from quant.block_format import REPACK, block_layout, offsets
 from quant.formats import codebooks
-from quant.formats.grids import entry_of, fields_of, grid_format, load_fields, signed_values
-from quant.gemm.microkernel_k_block import SYMMETRIC, TWO_SCALES
+from quant.formats.grids import entry_of, fields_of, grid_format, load_fields, odd_numbers, signed_values, store_turned
+from quant.gemm.microkernel_k_block import K_BLOCK_BYTES, SYMMETRIC, TWO_SCALES
+from quant.gemm.repack import SCALES as K_BLOCK_SCALES
 from quant.simd.ints import shifted, where_bits
-from quant.simd.memory import f16_to_f32, load_f16, load_i8x16, load_i8x32, load_i64, load_u8, load_u16, load_u32
+from quant.simd.memory import (
+    f16_to_f32,
+    load_f16,
+    load_i8x16,
+    load_i8x32,
+    load_i64,
+    load_u8,
+    load_u16,
+    load_u32,
+    store_f32x16,
+)
 from quant.simd.permutes import (
     at_least_mask,
     bits_from,
+    bytes_of,
     eights_in_turn,
     fours_in_turn,
     interleave_high,
@@ -27,12 +39,14 @@ from quant.simd.permutes import (
     mask_of,
     table_of,
 )
-from quant.target.jit import inline
+from quant.simd.rows16 import gather, half_to_f32, transpose
+from quant.target.jit import inline, kernel
 
 LAYOUT_S = block_layout(50, d="<f2", qs="32u1", qh="8<u2")
 LAYOUT_M = block_layout(56, qs="32u1", qh="16u1", scales="8u1")
 D, QS_S, QH_S = offsets(LAYOUT_S)
 QS_M, QH_M, SCALES = offsets(LAYOUT_M)
+BYTES_S, BYTES_M = LAYOUT_S.itemsize, LAYOUT_M.itemsize
 DELTA = np.float32(0.125)
 
 
@@ -177,14 +191,21 @@ def _fourths(codes, deltas):
     )
 
 
+_odd = odd_numbers(3)
 _ninth, _tenth, _eleventh = mask_of([1]), mask_of([2]), mask_of([4])
+
+
+@inline
+def _halves(index, upper):
+    """Codes of the first and the second halves of groups: index, its upper 3 bits."""
+    low = _first_half(index, _ninth(upper), _tenth(upper), _eleventh(upper))
+    return low, _second_half(index, upper)
 
 
 @inline
 def _two_blocks(index, upper, deltas):
     """Of bytes of groups, 8 of one block and 8 of another in turn: index, its upper 3 bits, delta's sign in bit 3."""
-    low = _first_half(index, _ninth(upper), _tenth(upper), _eleventh(upper))
-    high = _second_half(index, upper)
+    low, high = _halves(index, upper)
     return (
         _fourths(interleave_low(low, high), interleave_low(deltas, deltas)),
         _fourths(interleave_high(low, high), interleave_high(deltas, deltas)),
@@ -210,11 +231,73 @@ def _two_m(a, b):
     return _two_blocks(index, nibbles, nibbles)
 
 
+# Of 16 rows' words of 16 bits:
+_threes_of_rows = bits_from([at + 3 * i for at in (0, 32) for i in range(4)])
+_last_of_rows = bits_from([at + 12 for at in (0, 32) for _ in range(4)])
+_nibbles_of_rows = bits_from([at + 4 * i for at in (0, 32) for i in range(4)])
+
+
+@inline
+def _store_k_block(index, upper, deltas, out):
+    """32 columns of 16 rows; byte 4r+i is group i of row r."""
+    low, high = _halves(bytes_of(index), upper)
+    store_turned(_fourths(low, deltas), 128, out)
+    store_turned(_fourths(high, deltas), 128, out + 64)
+
+
+@inline
+def _store_s(index, qh, d, out):
+    store_f32x16(out + K_BLOCK_SCALES, _odd(qh >> 12) * d)
+    _store_k_block(index, _threes_of_rows(bytes_of(qh)), _last_of_rows(bytes_of(qh)), out)
+
+
+@kernel(REPACK, "avx512_vnni")
+def _repack_s(rows, n_blocks, out):
+    for b in range(n_blocks):
+        block = BYTES_S * b
+        d = half_to_f32(gather(rows, block + D)) * DELTA
+        for i in range(2):
+            i0, i1, i2, i3 = transpose(rows, block + QS_S + 16 * i)
+            first, second = gather(rows, block + QH_S + 8 * i), gather(rows, block + QH_S + 8 * i + 4)
+            _store_s(i0, first, d, out)
+            _store_s(i1, first >> 16, d, out + K_BLOCK_BYTES)
+            _store_s(i2, second, d, out + 2 * K_BLOCK_BYTES)
+            _store_s(i3, second >> 16, d, out + 3 * K_BLOCK_BYTES)
+            out += 4 * K_BLOCK_BYTES
+
+
+@inline
+def _store_m(index, qh, s, d, out):
+    store_f32x16(out + K_BLOCK_SCALES, _odd(s) * d)
+    store_f32x16(out + K_BLOCK_SCALES + 64, _odd(s >> 3) * d)
+    nibbles = _nibbles_of_rows(bytes_of(qh))
+    _store_k_block(index, nibbles, nibbles, out)
+
+
+@kernel(REPACK, "avx512_vnni")
+def _repack_m(rows, n_blocks, out):
+    for b in range(n_blocks):
+        block = BYTES_M * b
+        s, next_s = gather(rows, block + SCALES), gather(rows, block + SCALES + 4)
+        d = s >> 12 & 15 | s >> 24 & 0xF0 | next_s >> 4 & 0xF00 | next_s >> 16 & 0xF000
+        d = half_to_f32(d) * DELTA
+        for i in range(2):
+            i0, i1, i2, i3 = transpose(rows, block + QS_M + 16 * i)
+            first, second = gather(rows, block + QH_M + 8 * i), gather(rows, block + QH_M + 8 * i + 4)
+            _store_m(i0, first, s, d, out)
+            _store_m(i1, first >> 16, s >> 6, d, out + K_BLOCK_BYTES)
+            _store_m(i2, second, s >> 16, d, out + 2 * K_BLOCK_BYTES)
+            _store_m(i3, second >> 16, s >> 22, d, out + 3 * K_BLOCK_BYTES)
+            s, out = next_s, out + 4 * K_BLOCK_BYTES
+
+
 IQ1_S = grid_format(
     "IQ1_S", LAYOUT_S, unpack_s, group=_group_s, bits=_bits_s, marked=_lower, d=_d_s, fields=_fields_s, n_bits=3,
     unit=0.125, kind=SYMMETRIC, offset=9, two_blocks=_two_s,
+    repack=_repack_s,
 )  # fmt: skip
 IQ1_M = grid_format(
     "IQ1_M", LAYOUT_M, unpack_m, group=_group_m, bits=_bits_m, marked=_lower, d=_d_m, fields=_fields_m, n_bits=3,
     unit=0.125, kind=TWO_SCALES, offset=9, two_blocks=_two_m,
+    repack=_repack_m,
 )  # fmt: skip

@@ -10,7 +10,7 @@ ggml-quants.c.
 
 import numpy as np
 
-from quant.block_format import block_layout, offsets
+from quant.block_format import REPACK, block_layout, offsets
 from quant.formats import codebooks
 from quant.formats.grids import (
     entry_of,
@@ -19,26 +19,34 @@ from quant.formats.grids import (
     grid_format,
     load_fields,
     negative,
+    odd_numbers,
     signed_values,
+    store_turned,
     with_eighth_bits,
 )
-from quant.gemm.microkernel_k_block import SIGNED_BYTES, TWO_SCALES
+from quant.gemm.microkernel_k_block import K_BLOCK_BYTES, SIGNED_BYTES, TWO_SCALES
+from quant.gemm.repack import SCALES
 from quant.simd.ints import shifted
-from quant.simd.memory import load_f16, load_i8x32, load_i8x64, load_i64, load_u8, load_u16, load_u32
+from quant.simd.memory import load_f16, load_i8x32, load_i8x64, load_i64, load_u8, load_u16, load_u32, store_f32x16
 from quant.simd.permutes import (
     bits_from,
+    bytes_of,
     eights_in_turn,
     even_bytes,
+    even_of_8,
     even_words,
+    first_of_4,
     interleave_high,
     interleave_low,
     mask_of,
     odd_bytes,
+    odd_of_8,
     odd_words,
     spread_bytes,
     table_of,
 )
-from quant.target.jit import inline
+from quant.simd.rows16 import gather, half_to_f32, transpose
+from quant.target.jit import inline, kernel
 
 LAYOUT_XXS = block_layout(66, d="<f2", qs="32<u2")
 LAYOUT_XS = block_layout(74, d="<f2", qs="32<u2", scales="8u1")
@@ -46,6 +54,7 @@ LAYOUT_S = block_layout(82, d="<f2", qs="64u1", qh="8u1", scales="8u1")
 D, QS = offsets(LAYOUT_XXS)
 SCALES_XS, QH, SCALES_S = offsets(LAYOUT_XS)[2], *offsets(LAYOUT_S)[2:]
 SIGNS_S = QS + 32  # the second half of qs
+BYTES_XXS, BYTES_XS, BYTES_S = LAYOUT_XXS.itemsize, LAYOUT_XS.itemsize, LAYOUT_S.itemsize
 UNIT = 0.125
 
 
@@ -169,6 +178,7 @@ _PLACES = 2, 0, 1, 3
 _first, _second, _third, _fourth = (
     table_of(signed_values(_values, shift, 2, sign)) for shift, sign in ((2, 0), (4, 1), (0, 2), (4, 3))
 )
+_odd = odd_numbers(4)
 _signs_of_sevens = table_of(codebooks.ksigns())
 _sevens = bits_from([0, 7, 14, 21, 32, 39, 46, 53])
 
@@ -236,15 +246,101 @@ def _two_s(a, b):
     return _two_blocks(_low_s(index, ninth, tenth), _high_s(index, ninth, tenth), signs)
 
 
+@inline
+def _store_k_block(low, high, signs, out):
+    """32 columns of 16 rows; byte 4r+i is group i of row r."""
+    store_turned(_fourths(low, signs), 128, out)
+    store_turned(_fourths(high, _move_4(signs)), 128, out + 64)
+
+
+@inline
+def _store_xxs(index, word, d, out):
+    """A k-block of indices and of signs with ls, a word a row."""
+    index, signs = bytes_of(index), _signs_of_sevens(_sevens(bytes_of(word)))
+    store_f32x16(out + SCALES, _odd(word >> 28) * d)
+    _store_k_block(_low_xxs(index), _high_xxs(index), signs, out)
+
+
+@kernel(REPACK, "avx512_vnni")
+def _repack_xxs(rows, n_blocks, out):
+    for b in range(n_blocks):
+        block = BYTES_XXS * b
+        d = half_to_f32(gather(rows, block + D)) * np.float32(UNIT)
+        for i in range(4):
+            index, word, next_index, next_word = transpose(rows, block + QS + 16 * i)
+            _store_xxs(index, word, d, out)
+            _store_xxs(next_index, next_word, d, out + K_BLOCK_BYTES)
+            out += 2 * K_BLOCK_BYTES
+
+
+@inline
+def _store_scales(nibbles, d, out):
+    """d * (2*ls + 1) of the lowest two nibbles."""
+    store_f32x16(out + SCALES, _odd(nibbles) * d)
+    store_f32x16(out + SCALES + 64, _odd(nibbles >> 4) * d)
+
+
+@inline
+def _store_xs(first, second, out):
+    """A k-block of two 16-bit fields a word."""
+    index, upper = even_of_8(first, second), odd_of_8(first, second)
+    ninth = _ninth_bits(upper)
+    _store_k_block(_low_xs(index, ninth), _high_xs(index, ninth), _signs_of_sevens(_move_1(upper)), out)
+
+
+@kernel(REPACK, "avx512_vnni")
+def _repack_xs(rows, n_blocks, out):
+    for b in range(n_blocks):
+        block = BYTES_XS * b
+        d = half_to_f32(gather(rows, block + D)) * np.float32(UNIT)
+        for i in range(2):
+            nibbles = gather(rows, block + SCALES_XS + 4 * i)
+            for k in range(2):
+                first, second, third, fourth = transpose(rows, block + QS + 32 * i + 16 * k)
+                _store_xs(first, second, out)
+                _store_xs(third, fourth, out + K_BLOCK_BYTES)
+                _store_scales(nibbles, d, out)
+                _store_scales(nibbles >> 8, d, out + K_BLOCK_BYTES)
+                nibbles, out = nibbles >> 16, out + 2 * K_BLOCK_BYTES
+
+
+@inline
+def _store_s(index, signs, upper, nibbles, d, out):
+    """A k-block of words of indices and signs, and in the lowest bytes their upper bits and two nibbles of ls."""
+    index, upper = bytes_of(index), first_of_4(upper)
+    ninth, tenth = _ninth_of_4(upper), _tenth_of_4(upper)
+    _store_scales(nibbles, d, out)
+    _store_k_block(_low_s(index, ninth, tenth), _high_s(index, ninth, tenth), bytes_of(signs), out)
+
+
+@kernel(REPACK, "avx512_vnni")
+def _repack_s(rows, n_blocks, out):
+    for b in range(n_blocks):
+        block = BYTES_S * b
+        d = half_to_f32(gather(rows, block + D)) * np.float32(UNIT)
+        for i in range(2):
+            i0, i1, i2, i3 = transpose(rows, block + QS + 16 * i)
+            s0, s1, s2, s3 = transpose(rows, block + SIGNS_S + 16 * i)
+            upper, nibbles = gather(rows, block + QH + 4 * i), gather(rows, block + SCALES_S + 4 * i)
+            _store_s(i0, s0, upper, nibbles, d, out)
+            _store_s(i1, s1, upper >> 8, nibbles >> 8, d, out + K_BLOCK_BYTES)
+            _store_s(i2, s2, upper >> 16, nibbles >> 16, d, out + 2 * K_BLOCK_BYTES)
+            _store_s(i3, s3, upper >> 24, nibbles >> 24, d, out + 3 * K_BLOCK_BYTES)
+            out += 4 * K_BLOCK_BYTES
+
+
 IQ2_XXS = grid_format(
     "IQ2_XXS", LAYOUT_XXS, unpack_xxs, group=_group_xxs, bits=_bits_xxs, marked=negative, d=_d, fields=_fields_xxs,
     n_bits=4, unit=UNIT, kind=SIGNED_BYTES, offset=128, two_blocks=_two_xxs,
+    repack=_repack_xxs,
 )  # fmt: skip
 IQ2_XS = grid_format(
     "IQ2_XS", LAYOUT_XS, unpack_xs, group=_group_xs, bits=_bits_xs, marked=negative, d=_d, fields=_fields_xs, n_bits=4,
-    unit=UNIT, kind=TWO_SCALES, offset=43, two_blocks=_two_xs, level="avx512_vnni",
+    unit=UNIT, kind=TWO_SCALES, offset=43, two_blocks=_two_xs,
+    repack=_repack_xs, level="avx512_vnni",
 )  # fmt: skip
 IQ2_S = grid_format(
     "IQ2_S", LAYOUT_S, unpack_s, group=_group_s, bits=_bits_s, marked=negative, d=_d, fields=_fields_s, n_bits=4,
-    unit=UNIT, kind=TWO_SCALES, offset=43, two_blocks=_two_s, level="avx512_vnni",
+    unit=UNIT, kind=TWO_SCALES, offset=43, two_blocks=_two_s,
+    repack=_repack_s, level="avx512_vnni",
 )  # fmt: skip

@@ -10,7 +10,7 @@ ggml-quants.c.
 
 import numpy as np
 
-from quant.block_format import block_layout, offsets
+from quant.block_format import REPACK, block_layout, offsets
 from quant.formats import codebooks
 from quant.formats.grids import (
     entry_of,
@@ -19,17 +19,22 @@ from quant.formats.grids import (
     grid_format,
     load_fields,
     negative,
+    odd_numbers,
     signed_values,
+    store_turned,
     with_eighth_bits,
 )
-from quant.gemm.microkernel_k_block import SIGNED_BYTES
-from quant.simd.memory import load_f16, load_i8x32, load_i8x64, load_i64, load_u8, load_u32
-from quant.simd.permutes import bits_from, fours_apart, table_of
-from quant.target.jit import inline
+from quant.gemm.microkernel_k_block import K_BLOCK_BYTES, SIGNED_BYTES
+from quant.gemm.repack import SCALES as K_BLOCK_SCALES
+from quant.simd.memory import load_f16, load_i8x32, load_i8x64, load_i64, load_u8, load_u32, store_f32x16
+from quant.simd.permutes import bits_from, bytes_of, first_of_4, fours_apart, mask_of, table_of
+from quant.simd.rows16 import gather, half_to_f32, transpose
+from quant.target.jit import inline, kernel
 
 LAYOUT_XXS = block_layout(98, d="<f2", qs="96u1")
 LAYOUT_S = block_layout(110, d="<f2", qs="64u1", qh="8u1", signs="32u1", scales="4u1")
 D, QS = offsets(LAYOUT_XXS)
+BYTES_XXS, BYTES_S = LAYOUT_XXS.itemsize, LAYOUT_S.itemsize
 WORDS = QS + 64  # the last 32 bytes of IQ3_XXS's qs
 QH, SIGNS, SCALES = offsets(LAYOUT_S)[2:]
 
@@ -122,6 +127,7 @@ def _tables(name: str):
 
 _even_xxs, _odd_xxs, _first_xxs, _second_xxs, _third_xxs, _fourth_xxs = _tables("IQ3_XXS")
 _even_s, _odd_s, _first_s, _second_s, _third_s, _fourth_s = _tables("IQ3_S")
+_odd = odd_numbers(4)
 _signs_of_sevens = table_of(codebooks.ksigns())
 _sevens = bits_from([0, 0, 7, 7, 14, 14, 21, 21])
 _halves_of_bytes = bits_from([16 * i + at for i in range(4) for at in (-1, 3)])
@@ -129,11 +135,9 @@ _halves_of_4_bytes = bits_from([4 * i - 1 for i in range(8)])
 
 
 @inline
-def _fourths_xxs(block):
-    """Weights + 128 of a block: every fourth column from 0, 1, 2 and 3 on."""
-    index = load_i8x64(block + QS)
+def _fourths_xxs(index, signs):
+    """Weights + 128 of 64 indices: each one's first, second and so on."""
     even, odd = _even_xxs(index), _odd_xxs(index)
-    signs = _halves_of_bytes(_signs_of_sevens(_sevens(fours_apart(load_i8x32(block + WORDS)))))
     return (
         _first_xxs(signs & 2 | even & 253),
         _second_xxs(signs & 4 | odd & 251),
@@ -143,11 +147,9 @@ def _fourths_xxs(block):
 
 
 @inline
-def _fourths_s(block):
-    """The same."""
-    index, ninth = load_i8x64(block + QS), load_i64(block + QH)
+def _fourths_s(index, ninth, signs):
+    """The same; a mask of the indices' ninth bits."""
     even, odd = _even_s(index, ninth), _odd_s(index, ninth)
-    signs = _halves_of_4_bytes(fours_apart(load_i8x32(block + SIGNS)))
     return (
         _first_s(signs & 2 | even & 253),
         _second_s(signs & 4 | odd & 251),
@@ -157,20 +159,95 @@ def _fourths_s(block):
 
 
 @inline
+def _block_xxs(block):
+    sevens = _sevens(fours_apart(load_i8x32(block + WORDS)))
+    return _fourths_xxs(load_i8x64(block + QS), _halves_of_bytes(_signs_of_sevens(sevens)))
+
+
+@inline
+def _block_s(block):
+    signs = _halves_of_4_bytes(fours_apart(load_i8x32(block + SIGNS)))
+    return _fourths_s(load_i8x64(block + QS), load_i64(block + QH), signs)
+
+
+@inline
 def _two_xxs(a, b):
-    return _fourths_xxs(a), _fourths_xxs(b)
+    return _block_xxs(a), _block_xxs(b)
 
 
 @inline
 def _two_s(a, b):
-    return _fourths_s(a), _fourths_s(b)
+    return _block_s(a), _block_s(b)
+
+
+# Of 16 rows' words: signs of 16 columns as above, for the first or the second half of 32.
+_sevens_of_first, _sevens_of_last = (
+    bits_from([at + i for at in (0, 32) for i in (h, h, h + 7, h + 7)]) for h in (0, 14)
+)
+_fours_of_first, _fours_of_last = (bits_from([at + 4 * i - 1 for at in (h, h + 32) for i in range(4)]) for h in (0, 16))
+_ninth_of_first, _ninth_of_last = mask_of([1, 2, 4, 8]), mask_of([16, 32, 64, 128])
+
+
+@inline
+def _store_xxs(first, second, word, d, out):
+    """A k-block: two words of indices a row, one of signs with ls."""
+    store_f32x16(out + K_BLOCK_SCALES, _odd(word >> 28) * d)
+    word = bytes_of(word)
+    signs = _halves_of_bytes(_signs_of_sevens(_sevens_of_first(word)))
+    store_turned(_fourths_xxs(bytes_of(first), signs), 64, out)
+    signs = _halves_of_bytes(_signs_of_sevens(_sevens_of_last(word)))
+    store_turned(_fourths_xxs(bytes_of(second), signs), 64, out + 256)
+
+
+@kernel(REPACK, "avx512_vnni")
+def _repack_xxs(rows, n_blocks, out):
+    for b in range(n_blocks):
+        block = BYTES_XXS * b
+        d = half_to_f32(gather(rows, block + D)) * np.float32(0.25)
+        for i in range(2):
+            w0, w1, w2, w3 = transpose(rows, block + WORDS + 16 * i)
+            i0, i1, i2, i3 = transpose(rows, block + QS + 32 * i)
+            _store_xxs(i0, i1, w0, d, out)
+            _store_xxs(i2, i3, w1, d, out + K_BLOCK_BYTES)
+            i0, i1, i2, i3 = transpose(rows, block + QS + 32 * i + 16)
+            _store_xxs(i0, i1, w2, d, out + 2 * K_BLOCK_BYTES)
+            _store_xxs(i2, i3, w3, d, out + 3 * K_BLOCK_BYTES)
+            out += 4 * K_BLOCK_BYTES
+
+
+@inline
+def _store_s(first, second, upper, word, nibbles, d, out):
+    """The same: two words of indices, ninth bits in the lowest byte, a word of signs, ls in the lowest nibble."""
+    store_f32x16(out + K_BLOCK_SCALES, _odd(nibbles) * d)
+    upper, word = first_of_4(upper), bytes_of(word)
+    store_turned(_fourths_s(bytes_of(first), _ninth_of_first(upper), _fours_of_first(word)), 64, out)
+    store_turned(_fourths_s(bytes_of(second), _ninth_of_last(upper), _fours_of_last(word)), 64, out + 256)
+
+
+@kernel(REPACK, "avx512_vnni")
+def _repack_s(rows, n_blocks, out):
+    for b in range(n_blocks):
+        block = BYTES_S * b
+        d, nibbles = half_to_f32(gather(rows, block + D)), gather(rows, block + SCALES)
+        for i in range(2):
+            w0, w1, w2, w3 = transpose(rows, block + SIGNS + 16 * i)
+            upper = gather(rows, block + QH + 4 * i)
+            i0, i1, i2, i3 = transpose(rows, block + QS + 32 * i)
+            _store_s(i0, i1, upper, w0, nibbles, d, out)
+            _store_s(i2, i3, upper >> 8, w1, nibbles >> 4, d, out + K_BLOCK_BYTES)
+            i0, i1, i2, i3 = transpose(rows, block + QS + 32 * i + 16)
+            _store_s(i0, i1, upper >> 16, w2, nibbles >> 8, d, out + 2 * K_BLOCK_BYTES)
+            _store_s(i2, i3, upper >> 24, w3, nibbles >> 12, d, out + 3 * K_BLOCK_BYTES)
+            nibbles, out = nibbles >> 16, out + 4 * K_BLOCK_BYTES
 
 
 IQ3_XXS = grid_format(
     "IQ3_XXS", LAYOUT_XXS, unpack_xxs, group=_group_xxs, bits=_bits_xxs, marked=negative, d=_d, fields=_fields_xxs,
     n_bits=4, unit=0.25, kind=SIGNED_BYTES, offset=128, two_blocks=_two_xxs,
+    repack=_repack_xxs,
 )  # fmt: skip
 IQ3_S = grid_format(
     "IQ3_S", LAYOUT_S, unpack_s, group=_group_s, bits=_bits_s, marked=negative, d=_d, fields=_fields_s, n_bits=4,
     unit=1.0, kind=SIGNED_BYTES, offset=128, two_blocks=_two_s,
+    repack=_repack_s,
 )  # fmt: skip

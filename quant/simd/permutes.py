@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.extending import intrinsic
 
 from quant.simd.core import I32, I64, call, constant, define, i8x16, i8x32, i8x64, i32x16, shuffle
 from quant.target import isa
@@ -106,6 +107,42 @@ def _spread_bytes(builder, a, b):
     return shuffle(builder, both, None, lanes)
 
 
+def _of_words(builder, v):
+    return builder.bitcast(v, i8x64.ir)
+
+
+def _chosen_bytes(lanes: Sequence[int]) -> Callable:
+    """An intrinsic i8x64(i32x16, i32x16): of each pair of words these 4 of 8 bytes."""
+    chosen = [4 * r + lane % 4 + 64 * (lane // 4) for r in range(16) for lane in lanes]
+    return define(i8x64, (i32x16, i32x16), lambda b, v, w: shuffle(b, _of_words(b, v), _of_words(b, w), chosen))
+
+
+def _turn_bytes(builder, vectors):
+    """In 32 bits of four vectors, 4 bytes each as a 4x4 matrix, transposed: pairs of bytes, then pairs of pairs."""
+    lanes = [4 * r + i + 64 * side for r in range(16) for i in (0, 1) for side in range(2)]
+    low, high = (shuffle(builder, vectors[i], vectors[i + 1], lanes) for i in (0, 2))
+    low_2, high_2 = (shuffle(builder, vectors[i], vectors[i + 1], [lane + 2 for lane in lanes]) for i in (0, 2))
+    found = []
+    for first, second in (low, high), (low_2, high_2):
+        first, second = (builder.bitcast(v, _WORDS) for v in (first, second))
+        lower, sixteen = constant(_WORDS, 0xFFFF), constant(_WORDS, 16)
+        found.append(builder.or_(builder.and_(first, lower), builder.shl(second, sixteen)))
+        upper = builder.xor(lower, constant(_WORDS, 0xFFFFFFFF))
+        found.append(builder.or_(builder.lshr(first, sixteen), builder.and_(second, upper)))
+    return found
+
+
+@intrinsic
+def turn_bytes(context, first, second, third, fourth):
+    """Four i8x64 -> four i32x16: word r of vector i has byte i of word r of each of them, in order."""
+    result = types.UniTuple(i32x16, 4)
+
+    def codegen(context, builder, _, values):
+        return context.make_tuple(builder, result, _turn_bytes(builder, values))
+
+    return result(i8x64, i8x64, i8x64, i8x64), codegen
+
+
 def _at_least(builder, v, w):
     return builder.bitcast(builder.icmp_unsigned(">=", v, w), I64)
 
@@ -121,6 +158,11 @@ eights_in_turn = define(i8x64, (i8x32, i8x32), _in_turn(ir.VectorType(I64, 4), 1
 fours_in_turn = define(i8x64, (i8x16, i8x16), _in_turn(ir.VectorType(I32, 4), 2))  # each four twice
 fours_apart = define(  # 4 bytes to the start of each 8, nothing behind them
     i8x64, (i8x32,), lambda b, v: b.bitcast(b.zext(b.bitcast(v, ir.VectorType(I32, 8)), _QWORDS), i8x64.ir)
+)
+bytes_of = define(i8x64, (i32x16,), _of_words)
+even_of_8, odd_of_8 = _chosen_bytes((0, 2, 4, 6)), _chosen_bytes((1, 3, 5, 7))
+first_of_4 = define(  # the first byte of each 4, four times
+    i8x64, (i32x16,), lambda b, v: shuffle(b, _of_words(b, v), None, [i // 4 * 4 for i in range(64)])
 )
 spread_bytes = define(i8x64, (types.int64, types.int64), _spread_bytes)
 at_least_mask = define(types.int64, (i8x64, i8x64), _at_least)  # where v >= w, unsigned

@@ -13,6 +13,7 @@ from quant.errors import QuantError
 from quant.formats import registry
 from quant.gemv import activations, plain
 from quant.simd.ints import CRUMBS_IN_PLACE
+from quant.simd.permutes import CAN_PERMUTE
 
 pytestmark = pytest.mark.levels
 
@@ -212,6 +213,11 @@ def test_activation_record():
     assert np.array_equal(floats[2], np.repeat(d, 2).reshape(4, 4).T.ravel())
     assert np.array_equal(floats[3], halves.sum(2, dtype=np.float32).reshape(4, 4).T.ravel())
     check_packed_fields(step, q, d)
+    if CAN_PERMUTE:
+        assert np.array_equal(step[activations.EVERY_FOURTH :][:256].view(np.int8), q.reshape(64, 4).T.ravel())
+        starts = step[activations.STARTS :][:64].view(np.int32)
+        assert np.array_equal(starts, -128 * q.reshape(16, 16).sum(1, dtype=np.int32))
+        assert np.array_equal(step[activations.SCALES_OF_16 :][:64].view(np.float32), np.repeat(d, 2))
     np.testing.assert_array_equal(record[:1024].view(np.float32), kernels.rounded(x, registry.get("Q4_0")))
     assert np.array_equal(kernels.record(x, registry.get("F32"))[:1024].view(np.float32), x)
 
