@@ -20,7 +20,7 @@ from quant.gemv import pairs, plain
 from quant.gemv.activations import EVERY_FOURTH, IN_ORDER, SCALES_16, SCALES_OF_16, STARTS, SUMS_16
 from quant.gemv.plain import specialize
 from quant.simd.core import I32, I64, call, constant, define, f32x16, i8x64, i32x16, load, shuffle
-from quant.simd.floats import fma, halves_f32x32, picked, splat_f32x16, to_f32
+from quant.simd.floats import fma, halves_f32x32, picked, to_f32
 from quant.simd.ints import WEIGHT_BIAS, dot_biased, dot_u8, pair_sums_wide, where_bits, zero_i32x16
 from quant.simd.memory import (
     emit_table,
@@ -71,15 +71,16 @@ def load_fields(element: int, words: Sequence[int], shifts: Sequence[int]) -> Ca
     return define(i32x16, (types.int64,), emit)
 
 
-def odd_numbers(n_bits: int) -> Callable:
-    """An intrinsic f32x16(i32x16): 2*ls + 1, ls the lowest n_bits of a lane; by a table of 16 where there is one."""
-    table = ir.Constant(f32x16.ir, [2.0 * (i % 2**n_bits) + 1.0 for i in range(16)])
+def odd_numbers(n_bits: int, unit: float) -> Callable:
+    """An intrinsic f32x16(i32x16): unit * (2*ls + 1), ls the lowest n_bits; by a table of 16 where there is one."""
+    table = ir.Constant(f32x16.ir, [unit * (2 * (i % 2**n_bits) + 1) for i in range(16)])
 
     def emit(builder, v):
         if isa.has("avx512_vnni"):
             return call(builder, "llvm.x86.avx512.permvar.sf.512", f32x16.ir, table, v)
         doubled = builder.shl(builder.and_(v, constant(v.type, 2**n_bits - 1)), constant(v.type, 1))
-        return builder.sitofp(builder.or_(doubled, constant(v.type, 1)), f32x16.ir)
+        odd = builder.sitofp(builder.or_(doubled, constant(v.type, 1)), f32x16.ir)
+        return builder.fmul(odd, constant(f32x16.ir, unit))
 
     return define(f32x16, (i32x16,), emit)
 
@@ -247,7 +248,7 @@ def grid_format(
         group: inline (block, g) -> the 8 bytes of group g of 32, raised by WEIGHT_BIAS, as an int64.
         bits: inline (block, k) -> the bits of weights 64k..64k+63, an int64.
         marked: inline (v i8x64) -> what v is where a weight's bit is set.
-        d: inline (block) -> float32.
+        d: inline (block) -> f32x16, the same in every lane.
         fields: inline (block) -> i32x16, whose lowest bits are ls of each 16 weights.
         n_bits: of ls.
         unit: see the module.
@@ -257,7 +258,7 @@ def grid_format(
             fourth column in each.
         repack: for there, to panels of bytes.
     """
-    block_bytes, odd = layout.itemsize, odd_numbers(n_bits)
+    block_bytes, odd = layout.itemsize, odd_numbers(n_bits, unit)
 
     @inline
     def quarter(block, k):
@@ -277,7 +278,7 @@ def grid_format(
 
     @inline
     def scales(block):
-        return odd(fields(block)) * splat_f32x16(d(block) * np.float32(unit))
+        return odd(fields(block)) * d(block)
 
     @inline
     def weights(block):

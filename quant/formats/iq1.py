@@ -16,10 +16,11 @@ from quant.formats import codebooks
 from quant.formats.grids import entry_of, fields_of, grid_format, load_fields, odd_numbers, signed_values, store_turned
 from quant.gemm.microkernel_k_block import K_BLOCK_BYTES, SYMMETRIC, TWO_SCALES
 from quant.gemm.repack import SCALES as K_BLOCK_SCALES
+from quant.simd.floats import splat_f32x16
 from quant.simd.ints import shifted, where_bits
 from quant.simd.memory import (
     f16_to_f32,
-    load_f16,
+    load_f16_everywhere,
     load_i8x16,
     load_i8x32,
     load_i64,
@@ -38,6 +39,7 @@ from quant.simd.permutes import (
     interleave_low,
     mask_of,
     table_of,
+    with_bit,
 )
 from quant.simd.rows16 import gather, half_to_f32, transpose
 from quant.target.jit import inline, kernel
@@ -94,13 +96,14 @@ def _lower(v):
 
 @inline
 def _d_s(block):
-    return load_f16(block + D)
+    return load_f16_everywhere(block + D)
 
 
 @inline
 def _d_m(block):
     words = load_i64(block + SCALES)
-    return f16_to_f32(words >> 12 & 15 | words >> 24 & 0xF0 | words >> 36 & 0xF00 | words >> 48 & 0xF000)
+    d = words >> 12 & 15 | words >> 24 & 0xF0 | words >> 36 & 0xF00 | words >> 48 & 0xF000
+    return splat_f32x16(f16_to_f32(d))
 
 
 @inline
@@ -152,6 +155,7 @@ _UP, _DOWN = (-7, 1, 9), (-9, -1, 7)
 _first, _second, _third, _fourth = (
     table_of(signed_values(_UP, shift, 2, sign, _DOWN)) for shift, sign in ((2, 5), (4, 3), (0, 3), (4, 3))
 )
+_delta_3, _delta_5 = with_bit(3), with_bit(5)
 _first_half = table_of(fields_of("IQ1_S", _PLACES, 2))
 _up_2, _down_2, _up_4, _down_4 = shifted(2, 2), shifted(-2, -2), shifted(4, 4), shifted(-4, -4)
 
@@ -184,14 +188,14 @@ def _second_half(index, upper):
 def _fourths(codes, deltas):
     """Weights + 128 of a block: every fourth column from 0, 1, 2 and 3 on."""
     return (
-        _first(_up_2(deltas) & 32 | codes & 223),
-        _second(deltas & 8 | codes & 247),
-        _third(deltas & 8 | codes & 247),
-        _fourth(deltas & 8 | _down_2(codes) & 247),
+        _first(_delta_5(codes, _up_2(deltas))),
+        _second(_delta_3(codes, deltas)),
+        _third(_delta_3(codes, deltas)),
+        _fourth(_delta_3(_down_2(codes), deltas)),
     )
 
 
-_odd = odd_numbers(3)
+_odd = odd_numbers(3, 0.125)
 _ninth, _tenth, _eleventh = mask_of([1]), mask_of([2]), mask_of([4])
 
 
@@ -255,7 +259,7 @@ def _store_s(index, qh, d, out):
 def _repack_s(rows, n_blocks, out):
     for b in range(n_blocks):
         block = BYTES_S * b
-        d = half_to_f32(gather(rows, block + D)) * DELTA
+        d = half_to_f32(gather(rows, block + D))
         for i in range(2):
             i0, i1, i2, i3 = transpose(rows, block + QS_S + 16 * i)
             first, second = gather(rows, block + QH_S + 8 * i), gather(rows, block + QH_S + 8 * i + 4)
@@ -280,7 +284,7 @@ def _repack_m(rows, n_blocks, out):
         block = BYTES_M * b
         s, next_s = gather(rows, block + SCALES), gather(rows, block + SCALES + 4)
         d = s >> 12 & 15 | s >> 24 & 0xF0 | next_s >> 4 & 0xF00 | next_s >> 16 & 0xF000
-        d = half_to_f32(d) * DELTA
+        d = half_to_f32(d)
         for i in range(2):
             i0, i1, i2, i3 = transpose(rows, block + QS_M + 16 * i)
             first, second = gather(rows, block + QH_M + 8 * i), gather(rows, block + QH_M + 8 * i + 4)

@@ -27,7 +27,16 @@ from quant.formats.grids import (
 from quant.gemm.microkernel_k_block import K_BLOCK_BYTES, SIGNED_BYTES, TWO_SCALES
 from quant.gemm.repack import SCALES
 from quant.simd.ints import shifted
-from quant.simd.memory import load_f16, load_i8x32, load_i8x64, load_i64, load_u8, load_u16, load_u32, store_f32x16
+from quant.simd.memory import (
+    load_f16_everywhere,
+    load_i8x32,
+    load_i8x64,
+    load_i64,
+    load_u8,
+    load_u16,
+    load_u32,
+    store_f32x16,
+)
 from quant.simd.permutes import (
     bits_from,
     bytes_of,
@@ -44,6 +53,7 @@ from quant.simd.permutes import (
     odd_words,
     spread_bytes,
     table_of,
+    with_bit,
 )
 from quant.simd.rows16 import gather, half_to_f32, transpose
 from quant.target.jit import inline, kernel
@@ -103,7 +113,7 @@ def unpack_s(blocks: np.ndarray) -> np.ndarray:
 
 @inline
 def _d(block):
-    return load_f16(block + D)
+    return load_f16_everywhere(block + D)
 
 
 _entry_xxs, _entry_xs, _entry_s = (entry_of(codebooks.grid(name)) for name in ("IQ2_XXS", "IQ2_XS", "IQ2_S"))
@@ -178,7 +188,8 @@ _PLACES = 2, 0, 1, 3
 _first, _second, _third, _fourth = (
     table_of(signed_values(_values, shift, 2, sign)) for shift, sign in ((2, 0), (4, 1), (0, 2), (4, 3))
 )
-_odd = odd_numbers(4)
+_odd = odd_numbers(4, UNIT)
+_sign_0, _sign_1, _sign_2, _sign_3 = (with_bit(sign) for sign in range(4))
 _signs_of_sevens = table_of(codebooks.ksigns())
 _sevens = bits_from([0, 7, 14, 21, 32, 39, 46, 53])
 
@@ -200,10 +211,10 @@ _move_1 = shifted(-1, -1)
 def _fourths(codes, signs):
     """Weights + 128 of a block: every fourth column from 0, 1, 2 and 3 on."""
     return (
-        _first(signs & 1 | codes & 254),
-        _second(signs & 2 | codes & 253),
-        _third(signs & 4 | codes & 251),
-        _fourth(signs & 8 | _move_2(codes) & 247),
+        _first(_sign_0(codes, signs)),
+        _second(_sign_1(codes, signs)),
+        _third(_sign_2(codes, signs)),
+        _fourth(_sign_3(_move_2(codes), signs)),
     )
 
 
@@ -265,7 +276,7 @@ def _store_xxs(index, word, d, out):
 def _repack_xxs(rows, n_blocks, out):
     for b in range(n_blocks):
         block = BYTES_XXS * b
-        d = half_to_f32(gather(rows, block + D)) * np.float32(UNIT)
+        d = half_to_f32(gather(rows, block + D))
         for i in range(4):
             index, word, next_index, next_word = transpose(rows, block + QS + 16 * i)
             _store_xxs(index, word, d, out)
@@ -292,7 +303,7 @@ def _store_xs(first, second, out):
 def _repack_xs(rows, n_blocks, out):
     for b in range(n_blocks):
         block = BYTES_XS * b
-        d = half_to_f32(gather(rows, block + D)) * np.float32(UNIT)
+        d = half_to_f32(gather(rows, block + D))
         for i in range(2):
             nibbles = gather(rows, block + SCALES_XS + 4 * i)
             for k in range(2):
@@ -317,7 +328,7 @@ def _store_s(index, signs, upper, nibbles, d, out):
 def _repack_s(rows, n_blocks, out):
     for b in range(n_blocks):
         block = BYTES_S * b
-        d = half_to_f32(gather(rows, block + D)) * np.float32(UNIT)
+        d = half_to_f32(gather(rows, block + D))
         for i in range(2):
             i0, i1, i2, i3 = transpose(rows, block + QS + 16 * i)
             s0, s1, s2, s3 = transpose(rows, block + SIGNS_S + 16 * i)

@@ -26,8 +26,8 @@ from quant.formats.grids import (
 )
 from quant.gemm.microkernel_k_block import K_BLOCK_BYTES, SIGNED_BYTES
 from quant.gemm.repack import SCALES as K_BLOCK_SCALES
-from quant.simd.memory import load_f16, load_i8x32, load_i8x64, load_i64, load_u8, load_u32, store_f32x16
-from quant.simd.permutes import bits_from, bytes_of, first_of_4, fours_apart, mask_of, table_of
+from quant.simd.memory import load_f16_everywhere, load_i8x32, load_i8x64, load_i64, load_u8, load_u32, store_f32x16
+from quant.simd.permutes import bits_from, bytes_of, first_of_4, fours_apart, mask_of, table_of, with_bit
 from quant.simd.rows16 import gather, half_to_f32, transpose
 from quant.target.jit import inline, kernel
 
@@ -67,7 +67,7 @@ def unpack_s(blocks: np.ndarray) -> np.ndarray:
 
 @inline
 def _d(block):
-    return load_f16(block + D)
+    return load_f16_everywhere(block + D)
 
 
 _entry_xxs, _entry_s = entry_of(codebooks.grid("IQ3_XXS")), entry_of(codebooks.grid("IQ3_S"))
@@ -127,7 +127,8 @@ def _tables(name: str):
 
 _even_xxs, _odd_xxs, _first_xxs, _second_xxs, _third_xxs, _fourth_xxs = _tables("IQ3_XXS")
 _even_s, _odd_s, _first_s, _second_s, _third_s, _fourth_s = _tables("IQ3_S")
-_odd = odd_numbers(4)
+_times_xxs, _times_s = odd_numbers(4, 0.25), odd_numbers(4, 1.0)
+_sign_1, _sign_2, _sign_3, _sign_4 = (with_bit(sign) for _, sign in _FIELDS)
 _signs_of_sevens = table_of(codebooks.ksigns())
 _sevens = bits_from([0, 0, 7, 7, 14, 14, 21, 21])
 _halves_of_bytes = bits_from([16 * i + at for i in range(4) for at in (-1, 3)])
@@ -139,10 +140,10 @@ def _fourths_xxs(index, signs):
     """Weights + 128 of 64 indices: each one's first, second and so on."""
     even, odd = _even_xxs(index), _odd_xxs(index)
     return (
-        _first_xxs(signs & 2 | even & 253),
-        _second_xxs(signs & 4 | odd & 251),
-        _third_xxs(signs & 8 | even & 247),
-        _fourth_xxs(signs & 16 | odd & 239),
+        _first_xxs(_sign_1(even, signs)),
+        _second_xxs(_sign_2(odd, signs)),
+        _third_xxs(_sign_3(even, signs)),
+        _fourth_xxs(_sign_4(odd, signs)),
     )
 
 
@@ -151,10 +152,10 @@ def _fourths_s(index, ninth, signs):
     """The same; a mask of the indices' ninth bits."""
     even, odd = _even_s(index, ninth), _odd_s(index, ninth)
     return (
-        _first_s(signs & 2 | even & 253),
-        _second_s(signs & 4 | odd & 251),
-        _third_s(signs & 8 | even & 247),
-        _fourth_s(signs & 16 | odd & 239),
+        _first_s(_sign_1(even, signs)),
+        _second_s(_sign_2(odd, signs)),
+        _third_s(_sign_3(even, signs)),
+        _fourth_s(_sign_4(odd, signs)),
     )
 
 
@@ -191,7 +192,7 @@ _ninth_of_first, _ninth_of_last = mask_of([1, 2, 4, 8]), mask_of([16, 32, 64, 12
 @inline
 def _store_xxs(first, second, word, d, out):
     """A k-block: two words of indices a row, one of signs with ls."""
-    store_f32x16(out + K_BLOCK_SCALES, _odd(word >> 28) * d)
+    store_f32x16(out + K_BLOCK_SCALES, _times_xxs(word >> 28) * d)
     word = bytes_of(word)
     signs = _halves_of_bytes(_signs_of_sevens(_sevens_of_first(word)))
     store_turned(_fourths_xxs(bytes_of(first), signs), 64, out)
@@ -203,7 +204,7 @@ def _store_xxs(first, second, word, d, out):
 def _repack_xxs(rows, n_blocks, out):
     for b in range(n_blocks):
         block = BYTES_XXS * b
-        d = half_to_f32(gather(rows, block + D)) * np.float32(0.25)
+        d = half_to_f32(gather(rows, block + D))
         for i in range(2):
             w0, w1, w2, w3 = transpose(rows, block + WORDS + 16 * i)
             i0, i1, i2, i3 = transpose(rows, block + QS + 32 * i)
@@ -218,7 +219,7 @@ def _repack_xxs(rows, n_blocks, out):
 @inline
 def _store_s(first, second, upper, word, nibbles, d, out):
     """The same: two words of indices, ninth bits in the lowest byte, a word of signs, ls in the lowest nibble."""
-    store_f32x16(out + K_BLOCK_SCALES, _odd(nibbles) * d)
+    store_f32x16(out + K_BLOCK_SCALES, _times_s(nibbles) * d)
     upper, word = first_of_4(upper), bytes_of(word)
     store_turned(_fourths_s(bytes_of(first), _ninth_of_first(upper), _fours_of_first(word)), 64, out)
     store_turned(_fourths_s(bytes_of(second), _ninth_of_last(upper), _fours_of_last(word)), 64, out + 256)

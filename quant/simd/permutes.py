@@ -107,6 +107,18 @@ def _spread_bytes(builder, a, b):
     return shuffle(builder, both, None, lanes)
 
 
+def with_bit(bit: int) -> Callable:
+    """An intrinsic i8x64(v, w): each byte of v, but for one bit, which is that of w."""
+
+    def emit(builder, v, w):
+        mask, v, w = (builder.bitcast(x, _QWORDS) for x in (_constant([1 << bit] * 64), v, w))
+        # One instruction: where the mask is set the second operand, else the third. LLVM makes two of the operators'.
+        found = call(builder, "llvm.x86.avx512.pternlog.q.512", _QWORDS, mask, w, v, I32(0xCA))
+        return builder.bitcast(found, i8x64.ir)
+
+    return define(i8x64, (i8x64, i8x64), emit)
+
+
 def _of_words(builder, v):
     return builder.bitcast(v, i8x64.ir)
 
