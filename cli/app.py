@@ -18,6 +18,7 @@ from cli.inspect import inspect
 from cli.output import show
 from cli.perplexity import perplexity
 from cli.plan import app as plan
+from cli.serve import serve
 
 app = typer.Typer(
     name="localrun",
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (chat, generate, inspect, perplexity, convert, imatrix, bench, doctor):
+for command in (chat, generate, serve, inspect, perplexity, convert, imatrix, bench, doctor):
     app.command()(command)
 app.add_typer(plan, name="plan")
 

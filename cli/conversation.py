@@ -10,7 +10,7 @@ from cli.interrupt import Interruptible
 from cli.model import stream
 from localrun.errors import LocalrunError
 from localrun.files import read_bytes, replacing
-from localrun.text.chat_template import CHATML, CHATML_STOP, ChatTemplate
+from localrun.text.chat_template import CHATML_STOP, chatml
 from localrun.text.prompt import chat_ids
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ class Conversation:
     def __init__(self, engine: "Engine", sampling: "Sampling", system: str | None, stop: list[str], limit: int | None):
         self.engine, self.sampling, self.limit, self.stop = engine, sampling, limit, stop
         self.template = engine.template
-        if self.template is None and _knows_chatml(engine):
-            self.template, self.stop = ChatTemplate(CHATML, bos_token="", eos_token=""), [*stop, CHATML_STOP]
+        if self.template is None and (template := chatml(engine.tokenizer)):
+            self.template, self.stop = template, [*stop, CHATML_STOP]
         self.instruct(system)
         self.messages: list[dict[str, str]] = []
         self.carried = ""
@@ -149,11 +149,6 @@ class Conversation:
         except LocalrunError as error:
             return str(error)
         return None
-
-
-def _knows_chatml(engine: "Engine") -> bool:
-    """Whether the vocabulary has ChatML's marks; to a model without them they are just so many letters."""
-    return len(engine.tokenizer.encode(CHATML_STOP, add_special=False, parse_special=True)) == 1
 
 
 def _joined(messages: list[dict[str, str]]) -> str:

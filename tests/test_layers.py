@@ -59,9 +59,10 @@ MAY_IMPORT = {
         "backends": "errors limits gguf",
         "text": "arguments errors files gguf backends",
         "runtime": "gguf text turn",
-        "generate": "arguments errors files runtime",
+        "generate": "arguments errors files text runtime",
         "engine": "arguments bundled errors hardware limits gguf models placement cpu gpu backends text turn workers "
         "runtime generate",
+        "serve": "arguments errors hardware text generate engine",
         "measure": "errors files hardware limits gguf models placement network cpu backends generate engine",
         "convert": "errors files gguf models text",
         "plan": "errors files hardware limits bundled gguf models placement cpu convert",

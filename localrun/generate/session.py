@@ -16,9 +16,9 @@ import numpy as np
 from localrun.arguments import function, path_text, refuse, texts, token_ids, whole
 from localrun.errors import ContextFullError, LocalrunError
 from localrun.files import replacing
+from localrun.generate.reply_text import ReplyText
 from localrun.generate.sampling import Sampler, Sampling
 from localrun.generate.speculative import Speculation
-from localrun.generate.stop_strings import StopStrings, with_marks
 from localrun.runtime import Runner
 
 _IDS, _MODEL = "localrun.ids", "localrun.model"  # what a saved session says of itself
@@ -143,17 +143,15 @@ class Session:
         return reply
 
     def _texts(self, reply: _Reply, stop: list[str]) -> Iterator[str]:
-        decoder = self.engine.tokenizer.reply_decoder()
-        stops, marks = with_marks(stop, self.engine.tokenizer.controls if stop else {})
-        text, hidden = StopStrings(stops), dict.fromkeys(map(ord, marks.values()))
+        text = ReplyText(self.engine.tokenizer, stop)
         with closing(self._tokens(reply)) as tokens:
             for token in tokens:
-                if piece := text.push(decoder.push(token) + marks.get(token, "")).translate(hidden):
+                if piece := text.push(token):
                     yield piece
                 if text.found:
                     reply.finish_reason = "stop"
                     return
-        if rest := (text.push(decoder.flush()) + text.flush()).translate(hidden):
+        if rest := text.flush():
             yield rest
 
     def _tokens(self, reply: _Reply) -> Generator[int, None, None]:
@@ -231,7 +229,7 @@ class Session:
         """Evaluate what the cache lacks of the prompt; the logits after the last, float32 (vocab)."""
         started, ids = time.perf_counter(), reply.prompt
         with self._turn(reply):
-            self.forget(min(_common_prefix(self.ids, ids), len(ids) - 1))
+            self.forget(self.shared(ids))
             reply.stats.reused_tokens = len(self.ids)
         logits = self.advance(ids[reply.stats.reused_tokens :], reply.progress, reply)
         if self.speculation:
@@ -259,6 +257,20 @@ class Session:
             if progress is not None:
                 progress(total - len(ids), total)
         return logits
+
+    def shared(self, ids: Sequence[int]) -> int:
+        """How many of a prompt's first tokens a reply to it would not evaluate again: all but the last at most."""
+        same = next((i for i, (x, y) in enumerate(zip(self.ids, ids, strict=False)) if x != y), None)
+        return min(len(self.ids) if same is None else same, len(ids) - 1)
+
+    def copy(self, other: "Session", length: int) -> None:
+        """Hold the first `length` tokens of another session of this engine, or none where forget() would keep none."""
+        with self.engine.turn:
+            self.forget(0)
+            other.forget(len(other.ids))
+            self._cache.load(other._cache.save(), len(other.ids))
+            self.ids = list(other.ids)
+            self.forget(length)
 
     def forget(self, length: int) -> None:
         """Keep the first `length` tokens, or none where the model can't forget a part."""
@@ -373,7 +385,3 @@ def fingerprint(engine: Runner) -> str:
         digest.update(f"{tensor.name} {tensor.shape} {tensor.type.name}".encode())
         digest.update(tensor.data[:64].tobytes())
     return digest.hexdigest()
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -34,7 +34,7 @@ class StopStrings:
         if found:
             self.found = True
             return self._held[: min(found)[1]]
-        keep = max((self._overlap(stop) for stop in self._stops), default=0)
+        keep = max((overlap(self._held, stop) for stop in self._stops), default=0)
         passed = self._held[: len(self._held) - keep]
         self._held = self._held[len(passed) :]
         return passed
@@ -44,7 +44,8 @@ class StopStrings:
         held, self._held = self._held, ""
         return "" if self.found else held
 
-    def _overlap(self, stop: str) -> int:
-        """Length of the longest end of the text that begins `stop`."""
-        longest = min(len(stop) - 1, len(self._held))
-        return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
+
+def overlap(text: str, stop: str) -> int:
+    """Length of the longest end of the text that begins `stop`, and is not all of it."""
+    longest = min(len(stop) - 1, len(text))
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ CHATML = (
 )
 """What llama.cpp takes for a model without a template (common/chat.cpp, common_chat_templates_init)."""
 CHATML_STOP = "<|im_end|>"  # ends a reply; in the vocabulary of a model without a template it is plain text
+# What a conversation's settings can't set.
+OWN_VARIABLES = ("messages", "add_generation_prompt", "bos_token", "eos_token", "tools", "documents")
 
 Message = dict[str, Any]
 Answer = dict[str, str]
@@ -58,12 +61,21 @@ class ChatTemplate:
         (answer,) = self.answers([messages], add_generation_prompt)
         return text_of(answer)
 
-    def answers(self, conversations: list[list[Message]], add_generation_prompt: bool = True) -> list[Answer]:
+    def answers(
+        self,
+        conversations: list[list[Message]],
+        add_generation_prompt: bool = True,
+        settings: Mapping[str, Any] | None = None,
+    ) -> list[Answer]:
         """{"text": the conversation as text} or {"error": why there is none}, for each, from one process.
+
+        Args:
+            settings: other variables of the template, enable_thinking say; what may go into JSON.
 
         Raises TemplateError if the template is broken or runs into a limit of the process.
         """
         variables = {
+            **(settings or {}),
             "add_generation_prompt": add_generation_prompt,
             "bos_token": self.bos_token,
             "eos_token": self.eos_token,
@@ -88,6 +100,15 @@ def chat_template(file: GGUFFile, tokenizer: Tokenizer) -> ChatTemplate | None:
     return ChatTemplate(
         source, bos_token=_text(tokenizer, tokenizer.bos_id), eos_token=_text(tokenizer, tokenizer.eos_id)
     )
+
+
+def chatml(tokenizer: Tokenizer) -> ChatTemplate | None:
+    """ChatML, for a file without a template; None if its vocabulary lacks ChatML's marks, which are just letters then.
+
+    CHATML_STOP ends its replies.
+    """
+    knows_it = len(tokenizer.encode(CHATML_STOP, add_special=False, parse_special=True)) == 1
+    return ChatTemplate(CHATML, bos_token="", eos_token="") if knows_it else None
 
 
 def _text(tokenizer: Tokenizer, id: int | None) -> str:

@@ -13,8 +13,9 @@ it out by rendering too (common/jinja/caps.cpp of https://github.com/ggml-org/ll
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from localrun import arguments
 from localrun.text.chat_template import Answer, ChatTemplate, Message, TemplateError, text_of
@@ -41,18 +42,35 @@ class Prompt:
     spelled: Sequence[tuple[int, int]]
 
 
-def chat_ids(template: ChatTemplate, tokenizer: Tokenizer, messages: list[Message]) -> list[int]:
+def chat_ids(
+    template: ChatTemplate, tokenizer: Tokenizer, messages: list[Message], settings: Mapping[str, Any] | None = None
+) -> list[int]:
     """The ids that a reply to messages continues: the template's control tokens as such, and one BOS where one is due.
+
+    Args:
+        settings: other variables of the template.
 
     Raises TemplateError if the template is broken, refuses the messages, leaves words of theirs out, or changes them
     so that its own control tokens cannot be told from theirs. Raises LocalrunError if they are no messages of texts.
     """
-    controls, messages = _any_of(tokenizer.controls), arguments.messages(messages)
-    if CHANNEL in template.source:
-        messages = [_without_reasoning(message) for message in messages]
-    ids = _encode(tokenizer, chat_prompt(template, messages, controls), controls)
+    controls = _any_of(tokenizer.controls)
+    prompt = chat_prompt(template, _checked(template, messages), controls, settings)
+    ids = _encode(tokenizer, prompt, controls)
     is_due = tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]
     return [tokenizer.bos_id, *ids] if is_due else ids
+
+
+def chat_text(
+    template: ChatTemplate, tokenizer: Tokenizer, messages: list[Message], settings: Mapping[str, Any] | None = None
+) -> str:
+    """The text that chat_ids encodes. Raises as that does."""
+    return chat_prompt(template, _checked(template, messages), _any_of(tokenizer.controls), settings).text
+
+
+def _checked(template: ChatTemplate, given: Any) -> list[Message]:
+    """Messages as the template wants them. Raises LocalrunError if they are none."""
+    messages = arguments.messages(given)
+    return [_without_reasoning(message) for message in messages] if CHANNEL in template.source else messages
 
 
 def _without_reasoning(message: Message) -> Message:
@@ -67,11 +85,16 @@ def raw_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return ids[1:] if tokenizer.add_bos and ids[:2] == [tokenizer.bos_id] * 2 else ids
 
 
-def chat_prompt(template: ChatTemplate, messages: list[Message], controls: re.Pattern[str]) -> Prompt:
+def chat_prompt(
+    template: ChatTemplate,
+    messages: list[Message],
+    controls: re.Pattern[str],
+    settings: Mapping[str, Any] | None = None,
+) -> Prompt:
     """The conversation as text, and where its messages spell what controls matches. Raises as chat_ids does."""
-    rendered = _render(template, messages, set(), controls)
+    rendered = _render(template, messages, set(), controls, settings)
     if rendered.lost:
-        as_parts = _render(template, messages, rendered.lost, controls)
+        as_parts = _render(template, messages, rendered.lost, controls, settings)
         rendered = as_parts if as_parts.lost < rendered.lost else rendered
     text = text_of(rendered.answer)
     for index in sorted(rendered.lost):
@@ -89,7 +112,13 @@ class _Rendered:
     marked: Answer | None
 
 
-def _render(template: ChatTemplate, messages: list[Message], parts: set[int], controls: re.Pattern[str]) -> _Rendered:
+def _render(
+    template: ChatTemplate,
+    messages: list[Message],
+    parts: set[int],
+    controls: re.Pattern[str],
+    settings: Mapping[str, Any] | None,
+) -> _Rendered:
     """The conversation, those messages whose indices are in `parts` as parts."""
     words = {
         index: 3 * chr(_FIRST_WORD + index) for index, message in enumerate(messages) if message["content"].strip()
@@ -98,7 +127,8 @@ def _render(template: ChatTemplate, messages: list[Message], parts: set[int], co
     texts = [[message["content"] for message in messages], [words.get(i, "") for i in range(len(messages))]]
     if marked != texts[0]:
         texts.append(marked)
-    answer, probe, *rest = template.answers([_with(messages, contents, parts) for contents in texts])
+    conversations = [_with(messages, contents, parts) for contents in texts]
+    answer, probe, *rest = template.answers(conversations, settings=settings)
     lost = {index for index, word in words.items() if "error" in answer or _is_lost(word, probe)}
     return _Rendered(answer, lost, rest[0] if rest else None)
 

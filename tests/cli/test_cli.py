@@ -39,6 +39,10 @@ OPTIONS = {
         *[*SAMPLING, *RUNTIME, *DRAFTS],
         *["--json", "-v", "--verbose"],
     ],
+    "serve": [
+        *["--host", "--port", "--api-key", "--slots", "--cache-ram", *RUNTIME, *DRAFTS],
+        *["-v", "--verbose"],
+    ],
     "bench": [
         *["-p", "--n-prompt", "-n", "--n-tokens", "-r", "--repetitions", *DEVICE, "-t", "--threads", *DRAFTS],
         *["--against", "--json", "-v", "--verbose"],

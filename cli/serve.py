@@ -1,0 +1,68 @@
+"""localrun serve: a model as an endpoint, for clients of the OpenAI API."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli import options
+from cli.output import note, tell
+from localrun.errors import LocalrunError
+
+if TYPE_CHECKING:
+    import socket
+
+_MOST_CACHE_GIB = 1 << 20
+
+
+@options.takes(load=options.LoadOptions())
+def serve(
+    model: options.Model = None,
+    host: Annotated[str, typer.Option("--host", help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="The port to listen on; 0 for any that is free.")] = 8080,
+    api_key: Annotated[
+        str | None,
+        typer.Option("--api-key", metavar="KEY", help="What clients have to send.", envvar="LOCALRUN_API_KEY"),
+    ] = None,
+    slots: Annotated[
+        int | None,
+        typer.Option("--slots", help="Replies that run at once; up to 4 if not given.", show_default=False),
+    ] = None,
+    cache_ram: Annotated[
+        float, typer.Option("--cache-ram", metavar="GIB", help="RAM for finished conversations, to go on from.")
+    ] = 2.0,
+    *,
+    load: options.LoadOptions,
+    verbose: options.Verbose = False,
+) -> None:
+    """Serve a model over HTTP, in the form of the OpenAI API."""
+    from cli.model import open_model
+
+    try:
+        from localrun.serve import server
+    except ModuleNotFoundError as error:
+        raise LocalrunError(f"{error.name} is missing: pip install 'localrun[serve]'") from None
+    if not 0 <= cache_ram <= _MOST_CACHE_GIB:
+        raise LocalrunError(f"--cache-ram {cache_ram:g}; expected 0 GiB or more")
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
+        raise LocalrunError("--api-key has characters that no header can carry, or none at all")
+    with server.listen_on(host, port) as listener:
+        if api_key is None and not server.is_loopback(listener):
+            note(f"warning: whoever reaches {host} can use the model; --api-key KEY asks for a key")
+        with open_model(model, load, verbose) as engine:
+            name = engine.file.path.stem
+            server.serve(
+                engine,
+                listener,
+                name=name,
+                api_key=api_key,
+                slots=server.slots_for(engine, slots),
+                cache_bytes=int(cache_ram * 2**30),
+                ready=lambda: _say(name, listener),
+            )
+
+
+def _say(name: str, listener: "socket.socket") -> None:
+    from localrun.serve.server import url
+
+    note(f"serving {name} at {url(listener)}")
+    tell("Ctrl-C ends it when all replies are finished; again, at once.")

@@ -1,0 +1,216 @@
+"""The endpoints, as a Starlette application."""
+
+from __future__ import annotations
+
+import hmac
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from localrun.serve import bodies, openai
+from localrun.serve.bodies import Chat, Completion, Conversation, Text, Tokens
+from localrun.serve.errors import APIError, failed
+from localrun.serve.metrics import metrics_text
+from localrun.serve.openai import ChatForm, Form, TextForm
+from localrun.serve.reasoning import open_tag
+from localrun.serve.service import ClientGoneError, Replies, Service, while_connected
+
+MOST_BODY_BYTES = 1 << 26  # of a request: more than any context holds
+_OPEN_PATHS = ("/health",)  # without a key
+_PING = b": ping\n\n"  # a comment, which clients pass over
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def application(service: Service, api_key: str | None = None) -> Starlette:
+    """The server of a model.
+
+    Args:
+        api_key: what clients have to send, as a bearer token or x-api-key; None for nothing.
+    """
+    endpoints = Endpoints(service)
+    routes = [
+        Route("/health", endpoints.health),
+        Route("/metrics", endpoints.metrics),
+        Route("/v1/models", endpoints.models),
+        Route("/v1/chat/completions", endpoints.chat, methods=["POST"]),
+        Route("/v1/completions", endpoints.completion, methods=["POST"]),
+        Route("/tokenize", endpoints.tokenize, methods=["POST"]),
+        Route("/detokenize", endpoints.detokenize, methods=["POST"]),
+        Route("/apply-template", endpoints.apply_template, methods=["POST"]),
+    ]
+    handlers: Mapping[Any, Any] = {
+        APIError: _refusal,
+        HTTPException: _http_error,
+        ClientGoneError: _nobody,
+        Exception: _own_error,
+    }
+    app = Starlette(routes=routes, exception_handlers=handlers)
+    if api_key is not None:
+        app.add_middleware(KeyCheck, api_key=api_key)
+    return app
+
+
+class Endpoints:
+    """A method for each path."""
+
+    def __init__(self, service: Service):
+        self._service, self._started = service, int(time.time())
+
+    async def health(self, request: Request) -> Response:
+        return _json({"status": "ok"})
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(metrics_text(self._service.scheduler), media_type="text/plain; version=0.0.4")
+
+    async def models(self, request: Request) -> Response:
+        model = {
+            "id": self._service.name,
+            "object": "model",
+            "created": self._started,
+            "owned_by": "localrun",
+            "meta": {"n_ctx": self._service.engine.ctx, "n_vocab": self._service.engine.model.vocab_size},
+        }
+        return _json({"object": "list", "data": [model]})
+
+    async def chat(self, request: Request) -> Response:
+        body = await _body(request, Chat)
+        body.check()
+        sampling = body.sampling(self._service.usual)
+        ids = await self._service.chat_ids(body)
+        replies = self._service.replies([ids], body.choices, sampling, body.limit, body.stops)
+        form = ChatForm(body.choices, open_tag(self._service.engine.tokenizer, ids))
+        return await self._answer(request, body, replies, form)
+
+    async def completion(self, request: Request) -> Response:
+        body = await _body(request, Completion)
+        body.check()
+        sampling = body.sampling(self._service.usual)
+        prompts = [await self._service.text_ids(prompt) for prompt in body.prompts()]
+        replies = self._service.replies(prompts, body.choices, sampling, body.limit, body.stops)
+        return await self._answer(request, body, replies, TextForm())
+
+    async def _answer(self, request: Request, body: bodies.Generation, replies: Replies, form: Form) -> Response:
+        if body.stream:
+            return EventStream(openai.chunks(replies, form, self._service.name, body.includes_usage), replies.cancel)
+        try:
+            return _json(await while_connected(request.receive, openai.whole(replies, form, self._service.name)))
+        finally:
+            replies.cancel()
+
+    async def tokenize(self, request: Request) -> Response:
+        body, tokenizer = await _body(request, Text), self._service.engine.tokenizer
+        ids = await self._service.in_thread(
+            lambda: tokenizer.encode(body.content, add_special=body.add_special, parse_special=body.parse_special)
+        )
+        return _json({"tokens": ids})
+
+    async def detokenize(self, request: Request) -> Response:
+        body, tokenizer = await _body(request, Tokens), self._service.engine.tokenizer
+        text = await self._service.in_thread(lambda: tokenizer.decode(body.tokens, special=True))
+        return _json({"content": text})
+
+    async def apply_template(self, request: Request) -> Response:
+        return _json({"prompt": await self._service.chat_text(await _body(request, Conversation))})
+
+
+class EventStream(Response):
+    """Server-sent events: a document each, then [DONE]. The work ends when the client goes.
+
+    Args:
+        documents: None for a sign of life.
+        cancel: called in the end, however it comes.
+    """
+
+    def __init__(self, documents: AsyncIterator[dict[str, Any] | None], cancel: Callable[[], None]):
+        super().__init__(
+            media_type="text/event-stream", headers={"cache-control": "no-cache", "x-accel-buffering": "no"}
+        )
+        del self.headers["content-length"]
+        self._documents, self._cancel = documents, cancel
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            with suppress(ClientGoneError, OSError):
+                await while_connected(receive, self._send_all(send))
+        finally:
+            self._cancel()
+
+    async def _send_all(self, send: Send) -> None:
+        async def write(data: bytes, more: bool = True) -> None:
+            await send({"type": "http.response.body", "body": data, "more_body": more})
+
+        try:
+            async for document in self._documents:
+                await write(_PING if document is None else _event(document))
+            await write(b"data: [DONE]\n\n")
+        except APIError as error:  # the status has gone out already
+            await write(_event(error.body))
+        await write(b"", more=False)
+
+
+class KeyCheck:
+    """Refuses requests that lack the key."""
+
+    def __init__(self, app: Any, api_key: str):
+        self._app, self._key = app, api_key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS and not self._is_known(dict(scope["headers"])):
+            error = APIError(401, "this server needs an API key", kind="authentication_error", code="invalid_api_key")
+            await _error(error)(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _is_known(self, headers: dict[bytes, bytes]) -> bool:
+        given = headers.get(b"x-api-key") or headers.get(b"authorization", b"").removeprefix(b"Bearer ")
+        return hmac.compare_digest(given, self._key)
+
+
+async def _body(request: Request, kind: type[bodies.Body]) -> bodies.Body:
+    """The request's body. Raises APIError if it is too large, or not of this kind."""
+    data = bytearray()
+    async for piece in request.stream():
+        data += piece
+        if len(data) > MOST_BODY_BYTES:
+            raise APIError(413, f"the body has more than {MOST_BODY_BYTES} bytes", code="request_too_large")
+    return bodies.read(bytes(data), kind)
+
+
+def _json(document: dict[str, Any], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(document), status, headers, "application/json")
+
+
+def _event(document: dict[str, Any]) -> bytes:
+    return b"data: " + msgspec.json.encode(document) + b"\n\n"
+
+
+def _error(error: APIError) -> Response:
+    return _json(error.body, error.status, error.headers)
+
+
+async def _refusal(request: Request, error: APIError) -> Response:
+    return _error(error)
+
+
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    """No such path or method."""
+    return _error(APIError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
+
+
+async def _nobody(request: Request, error: ClientGoneError) -> Response:
+    return Response(status_code=499)  # nginx's status for it; nobody reads it
+
+
+async def _own_error(request: Request, error: Exception) -> Response:
+    return _error(failed(f"internal error, please report it: {type(error).__name__}: {error}"))

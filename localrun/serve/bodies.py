@@ -1,0 +1,255 @@
+"""The bodies of requests: their fields by name and type, and what of them is refused.
+
+Fields and their meaning: https://platform.openai.com/docs/api-reference/chat and /completions. Those that change no
+reply here (user, store, ...) are taken and left; those that would change it and are not supported are refused unless
+they ask for nothing. min_p, top_k, repeat_penalty, cache_prompt and chat_template_kwargs are llama.cpp's
+(tools/server/README.md).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from localrun.errors import LocalrunError
+from localrun.generate.sampling import Sampling
+from localrun.serve.errors import invalid, unsupported
+
+MOST_CHOICES = 16
+MOST_STOPS = 16
+_SAMPLING = {"temperature", "top_p", "top_k", "min_p", "repeat_penalty", "seed"}
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_PLACE = re.compile(r" - at `\$\.?([^`]*)`")
+_UNKNOWN = re.compile(r"Object contains unknown field `([^`]*)`")
+
+Message = dict[str, Any]
+Body = TypeVar("Body", bound=Struct)
+
+
+class StreamOptions(Struct, forbid_unknown_fields=True):
+    """stream_options."""
+
+    include_usage: bool = False
+    include_obfuscation: bool | None = None  # random padding, which this server never sends
+
+
+class Generation(Struct, forbid_unknown_fields=True, kw_only=True):
+    """What both kinds of completion take."""
+
+    model: str | None = None
+    max_tokens: Annotated[int, Meta(ge=1)] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repeat_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    n: Annotated[int, Meta(ge=1, le=MOST_CHOICES)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # Of no effect here.
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    cache_prompt: bool | None = None
+    # Supported only where they ask for nothing.
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[str, Any] | None = None
+    logprobs: Any = None
+
+    @property
+    def choices(self) -> int:
+        """Replies to a prompt."""
+        return self.n or 1
+
+    @property
+    def stops(self) -> list[str]:
+        """Texts that end a reply."""
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with a chunk that has the usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def sampling(self, usual: Sampling) -> Sampling:
+        """The usual one with what the request sets. Raises APIError where a value is out of its range."""
+        given = {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
+        try:
+            return replace(usual, **given)
+        except LocalrunError as error:
+            raise invalid(str(error), str(error).split(" ")[0]) from None
+
+    def check(self) -> None:
+        """Raises APIError for what is not supported."""
+        for name in ("frequency_penalty", "presence_penalty", "logit_bias", "logprobs"):
+            if getattr(self, name) not in (None, 0, False, {}):
+                raise unsupported(name)
+        if len(self.stops) > MOST_STOPS:
+            raise invalid(f"stop has {len(self.stops)} texts; expected at most {MOST_STOPS}", "stop")
+        if self.stream_options and not self.stream:
+            raise invalid("stream_options is for streams; set stream to true", "stream_options")
+
+
+class Chat(Generation, kw_only=True):
+    """/v1/chat/completions."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    enable_thinking: bool | None = None
+    reasoning_effort: str | None = None
+    # Supported only where they ask for nothing.
+    top_logprobs: int | None = None
+    response_format: dict[str, Any] | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    functions: list[Any] | None = None
+    modalities: list[str] | None = None
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens of a reply; None for as many as come."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def check(self) -> None:
+        super().check()
+        for name in ("top_logprobs", "tools", "functions"):
+            if getattr(self, name):
+                raise unsupported(name)
+        if self.tool_choice not in (None, "none", "auto"):
+            raise unsupported("tool_choice")
+        if self.response_format is not None and self.response_format.get("type") != "text":
+            raise unsupported("response_format", "response_format other than text")
+        if self.modalities not in (None, ["text"]):
+            raise unsupported("modalities", "a modality other than text")
+
+
+class Completion(Generation, kw_only=True):
+    """/v1/completions."""
+
+    prompt: Any
+    # Supported only where they ask for nothing.
+    echo: bool | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+
+    @property
+    def limit(self) -> int:
+        """Tokens of a reply; 16 unless the request says, as the API has it."""
+        return self.max_tokens or 16
+
+    def check(self) -> None:
+        super().check()
+        for name in ("echo", "suffix"):
+            if getattr(self, name):
+                raise unsupported(name)
+        if self.best_of not in (None, self.choices):
+            raise unsupported("best_of", "best_of other than n")
+
+    def prompts(self) -> list[str | list[int]]:
+        """Texts, or token ids. Raises APIError if they are neither."""
+        given = self.prompt
+        prompts = [given] if isinstance(given, str) or _is_ids(given) else given
+        if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) or _is_ids(p) for p in prompts):
+            raise invalid("prompt is a text, a list of token ids, or a list of one of these, and not empty", "prompt")
+        if len(prompts) * self.choices > MOST_CHOICES:
+            raise invalid(f"prompts times n are {len(prompts) * self.choices}; at most {MOST_CHOICES}", "prompt")
+        return prompts
+
+
+class Conversation(Struct, forbid_unknown_fields=True, kw_only=True):
+    """/apply-template."""
+
+    messages: list[dict[str, Any]]
+    chat_template_kwargs: dict[str, Any] | None = None
+    enable_thinking: bool | None = None
+    reasoning_effort: str | None = None
+
+
+class Text(Struct, forbid_unknown_fields=True):
+    """/tokenize."""
+
+    content: str
+    add_special: bool = False
+    parse_special: bool = True
+
+
+class Tokens(Struct, forbid_unknown_fields=True):
+    """/detokenize."""
+
+    tokens: list[int]
+
+
+def read(data: bytes, kind: type[Body]) -> Body:
+    """A body of this kind. Raises APIError if it is none."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.ValidationError as error:
+        raise _invalid_field(str(error)) from None
+    except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
+        raise invalid(f"the body is not JSON: {error}") from None
+
+
+def chat_messages(given: list[Message]) -> list[Message]:
+    """Messages as templates take them: contents as texts. Raises APIError if one is none, or holds more than text."""
+    if not given:
+        raise invalid("messages is empty", "messages")
+    return [_message(message, f"messages[{index}]") for index, message in enumerate(given)]
+
+
+def _message(given: Message, name: str) -> Message:
+    role = given.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise invalid(f"{name}.role is not one of {', '.join(_ROLES)}", f"{name}.role")
+    if given.get("tool_calls"):
+        raise unsupported(f"{name}.tool_calls")
+    message = {"role": _ROLES[role], "content": _text(given.get("content"), role, f"{name}.content")}
+    for key in ("name", "reasoning_content"):
+        value = given.get(key)
+        if value is not None and not isinstance(value, str):
+            raise invalid(f"{name}.{key} is not a text", f"{name}.{key}")
+        if value is not None:
+            message[key] = value
+    return message
+
+
+def _text(content: Any, role: str, name: str) -> str:
+    """A message's content: a text, or parts of texts, which are joined."""
+    if isinstance(content, str):
+        return content
+    if content is None and role == "assistant":
+        return ""
+    if not isinstance(content, list):
+        raise invalid(f"{name} is neither a text nor a list of parts", name)
+    texts = []
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise invalid(f"{name}[{index}] is not a part of type text, all that this server takes", f"{name}[{index}]")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
+
+
+def _invalid_field(message: str) -> Exception:
+    """msgspec's message in the API's words."""
+    unknown, place = _UNKNOWN.search(message), _PLACE.search(message)
+    where = place[1] if place else ""
+    if unknown:
+        name = f"{where}.{unknown[1]}" if where else unknown[1]
+        return invalid(f"Unrecognized request argument supplied: {name}", name, "unknown_parameter")
+    return invalid(f"{where or 'the body'}: {_PLACE.sub('', message)}", where or None)

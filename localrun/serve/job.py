@@ -1,0 +1,92 @@
+"""One reply that a client waits for: what was asked, and the work of it in small units."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+
+from localrun.engine import Engine
+from localrun.generate.reply_text import ReplyText
+from localrun.generate.sampling import Sampling
+from localrun.generate.session import Session, Stats
+
+
+@dataclass
+class Usage:
+    """What a reply took: tokens, and seconds of computing, in which others' turns do not count."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    prompt_s: float = 0.0
+    stats: Stats = field(default_factory=Stats)
+
+
+@dataclass(eq=False)
+class Job:
+    """A prompt and the reply to it.
+
+    Attributes:
+        ids: the prompt.
+        max_tokens: of the reply; None for as many as come.
+        stop: texts that end it.
+        spelled: control tokens that are part of the text, with their texts.
+        deliver: called with each piece of text as it is certain, then with None; it must not wait.
+        after: another job on the same prompt, whose reading of it this one waits for.
+        has_read: the prompt is read.
+        finish_reason: why the reply ended, as Session says; None if it was cancelled or failed.
+        error: what it failed of.
+        cancelled: it is to end at the next turn. Any thread may set this.
+    """
+
+    ids: list[int]
+    sampling: Sampling
+    max_tokens: int | None
+    stop: Sequence[str]
+    spelled: Mapping[int, str]
+    deliver: Callable[[str | None], None]
+    after: Job | None = None
+    usage: Usage = field(default_factory=Usage)
+    has_read: bool = False
+    finish_reason: str | None = None
+    error: Exception | None = None
+    cancelled: bool = False
+    ended: bool = False
+
+    @property
+    def can_start(self) -> bool:
+        """Nothing to wait for."""
+        return self.after is None or self.after.has_read or self.after.ended
+
+    def units(self, engine: Engine, session: Session) -> Iterator[None]:
+        """The work: at each next() a chunk of the prompt, or a token."""
+        usage, ids = self.usage, self.ids
+        session.forget(session.shared(ids))
+        usage.prompt_tokens, usage.cached_tokens = len(ids), len(session.ids)
+        rest = ids[len(session.ids) :]
+        for n_tokens in engine.model.chunks(len(rest))[:-1]:  # the last one is read with the first token
+            started = time.perf_counter()
+            session.advance(rest[:n_tokens])
+            rest = rest[n_tokens:]
+            usage.prompt_s += time.perf_counter() - started
+            yield
+        text = ReplyText(engine.tokenizer, self.stop, self.spelled)
+        with closing(session.tokens(ids, self.sampling, max_tokens=self.max_tokens)) as tokens:
+            for token in tokens:
+                self._note(session)
+                if piece := text.push(token):
+                    self.deliver(piece)
+                if text.found:
+                    self.finish_reason = "stop"
+                    return
+                yield
+        self._note(session)
+        if rest_of_text := text.flush():
+            self.deliver(rest_of_text)
+        self.finish_reason = session.finish_reason
+
+    def _note(self, session: Session) -> None:
+        if not self.has_read:
+            self.usage.prompt_s += session.stats.prefill_s
+        self.has_read, self.usage.stats = True, session.stats

@@ -1,0 +1,167 @@
+"""Answers in the form of the OpenAI API: https://platform.openai.com/docs/api-reference/chat and /completions.
+
+reasoning_content is DeepSeek's name for what a model thought (https://api-docs.deepseek.com/guides/reasoning_model),
+timings llama.cpp's for what a reply took.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, Protocol
+
+from localrun.serve.job import Job
+from localrun.serve.reasoning import CONTENT, REASONING, Part, ReasoningSplitter
+from localrun.serve.service import Replies
+
+Document = dict[str, Any]
+
+
+class Form(Protocol):
+    """How one of the two kinds of completion is written."""
+
+    prefix: str
+    object: str
+    chunk_object: str
+
+    def first(self, index: int) -> Iterator[Document]:
+        """Choices of a stream before anything is said."""
+
+    def parts(self, index: int, piece: str | None) -> Iterator[Part]:
+        """A piece of a reply, None at its end, split into what it is."""
+
+    def delta(self, index: int, part: Part | None, reason: str | None) -> Document:
+        """A choice of a stream: a part, or the end."""
+
+    def choice(self, index: int, parts: dict[str, str], reason: str) -> Document:
+        """A whole choice."""
+
+
+class ChatForm:
+    """/v1/chat/completions."""
+
+    prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, choices: int, opened: str | None):
+        """opened: the tag of reasoning that the prompt has opened."""
+        self._splitters = [ReasoningSplitter(opened) for _ in range(choices)]
+
+    def first(self, index: int) -> Iterator[Document]:
+        yield self._delta(index, {"role": "assistant", "content": ""}, None)
+
+    def parts(self, index: int, piece: str | None) -> Iterator[Part]:
+        splitter = self._splitters[index]
+        return splitter.flush() if piece is None else splitter.push(piece)
+
+    def delta(self, index: int, part: Part | None, reason: str | None) -> Document:
+        return self._delta(index, {part[0]: part[1]} if part else {}, reason)
+
+    def choice(self, index: int, parts: dict[str, str], reason: str) -> Document:
+        message: Document = {"role": "assistant", "content": parts.get(CONTENT, ""), "refusal": None}
+        if REASONING in parts:
+            message[REASONING] = parts[REASONING]
+        return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
+
+    def _delta(self, index: int, delta: Document, reason: str | None) -> Document:
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+
+
+class TextForm:
+    """/v1/completions."""
+
+    prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    def first(self, index: int) -> Iterator[Document]:
+        yield from ()
+
+    def parts(self, index: int, piece: str | None) -> Iterator[Part]:
+        if piece:
+            yield CONTENT, piece
+
+    def delta(self, index: int, part: Part | None, reason: str | None) -> Document:
+        return {"index": index, "text": part[1] if part else "", "logprobs": None, "finish_reason": reason}
+
+    def choice(self, index: int, parts: dict[str, str], reason: str) -> Document:
+        return {"index": index, "text": parts.get(CONTENT, ""), "logprobs": None, "finish_reason": reason}
+
+
+async def whole(replies: Replies, form: Form, model: str) -> Document:
+    """The answer, once all replies have ended."""
+    parts: list[dict[str, str]] = [{} for _ in replies.jobs]
+    async for event in replies.events():
+        if event is not None:
+            for kind, text in form.parts(*event):
+                parts[event[0]][kind] = parts[event[0]].get(kind, "") + text
+    choices = [form.choice(i, parts[i], finish_reason(job)) for i, job in enumerate(replies.jobs)]
+    head = _head(form, form.object, model)
+    return {**head, "choices": choices, "usage": usage(replies.jobs), "timings": timings(replies.jobs)}
+
+
+async def chunks(replies: Replies, form: Form, model: str, includes_usage: bool) -> AsyncIterator[Document | None]:
+    """The answer in pieces, as they come; None for a sign of life."""
+    head = _head(form, form.chunk_object, model)
+    empty = {"usage": None} if includes_usage else {}
+    for index in range(len(replies.jobs)):
+        for choice in form.first(index):
+            yield {**head, "choices": [choice], **empty}
+    async for event in replies.events():
+        if event is None:
+            yield None
+            continue
+        index, piece = event
+        for part in form.parts(index, piece):
+            yield {**head, "choices": [form.delta(index, part, None)], **empty}
+        if piece is None:
+            job = replies.jobs[index]
+            last = form.delta(index, None, finish_reason(job))
+            yield {**head, "choices": [last], **empty, "timings": timings([job])}
+    if includes_usage:
+        yield {**head, "choices": [], "usage": usage(replies.jobs)}
+
+
+def finish_reason(job: Job) -> str:
+    """In the API's words: a full context is a limit like any other."""
+    return "stop" if job.finish_reason == "stop" else "length"
+
+
+def usage(jobs: list[Job]) -> Document:
+    """Tokens of a request: each prompt counts once, whatever the number of its replies."""
+    firsts = [job for job in jobs if job.after is None]
+    prompt = sum(job.usage.prompt_tokens for job in firsts)
+    generated = sum(job.usage.stats.generated_tokens for job in jobs)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": generated,
+        "total_tokens": prompt + generated,
+        "prompt_tokens_details": {"cached_tokens": sum(job.usage.cached_tokens for job in firsts)},
+    }
+
+
+def timings(jobs: list[Job]) -> Document:
+    """What was read and written, and in how much time of computing."""
+    cached = sum(job.usage.cached_tokens for job in jobs)
+    read = sum(job.usage.prompt_tokens for job in jobs) - cached
+    written = sum(job.usage.stats.generated_tokens for job in jobs)
+    read_s = sum(job.usage.prompt_s for job in jobs)
+    write_s = sum(job.usage.stats.decode_s for job in jobs)
+    document = {
+        "cache_n": cached,
+        "prompt_n": read,
+        "prompt_ms": round(1e3 * read_s, 3),
+        "prompt_per_second": _rate(read, read_s),
+        "predicted_n": written,
+        "predicted_ms": round(1e3 * write_s, 3),
+        "predicted_per_second": _rate(written, write_s),
+    }
+    if drafted := sum(job.usage.stats.drafted_tokens for job in jobs):
+        document |= {"draft_n": drafted, "draft_n_accepted": sum(job.usage.stats.accepted_tokens for job in jobs)}
+    return document
+
+
+def _rate(count: int, seconds: float) -> float:
+    return round(count / seconds, 3) if seconds > 0 else 0.0
+
+
+def _head(form: Form, kind: str, model: str) -> Document:
+    return {"id": f"{form.prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}

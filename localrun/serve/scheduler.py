@@ -1,0 +1,178 @@
+"""The engine's one thread, and whose turn it is: replies take turns, a chunk of a prompt or a token each."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from localrun.engine import Engine
+from localrun.errors import ClosedError, LocalrunError
+from localrun.generate.session import Session
+from localrun.serve.job import Job
+from localrun.serve.prefixes import Prefixes
+
+MOST_WAITING = 64  # replies
+
+
+class QueueFullError(LocalrunError):
+    """Too many replies wait already.
+
+    Attributes:
+        retry_after_s: when there may be room.
+    """
+
+    def __init__(self, waiting: int, retry_after_s: int):
+        super().__init__(f"{waiting} replies are waiting already; try again in {retry_after_s} s")
+        self.retry_after_s = retry_after_s
+
+
+@dataclass
+class Totals:
+    """Since the start: replies that have ended, and the tokens and seconds of computing that they took."""
+
+    replies: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    refused: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    prompt_s: float = 0.0
+    generated_tokens: int = 0
+    decode_s: float = 0.0
+    reply_s: float = 0.0  # from a job's first turn to its end
+
+
+@dataclass(eq=False)
+class _Running:
+    """A job at work. Its memory is its session's."""
+
+    job: Job
+    session: Session
+    units: Iterator[None]
+    started: float
+
+
+class Scheduler:
+    """Runs jobs on an engine, `slots` at once; the others wait in the order in which they came.
+
+    Attributes:
+        totals: for whoever watches; whole numbers and sums that only the engine thread changes.
+    """
+
+    def __init__(self, engine: Engine, slots: int, cache_bytes: int, most_waiting: int = MOST_WAITING):
+        self.totals = Totals()
+        self._engine, self._slots, self._most_waiting = engine, slots, most_waiting
+        self._prefixes = Prefixes(engine, cache_bytes, slots)
+        self._waiting: list[Job] = []
+        self._running: list[_Running] = []
+        self._changed = threading.Condition()
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> int:
+        """Replies at work."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Replies that have not begun."""
+        return len(self._waiting)
+
+    @property
+    def cached_bytes(self) -> int:
+        """Of finished conversations that are kept."""
+        return self._prefixes.n_bytes
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Have jobs done, all or none. Raises QueueFullError, or ClosedError after close()."""
+        with self._changed:
+            if self._is_closed:
+                raise ClosedError("the server is shutting down")
+            if len(self._waiting) + len(jobs) > self._most_waiting + self._slots - len(self._running):
+                self.totals.refused += len(jobs)
+                raise QueueFullError(len(self._waiting), self._wait_s())
+            self._waiting += jobs
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Cancel what is left, and end the thread after the chunk or step that it is at."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _wait_s(self) -> int:
+        """About how long until one of those that wait begins."""
+        mean = self.totals.reply_s / self.totals.replies if self.totals.replies else 1.0
+        return max(1, min(math.ceil(mean * len(self._waiting) / self._slots), 600))
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._running or self._is_closed)
+                if self._is_closed:
+                    for job in [*self._waiting, *(running.job for running in self._running)]:
+                        job.cancelled = True
+                starting = self._next_jobs()
+            for job in starting:
+                self._start(job)
+            for running in list(self._running):
+                self._turn(running)
+            if self._is_closed and not self._waiting and not self._running:
+                return
+
+    def _next_jobs(self) -> list[Job]:
+        """Jobs that leave the queue: the cancelled ones, and for each free slot one that can start."""
+        free = self._slots - len(self._running)
+        leaving = [job for job in self._waiting if job.cancelled]
+        leaving += [job for job in self._waiting if job.can_start and not job.cancelled][:free]
+        self._waiting = [job for job in self._waiting if job not in leaving]
+        return leaving
+
+    def _start(self, job: Job) -> None:
+        if job.cancelled:
+            self._end(job)
+            return
+        try:
+            session = self._prefixes.take(job.ids, [running.session for running in self._running])
+        except Exception as error:  # no memory for a cache, say: the other replies go on
+            job.error = error
+            self._end(job)
+            return
+        self._running.append(_Running(job, session, job.units(self._engine, session), time.perf_counter()))
+
+    def _turn(self, running: _Running) -> None:
+        """One unit of its work, or its end."""
+        job = running.job
+        try:
+            if not job.cancelled:
+                next(running.units)
+                return
+        except StopIteration:
+            pass
+        except Exception as error:  # whatever it is, it is this reply's: the client is told, the others go on
+            job.error = error
+        running.units.close()  # type: ignore[attr-defined]
+        self._running.remove(running)
+        self.totals.reply_s += time.perf_counter() - running.started
+        if job.error is None:
+            self._prefixes.keep(running.session)
+        self._end(job)
+
+    def _end(self, job: Job) -> None:
+        totals, usage = self.totals, job.usage
+        totals.replies += 1
+        totals.cancelled += job.finish_reason is None and job.error is None
+        totals.failed += job.error is not None
+        totals.prompt_tokens += usage.prompt_tokens
+        totals.cached_tokens += usage.cached_tokens
+        totals.prompt_s += usage.prompt_s
+        totals.generated_tokens += usage.stats.generated_tokens
+        totals.decode_s += usage.stats.decode_s
+        job.ended = True
+        job.deliver(None)

@@ -1,0 +1,129 @@
+"""A model served on a socket until a signal ends it."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from localrun import hardware
+from localrun.arguments import whole
+from localrun.engine import Engine
+from localrun.errors import LocalrunError
+from localrun.serve.app import application
+from localrun.serve.scheduler import Scheduler
+from localrun.serve.service import Service
+
+MOST_SLOTS = 256
+_USUAL_SLOTS = 4
+_KEEP_ALIVE_S = 75
+
+
+def listen_on(host: str, port: int) -> socket.socket:
+    """A socket on an address, which nobody can connect to yet; port 0 is any that is free.
+
+    Raises LocalrunError if the address can't be had.
+    """
+    port = whole("port", port, "0 to 65535", low=0, high=65535)
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise LocalrunError(f"{host}: {error.strerror}") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise LocalrunError(f"{host} port {port}: {error.strerror}") from None
+    return listener
+
+
+def is_loopback(listener: socket.socket) -> bool:
+    """Whether this machine alone can connect."""
+    address = listener.getsockname()[0]
+    return address.startswith("127.") or address == "::1"
+
+
+def url(listener: socket.socket) -> str:
+    """Where clients find it."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def slots_for(engine: Engine, wanted: int | None) -> int:
+    """How many replies may run at once: as many as wanted, or what fits of the usual number.
+
+    Raises LocalrunError if the contexts of those that are wanted do not fit into the RAM that is free.
+    """
+    if engine.config is None or engine.device != "cpu":  # the first one's memory is all that was reckoned with
+        return whole("slots", 1 if wanted is None else wanted, f"1 to {MOST_SLOTS}", low=1, high=MOST_SLOTS)
+    fits = max(1, hardware.free_ram() // (engine.ctx * engine.config.kv_bytes_per_token))
+    slots = whole(
+        "slots", min(_USUAL_SLOTS, fits) if wanted is None else wanted, f"1 to {MOST_SLOTS}", low=1, high=MOST_SLOTS
+    )
+    if slots > fits:
+        raise LocalrunError(
+            f"{slots} slots of {engine.ctx} tokens do not fit into the RAM that is free; {fits} would, or a smaller -c"
+        )
+    return slots
+
+
+def serve(
+    engine: Engine,
+    listener: socket.socket,
+    *,
+    name: str,
+    api_key: str | None,
+    slots: int,
+    cache_bytes: int,
+    ready: Callable[[], None],
+) -> None:
+    """Answer requests until SIGTERM or SIGINT; what has begun is finished then, unless there comes another signal.
+
+    Args:
+        name: of the model, for clients.
+        api_key: what they have to send; None for nothing.
+        slots: replies that run at once.
+        cache_bytes: of finished conversations that are kept.
+        ready: called once connections are taken.
+    """
+    scheduler = Scheduler(engine, slots, cache_bytes)
+    try:
+        app = application(Service(engine, scheduler, name), api_key)
+        config = uvicorn.Config(
+            app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=_KEEP_ALIVE_S, ws="none"
+        )
+        _Server(config, ready).run(sockets=[listener])
+    finally:
+        scheduler.close()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, which a second signal of any kind ends, and which returns in the end instead of raising the signal."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]):
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit, self.should_exit = self.should_exit, True
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        signals = (signal.SIGINT, signal.SIGTERM)
+        before: dict[int, Any] = {each: signal.signal(each, self.handle_exit) for each in signals}
+        try:
+            yield
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)

