@@ -148,10 +148,9 @@ class Replies:
     def _arrived(self, index: int, piece: str | None) -> None:
         self._unread += len(piece or "")
         if self._unread > MOST_UNREAD:
-            self._is_too_slow = True
+            self._is_too_slow, piece = True, None
             self.cancel()
-        else:
-            self._events.put_nowait((index, piece))
+        self._events.put_nowait((index, piece))
 
     def cancel(self) -> None:
         """End what is not over, at the engine's next turn."""
