@@ -1,8 +1,8 @@
 """Which type each tensor gets: llama.cpp's rules for its file types, single types by name, or a mix written down.
 
 Departures from llama.cpp: attn_k_b and attn_v_b get at least Q8_0 (they are small, and all positions pass through
-them), whatever --tensor-type says, and in MXFP4_MOE, where llama.cpp takes them for experts; rows that are no whole
-blocks of a type without a fallback get F16 instead of an error.
+them), whatever --tensor-type says, and in MXFP4_MOE, where llama.cpp takes them for experts; an indexer's weights_proj
+stays F32, as in transformers; rows that are no whole blocks of a type without a fallback get F16 instead of an error.
 """
 
 from localrun.convert.mixes.choose import (
