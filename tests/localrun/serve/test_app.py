@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -180,7 +181,8 @@ FIELDS = [
     rest=st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=2),
 )
 def test_no_body_is_an_error_of_the_server(client: TestClient, path: str, known: dict, rest: dict) -> None:
-    assert client.post(path, json={**known, **rest}).status_code in (200, 400)
+    body = json.dumps({**known, **rest})  # with Infinity and NaN, which are no JSON
+    assert client.post(path, content=body).status_code in (200, 400)
 
 
 def test_a_key(engine: Engine) -> None:
