@@ -16,12 +16,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from localrun.generate.reasoning import open_tag
 from localrun.serve import bodies, openai
 from localrun.serve.bodies import Chat, Completion, Conversation, Text, Tokens
 from localrun.serve.errors import APIError, failed
 from localrun.serve.metrics import metrics_text
 from localrun.serve.openai import ChatForm, Form, TextForm
-from localrun.serve.reasoning import open_tag
 from localrun.serve.service import ClientGoneError, Replies, Service, while_connected
 
 MOST_BODY_BYTES = 1 << 26  # of a request: more than any context holds

@@ -11,8 +11,8 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, Protocol
 
+from localrun.generate.reasoning import CONTENT, REASONING, Part, ReasoningSplitter
 from localrun.serve.job import Job
-from localrun.serve.reasoning import CONTENT, REASONING, Part, ReasoningSplitter
 from localrun.serve.service import Replies
 
 Document = dict[str, Any]

@@ -16,11 +16,11 @@ from anyio import CapacityLimiter, to_thread
 
 from localrun.engine import Engine
 from localrun.errors import LocalrunError
+from localrun.generate.reasoning import spelled_tags
 from localrun.generate.sampling import Sampling
 from localrun.serve.bodies import Chat, Conversation, Message, chat_messages
 from localrun.serve.errors import APIError, failed, invalid
 from localrun.serve.job import Job
-from localrun.serve.reasoning import spelled_tags
 from localrun.serve.scheduler import QueueFullError, Scheduler
 from localrun.text.chat_template import CHATML_STOP, OWN_VARIABLES, ChatTemplate, chatml
 from localrun.text.prompt import chat_ids, chat_text, raw_ids

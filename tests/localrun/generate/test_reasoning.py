@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from localrun.serve.reasoning import CONTENT, REASONING, ReasoningSplitter
+from localrun.generate.reasoning import CONTENT, REASONING, ReasoningSplitter
 
 CASES = {
     "tagged": (None, "<think>\nHm, 1 < 2.\n</think>\n\nYes.", "Hm, 1 < 2.", "Yes."),
@@ -17,6 +17,7 @@ CASES = {
     "the beginning of a tag": (None, " <thin", "", " <thin"),
     "only space": (None, " \n", "", " \n"),
     "another tag": (None, "[THINK]a</think>b[/THINK]c", "a</think>b", "c"),
+    "a longer tag": (None, "<think:opensource>a</think>b</think:opensource>c", "a</think>b", "c"),
     "a second one": (None, "<think>a</think>b<think>c</think>", "a", "b<think>c</think>"),
 }
 

@@ -7,8 +7,13 @@ from collections.abc import Iterator, Sequence
 from localrun.generate.stop_strings import overlap
 from localrun.text.tokenizer import Tokenizer
 
-# As DeepSeek, Qwen, GLM, Kimi, MiniMax and most others spell it; Seed-OSS; Mistral.
-TAGS = (("<think>", "</think>"), ("<seed:think>", "</seed:think>"), ("[THINK]", "[/THINK]"))
+# As DeepSeek, Qwen, GLM, Kimi, MiniMax and most others spell it; Hunyuan 3; Seed-OSS; Mistral.
+TAGS = (
+    ("<think>", "</think>"),
+    ("<think:opensource>", "</think:opensource>"),
+    ("<seed:think>", "</seed:think>"),
+    ("[THINK]", "[/THINK]"),
+)
 _LONGEST_PROMPT_END = 16  # tokens, of a template's start of a reply
 
 REASONING, CONTENT = "reasoning_content", "content"
