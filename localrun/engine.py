@@ -18,6 +18,7 @@ from localrun.generate.model_draft import ModelDraft, check_vocabulary
 from localrun.generate.sampling import Sampling
 from localrun.generate.session import Session
 from localrun.generate.speculative import Speculation, check_setting
+from localrun.generate.together import evaluate_each
 from localrun.gguf.file import GGUFFile, open_gguf
 from localrun.gguf.types import interleaved
 from localrun.limits import cut
@@ -329,6 +330,27 @@ class Engine:
                 rows.append(self.model.forward(rest[:n_tokens], cache, all_logits=True))
             rest = rest[n_tokens:]
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
+
+    def prepare(self) -> None:
+        """Load what only long prompts need, which takes a second or two, so that the first one need not wait for it."""
+        with self.turn:
+            self.model.prepare()
+
+    def step_many(self, contexts: Sequence[tuple[Session, int]]) -> np.ndarray:
+        """float32 (T, vocab): the logits after one token of each of these sessions, which then hold it too.
+
+        On the CPU, up to quant.batch.MOST_TOKENS sessions share a step, which reads each weight once for all of them;
+        their logits are to the bit those of session.advance([token]).
+
+        Raises:
+            LocalrunError: a session that is there twice or is another engine's, or an id that the vocabulary lacks.
+            ContextFullError: a session has no room.
+        """
+        sessions, ids = [session for session, _ in contexts], token_ids([token for _, token in contexts])
+        self.check_ids(ids)
+        if len(set(map(id, sessions))) < len(sessions) or any(session.engine is not self for session in sessions):
+            raise LocalrunError("a step takes different sessions of this engine, a token of each")
+        return evaluate_each(sessions, ids)
 
     def generate(
         self, ids: Sequence[int], sampling: Sampling | None = None, max_tokens: int | None = None

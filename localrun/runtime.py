@@ -53,10 +53,12 @@ class Model(Protocol):
 
     Attributes:
         vocab_size: logits a token.
+        most_together: contexts that can share a step; 1 where each takes its own.
         mtp: the head for multi-token prediction; None if there is none.
     """
 
     vocab_size: int
+    most_together: int
 
     @property
     def mtp(self) -> MTPHead | None: ...
@@ -66,6 +68,9 @@ class Model(Protocol):
 
     def can_forget(self) -> bool:
         """Whether caches can drop their last tokens alone, as drafts need it."""
+
+    def prepare(self) -> None:
+        """Load what only long prompts need."""
 
     def chunks(self, n_tokens: int) -> list[int]:
         """How many of a prompt's n_tokens to evaluate at a time."""
@@ -91,6 +96,17 @@ class MTPModel(Model, Protocol):
 
     keep_hidden: bool
     hidden: np.ndarray
+
+
+class SharingModel(Model, Protocol):
+    """One whose steps carry tokens of several contexts: most_together is more than 1."""
+
+    def forward_each(self, ids: Sequence[int], caches: Sequence[KVCache]) -> np.ndarray:
+        """Evaluate up to most_together ids, each after the tokens of a cache of its own.
+
+        Returns: float32 (T, vocab), the logits after each: to the bit those of forward() with the token alone.
+        Raises: ContextFullError, one of the caches has no room; all are as they were.
+        """
 
 
 class Runner(Protocol):

@@ -33,6 +33,7 @@ class LlamaCppModel:
 
     Attributes:
         vocab_size: logits a token.
+        most_together: 1: each cache is a context of llama.cpp's.
         mtp: None: llama.cpp's heads for multi-token prediction are not used.
 
     Args:
@@ -42,7 +43,7 @@ class LlamaCppModel:
     Raises GGUFError or LocalrunError, one line naming the file and llama.cpp's reason, if it cannot be loaded.
     """
 
-    mtp = None
+    most_together, mtp = 1, None
 
     def __init__(
         self, path: Path | str, ctx: int, threads: int, progress: Progress | None = None, file: GGUFFile | None = None
@@ -74,6 +75,9 @@ class LlamaCppModel:
         can_forget = cache.length == 1
         cache.close()
         return can_forget
+
+    def prepare(self) -> None:
+        """Nothing: it is loaded."""
 
     def chunks(self, n_tokens: int) -> list[int]:
         """How many of a prompt's n_tokens to evaluate at a time."""

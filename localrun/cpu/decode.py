@@ -8,6 +8,7 @@ import ctypes
 from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
@@ -103,19 +104,41 @@ class Layers:
             ContextFullError: the cache has no room for them.
         """
         cache.check_room(len(ids))
-        self._rank_room.make(cache.capacity)
         first = len(ids) - n_logits
-        self.program.run(ids, cache.length, cache.addresses, first, cache_rows=cache.n_rows)
+        self._run(ids, cache, head_from=first)
         cache.advance(len(ids))
         return self._logits[first : len(ids)].copy()
+
+    def together(self, ids: Sequence[int], caches: Sequence[Cache]) -> np.ndarray:
+        """Evaluate up to MOST_TOKENS ids, each after the tokens of a cache of its own, which then holds it too.
+
+        Returns:
+            float32 (T, vocab): the logits after each, to the bit those that it would have alone.
+
+        Raises:
+            ContextFullError: one of the caches has no room; all are as they were.
+        """
+        for cache in caches:
+            cache.check_room(1)
+        self._rank_room.make(max(cache.capacity for cache in caches))
+        addresses, n_rows = (np.stack([getattr(c, name) for c in caches]) for name in ("addresses", "n_rows"))
+        self.program.run(ids, [cache.length for cache in caches], addresses, cache_rows=n_rows)
+        for cache in caches:
+            cache.advance(1)
+        return self._logits[: len(ids)].copy()
+
+    def _run(self, ids: Sequence[int], cache: Cache, **options: Any) -> None:
+        """A step of tokens that follow each other after the cache's."""
+        self._rank_room.make(cache.capacity)
+        positions = range(cache.length, cache.length + len(ids))
+        self.program.run(ids, positions, cache.addresses, cache_rows=cache.n_rows, **options)
 
     def run_until(self, phase: str, ids: Sequence[int], cache: Cache) -> dict[str, np.ndarray]:
         """Evaluate up to MOST_TOKENS ids after the cache's as far as this phase: what it writes, by name, (T, n).
 
         The cache counts as before. Raises QuantError if no phase is called so.
         """
-        self._rank_room.make(cache.capacity)
-        self.program.run(ids, cache.length, cache.addresses, until=phase, cache_rows=cache.n_rows)
+        self._run(ids, cache, until=phase)
         return {name: self._read(*place, len(ids)) for name, place in self._outputs[phase].items()}
 
     @staticmethod
@@ -338,7 +361,7 @@ class Layers:
 
 
 class DecodeStep(Layers):
-    """The step of one model. Its buffers hold a few tokens of one context, so one step at a time."""
+    """The step of one model. Its buffers hold a few tokens, so one step at a time."""
 
     def __init__(self, config: Config, tensors: GGUFTensors, pool: Pool):
         """The tensors must stay mapped."""

@@ -6,6 +6,7 @@ imported only then.
 
 import weakref
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,6 +38,7 @@ class NativeModel:
 
     Attributes:
         vocab_size: logits a token.
+        most_together: contexts that can share a step.
         keep_hidden: whether forward() is to leave `hidden` behind.
         hidden: float32 (T, hidden_size), what the head reads (after the final norm) of the last forward()'s tokens.
     """
@@ -49,6 +51,7 @@ class NativeModel:
         self._step = DecodeStep(config, self._tensors, self._pool)
         affordable = _STEP_BYTES // weight_bytes_per_token(file, config)
         self._most_steps = max(MOST_TOKENS, min(_STEP_TOKENS, affordable))  # tokens that go through it
+        self.most_together = MOST_TOKENS
         self.keep_hidden = False
         self.hidden = np.empty((0, config.hidden_size), np.float32)
         self._mtp: MTP | None = None
@@ -90,6 +93,10 @@ class NativeModel:
         """Always."""
         return True
 
+    def prepare(self) -> None:
+        """Import torch, and lay out the network."""
+        self.network  # noqa: B018 (it is made when it is asked for)
+
     def chunks(self, n_tokens: int) -> list[int]:
         """How many of a prompt's n_tokens to evaluate at a time."""
         return cut(n_tokens)
@@ -108,6 +115,16 @@ class NativeModel:
             return self._by_network(ids, cache, all_logits)
         with cache.all_or_none():
             return self._by_steps(ids, cache, all_logits)
+
+    def forward_each(self, ids: Sequence[int], caches: Sequence[Cache]) -> np.ndarray:
+        """As SharingModel.forward_each: each weight is read once for all tokens of a step."""
+        with ExitStack() as stack:
+            for cache in caches:
+                stack.enter_context(cache.all_or_none())
+            logits = self._step.together(ids, caches)
+        if self.keep_hidden:
+            self.hidden = self._step.hidden(0, len(ids))
+        return logits
 
     def _by_network(self, ids: Sequence[int], cache: Cache, all_logits: bool) -> np.ndarray:
         with self._pool.passive_wait():  # torch's threads want the cores

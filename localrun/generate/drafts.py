@@ -29,8 +29,8 @@ class Draft:
     def read(self, ids: Sequence[int]) -> None:
         """Take notice of a prompt, all of which the model has evaluated."""
 
-    def evaluated(self, start: int, count: int) -> None:
-        """The model has just evaluated the tokens at positions start to start + count - 1."""
+    def evaluated(self, start: int, count: int, among: slice = slice(None)) -> None:
+        """The model has just evaluated the tokens at positions start to start + count - 1, among others."""
 
     def forget(self, length: int) -> None:
         """Positions from `length` on no longer hold what they held."""
@@ -100,10 +100,10 @@ class MTPDraft(Draft):
         self._first = 0  # the position of the cache's first row
         self._hidden: list[np.ndarray] = []  # of the positions after the cache's last
 
-    def evaluated(self, start: int, count: int) -> None:
+    def evaluated(self, start: int, count: int, among: slice = slice(None)) -> None:
         if start != self._first + self._cache.length + len(self._hidden):
             self._start_at(start)
-        kept = [*self._hidden, *self._model.hidden[-self._WINDOW :].copy()][-self._WINDOW :]
+        kept = [*self._hidden, *self._model.hidden[among][-self._WINDOW :].copy()][-self._WINDOW :]
         if len(kept) < len(self._hidden) + count:
             self._start_at(start + count - len(kept))
         self._hidden = kept

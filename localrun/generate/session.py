@@ -19,7 +19,7 @@ from localrun.files import replacing
 from localrun.generate.reply_text import ReplyText
 from localrun.generate.sampling import Sampler, Sampling
 from localrun.generate.speculative import Speculation
-from localrun.runtime import Runner
+from localrun.runtime import KVCache, Runner
 
 _IDS, _MODEL = "localrun.ids", "localrun.model"  # what a saved session says of itself
 
@@ -62,6 +62,8 @@ class _Reply:
     ids: list[int] = field(default_factory=list)
     stats: Stats = field(default_factory=Stats)
     finish_reason: str | None = None
+    awaits_step: bool = False  # all that its last step gave is out
+    taken: "_Step | None" = None  # the next step, if take_step() was told of it
 
 
 class Session:
@@ -95,6 +97,26 @@ class Session:
     def finish_reason(self) -> str | None:
         """Why it ended: "stop" (end token or stop string), "length", "context"; None if it was closed."""
         return self._reply.finish_reason
+
+    @property
+    def cache(self) -> KVCache:
+        """What holds the tokens' keys and values; for localrun.generate.together."""
+        return self._cache
+
+    @property
+    def next_id(self) -> int | None:
+        """The token that the reply's next step begins with; None where no step comes next."""
+        reply = self._reply
+        if not reply.awaits_step or reply.taken or len(reply.ids) >= reply.limit or len(self.ids) >= self.engine.ctx:
+            return None
+        return reply.ids[-1]
+
+    def take_step(self, logits: np.ndarray, seconds: float) -> None:
+        """next_id was evaluated, with those of other sessions: float32 (vocab). The reply goes on from there."""
+        reply = self._reply
+        reply.taken = _Step(logits[None], [], is_shared=True)
+        reply.stats.decode_s += seconds
+        reply.stats.steps += 1
 
     def reply(
         self,
@@ -163,17 +185,15 @@ class Session:
         while len(reply.ids) < reply.limit:
             if reply.ids:
                 with self._turn(reply):
-                    self.forget(len(self.ids))
-                    room = self.engine.ctx - len(self.ids)
-                    if room > 0:
-                        step = self._step(reply, int(min(reply.limit - len(reply.ids), room)) - 1)
-                if room <= 0:
+                    next_step = self._next_step(reply)
+                if next_step is None:
                     reply.finish_reason = "context"
                     return
+                step = next_step
             if (yield from self._accept(reply, step, sample)):
                 reply.finish_reason = "stop"
                 return
-            if self.speculation and reply.stats.steps:
+            if self.speculation and reply.stats.steps and not step.is_shared:
                 with self._turn(reply):
                     self.speculation.record(len(step.drafts), step.n_accepted, step.propose_s, step.verify_s)
                     reply.stats.speed_up = self.speculation.speed_up
@@ -186,6 +206,15 @@ class Session:
             if reply is not None and reply is not self._reply:
                 raise LocalrunError("this reply has ended: another one of its session has begun")
             yield
+
+    def _next_step(self, reply: _Reply) -> "_Step | None":
+        """What comes of the reply's last token; None if there is no room for it."""
+        if reply.taken:
+            step, reply.taken = reply.taken, None
+            return step
+        self.forget(len(self.ids))
+        room = self.engine.ctx - len(self.ids)
+        return self._step(reply, int(min(reply.limit - len(reply.ids), room)) - 1) if room > 0 else None
 
     def _step(self, reply: _Reply, most_drafts: int) -> "_Step":
         """Evaluate the reply's last token and drafts behind it."""
@@ -216,13 +245,18 @@ class Session:
                     return True
                 reply.ids.append(token)
                 reply.stats.generated_tokens += 1
+                if token != draft:
+                    del reply.cached[cached + step.n_accepted :]
+                    reply.awaits_step = True
                 yield token
                 if token != draft:
                     return False
                 step.n_accepted += 1
         finally:
             reply.stats.accepted_tokens += step.n_accepted
-            del reply.cached[cached + step.n_accepted :]
+            if not reply.awaits_step:  # else they are cut already, and what take_step() was told of may follow
+                del reply.cached[cached + step.n_accepted :]
+            reply.awaits_step = False
         return False
 
     def _prefill(self, reply: _Reply) -> np.ndarray:
@@ -337,13 +371,14 @@ class Session:
 
 @dataclass
 class _Step:
-    """Logits, float32 (1 + drafts, vocab), the drafts that they judge, and how many came true."""
+    """Logits, float32 (1 + drafts, vocab), the drafts that they judge, how many came true, and whose step it was."""
 
     rows: np.ndarray
     drafts: list[int]
     propose_s: float = 0.0
     verify_s: float = 0.0
     n_accepted: int = 0
+    is_shared: bool = False
 
 
 def is_saved_session(path: str | os.PathLike[str]) -> bool:

@@ -42,6 +42,7 @@ class HybridModel:
 
     Attributes:
         vocab_size: logits a token.
+        most_together: contexts that can share a step: none do yet.
         keep_hidden: whether forward() is to leave `hidden` behind.
         hidden: float32 (T, hidden_size), what the head reads (after the final norm) of the last forward()'s tokens.
         network: the modules on the device.
@@ -68,6 +69,7 @@ class HybridModel:
             LocalrunError: the GPU can't be used, or has no room.
         """
         self.config, self.file, self.vocab_size = config, file, config.vocab_size
+        self.most_together = 1
         self.keep_hidden = False
         self.hidden = np.empty((0, config.hidden_size), np.float32)
         self.device = Cuda() if device is None else device
@@ -120,6 +122,9 @@ class HybridModel:
     def can_forget(self) -> bool:
         """Always."""
         return True
+
+    def prepare(self) -> None:
+        """Nothing: it is loaded."""
 
     @torch.inference_mode()
     def chunks(self, n_tokens: int) -> list[int]:

@@ -6,7 +6,7 @@ for all heads of the group, in float32 tiles, with an online softmax (Milakov an
 are combined afterwards, in order, so that results do not depend on the number of workers.
 
 With a window a token sees the last rows only, its own included; the block of rows may be no longer than that, and
-positions go round in it (program.cache_row). A sink is one more logit of a head's softmax, without a value.
+positions go round in it (program.cache_block). A sink is one more logit of a head's softmax, without a value.
 With a choice (decode/indexer.py) the window is how many rows a token attends to, which lie anywhere.
 """
 
@@ -27,9 +27,9 @@ from quant.decode.program import (
     NOTHING,
     PHASE,
     Phase,
+    cache_block,
     cached_by,
     padded,
-    program_of,
     split_length,
     splits_of,
     tokens_of,
@@ -97,10 +97,11 @@ def _seen_by(a, t):
 @inline
 def _expand_rows(a, token, slot, row_bytes, group_bytes, first, n_tokens, width, padded_width, out):
     """A group's part of a token's cache rows first.. in float32, padded_width apart."""
-    program, n_hidden = program_of(a), cached_by(a, token) - _seen_by(a, token)
-    n_rows, chosen = program.cache_rows[slot], a.chosen + a.chosen_bytes * token + 4 * (first - n_hidden)
+    n_hidden = cached_by(a, token) - _seen_by(a, token)
+    chosen = a.chosen + a.chosen_bytes * token + 4 * (first - n_hidden)
+    block, n_rows = cache_block(a, slot, token)
     is_chosen = a.chosen != 0 and n_hidden > 0
-    at, rows = first % n_rows, program.cache[slot] + group_bytes
+    at, rows = first % n_rows, block + group_bytes
     for i in range(n_tokens):
         row = load_i32(chosen + 4 * i) if is_chosen else at + i
         if row >= n_rows:

@@ -16,9 +16,9 @@ from quant.decode.program import (
     NOTHING,
     PHASE,
     Phase,
+    cache_block,
     cached_by,
     padded,
-    program_of,
     split_length,
     tokens_of,
 )
@@ -112,7 +112,8 @@ def _run_ranks(phase, item, work):
     n_keys = min(split_length(n_cached), n_cached - first)
     if not _has_to_choose(a, t) or n_keys <= 0:
         return
-    keys, row_bytes, ranks = program_of(a).cache[a.slot], 2 * head_dim, _ranks(a, t) + 4 * first
+    keys, _ = cache_block(a, a.slot, t)
+    row_bytes, ranks = 2 * head_dim, _ranks(a, t) + 4 * first
     packed, packed_weights = a.packed + a.packed_bytes * t, a.packed_weights + a.weight_bytes * t
     own, histogram = work + HISTOGRAM_BYTES, a.histograms + HISTOGRAM_BYTES * t
     rank_keys(

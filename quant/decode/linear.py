@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from quant.batch import MAX_BATCH
 from quant.decode.program import HEADER, MOST_TOKENS, PHASE, PHASE_BYTES, Phase, padded, program_of, tokens_of
 from quant.errors import QuantError
 from quant.gemv.activations import q8_bytes, write_q8
@@ -66,10 +67,12 @@ def set_token(tables, i, q8, out):
 def multiply(matrix, group, first, n_rows, n_cols, tables, n_tokens):
     """out[r] = row first+r of a group of the matrix times the q8 row, for the first n_tokens of the tables."""
     w, outs = row_address(matrix, group, first), tables + 8 * MOST_TOKENS
-    if n_tokens == 1:
-        call_5(matrix.gemv, w, n_rows, n_cols, load_i64(tables), load_i64(outs))
-    else:
-        call_7(matrix.gemv_batch, w, n_rows, n_cols, tables, outs, 0, n_tokens)
+    for t in range(0, n_tokens, MAX_BATCH):
+        some = min(MAX_BATCH, n_tokens - t)
+        if some == 1:
+            call_5(matrix.gemv, w, n_rows, n_cols, load_i64(tables + 8 * t), load_i64(outs + 8 * t))
+        else:
+            call_7(matrix.gemv_batch, w, n_rows, n_cols, tables + 8 * t, outs + 8 * t, 0, some)
 
 
 # ---- the phase -------------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ There is no barrier: a phase ends when its items are done, not when all workers 
 took the core from finds the phases it missed without items and passes through them. What it prepares there may be
 made of vectors that others are already changing; nothing comes of it, since it gets no item of that phase.
 
-Tokens follow each other in one context: each sees those before it. A phase reads its weights once for all of them, and
+Each token has a cache and a position in it: tokens follow each other in one context, or belong to several. A token sees
+the rows of its cache up to its own, those of the same step included. A phase reads its weights once for all tokens, and
 does for each the same operations in the same order as for a token alone, so that results are the same to the bit.
 """
 
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from quant.batch import MAX_BATCH
+from quant.batch import MOST_TOKENS
 from quant.errors import QuantError
 from quant.matrix import QuantMatrix, check_single_rows
 from quant.simd.memory import store_i64
@@ -30,7 +31,6 @@ from quant.threads.atomics import atomic_add, atomic_load, call_2, call_3, wait_
 from quant.threads.pool import Pool, aligned_bytes, worker_bytes
 from quant.threads.work_items import work_items
 
-MOST_TOKENS = MAX_BATCH  # of a step
 MAX_SPLITS = 32  # parts of the context that attention hands out
 MIN_SPLIT = 64  # tokens of a split, at least; splits are multiples of it
 _ENDLESS = 1 << 62
@@ -50,13 +50,14 @@ PROGRAM = struct(
     x_bytes=i64,
     ids=pointer(i64),
     n_tokens=i64,
-    position=i64,
+    positions=pointer(i64),  # of each token, in its context
     head_from=i64,
     frequencies=pointer(f64),
     n_frequencies=i64,
     magnitude=f32,
     rotations=pointer(f32),  # cosine and sine of each frequency, of each token
-    cache=pointer(i64),  # addresses of blocks of cache rows
+    n_slots=i64,  # blocks of cache rows of a context
+    cache=pointer(i64),  # their addresses, (MOST_TOKENS, n_slots)
     cache_rows=pointer(i64),  # rows of each; a position's is the remainder
 )
 
@@ -91,15 +92,16 @@ def tokens_of(a):
 
 @inline
 def cached_by(a, t):
-    """Tokens of the context that the step's token t sees, itself included."""
-    return program_of(a).position + t + 1
+    """Tokens of its context that the step's token t sees, itself included."""
+    return program_of(a).positions[t] + 1
 
 
 @inline
-def cache_row(a, slot, t):
-    """Which row of a block is that of the step's token t."""
+def cache_block(a, slot, t):
+    """Address of a block of rows of the cache of the step's token t, and how many rows it has."""
     program = program_of(a)
-    return (program.position + t) % program.cache_rows[slot]
+    i = program.n_slots * t + slot
+    return program.cache[i], program.cache_rows[i]
 
 
 @inline
@@ -120,7 +122,7 @@ def _begin_token(program, t):
     n_frequencies, magnitude = program.n_frequencies, program.magnitude
     rotations = program.rotations + 2 * n_frequencies * t
     for i in range(n_frequencies):
-        angle = (program.position + t) * program.frequencies[i]
+        angle = program.positions[t] * program.frequencies[i]
         rotations[2 * i] = np.float32(math.cos(angle)) * magnitude
         rotations[2 * i + 1] = np.float32(math.sin(angle)) * magnitude
     row = program.embedding + program.embedding_row_bytes * program.ids[t]
@@ -148,7 +150,7 @@ def _begin(address):
     program, n_splits = PROGRAM(address), 1
     for t in range(program.n_tokens):
         _begin_token(program, t)
-        n_splits = max(n_splits, splits_of(program.position + t + 1))
+        n_splits = max(n_splits, splits_of(program.positions[t] + 1))
     reset(program, program.n_tokens, n_splits)
 
 
@@ -271,7 +273,7 @@ class Program(Phases):
         embedding: rows by token id.
         frequencies: float64 (R/2,), radians a position.
         magnitude: the length of the rotated unit vector.
-        n_cache_rows: how many blocks of cache rows there are (attend phases name them by index).
+        n_slots: how many blocks of cache rows a context has (attend phases name them by index).
 
     Attributes:
         x: address of float32 (MOST_TOKENS, embedding.n_cols), the tokens' embeddings when a step begins.
@@ -280,40 +282,41 @@ class Program(Phases):
         QuantError: the embedding's rows are interleaved.
     """
 
-    def __init__(
-        self, pool: Pool, embedding: QuantMatrix, frequencies: np.ndarray, magnitude: float, n_cache_rows: int
-    ):
+    def __init__(self, pool: Pool, embedding: QuantMatrix, frequencies: np.ndarray, magnitude: float, n_slots: int):
         super().__init__(pool)
         check_single_rows(embedding)
         self._memory.append(embedding)
         self._frequencies = np.ascontiguousarray(frequencies, np.float64)
-        self.cache, self.cache_rows = np.zeros(n_cache_rows, np.int64), np.zeros(n_cache_rows, np.int64)
-        self._ids = np.zeros(MOST_TOKENS, np.int64)
+        self._cache, self._cache_rows = np.zeros((2, MOST_TOKENS, n_slots), np.int64)
+        self._ids, self._positions = np.zeros((2, MOST_TOKENS), np.int64)
         self.x = self.vector(embedding.n_cols)
         PROGRAM.write(
             self._program,
             expand=embedding.format.expand_address, embedding=embedding.address,
             embedding_row_bytes=embedding.row_bytes, embedding_blocks=embedding.n_cols // embedding.format.block,
             x=self.x, x_bytes=4 * embedding.n_cols, ids=self._ids.ctypes.data,
+            positions=self._positions.ctypes.data, n_slots=n_slots,
             frequencies=self._frequencies.ctypes.data, n_frequencies=self._frequencies.size, magnitude=magnitude,
-            rotations=self.vector(2 * self._frequencies.size), cache=self.cache.ctypes.data,
-            cache_rows=self.cache_rows.ctypes.data,
+            rotations=self.vector(2 * self._frequencies.size), cache=self._cache.ctypes.data,
+            cache_rows=self._cache_rows.ctypes.data,
         )  # fmt: skip
 
     def run(
         self,
         ids: Sequence[int],
-        position: int,
+        positions: Sequence[int],
         cache: np.ndarray,
         head_from: int = 0,
         until: str | None = None,
         cache_rows: np.ndarray | None = None,
     ) -> None:
-        """One step: tokens `ids` from `position` on.
+        """One step. T: tokens.
 
         Args:
-            cache: int64 addresses of the blocks of cache rows.
-            cache_rows: int64, rows of each, in which positions go round; None where none ends before the context.
+            positions: of each token in its context.
+            cache: int64 (T, n_slots), addresses of the blocks of cache rows of each token's context; or (n_slots,), of
+                the one context of all.
+            cache_rows: rows of each, in which positions go round; None where none ends before the context.
             head_from: the first of the tokens that phases of the head have anything to do for.
             until: the name of the last phase that is to run.
 
@@ -325,8 +328,9 @@ class Program(Phases):
         if until is not None and until not in self.names:
             raise QuantError(f"no phase is called {until!r}")
         n_phases = len(self._phases) if until is None else self.names.index(until) + 1
-        self._ids[: len(ids)] = ids
-        self.cache[:], self.cache_rows[:] = cache, _ENDLESS if cache_rows is None else cache_rows
-        PROGRAM.write(self._program, n_phases=n_phases, n_tokens=len(ids), position=position, head_from=head_from)
+        tokens = slice(0, len(ids))
+        self._ids[tokens], self._positions[tokens] = ids, positions
+        self._cache[tokens], self._cache_rows[tokens] = cache, _ENDLESS if cache_rows is None else cache_rows
+        PROGRAM.write(self._program, n_phases=n_phases, n_tokens=len(ids), head_from=head_from)
         _begin.ctypes(self.address)
         self.pool.run(STEP.address, self._program)

@@ -7,7 +7,7 @@ DeepSeek-V2, arXiv 2405.04434, section 2.1.2); GQA only norms (Qwen3) and rotate
 import numpy as np
 
 from quant.decode.linear import multiply, set_token, token_tables
-from quant.decode.program import HEADER, MOST_TOKENS, NOTHING, PHASE, Phase, cache_row, padded, program_of, tokens_of
+from quant.decode.program import HEADER, MOST_TOKENS, NOTHING, PHASE, Phase, cache_block, padded, program_of, tokens_of
 from quant.gemv.activations import q8_bytes, write_q8
 from quant.matrix import MATRIX, QuantMatrix, check_single_rows, row_address
 from quant.simd.memory import load_f32, store_f16, store_f32
@@ -88,7 +88,8 @@ def rotate(x, a, t, out, stride, gap):
 @inline
 def cache_row_of(a, slot, width, t):
     """Address of token t's row of f16 in a block of cache rows of this width."""
-    return program_of(a).cache[slot] + 2 * width * cache_row(a, slot, t)
+    block, n_rows = cache_block(a, slot, t)
+    return block + 2 * width * (program_of(a).positions[t] % n_rows)
 
 
 @inline

@@ -32,7 +32,7 @@ from quant.threads.pool import Pool
 
 
 def run(program: Program, position: int = 0, n_tokens: int = 1) -> None:
-    program.run([0] * n_tokens, position, np.zeros(1, np.int64))
+    program.run([0] * n_tokens, range(position, position + n_tokens), np.zeros(1, np.int64))
 
 
 # ---- phases ----------------------------------------------------------------------------------------------------------
@@ -132,12 +132,12 @@ def test_a_step_can_end_with_a_phase(pool: Pool) -> None:
         program.add(Phase(NOTHING, _sum_before, 2, arguments_of(NONE, out), 64), name)
     program.finish()
     assert program.names == ["first", "second", "third"]
-    program.run([0], 0, np.zeros(1, np.int64), until="second")
+    program.run([0], [0], np.zeros(1, np.int64), until="second")
     assert [out.tolist() for out in outs] == [[1, 2], [1, 2], [0, 0]]
     run(program)
     assert [out.tolist() for out in outs] == [[2, 4], [2, 4], [1, 2]]
     with pytest.raises(QuantError, match="no phase is called 'fourth'"):
-        program.run([0], 0, np.zeros(1, np.int64), until="fourth")
+        program.run([0], [0], np.zeros(1, np.int64), until="fourth")
 
 
 @pytest.mark.parametrize("n_tokens", [0, MOST_TOKENS + 1])
@@ -212,7 +212,7 @@ def test_rows_of_tokens_together_are_those_of_tokens_alone(pool: Pool, name: str
         found = [floats(out, MOST_TOKENS, weight.n_rows) for out, weight in zip(outs, weights, strict=True)]
         for vectors in found:
             vectors[:] = 0.25
-        program.run(range(n_tokens), 0, np.zeros(1, np.int64))
+        program.run(range(n_tokens), range(n_tokens), np.zeros(1, np.int64))
         for m, vectors in enumerate(found):
             assert np.array_equal(vectors[:n_tokens], np.stack([rows[m] for rows in alone[:n_tokens]]))
             assert np.all(vectors[n_tokens:] == 0.25)
@@ -229,7 +229,7 @@ def test_a_head_leaves_out_the_first_tokens(pool: Pool, head_from: int) -> None:
     input_ = Input(program.x, program.keep(norm), 1e-6)
     program.add(rows_phase(input_, [(weight, out)], 2, is_head=True))
     program.finish()
-    program.run(range(3), 0, np.zeros(1, np.int64), head_from)
+    program.run(range(3), range(3), np.zeros(1, np.int64), head_from)
     expected = naive.rms_norm(x_TD.astype(np.float64), norm, 1e-6)
     found = floats(out, MOST_TOKENS, 50)
     assert np.all(found[[*range(head_from), 3, 4]] == 0)
@@ -257,7 +257,7 @@ def test_two_normed_vectors_side_by_side(pool: Pool, type_: str) -> None:
     program.add(rows_phase(Input(both), [(weight, expected)], 2))
     program.finish()
     for _ in range(2):  # normed() needs the vectors that a step leaves
-        program.run(range(3), 0, np.zeros(1, np.int64))
+        program.run(range(3), range(3), np.zeros(1, np.int64))
         columns[:, :96] = normed(Input(program.x, x_norm, 0.01), 0, 3, 96)
         columns[:, 96:] = normed(Input(beside, beside_norm, 0.01), 0, 3, 96)
     reference = [

@@ -99,7 +99,7 @@ def attend_few(
     for block, rows in zip(blocks, (keys, values), strict=True):
         block[kept % n_rows] = rows.reshape(n_cached, -1)[kept]
     cache = np.array([0, *(block.ctypes.data for block in blocks)], np.int64)
-    program.run([0] * n_tokens, n_cached - n_tokens, cache, cache_rows=np.array([1, n_rows, n_rows]))
+    program.run([0] * n_tokens, range(n_cached - n_tokens, n_cached), cache, cache_rows=np.array([1, n_rows, n_rows]))
     assert np.all(np.isnan(out[-GUARD:]))
     assert np.all(np.isnan(partials.view(np.float32)[-16 * GUARD :]))
     return out[:-GUARD].reshape(n_tokens, heads.n_heads, width).copy()

@@ -73,10 +73,10 @@ class Cache:
 class Model:
     """The letters of reply, one after the other, from where the assistant's turn (or the whole text) begins.
 
-    turn: what comes before the assistant's turn.
+    turn: what comes before the assistant's turn. most_together: 1, so that replies take turns unless a test shares.
     """
 
-    vocab_size = 256
+    vocab_size, most_together = 256, 1
     turn = "<|im_start|>assistant\n"
 
     def __init__(self, reply: str) -> None:
@@ -98,6 +98,10 @@ class Model:
             row[ord(letters[len(said)]) if len(said) < len(letters) else END] = 0.0
             rows.append(row)
         return np.stack(rows if all_logits else rows[-1:])
+
+    def forward_each(self, ids: Sequence[int], caches: Sequence[Cache]) -> np.ndarray:
+        assert 1 < len(ids) == len(caches) <= self.most_together
+        return np.concatenate([self.forward([id], cache) for id, cache in zip(ids, caches, strict=True)])
 
 
 class Engine:

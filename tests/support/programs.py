@@ -41,7 +41,7 @@ def rows_by_step(
             vector[:] = 0.25
         program.add(rows_phase(input_, list(zip(weights, outs, strict=True)), n_workers, residual))
         program.finish()
-        program.run([0], 0, np.zeros(1, np.int64))
+        program.run([0], [0], np.zeros(1, np.int64))
         assert all(np.all(vector[-16:] == 0.25) for vector in found)
         return [vector[:-16].copy() for vector in found]
 

@@ -157,7 +157,7 @@ class Layer:
             ids = range(self.n_tokens)[first : first + together]
             if given is not None:
                 ids_TK[: len(ids)], weights_TK[: len(ids)] = (part[first : first + together] for part in given)
-            program.run(ids, 0, np.zeros(1, np.int64))
+            program.run(ids, range(len(ids)), np.zeros(1, np.int64))
             if logits is not None:
                 logits.append(floats(router, len(ids), self.settings.n_routed_experts).copy())
             rows.append(x[: len(ids)].copy())

@@ -29,6 +29,7 @@ import localrun
 from localrun.cpu import bridge
 from localrun.cpu.model import NativeModel
 from localrun.errors import ContextFullError, LocalrunError
+from localrun.generate.drafts import MOST
 from localrun.generate.sampling import Sampling
 from localrun.gguf.file import GGUFFile, open_gguf
 from localrun.gpu import hybrid
@@ -480,7 +481,7 @@ def test_saved_sessions_go_on_on_either_side(devices: tuple[str, str], tmp_path:
 @pytest.mark.usefixtures("dense", "gpu")
 def test_drafts_change_no_reply() -> None:
     """The model's own head drafts, on the CPU."""
-    with load(MTP, speculative=MOST_TOKENS - 1) as engine:
+    with load(MTP, speculative=MOST) as engine:
         ids = ids_of(9)
         session = engine.session()
         found = list(session.tokens(ids, GREEDY, max_tokens=9))
