@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import socket
 
 _MOST_CACHE_GIB = 1 << 20
+_MOST_PAUSE_S = 3600
 
 
 @options.takes(load=options.LoadOptions())
@@ -30,6 +31,12 @@ def serve(
     cache_ram: Annotated[
         float, typer.Option("--cache-ram", metavar="GIB", help="RAM for finished conversations, to go on from.")
     ] = 2.0,
+    max_pause: Annotated[
+        float,
+        typer.Option(
+            "--max-pause", metavar="SECONDS", help="How long a running reply may wait while others' prompts are read."
+        ),
+    ] = 1.0,
     *,
     load: options.LoadOptions,
     verbose: options.Verbose = False,
@@ -43,6 +50,8 @@ def serve(
         raise LocalrunError(f"{error.name} is missing: pip install 'localrun[serve]'") from None
     if not 0 <= cache_ram <= _MOST_CACHE_GIB:
         raise LocalrunError(f"--cache-ram {cache_ram:g}; expected 0 GiB or more")
+    if not 0 <= max_pause <= _MOST_PAUSE_S:
+        raise LocalrunError(f"--max-pause {max_pause:g}; expected 0 to {_MOST_PAUSE_S} s")
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
         raise LocalrunError("--api-key has characters that no header can carry, or none at all")
     with server.listen_on(host, port) as listener:
@@ -57,6 +66,7 @@ def serve(
                 api_key=api_key,
                 slots=server.slots_for(engine, slots),
                 cache_bytes=int(cache_ram * 2**30),
+                most_pause_s=max_pause,
                 ready=lambda: _say(name, listener),
             )
 

@@ -62,7 +62,7 @@ MAY_IMPORT = {
         "generate": "arguments errors files text runtime",
         "engine": "arguments bundled errors hardware limits gguf models placement cpu gpu backends text turn workers "
         "runtime generate",
-        "serve": "arguments errors hardware text generate engine",
+        "serve": "arguments errors limits hardware text generate engine",
         "measure": "errors files hardware limits gguf models placement network cpu backends generate engine",
         "convert": "errors files gguf models text",
         "plan": "errors files hardware limits bundled gguf models placement cpu convert",

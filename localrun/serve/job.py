@@ -59,13 +59,16 @@ class Job:
         """Nothing to wait for."""
         return self.after is None or self.after.has_read or self.after.ended
 
-    def units(self, engine: Engine, session: Session) -> Iterator[None]:
-        """The work: at each next() a chunk of the prompt, or a token."""
+    def units(self, engine: Engine, session: Session, chunk: Callable[[int], int]) -> Iterator[None]:
+        """The work: at each next() a chunk of the prompt, or a token.
+
+        chunk: how many of a prompt's tokens that are left to read at the next one.
+        """
         usage, ids = self.usage, self.ids
         session.forget(session.shared(ids))
         usage.prompt_tokens, usage.cached_tokens = len(ids), len(session.ids)
         rest = ids[len(session.ids) :]
-        for n_tokens in engine.model.chunks(len(rest))[:-1]:  # the last one is read with the first token
+        while (n_tokens := chunk(len(rest))) < len(rest):  # the last ones are read with the first token
             started = time.perf_counter()
             session.advance(rest[:n_tokens])
             rest = rest[n_tokens:]

@@ -1,4 +1,8 @@
-"""The engine's one thread, and whose turn it is: replies take turns, a chunk of a prompt or a token each."""
+"""The engine's one thread, and whose turn it is, in rounds: a step of all running replies, then a chunk of a prompt.
+
+Replies share the step where the model can: each weight is read once for all of them. Only a reply that runs alone has
+drafts verified. Where replies can't share, each takes a step of its own.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,13 @@ from dataclasses import dataclass
 from localrun.engine import Engine
 from localrun.errors import ClosedError, LocalrunError
 from localrun.generate.session import Session
+from localrun.generate.together import step_together
+from localrun.serve.chunks import ChunkSize
 from localrun.serve.job import Job
 from localrun.serve.prefixes import Prefixes
 
 MOST_WAITING = 64  # replies
+MOST_PAUSE_S = 1.0  # of a running reply, while others' prompts are read
 
 
 class QueueFullError(LocalrunError):
@@ -60,11 +67,23 @@ class Scheduler:
 
     Attributes:
         totals: for whoever watches; whole numbers and sums that only the engine thread changes.
+
+    Args:
+        most_pause_s: the seconds between two tokens of a running reply that reading prompts should keep to.
     """
 
-    def __init__(self, engine: Engine, slots: int, cache_bytes: int, most_waiting: int = MOST_WAITING):
+    def __init__(
+        self,
+        engine: Engine,
+        slots: int,
+        cache_bytes: int,
+        most_waiting: int = MOST_WAITING,
+        most_pause_s: float = MOST_PAUSE_S,
+    ):
         self.totals = Totals()
         self._engine, self._slots, self._most_waiting = engine, slots, most_waiting
+        self._most_pause_s, self._chunk_size = most_pause_s, ChunkSize()
+        self._left_s: float | None = None  # for the chunk at hand; None where no reply waits for it
         self._prefixes = Prefixes(engine, cache_bytes, slots)
         self._waiting: list[Job] = []
         self._running: list[_Running] = []
@@ -121,8 +140,7 @@ class Scheduler:
                 starting = self._next_jobs()
             for job in starting:
                 self._start(job)
-            for running in list(self._running):
-                self._turn(running)
+            self._round()
             if self._is_closed and not self._waiting and not self._running:
                 return
 
@@ -144,13 +162,54 @@ class Scheduler:
             job.error = error
             self._end(job)
             return
-        self._running.append(_Running(job, session, job.units(self._engine, session), time.perf_counter()))
+        units = job.units(self._engine, session, self._chunk)
+        self._running.append(_Running(job, session, units, time.perf_counter()))
+
+    def _round(self) -> None:
+        """A step of all replies, then a chunk of the prompt that has waited longest."""
+        started = time.perf_counter()
+        for running in [running for running in self._running if running.job.cancelled]:
+            self._turn(running)
+        replying = [running for running in self._running if running.job.has_read]
+        self._share_step(replying)
+        for running in replying:
+            self._turn(running)
+        reading = next((running for running in self._running if not running.job.has_read), None)
+        if reading:
+            taken_s = time.perf_counter() - started
+            self._left_s = max(0.0, self._most_pause_s - taken_s) if replying else None
+            self._running.remove(reading)
+            self._running.append(reading)
+            self._read(reading)
+
+    def _share_step(self, replying: Sequence[_Running]) -> None:
+        """Have those evaluated together that need a step; each takes what comes of it at its turn."""
+        ready = [each for each in replying if not each.job.cancelled and each.session.next_id is not None]
+        if len(ready) < 2 or self._engine.model.most_together < 2:
+            return
+        try:
+            step_together([running.session for running in ready])
+        except Exception as error:  # of the file or the machine: a row that is no number is its own reply's
+            for running in ready:
+                running.job.error = error
+
+    def _read(self, reading: _Running) -> None:
+        """A chunk of its prompt."""
+        started, before = time.perf_counter(), len(reading.session.ids)
+        self._turn(reading)
+        if self._left_s is not None:
+            self._chunk_size.record(len(reading.session.ids) - before, time.perf_counter() - started)
+
+    def _chunk(self, n_left: int) -> int:
+        """How many tokens of a prompt to read now, of those that are left."""
+        usual = self._engine.model.chunks(n_left)[0]
+        return usual if self._left_s is None else min(usual, self._chunk_size.next(self._left_s))
 
     def _turn(self, running: _Running) -> None:
         """One unit of its work, or its end."""
         job = running.job
         try:
-            if not job.cancelled:
+            if not job.cancelled and job.error is None:
                 next(running.units)
                 return
         except StopIteration:

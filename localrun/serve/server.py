@@ -16,7 +16,7 @@ from localrun.arguments import whole
 from localrun.engine import Engine
 from localrun.errors import LocalrunError
 from localrun.serve.app import application
-from localrun.serve.scheduler import Scheduler
+from localrun.serve.scheduler import MOST_PAUSE_S, Scheduler
 from localrun.serve.service import Service
 
 MOST_SLOTS = 256
@@ -82,6 +82,7 @@ def serve(
     api_key: str | None,
     slots: int,
     cache_bytes: int,
+    most_pause_s: float = MOST_PAUSE_S,
     ready: Callable[[], None],
 ) -> None:
     """Answer requests until SIGTERM or SIGINT; what has begun is finished then, unless there comes another signal.
@@ -91,9 +92,11 @@ def serve(
         api_key: what they have to send; None for nothing.
         slots: replies that run at once.
         cache_bytes: of finished conversations that are kept.
+        most_pause_s: the seconds between two tokens of a running reply that reading prompts should keep to.
         ready: called once connections are taken.
     """
-    scheduler = Scheduler(engine, slots, cache_bytes)
+    engine.prepare()
+    scheduler = Scheduler(engine, slots, cache_bytes, most_pause_s=most_pause_s)
     try:
         app = application(Service(engine, scheduler, name), api_key)
         config = uvicorn.Config(

@@ -40,7 +40,7 @@ OPTIONS = {
         *["--json", "-v", "--verbose"],
     ],
     "serve": [
-        *["--host", "--port", "--api-key", "--slots", "--cache-ram", *RUNTIME, *DRAFTS],
+        *["--host", "--port", "--api-key", "--slots", "--cache-ram", "--max-pause", *RUNTIME, *DRAFTS],
         *["-v", "--verbose"],
     ],
     "bench": [

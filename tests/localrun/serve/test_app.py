@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from fake_engine import Cache, Engine
 from hypothesis import HealthCheck, given, settings
@@ -15,11 +16,11 @@ from hypothesis import strategies as st
 from serving import HELLO, events, hang_up, serving
 from starlette.testclient import TestClient
 
-from localrun import limits
 from localrun.generate.sampling import Sampling
 from localrun.serve import app as app_module
 from localrun.serve import service as service_module
 from localrun.serve.app import application
+from localrun.serve.chunks import ChunkSize
 from localrun.serve.job import Job
 from localrun.serve.scheduler import Scheduler
 from localrun.serve.service import Service
@@ -232,10 +233,11 @@ def test_hanging_up_ends_the_work_within_a_step(engine: Engine, stream: bool) ->
         scheduler.close()
 
 
-def test_conversations_take_turns(engine: Engine) -> None:
+@pytest.mark.parametrize("most_together", [1, 8])
+def test_conversations_take_turns(engine: Engine, most_together: int) -> None:
     """Two replies on two slots: neither is ever more than a step ahead once both run; a third waits for a slot."""
     order: list[int] = []
-    engine.model.reply = "a" * 20
+    engine.model.reply, engine.model.most_together = "a" * 20, most_together
     engine.model.before_step = lambda cache: order.append(id(cache))
 
     async def run() -> list[Any]:
@@ -249,23 +251,88 @@ def test_conversations_take_turns(engine: Engine) -> None:
         asyncio.run(run())
     finally:
         scheduler.close()
-    first, second = dict.fromkeys(order[:2])
-    together = order[: order.index(order[-1])] if len(set(order)) == 3 else order[:40]
-    assert together[:40:2] == [first] * 20 and together[1:40:2] == [second] * 20
+    first, second = dict.fromkeys(order[1:3])
+    assert (
+        order[:39] == [first, *[first, second] * 19] and len(order) == 3 * 21 + 2
+    )  # prompts are read in two pieces beside a reply
 
 
-def test_a_prompt_is_read_in_chunks_between_which_others_have_their_turn(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(limits, "PREFILL_CHUNK", 7)
+def test_a_job_is_done_in_units(engine: Engine) -> None:
     ids, lengths, pieces = list(b"To you.<|im_start|>assistant\n"), [], []
     session = engine.session()
     engine.model.before_step = lambda cache: lengths.append(cache.length)
     job = Job(ids, Sampling(temperature=0), 3, [], {}, pieces.append)
-    turns = [len(lengths) for _ in job.units(engine, session)]
+    turns = [len(lengths) for _ in job.units(engine, session, lambda n_left: min(7, n_left))]
     assert lengths == [0, 7, 14, 21, 28, 29, 30] and turns == [1, 2, 3, 4, 5, 6, 7]
     assert pieces == list(REPLY[:3]) and session.ids == [*ids, *REPLY[:2].encode()]
     assert (job.usage.prompt_tokens, job.usage.cached_tokens, job.finish_reason) == (29, 0, "length")
+
+
+@pytest.mark.parametrize("most_together", [1, 8])
+def test_a_prompt_is_read_in_chunks_between_which_others_have_their_steps(engine: Engine, most_together: int) -> None:
+    """Chunks begin small while a reply runs, and grow with the time there is; two prompts take turns."""
+    events: list[tuple[bytes, int]] = []
+    engine.model.reply, engine.model.most_together = "a" * 200, most_together
+    forward = engine.model.forward
+
+    def watched(ids: list[int], cache: Cache, all_logits: bool = False) -> np.ndarray:
+        events.append((bytes([*cache.ids, *ids][:1]), len(ids)))
+        return forward(ids, cache, all_logits)
+
+    engine.model.forward = watched
+    start = list(b"<|im_start|>assistant\n")
+
+    async def run() -> None:
+        service = Service(engine, scheduler, "model")
+        first = service.replies([[97, *start]], 1, service.usual, 60, []).events()
+        await anext(first)
+        others = service.replies([[98] * 200 + start, [99] * 300 + start], 1, service.usual, 1, [])
+        assert [event async for event in others.events()][-1][1] is None
+        [event async for event in first]
+
+    scheduler = Scheduler(engine, 3, 0, most_pause_s=1000.0)
+    try:
+        asyncio.run(run())
+    finally:
+        scheduler.close()
+    chunks = [(name, n) for name, n in events[1:] if n > 1 or name != b"a"]
+    assert [chunks.count(chunk) for chunk in [(b"b", 8), (b"c", 16), (b"b", 32), (b"c", 64), (b"b", 128)]] == [1] * 5
+    assert sum(n for name, n in chunks if name == b"b") == 222 and sum(n for name, n in chunks if name == b"c") == 322
+    at = [i for i, (name, n) in enumerate(events) if name != b"a"]
+    assert all(events[i + 1] == (b"a", 1) for i in at)  # each chunk is followed by a step of the reply
+
+
+def test_chunks_fill_the_time_that_there_is() -> None:
+    """A chunk of n takes a + b n seconds: sizes go up to what fits, never beyond, and down where it gets slow."""
+
+    def sizes(chunk_size: ChunkSize, most_s: float, a: float, b: float, n: int) -> list[int]:
+        found = []
+        for _ in range(n):
+            found.append(chunk_size.next(most_s))
+            chunk_size.record(found[-1], a + b * found[-1])
+        return found
+
+    chunk_size = ChunkSize()
+    fast = sizes(chunk_size, 1.0, 0.3, 0.005, 12)
+    assert fast[:4] == [8, 16, 32, 62] and all(0.3 + 0.005 * n <= 1.0 for n in fast)
+    assert fast[-1] > 110  # 120 fill 0.9 s
+    slow = sizes(chunk_size, 1.0, 0.3, 0.01, 12)
+    assert all(0.3 + 0.01 * n <= 1.0 for n in slow[4:]) and slow[-1] > 55
+    chunk_size.record(3, 10.0)  # a prompt's last tokens
+    assert chunk_size.next(1.0) == slow[-1]
+    assert sizes(chunk_size, 0.2, 0.3, 0.01, 30)[-1] == 8 and sizes(ChunkSize(), 100.0, 0.0, 0.001, 12)[-1] == 512
+
+
+def test_a_failed_step_ends_all_that_share_it(engine: Engine) -> None:
+    def fail(ids: list[int], caches: list[Cache]) -> None:
+        raise ValueError("broken")
+
+    with serving(engine) as (client, scheduler):
+        engine.model.most_together, works = 8, engine.model.forward_each
+        engine.model.forward_each = fail
+        assert "broken" in ask(client, n=2).json()["error"]["message"] and scheduler.running == 0
+        engine.model.forward_each = works
+        assert [choice["message"]["content"] for choice in ask(client, n=2).json()["choices"]] == [REPLY] * 2
 
 
 def test_a_full_queue_is_told(engine: Engine) -> None:
