@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from cli.conversation import Conversation
 
 
-@options.takes(sampling=options.SamplingOptions(), load=options.LoadOptions())
+@options.takes(sampling=options.SamplingOptions(), load=options.LoadOptions(), template=options.TemplateOptions())
 def chat(
     model: options.Model = None,
     n_tokens: options.NTokens = -1,
     system: options.System = None,
     stop: options.Stop = None,
     *,
+    template: options.TemplateOptions,
     sampling: options.SamplingOptions,
     load: options.LoadOptions,
     verbose: options.Verbose = False,
@@ -28,21 +29,24 @@ def chat(
     Reads messages from the terminal, or a line each from a pipe. Replies go to stdout, all else to stderr.
     """
     from cli.conversation import Conversation
+    from cli.display import FOLD, SHOW, PlainDisplay
     from cli.interrupt import raising
     from cli.lines import EditedLines, PlainLines
-    from cli.model import given_sampling, max_tokens, open_model, sampling_for
+    from cli.model import given_sampling, given_variables, max_tokens, open_model, sampling_for
     from cli.repl import Repl
 
     limit = max_tokens(n_tokens)
-    given = given_sampling(sampling)
+    given, variables = given_sampling(sampling), given_variables(template)
     if system is not None:
         system = check_text(system, "the system message")
-    with open_model(model, load, verbose) as engine:
+    with open_model(model, load, verbose, template.chat_template) as engine:
         conversation = Conversation(engine, sampling_for(engine, given), system, stop or [], limit)
+        display = PlainDisplay(SHOW if template.show_thinking else FOLD)
+        repl = Repl(conversation, display, template.think, variables)
         _banner(conversation)
         on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         with raising():
-            Repl(conversation, EditedLines() if on_terminal else PlainLines()).run()
+            repl.run(EditedLines() if on_terminal else PlainLines())
 
 
 def _banner(conversation: "Conversation") -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from os.path import isfile  # False, not an error, for names too long and folders that can't be looked into
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,17 +11,34 @@ from cli.interrupt import Interruptible
 from cli.model import stream
 from localrun.errors import LocalrunError
 from localrun.files import read_bytes, replacing
-from localrun.text.chat_template import CHATML_STOP, chatml
+from localrun.generate.reasoning import CONTENT, REASONING, ReasoningSplitter, open_tag, spelled_tags
+from localrun.text.chat_template import chatml, stops_of
 from localrun.text.prompt import chat_ids
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from localrun.engine import Engine
+    from localrun.generate.reasoning import Part
     from localrun.generate.sampling import Sampling
 
 FORMAT = "localrun conversation 1"
 _ROLES = ("user", "assistant")
+_KEYS = {"role", CONTENT, REASONING}
 _MOST_BYTES = 1 << 28  # of a saved conversation
 _CLOSING = ",.;:!?')"  # marks that no space goes before
+_UNFINISHED = "\ufffd"  # stands for a character whose last bytes have not come
+
+Write = Callable[[str, str], None]  # what kind of text it is, REASONING or CONTENT, and the text
+
+
+@dataclass
+class _Cut:
+    """A reply that did not end by itself: the ids to go on from, what of them is the reply, and the tag before it."""
+
+    ids: list[int]
+    text: str
+    opened: str | None
 
 
 class Conversation:
@@ -29,28 +47,40 @@ class Conversation:
     A model without a chat template gets ChatML if its vocabulary has that, as with llama.cpp. Else there are no roles
     for it, only one text that it and the user add to in turn, until the model ends it; the next message begins another.
 
+    What the model thought before a reply is a field of its own in that message, as transformers has it: whether later
+    prompts have it is the template's choice.
+
     Attributes:
         template: None for such a text.
+        settings: variables of the template.
         system: the system message or None.
-        messages: {"role", "content"} of user and assistant in turn.
+        messages: {"role", "content"} of user and assistant in turn; "reasoning_content" where the model thought.
         limit: tokens a reply can have, None for no limit.
         carried: text that goes before the next message.
         has_ended: the model has ended the text.
+        has_replied: something came of the last reply.
 
     Raises:
         LocalrunError: a system message, and no place for it.
     """
 
     def __init__(self, engine: "Engine", sampling: "Sampling", system: str | None, stop: list[str], limit: int | None):
-        self.engine, self.sampling, self.limit, self.stop = engine, sampling, limit, stop
-        self.template = engine.template
-        if self.template is None and (template := chatml(engine.tokenizer)):
-            self.template, self.stop = template, [*stop, CHATML_STOP]
+        self.engine, self.sampling, self.limit = engine, sampling, limit
+        self.template = engine.template or chatml(engine.tokenizer)
+        self.settings: dict[str, Any] = {}
+        self.stop = [*stop, *stops_of(self.template)]
         self.instruct(system)
         self.messages: list[dict[str, str]] = []
         self.carried = ""
-        self.has_ended = False
+        self.has_ended = self.has_replied = False
         self.session = engine.session()
+        self._spelled = spelled_tags(engine.tokenizer) if self.template else {}
+        self._cut: _Cut | None = None
+
+    @property
+    def thoughts(self) -> str:
+        """What the model thought before its last reply."""
+        return self.messages[-1].get(REASONING, "") if self.messages else ""
 
     def instruct(self, system: str | None) -> None:
         """Set the system message. Raises LocalrunError if there is no place for one."""
@@ -58,7 +88,7 @@ class Conversation:
             raise LocalrunError("this model continues texts: there is no place for a system message")
         self.system = system
 
-    def say(self, text: str, write: Callable[[str], None]) -> bool:
+    def say(self, text: str, write: Write) -> bool:
         """Sends a message and writes the reply as it comes; False if Ctrl-C ended it.
 
         A message that got no reply at all is forgotten again, so that the roles stay in turn.
@@ -73,7 +103,7 @@ class Conversation:
             else:
                 self.carried = ""
 
-    def regenerate(self, write: Callable[[str], None]) -> bool:
+    def regenerate(self, write: Write) -> bool:
         """Another reply to the last message, in place of the one it had. Raises LocalrunError if there is none."""
         if not self.messages:
             raise LocalrunError("there is no reply to generate again")
@@ -84,39 +114,66 @@ class Conversation:
             if self.messages[-1]["role"] == "user":  # no new one came
                 self.messages.append(before)
 
+    def resume(self, write: Write) -> bool:
+        """Go on with a reply that Ctrl-C or a limit cut, from its very tokens. Raises LocalrunError if none was."""
+        if self._cut is None:
+            raise LocalrunError("there is no reply that was cut")
+        before = self.messages.pop()
+        try:
+            return self._reply(write, self._cut)
+        finally:
+            if self.messages[-1]["role"] == "user":
+                self.messages.append(before)
+
     def clear(self) -> None:
         """Forgets the messages; the system message stays. The next prompt reuses what it shares with the last."""
         self.messages.clear()
         self.carried = ""
-        self.has_ended = False
+        self.has_ended, self._cut = False, None
 
     def _prompt_ids(self) -> list[int]:
         if self.template is None:
             return self.engine.tokenizer.encode(_joined(self.messages))
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return chat_ids(self.template, self.engine.tokenizer, system + self.messages)
+        return chat_ids(self.template, self.engine.tokenizer, system + self.messages, self.settings)
 
-    def _reply(self, write: Callable[[str], None]) -> bool:
-        text = ""
+    def _reply(self, write: Write, cut: _Cut | None = None) -> bool:
+        """Has a reply to the last message written and added to the messages, or the rest of one that was cut."""
+        self.has_replied = False
         with Interruptible() as interrupt:
-            ids = self._prompt_ids()
-            pieces = stream(self.session, ids, self.sampling, self.limit, self.stop, interrupt.check)
+            if cut is None:
+                ids = self._prompt_ids()
+                cut = _Cut(ids, "", open_tag(self.engine.tokenizer, ids) if self.template else None)
+            said = _Said(cut, splits=self.template is not None)
+            pieces = stream(self.session, cut.ids, self.sampling, self.limit, self.stop, self._spelled, interrupt.check)
             try:
                 for piece in pieces:
-                    write(piece)
-                    text += piece
+                    said.take(piece, write)
                     interrupt.check()
+                said.end(write)
             except KeyboardInterrupt:
                 if not interrupt.pressed:
                     raise
+                said.end(write)
             finally:
                 pieces.close()
-                if text:
-                    self.messages.append({"role": "assistant", "content": text})
+                if said.parts:
+                    self.has_replied = True
+                    self.messages.append({"role": "assistant", CONTENT: "", **said.parts})
+                    stopped = self.session.finish_reason == "stop"
                     # with stop texts of the user's there is no telling which of the two it was
-                    ended = self.session.finish_reason == "stop" and not self.stop
-                    self.has_ended = self.template is None and ended
+                    self.has_ended = self.template is None and stopped and not self.stop
+                    self._cut = None if stopped else self._rest(cut, said.text)
         return not interrupt.pressed
+
+    def _rest(self, cut: _Cut, text: str) -> _Cut:
+        """Where the reply is now, up to its last whole character."""
+        if text == cut.text:  # nothing has come, and the session may not have begun
+            return cut
+        ids, written = cut.ids, list(self.session.reply_ids)
+        while written and text.endswith(_UNFINISHED) and self.engine.tokenizer.decode(written).endswith(_UNFINISHED):
+            written.pop()
+        return _Cut([*ids, *written], text.rstrip(_UNFINISHED), cut.opened)
 
     def save(self, path: Path) -> None:
         """Writes the messages to path and the cache to path.cache, each whole or not at all, for the user alone.
@@ -149,6 +206,34 @@ class Conversation:
         except LocalrunError as error:
             return str(error)
         return None
+
+
+class _Said:
+    """The text of a reply as it comes, and its parts.
+
+    Attributes:
+        text: all of it, with tags.
+        parts: texts by kind.
+    """
+
+    def __init__(self, cut: _Cut, splits: bool):
+        self.text, self.parts = "", dict[str, str]()
+        self._splitter = ReasoningSplitter(cut.opened) if splits else None
+        self.take(cut.text, lambda kind, text: None)
+
+    def take(self, piece: str, write: Write) -> None:
+        self.text += piece
+        self._pass(self._splitter.push(piece) if self._splitter else [(CONTENT, piece)], write)
+
+    def end(self, write: Write) -> None:
+        if self._splitter:
+            self._pass(self._splitter.flush(), write)
+
+    def _pass(self, parts: "Iterable[Part]", write: Write) -> None:
+        for kind, text in parts:
+            if text:
+                self.parts[kind] = self.parts.get(kind, "") + text
+                write(kind, text)
 
 
 def _joined(messages: list[dict[str, str]]) -> str:
@@ -193,8 +278,8 @@ def _in_turn(messages: Any) -> bool:
         return False
     return all(
         isinstance(message, dict)
-        and message.keys() == {"role", "content"}
+        and {"role", CONTENT} <= message.keys() <= _KEYS
         and message["role"] == _ROLES[index % 2]
-        and isinstance(message["content"], str)
+        and all(isinstance(text, str) for text in message.values())
         for index, message in enumerate(messages)
     )

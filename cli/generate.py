@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli import options
-from cli.output import note, print_json, rate, write
+from cli.output import note, print_json, rate
 from cli.text import check_text, read_text
 from localrun.errors import LocalrunError
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from localrun.generate.session import Session, Stats
 
 
-@options.takes(sampling=options.SamplingOptions(), load=options.LoadOptions())
+@options.takes(sampling=options.SamplingOptions(), load=options.LoadOptions(), template=options.TemplateOptions())
 def generate(
     model: options.Model = None,
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", metavar="TEXT", help="The prompt.")] = None,
@@ -30,6 +30,7 @@ def generate(
     system: options.System = None,
     stop: options.Stop = None,
     *,
+    template: options.TemplateOptions,
     sampling: options.SamplingOptions,
     load: options.LoadOptions,
     as_json: options.Json = False,
@@ -39,30 +40,47 @@ def generate(
 
     The prompt is the user's message in the model's chat template; --raw continues it as plain text.
     """
-    from cli.model import given_sampling, max_tokens, open_model, sampling_for, stream
+    from cli.display import FOLD, SHOW, PlainDisplay
+    from cli.model import given_sampling, given_variables, max_tokens, open_model, sampling_for
+    from cli.prompts import Prompts, collected
 
-    if raw and system is not None:
-        raise typer.BadParameter("--system needs the chat template, which --raw leaves out")
+    _check_raw(raw, system, template)
     limit = max_tokens(n_tokens)
     if sampling.seed is None:  # drawn here, so that --json can tell it
         sampling = dataclasses.replace(sampling, seed=secrets.randbelow(2**32))
-    given = given_sampling(sampling)
+    given, variables = given_sampling(sampling), given_variables(template)
     text = _prompt(prompt, file)
+    if system is not None:
+        system = check_text(system, "the system message")
     started = time.perf_counter()
-    with open_model(model, load, verbose) as engine:
+    with open_model(model, load, verbose, template.chat_template) as engine:
         load_s = time.perf_counter() - started
-        ids = _prompt_ids(engine, text, system, raw)
+        prompts = Prompts(engine, raw, template.think, variables)
+        ids = prompts.of_text(text, system)
         chosen, session = sampling_for(engine, given), engine.session()
-        pieces = stream(session, ids, chosen, limit, stop or [])
+        parts = prompts.reply(session, ids, chosen, limit, stop or [])
         if as_json:
-            reply = "".join(pieces)
-            print_json(_document(engine, session, reply, load_s, dataclasses.asdict(chosen)))
+            print_json(_document(engine, session, collected(parts), load_s, dataclasses.asdict(chosen)))
             return
-        _print(pieces)
+        display = PlainDisplay(SHOW if template.show_thinking else FOLD)
+        for kind, piece in parts:
+            display.push(kind, piece)
+        display.end()
         if session.finish_reason == "context":
             note(f"the context of {engine.ctx} tokens is full")
         if verbose:
             note(timing_line(session))
+
+
+def _check_raw(raw: bool, system: str | None, template: options.TemplateOptions) -> None:
+    given = {
+        "--system": system is not None,
+        "--think": template.think is not options.ThinkChoice.auto,
+        "--template-var": bool(template.template_var),
+        "--chat-template": template.chat_template is not None,
+    }
+    for name in (name for name, is_given in given.items() if raw and is_given):
+        raise typer.BadParameter(f"{name} needs the chat template, which --raw leaves out")
 
 
 def timing_line(session: "Session") -> str:
@@ -100,32 +118,8 @@ def _prompt(prompt: str | None, file: str | None) -> str:
     return text
 
 
-def _prompt_ids(engine: "Engine", text: str, system: str | None, raw: bool) -> list[int]:
-    from localrun.text.prompt import chat_ids, raw_ids
-
-    if not raw and engine.template is None:
-        if system is not None:
-            raise LocalrunError("the file has no chat template, so --system has no place in the prompt")
-        note("the file has no chat template: the prompt is continued as it is")
-    if raw or engine.template is None:
-        return raw_ids(engine.tokenizer, text)
-    messages = [{"role": "user", "content": text}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": check_text(system, "the system message")})
-    return chat_ids(engine.template, engine.tokenizer, messages)
-
-
-def _print(pieces: Any) -> None:
-    last = ""
-    for piece in pieces:
-        write(piece)
-        last = piece or last
-    if not last.endswith("\n"):
-        write("\n")
-
-
 def _document(
-    engine: "Engine", session: "Session", text: str, load_s: float, sampling: dict[str, Any]
+    engine: "Engine", session: "Session", parts: dict[str, str], load_s: float, sampling: dict[str, Any]
 ) -> dict[str, Any]:
     from cli.model import placement_document
 
@@ -134,7 +128,8 @@ def _document(
         **engine.describe(),
         "path": str(engine.file.path),
         "placement": placement_document(engine),
-        "text": text,
+        "text": parts["content"],
+        "reasoning_content": parts.get("reasoning_content"),
         "ids": session.reply_ids,
         "finish_reason": session.finish_reason,
         "prompt_tokens": stats.prompt_tokens,

@@ -1,14 +1,16 @@
 """Opening a model for a command, and streaming a reply from it, both with progress shown."""
 
+import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import localrun
-from cli.options import LoadOptions, SamplingOptions
+from cli.options import LoadOptions, SamplingOptions, TemplateOptions, ThinkChoice
 from cli.output import note, printable, progress_bar, size, tell
 from localrun.bundled import model_path
+from localrun.text.template_variables import check_names, thinking
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from localrun.generate.sampling import Sampling
     from localrun.generate.session import Session
     from localrun.placement.placement import Placement
+    from localrun.text.chat_template import ChatTemplate
 
 
 def exit_if_cut(path: "str | Path") -> None:
@@ -26,7 +29,9 @@ def exit_if_cut(path: "str | Path") -> None:
     exit_with(f"localrun: {printable(str(path))}: was cut short while it was in use, or its disk failed")
 
 
-def open_model(model: str | None, options: LoadOptions, verbose: bool = False) -> "Engine":
+def open_model(
+    model: str | None, options: LoadOptions, verbose: bool = False, chat_template: str | None = None
+) -> "Engine":
     """The loaded model; with verbose, what goes where and what runs, on stderr."""
     path, draft_path = model_path(model), None if options.draft is None else model_path(options.draft)
     started = time.perf_counter()
@@ -46,6 +51,7 @@ def open_model(model: str | None, options: LoadOptions, verbose: bool = False) -
             dense_attention=options.dense_attention,
             speculative=options.speculative,
             draft=draft_path,
+            chat_template=chat_template,
             progress=report,
             notice=note,
             placed=_show_placement if verbose else None,
@@ -89,12 +95,46 @@ def max_tokens(n: int) -> int | None:
     return None if n == -1 else n
 
 
+def given_variables(options: TemplateOptions) -> dict[str, Any]:
+    """--template-var as a template gets it: true, false and what else is JSON as such, any other value as a text.
+
+    Raises LocalrunError on one that is no NAME=VALUE, or not the user's to set, before anything is loaded.
+    """
+    given = {}
+    for text in options.template_var or []:
+        name, sign, value = text.partition("=")
+        if not sign or not name.isidentifier():
+            raise localrun.LocalrunError(f"--template-var {text}: expected NAME=VALUE")
+        try:
+            given[name] = json.loads(value.lower() if value in ("True", "False") else value)
+        except (ValueError, RecursionError):
+            given[name] = value
+    check_names(given)
+    return given
+
+
+def template_settings(template: "ChatTemplate | None", think: ThinkChoice, given: dict[str, Any]) -> dict[str, Any]:
+    """The template's variables for --think, and those that the user gave. Raises LocalrunError on an unknown one."""
+    if template is None:
+        if given or think is not ThinkChoice.auto:
+            raise localrun.LocalrunError("there is no chat template whose variables could be set")
+        return {}
+    check_names(given, template.source)
+    if think is ThinkChoice.auto:
+        return given
+    switch = thinking(template.source, think is ThinkChoice.on)
+    if switch is None:
+        note(f"the chat template has no switch for thinking: {think.value} has no effect")
+    return {**(switch or {}), **given}
+
+
 def stream(
     session: "Session",
     ids: Sequence[int],
     sampling: "Sampling",
     limit: int | None,
     stop: Sequence[str],
+    spelled: Mapping[int, str] | None = None,
     between: Callable[[], None] = lambda: None,
 ) -> Iterator[str]:
     """The reply in pieces, with a progress bar while the prompt is read; closing it early ends the reply.
@@ -108,7 +148,7 @@ def stream(
             if report is not None:
                 report(done, total, "Reading the prompt")
 
-        pieces = session.reply(ids, sampling, max_tokens=limit, stop=list(stop), progress=read)
+        pieces = session.reply(ids, sampling, max_tokens=limit, stop=list(stop), spelled=spelled, progress=read)
         first = next(pieces, "")
     try:
         yield first

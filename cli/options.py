@@ -29,6 +29,14 @@ class CacheBits(str, Enum):
     eight = "8"
 
 
+class ThinkChoice(str, Enum):
+    """Whether a model thinks before it replies."""
+
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
 class BackendChoice(str, Enum):
     """Whose code computes."""
 
@@ -114,6 +122,28 @@ Stop = Annotated[
     list[str] | None,
     typer.Option("--stop", metavar="TEXT", help="End the reply before this text; may be repeated.", show_default=False),
 ]
+Think = Annotated[
+    ThinkChoice, typer.Option("--think", help="Have the model think before it replies; auto is its template's choice.")
+]
+TemplateVar = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template-var",
+        metavar="NAME=VALUE",
+        help="Set a variable of the chat template, reasoning_effort=low say; may be repeated.",
+        show_default=False,
+    ),
+]
+ChatTemplateName = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template",
+        metavar="FILE|NAME",
+        help="A chat template in place of the model's: a file, chatml, or another one that the model's file has.",
+        show_default=False,
+    ),
+]
+ShowThinking = Annotated[bool, typer.Option("--show-thinking", help="Show what the model thought as well.")]
 _UNSET = "the model's own if it names one"
 Temperature = Annotated[
     float | None,
@@ -173,6 +203,16 @@ class SamplingOptions:
     min_p: MinP = None
     repeat_penalty: RepeatPenalty = None
     seed: Seed = None
+
+
+@dataclass(frozen=True)
+class TemplateOptions:
+    """How a conversation becomes a prompt, and what of the reply is shown."""
+
+    think: Think = ThinkChoice.auto
+    template_var: TemplateVar = None
+    chat_template: ChatTemplateName = None
+    show_thinking: ShowThinking = False
 
 
 def takes(*, without: tuple[str, ...] = (), **groups: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:

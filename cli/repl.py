@@ -3,13 +3,16 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from cli.conversation import Conversation
+from cli.conversation import Conversation, Write
+from cli.display import FOLD, HIDE, SHOW, Display
 from cli.explain import explain
 from cli.generate import timing_line
 from cli.lines import Lines, Message, read_message
-from cli.model import max_tokens
-from cli.output import note, printable, size, tell, tell_text, write
+from cli.model import max_tokens, template_settings
+from cli.options import ThinkChoice
+from cli.output import note, printable, size, tell, tell_text
 from cli.text import read_text
 from localrun.errors import ContextFullError, LocalrunError
 from localrun.files import user_path
@@ -20,15 +23,20 @@ _NAMES = {"temp": "temperature", "n": "n", "num_predict": "n"}  # names that use
 class Repl:
     """Reads messages and commands until the end of input or /exit."""
 
-    def __init__(self, conversation: Conversation, lines: Lines) -> None:
-        self._conversation = conversation
-        self._lines = lines
+    def __init__(
+        self, conversation: Conversation, display: Display, think: ThinkChoice, variables: dict[str, Any]
+    ) -> None:
+        """variables: of the template, as the user gave them; think: what --think says."""
+        self._conversation, self._display, self._variables = conversation, display, variables
+        self._set_thinking(think)
         self._commands: dict[str, tuple[str, Callable[[str], None]]] = {
             "/help": ("this list", self._help),
             "/exit": ("end, as Ctrl-D and /bye do", lambda _: None),
             "/bye": ("end", lambda _: None),
             "/clear": ("forget the conversation, keep the system message", self._clear),
             "/regen": ("generate the last reply again", self._regenerate),
+            "/continue": ("go on with a reply that was stopped or reached its limit", self._continue),
+            "/think": ("show|hide|fold: what is seen of thoughts; on|off|auto: whether there are any", self._think),
             "/system": ('TEXT: set the system message; "" for none; without TEXT show it', self._system),
             "/set": ("NAME VALUE: temp, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed, n", self._set),
             "/show": ("what runs, the settings and the messages", self._show),
@@ -38,11 +46,11 @@ class Repl:
             "/stats": ("tokens and speed of the last reply", self._stats),
         }
 
-    def run(self) -> None:
+    def run(self, lines: Lines) -> None:
         """The loop. Whatever goes wrong in a turn is a line on stderr, and the chat goes on: there is talk to lose."""
         while True:
             try:
-                message = read_message(self._lines)
+                message = read_message(lines)
             except KeyboardInterrupt:
                 note("Ctrl-D or /exit ends the chat")
                 continue
@@ -68,30 +76,23 @@ class Repl:
         elif message.text.strip():
             self._answer(lambda write: self._conversation.say(message.text, write))
 
-    def _answer(self, reply: Callable[[Callable[[str], None]], bool]) -> None:
-        """Has a reply written, and says what there is to say about it."""
-        session, written = self._conversation.session, []
-
-        def write_on(text: str) -> None:
-            write(text)
-            written.append(None)
-
+    def _answer(self, reply: Callable[[Write], bool]) -> None:
+        """Has a reply shown, and says what there is to say about it."""
+        session, conversation = self._conversation.session, self._conversation
         try:
-            complete = reply(write_on)
-        except BaseException:
-            if written:
-                write("\n")
-            raise
-        write("\n")
+            complete = reply(self._display.push)
+        finally:
+            self._display.end()
         if not complete:
-            note("stopped" if session.reply_ids else "stopped before the reply began; the message is forgotten")
-        elif not session.reply_ids:
+            forgotten = "" if conversation.has_replied else " before the reply began; the message is forgotten"
+            note(f"stopped{forgotten}")
+        elif not conversation.has_replied:
             note("the reply is empty; the message is forgotten")
         elif session.finish_reason == "context":
             note(f"the context of {session.engine.ctx} tokens is full; /clear starts afresh")
         elif session.finish_reason == "length":
-            note(f"the reply reached {self._conversation.limit} tokens; /set n -1 lifts the limit")
-        elif self._conversation.has_ended:
+            note(f"the reply reached {conversation.limit} tokens; /set n -1 lifts the limit, /continue goes on")
+        elif conversation.has_ended:
             note("the text has ended; what you write next begins another")
         tell(timing_line(session))
 
@@ -109,6 +110,24 @@ class Repl:
 
     def _regenerate(self, _rest: str) -> None:
         self._answer(self._conversation.regenerate)
+
+    def _continue(self, _rest: str) -> None:
+        self._answer(self._conversation.resume)
+
+    def _think(self, rest: str) -> None:
+        if rest in (SHOW, HIDE, FOLD):
+            self._display.thoughts = rest
+            if rest == SHOW and (thoughts := self._conversation.thoughts):
+                tell_text(thoughts)
+        elif rest in set(ThinkChoice):
+            self._set_thinking(ThinkChoice(rest))
+        elif rest:
+            raise LocalrunError(f"/think {rest}; expected show, hide, fold, on, off or auto")
+        note(f"thoughts: {self._display.thoughts}, {self._thinking.value}")
+
+    def _set_thinking(self, think: ThinkChoice) -> None:
+        self._conversation.settings = template_settings(self._conversation.template, think, self._variables)
+        self._thinking = think
 
     def _system(self, rest: str) -> None:
         if rest:

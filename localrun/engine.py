@@ -27,7 +27,8 @@ from localrun.models.reader import context_length, read_config
 from localrun.placement.devices import DeviceRequest, choose
 from localrun.placement.placement import CPU, GPU, RAM, Placement
 from localrun.runtime import KVCache, Model, MTPModel
-from localrun.text.chat_template import ChatTemplate, chat_template
+from localrun.text import chat_template as templates
+from localrun.text.chat_template import ChatTemplate
 from localrun.text.tokenizer import Tokenizer
 from localrun.turn import Turn
 from localrun.workers import n_workers
@@ -54,6 +55,7 @@ def load(
     dense_attention: bool = False,
     speculative: str | int = "auto",
     draft: str | os.PathLike[str] | None = None,
+    chat_template: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     notice: Notice | None = None,
     placed: Callable[[Placement], None] | None = None,
@@ -78,6 +80,8 @@ def load(
             it faster. The reply is the same (docs/speculative.md).
         draft: a small model with the same vocabulary that makes them; None for the model's own head for multi-token
             prediction, or where it has none, for what followed the same tokens before.
+        chat_template: a file that holds one, or the name of one: chatml, or those that the model's file has besides
+            its own; None for the file's own.
         progress: called as progress(done, total, what) during long steps.
         notice: called with one line for each fact the user should know.
         placed: called with what will be where, before it is loaded; not where llama.cpp runs the model.
@@ -101,9 +105,12 @@ def load(
     progress, notice = function("progress", progress), function("notice", notice) or (lambda line: None)
     placed = function("placed", placed) or (lambda placement: None)
     threads, own_drafts = n_workers(threads), speculative != "off" and draft is None
+    template = None if chat_template is None else path_text("chat_template", chat_template)
     file = open_gguf(given)
     try:
-        engine = Engine(file, threads, ctx, backend, where, dense_attention, own_drafts, progress, notice, placed)
+        engine = Engine(
+            file, threads, ctx, backend, where, dense_attention, own_drafts, template, progress, notice, placed
+        )
     except BaseException:
         file.close()
         raise
@@ -162,6 +169,7 @@ class Engine:
         where: DeviceRequest,
         dense_attention: bool,
         own_drafts: bool,
+        template: str | None,
         progress: Progress | None,
         notice: Notice,
         placed: Callable[[Placement], None],
@@ -176,7 +184,7 @@ class Engine:
         if self.placement:
             placed(self.placement)
         self.tokenizer = Tokenizer(file.path, file)
-        self.template: ChatTemplate | None = chat_template(file, self.tokenizer)
+        self.template: ChatTemplate | None = templates.chat_template(file, self.tokenizer, template)
         if self.config and self.placement:
             self.model = self._native_model(self.config, self.placement, where.repack, progress, notice)
         else:

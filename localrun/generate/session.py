@@ -5,7 +5,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -125,18 +125,20 @@ class Session:
         *,
         max_tokens: int | None = None,
         stop: str | Sequence[str] = (),
+        spelled: Mapping[int, str] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[str]:
         """The text that follows the prompt `ids`, in pieces of whole characters; stop strings are not part of it.
 
-        A stop string may spell control tokens, which are no part of the text either. Closing the iterator early keeps
+        A stop string may spell control tokens, which are no part of the text either, but for those in `spelled`, which
+        says how they are written. Closing the iterator early keeps
         what was evaluated. progress(done, total) counts prompt tokens.
 
         Raises:
             ContextFullError: the prompt does not fit.
             LocalrunError: no prompt, an id that the vocabulary lacks, or an argument that is none.
         """
-        return self._texts(self._new_reply(ids, sampling, max_tokens, progress), texts("stop", stop))
+        return self._texts(self._new_reply(ids, sampling, max_tokens, progress), texts("stop", stop), spelled)
 
     def tokens(
         self,
@@ -164,8 +166,8 @@ class Session:
         reply.stats.prompt_tokens = len(ids)
         return reply
 
-    def _texts(self, reply: _Reply, stop: list[str]) -> Iterator[str]:
-        text = ReplyText(self.engine.tokenizer, stop)
+    def _texts(self, reply: _Reply, stop: list[str], spelled: Mapping[int, str] | None) -> Iterator[str]:
+        text = ReplyText(self.engine.tokenizer, stop, spelled)
         with closing(self._tokens(reply)) as tokens:
             for token in tokens:
                 if piece := text.push(token):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from localrun.errors import LocalrunError
-from localrun.files import nameless_file
+from localrun.files import nameless_file, read_bytes, user_path
 from localrun.gguf.file import GGUFFile
 from localrun.text.tokenizer import Tokenizer
 
@@ -30,6 +30,7 @@ CHATML = (
 )
 """What llama.cpp takes for a model without a template (common/chat.cpp, common_chat_templates_init)."""
 CHATML_STOP = "<|im_end|>"  # ends a reply; in the vocabulary of a model without a template it is plain text
+_KEY = "tokenizer.chat_template"
 # What a conversation's settings can't set.
 OWN_VARIABLES = ("messages", "add_generation_prompt", "bos_token", "eos_token", "tools", "documents")
 
@@ -92,14 +93,43 @@ def text_of(answer: Answer) -> str:
     return answer["text"]
 
 
-def chat_template(file: GGUFFile, tokenizer: Tokenizer) -> ChatTemplate | None:
-    """The template of the file, or None if it has none. Raises TemplateError if it is too long."""
-    source = file.string("tokenizer.chat_template", "")
+def chat_template(file: GGUFFile, tokenizer: Tokenizer, wanted: str | None = None) -> ChatTemplate | None:
+    """The template of the file, or None if it has none; or the one that is wanted in its place.
+
+    Args:
+        wanted: a file that holds a template, or the name of one: chatml, or those that the model's file has besides
+            its own (tokenizer.chat_template.NAME).
+
+    Raises LocalrunError if there is none of that name, and TemplateError if it is too long.
+    """
+    source = file.string(_KEY, "") if wanted is None else _wanted(wanted, file)
     if not source.strip():
         return None
     return ChatTemplate(
         source, bos_token=_text(tokenizer, tokenizer.bos_id), eos_token=_text(tokenizer, tokenizer.eos_id)
     )
+
+
+def _wanted(wanted: str, file: GGUFFile) -> str:
+    path = user_path(wanted)
+    if path.is_file():
+        try:
+            return read_bytes(path, wanted, 4 * MAX_SOURCE).decode("utf-8")
+        except UnicodeDecodeError:
+            raise TemplateError(f"{wanted}: is not UTF-8 text, as a chat template is") from None
+    if wanted.lower() == "chatml":
+        return CHATML
+    names = sorted(key.removeprefix(f"{_KEY}.") for key in file.metadata if key.startswith(f"{_KEY}."))
+    if wanted in names:
+        return file.string(f"{_KEY}.{wanted}")
+    raise LocalrunError(
+        f"{wanted}: no such file, and no chat template of that name (there are: {', '.join(['chatml', *names])})"
+    )
+
+
+def stops_of(template: ChatTemplate | None) -> list[str]:
+    """Texts that end a reply, since a vocabulary may lack the template's own mark for that."""
+    return [CHATML_STOP] if template is not None and template.source == CHATML else []
 
 
 def chatml(tokenizer: Tokenizer) -> ChatTemplate | None:

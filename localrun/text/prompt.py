@@ -26,6 +26,7 @@ from localrun.text.tokenizer import Tokenizer
 _OPEN, _CLOSE = "\U00100000", "\U00100001"
 _FIRST_WORD = 0xF0000  # three of it stand for the first message's words, of the next for the second's
 _ENCLOSED = re.compile(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}|[{_OPEN}{_CLOSE}]")
+REASONING = "reasoning_content"  # a message's key for what the model thought before it
 _MUST_BE_THERE = ("user", "system")  # templates may leave an earlier reply out
 
 
@@ -123,20 +124,24 @@ def _render(
     words = {
         index: 3 * chr(_FIRST_WORD + index) for index, message in enumerate(messages) if message["content"].strip()
     }
-    marked = [controls.sub(f"{_OPEN}\\g<0>{_CLOSE}", message["content"]) for message in messages]
-    texts = [[message["content"] for message in messages], [words.get(i, "") for i in range(len(messages))]]
-    if marked != texts[0]:
-        texts.append(marked)
-    conversations = [_with(messages, contents, parts) for contents in texts]
+    probes = [message | {"content": words.get(index, "")} for index, message in enumerate(messages)]
+    marked = [_marked(message, controls) for message in messages]
+    conversations = [_with_parts(each, parts) for each in (messages, probes, *([marked] if marked != messages else []))]
     answer, probe, *rest = template.answers(conversations, settings=settings)
     lost = {index for index, word in words.items() if "error" in answer or _is_lost(word, probe)}
     return _Rendered(answer, lost, rest[0] if rest else None)
 
 
-def _with(messages: list[Message], contents: list[str], parts: set[int]) -> list[Message]:
+def _marked(message: Message, controls: re.Pattern[str]) -> Message:
+    """A message with marks around the control tokens that it spells, also in what a model thought."""
+    texts = {key: message[key] for key in ("content", REASONING) if isinstance(message.get(key), str)}
+    return message | {key: controls.sub(f"{_OPEN}\\g<0>{_CLOSE}", text) for key, text in texts.items()}
+
+
+def _with_parts(messages: list[Message], parts: set[int]) -> list[Message]:
     return [
-        message | {"content": [{"type": "text", "text": content}] if index in parts else content}
-        for index, (message, content) in enumerate(zip(messages, contents, strict=True))
+        message | {"content": [{"type": "text", "text": message["content"]}]} if index in parts else message
+        for index, message in enumerate(messages)
     ]
 
 

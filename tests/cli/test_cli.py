@@ -28,15 +28,16 @@ HEAVY = ("torch", "numba", "llvmlite", "llama_cpp", "gguf", "numpy", "jinja2", "
 SAMPLING = ["--temp", "--top-k", "--top-p", "--min-p", "--repeat-penalty", "--seed"]
 DEVICE = ["--device", "--vram", "--gpu-experts", "--expert-usage", "--cache-bits", "--repack", "--dense-attention"]
 RUNTIME = [*DEVICE, "-t", "--threads", "-c", "--ctx", "--backend"]
+TEMPLATE = ["--think", "--template-var", "--chat-template", "--show-thinking"]
 DRAFTS = ["--speculative", "--draft"]
 OPTIONS = {
     "chat": [
-        *["-n", "--n-tokens", "--system", "--stop", *SAMPLING, *RUNTIME, *DRAFTS],
+        *["-n", "--n-tokens", "--system", "--stop", *TEMPLATE, *SAMPLING, *RUNTIME, *DRAFTS],
         *["-v", "--verbose"],
     ],
     "generate": [
         *["-p", "--prompt", "-f", "--file", "-n", "--n-tokens", "--raw", "--system", "--stop"],
-        *[*SAMPLING, *RUNTIME, *DRAFTS],
+        *[*TEMPLATE, *SAMPLING, *RUNTIME, *DRAFTS],
         *["--json", "-v", "--verbose"],
     ],
     "serve": [

@@ -1,5 +1,7 @@
 """Chat templates of published models, a conversation, and transformers' renderer."""
 
+from typing import Any
+
 from paths import DATA
 
 from localrun.text.chat_template import ChatTemplate
@@ -14,14 +16,35 @@ CHAT = [
 ]
 
 
+THOUGHT = [
+    CHAT[0],
+    CHAT[1],
+    {"role": "assistant", "reasoning_content": "1 is less, and 3 more.", "content": "Yes, 👍."},
+    CHAT[3],
+]
+"""The same, with what the model thought in a field of its own."""
+
+
 def template(source: str) -> ChatTemplate:
     return ChatTemplate(source, bos_token=BOS, eos_token=EOS)
 
 
-def transformers_text(source: str, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+def source_of(name: str) -> str:
+    """A published template."""
+    return next(path for path in TEMPLATES if path.stem == name).read_text(encoding="utf-8")
+
+
+def transformers_text(
+    source: str, messages: list[dict[str, str]], add_generation_prompt: bool, **variables: Any
+) -> str:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     texts, _ = render_jinja_template(
-        [messages], chat_template=source, add_generation_prompt=add_generation_prompt, bos_token=BOS, eos_token=EOS
+        [messages],
+        chat_template=source,
+        add_generation_prompt=add_generation_prompt,
+        bos_token=BOS,
+        eos_token=EOS,
+        **variables,
     )
     return texts[0]

@@ -1,6 +1,6 @@
 """Small byte-level vocabularies as GGUF files."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ def write_vocabulary(
     path: Path,
     controls: Sequence[str] = CHATML,
     defined: Sequence[str] = ("<think>", "</think>"),
+    strings: Mapping[str, str] | None = None,
     **keys: tuple[Any, gguf.GGUFValueType],
 ) -> Path:
-    """Bytes, three merges, control tokens, tokens that users may write; keys: others of tokenizer.ggml."""
+    """Bytes, three merges, control tokens, tokens that users may write; keys: of tokenizer.ggml; strings: any others."""
     tokens = [*LETTERS, *WORDS, *controls, *defined]
     n_normal = len(LETTERS) + len(WORDS)
     types = [TokenType.NORMAL] * n_normal
@@ -37,6 +38,8 @@ def write_vocabulary(
     writer.add_eos_token_id(n_normal)
     for name, (value, type_) in ({"add_bos_token": (False, gguf.GGUFValueType.BOOL)} | keys).items():
         writer.add_key_value(f"tokenizer.ggml.{name}", value, type_)
+    for name, text in (strings or {}).items():
+        writer.add_string(name, text)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
