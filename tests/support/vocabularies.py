@@ -23,7 +23,7 @@ def write_vocabulary(
     strings: Mapping[str, str] | None = None,
     **keys: tuple[Any, gguf.GGUFValueType],
 ) -> Path:
-    """Bytes, three merges, control tokens, tokens that users may write; keys: of tokenizer.ggml; strings: any others."""
+    """Bytes, three merges, control tokens, tokens that users may write; keys: of tokenizer.ggml; strings: any."""
     tokens = [*LETTERS, *WORDS, *controls, *defined]
     n_normal = len(LETTERS) + len(WORDS)
     types = [TokenType.NORMAL] * n_normal
