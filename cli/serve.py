@@ -37,6 +37,10 @@ def serve(
             "--max-pause", metavar="SECONDS", help="How long a running reply may wait while others' prompts are read."
         ),
     ] = 1.0,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option("--allow-origin", metavar="ORIGIN", help="A site whose pages may use the server; repeatable."),
+    ] = None,
     *,
     load: options.LoadOptions,
     verbose: options.Verbose = False,
@@ -46,6 +50,7 @@ def serve(
 
     try:
         from localrun.serve import server
+        from localrun.serve.origins import checked_origins
     except ModuleNotFoundError as error:
         raise LocalrunError(f"{error.name} is missing: pip install 'localrun[serve]'") from None
     if not 0 <= cache_ram <= _MOST_CACHE_GIB:
@@ -54,6 +59,7 @@ def serve(
         raise LocalrunError(f"--max-pause {max_pause:g}; expected 0 to {_MOST_PAUSE_S} s")
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
         raise LocalrunError("--api-key has characters that no header can carry, or none at all")
+    origins = checked_origins(allow_origin or ())
     with server.listen_on(host, port) as listener:
         if api_key is None and not server.is_loopback(listener):
             note(f"warning: whoever reaches {host} can use the model; --api-key KEY asks for a key")
@@ -67,6 +73,7 @@ def serve(
                 slots=server.slots_for(engine, slots),
                 cache_bytes=int(cache_ram * 2**30),
                 most_pause_s=max_pause,
+                origins=origins,
                 ready=lambda: _say(name, listener),
             )
 

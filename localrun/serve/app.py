@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hmac
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -22,20 +23,25 @@ from localrun.serve.bodies import Chat, Completion, Conversation, Text, Tokens
 from localrun.serve.errors import APIError, failed
 from localrun.serve.metrics import metrics_text
 from localrun.serve.openai import ChatForm, Form, TextForm
-from localrun.serve.service import ClientGoneError, Replies, Service, while_connected
+from localrun.serve.origins import OriginCheck
+from localrun.serve.service import ClientGoneError, Replies, Service, while_connected, with_signs_of_life
 
 MOST_BODY_BYTES = 1 << 26  # of a request: more than any context holds
 _OPEN_PATHS = ("/health",)  # without a key
-_PING = b": ping\n\n"  # a comment, which clients pass over
+PING = b": ping\n\n"  # a comment, which clients pass over
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-def application(service: Service, api_key: str | None = None) -> Starlette:
+def application(
+    service: Service, api_key: str | None = None, *, origins: Sequence[str] = (), is_local: bool = False
+) -> Starlette:
     """The server of a model.
 
     Args:
         api_key: what clients have to send, as a bearer token or x-api-key; None for nothing.
+        origins: whose pages may use it, in a browser; without a key only its own otherwise.
+        is_local: whether it listens on this machine alone.
     """
     endpoints = Endpoints(service)
     routes = [
@@ -57,6 +63,10 @@ def application(service: Service, api_key: str | None = None) -> Starlette:
     app = Starlette(routes=routes, exception_handlers=handlers)
     if api_key is not None:
         app.add_middleware(KeyCheck, api_key=api_key)
+    else:
+        app.add_middleware(OriginCheck, allowed=origins, is_local=is_local)
+    if origins:
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
     return app
 
 
@@ -127,16 +137,16 @@ class EventStream(Response):
     """Server-sent events: a document each, then [DONE]. The work ends when the client goes.
 
     Args:
-        documents: None for a sign of life.
         cancel: called in the end, however it comes.
+        ping: sent while there is nothing to say, in the form that the protocol's clients know.
     """
 
-    def __init__(self, documents: AsyncIterator[dict[str, Any] | None], cancel: Callable[[], None]):
+    def __init__(self, documents: AsyncIterator[dict[str, Any]], cancel: Callable[[], None], ping: bytes = PING):
         super().__init__(
             media_type="text/event-stream", headers={"cache-control": "no-cache", "x-accel-buffering": "no"}
         )
         del self.headers["content-length"]
-        self._documents, self._cancel = documents, cancel
+        self._documents, self._cancel, self._ping = documents, cancel, ping
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -151,8 +161,8 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": data, "more_body": more})
 
         try:
-            async for document in self._documents:
-                await write(_PING if document is None else _event(document))
+            async for document in with_signs_of_life(self._documents):
+                await write(self._ping if document is None else _event(document))
             await write(b"data: [DONE]\n\n")
         except APIError as error:  # the status has gone out already
             await write(_event(error.body))
@@ -179,12 +189,17 @@ class KeyCheck:
 
 async def _body(request: Request, kind: type[bodies.Body]) -> bodies.Body:
     """The request's body. Raises APIError if it is too large, or not of this kind."""
-    data = bytearray()
+    data, announced = bytearray(), request.headers.get("content-length", "")
+    _check_size(int(announced) if announced.isdecimal() else 0)
     async for piece in request.stream():
         data += piece
-        if len(data) > MOST_BODY_BYTES:
-            raise APIError(413, f"the body has more than {MOST_BODY_BYTES} bytes", code="request_too_large")
+        _check_size(len(data))
     return bodies.read(bytes(data), kind)
+
+
+def _check_size(n_bytes: int) -> None:
+    if n_bytes > MOST_BODY_BYTES:
+        raise APIError(413, f"the body has more than {MOST_BODY_BYTES} bytes", code="request_too_large")
 
 
 def _json(document: dict[str, Any], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -17,6 +17,7 @@ from msgspec import Meta, Struct
 
 from localrun.errors import LocalrunError
 from localrun.generate.sampling import Sampling
+from localrun.serve.billing import without_billing
 from localrun.serve.errors import invalid, unsupported
 
 MOST_CHOICES = 16
@@ -205,7 +206,12 @@ def chat_messages(given: list[Message]) -> list[Message]:
     """Messages as templates take them: contents as texts. Raises APIError if one is none, or holds more than text."""
     if not given:
         raise invalid("messages is empty", "messages")
-    return [_message(message, f"messages[{index}]") for index, message in enumerate(given)]
+    messages = [_message(message, f"messages[{index}]") for index, message in enumerate(given)]
+    return [  # a system message of which nothing is left would only stand in the way of the next one
+        new
+        for new, old in zip(messages, given, strict=True)
+        if new["role"] != "system" or new["content"] or not old["content"]
+    ]
 
 
 def _message(given: Message, name: str) -> Message:
@@ -227,7 +233,7 @@ def _message(given: Message, name: str) -> Message:
 def _text(content: Any, role: str, name: str) -> str:
     """A message's content: a text, or parts of texts, which are joined."""
     if isinstance(content, str):
-        return content
+        content = [{"type": "text", "text": content}]
     if content is None and role == "assistant":
         return ""
     if not isinstance(content, list):
@@ -238,7 +244,7 @@ def _text(content: Any, role: str, name: str) -> str:
         if kind != "text" or not isinstance(part.get("text"), str):
             raise invalid(f"{name}[{index}] is not a part of type text, all that this server takes", f"{name}[{index}]")
         texts.append(part["text"])
-    return "".join(texts)
+    return "".join(without_billing(texts) if _ROLES[role] == "system" else texts)
 
 
 def _is_ids(value: Any) -> bool:

@@ -89,27 +89,22 @@ class TextForm:
 async def whole(replies: Replies, form: Form, model: str) -> Document:
     """The answer, once all replies have ended."""
     parts: list[dict[str, str]] = [{} for _ in replies.jobs]
-    async for event in replies.events():
-        if event is not None:
-            for kind, text in form.parts(*event):
-                parts[event[0]][kind] = parts[event[0]].get(kind, "") + text
+    async for index, piece in replies.events():
+        for kind, text in form.parts(index, piece):
+            parts[index][kind] = parts[index].get(kind, "") + text
     choices = [form.choice(i, parts[i], finish_reason(job)) for i, job in enumerate(replies.jobs)]
     head = _head(form, form.object, model)
     return {**head, "choices": choices, "usage": usage(replies.jobs), "timings": timings(replies.jobs)}
 
 
-async def chunks(replies: Replies, form: Form, model: str, includes_usage: bool) -> AsyncIterator[Document | None]:
-    """The answer in pieces, as they come; None for a sign of life."""
+async def chunks(replies: Replies, form: Form, model: str, includes_usage: bool) -> AsyncIterator[Document]:
+    """The answer in pieces, as they come."""
     head = _head(form, form.chunk_object, model)
     empty = {"usage": None} if includes_usage else {}
     for index in range(len(replies.jobs)):
         for choice in form.first(index):
             yield {**head, "choices": [choice], **empty}
-    async for event in replies.events():
-        if event is None:
-            yield None
-            continue
-        index, piece = event
+    async for index, piece in replies.events():
         for part in form.parts(index, piece):
             yield {**head, "choices": [form.delta(index, part, None)], **empty}
         if piece is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -22,6 +22,7 @@ from localrun.serve.service import Service
 MOST_SLOTS = 256
 _USUAL_SLOTS = 4
 _KEEP_ALIVE_S = 75
+_UNREAD_MS = 120_000  # that a client may take nothing of what waits for it, or it would hold up the end of the server
 
 
 def listen_on(host: str, port: int) -> socket.socket:
@@ -37,6 +38,8 @@ def listen_on(host: str, port: int) -> socket.socket:
         raise LocalrunError(f"{host}: {error.strerror}") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # of Linux; accepted connections inherit it
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_MS)
         listener.bind(address)
     except OSError as error:
         listener.close()
@@ -83,6 +86,7 @@ def serve(
     slots: int,
     cache_bytes: int,
     most_pause_s: float = MOST_PAUSE_S,
+    origins: Sequence[str] = (),
     ready: Callable[[], None],
 ) -> None:
     """Answer requests until SIGTERM or SIGINT; what has begun is finished then, unless there comes another signal.
@@ -93,12 +97,14 @@ def serve(
         slots: replies that run at once.
         cache_bytes: of finished conversations that are kept.
         most_pause_s: the seconds between two tokens of a running reply that reading prompts should keep to.
+        origins: whose pages may use the server, in a browser, besides its own.
         ready: called once connections are taken.
     """
     engine.prepare()
     scheduler = Scheduler(engine, slots, cache_bytes, most_pause_s=most_pause_s)
     try:
-        app = application(Service(engine, scheduler, name), api_key)
+        service = Service(engine, scheduler, name)
+        app = application(service, api_key, origins=origins, is_local=is_loopback(listener))
         config = uvicorn.Config(
             app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=_KEEP_ALIVE_S, ws="none"
         )

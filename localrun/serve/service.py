@@ -157,19 +157,15 @@ class Replies:
         for job in self.jobs:
             job.cancelled = True
 
-    async def events(self, ping_s: float = PING_S) -> AsyncIterator[Event | None]:
-        """(index of a job, a piece of its text, or None at its end) until all have ended; None where nothing comes.
+    async def events(self) -> AsyncIterator[Event]:
+        """(index of a job, a piece of its text, or None at its end) until all have ended.
 
         Leaving the iterator ends the jobs. Raises APIError if one failed, or the reader was too slow.
         """
         left = len(self.jobs)
         try:
             while left:
-                try:
-                    index, piece = await asyncio.wait_for(self._events.get(), ping_s)
-                except asyncio.TimeoutError:
-                    yield None
-                    continue
+                index, piece = await self._events.get()
                 if self._is_too_slow:
                     raise failed("the reply was not read as fast as it came")
                 self._unread -= len(piece or "")
@@ -210,6 +206,28 @@ async def while_connected(receive: Callable[[], Coroutine[Any, Any, Any]], work:
             task.cancel()
             with suppress(asyncio.CancelledError, Exception):
                 await task
+
+
+async def with_signs_of_life(items: AsyncIterator[Result], ping_s: float = PING_S) -> AsyncIterator[Result | None]:
+    """What an iterator gives, and None where nothing has come for so many seconds."""
+    coming: asyncio.Future[Result] | None = None
+    try:
+        while True:
+            coming = coming or asyncio.ensure_future(anext(items))
+            if not (await asyncio.wait([coming], timeout=ping_s))[0]:
+                yield None
+                continue
+            try:
+                item = coming.result()
+            except StopAsyncIteration:
+                return
+            coming = None
+            yield item
+    finally:
+        if coming:
+            coming.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await coming
 
 
 def template_settings(body: Chat | Conversation) -> dict[str, Any]:

@@ -41,7 +41,8 @@ OPTIONS = {
         *["--json", "-v", "--verbose"],
     ],
     "serve": [
-        *["--host", "--port", "--api-key", "--slots", "--cache-ram", "--max-pause", *RUNTIME, *DRAFTS],
+        *["--host", "--port", "--api-key", "--slots", "--cache-ram", "--max-pause", "--allow-origin"],
+        *[*RUNTIME, *DRAFTS],
         *["-v", "--verbose"],
     ],
     "bench": [

@@ -20,12 +20,21 @@ HELLO = [{"role": "user", "content": "Hello"}]
 
 @contextmanager
 def serving(
-    engine: Any, *, slots: int = 2, cache_bytes: int = 1 << 30, most_waiting: int = 8, api_key: str | None = None
+    engine: Any,
+    *,
+    slots: int = 2,
+    cache_bytes: int = 1 << 30,
+    most_waiting: int = 8,
+    api_key: str | None = None,
+    **settings: Any,
 ) -> Iterator[tuple[TestClient, Scheduler]]:
-    """A client of a server, and its scheduler. Exceptions of the server's are the test's."""
+    """A client of a server, and its scheduler. Exceptions of the server's are the test's.
+
+    settings: of the application.
+    """
     scheduler = Scheduler(engine, slots, cache_bytes, most_waiting)
     try:
-        with TestClient(application(Service(engine, scheduler, "model"), api_key)) as client:
+        with TestClient(application(Service(engine, scheduler, "model"), api_key, **settings)) as client:
             yield client, scheduler
     finally:
         scheduler.close()

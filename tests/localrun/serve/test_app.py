@@ -20,12 +20,15 @@ from localrun.generate.sampling import Sampling
 from localrun.serve import app as app_module
 from localrun.serve import service as service_module
 from localrun.serve.app import application
+from localrun.serve.billing import without_billing
+from localrun.serve.bodies import chat_messages
 from localrun.serve.chunks import ChunkSize
 from localrun.serve.job import Job
 from localrun.serve.scheduler import Scheduler
-from localrun.serve.service import Service
+from localrun.serve.service import Service, with_signs_of_life
 
 REPLY = "Aye, all is well."
+BILLING = "x-anthropic-billing-header"
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 
 
@@ -158,6 +161,7 @@ def test_bodies_that_are_none(client: TestClient, monkeypatch: pytest.MonkeyPatc
         assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
     monkeypatch.setattr(app_module, "MOST_BODY_BYTES", 100)
     assert client.post(COMPLETION, content=b"a" * 101).status_code == 413
+    assert client.post(COMPLETION, content=iter([b"a" * 60] * 2)).status_code == 413
     assert client.get(COMPLETION).status_code == 405 and "error" in client.get("/nowhere").json()
 
 
@@ -193,6 +197,65 @@ def test_a_key(engine: Engine) -> None:
         assert client.get("/v1/models", headers={"authorization": "Bearer wrong"}).status_code == 401
         assert client.get("/v1/models", headers={"authorization": "Bearer secret"}).status_code == 200
         assert client.get("/v1/models", headers={"x-api-key": "secret"}).status_code == 200
+
+
+ORIGINS = {
+    "no browser": ({}, 200),
+    "its own page": ({"origin": "http://localhost:8080", "host": "localhost:8080"}, 200),
+    "its own page, by number": ({"origin": "http://[::1]:8080", "host": "[::1]:8080"}, 200),
+    "another page": ({"origin": "https://evil.example", "host": "localhost:8080"}, 403),
+    "a page from a file": ({"origin": "null", "host": "localhost:8080"}, 403),
+    "another port": ({"origin": "http://localhost:3000", "host": "localhost:8080"}, 403),
+    "rebinding": ({"origin": "http://evil.example:8080", "host": "evil.example:8080"}, 403),
+    "rebinding, reading": ({"host": "evil.example"}, 403),
+    "no host": ({"host": "[::"}, 403),
+    "an allowed page": ({"origin": "https://chat.example", "host": "localhost:8080"}, 200),
+    "an allowed name": ({"host": "chat.example"}, 200),
+}
+
+
+@pytest.mark.parametrize(("headers", "status"), ORIGINS.values(), ids=ORIGINS)
+def test_pages_of_other_sites_are_refused(engine: Engine, headers: dict[str, str], status: int) -> None:
+    with serving(engine, origins=["https://chat.example"], is_local=True) as (client, _):
+        answer = client.get("/v1/models", headers={"host": "127.0.0.1:8080", **headers})
+    assert answer.status_code == status
+    allowed = headers.get("origin") == "https://chat.example"
+    assert answer.headers.get("access-control-allow-origin") == ("https://chat.example" if allowed else None)
+
+
+def test_an_allowed_page_may_ask_first_and_a_key_lets_any_page_in(engine: Engine) -> None:
+    asking = {
+        **{"origin": "https://chat.example", "access-control-request-method": "POST"},
+        "access-control-request-headers": "authorization, content-type",
+    }
+    with serving(engine, api_key="secret", origins=["https://chat.example"], is_local=True) as (client, _):
+        answer = client.options(CHAT, headers=asking)
+        assert answer.status_code == 200 and "authorization" in answer.headers["access-control-allow-headers"]
+        other = {"origin": "https://other.example", "x-api-key": "secret"}
+        assert client.get("/v1/models", headers=other).status_code == 200
+        assert client.get("/v1/models", headers={"origin": "https://chat.example"}).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("texts", "left"),
+    [
+        ([f"{BILLING}: a=1; b=2;", "You are."], ["You are."]),
+        ([f"{BILLING}: a=1;", f"{BILLING}: b", "Be", f"{BILLING}: c"], ["Be", f"{BILLING}: c"]),
+        ([f"{BILLING}: a=1;\n\nYou are.\nBe."], ["You are.\nBe."]),
+        ([f"{BILLING}: a=1;"], []),
+        (["You are."], ["You are."]),
+        ([], []),
+    ],
+)
+def test_billing_headers_are_left_out(texts: list[str], left: list[str]) -> None:
+    assert without_billing(texts) == left
+    given = [*({"role": "system", "content": text} for text in texts[:1]), *HELLO]
+    parts = [{"type": "text", "text": text} for text in texts]
+    assert chat_messages(given) == [
+        *({"role": "system", "content": text} for text in without_billing(texts[:1])), *HELLO
+    ]  # fmt: skip
+    if left:
+        assert chat_messages([{"role": "system", "content": parts}])[0]["content"] == "".join(left)
 
 
 # ------------------------------------------------------------------------------- turns, hanging up, overload
@@ -368,7 +431,7 @@ def test_signs_of_life(engine: Engine) -> None:
     async def run() -> list[Any]:
         service = Service(engine, scheduler, "model")
         replies = service.replies([list(b"<|im_start|>assistant\n")], 1, service.usual, 1, [])
-        return [event async for event in replies.events(ping_s=0.02)]
+        return [event async for event in with_signs_of_life(replies.events(), ping_s=0.02)]
 
     scheduler = Scheduler(engine, 1, 1 << 30)
     try:

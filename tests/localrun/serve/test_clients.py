@@ -113,6 +113,7 @@ def test_the_first_signal_lets_replies_finish_and_the_second_does_not(signals: i
         (["--cache-ram", "-1"], "--cache-ram -1; expected 0 GiB or more"),
         (["--max-pause", "-1"], "--max-pause -1; expected 0 to 3600 s"),
         (["--api-key", ""], "--api-key has characters that no header can carry, or none at all"),
+        (["--allow-origin", "chat.example"], "--allow-origin 'chat.example': expected scheme://host or"),
         (["--port", "0", "--slots", "0"], "slots is 0; expected 1 to 256"),
     ],
 )
