@@ -1,8 +1,9 @@
 """The vocabulary of a checkpoint as GGUF's tokenizer.ggml keys.
 
-Byte-level BPE from tokenizer.json, or vocab.json and merges.txt, and Kimi-K2's tiktoken.model. Keys and token types are
-those of llama.cpp's converter: conversion/base.py (get_vocab_base) and conversion/deepseek.py of
-https://github.com/ggml-org/llama.cpp @3f545becc.
+Byte-level BPE from tokenizer.json, or vocab.json and merges.txt, and Kimi-K2's tiktoken.model; SentencePiece's BPE from
+tokenizer.json or tokenizer.model. Keys and token types are those of llama.cpp's converter: conversion/base.py
+(get_vocab_base, _create_vocab_sentencepiece) and conversion/deepseek.py of https://github.com/ggml-org/llama.cpp
+@3f545becc.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ from localrun.convert.errors import CheckpointError
 from localrun.convert.metadata import Metadata
 from localrun.convert.sources.checkpoint import Checkpoint
 from localrun.convert.sources.json_file import is_kind, read_json, shown
+from localrun.convert.sources.sentencepiece_file import SPACE, Pieces
 from localrun.convert.sources.tokenizer_files import KINDS, AddedToken, TokenizerConfig, TokenizerFiles, read_tokenizer
 
 _TIKTOKEN_SPECIALS = 256  # ids behind the ranks that Kimi-K2 keeps for control tokens (its tokenization_kimi.py)
 # Added tokens that are control tokens whatever their file says.
 _LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>")
 # Files of tokenizers that cannot be converted: a folder that has one of them is not one without a tokenizer.
-_OTHERS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "vocab.json", "vocab.txt")
+_OTHERS = ("spiece.model", "sentencepiece.bpe.model", "tekken.json", "vocab.json", "vocab.txt")
+_NO_SCORE = -1e6  # of pieces that no merge makes: below all that one does
 # GGUF's names where they differ from Hugging Face's.
 _ID_KEYS = {"unk": "unknown", "sep": "seperator", "pad": "padding"}
 
@@ -61,7 +64,9 @@ def add_vocabulary(metadata: Metadata, checkpoint: Checkpoint, pre: str | None) 
     vocabulary = _read(folder, config, checkpoint.config.get("model_type"), pre)
     if vocabulary is None:
         metadata.string("tokenizer.ggml.model", "none")
-        return [f"{folder} has no tokenizer.json or tiktoken.model: the result has no vocabulary, ids only"]
+        return [
+            f"{folder} has no tokenizer.json, tokenizer.model or tiktoken.model: the result has no vocabulary, ids only"
+        ]
     files, n_vocab = vocabulary.files, metadata.get(".vocab_size")
     checkpoint.files.extend(files.paths)
     warnings = [*files.warnings, *_add_tokens(metadata, vocabulary, n_vocab, folder)]
@@ -72,13 +77,15 @@ def add_vocabulary(metadata: Metadata, checkpoint: Checkpoint, pre: str | None) 
 def _read(folder: Path, config: TokenizerConfig, model_type: Any, pre: str | None) -> _Vocabulary | None:
     files = read_tokenizer(folder, config, model_type)
     if files is not None:
-        return _from_files(files, pre)
+        return _from_pieces(files, files.pieces, config, pre) if files.pieces else _from_files(files, pre)
     if (folder / "tiktoken.model").exists():
         return _read_tiktoken(folder, config, pre)
     for name in _OTHERS:
         if (folder / name).exists():
-            what = "SentencePiece" if name.endswith(".model") else "a tokenizer of this kind"
-            raise CheckpointError(f"{folder / name}: {what} cannot be converted; expected byte-level BPE")
+            raise CheckpointError(
+                f"{folder / name}: a tokenizer of this kind cannot be converted; "
+                "expected byte-level BPE, or SentencePiece's in tokenizer.json or tokenizer.model"
+            )
     return None
 
 
@@ -93,12 +100,30 @@ def _from_files(files: TokenizerFiles, pre: str | None) -> _Vocabulary:
     if name is None:
         names = ", ".join(pretokenizers.NAMES)
         raise CheckpointError(f"{path}: splits text in a way not known here; --pre names the nearest: {names}")
+    return _Vocabulary(name, *_tokens(files), files)
+
+
+def _tokens(files: TokenizerFiles) -> tuple[dict[int, str], dict[int, TokenType]]:
+    """Texts and types by id, as transformers has them."""
     tokens = {id: word for word, id in files.words.items()}
     types = dict.fromkeys(tokens, TokenType.NORMAL)
     for id, token in files.added.items():
         is_control = token.special or _LOOKS_SPECIAL.fullmatch(token.text)
         tokens[id], types[id] = token.text, TokenType.CONTROL if is_control else TokenType.USER_DEFINED
-    return _Vocabulary(name, tokens, types, files)
+    return tokens, types
+
+
+def _from_pieces(files: TokenizerFiles, pieces: Pieces, config: TokenizerConfig, pre: str | None) -> _Vocabulary:
+    if pre not in (None, "default"):
+        raise CheckpointError(f"--pre {pre}: {files.paths[0]} is SentencePiece's, which splits no texts; leave it out")
+    tokens, types = _tokens(files)
+    types |= {id: kind for id, kind in pieces.types.items() if id not in files.added or kind == TokenType.UNKNOWN}
+    for id, kind in types.items():
+        if kind == TokenType.USER_DEFINED:  # looked for in a text as it is, before spaces are spelled anew
+            tokens[id] = tokens[id].replace(SPACE, " ")
+    said = config.values.get("add_prefix_space")
+    pieces.adds_space = said if isinstance(said, bool) and not files.document else pieces.adds_space
+    return _Vocabulary("default", tokens, types, files)
 
 
 def _read_tiktoken(folder: Path, config: TokenizerConfig, pre: str | None) -> _Vocabulary:
@@ -181,13 +206,19 @@ def _add_tokens(metadata: Metadata, vocabulary: _Vocabulary, n_vocab: int, folde
     names = set(vocabulary.tokens.values())
     texts = [vocabulary.tokens.get(id) or _unused(f"[PAD{id}]", names) for id in range(n_vocab)]
     types = [int(vocabulary.types.get(id, TokenType.UNUSED)) for id in range(n_vocab)]
-    metadata.string("tokenizer.ggml.model", "gpt2")
+    pieces = files.pieces
+    metadata.string("tokenizer.ggml.model", "gpt2" if pieces is None else "llama")
     metadata.string("tokenizer.ggml.pre", vocabulary.pre)
     metadata.array("tokenizer.ggml.tokens", GGUFValueType.STRING, texts)
     metadata.array("tokenizer.ggml.token_type", GGUFValueType.INT32, types)
-    metadata.array("tokenizer.ggml.merges", GGUFValueType.STRING, files.merges)
+    if pieces is None:
+        metadata.array("tokenizer.ggml.merges", GGUFValueType.STRING, files.merges)
+    else:
+        scores = [pieces.scores.get(id, _NO_SCORE) for id in range(n_vocab)]
+        metadata.array("tokenizer.ggml.scores", GGUFValueType.FLOAT32, scores)
+        metadata.bool("tokenizer.ggml.add_space_prefix", pieces.adds_space)
     warnings = []
-    if lost := len(set(_LETTERS.values()) - names):
+    if pieces is None and (lost := len(set(_LETTERS.values()) - names)):
         warnings.append(f"{folder}: {lost} of the 256 bytes have no token: texts lose them, as with transformers")
     beyond = [token.text for id, token in sorted(files.added.items()) if id >= n_vocab]
     if beyond:

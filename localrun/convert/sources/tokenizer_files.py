@@ -1,9 +1,10 @@
 """The tokenizer files of a checkpoint, put together as transformers puts them together.
 
-Words and merges stand in tokenizer.json, or in vocab.json and merges.txt. Added tokens stand in tokenizer.json, in
-tokenizer_config.json (by id, or as the value of bos_token and the like), and in the older special_tokens_map.json and
-added_tokens.json, which count only where tokenizer_config.json lists none by id. Tokens are added in that order. One
-gets the id that its text has already, or else the next free one: an id that a file says is not asked.
+Words and merges stand in tokenizer.json, in SentencePiece's tokenizer.model, or in vocab.json and merges.txt. Added
+tokens stand in tokenizer.json, in tokenizer_config.json (by id, or as the value of bos_token and the like), and in the
+older special_tokens_map.json and added_tokens.json, which count only where tokenizer_config.json lists none by id.
+Tokens are added in that order. One gets the id that its text has already, or else the next free one: an id that a file
+says is not asked.
 
 Source: tokenization_utils_base.py (_from_pretrained) and tokenization_utils_tokenizers.py (__init__) of transformers
 5.24, added_vocabulary.rs (add_tokens) of tokenizers 0.23.
@@ -16,8 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gguf import TokenType
+
 from localrun.convert.errors import CheckpointError
+from localrun.convert.sources import sentencepiece_file
 from localrun.convert.sources.json_file import is_kind, read_json, shown, typed
+from localrun.convert.sources.sentencepiece_file import Pieces
 
 KINDS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _FLAGS = ("lstrip", "rstrip", "single_word")
@@ -51,14 +56,15 @@ class TokenizerFiles:
     """What they say.
 
     Attributes:
-        words: byte-level BPE's vocabulary, text -> id.
-        merges: "a b" each.
+        words: the vocabulary of a BPE, text -> id.
+        merges: "a b" each; none of a tokenizer.model.
         added: id -> token.
         named: text of the bos token and so on, by kind.
         adds: whether bos and eos are put around every text, by kind; absent where nothing says it.
         paths: the files that were read.
         document: tokenizer.json; empty if there is none.
         pre: llama.cpp's name for the way to split text, where the class of the tokenizer says it.
+        pieces: what makes a SentencePiece BPE of words; None of a byte-level one.
         warnings: one line each.
     """
 
@@ -70,6 +76,7 @@ class TokenizerFiles:
     paths: list[Path] = field(default_factory=list)
     document: dict[str, Any] = field(default_factory=dict)
     pre: str | None = None
+    pieces: Pieces | None = None
     warnings: list[str] = field(default_factory=list)
 
     def id_of(self, text: str) -> int | None:
@@ -148,16 +155,18 @@ class TokenizerConfig:
 def read_tokenizer(folder: Path, config: TokenizerConfig, model_type: Any) -> TokenizerFiles | None:
     """The tokenizer of a folder; None if there is none of a kind that is read here.
 
-    Raises CheckpointError if a file is broken, or its words are no byte-level BPE.
+    Raises CheckpointError if a file is broken, or its words are neither byte-level BPE nor SentencePiece's.
     """
     if (folder / "tokenizer.json").exists():
         files = _read_tokenizer_json(folder / "tokenizer.json")
+    elif (folder / "tokenizer.model").exists():
+        files = _read_tokenizer_model(folder / "tokenizer.model")
     elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         files = _read_vocab_and_merges(folder)
     else:
         return None
     name = config.class_name or _CLASS_OF_MODEL.get(model_type, "")
-    files.named = dict(config.named)
+    files.named |= config.named
     if not files.document and name in _CLASSES:
         files.pre, given = _CLASSES[name]
         files.named |= {kind: _END_OF_TEXT for kind in given if kind not in files.named and _END_OF_TEXT in files.words}
@@ -166,9 +175,10 @@ def read_tokenizer(folder: Path, config: TokenizerConfig, model_type: Any) -> To
     if not isinstance(listed, list):
         raise CheckpointError(f"{where}: added_tokens is {shown(listed)}; expected a list")
     in_document = [_added_token(entry, where, typed(_object(entry, where), "id", int, where)) for entry in listed]
-    tokens = [*config.added(in_document), *(AddedToken(text, special=True) for text in files.named.values())]
+    own = _of_the_pieces(files)
+    tokens = [*own, *config.added(in_document), *(AddedToken(text, special=True) for text in files.named.values())]
     files.added = _assign(files.words, tokens, files.warnings)
-    files.adds = _adds(files, config)
+    files.adds |= _adds(files, config)
     files.paths += config.paths
     return files
 
@@ -176,19 +186,41 @@ def read_tokenizer(folder: Path, config: TokenizerConfig, model_type: Any) -> To
 def _read_tokenizer_json(path: Path) -> TokenizerFiles:
     document, where = read_json(path), str(path)
     model = document.get("model")
-    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
-        raise CheckpointError(f"{path}: is no byte-level BPE tokenizer; no other kind can be converted")
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
+        kind = shown(model.get("type")) if isinstance(model, dict) else "missing"
+        raise CheckpointError(
+            f"{path}: the kind of its model is {kind}; only byte-level and SentencePiece's BPE can be converted"
+        )
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise CheckpointError(f"{path}: {key} is {shown(model[key])}; a GGUF cannot say that")
-    _check_normalizer(document.get("normalizer"), where)
-    merges = typed(model, "merges", list, where)
+    words = _words(typed(model, "vocab", dict, where), where)
+    merges = [_merge(pair, where) for pair in typed(model, "merges", list, where)]
+    files = TokenizerFiles(words, merges, document=document, paths=[path])
+    if sentencepiece_file.is_sentencepiece(document):
+        files.pieces = sentencepiece_file.pieces_of(document, words, merges, where)
+        files.warnings += files.pieces.warnings
+    else:
+        _check_normalizer(document.get("normalizer"), where)
+    return files
+
+
+def _read_tokenizer_model(path: Path) -> TokenizerFiles:
+    """SentencePiece's own file. Its class puts bos in front of a text where nothing says otherwise."""
+    words, pieces = sentencepiece_file.read_model(path)
+    named = {kind: text for kind, text in (("bos", "<s>"), ("eos", "</s>"), ("unk", "<unk>")) if text in words}
     return TokenizerFiles(
-        _words(typed(model, "vocab", dict, where), where),
-        [_merge(pair, where) for pair in merges],
-        document=document,
-        paths=[path],
+        words, [], named=named, adds={"bos": "bos" in named}, paths=[path], pieces=pieces, warnings=pieces.warnings
     )
+
+
+def _of_the_pieces(files: TokenizerFiles) -> Iterator[AddedToken]:
+    """The pieces of a tokenizer.model that are found in a text before it is split."""
+    if files.pieces is not None:
+        kinds = files.pieces.types
+        for text, id in files.words.items():
+            if kinds.get(id) in (TokenType.CONTROL, TokenType.USER_DEFINED):
+                yield AddedToken(text, kinds[id] == TokenType.CONTROL, id=id)
 
 
 def _check_normalizer(section: Any, where: str) -> None:

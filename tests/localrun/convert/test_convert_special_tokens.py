@@ -313,7 +313,7 @@ def test_words_alone_do_not_say_how_text_is_split(class_name: str | None, tmp_pa
     assert planned(folder)[0].get("tokenizer.ggml.pre") == "qwen2"
 
 
-@pytest.mark.parametrize("name", ["tokenizer.model", "tekken.json", "vocab.json", "vocab.txt"])
+@pytest.mark.parametrize("name", ["spiece.model", "tekken.json", "vocab.json", "vocab.txt"])
 def test_a_tokenizer_of_another_kind_is_not_left_out(name: str, tmp_path: Path) -> None:
     with pytest.raises(LocalrunError, match=f"{name}: .* cannot be converted; expected byte-level BPE"):
         planned(write(tmp_path, {name: "{}"}))
