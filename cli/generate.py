@@ -4,6 +4,7 @@ import dataclasses
 import secrets
 import sys
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,8 +14,11 @@ from cli.output import note, print_json, rate
 from cli.text import check_text, read_text
 from localrun.errors import LocalrunError
 
+CUT = 3  # the exit code for replies that a limit cut, where it is asked for
+
 if TYPE_CHECKING:
     from localrun.engine import Engine
+    from localrun.generate.reasoning import Part
     from localrun.generate.session import Session, Stats
 
 
@@ -30,6 +34,23 @@ def generate(
     system: options.System = None,
     stop: options.Stop = None,
     *,
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            "--batch",
+            metavar="FILE",
+            help="Reply to each line of a JSONL file: an object with prompt or messages, and id, max_tokens, seed, ...",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option("-o", "--output", metavar="FILE", help="Where a batch's results go.", show_default=False),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a batch's results that are there.")] = False,
+    fail_on_cut: Annotated[
+        bool, typer.Option("--fail-on-cut", help="Exit with 3 if -n or the context cut a reply.")
+    ] = False,
     template: options.TemplateOptions,
     sampling: options.SamplingOptions,
     load: options.LoadOptions,
@@ -39,37 +60,60 @@ def generate(
     """Reply once to a prompt from -p, -f, or stdin.
 
     The prompt is the user's message in the model's chat template; --raw continues it as plain text.
+    With --batch there are many, and a line of JSON for each.
     """
-    from cli.display import FOLD, SHOW, PlainDisplay
-    from cli.model import given_sampling, given_variables, max_tokens, open_model, sampling_for
+    from cli.batch import CUT_REASONS, Batch
+    from cli.model import given_sampling, given_variables, max_tokens, open_model, sampling_for, stream
     from cli.prompts import Prompts, collected
 
     _check_raw(raw, system, template)
-    limit = max_tokens(n_tokens)
-    if sampling.seed is None:  # drawn here, so that --json can tell it
-        sampling = dataclasses.replace(sampling, seed=secrets.randbelow(2**32))
-    given, variables = given_sampling(sampling), given_variables(template)
-    text = _prompt(prompt, file)
+    limit, variables = max_tokens(n_tokens), given_variables(template)
     if system is not None:
         system = check_text(system, "the system message")
+    _check_batch(batch, prompt is not None or file is not None or as_json, output is not None or resume)
+    work = None if batch is None else Batch(batch, output, resume)
+    if work is not None:
+        sampling = dataclasses.replace(sampling, seed=work.seed(sampling.seed))
+    if sampling.seed is None:  # drawn here, so that --json and a batch's lines can tell it
+        sampling = dataclasses.replace(sampling, seed=secrets.randbelow(2**32))
+    given, text = given_sampling(sampling), "" if work else _prompt(prompt, file)
     started = time.perf_counter()
     with open_model(model, load, verbose, template.chat_template) as engine:
         load_s = time.perf_counter() - started
         prompts = Prompts(engine, raw, template.think, variables)
-        ids = prompts.of_text(text, system)
-        chosen, session = sampling_for(engine, given), engine.session()
-        parts = prompts.reply(session, ids, chosen, limit, stop or [])
-        if as_json:
-            print_json(_document(engine, session, collected(parts), load_s, dataclasses.asdict(chosen)))
-            return
-        display = PlainDisplay(SHOW if template.show_thinking else FOLD)
-        for kind, piece in parts:
-            display.push(kind, piece)
-        display.end()
-        if session.finish_reason == "context":
-            note(f"the context of {engine.ctx} tokens is full")
-        if verbose:
-            note(timing_line(session))
+        chosen = sampling_for(engine, given)
+        if work is not None:
+            is_cut = work.run(engine, prompts, chosen, limit, stop or [], system)
+        else:
+            ids, session = prompts.of_text(text, system), engine.session()
+            parts = prompts.parts(ids, stream(session, ids, chosen, limit, prompts.stops(stop or []), prompts.spelled))
+            if as_json:
+                print_json(_document(engine, session, collected(parts), load_s, dataclasses.asdict(chosen)))
+            else:
+                _show(parts, session, template.show_thinking, verbose)
+            is_cut = session.finish_reason in CUT_REASONS
+    if fail_on_cut and is_cut:
+        raise typer.Exit(CUT)
+
+
+def _show(parts: Iterator["Part"], session: "Session", thoughts: bool, verbose: bool) -> None:
+    from cli.display import FOLD, SHOW, PlainDisplay
+
+    display = PlainDisplay(SHOW if thoughts else FOLD)
+    for kind, piece in parts:
+        display.push(kind, piece)
+    display.end()
+    if session.finish_reason == "context":
+        note(f"the context of {session.engine.ctx} tokens is full")
+    if verbose:
+        note(timing_line(session))
+
+
+def _check_batch(batch: str | None, has_prompt: bool, has_output: bool) -> None:
+    if batch is not None and has_prompt:
+        raise typer.BadParameter("--batch has the prompts, and writes JSON: it goes with none of -p, -f and --json")
+    if batch is None and has_output:
+        raise typer.BadParameter("-o and --resume go with --batch")
 
 
 def _check_raw(raw: bool, system: str | None, template: options.TemplateOptions) -> None:

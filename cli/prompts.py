@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cli.model import stream, template_settings
+from cli.model import template_settings
 from cli.options import ThinkChoice
 from cli.output import note
 from localrun.errors import LocalrunError
@@ -14,12 +14,13 @@ from localrun.text.prompt import chat_ids, raw_ids
 if TYPE_CHECKING:
     from localrun.engine import Engine
     from localrun.generate.reasoning import Part
-    from localrun.generate.sampling import Sampling
-    from localrun.generate.session import Session
 
 
 class Prompts:
     """Prompts of one model, in its chat template; or texts that are continued, if that is asked for or it has none.
+
+    Attributes:
+        spelled: control tokens that are part of replies, with their texts.
 
     Raises LocalrunError for variables that the template lacks.
     """
@@ -28,7 +29,7 @@ class Prompts:
         self._engine, self._template = engine, None if raw else engine.template
         self._is_raw = raw
         self._settings = {} if raw else template_settings(engine.template, think, variables)
-        self._spelled = spelled_tags(engine.tokenizer) if self._template else {}
+        self.spelled = spelled_tags(engine.tokenizer) if self._template else {}
 
     def of_text(self, text: str, system: str | None = None) -> list[int]:
         """The ids of one message of the user's, or of the text itself."""
@@ -50,11 +51,12 @@ class Prompts:
             raise LocalrunError("without a chat template there is no prompt of messages")
         return chat_ids(self._template, self._engine.tokenizer, messages, self._settings)
 
-    def reply(
-        self, session: "Session", ids: Sequence[int], sampling: "Sampling", limit: int | None, stop: Sequence[str]
-    ) -> Iterator["Part"]:
-        """The reply to a prompt, as it comes."""
-        pieces = stream(session, ids, sampling, limit, [*stop, *stops_of(self._template)], self._spelled)
+    def stops(self, given: Sequence[str]) -> list[str]:
+        """Texts that end a reply: those that are given, and the template's own."""
+        return [*given, *stops_of(self._template)]
+
+    def parts(self, ids: Sequence[int], pieces: Iterable[str]) -> Iterator["Part"]:
+        """The pieces of the reply to a prompt, split into what the model thought and what it says."""
         if self._template is None:
             yield from ((CONTENT, piece) for piece in pieces)
             return

@@ -82,6 +82,42 @@ def replacing(path: Path, *, private: bool = False) -> Iterator[Path]:
             raise
 
 
+class Lines:
+    """A file of lines that grows: each one is there wholly, or is taken away when the file is opened again."""
+
+    def __init__(self, path: Path, goes_on: bool) -> None:
+        """
+        Args:
+            goes_on: with the lines that are there; else there must be none.
+
+        Raises LocalrunError if the file can't be written, or has lines and is not to go on with them.
+        """
+        self._path = path
+        with _explained(path):
+            _check_name(path)
+            self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+            if not goes_on and os.fstat(self._file.fileno()).st_size:
+                raise LocalrunError(f"{path}: is there already; --resume goes on with it, or name another file")
+
+    def read(self) -> list[bytes]:
+        """The whole lines. What a kill has left of another one goes. Raises LocalrunError if they can't be read."""
+        with _explained(self._path):
+            self._file.seek(0)
+            data = self._file.read()
+            end = data.rfind(b"\n") + 1
+            self._file.truncate(end)
+            self._file.seek(end)
+        return data[:end].split(b"\n")[:-1]
+
+    def append(self, line: bytes) -> None:
+        """Write one, onto the disk. Raises LocalrunError if it can't be."""
+        with _explained(self._path):
+            left = memoryview(line + b"\n")
+            while left:
+                left = left[self._file.write(left) :]
+            os.fsync(self._file.fileno())
+
+
 def nameless_file() -> BinaryIO:
     """An empty file to write and read that goes when closed: in memory where the system has such, so on no disk.
 

@@ -37,7 +37,7 @@ OPTIONS = {
     ],
     "generate": [
         *["-p", "--prompt", "-f", "--file", "-n", "--n-tokens", "--raw", "--system", "--stop"],
-        *[*TEMPLATE, *SAMPLING, *RUNTIME, *DRAFTS],
+        *["--batch", "-o", "--output", "--resume", "--fail-on-cut", *TEMPLATE, *SAMPLING, *RUNTIME, *DRAFTS],
         *["--json", "-v", "--verbose"],
     ],
     "serve": [

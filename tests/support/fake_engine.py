@@ -86,6 +86,9 @@ class Model:
     def chunks(self, n_tokens: int) -> list[int]:
         return cut(n_tokens)
 
+    def can_forget(self) -> bool:
+        return True
+
     def forward(self, ids: Sequence[int], cache: Cache, all_logits: bool = False) -> np.ndarray:
         self.before_step(cache)
         rows = []
