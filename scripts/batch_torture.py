@@ -2,8 +2,8 @@
 
     python scripts/batch_torture.py [MODEL] [--prompts 500] [--kills 10] [--singles 5] [-n 8]
 
-Kills are SIGKILL, each after a tenth or so of the time that the undisturbed run took. Single runs are few, since each loads
-the model: their mean stands for all.
+Kills are SIGKILL, each after a tenth or so of the time that the undisturbed run took. Single runs are few, since each
+loads the model: their mean stands for all.
 """
 
 from __future__ import annotations
@@ -54,14 +54,13 @@ def main() -> None:
         same = killed.read_bytes() == whole.read_bytes()
         single_s = [generate([*common, "-p", text]) for text in texts[: given.singles]]
     mean_s = sum(single_s) / len(single_s)
+    all_s = mean_s * given.prompts
     print(f"{given.prompts} prompts, {given.n_tokens} tokens each: {undisturbed_s:.1f} s")
     print(
         f"killed with {lengths} lines written, then resumed to the end: {'the same file' if same else 'ANOTHER FILE'}"
     )
-    print(
-        f"a single run {mean_s:.2f} s (mean of {len(single_s)}), so {given.prompts} of them {mean_s * given.prompts:.0f} "
-        f"s: {mean_s * given.prompts / undisturbed_s:.0f} times as long"
-    )
+    print(f"a single run: {mean_s:.2f} s, mean of {len(single_s)}")
+    print(f"{given.prompts} of them: {all_s:.0f} s, {all_s / undisturbed_s:.0f} times as long")
     sys.exit(not same)
 
 
