@@ -24,10 +24,10 @@ from localrun.serve.errors import APIError, failed
 from localrun.serve.metrics import metrics_text
 from localrun.serve.openai import ChatForm, Form, TextForm
 from localrun.serve.origins import OriginCheck
+from localrun.serve.page_files import is_page, page_routes
 from localrun.serve.service import ClientGoneError, Replies, Service, while_connected, with_signs_of_life
 
 MOST_BODY_BYTES = 1 << 26  # of a request: more than any context holds
-_OPEN_PATHS = ("/health",)  # without a key
 PING = b": ping\n\n"  # a comment, which clients pass over
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -45,6 +45,7 @@ def application(
     """
     endpoints = Endpoints(service)
     routes = [
+        *page_routes(),
         Route("/health", endpoints.health),
         Route("/metrics", endpoints.metrics),
         Route("/v1/models", endpoints.models),
@@ -88,7 +89,11 @@ class Endpoints:
             "object": "model",
             "created": self._started,
             "owned_by": "localrun",
-            "meta": {"n_ctx": self._service.engine.ctx, "n_vocab": self._service.engine.model.vocab_size},
+            "meta": {
+                "n_ctx": self._service.engine.ctx,
+                "n_vocab": self._service.engine.model.vocab_size,
+                "has_chat_template": self._service.template is not None,
+            },
         }
         return _json({"object": "list", "data": [model]})
 
@@ -176,7 +181,7 @@ class KeyCheck:
         self._app, self._key = app, api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS and not self._is_known(dict(scope["headers"])):
+        if scope["type"] == "http" and not _is_open(scope["path"]) and not self._is_known(dict(scope["headers"])):
             error = APIError(401, "this server needs an API key", kind="authentication_error", code="invalid_api_key")
             await _error(error)(scope, receive, send)
         else:
@@ -185,6 +190,11 @@ class KeyCheck:
     def _is_known(self, headers: dict[bytes, bytes]) -> bool:
         given = headers.get(b"x-api-key") or headers.get(b"authorization", b"").removeprefix(b"Bearer ")
         return hmac.compare_digest(given, self._key)
+
+
+def _is_open(path: str) -> bool:
+    """Whether a path needs no key."""
+    return path == "/health" or is_page(path)
 
 
 async def _body(request: Request, kind: type[bodies.Body]) -> bodies.Body:

@@ -136,6 +136,9 @@ class Engine:
             "weight_bytes": 5_000_000,
         }
 
+    def prepare(self) -> None:
+        """There is nothing to compile."""
+
     def check_ids(self, ids: Sequence[int]) -> None:
         if not ids:
             raise LocalrunError("the prompt is empty")

