@@ -10,9 +10,12 @@ import typer
 import localrun
 from cli.bench import bench
 from cli.chat import chat
+from cli.completion import answer_shells, completion
 from cli.convert import convert
 from cli.doctor import doctor
 from cli.generate import generate
+from cli.hub.pull import pull
+from cli.hub.stored import list_, remove
 from cli.imatrix import imatrix
 from cli.inspect import inspect
 from cli.output import show
@@ -32,6 +35,9 @@ app = typer.Typer(
 for command in (chat, generate, serve, inspect, perplexity, convert, imatrix, bench, doctor):
     app.command()(command)
 app.add_typer(plan, name="plan")
+for name, command in (("pull", pull), ("list", list_), ("remove", remove), ("completion", completion)):
+    app.command(name)(command)
+answer_shells()
 
 
 def _print_version(wanted: bool) -> None:

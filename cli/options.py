@@ -49,7 +49,8 @@ Model = Annotated[
     str | None,
     typer.Argument(
         metavar="MODEL",
-        help="A GGUF file, the first part of a split one, or a bundled model: miniature (the default) or smollm2.",
+        help="A GGUF file, the first part of a split one, REPO:QUANT that was pulled, or a bundled model: miniature "
+        "(the default) or smollm2.",
         show_default=False,
     ),
 ]

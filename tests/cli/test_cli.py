@@ -59,6 +59,10 @@ OPTIONS = {
         *["-f", "--file", "-o", "--output", "-c", "--ctx", "--chunks", "--device", "-t", "--threads"],
         *["--json", "-v", "--verbose"],
     ],
+    "pull": ["--folder", "--json"],
+    "list": ["--folder", "--json"],
+    "remove": ["--folder"],
+    "completion": [],
     "plan": [],  # a group: the options of its commands are in tests/cli/test_plan_cli.py
     "perplexity": [
         *["-f", "--file", "-c", "--ctx", "--chunks", *DEVICE, "-t", "--threads", "--backend"],

@@ -1,0 +1,1 @@
+"""The commands that get models, and say and delete what is there."""
