@@ -1,5 +1,6 @@
 """localrun serve: a model as an endpoint, for clients of the OpenAI API."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -31,6 +32,15 @@ def serve(
     cache_ram: Annotated[
         float, typer.Option("--cache-ram", metavar="GIB", help="RAM for finished conversations, to go on from.")
     ] = 2.0,
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--cache-dir", metavar="DIR", help="A folder for those that RAM has no room for, and for the next start."
+        ),
+    ] = None,
+    cache_disk: Annotated[
+        float, typer.Option("--cache-disk", metavar="GIB", help="What it may hold; the oldest go first.")
+    ] = 8.0,
     max_pause: Annotated[
         float,
         typer.Option(
@@ -51,10 +61,12 @@ def serve(
     try:
         from localrun.serve import server
         from localrun.serve.origins import checked_origins
+        from localrun.serve.store import Store
     except ModuleNotFoundError as error:
         raise LocalrunError(f"{error.name} is missing: pip install 'localrun[serve]'") from None
-    if not 0 <= cache_ram <= _MOST_CACHE_GIB:
-        raise LocalrunError(f"--cache-ram {cache_ram:g}; expected 0 GiB or more")
+    for option, given in (("--cache-ram", cache_ram), ("--cache-disk", cache_disk)):
+        if not 0 <= given <= _MOST_CACHE_GIB:
+            raise LocalrunError(f"{option} {given:g}; expected 0 GiB or more")
     if not 0 <= max_pause <= _MOST_PAUSE_S:
         raise LocalrunError(f"--max-pause {max_pause:g}; expected 0 to {_MOST_PAUSE_S} s")
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
@@ -65,6 +77,11 @@ def serve(
             note(f"warning: whoever reaches {host} can use the model; --api-key KEY asks for a key")
         with open_model(model, load, verbose) as engine:
             name = engine.file.path.stem
+            store = None
+            if cache_dir is not None and engine.config is None:
+                note("llama.cpp runs this model: --cache-dir has no effect")
+            elif cache_dir is not None:
+                store = Store(engine, cache_dir, int(cache_disk * 2**30), note)
             server.serve(
                 engine,
                 listener,
@@ -73,6 +90,7 @@ def serve(
                 slots=server.slots_for(engine, slots),
                 cache_bytes=int(cache_ram * 2**30),
                 most_pause_s=max_pause,
+                store=store,
                 origins=origins,
                 ready=lambda: _say(name, listener),
             )

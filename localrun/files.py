@@ -17,6 +17,7 @@ from typing import BinaryIO
 from localrun.errors import LocalrunError
 
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
+TEMPORARY = ".localrun-*.tmp"  # names of files that are being written
 _PIECE = 1 << 20  # bytes read at a time
 
 
@@ -135,7 +136,7 @@ def nameless_file() -> BinaryIO:
 
 
 def _beside(path: Path) -> Path:
-    return path.with_name(f".localrun-{secrets.token_hex(8)}.tmp")
+    return path.with_name(TEMPORARY.replace("*", secrets.token_hex(8)))
 
 
 def _create(path: Path, mode: int) -> Path:

@@ -26,6 +26,16 @@ class KVCache(Protocol):
     def truncate(self, length: int) -> None:
         """Forget all tokens from `length` on; all there are, where the model can't forget a part."""
 
+    @property
+    def n_bytes(self) -> int:
+        """Of memory that it takes by now; 0 where nobody says."""
+
+    def kept(self, length: int) -> int:
+        """Tokens that truncate(length) would leave, where that is known before."""
+
+    def copy(self, other: KVCache, length: int) -> None:
+        """Hold the first kept(length) tokens of another cache of the same model and capacity."""
+
     def save(self) -> dict[str, np.ndarray]:
         """The content as named arrays, for a file."""
 

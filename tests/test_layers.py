@@ -63,14 +63,14 @@ MAY_IMPORT = {
         "generate": "arguments errors files text runtime",
         "engine": "arguments bundled errors hardware limits gguf models placement cpu gpu backends text turn workers "
         "runtime generate",
-        "serve": "arguments errors limits hardware text generate engine",
+        "serve": "arguments errors files limits hardware text generate engine",
         "measure": "errors files hardware limits gguf models placement network cpu backends generate engine",
         "convert": "errors files gguf models text",
         "plan": "errors files hardware limits bundled gguf models placement cpu convert",
     },
 }
 # The public face, for the version and, as its users do, load().
-MAY_IMPORT_THE_PACKAGE = {"convert", "plan"}
+MAY_IMPORT_THE_PACKAGE = {"convert", "plan", "serve"}
 # Package: what no module of it may import, anywhere in it.
 FORBIDDEN = {
     "quant": {"localrun", "cli", "torch", "gguf", "typer", "rich", "prompt_toolkit", "transformers", "safetensors"},

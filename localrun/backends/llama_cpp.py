@@ -149,6 +149,20 @@ class LlamaCppCache:
         if length < self.length and not llama_cpp.llama_memory_seq_rm(self._memory, _SEQUENCE, length, -1):
             llama_cpp.llama_memory_clear(self._memory, True)
 
+    @property
+    def n_bytes(self) -> int:
+        """0: llama.cpp does not say."""
+        return 0
+
+    def kept(self, length: int) -> int:
+        """Tokens that truncate(length) leaves where the model can forget a part."""
+        return min(self.length, max(0, length))
+
+    def copy(self, other: LlamaCppCache, length: int) -> None:
+        """Hold the first tokens of another cache of this model; none where the model can't forget a part."""
+        self.load(other.save(), other.length)
+        self.truncate(length)
+
     def save(self) -> dict[str, np.ndarray]:
         """The state of the sequence, uint8, for load() into a cache of the same model. It holds no logits."""
         import llama_cpp

@@ -303,10 +303,8 @@ class Session:
         """Hold the first `length` tokens of another session of this engine, or none where forget() would keep none."""
         with self.engine.turn:
             self.forget(0)
-            other.forget(len(other.ids))
-            self._cache.load(other._cache.save(), len(other.ids))
-            self.ids = list(other.ids)
-            self.forget(length)
+            self._cache.copy(other._cache, length)
+            self.ids = other.ids[: self._cache.length]
 
     def forget(self, length: int) -> None:
         """Keep the first `length` tokens, or none where the model can't forget a part."""
@@ -359,16 +357,27 @@ class Session:
             if ids is None:
                 raise LocalrunError(f"{path}: not a saved session: its token ids are damaged")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        self._reply, self.ids = replace(self._reply), []  # a reply that is at work has ended
-        self.forget(0)
         try:
-            if ids:
-                self.engine.check_ids(ids)
-            self._cache.load(tensors, len(ids))
+            self.restore(ids, tensors)
         except LocalrunError as error:
-            self._cache.truncate(0)
             raise type(error)(f"{path}: {error}") from None
-        self.ids = ids
+
+    def restore(self, ids: list[int], tensors: dict[str, np.ndarray]) -> None:
+        """Hold what another session of this model held: its ids, and what its cache's save() gave.
+
+        Raises LocalrunError if they are something else, or too long; nothing is held then.
+        """
+        with self.engine.turn:
+            self._reply, self.ids = replace(self._reply), []  # a reply that is at work has ended
+            self.forget(0)
+            try:
+                if ids:
+                    self.engine.check_ids(ids)
+                self._cache.load(tensors, len(ids))
+            except LocalrunError:
+                self._cache.truncate(0)
+                raise
+            self.ids = ids
 
 
 @dataclass

@@ -69,6 +69,11 @@ class GroupedCache(DeviceContext):
             torch.empty(self._n_layers, capacity, width, dtype=dtype, device=device) for width in row_widths(config)
         )
 
+    @property
+    def n_bytes(self) -> int:
+        """Of device memory."""
+        return self.keys.nbytes + self.values.nbytes
+
     def append(self, layer: int, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write the rows (T, width) of tokens at these positions, int64 (T,) on the device."""
         self.keys[layer].index_copy_(0, positions, keys.to(self.keys.dtype))

@@ -19,6 +19,8 @@ from localrun.models.config import Config, cache_rows
 if TYPE_CHECKING:
     import torch
 
+_PAGE, _LARGE_PAGE, _LARGE = 1 << 12, 1 << 21, 1 << 22  # bytes: NumPy asks for large pages in arrays from _LARGE on
+
 
 class Context:
     """How many tokens a cache holds, wherever its rows live.
@@ -42,9 +44,26 @@ class Context:
         """All layers have appended n_tokens."""
         self.length += n_tokens
 
+    def kept(self, length: int) -> int:
+        """Tokens that truncate(length) would leave."""
+        return min(self.length, max(0, length))
+
     def truncate(self, length: int) -> None:
         """Forget all tokens from `length` on."""
-        self.length = min(self.length, max(0, length))
+        self.length = self.kept(length)
+
+    def save(self) -> dict[str, np.ndarray]:
+        """The content as named arrays."""
+        raise NotImplementedError
+
+    def load(self, tensors: dict[str, np.ndarray], length: int) -> None:
+        """Take over what save() gave for `length` tokens. Raises LocalrunError if it is something else, or too long."""
+        raise NotImplementedError
+
+    def copy(self, other: "Context", length: int) -> None:
+        """Hold the first kept(length) tokens of another cache of the same model and capacity."""
+        self.load(other.save(), other.length)
+        self.truncate(length)
 
     @contextmanager
     def all_or_none(self) -> Iterator[None]:
@@ -101,6 +120,7 @@ class Cache(Context):
         self.is_exact = dtype == np.float32
         self._windows = [0] * len(widths) if windows is None else list(windows)
         self._written = 0  # positions below it may have been written since the cache was empty
+        self._touched = 0  # or at any time: memory that has been written to stays
         self._layers = [
             tuple(np.empty((cache_rows(window, capacity), width), dtype) for width in layer)
             for window, layer in zip(self._windows, widths, strict=True)
@@ -109,10 +129,25 @@ class Cache(Context):
         self.addresses = np.array([rows.ctypes.data for rows in blocks], np.int64)
         self.n_rows = np.array([len(rows) for rows in blocks], np.int64)
 
+    @property
+    def n_bytes(self) -> int:
+        """Of memory that has been written to, in whole pages."""
+        return sum(_resident(rows, self._touched) for parts in self._layers for rows in parts)
+
     def check_room(self, n_tokens: int) -> None:
         """Raises ContextFullError unless n_tokens more fit. What they go over in rings counts as lost from now on."""
         super().check_room(n_tokens)
-        self._written = max(self._written, self.length + n_tokens)
+        self._write_to(self.length + n_tokens)
+
+    def _write_to(self, end: int) -> None:
+        """Positions below `end` are written, or about to be."""
+        self._written, self._touched = max(self._written, end), max(self._touched, end)
+
+    def kept(self, length: int) -> int:
+        """Tokens that truncate(length) would leave."""
+        length = super().kept(length)
+        is_lost = any(self._kept_from(window) > max(0, length + 1 - window) for window in self._windows if window)
+        return 0 if is_lost else length
 
     def truncate(self, length: int) -> None:
         """Forget all tokens from `length` on; all there are, where a ring has lost rows that the next token would see.
@@ -120,8 +155,6 @@ class Cache(Context):
         Those are to be evaluated anew then, which gives what they gave before.
         """
         super().truncate(length)
-        if any(self._kept_from(window) > max(0, self.length + 1 - window) for window in self._windows if window):
-            super().truncate(0)
         if self.length == 0:
             self._written = 0
 
@@ -164,6 +197,18 @@ class Cache(Context):
             for part, rows in enumerate(parts)
         }
 
+    def copy(self, other: "Cache", length: int) -> None:
+        """Hold the first kept(length) tokens of another cache of the same model and capacity. Rings come whole."""
+        self.truncate(0)
+        self.length = other.kept(length)
+        if not self.length:
+            return
+        for window, parts, theirs in zip(self._windows, self._layers, other._layers, strict=True):
+            for rows, source in zip(parts, theirs, strict=True):
+                n_rows = min(other._written, len(rows)) if window else self.length
+                rows[:n_rows] = source[:n_rows]
+        self._write_to(other._written if any(self._windows) else self.length)
+
     def _places(self, layer: int, first: int) -> slice | np.ndarray:
         """Where a layer's rows of positions `first` to `length` are."""
         if not self._windows[layer]:
@@ -175,6 +220,7 @@ class Cache(Context):
         counts = [self._count_saved(tensors, layer, length) for layer in range(len(self._layers))]
         self._check_saved(tensors, length, self._widths, self._dtype, counts)
         self.length = self._written = length
+        self._touched = max(self._touched, length)
         for layer, (count, parts) in enumerate(zip(counts, self._layers, strict=True)):
             if count < length:
                 self._written = max(self._written, length - count + len(parts[0]))
@@ -188,7 +234,14 @@ class Cache(Context):
             return length
         found = tensors.get(f"{layer}.0")
         n_found = len(found) if found is not None and found.ndim else 0
-        return min(max(n_found, min(length, window)), cache_rows(window, length))
+        return min(max(n_found, min(length, window - 1)), cache_rows(window, length))
+
+
+def _resident(rows: np.ndarray, touched: int) -> int:
+    """Bytes of an array's memory once its first `touched` rows have been written to; rings have fewer rows."""
+    page = _LARGE_PAGE if rows.nbytes >= _LARGE else _PAGE
+    written = min(touched, len(rows)) * rows.strides[0]
+    return min(-(-written // page) * page, rows.nbytes)
 
 
 def row_widths(config: Config, index: int | None = None) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from localrun.generate.together import step_together
 from localrun.serve.chunks import ChunkSize
 from localrun.serve.job import Job
 from localrun.serve.prefixes import Prefixes
+from localrun.serve.store import Store
 
 MOST_WAITING = 64  # replies
 MOST_PAUSE_S = 1.0  # of a running reply, while others' prompts are read
@@ -70,6 +71,7 @@ class Scheduler:
 
     Args:
         most_pause_s: the seconds between two tokens of a running reply that reading prompts should keep to.
+        store: where conversations go that there is no room for.
     """
 
     def __init__(
@@ -79,12 +81,13 @@ class Scheduler:
         cache_bytes: int,
         most_waiting: int = MOST_WAITING,
         most_pause_s: float = MOST_PAUSE_S,
+        store: Store | None = None,
     ):
         self.totals = Totals()
         self._engine, self._slots, self._most_waiting = engine, slots, most_waiting
         self._most_pause_s, self._chunk_size = most_pause_s, ChunkSize()
         self._left_s: float | None = None  # for the chunk at hand; None where no reply waits for it
-        self._prefixes = Prefixes(engine, cache_bytes, slots)
+        self._prefixes = Prefixes(engine, cache_bytes, slots, store)
         self._waiting: list[Job] = []
         self._running: list[_Running] = []
         self._changed = threading.Condition()
@@ -118,12 +121,17 @@ class Scheduler:
             self._waiting += jobs
             self._changed.notify()
 
-    def close(self) -> None:
-        """Cancel what is left, and end the thread after the chunk or step that it is at."""
+    def close(self, keep: bool = True) -> None:
+        """Cancel what is left, and end the thread after the chunk or step that it is at.
+
+        keep: have the store hold what is kept, which takes as long as writing it.
+        """
         with self._changed:
             self._is_closed = True
             self._changed.notify()
         self._thread.join()
+        if keep:
+            self._prefixes.close()
 
     def _wait_s(self) -> int:
         """About how long until one of those that wait begins."""

@@ -18,6 +18,7 @@ from localrun.errors import LocalrunError
 from localrun.serve.app import application
 from localrun.serve.scheduler import MOST_PAUSE_S, Scheduler
 from localrun.serve.service import Service
+from localrun.serve.store import Store
 
 MOST_SLOTS = 256
 _USUAL_SLOTS = 4
@@ -86,6 +87,7 @@ def serve(
     slots: int,
     cache_bytes: int,
     most_pause_s: float = MOST_PAUSE_S,
+    store: Store | None = None,
     origins: Sequence[str] = (),
     ready: Callable[[], None],
 ) -> None:
@@ -96,21 +98,25 @@ def serve(
         api_key: what they have to send; None for nothing.
         slots: replies that run at once.
         cache_bytes: of finished conversations that are kept.
+        store: where they go that there is no room for, and all in the end.
         most_pause_s: the seconds between two tokens of a running reply that reading prompts should keep to.
         origins: whose pages may use the server, in a browser, besides its own.
         ready: called once connections are taken.
     """
     engine.prepare()
-    scheduler = Scheduler(engine, slots, cache_bytes, most_pause_s=most_pause_s)
+    scheduler = Scheduler(engine, slots, cache_bytes, most_pause_s=most_pause_s, store=store)
+    is_hurried = True
     try:
         service = Service(engine, scheduler, name)
         app = application(service, api_key, origins=origins, is_local=is_loopback(listener))
         config = uvicorn.Config(
             app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=_KEEP_ALIVE_S, ws="none"
         )
-        _Server(config, ready).run(sockets=[listener])
+        server = _Server(config, ready)
+        server.run(sockets=[listener])
+        is_hurried = server.force_exit
     finally:
-        scheduler.close()
+        scheduler.close(keep=not is_hurried)
 
 
 class _Server(uvicorn.Server):

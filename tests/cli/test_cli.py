@@ -41,8 +41,8 @@ OPTIONS = {
         *["--json", "-v", "--verbose"],
     ],
     "serve": [
-        *["--host", "--port", "--api-key", "--slots", "--cache-ram", "--max-pause", "--allow-origin"],
-        *[*RUNTIME, *DRAFTS],
+        *["--host", "--port", "--api-key", "--slots", "--cache-ram", "--cache-dir", "--cache-disk"],
+        *["--max-pause", "--allow-origin", *RUNTIME, *DRAFTS],
         *["-v", "--verbose"],
     ],
     "bench": [

@@ -62,6 +62,14 @@ class Cache:
     def truncate(self, n: int) -> None:
         del self.ids[n:]
 
+    n_bytes = 0
+
+    def kept(self, length: int) -> int:
+        return min(self.length, length)
+
+    def copy(self, other: "Cache", length: int) -> None:
+        self.ids = other.ids[:length]
+
     def save(self) -> dict[str, np.ndarray]:
         return {"ids": np.array(self.ids, np.uint8)}
 

@@ -171,7 +171,7 @@ def test_a_ring_saves_what_it_holds(small_rings: None) -> None:
     assert other.length == 0
 
 
-@pytest.mark.parametrize("n_rows", [3, 17])
+@pytest.mark.parametrize("n_rows", [2, 17])
 def test_too_few_or_too_many_rows_are_refused(small_rings: None, n_rows: int) -> None:
     cache = ring()
     append(cache, 0, 40)
