@@ -17,19 +17,31 @@ from quant.formats.grids_quantize import quantizer
 from quant.gemm.microkernel_k_block import K_BLOCK_BYTES, SIGNED_BYTES, TWO_SCALES
 from quant.gemm.repack import SCALES as K_BLOCK_SCALES
 from quant.gemv import pairs, plain
-from quant.gemv.activations import EVERY_FOURTH, IN_ORDER, SCALES_16, SCALES_OF_16, STARTS, SUMS_16
+from quant.gemv.activations import (
+    EVERY_EIGHTH,
+    EVERY_FOURTH,
+    IN_ORDER,
+    SCALES_16,
+    SCALES_OF_16,
+    SCALES_OF_32,
+    STARTS,
+    STARTS_32,
+    SUMS_16,
+)
 from quant.gemv.plain import specialize
-from quant.simd.core import I32, I64, call, constant, define, f32x16, i8x64, i32x16, load, shuffle
-from quant.simd.floats import fma, halves_f32x32, picked, to_f32
+from quant.simd.core import I32, I64, constant, define, f32x16, i8x64, i32x16, load, shuffle
+from quant.simd.floats import as_f32, fma, halves_f32x32, lookup_f32, picked, to_f32
 from quant.simd.ints import WEIGHT_BIAS, dot_biased, dot_u8, pair_sums_wide, where_bits, zero_i32x16
 from quant.simd.memory import (
     emit_table,
+    load_8_twice,
     load_f32,
     load_f32x16,
     load_i8x32,
     load_i8x64,
     load_i32x16,
     load_i64,
+    load_twice,
     stack,
     store_f32x16,
     store_f32x32,
@@ -73,11 +85,10 @@ def load_fields(element: int, words: Sequence[int], shifts: Sequence[int]) -> Ca
 
 def odd_numbers(n_bits: int, unit: float) -> Callable:
     """An intrinsic f32x16(i32x16): unit * (2*ls + 1), ls the lowest n_bits; by a table of 16 where there is one."""
-    table = ir.Constant(f32x16.ir, [unit * (2 * (i % 2**n_bits) + 1) for i in range(16)])
+    if isa.has("avx512_vnni"):
+        return lookup_f32([unit * (2 * (i % 2**n_bits) + 1) for i in range(16)])
 
     def emit(builder, v):
-        if isa.has("avx512_vnni"):
-            return call(builder, "llvm.x86.avx512.permvar.sf.512", f32x16.ir, table, v)
         doubled = builder.shl(builder.and_(v, constant(v.type, 2**n_bits - 1)), constant(v.type, 1))
         odd = builder.sitofp(builder.or_(doubled, constant(v.type, 1)), f32x16.ir)
         return builder.fmul(odd, constant(f32x16.ir, unit))
@@ -177,14 +188,36 @@ def _repack(rows, n_blocks, out):
 
 
 @inline
-def _add_fourths(weights, k_block, total):
-    """weights: of columns 0 4 8 ..., 1 5 9 ... and so on, raised by 128; a lane adds up 16 columns."""
+def _add_row(weights, k_block, total):
     q = k_block + EVERY_FOURTH
     dots = dot_u8(load_i32x16(k_block + STARTS), weights[0], load_i8x64(q))
     dots = dot_u8(dots, weights[1], load_i8x64(q + 64))
     dots = dot_u8(dots, weights[2], load_i8x64(q + 128))
     dots = dot_u8(dots, weights[3], load_i8x64(q + 192))
     return fma(to_f32(dots), weights[4] * load_f32x16(k_block + SCALES_OF_16), total)
+
+
+@inline
+def _add_fourths(weights, k_block, total):
+    """weights: a tuple a row, of columns 0 4 8 ..., 1 5 9 ... and so on, raised by 128; a lane adds up 16 columns."""
+    return _add_row(weights[0], k_block, total[0]), _add_row(weights[1], k_block, total[1])
+
+
+@inline
+def dots_of_eighths(weights, k_block, start):
+    """start + products of columns 0 8 16 ..., 1 9 17 ... and so on of two rows; a lane adds up 32 columns of one."""
+    q, zero = k_block + EVERY_EIGHTH, zero_i32x16()
+    first = dot_u8(dot_u8(start, weights[0], load_twice(q)), weights[1], load_twice(q + 32))
+    first = dot_u8(dot_u8(first, weights[2], load_twice(q + 64)), weights[3], load_twice(q + 96))
+    last = dot_u8(dot_u8(zero, weights[4], load_twice(q + 128)), weights[5], load_twice(q + 160))
+    return first + dot_u8(dot_u8(last, weights[6], load_twice(q + 192)), weights[7], load_twice(q + 224))
+
+
+@inline
+def add_eighths(weights, k_block, total):
+    """The weights raised by 128."""
+    dots = dots_of_eighths(weights, k_block, load_8_twice(k_block + STARTS_32))
+    return fma(to_f32(dots), weights[8] * as_f32(load_8_twice(k_block + SCALES_OF_32)), total)
 
 
 def signed_values(
@@ -239,7 +272,8 @@ def grid_format(
     kind: int,
     offset: int,
     level: str = "avx2",
-    two_blocks: Callable,
+    four_rows: Callable,
+    add: Callable | None = None,
     repack: Kernel,
 ) -> Format:
     """A format of grid entries.
@@ -254,8 +288,9 @@ def grid_format(
         unit: see the module.
         kind, offset: of PanelFormat.
         level: the lowest that has a micro-kernel for it.
-        two_blocks: where bytes can be permuted, inline (block, block) -> of each 4 vectors of weights + 128, every
-            fourth column in each.
+        four_rows: where bytes can be permuted, inline (four blocks) -> of each 4 vectors of weights + 128, every
+            fourth column in each. With `add`: of two pairs its first argument.
+        add: there, inline (of two blocks, address of a k-block, total f32x16) -> total, whose halves are the rows'.
         repack: for there, to panels of bytes.
     """
     block_bytes, odd = layout.itemsize, odd_numbers(n_bits, unit)
@@ -286,15 +321,22 @@ def grid_format(
         return *quarters, _in_order_of_dots(scales(block))
 
     @inline
-    def weights_of_two(first, second):
-        a, b = two_blocks(first, second)
-        return (*a, scales(first)), (*b, scales(second))
+    def with_scales(a, b, c, d):
+        first, second, third, fourth = four_rows(a, b, c, d)
+        pair = (*first, scales(a)), (*second, scales(b))
+        return pair, ((*third, scales(c)), (*fourth, scales(d)))
 
     names = {"BLOCK_BYTES": block_bytes, "RAISED": offset, "write_weights": write_weights, "scales": scales}
     expand = kernel(EXPAND)(specialize(_expand, f"expand_{name}", **names))
     quantize = quantizer(name, layout)
     if CAN_PERMUTE:
-        gemv, gemv_batch = pairs.kernels(name, block_bytes, weights_of_two, _add_fourths)
+        gemv, gemv_batch = pairs.kernels(
+            name,
+            block_bytes,
+            four_rows if add else with_scales,
+            add or _add_fourths,
+            pairs.HALVES if add else pairs.TWO,
+        )
         panels = PanelFormat(TWO_SCALES if kind == TWO_SCALES else SIGNED_BYTES, 128, repack)
     else:
         gemv, gemv_batch = plain.kernels(name, block_bytes, weights, _add_k_block, together=1)

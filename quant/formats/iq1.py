@@ -16,14 +16,18 @@ from quant.formats import codebooks
 from quant.formats.grids import entry_of, fields_of, grid_format, load_fields, odd_numbers, signed_values, store_turned
 from quant.gemm.microkernel_k_block import K_BLOCK_BYTES, SYMMETRIC, TWO_SCALES
 from quant.gemm.repack import SCALES as K_BLOCK_SCALES
-from quant.simd.floats import splat_f32x16
-from quant.simd.ints import shifted, where_bits
+from quant.gemv.activations import EVERY_EIGHTH, SCALES_OF_32, STARTS_32
+from quant.simd.floats import as_f32, fma, lookup_f32, splat_f32x16, to_f32
+from quant.simd.ints import dot_u8, join, shifted, where_bits, zero_i32x16
 from quant.simd.memory import (
     f16_to_f32,
+    load_8_twice,
     load_f16_everywhere,
+    load_f16_in_halves,
     load_i8x16,
     load_i8x32,
     load_i64,
+    load_twice,
     load_u8,
     load_u16,
     load_u32,
@@ -32,6 +36,7 @@ from quant.simd.memory import (
 from quant.simd.permutes import (
     at_least_mask,
     bits_from,
+    both_of_table,
     bytes_of,
     eights_in_turn,
     fours_in_turn,
@@ -39,6 +44,7 @@ from quant.simd.permutes import (
     interleave_low,
     mask_of,
     table_of,
+    widened_words,
     with_bit,
 )
 from quant.simd.rows16 import gather, half_to_f32, transpose
@@ -156,7 +162,7 @@ _first, _second, _third, _fourth = (
     table_of(signed_values(_UP, shift, 2, sign, _DOWN)) for shift, sign in ((2, 5), (4, 3), (0, 3), (4, 3))
 )
 _delta_3, _delta_5 = with_bit(3), with_bit(5)
-_first_half = table_of(fields_of("IQ1_S", _PLACES, 2))
+_first_half, _first_halves = (lookup(fields_of("IQ1_S", _PLACES, 2)) for lookup in (table_of, both_of_table))
 _up_2, _down_2, _up_4, _down_4 = shifted(2, 2), shifted(-2, -2), shifted(4, 4), shifted(-4, -4)
 
 
@@ -179,6 +185,7 @@ _number, _change, _fields = (table_of(table) for table in _runs())
 
 @inline
 def _second_half(index, upper):
+    """Fields of groups' last four weights."""
     sixteen = _down_4(index) & 15 | _up_4(upper) & 112
     number = _number(sixteen)
     return _fields(where_bits(at_least_mask(index & 15, _change(sixteen)), number + 1, number))
@@ -207,36 +214,81 @@ def _halves(index, upper):
 
 
 @inline
-def _two_blocks(index, upper, deltas):
-    """Of bytes of groups, 8 of one block and 8 of another in turn: index, its upper 3 bits, delta's sign in bit 3."""
-    low, high = _halves(index, upper)
+def _masks(upper):
+    return _ninth(upper), _tenth(upper), _eleventh(upper)
+
+
+@inline
+def _two_blocks(low, high, deltas):
+    """Of bytes of groups, 8 of one block and 8 of another in turn: codes of halves, delta's sign in bit 3."""
     return (
         _fourths(interleave_low(low, high), interleave_low(deltas, deltas)),
         _fourths(interleave_high(low, high), interleave_high(deltas, deltas)),
     )
 
 
-_threes = bits_from([0, 3, 6, 9, 16, 19, 22, 25])
-_last_of_16 = bits_from([12, 12, 12, 12, 28, 28, 28, 28])
 _nibbles = bits_from(range(0, 32, 4))
+_threes_of_rows = bits_from([at + 3 * i for at in (0, 32) for i in range(4)])
+# By 3 bits of s and delta's sign: 2*s + 1; what the sum of -128*q is to be multiplied by.
+_4TH, _16TH, _64TH = (np.float32(4.0**-i) for i in (1, 2, 3))
+_scale_s = lookup_f32([2 * s + 1 for s in range(8)] * 2)
+_eighths = lookup_f32([7 / 1024] * 8 + [9 / 1024] * 8)
 
 
 @inline
-def _two_s(a, b):
-    index = eights_in_turn(load_i8x32(a + QS_S), load_i8x32(b + QS_S))
-    qh = fours_in_turn(load_i8x16(a + QH_S), load_i8x16(b + QH_S))
-    return _two_blocks(index, _threes(qh), _last_of_16(qh))
+def _index_s(a, b):
+    """Of two blocks' groups: indices, their upper 3 bits; of each 32 weights 16 bits of qh."""
+    qh = widened_words(join(load_i8x16(a + QH_S), load_i8x16(b + QH_S)))
+    return join(load_i8x32(a + QS_S), load_i8x32(b + QS_S)), _threes_of_rows(bytes_of(qh)), qh
 
 
 @inline
-def _two_m(a, b):
+def _four_s(a, b, c, d):
+    first, upper, qh = _index_s(a, b)
+    second, more_upper, more_qh = _index_s(c, d)
+    low = _first_halves(first, second, _masks(upper), _masks(more_upper))
+    pair = low[0], _second_half(first, upper), qh, load_f16_in_halves(a + D, b + D)
+    return pair, (low[1], _second_half(second, more_upper), more_qh, load_f16_in_halves(c + D, d + D))
+
+
+@inline
+def _add_s(weights, k_block, total):
+    """weights: of two blocks codes of groups' halves, qh, d. A lane adds up 32 columns of one block.
+
+    A code's fields are multiplied where they are, as w + 1 times 1, 4, 16 and 64.
+    """
+    low, high, qh, d = weights
+    q, zero = k_block + EVERY_EIGHTH, zero_i32x16()
+    dots_0 = dot_u8(dot_u8(zero, low & 12, load_twice(q)), high & 12, load_twice(q + 128))
+    dots_1 = dot_u8(dot_u8(zero, low & 48, load_twice(q + 32)), high & 48, load_twice(q + 160))
+    dots_2 = dot_u8(dot_u8(zero, low & 3, load_twice(q + 64)), high & 3, load_twice(q + 192))
+    dots_3 = dot_u8(dot_u8(zero, low & 192, load_twice(q + 96)), high & 192, load_twice(q + 224))
+    dots = fma(to_f32(dots_1), _16TH, fma(to_f32(dots_3), _64TH, to_f32(dots_2)))
+    dots = fma(to_f32(dots_0), _4TH, dots)
+    # The 1 in w + 1 and delta: the sum of q times -7/8 or -9/8. A start is -128 of it.
+    sums = to_f32(load_8_twice(k_block + STARTS_32))
+    dots = fma(_eighths(qh >> 12), sums, dots)
+    return fma(dots, _scale_s(qh >> 12) * d * as_f32(load_8_twice(k_block + SCALES_OF_32)), total)
+
+
+@inline
+def _index_m(a, b):
+    """Of two blocks' groups, 8 in turn: indices, nibbles of upper bits and delta's sign."""
     index = eights_in_turn(load_i8x32(a + QS_M), load_i8x32(b + QS_M))
-    nibbles = _nibbles(fours_in_turn(load_i8x16(a + QH_M), load_i8x16(b + QH_M)))
-    return _two_blocks(index, nibbles, nibbles)
+    return index, _nibbles(fours_in_turn(load_i8x16(a + QH_M), load_i8x16(b + QH_M)))
+
+
+@inline
+def _four_m(a, b, c, d):
+    first, upper = _index_m(a, b)
+    second, more_upper = _index_m(c, d)
+    low = _first_halves(first, second, _masks(upper), _masks(more_upper))
+    a, b = _two_blocks(low[0], _second_half(first, upper), upper)
+    c, d = _two_blocks(low[1], _second_half(second, more_upper), more_upper)
+    return a, b, c, d
 
 
 # Of 16 rows' words of 16 bits:
-_threes_of_rows = bits_from([at + 3 * i for at in (0, 32) for i in range(4)])
 _last_of_rows = bits_from([at + 12 for at in (0, 32) for _ in range(4)])
 _nibbles_of_rows = bits_from([at + 4 * i for at in (0, 32) for i in range(4)])
 
@@ -297,11 +349,11 @@ def _repack_m(rows, n_blocks, out):
 
 IQ1_S = grid_format(
     "IQ1_S", LAYOUT_S, unpack_s, group=_group_s, bits=_bits_s, marked=_lower, d=_d_s, fields=_fields_s, n_bits=3,
-    unit=0.125, kind=SYMMETRIC, offset=9, two_blocks=_two_s,
+    unit=0.125, kind=SYMMETRIC, offset=9, four_rows=_four_s, add=_add_s,
     repack=_repack_s,
 )  # fmt: skip
 IQ1_M = grid_format(
     "IQ1_M", LAYOUT_M, unpack_m, group=_group_m, bits=_bits_m, marked=_lower, d=_d_m, fields=_fields_m, n_bits=3,
-    unit=0.125, kind=TWO_SCALES, offset=9, two_blocks=_two_m,
+    unit=0.125, kind=TWO_SCALES, offset=9, four_rows=_four_m,
     repack=_repack_m,
 )  # fmt: skip

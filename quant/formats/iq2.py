@@ -8,11 +8,14 @@ Source: ggml src/ggml-common.h @d99724f, block_iq2_xxs, block_iq2_xs, block_iq2_
 ggml-quants.c.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from quant.block_format import REPACK, block_layout, offsets
 from quant.formats import codebooks
 from quant.formats.grids import (
+    add_eighths,
     entry_of,
     fields_of,
     four_sevens,
@@ -29,8 +32,10 @@ from quant.gemm.repack import SCALES
 from quant.simd.ints import shifted
 from quant.simd.memory import (
     load_f16_everywhere,
+    load_f16_in_halves,
     load_i8x32,
     load_i8x64,
+    load_i32x16,
     load_i64,
     load_u8,
     load_u16,
@@ -39,6 +44,7 @@ from quant.simd.memory import (
 )
 from quant.simd.permutes import (
     bits_from,
+    both_of_table,
     bytes_of,
     eights_in_turn,
     even_bytes,
@@ -194,14 +200,16 @@ _signs_of_sevens = table_of(codebooks.ksigns())
 _sevens = bits_from([0, 7, 14, 21, 32, 39, 46, 53])
 
 
-def _codes_of(name: str):
+def _codes_of(name: str, lookup: Callable = table_of):
     """Lookups of the bytes of a group's first weights and of its last."""
-    return (table_of(fields_of(name, [4 * half + place for place in _PLACES], 2)) for half in range(2))
+    return (lookup(fields_of(name, [4 * half + place for place in _PLACES], 2)) for half in range(2))
 
 
 _low_xxs, _high_xxs = _codes_of("IQ2_XXS")
 _low_xs, _high_xs = _codes_of("IQ2_XS")
 _low_s, _high_s = _codes_of("IQ2_S")
+_lows_xs, _highs_xs = _codes_of("IQ2_XS", both_of_table)
+_lows_s, _highs_s = _codes_of("IQ2_S", both_of_table)
 _move_2 = shifted(-2, -2)
 _move_4 = shifted(-4, -4)
 _move_1 = shifted(-1, -1)
@@ -230,31 +238,66 @@ def _two_blocks(low, high, signs):
 
 @inline
 def _two_xxs(a, b):
-    a, b = load_i8x64(a + QS), load_i8x64(b + QS)
-    index = even_words(a, b)
-    return _two_blocks(_low_xxs(index), _high_xxs(index), _signs_of_sevens(_sevens(odd_words(a, b))))
+    """Of both blocks all groups' first weights, second ones and so on; scales."""
+    first, second = load_i32x16(a + QS), load_i32x16(b + QS)
+    index, words = bytes_of(even_words(first, second)), odd_words(first, second)
+    signs = _signs_of_sevens(_sevens(bytes_of(words)))
+    return (
+        *_fourths(_low_xxs(index), signs),
+        *_fourths(_high_xxs(index), _move_4(signs)),
+        _odd(words >> 28) * load_f16_in_halves(a + D, b + D),
+    )
 
 
 _ninth_bits = mask_of([1])
 
 
 @inline
-def _two_xs(a, b):
+def _four_xxs(a, b, c, d):
+    return _two_xxs(a, b), _two_xxs(c, d)
+
+
+@inline
+def _four_blocks(low, high, first_signs, second_signs):
+    a, b = _two_blocks(low[0], high[0], first_signs)
+    c, d = _two_blocks(low[1], high[1], second_signs)
+    return a, b, c, d
+
+
+@inline
+def _index_xs(a, b):
+    """Indices' lower 8 bits, their ninth ones, signs."""
     a, b = load_i8x64(a + QS), load_i8x64(b + QS)
     index, upper = even_bytes(a, b), odd_bytes(a, b)
-    ninth = _ninth_bits(upper)
-    return _two_blocks(_low_xs(index, ninth), _high_xs(index, ninth), _signs_of_sevens(_move_1(upper)))
+    return index, (_ninth_bits(upper),), _signs_of_sevens(_move_1(upper))
+
+
+@inline
+def _four_xs(a, b, c, d):
+    first, masks, signs = _index_xs(a, b)
+    second, more_masks, more_signs = _index_xs(c, d)
+    low, high = _lows_xs(first, second, masks, more_masks), _highs_xs(first, second, masks, more_masks)
+    return _four_blocks(low, high, signs, more_signs)
 
 
 _ninth_of_4, _tenth_of_4 = mask_of([1, 4, 16, 64]), mask_of([2, 8, 32, 128])
 
 
 @inline
-def _two_s(a, b):
+def _index_s(a, b):
+    """Indices' lower 8 bits, their ninth and tenth ones, signs."""
     upper = spread_bytes(load_i64(a + QH), load_i64(b + QH))
-    index, ninth, tenth = eights_in_turn(load_i8x32(a + QS), load_i8x32(b + QS)), _ninth_of_4(upper), _tenth_of_4(upper)
+    index = eights_in_turn(load_i8x32(a + QS), load_i8x32(b + QS))
     signs = eights_in_turn(load_i8x32(a + SIGNS_S), load_i8x32(b + SIGNS_S))
-    return _two_blocks(_low_s(index, ninth, tenth), _high_s(index, ninth, tenth), signs)
+    return index, (_ninth_of_4(upper), _tenth_of_4(upper)), signs
+
+
+@inline
+def _four_s(a, b, c, d):
+    first, masks, signs = _index_s(a, b)
+    second, more_masks, more_signs = _index_s(c, d)
+    low, high = _lows_s(first, second, masks, more_masks), _highs_s(first, second, masks, more_masks)
+    return _four_blocks(low, high, signs, more_signs)
 
 
 @inline
@@ -342,16 +385,16 @@ def _repack_s(rows, n_blocks, out):
 
 IQ2_XXS = grid_format(
     "IQ2_XXS", LAYOUT_XXS, unpack_xxs, group=_group_xxs, bits=_bits_xxs, marked=negative, d=_d, fields=_fields_xxs,
-    n_bits=4, unit=UNIT, kind=SIGNED_BYTES, offset=128, two_blocks=_two_xxs,
+    n_bits=4, unit=UNIT, kind=SIGNED_BYTES, offset=128, four_rows=_four_xxs, add=add_eighths,
     repack=_repack_xxs,
 )  # fmt: skip
 IQ2_XS = grid_format(
     "IQ2_XS", LAYOUT_XS, unpack_xs, group=_group_xs, bits=_bits_xs, marked=negative, d=_d, fields=_fields_xs, n_bits=4,
-    unit=UNIT, kind=TWO_SCALES, offset=43, two_blocks=_two_xs,
+    unit=UNIT, kind=TWO_SCALES, offset=43, four_rows=_four_xs,
     repack=_repack_xs, level="avx512_vnni",
 )  # fmt: skip
 IQ2_S = grid_format(
     "IQ2_S", LAYOUT_S, unpack_s, group=_group_s, bits=_bits_s, marked=negative, d=_d, fields=_fields_s, n_bits=4,
-    unit=UNIT, kind=TWO_SCALES, offset=43, two_blocks=_two_s,
+    unit=UNIT, kind=TWO_SCALES, offset=43, four_rows=_four_s,
     repack=_repack_s, level="avx512_vnni",
 )  # fmt: skip

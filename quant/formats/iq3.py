@@ -172,13 +172,13 @@ def _block_s(block):
 
 
 @inline
-def _two_xxs(a, b):
-    return _block_xxs(a), _block_xxs(b)
+def _four_xxs(a, b, c, d):
+    return _block_xxs(a), _block_xxs(b), _block_xxs(c), _block_xxs(d)
 
 
 @inline
-def _two_s(a, b):
-    return _block_s(a), _block_s(b)
+def _four_s(a, b, c, d):
+    return _block_s(a), _block_s(b), _block_s(c), _block_s(d)
 
 
 # Of 16 rows' words: signs of 16 columns as above, for the first or the second half of 32.
@@ -244,11 +244,11 @@ def _repack_s(rows, n_blocks, out):
 
 IQ3_XXS = grid_format(
     "IQ3_XXS", LAYOUT_XXS, unpack_xxs, group=_group_xxs, bits=_bits_xxs, marked=negative, d=_d, fields=_fields_xxs,
-    n_bits=4, unit=0.25, kind=SIGNED_BYTES, offset=128, two_blocks=_two_xxs,
+    n_bits=4, unit=0.25, kind=SIGNED_BYTES, offset=128, four_rows=_four_xxs,
     repack=_repack_xxs,
 )  # fmt: skip
 IQ3_S = grid_format(
     "IQ3_S", LAYOUT_S, unpack_s, group=_group_s, bits=_bits_s, marked=negative, d=_d, fields=_fields_s, n_bits=4,
-    unit=1.0, kind=SIGNED_BYTES, offset=128, two_blocks=_two_s,
+    unit=1.0, kind=SIGNED_BYTES, offset=128, four_rows=_four_s,
     repack=_repack_s,
 )  # fmt: skip

@@ -75,6 +75,21 @@ def prefetch_both(addresses, first, end):
         prefetch_near(near + byte)
 
 
+@inline
+def prefetch_four(rows, at, row_bytes, last, stride):
+    """Ask for `stride` bytes of each of four rows, while those at `at` are in use."""
+    ahead, near = min(rows[0] + 3 * row_bytes + AHEAD + 4 * at, last), at + NEAR_OF_ROW
+    if near >= row_bytes:  # so far on in the next four rows
+        near += 3 * row_bytes
+    for byte in range(0, 4 * stride, 64):
+        prefetch(ahead + byte)
+    for byte in range(0, stride, 64):
+        prefetch_near(rows[0] + near + byte)
+        prefetch_near(rows[1] + near + byte)
+        prefetch_near(rows[2] + near + byte)
+        prefetch_near(rows[3] + near + byte)
+
+
 def _gemv(w, n_rows, n_cols, q8, out):
     n_k_blocks, k_blocks = n_cols // 256, q8 + k_blocks_at(n_cols)
     block, last = w, prefetch_start(w, n_rows * (n_cols * STRIDE // 256))
@@ -108,16 +123,7 @@ def _gemv_four_rows(w, n_rows, n_cols, q8, out):
         t0, t1, t2, t3 = zero_total(), zero_total(), zero_total(), zero_total()
         for b in range(n_k_blocks):
             k_block, at = k_blocks + K_BLOCK_BYTES * b, STRIDE * b
-            ahead, near = min(b0 + 3 * row_bytes + AHEAD + 4 * at, last), at + NEAR_OF_ROW
-            if near >= row_bytes:  # so far on in the next four rows
-                near += 3 * row_bytes
-            for byte in range(0, 4 * STRIDE, 64):
-                prefetch(ahead + byte)
-            for byte in range(0, STRIDE, 64):
-                prefetch_near(b0 + near + byte)
-                prefetch_near(b1 + near + byte)
-                prefetch_near(b2 + near + byte)
-                prefetch_near(b3 + near + byte)
+            prefetch_four((b0, b1, b2, b3), at, row_bytes, last, STRIDE)
             w0, w1, w2, w3 = weights(b0 + at), weights(b1 + at), weights(b2 + at), weights(b3 + at)
             d0, d1, d2, d3 = dots(w0, k_block), dots(w1, k_block), dots(w2, k_block), dots(w3, k_block)
             t0 = add_dots(d0, w0, k_block, t0)

@@ -156,6 +156,12 @@ def picked(lanes: Sequence[int]):
     return define(f32x16, (f32x16,), lambda b, v: shuffle(b, v, None, lanes))
 
 
+def lookup_f32(table: Sequence[float]):
+    """An intrinsic f32x16(i32x16): of 16 constants the one whose number is in the lowest 4 bits. AVX-512."""
+    name, entries = "llvm.x86.avx512.permvar.sf.512", ir.Constant(f32x16.ir, [float(value) for value in table])
+    return define(f32x16, (i32x16,), lambda b, v: call(b, name, f32x16.ir, entries, v))
+
+
 def _add_odd(factor: float):
     """An intrinsic f32x16(total, v): total + factor * v in the odd lanes."""
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from quant.simd.core import I32, I64, call, constant, define, i8x16, i8x32, i8x64, i32x16, shuffle
@@ -24,17 +25,30 @@ def _constant(values: Sequence[int]) -> ir.Constant:
     return ir.Constant(i8x64.ir, [int(value) & 0xFF for value in values])
 
 
-def _lookup(builder, table: np.ndarray, index, masks: Sequence) -> ir.Value:
-    """64 bytes of a table of 64, 128 or, by bit 7 and then by masks, of more."""
+def _lookup(builder, table: np.ndarray, indices: Sequence, masks: Sequence[Sequence]) -> list[ir.Value]:
+    """For each index 64 bytes of a table of 64, 128 or, by bit 7 and then by its masks, of more.
+
+    Each part of the table serves all indices before the next: larger ones have more parts than there are registers.
+    """
     if len(table) == 64:
-        return call(builder, "llvm.x86.avx512.permvar.qi.512", i8x64.ir, _constant(table), index)
+        name = "llvm.x86.avx512.permvar.qi.512"
+        return [call(builder, name, i8x64.ir, _constant(table), index) for index in indices]
     if len(table) == 128:
         low, high = _constant(table[:64]), _constant(table[64:])
-        return call(builder, "llvm.x86.avx512.vpermi2var.qi.512", i8x64.ir, low, index, high)
-    half = len(table) // 2
-    *rest, bit = masks
-    low, high = _lookup(builder, table[:half], index, rest), _lookup(builder, table[half:], index, rest)
-    return builder.select(bit, high, low)
+        name = "llvm.x86.avx512.vpermi2var.qi.512"
+        return [call(builder, name, i8x64.ir, low, index, high) for index in indices]
+    half, rest = len(table) // 2, [bits[:-1] for bits in masks]
+    halves = _lookup(builder, table[:half], indices, rest), _lookup(builder, table[half:], indices, rest)
+    return [builder.select(bits[-1], high, low) for bits, low, high in zip(masks, *halves, strict=True)]
+
+
+def _lookups(builder, table: np.ndarray, indices: Sequence, masks: Sequence[Sequence]) -> list[ir.Value]:
+    """The same; masks int64, without bit 7."""
+    lanes = [[builder.bitcast(mask, ir.VectorType(ir.IntType(1), 64)) for mask in bits] for bits in masks]
+    if len(table) > 128:
+        for index, bits in zip(indices, lanes, strict=True):
+            bits.insert(0, builder.icmp_signed("<", index, constant(index.type, 0)))
+    return _lookup(builder, table, indices, lanes)
 
 
 def table_of(values: np.ndarray) -> Callable:
@@ -43,15 +57,31 @@ def table_of(values: np.ndarray) -> Callable:
     The index has 6, 7 or 8 bits for tables of 64, 128 or 256 (and bits above that do nothing). Of larger ones each mask
     holds one more bit for all 64, lowest first.
     """
-    n_masks = max(0, len(values).bit_length() - 9)
 
     def emit(builder, index, *masks):
-        lanes = [builder.bitcast(mask, ir.VectorType(ir.IntType(1), 64)) for mask in masks]
-        if len(values) > 128:
-            lanes.insert(0, builder.icmp_signed("<", index, constant(index.type, 0)))
-        return _lookup(builder, np.asarray(values), index, lanes)
+        return _lookups(builder, np.asarray(values), [index], [masks])[0]
 
-    return define(i8x64, (i8x64,) + (types.int64,) * n_masks, emit)
+    return define(i8x64, (i8x64,) + (types.int64,) * _n_masks(values), emit)
+
+
+def _n_masks(values: np.ndarray) -> int:
+    return max(0, len(values).bit_length() - 9)
+
+
+def both_of_table(values: np.ndarray) -> Callable:
+    """An intrinsic of two indices and two tuples of masks: table_of's result for each, as a tuple."""
+    n_masks, pair = _n_masks(values), types.UniTuple(i8x64, 2)
+    masks = types.UniTuple(types.int64, n_masks)
+
+    @intrinsic
+    def lookups(context, first, second, first_masks, second_masks):
+        def codegen(context, builder, _, arguments):
+            bits = [cgutils.unpack_tuple(builder, bits, n_masks) for bits in arguments[2:]]
+            return context.make_tuple(builder, pair, _lookups(builder, np.asarray(values), arguments[:2], bits))
+
+        return pair(i8x64, i8x64, masks, masks), codegen
+
+    return lookups
 
 
 def bits_from(offsets: Sequence[int]) -> Callable:
@@ -86,6 +116,10 @@ def _in_quarters(a: Sequence[int], b: Sequence[int], width: int) -> Callable:
 def _interleaved(first: int) -> Callable:
     lanes = [16 * q + first + i + 64 * side for q in range(4) for i in range(8) for side in range(2)]
     return lambda builder, v, w: shuffle(builder, v, w, lanes)
+
+
+def _alternate(first: int) -> Callable:
+    return lambda builder, v, w: shuffle(builder, v, w, range(first, 32, 2))
 
 
 def _in_turn(kind: ir.VectorType, copies: int) -> Callable:
@@ -159,9 +193,8 @@ def _at_least(builder, v, w):
     return builder.bitcast(builder.icmp_unsigned(">=", v, w), I64)
 
 
-# Of two vectors, in each quarter: words 0 and 2, words 1 and 3, even bytes, odd bytes; of v, then of w.
-even_words = define(i8x64, (i8x64, i8x64), _in_quarters((0, 2), (0, 2), 32))
-odd_words = define(i8x64, (i8x64, i8x64), _in_quarters((1, 3), (1, 3), 32))
+# Of two vectors: every other word; in each quarter even bytes, odd bytes; of v, then of w.
+even_words, odd_words = (define(i32x16, (i32x16, i32x16), _alternate(first)) for first in (0, 1))
 even_bytes = define(i8x64, (i8x64, i8x64), _in_quarters(range(0, 16, 2), range(0, 16, 2), 8))
 odd_bytes = define(i8x64, (i8x64, i8x64), _in_quarters(range(1, 16, 2), range(1, 16, 2), 8))
 interleave_low = define(i8x64, (i8x64, i8x64), _interleaved(0))  # bytes 0..7 of v's and w's quarters in turn
@@ -170,6 +203,9 @@ eights_in_turn = define(i8x64, (i8x32, i8x32), _in_turn(ir.VectorType(I64, 4), 1
 fours_in_turn = define(i8x64, (i8x16, i8x16), _in_turn(ir.VectorType(I32, 4), 2))  # each four twice
 fours_apart = define(  # 4 bytes to the start of each 8, nothing behind them
     i8x64, (i8x32,), lambda b, v: b.bitcast(b.zext(b.bitcast(v, ir.VectorType(I32, 8)), _QWORDS), i8x64.ir)
+)
+widened_words = define(  # of 16 bits
+    i32x16, (i8x32,), lambda b, v: b.zext(b.bitcast(v, ir.VectorType(ir.IntType(16), 16)), _WORDS)
 )
 bytes_of = define(i8x64, (i32x16,), _of_words)
 even_of_8, odd_of_8 = _chosen_bytes((0, 2, 4, 6)), _chosen_bytes((1, 3, 5, 7))

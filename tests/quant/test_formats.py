@@ -218,6 +218,10 @@ def test_activation_record():
         starts = step[activations.STARTS :][:64].view(np.int32)
         assert np.array_equal(starts, -128 * q.reshape(16, 16).sum(1, dtype=np.int32))
         assert np.array_equal(step[activations.SCALES_OF_16 :][:64].view(np.float32), np.repeat(d, 2))
+        assert np.array_equal(step[activations.EVERY_EIGHTH :][:256].view(np.int8), q.reshape(32, 8).T.ravel())
+        starts = step[activations.STARTS_32 :][:32].view(np.int32)
+        assert np.array_equal(starts, -128 * groups.sum(1, dtype=np.int32))
+        assert np.array_equal(step[activations.SCALES_OF_32 :][:32].view(np.float32), d)
     np.testing.assert_array_equal(record[:1024].view(np.float32), kernels.rounded(x, registry.get("Q4_0")))
     assert np.array_equal(kernels.record(x, registry.get("F32"))[:1024].view(np.float32), x)
 

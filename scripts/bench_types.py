@@ -1,0 +1,119 @@
+"""Speed of the types' kernels: one MoE layer of DeepSeek-V3's width, and one core against libggml's dot products.
+
+    python scripts/bench_types.py [--types Q2_K IQ2_XXS] [--tokens 1,256] [--experts 32] [-t N] [-r ROUNDS]
+
+The layer is bench_experts.py's, with fewer experts, so that all types fit; a type at a time, reading in turn with it.
+"of Q4_K": its TFLOPS over those of Q4_K in the same run. "ggml": one thread's rows of 7168 columns that stay in its
+cache, in turn with vec_dot of the libggml that llama-cpp-python carries; how fast that is depends on how it was built.
+A table goes to stderr; stdout is one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bench_experts import Layer, Ours, compare, results
+
+from localrun import hardware
+from localrun.measure.bench import machine
+from quant.formats import registry
+from quant.target import isa
+from quant.threads import bandwidth
+from quant.threads.pool import Pool
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
+import ggml
+import kernels
+
+YARDSTICK = "Q4_K"
+LOW_BIT = ("TQ2_0", "NVFP4", "Q2_K", "Q3_K", "IQ3_S", "IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S")
+COLS, ROWS_BYTES = 7168, 300 << 10
+GGML_ROUNDS, GGML_ROWS = 60, 8
+
+
+def layer_speed(type_: str, options: argparse.Namespace, pool: Pool) -> dict[str, Any]:
+    """Figures of one type by number of tokens, as bench_experts.results gives them, and the reading rate."""
+    layer = Layer(7168, 2048, options.experts, 8, type_)
+    ours, reads = Ours(layer, pool), []
+
+    def read() -> None:
+        reads.append(bandwidth.read_bandwidth(pool, ours.memory.ctypes.data, ours.memory.nbytes, passes=2))
+
+    times = compare({"localrun": ours}, layer, options.counts, options.rounds, read)
+    roof = {"best": max(r.best for r in reads), "median": statistics.median(r.median for r in reads)}
+    return {"read": roof, "tokens": results(times, layer, roof)}
+
+
+def against_ggml(type_: str) -> dict[str, float]:
+    """Nanoseconds for 256 weights, ours and libggml's, and how many times as fast ours are; in turn, best of all."""
+    format_, random = registry.get(type_), np.random.default_rng(0)
+    n_rows = ROWS_BYTES // format_.row_bytes(COLS) // 4 * 4
+    raw = np.ascontiguousarray(kernels.random_blocks(type_, (n_rows, COLS), random))
+    x, out = random.standard_normal(COLS).astype(np.float32), np.empty(n_rows, np.float32)
+    record, kind = kernels.record(x, format_), ggml.GGMLQuantizationType[type_]
+    theirs_x = ggml.quantize_activations(x, ggml.activation_type(kind))
+
+    def ours() -> None:
+        kernels.call(format_.gemv, raw, n_rows, COLS, record, out)
+
+    def theirs() -> None:
+        for row in raw[:GGML_ROWS]:
+            ggml.vec_dot(kind, row, theirs_x, COLS)
+
+    seconds = {name: min(times) for name, times in _in_turn({"ours": ours, "ggml": theirs}).items()}
+    ns = {"ours": seconds["ours"] / n_rows, "ggml": seconds["ggml"] / GGML_ROWS}
+    ns = {name: 1e9 * value * 256 / COLS for name, value in ns.items()}
+    return ns | {"ratio": ns["ggml"] / ns["ours"]}
+
+
+def _in_turn(runs: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(GGML_ROUNDS):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def show(found: dict[str, dict[str, Any]], counts: list[int]) -> None:
+    """The table, of the best runs."""
+    columns = [f"{'ms, ' + str(count):>9}" for count in counts]
+    print(f"type    {''.join(columns)}   GB/s  of read  of {YARDSTICK}   ggml", file=sys.stderr)
+    most = counts[-1]
+    for type_, figures in found.items():
+        tokens, one = figures["tokens"], figures["tokens"][counts[0]]["localrun"]
+        flops, theirs = (found[name]["tokens"][most]["localrun"]["tflops"]["best"] for name in (type_, YARDSTICK))
+        ms = "".join(f" {tokens[count]['localrun']['ms']['best']:>8.2f}" for count in counts)
+        rates = f" {one['gb_per_s']['best']:>6.1f} {one['fraction_of_read']['best']:>8.0%}"
+        print(f"{type_:<8}{ms}{rates} {flops / theirs:>7.2f} {figures['ggml']['ratio']:>6.1f}", file=sys.stderr)
+
+
+def main() -> None:
+    """Measure, show, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--types", nargs="+", default=LOW_BIT, choices=registry.NAMES, metavar="TYPE")
+    parser.add_argument("--tokens", default="1,256", help="numbers of tokens, with commas")
+    parser.add_argument("--experts", type=int, default=32, help="in RAM")
+    parser.add_argument("-t", "--threads", type=int, default=hardware.usable_cores())
+    parser.add_argument("-r", "--rounds", type=int, default=4)
+    options = parser.parse_args()
+    options.counts = [int(count) for count in options.tokens.split(",")]
+    pool, found = Pool(options.threads), {}
+    for type_ in (YARDSTICK, *(name for name in options.types if name != YARDSTICK)):
+        found[type_] = layer_speed(type_, options, pool) | {"ggml": against_ggml(type_)}
+    pool.close()
+    show(found, options.counts)
+    print(json.dumps({"isa": isa.LEVEL, "types": found, "machine": machine()}))
+
+
+if __name__ == "__main__":
+    main()
