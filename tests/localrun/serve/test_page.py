@@ -144,7 +144,12 @@ def test_a_text_with_the_miniature(driver: Any, monkeypatch: pytest.MonkeyPatch)
     """Send, stream, stop, another reply, edit, reload: all with a model that runs, slowly enough to be stopped."""
     with localrun.load(model_path(None), threads=1, ctx=512) as engine, running(engine, name="miniature") as url:
         forward = engine.model.forward
-        monkeypatch.setattr(engine.model, "forward", lambda *given: time.sleep(0.02) or forward(*given))
+
+        def slowly(*given: Any, **named: Any) -> Any:
+            time.sleep(0.02)
+            return forward(*given, **named)
+
+        monkeypatch.setattr(engine.model, "forward", slowly)
         page = Window(driver, url)
         assert "continues what you write" in page.text("#welcome")
         page.send(STORY)
@@ -273,7 +278,10 @@ def test_errors_are_a_line(driver: Any) -> None:
 def test_screenshot(driver: Any) -> None:
     with Engine(REPLY, ctx=8192) as engine, running(engine, name="DeepSeek-V3") as url:
         page = Window(driver, url)
-        page.send(QUESTION)
-        page.finished()
+        driver.set_window_size(1200, 1000)
+        for question in ("Why do the tides come twice a day?", "A reply to the landlord's letter", QUESTION):
+            page.press("Alt+n")
+            page.send(question)
+            page.finished()
         driver.execute_script("document.getElementById('scroll').scrollTop = 0; document.activeElement.blur()")
         page.picture("page.png")
