@@ -116,7 +116,9 @@ class Endpoints:
 
     async def _answer(self, request: Request, body: bodies.Generation, replies: Replies, form: Form) -> Response:
         if body.stream:
-            return EventStream(openai.chunks(replies, form, self._service.name, body.includes_usage), replies.cancel)
+            progress = bool(body.return_progress)
+            chunks = openai.chunks(replies, form, self._service.name, body.includes_usage, progress)
+            return EventStream(chunks, replies.cancel)
         try:
             return _json(await while_connected(request.receive, openai.whole(replies, form, self._service.name)))
         finally:

@@ -2,8 +2,8 @@
 
 Fields and their meaning: https://platform.openai.com/docs/api-reference/chat and /completions. Those that change no
 reply here (user, store, ...) are taken and left; those that would change it and are not supported are refused unless
-they ask for nothing. min_p, top_k, repeat_penalty, cache_prompt and chat_template_kwargs are llama.cpp's
-(tools/server/README.md).
+they ask for nothing. min_p, top_k, repeat_penalty, cache_prompt, return_progress and chat_template_kwargs are
+llama.cpp's (tools/server/README.md).
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Generation(Struct, forbid_unknown_fields=True, kw_only=True):
     n: Annotated[int, Meta(ge=1, le=MOST_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    return_progress: bool | None = None
     # Of no effect here.
     user: str | None = None
     metadata: dict[str, Any] | None = None

@@ -23,6 +23,16 @@ class Usage:
     stats: Stats = field(default_factory=Stats)
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How many of a prompt's tokens are there by now, with those that were cached, and seconds of computing."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    read_tokens: int
+    prompt_s: float
+
+
 @dataclass(eq=False)
 class Job:
     """A prompt and the reply to it.
@@ -32,7 +42,8 @@ class Job:
         max_tokens: of the reply; None for as many as come.
         stop: texts that end it.
         spelled: control tokens that are part of the text, with their texts.
-        deliver: called with each piece of text as it is certain, then with None; it must not wait.
+        deliver: called with each piece of text as it is certain, and in the end with None; before with the Progress of
+            reading the prompt; it must not wait.
         after: another job on the same prompt, whose reading of it this one waits for.
         has_read: the prompt is read.
         finish_reason: why the reply ended, as Session says; None if it was cancelled or failed.
@@ -45,7 +56,7 @@ class Job:
     max_tokens: int | None
     stop: Sequence[str]
     spelled: Mapping[int, str]
-    deliver: Callable[[str | None], None]
+    deliver: Callable[[str | Progress | None], None]
     after: Job | None = None
     usage: Usage = field(default_factory=Usage)
     has_read: bool = False
@@ -68,11 +79,13 @@ class Job:
         session.forget(session.shared(ids))
         usage.prompt_tokens, usage.cached_tokens = len(ids), len(session.ids)
         rest = ids[len(session.ids) :]
+        self._has_read(len(session.ids))
         while (n_tokens := chunk(len(rest))) < len(rest):  # the last ones are read with the first token
             started = time.perf_counter()
             session.advance(rest[:n_tokens])
             rest = rest[n_tokens:]
             usage.prompt_s += time.perf_counter() - started
+            self._has_read(len(session.ids))
             yield
         text = ReplyText(engine.tokenizer, self.stop, self.spelled)
         with closing(session.tokens(ids, self.sampling, max_tokens=self.max_tokens)) as tokens:
@@ -92,4 +105,9 @@ class Job:
     def _note(self, session: Session) -> None:
         if not self.has_read:
             self.usage.prompt_s += session.stats.prefill_s
+            self._has_read(self.usage.prompt_tokens)
         self.has_read, self.usage.stats = True, session.stats
+
+    def _has_read(self, n_tokens: int) -> None:
+        usage = self.usage
+        self.deliver(Progress(usage.prompt_tokens, usage.cached_tokens, n_tokens, usage.prompt_s))

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any, Protocol
 
 from localrun.generate.reasoning import CONTENT, REASONING, Part, ReasoningSplitter
-from localrun.serve.job import Job
+from localrun.serve.job import Job, Progress
 from localrun.serve.service import Replies
 
 Document = dict[str, Any]
@@ -97,14 +97,19 @@ async def whole(replies: Replies, form: Form, model: str) -> Document:
     return {**head, "choices": choices, "usage": usage(replies.jobs), "timings": timings(replies.jobs)}
 
 
-async def chunks(replies: Replies, form: Form, model: str, includes_usage: bool) -> AsyncIterator[Document]:
-    """The answer in pieces, as they come."""
+async def chunks(
+    replies: Replies, form: Form, model: str, includes_usage: bool, progress: bool = False
+) -> AsyncIterator[Document]:
+    """The answer in pieces, as they come; with progress also chunks that tell how much of the prompt is read."""
     head = _head(form, form.chunk_object, model)
     empty = {"usage": None} if includes_usage else {}
     for index in range(len(replies.jobs)):
         for choice in form.first(index):
             yield {**head, "choices": [choice], **empty}
-    async for index, piece in replies.events():
+    async for index, piece in replies.events(progress):
+        if isinstance(piece, Progress):
+            yield {**head, "choices": [form.delta(index, None, None)], **empty, "prompt_progress": _progress(piece)}
+            continue
         for part in form.parts(index, piece):
             yield {**head, "choices": [form.delta(index, part, None)], **empty}
         if piece is None:
@@ -130,6 +135,16 @@ def usage(jobs: list[Job]) -> Document:
         "completion_tokens": generated,
         "total_tokens": prompt + generated,
         "prompt_tokens_details": {"cached_tokens": sum(job.usage.cached_tokens for job in firsts)},
+    }
+
+
+def _progress(now: Progress) -> Document:
+    """In llama.cpp's form."""
+    return {
+        "total": now.prompt_tokens,
+        "cache": now.cached_tokens,
+        "processed": now.read_tokens,
+        "time_ms": round(1e3 * now.prompt_s, 3),
     }
 
 

@@ -20,7 +20,7 @@ from localrun.generate.reasoning import spelled_tags
 from localrun.generate.sampling import Sampling
 from localrun.serve.bodies import Chat, Conversation, Message, chat_messages
 from localrun.serve.errors import APIError, failed, invalid
-from localrun.serve.job import Job
+from localrun.serve.job import Job, Progress
 from localrun.serve.scheduler import QueueFullError, Scheduler
 from localrun.text.chat_template import CHATML_STOP, OWN_VARIABLES, ChatTemplate, chatml
 from localrun.text.prompt import chat_ids, chat_text, raw_ids
@@ -30,7 +30,6 @@ PING_S = 5.0  # between two signs of life
 _MOST_AT_ONCE = 4  # conversations that are templated and tokenized; each takes a process
 
 Result = TypeVar("Result")
-Event = tuple[int, str | None]
 
 
 class Service:
@@ -133,20 +132,20 @@ class Replies:
     def __init__(self) -> None:
         self.jobs: list[Job] = []
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._events: asyncio.Queue[tuple[int, str | Progress | None]] = asyncio.Queue()
         self._unread, self._is_too_slow = 0, False
 
-    def hear(self, index: int) -> Callable[[str | None], None]:
+    def hear(self, index: int) -> Callable[[str | Progress | None], None]:
         """What a job calls from its thread."""
 
-        def deliver(piece: str | None) -> None:
+        def deliver(piece: str | Progress | None) -> None:
             with suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 self._loop.call_soon_threadsafe(self._arrived, index, piece)
 
         return deliver
 
-    def _arrived(self, index: int, piece: str | None) -> None:
-        self._unread += len(piece or "")
+    def _arrived(self, index: int, piece: str | Progress | None) -> None:
+        self._unread += _length(piece)
         if self._unread > MOST_UNREAD:
             self._is_too_slow, piece = True, None
             self.cancel()
@@ -157,8 +156,8 @@ class Replies:
         for job in self.jobs:
             job.cancelled = True
 
-    async def events(self) -> AsyncIterator[Event]:
-        """(index of a job, a piece of its text, or None at its end) until all have ended.
+    async def events(self, progress: bool = False) -> AsyncIterator[tuple[int, Any]]:
+        """(index of a job, a piece of its text, or None at its end) until all have ended; if asked for, its Progress.
 
         Leaving the iterator ends the jobs. Raises APIError if one failed, or the reader was too slow.
         """
@@ -168,11 +167,12 @@ class Replies:
                 index, piece = await self._events.get()
                 if self._is_too_slow:
                     raise failed("the reply was not read as fast as it came")
-                self._unread -= len(piece or "")
+                self._unread -= _length(piece)
                 if piece is None:
                     left -= 1
                     self._check(self.jobs[index])
-                yield index, piece
+                if progress or not isinstance(piece, Progress):
+                    yield index, piece
         finally:
             self.cancel()
 
@@ -182,6 +182,10 @@ class Replies:
             raise failed(str(job.error) if known else f"internal error: {type(job.error).__name__}: {job.error}")
         if job.finish_reason is None:
             raise failed("the server is shutting down")
+
+
+def _length(piece: str | Progress | None) -> int:
+    return len(piece) if isinstance(piece, str) else 0
 
 
 class ClientGoneError(Exception):

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from serving import HELLO, events, hang_up, serving
 from starlette.testclient import TestClient
 
+from localrun import limits
 from localrun.generate.sampling import Sampling
 from localrun.serve import app as app_module
 from localrun.serve import service as service_module
@@ -330,7 +331,10 @@ def test_a_job_is_done_in_units(engine: Engine) -> None:
     job = Job(ids, Sampling(temperature=0), 3, [], {}, pieces.append)
     turns = [len(lengths) for _ in job.units(engine, session, lambda n_left: min(7, n_left))]
     assert lengths == [0, 7, 14, 21, 28, 29, 30] and turns == [1, 2, 3, 4, 5, 6, 7]
-    assert pieces == list(REPLY[:3]) and session.ids == [*ids, *REPLY[:2].encode()]
+    assert [piece for piece in pieces if isinstance(piece, str)] == list(REPLY[:3]) and session.ids == [
+        *ids,
+        *REPLY[:2].encode(),
+    ]
     assert (job.usage.prompt_tokens, job.usage.cached_tokens, job.finish_reason) == (29, 0, "length")
 
 
@@ -399,6 +403,48 @@ def test_a_failed_step_ends_all_that_share_it(engine: Engine) -> None:
         assert "broken" in ask(client, n=2).json()["error"]["message"] and scheduler.running == 0
         engine.model.forward_each = works
         assert [choice["message"]["content"] for choice in ask(client, n=2).json()["choices"]] == [REPLY] * 2
+
+
+def test_progress_is_told(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In llama.cpp's form: tokens of the prompt, those that were cached, and those that are there by now."""
+    monkeypatch.setattr(limits, "PREFILL_CHUNK", 20)
+    chunks = events(ask(client, stream=True, return_progress=True).text)[:-1]
+    told = [chunk["prompt_progress"] for chunk in chunks if "prompt_progress" in chunk]
+    assert [(each["total"], each["cache"], each["processed"]) for each in told] == [
+        (55, 0, n) for n in (0, 20, 40, 55)
+    ]  # fmt: skip
+    assert all(each["time_ms"] >= 0 for each in told) and "".join(
+        chunk["choices"][0]["delta"].get("content", "") for chunk in chunks
+    ) == REPLY  # fmt: skip
+    assert "prompt_progress" not in ask(client, stream=True).text
+
+
+def test_hanging_up_in_the_queue_leaves_it(engine: Engine) -> None:
+    """The one before goes on; the model never sees the prompt of the one that left."""
+    engine.model.reply, seen = "a" * 40, []
+
+    def before_step(cache: Cache) -> None:
+        seen.append(cache)
+        time.sleep(0.005)
+
+    engine.model.before_step = before_step
+
+    async def run() -> list[Any]:
+        service = Service(engine, scheduler, "model")
+        ids = list(b"<|im_start|>assistant\n")
+        first, second = (service.replies([prompt], 1, service.usual, None, []) for prompt in (ids, [1, *ids]))
+        second.cancel()
+        while scheduler.waiting:
+            await asyncio.sleep(0.001)
+        assert scheduler.running == 1
+        return [event async for event in first.events()]
+
+    scheduler = Scheduler(engine, 1, 1 << 30)
+    try:
+        assert len(asyncio.run(run())) == 41
+        assert len({id(cache) for cache in seen}) == 1 and scheduler.totals.cancelled == 1
+    finally:
+        scheduler.close()
 
 
 def test_a_full_queue_is_told(engine: Engine) -> None:
