@@ -1,6 +1,7 @@
 """localrun generate: one prompt, one reply."""
 
 import dataclasses
+import json
 import secrets
 import sys
 import time
@@ -18,7 +19,9 @@ CUT = 3  # the exit code for replies that a limit cut, where it is asked for
 
 if TYPE_CHECKING:
     from localrun.engine import Engine
+    from localrun.generate.constraint import Constraint
     from localrun.generate.reasoning import Part
+    from localrun.generate.sampling import Sampling
     from localrun.generate.session import Session, Stats
 
 
@@ -33,6 +36,9 @@ def generate(
     ] = False,
     system: options.System = None,
     stop: options.Stop = None,
+    json_schema: options.JsonSchema = None,
+    grammar: options.Grammar = None,
+    top_logprobs: options.TopLogprobs = None,
     *,
     batch: Annotated[
         str | None,
@@ -60,14 +66,18 @@ def generate(
     """Reply once to a prompt from -p, -f, or stdin.
 
     The prompt is the user's message in the model's chat template; --raw continues it as plain text.
-    With --batch there are many, and a line of JSON for each.
+    With --batch there are many, and a line of JSON for each. A reply of a schema or a grammar is whole unless it is cut
+    after -n tokens.
     """
     from cli.batch import CUT_REASONS, Batch
     from cli.model import given_sampling, given_variables, max_tokens, open_model, sampling_for, stream
     from cli.prompts import Prompts, collected
 
     _check_raw(raw, system, template)
+    if top_logprobs is not None and not as_json:
+        raise typer.BadParameter("--logprobs is for --json")
     limit, variables = max_tokens(n_tokens), given_variables(template)
+    constraint = _constraint(json_schema, grammar)
     if system is not None:
         system = check_text(system, "the system message")
     _check_batch(batch, prompt is not None or file is not None or as_json, output is not None or resume)
@@ -76,22 +86,25 @@ def generate(
         sampling = dataclasses.replace(sampling, seed=work.seed(sampling.seed))
     if sampling.seed is None:  # drawn here, so that --json and a batch's lines can tell it
         sampling = dataclasses.replace(sampling, seed=secrets.randbelow(2**32))
-    given, text = given_sampling(sampling), "" if work else _prompt(prompt, file)
+    given = given_sampling(sampling, constraint=constraint, top_logprobs=top_logprobs)
+    text = "" if work else _prompt(prompt, file)
     started = time.perf_counter()
     with open_model(model, load, verbose, template.chat_template) as engine:
         load_s = time.perf_counter() - started
         prompts = Prompts(engine, raw, template.think, variables)
-        chosen = sampling_for(engine, given)
+        chosen = prompts.constrained(sampling_for(engine, given))
         if work is not None:
             is_cut = work.run(engine, prompts, chosen, limit, stop or [], system)
         else:
             ids, session = prompts.of_text(text, system), engine.session()
             parts = prompts.parts(ids, stream(session, ids, chosen, limit, prompts.stops(stop or []), prompts.spelled))
             if as_json:
-                print_json(_document(engine, session, collected(parts), load_s, dataclasses.asdict(chosen)))
+                print_json(_document(engine, session, collected(parts), load_s, chosen))
             else:
                 _show(parts, session, template.show_thinking, verbose)
             is_cut = session.finish_reason in CUT_REASONS
+            if constraint and session.finish_reason == "length" and not as_json:
+                note(f"the reply was cut after {limit} tokens and is not whole; -n allows more")
     if fail_on_cut and is_cut:
         raise typer.Exit(CUT)
 
@@ -162,12 +175,31 @@ def _prompt(prompt: str | None, file: str | None) -> str:
     return text
 
 
+def _constraint(json_schema: str | None, grammar: str | None) -> "Constraint | None":
+    """What the reply has to be, from one of two files. Raises LocalrunError if it is broken."""
+    if json_schema is not None and grammar is not None:
+        raise typer.BadParameter("give --json-schema or --grammar, not both")
+    file = json_schema if grammar is None else grammar
+    if file is None:
+        return None
+    from localrun.generate.constraint import Constraint
+
+    text = read_text(file)
+    try:
+        return Constraint.lark(text) if grammar is not None else Constraint.json_schema(json.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise LocalrunError(f"{file}: is not JSON: {error}") from None
+    except LocalrunError as error:
+        raise LocalrunError(f"{file}: {error}") from None
+
+
 def _document(
-    engine: "Engine", session: "Session", parts: dict[str, str], load_s: float, sampling: dict[str, Any]
+    engine: "Engine", session: "Session", parts: dict[str, str], load_s: float, sampling: "Sampling"
 ) -> dict[str, Any]:
-    from cli.model import placement_document
+    from cli.model import SETTINGS, placement_document
 
     stats = session.stats
+    logprobs = {} if sampling.top_logprobs is None else {"logprobs": _logprobs(engine, session)}
     return {
         **engine.describe(),
         "path": str(engine.file.path),
@@ -175,10 +207,11 @@ def _document(
         "text": parts["content"],
         "reasoning_content": parts.get("reasoning_content"),
         "ids": session.reply_ids,
+        **logprobs,
         "finish_reason": session.finish_reason,
         "prompt_tokens": stats.prompt_tokens,
         "generated_tokens": stats.generated_tokens,
-        "sampling": sampling,
+        "sampling": {name: getattr(sampling, name) for name in SETTINGS},
         "timings": {
             "load_s": round(load_s, 3),
             "prompt_s": round(stats.prefill_s, 3),
@@ -195,3 +228,15 @@ def _document(
             "speed_up": round(stats.speed_up, 3) if stats.speed_up else None,
         },
     }
+
+
+def _logprobs(engine: "Engine", session: "Session") -> list[dict[str, Any]]:
+    """Of each token of the reply, and the likeliest in its place."""
+
+    def token(id: int, logprob: float) -> dict[str, Any]:
+        return {"id": id, "token": engine.tokenizer.decode([id], special=True), "logprob": round(logprob, 6)}
+
+    return [
+        {**token(each.id, each.logprob), "top": [token(*other) for other in each.top]}
+        for each in session.reply_logprobs
+    ]

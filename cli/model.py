@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from localrun.placement.placement import Placement
     from localrun.text.chat_template import ChatTemplate
 
+# The numbers among localrun.Sampling's fields: what is told of it, and what a chat can set.
+SETTINGS = (
+    *("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n"),
+    *("presence_penalty", "frequency_penalty", "seed"),
+)
+
 
 def exit_if_cut(path: "str | Path") -> None:
     """Should a mapped file be cut short, the process ends with a line that names path, and exit code 1."""
@@ -81,9 +87,9 @@ def sampling_for(engine: "Engine", given: dict[str, Any]) -> "Sampling":
     return replace(localrun.Sampling.recommended(engine.file.metadata, note), **given)
 
 
-def given_sampling(options: SamplingOptions) -> dict[str, Any]:
+def given_sampling(options: SamplingOptions, **others: Any) -> dict[str, Any]:
     """The sampling options the user gave. Raises LocalrunError on a wrong one, before anything is loaded."""
-    given = {name: value for name, value in asdict(options).items() if value is not None}
+    given = {name: value for name, value in (asdict(options) | others).items() if value is not None}
     localrun.Sampling(**given)
     return given
 

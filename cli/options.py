@@ -166,9 +166,36 @@ RepeatPenalty = Annotated[
     float | None,
     typer.Option("--repeat-penalty", help=f"Weaken recent tokens, 1 for no; {_UNSET}, or 1.0.", show_default=False),
 ]
+PresencePenalty = Annotated[
+    float | None,
+    typer.Option("--presence-penalty", help="Off the logit of recent tokens; 0 if not given.", show_default=False),
+]
+FrequencyPenalty = Annotated[
+    float | None,
+    typer.Option("--frequency-penalty", help="The same, for each occurrence; 0 if not given.", show_default=False),
+]
 Seed = Annotated[
     int | None,
     typer.Option("--seed", help="For the same reply again; drawn if not given.", show_default=False),
+]
+JsonSchema = Annotated[
+    str | None,
+    typer.Option(
+        "--json-schema", metavar="FILE", help="The reply is JSON that this schema accepts.", show_default=False
+    ),
+]
+Grammar = Annotated[
+    str | None,
+    typer.Option("--grammar", metavar="FILE", help="The reply is what this makes: Lark or GBNF.", show_default=False),
+]
+TopLogprobs = Annotated[
+    int | None,
+    typer.Option(
+        "--logprobs",
+        metavar="N",
+        help="With --json: log-probabilities of the tokens and the N likeliest, 0 to 20.",
+        show_default=False,
+    ),
 ]
 File = Annotated[
     str | None,
@@ -203,6 +230,8 @@ class SamplingOptions:
     top_p: TopP = None
     min_p: MinP = None
     repeat_penalty: RepeatPenalty = None
+    presence_penalty: PresencePenalty = None
+    frequency_penalty: FrequencyPenalty = None
     seed: Seed = None
 
 

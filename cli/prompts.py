@@ -1,6 +1,7 @@
 """What generate makes of a text or a conversation: a prompt's ids, and the reply in its parts."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cli.model import template_settings
@@ -14,6 +15,7 @@ from localrun.text.prompt import chat_ids, raw_ids
 if TYPE_CHECKING:
     from localrun.engine import Engine
     from localrun.generate.reasoning import Part
+    from localrun.generate.sampling import Sampling
 
 
 class Prompts:
@@ -54,6 +56,12 @@ class Prompts:
     def stops(self, given: Sequence[str]) -> list[str]:
         """Texts that end a reply: those that are given, and the template's own."""
         return [*given, *stops_of(self._template)]
+
+    def constrained(self, sampling: "Sampling") -> "Sampling":
+        """The same; where there is no chat no reasoning comes before what a reply has to be."""
+        if sampling.constraint is None or self._template is not None:
+            return sampling
+        return replace(sampling, constraint=replace(sampling.constraint, after_reasoning=False))
 
     def parts(self, ids: Sequence[int], pieces: Iterable[str]) -> Iterator["Part"]:
         """The pieces of the reply to a prompt, split into what the model thought and what it says."""

@@ -10,7 +10,7 @@ from cli.display import FOLD, HIDE, SHOW, Display
 from cli.explain import explain
 from cli.generate import timing_line
 from cli.lines import Lines, Message, read_message
-from cli.model import max_tokens, template_settings
+from cli.model import SETTINGS, max_tokens, template_settings
 from cli.options import ThinkChoice
 from cli.output import note, printable, size, tell, tell_text
 from cli.text import read_text
@@ -145,9 +145,9 @@ class Repl:
 
     def _change(self, name: str, value: str) -> None:
         sampling = self._conversation.sampling
-        if name not in ("n", *dataclasses.asdict(sampling)):
+        if name not in ("n", *SETTINGS):
             raise LocalrunError(f"unknown setting {name}; there are {self._settings()}")
-        kind = float if name in ("temperature", "top_p", "min_p", "repeat_penalty") else int
+        kind = int if name in ("top_k", "repeat_last_n", "seed", "n") else float
         try:
             number = kind(value)
         except ValueError:
@@ -159,7 +159,8 @@ class Repl:
             self._conversation.sampling = dataclasses.replace(sampling, **{name: number})
 
     def _settings(self) -> str:
-        settings = {"n": self._conversation.limit or -1} | dataclasses.asdict(self._conversation.sampling)
+        sampling = self._conversation.sampling
+        settings = {"n": self._conversation.limit or -1} | {name: getattr(sampling, name) for name in SETTINGS}
         return ", ".join(f"{name} {value}" for name, value in settings.items())
 
     def _show(self, _rest: str) -> None:

@@ -13,9 +13,13 @@ from importlib import import_module
 from localrun.errors import ContextFullError, GGUFError, LocalrunError, UnsupportedModelError
 
 __version__ = "0.1.0"
-__all__ = ["ContextFullError", "GGUFError", "LocalrunError", "Sampling", "UnsupportedModelError", "load"]
+__all__ = ["Constraint", "ContextFullError", "GGUFError", "LocalrunError", "Sampling", "UnsupportedModelError", "load"]
 
-_LAZY = {"load": "localrun.engine", "Sampling": "localrun.generate.sampling"}
+_LAZY = {
+    "Constraint": "localrun.generate.constraint",
+    "load": "localrun.engine",
+    "Sampling": "localrun.generate.sampling",
+}
 
 
 def __getattr__(name: str):

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from localrun.arguments import function, path_text, refuse, texts, token_ids, whole
+from localrun.arguments import function, path_text, refuse, shown, texts, token_ids, whole
 from localrun.errors import ContextFullError, LocalrunError
 from localrun.files import replacing
+from localrun.generate.constraint import Guide
 from localrun.generate.reply_text import ReplyText
-from localrun.generate.sampling import Sampler, Sampling
+from localrun.generate.sampling import Logprobs, Sampler, Sampling
 from localrun.generate.speculative import Speculation
 from localrun.runtime import KVCache, Runner
 
@@ -55,7 +56,7 @@ class _Reply:
     """A reply on its way: what was asked for, and what has come of it."""
 
     prompt: list[int]
-    sampling: Sampling
+    sampler: Sampler
     limit: float  # tokens
     progress: Callable[[int, int], None] | None
     cached: list[int] = field(default_factory=list)  # the session's ids
@@ -80,13 +81,18 @@ class Session:
     def __init__(self, engine: Runner, speculation: Speculation | None = None):
         self.engine, self.speculation = engine, speculation
         self.ids: list[int] = []
-        self._reply = _Reply([], Sampling(), 0, None)
+        self._reply = _Reply([], Sampler(Sampling()), 0, None)
         self._cache = engine.new_cache()
 
     @property
     def reply_ids(self) -> list[int]:
         """What the last reply generated."""
         return self._reply.ids
+
+    @property
+    def reply_logprobs(self) -> list[Logprobs]:
+        """Of these tokens, if Sampling.top_logprobs asked for them."""
+        return self._reply.sampler.logprobs[: len(self._reply.ids)]
 
     @property
     def stats(self) -> Stats:
@@ -109,7 +115,7 @@ class Session:
         reply = self._reply
         if not reply.awaits_step or reply.taken or len(reply.ids) >= reply.limit or len(self.ids) >= self.engine.ctx:
             return None
-        return reply.ids[-1]
+        return None if reply.sampler.is_complete else reply.ids[-1]
 
     def take_step(self, logits: np.ndarray, seconds: float) -> None:
         """next_id was evaluated, with those of other sessions: float32 (vocab). The reply goes on from there."""
@@ -162,9 +168,15 @@ class Session:
         if sampling is not None and not isinstance(sampling, Sampling):
             refuse("sampling", sampling, "a localrun.Sampling, or None")
         limit = math.inf if max_tokens is None else whole("max_tokens", max_tokens, "0 or more, or None", low=0)
-        reply = _Reply(ids, sampling or Sampling(), limit, function("progress", progress))
+        reply = _Reply(ids, self._sampler(sampling or Sampling(), ids), limit, function("progress", progress))
         reply.stats.prompt_tokens = len(ids)
         return reply
+
+    def _sampler(self, sampling: Sampling, ids: list[int]) -> Sampler:
+        if sampling.logit_bias and (token := max(sampling.logit_bias)) > (most := self.engine.model.vocab_size - 1):
+            raise LocalrunError(f"logit_bias has the token id {shown(token)}; this model has ids 0 to {most}")
+        constraint = sampling.constraint
+        return Sampler(sampling, ids, Guide(constraint, self.engine.tokenizer, ids) if constraint else None)
 
     def _texts(self, reply: _Reply, stop: list[str], spelled: Mapping[int, str] | None) -> Iterator[str]:
         text = ReplyText(self.engine.tokenizer, stop, spelled)
@@ -182,7 +194,6 @@ class Session:
         with self.engine.turn:
             self.ids = reply.cached = list(self.ids)  # the reply before keeps the old list, and may still cut it
             self._reply = reply
-        sample = Sampler(reply.sampling, reply.prompt)
         step = _Step(self._prefill(reply)[None], [])
         while len(reply.ids) < reply.limit:
             if reply.ids:
@@ -192,7 +203,7 @@ class Session:
                     reply.finish_reason = "context"
                     return
                 step = next_step
-            if (yield from self._accept(reply, step, sample)):
+            if (yield from self._accept(reply, step)):
                 reply.finish_reason = "stop"
                 return
             if self.speculation and reply.stats.steps and not step.is_shared:
@@ -222,7 +233,7 @@ class Session:
         """Evaluate the reply's last token and drafts behind it."""
         started, last, drafts = time.perf_counter(), reply.ids[-1], []
         if self.speculation:
-            drafts = self.speculation.propose(self.ids, last, most_drafts)
+            drafts = reply.sampler.possible(self.speculation.propose(self.ids, last, most_drafts))
         proposed = time.perf_counter()
         rows = self._evaluate([last, *drafts], all_logits=bool(drafts))
         verified = time.perf_counter()
@@ -231,7 +242,7 @@ class Session:
         reply.stats.drafted_tokens += len(drafts)
         return _Step(rows, drafts, proposed - started, verified - proposed)
 
-    def _accept(self, reply: _Reply, step: "_Step", sample: Sampler) -> Generator[int, None, bool]:
+    def _accept(self, reply: _Reply, step: "_Step") -> Generator[int, None, bool]:
         """Yield a token for each row as long as the drafts come true; whether the reply is at its end.
 
         The ids that count afterwards are those of plain decoding, wherever this stops. It takes no turn to say so: a
@@ -241,7 +252,7 @@ class Session:
         try:
             for row, draft in zip(step.rows, [*step.drafts, None], strict=True):
                 started = time.perf_counter()
-                token = sample(row)
+                token = reply.sampler(row)
                 reply.stats.decode_s += time.perf_counter() - started
                 if token in self.engine.tokenizer.eog_ids:
                     return True
@@ -251,6 +262,8 @@ class Session:
                     del reply.cached[cached + step.n_accepted :]
                     reply.awaits_step = True
                 yield token
+                if reply.sampler.is_complete:
+                    return True
                 if token != draft:
                     return False
                 step.n_accepted += 1

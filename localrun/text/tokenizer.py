@@ -40,6 +40,7 @@ MAX_TEXT_BYTES = 2**31 - 1  # llama_tokenize takes an int32
 # llama.cpp splits text with std::regex, which recurses once per character of a word or a run of spaces (measured: 420
 # bytes of stack each), and an overflow kills the process. So tokenizing has a stack of its own, as large as it needs.
 _STACK_BASE, _STACK_PER_CHAR = 16 << 20, 1 << 10
+_SHORT_RUN = 256  # characters that any thread's stack has room for, and a thread takes ten times as long to start
 _MAX_RUN = 4_000_000  # characters without a break; 4 GB of stack, reserved but touched only as deep as it recurses
 _stack_size_lock = threading.Lock()  # threading.stack_size is one setting for the process
 
@@ -265,6 +266,8 @@ def _with_stack(run: int, function: Callable[..., int], args: tuple[Any, ...]) -
     """What function returns, called in a thread whose stack is deep enough for a run of that many characters."""
     if run > _MAX_RUN:
         raise LocalrunError(f"the text has {run} bytes without a break between words, expected at most {_MAX_RUN}")
+    if run <= _SHORT_RUN:
+        return function(*args)
     results: list[int] = []
     thread = threading.Thread(target=lambda: results.append(function(*args)), name="tokenizer", daemon=True)
     with _stack_size_lock:

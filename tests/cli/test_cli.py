@@ -25,7 +25,8 @@ from localrun.generate.drafts import NGramDraft
 
 HEAVY = ("torch", "numba", "llvmlite", "llama_cpp", "gguf", "numpy", "jinja2", "rich.console", "prompt_toolkit")
 
-SAMPLING = ["--temp", "--top-k", "--top-p", "--min-p", "--repeat-penalty", "--seed"]
+SAMPLING = ["--temp", "--top-k", "--top-p", "--min-p", "--repeat-penalty"]
+SAMPLING += ["--presence-penalty", "--frequency-penalty", "--seed"]
 DEVICE = ["--device", "--vram", "--gpu-experts", "--expert-usage", "--cache-bits", "--repack", "--dense-attention"]
 RUNTIME = [*DEVICE, "-t", "--threads", "-c", "--ctx", "--backend"]
 TEMPLATE = ["--think", "--template-var", "--chat-template", "--show-thinking"]
@@ -37,7 +38,8 @@ OPTIONS = {
     ],
     "generate": [
         *["-p", "--prompt", "-f", "--file", "-n", "--n-tokens", "--raw", "--system", "--stop"],
-        *["--batch", "-o", "--output", "--resume", "--fail-on-cut", *TEMPLATE, *SAMPLING, *RUNTIME, *DRAFTS],
+        *["--json-schema", "--grammar", "--logprobs", "--batch", "-o", "--output", "--resume", "--fail-on-cut"],
+        *[*TEMPLATE, *SAMPLING, *RUNTIME, *DRAFTS],
         *["--json", "-v", "--verbose"],
     ],
     "serve": [
@@ -181,6 +183,8 @@ def test_generate_json(engine: Engine, capsys: pytest.CaptureFixture[str]) -> No
         "min_p": 0.05,
         "repeat_penalty": 1.0,
         "repeat_last_n": 64,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
         "seed": 7,
     }
     assert set(document["timings"]) == {
@@ -190,6 +194,58 @@ def test_generate_json(engine: Engine, capsys: pytest.CaptureFixture[str]) -> No
         "generate_s",
         "generated_tokens_per_s",
     }
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "said", "reply"),
+    [
+        ("--json-schema", '{"enum": ["Aye", "Nay"]}', '"Aye', '"Aye"'),
+        ("--grammar", 'start: "No" | "Nay!"', "Nay", "Nay!"),
+        ("--grammar", 'root ::= "A" [k-m]', "Aye", "Ak"),
+    ],
+)
+def test_a_reply_is_what_it_has_to_be(
+    engine: Engine, tmp_path: Path, option: str, text: str, said: str, reply: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the model's own word may not come, all others are alike to the fake: the lowest byte is taken."""
+    engine.model.reply = said
+    (tmp_path / "f").write_text(text)
+    assert run(["generate", "-p", "x", "--temp", "0", option, str(tmp_path / "f")]) == 0
+    assert capsys.readouterr().out == reply + "\n"
+    assert run(["generate", "-p", "x", "--temp", "0", "-n", "1", option, str(tmp_path / "f")]) == 0
+    assert capsys.readouterr().err == "localrun: the reply was cut after 1 tokens and is not whole; -n allows more\n"
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "message"),
+    [
+        ("--json-schema", "{", "f: is not JSON: Expecting property name"),
+        ("--json-schema", "[1]", "f: the schema is of type list; expected a JSON object"),
+        ("--json-schema", '{"type": "x"}', "f: the schema is not usable: Invalid type: x"),
+        ("--json-schema", "[" * 100_000, "f: is not JSON: maximum recursion depth"),
+        ("--grammar", "root ::= (", "f: the grammar is neither Lark with a rule 'start' nor GBNF: "),
+    ],
+)
+def test_what_it_cannot_be(
+    engine: Engine, tmp_path: Path, option: str, text: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line, before the model is loaded."""
+    (tmp_path / "f").write_text(text)
+    assert run(["generate", "-p", "x", option, str(tmp_path / "f")]) == 1
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1 and engine.loaded_with == {}
+
+
+def test_logprobs_in_json(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", "-p", "x", "--json", "--logprobs", "2", "-n", "3"]) == 0
+    first = json.loads(capsys.readouterr().out)["logprobs"][0]
+    assert first == {
+        **{"id": ord("A"), "token": "A", "logprob": 0.0},
+        "top": [{"id": ord("A"), "token": "A", "logprob": 0.0}, {"id": 0, "token": "\0", "logprob": -9999.0}],
+    }
+    for wrong in (["--logprobs", "2"], ["--json-schema", "a", "--grammar", "b"]):
+        assert run(["generate", "-p", "x", *wrong]) == 2
+    assert run(["generate", "-p", "x", "--json", "--logprobs", "21"]) == 1
 
 
 def test_a_seed_is_drawn_and_told(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:

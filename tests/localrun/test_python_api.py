@@ -418,6 +418,10 @@ WRONG_SAMPLING: list[tuple[str, Any]] = [
     ("seed", "x" * 10_000),
     ("seed", -HUGE),
     ("seed", True),
+    ("presence_penalty", None),
+    ("logit_bias", None),
+    ("constraint", {"type": "object"}),
+    ("top_logprobs", 1.0),
 ]
 
 

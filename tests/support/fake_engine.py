@@ -31,13 +31,16 @@ class Tokenizer:
     n_vocab, bos_id, eos_id, add_bos, eog_ids = 256, None, END, False, frozenset({END})
     controls: ClassVar[dict[str, int]] = {}
 
-    def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
+    def encode(self, text: str | bytes, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
         if text == "<|im_end|>" and parse_special and self.knows_chatml:
             return [END]
-        return list(text.encode())
+        return list(text.encode() if isinstance(text, str) else text)
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         return bytes(ids).decode("utf-8", "replace")
+
+    def piece(self, id: int, *, special: bool = False) -> bytes:
+        return b"" if id == END and not special else bytes([id])
 
     def reply_decoder(self) -> "Decoder":
         return Decoder()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from localrun.errors import LocalrunError
-from localrun.generate.sampling import Sampler, Sampling
+from localrun.generate.sampling import Sampler, Sampling, _likeliest
 
 N_VOCAB = 500
 DAMAGED = "the model's output is not a finite number: the file's weights are damaged"
@@ -28,7 +28,7 @@ def seen_of(seed: int, n: int = 100) -> list[int]:
 
 
 class LlamaCppChain:
-    """llama.cpp's samplers in its own order (common/sampling.cpp): penalties, top-k, top-p, min-p, temperature."""
+    """llama.cpp's samplers in its order (common/sampling.cpp): bias, penalties, top-k, top-p, min-p, temperature."""
 
     def __init__(self, s: Sampling, seen: Sequence[int]):
         import llama_cpp
@@ -36,8 +36,12 @@ class LlamaCppChain:
         self.lib, self.n_vocab = llama_cpp, N_VOCAB
         self.chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
         last_n = len(seen) + 100 if s.repeat_last_n < 0 else s.repeat_last_n  # -1 is the program's word for "all"
+        biases = (llama_cpp.llama_logit_bias * len(s.logit_bias))(*s.logit_bias.items())
         for sampler in (
-            llama_cpp.llama_sampler_init_penalties(N_VOCAB, last_n, s.repeat_penalty, 0.0, 0.0),
+            llama_cpp.llama_sampler_init_logit_bias(N_VOCAB, len(biases), biases),
+            llama_cpp.llama_sampler_init_penalties(
+                N_VOCAB, last_n, s.repeat_penalty, s.frequency_penalty, s.presence_penalty
+            ),
             llama_cpp.llama_sampler_init_top_k(s.top_k),
             llama_cpp.llama_sampler_init_top_p(s.top_p, 1),
             llama_cpp.llama_sampler_init_min_p(s.min_p, 1),
@@ -117,6 +121,12 @@ def assert_like_llama_cpp(sampling: Sampling, logits: np.ndarray, seen: Sequence
         ({"repeat_penalty": 1.3, "repeat_last_n": 5}, (500, 500)),
         ({"repeat_penalty": 1.3, "repeat_last_n": -1}, (500, 500)),
         ({"repeat_penalty": 1.3, "repeat_last_n": 0}, (500, 500)),
+        ({"presence_penalty": 1.5, "repeat_last_n": 10}, (500, 500)),
+        ({"presence_penalty": -1.5}, (500, 500)),
+        ({"frequency_penalty": 0.7, "repeat_last_n": -1}, (500, 500)),
+        ({"frequency_penalty": 0.7, "repeat_last_n": 0}, (500, 500)),
+        ({"frequency_penalty": -0.7}, (500, 500)),
+        ({"logit_bias": {3: 5.0, 4: -100.0, 30: 1.5}, "repeat_penalty": 1.3}, (500, 500)),
     ],
     ids=str,
 )
@@ -135,6 +145,9 @@ def test_the_whole_chain_is_llama_cpps(seed: int) -> None:
         min_p=float(rng.uniform(0, 0.2)),
         repeat_penalty=float(rng.uniform(0.9, 1.6)),
         repeat_last_n=int(rng.integers(-1, 80)),
+        presence_penalty=float(rng.uniform(-2, 2)),
+        frequency_penalty=float(rng.uniform(-1, 1)),
+        logit_bias={int(token): float(rng.uniform(-9, 9)) for token in rng.integers(0, N_VOCAB, 20)},
         seed=0,
     )
     assert_like_llama_cpp(sampling, logits_of(seed, float(rng.uniform(0.5, 5))), seen_of(seed))
@@ -143,7 +156,8 @@ def test_the_whole_chain_is_llama_cpps(seed: int) -> None:
 def test_the_defaults_are_llama_cpps() -> None:
     assert asdict(Sampling()) == {
         "temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "repeat_penalty": 1.0, "repeat_last_n": 64,
-        "seed": None,
+        "seed": None, "presence_penalty": 0.0, "frequency_penalty": 0.0, "logit_bias": {}, "constraint": None,
+        "top_logprobs": None,
     }  # fmt: skip
     assert_like_llama_cpp(Sampling(seed=0), logits_of(0))
 
@@ -254,6 +268,37 @@ def test_tokens_ruled_out_are_never_drawn() -> None:
     assert {sampler(logits) for _ in range(50)} == {3, 5}
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.01, 2.0])
+@pytest.mark.parametrize("n", [1, 7, N_VOCAB - 1, N_VOCAB, N_VOCAB + 1])
+def test_the_likeliest_are_those_of_a_stable_sort(spread: float, n: int) -> None:
+    """With many equal ones, and some ruled out."""
+    logits = np.round(logits_of(0, spread).astype(np.float64), 1)
+    logits[::7] = -np.inf
+    assert _likeliest(logits, n).tolist() == np.argsort(-logits, kind="stable")[:n].tolist()
+
+
+def test_logprobs_are_the_models_own() -> None:
+    """Of its softmax, whatever bias, penalties, filters and temperature make of it."""
+    sampling = Sampling(temperature=2.0, top_k=5, repeat_penalty=1.5, logit_bias={9: 50}, top_logprobs=3, seed=0)
+    sampler, logits = Sampler(sampling, seen_of(0)), logits_of(0)
+    tokens = [sampler(logits) for _ in range(5)]
+    expected = logits.astype(np.float64) - math.log(math.fsum(math.exp(logit) for logit in logits.tolist()))
+    assert [each.id for each in sampler.logprobs] == tokens and 9 in tokens
+    best = np.argsort(-logits, kind="stable")[:3].tolist()
+    for each in sampler.logprobs:
+        assert each.logprob == pytest.approx(expected[each.id], abs=1e-9)  # float64
+        assert [id for id, _ in each.top] == best
+        assert [logprob for _, logprob in each.top] == pytest.approx(expected[best].tolist(), abs=1e-9)
+
+
+def test_a_logprob_is_a_number_that_json_can_hold() -> None:
+    logits = np.array([0, -np.inf, -1e9], np.float32)
+    sampler = Sampler(Sampling(temperature=0.0, top_logprobs=3))
+    sampler(logits)
+    assert sampler.logprobs[0].top == [(0, 0.0), (1, -9999.0), (2, -9999.0)]
+    assert not (quiet := Sampler(Sampling(seed=0))).logprobs and quiet(logits) == 0 and not quiet.logprobs
+
+
 # --------------------------------------------------------------------------------------------------------- settings
 
 INVALID = [
@@ -272,6 +317,15 @@ INVALID = [
     ("repeat_penalty", math.inf, "repeat_penalty is inf; expected above 0"),
     ("repeat_last_n", -2, "repeat_last_n is -2; expected -1 (all), 0 (none) or more"),
     ("seed", -1, "seed is -1; expected 0 or more"),
+    ("presence_penalty", 2.1, "presence_penalty is 2.1; expected -2 to 2"),
+    ("frequency_penalty", -2.1, "frequency_penalty is -2.1; expected -2 to 2"),
+    ("logit_bias", [1], "logit_bias is of type list; expected a mapping of token ids to numbers"),
+    ("logit_bias", {"1": 1}, "a token of logit_bias is '1'; expected a token id, 0 or more"),
+    ("logit_bias", {-1: 1}, "a token of logit_bias is -1; expected a token id, 0 or more"),
+    ("logit_bias", {1: 101}, "logit_bias[1] is 101; expected -100 to 100"),
+    ("logit_bias", {1: "x"}, "logit_bias[1] is 'x'; expected -100 to 100"),
+    ("constraint", "start: a", "constraint is 'start: a'; expected a localrun.Constraint, or None"),
+    ("top_logprobs", 21, "top_logprobs is 21; expected 0 to 20, or None"),
 ]
 
 
