@@ -44,6 +44,8 @@ def _why_not(plan: Plan) -> str:
     from localrun.hardware import free_ram
     from localrun.measure.reference import is_available
 
+    if plan.source.is_part:
+        return "transformers would load the whole model, of which this is the text part"
     if not is_available():
         return "transformers is not installed"
     needed, free = 4 * plan.n_weights, free_ram()

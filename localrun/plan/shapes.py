@@ -194,8 +194,11 @@ def from_config(
     from localrun.convert.mixes import parse_mix
     from localrun.convert.settings import Settings
     from localrun.convert.sources.checkpoint import SourceTensor
+    from localrun.convert.sources.text_part import has_text_part, text_config
     from localrun.plan.checkpoint_shapes import checkpoint_shapes
 
+    if has_text_part(values):
+        values = text_config(values, str(path))
     mix = parse_mix(type_ or (MXFP4_TYPE if _is_mxfp4(values) else DEFAULT_TYPE))
     checkpoint = _Checkpoint(path.parent if path.suffix == ".json" else path, dict(values))
     is_qwen2 = values.get("architectures") == ["Qwen2ForCausalLM"]

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from localrun.convert.errors import CheckpointError
+from localrun.convert.sources import text_part
 from localrun.convert.sources.json_file import is_kind, read_json, shown, typed
 from localrun.convert.sources.reading import Reader
 from localrun.convert.sources.safetensors_file import DTYPE_BYTES, StoredTensor, read_header
@@ -63,6 +64,7 @@ class Checkpoint:
         tensors: name -> SourceTensor.
         files: all files that results depend on.
         index: tensor -> shard, as the index says; empty without one.
+        is_part: whether it is the text part of a model that reads images, too.
         warnings: one line each.
         block_types: the types whose blocks it gives.
     """
@@ -74,7 +76,14 @@ class Checkpoint:
         self.path = path
         self.config = read_json(path / "config.json")
         shards, self.index = _shards(path, self.config)
+        self.warnings = _not_read(path, shards, bool(self.index))
         stored = _collect(shards)
+        self.is_part = text_part.has_text_part(self.config)
+        if self.is_part:
+            self.config = text_part.text_config(self.config, str(path / "config.json"))
+            self.index = {own: shard for name, shard in self.index.items() if (own := text_part.text_name(name))}
+            stored, line = text_part.text_tensors(stored, str(path))
+            self.warnings.append(line)
         self._pairs = _take_pairs(stored)
         self._stored = {name: tensor for name, tensor in stored.items() if not _is_scale(name, stored)}
         self._scales = {name: stored[name + _SCALE] for name in self._stored if name + _SCALE in stored}
@@ -82,7 +91,6 @@ class Checkpoint:
         self.tensors = {name: self._checked(tensor) for name, tensor in self._stored.items()}
         self.tensors |= {name: _checked_pair(name, *pair) for name, pair in self._pairs.items()}
         self.files = [path / "config.json", *shards]
-        self.warnings = _not_read(path, shards, bool(self.index))
         self._reader = Reader()
 
     def _checked(self, tensor: StoredTensor) -> SourceTensor:
