@@ -1,10 +1,12 @@
 """localrun chat: a conversation on the terminal, or through a pipe."""
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from cli import options
-from cli.output import note, printable, size, tell
+from cli.output import is_screen, note, printable, size, tell
 from cli.text import check_text
 from localrun.bundled import MINIATURE
 
@@ -18,6 +20,7 @@ def chat(
     n_tokens: options.NTokens = -1,
     system: options.System = None,
     stop: options.Stop = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Show replies as they are, not as Markdown.")] = False,
     *,
     template: options.TemplateOptions,
     sampling: options.SamplingOptions,
@@ -29,7 +32,7 @@ def chat(
     Reads messages from the terminal, or a line each from a pipe. Replies go to stdout, all else to stderr.
     """
     from cli.conversation import Conversation
-    from cli.display import FOLD, SHOW, PlainDisplay
+    from cli.display import FOLD, SHOW, PlainDisplay, TerminalDisplay
     from cli.interrupt import raising
     from cli.lines import EditedLines, PlainLines
     from cli.model import given_sampling, given_variables, max_tokens, open_model, sampling_for
@@ -41,12 +44,13 @@ def chat(
         system = check_text(system, "the system message")
     with open_model(model, load, verbose, template.chat_template) as engine:
         conversation = Conversation(engine, sampling_for(engine, given), system, stop or [], limit)
-        display = PlainDisplay(SHOW if template.show_thinking else FOLD)
+        on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        renders = on_terminal and is_screen() and not plain and conversation.template is not None
+        display = (TerminalDisplay if renders else PlainDisplay)(SHOW if template.show_thinking else FOLD)
         repl = Repl(conversation, display, template.think, variables)
         _banner(conversation)
-        on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         with raising():
-            repl.run(EditedLines() if on_terminal else PlainLines())
+            repl.run(EditedLines(repl.completions(), repl.status) if on_terminal else PlainLines())
 
 
 def _banner(conversation: "Conversation") -> None:

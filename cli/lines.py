@@ -3,6 +3,7 @@
 import codecs
 import os
 import sys
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,7 +21,10 @@ class Lines(Protocol):
     """A source of lines."""
 
     def read(self, prompt: str) -> str | None:
-        """The next line without its end; None when there are no more. Ctrl-C raises KeyboardInterrupt."""
+        """The next line without its end; None when there are no more. Ctrl-C raises KeyboardInterrupt.
+
+        One that was pasted may hold several.
+        """
 
 
 class PlainLines:
@@ -47,11 +51,21 @@ class PlainLines:
 
 
 class EditedLines:
-    """Lines typed on a terminal, with editing, history across sessions, and search in it."""
+    """Lines typed on a terminal, with editing, completion, history across sessions, and search in it.
 
-    def __init__(self) -> None:
+    What is pasted is one line, whatever ends of lines it has.
+    """
+
+    def __init__(self, commands: Mapping[str, tuple[str, tuple[str, ...] | None]], status: Callable[[], str]) -> None:
+        """
+        Args:
+            commands: to complete, as CommandCompleter takes them.
+            status: a line to show below.
+        """
         from prompt_toolkit import PromptSession
         from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+        from cli.command_completer import CommandCompleter
 
         class KeptHistory(FileHistory):
             """One that a full disk does not end a chat over."""
@@ -61,7 +75,11 @@ class EditedLines:
                     super().store_string(string)
 
         path = history_path()
-        self._session: PromptSession[str] = PromptSession(history=KeptHistory(path) if path else InMemoryHistory())
+        self._session: PromptSession[str] = PromptSession(
+            history=KeptHistory(path) if path else InMemoryHistory(),
+            completer=CommandCompleter(commands),
+            bottom_toolbar=status,
+        )
 
     def read(self, prompt: str) -> str | None:
         try:
@@ -94,10 +112,15 @@ class Message:
 
 
 def read_message(lines: Lines) -> Message | None:
-    """The next message, of several lines if it is in triple quotes or its lines end in a backslash; None at the end."""
+    """The next message; None at the end.
+
+    Of several lines if they are pasted, or in triple quotes, or end in a backslash.
+    """
     line = lines.read("> ")
     if line is None:
         return None
+    if "\n" in line and not line.lstrip().startswith(QUOTES):
+        return Message(line)
     if line.lstrip().startswith(QUOTES):
         return Message(_quoted(line.lstrip().removeprefix(QUOTES), lines))
     if line.lstrip().startswith("/"):

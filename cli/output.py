@@ -5,8 +5,11 @@ letters around or not be seen at all is spelled out, in every line and in a repl
 a pipe or a file, and JSON, stay as they are.
 """
 
+import base64
+import io
 import json
 import logging
+import os
 import re
 import sys
 import unicodedata
@@ -22,6 +25,7 @@ _LONGEST = 800  # of a whole message: those of ours are shorter
 _FOREIGN = (r"""(?<!\w)(['"])(?:\\.|(?!\1).)*\1(?!\w)""", r"[\[({].*[\])}]", r"\S+")
 # Invisible ones that texts need: soft hyphens, joiners, and marks of direction, none of which reaches beyond its word.
 _NEEDED = frozenset("\t\n\u00ad\u061c\u200b\u200c\u200d\u200e\u200f\u2060")
+_COLOURS = re.compile(r"\x1b\[[\d;]*m")
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, formats, lone surrogates, ends of lines and paragraphs
 
 
@@ -49,6 +53,51 @@ def write(text: str) -> None:
     """A piece of a reply, at once."""
     sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
+
+
+def draw(text: str) -> None:
+    """Escape sequences and lines of rendered(), on a terminal, as they are."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def rendered(renderable: Any, width: int) -> list[str]:
+    """Lines of what rich can show, with escape sequences for colours, if the terminal has some; no space at their ends.
+
+    Texts in it have to be visible() ones.
+    """
+    from rich.console import Console
+
+    page = io.StringIO()
+    console = Console(file=page, force_terminal=True, width=max(width, 1), height=100, legacy_windows=False)
+    console.print(renderable, crop=False, highlight=False, markup=False, emoji=False)
+    return [line.rstrip(" ") for line in page.getvalue().removesuffix("\n").split("\n")]
+
+
+def width_of(line: str) -> int:
+    """Columns that a line takes on a terminal, less its escape sequences."""
+    from rich.cells import cell_len
+
+    return cell_len(_COLOURS.sub("", line))
+
+
+def terminal_size() -> tuple[int, int]:
+    """Columns and rows of the terminal that stdout is."""
+    try:
+        columns, rows = os.get_terminal_size(sys.stdout.fileno())
+    except (OSError, ValueError):
+        columns, rows = 0, 0
+    return columns or 80, rows or 24  # a terminal that does not say has 0
+
+
+def is_screen() -> bool:
+    """Whether stdout is a terminal whose cursor can be moved."""
+    return sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
+
+
+def copy(text: str) -> None:
+    """text to the clipboard of the terminal, where it allows that: by xterm's sequence 52."""
+    draw(f"\x1b]52;c;{base64.b64encode(text.encode('utf-8', 'replace')).decode()}\x07")
 
 
 def show_again(line: str, width: int) -> None:

@@ -12,11 +12,13 @@ from cli.generate import timing_line
 from cli.lines import Lines, Message, read_message
 from cli.model import SETTINGS, max_tokens, template_settings
 from cli.options import ThinkChoice
-from cli.output import note, printable, size, tell, tell_text
+from cli.output import copy, is_screen, note, printable, rate, size, tell, tell_text
 from cli.text import read_text
 from localrun.errors import ContextFullError, LocalrunError
 from localrun.files import user_path
 
+_CODE = "code"
+_SETTINGS = ("temp", "top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n", "seed", "n")
 _NAMES = {"temp": "temperature", "n": "n", "num_predict": "n"}  # names that users know from llama-cli and ollama
 
 
@@ -38,13 +40,27 @@ class Repl:
             "/continue": ("go on with a reply that was stopped or reached its limit", self._continue),
             "/think": ("show|hide|fold: what is seen of thoughts; on|off|auto: whether there are any", self._think),
             "/system": ('TEXT: set the system message; "" for none; without TEXT show it', self._system),
-            "/set": ("NAME VALUE: temp, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed, n", self._set),
+            "/set": (f"NAME VALUE: {', '.join(_SETTINGS)}", self._set),
             "/show": ("what runs, the settings and the messages", self._show),
             "/save": ("FILE: save messages and cache", self._save),
             "/load": ("FILE: go on with a saved conversation", self._load),
             "/read": ("FILE: put the text of a file before the next message", self._read),
+            "/copy": ("put the last reply on the terminal's clipboard; /copy code: its last block of code", self._copy),
             "/stats": ("tokens and speed of the last reply", self._stats),
         }
+
+    def completions(self) -> dict[str, tuple[str, tuple[str, ...] | None]]:
+        """For each command what it does, and the words that may follow it; None for names of files."""
+        words: dict[str, tuple[str, ...] | None] = dict.fromkeys(("/save", "/load", "/read"))
+        words |= {"/think": (SHOW, HIDE, FOLD, *ThinkChoice.__members__), "/set": _SETTINGS, "/copy": (_CODE,)}
+        return {name: (text, words.get(name, ())) for name, (text, _) in self._commands.items()}
+
+    def status(self) -> str:
+        """How full the context is, and how fast the last reply was."""
+        session = self._conversation.session
+        used, ctx = len(session.ids), session.engine.ctx
+        speed = rate(session.stats.generated_tokens, session.stats.decode_s)
+        return f" context {used} of {ctx} tokens ({100 * used // ctx}%)" + (f" | {speed} t/s" if speed else "")
 
     def run(self, lines: Lines) -> None:
         """The loop. Whatever goes wrong in a turn is a line on stderr, and the chat goes on: there is talk to lose."""
@@ -98,7 +114,7 @@ class Repl:
 
     def _help(self, _rest: str) -> None:
         for name, (text, _) in self._commands.items():
-            tell(f"{name:<8} {text}")
+            tell(f"{name:<9} {text}")
         if self._conversation.template is None:
             tell("What you write is continued. Write on where a text has not ended; /clear begins another.")
         tell('A line that ends in \\ goes on; """ starts and ends a text of several lines.')
@@ -184,6 +200,20 @@ class Repl:
         text = read_text(str(_path(rest, "/read")))
         self._conversation.carried += text + "\n"
         note(f"read {len(text)} characters; they go before the next message")
+
+    def _copy(self, rest: str) -> None:
+        messages = self._conversation.messages
+        if not messages:
+            raise LocalrunError("there is no reply to copy")
+        if not is_screen():
+            raise LocalrunError("/copy needs a terminal with a clipboard")
+        text = messages[-1]["content"]
+        if rest == _CODE:
+            from cli.markdown import last_code
+
+            text = last_code(text)
+        copy(text)
+        note(f"{len(text)} characters for the clipboard")
 
     def _stats(self, _rest: str) -> None:
         session = self._conversation.session

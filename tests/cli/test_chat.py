@@ -65,7 +65,23 @@ def test_unknown_command_stays(talk: Talk) -> None:
 
 def test_help_names_every_command(talk: Talk) -> None:
     err = talk("/help\n")[1]
-    for name in ("help", "exit", "bye", "clear", "regen", "system", "set", "show", "save", "load", "read", "stats"):
+    for name in (
+        "help",
+        "exit",
+        "bye",
+        "clear",
+        "regen",
+        "system",
+        "set",
+        "show",
+        "save",
+        "load",
+        "read",
+        "stats",
+        "continue",
+        "think",
+        "copy",
+    ):
         assert f"\n/{name} " in err
 
 

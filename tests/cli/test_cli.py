@@ -33,7 +33,7 @@ TEMPLATE = ["--think", "--template-var", "--chat-template", "--show-thinking"]
 DRAFTS = ["--speculative", "--draft"]
 OPTIONS = {
     "chat": [
-        *["-n", "--n-tokens", "--system", "--stop", *TEMPLATE, *SAMPLING, *RUNTIME, *DRAFTS],
+        *["-n", "--n-tokens", "--system", "--stop", "--plain", *TEMPLATE, *SAMPLING, *RUNTIME, *DRAFTS],
         *["-v", "--verbose"],
     ],
     "generate": [
