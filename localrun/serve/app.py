@@ -100,7 +100,7 @@ class Endpoints:
     async def chat(self, request: Request) -> Response:
         body = await _body(request, Chat)
         body.check()
-        sampling = body.sampling(self._service.usual)
+        sampling = await self._service.sampling(body)
         ids = await self._service.chat_ids(body)
         replies = self._service.replies([ids], body.choices, sampling, body.limit, body.stops)
         form = ChatForm(body.choices, open_tag(self._service.engine.tokenizer, ids))
@@ -109,7 +109,7 @@ class Endpoints:
     async def completion(self, request: Request) -> Response:
         body = await _body(request, Completion)
         body.check()
-        sampling = body.sampling(self._service.usual)
+        sampling = await self._service.sampling(body)
         prompts = [await self._service.text_ids(prompt) for prompt in body.prompts()]
         replies = self._service.replies(prompts, body.choices, sampling, body.limit, body.stops)
         return await self._answer(request, body, replies, TextForm())

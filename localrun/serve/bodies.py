@@ -15,14 +15,19 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
+from localrun.arguments import shown
 from localrun.errors import LocalrunError
-from localrun.generate.sampling import Sampling
+from localrun.generate.constraint import Constraint
+from localrun.generate.sampling import MOST_TOP_LOGPROBS, Sampling
 from localrun.serve.billing import without_billing
 from localrun.serve.errors import invalid, unsupported
+from localrun.serve.structured import constraint_of
 
 MOST_CHOICES = 16
 MOST_STOPS = 16
 _SAMPLING = {"temperature", "top_p", "top_k", "min_p", "repeat_penalty", "seed"}
+_SAMPLING |= {"presence_penalty", "frequency_penalty"}
+_GUIDED = ("json", "regex", "choice", "grammar")
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _PLACE = re.compile(r" - at `\$\.?([^`]*)`")
 _UNKNOWN = re.compile(r"Object contains unknown field `([^`]*)`")
@@ -48,7 +53,16 @@ class Generation(Struct, forbid_unknown_fields=True, kw_only=True):
     top_k: int | None = None
     min_p: float | None = None
     repeat_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
     seed: int | None = None
+    response_format: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    structured_outputs: dict[str, Any] | None = None
     stop: str | list[str] | None = None
     n: Annotated[int, Meta(ge=1, le=MOST_CHOICES)] | None = None
     stream: bool | None = None
@@ -62,11 +76,6 @@ class Generation(Struct, forbid_unknown_fields=True, kw_only=True):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     cache_prompt: bool | None = None
-    # Supported only where they ask for nothing.
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    logit_bias: dict[str, Any] | None = None
-    logprobs: Any = None
 
     @property
     def choices(self) -> int:
@@ -86,16 +95,25 @@ class Generation(Struct, forbid_unknown_fields=True, kw_only=True):
     def sampling(self, usual: Sampling) -> Sampling:
         """The usual one with what the request sets. Raises APIError where a value is out of its range."""
         given = {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
+        given["logit_bias"] = _biases(self.logit_bias or {})
+        given["top_logprobs"], given["constraint"] = self.told_logprobs, self.constraint()
         try:
             return replace(usual, **given)
         except LocalrunError as error:
-            raise invalid(str(error), str(error).split(" ")[0]) from None
+            raise invalid(str(error), re.split(r"[ \[]", str(error))[0]) from None
+
+    @property
+    def told_logprobs(self) -> int | None:
+        """Of how many of the likeliest tokens log-probabilities are told, beside those of the chosen; None for none."""
+        raise NotImplementedError
+
+    def constraint(self) -> Constraint | None:
+        """What the reply has to be. Raises APIError if that is asked for in a wrong way, or twice."""
+        guided = {name: getattr(self, f"guided_{name}") for name in _GUIDED}
+        return constraint_of(self.response_format, guided, self.structured_outputs)
 
     def check(self) -> None:
         """Raises APIError for what is not supported."""
-        for name in ("frequency_penalty", "presence_penalty", "logit_bias", "logprobs"):
-            if getattr(self, name) not in (None, 0, False, {}):
-                raise unsupported(name)
         if len(self.stops) > MOST_STOPS:
             raise invalid(f"stop has {len(self.stops)} texts; expected at most {MOST_STOPS}", "stop")
         if self.stream_options and not self.stream:
@@ -110,14 +128,18 @@ class Chat(Generation, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
     enable_thinking: bool | None = None
     reasoning_effort: str | None = None
-    # Supported only where they ask for nothing.
+    logprobs: bool | None = None
     top_logprobs: int | None = None
-    response_format: dict[str, Any] | None = None
+    # Supported only where they ask for nothing.
     tools: list[Any] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
     functions: list[Any] | None = None
     modalities: list[str] | None = None
+
+    @property
+    def told_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def limit(self) -> int | None:
@@ -126,13 +148,13 @@ class Chat(Generation, kw_only=True):
 
     def check(self) -> None:
         super().check()
-        for name in ("top_logprobs", "tools", "functions"):
+        for name in ("tools", "functions"):
             if getattr(self, name):
                 raise unsupported(name)
         if self.tool_choice not in (None, "none", "auto"):
             raise unsupported("tool_choice")
-        if self.response_format is not None and self.response_format.get("type") != "text":
-            raise unsupported("response_format", "response_format other than text")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise invalid("top_logprobs is for log-probabilities; set logprobs to true", "top_logprobs")
         if self.modalities not in (None, ["text"]):
             raise unsupported("modalities", "a modality other than text")
 
@@ -141,10 +163,19 @@ class Completion(Generation, kw_only=True):
     """/v1/completions."""
 
     prompt: Any
+    logprobs: Annotated[int, Meta(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
     # Supported only where they ask for nothing.
     echo: bool | None = None
     suffix: str | None = None
     best_of: int | None = None
+
+    @property
+    def told_logprobs(self) -> int | None:
+        return self.logprobs
+
+    def constraint(self) -> Constraint | None:
+        constraint = super().constraint()
+        return constraint and replace(constraint, after_reasoning=False)
 
     @property
     def limit(self) -> int:
@@ -246,6 +277,14 @@ def _text(content: Any, role: str, name: str) -> str:
             raise invalid(f"{name}[{index}] is not a part of type text, all that this server takes", f"{name}[{index}]")
         texts.append(part["text"])
     return "".join(without_billing(texts) if _ROLES[role] == "system" else texts)
+
+
+def _biases(given: dict[str, float]) -> dict[int, float]:
+    """logit_bias by token id."""
+    for token in given:
+        if not token.isdecimal() or len(token) > 9:
+            raise invalid(f"logit_bias has the key {shown(token)}; expected a token id", "logit_bias")
+    return {int(token): bias for token, bias in given.items()}
 
 
 def _is_ids(value: Any) -> bool:

@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from typing import Any
 
 from localrun.engine import Engine
 from localrun.generate.reply_text import ReplyText
 from localrun.generate.sampling import Sampling
 from localrun.generate.session import Session, Stats
+from localrun.serve.logprobs import entry
 
 
 @dataclass
@@ -45,6 +47,7 @@ class Job:
         deliver: called with each piece of text as it is certain, and in the end with None; before with the Progress of
             reading the prompt; it must not wait.
         after: another job on the same prompt, whose reading of it this one waits for.
+        logprobs: of the reply's tokens, as serve.logprobs has them, if they are asked for.
         has_read: the prompt is read.
         finish_reason: why the reply ended, as Session says; None if it was cancelled or failed.
         error: what it failed of.
@@ -59,6 +62,7 @@ class Job:
     deliver: Callable[[str | Progress | None], None]
     after: Job | None = None
     usage: Usage = field(default_factory=Usage)
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
     has_read: bool = False
     finish_reason: str | None = None
     error: Exception | None = None
@@ -91,6 +95,8 @@ class Job:
         with closing(session.tokens(ids, self.sampling, max_tokens=self.max_tokens)) as tokens:
             for token in tokens:
                 self._note(session)
+                new = session.reply_logprobs[len(self.logprobs) :]
+                self.logprobs += [entry(engine.tokenizer, each) for each in new]
                 if piece := text.push(token):
                     self.deliver(piece)
                 if text.found:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from localrun.generate.reasoning import CONTENT, REASONING, Part, ReasoningSplitter
 from localrun.serve.job import Job, Progress
+from localrun.serve.logprobs import Told, Writer, of_chat, of_text
 from localrun.serve.service import Replies
 
 Document = dict[str, Any]
@@ -24,6 +25,7 @@ class Form(Protocol):
     prefix: str
     object: str
     chunk_object: str
+    logprobs: Writer
 
     def first(self, index: int) -> Iterator[Document]:
         """Choices of a stream before anything is said."""
@@ -42,6 +44,7 @@ class ChatForm:
     """/v1/chat/completions."""
 
     prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    logprobs = staticmethod(of_chat)
 
     def __init__(self, choices: int, opened: str | None):
         """opened: the tag of reasoning that the prompt has opened."""
@@ -71,6 +74,7 @@ class TextForm:
     """/v1/completions."""
 
     prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
+    logprobs = staticmethod(of_text)
 
     def first(self, index: int) -> Iterator[Document]:
         yield from ()
@@ -92,7 +96,10 @@ async def whole(replies: Replies, form: Form, model: str) -> Document:
     async for index, piece in replies.events():
         for kind, text in form.parts(index, piece):
             parts[index][kind] = parts[index].get(kind, "") + text
-    choices = [form.choice(i, parts[i], finish_reason(job)) for i, job in enumerate(replies.jobs)]
+    choices = [
+        Told(job.logprobs, form.logprobs).into(form.choice(i, parts[i], finish_reason(job)))
+        for i, job in enumerate(replies.jobs)
+    ]
     head = _head(form, form.object, model)
     return {**head, "choices": choices, "usage": usage(replies.jobs), "timings": timings(replies.jobs)}
 
@@ -103,6 +110,7 @@ async def chunks(
     """The answer in pieces, as they come; with progress also chunks that tell how much of the prompt is read."""
     head = _head(form, form.chunk_object, model)
     empty = {"usage": None} if includes_usage else {}
+    told = [Told(job.logprobs, form.logprobs) for job in replies.jobs]
     for index in range(len(replies.jobs)):
         for choice in form.first(index):
             yield {**head, "choices": [choice], **empty}
@@ -111,10 +119,10 @@ async def chunks(
             yield {**head, "choices": [form.delta(index, None, None)], **empty, "prompt_progress": _progress(piece)}
             continue
         for part in form.parts(index, piece):
-            yield {**head, "choices": [form.delta(index, part, None)], **empty}
+            yield {**head, "choices": [told[index].into(form.delta(index, part, None))], **empty}
         if piece is None:
             job = replies.jobs[index]
-            last = form.delta(index, None, finish_reason(job))
+            last = told[index].into(form.delta(index, None, finish_reason(job)))
             yield {**head, "choices": [last], **empty, "timings": timings([job])}
     if includes_usage:
         yield {**head, "choices": [], "usage": usage(replies.jobs)}

@@ -18,7 +18,7 @@ from localrun.engine import Engine
 from localrun.errors import LocalrunError
 from localrun.generate.reasoning import spelled_tags
 from localrun.generate.sampling import Sampling
-from localrun.serve.bodies import Chat, Conversation, Message, chat_messages
+from localrun.serve.bodies import Chat, Conversation, Generation, Message, chat_messages
 from localrun.serve.errors import APIError, failed, invalid
 from localrun.serve.job import Job, Progress
 from localrun.serve.scheduler import QueueFullError, Scheduler
@@ -57,6 +57,18 @@ class Service:
             return await to_thread.run_sync(partial(function, *args), limiter=self._limiter)
         except LocalrunError as error:
             raise invalid(str(error)) from None
+
+    async def sampling(self, body: Generation) -> Sampling:
+        """That of a request, ready for this model. Raises APIError where it is out of its range."""
+        return await self.in_thread(self._ready, body)
+
+    def _ready(self, body: Generation) -> Sampling:
+        sampling, most = body.sampling(self.usual), self.engine.model.vocab_size - 1
+        if max(sampling.logit_bias, default=0) > most:
+            raise invalid(f"logit_bias has token ids beyond this model's, 0 to {most}", "logit_bias")
+        if sampling.constraint:
+            sampling.constraint.check(self.engine.tokenizer)  # here, as the engine's thread is not to wait for it
+        return sampling
 
     async def chat_ids(self, body: Chat) -> list[int]:
         """The prompt of a conversation, which fits the context. Raises APIError if there is none."""

@@ -19,6 +19,7 @@ from starlette.testclient import TestClient
 from localrun import limits
 from localrun.generate.sampling import Sampling
 from localrun.serve import app as app_module
+from localrun.serve import bodies
 from localrun.serve import service as service_module
 from localrun.serve.app import application
 from localrun.serve.billing import without_billing
@@ -100,6 +101,64 @@ def test_settings_reach_the_template(engine: Engine, client: TestClient) -> None
     assert refused.status_code == 400
 
 
+SCHEMA = {"enum": ["Aye", "Nay"]}
+HELD = {
+    "a schema": ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}}, '"Aye"'),
+    "an object": ({"response_format": {"type": "json_object"}}, "{}"),
+    "an object of a schema": ({"response_format": {"type": "json_object", "schema": SCHEMA}}, '"Aye"'),
+    "text": ({"response_format": {"type": "text"}}, '"Aye'),
+    "guided_json": ({"guided_json": json.dumps(SCHEMA)}, '"Aye"'),
+    "guided_regex": ({"guided_regex": '"A[k-m]'}, '"Ak'),
+    "guided_choice": ({"guided_choice": ["yes", '"Aye!']}, '"Aye!'),
+    "guided_grammar": ({"guided_grammar": 'root ::= "\\"" [A-C]'}, '"A'),
+    "structured_outputs": ({"structured_outputs": {"choice": ["no", '"Ayes']}}, '"Ayes'),
+    "any object": ({"structured_outputs": {"json_object": True}}, "{}"),
+}
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETION])
+@pytest.mark.parametrize("name", HELD)
+def test_a_reply_is_what_it_has_to_be(engine: Engine, client: TestClient, name: str, path: str) -> None:
+    """Where the model's own word may not come, all others are alike to the fake: the lowest byte is taken."""
+    fields, reply = HELD[name]
+    engine.model.reply = "{}" if reply == "{}" else '"Aye'
+    choice = ask(client, path, **fields).json()["choices"][0]
+    assert (choice["message"]["content"] if path == CHAT else choice["text"]) == reply
+    assert choice["finish_reason"] == "stop"
+
+
+def test_what_a_reply_has_to_be_begins_after_its_reasoning(engine: Engine, client: TestClient) -> None:
+    engine.template.source += "<think>"
+    engine.model.turn, engine.model.reply = "<|im_start|>assistant\n<think>", 'Hm.</think>"Aye'
+    message = ask(client, guided_json=SCHEMA).json()["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == ("Hm.", '"Aye"')
+
+
+def test_logprobs(client: TestClient) -> None:
+    """A token is a byte; the fake is certain of each, and all others are out of the question."""
+    choice = ask(client, logprobs=True, top_logprobs=1, max_tokens=3).json()["choices"][0]
+    chat = [{"token": letter, "bytes": [ord(letter)], "logprob": 0.0} for letter in REPLY[:3]]
+    assert choice["logprobs"]["content"] == [{**each, "top_logprobs": [each]} for each in chat]
+    stream = events(ask(client, logprobs=True, stream=True).text)[:-1]
+    told = [chunk["choices"][0]["logprobs"] for chunk in stream]
+    assert "".join(each["token"] for some in told if some for each in some["content"]) == REPLY
+    for stream in (False, True):
+        answer = ask(client, COMPLETION, logprobs=2, stream=stream)
+        chunks = events(answer.text)[:-1] if stream else [answer.json()]
+        found = [chunk["choices"][0]["logprobs"] for chunk in chunks if chunk["choices"][0]["logprobs"]]
+        assert [token for some in found for token in some["tokens"]] == list(REPLY[:16])
+        assert [offset for some in found for offset in some["text_offset"]] == list(range(16))
+        assert found[0]["token_logprobs"][0] == 0.0 and found[0]["top_logprobs"][0] == {"A": 0.0, "\0": -9999.0}
+    assert ask(client).json()["choices"][0]["logprobs"] is None
+
+
+def test_penalties_and_bias_reach_the_sampler() -> None:
+    body = bodies.read(
+        b'{"messages": [], "presence_penalty": 0.5, "frequency_penalty": -1, "logit_bias": {"5": -100}}', bodies.Chat
+    )
+    assert body.sampling(Sampling()) == Sampling(presence_penalty=0.5, frequency_penalty=-1, logit_bias={5: -100})
+
+
 def test_a_completion(client: TestClient) -> None:
     answer = ask(client, COMPLETION, max_tokens=3, n=2).json()
     assert [choice["text"] for choice in answer["choices"]] == [REPLY[:3]] * 2
@@ -135,8 +194,25 @@ REFUSED = {
     "range": ({"max_tokens": 0}, 400, "max_tokens"),
     "sampling": ({"top_p": 2}, 400, "top_p"),
     "tools": ({"tools": [{}]}, 400, "tools"),
-    "logprobs": ({"logprobs": True}, 400, "logprobs"),
-    "a form": ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+    "logprobs": ({"logprobs": 5}, 400, "logprobs"),
+    "top_logprobs": ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
+    "top_logprobs alone": ({"top_logprobs": 1}, 400, "top_logprobs"),
+    "a penalty": ({"presence_penalty": 3}, 400, "presence_penalty"),
+    "a bias": ({"logit_bias": {"65": 101}}, 400, "logit_bias"),
+    "no token": ({"logit_bias": {"x": 1}}, 400, "logit_bias"),
+    "no such token": ({"logit_bias": {"256": 1}}, 400, "logit_bias"),
+    "a form": ({"response_format": {"type": "xml"}}, 400, "response_format"),
+    "no schema": ({"response_format": {"type": "json_schema"}}, 400, "response_format.json_schema"),
+    "a bad schema": (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "x"}}}},
+        *(400, "response_format.json_schema.schema"),
+    ),
+    "no JSON": ({"guided_json": "{"}, 400, "guided_json"),
+    "a bad regex": ({"guided_regex": "("}, 400, "guided_regex"),
+    "no choice": ({"guided_choice": []}, 400, "guided_choice"),
+    "a bad grammar": ({"guided_grammar": "start: b"}, 400, None),
+    "two": ({"guided_regex": "a", "guided_choice": ["a"]}, 400, "guided_choice"),
+    "no such output": ({"structured_outputs": {"xml": 1}}, 400, "structured_outputs"),
     "no messages": ({"messages": []}, 400, "messages"),
     "a role": ({"messages": [{"role": "tool", "content": "a"}]}, 400, "messages[0].role"),
     "no text": ({"messages": [{"role": "user"}]}, 400, "messages[0].content"),
@@ -180,6 +256,7 @@ MESSAGES = st.lists(
 FIELDS = [
     *["max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "n", "stream", "stream_options", "tools"],
     *["logit_bias", "logprobs", "model", "user", "response_format", "repeat_penalty", "best_of", "echo", "other"],
+    *["presence_penalty", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"],
 ]
 
 
