@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import os
+import re
 import signal
 import tempfile
 import zlib
@@ -64,13 +65,17 @@ def _is_size(value: object) -> bool:
     return all(map(_is_size, value)) if isinstance(value, tuple) else isinstance(value, int | float)
 
 
+_FACTORY = {"Q5_": "Q4_", "IQ1_M": "IQ1_S", "IQ2_XS": "IQ2_S", "IQ2_XXS": "IQ2_S", "IQ3_XXS": "IQ3_S", "TQ1_0": "TQ2_0"}
+_TWIN = re.compile("|".join(_FACTORY))
+
+
 def _kind(item: pytest.Item) -> tuple[str, ...]:
     """The test function, and those of its parameters that are no sizes: names of formats, models, kinds of input.
 
-    A format of 5 bits counts as its twin of 4: one factory makes the kernels of both.
+    Formats whose kernels one factory makes count as one.
     """
     parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-    kinds = [repr(value).replace("Q5_", "Q4_") for value in parameters if not _is_size(value)]
+    kinds = [_TWIN.sub(lambda twin: _FACTORY[twin[0]], repr(value)) for value in parameters if not _is_size(value)]
     return item.nodeid.split("[")[0], *kinds
 
 

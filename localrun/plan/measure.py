@@ -127,7 +127,7 @@ def kernel_rates(pool: Any, type_: str, n_cols: int, rows: list[int], size: int 
     rows = [min(count, large) for count in rows]
     matrix = quant_matrix(_random_blocks(pool, format_, large, n_cols), format_, (large, n_cols))
     step, used = _step(pool, matrix, rows)
-    (one,) = _typical_s(lambda: step.run([0], 0, step.cache), threads=pool.n_workers)
+    (one,) = _typical_s(lambda: step.run([0], [0], np.zeros(1, np.int64)), threads=pool.n_workers)
     weights = few = many = 0.0
     for n_rows, count in Counter(min(n_rows, max(64, _MANY_WEIGHTS // n_cols)) for n_rows in rows).items():
         part = matrix.rows(0, n_rows)

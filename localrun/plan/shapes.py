@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -150,8 +151,7 @@ def load_model(model: str | None, type_: str | None = None) -> ModelShape:
     from localrun.bundled import model_path
 
     if model is not None and model.lower() in load_data("models"):
-        entry = load_data("models")[model.lower()]
-        return from_config(entry["config"], Path(model.lower()), type_, entry["title"], entry["source"])
+        return _known(model.lower(), type_)
     if model is not None and (path := _config_path(user_path(model))):
         return from_config(_read_config_json(path), path, type_, path.resolve().parent.name or str(path), str(path))
     try:
@@ -159,6 +159,12 @@ def load_model(model: str | None, type_: str | None = None) -> ModelShape:
     except LocalrunError as error:
         raise LocalrunError(f"{error}; known models: {', '.join(known_models())}") from None
     return _from_gguf(path, type_)
+
+
+@cache  # tables and plots ask for the same models again
+def _known(name: str, type_: str | None) -> ModelShape:
+    entry = load_data("models")[name]
+    return from_config(entry["config"], Path(name), type_, entry["title"], entry["source"])
 
 
 def _config_path(path: Path) -> Path | None:

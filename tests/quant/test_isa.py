@@ -19,8 +19,11 @@ def run_marked(level: str, *options: str) -> None:
 
 @levels.next_lower
 def test_a_sample_at_a_lower_level(level: str) -> None:
-    """Kernels, each with one of the sizes that its tests know. Whole steps and all levels are the slow test's."""
-    run_marked(level, "--sample", str(TESTS / "quant"))
+    """Kernels, each with one of the sizes that its tests know. Whole steps, packing and all levels are the slow test's.
+
+    What is packed at this level is compared in test_quantize.py.
+    """
+    run_marked(level, "--sample", "--ignore", str(TESTS / "quant" / "test_quantize.py"), str(TESTS / "quant"))
 
 
 @pytest.mark.slow

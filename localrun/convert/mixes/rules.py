@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any, Protocol
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -113,6 +114,7 @@ def more_bits(index: int, n_layers: int) -> bool:
     return index < eighth or index >= 7 * n_layers // 8 or (index - eighth) % 3 == 2
 
 
+@cache
 def _category(name: str) -> str:
     return next((category for category, pattern in _CATEGORIES.items() if re.search(pattern, name)), "")
 

@@ -37,7 +37,7 @@ _COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$|\.activation_scale$|\.input_sca
 _COMPARED_BYTES = 16 << 20  # of two tensors at a time
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SourceTensor:
     """A tensor as a source offers it: rows are the last dimension, all others together count them."""
 

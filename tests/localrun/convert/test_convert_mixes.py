@@ -15,6 +15,7 @@ import llama_quantize
 import numpy as np
 import pytest
 import tiny_models
+from cases import slow_but
 from conversions import write_imatrix
 
 from localrun.convert import Options, make_plan
@@ -121,7 +122,7 @@ def types_of(plan: Plan, mix: str, *, has_imatrix: bool = False) -> dict[str, st
     return {target.name: type_ for target, type_ in zip(plan.targets, types, strict=True)}
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", slow_but(MODELS, {"deepseek", "llama", "qwen3moe", "llama-80-layers"}))
 def test_types_are_llama_cpps_but_for_k_b_and_v_b(model: str, sources: dict[str, Path], tmp_path: Path) -> None:
     check_types(model, sources[model], tmp_path)
 

@@ -40,6 +40,15 @@ AT_LEVELS = {"v3-odd", "v3-legacy-kv-b", "llama-mha", ("wide", "Q4_K_M"), ("llam
 ALSO_AT_LEVELS = functools.partial(mark_some, chosen=AT_LEVELS, mark=pytest.mark.levels)
 # How work is divided among workers depends on the kind of attention, on experts, and on sizes; not on what is scaled.
 DIVIDED = {"v3-odd", "v2-lite", "llama-mha"}
+
+
+def marks_together(variant: str) -> list[pytest.MarkDecorator]:
+    """Of tests that several tokens are computed as each alone: an architecture's first variant is in the fast suite."""
+    first = {tiny_models.type_name(tiny_models.VARIANTS[each]): each for each in reversed(VARIANTS)}
+    slow = [] if variant in {*first.values(), *DIVIDED} else [pytest.mark.slow]
+    return slow + ([pytest.mark.levels] if variant in AT_LEVELS else [])
+
+
 QUANTISED = [
     ("wide", "Q4_K_M"), ("wide", "Q8_0"), ("wide", "MXFP4_MOE"), ("wide", "F16"), ("wide-odd", "Q4_K_M"),
     ("wide-odd", "IQ4_XS"), ("llama-wide", "Q4_K_M"), ("llama-wide", "Q4_1"), ("llama-wide", "Q5_0"),
@@ -195,7 +204,7 @@ def check_few(model: Engine, ids: list[int], cache: Cache) -> None:
 
 
 @pytest.mark.parametrize("mix", ["F32", "quantised"])
-@pytest.mark.parametrize("variant", ALSO_AT_LEVELS(VARIANTS))
+@pytest.mark.parametrize("variant", [pytest.param(each, marks=marks_together(each)) for each in VARIANTS])
 def test_tokens_together_are_tokens_alone(variant: str, mix: str) -> None:
     """From an empty cache, and over the end of the first piece of the context."""
     path = tiny_models.shared(variant, type=tiny_models.Q4_K_M if mix == "quantised" else "F32")

@@ -11,6 +11,7 @@ import llama_cpp_oracle
 import numpy as np
 import pytest
 import tiny_models
+from cases import slow_but
 from conversions import plan_for
 
 import localrun
@@ -89,7 +90,7 @@ def test_what_is_packed_and_how(plain: Path, packed: Path) -> None:
     assert found["blk.0.attn_q_a.weight"] == "Q4_K_R16"
 
 
-@pytest.mark.parametrize("variant", ["wide", "llama-wide"])
+@pytest.mark.parametrize("variant", slow_but(["wide", "llama-wide"], ["wide"]))
 def test_logits_are_the_plain_files(variant: str, tmp_path: Path) -> None:
     plain, ids = converted(variant, tmp_path / "plain.gguf"), tiny_models.prompt(variant)
     convert(plan_for(plain, tmp_path / "packed.gguf", "Q4_K_M", pack=True))
@@ -141,7 +142,7 @@ def test_it_can_be_unpacked(plain: Path, packed: Path, tmp_path: Path) -> None:
         assert found == expected
 
 
-@pytest.mark.parametrize("split", [0, 8_000_000])
+@pytest.mark.parametrize("split", slow_but([0, 8_000_000], [8_000_000]))
 def test_text_is_text(split: int, tmp_path: Path) -> None:
     """The vocabulary is read by llama.cpp, which refuses the file: of a file with its keys alone."""
     plain, greedy, text = model_path("miniature"), localrun.Sampling(temperature=0.0), "Once upon a time"

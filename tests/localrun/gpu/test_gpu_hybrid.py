@@ -146,7 +146,7 @@ def exact_logits(native: NativeModel, ids: list[int]) -> np.ndarray:
     [
         ("V3", "F32", {1: ()}),
         pytest.param("V2-Lite", "F16", {1: (1, 2, 4, 7), 2: tuple(range(8))}, marks=pytest.mark.slow),
-        ("V3 with a joint kv_b and fused gate and up", "Q8_0", {1: (5,)}),
+        pytest.param("V3 with a joint kv_b and fused gate and up", "Q8_0", {1: (5,)}, marks=pytest.mark.slow),
     ],
 )
 def test_logits_are_the_cpus(name: str, type_: str, in_vram: dict[int, tuple[int, ...]]) -> None:
@@ -478,6 +478,7 @@ def test_saved_sessions_go_on_on_either_side(devices: tuple[str, str], tmp_path:
         assert other.stats.reused_tokens == session.stats.reused_tokens > 11
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("dense", "gpu")
 def test_drafts_change_no_reply() -> None:
     """The model's own head drafts, on the CPU."""

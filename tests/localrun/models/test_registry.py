@@ -6,12 +6,14 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from cases import slow_but
 
 from localrun.models.architecture import Architecture
 from localrun.models.config import Config
 from localrun.models.indexer import UNUSED
 from localrun.models.names import layer
 from localrun.models.registry import ARCHITECTURES
+from localrun.plan.known import load_data
 from localrun.plan.shapes import from_config, known_models, load_model
 
 FIELDS = {field.name for field in dataclasses.fields(Config)}
@@ -44,7 +46,11 @@ def test_presence_depends_on_modules_of_the_layer(architecture: Architecture) ->
         assert {name for t in tensors for name in (t.with_module, t.without_module) if name} <= modules
 
 
-@pytest.mark.parametrize("name", known_models())
+# One of each class of checkpoints is in the fast suite.
+FIRST = {load_data("models")[name]["config"]["architectures"][0]: name for name in reversed(known_models())}.values()
+
+
+@pytest.mark.parametrize("name", slow_but(known_models(), FIRST))
 def test_a_configuration_goes_to_config_json_and_back(name: str) -> None:
     """What `localrun plan` makes its probes of."""
     config = dataclasses.replace(load_model(name).config, rope_scaling=None, rope_theta=10000.0)
