@@ -30,18 +30,16 @@ from quant.gemv.activations import (
 )
 from quant.gemv.plain import specialize
 from quant.simd.core import I32, I64, constant, define, f32x16, i8x64, i32x16, load, shuffle
-from quant.simd.floats import as_f32, fma, halves_f32x32, lookup_f32, picked, to_f32
+from quant.simd.floats import fma, halves_f32x32, lookup_f32, picked, to_f32
 from quant.simd.ints import WEIGHT_BIAS, dot_biased, dot_u8, pair_sums_wide, where_bits, zero_i32x16
 from quant.simd.memory import (
     emit_table,
-    load_8_twice,
     load_f32,
     load_f32x16,
     load_i8x32,
     load_i8x64,
     load_i32x16,
     load_i64,
-    load_twice,
     stack,
     store_f32x16,
     store_f32x32,
@@ -207,17 +205,17 @@ def _add_fourths(weights, k_block, total):
 def dots_of_eighths(weights, k_block, start):
     """start + products of columns 0 8 16 ..., 1 9 17 ... and so on of two rows; a lane adds up 32 columns of one."""
     q, zero = k_block + EVERY_EIGHTH, zero_i32x16()
-    first = dot_u8(dot_u8(start, weights[0], load_twice(q)), weights[1], load_twice(q + 32))
-    first = dot_u8(dot_u8(first, weights[2], load_twice(q + 64)), weights[3], load_twice(q + 96))
-    last = dot_u8(dot_u8(zero, weights[4], load_twice(q + 128)), weights[5], load_twice(q + 160))
-    return first + dot_u8(dot_u8(last, weights[6], load_twice(q + 192)), weights[7], load_twice(q + 224))
+    first = dot_u8(dot_u8(start, weights[0], load_i8x64(q)), weights[1], load_i8x64(q + 64))
+    first = dot_u8(dot_u8(first, weights[2], load_i8x64(q + 128)), weights[3], load_i8x64(q + 192))
+    last = dot_u8(dot_u8(zero, weights[4], load_i8x64(q + 256)), weights[5], load_i8x64(q + 320))
+    return first + dot_u8(dot_u8(last, weights[6], load_i8x64(q + 384)), weights[7], load_i8x64(q + 448))
 
 
 @inline
 def add_eighths(weights, k_block, total):
     """The weights raised by 128."""
-    dots = dots_of_eighths(weights, k_block, load_8_twice(k_block + STARTS_32))
-    return fma(to_f32(dots), weights[8] * as_f32(load_8_twice(k_block + SCALES_OF_32)), total)
+    dots = dots_of_eighths(weights, k_block, load_i32x16(k_block + STARTS_32))
+    return fma(to_f32(dots), weights[8] * load_f32x16(k_block + SCALES_OF_32), total)
 
 
 def signed_values(

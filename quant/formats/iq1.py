@@ -17,17 +17,18 @@ from quant.formats.grids import entry_of, fields_of, grid_format, load_fields, o
 from quant.gemm.microkernel_k_block import K_BLOCK_BYTES, SYMMETRIC, TWO_SCALES
 from quant.gemm.repack import SCALES as K_BLOCK_SCALES
 from quant.gemv.activations import EVERY_EIGHTH, SCALES_OF_32, STARTS_32
-from quant.simd.floats import as_f32, fma, lookup_f32, splat_f32x16, to_f32
+from quant.simd.floats import fma, lookup_f32, splat_f32x16, to_f32
 from quant.simd.ints import dot_u8, join, shifted, where_bits, zero_i32x16
 from quant.simd.memory import (
     f16_to_f32,
-    load_8_twice,
     load_f16_everywhere,
     load_f16_in_halves,
+    load_f32x16,
     load_i8x16,
     load_i8x32,
+    load_i8x64,
+    load_i32x16,
     load_i64,
-    load_twice,
     load_u8,
     load_u16,
     load_u32,
@@ -259,16 +260,16 @@ def _add_s(weights, k_block, total):
     """
     low, high, qh, d = weights
     q, zero = k_block + EVERY_EIGHTH, zero_i32x16()
-    dots_0 = dot_u8(dot_u8(zero, low & 12, load_twice(q)), high & 12, load_twice(q + 128))
-    dots_1 = dot_u8(dot_u8(zero, low & 48, load_twice(q + 32)), high & 48, load_twice(q + 160))
-    dots_2 = dot_u8(dot_u8(zero, low & 3, load_twice(q + 64)), high & 3, load_twice(q + 192))
-    dots_3 = dot_u8(dot_u8(zero, low & 192, load_twice(q + 96)), high & 192, load_twice(q + 224))
+    dots_0 = dot_u8(dot_u8(zero, low & 12, load_i8x64(q)), high & 12, load_i8x64(q + 256))
+    dots_1 = dot_u8(dot_u8(zero, low & 48, load_i8x64(q + 64)), high & 48, load_i8x64(q + 320))
+    dots_2 = dot_u8(dot_u8(zero, low & 3, load_i8x64(q + 128)), high & 3, load_i8x64(q + 384))
+    dots_3 = dot_u8(dot_u8(zero, low & 192, load_i8x64(q + 192)), high & 192, load_i8x64(q + 448))
     dots = fma(to_f32(dots_1), _16TH, fma(to_f32(dots_3), _64TH, to_f32(dots_2)))
     dots = fma(to_f32(dots_0), _4TH, dots)
     # The 1 in w + 1 and delta: the sum of q times -7/8 or -9/8. A start is -128 of it.
-    sums = to_f32(load_8_twice(k_block + STARTS_32))
+    sums = to_f32(load_i32x16(k_block + STARTS_32))
     dots = fma(_eighths(qh >> 12), sums, dots)
-    return fma(dots, _scale_s(qh >> 12) * d * as_f32(load_8_twice(k_block + SCALES_OF_32)), total)
+    return fma(dots, _scale_s(qh >> 12) * d * load_f32x16(k_block + SCALES_OF_32), total)
 
 
 @inline

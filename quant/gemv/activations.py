@@ -21,9 +21,9 @@ in vectors:
     split i8[4][2][4][8] @1856: of each 64 columns, the first 8 of each 16, then the others
     split scales f32[16] @2112: d of columns 0-15, 16-31, ...: 0 1 4 5 2 3 6 7 of each 8 of them
     split sums f32[16] @2176: sum(q), in the same order
-    every eighth i8[8][32] @2240: columns 0 8 16 ..., 1 9 17 ... and so on
-    starts of 32 i32[8] @2496: -128 * sum(q) of each block
-    scales of 32 f32[8] @2528: d of each block
+    every eighth i8[8][2][32] @2240: columns 0 8 16 ..., 1 9 17 ... and so on, each twice, as is what follows:
+    starts of 32 i32[2][8] @2752: -128 * sum(q) of each block
+    scales of 32 f32[2][8] @2816: d of each block
 The three from 1024 on and the last three only where formats of grid entries read them (simd/permutes.py).
 Each 32 columns have a scale of their own in float32; llama.cpp's Q8_0 keeps it in 16 bits and its Q8_K shares one
 among 256, so this rounding is at least as fine as either. For integer formats x holds the rounded values, d*q, so
@@ -50,12 +50,12 @@ from quant.simd.permutes import CAN_PERMUTE
 from quant.target.jit import inline
 
 Q8_BLOCK = 32  # columns that share a scale
-K_BLOCK_BYTES = 2624  # no multiple of a large power of two: k-blocks would share a few sets of the L1 cache
+K_BLOCK_BYTES = 2880  # no multiple of a large power of two: k-blocks would share a few sets of the L1 cache
 NIBBLES, QUARTERS, SCALES, SUMS, SCALES_16, SUMS_16, IN_ORDER = 0, 256, 512, 576, 640, 704, 768
 EVERY_FOURTH, STARTS, SCALES_OF_16 = 1024, 1280, 1344
 EIGHTHS, CRUMB_SCALES, CRUMB_STARTS, PACKED_SCALES, PACKED_SUMS = 1408, 1664, 1728, 1792, 1824
 SPLIT, SPLIT_SCALES, SPLIT_SUMS = 1856, 2112, 2176
-EVERY_EIGHTH, STARTS_32, SCALES_OF_32 = 2240, 2496, 2528
+EVERY_EIGHTH, STARTS_32, SCALES_OF_32 = 2240, 2752, 2816
 
 
 def q8_bytes(n_cols: int) -> int:
@@ -119,9 +119,10 @@ def _write_in_k_block(k_block, j, q, d, first, second):
         store_i32(k_block + STARTS + 8 * j + 4, np.int64(second) * -128)
         store_f32(k_block + SCALES_OF_16 + 8 * j, d)
         store_f32(k_block + SCALES_OF_16 + 8 * j + 4, d)
-        store_every_eighth(k_block + EVERY_EIGHTH + 4 * j, q)
-        store_i32(k_block + STARTS_32 + 4 * j, np.int64(first + second) * -128)
-        store_f32(k_block + SCALES_OF_32 + 4 * j, d)
+        for twice in range(0, 64, 32):  # for two rows' blocks: to double a vector takes the place of a lookup
+            store_every_eighth(k_block + EVERY_EIGHTH + twice + 4 * j, q)
+            store_i32(k_block + STARTS_32 + twice + 4 * j, np.int64(first + second) * -128)
+            store_f32(k_block + SCALES_OF_32 + twice + 4 * j, d)
     _write_for_packed_dots(k_block, j, q, d, int(first), int(second))
     _write_split(k_block, j, q, d, first, second)
 

@@ -103,19 +103,19 @@ store_f32x8, store_f32x16, store_f32x32 = _store(f32x8), _store(f32x16), _store(
 store_i8x64 = _store(i8x64)
 
 
-def _store_every(n: int, stride: int):
-    """An intrinsic void(address, i8x32): bytes i, i+n, ... for i in 0..n-1, `stride` bytes apart."""
+def _store_every(n: int):
+    """An intrinsic void(address, i8x32): bytes i, i+n, ... for i in 0..n-1, 64 bytes apart."""
     words = ir.VectorType(ir.IntType(8 * 32 // n), n)
 
     def emit(builder, address, v):
         v = builder.bitcast(shuffle(builder, v, None, [i + n * k for i in range(n) for k in range(32 // n)]), words)
         for i in range(n):
-            store(builder, builder.add(address, I64(stride * i)), builder.extract_element(v, I32(i)))
+            store(builder, builder.add(address, I64(64 * i)), builder.extract_element(v, I32(i)))
 
     return define(types.void, (types.int64, i8x32), emit)
 
 
-store_every_fourth, store_every_eighth = _store_every(4, 64), _store_every(8, 32)
+store_every_fourth, store_every_eighth = _store_every(4), _store_every(8)
 load_f16x16 = define(f32x16, (types.int64,), emit_load_f16x16)
 load_bf16x16 = define(f32x16, (types.int64,), lambda b, p: bfloat_to_float(b, load(b, p, ir.VectorType(I16, 16))))
 store_f16x16 = define(types.void, (types.int64, f32x16), lambda b, p, x: store(b, p, float_to_half(b, x)))
@@ -123,9 +123,6 @@ store_bf16x16 = define(types.void, (types.int64, f32x16), lambda b, p, x: store(
 
 load_twice = define(  # 32 bytes in either half
     i8x64, (types.int64,), lambda b, p: shuffle(b, load(b, p, i8x32.ir), None, [*range(32)] * 2)
-)
-load_8_twice = define(  # 8 words in either half
-    i32x16, (types.int64,), lambda b, p: shuffle(b, load(b, p, i32x8.ir), None, [*range(8)] * 2)
 )
 load_quarters = define(i8x64, (types.int64, types.int64), _strided(i8x16.ir, 4))  # (address, stride)
 load_halves = define(i8x64, (types.int64, types.int64), _strided(i8x32.ir, 2))  # (address, stride)
