@@ -105,7 +105,9 @@ def test_only_what_differs_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("first", "then"), [(40, 80), (80, 40), (80, 33)])
 def test_another_width(first: int, then: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was there before stays, and the end of the reply is whole."""
     screen, display = Screen(monkeypatch, first), TerminalDisplay()
+    screen.feed("Before\n" * 5)
     text = "Several words of one long paragraph that goes on. " * 6
     for index, piece in enumerate(re.findall(r"\S+ ", text)):
         if index == 30:
@@ -115,6 +117,7 @@ def test_another_width(first: int, then: int, monkeypatch: pytest.MonkeyPatch) -
     display.end()
     tail = words("\n".join(screen.lines()[-3:]))
     assert words(text).endswith(tail) and len(tail) > 50
+    assert screen.lines().count("Before") == 5
 
 
 def test_thoughts_fold(monkeypatch: pytest.MonkeyPatch) -> None:
