@@ -84,21 +84,23 @@ def _in_turn(runs: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
     return times
 
 
-def show(found: dict[str, dict[str, Any]], counts: list[int]) -> None:
-    """The table, of the best runs."""
+def header(counts: list[int]) -> str:
+    """Of the table."""
     columns = [f"{'ms, ' + str(count):>9}" for count in counts]
-    print(f"type    {''.join(columns)}   GB/s  of read  of {YARDSTICK}   ggml", file=sys.stderr)
-    most = counts[-1]
-    for type_, figures in found.items():
-        tokens, one = figures["tokens"], figures["tokens"][counts[0]]["localrun"]
-        flops, theirs = (found[name]["tokens"][most]["localrun"]["tflops"]["best"] for name in (type_, YARDSTICK))
-        ms = "".join(f" {tokens[count]['localrun']['ms']['best']:>8.2f}" for count in counts)
-        rates = f" {one['gb_per_s']['best']:>6.1f} {one['fraction_of_read']['best']:>8.0%}"
-        print(f"{type_:<8}{ms}{rates} {flops / theirs:>7.2f} {figures['ggml']['ratio']:>6.1f}", file=sys.stderr)
+    return f"type    {''.join(columns)}   GB/s  of read  of {YARDSTICK}   ggml"
+
+
+def row(type_: str, found: dict[str, dict[str, Any]], counts: list[int]) -> str:
+    """A type's, of its best runs."""
+    tokens, one = found[type_]["tokens"], found[type_]["tokens"][counts[0]]["localrun"]
+    flops, theirs = (found[name]["tokens"][counts[-1]]["localrun"]["tflops"]["best"] for name in (type_, YARDSTICK))
+    ms = "".join(f" {tokens[count]['localrun']['ms']['best']:>8.2f}" for count in counts)
+    rates = f" {one['gb_per_s']['best']:>6.1f} {one['fraction_of_read']['best']:>8.0%}"
+    return f"{type_:<8}{ms}{rates} {flops / theirs:>7.2f} {found[type_]['ggml']['ratio']:>6.1f}"
 
 
 def main() -> None:
-    """Measure, show, print."""
+    """Measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", nargs="+", default=LOW_BIT, choices=registry.NAMES, metavar="TYPE")
     parser.add_argument("--tokens", default="1,256", help="numbers of tokens, with commas")
@@ -108,10 +110,11 @@ def main() -> None:
     options = parser.parse_args()
     options.counts = [int(count) for count in options.tokens.split(",")]
     pool, found = Pool(options.threads), {}
+    print(header(options.counts), file=sys.stderr)
     for type_ in (YARDSTICK, *(name for name in options.types if name != YARDSTICK)):
         found[type_] = layer_speed(type_, options, pool) | {"ggml": against_ggml(type_)}
+        print(row(type_, found, options.counts), file=sys.stderr, flush=True)
     pool.close()
-    show(found, options.counts)
     print(json.dumps({"isa": isa.LEVEL, "types": found, "machine": machine()}))
 
 

@@ -12,7 +12,7 @@ ggml-quants.c.
 import numpy as np
 
 from quant.block_format import EXPAND, QUANTIZE, Format, PanelFormat, block_layout, offsets
-from quant.formats.sub_blocks_16 import packed_dots, scales_in
+from quant.formats.sub_blocks_16 import packed_crumb_dots, packed_dots, scales_in
 from quant.gemm.microkernel_k_block import K_BLOCK_BYTES, TWO_MINIMA, TWO_SCALES, part_bytes
 from quant.gemm.repack import SCALES as K_BLOCK_SCALES
 from quant.gemm.repack import repacks
@@ -22,7 +22,16 @@ from quant.quantize.search import mean, sum_squares
 from quant.quantize.sixteens import fit_lines, fit_scales, levels, prepare, store_lines
 from quant.simd.exact import to_i8x16
 from quant.simd.floats import even_in_8, fma, halves_f32x32, odd_in_8, to_f32, zero_f32x16
-from quant.simd.ints import bytes_twice, crumbs, dot_i16, moved_bits, products_i16, shifted_i16, zero_i8x32
+from quant.simd.ints import (
+    bytes_twice,
+    crumbs,
+    crumbs_in_place,
+    dot_i16,
+    moved_bits,
+    products_i16,
+    shifted_i16,
+    zero_i8x32,
+)
 from quant.simd.memory import (
     load_16_twice,
     load_eight_everywhere,
@@ -94,18 +103,24 @@ def _eight(qs):
 
 
 @inline
+def _eight_in_place(qs):
+    """The same; the bits may stay where they are."""
+    return crumbs_in_place(load_eight_everywhere(qs))
+
+
+@inline
 def _weights_2(block):
-    """Weights by eighths (sub_blocks_16.py), in 0..3; scales, twice; d and dmin in turn."""
+    """Weights by eighths (sub_blocks_16.py), times what follows from their places; scales, twice; d, dmin in turn."""
     qs = block + QS_2
     return (
-        _eight(qs),
-        _eight(qs + 8),
-        _eight(qs + 16),
-        _eight(qs + 24),
-        _eight(qs + 32),
-        _eight(qs + 40),
-        _eight(qs + 48),
-        _eight(qs + 56),
+        _eight_in_place(qs),
+        _eight_in_place(qs + 8),
+        _eight_in_place(qs + 16),
+        _eight_in_place(qs + 24),
+        _eight_in_place(qs + 32),
+        _eight_in_place(qs + 40),
+        _eight_in_place(qs + 48),
+        _eight_in_place(qs + 56),
         load_16_twice(block + SCALES_2),
         load_f16_pair_in_8(block + D_2),
     )
@@ -347,7 +362,7 @@ def _quantize_3(x, importance, n_blocks, out, scratch):
         store_i8x32(block + HMASK, third)
 
 
-_gemv_2, _gemv_batch_2 = plain.four_rows("Q2_K", BYTES_2, _weights_2, packed_dots, _add_dots_2)
+_gemv_2, _gemv_batch_2 = plain.four_rows("Q2_K", BYTES_2, _weights_2, packed_crumb_dots, _add_dots_2)
 _gemv_3, _gemv_batch_3 = plain.four_rows("Q3_K", BYTES_3, _weights_3, packed_dots, _add_dots_3)
 
 Q2_K = Format(

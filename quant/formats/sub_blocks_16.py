@@ -10,7 +10,7 @@ fewer operations where a scale of 4 or 6 bits is a number of its own.
 
 from quant.gemv.activations import EIGHTHS, IN_ORDER
 from quant.simd.floats import to_f32
-from quant.simd.ints import dot_u8, packed_i16, pair_sums, picked_with_zeros, zero_i32x8, zero_i32x16
+from quant.simd.ints import crumb_sums, dot_u8, packed_i16, pair_sums, picked_with_zeros, zero_i32x8, zero_i32x16
 from quant.simd.memory import load_i8x32, load_i8x64
 from quant.target.jit import inline
 
@@ -42,18 +42,29 @@ def scales_in(halves: str, signed: bool = False):
 
 
 @inline
+def _dots_of_halves(weights, k_block):
+    """Of the first halves of the first four blocks and of the others, then of the second halves: lanes of 32 bits."""
+    q, zero = k_block + EIGHTHS, zero_i32x8()
+    return (
+        dot_u8(dot_u8(zero, weights[0], load_i8x32(q)), weights[1], load_i8x32(q + 64)),
+        dot_u8(dot_u8(zero, weights[4], load_i8x32(q + 32)), weights[5], load_i8x32(q + 96)),
+        dot_u8(dot_u8(zero, weights[2], load_i8x32(q + 128)), weights[3], load_i8x32(q + 192)),
+        dot_u8(dot_u8(zero, weights[6], load_i8x32(q + 160)), weights[7], load_i8x32(q + 224)),
+    )
+
+
+@inline
 def packed_dots(weights, k_block):
     """The products of the first halves of all blocks in _BLOCKS' order, two lanes of 16 bits each; of the second ones.
 
     weights: by eighths, i = 0..3 of h = 0, then of h = 1. The sums of 8 must be below 2^15.
     """
-    q, zero = k_block + EIGHTHS, zero_i32x8()
-    first = packed_i16(
-        dot_u8(dot_u8(zero, weights[0], load_i8x32(q)), weights[1], load_i8x32(q + 64)),
-        dot_u8(dot_u8(zero, weights[4], load_i8x32(q + 32)), weights[5], load_i8x32(q + 96)),
-    )
-    second = packed_i16(
-        dot_u8(dot_u8(zero, weights[2], load_i8x32(q + 128)), weights[3], load_i8x32(q + 192)),
-        dot_u8(dot_u8(zero, weights[6], load_i8x32(q + 160)), weights[7], load_i8x32(q + 224)),
-    )
-    return first, second
+    a, b, c, d = _dots_of_halves(weights, k_block)
+    return packed_i16(a, b), packed_i16(c, d)
+
+
+@inline
+def packed_crumb_dots(weights, k_block):
+    """The same of crumbs_in_place."""
+    a, b, c, d = _dots_of_halves(weights, k_block)
+    return packed_i16(crumb_sums(a), crumb_sums(b)), packed_i16(crumb_sums(c), crumb_sums(d))

@@ -170,6 +170,11 @@ def picked_with_zeros(lanes: Sequence[int | None]):
 # Bits 2i and 2i+1 of the bytes of 8 bytes i in 0..3, in 0..3; or times what follows from their places.
 crumbs = moved_bits([0, 2, 4, 6], 3)
 crumbs_in_place = define(i8x32, (i8x32,), _crumbs_in_place) if CRUMBS_IN_PLACE else crumbs
+crumb_sums = define(  # of products of crumbs_in_place, without what follows from their places
+    i32x8,
+    (i32x8,),
+    lambda b, v: b.ashr(v, ir.Constant(v.type, [0, 0, 2, 2, 4, 4, 6, 6])) if CRUMBS_IN_PLACE else v,
+)
 # A byte as a fraction in 256ths, in base 3: its first digit, and what is left, times 3.
 ternary_digit = _of_bytes(_ternary_digit)
 ternary_rest = _of_bytes(lambda b, v: b.add(v, b.add(v, v)))
