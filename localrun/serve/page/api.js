@@ -31,7 +31,7 @@ export class Server {
     const response = await this.#fetch(path, {
       method: "POST",
       headers: { "content-type": "application/json" },
-      body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
+      body: JSON.stringify({ ...body, stream: true, return_progress: true, stream_options: { include_usage: true } }),
       signal,
     });
     for await (const chunk of documents(response, signal)) {

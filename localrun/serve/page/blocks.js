@@ -5,12 +5,12 @@
  * A block: {kind, source, ...}; source is the text that it came from, by which a stream tells what has changed.
  */
 
-const FENCE = /^( {0,3})(`{3,}|~{3,})\s*([^`]*)$/;
-const HEADING = /^ {0,3}(#{1,6})(?:\s+(.*?))?\s*#*\s*$/;
+const FENCE = /^( {0,3})(`{3,}|~{3,})([^`]*)$/;
+const HEADING = /^ {0,3}(#{1,6})(?:\s|$)/;
 const RULE = /^ {0,3}(?:(?:\*\s*){3,}|(?:-\s*){3,}|(?:_\s*){3,})$/;
 const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^(\s{0,8})([-*+]|\d{1,9}[.)])(?:\s+|$)/;
-const TABLE_RULE = /^\s*\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*$/;
+const TABLE_RULE = /^\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?$/;
 const MOST_NESTED = 12;
 
 /** The blocks of a text. */
@@ -36,7 +36,10 @@ function blockAt(lines, at, depth) {
   const fence = FENCE.exec(line);
   if (fence) return fenced(lines, at, fence);
   const heading = HEADING.exec(line);
-  if (heading) return [{ kind: "heading", level: heading[1].length, text: heading[2] ?? "" }, at + 1];
+  if (heading) {
+    const text = line.slice(heading[0].length).trim().replace(/(^|\s)#+$/, "").trim();
+    return [{ kind: "heading", level: heading[1].length, text }, at + 1];
+  }
   if (RULE.test(line)) return [{ kind: "rule" }, at + 1];
   if (depth < MOST_NESTED && QUOTE.test(line)) return quote(lines, at, depth);
   if (depth < MOST_NESTED && ITEM.test(line)) return list(lines, at, depth);
@@ -68,16 +71,18 @@ function list(lines, at, depth) {
   const items = [];
   let end = at;
   let isLoose = false;
+  let hasGap = false;
   while (end < lines.length) {
     const item = ITEM.exec(lines[end]);
     if (!item || item[2].at(-1) !== kind || item[1].length > outer.length + 1 || RULE.test(lines[end])) break;
+    isLoose ||= hasGap;
     const width = Math.min(item[0].length, item[1].length + item[2].length + 4) || 1;
     const own = [lines[end].slice(width)];
     end += 1;
     while (end < lines.length && belongs(lines, end, width, own)) own.push(withoutIndent(lines[end++], width));
     while (own.length > 1 && !own.at(-1).trim()) {
       own.pop();
-      isLoose ||= end < lines.length && ITEM.test(lines[end]);
+      hasGap = true;
     }
     items.push(blocks(own.join("\n"), depth + 1));
   }
@@ -100,7 +105,7 @@ function withoutIndent(line, width) {
 }
 
 function isTable(lines, at) {
-  return lines[at].includes("|") && at + 1 < lines.length && TABLE_RULE.test(lines[at + 1])
+  return lines[at].includes("|") && at + 1 < lines.length && TABLE_RULE.test(lines[at + 1].trim())
     && cells(lines[at]).length === cells(lines[at + 1]).length;
 }
 

@@ -12,6 +12,7 @@ const PUNCTUATION = /[!-/:-@[-`{-~]/;
 const LINK = /^https?:\/\/[^\s<>"`]*[^\s<>"`.,;:!?'*_~)\]]/;
 const ANGLE_LINK = /^<((?:https?:\/\/|mailto:)[^\s<>]+)>/;
 const MOST_NESTED = 20;
+const MOST_AHEAD = 4000; // characters in which a mark's end is looked for: else a text of marks alone takes forever
 const WORD = /[\p{L}\p{N}]/u;
 
 /** Nodes for a text. */
@@ -96,7 +97,9 @@ function link(text, at, depth) {
   const [, address = ""] = /^\s*<?([^\s<>]*)>?/.exec(text.slice(close + 2, end));
   const words = text.slice(at + 1, close);
   if (!/^(https?:\/\/|mailto:)/i.test(address)) return null;
-  return { node: anchor(address, inline(words || address, depth + 1)), end: end + 1 };
+  const children = words ? inline(words, depth + 1) : [address];
+  const flat = children.map((node) => (node.tagName === "A" ? node.textContent : node)); // no link in a link
+  return { node: anchor(address, flat), end: end + 1 };
 }
 
 function anchor(address, children) {
@@ -110,7 +113,7 @@ function emphasis(text, at, depth) {
   const literal = { text: text.slice(at, at + length), end: at + length };
   if (length > 3 || (mark === "~" && length !== 2) || isSpace(text[at + length])) return literal;
   if (mark === "_" && WORD.test(text[at - 1] ?? "")) return literal;
-  for (let end = at + length; (end = text.indexOf(mark, end)) >= 0; ) {
+  for (let end = at + length; (end = text.indexOf(mark, end)) >= 0 && end < at + MOST_AHEAD; ) {
     const closes = run(text, end);
     const isWithinWord = mark === "_" && WORD.test(text[end + closes] ?? "");
     if (closes === length && !isSpace(text[end - 1]) && text[end - 1] !== "\\" && !isWithinWord) {
@@ -138,7 +141,7 @@ function run(text, at) {
 
 function closing(text, at, open, close) {
   let depth = 0;
-  for (let end = at; end < text.length; end += 1) {
+  for (let end = at; end < Math.min(text.length, at + MOST_AHEAD); end += 1) {
     if (text[end] === "\\") end += 1;
     else if (text[end] === open) depth += 1;
     else if (text[end] === close && (depth -= 1) === 0) return end;

@@ -248,6 +248,46 @@ def rename(page: Window, title: str) -> None:
     page.until(lambda: title in page.text("#conversations"))
 
 
+MARKDOWN = {
+    "a *b* **c** ***d*** ~~e~~ `f`": "<p>a <em>b</em> <strong>c</strong> <em><strong>d</strong></em> <del>e</del> "
+    "<code>f</code></p>",
+    "snake_case_name 2 * 3 * 4 \\*no\\*": "<p>snake_case_name 2 * 3 * 4 *no*</p>",
+    "``a ` b`` and `unclosed": "<p><code>a ` b</code> and `unclosed</p>",
+    "# One #\n## Two": "<h1>One</h1><h2>Two</h2>",
+    "one\ntwo\n\nthree": "<p>one<br>two</p><p>three</p>",
+    "- a\n- b\n  - c\n\n1. d": "<ul><li>a</li><li>b<ul><li>c</li></ul></li></ul><ol><li>d</li></ol>",
+    "3) a\n\n4) b": '<ol start="3"><li><p>a</p></li><li><p>b</p></li></ol>',
+    "> a\n> - b": "<blockquote><p>a</p><ul><li>b</li></ul></blockquote>",
+    "---\n***": "<hr><hr>",
+    "<b>bold</b> &amp; <!-- x -->": "<p>&lt;b&gt;bold&lt;/b&gt; &amp;amp; &lt;!-- x --&gt;</p>",
+    "[a](javascript:x) ![b](data:x)": "<p>[a](javascript:x) ![b](data:x)</p>",
+    "[http://a.b](http://a.b/(c)) http://d.e.": '<p><a href="http://a.b/(c)" target="_blank" '
+    'rel="noopener noreferrer">http://a.b</a> '
+    '<a href="http://d.e" target="_blank" rel="noopener noreferrer">http://d.e</a>.</p>',
+}
+HOSTILE = ["*a ", "[", "`", "> ", "- ", "  - a\n", "|a", "# ", "_", "![](", "(", "\\", "```\n", "<http://", "** "]
+
+
+@pytest.mark.slow
+def test_markdown(driver: Any) -> None:
+    """Elements for each kind of mark, and no text that takes long."""
+    script = """
+        const done = arguments[arguments.length - 1];
+        import("/page/markdown.js").then(({ renderMarkdown }) => done(arguments[0].map((text) => {
+            const element = document.createElement("div"), began = performance.now();
+            renderMarkdown(element, text);
+            return [element.innerHTML, performance.now() - began];
+        })));
+    """
+    with Engine() as engine, running(engine) as url:
+        driver.get(url)
+        made = driver.execute_async_script(script, list(MARKDOWN))
+        assert {text: html for text, (html, _) in zip(MARKDOWN, made, strict=True)} == MARKDOWN
+        hostile = [each * (20_000 // len(each)) for each in HOSTILE]
+        times = [took for _, took in driver.execute_async_script(script, hostile)]
+        assert dict(zip(HOSTILE, times, strict=True)) == {each: pytest.approx(0, abs=1000) for each in HOSTILE}, "ms"
+
+
 @pytest.mark.slow
 def test_errors_are_a_line(driver: Any) -> None:
     """Too long a prompt, a full queue, a lost connection; what had come of a reply stays."""
