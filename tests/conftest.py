@@ -57,7 +57,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--sample", action="store_true", help="one of the cases that differ in sizes alone")
+    what = "one of the cases that differ in sizes alone, of each format or of each factory of formats"
+    parser.addoption("--sample", choices=("formats", "factories"), help=what)
 
 
 def _is_size(value: object) -> bool:
@@ -69,27 +70,29 @@ _FACTORY = {"Q5_": "Q4_", "IQ1_M": "IQ1_S", "IQ2_XS": "IQ2_S", "IQ2_XXS": "IQ2_S
 _TWIN = re.compile("|".join(_FACTORY))
 
 
-def _kind(item: pytest.Item) -> tuple[str, ...]:
+def _kind(item: pytest.Item, of: str) -> tuple[str, ...]:
     """The test function, and those of its parameters that are no sizes: names of formats, models, kinds of input.
 
-    Formats whose kernels one factory makes count as one.
+    of: "factories" if formats whose kernels one factory makes are to count as one.
     """
     parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-    kinds = [_TWIN.sub(lambda twin: _FACTORY[twin[0]], repr(value)) for value in parameters if not _is_size(value)]
+    kinds = [repr(value) for value in parameters if not _is_size(value)]
+    if of == "factories":
+        kinds = [_TWIN.sub(lambda twin: _FACTORY[twin[0]], kind) for kind in kinds]
     return item.nodeid.split("[")[0], *kinds
 
 
-def _sample(items: list[pytest.Item]) -> list[pytest.Item]:
+def _sample(items: list[pytest.Item], of: str) -> list[pytest.Item]:
     """One of each kind: whichever, but not the same size of all of them, and the same one in every run."""
-    chosen = {_kind(item): item for item in sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode()))}
-    return [item for item in items if chosen[_kind(item)] is item]
+    chosen = {_kind(item, of): item for item in sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode()))}
+    return [item for item in items if chosen[_kind(item, of)] is item]
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The serial ones last, when most processes have nothing left to wait with."""
-    if config.getoption("--sample"):
-        sample = _sample(items)
+    if of := config.getoption("--sample"):
+        sample = _sample(items, of)
         config.hook.pytest_deselected(items=[item for item in items if item not in sample])
         items[:] = sample
     items.sort(key=lambda item: item.get_closest_marker("serial") is not None)

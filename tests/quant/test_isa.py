@@ -23,13 +23,17 @@ def test_a_sample_at_a_lower_level(level: str) -> None:
 
     What is packed at this level is compared in test_quantize.py.
     """
-    run_marked(level, "--sample", "--ignore", str(TESTS / "quant" / "test_quantize.py"), str(TESTS / "quant"))
+    run_marked(
+        level, "--sample", "factories", "--ignore", str(TESTS / "quant" / "test_quantize.py"), str(TESTS / "quant")
+    )
 
 
 @pytest.mark.slow
 @levels.lower
-def test_all_shapes_at_a_lower_level(level: str) -> None:
-    run_marked(level, str(TESTS / "quant"), str(TESTS / "localrun" / "cpu"))
+def test_all_formats_at_a_lower_level(level: str) -> None:
+    """All sizes at AVX2; without vectors one of each kind, as the source that deals with sizes is the same."""
+    options = ["--sample", "formats"] if level == "generic" else []
+    run_marked(level, *options, str(TESTS / "quant"), str(TESTS / "localrun" / "cpu"))
 
 
 @levels.lower
