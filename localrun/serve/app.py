@@ -12,7 +12,7 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
@@ -59,6 +59,7 @@ def application(
         APIError: _refusal,
         HTTPException: _http_error,
         ClientGoneError: _nobody,
+        ClientDisconnect: _nobody,
         Exception: _own_error,
     }
     app = Starlette(routes=routes, exception_handlers=handlers)
@@ -235,7 +236,7 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
     return _error(APIError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
 
 
-async def _nobody(request: Request, error: ClientGoneError) -> Response:
+async def _nobody(request: Request, error: Exception) -> Response:
     return Response(status_code=499)  # nginx's status for it; nobody reads it
 
 

@@ -46,10 +46,11 @@ def events(text: str) -> list[Any]:
     return [line if line == "[DONE]" else json.loads(line) for line in lines]
 
 
-async def hang_up(app: Starlette, path: str, body: dict[str, Any], after: asyncio.Event) -> list[dict[str, Any]]:
-    """What the server sends to a client that closes the connection when `after` is set."""
+async def hang_up(app: Starlette, path: str, body: dict[str, Any] | None, after: asyncio.Event) -> list[dict[str, Any]]:
+    """What the server sends to a client that closes the connection when `after` is set; body: None for half of one."""
     sent: list[dict[str, Any]] = []
-    messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+    data = b"{" if body is None else json.dumps(body).encode()
+    messages = [{"type": "http.request", "body": data, "more_body": body is None}]
 
     async def receive() -> dict[str, Any]:
         if messages:

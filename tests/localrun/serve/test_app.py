@@ -482,6 +482,19 @@ def test_a_failed_step_ends_all_that_share_it(engine: Engine) -> None:
         assert [choice["message"]["content"] for choice in ask(client, n=2).json()["choices"]] == [REPLY] * 2
 
 
+def test_hanging_up_within_a_body_is_no_error(engine: Engine) -> None:
+    async def run() -> None:
+        gone = asyncio.Event()
+        gone.set()
+        await hang_up(application(Service(engine, scheduler, "model")), CHAT, None, gone)
+
+    scheduler = Scheduler(engine, 1, 1 << 30)
+    try:
+        asyncio.run(run())
+    finally:
+        scheduler.close()
+
+
 def test_progress_is_told(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     """In llama.cpp's form: tokens of the prompt, those that were cached, and those that are there by now."""
     monkeypatch.setattr(limits, "PREFILL_CHUNK", 20)
