@@ -13,6 +13,7 @@ from os.path import samefile
 from typing import TYPE_CHECKING, Any
 
 import localrun
+from cli.model import SETTINGS
 from cli.output import progress_bar, write
 from cli.prompts import Prompts, collected
 from cli.text import read_text
@@ -26,8 +27,7 @@ if TYPE_CHECKING:
     from localrun.generate.sampling import Sampling
     from localrun.generate.session import Session
 
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed")
-_FIELDS = ("id", "prompt", "messages", "system", "max_tokens", "stop", *_SAMPLING)
+_FIELDS = ("id", "prompt", "messages", "system", "max_tokens", "stop", *SETTINGS)
 _SEEDS = 1 << 32
 CUT_REASONS = ("length", "context")
 
@@ -83,7 +83,7 @@ def _item(line: str, index: int) -> Item:
     limit = given.get("max_tokens")
     if limit is not None and (type(limit) is not int or limit < 1):
         raise LocalrunError("max_tokens is no whole number of 1 or more")
-    sampling = {name: given[name] for name in _SAMPLING if name in given}
+    sampling = {name: given[name] for name in SETTINGS if name in given}
     localrun.Sampling(**sampling)
     messages = localrun.arguments.messages(given["messages"]) if "messages" in given else None
     stop = localrun.arguments.texts("stop", given.get("stop", []))

@@ -18,7 +18,7 @@ from localrun.errors import ContextFullError, LocalrunError
 from localrun.files import user_path
 
 _CODE = "code"
-_SETTINGS = ("temp", "top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n", "seed", "n")
+_SETTINGS = ("temp", *(name for name in SETTINGS if name != "temperature"), "n")
 _NAMES = {"temp": "temperature", "n": "n", "num_predict": "n"}  # names that users know from llama-cli and ollama
 
 
