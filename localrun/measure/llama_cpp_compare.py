@@ -29,15 +29,15 @@ class TimedLlamaCpp:
         description: how it runs, for the reader of its figures.
     """
 
-    def __init__(self, file: GGUFFile, threads: int, ctx: int) -> None:
-        """Load it. Raises LocalrunError with llama.cpp's reason."""
+    def __init__(self, file: GGUFFile, threads: int, ctx: int, sequences: int = 1) -> None:
+        """Load it, for so many sequences of ctx tokens. Raises LocalrunError with llama.cpp's reason."""
         if file.is_interleaved:
             raise LocalrunError(f"{file.path}: has interleaved rows, which llama.cpp can't read; give the plain file")
         import llama_cpp
 
         self._lib, repacks = llama_cpp, _may_repack(file)
         self._model = load(file, threads, use_extra_bufts=repacks)
-        contexts = {flash: self._context(threads, ctx, flash) for flash in (True, False)}
+        contexts = {flash: self._context(threads, ctx, sequences, flash) for flash in (True, False)}
         self._contexts = {flash: context for flash, context in contexts.items() if context}
         if not self._contexts:
             self.close()
@@ -50,9 +50,9 @@ class TimedLlamaCpp:
             "n_batch": N_BATCH,
         }
 
-    def _context(self, threads: int, ctx: int, flash: bool) -> Any:
+    def _context(self, threads: int, ctx: int, sequences: int, flash: bool) -> Any:
         params = self._lib.llama_context_default_params()
-        params.n_ctx = max(ctx, _TRIAL_PROMPT)
+        params.n_ctx, params.n_seq_max = max(ctx, _TRIAL_PROMPT) * sequences, sequences
         params.n_batch = params.n_ubatch = N_BATCH
         params.n_threads = params.n_threads_batch = threads
         on, off = self._lib.LLAMA_FLASH_ATTN_TYPE_ENABLED, self._lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -77,7 +77,7 @@ class TimedLlamaCpp:
         context = self._emptied(self._for_prompt)
         for start in range(0, len(ids), N_BATCH):
             chunk = ids[start : start + N_BATCH]
-            self._evaluate(context, chunk, start, start + len(chunk) == len(ids))
+            self._evaluate(context, _in_a_row(chunk, start), start + len(chunk) == len(ids))
 
     def generate(self, ids: Sequence[int]) -> list[float]:
         """Evaluate the ids one by one from an empty context; seconds of each."""
@@ -85,29 +85,51 @@ class TimedLlamaCpp:
         seconds = []
         for position, token in enumerate(ids):
             start = time.perf_counter()
-            self._evaluate(context, [token], position, True)
+            self._evaluate(context, [(token, position, 0)], True)
             seconds.append(time.perf_counter() - start)
         return seconds
+
+    def begin(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Have sequences 0, 1 and so on hold these prompts, each of at most N_BATCH tokens, and nothing else."""
+        context = self._emptied(self._for_reply)
+        for sequence, ids in enumerate(prompts):
+            self._evaluate(context, _in_a_row(ids, 0, sequence), False)
+
+    def step(self, ids: Sequence[int], position: int, prompt: Sequence[int] = (), start: int = 0) -> None:
+        """Evaluate a token of each of the first sequences, at one position, with logits; and a piece of the prompt of
+        the sequence behind them, from `start` on."""
+        tokens = [(token, position, sequence) for sequence, token in enumerate(ids)]
+        context = self._contexts[self._for_reply]
+        self._evaluate(context, [*_in_a_row(prompt, start, len(ids)), *tokens], True, n_logits=len(ids))
+
+    def cut(self, length: int) -> None:
+        """Have all sequences forget their tokens from `length` on."""
+        self._lib.llama_memory_seq_rm(self._lib.llama_get_memory(self._contexts[self._for_reply]), -1, length, -1)
 
     def _emptied(self, flash: bool) -> Any:
         context = self._contexts[flash]
         self._lib.llama_memory_clear(self._lib.llama_get_memory(context), True)
         return context
 
-    def _evaluate(self, context: Any, ids: Sequence[int], start: int, wants_logits: bool) -> None:
-        batch = self._lib.llama_batch_init(len(ids), 0, 1)
+    def _evaluate(
+        self, context: Any, tokens: Sequence[tuple[int, int, int]], wants_logits: bool, n_logits: int = 1
+    ) -> None:
+        """tokens: id, position and sequence of each; the last n_logits have logits, if they are wanted."""
+        batch = self._lib.llama_batch_init(len(tokens), 0, 1)
         try:
-            batch.n_tokens = len(ids)
-            for i, token in enumerate(ids):
-                batch.token[i], batch.pos[i] = token, start + i
-                batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-                batch.logits[i] = wants_logits and i == len(ids) - 1
+            batch.n_tokens = len(tokens)
+            for i, (token, position, sequence) in enumerate(tokens):
+                batch.token[i], batch.pos[i] = token, position
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+                batch.logits[i] = wants_logits and i >= len(tokens) - n_logits
             status = self._lib.llama_decode(context, batch)
             self._lib.llama_synchronize(context)
         finally:
             self._lib.llama_batch_free(batch)
         if status:
-            raise LocalrunError(f"llama.cpp failed to evaluate {len(ids)} tokens ({status}): {llama_log.last_error()}")
+            raise LocalrunError(
+                f"llama.cpp failed to evaluate {len(tokens)} tokens ({status}): {llama_log.last_error()}"
+            )
 
     def close(self) -> None:
         """Free it."""
@@ -115,6 +137,11 @@ class TimedLlamaCpp:
             self._lib.llama_free(context)
         self._contexts = {}
         self._lib.llama_model_free(self._model)
+
+
+def _in_a_row(ids: Sequence[int], start: int, sequence: int = 0) -> list[tuple[int, int, int]]:
+    """Tokens of a sequence from a position on."""
+    return [(token, position, sequence) for position, token in enumerate(ids, start)]
 
 
 def _may_repack(file: GGUFFile) -> bool:
