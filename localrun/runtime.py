@@ -64,11 +64,14 @@ class Model(Protocol):
     Attributes:
         vocab_size: logits a token.
         most_together: contexts that can share a step; 1 where each takes its own.
+        least_chunk: tokens of a prompt's piece that is evaluated as a whole chunk is; fewer may go another way, which
+            rounds differently.
         mtp: the head for multi-token prediction; None if there is none.
     """
 
     vocab_size: int
     most_together: int
+    least_chunk: int
 
     @property
     def mtp(self) -> MTPHead | None: ...

@@ -33,7 +33,7 @@ class LlamaCppModel:
 
     Attributes:
         vocab_size: logits a token.
-        most_together: 1: each cache is a context of llama.cpp's.
+        most_together, least_chunk: 1: each cache is a context of llama.cpp's, where all goes one way.
         mtp: None: llama.cpp's heads for multi-token prediction are not used.
 
     Args:
@@ -43,7 +43,7 @@ class LlamaCppModel:
     Raises GGUFError or LocalrunError, one line naming the file and llama.cpp's reason, if it cannot be loaded.
     """
 
-    most_together, mtp = 1, None
+    most_together, least_chunk, mtp = 1, 1, None
 
     def __init__(
         self, path: Path | str, ctx: int, threads: int, progress: Progress | None = None, file: GGUFFile | None = None

@@ -43,6 +43,7 @@ class HybridModel:
     Attributes:
         vocab_size: logits a token.
         most_together: contexts that can share a step: none do yet.
+        least_chunk: tokens that are no step.
         keep_hidden: whether forward() is to leave `hidden` behind.
         hidden: float32 (T, hidden_size), what the head reads (after the final norm) of the last forward()'s tokens.
         network: the modules on the device.
@@ -69,7 +70,7 @@ class HybridModel:
             LocalrunError: the GPU can't be used, or has no room.
         """
         self.config, self.file, self.vocab_size = config, file, config.vocab_size
-        self.most_together = 1
+        self.most_together, self.least_chunk = 1, MOST_TOKENS + 1
         self.keep_hidden = False
         self.hidden = np.empty((0, config.hidden_size), np.float32)
         self.device = Cuda() if device is None else device

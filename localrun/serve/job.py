@@ -74,17 +74,17 @@ class Job:
         """Nothing to wait for."""
         return self.after is None or self.after.has_read or self.after.ended
 
-    def units(self, engine: Engine, session: Session, chunk: Callable[[int], int]) -> Iterator[None]:
-        """The work: at each next() a chunk of the prompt, or a token.
+    def units(self, engine: Engine, session: Session, how_many: Callable[[int], int]) -> Iterator[None]:
+        """The work: at each next() a piece of a chunk of the prompt, or a token.
 
-        chunk: how many of a prompt's tokens that are left to read at the next one.
+        how_many: tokens to read at the next one, of those that are left of a chunk.
         """
         usage, ids = self.usage, self.ids
         session.forget(session.shared(ids))
         usage.prompt_tokens, usage.cached_tokens = len(ids), len(session.ids)
         rest = ids[len(session.ids) :]
         self._has_read(len(session.ids))
-        while (n_tokens := chunk(len(rest))) < len(rest):  # the last ones are read with the first token
+        for n_tokens in _pieces(engine.model.chunks(len(rest)), how_many):
             started = time.perf_counter()
             session.advance(rest[:n_tokens])
             rest = rest[n_tokens:]
@@ -117,3 +117,16 @@ class Job:
     def _has_read(self, n_tokens: int) -> None:
         usage = self.usage
         self.deliver(Progress(usage.prompt_tokens, usage.cached_tokens, n_tokens, usage.prompt_s))
+
+
+def _pieces(chunks: Sequence[int], how_many: Callable[[int], int]) -> Iterator[int]:
+    """What is read of a prompt's chunks at a time, but for the last piece, which is read with the first token.
+
+    Pieces end where chunks do: which way tokens are evaluated goes by the chunk.
+    """
+    for i, n_left in enumerate(chunks, 1):
+        while n_left:
+            n_tokens = how_many(n_left)
+            n_left -= n_tokens
+            if n_left or i < len(chunks):
+                yield n_tokens

@@ -85,7 +85,7 @@ class Scheduler:
     ):
         self.totals = Totals()
         self._engine, self._slots, self._most_waiting = engine, slots, most_waiting
-        self._most_pause_s, self._chunk_size = most_pause_s, ChunkSize()
+        self._most_pause_s, self._chunk_size = most_pause_s, ChunkSize(engine.model.least_chunk)
         self._left_s: float | None = None  # for the chunk at hand; None where no reply waits for it
         self._prefixes = Prefixes(engine, cache_bytes, slots, store)
         self._waiting: list[Job] = []
@@ -170,7 +170,7 @@ class Scheduler:
             job.error = error
             self._end(job)
             return
-        units = job.units(self._engine, session, self._chunk)
+        units = job.units(self._engine, session, self._piece)
         self._running.append(_Running(job, session, units, time.perf_counter()))
 
     def _round(self) -> None:
@@ -208,10 +208,9 @@ class Scheduler:
         if self._left_s is not None:
             self._chunk_size.record(len(reading.session.ids) - before, time.perf_counter() - started)
 
-    def _chunk(self, n_left: int) -> int:
-        """How many tokens of a prompt to read now, of those that are left."""
-        usual = self._engine.model.chunks(n_left)[0]
-        return usual if self._left_s is None else min(usual, self._chunk_size.next(self._left_s))
+    def _piece(self, n_left: int) -> int:
+        """How many tokens of a prompt to read now, of those that are left of what is read at once in an idle hour."""
+        return n_left if self._left_s is None else self._chunk_size.next(self._left_s, n_left)
 
     def _turn(self, running: _Running) -> None:
         """One unit of its work, or its end."""

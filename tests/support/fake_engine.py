@@ -87,7 +87,7 @@ class Model:
     turn: what comes before the assistant's turn. most_together: 1, so that replies take turns unless a test shares.
     """
 
-    vocab_size, most_together = 256, 1
+    vocab_size, most_together, least_chunk = 256, 1, 8
     turn = "<|im_start|>assistant\n"
 
     def __init__(self, reply: str) -> None:

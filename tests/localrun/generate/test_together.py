@@ -74,6 +74,25 @@ def test_a_full_neighbour_leaves_all_as_they_are() -> None:
         assert np.array_equal(logits, model.model.forward([1, 2, 3, 4], model.new_cache()))
 
 
+@pytest.mark.parametrize("variant", slow_but(["llama", "qwen3moe", "gpt-oss", "glm4moe", "minimax-m2"], {"llama"}))
+def test_a_prompt_in_pieces_is_the_prompt(variant: str) -> None:
+    """Of grouped-query attention: pieces of least_chunk tokens or more have the bits of a chunk.
+
+    Latent attention rebuilds keys where a chunk is long, and rounds differently then.
+    """
+    with localrun.load(quantised(variant), threads=2, ctx=32) as model:
+        least, prompt = model.model.least_chunk, tiny_models.token_ids(variant, 500)
+        whole = model.model.new_cache(512)
+        expected = model.model.forward(prompt, whole)
+        for sizes in ([least, least + 1, least + 2, 500 - 3 * least - 3], [300, 200]):
+            cache, first = model.model.new_cache(512), 0
+            for size in sizes:
+                logits = model.model.forward(prompt[first : first + size], cache)
+                first += size
+            assert np.array_equal(logits, expected)
+            assert all(np.array_equal(a, b) for a, b in zip(rows_of(cache), rows_of(whole), strict=True))
+
+
 # ---- sessions --------------------------------------------------------------------------------------------------------
 
 

@@ -396,22 +396,21 @@ def test_conversations_take_turns(engine: Engine, most_together: int) -> None:
     finally:
         scheduler.close()
     first, second = dict.fromkeys(order[1:3])
-    assert (
-        order[:39] == [first, *[first, second] * 19] and len(order) == 3 * 21 + 2
-    )  # prompts are read in two pieces beside a reply
+    assert order[:39] == [first, *[first, second] * 19]
+    assert len(order) == 3 * 21 + 2  # beside a reply a prompt is read in two pieces
 
 
-def test_a_job_is_done_in_units(engine: Engine) -> None:
+def test_a_job_is_done_in_units(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of 7 of chunks of 20 tokens, the last with the first token."""
     ids, lengths, pieces = list(b"To you.<|im_start|>assistant\n"), [], []
     session = engine.session()
     engine.model.before_step = lambda cache: lengths.append(cache.length)
     job = Job(ids, Sampling(temperature=0), 3, [], {}, pieces.append)
+    monkeypatch.setattr(limits, "PREFILL_CHUNK", 20)
     turns = [len(lengths) for _ in job.units(engine, session, lambda n_left: min(7, n_left))]
-    assert lengths == [0, 7, 14, 21, 28, 29, 30] and turns == [1, 2, 3, 4, 5, 6, 7]
-    assert [piece for piece in pieces if isinstance(piece, str)] == list(REPLY[:3]) and session.ids == [
-        *ids,
-        *REPLY[:2].encode(),
-    ]
+    assert lengths == [0, 7, 14, 20, 27, 29, 30] and turns == [1, 2, 3, 4, 5, 6, 7]
+    assert [piece for piece in pieces if isinstance(piece, str)] == list(REPLY[:3])
+    assert session.ids == [*ids, *REPLY[:2].encode()]
     assert (job.usage.prompt_tokens, job.usage.cached_tokens, job.finish_reason) == (29, 0, "length")
 
 
@@ -455,19 +454,27 @@ def test_chunks_fill_the_time_that_there_is() -> None:
     def sizes(chunk_size: ChunkSize, most_s: float, a: float, b: float, n: int) -> list[int]:
         found = []
         for _ in range(n):
-            found.append(chunk_size.next(most_s))
+            found.append(chunk_size.next(most_s, 10**6))
             chunk_size.record(found[-1], a + b * found[-1])
         return found
 
-    chunk_size = ChunkSize()
+    chunk_size = ChunkSize(8)
     fast = sizes(chunk_size, 1.0, 0.3, 0.005, 12)
     assert fast[:4] == [8, 16, 32, 62] and all(0.3 + 0.005 * n <= 1.0 for n in fast)
     assert fast[-1] > 110  # 120 fill 0.9 s
     slow = sizes(chunk_size, 1.0, 0.3, 0.01, 12)
     assert all(0.3 + 0.01 * n <= 1.0 for n in slow[4:]) and slow[-1] > 55
     chunk_size.record(3, 10.0)  # a prompt's last tokens
-    assert chunk_size.next(1.0) == slow[-1]
-    assert sizes(chunk_size, 0.2, 0.3, 0.01, 30)[-1] == 8 and sizes(ChunkSize(), 100.0, 0.0, 0.001, 12)[-1] == 512
+    assert chunk_size.next(1.0, 10**6) == slow[-1]
+    assert sizes(chunk_size, 0.2, 0.3, 0.01, 30)[-1] == 8 and sizes(ChunkSize(8), 100.0, 0.0, 0.001, 12)[-1] == 512
+    for n_left in range(1, 60):  # no piece is less than the least, but where there is no more to begin with
+        pieces = ChunkSize(10)
+        for size in (20, 10, 10):
+            pieces._size, left = size, n_left
+            while left:
+                n_tokens = pieces.next(1.0, left)
+                assert min(10, n_left) <= n_tokens <= max(size, min(left, 19)) and (left == n_tokens or n_left >= 20)
+                left -= n_tokens
 
 
 def test_a_failed_step_ends_all_that_share_it(engine: Engine) -> None:
