@@ -191,16 +191,18 @@ def main() -> None:
         document: dict[str, Any] = {"model": engine.file.path.name, "threads": engine.threads}
         document["tokens_per_s"] = together(engine, a.c, a.n, a.r)
         for name, by_count in document["tokens_per_s"].items():
-            print(name, {count: found["best"] for count, found in by_count.items()})
+            print(name, {count: found["best"] for count, found in by_count.items()}, flush=True)
         if a.prompt:
             engine.tokenizer.eog_ids = frozenset()  # a random model's reply may end with any token
             prompt = np.random.default_rng(1).integers(0, engine.model.vocab_size, a.prompt).tolist()
             document["max_pause_s"] = a.max_pause
-            document["pause"] = {
-                LOCALRUN: our_pause(engine, prompt, a.max_pause), LLAMA_CPP: their_pause(engine, prompt),
-            }  # fmt: skip
-            for name, found in document["pause"].items():
-                print(name, found)
+            document["pause"] = {}
+            for name, found in (
+                (LOCALRUN, lambda: our_pause(engine, prompt, a.max_pause)),
+                (LLAMA_CPP, lambda: their_pause(engine, prompt)),
+            ):
+                document["pause"][name] = found()
+                print(name, document["pause"][name], flush=True)
         print(json.dumps(document))
 
 
