@@ -39,7 +39,7 @@ class NativeModel:
     Attributes:
         vocab_size: logits a token.
         most_together: contexts that can share a step.
-        least_chunk: tokens that go through the network in torch, not through the step.
+        least_chunk: with grouped-query attention, tokens that go through the network in torch, not through the step.
         keep_hidden: whether forward() is to leave `hidden` behind.
         hidden: float32 (T, hidden_size), what the head reads (after the final norm) of the last forward()'s tokens.
     """
@@ -52,7 +52,8 @@ class NativeModel:
         self._step = DecodeStep(config, self._tensors, self._pool)
         affordable = _STEP_BYTES // weight_bytes_per_token(file, config)
         self._most_steps = max(MOST_TOKENS, min(_STEP_TOKENS, affordable))  # tokens that go through it
-        self.least_chunk = self._most_steps + 1
+        # Latent attention rounds by the chunk's length anyway, so that there is no reason for long ones.
+        self.least_chunk = MOST_TOKENS if config.attention == "mla" else self._most_steps + 1
         self.most_together = MOST_TOKENS
         self.keep_hidden = False
         self.hidden = np.empty((0, config.hidden_size), np.float32)
