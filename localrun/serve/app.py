@@ -17,7 +17,6 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from localrun.generate.reasoning import open_tag
 from localrun.serve import bodies, openai
 from localrun.serve.bodies import Chat, Completion, Conversation, Text, Tokens
 from localrun.serve.errors import APIError, failed
@@ -100,12 +99,8 @@ class Endpoints:
 
     async def chat(self, request: Request) -> Response:
         body = await _body(request, Chat)
-        body.check()
-        sampling = await self._service.sampling(body)
-        ids = await self._service.chat_ids(body)
-        replies = self._service.replies([ids], body.choices, sampling, body.limit, body.stops)
-        form = ChatForm(body.choices, open_tag(self._service.engine.tokenizer, ids))
-        return await self._answer(request, body, replies, form)
+        replies, parsers = await self._service.chat(body)
+        return await self._answer(request, body, replies, ChatForm(parsers))
 
     async def completion(self, request: Request) -> Response:
         body = await _body(request, Completion)

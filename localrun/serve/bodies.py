@@ -28,7 +28,8 @@ MOST_STOPS = 16
 _SAMPLING = {"temperature", "top_p", "top_k", "min_p", "repeat_penalty", "seed"}
 _SAMPLING |= {"presence_penalty", "frequency_penalty"}
 _GUIDED = ("json", "regex", "choice", "grammar")
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+_NAME = re.compile(r"[\w.-]{1,128}")
 _PLACE = re.compile(r" - at `\$\.?([^`]*)`")
 _UNKNOWN = re.compile(r"Object contains unknown field `([^`]*)`")
 
@@ -121,7 +122,7 @@ class Generation(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class Chat(Generation, kw_only=True):
-    """/v1/chat/completions."""
+    """/v1/chat/completions; requests of the other protocols for chats are translated to this."""
 
     messages: list[dict[str, Any]]
     max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
@@ -130,10 +131,10 @@ class Chat(Generation, kw_only=True):
     reasoning_effort: str | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    # Supported only where they ask for nothing.
-    tools: list[Any] | None = None
+    tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
+    # Supported only where they ask for nothing.
     functions: list[Any] | None = None
     modalities: list[str] | None = None
 
@@ -148,15 +149,43 @@ class Chat(Generation, kw_only=True):
 
     def check(self) -> None:
         super().check()
-        for name in ("tools", "functions"):
-            if getattr(self, name):
-                raise unsupported(name)
-        if self.tool_choice not in (None, "none", "auto"):
-            raise unsupported("tool_choice")
+        if self.functions:
+            raise unsupported("functions")
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid("top_logprobs is for log-probabilities; set logprobs to true", "top_logprobs")
         if self.modalities not in (None, ["text"]):
             raise unsupported("modalities", "a modality other than text")
+        self.functions_offered()
+
+    def functions_offered(self) -> list[Message]:
+        """The functions that the reply may call, as templates take them. Raises APIError for what is none."""
+        tools = [_tool(tool, f"tools[{index}]") for index, tool in enumerate(self.tools or ())]
+        choice = self.call_choice()
+        if choice in ("required", "auto") or choice in [tool["function"]["name"] for tool in tools]:
+            if choice != "auto" and not tools:
+                raise invalid("tool_choice asks for a call, but there are no tools", "tool_choice")
+            return tools
+        if choice != "none":
+            raise invalid(f"tool_choice names {choice!r}, which is none of the tools", "tool_choice")
+        return []
+
+    @property
+    def calls_once(self) -> bool:
+        """Whether a reply ends with its first call."""
+        return self.parallel_tool_calls is False or self.call_choice() not in ("none", "auto", "required")
+
+    def call_choice(self) -> str:
+        """none, auto, required, or the function to call. Raises APIError for anything else."""
+        choice = self.tool_choice
+        if choice is None:
+            return "auto"
+        if isinstance(choice, dict) and choice.get("type") == "function":
+            function = choice.get("function")
+            if isinstance(function, dict) and isinstance(function.get("name"), str):
+                return function["name"]
+        if choice not in ("none", "auto", "required"):
+            raise invalid("tool_choice is not none, auto, required, or a function", "tool_choice")
+        return choice
 
 
 class Completion(Generation, kw_only=True):
@@ -208,6 +237,11 @@ class Conversation(Struct, forbid_unknown_fields=True, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
     enable_thinking: bool | None = None
     reasoning_effort: str | None = None
+    tools: list[dict[str, Any]] | None = None
+
+    def functions_offered(self) -> list[Message]:
+        """The functions that the reply may call, as templates take them. Raises APIError for what is none."""
+        return [_tool(tool, f"tools[{index}]") for index, tool in enumerate(self.tools or ())]
 
 
 class Text(Struct, forbid_unknown_fields=True):
@@ -250,16 +284,52 @@ def _message(given: Message, name: str) -> Message:
     role = given.get("role")
     if not isinstance(role, str) or role not in _ROLES:
         raise invalid(f"{name}.role is not one of {', '.join(_ROLES)}", f"{name}.role")
-    if given.get("tool_calls"):
-        raise unsupported(f"{name}.tool_calls")
     message = {"role": _ROLES[role], "content": _text(given.get("content"), role, f"{name}.content")}
-    for key in ("name", "reasoning_content"):
+    if role == "assistant" and given.get("tool_calls") is not None:
+        calls = given["tool_calls"]
+        if not isinstance(calls, list):
+            raise invalid(f"{name}.tool_calls is not a list", f"{name}.tool_calls")
+        if calls:
+            message["tool_calls"] = [_call(call, f"{name}.tool_calls[{i}]") for i, call in enumerate(calls)]
+    if role == "tool" and not isinstance(given.get("tool_call_id"), str):
+        raise invalid(f"{name}.tool_call_id is not a text", f"{name}.tool_call_id")
+    for key in ("name", "reasoning_content", "tool_call_id"):
         value = given.get(key)
         if value is not None and not isinstance(value, str):
             raise invalid(f"{name}.{key} is not a text", f"{name}.{key}")
         if value is not None:
             message[key] = value
     return message
+
+
+def _call(given: Any, name: str) -> Message:
+    """A call of an earlier reply."""
+    function = given.get("function") if isinstance(given, dict) else None
+    if not isinstance(function, dict) or not isinstance(given.get("id"), str):
+        raise invalid(f"{name} is not a call: an id, and a function with name and arguments", name)
+    called, arguments = function.get("name"), function.get("arguments", "")
+    if not isinstance(called, str) or not _NAME.fullmatch(called) or not isinstance(arguments, str | dict):
+        raise invalid(f"{name}.function is not a name with arguments, a text of JSON", f"{name}.function")
+    return {"id": given["id"], "type": "function", "function": {"name": called, "arguments": arguments}}
+
+
+def _tool(given: Message, name: str) -> Message:
+    """A function, with all that templates may ask for."""
+    function = given.get("function")
+    if given.get("type") != "function" or not isinstance(function, dict):
+        raise invalid(f"{name} is not of type function, all that this server takes", name)
+    called, parameters = function.get("name"), function.get("parameters")
+    if not isinstance(called, str) or not _NAME.fullmatch(called):
+        raise invalid(f"{name}.function.name is not 1 to 128 letters, digits, _, . or -", f"{name}.function.name")
+    if not isinstance(parameters, dict | None):
+        raise invalid(f"{name}.function.parameters is no JSON schema, an object", f"{name}.function.parameters")
+    if not isinstance(description := function.get("description"), str | None):
+        raise invalid(f"{name}.function.description is not a text", f"{name}.function.description")
+    schema = parameters or {"type": "object", "properties": {}}
+    return {
+        "type": "function",
+        "function": {"name": called, "description": description or "", "parameters": schema},
+    }
 
 
 def _text(content: Any, role: str, name: str) -> str:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, Protocol
 
-from localrun.generate.reasoning import CONTENT, REASONING, Part, ReasoningSplitter
+from localrun.generate.reasoning import CONTENT, REASONING
 from localrun.serve.job import Job, Progress
 from localrun.serve.logprobs import Told, Writer, of_chat, of_text
+from localrun.serve.reply import Reply, ReplyParser
 from localrun.serve.service import Replies
+from localrun.serve.tools.source import Arguments, CallStart, Part
 
 Document = dict[str, Any]
 
@@ -36,8 +38,11 @@ class Form(Protocol):
     def delta(self, index: int, part: Part | None, reason: str | None) -> Document:
         """A choice of a stream: a part, or the end."""
 
-    def choice(self, index: int, parts: dict[str, str], reason: str) -> Document:
+    def choice(self, index: int, reply: Reply, reason: str) -> Document:
         """A whole choice."""
+
+    def finish_reason(self, index: int, job: Job) -> str:
+        """Why it ended."""
 
 
 class ChatForm:
@@ -46,25 +51,43 @@ class ChatForm:
     prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
     logprobs = staticmethod(of_chat)
 
-    def __init__(self, choices: int, opened: str | None):
-        """opened: the tag of reasoning that the prompt has opened."""
-        self._splitters = [ReasoningSplitter(opened) for _ in range(choices)]
+    def __init__(self, parsers: Sequence[ReplyParser]):
+        """parsers: of the choices."""
+        self._parsers = parsers
 
     def first(self, index: int) -> Iterator[Document]:
         yield self._delta(index, {"role": "assistant", "content": ""}, None)
 
     def parts(self, index: int, piece: str | None) -> Iterator[Part]:
-        splitter = self._splitters[index]
-        return splitter.flush() if piece is None else splitter.push(piece)
+        parser = self._parsers[index]
+        return parser.flush() if piece is None else parser.push(piece)
 
     def delta(self, index: int, part: Part | None, reason: str | None) -> Document:
-        return self._delta(index, {part[0]: part[1]} if part else {}, reason)
+        delta: Document = {}
+        if isinstance(part, CallStart):
+            function = {"name": part.name, "arguments": ""}
+            delta["tool_calls"] = [{"index": part.index, "id": part.id, "type": "function", "function": function}]
+        elif isinstance(part, Arguments):
+            delta["tool_calls"] = [{"index": part.index, "function": {"arguments": part.text}}]
+        elif part:
+            delta[part[0]] = part[1]
+        return self._delta(index, delta, reason)
 
-    def choice(self, index: int, parts: dict[str, str], reason: str) -> Document:
-        message: Document = {"role": "assistant", "content": parts.get(CONTENT, ""), "refusal": None}
-        if REASONING in parts:
-            message[REASONING] = parts[REASONING]
+    def choice(self, index: int, reply: Reply, reason: str) -> Document:
+        content = reply.content or (None if reply.calls else "")
+        message: Document = {"role": "assistant", "content": content, "refusal": None}
+        if reply.reasoning is not None:
+            message[REASONING] = reply.reasoning
+        if reply.calls:
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in reply.calls
+            ]
         return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
+
+    def finish_reason(self, index: int, job: Job) -> str:
+        reason = finish_reason(job)
+        return "tool_calls" if reason == "stop" and self._parsers[index].has_calls else reason
 
     def _delta(self, index: int, delta: Document, reason: str | None) -> Document:
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
@@ -86,18 +109,21 @@ class TextForm:
     def delta(self, index: int, part: Part | None, reason: str | None) -> Document:
         return {"index": index, "text": part[1] if part else "", "logprobs": None, "finish_reason": reason}
 
-    def choice(self, index: int, parts: dict[str, str], reason: str) -> Document:
-        return {"index": index, "text": parts.get(CONTENT, ""), "logprobs": None, "finish_reason": reason}
+    def choice(self, index: int, reply: Reply, reason: str) -> Document:
+        return {"index": index, "text": reply.content, "logprobs": None, "finish_reason": reason}
+
+    def finish_reason(self, index: int, job: Job) -> str:
+        return finish_reason(job)
 
 
 async def whole(replies: Replies, form: Form, model: str) -> Document:
     """The answer, once all replies have ended."""
-    parts: list[dict[str, str]] = [{} for _ in replies.jobs]
+    said = [Reply() for _ in replies.jobs]
     async for index, piece in replies.events():
-        for kind, text in form.parts(index, piece):
-            parts[index][kind] = parts[index].get(kind, "") + text
+        for part in form.parts(index, piece):
+            said[index].add(part)
     choices = [
-        Told(job.logprobs, form.logprobs).into(form.choice(i, parts[i], finish_reason(job)))
+        Told(job.logprobs, form.logprobs).into(form.choice(i, said[i], form.finish_reason(i, job)))
         for i, job in enumerate(replies.jobs)
     ]
     head = _head(form, form.object, model)
@@ -122,7 +148,7 @@ async def chunks(
             yield {**head, "choices": [told[index].into(form.delta(index, part, None))], **empty}
         if piece is None:
             job = replies.jobs[index]
-            last = told[index].into(form.delta(index, None, finish_reason(job)))
+            last = told[index].into(form.delta(index, None, form.finish_reason(index, job)))
             yield {**head, "choices": [last], **empty, "timings": timings([job])}
     if includes_usage:
         yield {**head, "choices": [], "usage": usage(replies.jobs)}

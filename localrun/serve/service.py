@@ -6,7 +6,7 @@ The event loop never computes: templates and tokens are work for a few threads, 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -16,14 +16,18 @@ from anyio import CapacityLimiter, to_thread
 
 from localrun.engine import Engine
 from localrun.errors import LocalrunError
-from localrun.generate.reasoning import spelled_tags
+from localrun.generate.reasoning import open_tag, spelled_tags
 from localrun.generate.sampling import Sampling
-from localrun.serve.bodies import Chat, Conversation, Generation, Message, chat_messages
+from localrun.serve.bodies import Chat, Conversation, Generation, chat_messages
 from localrun.serve.errors import APIError, failed, invalid
 from localrun.serve.job import Job, Progress
+from localrun.serve.reply import ReplyParser
 from localrun.serve.scheduler import QueueFullError, Scheduler
+from localrun.serve.tools import forced
+from localrun.serve.tools.conversation import Dialect
+from localrun.serve.tools.form import CallParser
 from localrun.text.chat_template import CHATML_STOP, OWN_VARIABLES, ChatTemplate, chatml
-from localrun.text.prompt import chat_ids, chat_text, raw_ids
+from localrun.text.prompt import Offer, chat_ids, chat_text, raw_ids
 
 MOST_UNREAD = 1 << 16  # characters that a slow reader may be behind: some 15 minutes of a fast model
 PING_S = 5.0  # between two signs of life
@@ -49,6 +53,7 @@ class Service:
         self.usual = Sampling.recommended(engine.file.metadata)
         self.spelled = spelled_tags(engine.tokenizer)
         self._stop = [CHATML_STOP] if engine.template is None and self.template else []
+        self._dialect: Dialect | None = None
         self._limiter = CapacityLimiter(_MOST_AT_ONCE)
 
     async def in_thread(self, function: Callable[..., Result], *args: Any) -> Result:
@@ -70,17 +75,51 @@ class Service:
             sampling.constraint.check(self.engine.tokenizer)  # here, as the engine's thread is not to wait for it
         return sampling
 
+    async def chat(self, body: Chat) -> tuple[Replies, list[ReplyParser]]:
+        """Have a conversation answered; the replies, and what reads each one. Raises APIError if it can't be."""
+        body.check()
+        sampling, functions = await self.sampling(body), body.functions_offered()
+        ids = await self.chat_ids(body)
+        opened = open_tag(self.engine.tokenizer, ids)
+        if not functions:
+            parsers = [ReplyParser(opened) for _ in range(body.choices)]
+            return self.replies([ids], body.choices, sampling, body.limit, body.stops), parsers
+        form = (await self._dialect_of()).form
+        begun = forced.beginning(form, body.call_choice())
+        if begun:
+            ids = [*ids, *await self.text_ids(forced.prompted(form, body.call_choice(), opened))]
+        schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in functions}
+        parsers = [
+            ReplyParser(None if begun else opened, CallParser(form, schemas), begun) for _ in range(body.choices)
+        ]
+        spelled = self.spelled | form.spelled(self.engine.tokenizer.controls)
+        stops = [*body.stops, form.end] if body.calls_once else body.stops
+        return self.replies(
+            [self._fitting(ids, "messages")], body.choices, sampling, body.limit, stops, spelled
+        ), parsers
+
     async def chat_ids(self, body: Chat) -> list[int]:
         """The prompt of a conversation, which fits the context. Raises APIError if there is none."""
-        messages, template = chat_messages(body.messages), self._template()
-        ids = await self.in_thread(chat_ids, template, self.engine.tokenizer, messages, template_settings(body))
-        return self._fitting(ids, "messages")
+        return self._fitting(await self._rendered(chat_ids, body), "messages")
 
     async def chat_text(self, body: Conversation) -> str:
         """The text of that prompt."""
-        messages: list[Message] = chat_messages(body.messages)
-        template = self._template()
-        return await self.in_thread(chat_text, template, self.engine.tokenizer, messages, template_settings(body))
+        return await self._rendered(chat_text, body)
+
+    async def _rendered(self, render: Callable[..., Result], body: Chat | Conversation) -> Result:
+        """What a function of text.prompt makes of a conversation."""
+        messages, functions, offer = chat_messages(body.messages), body.functions_offered(), Offer()
+        template, settings = self._template(), template_settings(body)
+        if functions or any(message["role"] == "tool" or "tool_calls" in message for message in messages):
+            dialect = await self._dialect_of()
+            messages, offer = dialect.messages(messages, functions), dialect.offer(functions)
+        return await self.in_thread(render, template, self.engine.tokenizer, messages, settings, offer)
+
+    async def _dialect_of(self) -> Dialect:
+        """The template's way with tools, which is found out when it is first needed."""
+        if self._dialect is None:
+            self._dialect = await self.in_thread(Dialect.of, self._template())
+        return self._dialect
 
     async def text_ids(self, prompt: str | list[int]) -> list[int]:
         """The ids of a text that is continued as it is."""
@@ -111,16 +150,26 @@ class Service:
         return ids
 
     def replies(
-        self, prompts: Sequence[list[int]], choices: int, sampling: Sampling, limit: int | None, stop: Sequence[str]
+        self,
+        prompts: Sequence[list[int]],
+        choices: int,
+        sampling: Sampling,
+        limit: int | None,
+        stop: Sequence[str],
+        spelled: Mapping[int, str] | None = None,
     ) -> Replies:
-        """Have prompts answered, each `choices` times. Raises APIError if too much waits already."""
-        replies = Replies()
+        """Have prompts answered, each `choices` times. Raises APIError if too much waits already.
+
+        Args:
+            spelled: control tokens that are part of the replies, with their texts; None for the usual ones.
+        """
+        replies, spelled = Replies(), self.spelled if spelled is None else spelled
         for ids in prompts:
             first = None
             for choice in range(choices):
                 seed = None if sampling.seed is None else sampling.seed + choice
                 settings, stops = replace(sampling, seed=seed), [*stop, *self._stop]
-                job = Job(ids, settings, limit, stops, self.spelled, replies.hear(len(replies.jobs)), first)
+                job = Job(ids, settings, limit, stops, spelled, replies.hear(len(replies.jobs)), first)
                 first = first or job
                 replies.jobs.append(job)
         try:

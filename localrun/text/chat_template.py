@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ OWN_VARIABLES = ("messages", "add_generation_prompt", "bos_token", "eos_token", 
 
 Message = dict[str, Any]
 Answer = dict[str, str]
+Tools = list[dict[str, Any]] | None  # {"type": "function", "function": {"name", "description", "parameters"}} each
 
 
 class TemplateError(LocalrunError):
@@ -67,11 +68,13 @@ class ChatTemplate:
         conversations: list[list[Message]],
         add_generation_prompt: bool = True,
         settings: Mapping[str, Any] | None = None,
+        tools: Sequence[Tools] | None = None,
     ) -> list[Answer]:
         """{"text": the conversation as text} or {"error": why there is none}, for each, from one process.
 
         Args:
             settings: other variables of the template, enable_thinking say; what may go into JSON.
+            tools: of each conversation, the functions that the model may call; None for no tools in any.
 
         Raises TemplateError if the template is broken or runs into a limit of the process.
         """
@@ -80,10 +83,11 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
             "bos_token": self.bos_token,
             "eos_token": self.eos_token,
-            "tools": None,
             "documents": None,
         }
-        return _in_child(self.source, variables, conversations)
+        each = [None] * len(conversations) if tools is None else tools
+        given = [{"messages": messages, "tools": own} for messages, own in zip(conversations, each, strict=True)]
+        return _in_child(self.source, variables, given)
 
 
 def text_of(answer: Answer) -> str:
@@ -145,7 +149,7 @@ def _text(tokenizer: Tokenizer, id: int | None) -> str:
     return "" if id is None else tokenizer.decode([id], special=True)
 
 
-def _in_child(source: str, variables: dict[str, Any], conversations: list[list[Message]]) -> list[Answer]:
+def _in_child(source: str, variables: dict[str, Any], conversations: list[dict[str, Any]]) -> list[Answer]:
     """The child's answers. Files, not pipes: the system then bounds what the child can write, and nothing can block."""
     request = {
         "path": [os.path.abspath(entry) for entry in sys.path],

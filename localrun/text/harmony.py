@@ -2,20 +2,25 @@
 
     <|channel|>analysis<|message|>reasoning<|end|><|start|>assistant<|channel|>final<|message|>the answer<|return|>
 
-What is read and kept is the text that other reasoning models write: <think>reasoning</think> and the answer. Templates
-of such models take earlier reasoning out themselves; gpt-oss's wants messages that have none.
+A call of a function is a message to it: <|channel|>commentary to=functions.NAME <|constrain|>json<|message|>{}<|call|>.
+What is read and kept is the text that other models write: <think>reasoning</think> and the answer, and calls as Qwen3
+has them, which end with the text where the reply ends with the call. Templates of such models take earlier reasoning
+out themselves; gpt-oss's wants messages that have none.
 Source: https://cookbook.openai.com/articles/openai-harmony; the chat template of openai/gpt-oss-20b.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Protocol
 
 START, CHANNEL, MESSAGE, END = "<|start|>", "<|channel|>", "<|message|>", "<|end|>"
 MARKS = (START, CHANNEL, MESSAGE, END)
 _OPEN, _CLOSE = "<think>\n", "\n</think>\n\n"
+_CALL, _CALL_END = '<tool_call>\n{{"name": "{}", "arguments": ', "}\n</tool_call>"
 _REASONING = "analysis"
+_FUNCTION = re.compile(r"\bto=functions\.([^\s<\"\\]+)")
 
 
 class Decoder(Protocol):
@@ -39,7 +44,8 @@ class ChannelDecoder:
         self._decoder = decoder
         self._marks = {controls[mark]: mark for mark in MARKS}
         self._header: str | None = None  # what was said of the next message; None within one
-        self._reasons = False
+        self._channel = 0  # where its channel's name begins
+        self._close = ""  # the text that ends the message
 
     def push(self, id: int) -> str:
         """The characters that id completes, often none or several."""
@@ -61,16 +67,25 @@ class ChannelDecoder:
     def _pass(self, mark: str) -> str:
         """The text that stands for a mark."""
         if mark == END:
-            ended = _CLOSE if self._reasons else "\n\n"
-            self._reasons = False
+            ended, self._close = self._close or "\n\n", ""
             return ended
         if mark != MESSAGE:
-            self._header = ""
+            self._header = "" if mark == START else self._header or ""
+            self._channel = len(self._header)
             return ""
-        self._reasons, self._header = (self._header or "").startswith(_REASONING), None
-        return _OPEN if self._reasons else ""
+        header, self._header = self._header or "", None
+        if function := _FUNCTION.search(header):
+            self._close = _CALL_END
+            return _CALL.format(function[1])
+        self._close = _CLOSE if header[self._channel :].startswith(_REASONING) else ""
+        return _OPEN if self._close else ""
 
 
 def without_reasoning(content: str) -> str:
     """The answer of a reply as ChannelDecoder gives it; nothing, if it was cut before that."""
     return content.rpartition(_CLOSE)[2] if _CLOSE in content else "" if content.startswith(_OPEN) else content
+
+
+def call_header(function: str) -> str:
+    """What a reply begins with that is a call of a function."""
+    return f"{CHANNEL}commentary to=functions.{function} <|constrain|>json{MESSAGE}"

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from localrun import arguments
-from localrun.text.chat_template import Answer, ChatTemplate, Message, TemplateError, text_of
+from localrun.text.chat_template import Answer, ChatTemplate, Message, TemplateError, Tools, text_of
 from localrun.text.harmony import CHANNEL, without_reasoning
 from localrun.text.tokenizer import Tokenizer
 
@@ -27,7 +27,9 @@ _OPEN, _CLOSE = "\U00100000", "\U00100001"
 _FIRST_WORD = 0xF0000  # three of it stand for the first message's words, of the next for the second's
 _ENCLOSED = re.compile(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}|[{_OPEN}{_CLOSE}]")
 REASONING = "reasoning_content"  # a message's key for what the model thought before it
-_MUST_BE_THERE = ("user", "system")  # templates may leave an earlier reply out
+THINKING = "thinking"  # the same, where Harmony's template wants it
+_FREE = ("content", REASONING, THINKING, "name", "tool_calls", "tool_call_id")  # what a message may say in any words
+_MUST_BE_THERE = ("user", "system", "tool")  # templates may leave an earlier reply out
 
 
 @dataclass(frozen=True)
@@ -43,29 +45,55 @@ class Prompt:
     spelled: Sequence[tuple[int, int]]
 
 
+@dataclass(frozen=True)
+class Offer:
+    """What a model is told of functions that it may call.
+
+    Attributes:
+        tools: for the template.
+        notes: for the end of the system message, which is the first then, where the template says nothing of tools; its
+            control tokens count.
+    """
+
+    tools: Tools = None
+    notes: str = ""
+
+
+_NOTHING = Offer()
+
+
 def chat_ids(
-    template: ChatTemplate, tokenizer: Tokenizer, messages: list[Message], settings: Mapping[str, Any] | None = None
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    messages: list[Message],
+    settings: Mapping[str, Any] | None = None,
+    offer: Offer = _NOTHING,
 ) -> list[int]:
     """The ids that a reply to messages continues: the template's control tokens as such, and one BOS where one is due.
 
     Args:
+        messages: with tool_calls, and with results of role "tool", as the template wants them.
         settings: other variables of the template.
 
     Raises TemplateError if the template is broken, refuses the messages, leaves words of theirs out, or changes them
     so that its own control tokens cannot be told from theirs. Raises LocalrunError if they are no messages of texts.
     """
     controls = _any_of(tokenizer.controls)
-    prompt = chat_prompt(template, _checked(template, messages), controls, settings)
+    prompt = chat_prompt(template, _checked(template, messages), controls, settings, offer)
     ids = _encode(tokenizer, prompt, controls)
     is_due = tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]
     return [tokenizer.bos_id, *ids] if is_due else ids
 
 
 def chat_text(
-    template: ChatTemplate, tokenizer: Tokenizer, messages: list[Message], settings: Mapping[str, Any] | None = None
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    messages: list[Message],
+    settings: Mapping[str, Any] | None = None,
+    offer: Offer = _NOTHING,
 ) -> str:
     """The text that chat_ids encodes. Raises as that does."""
-    return chat_prompt(template, _checked(template, messages), _any_of(tokenizer.controls), settings).text
+    return chat_prompt(template, _checked(template, messages), _any_of(tokenizer.controls), settings, offer).text
 
 
 def _checked(template: ChatTemplate, given: Any) -> list[Message]:
@@ -91,11 +119,12 @@ def chat_prompt(
     messages: list[Message],
     controls: re.Pattern[str],
     settings: Mapping[str, Any] | None = None,
+    offer: Offer = _NOTHING,
 ) -> Prompt:
     """The conversation as text, and where its messages spell what controls matches. Raises as chat_ids does."""
-    rendered = _render(template, messages, set(), controls, settings)
+    rendered = _render(template, messages, set(), controls, settings, offer)
     if rendered.lost:
-        as_parts = _render(template, messages, rendered.lost, controls, settings)
+        as_parts = _render(template, messages, rendered.lost, controls, settings, offer)
         rendered = as_parts if as_parts.lost < rendered.lost else rendered
     text = text_of(rendered.answer)
     for index in sorted(rendered.lost):
@@ -119,6 +148,7 @@ def _render(
     parts: set[int],
     controls: re.Pattern[str],
     settings: Mapping[str, Any] | None,
+    offer: Offer,
 ) -> _Rendered:
     """The conversation, those messages whose indices are in `parts` as parts."""
     words = {
@@ -126,16 +156,37 @@ def _render(
     }
     probes = [message | {"content": words.get(index, "")} for index, message in enumerate(messages)]
     marked = [_marked(message, controls) for message in messages]
-    conversations = [_with_parts(each, parts) for each in (messages, probes, *([marked] if marked != messages else []))]
-    answer, probe, *rest = template.answers(conversations, settings=settings)
+    tools, marked_tools = offer.tools, _marked_texts(offer.tools, controls)
+    conversations, each_tools = [messages, probes], [tools, tools]
+    if (marked, marked_tools) != (messages, tools):
+        conversations, each_tools = [*conversations, marked], [*each_tools, marked_tools]
+    conversations = [_with_parts(_with_notes(each, offer.notes), parts) for each in conversations]
+    answer, probe, *rest = template.answers(conversations, settings=settings, tools=each_tools)
     lost = {index for index, word in words.items() if "error" in answer or _is_lost(word, probe)}
     return _Rendered(answer, lost, rest[0] if rest else None)
 
 
 def _marked(message: Message, controls: re.Pattern[str]) -> Message:
-    """A message with marks around the control tokens that it spells, also in what a model thought."""
-    texts = {key: message[key] for key in ("content", REASONING) if isinstance(message.get(key), str)}
-    return message | {key: controls.sub(f"{_OPEN}\\g<0>{_CLOSE}", text) for key, text in texts.items()}
+    """A message with marks around the control tokens that it spells, in whatever is not the protocol's."""
+    return message | {key: _marked_texts(message[key], controls) for key in _FREE if key in message}
+
+
+def _marked_texts(value: Any, controls: re.Pattern[str]) -> Any:
+    """The same of all texts within a value."""
+    if isinstance(value, str):
+        return controls.sub(f"{_OPEN}\\g<0>{_CLOSE}", value)
+    if isinstance(value, list):
+        return [_marked_texts(item, controls) for item in value]
+    if isinstance(value, dict):
+        return {_marked_texts(key, controls): _marked_texts(item, controls) for key, item in value.items()}
+    return value
+
+
+def _with_notes(messages: list[Message], notes: str) -> list[Message]:
+    """Notes at the end of the system message, which is always the first."""
+    if not notes:
+        return messages
+    return [messages[0] | {"content": f"{messages[0]['content']}\n\n{notes}"}, *messages[1:]]
 
 
 def _with_parts(messages: list[Message], parts: set[int]) -> list[Message]:

@@ -2,7 +2,8 @@
 
 A template is a program from an untrusted file. The sandbox keeps it from Python's internals; the limits of the
 operating system, set before the template is even parsed, keep it from taking memory, CPU time or disk space.
-Reads {"path", "limits", "source", "variables", "conversations"} as JSON from stdin. Writes a list to stdout with a
+Reads {"path", "limits", "source", "variables", "conversations"} as JSON from stdin, each conversation its own variables
+(messages, tools). Writes a list to stdout with a
 {"text"} or an {"error"} for each conversation, or one {"error"} for all. Whatever ends it otherwise leaves it empty.
 
 The environment is the one Hugging Face templates are written for: transformers, utils/chat_template_utils.py @v5.0.0,
@@ -107,8 +108,8 @@ def main() -> None:
     limit(limits["memory_bytes"], limits["output_bytes"], limits["cpu_s"])
     template = environment().from_string(request["source"])
     answers = [
-        render(template, request["variables"] | {"messages": messages}, limits["chars"])
-        for messages in request["conversations"]
+        render(template, request["variables"] | conversation, limits["chars"])
+        for conversation in request["conversations"]
     ]
     sys.stdout.write(json.dumps(answers))
 

@@ -93,6 +93,35 @@ def test_reasoning_stands_apart(engine: Engine, client: TestClient, stream: bool
     assert (found["reasoning_content"], found["content"]) == ("Hm.", "Aye.")
 
 
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+CALL = 'I look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+
+
+def test_a_call_comes_as_one_and_its_result_goes_back(engine: Engine, client: TestClient) -> None:
+    engine.model.reply = CALL
+    choice = ask(client, tools=TOOLS).json()["choices"][0]
+    (call,) = choice["message"]["tool_calls"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("I look.", "tool_calls")
+    assert call["function"] == {"name": "weather", "arguments": '{"city": "Paris"}'}
+    chunks = [chunk["choices"][0] for chunk in events(ask(client, tools=TOOLS, stream=True).text)[:-1]]
+    deltas = [delta for chunk in chunks for delta in chunk["delta"].get("tool_calls", [])]
+    assert deltas[0]["function"] == {"name": "weather", "arguments": ""} and chunks[-1]["finish_reason"] == "tool_calls"
+    assert len(deltas) > 2 and "".join(delta["function"]["arguments"] for delta in deltas) == '{"city": "Paris"}'
+    assert ask(client, tools=TOOLS, tool_choice="none").json()["choices"][0]["message"]["content"] == CALL
+    messages = [*HELLO, choice["message"], {"role": "tool", "tool_call_id": call["id"], "content": "sun"}]
+    prompt = client.post("/apply-template", json={"messages": messages, "tools": TOOLS}).json()["prompt"]
+    assert f"assistant\n{CALL}<|im_end|>" in prompt and "user\n<tool_response>\nsun" in prompt
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_a_call_that_is_asked_for_is_begun_by_the_prompt(engine: Engine, client: TestClient, choice: Any) -> None:
+    tail = CALL.partition('"name":' if choice == "required" else '"arguments":')[2]
+    engine.model.turn, engine.model.reply = '"name":' if choice == "required" else '"weather", "arguments":', tail
+    message = ask(client, tools=TOOLS, tool_choice=choice).json()["choices"][0]["message"]
+    assert message["tool_calls"][0]["function"] == {"name": "weather", "arguments": '{"city": "Paris"}'}
+    assert message["content"] is None
+
+
 def test_settings_reach_the_template(engine: Engine, client: TestClient) -> None:
     engine.template.source = "{{ enable_thinking }} {{ reasoning_effort }} {{ x }} {{ messages[0].content }}"
     body = {"messages": HELLO, "reasoning_effort": "none", "chat_template_kwargs": {"x": 1}}
@@ -193,7 +222,12 @@ REFUSED = {
     "type": ({"max_tokens": "x"}, 400, "max_tokens"),
     "range": ({"max_tokens": 0}, 400, "max_tokens"),
     "sampling": ({"top_p": 2}, 400, "top_p"),
-    "tools": ({"tools": [{}]}, 400, "tools"),
+    "no tool": ({"tools": [{}]}, 400, "tools[0]"),
+    "a tool's name": (
+        {"tools": [{"type": "function", "function": {"name": "a b"}}]},
+        *(400, "tools[0].function.name"),
+    ),
+    "a call of no tool": ({"tool_choice": {"type": "function", "function": {"name": "a"}}}, 400, "tool_choice"),
     "logprobs": ({"logprobs": 5}, 400, "logprobs"),
     "top_logprobs": ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
     "top_logprobs alone": ({"top_logprobs": 1}, 400, "top_logprobs"),
@@ -214,7 +248,12 @@ REFUSED = {
     "two": ({"guided_regex": "a", "guided_choice": ["a"]}, 400, "guided_choice"),
     "no such output": ({"structured_outputs": {"xml": 1}}, 400, "structured_outputs"),
     "no messages": ({"messages": []}, 400, "messages"),
-    "a role": ({"messages": [{"role": "tool", "content": "a"}]}, 400, "messages[0].role"),
+    "a role": ({"messages": [{"role": "x", "content": "a"}]}, 400, "messages[0].role"),
+    "a result of no call": ({"messages": [{"role": "tool", "content": "a"}]}, 400, "messages[0].tool_call_id"),
+    "a call": (
+        {"messages": [{"role": "assistant", "tool_calls": [{}]}]},
+        *(400, "messages[0].tool_calls[0]"),
+    ),
     "no text": ({"messages": [{"role": "user"}]}, 400, "messages[0].content"),
     "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0].content[0]"),
     "too long": ({"messages": [{"role": "user", "content": "a" * 2000}]}, 400, "messages"),
@@ -255,8 +294,9 @@ MESSAGES = st.lists(
 )
 FIELDS = [
     *["max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "n", "stream", "stream_options", "tools"],
-    *["logit_bias", "logprobs", "model", "user", "response_format", "repeat_penalty", "best_of", "echo", "other"],
+    *["tool_choice", "parallel_tool_calls", "logit_bias", "logprobs", "model", "user", "response_format", "best_of"],
     *["presence_penalty", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"],
+    *["repeat_penalty", "echo", "other"],
 ]
 
 

@@ -1,0 +1,51 @@
+"""Calls whose arguments are written as JSON: a header with the function's name, then an object."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from localrun.serve.tools.form import Calls, Form
+from localrun.serve.tools.source import Arguments, Reading, Source
+
+_BRACE = re.compile(r"\s*\}")
+_BARE_END = re.compile(r"\s*(?:\]|```)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JSONForm(Form):
+    """Attributes:
+    header: from the beginning of a call to the brace of its arguments; has a group `name`, and may have `id`.
+    tail: what closes a call.
+    bare: a header without a beginning, at the start of a reply; for known functions alone.
+    """
+
+    header: re.Pattern[str]
+    tail: re.Pattern[str]
+    bare: re.Pattern[str] | None = None
+
+    def call(self, source: Source, calls: Calls) -> Reading[bool]:
+        found = yield from source.match(self.header)
+        if not found:
+            return False
+        yield from self._arguments(source, calls, found, self.tail)
+        return True
+
+    def bare_call(self, source: Source, calls: Calls) -> Reading[bool]:
+        if self.bare is None or (yield from source.next_letter()) not in ("{", "[", "`"):
+            return False
+        found = yield from source.match(self.bare)
+        if not found or found["name"] not in calls.schemas:
+            return False
+        yield from self._arguments(source, calls, found, _BRACE)
+        if (yield from source.next_letter()) in ("]", "`"):
+            yield from source.match(_BARE_END)
+        source.kept = source.at
+        return True
+
+    def _arguments(self, source: Source, calls: Calls, header: re.Match[str], tail: re.Pattern[str]) -> Reading[None]:
+        start = calls.start(header["name"], header.groupdict().get("id"))
+        yield start
+        if (yield from source.json_object(lambda text: Arguments(start.index, text))):
+            yield from source.match(tail)
+        source.kept = source.at
