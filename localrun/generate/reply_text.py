@@ -21,11 +21,17 @@ class ReplyText:
         """
         self._decoder, self._spelled = tokenizer.reply_decoder(), spelled or {}
         stops, self._marks = with_marks(stop, tokenizer.controls if stop else {})
+        self._given = [text for text in stop if text]
         self._text, self._hidden = StopStrings(stops), dict.fromkeys(map(ord, self._marks.values()))
 
     @property
     def found(self) -> bool:
         return self._text.found
+
+    @property
+    def stop(self) -> str | None:
+        """The stop string that has come, as it was given."""
+        return None if self._text.which is None else self._given[self._text.which % len(self._given)]
 
     def push(self, token: int) -> str:
         """The text that is certain by this token."""

@@ -17,7 +17,13 @@ def with_marks(stops: Sequence[str], controls: dict[str, int]) -> tuple[list[str
 
 
 class StopStrings:
-    """Passes text on until one of the stop strings comes, holding back what could be the beginning of one."""
+    """Passes text on until one of the stop strings comes, holding back what could be the beginning of one.
+
+    Attributes:
+        which: the number of the one that has come, empty ones not counted; None as long as none has.
+    """
+
+    which: int | None = None
 
     def __init__(self, stops: Sequence[str]):
         self._stops = [stop for stop in stops if stop]
@@ -29,11 +35,14 @@ class StopStrings:
         self._held += text
         # The one that ends first wins, so that it does not matter in what pieces the text comes.
         found = [
-            (self._held.find(stop) + len(stop), self._held.find(stop)) for stop in self._stops if stop in self._held
+            (self._held.find(stop) + len(stop), self._held.find(stop), which)
+            for which, stop in enumerate(self._stops)
+            if stop in self._held
         ]
         if found:
             self.found = True
-            return self._held[: min(found)[1]]
+            _, start, self.which = min(found)
+            return self._held[:start]
         keep = max((overlap(self._held, stop) for stop in self._stops), default=0)
         passed = self._held[: len(self._held) - keep]
         self._held = self._held[len(passed) :]

@@ -6,6 +6,7 @@ import hmac
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -17,7 +18,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from localrun.serve import bodies, openai
+from localrun.serve import anthropic, bodies, openai
 from localrun.serve.bodies import Chat, Completion, Conversation, Text, Tokens
 from localrun.serve.errors import APIError, failed
 from localrun.serve.metrics import metrics_text
@@ -50,6 +51,8 @@ def application(
         Route("/v1/models", endpoints.models),
         Route("/v1/chat/completions", endpoints.chat, methods=["POST"]),
         Route("/v1/completions", endpoints.completion, methods=["POST"]),
+        Route(anthropic.PATH, endpoints.message, methods=["POST"]),
+        Route(f"{anthropic.PATH}/count_tokens", endpoints.count_tokens, methods=["POST"]),
         Route("/tokenize", endpoints.tokenize, methods=["POST"]),
         Route("/detokenize", endpoints.detokenize, methods=["POST"]),
         Route("/apply-template", endpoints.apply_template, methods=["POST"]),
@@ -120,6 +123,21 @@ class Endpoints:
         finally:
             replies.cancel()
 
+    async def message(self, request: Request) -> Response:
+        body = await _body(request, anthropic.Request)
+        replies, (parser,) = await self._service.chat(body.chat())
+        asked = (replies, parser, self._service.name, body.stop_sequences or ())
+        if body.stream:
+            return EventStream(anthropic.events(*asked), replies.cancel, ANTHROPIC)
+        try:
+            return _json(await while_connected(request.receive, anthropic.whole(*asked)))
+        finally:
+            replies.cancel()
+
+    async def count_tokens(self, request: Request) -> Response:
+        body = await _body(request, anthropic.Counted)
+        return _json({"input_tokens": len(await self._service.chat_ids(body.chat()))})
+
     async def tokenize(self, request: Request) -> Response:
         body, tokenizer = await _body(request, Text), self._service.engine.tokenizer
         ids = await self._service.in_thread(
@@ -136,20 +154,46 @@ class Endpoints:
         return _json({"prompt": await self._service.chat_text(await _body(request, Conversation))})
 
 
+@dataclass(frozen=True)
+class Wire:
+    """How a protocol writes server-sent events.
+
+    Attributes:
+        ping: sent while there is nothing to say, in the form that the protocol's clients know.
+        end: after the last event.
+        is_named: events have a name, their type.
+        error: the body of one.
+    """
+
+    ping: bytes
+    end: bytes
+    is_named: bool
+    error: Callable[[APIError], dict[str, Any]]
+
+    def event(self, document: dict[str, Any]) -> bytes:
+        """A document as an event."""
+        name = f"event: {document['type']}\n".encode() if self.is_named else b""
+        return name + b"data: " + msgspec.json.encode(document) + b"\n\n"
+
+
+OPENAI = Wire(PING, b"data: [DONE]\n\n", False, lambda error: error.body)
+ANTHROPIC = Wire(b'event: ping\ndata: {"type":"ping"}\n\n', b"", True, anthropic.error_body)
+
+
 class EventStream(Response):
-    """Server-sent events: a document each, then [DONE]. The work ends when the client goes.
+    """Server-sent events: a document each. The work ends when the client goes.
 
     Args:
         cancel: called in the end, however it comes.
-        ping: sent while there is nothing to say, in the form that the protocol's clients know.
+        wire: how the protocol writes events.
     """
 
-    def __init__(self, documents: AsyncIterator[dict[str, Any]], cancel: Callable[[], None], ping: bytes = PING):
+    def __init__(self, documents: AsyncIterator[dict[str, Any]], cancel: Callable[[], None], wire: Wire | None = None):
         super().__init__(
             media_type="text/event-stream", headers={"cache-control": "no-cache", "x-accel-buffering": "no"}
         )
         del self.headers["content-length"]
-        self._documents, self._cancel, self._ping = documents, cancel, ping
+        self._documents, self._cancel, self._wire = documents, cancel, wire or OPENAI
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -160,15 +204,17 @@ class EventStream(Response):
             self._cancel()
 
     async def _send_all(self, send: Send) -> None:
+        wire = self._wire
+
         async def write(data: bytes, more: bool = True) -> None:
             await send({"type": "http.response.body", "body": data, "more_body": more})
 
         try:
             async for document in with_signs_of_life(self._documents):
-                await write(self._ping if document is None else _event(document))
-            await write(b"data: [DONE]\n\n")
+                await write(wire.ping if document is None else wire.event(document))
+            await write(wire.end)
         except APIError as error:  # the status has gone out already
-            await write(_event(error.body))
+            await write(wire.event(wire.error(error)))
         await write(b"", more=False)
 
 
@@ -181,7 +227,7 @@ class KeyCheck:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not _is_open(scope["path"]) and not self._is_known(dict(scope["headers"])):
             error = APIError(401, "this server needs an API key", kind="authentication_error", code="invalid_api_key")
-            await _error(error)(scope, receive, send)
+            await _error(error, scope["path"])(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
@@ -214,21 +260,18 @@ def _json(document: dict[str, Any], status: int = 200, headers: Mapping[str, str
     return Response(msgspec.json.encode(document), status, headers, "application/json")
 
 
-def _event(document: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(document) + b"\n\n"
-
-
-def _error(error: APIError) -> Response:
-    return _json(error.body, error.status, error.headers)
+def _error(error: APIError, path: str) -> Response:
+    body = anthropic.error_body(error) if path.startswith(anthropic.PATH) else error.body
+    return _json(body, error.status, error.headers)
 
 
 async def _refusal(request: Request, error: APIError) -> Response:
-    return _error(error)
+    return _error(error, request.url.path)
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
     """No such path or method."""
-    return _error(APIError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
+    return _error(APIError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"), request.url.path)
 
 
 async def _nobody(request: Request, error: Exception) -> Response:
@@ -236,4 +279,4 @@ async def _nobody(request: Request, error: Exception) -> Response:
 
 
 async def _own_error(request: Request, error: Exception) -> Response:
-    return _error(failed(f"internal error, please report it: {type(error).__name__}: {error}"))
+    return _error(failed(f"internal error, please report it: {type(error).__name__}: {error}"), request.url.path)

@@ -50,6 +50,7 @@ class Job:
         logprobs: of the reply's tokens, as serve.logprobs has them, if they are asked for.
         has_read: the prompt is read.
         finish_reason: why the reply ended, as Session says; None if it was cancelled or failed.
+        stopped_by: the stop text that ended it.
         error: what it failed of.
         cancelled: it is to end at the next turn. Any thread may set this.
     """
@@ -65,6 +66,7 @@ class Job:
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     has_read: bool = False
     finish_reason: str | None = None
+    stopped_by: str | None = None
     error: Exception | None = None
     cancelled: bool = False
     ended: bool = False
@@ -100,7 +102,7 @@ class Job:
                 if piece := text.push(token):
                     self.deliver(piece)
                 if text.found:
-                    self.finish_reason = "stop"
+                    self.finish_reason, self.stopped_by = "stop", text.stop
                     return
                 yield
         self._note(session)

@@ -87,16 +87,16 @@ class Service:
         form = (await self._dialect_of()).form
         begun = forced.beginning(form, body.call_choice())
         if begun:
-            ids = [*ids, *await self.text_ids(forced.prompted(form, body.call_choice(), opened))]
+            text, encode = forced.prompted(form, body.call_choice(), opened), self.engine.tokenizer.encode
+            ids = [*ids, *await self.in_thread(lambda: encode(text, add_special=False, parse_special=True))]
         schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in functions}
         parsers = [
             ReplyParser(None if begun else opened, CallParser(form, schemas), begun) for _ in range(body.choices)
         ]
         spelled = self.spelled | form.spelled(self.engine.tokenizer.controls)
         stops = [*body.stops, form.end] if body.calls_once else body.stops
-        return self.replies(
-            [self._fitting(ids, "messages")], body.choices, sampling, body.limit, stops, spelled
-        ), parsers
+        prompts = [self._fitting(ids, "messages")]
+        return self.replies(prompts, body.choices, sampling, body.limit, stops, spelled), parsers
 
     async def chat_ids(self, body: Chat) -> list[int]:
         """The prompt of a conversation, which fits the context. Raises APIError if there is none."""
