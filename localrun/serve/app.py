@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from localrun.serve import anthropic, bodies, openai
+from localrun.serve import anthropic, bodies, openai, responses
 from localrun.serve.bodies import Chat, Completion, Conversation, Text, Tokens
 from localrun.serve.errors import APIError, failed
 from localrun.serve.metrics import metrics_text
@@ -51,6 +51,7 @@ def application(
         Route("/v1/models", endpoints.models),
         Route("/v1/chat/completions", endpoints.chat, methods=["POST"]),
         Route("/v1/completions", endpoints.completion, methods=["POST"]),
+        Route("/v1/responses", endpoints.response, methods=["POST"]),
         Route(anthropic.PATH, endpoints.message, methods=["POST"]),
         Route(f"{anthropic.PATH}/count_tokens", endpoints.count_tokens, methods=["POST"]),
         Route("/tokenize", endpoints.tokenize, methods=["POST"]),
@@ -120,6 +121,18 @@ class Endpoints:
             return EventStream(chunks, replies.cancel)
         try:
             return _json(await while_connected(request.receive, openai.whole(replies, form, self._service.name)))
+        finally:
+            replies.cancel()
+
+    async def response(self, request: Request) -> Response:
+        body = await _body(request, responses.Request)
+        replies, (parser,) = await self._service.chat(body.chat())
+        answer = responses.Answer(body, self._service.name)
+        if body.stream:
+            wire = Wire(PING, b"", True, answer.failed)
+            return EventStream(responses.events(replies, parser, answer), replies.cancel, wire)
+        try:
+            return _json(await while_connected(request.receive, responses.whole(replies, parser, answer)))
         finally:
             replies.cancel()
 
