@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from localrun.convert.errors import CheckpointError
-from localrun.convert.sources import text_part
+from localrun.convert.sources import packed_ints, text_part
 from localrun.convert.sources.json_file import is_kind, read_json, shown, typed
+from localrun.convert.sources.packed_ints import PackedInts
 from localrun.convert.sources.reading import Reader
 from localrun.convert.sources.safetensors_file import DTYPE_BYTES, StoredTensor, read_header
 from quant.formats import fp8
@@ -85,11 +86,14 @@ class Checkpoint:
             stored, line = text_part.text_tensors(stored, str(path))
             self.warnings.append(line)
         self._pairs = _take_pairs(stored)
+        self._packed = _take_packed(stored, self.config, path)
         self._stored = {name: tensor for name, tensor in stored.items() if not _is_scale(name, stored)}
         self._scales = {name: stored[name + _SCALE] for name in self._stored if name + _SCALE in stored}
         self._block = _block_size(self.config, path)
         self.tensors = {name: self._checked(tensor) for name, tensor in self._stored.items()}
         self.tensors |= {name: _checked_pair(name, *pair) for name, pair in self._pairs.items()}
+        for name, packed in self._packed.items():  # floats to all that ask
+            self.tensors[name] = SourceTensor(name, packed.shape, packed.scale.dtype, packed.n_bytes)
         self.files = [path / "config.json", *shards]
         self._reader = Reader()
 
@@ -126,6 +130,9 @@ class Checkpoint:
         if name in self._pairs:
             self._reader.widen(self.blocks(name, start, stop), MXFP4, out)
             return
+        if name in self._packed:
+            self._expand(self._packed[name], start, stop, out)
+            return
         stored, reader = self._stored[name], self._reader
         item = DTYPE_BYTES[stored.dtype]
         offset = stored.offset + start * out.shape[1] * item
@@ -138,6 +145,13 @@ class Checkpoint:
             fp8.expand(raw.reshape(out.shape), scale, start, self._scale_block(name), out)
         else:
             reader.widen(raw, stored.dtype, out)
+
+    def _expand(self, weight: PackedInts, start: int, stop: int, out: np.ndarray) -> None:
+        scales = np.empty((stop - start, weight.scale.shape[1]), np.float32)
+        row_bytes = scales.shape[1] * DTYPE_BYTES[weight.scale.dtype]
+        self._reader.widen(self._rows_of(weight.scale, start, stop, row_bytes).reshape(-1), weight.scale.dtype, scales)
+        words = self._rows_of(weight.packed, start, stop, 4 * weight.packed.shape[1])
+        packed_ints.expand(words, scales, weight.group, out)
 
     def blocks(self, name: str, start: int, stop: int) -> np.ndarray:
         """uint8 (stop - start, row_bytes): rows of an MXFP4 tensor in ggml's blocks. Raises CheckpointError."""
@@ -249,6 +263,14 @@ def _take_pairs(stored: dict[str, StoredTensor]) -> dict[str, tuple[StoredTensor
     }
 
 
+def _take_packed(stored: dict[str, StoredTensor], config: dict[str, Any], path: Path) -> dict[str, PackedInts]:
+    """Packed integers by name, if config.json says that there are some, taken out of the tensors."""
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != packed_ints.METHOD:
+        return {}
+    return packed_ints.take(stored, packed_ints.group_size(quantization, str(path / "config.json")))
+
+
 def _checked_pair(name: str, blocks: StoredTensor, scales: StoredTensor) -> SourceTensor:
     """The tensor that they are. Raises CheckpointError if they do not belong together."""
     for part, shape in ((scales, blocks.shape[:-1]), (blocks, (*scales.shape, _HALF_BLOCK))):
@@ -270,10 +292,13 @@ def _block_size(config: dict[str, Any], path: Path) -> tuple[int, int] | None:
     where = str(path / "config.json")
     quantization = typed(config, "quantization_config", dict, where)
     method = typed(quantization, "quant_method", str, f"{where}: quantization_config")
-    if method == "mxfp4":  # which tensors are packed shows
+    if method in ("mxfp4", packed_ints.METHOD):  # which tensors are packed shows
         return None
     if method != "fp8":
-        raise CheckpointError(f"{where}: quantization_config is {shown(method)}; only fp8 and mxfp4 can be converted")
+        raise CheckpointError(
+            f"{where}: quantization_config is {shown(method)}; only fp8, mxfp4 and four-bit compressed-tensors can be "
+            "converted"
+        )
     block = quantization.get("weight_block_size")
     if block is None:
         return None
