@@ -2,14 +2,15 @@
 
     python scripts/batch_torture.py [MODEL] [--prompts 500] [--kills 10] [--singles 5] [-n 8]
 
-Kills are SIGKILL, each after a tenth or so of the time that the undisturbed run took. Single runs are few, since each
-loads the model: their mean stands for all.
+Kills are SIGKILL, spread over the batch: each comes when so many lines are written, and a moment of chance after that.
+Single runs are few, since each loads the model: their mean stands for all.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -17,17 +18,32 @@ import time
 from pathlib import Path
 
 
-def generate(args: list[str], timeout: float | None = None) -> float:
-    """Seconds of a run, or of what was left of it when it was killed. Exits if it fails."""
+def generate(args: list[str]) -> float:
+    """Seconds of a run. Exits if it fails."""
     started = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "cli.main", "generate", *args], stdout=subprocess.DEVNULL)
-    try:
-        if process.wait(timeout):
-            sys.exit(f"generate {' '.join(args)}: exit code {process.returncode}")
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    process = start(args)
+    if process.wait():
+        sys.exit(f"generate {' '.join(args)}: exit code {process.returncode}")
     return time.perf_counter() - started
+
+
+def start(args: list[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-m", "cli.main", "generate", *args], stdout=subprocess.DEVNULL)
+
+
+def kill_at(n_lines: int, results: Path, args: list[str]) -> int:
+    """Kill a run soon after it has written so many lines; how many there are."""
+    process = start(args)
+    while process.poll() is None and count(results) < n_lines:
+        time.sleep(0.001)
+    time.sleep(random.random() * 0.02)
+    process.kill()
+    process.wait()
+    return count(results)
+
+
+def count(results: Path) -> int:
+    return results.read_bytes().count(b"\n") if results.exists() else 0
 
 
 def main() -> None:
@@ -45,11 +61,8 @@ def main() -> None:
         batch.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
         command = [*common, "--batch", str(batch), "--resume"]
         undisturbed_s = generate([*command, "-o", str(whole)])
-        start_s = generate([*command, "-o", str(whole)])  # nothing is left to do
-        lengths = []
-        for _ in range(given.kills):
-            generate([*command, "-o", str(killed)], start_s + 0.9 * (undisturbed_s - start_s) / given.kills)
-            lengths.append(killed.read_bytes().count(b"\n") if killed.exists() else 0)
+        moments = [given.prompts * kill // given.kills for kill in range(given.kills)]
+        lengths = [kill_at(moment, killed, [*command, "-o", str(killed)]) for moment in moments]
         generate([*command, "-o", str(killed)])
         same = killed.read_bytes() == whole.read_bytes()
         single_s = [generate([*common, "-p", text]) for text in texts[: given.singles]]
