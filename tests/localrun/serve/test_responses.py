@@ -60,6 +60,7 @@ def test_a_stream_of_reasoning_text_and_a_call(engine: Engine, client: openai.Op
         *["reasoning_text.done", "content_part.done", "output_item.done", "output_text.delta", "output_text.done"],
         *["function_call_arguments.delta", "function_call_arguments.done", "completed"],
     ]
+    assert [event.output_index for event in events if event.type == "response.output_item.done"] == [0, 1, 2]
     reasoning, message, call = events[-1].response.output
     assert (reasoning.content[0].text, message.content[0].text) == ("Hm.", "I look.")
     assert (call.name, call.arguments, call.status) == ("weather", '{"city": "Paris"}', "completed")
