@@ -71,14 +71,16 @@ class Request(Struct, forbid_unknown_fields=True, kw_only=True):
         effort = (self.reasoning or {}).get("effort")
         if not isinstance(effort, str | None):
             raise invalid("reasoning.effort is not a text", "reasoning.effort")
+        # Others are the provider's own (a web search) or of no schema; agents offer them to whatever they talk to.
+        tools = [_tool(tool) for tool in self.tools or () if tool.get("type") == "function"] or None
         return Chat(
             messages=messages + _messages(self.input),
             model=self.model,
             max_tokens=self.max_output_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
-            tools=[_tool(tool, f"tools[{index}]") for index, tool in enumerate(self.tools or ())] or None,
-            tool_choice=_choice(self.tool_choice) if self.tools else None,
+            tools=tools,
+            tool_choice=_choice(self.tool_choice) if tools else None,
             parallel_tool_calls=self.parallel_tool_calls,
             reasoning_effort=effort,
             response_format=_format((self.text or {}).get("format")),
@@ -276,9 +278,7 @@ def _texts(content: Any, where: str) -> str:
     return "".join(part["text"] for part in content)
 
 
-def _tool(given: Document, name: str) -> Document:
-    if given.get("type") != "function":
-        raise unsupported(name, f"{name}: a tool of another type than function")
+def _tool(given: Document) -> Document:
     keys = ("name", "description", "parameters", "strict")
     return {"type": "function", "function": {key: given[key] for key in keys if key in given}}
 

@@ -69,13 +69,13 @@ def test_a_stream_of_reasoning_text_and_a_call(engine: Engine, client: openai.Op
     engine.model.reply = "Sunny."
     result = {"type": "function_call_output", "call_id": call.call_id, "output": "sun"}
     items = [{"role": "user", "content": "Hello"}, *(item.model_dump() for item in events[-1].response.output), result]
-    assert client.responses.create(model="x", input=items, tools=TOOLS).output_text == "Sunny."
+    tools = [{"type": "web_search"}, *TOOLS]  # which no model here can call: it is left out
+    assert client.responses.create(model="x", input=items, tools=tools).output_text == "Sunny."
 
 
 REFUSED = {
     "an earlier one": ({"previous_response_id": "resp_1"}, "previous_response_id"),
     "unknown field": ({"foo": 1}, "foo"),
-    "a tool": ({"tools": [{"type": "web_search"}]}, "tools[0]"),
     "an image": ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0]"),
     "an item": ({"input": [{"type": "x"}]}, "input[0]"),
     "nothing": ({"input": []}, "messages"),
