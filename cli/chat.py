@@ -11,7 +11,7 @@ from cli.text import check_text
 from localrun.bundled import MINIATURE
 
 if TYPE_CHECKING:
-    from cli.conversation import Conversation
+    from cli.terminal.conversation import Conversation
 
 
 @options.takes(sampling=options.SamplingOptions(), load=options.LoadOptions(), template=options.TemplateOptions())
@@ -31,12 +31,12 @@ def chat(
 
     Reads messages from the terminal, or a line each from a pipe. Replies go to stdout, all else to stderr.
     """
-    from cli.conversation import Conversation
-    from cli.display import FOLD, SHOW, PlainDisplay, TerminalDisplay
     from cli.interrupt import raising
-    from cli.lines import EditedLines, PlainLines
     from cli.model import given_sampling, given_variables, max_tokens, open_model, sampling_for
-    from cli.repl import Repl
+    from cli.terminal.conversation import Conversation
+    from cli.terminal.display import FOLD, SHOW, PlainDisplay, TerminalDisplay
+    from cli.terminal.lines import EditedLines, PlainLines
+    from cli.terminal.repl import Repl
 
     limit = max_tokens(n_tokens)
     given, variables = given_sampling(sampling), given_variables(template)

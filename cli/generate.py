@@ -110,7 +110,7 @@ def generate(
 
 
 def _show(parts: Iterator["Part"], session: "Session", thoughts: bool, verbose: bool) -> None:
-    from cli.display import FOLD, SHOW, PlainDisplay
+    from cli.terminal.display import FOLD, SHOW, PlainDisplay
 
     display = PlainDisplay(SHOW if thoughts else FOLD)
     for kind, piece in parts:

@@ -14,8 +14,8 @@ import pytest
 from fake_engine import Engine
 
 from cli.interrupt import Interruptible
-from cli.lines import history_path
 from cli.main import run
+from cli.terminal.lines import history_path
 
 Talk = Callable[..., tuple[list[str], str]]
 

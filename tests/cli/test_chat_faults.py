@@ -17,9 +17,9 @@ from fake_engine import Engine, feed
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-import cli.repl
-from cli.lines import history_path
+import cli.terminal.repl
 from cli.main import run
+from cli.terminal.lines import history_path
 from localrun.text.chat_template import CHATML, ChatTemplate
 
 Talk = Callable[..., tuple[list[str], str]]
@@ -113,7 +113,7 @@ def test_the_reader_goes_away(
 
 def test_ctrl_c_in_a_command(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of a pipe that nobody writes to."""
-    monkeypatch.setattr(cli.repl, "read_text", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(cli.terminal.repl, "read_text", lambda _: os.kill(os.getpid(), signal.SIGINT))
     out, err = talk("/read pipe\nHello:\n")
     assert out == [REPLY] and line_of(err, "interrupted")
 

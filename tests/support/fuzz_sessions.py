@@ -26,7 +26,7 @@ from fuzz_checkpoint import ODD, change_json, spelled
 from safetensors.numpy import save
 
 import localrun
-from cli.conversation import read_saved
+from cli.terminal.conversation import read_saved
 from localrun.convert.imatrix import Importances
 from localrun.convert.journal import Journal
 from localrun.convert.targets import Target

@@ -16,8 +16,8 @@ class Screen:
         self._screen = pyte.HistoryScreen(columns, rows, history=10_000)
         self._screen.set_mode(pyte.modes.LNM)  # as the terminal's driver makes \r\n of \n
         self._stream = pyte.Stream(self._screen)
-        monkeypatch.setattr("cli.display.terminal_size", lambda: (self.columns, self.rows))
-        monkeypatch.setattr("cli.display.draw", self.feed)
+        monkeypatch.setattr("cli.terminal.display.terminal_size", lambda: (self.columns, self.rows))
+        monkeypatch.setattr("cli.terminal.display.draw", self.feed)
         monkeypatch.setattr(sys, "stdout", sys.stderr)
 
     def feed(self, text: str) -> None:

@@ -11,11 +11,11 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 from screens import Screen
 
-from cli.command_completer import CommandCompleter
-from cli.display import FOLD, HIDE, SHOW, TerminalDisplay
-from cli.lines import EditedLines, read_message
-from cli.markdown import closed_blocks, last_code, markdown_lines
 from cli.output import width_of
+from cli.terminal.command_completer import CommandCompleter
+from cli.terminal.display import FOLD, HIDE, SHOW, TerminalDisplay
+from cli.terminal.lines import EditedLines, read_message
+from cli.terminal.markdown import closed_blocks, last_code, markdown_lines
 from localrun.errors import LocalrunError
 from localrun.generate.reasoning import CONTENT, REASONING
 

@@ -65,7 +65,7 @@ class EditedLines:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.history import FileHistory, InMemoryHistory
 
-        from cli.command_completer import CommandCompleter
+        from cli.terminal.command_completer import CommandCompleter
 
         class KeptHistory(FileHistory):
             """One that a full disk does not end a chat over."""

@@ -4,7 +4,7 @@ import time
 from typing import Protocol
 
 from cli.output import draw, tell, terminal_size, visible, width_of, write
-from cli.region import Region
+from cli.terminal.region import Region
 from localrun.generate.reasoning import REASONING
 
 FOLD, SHOW, HIDE = "fold", "show", "hide"
@@ -94,7 +94,7 @@ class TerminalDisplay:
         self._draw_at = 0.0
 
     def _show(self) -> None:
-        from cli.markdown import closed_blocks, markdown_lines
+        from cli.terminal.markdown import closed_blocks, markdown_lines
 
         if self._kind == REASONING:
             self._region.show(self._thoughts())
@@ -109,7 +109,7 @@ class TerminalDisplay:
             self._text, self._has_block = rest, True
 
     def _thoughts(self) -> list[str]:
-        from cli.markdown import dim_lines
+        from cli.terminal.markdown import dim_lines
 
         columns, rows = terminal_size()
         if self.thoughts == HIDE:
@@ -120,7 +120,7 @@ class TerminalDisplay:
 
     def _close(self) -> None:
         """What is shown is complete: all of it, or a line for thoughts that fold."""
-        from cli.markdown import dim_lines
+        from cli.terminal.markdown import dim_lines
 
         if self._kind == REASONING and self.thoughts != SHOW:
             words, took = len(self._text.split()), time.monotonic() - self._started

@@ -5,14 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cli.conversation import Conversation, Write
-from cli.display import FOLD, HIDE, SHOW, Display
 from cli.explain import explain
 from cli.generate import timing_line
-from cli.lines import Lines, Message, read_message
 from cli.model import SETTINGS, max_tokens, template_settings
 from cli.options import ThinkChoice
 from cli.output import copy, is_screen, note, printable, rate, size, tell, tell_text
+from cli.terminal.conversation import Conversation, Write
+from cli.terminal.display import FOLD, HIDE, SHOW, Display
+from cli.terminal.lines import Lines, Message, read_message
 from cli.text import read_text
 from localrun.errors import ContextFullError, LocalrunError
 from localrun.files import user_path
@@ -209,7 +209,7 @@ class Repl:
             raise LocalrunError("/copy needs a terminal with a clipboard")
         text = messages[-1]["content"]
         if rest == _CODE:
-            from cli.markdown import last_code
+            from cli.terminal.markdown import last_code
 
             text = last_code(text)
         copy(text)

@@ -1,0 +1,1 @@
+"""What a chat shows on a terminal and reads from it: lines, Markdown, completion, commands."""
