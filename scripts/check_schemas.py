@@ -1,11 +1,13 @@
 """Random JSON schemas: every reply that ends by itself has to parse and to validate, whatever the temperature.
 
     python scripts/check_schemas.py [MODEL] [--schemas 2000] [--temperature 1.5] [--seed 0] [--vocabulary GGUF]
+        [--tools]
 
 Schemas hold objects, arrays, enums, numbers with bounds, strings with lengths or patterns, nested, and anyOf. Replies
 are judged by jsonschema. What a mask takes is measured in these replies, and again on random logits over a large
 vocabulary (102,400 tokens unless another file is given). Exit 1 if a reply is wrong. The last line of stdout is one
-JSON document.
+JSON document. With --tools the schemas are those of functions' parameters, and each reply has to be a call, in one form
+of calls after the other; a form that cannot write a schema refuses it.
 """
 
 import argparse
@@ -27,6 +29,11 @@ from localrun.errors import LocalrunError
 from localrun.generate import session as session_module
 from localrun.generate.constraint import Constraint, Guide
 from localrun.generate.sampling import Sampling
+from localrun.serve.errors import APIError
+from localrun.serve.reply import Reply
+from localrun.serve.tools import forms
+from localrun.serve.tools.form import CallParser
+from localrun.serve.tools.held import Holding
 from localrun.text.tokenizer import Tokenizer
 
 VOCABULARY = Path(__file__).resolve().parents[1] / "tests" / "data" / "vocab" / "ggml-vocab-deepseek-llm.gguf"
@@ -41,6 +48,10 @@ PATTERNS = (
 )
 NAMES = ("name", "age", "tags", "a b", 'quo"te', "日本", "x", "items", "is_ready", "back\\slash")
 WORDS = ("red", "green", "", " ", 'say "no"', "naïve", "🙂", "line\nbreak", "a/b")
+FORMS = (
+    *(forms.DEEPSEEK_V3, forms.DEEPSEEK_V31, forms.DSML, forms.MINIMAX, forms.KIMI),
+    *(forms.GLM, forms.HUNYUAN, forms.QWEN3_CODER, forms.QWEN3),
+)
 
 Schema = dict[str, Any]
 
@@ -148,6 +159,37 @@ def check(engine: Engine, n: int, temperature: float, seed: int, max_tokens: int
     return counts
 
 
+def check_calls(engine: Engine, n: int, temperature: float, seed: int, max_tokens: int = 300) -> Counts:
+    """Replies that must call functions with n schemas, judged."""
+    counts, rng, session = Counts(), random.Random(seed), engine.session()
+    ids = engine.tokenizer.encode(PROMPT)
+    for number in range(n):
+        schema, form = _object(rng, 3), FORMS[number % len(FORMS)]
+        tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+        try:
+            constraint = Holding(True, False).constraint(form, tools, engine.tokenizer)
+        except APIError as error:
+            counts.refused += 1
+            print(f"refused: {error}", file=sys.stderr)
+            continue
+        sampling = Sampling(temperature, top_k=0, top_p=1, min_p=0, seed=seed + number, constraint=constraint)
+        with _timed(counts.mask_s):
+            text = "".join(session.reply(ids, sampling, max_tokens=max_tokens))
+        if session.finish_reason != "stop":
+            counts.cut += 1
+            continue
+        counts.ended += 1
+        reply, parser = Reply(), CallParser(form, {"f": schema})
+        for part in (*parser.push(text), *parser.flush()):
+            reply.add(part)
+        try:
+            (call,) = reply.calls
+            jsonschema.validate(json.loads(call.arguments), schema)
+        except (ValueError, jsonschema.ValidationError) as error:
+            counts.wrong.append(f"{' '.join(str(error).split())[:300]}: {text!r} of {json.dumps(schema)}")
+    return counts
+
+
 class _timed:
     """While it lasts, sessions note what their masks take."""
 
@@ -199,9 +241,11 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=1.5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vocabulary", type=Path, default=VOCABULARY)
+    parser.add_argument("--tools", action="store_true")
     options = parser.parse_args()
     with localrun.load(options.model) as engine:
-        counts = check(engine, options.schemas, options.temperature, options.seed)
+        judged = check_calls if options.tools else check
+        counts = judged(engine, options.schemas, options.temperature, options.seed)
         small = engine.tokenizer.n_vocab
     tokenizer = Tokenizer(options.vocabulary)
     started = time.perf_counter()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 # Between JSON's tokens: a model that is not sure of the next one would go on with spaces for good.
-_JSON_SPACE = r"[ \t]{1,2}|\r?\n[ \t]{0,24}"
+JSON_OPTIONS = {"whitespace_pattern": r"[ \t]{1,2}|\r?\n[ \t]{0,24}", "lenient": False}
 _MOST_COMPILED = 32  # grammars that a vocabulary keeps
 _MOST_FORCED = 4096  # texts whose ids it keeps
 _MOST_SHOWN = 300  # characters of an error of llguidance's
@@ -102,8 +102,7 @@ class Constraint:
 
         try:
             if kind == "json_schema":
-                options = {"whitespace_pattern": _JSON_SPACE}
-                grammar = LLMatcher.grammar_from_json_schema(text, defaults=options, overrides={"lenient": False})
+                grammar = LLMatcher.grammar_from_json_schema(text, defaults=JSON_OPTIONS, overrides={"lenient": False})
             else:
                 grammar = LLMatcher.grammar_from_regex(text) if kind == "rx" else LLMatcher.grammar_from_lark(text)
             error = LLMatcher.validate_grammar(grammar)

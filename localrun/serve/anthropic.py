@@ -222,7 +222,7 @@ def _choice(given: Document) -> tuple[Any, bool | None]:
 def _tool(given: Document, name: str) -> Document:
     if given.get("type") not in (None, "custom"):
         raise unsupported(name, f"{name}: a tool of the API's own")
-    function = {"name": given.get("name"), "parameters": given.get("input_schema")}
+    function = {"name": given.get("name"), "parameters": given.get("input_schema"), "strict": given.get("strict")}
     return {"type": "function", "function": {**function, "description": given.get("description")}}
 
 

@@ -22,6 +22,7 @@ from localrun.generate.sampling import MOST_TOP_LOGPROBS, Sampling
 from localrun.serve.billing import without_billing
 from localrun.serve.errors import invalid, unsupported
 from localrun.serve.structured import constraint_of
+from localrun.serve.tools.held import Holding
 
 MOST_CHOICES = 16
 MOST_STOPS = 16
@@ -173,6 +174,30 @@ class Chat(Generation, kw_only=True):
     def calls_once(self) -> bool:
         """Whether a reply ends with its first call."""
         return self.parallel_tool_calls is False or self.call_choice() not in ("none", "auto", "required")
+
+    @property
+    def must_call(self) -> bool:
+        """Whether a reply is nothing but calls."""
+        return self.call_choice() not in ("none", "auto")
+
+    def callable(self, offered: list[Message]) -> list[Message]:
+        """Those of the functions offered that tool_choice leaves."""
+        choice = self.call_choice()
+        return offered if choice in ("auto", "required") else [t for t in offered if t["function"]["name"] == choice]
+
+    def holding(self, offered: list[Message], answer: Constraint | None) -> Holding | None:
+        """What a reply with calls is held to; None where it is free.
+
+        Args:
+            answer: what it has to be where it is no call.
+        """
+        if self.must_call:
+            return Holding(True, not self.calls_once)
+        strict = {tool["function"]["name"] for tool in self.tools or () if tool["function"].get("strict") is True}
+        if not strict and not answer:
+            return None
+        loose = {tool["function"]["name"] for tool in offered} - strict
+        return Holding(False, not self.calls_once, loose, answer)
 
     def call_choice(self) -> str:
         """none, auto, required, or the function to call. Raises APIError for anything else."""

@@ -23,9 +23,10 @@ from localrun.serve.errors import APIError, failed, invalid
 from localrun.serve.job import Job, Progress
 from localrun.serve.reply import ReplyParser
 from localrun.serve.scheduler import QueueFullError, Scheduler
-from localrun.serve.tools import forced
 from localrun.serve.tools.conversation import Dialect
 from localrun.serve.tools.form import CallParser
+from localrun.serve.tools.forms import HARMONY
+from localrun.serve.tools.held import harmony_call, without_bare_calls
 from localrun.text.chat_template import CHATML_STOP, OWN_VARIABLES, ChatTemplate, chatml
 from localrun.text.prompt import Offer, chat_ids, chat_text, raw_ids
 
@@ -84,17 +85,22 @@ class Service:
         if not functions:
             parsers = [ReplyParser(opened) for _ in range(body.choices)]
             return self.replies([ids], body.choices, sampling, body.limit, body.stops), parsers
-        form = (await self._dialect_of()).form
-        begun = forced.beginning(form, body.call_choice())
-        if begun:
-            text, encode = forced.prompted(form, body.call_choice(), opened), self.engine.tokenizer.encode
-            ids = [*ids, *await self.in_thread(lambda: encode(text, add_special=False, parse_special=True))]
+        form, begun = (await self._dialect_of()).form, ""
+        if form is HARMONY:
+            if body.must_call:
+                header, begun, constraint = await self.in_thread(harmony_call, body.callable(functions))
+                encode = partial(self.engine.tokenizer.encode, add_special=False, parse_special=True)
+                ids, sampling = [*ids, *encode(header)], replace(sampling, constraint=constraint)
+        elif holding := body.holding(functions, sampling.constraint):
+            form = without_bare_calls(form)
+            held = await self.in_thread(holding.constraint, form, body.callable(functions), self.engine.tokenizer)
+            sampling = replace(sampling, constraint=held)
         schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in functions}
         parsers = [
             ReplyParser(None if begun else opened, CallParser(form, schemas), begun) for _ in range(body.choices)
         ]
         spelled = self.spelled | form.spelled(self.engine.tokenizer.controls)
-        stops = [*body.stops, form.end] if body.calls_once else body.stops
+        stops = [*body.stops, form.end] if body.calls_once and not sampling.constraint else body.stops
         prompts = [self._fitting(ids, "messages")]
         return self.replies(prompts, body.choices, sampling, body.limit, stops, spelled), parsers
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from localrun.generate.reasoning import CONTENT
+from localrun.serve.tools.grammar import Grammar
 from localrun.serve.tools.source import CallStart, Part, Reading, Source
 
 Schemas = Mapping[str, Any]  # of functions' parameters, by name
@@ -20,28 +21,34 @@ class Form:
 
     Attributes:
         begin, end: the marks of a call.
-        sections: marks around one call or several; either may be missing.
-        any_call, one_call: what a reply begins with that is to be a call: up to the name; and, with {} for the name, up
-            to the arguments. Without a space at the end, which would be part of the next token.
-        closing: what ends such a reply after the arguments.
+        sections: marks around one call or several; either may be missing. The first are the usual ones.
+        opening: a call up to its arguments, with {name} and, where calls are numbered, {index}.
+        closing: what ends it after the arguments.
     """
 
     begin: str
     end: str
-    any_call: str
-    one_call: str
+    opening: str
     closing: str
     sections: tuple[tuple[str, str], ...] = ()
 
     def spelled(self, controls: Mapping[str, int]) -> dict[int, str]:
         """Control tokens in what is written around names, keys and values: they are part of a reply's text."""
         around = "".join(mark for section in self.sections for mark in section)
-        marks = f"{around} {self.begin} {self.end} {self.one_call} {self.closing}"
+        marks = f"{around} {self.begin} {self.end} {self.opening} {self.closing}"
         return {id: text for text, id in controls.items() if text and text in marks}
 
     def example(self, name: str) -> str:
         """A whole call."""
-        return f"{self.one_call.format(name)} ARGUMENTS{self.closing}"
+        before, after = self.sections[0] if self.sections else ("", "")
+        return f"{before}{self.opening.format(name=name, index=0)}ARGUMENTS{self.closing}{after}"
+
+    def arguments(self, parameters: Mapping[str, Any] | None, grammar: Grammar) -> str:
+        """A rule's body for the arguments of a call. parameters: a schema; None where anything goes.
+
+        Raises LocalrunError where this form cannot be held to the schema.
+        """
+        raise NotImplementedError
 
     def call(self, source: Source, calls: Calls) -> Reading[bool]:
         """Read a call whose beginning is read already. False if it is none; nothing has been yielded then."""
@@ -125,7 +132,8 @@ class CallParser:
         if not (yield from form.call(source, self._calls)):
             return False
         rest = source.text[source.at :].strip()
-        if source.ended and form.closing.strip().startswith(rest):  # cut off, or ended by a stop string
+        after = form.closing + (form.sections[0][1] if form.sections else "")
+        if source.ended and after.strip().startswith(rest):  # cut off, or ended by a stop string
             source.at = len(source.text)
         source.kept = source.at
         return True

@@ -16,6 +16,7 @@ from localrun.serve.tools.xml_form import XMLForm
 _DSML = "｜DSML｜"
 _DEEPSEEK_SECTION = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
 _DEEPSEEK_BEGIN, _DEEPSEEK_END, _SEP = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
+_KIND = r'(?: string="(?P<string>true|false)")?'
 _OBJECT = r"\{\s*\"name\"\s*:\s*\"(?P<name>[^\"\\]+)\"\s*,\s*\"(?:arguments|parameters)\"\s*:\s*(?=\{)"
 
 
@@ -24,9 +25,8 @@ def _deepseek(kind: str, before: str, after: str, closing: str) -> JSONForm:
     return JSONForm(
         begin=_DEEPSEEK_BEGIN,
         end=_DEEPSEEK_END,
-        any_call=f"{_DEEPSEEK_SECTION[0]}{_DEEPSEEK_BEGIN}{kind}",
-        one_call=f"{_DEEPSEEK_SECTION[0]}{_DEEPSEEK_BEGIN}{kind}{{}}{after}",
-        closing=f"{closing}{_DEEPSEEK_END}{_DEEPSEEK_SECTION[1]}",
+        opening=f"{_DEEPSEEK_BEGIN}{kind}{{name}}{after}",
+        closing=f"{closing}{_DEEPSEEK_END}",
         sections=(_DEEPSEEK_SECTION,),
         header=re.compile(rf"\s*{kind}(?P<name>[^\s<`]+){before}\s*(?=\{{)"),
         tail=re.compile(rf"\s*(?:```)?\s*{_DEEPSEEK_END}"),
@@ -38,8 +38,7 @@ def _object(bare: str | None) -> JSONForm:
     return JSONForm(
         begin="<tool_call>",
         end="</tool_call>",
-        any_call='<tool_call>\n{"name":',
-        one_call='<tool_call>\n{{"name": "{}", "arguments":',
+        opening='<tool_call>\n{{"name": "{name}", "arguments": ',
         closing="}\n</tool_call>",
         header=re.compile(rf"\s*{_OBJECT}"),
         tail=re.compile(r"\s*\}?\s*</tool_call>"),
@@ -47,17 +46,17 @@ def _object(bare: str | None) -> JSONForm:
     )
 
 
-def _invokes(mark: str, sections: tuple[str, ...], key_end: str) -> XMLForm:
+def _invokes(mark: str, sections: tuple[str, ...], key_end: str, kind: str) -> XMLForm:
     """Anthropic's early form, which MiniMax and DeepSeek took over with marks of their own."""
     return XMLForm(
         begin=f'<{mark}invoke name="',
         end=f"</{mark}invoke>",
-        any_call=f'<{sections[0]}>\n<{mark}invoke name="',
-        one_call=f'<{sections[0]}>\n<{mark}invoke name="{{}}">\n',
-        closing=f"</{mark}invoke>\n</{sections[0]}>",
+        opening=f'<{mark}invoke name="{{name}}">',
+        closing=f"</{mark}invoke>",
         sections=tuple((f"<{section}>", f"</{section}>") for section in sections),
         header=re.compile(r'(?P<name>[^"<>]+)">'),
         key=re.compile(rf'\s*<{mark}parameter name="(?P<key>[^"]+)"{key_end}>'),
+        parameter=f'<{mark}parameter name="{{key}}"{kind}>',
         value_ends=(f"</{mark}parameter>",),
         tail=re.compile(rf"\s*</{mark}invoke>"),
     )
@@ -68,12 +67,12 @@ def _tagged(suffix: str, separator: str) -> XMLForm:
     return XMLForm(
         begin=f"<tool_call{suffix}>",
         end=f"</tool_call{suffix}>",
-        any_call=f"<tool_call{suffix}>",
-        one_call=f"<tool_call{suffix}>{{}}{separator}\n",
+        opening=f"<tool_call{suffix}>{{name}}{separator}",
         closing=f"</tool_call{suffix}>",
         sections=((f"<tool_calls{suffix}>", f"</tool_calls{suffix}>"),) if separator else (),
         header=re.compile(rf"\s*(?P<name>[^\s<{{]+){separator}\s*(?=<arg_key{suffix}>|</tool_call{suffix}>)"),
         key=re.compile(rf"\s*<arg_key{suffix}>(?P<key>[^<]+)</arg_key{suffix}>\s*<arg_value{suffix}>"),
+        parameter=f"<arg_key{suffix}>{{key}}</arg_key{suffix}>\n<arg_value{suffix}>",
         value_ends=(f"</arg_value{suffix}>",),
         tail=re.compile(rf"\s*</tool_call{suffix}>"),
     )
@@ -81,14 +80,13 @@ def _tagged(suffix: str, separator: str) -> XMLForm:
 
 DEEPSEEK_V3 = _deepseek(f"function{_SEP}", r"\s*```json", "\n```json\n", "\n```")
 DEEPSEEK_V31 = _deepseek("", _SEP, _SEP, "")
-DSML = _invokes(_DSML, (f"{_DSML}function_calls", f"{_DSML}tool_calls"), r'(?: string="(?P<string>true|false)")?')
-MINIMAX = _invokes("", ("minimax:tool_call",), "")
+DSML = _invokes(_DSML, (f"{_DSML}function_calls", f"{_DSML}tool_calls"), _KIND, ' string="{string}"')
+MINIMAX = _invokes("", ("minimax:tool_call",), "", "")
 KIMI = JSONForm(
     begin="<|tool_call_begin|>",
     end="<|tool_call_end|>",
-    any_call="<|tool_calls_section_begin|><|tool_call_begin|>functions.",
-    one_call="<|tool_calls_section_begin|><|tool_call_begin|>functions.{}:0<|tool_call_argument_begin|>",
-    closing="<|tool_call_end|><|tool_calls_section_end|>",
+    opening="<|tool_call_begin|>functions.{name}:{index}<|tool_call_argument_begin|>",
+    closing="<|tool_call_end|>",
     sections=(("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),),
     header=re.compile(r"\s*(?P<id>(?:functions\.)?(?P<name>[^:\s<]+):\d+)\s*<\|tool_call_argument_begin\|>\s*(?=\{)"),
     tail=re.compile(r"\s*<\|tool_call_end\|>"),
@@ -98,12 +96,12 @@ HUNYUAN = _tagged(":opensource", "<tool_sep:opensource>")
 QWEN3_CODER = XMLForm(
     begin="<function=",
     end="</function>",
-    any_call="<tool_call>\n<function=",
-    one_call="<tool_call>\n<function={}>\n",
-    closing="</function>\n</tool_call>",
+    opening="<function={name}>",
+    closing="</function>",
     sections=(("<tool_call>", "</tool_call>"),),
     header=re.compile(r"(?P<name>[^\s<>]+)>"),
     key=re.compile(r"\s*<parameter=(?P<key>[^>\s]+)>(?:\n|(?=[^\n]))"),
+    parameter="<parameter={key}>\n",
     value_ends=("\n</parameter>", "</parameter>"),
     tail=re.compile(r"\s*</function>"),
 )

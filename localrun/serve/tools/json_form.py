@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from localrun.errors import LocalrunError
 from localrun.serve.tools.form import Calls, Form
+from localrun.serve.tools.grammar import Grammar
 from localrun.serve.tools.source import Arguments, Reading, Source
 
 _BRACE = re.compile(r"\s*\}")
@@ -42,6 +46,12 @@ class JSONForm(Form):
             yield from source.match(_BARE_END)
         source.kept = source.at
         return True
+
+    def arguments(self, parameters: Mapping[str, Any] | None, grammar: Grammar) -> str:
+        schema = {"type": "object", **(parameters or {})}
+        if schema["type"] != "object":
+            raise LocalrunError("the schema is not of an object")
+        return f"SPACE? {grammar.json(schema)}"
 
     def _arguments(self, source: Source, calls: Calls, header: re.Match[str], tail: re.Pattern[str]) -> Reading[None]:
         start = calls.start(header["name"], header.groupdict().get("id"))

@@ -8,8 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from localrun.arguments import shown
+from localrun.errors import LocalrunError
 from localrun.serve.tools.form import Calls, Form
+from localrun.serve.tools.grammar import INDEX, Grammar, string_terminals
 from localrun.serve.tools.source import Arguments, Reading, Source
+
+_OF_OBJECTS = {"type", "properties", "required", "additionalProperties", "$defs", "definitions", "$schema", "$id"}
+_OF_OBJECTS |= {"title", "description", "default", "examples", "$comment"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,12 +23,14 @@ class XMLForm(Form):
     """Attributes:
     header: after the beginning of a call; has a group `name`.
     key: what begins a value; has a group `key`, and `string` where the model says whether the value is a string.
-    value_ends: marks, each of which ends a value.
+    parameter: how a value is begun, with {key}, and {string} where the model says whether it is a string.
+    value_ends: marks, each of which ends a value: the usual one first, one that is part of all others last.
     tail: what closes a call.
     """
 
     header: re.Pattern[str]
     key: re.Pattern[str]
+    parameter: str
     value_ends: tuple[str, ...]
     tail: re.Pattern[str]
 
@@ -48,6 +56,42 @@ class XMLForm(Form):
                 return True  # cut off
         yield Arguments(start.index, "{}" if opening == "{" else "}")
         return True
+
+    def arguments(self, parameters: Mapping[str, Any] | None, grammar: Grammar) -> str:
+        """One after the other, in the schema's order."""
+        if parameters is None:
+            key = " KEY ".join(map(grammar.mark, self.parameter.format(key=INDEX, string="true").split(INDEX)))
+            return f"(SPACE? {key} {grammar.text_until('ANY', self.value_ends)})*"
+        if (of := parameters.get("type", "object")) != "object":
+            raise LocalrunError(f"the schema is of type {of!r}, not of an object")
+        if unknown := parameters.keys() - _OF_OBJECTS:
+            raise LocalrunError(f"the schema has {min(unknown)}, which calls in this model's form can't be held to")
+        properties, required = parameters.get("properties", {}), parameters.get("required", [])
+        if not isinstance(properties, Mapping) or not isinstance(required, list):
+            raise LocalrunError("the schema's properties are no object, or required is no list")
+        shared = {key: parameters[key] for key in ("$defs", "definitions") if key in parameters}
+        rules = []
+        for name in dict.fromkeys([*properties, *map(str, required)]):
+            rule = grammar.rule(self._parameter(name, properties.get(name, {}), shared, grammar))
+            rules.append(f"(SPACE? {rule})" if name in required else f"(SPACE? {rule})?")
+        return " ".join(rules)
+
+    def _parameter(self, name: str, schema: Any, shared: Mapping[str, Any], grammar: Grammar) -> str:
+        found = self.key.fullmatch(self.parameter.format(key=name, string="true"))
+        if not found or found["key"] != name or name.strip() != name:
+            raise LocalrunError(f"the property {shown(name)} can't be written in this model's form")
+        schema = {} if schema is True else schema
+        if not isinstance(schema, Mapping):
+            raise LocalrunError(f"the schema of the property {shown(name)} is no object")
+        as_text, as_json = (self.parameter.format(key=name, string=kind) for kind in ("true", "false"))
+        end, kinds = grammar.mark(self.value_ends[0]), _kinds(schema)
+        if "string" not in kinds:
+            return f"{grammar.mark(as_json)} SPACE? {grammar.json({**shared, **schema})} SPACE? {end}"
+        texts = [grammar.text_until(each, self.value_ends) for each in string_terminals(schema)]
+        choices = [f"{grammar.mark(as_text)} {each}" for each in texts]
+        if "null" in kinds:
+            choices.append(f'{grammar.mark(as_json)} "null" {end}')
+        return " | ".join(choices)
 
     def _value(self, source: Source, index: int, kinds: frozenset[str]) -> Reading[bool]:
         """Whether the value is complete. A string comes as the model writes it, anything else at once."""

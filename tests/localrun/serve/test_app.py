@@ -114,12 +114,39 @@ def test_a_call_comes_as_one_and_its_result_goes_back(engine: Engine, client: Te
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
-def test_a_call_that_is_asked_for_is_begun_by_the_prompt(engine: Engine, client: TestClient, choice: Any) -> None:
-    tail = CALL.partition('"name":' if choice == "required" else '"arguments":')[2]
-    engine.model.turn, engine.model.reply = '"name":' if choice == "required" else '"weather", "arguments":', tail
-    message = ask(client, tools=TOOLS, tool_choice=choice).json()["choices"][0]["message"]
-    assert message["tool_calls"][0]["function"] == {"name": "weather", "arguments": '{"city": "Paris"}'}
-    assert message["content"] is None
+def test_a_call_that_is_asked_for(engine: Engine, client: TestClient, choice: Any) -> None:
+    """Of the function that there is, and nothing comes after it."""
+    engine.model.reply = CALL.removeprefix("I look.\n").replace("weather", "another") + "\n\nIt is"
+    answer = ask(client, tools=TOOLS, tool_choice=choice, parallel_tool_calls=False).json()["choices"][0]
+    (call,) = answer["message"]["tool_calls"]
+    assert call["function"] == {"name": "weather", "arguments": '{"city": "Paris"}'}
+    assert answer["message"]["content"] is None and answer["finish_reason"] == "tool_calls"
+
+
+STRICT = {"type": "object", "properties": {"city": {"const": "Milan"}}, "required": ["city"]}
+
+
+def strict(schema: Any) -> list[Any]:
+    return [{"type": "function", "function": {"name": "weather", "parameters": schema, "strict": True}}]
+
+
+def test_a_call_that_is_held_to_its_schema(engine: Engine, client: TestClient) -> None:
+    engine.model.reply = CALL
+    message = ask(client, tools=strict(STRICT)).json()["choices"][0]["message"]
+    assert message["content"] == "I look."
+    assert message["tool_calls"][0]["function"]["arguments"] == '{"city": "Milan"}'
+    engine.model.reply = "Aye."
+    assert ask(client, tools=strict(STRICT)).json()["choices"][0]["message"]["content"] == "Aye."
+
+
+@pytest.mark.parametrize("reply", ['{"ok": tree}', CALL.removeprefix("I look.\n")])
+def test_an_answer_of_a_schema_or_a_call(engine: Engine, client: TestClient, reply: str) -> None:
+    engine.model.reply = reply
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    message = ask(client, tools=TOOLS, response_format=form).json()["choices"][0]["message"]
+    assert message["content"] == ('{"ok": true}' if "ok" in reply else None)
+    assert ("tool_calls" in message) == ("ok" not in reply)
 
 
 def test_settings_reach_the_template(engine: Engine, client: TestClient) -> None:
@@ -226,6 +253,10 @@ REFUSED = {
     "a tool's name": (
         {"tools": [{"type": "function", "function": {"name": "a b"}}]},
         *(400, "tools[0].function.name"),
+    ),
+    "a strict tool": (
+        {"tools": [{"type": "function", "function": {"name": "f", "strict": True, "parameters": {"$ref": "#/x"}}}]},
+        *(400, "tools"),
     ),
     "a call of no tool": ({"tool_choice": {"type": "function", "function": {"name": "a"}}}, 400, "tool_choice"),
     "logprobs": ({"logprobs": 5}, 400, "logprobs"),
