@@ -23,8 +23,10 @@ KEY: /[\w.-]+/
 NUMBER: /[0-9]{1,2}/
 """
 _OPTIONAL_BREAK = re.compile(r"\s*\n\s*(?=[<{`])")  # models of one family differ in these
-_OF_TEXTS = {"type", "enum", "minLength", "maxLength", "pattern", "anyOf", "oneOf"}
+_OF_TEXTS = {"type", "enum", "const", "minLength", "maxLength", "pattern", "anyOf", "oneOf"}
 _REMARKS = {"title", "description", "default", "examples", "format", "deprecated", "$comment"}
+_OF_OTHERS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "items", "prefixItems"}
+_OF_OTHERS |= {"minItems", "maxItems", "uniqueItems", "properties", "required", "additionalProperties"}
 
 
 class Grammar:
@@ -82,7 +84,10 @@ class Grammar:
 
     def json(self, schema: Mapping[str, Any]) -> str:
         """A JSON document of a schema."""
-        return f"%json {json.dumps({**schema, 'x-guidance': JSON_OPTIONS}, allow_nan=False)}"
+        try:
+            return f"%json {json.dumps({**schema, 'x-guidance': JSON_OPTIONS})}"
+        except RecursionError:
+            raise LocalrunError("the schema is nested too deeply") from None
 
     def text_until(self, terminal: str, ends: Sequence[str]) -> str:
         """A text of a terminal's that has none of the ends in it, and the first one after it."""
@@ -96,21 +101,42 @@ def quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def string_terminals(schema: Mapping[str, Any]) -> list[str]:
-    """Terminals for the strings that a schema allows, written without quotes; llguidance's regular expressions.
+def kinds_of(schema: Any) -> frozenset[str]:
+    """The types that a schema says it allows; none where it says nothing of them."""
+    if not isinstance(schema, Mapping):
+        return frozenset()
+    kinds = schema.get("type")
+    if isinstance(kinds, list):
+        return frozenset(kind for kind in kinds if isinstance(kind, str))
+    choices = schema.get("anyOf") or schema.get("oneOf")
+    if isinstance(choices, list):
+        return frozenset().union(*map(kinds_of, choices))
+    if kinds is None and isinstance(values := schema.get("enum"), list) and all(isinstance(v, str) for v in values):
+        return frozenset({"string"})
+    return frozenset({kinds}) if isinstance(kinds, str) else frozenset()
 
-    Raises LocalrunError for a keyword that it cannot do.
+
+def string_terminals(schema: Mapping[str, Any], end: str) -> list[str]:
+    """Terminals for the strings that a schema allows, written without quotes, up to an end that they may not have.
+
+    Raises LocalrunError for a keyword that it cannot do, or where there are none.
     """
-    if unknown := schema.keys() - _OF_TEXTS - _REMARKS:
+    if unknown := schema.keys() - _OF_TEXTS - _OF_OTHERS - _REMARKS:
         raise LocalrunError(f"a string with {min(unknown)} can't be held to that in this model's form")
     branches = schema.get("anyOf") or schema.get("oneOf")
     if branches:
         if of_both := schema.keys() & (_OF_TEXTS - {"type", "anyOf", "oneOf"}):
             raise LocalrunError(f"a string with anyOf and {min(of_both)} can't be held to both in this model's form")
-        return [each for branch in branches if _may_be_text(branch) for each in string_terminals(branch)]
-    if "enum" in schema:
-        texts = [value for value in schema["enum"] if isinstance(value, str)]
-        return ["(" + " | ".join(map(quoted, texts)) + ")"] if texts else []
+        found = [each for branch in branches if "string" in kinds_of(branch) for each in string_terminals(branch, end)]
+        if not found:
+            raise LocalrunError("of a string's anyOf or oneOf none says that it is for strings")
+        return found
+    if "enum" in schema or "const" in schema:
+        values = [schema["const"]] if "const" in schema else schema["enum"]
+        values = values if isinstance(values, list) else []
+        if not (texts := [quoted(value) for value in values if isinstance(value, str) and end not in value]):
+            raise LocalrunError("a string's enum is no list, or has no string that this model's form can write")
+        return [f"({' | '.join(texts)})"]
     parts = [f"/{_with_pattern(schema['pattern'])}/"] if "pattern" in schema else []
     fewest, most = schema.get("minLength", 0), schema.get("maxLength", "")
     if fewest or most != "":
@@ -118,11 +144,6 @@ def string_terminals(schema: Mapping[str, Any]) -> list[str]:
             raise LocalrunError("minLength or maxLength is not a whole number from 0 up")
         parts.append(f"/(?s:.{{{fewest},{most}}})/")
     return [" & ".join(parts) or "ANY"]
-
-
-def _may_be_text(schema: Any) -> bool:
-    kinds = schema.get("type") if isinstance(schema, Mapping) else None
-    return kinds == "string" or (isinstance(kinds, list) and "string" in kinds)
 
 
 def _with_pattern(pattern: Any) -> str:

@@ -11,11 +11,13 @@ from typing import Any
 from localrun.arguments import shown
 from localrun.errors import LocalrunError
 from localrun.serve.tools.form import Calls, Form
-from localrun.serve.tools.grammar import INDEX, Grammar, string_terminals
+from localrun.serve.tools.grammar import INDEX, Grammar, kinds_of, string_terminals
 from localrun.serve.tools.source import Arguments, Reading, Source
 
 _OF_OBJECTS = {"type", "properties", "required", "additionalProperties", "$defs", "definitions", "$schema", "$id"}
 _OF_OBJECTS |= {"title", "description", "default", "examples", "$comment"}
+
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +86,10 @@ class XMLForm(Form):
         if not isinstance(schema, Mapping):
             raise LocalrunError(f"the schema of the property {shown(name)} is no object")
         as_text, as_json = (self.parameter.format(key=name, string=kind) for kind in ("true", "false"))
-        end, kinds = grammar.mark(self.value_ends[0]), _kinds(schema)
+        end, kinds = grammar.mark(self.value_ends[0]), kinds_of(schema)
         if "string" not in kinds:
             return f"{grammar.mark(as_json)} SPACE? {grammar.json({**shared, **schema})} SPACE? {end}"
-        texts = [grammar.text_until(each, self.value_ends) for each in string_terminals(schema)]
+        texts = [grammar.text_until(each, self.value_ends) for each in string_terminals(schema, self.value_ends[-1])]
         choices = [f"{grammar.mark(as_text)} {each}" for each in texts]
         if "null" in kinds:
             choices.append(f'{grammar.mark(as_json)} "null" {end}')
@@ -102,7 +104,11 @@ class XMLForm(Form):
             yield Arguments(index, '"')
         else:
             pieces: list[str] = []
-            if (yield from source.until(self.value_ends, pieces.append)) is None:
+            mark = yield from source.until(self.value_ends, pieces.append)
+            while mark and "string" not in kinds and _is_in_string("".join(pieces)):
+                pieces.append(mark)
+                mark = yield from source.until(self.value_ends, pieces.append)
+            if mark is None:
                 return False
             yield Arguments(index, _json(_value("".join(pieces), kinds)))
         source.kept = source.at
@@ -112,21 +118,7 @@ class XMLForm(Form):
 def _types(schema: Any) -> dict[str, frozenset[str]]:
     """The types that a schema allows its properties; none for those of which it says nothing."""
     properties = schema.get("properties") if isinstance(schema, Mapping) else None
-    return {name: _kinds(each) for name, each in properties.items()} if isinstance(properties, Mapping) else {}
-
-
-def _kinds(schema: Any) -> frozenset[str]:
-    if not isinstance(schema, Mapping):
-        return frozenset()
-    kinds = schema.get("type")
-    if isinstance(kinds, list):
-        return frozenset(kind for kind in kinds if isinstance(kind, str))
-    choices = schema.get("anyOf") or schema.get("oneOf")
-    if isinstance(choices, list):
-        return frozenset().union(*map(_kinds, choices))
-    if kinds is None and isinstance(values := schema.get("enum"), list) and all(isinstance(v, str) for v in values):
-        return frozenset({"string"})
-    return frozenset({kinds}) if isinstance(kinds, str) else frozenset()
+    return {name: kinds_of(each) for name, each in properties.items()} if isinstance(properties, Mapping) else {}
 
 
 def _value(text: str, kinds: frozenset[str]) -> Any:
@@ -136,6 +128,11 @@ def _value(text: str, kinds: frozenset[str]) -> Any:
     except (ValueError, RecursionError):
         return text
     return text if "string" in kinds and not (value is None and "null" in kinds) else value
+
+
+def _is_in_string(text: str) -> bool:
+    """Whether what looks like JSON breaks off within a string: a mark that comes next is part of it."""
+    return text.lstrip()[:1] in ("[", "{", '"') and '"' in _STRING.sub("", text)
 
 
 def _refuse(name: str) -> Any:

@@ -14,6 +14,7 @@ from localrun.generate.reasoning import CONTENT
 from localrun.serve.tools import forms
 from localrun.serve.tools.form import CallParser, Form
 from localrun.serve.tools.source import Arguments, CallStart
+from localrun.serve.tools.xml_form import XMLForm
 
 SCHEMAS: dict[str, Any] = {
     "weather": {
@@ -104,6 +105,16 @@ def test_what_is_no_call_is_content(name: str, broken: str) -> None:
     assert [parsed(FORMS[name], cut(text, size)) for size in (1, 2, 7)] == [(whole, calls)] * 3
     if not calls:
         assert whole == text
+
+
+@pytest.mark.parametrize("name", [name for name in TEXTS if isinstance(FORMS[name], XMLForm)])
+def test_the_end_of_a_value_within_its_json(name: str) -> None:
+    form = FORMS[name]
+    value = json.dumps(["a", form.value_ends[-1], '\\"' + form.value_ends[-1]])
+    text = TEXTS[name].replace(">\n2\n<", f">\n{value}\n<").replace(">2<", f">{value}<")
+    for size in (1, 5, len(text)):
+        _, ((_, arguments), _) = parsed(form, cut(text, size))
+        assert json.loads(arguments)["days"] == json.loads(value)
 
 
 @given(st.sampled_from(list(TEXTS)), st.text(alphabet="<>/{}[]`\"'\n\\ ab:=_|｜▁", max_size=60), st.integers(1, 9))

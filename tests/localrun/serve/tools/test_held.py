@@ -31,7 +31,7 @@ WEATHER = {
         "unit": {"enum": ["C", "deg F"], "type": "string"},
         "code": {"type": "string", "pattern": "^[A-Z]{2}/[0-9]$"},
         "days": {"type": "integer", "minimum": 1, "maximum": 14},
-        "near": {"anyOf": [SHORT, {"type": "null"}]},
+        "near": {"anyOf": [SHORT, {"enum": ["a", "bc"]}, {"type": "string", "const": "d"}, {"type": "null"}]},
         "at": {"$ref": "#/$defs/at"},
     },
     "required": ["city", "unit", "code"],
@@ -196,6 +196,8 @@ def test_what_is_refused(vocabulary: Callable[[str], Tokenizer]) -> None:
         ("GLM", {"properties": {"a<b": {}}}, "the property 'a<b' can't be written"),
         ("GLM", {"properties": {"a": {"type": "string", "not": {}}}}, "a string with not can't be held to"),
         ("GLM", {"properties": {"a": {"type": "string", "pattern": "(?=a)b"}}}, "look-around"),
+        ("GLM", {"properties": {"a": {"type": "string", "enum": ["</arg_value>"]}}}, "has no string that this model's"),
+        ("GLM", {"properties": {"a": {"type": "string", "anyOf": {"x": 1}}}}, "none says that it is for"),
         ("GLM", {"properties": []}, "the schema's properties are no object"),
     ]
     for name, schema, message in cases:
