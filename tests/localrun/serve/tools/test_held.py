@@ -135,11 +135,30 @@ def test_a_reply_that_may_call(vocabulary: Callable[[str], Tokenizer], name: str
         judge(reply, text, {"weather", "now"})
 
 
+@pytest.mark.parametrize("own_marks", [False, True], ids=["text", "control tokens"])
+@pytest.mark.parametrize("name", [name for name in NAMES if isinstance(getattr(forms, name), XMLForm)])
+def test_a_text_ends_with_its_mark(vocabulary: Callable[[str], Tokenizer], name: str, own_marks: bool) -> None:
+    """However long it may be. Where the vocabulary has a token for the mark, it is not to be spelled by others."""
+    tokenizer, form = vocabulary(name if own_marks else ""), getattr(forms, name)
+    schema = {"type": "object", "properties": {"note": {"type": "string"}}, "required": ["note"]}
+    tools = [{"type": "function", "function": {"name": "note", "parameters": schema}}]
+    constraint = Holding(False, False).constraint(form, tools, tokenizer)
+    begin, value = form.opening.format(name="note"), form.parameter.format(key="note", string="true")
+    text = said(tokenizer, constraint, 0, f"{begin}{value}a </b>{form.value_ends[0]}")
+    assert text is not None
+    (call,) = parsed(name, text).calls
+    assert json.loads(call.arguments) == {"note": "a </b>"}
+    if own_marks and any(mark in form.value_ends[0] for mark in marks(name)):
+        ids = list(f"{begin}{value}a{form.value_ends[0]}".encode())  # a byte each
+        assert len(Guide(constraint, tokenizer, []).possible(ids)) < len(ids)
+
+
 def test_a_call_after_reasoning(vocabulary: Callable[[str], Tokenizer]) -> None:
     tokenizer = vocabulary("GLM")
     constraint = Holding(True, False).constraint(forms.GLM, TOOLS, tokenizer)
     text = said(tokenizer, constraint, 0, "Hm <tool_call>.</think>\n\n", "<think>\n")
     assert text is not None
+    assert "</think>\n\n<tool_call>" in text
     reply = parsed("GLM", text, "<think>")
     assert (reply.reasoning, reply.content, len(reply.calls)) == ("Hm <tool_call>.", "", 1)
     judge(reply, text, {"weather", "now"})
