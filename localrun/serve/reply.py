@@ -13,14 +13,13 @@ from localrun.serve.tools.source import Arguments, CallStart, Part
 class ReplyParser:
     """Pieces of a reply in, parts out."""
 
-    def __init__(self, opened: str | None = None, calls: CallParser | None = None, begun: str = ""):
+    def __init__(self, opened: str | None = None, calls: CallParser | None = None):
         """
         Args:
             opened: the tag of reasoning that the prompt has opened.
             calls: reads calls; None where there are no tools.
-            begun: the beginning of a call that the prompt has written already.
         """
-        self._splitter, self._calls, self._begun = ReasoningSplitter(opened), calls, begun
+        self._splitter, self._calls = ReasoningSplitter(opened), calls
 
     @property
     def has_calls(self) -> bool:
@@ -29,9 +28,6 @@ class ReplyParser:
 
     def push(self, piece: str) -> Iterator[Part]:
         """What is certain by now."""
-        if self._calls and self._begun:
-            begun, self._begun = self._begun, ""
-            yield from self._calls.push(begun)
         yield from self._parsed(self._splitter.push(piece))
 
     def flush(self) -> Iterator[Part]:

@@ -25,8 +25,7 @@ from localrun.serve.reply import ReplyParser
 from localrun.serve.scheduler import QueueFullError, Scheduler
 from localrun.serve.tools.conversation import Dialect
 from localrun.serve.tools.form import CallParser
-from localrun.serve.tools.forms import HARMONY
-from localrun.serve.tools.held import harmony_call, without_bare_calls
+from localrun.serve.tools.held import without_bare_calls
 from localrun.text.chat_template import CHATML_STOP, OWN_VARIABLES, ChatTemplate, chatml
 from localrun.text.prompt import Offer, chat_ids, chat_text, raw_ids
 
@@ -85,20 +84,13 @@ class Service:
         if not functions:
             parsers = [ReplyParser(opened) for _ in range(body.choices)]
             return self.replies([ids], body.choices, sampling, body.limit, body.stops), parsers
-        form, begun = (await self._dialect_of()).form, ""
-        if form is HARMONY:
-            if body.must_call:
-                header, begun, constraint = await self.in_thread(harmony_call, body.callable(functions))
-                encode = partial(self.engine.tokenizer.encode, add_special=False, parse_special=True)
-                ids, sampling = [*ids, *encode(header)], replace(sampling, constraint=constraint)
-        elif holding := body.holding(functions, sampling.constraint):
+        form = (await self._dialect_of()).form
+        if holding := body.holding(functions, sampling.constraint):
             form = without_bare_calls(form)
             held = await self.in_thread(holding.constraint, form, body.callable(functions), self.engine.tokenizer)
             sampling = replace(sampling, constraint=held)
         schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in functions}
-        parsers = [
-            ReplyParser(None if begun else opened, CallParser(form, schemas), begun) for _ in range(body.choices)
-        ]
+        parsers = [ReplyParser(opened, CallParser(form, schemas)) for _ in range(body.choices)]
         spelled = self.spelled | form.spelled(self.engine.tokenizer.controls)
         stops = [*body.stops, form.end] if body.calls_once and not sampling.constraint else body.stops
         prompts = [self._fitting(ids, "messages")]

@@ -86,6 +86,11 @@ def without_reasoning(content: str) -> str:
     return content.rpartition(_CLOSE)[2] if _CLOSE in content else "" if content.startswith(_OPEN) else content
 
 
+def header(channel: str) -> str:
+    """The beginning of a message in a channel."""
+    return f"{CHANNEL}{channel}{MESSAGE}"
+
+
 def call_header(function: str) -> str:
-    """What a reply begins with that is a call of a function."""
-    return f"{CHANNEL}commentary to=functions.{function} <|constrain|>json{MESSAGE}"
+    """That of a call of a function."""
+    return header(f"commentary to=functions.{function} <|constrain|>json")

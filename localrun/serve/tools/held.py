@@ -13,14 +13,15 @@ from typing import Any
 
 from localrun.errors import LocalrunError
 from localrun.generate.constraint import Constraint
-from localrun.serve.errors import APIError, invalid, unsupported
+from localrun.serve.errors import APIError, invalid
 from localrun.serve.tools.form import Form
 from localrun.serve.tools.forms import HARMONY
 from localrun.serve.tools.grammar import INDEX, Grammar
 from localrun.serve.tools.json_form import JSONForm
-from localrun.text.harmony import call_header
+from localrun.text.harmony import END, START, call_header, header
 from localrun.text.tokenizer import Tokenizer
 
+_BEFORE = ("analysis", "commentary")  # gpt-oss's channels for what comes before an answer or a call
 Tool = Mapping[str, Any]  # {"type": "function", "function": {"name", "description", "parameters"}}
 
 
@@ -53,14 +54,16 @@ class Holding:
             raise
 
     def _ready(self, form: Form, tools: Sequence[Tool], tokenizer: Tokenizer) -> Constraint:
-        grammars = [{"lark_grammar": self._lark(form, tools, Grammar(tokenizer.controls))}]
+        has_channels, grammar = form is HARMONY, Grammar(tokenizer.controls)
+        text = self._channels(tools, grammar) if has_channels else self._marks(form, tools, grammar)
+        grammars = [{"lark_grammar": text}]
         if self.answer and not self.must_call:
             grammars.append({"name": "answer", **_as_document(self.answer.grammar)})
-        constraint = Constraint(json.dumps({"grammars": grammars}))
+        constraint = Constraint(json.dumps({"grammars": grammars}), after_reasoning=not has_channels)
         constraint.check(tokenizer)
         return constraint
 
-    def _lark(self, form: Form, tools: Sequence[Tool], grammar: Grammar) -> str:
+    def _marks(self, form: Form, tools: Sequence[Tool], grammar: Grammar) -> str:
         after_begin = grammar.rule(" | ".join(self._call(form, tool["function"], grammar) for tool in tools))
         call = grammar.rule(f"{grammar.mark(form.begin)} {after_begin}")
         more = f" (SPACE? {call})*" if self.several else ""
@@ -85,6 +88,20 @@ class Holding:
                 starts.append(f"{grammar.terminal(f'ANY {text}')} {control} {rest}{blocks}")
         return grammar.text(" | ".join(starts))
 
+    def _channels(self, tools: Sequence[Tool], grammar: Grammar) -> str:
+        """gpt-oss's, with its reasoning, since a call is a message in a channel as well."""
+        end = grammar.exactly(f"{END}{START}assistant")
+        thought, said = (grammar.rule(f"{grammar.exactly(header(name))} ANY {end}") for name in _BEFORE)
+        calls = []
+        for function in (tool["function"] for tool in tools):
+            parameters = None if function["name"] in self.loose else function["parameters"]
+            arguments = HARMONY.arguments(parameters, grammar)
+            calls.append(grammar.rule(f"{grammar.exactly(call_header(function['name']))} {arguments}"))
+        if self.must_call:
+            return grammar.text(f"{thought}? ({' | '.join(calls)})")
+        answer = f"{grammar.exactly(header('final'))} {'@answer' if self.answer else 'ANY'}"
+        return grammar.text(f"({thought} | {said})* ({' | '.join([*calls, answer])})")
+
     def _call(self, form: Form, function: Mapping[str, Any], grammar: Grammar) -> str:
         """A function's alternative, after the beginning of a call."""
         name = function["name"]
@@ -93,25 +110,9 @@ class Holding:
         return grammar.rule(f"{grammar.mark(opening)} {arguments} SPACE? {grammar.mark(form.closing)}")
 
 
-def harmony_call(tools: Sequence[Tool]) -> tuple[str, str, Constraint]:
-    """gpt-oss's call: the header that the prompt writes, which stands for text of HARMONY's form, and the arguments.
-
-    Raises APIError for several functions, since the header has to be whole, and for a bad schema.
-    """
-    if len(tools) > 1:
-        raise unsupported("tool_choice", "tool_choice required, which this model can't be made to follow,")
-    name, parameters = tools[0]["function"]["name"], tools[0]["function"]["parameters"]
-    try:
-        constraint = Constraint.json_schema({"type": "object", **parameters})
-    except LocalrunError as error:
-        raise _refused(name, error) from None
-    begun = HARMONY.opening.format(name=name)
-    return call_header(name), begun, replace(constraint, after_reasoning=False)
-
-
 def without_bare_calls(form: Form) -> Form:
     """The same where calls need their marks, as a grammar has them."""
-    return replace(form, bare=None) if isinstance(form, JSONForm) else form
+    return replace(form, bare=None) if isinstance(form, JSONForm) and form.bare else form
 
 
 def _refused(name: str, error: LocalrunError) -> APIError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -18,8 +19,9 @@ from localrun.serve.errors import APIError
 from localrun.serve.reply import Reply, ReplyParser
 from localrun.serve.tools import forms
 from localrun.serve.tools.form import CallParser
-from localrun.serve.tools.held import Holding, harmony_call
+from localrun.serve.tools.held import Holding
 from localrun.serve.tools.xml_form import XMLForm
+from localrun.text.harmony import MARKS
 from localrun.text.tokenizer import Tokenizer
 
 NAMES = ["DEEPSEEK_V3", "DEEPSEEK_V31", "DSML", "MINIMAX", "KIMI", "GLM", "HUNYUAN", "QWEN3_CODER", "QWEN3", "GENERIC"]
@@ -164,18 +166,41 @@ def test_a_call_after_reasoning(vocabulary: Callable[[str], Tokenizer]) -> None:
     judge(reply, text, {"weather", "now"})
 
 
-def test_harmony() -> None:
-    """The prompt writes the header; the reply is the arguments."""
-    header, begun, constraint = harmony_call(TOOLS[:1])
-    assert header == "<|channel|>commentary to=functions.weather <|constrain|>json<|message|>"
-    assert begun == '<tool_call>\n{"name": "weather", "arguments": ' and not constraint.after_reasoning
-    text = said(Tokenizer(model_path("miniature")), constraint, 0)
-    assert text is not None
-    jsonschema.validate(json.loads(text), WEATHER)
-    with pytest.raises(APIError, match="can't be made to follow"):
-        harmony_call(TOOLS)
-    with pytest.raises(APIError, match="a call of bad can't be held to its parameters"):
-        harmony_call([{"type": "function", "function": {"name": "bad", "parameters": {"type": "strin"}}}])
+THOUGHT = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
+
+
+@pytest.mark.parametrize(
+    ("must_call", "answer", "begin", "expected"),
+    [
+        (True, None, "", "call"),
+        (True, None, THOUGHT, "call"),
+        (True, None, f"{THOUGHT}<|channel|>f", "call"),
+        (False, None, f"{THOUGHT}<|channel|>final<|message|>Aye.", "Aye."),
+        (False, None, f"{THOUGHT.replace('analysis', 'commentary')}<|channel|>commentary to", "call"),
+        (False, ANSWER, f"{THOUGHT}<|channel|>final<|message|>", "answer"),
+        (False, ANSWER, "<|channel|>commentary t", "call"),
+    ],
+)
+def test_channels(tmp_path: Path, must_call: bool, answer: dict[str, Any] | None, begin: str, expected: str) -> None:
+    """gpt-oss: any of the functions in a message of its own, after thoughts and words, or an answer."""
+    controls = [*CHATML, *MARKS, "<|constrain|>", "<|return|>", "<|call|>"]
+    tokenizer = Tokenizer(write_vocabulary(tmp_path / "v.gguf", controls))
+    of_answer = Constraint.json_schema(answer) if answer else None
+    constraint = Holding(must_call, False, (), of_answer).constraint(forms.HARMONY, TOOLS, tokenizer)
+    assert not constraint.after_reasoning
+    for seed in range(3):
+        text = said(tokenizer, constraint, seed, begin)
+        assert text is not None
+        decoder = tokenizer.reply_decoder()
+        ids = tokenizer.encode(text, add_special=False, parse_special=True)
+        reply = parsed("HARMONY", "".join(map(decoder.push, ids)) + decoder.flush())
+        assert len(reply.calls) == (expected == "call"), text
+        judge(reply, text, {"weather", "now"})
+        assert reply.reasoning == "Hm." or not begin.startswith(THOUGHT)
+        if expected == "answer":
+            jsonschema.validate(json.loads(reply.content), ANSWER)
+        elif expected != "call":
+            assert reply.content == expected
 
 
 @pytest.mark.parametrize("name", ["DEEPSEEK_V31", "QWEN3_CODER", "QWEN3"])
