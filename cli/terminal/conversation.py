@@ -180,7 +180,7 @@ class Conversation:
 
         Raises LocalrunError if they cannot be written, or would replace what is no saved conversation.
         """
-        from localrun.generate.session import is_saved_session
+        from localrun.generate.saved import is_saved_session
 
         cache = _cache_path(path)
         if (isfile(path) and not _is_saved(path)) or (isfile(cache) and not is_saved_session(cache)):

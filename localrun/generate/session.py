@@ -1,7 +1,5 @@
 """A conversation's state: the tokens in the cache, and replies that reuse what they share with the next prompt."""
 
-import hashlib
-import json
 import math
 import os
 import time
@@ -15,14 +13,12 @@ import numpy as np
 
 from localrun.arguments import function, path_text, refuse, shown, texts, token_ids, whole
 from localrun.errors import ContextFullError, LocalrunError
-from localrun.files import replacing
+from localrun.generate import saved
 from localrun.generate.constraint import Guide
 from localrun.generate.reply_text import ReplyText
 from localrun.generate.sampling import Logprobs, Sampler, Sampling
 from localrun.generate.speculative import Speculation
 from localrun.runtime import KVCache, Runner
-
-_IDS, _MODEL = "localrun.ids", "localrun.model"  # what a saved session says of itself
 
 
 @dataclass
@@ -137,8 +133,8 @@ class Session:
         """The text that follows the prompt `ids`, in pieces of whole characters; stop strings are not part of it.
 
         A stop string may spell control tokens, which are no part of the text either, but for those in `spelled`, which
-        says how they are written. Closing the iterator early keeps
-        what was evaluated. progress(done, total) counts prompt tokens.
+        says how they are written. Closing the iterator early keeps what was evaluated. progress(done, total) counts
+        prompt tokens.
 
         Raises:
             ContextFullError: the prompt does not fit.
@@ -343,37 +339,17 @@ class Session:
         """
         with self.engine.turn:
             self.forget(len(self.ids))
-            self._save(Path(path_text("path", path)))
-
-    def _save(self, path: Path) -> None:
-        from safetensors import SafetensorError
-        from safetensors.numpy import save_file
-
-        metadata = {_IDS: json.dumps(self.ids), _MODEL: fingerprint(self.engine)}
-        with replacing(path, private=True) as temporary:
-            try:
-                save_file(self._cache.save(), temporary, metadata)
-            except SafetensorError as error:  # a full disk
-                raise LocalrunError(f"{path}: cannot save the session: {error}") from None
+            saved.write(Path(path_text("path", path)), self.engine, self.ids, self._cache.save())
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Replace this session by a saved one. Raises LocalrunError if it is no session of this model."""
         with self.engine.turn:
-            self._load(Path(path_text("path", path)))
-
-    def _load(self, path: Path) -> None:
-        with _open_saved(path) as file:
-            metadata = file.metadata() or {}
-            if metadata.get(_MODEL) != fingerprint(self.engine):
-                raise LocalrunError(f"{path}: the session belongs to another model")
-            ids = _read_ids(metadata.get(_IDS, ""))
-            if ids is None:
-                raise LocalrunError(f"{path}: not a saved session: its token ids are damaged")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        try:
-            self.restore(ids, tensors)
-        except LocalrunError as error:
-            raise type(error)(f"{path}: {error}") from None
+            place = Path(path_text("path", path))
+            ids, tensors = saved.read(place, self.engine)
+            try:
+                self.restore(ids, tensors)
+            except LocalrunError as error:
+                raise type(error)(f"{place}: {error}") from None
 
     def restore(self, ids: list[int], tensors: dict[str, np.ndarray]) -> None:
         """Hold what another session of this model held: its ids, and what its cache's save() gave.
@@ -403,44 +379,3 @@ class _Step:
     verify_s: float = 0.0
     n_accepted: int = 0
     is_shared: bool = False
-
-
-def is_saved_session(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is a session that some model has saved."""
-    try:
-        with _open_saved(path) as file:
-            return _IDS in (file.metadata() or {})
-    except LocalrunError:
-        return False
-
-
-@contextmanager
-def _open_saved(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """A file of tensors, open. Raises LocalrunError, also where the block finds it broken."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        if not Path(path).is_file():  # a pipe would be waited for
-            raise LocalrunError(f"{path}: no such file")
-        with safe_open(os.fspath(path), "np") as file:
-            yield file
-    except (OSError, SafetensorError, TypeError, AttributeError) as error:  # the last two: types that NumPy lacks
-        raise LocalrunError(f"{path}: not a saved session: {error}") from None
-
-
-def _read_ids(text: str) -> list[int] | None:
-    """The list of whole numbers that `text` holds in JSON; None if it holds anything else."""
-    try:
-        ids = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return ids if isinstance(ids, list) and all(type(token) is int for token in ids) else None
-
-
-def fingerprint(engine: Runner) -> str:
-    """A name for the model and backend that a saved cache is good for: a hash over all tensors' first bytes."""
-    digest = hashlib.sha256(engine.backend.encode())
-    for tensor in engine.file.mapped.values():
-        digest.update(f"{tensor.name} {tensor.shape} {tensor.type.name}".encode())
-        digest.update(tensor.data[:64].tobytes())
-    return digest.hexdigest()

@@ -27,7 +27,8 @@ import localrun
 from localrun.engine import Engine
 from localrun.errors import LocalrunError
 from localrun.files import TEMPORARY, check_place, replacing
-from localrun.generate.session import Session, fingerprint
+from localrun.generate.saved import fingerprint
+from localrun.generate.session import Session
 
 MAGIC = b"localrun conversation 1\n"
 LEAST_TOKENS, LEAST_SHARE = 16, 64  # that reading an entry must save at least, and one in so many of its own

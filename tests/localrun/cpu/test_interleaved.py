@@ -20,7 +20,7 @@ from localrun import hardware
 from localrun.bundled import model_path
 from localrun.convert import convert
 from localrun.errors import GGUFError, LocalrunError
-from localrun.generate.session import fingerprint
+from localrun.generate.saved import fingerprint
 from localrun.gguf import types as tensor_types
 from localrun.gguf.file import open_gguf
 

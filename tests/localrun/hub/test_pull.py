@@ -40,6 +40,7 @@ def hub(contents: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: P
         monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
         monkeypatch.setenv("LOCALRUN_MODELS", str(tmp_path / "models"))
         monkeypatch.setattr(download, "PAUSE_S", 0.0)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # other tests' imports want no network
         yield hub
 
 
