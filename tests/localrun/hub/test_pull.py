@@ -218,11 +218,10 @@ def test_without_a_network_it_is_one_line(
 def test_a_full_disk_is_one_line(
     hub: Hub, models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    assert "900,003 bytes are still to come, 1,000 are free" in failed(["pull", f"{REPO}:Q8_0"], capsys)
-    assert not models.exists()
-    monkeypatch.undo()
-    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+        assert "900,003 bytes are still to come, 1,000 are free" in failed(["pull", f"{REPO}:Q8_0"], capsys)
+        assert not models.exists()
 
     def full(fd: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
