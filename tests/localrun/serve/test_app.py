@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -490,9 +491,11 @@ def test_a_prompt_is_read_in_chunks_between_which_others_have_their_steps(engine
     """Chunks begin small while a reply runs, and grow with the time there is; two prompts take turns."""
     events: list[tuple[bytes, int]] = []
     engine.model.reply, engine.model.most_together = "a" * 200, most_together
-    forward = engine.model.forward
+    forward, asked = engine.model.forward, threading.Event()
 
     def watched(ids: list[int], cache: Cache, all_logits: bool = False) -> np.ndarray:
+        if events:  # the reply that runs is not to end before the others are asked for
+            assert asked.wait(60)
         events.append((bytes([*cache.ids, *ids][:1]), len(ids)))
         return forward(ids, cache, all_logits)
 
@@ -504,6 +507,7 @@ def test_a_prompt_is_read_in_chunks_between_which_others_have_their_steps(engine
         first = service.replies([[97, *start]], 1, service.usual, 60, []).events()
         await anext(first)
         others = service.replies([[98] * 200 + start, [99] * 300 + start], 1, service.usual, 1, [])
+        asked.set()
         assert [event async for event in others.events()][-1][1] is None
         [event async for event in first]
 
@@ -555,9 +559,10 @@ def test_a_failed_step_ends_all_that_share_it(engine: Engine) -> None:
     with serving(engine) as (client, scheduler):
         engine.model.most_together, works = 8, engine.model.forward_each
         engine.model.forward_each = fail
-        assert "broken" in ask(client, n=2).json()["error"]["message"] and scheduler.running == 0
+        assert "broken" in ask(client, n=2).json()["error"]["message"]
         engine.model.forward_each = works
         assert [choice["message"]["content"] for choice in ask(client, n=2).json()["choices"]] == [REPLY] * 2
+        assert scheduler.running == 0
 
 
 def test_hanging_up_within_a_body_is_no_error(engine: Engine) -> None:
