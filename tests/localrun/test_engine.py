@@ -10,6 +10,7 @@ import naive
 import numpy as np
 import pytest
 import tiny_models
+from cases import slow_but
 from closeness import QUANTIZED_TOLERANCE, SESSION_TOLERANCE, error
 
 import localrun
@@ -66,7 +67,7 @@ def tolerance(variant: str, exact: bool) -> float:
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["32-bit cache", "16-bit cache"])
-@pytest.mark.parametrize("chunk", [1, 3, 16, 39])
+@pytest.mark.parametrize("chunk", slow_but([1, 3, 16, 39], [3, 16]))
 def test_prefill_in_chunks(model: localrun.engine.Engine, variant: str, chunk: int, exact: bool) -> None:
     ids = prompt_of(variant)
     cache = model.model.new_cache(len(ids), exact=exact)

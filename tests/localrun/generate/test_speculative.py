@@ -11,6 +11,7 @@ import fake_engine
 import numpy as np
 import pytest
 import tiny_models
+from cases import slow_but
 from forced_draft import ForcedDraft
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -77,7 +78,7 @@ class Script(Draft):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("acceptance", [0.0, 0.5, 0.85, 1.0])
+@pytest.mark.parametrize("acceptance", slow_but([0.0, 0.5, 0.85, 1.0], [0.0, 0.85]))
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_greedy_replies_are_plain_ones(engine: Engine, setting: str | int, acceptance: float, penalty: float) -> None:
     ids, sampling = prompt(engine), Sampling(temperature=0.0, repeat_penalty=penalty, repeat_last_n=16)
@@ -208,7 +209,7 @@ def test_sampled_stories_are_distributed_like_plain_ones() -> None:
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("n_prompt", range(CTX - 7, CTX + 1))
+@pytest.mark.parametrize("n_prompt", slow_but(range(CTX - 7, CTX + 1), [CTX - 5, CTX - 2, CTX - 1, CTX]))
 def test_the_context_ends_inside_of_drafts(engine: Engine, n_prompt: int, setting: str | int) -> None:
     ids = (tiny_models.prompt("v3") * 3)[:n_prompt]
     session = forced(engine, ids, 1.0, setting)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from cases import slow_but
 from gpu_device import DEVICE
 from kernels import random_weight
 
@@ -40,8 +41,12 @@ FEW = 2.0**-17
 MANY = 2.0**-10
 
 
+# Formats that differ from another one in sizes alone.
+TWINS = {"Q5_1", "Q5_K", "IQ2_XS", "IQ2_S", "IQ3_S"}
+
+
 @pytest.mark.parametrize("n_tokens", [1, 2])
-@pytest.mark.parametrize("name", registry.NAMES)
+@pytest.mark.parametrize("name", slow_but(registry.NAMES, {*registry.NAMES} - TWINS))
 def test_few_tokens(name: str, n_tokens: int, rng: np.random.Generator) -> None:
     """An odd number of rows, several tiles of columns of which the last is cut."""
     weight, values = random_weight(name, (19, 768), rng)
@@ -58,7 +63,7 @@ def test_every_number_of_few_tokens_gives_each_what_it_gets_alone(n_tokens: int,
     assert torch.equal(together, torch.cat([linear(x[t : t + 1]) for t in range(n_tokens)]))
 
 
-@pytest.mark.parametrize("name", registry.NAMES)
+@pytest.mark.parametrize("name", slow_but(registry.NAMES, {*registry.NAMES} - TWINS))
 def test_many_tokens(name: str, rng: np.random.Generator) -> None:
     """Rows, tokens and columns that fill no whole tile."""
     weight, values = random_weight(name, (70, 768), rng)

@@ -68,6 +68,7 @@ def test_a_table_for_people(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert {line.split()[0] for line in lines} <= {"ok", "warning"}
 
 
+@pytest.mark.slow
 def test_a_forced_level_is_shown() -> None:
     found = json.loads(run("--json", LOCALRUN_ISA="generic").stdout)["cpu"]
     assert found["data"]["isa"] == "generic" and found["data"]["LOCALRUN_ISA"] == "generic"

@@ -57,6 +57,7 @@ def ours(path: Path, ids: tuple[int, ...]) -> np.ndarray:
         return model.logits(list(ids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_references_agree_with_each_other(variant: str) -> None:
     path, ids = tiny_models.shared(variant), tiny_models.prompt(variant)

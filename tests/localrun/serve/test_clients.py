@@ -16,6 +16,7 @@ from typing import Literal
 import httpx
 import openai
 import pytest
+from cases import slow_but
 from pydantic import BaseModel, Field
 from running import running
 
@@ -79,7 +80,7 @@ def test_openai(engine: Engine, url: str) -> None:
         wrong.models.list()
 
 
-@pytest.mark.parametrize("signals", [1, 2])
+@pytest.mark.parametrize("signals", slow_but([1, 2], [2]))
 def test_the_first_signal_lets_replies_finish_and_the_second_does_not(signals: int) -> None:
     command = [sys.executable, "-m", "cli.main", "serve", str(SMOLLM2), "--port", "0", "-c", "512", "-t", "1"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
