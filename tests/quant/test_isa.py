@@ -17,8 +17,9 @@ def run_marked(level: str, *options: str) -> None:
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-# Packing at this level is compared in test_quantize.py. Files with interleaved rows are made by those who ask for them.
-LEFT_OUT = ("test_quantize.py", "test_r16.py")
+# The slow test has these: packing at this level is compared in test_quantize.py anyway, experts are products of the
+# same kernels, and files with interleaved rows are made by those who ask for them.
+LEFT_OUT = ("test_quantize.py", "test_experts.py", "test_r16.py")
 
 
 @levels.next_lower

@@ -95,6 +95,7 @@ def test_a_wrong_weight_of_the_router_shows_behind_the_experts(
     assert report(script, "v3")["first"].endswith("ffn: experts' down")
 
 
+@pytest.mark.slow
 def test_the_command(script: ModuleType) -> None:
     """One JSON document as the last line, exit 0; exit 1 and the phase's name if it is asked for too much."""
     path = "miniature"
