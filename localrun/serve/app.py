@@ -27,7 +27,7 @@ from localrun.serve.origins import OriginCheck
 from localrun.serve.page_files import is_page, page_routes
 from localrun.serve.service import ClientGoneError, Replies, Service, while_connected, with_signs_of_life
 
-MOST_BODY_BYTES = 1 << 26  # of a request: more than any context holds
+MOST_BODY_BYTES = 1 << 24  # of a request: more than any context holds; several may come at once
 PING = b": ping\n\n"  # a comment, which clients pass over
 
 Endpoint = Callable[[Request], Awaitable[Response]]
