@@ -107,10 +107,10 @@ def test_the_step_is_the_network(variant: str) -> None:
         assert error(*both_ways(model, tiny_models.prompt(variant))) < ROUNDING_TOLERANCE
 
 
-SLOW = {
+SLOW = [
     *[("wide-odd", "IQ4_XS"), ("llama-wide", "Q5_0"), ("llama-wide", "BF16"), ("llama-wide", "IQ4_NL")],
     *[("qwen3moe-wide", "Q8_0"), ("wide", "F16")],
-}
+]
 
 
 @pytest.mark.parametrize(
