@@ -45,6 +45,21 @@ class Item:
     sampling: dict[str, Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class Usual:
+    """What the command says of all items, where an item says nothing else.
+
+    Attributes:
+        sampling: with the seed of the first item; each has the next one.
+        limit: tokens of a reply; None for as many as come.
+    """
+
+    sampling: "Sampling"
+    limit: int | None
+    stop: Sequence[str]
+    system: str | None
+
+
 def read_items(file: str) -> list[Item]:
     """The batch of a file, or of stdin for "-". Raises LocalrunError naming the line that is none."""
     lines = [(number, line) for number, line in enumerate(read_text(file).split("\n"), 1) if line.strip()]
@@ -161,26 +176,15 @@ class Batch:
             raise LocalrunError(f"--seed {given}, but {self._output} was begun with {begun}")
         return given if begun is None else begun
 
-    def run(
-        self,
-        engine: "Engine",
-        prompts: Prompts,
-        usual: "Sampling",
-        limit: int | None,
-        stop: Sequence[str],
-        system: str | None,
-    ) -> bool:
+    def run(self, engine: "Engine", prompts: Prompts, usual: Usual) -> bool:
         """Write a line for every item that has none; whether a limit cut a reply.
 
         A prompt that cannot be answered gets a line with the reason, and at the end there is a LocalrunError.
-
-        Args:
-            usual: with the seed of the first item; each has the next one.
         """
         items, results = self.items, self.results
         if results.n_done < len(items):
             with progress_bar() as report:
-                for done in self._replies(engine, prompts, usual, limit, stop, system):
+                for done in self._replies(engine, prompts, usual):
                     results.add(done)
                     if report:
                         report(results.n_done, len(items), f"{results.n_done} of {len(items)}")
@@ -188,22 +192,14 @@ class Batch:
             raise LocalrunError(f"{results.n_failed} of {len(items)} prompts got no reply; their lines say why")
         return results.n_cut > 0
 
-    def _replies(
-        self,
-        engine: "Engine",
-        prompts: Prompts,
-        usual: "Sampling",
-        limit: int | None,
-        stop: Sequence[str],
-        system: str | None,
-    ) -> Iterator[dict[str, Any]]:
+    def _replies(self, engine: "Engine", prompts: Prompts, usual: Usual) -> Iterator[dict[str, Any]]:
         """The documents of the items that have none."""
 
         def ids_of(item: Item) -> list[int] | TemplateError:
             try:
                 if item.messages is not None:
                     return prompts.of_messages(item.messages)
-                return prompts.of_text(item.prompt or "", system if item.system is None else item.system)
+                return prompts.of_text(item.prompt or "", usual.system if item.system is None else item.system)
             except TemplateError as error:
                 return error
 
@@ -211,8 +207,8 @@ class Batch:
         session, begun = engine.session(), self.results.n_done
         for index, ids in enumerate(_ahead(ids_of, self.items[begun:]), begun):
             item = self.items[index]
-            seed = ((usual.seed or 0) + index) % _SEEDS
-            sampling = dataclasses.replace(usual, **{"seed": seed, **item.sampling})
+            seed = ((usual.sampling.seed or 0) + index) % _SEEDS
+            sampling = dataclasses.replace(usual.sampling, **{"seed": seed, **item.sampling})
             try:
                 if isinstance(ids, TemplateError):
                     raise ids
@@ -220,8 +216,8 @@ class Batch:
                 pieces = session.reply(
                     ids,
                     sampling,
-                    max_tokens=item.max_tokens or limit,
-                    stop=prompts.stops([*stop, *item.stop]),
+                    max_tokens=item.max_tokens or usual.limit,
+                    stop=prompts.stops([*usual.stop, *item.stop]),
                     spelled=prompts.spelled,
                 )
                 parts = collected(prompts.parts(ids, pieces))

@@ -69,7 +69,7 @@ def generate(
     With --batch there are many, and a line of JSON for each. A reply of a schema or a grammar is whole unless it is cut
     after -n tokens.
     """
-    from cli.batch import CUT_REASONS, Batch
+    from cli.batch import CUT_REASONS, Batch, Usual
     from cli.model import given_sampling, given_variables, max_tokens, open_model, sampling_for, stream
     from cli.prompts import Prompts, collected
 
@@ -94,7 +94,7 @@ def generate(
         prompts = Prompts(engine, raw, template.think, variables)
         chosen = prompts.constrained(sampling_for(engine, given))
         if work is not None:
-            is_cut = work.run(engine, prompts, chosen, limit, stop or [], system)
+            is_cut = work.run(engine, prompts, Usual(chosen, limit, stop or [], system))
         else:
             ids, session = prompts.of_text(text, system), engine.session()
             parts = prompts.parts(ids, stream(session, ids, chosen, limit, prompts.stops(stop or []), prompts.spelled))

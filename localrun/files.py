@@ -119,6 +119,21 @@ class Lines:
             os.fsync(self._file.fileno())
 
 
+def hold(fd: int, refusal: str) -> None:
+    """Keep other processes off an open file until it is closed, where the system has such locks.
+
+    Raises LocalrunError, with that line, if another one holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise LocalrunError(refusal) from None
+
+
 def nameless_file() -> BinaryIO:
     """An empty file to write and read that goes when closed: in memory where the system has such, so on no disk.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from localrun.errors import LocalrunError
-from localrun.files import NO_FOLLOW
+from localrun.files import NO_FOLLOW, hold
 
 _BEGINNING = b'{"fingerprint": "'  # of every journal
 
@@ -34,7 +34,7 @@ class Journal:
         self.path, self.done, self.complete = path, 0, False
         self._fd = _open(path)
         try:
-            _lock(self._fd, path)
+            hold(self._fd, f"{path}: another conversion to the same file is running")
             data = path.read_bytes()
             if not _begins_like_a_journal(data):
                 raise LocalrunError(f"{path}: is no journal of a conversion, and in the way; rename it")
@@ -96,18 +96,6 @@ def _open(path: Path) -> int:
     if path.is_symlink() or not path.is_file():
         raise LocalrunError(f"{path}: is a link or no file, and in the way; remove it")
     return os.open(path, flags)
-
-
-def _lock(fd: int, path: Path) -> None:
-    """Keeps a second process off the same destination, where the system has such locks."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise LocalrunError(f"{path}: another conversion to the same file is running") from None
 
 
 def _whole_lines(data: bytes) -> tuple[list[dict[str, Any]], int]:

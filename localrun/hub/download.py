@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from localrun.errors import LocalrunError
+from localrun.files import hold
 from localrun.hub import store
 from localrun.hub.names import File, Model
 from localrun.hub.remote import PIECE, ConnectionBroken, Repository
@@ -62,7 +63,7 @@ def _fetch(repository: Repository, file: File, path: Path, progress: Callable[[i
     """Appends what is missing of a file. Raises ConnectionBroken when several tries in a row bring nothing."""
     n_tries = 0
     with path.open("ab") as out:
-        _lock(out.fileno(), path)
+        hold(out.fileno(), f"{path}: is being pulled by another process")
         if out.tell() > file.n_bytes:
             out.truncate(0)
         out.seek(0, os.SEEK_END)
@@ -99,18 +100,6 @@ def _check(repository: Repository, file: File, path: Path, progress: Callable[[i
 
 def _part_of(progress: Progress | None, before: int, total: int, what: str) -> Callable[[int], None]:
     return lambda done: progress(before + done, total, what) if progress else None
-
-
-def _lock(fd: int, path: Path) -> None:
-    """Keeps a second process off the same file, where the system has such locks."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise LocalrunError(f"{path}: is being pulled by another process") from None
 
 
 def _size(path: Path) -> int:

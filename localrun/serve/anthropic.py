@@ -100,7 +100,7 @@ async def whole(replies: Replies, parser: ReplyParser, model: str, stops: Sequen
     """The answer, once the reply has ended."""
     reply = Reply()
     async for _, piece in replies.events():
-        for part in parser.flush() if piece is None else parser.push(piece):
+        for part in parser.parts(piece):
             reply.add(part)
     (job,) = replies.jobs
     content: list[Document] = []
@@ -122,7 +122,7 @@ async def events(replies: Replies, parser: ReplyParser, model: str, stops: Seque
     yield PING
     blocks = Blocks()
     async for _, piece in replies.events():
-        for part in parser.flush() if piece is None else parser.push(piece):
+        for part in parser.parts(piece):
             for event in blocks.events(part):
                 yield event
     for event in blocks.close():

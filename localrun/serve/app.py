@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -119,10 +119,7 @@ class Endpoints:
             progress = bool(body.return_progress)
             chunks = openai.chunks(replies, form, self._service.name, body.includes_usage, progress)
             return EventStream(chunks, replies.cancel)
-        try:
-            return _json(await while_connected(request.receive, openai.whole(replies, form, self._service.name)))
-        finally:
-            replies.cancel()
+        return await _whole(request, replies, openai.whole(replies, form, self._service.name))
 
     async def response(self, request: Request) -> Response:
         body = await _body(request, responses.Request)
@@ -131,10 +128,7 @@ class Endpoints:
         if body.stream:
             wire = Wire(PING, b"", True, answer.failed)
             return EventStream(responses.events(replies, parser, answer), replies.cancel, wire)
-        try:
-            return _json(await while_connected(request.receive, responses.whole(replies, parser, answer)))
-        finally:
-            replies.cancel()
+        return await _whole(request, replies, responses.whole(replies, parser, answer))
 
     async def message(self, request: Request) -> Response:
         body = await _body(request, anthropic.Request)
@@ -142,10 +136,7 @@ class Endpoints:
         asked = (replies, parser, self._service.name, body.stop_sequences or ())
         if body.stream:
             return EventStream(anthropic.events(*asked), replies.cancel, ANTHROPIC)
-        try:
-            return _json(await while_connected(request.receive, anthropic.whole(*asked)))
-        finally:
-            replies.cancel()
+        return await _whole(request, replies, anthropic.whole(*asked))
 
     async def count_tokens(self, request: Request) -> Response:
         body = await _body(request, anthropic.Counted)
@@ -262,6 +253,14 @@ async def _body(request: Request, kind: type[bodies.Body]) -> bodies.Body:
         data += piece
         _check_size(len(data))
     return bodies.read(bytes(data), kind)
+
+
+async def _whole(request: Request, replies: Replies, answer: Coroutine[Any, Any, dict[str, Any]]) -> Response:
+    """A whole answer. The work for it ends when the client goes."""
+    try:
+        return _json(await while_connected(request.receive, answer))
+    finally:
+        replies.cancel()
 
 
 def _check_size(n_bytes: int) -> None:

@@ -59,8 +59,7 @@ class ChatForm:
         yield self._delta(index, {"role": "assistant", "content": ""}, None)
 
     def parts(self, index: int, piece: str | None) -> Iterator[Part]:
-        parser = self._parsers[index]
-        return parser.flush() if piece is None else parser.push(piece)
+        return self._parsers[index].parts(piece)
 
     def delta(self, index: int, part: Part | None, reason: str | None) -> Document:
         delta: Document = {}

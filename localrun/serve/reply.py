@@ -26,12 +26,11 @@ class ReplyParser:
         """So far."""
         return self._calls is not None and self._calls.count > 0
 
-    def push(self, piece: str) -> Iterator[Part]:
-        """What is certain by now."""
-        yield from self._parsed(self._splitter.push(piece))
-
-    def flush(self) -> Iterator[Part]:
-        """What is held back, at the end of the reply."""
+    def parts(self, piece: str | None) -> Iterator[Part]:
+        """What is certain by now; with None, at the end of the reply, what was held back."""
+        if piece is not None:
+            yield from self._parsed(self._splitter.push(piece))
+            return
         yield from self._parsed(self._splitter.flush())
         if self._calls:
             yield from self._calls.flush()

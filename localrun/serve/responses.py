@@ -207,7 +207,7 @@ async def events(replies: Replies, parser: ReplyParser, answer: Answer) -> Async
     for event in answer.begin():
         yield event
     async for _, piece in replies.events():
-        for part in parser.flush() if piece is None else parser.push(piece):
+        for part in parser.parts(piece):
             for event in answer.add(part):
                 yield event
     for event in answer.end(replies.jobs[0]):

@@ -14,9 +14,8 @@ from localrun.errors import LocalrunError
 from localrun.generate.constraint import Constraint
 from localrun.serve.errors import invalid
 
-Field = tuple[
-    str, Callable[[Any], Constraint], Any
-]  # its name in the request, what makes a constraint of it, its value
+# Its name in the request, what makes a constraint of it, its value.
+Field = tuple[str, Callable[[Any], Constraint], Any]
 
 
 def constraint_of(response_format: Any, guided: Mapping[str, Any], outputs: Any) -> Constraint | None:

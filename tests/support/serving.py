@@ -16,6 +16,9 @@ from localrun.serve.scheduler import Scheduler
 from localrun.serve.service import Service
 
 HELLO = [{"role": "user", "content": "Hello"}]
+REPLY = "Aye, all is well."
+CALL = 'I look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+THOUGHTFUL_CALL = f"<think>\nHm.\n</think>\n\n{CALL}"
 
 
 @contextmanager

@@ -11,13 +11,9 @@ import pytest
 from fake_engine import Engine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving import HELLO, serving
+from serving import HELLO, REPLY, THOUGHTFUL_CALL, serving
 from starlette.testclient import TestClient
 
-REPLY = "Aye, all is well."
-CALL = (
-    '<think>\nHm.\n</think>\n\nI look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
-)
 TOOLS = [{"name": "weather", "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}}}]
 BASE: dict[str, Any] = {"model": "x", "messages": HELLO, "max_tokens": 200}
 
@@ -53,14 +49,14 @@ def test_a_message(client: anthropic.Anthropic) -> None:
 
 
 def test_a_stream_of_thinking_text_and_a_call(engine: Engine, client: anthropic.Anthropic) -> None:
-    engine.model.reply = CALL
+    engine.model.reply = THOUGHTFUL_CALL
     with client.messages.stream(**BASE, tools=TOOLS) as stream:
         kinds = [event.type for event in stream]
         message = stream.get_final_message()
     assert [block.type for block in message.content] == ["thinking", "text", "tool_use"]
     thinking, text, call = message.content
     assert (thinking.thinking, text.text, call.name, call.input) == ("Hm.", "I look.", "weather", {"city": "Paris"})
-    assert message.stop_reason == "tool_use" and message.usage.output_tokens == len(CALL)
+    assert message.stop_reason == "tool_use" and message.usage.output_tokens == len(THOUGHTFUL_CALL)
     assert kinds.count("content_block_start") == kinds.count("content_block_stop") == 3
     assert kinds[0] == "message_start" and kinds[-1] == "message_stop"
     whole = client.messages.create(**BASE, tools=TOOLS)
@@ -70,7 +66,7 @@ def test_a_stream_of_thinking_text_and_a_call(engine: Engine, client: anthropic.
 
 
 def test_a_result_goes_back(engine: Engine, client: anthropic.Anthropic) -> None:
-    engine.model.reply = CALL
+    engine.model.reply = THOUGHTFUL_CALL
     said = client.messages.create(**BASE, tools=TOOLS).content
     engine.model.reply = "Sunny."
     result = {"type": "tool_result", "tool_use_id": said[2].id, "content": [{"type": "text", "text": "sun"}]}

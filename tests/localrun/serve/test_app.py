@@ -14,7 +14,7 @@ import pytest
 from fake_engine import Cache, Engine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving import HELLO, events, hang_up, serving
+from serving import CALL, HELLO, REPLY, events, hang_up, serving
 from starlette.testclient import TestClient
 
 from localrun import limits
@@ -30,7 +30,6 @@ from localrun.serve.job import Job
 from localrun.serve.scheduler import Scheduler
 from localrun.serve.service import Service, with_signs_of_life
 
-REPLY = "Aye, all is well."
 BILLING = "x-anthropic-billing-header"
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 
@@ -95,7 +94,6 @@ def test_reasoning_stands_apart(engine: Engine, client: TestClient, stream: bool
 
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
-CALL = 'I look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 
 
 def test_a_call_comes_as_one_and_its_result_goes_back(engine: Engine, client: TestClient) -> None:

@@ -11,13 +11,9 @@ import pytest
 from fake_engine import Engine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving import serving
+from serving import REPLY, THOUGHTFUL_CALL, serving
 from starlette.testclient import TestClient
 
-REPLY = "Aye, all is well."
-CALL = (
-    '<think>\nHm.\n</think>\n\nI look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
-)
 TOOLS = [{"type": "function", "name": "weather", "parameters": {"type": "object"}, "strict": False}]
 
 
@@ -51,7 +47,7 @@ def test_a_response(client: openai.OpenAI) -> None:
 
 
 def test_a_stream_of_reasoning_text_and_a_call(engine: Engine, client: openai.OpenAI) -> None:
-    engine.model.reply = CALL
+    engine.model.reply = THOUGHTFUL_CALL
     events = list(client.responses.create(model="x", input="Hello", tools=TOOLS, stream=True))
     assert [event.sequence_number for event in events] == list(range(len(events)))
     kinds = list(dict.fromkeys(event.type.removeprefix("response.") for event in events))

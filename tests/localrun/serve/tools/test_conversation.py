@@ -97,7 +97,7 @@ def test_harmony(tokenizer: Tokenizer) -> None:
         '<|start|>assistant<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{"city": "x"}'
     )
     parser, reply = ReplyParser(None, CallParser(HARMONY, {"weather": PARAMETERS})), Reply()
-    for part in (*parser.push(_decoded(tokenizer, text)), *parser.flush()):
+    for part in (*parser.parts(_decoded(tokenizer, text)), *parser.parts(None)):
         reply.add(part)
     assert (reply.reasoning, reply.content) == ("Hm.", "I look.")
     assert [(each.name, each.arguments) for each in reply.calls] == [("weather", '{"city": "x"}')]

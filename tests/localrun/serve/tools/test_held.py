@@ -96,7 +96,7 @@ def said(tokenizer: Tokenizer, constraint: Constraint, seed: int, begin: str = "
 
 def parsed(name: str, text: str, opened: str | None = None) -> Reply:
     parser, reply = ReplyParser(opened, CallParser(getattr(forms, name), SCHEMAS)), Reply()
-    for part in (*parser.push(text), *parser.flush()):
+    for part in (*parser.parts(text), *parser.parts(None)):
         reply.add(part)
     return reply
 
