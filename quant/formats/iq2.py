@@ -272,14 +272,20 @@ def _index_xs(a, b):
     return index, (_ninth_bits(upper),), _signs_of_sevens(_move_1(upper))
 
 
-@inline
-def _four_xs(a, b, c, d):
-    first, masks, signs = _index_xs(a, b)
-    second, more_masks, more_signs = _index_xs(c, d)
-    low, high = _lows_xs(first, second, masks, more_masks), _highs_xs(first, second, masks, more_masks)
-    return _four_blocks(low, high, signs, more_signs)
+def _four_of(index, lows, highs):
+    """What reads four rows: a function of two rows' indices, and the tables of both halves of what they name."""
+
+    @inline
+    def four(a, b, c, d):
+        first, masks, signs = index(a, b)
+        second, more_masks, more_signs = index(c, d)
+        low, high = lows(first, second, masks, more_masks), highs(first, second, masks, more_masks)
+        return _four_blocks(low, high, signs, more_signs)
+
+    return four
 
 
+_four_xs = _four_of(_index_xs, _lows_xs, _highs_xs)
 _ninth_of_4, _tenth_of_4 = mask_of([1, 4, 16, 64]), mask_of([2, 8, 32, 128])
 
 
@@ -292,12 +298,7 @@ def _index_s(a, b):
     return index, (_ninth_of_4(upper), _tenth_of_4(upper)), signs
 
 
-@inline
-def _four_s(a, b, c, d):
-    first, masks, signs = _index_s(a, b)
-    second, more_masks, more_signs = _index_s(c, d)
-    low, high = _lows_s(first, second, masks, more_masks), _highs_s(first, second, masks, more_masks)
-    return _four_blocks(low, high, signs, more_signs)
+_four_s = _four_of(_index_s, _lows_s, _highs_s)
 
 
 @inline
