@@ -15,8 +15,9 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from localrun.generate.sampling import Sampling
 from localrun.serve.errors import APIError
 from localrun.serve.reply import Reply
 from localrun.serve.tools import forms
-from localrun.serve.tools.form import CallParser
+from localrun.serve.tools.form import CallParser, Form
 from localrun.serve.tools.held import Holding
 from localrun.text.tokenizer import Tokenizer
 
@@ -54,6 +55,8 @@ FORMS = (
 )
 
 Schema = dict[str, Any]
+# A schema, what makes the constraint of it, and where a reply has the document that it is about.
+Case = tuple[Schema, Callable[[], Constraint], Callable[[str], str]]
 
 
 def random_schema(rng: random.Random, depth: int = 3) -> Schema:
@@ -135,13 +138,49 @@ class Counts:
 
 def check(engine: Engine, n: int, temperature: float, seed: int, max_tokens: int = 150) -> Counts:
     """Replies to n schemas, judged."""
-    counts, rng = Counts(), random.Random(seed)
-    session, ids = engine.session(), engine.tokenizer.encode(PROMPT)
-    for number in range(n):
+    return _judged(engine, _documents(n, seed), temperature, seed, max_tokens)
+
+
+def check_calls(engine: Engine, n: int, temperature: float, seed: int, max_tokens: int = 300) -> Counts:
+    """Replies that must call functions with n schemas, judged."""
+    return _judged(engine, _calls(engine.tokenizer, n, seed), temperature, seed, max_tokens)
+
+
+def _documents(n: int, seed: int) -> Iterator[Case]:
+    rng = random.Random(seed)
+    for _ in range(n):
         schema = random_schema(rng)
+        yield schema, partial(Constraint.json_schema, schema), str
+
+
+def _calls(tokenizer: Tokenizer, n: int, seed: int) -> Iterator[Case]:
+    """In one form after the other."""
+    rng = random.Random(seed)
+    for number in range(n):
+        schema, form = _object(rng, 3), FORMS[number % len(FORMS)]
+        tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+        yield (
+            schema,
+            partial(Holding(True, False).constraint, form, tools, tokenizer),
+            partial(_arguments, form, schema),
+        )
+
+
+def _arguments(form: Form, schema: Schema, text: str) -> str:
+    """Those of the one call that a text is. Raises ValueError if it is none, or several."""
+    reply, parser = Reply(), CallParser(form, {"f": schema})
+    for part in (*parser.push(text), *parser.flush()):
+        reply.add(part)
+    (call,) = reply.calls
+    return call.arguments
+
+
+def _judged(engine: Engine, cases: Iterable[Case], temperature: float, seed: int, max_tokens: int) -> Counts:
+    counts, session, ids = Counts(), engine.session(), engine.tokenizer.encode(PROMPT)
+    for number, (schema, make, document_in) in enumerate(cases):
         try:
-            constraint = Constraint.json_schema(schema)
-        except LocalrunError as error:
+            constraint = make()
+        except (LocalrunError, APIError) as error:
             counts.refused += 1
             print(f"refused: {error}: {json.dumps(schema)}", file=sys.stderr)
             continue
@@ -153,38 +192,7 @@ def check(engine: Engine, n: int, temperature: float, seed: int, max_tokens: int
             continue
         counts.ended += 1
         try:
-            jsonschema.validate(json.loads(text), schema)
-        except (ValueError, jsonschema.ValidationError) as error:
-            counts.wrong.append(f"{' '.join(str(error).split())[:300]}: {text!r} of {json.dumps(schema)}")
-    return counts
-
-
-def check_calls(engine: Engine, n: int, temperature: float, seed: int, max_tokens: int = 300) -> Counts:
-    """Replies that must call functions with n schemas, judged."""
-    counts, rng, session = Counts(), random.Random(seed), engine.session()
-    ids = engine.tokenizer.encode(PROMPT)
-    for number in range(n):
-        schema, form = _object(rng, 3), FORMS[number % len(FORMS)]
-        tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
-        try:
-            constraint = Holding(True, False).constraint(form, tools, engine.tokenizer)
-        except APIError as error:
-            counts.refused += 1
-            print(f"refused: {error}", file=sys.stderr)
-            continue
-        sampling = Sampling(temperature, top_k=0, top_p=1, min_p=0, seed=seed + number, constraint=constraint)
-        with _timed(counts.mask_s):
-            text = "".join(session.reply(ids, sampling, max_tokens=max_tokens))
-        if session.finish_reason != "stop":
-            counts.cut += 1
-            continue
-        counts.ended += 1
-        reply, parser = Reply(), CallParser(form, {"f": schema})
-        for part in (*parser.push(text), *parser.flush()):
-            reply.add(part)
-        try:
-            (call,) = reply.calls
-            jsonschema.validate(json.loads(call.arguments), schema)
+            jsonschema.validate(json.loads(document_in(text)), schema)
         except (ValueError, jsonschema.ValidationError) as error:
             counts.wrong.append(f"{' '.join(str(error).split())[:300]}: {text!r} of {json.dumps(schema)}")
     return counts
