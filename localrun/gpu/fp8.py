@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 
 from localrun.gpu import gemm, gemv
-from localrun.gpu.blocks import LAYOUTS, e4m3_half
 from localrun.gpu.cache import pack_e4m3
+from localrun.gpu.formats.blocks import e4m3_half
+from localrun.gpu.formats.layout import LAYOUTS
 from localrun.gpu.matrix import Matrix
 
 GROUP = 128

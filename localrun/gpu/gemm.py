@@ -1,17 +1,17 @@
 """y = W x for many tokens on tensor cores: float16 operands, float32 sums.
 
-Weights are expanded tile by tile in registers. Activations are brought into the order in which planes of blocks.py
-come, so that a plane's are consecutive, and divided by a scale a token: float16 would otherwise overflow at 65504,
-which activations of large models reach. Its rounding, 2^-11 of a value, is less than that of any 8-bit activation.
-Letters: T tokens (of a tile: BT), G groups, R rows and U units of a tile, N words a half.
+Weights are expanded tile by tile in registers. Activations are brought into the order in which planes of
+formats/blocks.py come, so that a plane's are consecutive, and divided by a scale a token: float16 would otherwise
+overflow at 65504, which activations of large models reach. Its rounding, 2^-11 of a value, is less than that of any
+8-bit activation. Letters: T tokens (of a tile: BT), G groups, R rows and U units of a tile, N words a half.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from localrun.gpu import blocks
-from localrun.gpu.blocks import Layout
+from localrun.gpu.formats import blocks
+from localrun.gpu.formats.layout import Layout
 from localrun.gpu.matrix import Matrix
 
 # Units of a tile by the bytes of a word, so that a plane's half is 32 columns: two of tl.dot's smallest steps.

@@ -1,14 +1,14 @@
 """y = W x for 1 to 8 tokens: every weight is read once for all. Sums in float32, in a fixed order.
 
 Also what reads rows without multiplying (embedding, dense) and the product with a transposed matrix. One matrix, or one
-a group (attention heads). Letters: T tokens, G groups, R rows and U units (blocks.py) of a tile.
+a group (attention heads). Letters: T tokens, G groups, R rows and U units (formats/blocks.py) of a tile.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from localrun.gpu import blocks
+from localrun.gpu.formats import blocks
 from localrun.gpu.matrix import Matrix, n_processors
 
 MOST_TOKENS = 8

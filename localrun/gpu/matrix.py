@@ -8,8 +8,7 @@ from functools import cache, cached_property
 import numpy as np
 import torch
 
-from localrun.gpu import blocks
-from localrun.gpu.blocks import LAYOUTS, Layout
+from localrun.gpu.formats.layout import LAYOUTS, Layout, grid
 from quant.errors import QuantError
 from quant.formats import codebooks
 from quant.matrix import QuantMatrix
@@ -45,7 +44,7 @@ class Matrix:
 
     @cached_property
     def n_units(self) -> int:
-        """Units of 32 columns in a row (blocks.py); of plain numbers the last may be cut."""
+        """Units of 32 columns in a row (formats/blocks.py); of plain numbers the last may be cut."""
         return -(-self.n_cols // 32)
 
     @cached_property
@@ -64,7 +63,7 @@ class Matrix:
 @cache
 def _grid(name: str, device: torch.device) -> torch.Tensor:
     """A format's grid on a device, one for all its matrices."""
-    return torch.from_numpy(blocks.grid(name)).to(device)
+    return torch.from_numpy(grid(name)).to(device)
 
 
 def _host_bytes(weight: QuantMatrix, group: int, n_groups: int) -> torch.Tensor:

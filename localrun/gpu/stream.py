@@ -14,8 +14,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from localrun.gpu.blocks import LAYOUTS
 from localrun.gpu.device import Cuda, StandIn
+from localrun.gpu.formats.layout import LAYOUTS
 from localrun.gpu.matrix import Matrix
 from localrun.network.weight_source import Finish
 from quant.matrix import ExpertMatrices, QuantMatrix

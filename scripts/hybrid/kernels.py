@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 
 from localrun.gpu import gemm, gemv
-from localrun.gpu.blocks import LAYOUTS
 from localrun.gpu.experts import Experts
+from localrun.gpu.formats.layout import LAYOUTS
 from localrun.gpu.matrix import PADDING, Matrix
 
 GEMV_FORMATS = tuple(name for name in LAYOUTS if name != "FP8_E4M3")

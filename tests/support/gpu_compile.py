@@ -24,8 +24,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from localrun.gpu import attention, blocks, compiling, experts, fp8, gemm, gemv, grouped, matrix, routing
+from localrun.gpu import attention, compiling, experts, fp8, gemm, gemv, grouped, matrix, routing
 from localrun.gpu.cache import DeviceCache, GroupedCache
+from localrun.gpu.formats.layout import LAYOUTS
 from localrun.models.config import Config
 from localrun.network.rope import Rope
 
@@ -78,7 +79,7 @@ def usage(kernel: CompiledKernel) -> dict[str, int]:
 
 
 def _matrix(name: str, n_groups: int, n_rows: int, n_cols: int) -> matrix.Matrix:
-    layout = blocks.LAYOUTS[name]
+    layout = LAYOUTS[name]
     scales = torch.empty(n_groups, -(-n_rows // 128), -(-n_cols // 128)) if name == "FP8_E4M3" else None
     return matrix.Matrix(layout, torch.empty(16, dtype=torch.uint8), n_groups, n_rows, n_cols, scales)
 
@@ -179,10 +180,10 @@ def _router() -> None:
 
 
 VARIANTS: dict[str, Callable[[], object]] = {
-    **{f"{name} {n} tokens": _few(name, n) for name in blocks.LAYOUTS for n in (1, 2, 4, 5, 8)},
-    **{f"{name} {n} tokens": _many(name, n) for name in blocks.LAYOUTS for n in (16, 64)},
-    **{f"{name} rows": _rows(name) for name in blocks.LAYOUTS},
-    **{f"{name} transposed": _transposed(name) for name in blocks.LAYOUTS},
+    **{f"{name} {n} tokens": _few(name, n) for name in LAYOUTS for n in (1, 2, 4, 5, 8)},
+    **{f"{name} {n} tokens": _many(name, n) for name in LAYOUTS for n in (16, 64)},
+    **{f"{name} rows": _rows(name) for name in LAYOUTS},
+    **{f"{name} transposed": _transposed(name) for name in LAYOUTS},
     **{f"experts {n} tokens, {gate} {down}": _experts(n, gate, down)
        for n in (1, 64) for gate, down in (("Q4_K", "Q6_K"), ("Q8_0", "Q8_0"), ("Q4_K", "Q5_0"), ("MXFP4", "MXFP4"))},
     **{f"attention {model} {bits} bits": _attend(model, bits) for model in _MODELS for bits in (8, 16, 32)},

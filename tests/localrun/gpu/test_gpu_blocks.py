@@ -9,7 +9,7 @@ from gpu_device import DEVICE
 from kernels import random_weight
 
 from localrun.gpu import gemv, matrix
-from localrun.gpu.blocks import LAYOUTS
+from localrun.gpu.formats.layout import LAYOUTS
 from quant.formats import registry
 
 

@@ -8,7 +8,7 @@ import torch
 from gpu_device import DEVICE
 
 from localrun.gpu import fp8, gemv, matrix
-from localrun.gpu.blocks import LAYOUTS
+from localrun.gpu.formats.layout import LAYOUTS
 
 
 def random_matrix(n_rows: int, n_cols: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
