@@ -25,7 +25,7 @@ def gated(activation: Activation, gate: torch.Tensor, up: torch.Tensor) -> torch
     if limit == 0:
         return silu(gate) * up
     gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return (up + 1) * gate * torch.sigmoid(alpha * gate)
+    return (up + activation.offset) * gate * torch.sigmoid(alpha * gate)
 
 
 class MLP:

@@ -21,7 +21,7 @@ def gated(activation: Activation, gate: np.ndarray, up: np.ndarray) -> np.ndarra
     if not activation.limit:
         return gate / (1 + np.exp(-gate)) * up
     gate, up = np.minimum(gate, activation.limit), np.clip(up, -activation.limit, activation.limit)
-    return (up + 1) * gate / (1 + np.exp(-activation.alpha * gate))
+    return (up + activation.offset) * gate / (1 + np.exp(-activation.alpha * gate))
 
 
 def random_biases(n_experts: int, inner: int, hidden: int, rng) -> tuple[np.ndarray, ...]:
