@@ -91,12 +91,14 @@ class Lines:
         Args:
             goes_on: with the lines that are there; else there must be none.
 
-        Raises LocalrunError if the file can't be written, or has lines and is not to go on with them.
+        Raises LocalrunError if the file can't be written, is written by another process, or has lines and is not to go
+        on with them.
         """
         self._path = path
         with _explained(path):
             _check_name(path)
             self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+            hold(self._file.fileno(), f"{path}: is being written by another process")
             if not goes_on and os.fstat(self._file.fileno()).st_size:
                 raise LocalrunError(f"{path}: is there already; --resume goes on with it, or name another file")
 

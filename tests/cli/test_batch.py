@@ -9,6 +9,7 @@ from chats import template
 from fake_engine import Engine
 
 from cli.main import run
+from localrun.files import Lines
 from localrun.text.chat_template import CHATML
 
 REPLY = "Aye, all is well."
@@ -135,6 +136,15 @@ def test_results_that_cannot_go_on(
     assert message in capsys.readouterr().err and (tmp_path / "out").read_text() == out
     assert run(["generate", "--batch", batch, "-o", batch, "--resume"]) == 1
     assert "is the batch itself" in capsys.readouterr().err
+
+
+def test_results_of_another_process(engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    batch, out = write(tmp_path / "b", BATCH[:1]), tmp_path / "out"
+    other = Lines(out, goes_on=False)
+    assert run(["generate", "--batch", batch, "-o", str(out), "--resume"]) == 1
+    assert "out: is being written by another process" in capsys.readouterr().err and not out.read_bytes()
+    del other
+    assert run(["generate", "--batch", batch, "-o", str(out), "--resume"]) == 0
 
 
 @pytest.mark.parametrize("args", [["--batch", "b", "-p", "x"], ["--batch", "b", "--json"], ["-p", "x", "--resume"]])
