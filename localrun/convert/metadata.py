@@ -47,6 +47,12 @@ class Metadata:
     def bools(self, key: str, values: Sequence[bool]) -> None:
         self.array(key, GGUFValueType.BOOL, list(values))
 
+    def i32s(self, key: str, values: Sequence[int]) -> None:
+        self.array(key, GGUFValueType.INT32, list(map(int, values)))
+
+    def f32s(self, key: str, values: Sequence[float]) -> None:
+        self.array(key, GGUFValueType.FLOAT32, list(map(float, values)))
+
     def string(self, key: str, value: str) -> None:
         """Raises LocalrunError if the text is not Unicode: JSON can spell halves of characters."""
         _check_text(key, [value])

@@ -22,8 +22,10 @@ REQUIRED: Any = object()
 ROUTER = "mlp.gate"  # a layer of a file that has it has routed experts
 
 # Layers that have a tensor: all, those without or with routed experts, those for multi-token prediction, those with and
-# without an indexer of their own.
+# without an indexer of their own; those whose experts follow from the token's id, and from the router's scores; those
+# that pool the rows of 4 tokens, and of 128.
 ALL, DENSE, MOE, MTP, INDEXED, UNINDEXED = "all", "dense", "moe", "mtp", "indexed", "unindexed"
+HASHED, SCORED, RATIO_4, RATIO_128 = "hashed", "scored", "ratio 4", "ratio 128"
 
 
 class Rope(Protocol):
@@ -71,7 +73,8 @@ class Key:
     Attributes:
         name: in a GGUF, without the architecture's prefix.
         field: of Config; empty for keys that follow from others.
-        type: in a GGUF: "u32", "f32", "bool", "bools" (an array) or "string"; in config.json the like.
+        type: in a GGUF: "u32", "f32", "bool" or "string", or an array: "i32s", "f32s" or "bools"; in config.json the
+            like.
         default: what a GGUF means that lacks it. A function is given the fields of the keys before it.
         setting: in config.json; empty if named like the field, None if config.json has no such key: the field is then
             the default, or what the architecture's `parse` says.
@@ -177,7 +180,7 @@ class Tensor:
         name: in a GGUF, of a layer's without "blk.<n>.".
         shape: in a GGUF, NumPy order.
         source: how it comes from a checkpoint; None if the converter never writes it, or computes it.
-        layers: ALL, DENSE, MOE, MTP, INDEXED or UNINDEXED.
+        layers: which have it: ALL, or one of the other kinds above.
         when: whether a model has it.
         with_module: a file has it if it has this module, whatever `when` says.
         without_module: a file has it unless it has this module, whatever `when` says.
@@ -231,6 +234,7 @@ class Architecture:
         warnings: of a converted model, one line each.
         left_out: a regular expression: names of a checkpoint's tensors that no GGUF has begin so.
         yarn_truncates: whether yarn's blend begins and ends at whole pairs.
+        layer_prefix: what the names of a layer's tensors begin with in a checkpoint, before its number.
         values_need_bits: whether llama.cpp's mixes give attn_v more bits, by layers and heads a key-value head.
     """
 
@@ -246,6 +250,7 @@ class Architecture:
     warnings: Callable[[Config], list[str]] = field(default=lambda _: [])
     left_out: str = ""
     yarn_truncates: bool = True
+    layer_prefix: str = "model.layers."
     values_need_bits: Callable[[int, int], bool] = field(default=lambda _n_layers, _n_shared: False)
 
     @property
@@ -285,4 +290,6 @@ class Architecture:
         if {DENSE, MOE} <= known:
             known -= {DENSE if has_experts else MOE}
         known -= {UNINDEXED if config.has_indexer(index) else INDEXED}
+        known -= {SCORED if index < config.num_hash_layers else HASHED}
+        known -= {RATIO_4, RATIO_128} - {f"ratio {config.compress_ratio(index)}"}
         return known if index >= config.num_hidden_layers else known - {MTP}

@@ -5,10 +5,14 @@ Read from a GGUF by localrun.models.reader, from a config.json by localrun.conve
 
 from dataclasses import dataclass
 
-KV_BYTES = 2  # the cache holds 16-bit values
+from localrun.models.rows import KV_BYTES, Rows
+
 # Tokens that a sliding layer keeps behind its window, so that the end of a text can be taken back: drafts, a chunk of a
 # prompt, and a reply, whose reasoning chat templates drop from the next prompt. Of gpt-oss-20b they take 50 MB.
 WINDOW_SPARE = 2048
+# The same of layers with pooled rows, whose rings hold far more of a token: drafts, and how a template ends a prompt.
+# Of DeepSeek-V4-Flash they take 14 MB. What lies further back is gone back to by what was kept at a mark.
+OPEN_SPARE = 32
 FULL, SLIDING = "full_attention", "sliding_attention"  # layer_types
 
 
@@ -39,7 +43,8 @@ class Config:
     """Sizes and settings of a model; fields that its architecture has no use for are None, 0 or False.
 
     Attributes:
-        attention: "mla", one latent a token (DeepSeek-V2), or "gqa", keys and values that query heads share.
+        attention: "mla", one latent a token (DeepSeek-V2), "gqa", keys and values that query heads share, or
+            "compressed", one row a token, key and value of all heads, and pooled rows (DeepSeek-V4).
         rope: what is rotated together: "pairs" of neighbours, or dimension i and i + R/2 of two "halves".
         qk_norm: whether queries and keys are normed before they are rotated (gqa): each head by itself.
         qk_norm_whole: whether all heads of a token are normed as one vector instead.
@@ -57,7 +62,13 @@ class Config:
         first_k_dense_replace: leading dense layers of a model with experts. A GGUF's tensors count, not this.
         shared_intermediate_size: inner width of all shared experts together.
         has_selection_bias: whether a bias moves the choice of experts (noaux_tc).
-        scoring_func: the router's: "softmax", "sigmoid" or "softmax_after_topk".
+        scoring_func: the router's: "softmax", "sigmoid", "softmax_after_topk" or "sqrtsoftplus".
+        num_hash_layers: leading layers whose experts follow from the token's id.
+        compress_ratios: of each layer: tokens that a pooled row stands for, 4 or 128; 0 without pooled rows.
+        compress_rope_theta: rope_theta of layers with a ratio, which alone have the scaling.
+        o_groups, o_lora_rank: groups of heads whose outputs are projected apart, and to how many values each.
+        hc_mult: streams of hidden values that hyper-connections mix; 0 for a plain residual.
+        hc_sinkhorn_iters, hc_eps: how often their matrix is normed, and what each norm adds.
     """
 
     architecture: str
@@ -111,65 +122,97 @@ class Config:
     has_selection_bias: bool = False
     norm_topk_prob: bool = False
     routed_scaling_factor: float = 1.0
+    num_hash_layers: int = 0
+    # compressed rows and hyper-connections
+    compress_ratios: tuple[int, ...] = ()
+    compress_rope_theta: float = 0.0
+    o_groups: int = 0
+    o_lora_rank: int = 0
+    hc_mult: int = 0
+    hc_sinkhorn_iters: int = 0
+    hc_eps: float = 0.0
 
     def window(self, index: int) -> int:
-        """Tokens that layer `index` sees, at most; 0 for all."""
-        return self.sliding_window if self.layer_types[index : index + 1] == (SLIDING,) else 0
+        """Tokens whose rows layer `index` sees, at most; 0 for all."""
+        slides = self.attention == "compressed" or self.layer_types[index : index + 1] == (SLIDING,)
+        return self.sliding_window if slides else 0
 
-    def _kv_bytes_of(self, index: int) -> int:
-        """Bytes of cache that one token takes in layer `index`."""
+    def rows(self, index: int) -> tuple[Rows, ...]:
+        """What layer `index` keeps of tokens; beyond the last, the layer for multi-token prediction.
+
+        Latents, and the indexer's keys; or keys, and values; or rows of the window, pooled rows, what the next one is
+        pooled of (a token's values and, behind them, their weights), and the indexer's like these.
+        """
+        window = self.window(index)
         if self.attention == "mla":
-            width = self.kv_lora_rank + self.qk_rope_head_dim
-        else:
-            width = self.num_key_value_heads * (self.head_dim + self.v_head_dim)
-        return (width + self._index_width(index)) * KV_BYTES
+            latent, key = Rows(self.kv_lora_rank + self.qk_rope_head_dim), Rows(self.index_head_dim)
+            return (latent, key) if self.chooses_rows(index) else (latent,)
+        if self.attention == "gqa":
+            widths = self.num_key_value_heads * self.head_dim, self.num_key_value_heads * self.v_head_dim
+            return tuple(Rows(width, window=window, spare=WINDOW_SPARE) for width in widths)
+        rows, ratio = Rows(self.head_dim, window=window, spare=OPEN_SPARE), self.compress_ratio(index)
+        indexed = _pooled(self.index_head_dim, ratio) if ratio == 4 else ()
+        return rows, *(_pooled(self.head_dim, ratio) if ratio else ()), *indexed
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of cache that one token more takes in all layers, where windows are full."""
-        return sum(self._kv_bytes_of(index) for index in range(self.num_hidden_layers) if not self.window(index))
+        return sum(rows.row_bytes // rows.ratio for rows in self._all_rows() if not rows.window)
 
     @property
     def kv_window_bytes(self) -> int:
         """Bytes of cache that layers with a window take, once they are full."""
-        windows = [(index, self.window(index)) for index in range(self.num_hidden_layers)]
-        return sum(self._kv_bytes_of(index) * (window + WINDOW_SPARE) for index, window in windows if window)
+        return sum(rows.row_bytes * (rows.window + rows.spare) for rows in self._all_rows() if rows.window)
 
     def kv_bytes(self, n_tokens: int) -> int:
         """Bytes of a cache for so many tokens."""
-        layers = range(self.num_hidden_layers)
-        return sum(self._kv_bytes_of(index) * cache_rows(self.window(index), n_tokens) for index in layers)
+        return sum(rows.row_bytes * rows.count(n_tokens) for rows in self._all_rows())
 
     def kv_bytes_read(self, n_tokens: float) -> float:
         """Bytes of the cache that one token's attention reads where so many are in it."""
-        layers, scored = range(self.num_hidden_layers), n_tokens if 0 < self.index_topk < n_tokens else 0
-        keys = sum(self._index_width(index) for index in layers) * KV_BYTES
-        rows = sum(
-            (self._kv_bytes_of(index) - self._index_width(index) * KV_BYTES) * self._attended(index, n_tokens)
-            for index in layers
-        )
-        return rows + keys * scored
+        width = self.rows(self.num_hidden_layers)[0].width  # of a row that attention goes over
+        if self.attention == "gqa":
+            width += self.num_key_value_heads * self.v_head_dim
+        return (width * self.attended(n_tokens) + self._scored(n_tokens)) * KV_BYTES
 
     def attended(self, n_tokens: float) -> float:
-        """Cached tokens that one token's attention goes over, of so many, in all layers together."""
+        """Cached rows that one token's attention goes over, of so many tokens, in all layers together."""
         return sum(self._attended(index, n_tokens) for index in range(self.num_hidden_layers))
 
+    def _all_rows(self) -> list[Rows]:
+        return [rows for index in range(self.num_hidden_layers) for rows in self.rows(index)]
+
     def _attended(self, index: int, n_tokens: float) -> float:
+        if self.attention == "compressed":
+            ratio = self.compress_ratio(index)
+            pooled = n_tokens / ratio if ratio else 0
+            return min(n_tokens, self.sliding_window) + min(pooled, self.index_topk if ratio == 4 else pooled)
         return min(n_tokens, self.window(index) or self.index_topk or n_tokens)
+
+    def _scored(self, n_tokens: float) -> float:
+        """Values of indexers' keys that one token is compared with."""
+        n_keys = n_tokens / (4 if self.attention == "compressed" else 1)
+        if not 0 < self.index_topk < n_keys:
+            return 0
+        return n_keys * sum(self.index_head_dim for index in range(self.num_hidden_layers) if self.chooses_rows(index))
+
+    def compress_ratio(self, index: int) -> int:
+        """Tokens that a pooled row of layer `index` stands for; 0 without pooled rows."""
+        return self.compress_ratios[index] if index < len(self.compress_ratios) else 0
 
     def has_indexer(self, index: int) -> bool:
         """Whether layer `index` has an indexer's tensors, used or not; of multi-token prediction it may have them."""
+        if self.compress_ratios:
+            return self.compress_ratio(index) == 4
         return index < len(self.indexer_types) and self.indexer_types[index] == "full"
-
-    def _index_width(self, index: int) -> int:
-        """Values of an indexer's key that layer `index` keeps of a token."""
-        return self.index_head_dim if self.chooses_rows(index) else 0
 
     def chooses_rows(self, index: int) -> bool:
         """Whether layer `index` chooses the tokens that it and the next ones attend to."""
         return self.index_topk > 0 and self.has_indexer(index)
 
 
-def cache_rows(window: int, capacity: int) -> int:
-    """Tokens whose rows a layer keeps in a cache for `capacity`; window: how many it sees, 0 for all."""
-    return min(capacity, window + WINDOW_SPARE) if window else capacity
+def _pooled(width: int, ratio: int) -> tuple[Rows, Rows]:
+    """Pooled rows, and what they are pooled of: of ratio 4 each token has a part in two, its own and the next."""
+    n_parts = 2 if ratio == 4 else 1
+    open_rows = Rows(2 * n_parts * width, window=n_parts * ratio, spare=OPEN_SPARE, pools=ratio, is_exact=True)
+    return Rows(width, ratio), open_rows

@@ -67,6 +67,27 @@ class Keys:
         found = self.file.array(self.prefix + name, GGUFValueType.BOOL, *default)
         return None if found is None else tuple(map(bool, found))
 
+    def i32s(self, name: str, *default) -> tuple[int, ...] | None:
+        """An array of whole numbers of 32 bits, with or without a sign."""
+        return self._numbers(name, (np.int32, np.uint32), default)
+
+    def f32s(self, name: str, *default) -> tuple[float, ...] | None:
+        """An array of numbers; a single one will do as well."""
+        if isinstance(self.file.metadata.get(self.prefix + name), float):
+            return (self.f32(name),)
+        return self._numbers(name, (np.float32,), default)
+
+    def _numbers(self, name: str, types: tuple[type, ...], default: tuple) -> tuple | None:
+        self._read.add(name)
+        found = self.file.metadata.get(self.prefix + name)
+        if found is None and default:
+            return default[0]
+        if isinstance(found, np.ndarray) and found.dtype in types:
+            found = found.tolist()
+        if not isinstance(found, list) or not all(type(item) in (int, float) for item in found):
+            self.fail(name, "missing" if found is None else "something else", f"an array of {types[0].__name__}")
+        return tuple(found)
+
     def string(self, name: str, *default):
         """Text."""
         return self._get(self.file.string, name, default)

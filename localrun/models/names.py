@@ -22,6 +22,8 @@ ROPE_FREQS = parts.ROPE_FREQS
 _NO_WEIGHTS = ("F64", "I8", "I16", "I32", "I64", "Q8_1", "Q8_K")
 # Tensors of which single rows or columns are read.
 READ_BY_ROW = re.compile(r"embd|embed_tokens|attn_(kv|k|v)_b\.")
+# Tables of whole numbers, no weights.
+INTEGERS = re.compile(r"blk\.\d+\.ffn_gate_tid2eid\.weight")
 
 # Module -> name in a layer, of all architectures; what one lacks is called as in the others, and is in no file of it.
 _ANY = {tensor.module: tensor.name for architecture in ARCHITECTURES.values() for tensor in architecture.layer}
@@ -58,6 +60,8 @@ def check_tensors(file: GGUFFile, config: Config) -> None:
     for name in file.tensors:
         if name not in expected and not is_nextn(name, config):
             _refuse(file, config, name)
+    if config.attention == "compressed":
+        raise UnsupportedModelError(f"{file.path}: deepseek4 can be read, but is not native yet")
 
 
 def _refuse(file: GGUFFile, config: Config, name: str) -> NoReturn:
@@ -82,6 +86,10 @@ def check_types(file: GGUFFile) -> None:
         UnsupportedModelError: a type that other tools compute with.
     """
     for tensor in file.tensors.values():
+        if INTEGERS.fullmatch(tensor.name):
+            if tensor.type.name != "I32":
+                raise GGUFError(f"{file.path}: tensor '{tensor.name}' has type {tensor.type.name}; expected I32")
+            continue
         known = registry.NAMES if READ_BY_ROW.search(tensor.name) else (*registry.NAMES, *registry.INTERLEAVED)
         if tensor.type.name in known:
             continue

@@ -2,6 +2,7 @@
 
 from localrun.models.architecture import Architecture
 from localrun.models.deepseek2 import DEEPSEEK2
+from localrun.models.deepseek4 import DEEPSEEK4
 from localrun.models.deepseek32 import DEEPSEEK32
 from localrun.models.dots1 import DOTS1
 from localrun.models.ernie4_5_moe import ERNIE4_5_MOE
@@ -16,6 +17,7 @@ from localrun.models.qwen3moe import QWEN3MOE
 _DECLARED: tuple[Architecture, ...] = (
     DEEPSEEK2,
     DEEPSEEK32,
+    DEEPSEEK4,
     DOTS1,
     ERNIE4_5_MOE,
     GPT_OSS,

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from localrun.errors import ContextFullError, LocalrunError
-from localrun.models.config import Config, cache_rows
+from localrun.models import config as model_config
+from localrun.models.config import Config
+from localrun.models.rows import Rows
 
 if TYPE_CHECKING:
     import torch
@@ -122,7 +124,7 @@ class Cache(Context):
         self._written = 0  # positions below it may have been written since the cache was empty
         self._touched = 0  # or at any time: memory that has been written to stays
         self._layers = [
-            tuple(np.empty((cache_rows(window, capacity), width), dtype) for width in layer)
+            tuple(np.empty((_cache_rows(window, capacity), width), dtype) for width in layer)
             for window, layer in zip(self._windows, widths, strict=True)
         ]
         blocks = [rows for parts in self._layers for rows in parts]
@@ -160,7 +162,7 @@ class Cache(Context):
 
     def _kept_from(self, window: int) -> int:
         """The first position whose row the rings of such layers still hold."""
-        return max(0, self._written - cache_rows(window, self.capacity))
+        return max(0, self._written - _cache_rows(window, self.capacity))
 
     def append(self, layer: int, *rows: "torch.Tensor") -> "tuple[torch.Tensor, ...]":
         """Write rows (T, width) of one layer behind `length`; returns that layer's rows so far, (length + T, width).
@@ -234,7 +236,12 @@ class Cache(Context):
             return length
         found = tensors.get(f"{layer}.0")
         n_found = len(found) if found is not None and found.ndim else 0
-        return min(max(n_found, min(length, window - 1)), cache_rows(window, length))
+        return min(max(n_found, min(length, window - 1)), _cache_rows(window, length))
+
+
+def _cache_rows(window: int, capacity: int) -> int:
+    """Tokens whose rows a layer keeps in a cache for `capacity`; window: how many it sees, 0 for all."""
+    return Rows(0, window=window, spare=model_config.WINDOW_SPARE).count(capacity)
 
 
 def _resident(rows: np.ndarray, touched: int) -> int:
@@ -249,11 +256,8 @@ def row_widths(config: Config, index: int | None = None) -> tuple[int, ...]:
 
     None stands for the layer of multi-token prediction, whose attention is dense.
     """
-    if config.attention == "mla":
-        latent = config.kv_lora_rank + config.qk_rope_head_dim
-        chooses = index is not None and config.chooses_rows(index)
-        return (latent, config.index_head_dim) if chooses else (latent,)
-    return config.num_key_value_heads * config.head_dim, config.num_key_value_heads * config.v_head_dim
+    rows = config.rows(config.num_hidden_layers if index is None else index)
+    return tuple(part.width for part in rows)
 
 
 def new_cache(config: Config, capacity: int, exact: bool = False) -> Cache:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from localrun.models.config import KV_BYTES
+from localrun.models.rows import KV_BYTES
 from localrun.plan.known import load_data
 from localrun.plan.shapes import ModelShape, from_config, load_model
 from localrun.plan.speed import attention_flops

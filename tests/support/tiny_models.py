@@ -481,7 +481,8 @@ def read(path: Path | str) -> tuple[dict[str, object], dict[str, np.ndarray]]:
 
 
 @functools.cache
-def _folder() -> Path:
+def folder() -> Path:
+    """One that lives as long as the process."""
     folder = Path(tempfile.mkdtemp(prefix="tiny-models-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
@@ -490,7 +491,7 @@ def _folder() -> Path:
 @functools.cache
 def _file_of(variant: Variant, types: tuple[tuple[str, str], ...], seed: int) -> Path:
     name = f"{_name_of(variant)}-{zlib.crc32(repr(types).encode()):08x}-{seed}.gguf"
-    return tiny_model(_folder() / name, variant, type=dict(types), seed=seed)
+    return tiny_model(folder() / name, variant, type=dict(types), seed=seed)
 
 
 def shared(variant: Variant, *, type: Types = "F32", seed: int = 0) -> Path:

@@ -1,0 +1,39 @@
+"""Rows that a layer keeps of a text in a cache: how wide, for how many tokens each, and how far back."""
+
+from dataclasses import dataclass
+
+KV_BYTES = 2  # of a value of the cache
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One kind of row.
+
+    Attributes:
+        width: values.
+        ratio: tokens that a row stands for.
+        window: rows, of a token each, that a next token may need, in a ring; 0 for all rows there are.
+        spare: rows more in the ring.
+        pools: what the window begins at is a multiple of this: tokens that are pooled together.
+        is_exact: whether values have 32 bits in any cache.
+    """
+
+    width: int
+    ratio: int = 1
+    window: int = 0
+    spare: int = 0
+    pools: int = 1
+    is_exact: bool = False
+
+    def count(self, n_tokens: int) -> int:
+        """Rows of so many tokens, which a cache of that capacity has room for."""
+        return min(n_tokens, self.window + self.spare) if self.window else n_tokens // self.ratio
+
+    def first(self, position: int) -> int:
+        """The first position whose row the token at `position` needs."""
+        return max(0, (position // self.pools + 1) * self.pools - self.window) if self.window else 0
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a cache that is not exact."""
+        return self.width * (4 if self.is_exact else KV_BYTES)
