@@ -1,23 +1,35 @@
-"""Getting the kernels a file needs: compiled on a machine's first run (some 20 seconds), from the cache afterwards."""
+"""Getting the kernels a file needs: compiled on a machine's first run, on all cores, from the cache afterwards."""
 
-from collections.abc import Callable, Collection
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-# The modules whose kernels every model needs.
+from localrun import hardware
+
+if TYPE_CHECKING:
+    from quant.target.kernel import Kernel
+
+# The modules whose kernels every model needs; first those that take longest, so that no core is left with one at the
+# end.
 _MODULES = {
-    "quant.threads.pool": "worker pool",
-    "quant.gemm.microkernel": "micro-kernels",
-    "quant.gemm.pack_tokens": "packing of tokens",
-    "quant.gemm.linear": "products of many tokens",
-    "quant.ops.linear": "matrix products",
-    "quant.gemm.experts": "experts of many tokens",
-    "quant.ops.experts": "experts",
     "quant.ops.attention": "attention of many tokens",
-    "quant.decode.program": "decoding",
-    "quant.decode.linear": "decoding: rows",
-    "quant.decode.queries": "decoding: queries",
-    "quant.decode.attention": "decoding: attention",
     "quant.decode.experts": "decoding: experts",
+    "quant.ops.experts": "experts",
+    "quant.decode.attention": "decoding: attention",
+    "quant.gemm.experts": "experts of many tokens",
+    "quant.ops.linear": "matrix products",
+    "quant.decode.queries": "decoding: queries",
+    "quant.gemm.linear": "products of many tokens",
+    "quant.gemm.pack_tokens": "packing of tokens",
+    "quant.decode.linear": "decoding: rows",
+    "quant.gemm.microkernel": "micro-kernels",
+    "quant.decode.program": "decoding",
+    "quant.threads.pool": "worker pool",
 }
 # Those of a model with an indexer.
 _OF_INDEXER = {
@@ -25,6 +37,9 @@ _OF_INDEXER = {
     "quant.ops.chosen": "attention to chosen tokens",
     "quant.decode.indexer": "decoding: choices",
 }
+_CHILD_BYTES = 1 << 30  # a process that compiles takes half of it
+_WORTH_A_CHILD = 4  # kernels: a child takes as long to start as one or two take
+_PATIENCE_S = 0.5
 
 
 def warm_up(
@@ -40,25 +55,77 @@ def warm_up(
         notice: called with one line if there is something to compile and no progress to show it by.
         has_indexer: whether the model chooses the tokens that it attends to.
     """
-    from quant.formats import registry
-    from quant.gemm import packed
     from quant.target import jit, kernel_cache
 
     if progress is None and not kernel_cache.kept():
         notice("first run on this machine: compiling the kernels, which takes a while")
     modules = _MODULES | (_OF_INDEXER if has_indexer else {})
-    total = len(modules) + len(types)
-    for done, (module, what) in enumerate(modules.items()):
-        if progress is not None:
-            progress(done, total, f"Kernels: {what}")
-        jit.compile_kernels(import_module(module))
-    for done, type_name in enumerate(sorted(types), len(modules)):
-        if progress is not None:
-            progress(done, total, f"Kernels: {type_name}")
-        format_ = registry.get(type_name)
-        panels = packed.find(format_)
-        for kernel in (format_.gemv, format_.gemv_batch, format_.expand, panels and panels.repack):
-            if kernel:
-                kernel.compiled  # noqa: B018 (asking is compiling)
+    kernels = needed(modules, types)
+    missing = [(kernel, what) for kernel, what in kernels if not jit.is_kept(kernel)]
+    with _children(len(missing), modules, types):
+        for done, (kernel, what) in enumerate(missing):
+            if progress is not None:
+                progress(done, len(missing), f"Compiling: {what}")
+            jit.keep_unless_taken(kernel)
+        for done, (kernel, what) in enumerate(kernels):
+            if progress is not None:
+                progress(done, len(kernels), f"Kernels: {what}")
+            kernel.compiled  # noqa: B018 (waits for the one that is at it)
     if progress is not None:
-        progress(total, total, "Kernels")
+        progress(len(kernels), len(kernels), "Kernels")
+
+
+def needed(modules: Mapping[str, str], types: Collection[str]) -> list[tuple["Kernel", str]]:
+    """The kernels of modules and for tensors of these types, and what each one is of."""
+    from quant.formats import registry
+    from quant.gemm import packed
+    from quant.target import jit
+
+    kernels = [(kernel, what) for module, what in modules.items() for kernel in jit.kernels_of(import_module(module))]
+    for name in sorted(types):
+        format_ = registry.get(name)
+        panels = packed.find(format_)
+        of_format = (format_.gemv, format_.gemv_batch, format_.expand, panels and panels.repack)
+        kernels += [(kernel, name) for kernel in of_format if kernel]
+    return kernels
+
+
+@contextmanager
+def _children(n_missing: int, modules: Mapping[str, str], types: Collection[str]) -> Iterator[None]:
+    """Other processes that compile what is missing, one for each other core, as far as that and the memory are worth
+    it. They end with the block: what they have not kept by then this process has compiled itself.
+    """
+    from quant.target import kernel_cache
+
+    most = min(hardware.usable_cores() - 1, n_missing // _WORTH_A_CHILD, hardware.free_ram() // _CHILD_BYTES)
+    children: list[subprocess.Popen[bytes]] = []
+    try:
+        if not kernel_cache.folder().refusal:
+            with suppress(OSError):  # no process to be had: this one compiles
+                children.extend(start_child(modules, types) for _ in range(most))
+        yield
+    finally:
+        for child in children:
+            with suppress(OSError), child.stdin:
+                pass
+            try:
+                child.wait(_PATIENCE_S)
+            except subprocess.TimeoutExpired:  # in the middle of a kernel, for a parent that gave up
+                child.kill()
+                child.wait()
+
+
+def start_child(modules: Mapping[str, str], types: Collection[str]) -> subprocess.Popen[bytes]:
+    """A process that compiles what `needed` gives, until its stdin is closed. Raises OSError."""
+    child = subprocess.Popen(
+        [sys.executable, "-I", str(Path(__file__).with_name("warmup_child.py"))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C is for the parent to deal with
+    )
+    request = {"path": sys.path, "modules": dict(modules), "types": sorted(types)}
+    with suppress(OSError):  # it has ended already
+        child.stdin.write(json.dumps(request).encode() + b"\n")
+        child.stdin.flush()
+    return child

@@ -32,26 +32,37 @@ class _KeptCFunc(CFunc):
 def _compile(kernel_: Kernel) -> CFunc:
     if not isa.has(kernel_.level):
         raise QuantError(f"{kernel_.__name__} needs {kernel_.level}; this process is limited to {isa.LEVEL}")
-    module = kernel_.function.__module__
-    if not module.startswith("quant."):  # the cache can't see a change of other sources
+    if not kernel_.function.__module__.startswith("quant."):  # the cache can't see a change of other sources
         return numba.cfunc(kernel_.signature, error_model="numpy")(kernel_.function)
-    name = f"{module}.{kernel_.__name__}"
+    name = _full_name(kernel_)
     compiled = _KeptCFunc(kernel_, name)
-    with _alone_with(name):
+    with _alone_with(name, wait=True):
         compiled.compile()
     return compiled
 
 
+def _full_name(kernel_: Kernel) -> str:
+    return f"{kernel_.function.__module__}.{kernel_.__name__}"
+
+
 @contextmanager
-def _alone_with(name: str) -> Iterator[None]:
-    """No other process compiles this kernel meanwhile: it waits, and then finds it in the cache."""
+def _alone_with(name: str, wait: bool) -> Iterator[bool]:
+    """No other process compiles this kernel meanwhile: it waits, and then finds it in the cache.
+
+    Args:
+        wait: for another process that does; else False is given if there is one.
+    """
     folder = kernel_cache.folder()
+    how, alone = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), True
     with ExitStack() as held:
         if not folder.refusal:
             with suppress(OSError):  # a folder that can't be written to: there is nothing to wait for
                 file = held.enter_context((folder.path / "compiling.lock").open("a"))
-                fcntl.lockf(file, fcntl.LOCK_EX, 1, zlib.crc32(name.encode()))  # one byte a kernel; freed when closed
-        yield
+                try:
+                    fcntl.lockf(file, how, 1, zlib.crc32(name.encode()))  # one byte a kernel; freed when closed
+                except (BlockingIOError, PermissionError):  # POSIX leaves the choice between the two
+                    alone = False
+        yield alone
 
 
 def kernel(signature: str, level: str = "generic") -> Callable[[Callable], Kernel]:
@@ -62,8 +73,23 @@ def kernel(signature: str, level: str = "generic") -> Callable[[Callable], Kerne
     return lambda function: Kernel(function, signature, level, _compile)
 
 
-def compile_kernels(module: ModuleType) -> None:
-    """Have all kernels of a module that this process can run compiled, or loaded from the cache."""
-    for value in vars(module).values():
-        if isinstance(value, Kernel) and value.function.__module__ == module.__name__ and isa.has(value.level):
-            value.compiled  # noqa: B018 (asking is compiling)
+def kernels_of(module: ModuleType) -> list[Kernel]:
+    """All kernels of a module that this process can run."""
+    return [
+        value
+        for value in vars(module).values()
+        if isinstance(value, Kernel) and value.function.__module__ == module.__name__ and isa.has(value.level)
+    ]
+
+
+def is_kept(kernel_: Kernel) -> bool:
+    """Whether the cache has the kernel."""
+    return kernel_cache.has(_full_name(kernel_))
+
+
+def keep_unless_taken(kernel_: Kernel) -> None:
+    """Compile a kernel into the cache, unless it is there or another process is at it."""
+    if not is_kept(kernel_):
+        with _alone_with(_full_name(kernel_), wait=False) as alone:
+            if alone:
+                kernel_.compiled  # noqa: B018 (asking is compiling)

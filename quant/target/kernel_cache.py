@@ -156,6 +156,11 @@ class KernelCache:
             )
 
 
+def has(name: str) -> bool:
+    """Whether there is a file of that kernel, damaged or not."""
+    return not folder().refusal and (folder().path / f"{name}{_SUFFIX}").exists()
+
+
 def kept() -> int:
     """How many compiled kernels are there from before."""
     return 0 if folder().refusal else sum(path.suffix == _SUFFIX for path in folder().path.iterdir())

@@ -1,13 +1,18 @@
 """The first run on a machine compiles kernels and says so; later ones find them."""
 
+import fcntl
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
 import tiny_models
 from cases import slow_but
+
+from localrun.cpu import warmup
+from quant.target import kernel_cache
 
 # All kernels of a model, which take 20 s to compile; or one module's, without a model that would need the others.
 PROGRAMS = {
@@ -15,6 +20,7 @@ PROGRAMS = {
     "few": """
 from localrun.cpu import warmup
 warmup._MODULES = {name: what for name, what in warmup._MODULES.items() if what == "decoding: attention"}
+warmup.hardware.usable_cores = lambda: 1
 warmup.warm_up({"F32"}, show, notice)
 """,
 }
@@ -43,3 +49,20 @@ def test_only_the_first_run_compiles_and_says_so(which: str, n_kernels: int, tmp
     done, totals, names = zip(*steps, strict=True)
     assert [int(n) for n in done] == list(range(len(steps))) and set(totals) == {str(len(steps) - 1)}
     assert "Kernels: decoding: attention" in names and "Kernels: F32" in names
+
+
+@pytest.mark.parametrize(("stopped", "expected"), [(False, {"_step", "_nothing"}), (True, set())])
+def test_a_child_leaves_out_what_another_process_is_at(
+    stopped: bool, expected: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "localrun" / "kernels" / kernel_cache.folder().path.name
+    monkeypatch.setenv("LOCALRUN_CACHE", str(tmp_path))
+    folder.mkdir(parents=True, mode=0o755)
+    module = "quant.decode.program"
+    with (folder / "compiling.lock").open("a") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX, 1, zlib.crc32(f"{module}._begin".encode()))
+        child = warmup.start_child({module: "decoding"}, [])
+        if stopped:
+            child.stdin.close()
+        assert child.wait(60) == 0
+    assert {path.stem.rsplit(".", 1)[1] for path in folder.glob("*.kernel")} == expected
