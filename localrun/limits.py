@@ -5,6 +5,10 @@ PREFILL_CHUNK = 512  # tokens of a prompt evaluated at a time: enough to use the
 ATTENTION_WORK_BYTES = 1 << 26
 GPU_ATTENTION_WORK_BYTES = 1 << 28  # fills the largest card with 512 tokens of V3
 
+# Marks of a cache that cannot go back to every length: tokens between two, at most, unless they take more bytes than
+# these, and tokens that may be gone back from one that was asked for.
+MARK_EVERY, MARK_BYTES, MARK_SPARE = 1024, 1 << 28, 32
+
 
 def cut(n_tokens: int, size: int | None = None) -> list[int]:
     """Pieces of n_tokens: of a size, PREFILL_CHUNK unless given, and what is left."""

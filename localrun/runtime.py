@@ -23,8 +23,11 @@ class KVCache(Protocol):
     def length(self) -> int:
         """Tokens that it holds."""
 
+    def mark(self) -> None:
+        """Have truncate() go back to here, whatever comes, where that is not so anyway; as far as memory lasts."""
+
     def truncate(self, length: int) -> None:
-        """Forget all tokens from `length` on; all there are, where the model can't forget a part."""
+        """Forget all tokens from `length` on, and those before that kept() says; all, where it says nothing."""
 
     @property
     def n_bytes(self) -> int:

@@ -139,6 +139,9 @@ class LlamaCppCache:
 
         return llama_cpp.llama_memory_seq_pos_max(self._memory, _SEQUENCE) + 1
 
+    def mark(self) -> None:
+        """Nothing: llama.cpp keeps what it keeps."""
+
     def truncate(self, length: int) -> None:
         """Forgets all tokens from `length` on; all of them where the model cannot forget a part (a recurrent state).
 

@@ -69,7 +69,7 @@ class MTP:
 
     def new_cache(self, capacity: int) -> Cache:
         """An empty cache for up to `capacity` positions, of 16-bit values."""
-        return Cache([row_widths(self.config)], capacity, np.float16)
+        return Cache([self.config.rows(self.config.num_hidden_layers)], capacity, np.float16)
 
     def forward(self, next_ids: Sequence[int], hidden: np.ndarray, cache: Cache) -> tuple[np.ndarray, np.ndarray]:
         """Evaluate the positions after the cache's; the cache then holds them too.

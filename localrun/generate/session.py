@@ -277,8 +277,9 @@ class Session:
             self.forget(self.shared(ids))
             reply.stats.reused_tokens = len(self.ids)
         logits = self.advance(ids[reply.stats.reused_tokens :], reply.progress, reply)
-        if self.speculation:
-            with self._turn(reply):
+        with self._turn(reply):
+            self._cache.mark()  # where another reply, or the next turn without this one's reasoning, goes on from
+            if self.speculation:
                 self.speculation.start_reply(ids)
         reply.stats.prefill_s = time.perf_counter() - started
         return logits

@@ -29,7 +29,7 @@ from localrun.limits import PREFILL_CHUNK
 from localrun.measure.perplexity import text_chunks
 from localrun.models import names
 from localrun.models.reader import is_imatrix
-from localrun.network.cache import Cache, row_widths, windows
+from localrun.network.cache import Cache
 from localrun.network.model import Network
 from localrun.network.moe import gated
 from quant.matrix import QuantMatrix
@@ -243,8 +243,7 @@ class _ObservedCache(Cache):
     """A 32-bit cache; latents are the input of a kv_b matrix, where a file has that instead of k_b and v_b."""
 
     def __init__(self, config: Config, capacity: int, inputs: _Inputs) -> None:
-        widths = [row_widths(config, index) for index in range(config.num_hidden_layers)]
-        super().__init__(widths, capacity, np.float32, windows(config))
+        super().__init__([config.rows(index) for index in range(config.num_hidden_layers)], capacity, np.float32)
         self._config, self._inputs = config, inputs
 
     def append(self, layer: int, *rows: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -1,27 +1,28 @@
-"""The key-value cache: what attention keeps of each token, one block of memory a layer.
+"""The key-value cache: what attention keeps of each token, in blocks of memory, one a layer and kind of row.
 
-It knows widths, not meanings: multi-head latent attention keeps one row of kv_lora_rank + qk_rope_head_dim values a
-token, and one of the indexer's key in layers that have an indexer; grouped-query attention a row of keys and a row of
-values.
-
-A layer with a window keeps its rows in a ring: the window and WINDOW_SPARE tokens more, in which positions go round.
+Config.rows says which there are. Blocks with a window are rings, whose rows are written over: so a cache cannot go back
+to every length. It can go back a few tokens, by the rings' spare rows; and to its marks, copies of what was needed to
+go on from some length. They are made where the cache is told to (mark), and by itself every MARK_EVERY tokens; if they
+take too much memory, those that are closest to each other go. A recurrent state is such a row, of which the next token
+needs the last one.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from localrun.errors import ContextFullError, LocalrunError
-from localrun.models import config as model_config
+from localrun.limits import MARK_BYTES, MARK_EVERY, MARK_SPARE
 from localrun.models.config import Config
 from localrun.models.rows import Rows
+from localrun.network.block import Block
 
 if TYPE_CHECKING:
     import torch
-
-_PAGE, _LARGE_PAGE, _LARGE = 1 << 12, 1 << 21, 1 << 22  # bytes: NumPy asks for large pages in arrays from _LARGE on
 
 
 class Context:
@@ -46,12 +47,15 @@ class Context:
         """All layers have appended n_tokens."""
         self.length += n_tokens
 
+    def mark(self) -> None:
+        """Have truncate() go back to here, or a few tokens before, whatever comes; as far as memory lasts."""
+
     def kept(self, length: int) -> int:
-        """Tokens that truncate(length) would leave."""
+        """Tokens that truncate(length) would leave: as many, or those up to where there is a way back."""
         return min(self.length, max(0, length))
 
     def truncate(self, length: int) -> None:
-        """Forget all tokens from `length` on."""
+        """Forget all tokens from `length` on, and those before that kept() says."""
         self.length = self.kept(length)
 
     def save(self) -> dict[str, np.ndarray]:
@@ -100,69 +104,125 @@ class Context:
             raise LocalrunError(f"the saved session does not hold {length} tokens of this model")
 
 
+@dataclass
+class _Mark:
+    """What rings held of the tokens before some position.
+
+    Attributes:
+        end: the position behind their rows.
+        length: tokens that may be gone back to; fewer than `end` where the text has changed behind.
+        rows: of each ring.
+    """
+
+    end: int
+    length: int
+    rows: list[np.ndarray]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(rows.nbytes for rows in self.rows)
+
+    def allows(self, length: int, rings: list[Block]) -> bool:
+        """Whether a text can be gone on from there."""
+        held = (self.end - len(rows) for rows in self.rows)
+        return length <= self.length and all(r.kind.first(length) >= h for r, h in zip(rings, held, strict=True))
+
+
 class Cache(Context):
     """Rows for up to `capacity` tokens in every layer; memory is touched only as tokens come.
 
     Attributes:
         is_exact: whether values have 32 bits.
-        addresses: int64, of the blocks of rows: layer by layer, and in a layer as its widths.
+        addresses: int64, of the blocks of rows: layer by layer, and in a layer as its kinds.
         n_rows: int64, rows of these blocks.
     """
 
-    def __init__(
-        self,
-        widths: Sequence[tuple[int, ...]],
-        capacity: int,
-        dtype: type[np.floating],
-        windows: Sequence[int] | None = None,
-    ):
-        """widths: of each layer's rows; windows: tokens that each layer sees; 0, or None, for all."""
+    def __init__(self, kinds: Sequence[Sequence[Rows]], capacity: int, dtype: type[np.floating]):
+        """kinds: of each layer's rows."""
         super().__init__(capacity)
-        self._widths, self._dtype = list(widths), dtype
         self.is_exact = dtype == np.float32
-        self._windows = [0] * len(widths) if windows is None else list(windows)
-        self._written = 0  # positions below it may have been written since the cache was empty
-        self._touched = 0  # or at any time: memory that has been written to stays
-        self._layers = [
-            tuple(np.empty((_cache_rows(window, capacity), width), dtype) for width in layer)
-            for window, layer in zip(self._windows, widths, strict=True)
-        ]
-        blocks = [rows for parts in self._layers for rows in parts]
-        self.addresses = np.array([rows.ctypes.data for rows in blocks], np.int64)
-        self.n_rows = np.array([len(rows) for rows in blocks], np.int64)
+        self._touched = 0  # positions below it have been written at some time: memory that has been written to stays
+        self._layers = [[Block(kind, capacity, dtype) for kind in layer] for layer in kinds]
+        self._blocks = [block for layer in self._layers for block in layer]
+        self._rings = [block for block in self._blocks if block.is_ring]
+        self._marks: list[_Mark] = []  # by length
+        self.addresses = np.array([block.rows.ctypes.data for block in self._blocks], np.int64)
+        self.n_rows = np.array([len(block.rows) for block in self._blocks], np.int64)
 
     @property
     def n_bytes(self) -> int:
         """Of memory that has been written to, in whole pages."""
-        return sum(_resident(rows, self._touched) for parts in self._layers for rows in parts)
+        marks = sum(mark.n_bytes for mark in self._marks)
+        return marks + sum(block.resident(self._touched) for block in self._blocks)
 
     def check_room(self, n_tokens: int) -> None:
         """Raises ContextFullError unless n_tokens more fit. What they go over in rings counts as lost from now on."""
         super().check_room(n_tokens)
+        last = self._marks[-1].length if self._marks else 0
+        if self._rings and self.length > last and self.length + n_tokens - last > MARK_EVERY:
+            self._mark(0)
         self._write_to(self.length + n_tokens)
 
     def _write_to(self, end: int) -> None:
         """Positions below `end` are written, or about to be."""
-        self._written, self._touched = max(self._written, end), max(self._touched, end)
+        self._touched = max(self._touched, end)
+        for ring in self._rings:
+            ring.write_to(end)
+
+    def mark(self) -> None:
+        """Have truncate() go back to here, or a few tokens before, whatever comes; as far as memory lasts."""
+        if self._rings and self.length:
+            self._mark(MARK_SPARE)
+
+    def _mark(self, spare: int) -> None:
+        """spare: tokens that may be gone back from there."""
+        back, marks = max(0, self.length - spare), self._marks
+        firsts = [max(ring.held, ring.kind.first(back)) for ring in self._rings]
+        rows = [ring.get(first, self.length) for ring, first in zip(self._rings, firsts, strict=True)]
+        marks[:] = [mark for mark in marks if mark.length < self.length]
+        marks.append(_Mark(self.length, self.length, rows))
+        while len(marks) > 2 and sum(mark.n_bytes for mark in marks) > MARK_BYTES:
+            lengths = [0, *(mark.length for mark in marks)]
+            del marks[min(range(len(marks) - 1), key=lambda i: lengths[i + 2] - lengths[i])]
 
     def kept(self, length: int) -> int:
-        """Tokens that truncate(length) would leave."""
+        """Tokens that truncate(length) would leave: as many, or those up to where there is a way back."""
         length = super().kept(length)
-        is_lost = any(self._kept_from(window) > max(0, length + 1 - window) for window in self._windows if window)
-        return 0 if is_lost else length
+        if self._holds(length):
+            return length
+        ends = (min(length, mark.length) for mark in self._marks if mark.allows(min(length, mark.length), self._rings))
+        return max(ends, default=0)
+
+    def _holds(self, length: int) -> bool:
+        return all(ring.holds(length) for ring in self._rings)
 
     def truncate(self, length: int) -> None:
-        """Forget all tokens from `length` on; all there are, where a ring has lost rows that the next token would see.
+        """Forget all tokens from `length` on, and those before that kept() says.
 
         Those are to be evaluated anew then, which gives what they gave before.
         """
-        super().truncate(length)
-        if self.length == 0:
-            self._written = 0
+        length = self.kept(length)
+        if length == self.length and self._holds(length):
+            return
+        if not length:
+            self._marks.clear()
+            for ring in self._rings:
+                ring.held = 0
+        elif not self._holds(length):
+            self._go_back(self._marks, length)
+        self.length = length
+        self._marks = self._marks_up_to(length)
 
-    def _kept_from(self, window: int) -> int:
-        """The first position whose row the rings of such layers still hold."""
-        return max(0, self._written - _cache_rows(window, self.capacity))
+    def _go_back(self, marks: list[_Mark], length: int) -> None:
+        mark = next(mark for mark in marks if mark.allows(length, self._rings))
+        for ring, rows in zip(self._rings, mark.rows, strict=True):
+            ring.put(mark.end, rows)
+
+    def _marks_up_to(self, length: int) -> list[_Mark]:
+        """Those that a text can go back to which changes at `length`."""
+        before = [mark for mark in self._marks if mark.length <= length]
+        cut = [mark for mark in self._marks if mark.length > length and mark.allows(length, self._rings)]
+        return before + [_Mark(mark.end, length, mark.rows) for mark in cut[:1]]
 
     def append(self, layer: int, *rows: "torch.Tensor") -> "tuple[torch.Tensor, ...]":
         """Write rows (T, width) of one layer behind `length`; returns that layer's rows so far, (length + T, width).
@@ -170,102 +230,75 @@ class Cache(Context):
         Of a layer with a window those that the new tokens see, (min(length, window - 1) + T, width).
         Raises ContextFullError if they don't fit. `length` moves when advance() is called, after the last layer.
         """
-        import torch
-
-        end = self.length + rows[0].shape[0]
         self.check_room(rows[0].shape[0])
-        parts, window = [torch.from_numpy(part) for part in self._layers[layer]], self._windows[layer]
-        if window:
-            return tuple(self._append_to_ring(part, new, window) for part, new in zip(parts, rows, strict=True))
-        for part, new in zip(parts, rows, strict=True):
-            part[self.length : end] = new
-        return tuple(part[:end] for part in parts)
+        return tuple(block.extend(self.length, new) for block, new in zip(self._layers[layer], rows, strict=True))
 
-    def _append_to_ring(self, ring: "torch.Tensor", new: "torch.Tensor", window: int) -> "torch.Tensor":
-        """A copy, made before the rows of a long chunk go over what its first tokens see."""
-        import torch
-
-        n_rows, first, end = len(ring), max(0, self.length + 1 - window), self.length + len(new)
-        seen = torch.cat([ring[torch.arange(first, self.length) % n_rows], new.to(ring.dtype)])
-        kept = min(len(new), n_rows)
-        ring[torch.arange(end - kept, end) % n_rows] = seen[-kept:]
-        return seen
+    def extend(self, layer: int, part: int, rows: "torch.Tensor") -> "torch.Tensor":
+        """The same of one kind of a layer's rows: Block.extend. check_room() must have been asked."""
+        return self._layers[layer][part].extend(self.length, rows)
 
     def save(self) -> dict[str, np.ndarray]:
-        """Name -> rows in use, for a file; of a ring those that it holds, in order."""
-        return {
-            f"{layer}.{part}": rows[self._places(layer, self._kept_from(window) if window else 0)]
-            for layer, (window, parts) in enumerate(zip(self._windows, self._layers, strict=True))
-            for part, rows in enumerate(parts)
+        """Name -> rows in use, for a file; of a ring those that it holds, in order, and those of marks."""
+        saved = {
+            f"{layer}.{part}": block.get(block.held, self.length)
+            for layer, blocks in enumerate(self._layers)
+            for part, block in enumerate(blocks)
         }
+        names = [name for name, block in zip(saved, self._blocks, strict=True) if block.is_ring]
+        for mark in self._marks:
+            cut = mark.end - mark.length
+            rows = (rows[: len(rows) - cut] for rows in mark.rows)
+            saved |= {f"{name}@{mark.length}": part for name, part in zip(names, rows, strict=True)}
+        return saved
 
     def copy(self, other: "Cache", length: int) -> None:
-        """Hold the first kept(length) tokens of another cache of the same model and capacity. Rings come whole."""
+        """Hold the first kept(length) tokens of another cache of the same model and capacity. Marks are shared."""
         self.truncate(0)
-        self.length = other.kept(length)
-        if not self.length:
+        length = other.kept(length)
+        if not length:
             return
-        for window, parts, theirs in zip(self._windows, self._layers, other._layers, strict=True):
-            for rows, source in zip(parts, theirs, strict=True):
-                n_rows = min(other._written, len(rows)) if window else self.length
-                rows[:n_rows] = source[:n_rows]
-        self._write_to(other._written if any(self._windows) else self.length)
-
-    def _places(self, layer: int, first: int) -> slice | np.ndarray:
-        """Where a layer's rows of positions `first` to `length` are."""
-        if not self._windows[layer]:
-            return slice(first, self.length)
-        return np.arange(first, self.length) % len(self._layers[layer][0])
+        for block, source in zip(self._blocks, other._blocks, strict=True):
+            count = source.kind.count(other._touched if block.is_ring else length)
+            block.rows[:count], block.held = source.rows[:count], source.held
+        self._touched = max(self._touched, other._touched if self._rings else length)
+        if not self._holds(length):
+            self._go_back(other._marks, length)
+        self.length = length
+        self._marks = other._marks_up_to(length)
 
     def load(self, tensors: dict[str, np.ndarray], length: int) -> None:
         """Take over what save() gave for `length` tokens. Raises LocalrunError if it is something else, or too long."""
-        counts = [self._count_saved(tensors, layer, length) for layer in range(len(self._layers))]
-        self._check_saved(tensors, length, self._widths, self._dtype, counts)
-        self.length = self._written = length
-        self._touched = max(self._touched, length)
-        for layer, (count, parts) in enumerate(zip(counts, self._layers, strict=True)):
-            if count < length:
-                self._written = max(self._written, length - count + len(parts[0]))
-            for part, rows in enumerate(parts):
-                rows[self._places(layer, length - count)] = tensors[f"{layer}.{part}"]
-
-    def _count_saved(self, tensors: dict[str, np.ndarray], layer: int, length: int) -> int:
-        """Rows that a file should have of a layer: of a ring as many as it has, within what there may be."""
-        window = self._windows[layer]
-        if not window:
-            return length
-        found = tensors.get(f"{layer}.0")
-        n_found = len(found) if found is not None and found.ndim else 0
-        return min(max(n_found, min(length, window - 1)), _cache_rows(window, length))
+        names = [f"{layer}.{part}" for layer, blocks in enumerate(self._layers) for part in range(len(blocks))]
+        rings = [name for name, block in zip(names, self._blocks, strict=True) if block.is_ring]
+        marks = {int(found[1]) for name in tensors if (found := re.fullmatch(r"\d+\.\d+@(\d{1,9})", name))}
+        places = [(name, block, length) for name, block in zip(names, self._blocks, strict=True)]
+        places += [(f"{name}@{end}", ring, end) for end in marks for name, ring in zip(rings, self._rings, strict=True)]
+        if length > self.capacity:
+            raise ContextFullError(f"the saved session has {length} tokens; the context holds {self.capacity}")
+        fit = (_fits(tensors.get(name), block, end) for name, block, end in places)
+        if len(places) != len(tensors) or max(marks, default=0) > length or not all(fit):
+            raise LocalrunError(f"the saved session does not hold {length} tokens of this model")
+        for name, block, end in places[: len(names)]:
+            block.put(end, tensors[name])
+        self.length, self._touched = length, max(self._touched, length)
+        self._marks = [_Mark(end, end, [np.array(tensors[f"{name}@{end}"]) for name in rings]) for end in sorted(marks)]
 
 
-def _cache_rows(window: int, capacity: int) -> int:
-    """Tokens whose rows a layer keeps in a cache for `capacity`; window: how many it sees, 0 for all."""
-    return Rows(0, window=window, spare=model_config.WINDOW_SPARE).count(capacity)
-
-
-def _resident(rows: np.ndarray, touched: int) -> int:
-    """Bytes of an array's memory once its first `touched` rows have been written to; rings have fewer rows."""
-    page = _LARGE_PAGE if rows.nbytes >= _LARGE else _PAGE
-    written = min(touched, len(rows)) * rows.strides[0]
-    return min(-(-written // page) * page, rows.nbytes)
+def _fits(rows: np.ndarray | None, block: Block, end: int) -> bool:
+    """Whether these are a block's rows of the tokens before `end`: of a ring as many as there are, if enough."""
+    if rows is None or rows.ndim != 2 or rows.dtype != block.rows.dtype or rows.shape[1] != block.rows.shape[1]:
+        return False
+    if not block.is_ring:
+        return len(rows) == block.kind.count(end)
+    return end - block.kind.first(end) <= len(rows) <= min(end, block.kind.count(end))
 
 
 def row_widths(config: Config, index: int | None = None) -> tuple[int, ...]:
-    """Values that layer `index` keeps of a token: of latents, and of the indexer's key; or of keys and of values.
-
-    None stands for the layer of multi-token prediction, whose attention is dense.
-    """
-    rows = config.rows(config.num_hidden_layers if index is None else index)
-    return tuple(part.width for part in rows)
+    """Values of each kind of row that layer `index` keeps; None stands for the layer of multi-token prediction."""
+    return tuple(kind.width for kind in config.rows(config.num_hidden_layers if index is None else index))
 
 
 def new_cache(config: Config, capacity: int, exact: bool = False) -> Cache:
     """An empty cache for up to `capacity` tokens of a model, of 16-bit values or, if exact, of 32-bit ones."""
-    widths = [row_widths(config, index) for index in range(config.num_hidden_layers)]
-    return Cache(widths, capacity, np.float32 if exact else np.float16, windows(config))
-
-
-def windows(config: Config) -> list[int]:
-    """Tokens that each layer sees, 0 for all."""
-    return [config.window(index) for index in range(config.num_hidden_layers)]
+    kinds = [config.rows(index) for index in range(config.num_hidden_layers)]
+    return Cache(kinds, capacity, np.float32 if exact else np.float16)

@@ -232,7 +232,7 @@ class _Content:
         cache, self._key, self._ids = session.cache, key, session.ids
         self._tensors = cache.save()
         lengths = range(1, len(self._ids) + 1)
-        self._least = 1 + bisect_left(lengths, True, key=lambda length: cache.kept(length) == length)
+        self._least = 1 + bisect_left(lengths, True, key=lambda length: cache.kept(length) > 0)
 
     @property
     def n_bytes(self) -> int:

@@ -62,6 +62,9 @@ class Cache:
     def length(self) -> int:
         return len(self.ids)
 
+    def mark(self) -> None:
+        pass
+
     def truncate(self, n: int) -> None:
         del self.ids[n:]
 

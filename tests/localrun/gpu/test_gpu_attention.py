@@ -19,7 +19,7 @@ from localrun.gguf.file import open_gguf
 from localrun.models.config import Config
 from localrun.models.reader import read_config
 from localrun.network import attention as cpu
-from localrun.network.cache import Cache, row_widths
+from localrun.network.cache import Cache
 from localrun.network.rope import Rope
 from quant.threads.pool import Pool
 
@@ -262,7 +262,7 @@ def test_module(pool: Pool, variant: str, chunks: list[int], absorbing: bool, mo
     monkeypatch.setattr(attention, "CONTEXT", 4)
     monkeypatch.setattr(attention, "GPU_ATTENTION_WORK_BYTES", 100_000)
     x_TD = random(N_TOKENS, c.hidden_size).cpu()
-    host_cache = Cache([row_widths(c)], N_TOKENS, np.float32)
+    host_cache = Cache([c.rows(0)], N_TOKENS, np.float32)
     device_cache = DeviceCache(c, N_TOKENS, DEVICE, bits=32, n_layers=1)
     found = by_chunks(device, x_TD.to(DEVICE), chunks, device_cache)
     # Both are float32 in other orders: sums of up to 288 products, three deep.
@@ -288,7 +288,7 @@ def test_grouped_module(
     weights, rope = LayerWeights(file, pool), Rope(c)
     device = grouped.GroupedQueryAttention(c, OnDevice(weights), 0, Turns(rope, DEVICE))
     x_TD = random(N_TOKENS, c.hidden_size).cpu()
-    host_cache = Cache([row_widths(c)], N_TOKENS, np.float32)
+    host_cache = Cache([c.rows(0)], N_TOKENS, np.float32)
     device_cache = new_cache(c, N_TOKENS + 3, DEVICE, bits=32, n_layers=1)
     device_cache.keys.fill_(float("nan"))
     device_cache.values.fill_(float("nan"))
@@ -314,7 +314,7 @@ def test_module_over_rounded_rows(pool: Pool, bits: int) -> None:
     device._absorbing_is_cheaper = lambda n_tokens: False
     many = by_chunks(device, x_TD[11:], [4], cache)
     assert_close(many, few[11:], EXACT if DEVICE.type == "cpu" else HALF)
-    host_cache = Cache([row_widths(c)], N_TOKENS, np.float16)
+    host_cache = Cache([c.rows(0)], N_TOKENS, np.float16)
     want = by_chunks(host, x_TD.cpu(), [N_TOKENS], host_cache)
     # 16 bits: rows differ where sums of other orders fall to other sides, 2^-11. 8 bits: as its own test says, and
     # here a value's own rounding shows in the first tokens, which see few others: up to 2^-4.

@@ -10,7 +10,7 @@ from gpu_device import DEVICE
 
 from localrun.errors import ContextFullError, LocalrunError
 from localrun.models.config import Config
-from localrun.network.cache import Cache, row_widths
+from localrun.network.cache import Cache
 
 pytest.importorskip("triton", reason="localrun.gpu needs Triton")
 
@@ -60,7 +60,7 @@ def test_the_length_is_on_the_device_too(bits: int) -> None:
 @pytest.mark.parametrize("bits", [16, 32])
 def test_what_is_saved_moves_between_devices(bits: int) -> None:
     cache, tensors = loaded(bits)
-    there = Cache([row_widths(CONFIG)] * 2, 8, np.float32 if bits == 32 else np.float16)
+    there = Cache([CONFIG.rows(0)] * 2, 8, np.float32 if bits == 32 else np.float16)
     there.load(cache.save(), 5)
     again = DeviceCache(CONFIG, 8, DEVICE, bits)
     again.load(there.save(), 5)

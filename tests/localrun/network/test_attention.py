@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from caches import kinds
 
 from localrun.cpu.bridge import Attend
 from localrun.cpu.weights import LayerWeights
@@ -63,7 +64,7 @@ def latent(pool: Pool, variant: str, type_: str = "F32") -> tuple[LatentAttentio
     file = open_gguf(path)
     config = read_config(file)
     module = LatentAttention(config, LayerWeights(file, pool), 0, Rope(config))
-    cache = Cache([(config.kv_lora_rank + config.qk_rope_head_dim,)], N_TOKENS, np.float32)
+    cache = Cache([config.rows(0)], N_TOKENS, np.float32)
     return module, cache, naive.Naive(path)
 
 
@@ -239,7 +240,7 @@ def torch_gqa(config: Config, weights: RandomWeights, x_TD: torch.Tensor) -> tor
 
 def gqa_cache(config: Config, dtype: type[np.floating] = np.float32) -> Cache:
     groups = config.num_key_value_heads
-    return Cache([(groups * config.head_dim, groups * config.v_head_dim)], N_TOKENS, dtype)
+    return Cache([kinds(groups * config.head_dim, groups * config.v_head_dim)], N_TOKENS, dtype)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

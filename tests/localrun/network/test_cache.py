@@ -10,6 +10,7 @@ import psutil
 import pytest
 import tiny_models
 import torch
+from caches import kinds
 
 import localrun
 from localrun.errors import ContextFullError, LocalrunError
@@ -23,7 +24,7 @@ def rows(first: int, count: int, width: int) -> torch.Tensor:
 
 @pytest.fixture
 def cache() -> Cache:
-    return Cache([(3, 5)] * 2, capacity=8, dtype=np.float16)
+    return Cache([kinds(3, 5)] * 2, capacity=8, dtype=np.float16)
 
 
 def fill(cache: Cache, first: int, count: int) -> None:
@@ -82,7 +83,7 @@ def test_save_and_load(cache: Cache) -> None:
         "0.0": (5, 3), "0.1": (5, 5), "1.0": (5, 3), "1.1": (5, 5)
     }  # fmt: skip
     saved = {name: tensor.copy() for name, tensor in saved.items()}
-    other = Cache([(3, 5)] * 2, capacity=6, dtype=np.float16)
+    other = Cache([kinds(3, 5)] * 2, capacity=6, dtype=np.float16)
     fill(other, 300, 6)
     other.load(saved, 5)
     fill(other, 5, 1)
@@ -91,7 +92,7 @@ def test_save_and_load(cache: Cache) -> None:
 
 
 def test_an_empty_cache_saves_and_loads(cache: Cache) -> None:
-    saved = Cache([(3, 5)] * 2, 4, np.float16).save()
+    saved = Cache([kinds(3, 5)] * 2, 4, np.float16).save()
     fill(cache, 0, 5)
     cache.load(saved, 0)
     assert cache.length == 0
@@ -101,7 +102,7 @@ def test_an_empty_cache_saves_and_loads(cache: Cache) -> None:
     ("layers", "widths"), [(1, (3, 5)), (3, (3, 5)), (2, (3, 4)), (2, (5, 3)), (2, (3,)), (2, (3, 5, 5)), (0, (3, 5))]
 )
 def test_another_models_rows_are_refused(cache: Cache, layers: int, widths: tuple[int, ...]) -> None:
-    other = Cache([widths] * layers, capacity=8, dtype=np.float16)
+    other = Cache([kinds(*widths)] * layers, capacity=8, dtype=np.float16)
     fill(cache, 0, 2)
     with pytest.raises(LocalrunError, match="the saved session does not hold 0 tokens of this model"):
         cache.load(other.save(), 0)
@@ -124,7 +125,7 @@ def test_rows_that_do_not_fit_together_are_refused(cache: Cache, change: Callabl
     fill(cache, 0, 5)
     saved = cache.save()
     saved["1.1"] = change(saved["1.1"])
-    other = Cache([(3, 5)] * 2, capacity=8, dtype=np.float16)
+    other = Cache([kinds(3, 5)] * 2, capacity=8, dtype=np.float16)
     with pytest.raises(LocalrunError, match=f"the saved session does not hold {length} tokens of this model"):
         other.load(saved, length)
     assert other.length == 0
@@ -132,7 +133,7 @@ def test_rows_that_do_not_fit_together_are_refused(cache: Cache, change: Callabl
 
 def test_more_than_fits_is_refused(cache: Cache) -> None:
     fill(cache, 0, 5)
-    small = Cache([(3, 5)] * 2, capacity=4, dtype=np.float16)
+    small = Cache([kinds(3, 5)] * 2, capacity=4, dtype=np.float16)
     fill(small, 40, 1)
     with pytest.raises(ContextFullError, match="the saved session has 5 tokens; the context holds 4"):
         small.load(cache.save(), 5)
@@ -155,6 +156,6 @@ def test_bytes_a_token_are_what_the_configuration_says(variant: str, tmp_path: P
 def test_memory_is_touched_as_tokens_come() -> None:
     """Of 2 GiB only what tokens fill is used."""
     used = psutil.Process().memory_info().rss
-    cache = Cache([(1 << 17,)] * 2, capacity=4096, dtype=np.float16)
+    cache = Cache([kinds(1 << 17)] * 2, capacity=4096, dtype=np.float16)
     cache.append(1, torch.ones(8, 1 << 17))
     assert psutil.Process().memory_info().rss - used < 64 << 20  # the rows take 2 MiB, their source 4

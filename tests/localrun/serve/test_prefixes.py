@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from caches import kinds
 
 import localrun
 from localrun.engine import Engine
@@ -102,7 +103,7 @@ def test_what_goes_on_is_taken_and_what_turns_off_is_copied(engine: Engine) -> N
 @pytest.mark.parametrize(("written", "wanted", "kept"), [(6, 4, 4), (2103, 2100, 2100), (2103, 54, 54), (2103, 53, 0)])
 def test_a_copy_holds_what_forgetting_would_leave(written: int, wanted: int, kept: int) -> None:
     """Layers of 3 and 2 values a row; the second one sees 5 tokens, and its ring has room for 2053."""
-    cache, copy, loaded = (Cache([(3,), (2, 2)], 3000, np.float16, [0, 5]) for _ in range(3))
+    cache, copy, loaded = (Cache([kinds(3), kinds(2, 2, window=5)], 3000, np.float16) for _ in range(3))
     rows = [np.random.default_rng(width).random((written, width)).astype(np.float16) for width in (3, 2, 2)]
     cache.append(0, torch.from_numpy(rows[0]))
     cache.append(1, torch.from_numpy(rows[1]), torch.from_numpy(rows[2]))
