@@ -9,6 +9,7 @@ import typer
 
 from cli import options
 from cli.output import note, print_json, printable, progress_bar, show, size
+from localrun.errors import LocalrunError
 
 
 class Against(str, Enum):
@@ -24,6 +25,9 @@ def bench(
     model: options.Model = None,
     n_prompt: Annotated[int, typer.Option("-p", "--n-prompt", help="Tokens of prompt; 0 to leave it out.")] = 512,
     n_tokens: Annotated[int, typer.Option("-n", "--n-tokens", help="Tokens to generate; 0 to leave it out.")] = 128,
+    depth: Annotated[
+        str, typer.Option("-d", "--depth", help="Tokens of context before that; several with commas: 0,4096,16384.")
+    ] = "0",
     repetitions: Annotated[int, typer.Option("-r", "--repetitions", help="How often; a warm-up comes first.")] = 3,
     *,
     load: options.LoadOptions,
@@ -41,7 +45,7 @@ def bench(
     from localrun.measure.bench import Settings, run
     from localrun.models.reader import read_config
 
-    settings = Settings(n_prompt, n_tokens, repetitions)
+    settings = Settings(n_prompt, n_tokens, repetitions, _depths(depth))
     settings.check()
     with open_gguf(model_path(model)) as file:  # before kernels are compiled for nothing
         settings.check_fits(read_config(file))
@@ -64,6 +68,14 @@ def bench(
         _print(document)
 
 
+def _depths(text: str) -> tuple[int, ...]:
+    """Each once, in order."""
+    try:
+        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        raise LocalrunError(f"-d {text}: expected numbers of tokens with commas between, such as 0,4096") from None
+
+
 def _print(document: dict[str, Any]) -> None:
     machine, isa, threads = document["machine"], document["isa"], document["threads"]
     show(f"{printable(document['model'])}, {size(document['weight_bytes'])}")
@@ -81,12 +93,13 @@ def _table(document: dict[str, Any]) -> list[str]:
     engines = {"localrun": document["results"]}
     if "against" in document:
         engines["llama.cpp"] = document["against"]["results"]
-    lines = [f"{'test':<8} {'engine':<10} {'tokens/s':>10} {'':<10} {'median':>9} {'best':>9}"]
+    width = max(len(test) for test in document["results"]) + 1
+    lines = [f"{'test':<{width}} {'engine':<10} {'tokens/s':>10} {'':<10} {'median':>9} {'best':>9}"]
     for test in document["results"]:
         for engine, results in engines.items():
             r = results[test]
             rates = f"{r['mean']:>10.2f} +/- {r['deviation']:<6.2f} {r['median']:>9.2f} {r['best']:>9.2f}"
-            lines.append(f"{test:<8} {engine:<10} {rates}")
+            lines.append(f"{test:<{width}} {engine:<10} {rates}")
     return lines
 
 

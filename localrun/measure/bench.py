@@ -1,9 +1,9 @@
 """How fast a model runs here: prompt and generation, the weights it reads, and how fast they could be read.
 
 Like llama-bench: ppN evaluates a prompt of N tokens, tgN evaluates N tokens one after the other, both from an empty
-context, without sampling. Engines take turns, repetition by repetition; none runs while another does. Between
-repetitions a kernel that only reads measures the same pages of the file's map with the same number of threads: what it
-reaches is the roof of generation, in cache or out of it.
+context, or from one of D tokens ("tgN @ dD"), without sampling. Engines take turns, repetition by repetition; none runs
+while another does. Between repetitions a kernel that only reads measures the same pages of the file's map with the same
+number of threads: what it reaches is the roof of generation, in cache or out of it.
 
 These rates are always those of one token a step. Where speculative decoding is on, it is measured beside them: the
 greedy reply to a short text, with drafts and without in turn.
@@ -43,35 +43,42 @@ Report = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure: tokens of prompt and of generation, 0 for leaving it out, and how often."""
+    """What to measure: tokens of prompt and of generation, 0 for leaving it out, and how often.
+
+    Attributes:
+        depths: tokens of context that are there before; all is measured from each.
+    """
 
     n_prompt: int = 512
     n_generate: int = 128
     repetitions: int = 3
+    depths: tuple[int, ...] = (0,)
 
     @property
     def ctx(self) -> int:
         """Tokens of context that it takes."""
-        return max(self.n_prompt, self.n_generate)
+        return max(self.depths) + max(self.n_prompt, self.n_generate)
 
     def check(self) -> None:
         """Raises LocalrunError on numbers that make no sense."""
-        for option, count, least in (("-p", self.n_prompt, 0), ("-n", self.n_generate, 0), ("-r", self.repetitions, 1)):
+        counts = [("-p", self.n_prompt, 0), ("-n", self.n_generate, 0), ("-r", self.repetitions, 1)]
+        for option, count, least in [*counts, *(("-d", depth, 0) for depth in self.depths)]:
             if count < least:
                 raise LocalrunError(f"{option} {count}; expected {least} or more")
-        if not self.ctx:
+        if not max(self.n_prompt, self.n_generate):
             raise LocalrunError("-p 0 and -n 0: there is nothing to do")
 
     def check_fits(self, config: Config) -> None:
         """Raises LocalrunError if the model was not made for so many tokens."""
-        limit = config.max_position_embeddings
+        limit, deepest = config.max_position_embeddings, max(self.depths)
         for option, count in (("-p", self.n_prompt), ("-n", self.n_generate)):
-            if count > limit:
-                raise LocalrunError(f"{option} {count}: this model's context is {limit} tokens")
+            if count and deepest + count > limit:
+                depth = f"-d {deepest} and " if deepest else ""
+                raise LocalrunError(f"{depth}{option} {count}: this model's context is {limit} tokens")
 
 
 class TimedEngine(Protocol):
-    """An engine that can be timed. Both calls start from an empty context and return when the last logits are there.
+    """An engine that can be timed. Calls return when the last logits are there.
 
     Attributes:
         description: how it runs, for the reader of its figures.
@@ -79,11 +86,14 @@ class TimedEngine(Protocol):
 
     description: dict[str, Any]
 
+    def hold(self, ids: Sequence[int]) -> None:
+        """Have a context of these tokens, whatever was there; what is there of them is not evaluated again."""
+
     def prompt(self, ids: Sequence[int]) -> None:
-        """Evaluate a prompt."""
+        """Evaluate a prompt behind what is held."""
 
     def generate(self, ids: Sequence[int]) -> list[float]:
-        """Evaluate the ids one by one; seconds of each."""
+        """Evaluate the ids one by one behind what is held; seconds of each."""
 
 
 class Native:
@@ -92,20 +102,30 @@ class Native:
     def __init__(self, engine: Engine) -> None:
         self.description = engine.describe()
         self._model, self._cache = engine.model, engine.new_cache()
+        self._held: list[int] = []
+
+    def hold(self, ids: Sequence[int]) -> None:
+        self._cache.truncate(_common(self._held, ids))
+        self._held = list(ids)
+        self.prompt(ids[self._cache.length :])
 
     def prompt(self, ids: Sequence[int]) -> None:
-        self._cache.truncate(0)
+        start = self._cache.length
         for n_tokens in self._model.chunks(len(ids)):
-            self._model.forward(ids[self._cache.length :][:n_tokens], self._cache)
+            self._model.forward(ids[self._cache.length - start :][:n_tokens], self._cache)
 
     def generate(self, ids: Sequence[int]) -> list[float]:
-        self._cache.truncate(0)
         seconds = []
         for token in ids:
             start = time.perf_counter()
             self._model.forward([token], self._cache)
             seconds.append(time.perf_counter() - start)
         return seconds
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    return next((i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]), min(len(a), len(b)))
 
 
 class Rates:
@@ -251,37 +271,57 @@ def _ratios(ours: dict[str, Any], theirs: dict[str, Any], figure: str) -> dict[s
     return {test: round(ours[test][figure] / theirs[test][figure], 3) for test in ours}
 
 
+@dataclass(frozen=True)
+class _Test:
+    """Tokens to evaluate behind a context, as a prompt or one by one."""
+
+    held: list[int]
+    ids: list[int]
+    one_by_one: bool
+
+    @property
+    def name(self) -> str:
+        """As llama-bench has it."""
+        behind = f" @ d{len(self.held)}" if self.held else ""
+        return f"{'tg' if self.one_by_one else 'pp'}{len(self.ids)}{behind}"
+
+    def time(self, runner: TimedEngine, rates: Rates) -> None:
+        runner.hold(self.held)
+        time.sleep(IDLE_S)
+        start = time.perf_counter()
+        steps = runner.generate(self.ids) if self.one_by_one else runner.prompt(self.ids)
+        seconds = time.perf_counter() - start
+        rates.add(len(self.ids), seconds, steps or [seconds])
+
+
 def _measure(
     runners: dict[str, TimedEngine], settings: Settings, n_vocab: int, roof: Roof, report: Report
 ) -> dict[str, dict[str, Rates]]:
     """Rates by runner and test."""
     random = np.random.default_rng(0)
-    prompt, reply = (random.integers(0, n_vocab, n).tolist() for n in (settings.n_prompt, settings.n_generate))
-    tests = {f"pp{len(prompt)}": prompt, f"tg{len(reply)}": reply}
-    rates = {name: {test: Rates() for test, ids in tests.items() if ids} for name in runners}
-    report(0, settings.repetitions + 1, "Warming up")
+    counts = (settings.n_prompt, settings.n_generate, max(settings.depths))
+    prompt, reply, held = (random.integers(0, n_vocab, n).tolist() for n in counts)
+    kinds = [(ids, one_by_one) for ids, one_by_one in ((prompt, False), (reply, True)) if ids]
+    tests = [[_Test(held[:depth], *kind) for kind in kinds] for depth in settings.depths]
+    rates = {name: {test.name: Rates() for each in tests for test in each} for name in runners}
+    total = len(tests) * settings.repetitions + 1
+    report(0, total, "Warming up")
     roof.bring_in()
     for runner in runners.values():
         time.sleep(IDLE_S)
+        runner.hold([])
         runner.prompt(prompt or reply[:WARM_UP_TOKENS])
+        runner.hold([])
         runner.generate((reply or prompt)[:WARM_UP_TOKENS])
-    for repetition in range(settings.repetitions):
-        report(repetition + 1, settings.repetitions + 1, "Measuring")
+    for done in range(total - 1):  # depth by depth, which is read once
+        report(done + 1, total, "Measuring")
         roof.measure()
-        for test in rates["localrun"]:
+        for test in tests[done // settings.repetitions]:
             for name, runner in runners.items():
-                time.sleep(IDLE_S)
-                _time(runner, test, tests[test], rates[name][test])
+                test.time(runner, rates[name][test.name])
     time.sleep(IDLE_S)
     roof.measure()
     return rates
-
-
-def _time(runner: TimedEngine, test: str, ids: list[int], rates: Rates) -> None:
-    start = time.perf_counter()
-    steps = runner.generate(ids) if test.startswith("tg") else runner.prompt(ids)
-    seconds = time.perf_counter() - start
-    rates.add(len(ids), seconds, steps or [seconds])
 
 
 def _reading(engine: Engine, results: dict[str, dict[str, Any]], roof: Roof) -> dict[str, Any]:
@@ -290,7 +330,7 @@ def _reading(engine: Engine, results: dict[str, dict[str, Any]], roof: Roof) -> 
     n_bytes, bandwidth = weight_bytes_per_token(engine.file, engine.config), roof.summary()
     document = {"weight_bytes_per_token": n_bytes, "read_bytes_per_s": bandwidth}
     for test, result in results.items():
-        if test.startswith("tg") and engine.device == CPU:  # else most of them are not read from RAM
+        if test.startswith("tg") and "@" not in test and engine.device == CPU:  # else not most of what is read from RAM
             document["weight_bytes_per_s"] = round(n_bytes * result["median"])
             document["fraction_of_read"] = round(n_bytes * result["median"] / bandwidth["median"], 3)
     return document

@@ -42,7 +42,9 @@ class TimedLlamaCpp:
         if not self._contexts:
             self.close()
             raise LocalrunError(f"{file.path}: llama.cpp cannot make a context: {llama_log.last_error()}")
+        self._held: list[int] = []
         self._for_prompt, self._for_reply = self._choose()
+        self.hold([])
         self.description: dict[str, Any] = {
             "weights": "repacked where it can" if repacks else "as mapped",
             "flash_attention": {"prompt": self._for_prompt, "generation": self._for_reply},
@@ -66,24 +68,39 @@ class TimedLlamaCpp:
         for _ in range(_TRIALS):
             for flash in self._contexts:
                 self._for_prompt = self._for_reply = flash
+                self.hold([])
                 start = time.perf_counter()
                 self.prompt([1] * _TRIAL_PROMPT)
                 prompt_s[flash] = min(prompt_s[flash], time.perf_counter() - start)
+                self.hold([])
                 reply_s[flash] = min(reply_s[flash], *self.generate([1] * _TRIAL_REPLY))
         return min(prompt_s, key=prompt_s.__getitem__), min(reply_s, key=reply_s.__getitem__)
 
+    def hold(self, ids: Sequence[int]) -> None:
+        """Have a context of these tokens, where prompts and where replies are evaluated."""
+        contexts = [self._contexts[flash] for flash in {self._for_prompt, self._for_reply}]
+        same = list(ids) == self._held
+        for context in contexts:
+            memory = self._lib.llama_get_memory(context)
+            if not (same and self._lib.llama_memory_seq_rm(memory, 0, len(ids), -1)):
+                self._lib.llama_memory_clear(memory, True)
+                self._read(context, ids, 0)
+        self._held = list(ids)
+
     def prompt(self, ids: Sequence[int]) -> None:
-        """Evaluate a prompt from an empty context, with the logits of its last token."""
-        context = self._emptied(self._for_prompt)
+        """Evaluate a prompt behind what is held, with the logits of its last token."""
+        self._read(self._contexts[self._for_prompt], ids, len(self._held))
+
+    def _read(self, context: Any, ids: Sequence[int], position: int) -> None:
         for start in range(0, len(ids), N_BATCH):
             chunk = ids[start : start + N_BATCH]
-            self._evaluate(context, _in_a_row(chunk, start), start + len(chunk) == len(ids))
+            self._evaluate(context, _in_a_row(chunk, position + start), start + len(chunk) == len(ids))
 
     def generate(self, ids: Sequence[int]) -> list[float]:
-        """Evaluate the ids one by one from an empty context; seconds of each."""
-        context = self._emptied(self._for_reply)
+        """Evaluate the ids one by one behind what is held; seconds of each."""
+        context = self._contexts[self._for_reply]
         seconds = []
-        for position, token in enumerate(ids):
+        for position, token in enumerate(ids, len(self._held)):
             start = time.perf_counter()
             self._evaluate(context, [(token, position, 0)], True)
             seconds.append(time.perf_counter() - start)
@@ -91,7 +108,8 @@ class TimedLlamaCpp:
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> None:
         """Have sequences 0, 1 and so on hold these prompts, each of at most N_BATCH tokens, and nothing else."""
-        context = self._emptied(self._for_reply)
+        context = self._contexts[self._for_reply]
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(context), True)
         for sequence, ids in enumerate(prompts):
             self._evaluate(context, _in_a_row(ids, 0, sequence), False)
 
@@ -105,11 +123,6 @@ class TimedLlamaCpp:
     def cut(self, length: int) -> None:
         """Have all sequences forget their tokens from `length` on."""
         self._lib.llama_memory_seq_rm(self._lib.llama_get_memory(self._contexts[self._for_reply]), -1, length, -1)
-
-    def _emptied(self, flash: bool) -> Any:
-        context = self._contexts[flash]
-        self._lib.llama_memory_clear(self._lib.llama_get_memory(context), True)
-        return context
 
     def _evaluate(
         self, context: Any, tokens: Sequence[tuple[int, int, int]], wants_logits: bool, n_logits: int = 1

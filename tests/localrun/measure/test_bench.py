@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import llama_cpp
 import pytest
 import tiny_models
 from paths import SCRIPTS
@@ -71,6 +72,9 @@ class Fake:
         self.log.append((self.name, start, time.perf_counter()))
         return time.perf_counter() - start
 
+    def hold(self, ids: Sequence[int]) -> None:
+        pass
+
     def prompt(self, ids: Sequence[int]) -> None:
         self._work(len(ids) * self.token_s)
 
@@ -129,6 +133,29 @@ def test_one_kind_only(engine: Any) -> None:
     assert set(document["results"]) == {"tg3"} and document["results"]["tg3"]["deviation"] == 0
 
 
+def test_behind_contexts_that_are_read_once(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[tuple[int, int]] = []  # tokens before, and tokens of each evaluation
+    forward = engine.model.forward
+    monkeypatch.setattr(
+        engine.model,
+        "forward",
+        lambda ids, cache: (steps.append((cache.length, len(ids))), forward(ids, cache))[1],
+    )
+    monkeypatch.setattr(engine, "speculative", "off")
+    document = bench.run(engine, bench.Settings(20, 2, 2, depths=(0, 12, 30)))
+    assert list(document["results"]) == ["pp20", "tg2", "pp20 @ d12", "tg2 @ d12", "pp20 @ d30", "tg2 @ d30"]
+    warm_up = [(0, 20), (0, 1), (1, 1)]
+    assert steps == [
+        *warm_up,
+        *[(0, 20), (0, 1), (1, 1)] * 2,
+        *[(0, 12), *[(12, 20), (12, 1), (13, 1)] * 2],
+        *[(12, 18), *[(30, 20), (30, 1), (31, 1)] * 2],
+    ]
+    assert document["weight_bytes_per_s"] == pytest.approx(
+        document["weight_bytes_per_token"] * document["results"]["tg2"]["median"], rel=1e-3
+    )
+
+
 def test_the_map_is_read_in_whole(engine: Any) -> None:
     """Every tensor lies in the one run of the file, which holds little else."""
     tensors, runs = engine.file.tensors.values(), bench._runs(engine.file)
@@ -140,6 +167,15 @@ def test_the_map_is_read_in_whole(engine: Any) -> None:
     assert sum(size for _, size in runs) <= sum(tensor.n_bytes for tensor in tensors) + padding
 
 
+def _used(runner: TimedLlamaCpp) -> list[Any]:
+    return [runner._contexts[flash] for flash in {runner._for_prompt, runner._for_reply}]
+
+
+def _length(context: Any) -> int:
+    """Tokens of the first sequence."""
+    return llama_cpp.llama_memory_seq_pos_max(llama_cpp.llama_get_memory(context), 0) + 1
+
+
 @pytest.mark.serial
 @pytest.mark.parametrize("variant", ["v3", "llama"])
 def test_llama_cpp_runs_the_same_file(variant: str) -> None:
@@ -147,9 +183,15 @@ def test_llama_cpp_runs_the_same_file(variant: str) -> None:
     with open_gguf(path) as file:
         runner = TimedLlamaCpp(file, 2, 40)
         runner.prompt([1, 2, 3] * 13)
+        runner.hold([])
         seconds = runner.generate([1, 2, 3, 4, 5])
         assert len(seconds) == 5 and min(seconds) > 0
         assert set(runner.description["flash_attention"]) == {"prompt", "generation"}
+        for held in ([4] * 5, [4] * 5, [5] * 9):
+            runner.hold(held)
+            assert {_length(context) for context in _used(runner)} == {len(held)}
+            runner.prompt([1, 2, 3])
+            assert _length(runner._contexts[runner._for_prompt]) == len(held) + 3
         time.sleep(bench.IDLE_S)
         before = time.process_time()
         time.sleep(0.2)
@@ -207,6 +249,9 @@ REFUSALS = {
     "no repetitions": (["-r", "0"], "-r 0; expected 1 or more"),
     "longer than the model's context": (["-p", "1025"], "-p 1025: this model's context is 1024 tokens"),
     "generation too": (["-n", "1025"], "-n 1025: this model's context is 1024 tokens"),
+    "depth of no number": (["-d", "0,x"], "-d 0,x: expected numbers of tokens with commas between"),
+    "negative depth": (["-d", "5,-1"], "-d -1; expected 0 or more"),
+    "depth beyond the context": (["-d", "0,600"], "-d 600 and -p 512: this model's context is 1024 tokens"),
     "no threads": (["-t", "0"], "threads is 0"),
     "much longer": (["-n", "99999999999"], "-n 99999999999: this model's context is 1024 tokens"),
 }
