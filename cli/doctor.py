@@ -1,4 +1,7 @@
-"""localrun doctor: what this machine has, what it measures, and what to do where something is amiss."""
+"""localrun doctor: what this machine has, what it measures, and what to do where something is amiss.
+
+With --gpu: whether the card computes what the CPU does, and how fast.
+"""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +9,8 @@ from typing import Annotated
 import typer
 
 from cli import options
-from cli.output import print_json, printable, show
+from cli.interrupt import raising
+from cli.output import end_line, note, print_json, printable, show, show_again, terminal_size
 from localrun.errors import LocalrunError
 from localrun.files import user_path
 
@@ -18,13 +22,34 @@ def doctor(
         str | None,
         typer.Argument(
             metavar="PATH",
-            help="A model file, or a folder of them, whose disk to measure; the bundled model's if not given.",
+            help="A model file, or a folder of them, whose disk to measure; the bundled model's if not given. With "
+            "--gpu: the model.",
             show_default=False,
         ),
     ] = None,
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="Have the GPU prove itself with a model; takes a minute or two.")
+    ] = False,
+    report: Annotated[
+        str | None,
+        typer.Option(
+            "--report",
+            metavar="FILE",
+            help="With --gpu: write all figures, with nothing private, for a report of a problem.",
+            show_default=False,
+        ),
+    ] = None,
+    threads: options.Threads = None,
+    ctx: options.Ctx = None,
     as_json: options.Json = False,
 ) -> None:
     """Look at this machine: processor, memory, GPU, disk. Takes some seconds."""
+    if gpu:
+        _prove(path, report, threads, ctx, as_json)
+        return
+    for name, value in (("--report", report), ("--threads", threads), ("--ctx", ctx)):
+        if value is not None:
+            raise LocalrunError(f"{name} is for doctor --gpu")
     from localrun.measure.doctor import examine
 
     findings = examine(_path(path))
@@ -50,3 +75,42 @@ def _path(path: str | None) -> Path | None:
         return model_path(None)
     except LocalrunError:
         return None
+
+
+def _prove(model: str | None, report: str | None, threads: int | None, ctx: int | None, as_json: bool) -> None:
+    """The card's verdict: as lines, or one JSON document. Exits with 1 if it failed."""
+    import sys
+
+    from localrun.bundled import model_path
+    from localrun.files import check_place
+    from localrun.gpu.proof import prove, verdict
+    from localrun.gpu.proof.report import lines
+    from localrun.workers import n_workers
+
+    place = None if report is None else user_path(report)
+    if place is not None:
+        check_place(place)
+    width = terminal_size()[0] - 1 if sys.stderr.isatty() else 0
+
+    def doing(what: str) -> None:
+        if width:
+            show_again(what, width)
+
+    def say(line: str) -> None:
+        if width:
+            end_line(width)
+        note(line)
+
+    with raising():
+        found = prove.examine(model_path(model), n_workers(threads), ctx, say, doing)
+    if width:
+        end_line(width)
+    if place is not None:
+        verdict.write(place, found.document())
+    if as_json:
+        print_json(found.document())
+    else:
+        for status, what, text in lines(found):
+            show(f"{status:<8} {what:<{_WIDTH + 4}} {text}")
+    if found.refusal:
+        raise typer.Exit(1)

@@ -54,6 +54,7 @@ def open_model(
             expert_usage=options.expert_usage,
             cache_bits=int(options.cache_bits.value),
             repack=options.repack,
+            unproven=options.unproven,
             dense_attention=options.dense_attention,
             speculative=options.speculative,
             draft=draft_path,

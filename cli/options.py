@@ -82,6 +82,9 @@ Repack = Annotated[
     bool,
     typer.Option("--repack", help="Lay experts out anew in free RAM at load: slower to start, faster to reply."),
 ]
+Unproven = Annotated[
+    bool, typer.Option("--unproven", help="With --device cuda: use a card that has not proven itself, or failed to.")
+]
 DenseAttention = Annotated[
     bool, typer.Option("--dense-attention", help="Attend to all tokens where an indexer would choose some.")
 ]
@@ -213,6 +216,7 @@ class LoadOptions:
     expert_usage: ExpertUsage = None
     cache_bits: CacheBitsChoice = CacheBits.sixteen
     repack: Repack = False
+    unproven: Unproven = False
     dense_attention: DenseAttention = False
     threads: Threads = None
     ctx: Ctx = None

@@ -21,6 +21,7 @@ from localrun.generate.speculative import Speculation, check_setting
 from localrun.generate.together import evaluate_each
 from localrun.gguf.file import GGUFFile, open_gguf
 from localrun.gguf.types import interleaved
+from localrun.gpu.proof.prove import Proof, task_of
 from localrun.limits import cut
 from localrun.models.config import Config
 from localrun.models.reader import context_length, read_config
@@ -52,6 +53,7 @@ def load(
     cache_bits: int = 16,
     expert_usage: str | os.PathLike[str] | None = None,
     repack: bool = False,
+    unproven: bool = False,
     dense_attention: bool = False,
     speculative: str | int = "auto",
     draft: str | os.PathLike[str] | None = None,
@@ -64,8 +66,9 @@ def load(
 
     Args:
         path: the file, or the first part of a split one; or the name of a bundled model: miniature, smollm2.
-        device: "cuda": all but routed experts on the GPU, and of these as many as fit; "cpu"; or "auto", which is
-            "cpu" as long as the GPU half has not been measured on a card (docs/gpu.md).
+        device: "cuda": all but routed experts on the GPU, and of these as many as fit; "cpu"; or "auto": "cuda" where
+            the card has proven itself with this model and is faster than the CPU. A card that has no verdict yet
+            proves itself now, which takes a minute or two, with a notice for each part (docs/gpu.md).
         threads: worker threads, at most 512; None for one a physical core.
         ctx: tokens that a session can hold; None for DEFAULT_CTX, or the model's own length if that is less.
         backend: "native", "llama.cpp", or "auto": native where it can, else llama.cpp with a notice.
@@ -74,6 +77,7 @@ def load(
         expert_usage: an importance matrix (localrun imatrix): the experts that its text used most go to the GPU first.
         cache_bits: of the values that the GPU keeps of each token: 16, or 8, which changes the text a little.
         repack: lay the rows of routed experts out anew in RAM as far as it is free, which makes replies faster.
+        unproven: with device "cuda": use the card without its proof, or in spite of it.
         dense_attention: attend to all tokens where the model would choose some of them by an indexer: for comparison,
             as the model was not trained so, and long contexts take longer.
         speculative: how many drafts of the next tokens a step verifies: "off", 1 to 4, or "auto" for as many as make
@@ -94,7 +98,7 @@ def load(
         LocalrunError: anything the user can mend: no such file, a broken one, too large a context, a wrong option.
     """
     given, draft = _model_path("path", path), None if draft is None else _model_path("draft", draft)
-    where = DeviceRequest(device, vram, gpu_experts, cache_bits, expert_usage, repack)
+    where = DeviceRequest(device, vram, gpu_experts, cache_bits, expert_usage, repack, unproven)
     dense_attention = flag("dense_attention", dense_attention)
     if not isinstance(backend, str) or backend not in ("auto", "native", "llama.cpp"):
         refuse("backend", backend, "auto, native or llama.cpp")
@@ -258,7 +262,9 @@ class Engine:
             if where.asks_for_gpu:
                 notice("llama.cpp runs this model, on the CPU: options for the GPU have no effect")
             return None
-        placement = choose(where, self.file, config, self.ctx, own_drafts, notice)
+        self._proof = None if where.unproven else self._new_proof(config, where, notice)
+        proof = (self._proof,) if self._proof else ()
+        placement = choose(where, self.file, config, self.ctx, own_drafts, notice, *proof)
         needed, free = placement.n_bytes(RAM, "KV cache"), hardware.free_ram()
         if needed > free:
             in_windows = config.kv_bytes(self.ctx) - self.ctx * config.kv_bytes_per_token
@@ -268,6 +274,10 @@ class Engine:
                 f"free; -c {most} would fit"
             )
         return placement
+
+    def _new_proof(self, config: Config, where: DeviceRequest, notice: Notice) -> Proof:
+        task = task_of(self.file.path, self.threads, self.ctx, where)
+        return Proof(self.file, config, task, where, notice)
 
     def _native_model(
         self, config: Config, placement: Placement, repack: bool, progress: Progress | None, notice: Notice

@@ -56,7 +56,7 @@ MAY_IMPORT = {
         "placement": "arguments errors hardware limits gguf models",
         "network": "errors limits models",
         "cpu": "hardware limits gguf models network",
-        "gpu": "errors limits gguf models placement network cpu",
+        "gpu": "errors files hardware limits gguf models placement network cpu",
         "backends": "errors limits gguf",
         "text": "arguments errors files gguf backends",
         "runtime": "gguf text turn",

@@ -14,6 +14,7 @@ module, too), which takes the GIL and frees its argument at the first call, so t
 import ctypes
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from weakref import WeakSet
@@ -23,6 +24,7 @@ import torch
 from localrun.errors import LocalrunError
 
 _WARM_UPS = 2  # of a step before it is captured: kernels are compiled and libraries make their work memory
+_CYCLES = 1.5e9  # a second, of a card's clock, about
 _FAILURES = ("CUDA error", "CUDA driver error", "Triton Error [CUDA]")  # how torch's and Triton's messages begin
 
 
@@ -58,6 +60,21 @@ class StandIn:
 
     def synchronize(self) -> None:
         """Wait for all that has been queued."""
+
+    def free_bytes(self) -> int:
+        """Of its memory, as the driver says: more than anybody needs."""
+        return 1 << 40
+
+    def release(self) -> None:
+        """Give memory that no tensor uses back to the driver."""
+
+    def spin(self, seconds: float) -> None:
+        """Be busy for about so long."""
+        time.sleep(seconds)
+
+    def sleep(self, seconds: float) -> None:
+        """Have the thread that calls host nodes sleep for so long."""
+        time.sleep(seconds)
 
     @contextmanager
     def errors(self) -> Iterator[None]:
@@ -147,6 +164,24 @@ class Cuda:
         """Wait, asleep, for all that the current stream has; branches that were joined are part of it."""
         self.mark()()
 
+    def free_bytes(self) -> int:
+        """Of its memory, as the driver says, whoever uses the rest."""
+        with self.errors():
+            return torch.cuda.mem_get_info(self.torch)[0]
+
+    def release(self) -> None:
+        """Give memory that no tensor uses back to the driver."""
+        with self.errors():
+            torch.cuda.empty_cache()
+
+    def spin(self, seconds: float) -> None:
+        """Queue a kernel that takes about so long, on the current stream."""
+        torch.cuda._sleep(int(seconds * _CYCLES))
+
+    def sleep(self, seconds: float) -> None:
+        """Queue a host node that sleeps for so long, on the current stream."""
+        self.call(sleep_node(), int(seconds * 1e6))
+
     @contextmanager
     def errors(self) -> Iterator[None]:
         """Within, the GPU is the current one, for Triton as well, and its failures are a LocalrunError of one line.
@@ -187,6 +222,11 @@ def load_driver() -> ctypes.CDLL:
     driver.cuLaunchHostFunc.argtypes = [ctypes.c_void_p] * 3  # stream, function, its argument
     driver.cuLaunchHostFunc.restype = ctypes.c_int
     return driver
+
+
+def sleep_node() -> int:
+    """Address of the C library's usleep, which takes its microseconds as a host node does its argument."""
+    return ctypes.cast(ctypes.CDLL(None).usleep, ctypes.c_void_p).value or 0
 
 
 def _sentence(error: Exception) -> str:

@@ -16,12 +16,12 @@ from localrun.models.config import Config
 from localrun.models.expert_counts import read_usage
 from localrun.placement import available
 from localrun.placement.context_fit import refusal
-from localrun.placement.placement import VRAM, Placement, Request, lay_out, runs_on_gpu, why_not_on_gpu
+from localrun.placement.placement import VRAM, Placement, Request, lay_out, why_not_on_gpu
 
 Notice = Callable[[str], None]
+# Why the card is not to be used, "" if it is; with False None where only trying it would tell, with True it is tried.
+Proof = Callable[[bool], str | None]
 
-# Whether the GPU half has been run and measured on a card. Until then "auto" stays on the CPU.
-_MEASURED = False
 _ON_CPU = "interleaved rows run on the CPU only"
 _MOST_DIGITS = 20  # of a number of experts; Python reads 4,300
 _OPTIONS = "--vram, --gpu-experts, --expert-usage and --cache-bits"
@@ -35,6 +35,7 @@ class DeviceRequest:
         vram: GiB of the card's memory that may be used; None for all that is free.
         expert_usage: an importance matrix, whose counts say which experts go to the GPU first.
         repack: whether experts are to be interleaved at load.
+        unproven: whether a card is used that has not proven itself, or failed.
     """
 
     device: str = "auto"
@@ -43,6 +44,7 @@ class DeviceRequest:
     cache_bits: int = 16
     expert_usage: str | os.PathLike[str] | None = None
     repack: bool = False
+    unproven: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.device, str) or self.device not in ("auto", "cpu", "cuda"):
@@ -56,6 +58,8 @@ class DeviceRequest:
         if self.expert_usage is not None:
             path_text("expert_usage", self.expert_usage)
         flag("repack", self.repack)
+        if flag("unproven", self.unproven) and self.device != "cuda":
+            raise LocalrunError("--unproven uses a card that has not proven itself: it is for --device cuda")
         if self.device == "cuda" and self.repack:
             raise LocalrunError(f"--repack with device 'cuda': {_ON_CPU}")
         if self.device == "cpu" and self.asks_for_gpu:
@@ -73,12 +77,21 @@ class DeviceRequest:
         return (self.vram, self.gpu_experts, self.cache_bits, self.expert_usage) != (None, "auto", 16, None)
 
 
-def choose(where: DeviceRequest, file: GGUFFile, config: Config, ctx: int, drafts: bool, notice: Notice) -> Placement:
+def choose(
+    where: DeviceRequest,
+    file: GGUFFile,
+    config: Config,
+    ctx: int,
+    drafts: bool,
+    notice: Notice,
+    proof: Proof = lambda may_try: "",
+) -> Placement:
     """Where the model's parts go: on the GPU and in RAM if there is one that takes them, else all in RAM.
 
     Args:
         drafts: whether the model's layer for multi-token prediction, if it has one, will be used.
         notice: told why the GPU is left out, where the user may wonder.
+        proof: of the card; asked only where there is one that could run the model, and tried only where it has room.
 
     Raises:
         LocalrunError: the GPU was asked for and cannot be used, or has too little memory; says what would fit. Or the
@@ -89,20 +102,20 @@ def choose(where: DeviceRequest, file: GGUFFile, config: Config, ctx: int, draft
     on_cpu = Request(tuple(file.tensors.values()), config, ctx, hardware.free_ram(), mtp=drafts)
     if where.device == "cpu":
         return lay_out(on_cpu)
-    if where.device == "auto" and not _MEASURED:
-        _leave_out(where, config, notice)
-        return lay_out(on_cpu)
-    on_cpu_only = file.is_interleaved or where.repack
-    free, reason, is_news = (0, _ON_CPU, True) if on_cpu_only else _free_vram(config)
+    if file.is_interleaved or where.repack:
+        free, reason, is_news = 0, _ON_CPU, bool(available.card())
+    else:
+        free, reason, is_news = _free_vram(config, proof)
     if not reason:
         request = replace(on_cpu, vram=free, vram_free=free, gpu_experts=where.n_experts, cache_bits=where.cache_bits)
         request = replace(request, usage=usage)
         if where.vram is not None:
             request = replace(request, vram=min(free, int(where.vram * 2**30)))
         placement = lay_out(request)
-        if VRAM not in placement.short:  # RAM may be: mapped weights then come from the disk, on the CPU as well
+        # RAM may be short: mapped weights then come from the disk, on the CPU as well.
+        reason, is_news = refusal(request) if VRAM in placement.short else proof(True) or "", True
+        if not reason:
             return placement
-        reason, is_news = refusal(request), True
     if where.device == "cuda":
         raise LocalrunError(f"device 'cuda': {reason}")
     if is_news or where.asks_for_gpu:
@@ -116,18 +129,15 @@ def _usage(path: str | os.PathLike[str], file: GGUFFile, config: Config) -> dict
     return read_usage(path, layers, config.n_routed_experts)
 
 
-def _leave_out(where: DeviceRequest, config: Config, notice: Notice) -> None:
-    """Say how to try the GPU if there is one, or if there are options for it."""
-    if card := available.card() if runs_on_gpu(config) else "":
-        notice(f"{card} is not used: this version has never run on a GPU; computing on the CPU, --device cuda tries it")
-    elif where.asks_for_gpu:
-        notice(f"{_OPTIONS} have no effect without --device cuda; computing on the CPU")
+def _free_vram(config: Config, proof: Proof) -> tuple[int, str, bool]:
+    """Bytes of VRAM that are free; else why the GPU is not used, and whether that may surprise.
 
-
-def _free_vram(config: Config) -> tuple[int, str, bool]:
-    """Bytes of VRAM that are free; else why the GPU is not used, and whether that may surprise."""
+    What is known of a card comes before it is looked at closely, which takes the import of torch.
+    """
     if reason := why_not_on_gpu(config):
         return 0, reason, False
+    if available.card() and (reason := proof(False)):
+        return 0, reason, True
     found = available.find()
     if isinstance(found, available.NoGpu):
         return 0, found.reason, found.has_card

@@ -27,7 +27,8 @@ HEAVY = ("torch", "numba", "llvmlite", "llama_cpp", "gguf", "numpy", "jinja2", "
 
 SAMPLING = ["--temp", "--top-k", "--top-p", "--min-p", "--repeat-penalty"]
 SAMPLING += ["--presence-penalty", "--frequency-penalty", "--seed"]
-DEVICE = ["--device", "--vram", "--gpu-experts", "--expert-usage", "--cache-bits", "--repack", "--dense-attention"]
+DEVICE = ["--device", "--vram", "--gpu-experts", "--expert-usage", "--cache-bits", "--repack"]
+DEVICE += ["--unproven", "--dense-attention"]
 RUNTIME = [*DEVICE, "-t", "--threads", "-c", "--ctx", "--backend"]
 TEMPLATE = ["--think", "--template-var", "--chat-template", "--show-thinking"]
 DRAFTS = ["--speculative", "--draft"]
@@ -51,7 +52,7 @@ OPTIONS = {
         *["-p", "--n-prompt", "-n", "--n-tokens", "-r", "--repetitions", *DEVICE, "-t", "--threads", *DRAFTS],
         *["--against", "--json", "-v", "--verbose"],
     ],
-    "doctor": ["--json"],
+    "doctor": ["--gpu", "--report", "-t", "--threads", "-c", "--ctx", "--json"],
     "inspect": ["--verify", "--mix", "--json"],
     "convert": [
         *["--type", "--tensor-type", "--mix", "--no-mtp", "--imatrix", "--pre", "--resume", "--force", "--dry-run"],

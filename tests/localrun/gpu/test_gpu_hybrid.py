@@ -234,7 +234,7 @@ def test_exact_caches(gpu: None) -> None:
         # Attention's products have 16 bits for prompts on a GPU unless the cache is exact, as it is here.
         assert error(found, exact_logits(native, ids)) < EXACT_TOLERANCE
     path = tiny_models.shared(V3)
-    with localrun.load(path, device="cuda", gpu_experts=0, ctx=CTX, threads=2) as on_gpu:
+    with localrun.load(path, device="cuda", unproven=True, gpu_experts=0, ctx=CTX, threads=2) as on_gpu:
         assert on_gpu.device == "cuda"
         with localrun.load(path, device="cpu", ctx=CTX, threads=2) as on_cpu:
             assert error(on_gpu.logits(ids), on_cpu.logits(ids)) < EXACT_TOLERANCE
@@ -436,7 +436,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def load(shape: Deepseek2 = V3, device: str = "cuda", **options: object) -> localrun.Engine:
     if device == "cuda":
-        options = {"gpu_experts": 0} | options
+        options = {"gpu_experts": 0, "unproven": True} | options
     return localrun.load(tiny_models.shared(shape), device=device, ctx=CTX, threads=2, **options)
 
 

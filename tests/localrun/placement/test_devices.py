@@ -15,6 +15,7 @@ import pytest
 import tiny_models
 
 import localrun
+import localrun.engine
 from cli.main import run
 from localrun.cpu.model import NativeModel
 from localrun.errors import LocalrunError
@@ -31,10 +32,8 @@ CARD = Gpu("Acme 5000", (8, 9), 24 * GIB, 20 * GIB, "570.86", "12.8")
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A card, a GPU half that counts as measured, and a hybrid model that computes on the CPU and remembers its
-    placement.
-    """
-    monkeypatch.setattr(devices, "_MEASURED", True)
+    """A card that has proven itself, and a hybrid model that computes on the CPU and remembers its placement."""
+    monkeypatch.setattr(localrun.engine, "Proof", lambda *arguments: lambda may_try: "")
     hybrid = ModuleType("localrun.gpu.hybrid")
     hybrid.__spec__ = importlib.machinery.ModuleSpec(hybrid.__name__, None)
 
@@ -51,13 +50,20 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def with_card(monkeypatch: pytest.MonkeyPatch, found: Gpu | NoGpu) -> None:
     monkeypatch.setattr(available, "find", lambda: found)
+    monkeypatch.setattr(available, "card", lambda: "" if isinstance(found, NoGpu) else found.name)
 
 
-def chosen(variant: str = "v3-nextn", ctx: int = 64, drafts: bool = False, **where: Any) -> tuple[Placement, list[str]]:
+def chosen(
+    variant: str = "v3-nextn",
+    ctx: int = 64,
+    drafts: bool = False,
+    proof: devices.Proof = lambda may_try: "",
+    **where: Any,
+) -> tuple[Placement, list[str]]:
     """The placement and the notices."""
     notices: list[str] = []
     with open_gguf(tiny_models.shared(variant)) as file:
-        return choose(DeviceRequest(**where), file, read_config(file), ctx, drafts, notices.append), notices
+        return choose(DeviceRequest(**where), file, read_config(file), ctx, drafts, notices.append, proof), notices
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])
@@ -120,26 +126,29 @@ def test_a_model_without_experts_runs_on_the_cpu(gpu: ModuleType, monkeypatch: p
         chosen("llama", device="cuda")
 
 
-@pytest.mark.parametrize(
-    ("card", "variant", "options", "told"),
-    [
-        ("Acme 5000", "v3", {}, ["Acme 5000 is not used: this version has never run on a GPU; computing on the CPU, "
-                                 "--device cuda tries it"]),
-        ("", "v3", {}, []),
-        ("", "v3", {"vram": 8}, ["--vram, --gpu-experts, --expert-usage and --cache-bits have no effect without "
-                                 "--device cuda; computing on the CPU"]),
-        ("Acme 5000", "llama", {}, []),
-    ],
-)  # fmt: skip
-def test_what_has_not_been_measured_is_not_chosen(
-    card: str, variant: str, options: dict[str, Any], told: list[str], gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(devices, "_MEASURED", False)
-    monkeypatch.setattr(available, "card", lambda: card)
-    placement, notices = chosen(variant, **options)
-    assert placement.device == "cpu" and notices == told
-    if variant == "v3":
-        assert chosen(variant, device="cuda", **options)[0].device == "cuda"
+@pytest.mark.parametrize(("known", "tried"), [("it is slower", None), (None, "it failed"), (None, ""), ("", "")])
+def test_the_proof_decides(known: str | None, tried: str | None, gpu: ModuleType) -> None:
+    """What is known is asked for first; where nothing is, the card is tried, if the model fits on it."""
+    asked: list[bool] = []
+
+    def proof(may_try: bool) -> str | None:
+        asked.append(may_try)
+        return tried if may_try else known
+
+    placement, notices = chosen(proof=proof)
+    reason = known or tried
+    assert placement.device == ("cpu" if reason else "cuda")
+    assert notices == ([f"{reason}; computing on the CPU"] if reason else [])
+    assert asked == ([False] if known else [False, True])
+    if reason:
+        with pytest.raises(LocalrunError, match=f"^device 'cuda': {reason}$"):
+            chosen(device="cuda", proof=proof)
+
+
+@pytest.mark.parametrize(("variant", "where"), [("v3", {"vram": 0.1}), ("llama", {}), ("v3", {"device": "cpu"})])
+def test_a_card_is_not_tried_in_vain(variant: str, where: dict[str, Any], gpu: ModuleType) -> None:
+    placement, _ = chosen(variant, proof=lambda may_try: pytest.fail("tried") if may_try else None, **where)
+    assert placement.device == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -152,6 +161,7 @@ def test_what_has_not_been_measured_is_not_chosen(
         ({"gpu_experts": "many"}, "gpu_experts is 'many'; expected auto, or 0 or more experts of each layer"),
         ({"gpu_experts": -1}, "gpu_experts is -1"),
         ({"cache_bits": 4}, "cache_bits is 4; expected 16 or 8"),
+        ({"unproven": True}, "--unproven uses a card that has not proven itself: it is for --device cuda"),
         ({"device": "cpu", "vram": 8}, "leave them out with --device cpu"),
         ({"device": "cpu", "gpu_experts": "0"}, "leave them out with --device cpu"),
         ({"device": "cpu", "cache_bits": 8}, "leave them out with --device cpu"),

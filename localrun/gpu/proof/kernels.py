@@ -1,0 +1,377 @@
+"""Every kernel that the model needs, at its own shapes and formats, on blocks of its file, against the CPU.
+
+The CPU's kernels expand rows to float32, and products are summed in float64: that is what is right. How far a kernel
+may be from it follows from its arithmetic, entry by entry (Higham, Accuracy and Stability of Numerical Algorithms,
+3.1).
+With S the sum of |w| |x| over a row, in which each weight counts as the largest of its 32 (a block's scale and minimum
+are rounded by themselves, however small what is left of them):
+
+- few tokens, float32: each of 64 lanes adds up n / 64 products, then their sums: (n / 64 + 32) 2^-24 S;
+- many tokens, float16 operands on tensor cores, which may cut sums off after eight products: (2^-10 + n / 8 2^-23) S,
+  and 2^-25 of each activation for weights below float16's normal range;
+- rows that are only expanded: 2^-21 of the largest of their 32; in float16 2^-11 besides.
+
+Letters: T tokens, G groups, R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from localrun.gpu import experts as vram
+from localrun.gpu.attention import attend, heads_together, pieces_for
+from localrun.gpu.cache import new_cache
+from localrun.gpu.grouped import attend_grouped, attention_on
+from localrun.gpu.proof.subject import Subject
+from localrun.gpu.proof.task import Findings
+from localrun.gpu.weights import DeviceWeights
+from localrun.models.tensors import GGUFTensors
+from localrun.network import moe
+from localrun.network.model import Network
+from quant.matrix import QuantMatrix
+from quant.ops import linear
+from quant.threads.pool import Pool
+
+_HALF, _SINGLE = 2.0**-11, 2.0**-24  # what rounding to float16 and to float32 changes of a value, at most
+
+
+def few_bound(n_cols: int) -> float:
+    """Of S, of a product of few tokens."""
+    return (n_cols / 64 + 32) * _SINGLE
+
+
+def many_bound(n_cols: int) -> float:
+    """Of S, of a product of many tokens."""
+    return 2 * _HALF + n_cols / 8 * 2 * _SINGLE
+
+
+@dataclass(frozen=True)
+class Use:
+    """A module of the network, and the matrix in the file that it is of."""
+
+    kind: str
+    name: str
+    weight: QuantMatrix
+    module: Any
+
+    @property
+    def shape(self) -> str:
+        groups = f"{self.weight.n_groups} of " if self.weight.n_groups > 1 else ""
+        return f"{self.weight.format.name}, {groups}{self.weight.n_rows} by {self.weight.n_cols}"
+
+
+class NotedWeights(DeviceWeights):
+    """Notes what the network asks for."""
+
+    def __init__(self, *arguments: Any):
+        self.uses: list[Use] = []
+        super().__init__(*arguments)
+
+    def linear(self, name: str) -> Any:
+        return self._note("matrix", name, self.matrix(name), super().linear(name))
+
+    def heads(self, name: str) -> Any:
+        return self._note("heads", name, self.matrix(name), super().heads(name))
+
+    def embedding(self, name: str) -> Any:
+        return self._note("embedding", name, self.matrix(name), super().embedding(name))
+
+    def split_heads(self, name: str, n_heads: int, rows: tuple[int, int]) -> Any:
+        both = zip(self.split_matrix(name, n_heads, rows), super().split_heads(name, n_heads, rows), strict=True)
+        return tuple(self._note("heads", name, weight, module) for weight, module in both)
+
+    def _note(self, kind: str, name: str, weight: QuantMatrix, module: Any) -> Any:
+        self.uses.append(Use(kind, name, weight, module))
+        return module
+
+
+def prove(subject: Subject, findings: Findings) -> None:
+    """All of them, each shape once."""
+    findings.doing("loading")
+    with closing(Pool(subject.task.threads)) as pool, torch.inference_mode(), subject.device.errors():
+        weights = NotedWeights(subject.file, subject.config, subject.placement(), subject.device, pool)
+        try:
+            network = Network(subject.config, weights, attention_on(subject.device.torch))
+            seen: set[tuple[str, str]] = set()
+            for use in weights.uses:
+                if (use.kind, use.shape) not in seen:
+                    seen.add((use.kind, use.shape))
+                    _TRIALS[use.kind](subject, findings, pool, use)
+            findings.figures["shapes"] = len(seen)
+            _router(subject, findings, network)
+            _attention(subject, findings)
+            _experts(subject, findings, pool)
+        finally:
+            weights.routed.close()
+
+
+# ---- matrices --------------------------------------------------------------------------------------------------------
+
+
+def sample(n: int, most: int) -> np.ndarray:
+    """Up to `most` of n: the first third, the last third, and some between."""
+    if n <= most:
+        return np.arange(n)
+    third = most // 3
+    between = np.random.default_rng(n).choice(np.arange(third, n - third), most - 2 * third, replace=False)
+    return np.concatenate([np.arange(third), np.sort(between), np.arange(n - third, n)])
+
+
+def expanded(pool: Pool, weight: QuantMatrix, group: int, rows: np.ndarray) -> torch.Tensor:
+    """Float64 (rows, n_cols) of a group, by the CPU."""
+    out = torch.empty(len(rows), weight.n_cols)
+    linear.expand_rows(pool, weight, np.ascontiguousarray(group * weight.n_rows + rows, np.int64), out.data_ptr())
+    return out.double()
+
+
+def largest_of_32(w: torch.Tensor) -> torch.Tensor:
+    """|w| (R, n_cols), each the largest of its 32 columns."""
+    n_cols = w.shape[-1]
+    padded = torch.nn.functional.pad(w.abs(), (0, -n_cols % 32))
+    return padded.unflatten(-1, (-1, 32)).amax(-1, keepdim=True).expand(-1, -1, 32).flatten(-2)[..., :n_cols]
+
+
+def worst(found: torch.Tensor, right: torch.Tensor, bound: torch.Tensor) -> float:
+    """The largest error as a part of its bound; NaN if anything is."""
+    return float(((found.cpu().double() - right).abs() / bound.clamp_min(1e-300)).max())
+
+
+def _compare(findings: Findings, what: str, found: torch.Tensor, right: torch.Tensor, bound: torch.Tensor) -> None:
+    """Entry by entry."""
+    error = worst(found, right, bound)
+    if error <= 1:
+        findings.bounded(what, error, 1.0)
+        return
+    off = (found.cpu().double() - right).abs()
+    at = int((off / bound.clamp_min(1e-300)).nan_to_num(nan=torch.inf).argmax())
+    findings.bounded(what, float(off.flatten()[at]), float(bound.expand_as(off).flatten()[at]))
+
+
+def _finite(findings: Findings, what: str, found: torch.Tensor) -> None:
+    """Of all that came out, not of the sample alone."""
+    if not bool(found.isfinite().all()):
+        findings.fault(f"{what}: {int((~found.isfinite()).sum())} of {found.numel()} results are no numbers")
+
+
+def _groups(weight: QuantMatrix) -> list[int]:
+    return sorted({0, weight.n_groups // 2, weight.n_groups - 1})
+
+
+def _tokens(subject: Subject) -> Iterator[tuple[int, bool]]:
+    """Numbers of tokens, and whether they are few."""
+    yield from ((n, True) for n in subject.effort.few)
+    yield from ((n, False) for n in subject.effort.many)
+
+
+def _products(subject: Subject, findings: Findings, pool: Pool, use: Use) -> None:
+    """y = W x."""
+    weight, device = use.weight, subject.device.torch
+    groups, rows = _groups(weight), sample(weight.n_rows, subject.effort.rows)
+    w = {group: expanded(pool, weight, group, rows) for group in groups}
+    for n_tokens, is_few in _tokens(subject):
+        what = f"{weight.format.name}, {use.name} {weight.n_rows} by {weight.n_cols}, {n_tokens} tokens"
+        findings.doing(what)
+        x = subject.vectors(n_tokens * weight.n_groups, weight.n_cols, n_tokens).view(n_tokens, weight.n_groups, -1)
+        y = use.module(x.to(device) if use.kind == "heads" else x[:, 0].to(device)).view(n_tokens, weight.n_groups, -1)
+        _finite(findings, what, y)
+        y, x = y.cpu(), x.double()
+        for group in groups:
+            size = x[:, group].abs() @ largest_of_32(w[group]).T
+            bound = (few_bound if is_few else many_bound)(weight.n_cols) * size
+            if not is_few:
+                bound = bound + x[:, group].abs().sum(-1, keepdim=True) * 2.0**-25
+            _compare(findings, what, y[:, group, rows], x[:, group] @ w[group].T, bound)
+
+
+def _heads(subject: Subject, findings: Findings, pool: Pool, use: Use) -> None:
+    """As matrices, transposed, and expanded."""
+    _products(subject, findings, pool, use)
+    weight, device = use.weight, subject.device.torch
+    all_rows = np.arange(weight.n_rows)
+    what = f"{weight.format.name}, {use.name} transposed"
+    findings.doing(what)
+    x = subject.vectors(2 * weight.n_groups, weight.n_rows).view(2, weight.n_groups, -1)
+    y = use.module.transposed(x.to(device)).cpu()
+    _finite(findings, what, y)
+    for group in _groups(weight):
+        w = expanded(pool, weight, group, all_rows)
+        size = x[:, group].double().abs() @ largest_of_32(w)
+        right = x[:, group].double() @ w
+        _compare(findings, what, y[:, group], right, (weight.n_rows + 32) * _SINGLE * size)  # a row after another
+        for dtype in (torch.float32, torch.float16):
+            found = use.module.dense(group, 1, dtype)[0]
+            _compare(findings, f"{weight.format.name}, {use.name} expanded", found, w, _expanded_bound(w, dtype))
+
+
+def _expanded_bound(w: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return (2.0**-21 + (_HALF if dtype == torch.float16 else 0.0)) * largest_of_32(w) + 2.0**-25
+
+
+def _embedding(subject: Subject, findings: Findings, pool: Pool, use: Use) -> None:
+    what = f"{use.weight.format.name}, {use.name}, embedding"
+    findings.doing(what)
+    rows = sample(use.weight.n_rows, subject.effort.rows)
+    found, w = use.module(torch.from_numpy(rows).to(subject.device.torch)), expanded(pool, use.weight, 0, rows)
+    _compare(findings, what, found, w, _expanded_bound(w, torch.float32))
+
+
+_TRIALS = {"matrix": _products, "heads": _heads, "embedding": _embedding}
+
+
+# ---- the router ------------------------------------------------------------------------------------------------------
+
+
+def _router(subject: Subject, findings: Findings, network: Network) -> None:
+    """The same experts for the same scores, and weights that differ by a few roundings of float32."""
+    c, index = subject.config, subject.moe_layers[0]
+    bias = network.layers[index].mlp.e_score_correction_bias
+    for n_tokens in (*subject.effort.few, *subject.effort.many):
+        what = f"router, {n_tokens} tokens"
+        findings.doing(what)
+        logits = subject.vectors(n_tokens, c.n_routed_experts, n_tokens)
+        ids, weights = network.layers[index].mlp.choose_experts(logits.to(subject.device.torch), bias, c)
+        right_ids, right = moe.choose_experts(logits, None if bias is None else bias.cpu(), c)
+        ids, right_ids = ids.cpu(), right_ids
+        order, right_order = ids.argsort(-1), right_ids.argsort(-1)
+        if not torch.equal(ids.gather(-1, order), right_ids.gather(-1, right_order)):
+            findings.fault(f"{what}: other experts than the CPU's")
+        else:
+            found, right = weights.cpu().gather(-1, order), right.gather(-1, right_order).double()
+            _compare(findings, what, found, right, 2.0**-18 * right.abs() + 1e-30)
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+def _attention(subject: Subject, findings: Findings) -> None:
+    """The kernel over the cache, in 16 bits and as asked for, against softmax in float64.
+
+    Scores are off by d = 2^-11 (float16 queries; float32 sums besides) of scale * sum |q| |k|, so weights by a factor
+    of e^(2 d) at most; weights and sums are rounded to float16, once more 2^-11 of each term.
+    """
+    c, effort = subject.config, subject.effort
+    contexts = sorted({min(n, subject.task.ctx) for n in effort.contexts})
+    for bits in sorted({16, subject.task.cache_bits}):
+        for n_cached in contexts:
+            for n_tokens in (1, max(effort.steps)):
+                if n_tokens < n_cached:
+                    what = f"attention, {n_cached} tokens in a cache of {bits} bits, {n_tokens} new"
+                    findings.doing(what)
+                    trial = _latent if c.attention == "mla" else _grouped
+                    _compare(findings, what, *trial(subject, bits, n_cached, n_tokens))
+
+
+def _half_on(subject: Subject) -> torch.dtype:
+    """Of attention's products: as gpu.attention chooses."""
+    return torch.float32 if subject.device.torch.type == "cpu" else torch.float16
+
+
+def _latent(
+    subject: Subject, bits: int, n_cached: int, n_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    c, device = subject.config, subject.device.torch
+    cache = new_cache(c, n_cached, device, bits, n_layers=1)
+    rows = subject.vectors(n_cached, c.kv_lora_rank + c.qk_rope_head_dim, n_cached)
+    kept = {"0.0": rows.half().numpy()}
+    cache.load(kept, n_cached)
+    cache.truncate(n_cached - n_tokens)
+    width = c.kv_lora_rank + c.qk_rope_head_dim
+    q = subject.vectors(n_tokens * c.num_attention_heads, width).view(n_tokens, -1, width)
+    parts = q.to(device).split((c.kv_lora_rank, c.qk_rope_head_dim), -1)
+    scale = width**-0.5
+    found = attend(*parts, cache, 0, c, scale, pieces_for(c, device), _half_on(subject))
+    latents, rope_keys = (part.cpu().double() for part in cache.rows(0, 0, n_cached, torch.float32))
+    keys = torch.cat([latents, rope_keys], -1)[:, None].expand(-1, c.num_attention_heads, -1)
+    return found, *_softmax(q, keys, latents[:, None].expand(-1, c.num_attention_heads, -1), scale)
+
+
+def _grouped(
+    subject: Subject, bits: int, n_cached: int, n_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    c, device = subject.config, subject.device.torch
+    cache = new_cache(c, n_cached, device, bits, n_layers=1)
+    widths = cache.keys.shape[-1], cache.values.shape[-1]
+    cache.load(
+        {f"0.{i}": subject.vectors(n_cached, width, i).half().numpy() for i, width in enumerate(widths)}, n_cached
+    )
+    cache.truncate(n_cached - n_tokens)
+    q = subject.vectors(n_tokens * c.num_attention_heads, c.head_dim).view(n_tokens, -1, c.head_dim)
+    scale = c.head_dim**-0.5
+    found = attend_grouped(q.to(device), cache, 0, c, scale, pieces_for(c, device), _half_on(subject))
+    keys, values = (
+        part[0].cpu().double().unflatten(-1, (c.num_key_value_heads, -1)).repeat_interleave(heads_together(c), 1)
+        for part in (cache.keys, cache.values)
+    )
+    return found, *_softmax(q, keys, values, scale)
+
+
+def _softmax(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the last T of S tokens, float64 (T, H, V), and how far a kernel may be off.
+
+    q: (T, H, d). keys, values: (S, H, d).
+    """
+    n_tokens, n_cached = q.shape[0], keys.shape[0]
+    q = q.double()
+    scores = scale * torch.einsum("thd,shd->ths", q, keys)
+    sizes = scale * torch.einsum("thd,shd->ths", q.abs(), keys.abs())
+    hidden = torch.arange(n_cached)[None] > torch.arange(n_cached - n_tokens, n_cached)[:, None]
+    scores, sizes = scores.masked_fill(hidden[:, None], -torch.inf), sizes.masked_fill(hidden[:, None], 0.0)
+    weights = scores.softmax(-1)
+    off = (_HALF + q.shape[-1] * _SINGLE) * sizes.amax(-1, keepdim=True)
+    size = torch.einsum("ths,shv->thv", weights, values.abs())
+    return torch.einsum("ths,shv->thv", weights, values), ((2 * off).expm1() + 2 * _HALF + n_cached * _SINGLE) * size
+
+
+# ---- experts in VRAM -------------------------------------------------------------------------------------------------
+
+
+def _experts(subject: Subject, findings: Findings, pool: Pool) -> None:
+    """down(silu(gate x) * up x), with the bounds of its three products carried through: silu's slope is below 1.1."""
+    c, device = subject.config, subject.device.torch
+    matrices = GGUFTensors(subject.file).expert_matrices(subject.moe_layers[0])
+    here = sorted({int(i) for i in np.linspace(0, c.n_routed_experts - 1, subject.effort.experts)})
+    layer = vram.Experts(matrices, device, here)
+    weights = {
+        expert: [expanded(pool, w, expert, np.arange(w.n_rows)) for w in (matrices.gate, matrices.up, matrices.down)]
+        for expert in here
+    }
+    formats = " and ".join(dict.fromkeys(w.format.name for w in (matrices.gate, matrices.up, matrices.down)))
+    for n_tokens, is_few in _tokens(subject):
+        what = f"experts of {formats}, {n_tokens} tokens"
+        findings.doing(what)
+        x = subject.vectors(n_tokens, c.hidden_size, n_tokens)
+        random = np.random.default_rng(n_tokens)
+        ids = torch.from_numpy(random.choice([*here, -1], (n_tokens, c.num_experts_per_tok)))
+        factors = torch.from_numpy(random.random((n_tokens, c.num_experts_per_tok), np.float32))
+        found = layer.begin(x.to(device), ids.to(device), factors.to(device))()
+        _finite(findings, what, found)
+        right, bound = torch.zeros_like(x, dtype=torch.float64), torch.zeros_like(x, dtype=torch.float64)
+        for expert in here:
+            share = (factors.double() * (ids == expert)).sum(-1, keepdim=True)
+            used = share[:, 0] > 0
+            y, off = _expert(x[used].double(), *weights[expert], is_few)
+            right[used] += share[used] * y
+            bound[used] += share[used] * off
+        _compare(findings, what, found, right, bound + 1e-20)
+
+
+def _expert(
+    x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, is_few: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float64 (T, D), and how far a kernel may be off."""
+    unit = few_bound if is_few else many_bound
+    g, u = x @ gate.T, x @ up.T
+    g_off, u_off = (unit(x.shape[1]) * (x.abs() @ largest_of_32(w).T) for w in (gate, up))
+    h = torch.nn.functional.silu(g) * u
+    h_off = 1.1 * g_off * (u.abs() + u_off) + torch.nn.functional.silu(g).abs() * u_off + 2.0**-20 * h.abs()
+    size = h.abs() @ largest_of_32(down).T
+    extra = 0.0 if is_few else 2.0**-25 * (h.abs().sum(-1, keepdim=True) + x.abs().sum(-1, keepdim=True))
+    return h @ down.T, h_off @ down.abs().T + unit(h.shape[1]) * size + 2.0**-20 * size + extra

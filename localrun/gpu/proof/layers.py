@@ -1,0 +1,91 @@
+"""A dense layer and one with experts, a prompt and a step, against the CPU's network; then logits of a prompt.
+
+Both sides get the same inputs and choose the same experts: a choice between two that score alike may go either way (the
+router has been compared by itself), and would change a token's result altogether.
+
+How far apart they may be, as a part of the range of what is compared. The CPU rounds activations to 8 bits for
+quantised matrices: steps of 1/127 of the largest of 32, which is some three times their root mean square, so
+3 / 127 / sqrt(12) = 0.7% of a product; up to six of them in a row make 1.7%, and the worst of thousands of results is
+within their whole range: 3%. Through many layers, each of which adds as much by itself to what grows alike: 5% of the
+logits' range. Without 8-bit activations what is left is float16: caches, and operands of many tokens, 2^-11 each: 0.5%.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from localrun.gpu.cache import new_cache as device_cache
+from localrun.gpu.proof.subject import Subject, given_choices, noted_choices
+from localrun.gpu.proof.task import Findings
+from localrun.gpu.routed import Mode
+from localrun.network.cache import new_cache as host_cache
+from quant.decode.program import MOST_TOKENS
+
+_LAYER, _LOGITS, _EXACT = 0.03, 0.05, 0.005
+_TOKENS = 3 * MOST_TOKENS  # of a prompt: more than a step takes, few enough for the CPU to be quick
+
+
+def prove(subject: Subject, findings: Findings) -> None:
+    """All of it."""
+    findings.doing("loading")
+    bound = _LAYER if subject.integer else _EXACT
+    with subject.hybrid() as model, subject.native() as native, torch.inference_mode(), subject.device.errors():
+        here, there = model.network, native.network
+        for index in sorted({0, subject.before}):
+            for n_tokens, mode in ((1, Mode.STEP), (max(subject.effort.steps), Mode.STEP), (_TOKENS, Mode.PREFILL)):
+                kind = "with experts" if index in subject.moe_layers else "dense"
+                what = f"layer {index} ({kind}), {n_tokens} tokens"
+                findings.doing(what)
+                x = subject.vectors(n_tokens, subject.config.hidden_size, n_tokens)
+                caches = _caches(subject, n_tokens)
+                model.routed.mode = mode
+                with noted_choices(here) as choices:
+                    found = _layer(model, index, x, caches[0], mode)
+                with given_choices(there, choices):
+                    right = there.layers[index](x, caches[1])
+                findings.bounded(what, _apart(found - x, right - x), bound)
+        _logits(subject, findings, model, native, "logits of the first layers", bound)
+    if subject.config.num_hidden_layers == subject.whole.num_hidden_layers:
+        return
+    fits = not subject.placement(whole=True).short and subject.whole_file.file_size <= subject.effort.whole_bytes
+    findings.figures["whole model"] = "compared" if fits else "not compared: it takes longer to read than this may"
+    if fits:
+        findings.doing("loading the whole model")
+        with subject.hybrid(whole=True) as model, subject.native(whole=True) as native:
+            bound = _LOGITS if subject.integer else _EXACT
+            _logits(subject, findings, model, native, "logits of the whole model", bound)
+
+
+def _caches(subject: Subject, n_tokens: int):
+    c = subject.config
+    return device_cache(c, n_tokens, subject.device.torch, 16), host_cache(c, n_tokens, False)
+
+
+def _layer(model, index: int, x: torch.Tensor, cache, mode: Mode) -> torch.Tensor:
+    """A layer's result on the host."""
+    layer, device = model.network.layers[index], model.device
+    if mode is Mode.STEP:
+        with model.pool.exclusive():
+            out = layer(x.to(device.torch), cache)
+            device.synchronize()
+    else:
+        out = layer(x.to(device.torch), cache)
+    return out.cpu()
+
+
+def _logits(subject: Subject, findings: Findings, model, native, what: str, bound: float) -> None:
+    """Of a fixed prompt."""
+    findings.doing(what)
+    ids = subject.ids(_TOKENS)
+    with noted_choices(model.network) as choices:
+        found = model.forward(ids, model.new_cache(len(ids)), all_logits=True)
+    with given_choices(native.network, choices):
+        right = native.forward(ids, native.new_cache(len(ids), exact=True), all_logits=True)
+    findings.bounded(what, _apart(found, right), bound)
+
+
+def _apart(found: torch.Tensor | np.ndarray, right: torch.Tensor | np.ndarray) -> float:
+    """The largest difference as a part of the range."""
+    found, right = np.asarray(found), np.asarray(right)
+    return float(np.abs(found - right).max() / np.ptp(right))

@@ -1,0 +1,201 @@
+"""The model that is proven: its first layers, up to the first ones with experts, on the device and on the CPU.
+
+These have every kind of layer, matrix and kernel that the model has, and are read from the disk in seconds. Letters: T
+tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import torch
+
+from localrun.cpu.model import NativeModel
+from localrun.gguf.file import GGUFFile, open_gguf
+from localrun.gguf.residency import Resident
+from localrun.gpu.cache import DeviceCache, GroupedCache
+from localrun.gpu.hybrid import HybridModel
+from localrun.gpu.proof.task import Task
+from localrun.models import names
+from localrun.models.config import Config
+from localrun.models.reader import read_config
+from localrun.network.moe import MoE
+from localrun.placement.placement import Placement, Request, lay_out
+
+Choices = list[tuple[torch.Tensor, torch.Tensor]]  # ids and weights (T, K), layer by layer
+
+
+class FirstLayers(GGUFFile):
+    """An open file as if the model ended after some layers."""
+
+    def __init__(self, file: GGUFFile, n_layers: int):
+        """The file must stay open; this one is not to be closed."""
+        self.__dict__.update(file.__dict__)
+        self.tensors = {name: tensor for name, tensor in file.tensors.items() if _layer_of(name) < n_layers}
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Address and size of each tensor."""
+        return [(tensor.data.ctypes.data, tensor.n_bytes) for tensor in self.tensors.values()]
+
+
+def _layer_of(name: str) -> int:
+    match = re.match(r"blk\.(\d+)\.", name)
+    return -1 if match is None else int(match[1])
+
+
+def _cut(config: Config, n_layers: int) -> Config:
+    return replace(
+        config, num_hidden_layers=n_layers, num_nextn_predict_layers=0, layer_types=config.layer_types[:n_layers]
+    )
+
+
+class Subject:
+    """What a part works with. A context manager.
+
+    Attributes:
+        whole, config: of the model, and of its first layers.
+        file: of these.
+        before: layers before the last of these, which has experts.
+        device: what is proven.
+    """
+
+    def __init__(self, task: Task):
+        self.task, self.effort = task, task.effort
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Subject:
+        with ExitStack() as stack:
+            opened = stack.enter_context(open_gguf(self.task.model))
+            self.whole, self.whole_file = read_config(opened), opened
+            has_experts = partial(names.layer, self.whole.architecture)
+            layers = range(self.whole.num_hidden_layers)
+            self.moe = [i for i in layers if has_experts(i, "mlp.gate") in opened.tensors]
+            n_layers = min(max(2, self.moe[0] + 1), len(layers))
+            self.before = n_layers - 1
+            self.config, self.file = _cut(self.whole, n_layers), FirstLayers(opened, n_layers)
+            self.device = make_device(self.task.make_device)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """Those of the first layers that have experts."""
+        return [i for i in self.moe if i <= self.before]
+
+    @property
+    def integer(self) -> bool:
+        """Whether the CPU rounds activations to 8 bits."""
+        from quant.formats import registry
+
+        return any(registry.get(tensor.type.name).integer for tensor in self.file.tensors.values())
+
+    def placement(self, gpu_experts: int = 0, whole: bool = False, ctx: int | None = None) -> Placement:
+        """Of the first layers, or of the whole model, on the device."""
+        free, task = self.device.free_bytes(), self.task
+        file, config = (self.whole_file, self.whole) if whole else (self.file, self.config)
+        vram = free if task.vram is None else min(free, task.vram)
+        return lay_out(
+            Request(
+                tuple(file.tensors.values()), config, ctx or task.ctx, 1 << 50, vram, free,
+                gpu_experts=gpu_experts, cache_bits=task.cache_bits,
+            )
+        )  # fmt: skip
+
+    @contextmanager
+    def hybrid(self, gpu_experts: int = 0, whole: bool = False) -> Iterator[HybridModel]:
+        """The model on the device, its experts in RAM but for so many of each layer."""
+        file, config = (self.whole_file, self.whole) if whole else (self.file, self.config)
+        placement = self.placement(gpu_experts, whole)
+        with closing(HybridModel(config, file, self.task.threads, placement, self.device)) as model:
+            yield model
+
+    @contextmanager
+    def native(self, n_layers: int | None = None, whole: bool = False) -> Iterator[NativeModel]:
+        """The model on the CPU."""
+        if whole:
+            config, file = self.whole, self.whole_file
+        else:
+            n_layers = n_layers or self.config.num_hidden_layers
+            config, file = _cut(self.config, n_layers), FirstLayers(self.file, n_layers)
+        with closing(NativeModel(config, file, self.task.threads)) as model:
+            yield model
+
+    def bring_in(self) -> None:
+        """Wait until the first layers are in memory, or never will be."""
+        with closing(Resident(self.file)) as resident:
+            resident.wait()
+
+    def ids(self, n_tokens: int, seed: int = 0) -> list[int]:
+        """Random token ids."""
+        return np.random.default_rng(seed).integers(0, self.whole.vocab_size, n_tokens).tolist()
+
+    def vectors(self, n_tokens: int, width: int, seed: int = 0) -> torch.Tensor:
+        """Float32 (T, width) of a unit normal, on the host."""
+        return torch.randn(n_tokens, width, generator=torch.Generator().manual_seed(seed))
+
+
+def make_device(name: str) -> Any:
+    """What "module:function" makes."""
+    module, _, function = name.partition(":")
+    make: Callable[[], Any] = getattr(import_module(module), function)
+    return make()
+
+
+def fill(cache: DeviceCache | GroupedCache, n_tokens: int) -> None:
+    """Have the cache hold so many tokens of zeros."""
+    for value in vars(cache).values():
+        if isinstance(value, torch.Tensor) and value.dim() > 1:
+            value.zero_()
+    if (scales := getattr(cache, "scales", None)) is not None:
+        scales.fill_(1.0)
+    cache.truncate(0)
+    cache.advance(n_tokens)
+
+
+@contextmanager
+def noted_choices(network: Any) -> Iterator[dict[int, Choices]]:
+    """Within, the experts that the network's routers choose are noted, on the host, by layer."""
+    found: dict[int, Choices] = {}
+    with _routers(network) as mlps:
+        for index, mlp in mlps.items():
+            mlp.choose_experts = partial(_note, mlp.choose_experts, found.setdefault(index, []))
+        yield found
+
+
+@contextmanager
+def given_choices(network: Any, choices: Mapping[int, Choices]) -> Iterator[None]:
+    """Within, its routers choose what was noted, in the same order."""
+    with _routers(network) as mlps:
+        for index, mlp in mlps.items():
+            given = iter(choices[index])
+            mlp.choose_experts = lambda *_, given=given: next(given)
+        yield
+
+
+def _note(choose: Any, found: Choices, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    ids, weights = choose(*arguments)
+    found.append((ids.cpu(), weights.cpu()))
+    return ids, weights
+
+
+@contextmanager
+def _routers(network: Any) -> Iterator[dict[int, MoE]]:
+    """The layers with experts; their routers are what they were afterwards."""
+    mlps = {index: layer.mlp for index, layer in enumerate(network.layers) if isinstance(layer.mlp, MoE)}
+    before = {index: mlp.choose_experts for index, mlp in mlps.items()}
+    try:
+        yield mlps
+    finally:
+        for index, mlp in mlps.items():
+            mlp.choose_experts = before[index]

@@ -1,0 +1,263 @@
+"""The card's proof: what it finds on the stand-in, what becomes of the verdict, and what the user is told."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gpu_proofs
+import pytest
+import tiny_models
+from gpu_proofs import CARD, SMALL, V3, identity_of, verdict_of
+
+import localrun
+from cli.main import run
+from localrun.errors import LocalrunError
+from localrun.gpu.proof import child, prove, report, verdict
+from localrun.gpu.proof.parts import PARTS
+from localrun.gpu.proof.task import Findings, Task
+from localrun.placement import available
+from localrun.placement.devices import DeviceRequest
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of its own for verdicts; kernels stay where they are."""
+    monkeypatch.setattr(verdict, "folder", lambda: tmp_path / "proofs")
+    return tmp_path / "proofs"
+
+
+# ---- the proof -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "type_", ["F32", pytest.param("Q8_0", marks=pytest.mark.slow), pytest.param("MXFP4", marks=pytest.mark.slow)]
+)
+def test_the_stand_in_passes(type_: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    with gpu_proofs.kernels_in_torch(monkeypatch):
+        found = prove.prove(identity_of(type_), gpu_proofs.task(type_), lines.append, run=prove.here)
+    assert found.fault == "" and found.complete
+    assert lines == [f"proving {CARD} ({i} of {len(PARTS)}): {part.title}" for i, part in enumerate(PARTS, 1)]
+    assert {"cuda", "cpu"} == set(found.seconds) and found.disadvantage  # it is the same CPU, by way of torch
+    assert verdict.Verdict.of(json.loads(json.dumps(found.document()))) == found
+    shown = list(report.lines(found))
+    assert [what for _, what, _ in shown] == [*(part.title for part in PARTS), "verdict"]
+    assert re.fullmatch(f"{CARD} is no faster than the CPU: .*: --device auto computes on the CPU", shown[-1][2])
+
+
+def test_a_bound_that_is_crossed_is_a_fault() -> None:
+    findings = Findings()
+    findings.bounded("Q4_K, 1 tokens", 1.0, 1.0)
+    assert not findings.faults
+    findings.bounded("Q4_K, 8 tokens", 2.0, 1.0)
+    findings.bounded("Q6_K, 8 tokens", float("nan"), 1.0)
+    findings.bounded("Q8_0, 8 tokens", float("inf"), 1.0)
+    assert findings.faults == [
+        "Q4_K, 8 tokens: off by 2, and rounding explains 1",
+        "Q6_K, 8 tokens: the result is not a number",
+        "Q8_0, 8 tokens: off by inf, and rounding explains 1",
+    ]
+
+
+def test_a_task_comes_back_from_json() -> None:
+    task = Task("model.gguf", 2, 48, effort=SMALL, choices={"handover": "host nodes"})
+    assert Task.of(json.loads(json.dumps(task.document()))) == task
+
+
+# ---- the child process -----------------------------------------------------------------------------------------------
+
+
+def test_a_hang_is_a_fault_and_the_child_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen] = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    path = {"PYTHONPATH": os.pathsep.join((child._path(), str(Path(gpu_proofs.__file__).parent)))}
+    task = replace(gpu_proofs.task("F32"), make_device="gpu_proofs:hangs")
+    assert child.run("kernels", task, 3.0, lambda what: None, path) == {
+        "faults": ["hangs: no answer for 3 s (it starts)"]
+    }
+    assert started[0].returncode is not None
+
+
+# ---- the verdict -----------------------------------------------------------------------------------------------------
+
+
+def test_a_verdict_is_kept_for_what_it_is_of(cache: Path) -> None:
+    identity = identity_of("F32")
+    assert verdict.load(identity) is None
+    kept = verdict_of(identity)
+    path = verdict.save(kept)
+    assert path is not None and path.parent == cache and verdict.load(identity) == kept
+    for other in (
+        identity_of("Q8_0"),
+        *(replace(identity, **{name: "other"}) for name in ("card", "driver", "torch", "triton", "localrun")),
+    ):
+        assert verdict.load(other) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"format": 1}', b'{"format": 99}', b"\xff", b"null"])
+def test_a_damaged_verdict_is_none(content: bytes, cache: Path) -> None:
+    identity = identity_of("F32")
+    path = verdict.save(verdict_of(identity))
+    path.write_bytes(content)
+    assert verdict.load(identity) is None
+
+
+def test_a_verdict_that_cannot_be_kept_is_no_error(cache: Path) -> None:
+    cache.write_text("a file where the folder would be")
+    assert verdict.save(verdict_of(identity_of("F32"))) is None
+
+
+def proof(device: str, told: list[str] | None = None) -> prove.Proof:
+    return gpu_proofs.proof("F32", DeviceRequest(device), [].append if told is None else told.append)
+
+
+@pytest.mark.parametrize(
+    ("kept", "for_auto", "for_cuda"),
+    [
+        ({}, "", ""),
+        ({"fault": "Q4_K: off"}, f"{CARD} failed its proof (kernels: Q4_K: off); localrun doctor", True),
+        ({"cuda": 9.0}, f"{CARD} is no faster than the CPU: 9.0 s against 4.0 s for 512 tokens and a reply of 128", ""),
+        ({"cuda": None}, f"{CARD} was not timed against the CPU", ""),
+    ],
+)
+def test_a_verdict_decides(kept: dict[str, Any], for_auto: str, for_cuda: str | bool, monkeypatch: Any) -> None:
+    """auto wants a card that is right and faster, cuda one that is right; neither proves again."""
+    monkeypatch.setattr(available, "card", lambda: CARD)
+    monkeypatch.setattr(prove, "prove", lambda *arguments, **more: pytest.fail("proven again"))
+    verdict.save(verdict_of(identity_of("F32"), **kept))
+    for device, expected in (("auto", for_auto), ("cuda", for_auto if for_cuda is True else for_cuda)):
+        for may_try in (False, True):
+            assert (proof(device)(may_try) or "").startswith(expected) and bool(proof(device)(may_try)) == bool(
+                expected
+            )
+
+
+def test_without_a_verdict_the_card_proves_itself_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(available, "card", lambda: CARD)
+    told: list[str] = []
+    tried: list[Task] = []
+
+    def fake(identity: verdict.Identity, task: Task, say: Callable[[str], None], to_the_end: bool) -> verdict.Verdict:
+        assert not to_the_end
+        tried.append(task)
+        return verdict_of(identity)
+
+    monkeypatch.setattr(prove, "prove", fake)
+    assert proof("auto", told)(False) is None and not tried and not told
+    assert proof("auto", told)(True) == ""
+    assert proof("auto", told)(False) == "" and len(tried) == 1
+    assert told == [f"{CARD} is new to this version: it proves itself once, in a minute or two"]
+
+
+def test_after_a_fault_the_user_is_not_kept_waiting() -> None:
+    def fails(part: Any, task: Task, doing: Any) -> child.Message:
+        return {"faults": ["the GPU failed: CUDA error: an illegal memory access was encountered"]}
+
+    found = prove.prove(identity_of("F32"), gpu_proofs.task("F32"), lambda line: None, to_the_end=False, run=fails)
+    assert len(found.outcomes) == 1 and not found.complete and found.refusal
+
+
+# ---- what is told ----------------------------------------------------------------------------------------------------
+
+
+def test_nothing_private_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(getpass, "getuser", lambda: "alice")
+    monkeypatch.setattr(socket, "gethostname", lambda: "wonder.example.org")
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/alice"))
+    faults = [
+        "/home/alice/models/secret-7b.gguf: was cut short",
+        "alice@wonder: no room on /mnt/alice's disk/x, 3/4 of it; C:\\Users\\alice\\x.gguf",
+    ]
+
+    def fails(part: Any, task: Task, doing: Any) -> child.Message:
+        return {"faults": faults, "figures": {"/home/alice": {"where": ["wonder", 1.5]}}}
+
+    task = Task("/home/alice/models/secret-7b.gguf", 2, 48)
+    found = prove.prove(identity_of("F32"), task, lambda line: None, run=fails)
+    text = json.dumps(found.document())
+    for private in ("alice", "wonder", "secret", "/home", "/mnt", "Users"):
+        assert private not in text, private
+    assert found.outcomes[0].faults[0] == "<path>: was cut short" and "3/4 of it" in text
+
+
+def doctor(monkeypatch: pytest.MonkeyPatch, *args: str, **kept: Any) -> int:
+    """doctor --gpu with a card made up, whose parts find what was wanted."""
+    monkeypatch.setattr(available, "find", lambda: gpu_proofs.GPU)
+    monkeypatch.setattr(prove, "prove", lambda identity, *arguments: verdict_of(identity, **kept))
+    return run(["doctor", "--gpu", str(tiny_models.shared(V3)), *args])
+
+
+def test_doctor_prints_and_writes(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:
+    assert doctor(monkeypatch, "--report", str(tmp_path / "report.json")) == 0
+    out, _ = capsys.readouterr()
+    assert [line.split()[0] for line in out.splitlines()] == ["ok"] * 3
+    assert "auto uses it: 512 tokens and a reply of 128 take 2.0 s against 4.0 s by the CPU alone" in out
+    document = json.loads((tmp_path / "report.json").read_text())
+    assert document["usable"] and document["faster"]
+    assert doctor(monkeypatch, "--json") == 0
+    assert json.loads(capsys.readouterr()[0]) == document
+
+
+def test_doctor_of_a_card_that_fails(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    assert doctor(monkeypatch, fault="Q4_K: off") == 1
+    assert capsys.readouterr()[0].splitlines()[-1].startswith(f"failed   verdict            {CARD} failed its proof")
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["doctor", "--report", "x"], "--report is for doctor --gpu"),
+        (["doctor", "--gpu", "--report", "/nowhere/x"], "/nowhere/x: folder /nowhere does not exist"),
+        (["doctor", "--gpu", "smollm2"], "the GPU is for models with experts, and this one has none"),
+        (["doctor", "--gpu"], "there is no NVIDIA card"),
+    ],
+)
+def test_doctor_refuses_in_one_line(args: list[str], line: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(available, "find", lambda: available.NoGpu("there is no NVIDIA card", False))
+    assert run(args) == 1
+    assert capsys.readouterr() == ("", f"localrun: {line}\n")
+
+
+@pytest.mark.slow
+def test_a_card_that_is_slower_costs_no_torch(tmp_path: Path) -> None:
+    """Its verdict is known before torch is imported."""
+    code = (
+        "import sys, localrun, gpu_proofs\n"
+        "from localrun.placement import available\n"
+        f"available.card = lambda: {CARD!r}\n"
+        "from localrun.gpu.proof import verdict\n"
+        f"verdict.folder = lambda: __import__('pathlib').Path({str(tmp_path)!r})\n"
+        "verdict.save(gpu_proofs.verdict_of(gpu_proofs.identity_of('F32'), cuda=9.0))\n"
+        "told = []\n"
+        f"engine = localrun.load({str(tiny_models.shared(V3))!r}, ctx=48, threads=1, notice=told.append)\n"
+        "print(engine.device, told[0].split(':')[0], [name for name in ('torch', 'triton') if name in sys.modules])"
+    )
+    support = str(Path(gpu_proofs.__file__).parent)
+    path = os.pathsep.join((child._path(), support))
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert done.stdout == f"cpu {CARD} is no faster than the CPU []\n", done.stderr
+
+
+@pytest.mark.slow
+def test_load_refuses_a_card_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(available, "find", lambda: gpu_proofs.GPU)
+    monkeypatch.setattr(available, "card", lambda: CARD)
+    verdict.save(verdict_of(identity_of("F32"), fault="Q4_K: off"))
+    path, told = tiny_models.shared(V3), []
+    with pytest.raises(LocalrunError, match=rf"^device 'cuda': {CARD} failed its proof \(kernels: Q4_K: off\)"):
+        localrun.load(path, device="cuda", ctx=48, threads=1)
+    with localrun.load(path, ctx=48, threads=1, notice=told.append) as engine:
+        assert engine.device == "cpu" and told[0].startswith(f"{CARD} failed its proof")
