@@ -4,6 +4,9 @@ It knows widths, not meanings. The arrays' rows are tokens' (or pooled ones), in
 is row p modulo the ring's rows.
 """
 
+import mmap
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +16,7 @@ from localrun.models.rows import Rows
 if TYPE_CHECKING:
     import torch
 
-_PAGE, _LARGE_PAGE, _LARGE = 1 << 12, 1 << 21, 1 << 22  # bytes: NumPy asks for large pages in arrays from _LARGE on
+_PAGE, _LARGE_PAGE, _LARGE = 1 << 12, 1 << 21, 1 << 22  # bytes: large pages where a block has _LARGE or more
 
 
 class Block:
@@ -25,10 +28,9 @@ class Block:
         held: the first position whose row it still has.
     """
 
-    def __init__(self, kind: Rows, capacity: int, dtype: type[np.floating]):
-        self.kind = kind
-        self.rows = np.empty((kind.count(capacity), kind.width), np.float32 if kind.is_exact else dtype)
-        self.held = 0
+    def __init__(self, kind: Rows, rows: np.ndarray, page: int):
+        """page: bytes of one of the memory's."""
+        self.kind, self.rows, self._page, self.held = kind, rows, page, 0
 
     @property
     def is_ring(self) -> bool:
@@ -80,6 +82,24 @@ class Block:
 
     def resident(self, touched: int) -> int:
         """Bytes of memory once `touched` tokens have been written, in whole pages."""
-        page = _LARGE_PAGE if self.rows.nbytes >= _LARGE else _PAGE
         written = min(self.kind.count(touched), len(self.rows)) * self.rows.strides[0]
-        return min(-(-written // page) * page, self.rows.nbytes)
+        return min(-(-written // self._page) * self._page, self.rows.nbytes)
+
+
+def new_blocks(kinds: Sequence[Rows], capacity: int, dtype: type[np.floating]) -> list[Block]:
+    """A block of each kind, for up to `capacity` tokens.
+
+    Their memory is fresh, and goes back to the system with them. malloc's would be what blocks before them have written
+    to, all of it resident: many short conversations would take the memory of as many full ones.
+    """
+    shapes = [(kind.count(capacity), kind.width) for kind in kinds]
+    dtypes = [np.dtype(np.float32 if kind.is_exact else dtype) for kind in kinds]
+    sizes = [rows * width * each.itemsize for (rows, width), each in zip(shapes, dtypes, strict=True)]
+    starts = np.cumsum([0, *(-(-size // _PAGE) * _PAGE for size in sizes)]).tolist()
+    memory = mmap.mmap(-1, max(_PAGE, starts.pop()), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    is_large = max(sizes, default=0) >= _LARGE
+    with suppress(OSError, AttributeError):  # a system without large pages
+        memory.madvise(mmap.MADV_HUGEPAGE if is_large else mmap.MADV_NOHUGEPAGE)
+    arrays = [np.ndarray(*of, memory, start) for *of, start in zip(shapes, dtypes, starts, strict=True)]
+    page = _LARGE_PAGE if is_large else _PAGE
+    return [Block(kind, rows, page) for kind, rows in zip(kinds, arrays, strict=True)]

@@ -19,7 +19,7 @@ from localrun.errors import ContextFullError, LocalrunError
 from localrun.limits import MARK_BYTES, MARK_EVERY, MARK_SPARE
 from localrun.models.config import Config
 from localrun.models.rows import Rows
-from localrun.network.block import Block
+from localrun.network.block import Block, new_blocks
 
 if TYPE_CHECKING:
     import torch
@@ -142,8 +142,9 @@ class Cache(Context):
         super().__init__(capacity)
         self.is_exact = dtype == np.float32
         self._touched = 0  # positions below it have been written at some time: memory that has been written to stays
-        self._layers = [[Block(kind, capacity, dtype) for kind in layer] for layer in kinds]
-        self._blocks = [block for layer in self._layers for block in layer]
+        self._blocks = new_blocks([kind for layer in kinds for kind in layer], capacity, dtype)
+        each = iter(self._blocks)
+        self._layers = [[next(each) for _ in layer] for layer in kinds]
         self._rings = [block for block in self._blocks if block.is_ring]
         self._marks: list[_Mark] = []  # by length
         self.addresses = np.array([block.rows.ctypes.data for block in self._blocks], np.int64)

@@ -159,3 +159,23 @@ def test_memory_is_touched_as_tokens_come() -> None:
     cache = Cache([kinds(1 << 17)] * 2, capacity=4096, dtype=np.float16)
     cache.append(1, torch.ones(8, 1 << 17))
     assert psutil.Process().memory_info().rss - used < 64 << 20  # the rows take 2 MiB, their source 4
+
+
+def test_memory_goes_back_to_the_system() -> None:
+    """Caches after full ones have no more memory than their tokens fill, however small the blocks are."""
+
+    def cache_of(n_tokens: int) -> Cache:
+        new = Cache([kinds(64)] * 8, 4096, np.float16)
+        for layer in range(8):
+            new.append(layer, torch.ones(n_tokens, 64))
+        new.advance(n_tokens)
+        return new
+
+    cache_of(4096)  # from the first block freed on, malloc would take such blocks from its heap
+    used = psutil.Process().memory_info().rss
+    full = [cache_of(4096) for _ in range(16)]  # 64 MiB
+    caches = [full.pop(), *(cache_of(8) for _ in range(16))]  # the last one would keep the heap from shrinking
+    full.clear()
+    caches += [cache_of(8) for _ in range(16)]
+    grown = psutil.Process().memory_info().rss - used
+    assert grown < sum(cache.n_bytes for cache in caches) + (8 << 20)  # 5 MiB, and 8 for all else
