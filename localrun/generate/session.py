@@ -77,7 +77,7 @@ class Session:
     def __init__(self, engine: Runner, speculation: Speculation | None = None):
         self.engine, self.speculation = engine, speculation
         self.ids: list[int] = []
-        self._reply = _Reply([], Sampler(Sampling()), 0, None)
+        self._reply = _no_reply()
         self._cache = engine.new_cache()
 
     @property
@@ -316,6 +316,11 @@ class Session:
             self._cache.copy(other._cache, length)
             self.ids = other.ids[: self._cache.length]
 
+    def end_reply(self) -> None:
+        """The last reply is over, and what it took besides the cache is let go: its prompt, logits, a constraint."""
+        with self.engine.turn:
+            self._reply = _no_reply()
+
     def forget(self, length: int) -> None:
         """Keep the first `length` tokens, or none where the model can't forget a part."""
         with self.engine.turn:
@@ -368,6 +373,10 @@ class Session:
                 self._cache.truncate(0)
                 raise
             self.ids = ids
+
+
+def _no_reply() -> _Reply:
+    return _Reply([], Sampler(Sampling()), 0, None)
 
 
 @dataclass

@@ -8,6 +8,7 @@ from localrun.engine import Engine
 from localrun.generate.session import Session
 from localrun.serve.store import LEAST_SHARE, LEAST_TOKENS, Store
 
+_MOST_KEPT = 1024  # conversations: what they take besides their caches is not counted, and each take() looks at all
 _MOST_LOST = 256  # tokens of a conversation that a prompt which goes on from it may take the place of
 
 
@@ -59,9 +60,10 @@ class Prefixes:
 
     def keep(self, session: Session) -> None:
         """A session whose reply is over."""
+        session.end_reply()
         self._kept.append(session)
         self._count()
-        while self._kept and self.n_bytes > self._most_bytes:
+        while self._kept and (self.n_bytes > self._most_bytes or len(self._kept) > _MOST_KEPT):
             self._evict()
 
     def close(self) -> None:

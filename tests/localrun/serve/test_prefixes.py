@@ -38,8 +38,9 @@ def used(
     session = prefixes.take(prompt, running)
     reply = list(session.tokens(prompt, GREEDY, max_tokens=n))
     assert reply == list(engine.session().tokens(prompt, GREEDY, max_tokens=n))
+    reused = session.stats.reused_tokens
     prefixes.keep(session)
-    return session.stats.reused_tokens, reply
+    return reused, reply
 
 
 def test_the_longest_prefix_wins_and_a_short_question_costs_no_conversation(engine: Engine) -> None:
