@@ -16,7 +16,7 @@ _MOST_CACHE_GIB = 1 << 20
 _MOST_PAUSE_S = 3600
 
 
-@options.takes(load=options.LoadOptions())
+@options.takes(without=("show_thinking",), load=options.LoadOptions(), template=options.TemplateOptions())
 def serve(
     model: options.Model = None,
     host: Annotated[str, typer.Option("--host", help="The address to listen on.")] = "127.0.0.1",
@@ -52,11 +52,12 @@ def serve(
         typer.Option("--allow-origin", metavar="ORIGIN", help="A site whose pages may use the server; repeatable."),
     ] = None,
     *,
+    template: options.TemplateOptions,
     load: options.LoadOptions,
     verbose: options.Verbose = False,
 ) -> None:
     """Serve a model over HTTP, in the form of the OpenAI API."""
-    from cli.model import open_model
+    from cli.model import given_variables, open_model, template_settings
 
     try:
         from localrun.serve import server
@@ -71,12 +72,13 @@ def serve(
         raise LocalrunError(f"--max-pause {max_pause:g}; expected 0 to {_MOST_PAUSE_S} s")
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
         raise LocalrunError("--api-key has characters that no header can carry, or none at all")
-    origins = checked_origins(allow_origin or ())
+    origins, given = checked_origins(allow_origin or ()), given_variables(template)
     with server.listen_on(host, port) as listener:
         if api_key is None and not server.is_loopback(listener):
             note(f"warning: whoever reaches {host} can use the model; --api-key KEY asks for a key")
-        with open_model(model, load, verbose) as engine:
+        with open_model(model, load, verbose, template.chat_template) as engine:
             name = engine.file.path.stem
+            variables = template_settings(engine.template, template.think, given)
             store = None
             if cache_dir is not None and engine.config is None:
                 note("llama.cpp runs this model: --cache-dir has no effect")
@@ -86,6 +88,7 @@ def serve(
                 engine,
                 listener,
                 name=name,
+                variables=variables,
                 api_key=api_key,
                 slots=server.slots_for(engine, slots),
                 cache_bytes=int(cache_ram * 2**30),

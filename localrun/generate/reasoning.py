@@ -45,6 +45,11 @@ class ReasoningSplitter:
         self._trims = True  # space at the beginning of a part is left out
         self._held = ""
 
+    @property
+    def is_reasoning(self) -> bool:
+        """What comes next is reasoning, as far as is certain."""
+        return self._close is not None
+
     def push(self, text: str) -> Iterator[Part]:
         """What is certain by now."""
         self._held += text

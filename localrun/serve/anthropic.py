@@ -177,6 +177,7 @@ def usage(job: Job) -> Document:
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": cached,
         "output_tokens": job.usage.stats.generated_tokens,
+        "output_tokens_details": {"thinking_tokens": job.usage.reasoning_tokens},
     }
 
 

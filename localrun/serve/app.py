@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hmac
+import mmap
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -247,12 +248,17 @@ def _is_open(path: str) -> bool:
 
 async def _body(request: Request, kind: type[bodies.Body]) -> bodies.Body:
     """The request's body. Raises APIError if it is too large, or not of this kind."""
-    data, announced = bytearray(), request.headers.get("content-length", "")
+    announced, n_bytes = request.headers.get("content-length", ""), 0
     _check_size(int(announced) if announced.isdecimal() else 0)
-    async for piece in request.stream():
-        data += piece
-        _check_size(len(data))
-    return bodies.read(bytes(data), kind)
+    # Memory of its own, of which no more is there than is written, and which goes back to the system: the heap would
+    # keep what the largest bodies took that ever came at once.
+    with closing(mmap.mmap(-1, MOST_BODY_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)) as data:
+        async for piece in request.stream():
+            _check_size(n_bytes + len(piece))
+            data[n_bytes : n_bytes + len(piece)] = piece
+            n_bytes += len(piece)
+        with memoryview(data) as whole, whole[:n_bytes] as body:
+            return bodies.read(body, kind)
 
 
 async def _whole(request: Request, replies: Replies, answer: Coroutine[Any, Any, dict[str, Any]]) -> Response:

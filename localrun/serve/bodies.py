@@ -283,7 +283,7 @@ class Tokens(Struct, forbid_unknown_fields=True):
     tokens: list[int]
 
 
-def read(data: bytes, kind: type[Body]) -> Body:
+def read(data: bytes | memoryview, kind: type[Body]) -> Body:
     """A body of this kind. Raises APIError if it is none."""
     try:
         return msgspec.json.decode(data, type=kind)

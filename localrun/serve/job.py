@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from localrun.engine import Engine
+from localrun.generate.reasoning import ReasoningSplitter
 from localrun.generate.reply_text import ReplyText
 from localrun.generate.sampling import Sampling
 from localrun.generate.session import Session, Stats
@@ -17,11 +18,16 @@ from localrun.serve.logprobs import entry
 
 @dataclass
 class Usage:
-    """What a reply took: tokens, and seconds of computing, in which others' turns do not count."""
+    """What a reply took: tokens, and seconds of computing, in which others' turns do not count.
+
+    Attributes:
+        reasoning_tokens: of those generated, the thoughts' and their tags'.
+    """
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
     prompt_s: float = 0.0
+    reasoning_tokens: int = 0
     stats: Stats = field(default_factory=Stats)
 
 
@@ -46,6 +52,7 @@ class Job:
         spelled: control tokens that are part of the text, with their texts.
         deliver: called with each piece of text as it is certain, and in the end with None; before with the Progress of
             reading the prompt; it must not wait.
+        thoughts: tells thoughts from what is said, to count their tokens; None where there are none.
         after: another job on the same prompt, whose reading of it this one waits for.
         logprobs: of the reply's tokens, as serve.logprobs has them, if they are asked for.
         has_read: the prompt is read.
@@ -61,6 +68,7 @@ class Job:
     stop: Sequence[str]
     spelled: Mapping[int, str]
     deliver: Callable[[str | Progress | None], None]
+    thoughts: ReasoningSplitter | None = None
     after: Job | None = None
     usage: Usage = field(default_factory=Usage)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
@@ -99,7 +107,9 @@ class Job:
                 self._note(session)
                 new = session.reply_logprobs[len(self.logprobs) :]
                 self.logprobs += [entry(engine.tokenizer, each) for each in new]
-                if piece := text.push(token):
+                piece = text.push(token)
+                self._count(piece)
+                if piece:
                     self.deliver(piece)
                 if text.found:
                     self.finish_reason, self.stopped_by = "stop", text.stop
@@ -109,6 +119,14 @@ class Job:
         if rest_of_text := text.flush():
             self.deliver(rest_of_text)
         self.finish_reason = session.finish_reason
+
+    def _count(self, piece: str) -> None:
+        """A token that is certain to say this: whether it is one of the thoughts'."""
+        if self.thoughts:
+            is_thought = self.thoughts.is_reasoning
+            for _ in self.thoughts.push(piece):
+                pass
+            self.usage.reasoning_tokens += is_thought or self.thoughts.is_reasoning
 
     def _note(self, session: Session) -> None:
         if not self.has_read:

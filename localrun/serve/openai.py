@@ -168,6 +168,7 @@ def usage(jobs: list[Job]) -> Document:
         "completion_tokens": generated,
         "total_tokens": prompt + generated,
         "prompt_tokens_details": {"cached_tokens": sum(job.usage.cached_tokens for job in firsts)},
+        "completion_tokens_details": {"reasoning_tokens": sum(job.usage.reasoning_tokens for job in jobs)},
     }
 
 

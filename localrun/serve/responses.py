@@ -228,7 +228,7 @@ def usage(job: Job) -> Document:
         "input_tokens": read,
         "input_tokens_details": {"cached_tokens": job.usage.cached_tokens, "cache_write_tokens": 0},
         "output_tokens": written,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": job.usage.reasoning_tokens},
         "total_tokens": read + written,
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -89,6 +89,7 @@ def serve(
     most_pause_s: float = MOST_PAUSE_S,
     store: Store | None = None,
     origins: Sequence[str] = (),
+    variables: Mapping[str, Any] | None = None,
     ready: Callable[[], None],
 ) -> None:
     """Answer requests until SIGTERM or SIGINT; what has begun is finished then, unless there comes another signal.
@@ -101,13 +102,14 @@ def serve(
         store: where they go that there is no room for, and all in the end.
         most_pause_s: the seconds between two tokens of a running reply that reading prompts should keep to.
         origins: whose pages may use the server, in a browser, besides its own.
+        variables: of the chat template, where a request sets none.
         ready: called once connections are taken.
     """
     engine.prepare()
     scheduler = Scheduler(engine, slots, cache_bytes, most_pause_s=most_pause_s, store=store)
     is_hurried = True
     try:
-        service = Service(engine, scheduler, name)
+        service = Service(engine, scheduler, name, variables)
         app = application(service, api_key, origins=origins, is_local=is_loopback(listener))
         config = uvicorn.Config(
             app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=_KEEP_ALIVE_S, ws="none"

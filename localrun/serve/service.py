@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 from anyio import CapacityLimiter, to_thread
 
 from localrun.engine import Engine
-from localrun.errors import LocalrunError
-from localrun.generate.reasoning import open_tag, spelled_tags
+from localrun.errors import ContextFullError, LocalrunError
+from localrun.generate.reasoning import ReasoningSplitter, open_tag, spelled_tags
 from localrun.generate.sampling import Sampling
 from localrun.serve.bodies import Chat, Conversation, Generation, chat_messages
 from localrun.serve.errors import APIError, failed, invalid
@@ -26,12 +26,15 @@ from localrun.serve.scheduler import QueueFullError, Scheduler
 from localrun.serve.tools.conversation import Dialect
 from localrun.serve.tools.form import CallParser
 from localrun.serve.tools.held import without_bare_calls
-from localrun.text.chat_template import CHATML_STOP, OWN_VARIABLES, ChatTemplate, chatml
+from localrun.text.chat_template import OWN_VARIABLES, ChatTemplate, chatml, stops_of
 from localrun.text.prompt import Offer, chat_ids, chat_text, raw_ids
+from localrun.text.template_variables import thinking, thinking_effort
 
 MOST_UNREAD = 1 << 16  # characters that a slow reader may be behind: some 15 minutes of a fast model
 PING_S = 5.0  # between two signs of life
 _MOST_AT_ONCE = 4  # conversations that are templated and tokenized; each takes a process
+
+_TOO_LONG = "context_length_exceeded"
 
 Result = TypeVar("Result")
 
@@ -45,14 +48,17 @@ class Service:
         template: of conversations; None where the model has none and its vocabulary lacks ChatML's marks.
         usual: the sampling where a request sets none.
         spelled: control tokens that are part of replies, with their texts.
+
+    Args:
+        variables: of the template, where a request sets none.
     """
 
-    def __init__(self, engine: Engine, scheduler: Scheduler, name: str):
+    def __init__(self, engine: Engine, scheduler: Scheduler, name: str, variables: Mapping[str, Any] | None = None):
         self.engine, self.scheduler, self.name = engine, scheduler, name
         self.template: ChatTemplate | None = engine.template or chatml(engine.tokenizer)
         self.usual = Sampling.recommended(engine.file.metadata)
         self.spelled = spelled_tags(engine.tokenizer)
-        self._stop = [CHATML_STOP] if engine.template is None and self.template else []
+        self._stop, self._variables = stops_of(self.template), dict(variables or {})
         self._dialect: Dialect | None = None
         self._limiter = CapacityLimiter(_MOST_AT_ONCE)
 
@@ -60,6 +66,8 @@ class Service:
         """What a function returns that would hold the loop. A LocalrunError of it is the request's fault."""
         try:
             return await to_thread.run_sync(partial(function, *args), limiter=self._limiter)
+        except ContextFullError as error:
+            raise invalid(str(error), code=_TOO_LONG) from None
         except LocalrunError as error:
             raise invalid(str(error)) from None
 
@@ -81,9 +89,10 @@ class Service:
         sampling, functions = await self.sampling(body), body.functions_offered()
         ids = await self.chat_ids(body)
         opened = open_tag(self.engine.tokenizer, ids)
+        thoughts = partial(ReasoningSplitter, opened)
         if not functions:
             parsers = [ReplyParser(opened) for _ in range(body.choices)]
-            return self.replies([ids], body.choices, sampling, body.limit, body.stops), parsers
+            return self.replies([ids], body.choices, sampling, body.limit, body.stops, thoughts=thoughts), parsers
         form = (await self._dialect_of()).form
         if holding := body.holding(functions, sampling.constraint):
             form = without_bare_calls(form)
@@ -93,12 +102,11 @@ class Service:
         parsers = [ReplyParser(opened, CallParser(form, schemas)) for _ in range(body.choices)]
         spelled = self.spelled | form.spelled(self.engine.tokenizer.controls)
         stops = [*body.stops, form.end] if body.calls_once and not sampling.constraint else body.stops
-        prompts = [self._fitting(ids, "messages")]
-        return self.replies(prompts, body.choices, sampling, body.limit, stops, spelled), parsers
+        return self.replies([ids], body.choices, sampling, body.limit, stops, spelled, thoughts), parsers
 
     async def chat_ids(self, body: Chat) -> list[int]:
         """The prompt of a conversation, which fits the context. Raises APIError if there is none."""
-        return self._fitting(await self._rendered(chat_ids, body), "messages")
+        return self._fitting(await self._rendered(partial(chat_ids, room=self.engine.ctx), body), "messages")
 
     async def chat_text(self, body: Conversation) -> str:
         """The text of that prompt."""
@@ -107,7 +115,8 @@ class Service:
     async def _rendered(self, render: Callable[..., Result], body: Chat | Conversation) -> Result:
         """What a function of text.prompt makes of a conversation."""
         messages, functions, offer = chat_messages(body.messages), body.functions_offered(), Offer()
-        template, settings = self._template(), template_settings(body)
+        template = self._template()
+        settings = self._variables | template_settings(template.source, body)
         if functions or any(message["role"] == "tool" or "tool_calls" in message for message in messages):
             dialect = await self._dialect_of()
             messages, offer = dialect.messages(messages, functions), dialect.offer(functions)
@@ -121,7 +130,10 @@ class Service:
 
     async def text_ids(self, prompt: str | list[int]) -> list[int]:
         """The ids of a text that is continued as it is."""
-        ids = prompt if isinstance(prompt, list) else await self.in_thread(raw_ids, self.engine.tokenizer, prompt)
+        if isinstance(prompt, list):
+            ids = prompt
+        else:
+            ids = await self.in_thread(raw_ids, self.engine.tokenizer, prompt, self.engine.ctx)
         self._check_ids(ids)
         return self._fitting(ids, "prompt")
 
@@ -143,7 +155,7 @@ class Service:
             raise invalid(
                 f"the prompt has {len(ids)} tokens; the context holds {self.engine.ctx}",
                 param,
-                "context_length_exceeded",
+                _TOO_LONG,
             )
         return ids
 
@@ -155,11 +167,13 @@ class Service:
         limit: int | None,
         stop: Sequence[str],
         spelled: Mapping[int, str] | None = None,
+        thoughts: Callable[[], ReasoningSplitter] | None = None,
     ) -> Replies:
         """Have prompts answered, each `choices` times. Raises APIError if too much waits already.
 
         Args:
             spelled: control tokens that are part of the replies, with their texts; None for the usual ones.
+            thoughts: makes what tells thoughts apart; None where there are none.
         """
         replies, spelled = Replies(), self.spelled if spelled is None else spelled
         for ids in prompts:
@@ -167,7 +181,8 @@ class Service:
             for choice in range(choices):
                 seed = None if sampling.seed is None else sampling.seed + choice
                 settings, stops = replace(sampling, seed=seed), [*stop, *self._stop]
-                job = Job(ids, settings, limit, stops, spelled, replies.hear(len(replies.jobs)), first)
+                hear, apart = replies.hear(len(replies.jobs)), thoughts() if thoughts else None
+                job = Job(ids, settings, limit, stops, spelled, hear, apart, first)
                 first = first or job
                 replies.jobs.append(job)
         try:
@@ -293,20 +308,16 @@ async def with_signs_of_life(items: AsyncIterator[Result], ping_s: float = PING_
                 await coming
 
 
-def template_settings(body: Chat | Conversation) -> dict[str, Any]:
-    """The template's variables that a request sets. Raises APIError for one that is not its to set.
+def template_settings(source: str, body: Chat | Conversation) -> dict[str, Any]:
+    """The variables of a template, given by its source, that a request sets; those of its own words win.
 
-    Thinking has two names: Qwen's, GLM's and most others', and DeepSeek's since V3.1.
+    Raises APIError for one that is not its to set.
     """
-    settings = dict(body.chat_template_kwargs or {})
+    given = body.chat_template_kwargs or {}
     for name in OWN_VARIABLES:
-        if name in settings:
+        if name in given:
             raise invalid(f"chat_template_kwargs.{name} is not to be set", f"chat_template_kwargs.{name}")
-    thinks = body.enable_thinking
-    if body.reasoning_effort is not None:
-        settings.setdefault("reasoning_effort", body.reasoning_effort)
-        if thinks is None:
-            thinks = body.reasoning_effort != "none"
-    if thinks is not None:
-        settings = {"enable_thinking": thinks, "thinking": thinks, **settings}
-    return settings
+    settings = {} if body.reasoning_effort is None else thinking_effort(source, body.reasoning_effort)
+    if body.enable_thinking is not None:
+        settings = {**settings, **(thinking(source, body.enable_thinking) or {})}
+    return {**settings, **given}

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from localrun import arguments
+from localrun.errors import ContextFullError
 from localrun.text.chat_template import Answer, ChatTemplate, Message, TemplateError, Tools, text_of
 from localrun.text.harmony import CHANNEL, without_reasoning
 from localrun.text.tokenizer import Tokenizer
@@ -29,6 +30,7 @@ _ENCLOSED = re.compile(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}|[{_OPEN}{_CLOSE}]"
 REASONING = "reasoning_content"  # a message's key for what the model thought before it
 THINKING = "thinking"  # the same, where Harmony's template wants it
 _FREE = ("content", REASONING, THINKING, "name", "tool_calls", "tool_call_id")  # what a message may say in any words
+_LONG = 16  # characters a token: a longer text is looked at before it is tokenized; English has four, code three
 _MUST_BE_THERE = ("user", "system", "tool")  # templates may leave an earlier reply out
 
 
@@ -68,18 +70,22 @@ def chat_ids(
     messages: list[Message],
     settings: Mapping[str, Any] | None = None,
     offer: Offer = _NOTHING,
+    room: int | None = None,
 ) -> list[int]:
     """The ids that a reply to messages continues: the template's control tokens as such, and one BOS where one is due.
 
     Args:
         messages: with tool_calls, and with results of role "tool", as the template wants them.
         settings: other variables of the template.
+        room: tokens that there is room for, if that is known: a prompt that is far longer is not tokenized whole.
 
     Raises TemplateError if the template is broken, refuses the messages, leaves words of theirs out, or changes them
-    so that its own control tokens cannot be told from theirs. Raises LocalrunError if they are no messages of texts.
+    so that its own control tokens cannot be told from theirs. Raises LocalrunError if they are no messages of texts,
+    and ContextFullError for a prompt that is far longer than there is room for.
     """
     controls = _any_of(tokenizer.controls)
     prompt = chat_prompt(template, _checked(template, messages), controls, settings, offer)
+    _check_length(tokenizer, prompt.text, room)
     ids = _encode(tokenizer, prompt, controls)
     is_due = tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]
     return [tokenizer.bos_id, *ids] if is_due else ids
@@ -108,10 +114,26 @@ def _without_reasoning(message: Message) -> Message:
     return message | {"content": without_reasoning(message["content"])} if is_reply else message
 
 
-def raw_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a prompt that the user writes himself, control tokens included; not a second BOS if he writes one."""
+def raw_ids(tokenizer: Tokenizer, text: str, room: int | None = None) -> list[int]:
+    """The ids of a prompt that the user writes himself, control tokens included; not a second BOS if he writes one.
+
+    Raises ContextFullError if the text is far longer than there is room for, in tokens.
+    """
+    _check_length(tokenizer, text, room)
     ids = tokenizer.encode(text, parse_special=True)
     return ids[1:] if tokenizer.add_bos and ids[:2] == [tokenizer.bos_id] * 2 else ids
+
+
+def _check_length(tokenizer: Tokenizer, text: str, room: int | None) -> None:
+    """Raises ContextFullError if the beginning of a long text is twice as much as there is room for.
+
+    Nothing that could follow would halve that: at most the word changes that the beginning ends in.
+    """
+    if room is None or len(text) <= _LONG * room:
+        return
+    n_tokens = len(tokenizer.encode(text[: _LONG * room], add_special=False, parse_special=True))
+    if n_tokens > 2 * room:
+        raise ContextFullError(f"the prompt has more than {n_tokens - 1} tokens; the context holds {room}")
 
 
 def chat_prompt(

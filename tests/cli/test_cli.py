@@ -45,7 +45,7 @@ OPTIONS = {
     ],
     "serve": [
         *["--host", "--port", "--api-key", "--slots", "--cache-ram", "--cache-dir", "--cache-disk"],
-        *["--max-pause", "--allow-origin", *RUNTIME, *DRAFTS],
+        *["--max-pause", "--allow-origin", *TEMPLATE[:3], *RUNTIME, *DRAFTS],
         *["-v", "--verbose"],
     ],
     "bench": [

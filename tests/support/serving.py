@@ -29,15 +29,16 @@ def serving(
     cache_bytes: int = 1 << 30,
     most_waiting: int = 8,
     api_key: str | None = None,
+    variables: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Iterator[tuple[TestClient, Scheduler]]:
     """A client of a server, and its scheduler. Exceptions of the server's are the test's.
 
-    settings: of the application.
+    variables: of the template. settings: of the application.
     """
     scheduler = Scheduler(engine, slots, cache_bytes, most_waiting)
     try:
-        with TestClient(application(Service(engine, scheduler, "model"), api_key, **settings)) as client:
+        with TestClient(application(Service(engine, scheduler, "model", variables), api_key, **settings)) as client:
             yield client, scheduler
     finally:
         scheduler.close()

@@ -55,6 +55,7 @@ def test_a_stream_of_thinking_text_and_a_call(engine: Engine, client: anthropic.
         message = stream.get_final_message()
     assert [block.type for block in message.content] == ["thinking", "text", "tool_use"]
     thinking, text, call = message.content
+    assert message.usage.output_tokens_details.thinking_tokens > 0
     assert (thinking.thinking, text.text, call.name, call.input) == ("Hm.", "I look.", "weather", {"city": "Paris"})
     assert message.stop_reason == "tool_use" and message.usage.output_tokens == len(THOUGHTFUL_CALL)
     assert kinds.count("content_block_start") == kinds.count("content_block_stop") == 3

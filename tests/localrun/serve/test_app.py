@@ -63,6 +63,7 @@ def test_a_chat(client: TestClient) -> None:
         "completion_tokens": len(REPLY),
         "total_tokens": prompt + len(REPLY),
         "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
     assert (answer["timings"]["prompt_n"], answer["timings"]["predicted_n"]) == (prompt, len(REPLY))
     again = ask(client).json()["usage"]["prompt_tokens_details"]["cached_tokens"]
@@ -84,9 +85,12 @@ def test_a_stream_says_the_same(client: TestClient) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_reasoning_stands_apart(engine: Engine, client: TestClient, stream: bool) -> None:
     engine.model.reply = "<think>\nHm.\n</think>\n\nAye."
-    answer = ask(client, stream=stream)
+    answer = ask(client, stream=stream, **({"stream_options": {"include_usage": True}} if stream else {}))
+    last = events(answer.text)[-2] if stream else answer.json()
+    thoughts = 1 + len("\nHm.\n</think>")  # a letter is a token; the tag is one once it is whole
+    assert last["usage"]["completion_tokens_details"] == {"reasoning_tokens": thoughts}
     if stream:
-        deltas = [chunk["choices"][0]["delta"] for chunk in events(answer.text)[:-1]]
+        deltas = [chunk["choices"][0]["delta"] for chunk in events(answer.text)[:-2]]
         found = {key: "".join(delta.get(key, "") for delta in deltas) for key in ("reasoning_content", "content")}
     else:
         found = answer.json()["choices"][0]["message"]
@@ -150,8 +154,12 @@ def test_an_answer_of_a_schema_or_a_call(engine: Engine, client: TestClient, rep
 
 def test_settings_reach_the_template(engine: Engine, client: TestClient) -> None:
     engine.template.source = "{{ enable_thinking }} {{ reasoning_effort }} {{ x }} {{ messages[0].content }}"
-    body = {"messages": HELLO, "reasoning_effort": "none", "chat_template_kwargs": {"x": 1}}
-    assert client.post("/apply-template", json=body).json() == {"prompt": "False none 1 Hello"}
+    body = {"messages": HELLO, "reasoning_effort": "minimal", "chat_template_kwargs": {"x": 1}}
+    assert client.post("/apply-template", json=body).json() == {"prompt": "True low 1 Hello"}
+    body["enable_thinking"] = False
+    assert client.post("/apply-template", json=body).json() == {"prompt": "False low 1 Hello"}
+    body["chat_template_kwargs"] = {"x": 1, "enable_thinking": "so", "reasoning_effort": "mine"}
+    assert client.post("/apply-template", json=body).json() == {"prompt": "so mine 1 Hello"}
     refused = client.post("/apply-template", json={"messages": HELLO, "chat_template_kwargs": {"tools": []}})
     assert refused.status_code == 400
 
@@ -302,6 +310,21 @@ def test_too_long_a_prompt_names_both_numbers(client: TestClient) -> None:
     error = ask(client, COMPLETION, prompt="a" * 1001).json()["error"]
     assert error["code"] == "context_length_exceeded"
     assert error["message"] == "the prompt has 1001 tokens; the context holds 1000"
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETION])
+def test_far_too_long_a_prompt_is_not_tokenized_whole(
+    engine: Engine, client: TestClient, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded, encode = [], engine.tokenizer.encode
+    monkeypatch.setattr(engine.tokenizer, "encode", lambda text, **rest: encoded.append(text) or encode(text, **rest))
+    long = "a" * 100_000
+    error = ask(
+        client, path, **({"messages": [{"role": "user", "content": long}]} if path == CHAT else {"prompt": long})
+    )
+    assert (error.status_code, error.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert error.json()["error"]["message"] == "the prompt has more than 15999 tokens; the context holds 1000"
+    assert max(map(len, encoded)) == 16_000
 
 
 def test_bodies_that_are_none(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:

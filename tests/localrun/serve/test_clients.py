@@ -19,6 +19,7 @@ import pytest
 from cases import slow_but
 from pydantic import BaseModel, Field
 from running import running
+from serving import serving
 
 import localrun
 from localrun.engine import Engine
@@ -116,6 +117,8 @@ def test_the_first_signal_lets_replies_finish_and_the_second_does_not(signals: i
         (["--api-key", ""], "--api-key has characters that no header can carry, or none at all"),
         (["--allow-origin", "chat.example"], "--allow-origin 'chat.example': expected scheme://host or"),
         (["--port", "0", "--slots", "0"], "slots is 0; expected 1 to 256"),
+        (["--port", "0", "--template-var", "x=1"], "the chat template reads no variable x"),
+        (["--port", "0", "--chat-template", "mine"], "mine: no such file, and no chat template of that name"),
     ],
 )
 def test_bad_options_are_a_line(options: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,3 +127,23 @@ def test_bad_options_are_a_line(options: list[str], line: str, capsys: pytest.Ca
     assert run(["serve", str(SMOLLM2), "-c", "64", *options]) == 1
     out, err = capsys.readouterr()
     assert out == "" and err.startswith(f"localrun: {line}") and err.count("\n") == 1
+
+
+def test_the_templates_variables_are_those_of_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Unless a request sets them; and the template is the one that the command names."""
+    from cli.main import run
+    from localrun.serve import server
+
+    (tmp_path / "template").write_text("{{ enable_thinking }} {{ tone }} {{ messages[0].content }}")
+    texts = []
+
+    def serve(engine: Engine, *_: object, variables: dict, **rest: object) -> None:
+        with serving(engine, variables=variables) as (client, _):
+            for settings in ({}, {"enable_thinking": True}, {"chat_template_kwargs": {"tone": 2}}):
+                asked = {"messages": [{"role": "user", "content": "Hello"}], **settings}
+                texts.append(client.post("/apply-template", json=asked).json()["prompt"])
+
+    monkeypatch.setattr(server, "serve", serve)
+    options = ["--chat-template", str(tmp_path / "template"), "--think", "off", "--template-var", "tone=dry"]
+    assert run(["serve", str(SMOLLM2), "-c", "64", "--port", "0", *options]) == 0
+    assert texts == ["False dry Hello", "True dry Hello", "False 2 Hello"]

@@ -58,6 +58,7 @@ def test_a_stream_of_reasoning_text_and_a_call(engine: Engine, client: openai.Op
     ]
     assert [event.output_index for event in events if event.type == "response.output_item.done"] == [0, 1, 2]
     reasoning, message, call = events[-1].response.output
+    assert events[-1].response.usage.output_tokens_details.reasoning_tokens > 0
     assert (reasoning.content[0].text, message.content[0].text) == ("Hm.", "I look.")
     assert (call.name, call.arguments, call.status) == ("weather", '{"city": "Paris"}', "completed")
     deltas = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]

@@ -9,7 +9,7 @@ from chats import CHAT, TEMPLATES, THOUGHT, source_of, template, transformers_te
 from localrun.errors import LocalrunError
 from localrun.text.chat_template import text_of
 from localrun.text.prompt import chat_prompt
-from localrun.text.template_variables import check_names, thinking, variables
+from localrun.text.template_variables import check_names, thinking, thinking_effort, variables
 
 BOTH = {"enable_thinking", "thinking"}
 SWITCHES = {
@@ -44,6 +44,30 @@ def test_what_may_end_a_reply_without_thoughts() -> None:
     source = source_of("openai-gpt-oss-120b")
     assert thinking(source, False) is None and "reasoning_effort" in variables(source)
     assert "Reasoning: low" in transformers_text(source, CHAT[:2], True, reasoning_effort="low")
+
+
+EFFORTS = {
+    "openai-gpt-oss-120b": {"none": "low", "minimal": "low", "low": "low", "medium": "medium", "xhigh": "high"},
+    "tencent-Hy3": {"none": "no_think", "minimal": "low", "medium": "high", "high": "high", "max": "high"},
+}
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_efforts_in_published_templates(path: Path) -> None:
+    """Every template takes every effort; one that has no word for it gets the next higher that it has."""
+    source = path.read_text(encoding="utf-8")
+    words = EFFORTS.get(path.stem, {"none": None, "high": None})
+    switches = SWITCHES.get(path.stem, set()) - {"reasoning_effort"}
+    for effort, word in words.items():
+        settings = thinking_effort(source, effort)
+        assert settings.pop("reasoning_effort", None) == word
+        assert settings == dict.fromkeys(switches, effort != "none")
+    if path.stem in EFFORTS:
+        each = [thinking_effort(source, effort) for effort in words]
+        assert "error" not in {
+            key for settings in each for key in template(source).answers([CHAT[:2]], settings=settings)[0]
+        }
+        assert thinking_effort(source, "my own") == {"reasoning_effort": "my own"}
 
 
 def test_names_are_those_of_code() -> None:
