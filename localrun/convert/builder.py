@@ -30,7 +30,7 @@ class Builder:
         prefix, at = ("", "") if index is None else (f"blk.{index}.", layer_prefix(index))
         name, shape, pieces = prefix + tensor.name, tensor.shape(self.config), []
         for source, source_shape in tensor.sources(self.config):
-            n_rows = self._use(at + source, source_shape, name)
+            n_rows = self._use(at + source, source_shape, name, isinstance(tensor.source, Fused))
             pieces += _pieces(tensor, self.checkpoint.tensors[at + source], n_rows, self.config)
         dtype = self.checkpoint.tensors[pieces[0].source].dtype
         self.targets.append(Target(name, shape, dtype, tuple(pieces)))
@@ -63,7 +63,7 @@ class Builder:
                 )
         return self.targets
 
-    def _use(self, source: str, shape: tuple[int, ...], target: str) -> int:
+    def _use(self, source: str, shape: tuple[int, ...], target: str, is_fused: bool) -> int:
         """Marks a source as used; its rows. Raises CheckpointError if it is missing or has another shape."""
         tensor = self.checkpoint.tensors.get(source)
         if tensor is None:
@@ -72,7 +72,7 @@ class Builder:
             raise CheckpointError(
                 f"{self.checkpoint.path}: tensor '{source}' is missing; '{target}' is made of it{lacks}"
             )
-        if tensor.dtype == MXFP4:  # packed along the inputs, which come last
+        if is_fused and tensor.dtype == MXFP4:  # packed along the inputs, which come last
             shape = (*shape[:-2], shape[-1], shape[-2])
         if tensor.shape != shape or 0 in shape:
             found, path = list(tensor.shape), self.checkpoint.path

@@ -3,16 +3,20 @@
 Knows nothing of what tensors mean. FP8 follows the published checkpoints' scheme: weight * scale_inv, one scale a block
 of weight_block_size, the last blocks trimmed to the weight's shape (conversion/base.py of
 https://github.com/ggml-org/llama.cpp @3f545becc does the same); without a block size, one scale a row or a tensor.
+DeepSeek-V4's scales are exponents, named <module>.scale beside <module>.weight.
 
 MXFP4 is gpt-oss's: <name>_blocks, uint8 (..., blocks, 16), 32 codes each, two neighbours a byte, the first in the low
 half; <name>_scales, uint8 (..., blocks), exponents (transformers 5.24, integrations/mxfp4.py). The pair counts as one
 tensor <name> in ggml's blocks, whose byte j holds codes j and j + 16 (ggml-common.h @d99724f, block_mxfp4).
+DeepSeek-V4's FP4 is the same: <module>.weight, int8 (rows, cols / 2), and <module>.scale, exponents (rows, cols / 32).
+
+Tables of whole numbers count as I32.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path, PurePath
 from typing import Any
@@ -20,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from localrun.convert.errors import CheckpointError
-from localrun.convert.sources import packed_ints, text_part
+from localrun.convert.sources import deepseek4_names, packed_ints, text_part
 from localrun.convert.sources.json_file import is_kind, read_json, shown, typed
 from localrun.convert.sources.packed_ints import PackedInts
 from localrun.convert.sources.reading import Reader
@@ -30,6 +34,10 @@ from quant.formats import fp8
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _NAMED = "transformers_weights"  # the key of config.json that names another
 _SCALE = "_scale_inv"
+_EXPONENTS = "F8_E8M0"  # dtype of scales that are powers of 2, in FP8 and FP4
+_WEIGHTS = ("F32", "F16", "BF16", "F8_E4M3")
+_TABLES = {"I32": np.int32, "I64": np.int64}
+TABLE = "I32"  # what they count as
 MXFP4 = "MXFP4"  # dtype of a pair of these
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _HALF_BLOCK = 16  # bytes of codes, and half the codes
@@ -70,7 +78,7 @@ class Checkpoint:
         block_types: the types whose blocks it gives.
     """
 
-    block_types = (MXFP4,)
+    block_types = (MXFP4, TABLE)
 
     def __init__(self, path: Path) -> None:
         """Read and check config, index and all shards' headers. Raises CheckpointError."""
@@ -85,10 +93,12 @@ class Checkpoint:
             self.index = {own: shard for name, shard in self.index.items() if (own := text_part.text_name(name))}
             stored, line = text_part.text_tensors(stored, str(path))
             self.warnings.append(line)
-        self._pairs = _take_pairs(stored)
+        if deepseek4_names.applies(self.config):
+            stored = deepseek4_names.renamed(stored)
+        self._pairs = _take_pairs(stored) | _take_fp4(stored)
         self._packed = _take_packed(stored, self.config, path)
         self._stored = {name: tensor for name, tensor in stored.items() if not _is_scale(name, stored)}
-        self._scales = {name: stored[name + _SCALE] for name in self._stored if name + _SCALE in stored}
+        self._scales = {name: stored[scale] for name in self._stored if (scale := _scale_of(name, stored))}
         self._block = _block_size(self.config, path)
         self.tensors = {name: self._checked(tensor) for name, tensor in self._stored.items()}
         self.tensors |= {name: _checked_pair(name, *pair) for name, pair in self._pairs.items()}
@@ -99,8 +109,10 @@ class Checkpoint:
 
     def _checked(self, tensor: StoredTensor) -> SourceTensor:
         where = f"{tensor.path}: tensor {shown(tensor.name)}"
-        if tensor.dtype not in DTYPE_BYTES:
-            raise CheckpointError(f"{where} has dtype {shown(tensor.dtype)}; expected one of {', '.join(DTYPE_BYTES)}")
+        if tensor.dtype in _TABLES:
+            return SourceTensor(tensor.name, tensor.shape, TABLE, tensor.n_bytes)
+        if tensor.dtype not in _WEIGHTS:
+            raise CheckpointError(f"{where} has dtype {shown(tensor.dtype)}; expected one of {', '.join(_WEIGHTS)}")
         scale = self._scales.get(tensor.name)
         if (tensor.dtype == "F8_E4M3") != (scale is not None):
             state = "no scale" if scale is None else f"a scale but dtype {tensor.dtype}"
@@ -118,7 +130,7 @@ class Checkpoint:
         allowed = [(), (1,), (1, 1), (rows,), (rows, 1)]
         if self._block is not None:
             allowed = [(-(-rows // self._block[0]), -(-cols // self._block[1]))]
-        if scale.dtype not in ("F32", "BF16", "F16") or scale.shape not in allowed:
+        if scale.dtype not in ("F32", "BF16", "F16", _EXPONENTS) or scale.shape not in allowed:
             shapes = " or ".join(map(str, allowed))
             found = f"{shown(scale.dtype)} {scale.shape}"
             raise CheckpointError(
@@ -154,7 +166,12 @@ class Checkpoint:
         packed_ints.expand(words, scales, weight.group, out)
 
     def blocks(self, name: str, start: int, stop: int) -> np.ndarray:
-        """uint8 (stop - start, row_bytes): rows of an MXFP4 tensor in ggml's blocks. Raises CheckpointError."""
+        """uint8 (stop - start, row_bytes): rows of an MXFP4 tensor in ggml's blocks, or of a table as int32.
+
+        Raises CheckpointError.
+        """
+        if name not in self._pairs:
+            return self._whole_numbers(self._stored[name], start, stop)
         blocks, scales = self._pairs[name]
         n_blocks = scales.shape[-1]
         out = np.empty((stop - start, n_blocks, 1 + _HALF_BLOCK), np.uint8)
@@ -163,6 +180,15 @@ class Checkpoint:
         codes = np.stack([low & 15, low >> 4], -1).reshape(stop - start, n_blocks, 2, _HALF_BLOCK)
         out[..., 1:] = codes[:, :, 0] | codes[:, :, 1] << 4
         return out.reshape(stop - start, -1)
+
+    def _whole_numbers(self, stored: StoredTensor, start: int, stop: int) -> np.ndarray:
+        """uint8 (stop - start, row_bytes): rows of a table as int32."""
+        rows = self._rows_of(stored, start, stop, stored.n_bytes // prod(stored.shape[:-1]))
+        numbers = rows.view(_TABLES[stored.dtype])
+        narrow = numbers.astype(np.int32)
+        if not np.array_equal(narrow, numbers):
+            raise CheckpointError(f"{stored.path}: tensor {shown(stored.name)} has a number of more than 32 bits")
+        return narrow.view(np.uint8)
 
     def _rows_of(self, stored: StoredTensor, start: int, stop: int, row_bytes: int) -> np.ndarray:
         """uint8 (stop - start, row_bytes), in memory that the next fetch overwrites."""
@@ -174,6 +200,8 @@ class Checkpoint:
         stored = self._scales[name]
         scale = np.empty((1, prod(stored.shape)), np.float32)
         raw = self._reader.fetch(stored.path, stored.offset, stored.n_bytes, stored.name)
+        if stored.dtype == _EXPONENTS:
+            return np.where(raw == 255, np.float32(np.nan), np.ldexp(np.float32(1), raw.astype(np.int32) - 127))
         self._reader.widen(raw, stored.dtype, scale)
         return scale[0]
 
@@ -263,6 +291,22 @@ def _take_pairs(stored: dict[str, StoredTensor]) -> dict[str, tuple[StoredTensor
     }
 
 
+def _take_fp4(stored: dict[str, StoredTensor]) -> dict[str, tuple[StoredTensor, StoredTensor]]:
+    """DeepSeek-V4's FP4 as such pairs, taken out of the tensors. Raises CheckpointError if parts differ."""
+    pairs = {}
+    for name in [name for name, tensor in stored.items() if tensor.dtype == "I8"]:
+        codes, scale = stored[name], stored.get(_beside(name))
+        rows, n_bytes = codes.shape if len(codes.shape) == 2 else (0, 0)
+        expected = (rows, n_bytes // _HALF_BLOCK)
+        if scale is None or scale.dtype != _EXPONENTS or scale.shape != expected or n_bytes % _HALF_BLOCK:
+            found = "missing" if scale is None else f"{shown(scale.dtype)} {list(scale.shape)}"
+            what = f"{codes.path}: tensor {shown(name)} is I8 {list(codes.shape)}, FP4; its scale is {found}"
+            raise CheckpointError(f"{what}; expected {_EXPONENTS} {list(expected)}, one for 32 weights")
+        del stored[name], stored[scale.name]
+        pairs[name] = replace(codes, dtype="U8", shape=(*expected, _HALF_BLOCK)), replace(scale, dtype="U8")
+    return pairs
+
+
 def _take_packed(stored: dict[str, StoredTensor], config: dict[str, Any], path: Path) -> dict[str, PackedInts]:
     """Packed integers by name, if config.json says that there are some, taken out of the tensors."""
     quantization = config.get("quantization_config")
@@ -281,8 +325,20 @@ def _checked_pair(name: str, blocks: StoredTensor, scales: StoredTensor) -> Sour
     return SourceTensor(name, (*rows, 2 * _HALF_BLOCK * n_blocks), MXFP4, blocks.n_bytes + scales.n_bytes)
 
 
+def _beside(name: str) -> str:
+    """DeepSeek-V4's name of a weight's scale."""
+    return name.removesuffix("weight") + "scale"
+
+
+def _scale_of(name: str, tensors: dict[str, StoredTensor]) -> str:
+    """The name of a weight's scale; empty if it has none."""
+    return next((each for each in (name + _SCALE, _beside(name)) if each in tensors and each != name), "")
+
+
 def _is_scale(name: str, tensors: dict[str, StoredTensor]) -> bool:
-    return name.endswith(_SCALE) and name.removesuffix(_SCALE) in tensors
+    if name.endswith(_SCALE):
+        return name.removesuffix(_SCALE) in tensors
+    return name.endswith(".scale") and name.removesuffix("scale") + "weight" in tensors
 
 
 def _block_size(config: dict[str, Any], path: Path) -> tuple[int, int] | None:

@@ -18,7 +18,8 @@ from localrun.gguf import lfs
 
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 MAX_DIMS = 8  # no layer's weights have more than 4
-DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}  # the dtypes that there are conversions for
+# Bytes of an item, of the dtypes that something here reads.
+DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "I32": 4, "I64": 8}
 
 
 @dataclass(frozen=True)
