@@ -2,7 +2,7 @@
 
 As transformers has them (tokenization_utils_base.py, _from_pretrained, of 5.24): chat_template.jinja and the files of
 additional_chat_templates, or else what tokenizer_config.json says. chat_template.json, which is for models that see,
-comes last, as with llama.cpp's converter (gguf.SpecialVocab).
+comes last, as with llama.cpp's converter (gguf.SpecialVocab), and then what stands for a program (coded_templates).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from gguf import GGUFValueType
 
+from localrun.convert.coded_templates import coded_template
 from localrun.convert.errors import CheckpointError
 from localrun.convert.metadata import Metadata
 from localrun.convert.sources.json_file import read_json, shown
@@ -21,7 +22,7 @@ _DEFAULT = "default"  # the name of the one that is used
 
 
 def add_chat_templates(metadata: Metadata, folder: Path, config: dict[str, Any], files: list[Path]) -> list[str]:
-    """Add the keys, and the files that were read to `files`; a line if chat will have no template.
+    """Add the keys, and the files that were read to `files`; a line if chat will have no template, or one of ours.
 
     Args:
         config: tokenizer_config.json.
@@ -32,13 +33,17 @@ def add_chat_templates(metadata: Metadata, folder: Path, config: dict[str, Any],
     if not templates and (folder / "chat_template.json").exists():
         files.append(folder / "chat_template.json")
         templates = _of_config(read_json(files[-1]), files[-1])
+    notes = []
+    if _DEFAULT not in templates and (own := coded_template(metadata.architecture, folder, files)):
+        templates[_DEFAULT] = own
+        notes.append("the checkpoint's chat template is a program, which no GGUF holds: its like in Jinja is written")
     others = {re.sub(r"[^A-Za-z0-9]", "_", name): text for name, text in templates.items() if name != _DEFAULT}
     for name, text in sorted(others.items()):
         metadata.string(f"tokenizer.chat_template.{name}", text)
     metadata.array("tokenizer.chat_templates", GGUFValueType.STRING, sorted(others))
     if _DEFAULT in templates:
         metadata.string("tokenizer.chat_template", templates[_DEFAULT])
-        return []
+        return notes
     missing = "no chat template"
     if others:
         missing = f"of the chat templates {', '.join(sorted(others))[:100]} none is the default, so none is used"

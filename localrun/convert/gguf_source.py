@@ -10,8 +10,8 @@ import numpy as np
 
 from localrun.convert.architecture import Model
 from localrun.convert.metadata import Entry, Metadata
-from localrun.convert.mixes import PLAIN
-from localrun.convert.sources.checkpoint import SourceTensor
+from localrun.convert.mixes import PLAIN, is_table
+from localrun.convert.sources.checkpoint import TABLE, SourceTensor
 from localrun.convert.sources.reading import Reader
 from localrun.convert.targets import Piece, Target
 from localrun.errors import GGUFError, LocalrunError, UnsupportedModelError
@@ -37,7 +37,7 @@ class GGUFSource:
         block_types: the types whose blocks it gives.
     """
 
-    block_types = registry.NAMES
+    block_types = (*registry.NAMES, TABLE)
 
     def __init__(self, path: Path) -> None:
         """Read and check all headers. Raises GGUFError."""
@@ -123,7 +123,7 @@ def read_model(source: GGUFSource, *, keep_mtp: bool = True) -> Model:
         raise UnsupportedModelError(f"{source.path}: types are known for {known}, not for '{metadata.architecture}'")
     targets = []
     for tensor in source.tensors.values():
-        if tensor.dtype not in registry.NAMES:
+        if tensor.dtype not in registry.NAMES and not (is_table(tensor) and tensor.dtype == TABLE):
             raise UnsupportedModelError(
                 f"{source.path}: tensor '{tensor.name}' has type {tensor.dtype}, not convertible"
             )

@@ -2,7 +2,8 @@
 
 Departures from llama.cpp: attn_k_b and attn_v_b get at least Q8_0 (they are small, and all positions pass through
 them), whatever --tensor-type says, and in MXFP4_MOE, where llama.cpp takes them for experts; an indexer's weights_proj
-stays F32, as in transformers; rows that are no whole blocks of a type without a fallback get F16 instead of an error.
+stays F32, as in transformers; of DeepSeek-V4, hyper-connections stay F32 and compressors BF16, as llama.cpp's converter
+writes them; rows that are no whole blocks of a type without a fallback get F16 instead of an error.
 """
 
 from localrun.convert.mixes.choose import (
@@ -14,7 +15,7 @@ from localrun.convert.mixes.choose import (
     notes_on,
 )
 from localrun.convert.mixes.overrides import MixFile, Override, parse_override, read_mix_file
-from localrun.convert.mixes.rules import fits, needs_imatrix
+from localrun.convert.mixes.rules import fits, is_table, needs_imatrix
 from localrun.convert.mixes.table import ALIASES, MIXES, PLAIN, TYPES, Mix, parse_mix
 from localrun.convert.mixes.written import Line, mix_lines
 
@@ -33,6 +34,7 @@ __all__ = [
     "file_type",
     "fits",
     "interleave",
+    "is_table",
     "mix_lines",
     "needs_imatrix",
     "notes_on",

@@ -9,8 +9,17 @@ from gguf import LlamaFileType
 
 from localrun.convert.metadata import Metadata
 from localrun.convert.mixes.overrides import Override
-from localrun.convert.mixes.rules import MLA, Named, Rules, fits, fitting, may_be_quantized, needs_importances
-from localrun.convert.mixes.table import ALIASES, MIXES, PLAIN
+from localrun.convert.mixes.rules import (
+    MLA,
+    Named,
+    Rules,
+    fits,
+    fitting,
+    is_table,
+    may_be_quantized,
+    needs_importances,
+)
+from localrun.convert.mixes.table import ALIASES, MIXES, PLAIN, TABLE
 from localrun.convert.targets import Target
 from localrun.errors import LocalrunError
 from localrun.gguf import types as tensor_types
@@ -31,18 +40,23 @@ def choose_types(
     """The type of each target; types that rows do not fit have become others.
 
     What mixes never decide about (vectors, norms, routers) stays F32, unless an override matches nothing else.
+    Tables of whole numbers are I32.
 
     Args:
         mix: a key of MIXES, or None where overrides are to say everything.
         has_imatrix: whether importances are there; some rules look at that.
 
-    Raises LocalrunError if an override is of no effect, a vector's type is none of PLAIN, or without a mix no override
-    matches a matrix.
+    Raises LocalrunError if an override is of no effect, a vector's type is none of PLAIN, a table is to have a type, or
+    without a mix no override matches a matrix.
     """
     rules = Rules(targets, metadata, mix, has_imatrix) if mix else None
     types = []
     for target, override in zip(targets, overrides_of(targets, overrides), strict=True):
-        if override is None or _is_overruled(target, override):
+        if is_table(target):
+            if override is not None:
+                raise LocalrunError(f"{override.where}: '{target.name}' is a table of whole numbers and stays {TABLE}")
+            types.append(TABLE)
+        elif override is None or _is_overruled(target, override):
             types.append(_without_override(target, rules))
         elif len(target.shape) < 2 and override.type not in PLAIN:
             raise LocalrunError(f"{override.where}: '{target.name}' is a vector; expected one of {', '.join(PLAIN)}")

@@ -20,7 +20,11 @@ from localrun.models.names import EMBED_TOKENS, LM_HEAD
 from localrun.models.registry import ARCHITECTURES
 
 # What stays F32 whatever its dimensions.
-_KEPT = re.compile(r"_norm\.weight$|ffn_gate_inp\.weight$|indexer\.([kq]_)?proj\.weight$|(?<!weight)$")
+_KEPT = re.compile(
+    r"_norm\.weight$|ffn_gate_inp\.weight$|indexer\.([kq]_)?proj\.weight$|hc_\w+\.weight$|_ape\.weight$|(?<!weight)$"
+)
+_TABLE = re.compile(r"ffn_gate_tid2eid\.weight$")
+_BF16 = re.compile(r"_compressor_(kv|gate)\.weight$")  # as in the checkpoint: all later tokens see what they pool
 MLA = re.compile(r"attn_[kv]_b\.weight$")  # latent attention's small matrices
 
 # For rows that are no whole blocks.
@@ -93,7 +97,12 @@ def fitting(type_: str, n_cols: int) -> str:
 def may_be_quantized(target: Named) -> bool:
     """Whether a tensor is a matrix that mixes decide about: no vector, norm or router."""
     n_dims = next((i for i, size in enumerate(target.shape) if size > 1), len(target.shape))  # leading ones don't count
-    return len(target.shape) - n_dims >= 2 and not _KEPT.search(target.name)
+    return len(target.shape) - n_dims >= 2 and not (_KEPT.search(target.name) or is_table(target))
+
+
+def is_table(target: Named) -> bool:
+    """Whether a tensor holds whole numbers, which no type changes."""
+    return bool(_TABLE.search(target.name))
 
 
 def needs_importances(name: str, type_: str, mix: str | None) -> bool:
@@ -166,6 +175,8 @@ class Rules:
             return "F32"
         if self._default in PLAIN:
             return self._default
+        if _BF16.search(target.name):
+            return "BF16"
         if MLA.search(target.name):
             return fitting("Q8_0", target.n_cols)
         return fitting(self._wanted(target), target.n_cols)

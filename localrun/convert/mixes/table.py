@@ -62,6 +62,7 @@ MIXES = {
 # The first three as in llama-quantize.
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}
 PLAIN = ("F32", "F16", "BF16")
+TABLE = "I32"  # of tables of whole numbers
 # Whole numbers, and what only activations are packed in.
 _NO_WEIGHTS = ("F64", "I8", "I16", "I32", "I64", "Q8_1", "Q8_K")
 TYPES = tuple(type_.name for type_ in GGMLQuantizationType if type_.name not in _NO_WEIGHTS)

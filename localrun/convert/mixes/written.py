@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from localrun.convert.mixes.choose import first_matches
 from localrun.convert.mixes.overrides import Override
-from localrun.convert.mixes.rules import Named, may_be_quantized
+from localrun.convert.mixes.rules import Named, is_table, may_be_quantized
 
 _IN_LAYER = re.compile(r"blk\.(0|[1-9][0-9]*)\.(.+)", re.ASCII | re.DOTALL)
 _ALL_LAYERS = r"\d+"
@@ -41,7 +41,9 @@ class _Rule(NamedTuple):
 
 
 def mix_lines(tensors: Sequence[Named], types: Sequence[str]) -> list[Line]:
-    """Lines that give each tensor its type. types: names of plain types, as long as tensors."""
+    """Lines that give each tensor its type, but for tables. types: names of plain types, as long as tensors."""
+    pairs = [(tensor, type_) for tensor, type_ in zip(tensors, types, strict=True) if not is_table(tensor)]
+    tensors, types = [tensor for tensor, _ in pairs], [type_ for _, type_ in pairs]
     lines = _joined(_rules(tensors, types))
     wrong = [
         (f"^{_literal(tensor.name)}$", type_)  # its name is like another's

@@ -94,7 +94,7 @@ class Checkpoint:
             stored, line = text_part.text_tensors(stored, str(path))
             self.warnings.append(line)
         if deepseek4_names.applies(self.config):
-            stored = deepseek4_names.renamed(stored)
+            stored = deepseek4_names.published(stored)
         self._pairs = _take_pairs(stored) | _take_fp4(stored)
         self._packed = _take_packed(stored, self.config, path)
         self._stored = {name: tensor for name, tensor in stored.items() if not _is_scale(name, stored)}
