@@ -49,8 +49,11 @@ def read_model(checkpoint: Checkpoint, *, keep_mtp: bool = True) -> Model:
     if config.tie_word_embeddings and _has_own_head(checkpoint):
         warnings.append("config.json ties the head to the embedding; the checkpoint has another head, which is kept")
         config = replace(config, tie_word_embeddings=False)
-    builder = Builder(checkpoint, config)
-    if architecture.has_mtp:
+    builder = Builder(checkpoint, architecture, config)
+    if architecture.drafts and (n_drafts := builder.skip_matching(architecture.drafts)):
+        warnings.append(f"{n_drafts} tensors only make drafts (mtp) and are left out; no file of them is written yet")
+        builder.config = config = replace(config, num_nextn_predict_layers=0)
+    elif architecture.has_mtp:
         n_nextn = _count_nextn(builder, architecture, settings, keep_mtp, warnings)
         builder.config = config = replace(config, num_nextn_predict_layers=n_nextn)
     metadata = _metadata(architecture, config, checkpoint)
@@ -104,7 +107,7 @@ def _add_tensors(builder: Builder, architecture: Architecture, settings: Setting
             builder.skip(source)
     for index in range(config.num_hidden_layers + config.num_nextn_predict_layers):
         for tensor in architecture.layer_in_checkpoint(config, index):
-            if not tensor.may_lack or builder.has(tensor, layer_prefix(index)):
+            if not tensor.may_lack or builder.has(tensor, layer_prefix(architecture, index)):
                 builder.add(tensor, index)
     if architecture.left_out:
         builder.skip_matching(architecture.left_out)
@@ -124,7 +127,7 @@ def _count_nextn(
         return 0
     tells = architecture.tensor("eh_proj")
     present = 0
-    while present < named and builder.has(tells, layer_prefix(first + present)):
+    while present < named and builder.has(tells, layer_prefix(architecture, first + present)):
         present += 1
     if 0 < present < named:
         raise CheckpointError(f"{settings.where}: names {named} prediction layers; the shards hold {present}")

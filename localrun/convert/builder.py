@@ -9,15 +9,15 @@ from localrun.convert.errors import CheckpointError
 from localrun.convert.sources.checkpoint import MXFP4, Checkpoint, SourceTensor
 from localrun.convert.sources.json_file import shown
 from localrun.convert.targets import Piece, Target
-from localrun.models.architecture import Fused, HeadRows, Pairs, Shape, Tensor
+from localrun.models.architecture import Architecture, Fused, HeadRows, Pairs, Shape, Tensor
 from localrun.models.config import Config
 
 
 class Builder:
     """Collects targets; every source tensor that goes into one is marked as used."""
 
-    def __init__(self, checkpoint: Checkpoint, config: Config) -> None:
-        self.checkpoint, self.config = checkpoint, config
+    def __init__(self, checkpoint: Checkpoint, architecture: Architecture, config: Config) -> None:
+        self.checkpoint, self.architecture, self.config = checkpoint, architecture, config
         self.targets: list[Target] = []
         self._used: set[str] = set()
 
@@ -27,7 +27,7 @@ class Builder:
 
     def add(self, tensor: Tensor, index: int | None = None) -> None:
         """A declared tensor, of layer `index` or of none."""
-        prefix, at = ("", "") if index is None else (f"blk.{index}.", layer_prefix(index))
+        prefix, at = ("", "") if index is None else (f"blk.{index}.", layer_prefix(self.architecture, index))
         name, shape, pieces = prefix + tensor.name, tensor.shape(self.config), []
         for source, source_shape in tensor.sources(self.config):
             n_rows = self._use(at + source, source_shape, name, isinstance(tensor.source, Fused))
@@ -43,14 +43,16 @@ class Builder:
         """A source that is left out on purpose, if it is there."""
         self._used.add(source)
 
-    def skip_matching(self, pattern: str) -> None:
-        """Sources that are left out on purpose, by what their names begin with."""
-        self._used.update(name for name in self.checkpoint.tensors if re.match(pattern, name))
+    def skip_matching(self, pattern: str) -> int:
+        """Sources that are left out on purpose, by what their names begin with; how many."""
+        names = [name for name in self.checkpoint.tensors if re.match(pattern, name)]
+        self._used.update(names)
+        return len(names)
 
     def skip_layers(self, first: int, count: int) -> None:
         """Layers whose sources are left out on purpose."""
         for name in self.checkpoint.tensors:
-            match = re.match(r"model\.layers\.(\d+)\.", name)
+            match = re.match(re.escape(self.architecture.layer_prefix) + r"(\d+)\.", name)
             if match and first <= int(match[1]) < first + count:
                 self._used.add(name)
 
@@ -83,9 +85,9 @@ class Builder:
         return tensor.n_rows
 
 
-def layer_prefix(index: int) -> str:
+def layer_prefix(architecture: Architecture, index: int) -> str:
     """What the names of a layer's tensors begin with in a checkpoint."""
-    return f"model.layers.{index}."
+    return f"{architecture.layer_prefix}{index}."
 
 
 def _pieces(tensor: Tensor, stored: SourceTensor, n_rows: int, config: Config) -> Iterator[Piece]:

@@ -107,15 +107,17 @@ class Settings:
     Attributes:
         where: what errors call the file.
         architecture, checkpoint_class: what its architectures names.
+        values: the file's, as the class has them flat.
     """
 
     def __init__(self, values: dict[str, Any], where: str) -> None:
         """Raises CheckpointError if it names no class that is declared."""
-        self.values, self.where = values, where
+        self.where = where
         names = typed(values, "architectures", list, where)
         if len(names) != 1 or not isinstance(names[0], str) or names[0] not in CHECKPOINTS:
             self.fail(f"architectures is {shown(names)}; expected one of {', '.join(CHECKPOINTS)}")
         self.architecture, self.checkpoint_class = CHECKPOINTS[names[0]]
+        self.values = self.checkpoint_class.flat(values)
 
     def get(self, key: str, kind: type, fields: Fields | None = None) -> Any:
         """The value of a key, or what its absence or null means to its class. Raises CheckpointError."""

@@ -233,6 +233,7 @@ class Architecture:
         describe: entries of a config.json that mean a Config, beside those of the keys.
         warnings: of a converted model, one line each.
         left_out: a regular expression: names of a checkpoint's tensors that no GGUF has begin so.
+        drafts: the same of tensors that only make drafts, which are not in the model's file.
         yarn_truncates: whether yarn's blend begins and ends at whole pairs.
         layer_prefix: what the names of a layer's tensors begin with in a checkpoint, before its number.
         values_need_bits: whether llama.cpp's mixes give attn_v more bits, by layers and heads a key-value head.
@@ -249,6 +250,7 @@ class Architecture:
     describe: Callable[[Config], dict[str, Any]] = no_fields
     warnings: Callable[[Config], list[str]] = field(default=lambda _: [])
     left_out: str = ""
+    drafts: str = ""
     yarn_truncates: bool = True
     layer_prefix: str = "model.layers."
     values_need_bits: Callable[[int, int], bool] = field(default=lambda _n_layers, _n_shared: False)

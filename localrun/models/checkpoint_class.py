@@ -58,11 +58,13 @@ class CheckpointClass:
         name: as `architectures` has it.
         settings: by key; those of all classes are added.
         spelled: the names of a key that has several; of those that a file has, the first counts.
+        flat: a file's settings with those that stand nested where other classes have them.
     """
 
     name: str
     settings: Mapping[str, Setting]
     spelled: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    flat: Callable[[dict[str, Any]], dict[str, Any]] = field(default=lambda values: values)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "settings", _COMMON | dict(self.settings))

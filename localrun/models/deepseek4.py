@@ -37,6 +37,22 @@ RATIOS = {"sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_com
 GATING = 4
 _NO_PLACE = "others have no place in a GGUF"
 _BEFORE = ".attn_kv_latent.", ".attn_compress_", "hc_head_", ".indexer.compress_"  # in names of before the merge
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """The rotary settings as the published checkpoints have them: transformers writes those of both kinds of layers."""
+    rope = values.get("rope_parameters")
+    kinds = [rope.get(kind) for kind in ("main", "compress")] if isinstance(rope, dict) else []
+    if not kinds or not all(isinstance(kind, dict) for kind in kinds):
+        return values
+    main, compress = kinds
+    own = {key: compress[key] for key in ("partial_rotary_factor",) if key in compress}
+    if main.get("rope_type", "default") != "default" or own != {key: main[key] for key in own if key in main}:
+        return values  # refused later
+    theta = {"compress_rope_theta": compress["rope_theta"]} if "rope_theta" in compress else {}
+    return values | {"rope_parameters": compress | {"rope_theta": main.get("rope_theta", 10000.0)}} | theta
+
+
 CLASS = CheckpointClass(
     "DeepseekV4ForCausalLM",
     {
@@ -81,7 +97,10 @@ CLASS = CheckpointClass(
         **no_effect("router_jitter_noise", "n_group", "topk_group", "topk_method", "expert_dtype"),
     },
     spelled={"n_routed_experts": ("num_local_experts", "n_routed_experts")},
+    flat=_flat,
 )
+# Of variants that see; and a bias that layers with a table have no use for.
+_LEFT_OUT = r"vision\.|aligner\.|image_|layers\.\d+\.ffn\.gate\.bias(_vl)?$"
 
 
 def _by_layer(c: Config, value: Any) -> list[Any]:
@@ -108,7 +127,8 @@ KEYS = (
     Key("hyper_connection.epsilon", "hc_eps", "f32"),
     *(key for key in router.KEYS if key is not router.GATING_KEY and key.field not in ("n_group", "topk_group")),
     Key("expert_gating_func", value=lambda _: GATING),
-    Key("swiglu_clamp_exp", "swiglu_limit", "f32s", value=lambda c: _by_layer(c, c.swiglu_limit)),
+    Key("swiglu_clamp_exp", "swiglu_limit", "f32s", setting=None,
+        value=lambda c: _by_layer(c, c.swiglu_limit)),
     Key("swiglu_clamp_shexp", type="f32s", default=None, value=lambda c: _by_layer(c, c.swiglu_limit)),
     Key("hash_layer_count", "num_hash_layers", default=0),
     Key("embedding_length_out", default=None, value=lambda c: c.hc_mult * c.hidden_size),
@@ -177,10 +197,16 @@ def _read_limit(keys: Keys) -> float:
 
 
 def _parse(settings: Settings, fields: Fields) -> Fields:
-    if settings.rope.type not in ("default", "yarn"):
-        settings.fail(f"rope scaling is '{settings.rope.type}'; expected default or yarn")
+    rope, part = settings.rope, settings.rope.partial_rotary_factor
+    if {"main", "compress"} & rope.parameters.keys():
+        settings.fail("rope_parameters: expected main without scaling, and compress that rotates as many dimensions")
+    if rope.type not in ("default", "yarn"):
+        settings.fail(f"rope scaling is '{rope.type}'; expected default or yarn")
+    if rope.parameters.get("attention_factor") not in (None, 1):
+        settings.fail(f"yarn has attention_factor {rope.attention_factor:g}; GGUF can only tell of 1")
+    rotated = fields["qk_rope_head_dim"] if part is None else int(fields["head_dim"] * part)
     return {
-        "intermediate_size": 0,
+        "qk_rope_head_dim": rotated,
         "compress_ratios": _parse_ratios(settings, fields["num_hidden_layers"]),
         "num_hash_layers": _parse_hashed(settings, fields["num_hidden_layers"]),
         "swiglu_limit": settings.get("swiglu_limit", float),
@@ -340,6 +366,8 @@ DEEPSEEK4 = Architecture(
         *_MLP,
         *parts.MTP_TENSORS,
     ),
+    left_out=_LEFT_OUT,
+    drafts=r"mtp\.",
     layer_prefix="layers.",
     read=_read,
     parse=_parse,

@@ -48,4 +48,4 @@ def _model(architecture: Architecture, config: Config) -> Shapes:
     for index in range(config.num_hidden_layers + config.num_nextn_predict_layers):
         for tensor in architecture.layer_in_checkpoint(config, index):
             for name, shape in tensor.sources(config):
-                yield layer_prefix(index) + name, shape
+                yield layer_prefix(architecture, index) + name, shape

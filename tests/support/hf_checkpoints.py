@@ -192,8 +192,10 @@ def edit_tensors(folder: Path, change: Any, file: str = "model.safetensors") -> 
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / file)
 
 
-def to_fp8(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(FP8 weight, scale_inv a block, what they stand for), blocks at the edges trimmed."""
+def to_fp8(
+    weight: torch.Tensor, block: tuple[int, int], powers: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(FP8 weight, scale_inv a block, what they stand for), blocks at the edges trimmed; scales may be powers of 2."""
     rows, cols = weight.shape
     scale = torch.empty(-(-rows // block[0]), -(-cols // block[1]))
     quantized, meant = torch.empty(weight.shape, dtype=torch.float8_e4m3fn), torch.empty_like(weight)
@@ -201,6 +203,7 @@ def to_fp8(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, 
         for j in range(scale.shape[1]):
             place = np.s_[i * block[0] : (i + 1) * block[0], j * block[1] : (j + 1) * block[1]]
             scale[i, j] = weight[place].abs().max() / 448
+            scale[i, j] = scale[i, j].log2().ceil().exp2() if powers else scale[i, j]
             quantized[place] = (weight[place] / scale[i, j]).to(torch.float8_e4m3fn)
             meant[place] = quantized[place].float() * scale[i, j]
     return quantized, scale, meant

@@ -33,7 +33,7 @@ class Deepseek4:
     o_groups: int = 2
     o_lora_rank: int = 32
     sliding_window: int = 16
-    index_n_heads: int = 4
+    index_n_heads: int = 12  # of fewer, many scores are 0, which ties
     index_head_dim: int = 64
     index_topk: int = 8
     n_routed_experts: int = 16

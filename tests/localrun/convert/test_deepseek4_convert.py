@@ -1,0 +1,144 @@
+"""DeepSeek-V4's checkpoints, as published and as transformers writes them, to GGUF: bits, and llama.cpp's logits."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import hf_checkpoints as hf
+import llama_cpp_oracle
+import numpy as np
+import pytest
+import tiny_deepseek4 as tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from localrun.convert import Options, convert, make_plan
+from localrun.errors import LocalrunError
+from localrun.gguf.file import GGUFFile, open_gguf
+from quant.formats import registry
+
+IN_FP8 = re.compile(r"attn\.(w|indexer\.wq_b)|shared_experts")
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "ue8m0"}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny model, as transformers writes it."""
+    return hf.save(tiny.hf_model(tiny.SHARED), tmp_path_factory.mktemp("deepseek4") / "model")
+
+
+@pytest.fixture(scope="module")
+def published(saved: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """The same as DeepSeek publishes: its names, FP4 experts, FP8; and what the weights mean, by those names."""
+    folder = saved.with_name("published")
+    return folder, publish(saved, folder)
+
+
+def converted(folder: Path, mix: str | None, path: Path) -> Path:
+    convert(make_plan(folder, path, Options(mix=mix)), force=True)
+    return path
+
+
+def values(file: GGUFFile, name: str) -> np.ndarray:
+    """A tensor's weights, float32."""
+    tensor = file.tensors[name]
+    if tensor.type.name == "I32":
+        return tensor.data.view(np.int32).reshape(tensor.shape)
+    return registry.get(tensor.type.name).unpack(tensor.data.reshape(-1)).reshape(tensor.shape)
+
+
+def published_name(name: str) -> str:
+    name = name.removeprefix("model.").replace("attn.norm.", "attn.kv_norm.").replace("hc_head.hc_", "hc_head_")
+    return name.replace("embed_tokens", "embed")
+
+
+def publish(folder: Path, to: Path) -> dict[str, torch.Tensor]:
+    """What the weights mean that are written."""
+    tensors, meant = {}, {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        name = published_name(name)
+        scale = name.removesuffix("weight") + "scale"
+        if ".experts." in name:
+            blocks, exponents, meant[name] = hf.to_mxfp4(weight)
+            tensors[name] = blocks.flatten(1).view(torch.int8)
+            tensors[scale] = exponents.view(torch.float8_e8m0fnu)
+        elif IN_FP8.search(name):
+            tensors[name], scales, meant[name] = hf.to_fp8(weight, (128, 128), powers=True)
+            tensors[scale] = scales.to(torch.float8_e8m0fnu)
+        else:
+            tensors[name] = meant[name] = weight
+    to.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, to / "model.safetensors")
+    (to / "config.json").write_text((folder / "config.json").read_text())
+    hf.edit_config(to, quantization_config=FP8, expert_dtype="fp4", num_nextn_predict_layers=1)
+    return meant
+
+
+def test_a_folder_of_transformers_is_the_file_that_its_weights_make(saved: Path, tmp_path: Path) -> None:
+    path = converted(saved, "F32", tmp_path / "x.gguf")
+    with open_gguf(path) as found, open_gguf(Path(tiny.shared(tiny.SHARED))) as expected:
+        assert {n: (t.type, t.shape) for n, t in found.tensors.items()} == {
+            n: (t.type, t.shape) for n, t in expected.tensors.items()
+        }
+        for name, tensor in expected.tensors.items():
+            assert np.array_equal(found.tensors[name].data, tensor.data), name
+        for key, value in expected.metadata.items():
+            if key != "general.name":
+                assert str(found.metadata[key]) == str(value), key
+
+
+@pytest.mark.slow
+def test_transformers_own_names_mean_the_same(saved: Path, tmp_path: Path) -> None:
+    """Those of its modules, experts in one tensor."""
+    own = hf.save(tiny.hf_model(tiny.SHARED), tmp_path / "model", save_original_format=False)
+    assert "model.layers.0.mlp.experts.gate_up_proj" in load_file(own / "model.safetensors")
+    found = converted(own, "F32", tmp_path / "own.gguf").read_bytes()
+    assert found == converted(saved, "F32", tmp_path / "saved.gguf").read_bytes()
+
+
+def test_published_weights_keep_their_bits(published: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+    folder, meant = published
+    with open_gguf(converted(folder, None, tmp_path / "x.gguf")) as file:
+        types = {name: tensor.type.name for name, tensor in file.tensors.items()}
+        experts = np.stack([meant[f"layers.1.ffn.experts.{expert}.w2.weight"].numpy() for expert in range(16)])
+        found = values(file, "blk.1.ffn_down_exps.weight")
+        assert np.array_equal(found, experts) and np.array_equal(np.signbit(found), np.signbit(experts))
+        assert np.array_equal(values(file, "blk.0.ffn_gate_tid2eid.weight"), meant["layers.0.ffn.gate.tid2eid"])
+    expected = {"ffn_down_exps": "MXFP4", "ffn_gate_tid2eid": "I32", "attn_q_a": "Q8_0", "attn_output_b": "Q8_0",
+                "ffn_up_shexp": "Q8_0", "hc_attn_fn": "F32", "ffn_gate_inp": "F32", "attn_sinks": "F32"}  # fmt: skip
+    assert {part: types[f"blk.0.{part}.weight"] for part in expected} == expected
+    assert types["blk.1.attn_compressor_kv.weight"] == types["blk.1.indexer_compressor_gate.weight"] == "BF16"
+    assert types["blk.1.attn_compressor_ape.weight"] == types["output_hc_fn.weight"] == "F32"
+
+
+@pytest.mark.slow
+def test_logits_of_a_published_checkpoint_are_transformers(
+    saved: Path, published: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    """Of the weights that it means; more tokens than an indexer chooses rows of, and two windows of ratio 128."""
+    (folder, meant), reference = published, tmp_path / "reference"
+    reference.mkdir()
+    save_file(meant, reference / "model.safetensors")
+    (reference / "config.json").write_text((saved / "config.json").read_text())
+    model = type(tiny.hf_model(tiny.SHARED)).from_pretrained(reference, attn_implementation="eager").eval()
+    ids = np.random.default_rng(0).integers(0, 160, 300).tolist()
+    expected = hf.logits(model, ids)
+    found = llama_cpp_oracle.logits(converted(folder, "F32", tmp_path / "x.gguf"), ids)
+    assert np.abs(found - expected).max() < 1e-5 * np.ptp(expected)  # measured: 5e-7; sums in another order
+
+
+def test_what_makes_drafts_is_left_out_with_a_line(saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved, tmp_path / "model")
+    hf.edit_tensors(folder, lambda t: t.update({"mtp.0.enorm.weight": torch.ones(128)}))
+    plan = make_plan(folder, tmp_path / "x.gguf", Options(mix="F32"))
+    assert any("1 tensors only make drafts" in line for line in plan.warnings)
+    assert plan.metadata.get(".nextn_predict_layers") is None
+
+
+def test_a_table_has_no_other_type(saved: Path, tmp_path: Path) -> None:
+    from localrun.convert.mixes import parse_override
+
+    with pytest.raises(LocalrunError, match=r"tid2eid\.weight' is a table of whole numbers and stays I32"):
+        make_plan(saved, tmp_path / "x.gguf", Options(overrides=[parse_override("tid2eid=Q8_0")]))
