@@ -283,7 +283,9 @@ class Engine:
         self, config: Config, placement: Placement, repack: bool, progress: Progress | None, notice: Notice
     ) -> Model:
         """Its kernels are got ready first, so that the user sees what takes the time."""
-        tensors = list(self.file.tensors.values())
+        from localrun.models.names import INTEGERS
+
+        tensors = [tensor for name, tensor in self.file.tensors.items() if not INTEGERS.fullmatch(name)]
         types = {tensor.type.name for tensor in tensors}
         if repack:
             types |= {interleaved(tensor.type.name, tensor.shape) for tensor in tensors}

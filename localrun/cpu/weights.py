@@ -38,9 +38,11 @@ class LayerWeights(GGUFTensors):
         """A matrix (out, in)."""
         return Linear(self.pool, self.matrix(name))
 
-    def heads(self, name: str) -> HeadLinear:
-        """One matrix a head, (H, out, in)."""
-        return HeadLinear(self.pool, self.matrix(name))
+    def heads(self, name: str, n_groups: int | None = None) -> HeadLinear:
+        """One matrix a head, (H, out, in); of a plain matrix its rows in so many groups."""
+        n_rows, n_cols = self.file.tensors[name].shape[-2:]
+        shape = None if n_groups is None else (n_groups, n_rows // n_groups, n_cols)
+        return HeadLinear(self.pool, self.matrix(name, shape))
 
     def split_heads(self, name: str, n_heads: int, rows: tuple[int, int]) -> tuple[HeadLinear, HeadLinear]:
         """A matrix of n_heads * sum(rows) rows as two: each head's first rows[0] rows, and its last rows[1]."""
@@ -48,8 +50,9 @@ class LayerWeights(GGUFTensors):
         return HeadLinear(self.pool, first), HeadLinear(self.pool, last)
 
     def joined_mlp(self, gate: str, up: str, down: str) -> JoinedMLP | None:
-        """down(silu(gate x) * up x) in one call."""
-        return JoinedMLP(self.pool, ExpertMatrices(self.matrix(gate), self.matrix(up), self.matrix(down)))
+        """down of the activation of gate and up, in one call."""
+        matrices = map(self.matrix, (gate, up, down))
+        return JoinedMLP(self.pool, ExpertMatrices(*matrices, activation=self.activation))
 
     def experts(self, index: int) -> bridge.Experts:
         """The routed experts of layer `index`."""

@@ -162,8 +162,8 @@ class _ObservedWeights(LayerWeights):
             return super().linear(name)
         return _ObservedLinear(super().linear(name), name, self._inputs)
 
-    def heads(self, name: str) -> HeadLinear:
-        return _ObservedHeads(super().heads(name), name, self._inputs)
+    def heads(self, name: str, n_groups: int | None = None) -> HeadLinear:
+        return _ObservedHeads(super().heads(name, n_groups), name, self._inputs, is_plain=n_groups is not None)
 
     def split_heads(self, name: str, n_heads: int, rows: tuple[int, int]) -> tuple[HeadLinear, HeadLinear]:
         self._inputs.expect(1, self.file.tensors[name].shape[-1], name)  # its input is seen by the cache
@@ -194,13 +194,14 @@ class _ObservedLinear(Linear):
 class _ObservedHeads(HeadLinear):
     may_expand = False
 
-    def __init__(self, module: HeadLinear, name: str, inputs: _Inputs) -> None:
+    def __init__(self, module: HeadLinear, name: str, inputs: _Inputs, is_plain: bool) -> None:
+        """is_plain: whether the file holds one matrix, whose rows are taken in groups."""
         super().__init__(module.pool, module.weight)
-        self._name, self._inputs = name, inputs
-        inputs.expect(self.weight.n_groups, self.weight.n_cols, name)
+        self._name, self._inputs, self._is_plain = name, inputs, is_plain
+        inputs.expect(1 if is_plain else self.weight.n_groups, self.weight.n_cols, name)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        self._inputs.add(self._name, x)
+        self._inputs.add(self._name, x.flatten(0, 1)[:, None] if self._is_plain else x)
         return super().__call__(x)
 
 

@@ -52,7 +52,7 @@ class Config:
         layer_types: of each layer's attention, "full_attention" or "sliding_attention"; none if all are full.
         sliding_window: tokens that a sliding layer sees, the one at hand included.
         hidden_act: the activation of gates, in dense layers and experts.
-        swiglu_alpha, swiglu_limit: of experts with a bounded activation (quant.simd.gated); 0 without one.
+        swiglu_alpha, swiglu_limit, swiglu_offset: of a bounded activation (quant.simd.gated); a limit of 0 for none.
         qk_rope_head_dim: R, how many of a head's dimensions are rotated.
         n_routed_experts: 0 if all layers are dense.
         index_topk: tokens that a query attends to, at most, chosen by an indexer (DeepSeek-V3.2); 0 for all.
@@ -113,6 +113,7 @@ class Config:
     moe_intermediate_size: int = 0
     swiglu_alpha: float = 0.0
     swiglu_limit: float = 0.0
+    swiglu_offset: float = 0.0
     first_k_dense_replace: int = 0
     n_shared_experts: int = 0
     shared_intermediate_size: int = 0

@@ -348,6 +348,7 @@ DEEPSEEK4 = Architecture(
         "indexer_rope": "pairs",
         "intermediate_size": 0,
         "scoring_func": "sqrtsoftplus",
+        "swiglu_alpha": 1.0,
     },
     keys=KEYS,
     ends=(

@@ -123,6 +123,7 @@ GPT_OSS = Architecture(
         "scoring_func": "softmax_after_topk",
         "swiglu_alpha": ALPHA,
         "swiglu_limit": LIMIT,
+        "swiglu_offset": 1.0,
     },
     keys=KEYS,
     ends=(parts.EMBED_TOKENS, parts.LM_HEAD, parts.NORM),

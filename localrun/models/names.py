@@ -60,8 +60,6 @@ def check_tensors(file: GGUFFile, config: Config) -> None:
     for name in file.tensors:
         if name not in expected and not is_nextn(name, config):
             _refuse(file, config, name)
-    if config.attention == "compressed":
-        raise UnsupportedModelError(f"{file.path}: deepseek4 can be read, but is not native yet")
 
 
 def _refuse(file: GGUFFile, config: Config, name: str) -> NoReturn:

@@ -1,16 +1,16 @@
 """A model's tensors by name, as quantised matrices in the file's map and as float32 vectors. No torch."""
 
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 
+from localrun.errors import GGUFError
 from localrun.gguf.file import GGUFFile
 from localrun.models import names
-from localrun.models.reader import architecture_of
-from localrun.models.registry import ARCHITECTURES
+from localrun.models.reader import architecture_of, read_config
 from quant.formats import registry
 from quant.matrix import ExpertMatrices, QuantMatrix, quant_matrix
-from quant.simd.gated import Activation
+from quant.simd.gated import SWIGLU, Activation
 
 
 class GGUFTensors:
@@ -44,10 +44,26 @@ class GGUFTensors:
         both = self.matrix(name, (n_groups, sum(rows), self.file.tensors[name].shape[-1]))
         return both.rows(0, rows[0]), both.rows(*rows)
 
+    @cached_property
+    def activation(self) -> Activation:
+        """Of all feed-forward layers."""
+        c = read_config(self.file)
+        return Activation(c.swiglu_alpha, c.swiglu_limit, c.swiglu_offset) if c.swiglu_limit else SWIGLU
+
+    def expert_ids(self, index: int) -> np.ndarray:
+        """int32 (vocab, K): the experts of each token in layer `index`. Raises GGUFError if there is no such expert."""
+        name = names.layer(self.architecture, index, "mlp.gate.tid2eid")
+        tensor = self.file.tensors[name]
+        ids, n_experts = tensor.data.view(np.int32).reshape(tensor.shape), read_config(self.file).n_routed_experts
+        if ids.min() < 0 or ids.max() >= n_experts:
+            found = f"{ids.min()} to {ids.max()}"
+            raise GGUFError(f"{self.file.path}: tensor '{name}' holds {found}; expected experts 0 to {n_experts - 1}")
+        return ids
+
     def expert_matrices(self, index: int) -> ExpertMatrices:
         """The routed experts of layer `index`, from separate or fused gate and up tensors (gate rows first).
 
-        With their biases, where the file has them, and the architecture's activation.
+        With their biases, where the file has them, and the model's activation.
         """
         name = partial(names.layer, self.architecture, index)
         fused = name("mlp.experts.gate_up_proj")
@@ -56,8 +72,7 @@ class GGUFTensors:
             gate, up = both.rows(0, both.n_rows // 2), both.rows(both.n_rows // 2, both.n_rows // 2)
         else:
             gate, up = (self.matrix(name(f"mlp.experts.{part}_proj")) for part in ("gate", "up"))
-        down, constants = self.matrix(name("mlp.experts.down_proj")), ARCHITECTURES[self.architecture].constants
+        down = self.matrix(name("mlp.experts.down_proj"))
         biases = [names.bias(name(f"mlp.experts.{part}_proj")) for part in ("gate", "up", "down")]
-        activation = Activation(constants.get("swiglu_alpha", 0.0), constants.get("swiglu_limit", 0.0))
         arrays = tuple(self.array(bias) for bias in biases) if self.has(biases[0]) else None
-        return ExpertMatrices(gate, up, down, arrays, activation)
+        return ExpertMatrices(gate, up, down, arrays, self.activation)

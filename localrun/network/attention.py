@@ -16,6 +16,7 @@ from localrun.limits import ATTENTION_WORK_BYTES
 from localrun.models import names
 from localrun.models.config import Config
 from localrun.network.cache import Cache
+from localrun.network.compressed import CompressedAttention
 from localrun.network.indexer import Choice, Indexer
 from localrun.network.rope import Rope, attention_scale
 from localrun.network.weight_source import WeightSource, biased_linear
@@ -199,7 +200,9 @@ class GroupedQueryAttention:
 
 def attention(
     config: Config, weights: WeightSource, index: int, rope: Rope, cache_layer: int | None = None
-) -> LatentAttention | GroupedQueryAttention:
+) -> LatentAttention | GroupedQueryAttention | CompressedAttention:
     """The attention of layer `index`, of the model's kind."""
+    if config.attention == "compressed":
+        return CompressedAttention(config, weights, index, rope)
     kind = LatentAttention if config.attention == "mla" else GroupedQueryAttention
     return kind(config, weights, index, rope, cache_layer)

@@ -5,6 +5,7 @@ Letters: T tokens, D hidden_size.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
@@ -16,8 +17,9 @@ from localrun.models import names
 from localrun.models.config import Config
 from localrun.network.attention import attention
 from localrun.network.cache import Cache
+from localrun.network.hyper import HyperConnection, HyperHead
 from localrun.network.moe import MLP, MoE
-from localrun.network.rope import Rope
+from localrun.network.rope import Rope, compressed_rope
 from localrun.network.weight_source import Finish, WeightSource
 
 # float32 (T, D) of the tokens after cache.length -> (T, D); appends their rows to the cache.
@@ -36,16 +38,36 @@ class Layer:
         is_moe = weights.has(name("mlp.gate"))
         self.mlp = MoE(config, weights, index) if is_moe else MLP(config, weights, index, "mlp")
 
-    def __call__(self, x_TD: torch.Tensor, cache: Cache) -> torch.Tensor:
-        """float32 (T, D) -> (T, D); appends to the cache."""
-        return self.begin(x_TD, cache)()
+    def __call__(self, x_TD: torch.Tensor, cache: Cache, ids_T: torch.Tensor | None = None) -> torch.Tensor:
+        """float32 (T, D) -> (T, D); appends to the cache. ids_T: the tokens, where experts may follow from them."""
+        return self.begin(x_TD, cache, ids_T)()
 
-    def begin(self, x_TD: torch.Tensor, cache: Cache) -> Finish:
+    def begin(self, x_TD: torch.Tensor, cache: Cache, ids_T: torch.Tensor | None = None) -> Finish:
         """All but waiting for experts that compute elsewhere: the result's call does that and gives (T, D)."""
         c = self.config
         x_TD = x_TD + self.self_attn(rms_norm(x_TD, (c.hidden_size,), self.input_layernorm, c.rms_norm_eps), cache)
-        finish = self.mlp.begin(rms_norm(x_TD, (c.hidden_size,), self.post_attention_layernorm, c.rms_norm_eps))
+        finish = self.mlp.begin(rms_norm(x_TD, (c.hidden_size,), self.post_attention_layernorm, c.rms_norm_eps), ids_T)
         return lambda: x_TD + finish()
+
+
+class HyperLayer(Layer):
+    """The same between hyper-connections, for streams in place of x: float32 (T, n, D)."""
+
+    def __init__(self, config: Config, weights: WeightSource, index: int, self_attn: Attention):
+        super().__init__(config, weights, index, self_attn)
+        name = partial(names.layer, config.architecture, index)
+        self.attn_hc, self.ffn_hc = (
+            HyperConnection(config, weights, lambda part, hc=hc: name(f"{hc}.{part}")) for hc in ("attn_hc", "ffn_hc")
+        )
+
+    def begin(self, x_TnD: torch.Tensor, cache: Cache, ids_T: torch.Tensor | None = None) -> Finish:
+        """As Layer.begin."""
+        norm = partial(rms_norm, normalized_shape=(self.config.hidden_size,), eps=self.config.rms_norm_eps)
+        x_TD, expand = self.attn_hc(x_TnD)
+        x_TnD = expand(self.self_attn(norm(x_TD, weight=self.input_layernorm), cache))
+        x_TD, expand = self.ffn_hc(x_TnD)
+        finish = self.mlp.begin(norm(x_TD, weight=self.post_attention_layernorm), ids_T)
+        return lambda: expand(finish())
 
 
 class Network:
@@ -55,19 +77,23 @@ class Network:
         """make_attention: a device's own; it gets the same `rope` for all layers."""
         self.config, self.weights = config, weights
         factors = weights.array(names.ROPE_FREQS) if weights.has(names.ROPE_FREQS) else None
-        self.rope = Rope(config, factors)
+        self.rope = Rope(config if not config.compress_ratios else replace(config, rope_scaling=None), factors)
+        pooled = compressed_rope(config) if config.compress_ratios else self.rope
         self.embed_tokens = weights.embedding(names.EMBED_TOKENS)
+        kind = HyperLayer if config.hc_mult else Layer
+        ropes = [pooled if config.compress_ratio(i) else self.rope for i in range(config.num_hidden_layers)]
         self.layers = [
-            Layer(config, weights, index, make_attention(config, weights, index, self.rope))
-            for index in range(config.num_hidden_layers)
+            kind(config, weights, index, make_attention(config, weights, index, rope))
+            for index, rope in enumerate(ropes)
         ]
+        self.hc_head = HyperHead(config, weights, "output_hc_{}.weight".format) if config.hc_mult else None
         self._share_choices()
         self.norm = weights.vector(names.NORM)
         self.lm_head = weights.linear(names.LM_HEAD if weights.has(names.LM_HEAD) else names.EMBED_TOKENS)
 
     def _share_choices(self) -> None:
         """Layers without an indexer attend to what the last one with one has chosen."""
-        layers = self.layers if self.config.index_topk else []
+        layers = self.layers if self.config.indexer_types and self.config.index_topk else []
         for index, (before, layer) in enumerate(pairwise(layers), 1):
             if not self.config.chooses_rows(index):
                 layer.self_attn.choice = before.self_attn.choice
@@ -79,19 +105,25 @@ class Network:
         """Evaluate ids after the cache's tokens; the cache then holds them too.
 
         Returns:
-            What the head reads of each token with all_logits or all_hidden, else of the last, float32 (T, D) or (1, D).
+            What the head reads of each token with all_logits or all_hidden, else of the last, float32 (T, D) or (1, D);
+            of streams what they are before, (T, n * D).
             Logits, float32 (T, vocab) with all_logits, else (1, vocab), those of the last token.
 
         Raises:
             ContextFullError: the cache has no room for them.
         """
-        x_TD = self.embed_tokens(torch.tensor(ids, dtype=torch.int64))
+        ids_T = torch.tensor(ids, dtype=torch.int64)
+        x_TD = self.embed_tokens(ids_T)
+        if self.hc_head is not None:
+            x_TD = x_TD[:, None].repeat(1, self.config.hc_mult, 1)
         for layer in self.layers:
-            x_TD = layer(x_TD, cache)
+            x_TD = layer(x_TD, cache, ids_T)
         cache.advance(len(ids))
-        x_TD = x_TD if all_logits or all_hidden else x_TD[-1:]
+        hidden = x_TD if all_logits or all_hidden else x_TD[-1:]
+        x_TD = hidden if self.hc_head is None else self.hc_head(hidden)
         x_TD = rms_norm(x_TD, (self.config.hidden_size,), self.norm, self.config.rms_norm_eps)
-        return x_TD.cpu().numpy(), self.lm_head(x_TD if all_logits else x_TD[-1:]).cpu().numpy()
+        hidden = x_TD if self.hc_head is None else hidden.flatten(1)
+        return hidden.cpu().numpy(), self.lm_head(x_TD if all_logits else x_TD[-1:]).cpu().numpy()
 
 
 class MTPBlock:

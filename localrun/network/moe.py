@@ -7,10 +7,11 @@ modeling_deepseek.py of DeepSeek-V2 (group_limited_greedy).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch.nn.functional import silu
+from torch.nn.functional import silu, softplus
 
 from localrun.models import names
 from localrun.models.config import Config
@@ -29,21 +30,21 @@ def gated(activation: Activation, gate: torch.Tensor, up: torch.Tensor) -> torch
 
 
 class MLP:
-    """down(silu(gate x) * up x)."""
+    """down(silu(gate x) * up x), or with the model's bounds."""
 
     def __init__(self, config: Config, weights: WeightSource, index: int, prefix: str):
         name = partial(names.layer, config.architecture, index)
         parts = [name(f"{prefix}.{part}_proj") for part in ("gate", "up", "down")]
         self.gate_proj, self.up_proj, self.down_proj = map(weights.linear, parts)
-        self._joined = weights.joined_mlp(*parts)
+        self._joined, self.activation = weights.joined_mlp(*parts), weights.activation
 
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
         """float32 (T, D) -> (T, D)."""
         if self._joined is not None:
             return self._joined(x_TD)
-        return self.down_proj(silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        return self.down_proj(gated(self.activation, self.gate_proj(x_TD), self.up_proj(x_TD)))
 
-    def begin(self, x_TD: torch.Tensor) -> Finish:
+    def begin(self, x_TD: torch.Tensor, ids_T: torch.Tensor | None = None) -> Finish:
         """As MoE.begin: there is nothing to wait for."""
         out_TD = self(x_TD)
         return lambda: out_TD
@@ -58,20 +59,30 @@ def choose_experts(
     (V2, softmax), or by the sum of their two best (V3, sigmoid with bias).
     """
     c = config
-    if c.scoring_func == "softmax_after_topk":
-        affinity_TE = logits_TE
-    else:
-        affinity_TE = logits_TE.sigmoid() if c.scoring_func == "sigmoid" else logits_TE.softmax(-1)
+    affinity_TE = _AFFINITY[c.scoring_func](logits_TE)
     choice_TE = affinity_TE if bias_E is None else affinity_TE + bias_E
     if c.n_group > 1:
         choice_TE = _keep_best_groups(choice_TE, c)
     ids_TK = choice_TE.topk(c.num_experts_per_tok, dim=-1).indices
-    weights_TK = affinity_TE.gather(-1, ids_TK)
+    return ids_TK, _weights_of(ids_TK, affinity_TE, c)
+
+
+_AFFINITY: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "softmax": lambda logits: logits.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "softmax_after_topk": lambda logits: logits,
+    "sqrtsoftplus": lambda logits: softplus(logits).sqrt(),
+}
+
+
+def _weights_of(ids_TK: torch.Tensor, affinity_TE: torch.Tensor, config: Config) -> torch.Tensor:
+    """float32 (T, K): the chosen experts' weights."""
+    c, weights_TK = config, affinity_TE.gather(-1, ids_TK)
     if c.scoring_func == "softmax_after_topk":
         weights_TK = weights_TK.softmax(-1)
     if c.norm_topk_prob:
         weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp_min(SMALLEST_SUM)
-    return ids_TK, weights_TK * c.routed_scaling_factor
+    return weights_TK * c.routed_scaling_factor
 
 
 def _keep_best_groups(choice_TE: torch.Tensor, config: Config) -> torch.Tensor:
@@ -95,16 +106,23 @@ class MoE:
         self.gate = biased_linear(weights, name("mlp.gate"))
         bias = name("mlp.gate.e_score_correction_bias")
         self.e_score_correction_bias = weights.vector(bias) if weights.has(bias) else None
+        table = name("mlp.gate.tid2eid")
+        self.tid2eid = torch.from_numpy(weights.expert_ids(index)).long() if weights.has(table) else None
         self.experts = weights.experts(index)
         has_shared = weights.has(name("mlp.shared_experts.gate_proj"))
         self.shared_experts = MLP(config, weights, index, "mlp.shared_experts") if has_shared else None
 
-    def begin(self, x_TD: torch.Tensor) -> Finish:
+    def begin(self, x_TD: torch.Tensor, ids_T: torch.Tensor | None = None) -> Finish:
         """Start on float32 (T, D); the result's call waits for the routed experts and gives (T, D).
 
-        Routed experts elsewhere work while the shared ones do here, and until the call.
+        ids_T: the tokens, where experts may follow from them. Routed experts elsewhere work while the shared ones do
+        here, and until the call.
         """
-        ids_TK, weights_TK = self.choose_experts(self.gate(x_TD), self.e_score_correction_bias, self.config)
+        if self.tid2eid is not None:
+            ids_TK = self.tid2eid[ids_T]
+            weights_TK = _weights_of(ids_TK, _AFFINITY[self.config.scoring_func](self.gate(x_TD)), self.config)
+        else:
+            ids_TK, weights_TK = self.choose_experts(self.gate(x_TD), self.e_score_correction_bias, self.config)
         finish = self.experts.begin(x_TD, ids_TK, weights_TK)
         if self.shared_experts is None:
             return finish

@@ -6,6 +6,7 @@ src/models/deepseek2.cpp, deepseek-ai/DeepSeek-V3 inference/model.py.
 """
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,7 +53,7 @@ def attention_scale(config: Config) -> float:
     DeepSeek under YaRN: (1 + 0.1 * mscale_all_dim * ln factor)^2 / sqrt(d). Files without mscale_all_dim count as 1, as
     in llama.cpp, which also leaves YaRN's magnitude on the rotated parts then (rotation_magnitude).
     """
-    if config.attention == "gqa":
+    if config.attention != "mla":
         return config.head_dim**-0.5
     scale, scaling = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5, config.rope_scaling
     if scaling is None or scaling.type != "yarn":
@@ -62,13 +63,21 @@ def attention_scale(config: Config) -> float:
 
 
 def rotation_magnitude(config: Config) -> float:
-    """The length that rotation gives to a unit vector: 1 without YaRN, or where DeepSeek's file has mscale_all_dim."""
+    """The length that rotation gives to a unit vector.
+
+    1 without YaRN, where DeepSeek's file has mscale_all_dim, and with compressed rows, whose YaRN has none.
+    """
     scaling = config.rope_scaling
-    if scaling is None or scaling.type != "yarn":
+    if scaling is None or scaling.type != "yarn" or config.attention == "compressed":
         return 1.0
     if config.attention == "mla" and scaling.mscale_all_dim is not None:
         return 1.0
     return yarn_magnitude(scaling.factor)
+
+
+def compressed_rope(config: Config) -> "Rope":
+    """Of layers with pooled rows, which alone have a scaling."""
+    return Rope(replace(config, rope_theta=config.compress_rope_theta))
 
 
 class Rope:
@@ -83,16 +92,17 @@ class Rope:
         self.frequencies = frequencies(config, factors)
         self.magnitude = rotation_magnitude(config)
         self._by_halves = config.rope == "halves"
-        self._last: tuple[tuple[int, int], torch.Tensor] | None = None  # what all layers of a step ask for
+        self._last: tuple[tuple[int, int, int], torch.Tensor] | None = None  # what all layers of a step ask for
 
-    def turns(self, start: int, n_tokens: int) -> "torch.Tensor":
-        """Unit complex numbers (times the magnitude), complex64 (T, 1, R/2), for positions start..start+T-1."""
+    def turns(self, start: int, n_tokens: int, step: int = 1) -> "torch.Tensor":
+        """Unit complex numbers (times the magnitude), complex64 (T, 1, R/2), for T positions from start, step apart."""
         import torch
 
-        if self._last is None or self._last[0] != (start, n_tokens):
-            angles = np.outer(np.arange(start, start + n_tokens), self.frequencies)
+        asked = start, n_tokens, step
+        if self._last is None or self._last[0] != asked:
+            angles = np.outer(start + step * np.arange(n_tokens), self.frequencies)
             turns = torch.from_numpy((self.magnitude * np.exp(1j * angles)).astype(np.complex64))[:, None]
-            self._last = (start, n_tokens), turns
+            self._last = asked, turns
         return self._last[1]
 
     def rotate(self, x_THR: "torch.Tensor", turns: "torch.Tensor", by_halves: bool | None = None) -> "torch.Tensor":
@@ -104,3 +114,10 @@ class Rope:
             return torch.cat([turned.real, turned.imag], -1)
         pairs = torch.complex(x_THR[..., ::2], x_THR[..., 1::2])  # of any stride, unlike view_as_complex
         return torch.view_as_real(pairs * turns).flatten(-2)
+
+    def rotate_last(self, x_THd: "torch.Tensor", turns: "torch.Tensor") -> "torch.Tensor":
+        """float32 (T, H, d), the last R values of each head turned."""
+        import torch
+
+        rope_dim = 2 * turns.shape[-1]
+        return torch.cat([x_THd[..., :-rope_dim], self.rotate(x_THd[..., -rope_dim:], turns)], -1)

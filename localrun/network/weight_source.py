@@ -14,6 +14,7 @@ import torch
 
 from localrun.models import names
 from localrun.models.config import Config
+from quant.simd.gated import Activation
 
 Module = Callable[[torch.Tensor], torch.Tensor]
 Finish = Callable[[], torch.Tensor]
@@ -101,10 +102,12 @@ class WeightSource(Protocol):
     """A model's tensors as modules.
 
     Attributes:
+        activation: of all feed-forward layers.
         attend, attend_chosen, choose_rows: of attention in torch; a device's attention has its own, and never asks for
             them.
     """
 
+    activation: Activation
     attend: Attend
     attend_chosen: AttendChosen
     choose_rows: ChooseRows
@@ -124,14 +127,17 @@ class WeightSource(Protocol):
     def linear(self, name: str) -> Module:
         """A matrix (out, in): float32 (T, in) -> (T, out)."""
 
-    def heads(self, name: str) -> HeadLinear:
-        """One matrix a head, (H, out, in)."""
+    def heads(self, name: str, n_groups: int | None = None) -> HeadLinear:
+        """One matrix a head, (H, out, in); of a plain matrix its rows in so many groups."""
 
     def split_heads(self, name: str, n_heads: int, rows: tuple[int, int]) -> tuple[HeadLinear, HeadLinear]:
         """A matrix of n_heads * sum(rows) rows as two: each head's first rows[0] rows, and its last rows[1]."""
 
+    def expert_ids(self, index: int) -> np.ndarray:
+        """int32 (vocab, K): the experts of each token in layer `index`, of which there is a table."""
+
     def joined_mlp(self, gate: str, up: str, down: str) -> Module | None:
-        """down(silu(gate x) * up x) of the three matrices in one call, where there is one: (T, D) -> (T, D)."""
+        """down of the activation of gate and up, in one call, where there is one: (T, D) -> (T, D)."""
 
     def experts(self, index: int) -> RoutedExperts:
         """The routed experts of layer `index`."""

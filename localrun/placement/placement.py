@@ -181,10 +181,10 @@ def why_not_on_gpu(config: Config) -> str:
     c = config
     if not c.n_routed_experts:
         return "the GPU is for models with experts, and this one has none"
-    if c.index_topk:
-        return "the GPU has no indexer to choose tokens by; --dense-attention attends to all of them"
     if c.sliding_window or c.swiglu_limit:
         return "the GPU has no kernels for this model's attention or its experts"
+    if c.index_topk:
+        return "the GPU has no indexer to choose tokens by; --dense-attention attends to all of them"
     return ""
 
 

@@ -1,0 +1,73 @@
+"""Hyper-connections: a residual of several streams, which each layer mixes anew (DeepSeek-V4).
+
+A token's streams are weighed into what a sublayer reads; its output goes to all of them, weighed again, beside their
+mixture by a matrix whose rows and columns sum to 1. All of these weights follow from the streams themselves.
+
+Letters: T tokens, n streams, D hidden_size.
+Source: DeepSeek-V4's report, section 2.2; Manifold-Constrained Hyper-Connections (arXiv 2512.24880); transformers 5.24,
+models/deepseek_v4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.nn.functional import rms_norm
+
+from localrun.models.config import Config
+from localrun.network.weight_source import WeightSource
+
+Return = Callable[[torch.Tensor], torch.Tensor]  # a sublayer's output, float32 (T, D) -> the streams after it (T, n, D)
+
+
+class HyperConnection:
+    """The weights around one sublayer."""
+
+    def __init__(self, config: Config, weights: WeightSource, name: Callable[[str], str]):
+        """name: the GGUF name of a part, "fn", "base" or "scale"."""
+        self.config = config
+        self.fn = weights.linear(name("fn"))
+        self.base, self.scale = weights.vector(name("base")), weights.vector(name("scale"))
+
+    def __call__(self, streams_TnD: torch.Tensor) -> tuple[torch.Tensor, Return]:
+        """float32 (T, n, D) -> what the sublayer reads, (T, D), and where its output goes."""
+        n = self.config.hc_mult
+        parts = self._computed(streams_TnD).split([n, n, n * n], -1)
+        bases = self.base.split([n, n, n * n])
+        pre, post, mixed = (x * scale + base for x, scale, base in zip(parts, self.scale, bases, strict=True))
+        pre_Tn, post_Tn = pre.sigmoid() + self.config.hc_eps, 2 * post.sigmoid()
+        mix_Tnn = self._doubly_stochastic(mixed.unflatten(-1, (n, n)))
+
+        def expand(y_TD: torch.Tensor) -> torch.Tensor:
+            return post_Tn[..., None] * y_TD[:, None] + mix_Tnn.mT @ streams_TnD
+
+        return _weighed(pre_Tn, streams_TnD), expand
+
+    def _computed(self, streams_TnD: torch.Tensor) -> torch.Tensor:
+        """float32 (T, outputs of fn) of all streams as one normed vector."""
+        x = streams_TnD.flatten(1)
+        return self.fn(rms_norm(x, x.shape[1:], None, self.config.rms_norm_eps))
+
+    def _doubly_stochastic(self, mixed_Tnn: torch.Tensor) -> torch.Tensor:
+        """Rows and columns normed in turn (Sinkhorn and Knopp); the first norm of rows is a softmax."""
+        eps = self.config.hc_eps
+        m = mixed_Tnn.softmax(-1) + eps
+        m = m / (m.sum(-2, keepdim=True) + eps)
+        for _ in range(self.config.hc_sinkhorn_iters - 1):
+            m = m / (m.sum(-1, keepdim=True) + eps)
+            m = m / (m.sum(-2, keepdim=True) + eps)
+        return m
+
+
+class HyperHead(HyperConnection):
+    """What the model's head reads of the streams."""
+
+    def __call__(self, streams_TnD: torch.Tensor) -> torch.Tensor:
+        """float32 (T, n, D) -> (T, D)."""
+        pre_Tn = (self._computed(streams_TnD) * self.scale + self.base).sigmoid() + self.config.hc_eps
+        return _weighed(pre_Tn, streams_TnD)
+
+
+def _weighed(weights_Tn: torch.Tensor, streams_TnD: torch.Tensor) -> torch.Tensor:
+    return (weights_Tn[:, None] @ streams_TnD)[:, 0]
