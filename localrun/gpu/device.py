@@ -219,7 +219,10 @@ def load_driver() -> ctypes.CDLL:
         driver = ctypes.CDLL(name)
     except OSError as error:
         raise LocalrunError(f"no CUDA driver: {name} can't be loaded ({error})") from None
-    driver.cuLaunchHostFunc.argtypes = [ctypes.c_void_p] * 3  # stream, function, its argument
+    try:
+        driver.cuLaunchHostFunc.argtypes = [ctypes.c_void_p] * 3  # stream, function, its argument
+    except AttributeError:
+        raise LocalrunError("the NVIDIA driver lacks cuLaunchHostFunc; install a newer one") from None
     driver.cuLaunchHostFunc.restype = ctypes.c_int
     return driver
 

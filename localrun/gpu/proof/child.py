@@ -25,13 +25,19 @@ from localrun.gpu.proof.task import Task
 _ROOT = str(Path(__file__).resolve().parents[3])
 _TAIL = 4096  # bytes of stderr
 _LONGEST = 300  # characters of a reason
+_START_S = 90.0  # to import torch from a slow disk
 _END_S = 10.0  # for a killed process to go; one that waits for a dead card's driver may never do
 
 Message = dict[str, Any]
 
 
 def run(
-    name: str, task: Task, silence_s: float, doing: Callable[[str], None], environment: dict[str, str] | None = None
+    name: str,
+    task: Task,
+    silence_s: float,
+    doing: Callable[[str], None],
+    environment: dict[str, str] | None = None,
+    start_s: float = _START_S,
 ) -> Message:
     """Have the part `name` done, and give what it has found: "faults", "figures" and "choices".
 
@@ -39,6 +45,7 @@ def run(
         silence_s: how long it may take from one thing to the next.
         doing: told what it is at.
         environment: besides this process's.
+        start_s: how long until it says its first word.
     """
     with tempfile.TemporaryFile() as stderr:
         process = subprocess.Popen(
@@ -48,7 +55,7 @@ def run(
         )  # fmt: skip
         assert process.stdin is not None and process.stdout is not None
         try:
-            return _follow(process, task, silence_s, doing) or {"faults": [_how_it_ended(process, stderr)]}
+            return _follow(process, task, start_s, silence_s, doing) or {"faults": [_how_it_ended(process, stderr)]}
         finally:
             _end(process)
 
@@ -57,7 +64,9 @@ def _path() -> str:
     return os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH"))))
 
 
-def _follow(process: subprocess.Popen, task: Task, silence_s: float, doing: Callable[[str], None]) -> Message | None:
+def _follow(
+    process: subprocess.Popen, task: Task, limit_s: float, silence_s: float, doing: Callable[[str], None]
+) -> Message | None:
     """What it found; a fault if it hangs; None if it ended without a word."""
     lines: queue.Queue[bytes] = queue.Queue()
     threading.Thread(target=_read, args=(process.stdout, lines), daemon=True).start()
@@ -69,12 +78,12 @@ def _follow(process: subprocess.Popen, task: Task, silence_s: float, doing: Call
     at, last = "it starts", time.monotonic()
     while True:
         try:
-            line = lines.get(timeout=max(0.0, last + silence_s - time.monotonic()))
+            line = lines.get(timeout=max(0.0, last + limit_s - time.monotonic()))
         except queue.Empty:
-            return {"faults": [f"hangs: no answer for {silence_s:g} s ({at})"]}
+            return {"faults": [f"hangs: no answer for {limit_s:g} s ({at})"]}
         if not line:
             return None
-        message, last = json.loads(line), time.monotonic()
+        message, last, limit_s = json.loads(line), time.monotonic(), silence_s
         if "faults" in message:
             return message
         at = message["doing"]

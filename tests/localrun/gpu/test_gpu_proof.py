@@ -83,7 +83,7 @@ def test_a_hang_is_a_fault_and_the_child_is_gone(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
     path = {"PYTHONPATH": os.pathsep.join((child._path(), str(Path(gpu_proofs.__file__).parent)))}
     task = replace(gpu_proofs.task("F32"), make_device="gpu_proofs:hangs")
-    assert child.run("kernels", task, 3.0, lambda what: None, path) == {
+    assert child.run("kernels", task, 60.0, lambda what: None, path, start_s=3.0) == {
         "faults": ["hangs: no answer for 3 s (it starts)"]
     }
     assert started[0].returncode is not None
