@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -19,9 +20,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from localrun.arguments import shown
 from localrun.serve import anthropic, bodies, openai, responses
 from localrun.serve.bodies import Chat, Completion, Conversation, Text, Tokens
-from localrun.serve.errors import APIError, failed
+from localrun.serve.errors import APIError, failed, invalid, unsupported
+from localrun.serve.kept_responses import KeptResponses
 from localrun.serve.metrics import metrics_text
 from localrun.serve.openai import ChatForm, Form, TextForm
 from localrun.serve.origins import OriginCheck
@@ -29,6 +32,7 @@ from localrun.serve.page_files import is_page, page_routes
 from localrun.serve.service import ClientGoneError, Replies, Service, while_connected, with_signs_of_life
 
 MOST_BODY_BYTES = 1 << 24  # of a request: more than any context holds; several may come at once
+RESPONSES = "/v1/responses"
 PING = b": ping\n\n"  # a comment, which clients pass over
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -52,7 +56,8 @@ def application(
         Route("/v1/models", endpoints.models),
         Route("/v1/chat/completions", endpoints.chat, methods=["POST"]),
         Route("/v1/completions", endpoints.completion, methods=["POST"]),
-        Route("/v1/responses", endpoints.response, methods=["POST"]),
+        Route(RESPONSES, endpoints.response, methods=["POST"]),
+        Route(f"{RESPONSES}/{{id}}", endpoints.kept_response, methods=["GET", "DELETE"]),
         Route(anthropic.PATH, endpoints.message, methods=["POST"]),
         Route(f"{anthropic.PATH}/count_tokens", endpoints.count_tokens, methods=["POST"]),
         Route("/tokenize", endpoints.tokenize, methods=["POST"]),
@@ -72,7 +77,9 @@ def application(
     else:
         app.add_middleware(OriginCheck, allowed=origins, is_local=is_local)
     if origins:
-        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
+        app.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"]
+        )
     return app
 
 
@@ -81,6 +88,7 @@ class Endpoints:
 
     def __init__(self, service: Service):
         self._service, self._started = service, int(time.time())
+        self._kept = KeptResponses()
 
     async def health(self, request: Request) -> Response:
         return _json({"status": "ok"})
@@ -124,12 +132,34 @@ class Endpoints:
 
     async def response(self, request: Request) -> Response:
         body = await _body(request, responses.Request)
-        replies, (parser,) = await self._service.chat(body.chat())
-        answer = responses.Answer(body, self._service.name)
+        earlier = self._earlier(body.previous_response_id)
+        replies, (parser,) = await self._service.chat(body.chat(earlier))
+        keep = None if body.store is False else partial(self._kept.add, given=[*earlier, *body.items])
+        answer = responses.Answer(body, self._service.name, keep)
         if body.stream:
             wire = Wire(PING, b"", True, answer.failed)
             return EventStream(responses.events(replies, parser, answer), replies.cancel, wire)
         return await _whole(request, replies, responses.whole(replies, parser, answer))
+
+    def _earlier(self, id: str | None) -> list[dict[str, Any]]:
+        """The conversation that a request goes on from. Raises APIError if there is none of that id."""
+        items = [] if id is None else self._kept.items(id)
+        if items is None:
+            message = f"Previous response with id {shown(id)} not found: it was not stored, or is not kept any more"
+            raise invalid(message, "previous_response_id", "previous_response_not_found")
+        return items
+
+    async def kept_response(self, request: Request) -> Response:
+        id = request.path_params["id"]
+        if request.query_params.get("stream") == "true":
+            raise unsupported("stream", "a stream of a response that is over")
+        if request.method == "DELETE":
+            document = {"id": id, "object": "response", "deleted": True} if self._kept.delete(id) else None
+        else:
+            document = self._kept.document(id)
+        if document is None:
+            raise APIError(404, f"Response with id {shown(id)} not found: it was not stored, or is not kept any more")
+        return _json(document)
 
     async def message(self, request: Request) -> Response:
         body = await _body(request, anthropic.Request)

@@ -1,14 +1,14 @@
 """OpenAI's /v1/responses: requests to the server's own form of a chat, replies to its items and events.
 
-Fields and events: https://platform.openai.com/docs/api-reference/responses and /responses-streaming. Nothing is kept
-between requests: a conversation comes whole, as input.
+Fields and events: https://platform.openai.com/docs/api-reference/responses and /responses-streaming. A conversation
+comes whole, as input, or goes on from a response that is kept.
 """
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 from msgspec import Meta, Struct
@@ -41,8 +41,9 @@ class Request(Struct, forbid_unknown_fields=True, kw_only=True):
     reasoning: dict[str, Any] | None = None
     text: dict[str, Any] | None = None
     stream: bool | None = None
+    previous_response_id: str | None = None
+    store: bool | None = None  # true where it is not given
     # Of no effect here.
-    store: bool | None = None
     metadata: dict[str, Any] | None = None
     include: list[str] | None = None
     user: str | None = None
@@ -53,16 +54,23 @@ class Request(Struct, forbid_unknown_fields=True, kw_only=True):
     stream_options: dict[str, Any] | None = None
     truncation: str | None = None
     # Supported only where they ask for nothing.
-    previous_response_id: str | None = None
     conversation: Any = None
     background: bool | None = None
     prompt: dict[str, Any] | None = None
     top_logprobs: int | None = None
     max_tool_calls: int | None = None
 
-    def chat(self) -> Chat:
-        """The same as this server has it. Raises APIError for what it has not."""
-        for name in ("previous_response_id", "conversation", "background", "prompt", "top_logprobs", "max_tool_calls"):
+    @property
+    def items(self) -> list[Document]:
+        """The input."""
+        return [{"role": "user", "content": self.input}] if isinstance(self.input, str) else self.input
+
+    def chat(self, earlier: Sequence[Document] = ()) -> Chat:
+        """The same as this server has it. Raises APIError for what it has not.
+
+        earlier: items of the conversation that it goes on from. Instructions are those of the request alone.
+        """
+        for name in ("conversation", "background", "prompt", "top_logprobs", "max_tool_calls"):
             if getattr(self, name):
                 raise unsupported(name)
         if self.truncation not in (None, "disabled"):
@@ -74,7 +82,7 @@ class Request(Struct, forbid_unknown_fields=True, kw_only=True):
         # Others are the provider's own (a web search) or of no schema; agents offer them to whatever they talk to.
         tools = [_tool(tool) for tool in self.tools or () if tool.get("type") == "function"] or None
         return Chat(
-            messages=messages + _messages(self.input),
+            messages=messages + _messages(self.items, earlier),
             model=self.model,
             max_tokens=self.max_output_tokens,
             temperature=self.temperature,
@@ -93,10 +101,11 @@ class Answer:
 
     Args:
         request: what was asked, of which the answer repeats a part.
+        keep: called with the document once it is whole; None to keep it nowhere.
     """
 
-    def __init__(self, request: Request, model: str):
-        self._count, self._output_index = 0, -1
+    def __init__(self, request: Request, model: str, keep: Callable[[Document], None] | None = None):
+        self._count, self._output_index, self._keep = 0, -1, keep
         self._item: Document | None = None  # that is being written
         self.document: Document = {
             "id": f"resp_{uuid.uuid4().hex}",
@@ -111,9 +120,9 @@ class Answer:
             "model": model,
             "output": [],
             "parallel_tool_calls": request.parallel_tool_calls is not False,
-            "previous_response_id": None,
+            "previous_response_id": request.previous_response_id,
             "reasoning": request.reasoning or {"effort": None, "summary": None},
-            "store": False,
+            "store": request.store is not False,
             "temperature": request.temperature,
             "text": request.text or {"format": {"type": "text"}},
             "tool_choice": request.tool_choice or "auto",
@@ -155,6 +164,8 @@ class Answer:
         self.document["status"] = "completed" if is_whole else "incomplete"
         self.document["incomplete_details"] = None if is_whole else {"reason": "max_output_tokens"}
         self.document["usage"] = usage(job)
+        if self._keep:
+            self._keep(self.document)
         yield self.event(self.document["status"], response=dict(self.document))
 
     def failed(self, error: APIError) -> Document:
@@ -233,12 +244,10 @@ def usage(job: Job) -> Document:
     }
 
 
-def _messages(given: str | list[Document]) -> list[Message]:
+def _messages(given: Sequence[Document], earlier: Sequence[Document]) -> list[Message]:
     """Items as messages. What a model thought, said and called in a row is one."""
-    if isinstance(given, str):
-        return [{"role": "user", "content": given}]
     messages: list[Message] = []
-    for index, item in enumerate(given):
+    for index, item in enumerate([*earlier, *given], -len(earlier)):
         kind, where = item.get("type", "message"), f"input[{index}]"
         if kind == "message" and item.get("role") != "assistant":
             messages.append({"role": item.get("role"), "content": _texts(item.get("content"), where)})

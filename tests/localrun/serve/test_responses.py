@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from serving import REPLY, THOUGHTFUL_CALL, serving
 from starlette.testclient import TestClient
 
+from localrun.serve.kept_responses import KeptResponses
+
 TOOLS = [{"type": "function", "name": "weather", "parameters": {"type": "object"}, "strict": False}]
 
 
@@ -68,6 +70,42 @@ def test_a_stream_of_reasoning_text_and_a_call(engine: Engine, client: openai.Op
     items = [{"role": "user", "content": "Hello"}, *(item.model_dump() for item in events[-1].response.output), result]
     tools = [{"type": "web_search"}, *TOOLS]  # which no model here can call: it is left out
     assert client.responses.create(model="x", input=items, tools=tools).output_text == "Sunny."
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_conversation_goes_on_from_a_response_that_is_kept(
+    engine: Engine, client: openai.OpenAI, stream: bool
+) -> None:
+    engine.model.reply = "<think>Hm.</think>Aye."
+    asked = {"model": "x", "input": "Hello", "instructions": "Be short.", "stream": stream}
+    answer = client.responses.create(**asked)
+    first = list(answer)[-1].response if stream else answer
+    assert first.store and client.responses.retrieve(first.id) == first
+    again = client.responses.create(model="x", input="Again", previous_response_id=first.id, instructions="Be long.")
+    assert again.previous_response_id == first.id
+    said = [("system", "Be long."), ("user", "Hello"), ("assistant", "Aye."), ("user", "Again")]
+    prompt = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in said)
+    assert engine.heard().startswith(f"{prompt}<|im_start|>assistant\n")
+    client.responses.delete(first.id)
+    for gone in (first.id, client.responses.create(model="x", input="Hello", store=False).id, "resp_1"):
+        with pytest.raises(openai.NotFoundError, match=f"'{gone}' not found"):
+            client.responses.retrieve(gone)
+        with pytest.raises(openai.NotFoundError):
+            client.responses.delete(gone)
+        with pytest.raises(openai.BadRequestError, match=f"'{gone}' not found"):
+            client.responses.create(model="x", input="Hello", previous_response_id=gone)
+    third = client.responses.create(model="x", input="Once more", previous_response_id=again.id)
+    assert third.usage.input_tokens > again.usage.input_tokens  # what goes on from one that is deleted is whole
+
+
+def test_responses_go_where_there_is_no_room() -> None:
+    kept = KeptResponses(1000)
+    for number in range(20):
+        kept.add({"id": f"{number}", "output": []}, [{"content": "a" * 100}])
+        assert kept.document("0") == {"id": "0", "output": []}  # used: it stays
+    assert kept.items("18") == [{"content": "a" * 100}] and kept.items("10") is None
+    kept.add({"id": "large", "output": ["a" * 2000]}, [])
+    assert kept.document("large") is None and kept.document("0") is None
 
 
 REFUSED = {
