@@ -12,13 +12,20 @@ from numba.core.sigutils import normalize_signature
 
 from quant.errors import QuantError
 from quant.target import isa, kernel_cache
+from quant.target.inlined import InlinedCompiler
 from quant.target.kernel import Kernel
 
 # No nnan/ninf: a NaN in the weights must reach the logits instead of vanishing.
 FASTMATH = frozenset({"nsz", "arcp", "contract", "afn", "reassoc"})
 
 # Helpers that exist only inside kernels: inlined by LLVM, never cached on their own.
-inline = numba.njit(forceinline=True, error_model="numpy")
+inline = numba.njit(
+    forceinline=True,
+    error_model="numpy",
+    no_cpython_wrapper=True,
+    no_cfunc_wrapper=True,
+    pipeline_class=InlinedCompiler,
+)
 
 
 class _KeptCFunc(CFunc):
