@@ -293,7 +293,7 @@ class Engine:
         if left < _KERNEL_BYTES:
             need, have = _KERNEL_BYTES >> 20, left >> 20
             raise LocalrunError(f"the kernels need {need} MiB of address space, and {have} are left; raise ulimit -v")
-        warm_up(types, progress, notice, has_indexer=config.index_topk > 0)
+        warm_up(types, progress, notice, config.index_topk > 0, bool(config.compress_ratios))
         if repack:
             from localrun.cpu.repack import repack_experts
 

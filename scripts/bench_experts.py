@@ -1,11 +1,12 @@
 """Speed of the routed experts of one mixture-of-experts layer, by default DeepSeek-V3's width with 64 experts in RAM.
 
-    python scripts/bench_experts.py [--tokens 1,4,16,64,256,1024] [--type Q4_K] [-t N] [--kt]
+    python scripts/bench_experts.py [--tokens 1,4,16,64,256,1024] [--type Q4_K] [--beside TYPE] [-t N] [--kt]
 
 In each round every number of tokens is measured once or for a tenth of a second, each time with other experts, chosen
 at random, so that weights come from RAM; then a kernel that only reads measures the same weights' memory. GB/s counts
 the weights of the experts that were chosen, once each, however many tokens they had. --kt measures kt-kernel in turn
-(pip install --no-deps kt-kernel): its AMXINT4 experts, on AMX if this CPU has it, else on AVX-512.
+(pip install --no-deps kt-kernel): its AMXINT4 experts, on AMX if this CPU has it, else on AVX-512. --beside measures
+the same layer in another type in turn.
 A table goes to stderr; stdout is one JSON document.
 """
 
@@ -18,7 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -200,8 +201,8 @@ def results(times: dict[str, dict[int, Times]], layer: Layer, roof: dict[str, fl
     for count, ours in times["localrun"].items():
         found[count] = {name: each[count].summary(layer, count) for name, each in times.items()}
         found[count]["localrun"] |= ours.reading(layer, roof)
-        if "kt-kernel" in times:
-            ms, theirs = found[count]["localrun"]["ms"], found[count]["kt-kernel"]["ms"]
+        for other in list(times)[1:]:
+            ms, theirs = found[count]["localrun"]["ms"], found[count][other]["ms"]
             found[count]["localrun"]["ratio"] = {name: round(theirs[name] / ms[name], 2) for name in ms}
     return found
 
@@ -233,7 +234,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("-t", "--threads", type=int, default=hardware.usable_cores())
     parser.add_argument("-r", "--rounds", type=int, default=5)
-    parser.add_argument("--kt", action="store_true", help="measure kt-kernel too")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--kt", action="store_true", help="measure kt-kernel too")
+    other.add_argument("--beside", choices=(*registry.NAMES, *registry.INTERLEAVED), help="measure this type too")
     arguments = parser.parse_args()
     if not 0 < arguments.top_k <= arguments.experts:
         parser.error(f"--top-k {arguments.top_k} of {arguments.experts} experts")
@@ -251,6 +254,8 @@ def main() -> None:
     kt_kernel = KtKernel(layer, arguments.threads, -(-max(counts) // 32) * 32) if arguments.kt else None
     ours = Ours(layer, pool)
     engines: dict[str, Run] = {"localrun": ours} | ({"kt-kernel": kt_kernel} if kt_kernel else {})
+    if arguments.beside:
+        engines[arguments.beside] = Ours(replace(layer, type=arguments.beside), pool)
     n_read = min(ours.memory.nbytes, 1 << 30)
 
     def read() -> None:

@@ -54,7 +54,7 @@ FAULTS = (
         "np.arange(dim // 2) - low", "np.arange(dim // 2) - low - 1", ("tests/localrun/network/test_rope.py",),
     ),
     Fault(
-        "split-KV: parts combined unscaled", "quant/decode/attention.py",
+        "split-KV: parts combined unscaled", "quant/decode/values.py",
         "factor = np.float32(math.exp(partial.maximum - largest))\n        total",
         "factor = np.float32(1.0)\n        total",
         ("tests/quant/test_step_attention.py",),

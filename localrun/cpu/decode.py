@@ -6,6 +6,7 @@ caches, and is tested against it.
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -18,18 +19,25 @@ from localrun.models.indexer import KEY_EPS
 from localrun.models.tensors import GGUFTensors
 from localrun.network.cache import Cache, row_widths
 from localrun.network.rope import attention_scale, frequencies, rotation_magnitude
-from quant.decode.attention import Heads, attend_phase, project_values_phase
+from quant.decode.attention import Heads, attend_phase
 from quant.decode.experts import expert_phases
-from quant.decode.indexer import Indexer, Room, indexer_phases
+from quant.decode.indexer import Indexer, Room, choice_phases, indexer_keys_phase
 from quant.decode.linear import Input, normed, rows_phase
 from quant.decode.program import MOST_TOKENS, Phase, Program
 from quant.decode.queries import grouped_queries_phase, latent_queries_phase
-from quant.decode.router import SIGMOID, SOFTMAX, SOFTMAX_AFTER_TOPK, Router
+from quant.decode.router import SIGMOID, SOFTMAX, SOFTMAX_AFTER_TOPK, SQRT_SOFTPLUS, Router
+from quant.decode.stream_rows import stream_rows_phase
+from quant.decode.values import project_values_phase
 from quant.gemm.indexer import HISTOGRAM_BYTES
 from quant.matrix import QuantMatrix
 from quant.threads.pool import Pool
 
-SCORING = {"softmax": SOFTMAX, "sigmoid": SIGMOID, "softmax_after_topk": SOFTMAX_AFTER_TOPK}
+SCORING = {
+    "softmax": SOFTMAX,
+    "sigmoid": SIGMOID,
+    "softmax_after_topk": SOFTMAX_AFTER_TOPK,
+    "sqrtsoftplus": SQRT_SOFTPLUS,
+}
 _HEADS_TOGETHER = 16  # of MLA: they share each expanded cache row; more would crowd the second-level cache
 
 
@@ -52,11 +60,9 @@ class Layers:
     ):
         """The tensors must stay mapped. cached: widths of the cache rows of each layer."""
         self.config, self.tensors, self.pool = config, tensors, pool
-        factors = tensors.array(names.ROPE_FREQS) if tensors.has(names.ROPE_FREQS) else None
         self._slots = [0, *accumulate(len(widths) for widths in cached)]  # of each layer's first block of cache rows
-        n_slots = self._slots[-1]
-        self.program = Program(pool, embedding, frequencies(config, factors), rotation_magnitude(config), n_slots)
-        self.x = self.program.x
+        self.program = self._new_program(embedding, self._slots[-1])
+        self.x, self._x_width = self.program.x, config.hidden_size
         self._room: dict[str, int] = {}  # floats of a token that a vector has room for
         self._vectors: dict[str, tuple[int, int]] = {}  # addresses and lengths, as used last
         self._outputs: dict[str, dict[str, tuple[int, int]]] = {}  # by phase: what it writes, "x" or others
@@ -64,10 +70,15 @@ class Layers:
         self._rank_room = Room()
         self._choice: dict[str, int] = {}  # of the last layer with an indexer, for Heads
 
+    def _new_program(self, embedding: QuantMatrix, n_slots: int) -> Program:
+        config, tensors = self.config, self.tensors
+        factors = tensors.array(names.ROPE_FREQS) if tensors.has(names.ROPE_FREQS) else None
+        return Program(self.pool, embedding, frequencies(config, factors), rotation_magnitude(config), n_slots)
+
     def _add(self, phase: Phase, name: str, *outputs: str) -> None:
         """Append a phase of the part at hand, which writes these vectors."""
         name = f"{self._part}: {name}"
-        x = self.x, self.config.hidden_size
+        x = self.x, self._x_width
         self._outputs[name] = {output: x if output == "x" else self._vectors[output] for output in outputs}
         self.program.add(phase, name)
 
@@ -88,11 +99,14 @@ class Layers:
 
     def _head(self, norm: str, head: QuantMatrix) -> None:
         """The last phase: logits of the normed sums."""
-        self._final, self._logits = self._normed(self.x, norm), np.zeros((MOST_TOKENS, head.n_rows), np.float32)
+        self._final, self._logits = self._head_input(norm), np.zeros((MOST_TOKENS, head.n_rows), np.float32)
         logits = self.program.keep(self._logits)
-        self.program.add(rows_phase(self._final, [(head, logits)], self.pool.n_workers, is_head=True), "head")
+        self.program.add(self._rows_phase(self._final, [(head, logits)], is_head=True), "head")
         self._outputs["head"] = {"logits": (logits, head.n_rows)}
         self.program.finish()
+
+    def _head_input(self, norm: str) -> Input:
+        return self._normed(self.x, norm)
 
     def __call__(self, ids: Sequence[int], cache: Cache, n_logits: int) -> np.ndarray:
         """Evaluate up to MOST_TOKENS ids, which the cache then holds.
@@ -177,7 +191,11 @@ class Layers:
     def _rows(self, name: str, input_: Input, matrices: dict[str, QuantMatrix], biases: Sequence[int] = ()) -> None:
         """A phase of matrices, by the names of the vectors that are their outputs."""
         places = [(matrix, self._vector(output, matrix.n_rows)) for output, matrix in matrices.items()]
-        self._add(rows_phase(input_, places, self.pool.n_workers, biases=biases), name, *matrices)
+        self._add(self._rows_phase(input_, places, biases=biases), name, *matrices)
+
+    def _rows_phase(self, input_: Input, places: list[tuple[QuantMatrix, int]], **options: Any) -> Phase:
+        make = stream_rows_phase if input_.streams else rows_phase
+        return make(input_, places, self.pool.n_workers, **options)
 
     def _bias(self, weight: str) -> int:
         """Address of what is added to a matrix's products; 0 for nothing."""
@@ -260,27 +278,32 @@ class Layers:
         def norm(part: str) -> int:
             return self._array(self._module(index, f"indexer.{part}"))
 
-        indexer = Indexer(
-            c.index_n_heads, c.index_head_dim, c.index_topk, c.qk_rope_head_dim, c.indexer_rope == "halves", KEY_EPS,
-        )  # fmt: skip
-        chosen = self._vector("chosen rows", indexer.chosen_bytes // 4)
-        phases = indexer_phases(
-            indexer,
+        indexer = self._indexer(slot, 1)
+        by_halves, keys = c.indexer_rope == "halves", self._vector("indexer's keys", c.index_head_dim)
+        norms = norm("k_norm"), norm("k_norm.bias")
+        self._add(indexer_keys_phase(indexer, keys, *norms, KEY_EPS, c.qk_rope_head_dim, by_halves), "indexer's keys")
+        self._add_choice(indexer)
+        self._choice = {"window": c.index_topk, "chosen": indexer.chosen, "chosen_bytes": indexer.chosen_bytes}
+
+    def _indexer(self, slot: int, ratio: int) -> Indexer:
+        """A layer's, over keys of so many tokens in a block of cache rows."""
+        c = self.config
+        sizes = Indexer(c.index_n_heads, c.index_head_dim, c.index_topk, ratio, slot)
+        return replace(
+            sizes,
             queries=self._vector("indexer's queries", c.index_n_heads * c.index_head_dim),
-            keys=self._vector("indexer's keys", c.index_head_dim),
             weights=self._vector("indexer's weights", c.index_n_heads),
-            norm=norm("k_norm"),
-            norm_bias=norm("k_norm.bias"),
-            packed=self._vector("indexer's packed queries", indexer.packed_bytes // 4),
-            packed_weights=self._vector("indexer's packed weights", indexer.weight_bytes // 4),
+            packed=self._vector("indexer's packed queries", sizes.packed_bytes // 4),
+            packed_weights=self._vector("indexer's packed weights", sizes.weight_bytes // 4),
             histograms=self._vector("histograms", HISTOGRAM_BYTES // 4),
             room=self._rank_room.address,
-            chosen=chosen,
-            slot=slot,
+            chosen=self._vector("chosen rows", sizes.chosen_bytes // 4),
         )
-        for phase, what in zip(phases, ("keys", "ranks", "choice"), strict=True):
+
+    def _add_choice(self, indexer: Indexer) -> None:
+        """The rows that attention is to go over."""
+        for phase, what in zip(choice_phases(indexer), ("ranks", "choice"), strict=True):
             self._add(phase, f"indexer's {what}")
-        self._choice = {"window": c.index_topk, "chosen": chosen, "chosen_bytes": indexer.chosen_bytes}
 
     def _grouped_attention(self, index: int, cache_layer: int, norm: Input) -> None:
         c = self.config
@@ -338,6 +361,10 @@ class Layers:
         return gate, up, down
 
     def _moe(self, index: int, norm: Input) -> None:
+        self._experts(index, norm, *self._router(index, norm), self.x)
+
+    def _router(self, index: int, norm: Input) -> tuple[Router, tuple[int, int, QuantMatrix] | None]:
+        """The router, and what expert_phases takes of the shared expert, after the phase of their matrices."""
         c = self.config
         gate_name = self._name(index, "mlp.gate")
         first, shared = {"router": self.tensors.matrix(gate_name)}, None
@@ -348,14 +375,25 @@ class Layers:
         self._rows("router", norm, first, [self._bias(gate_name)] + [0] * (len(first) - 1))
         bias_name = self._name(index, "mlp.gate.e_score_correction_bias")
         bias = self._array(bias_name) if self.tensors.has(bias_name) else 0
+        table = self.program.keep(self.tensors.expert_ids(index)) if index < c.num_hash_layers else 0
         router = Router(
             self._vector("router", c.n_routed_experts), bias, c.n_routed_experts, c.num_experts_per_tok, c.n_group,
-            c.topk_group, SCORING[c.scoring_func], c.norm_topk_prob, c.routed_scaling_factor,
+            c.topk_group, SCORING[c.scoring_func], c.norm_topk_prob, c.routed_scaling_factor, table,
         )  # fmt: skip
+        return router, shared
+
+    def _experts(
+        self, index: int, input_: Input, router: Router, shared: tuple[int, int, QuantMatrix] | None, out: int,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        """The routed experts and the shared one, by expert_phases."""
+        c = self.config
         experts = self.tensors.expert_matrices(index)
         n_inner = c.num_experts_per_tok * experts.gate.n_rows
         gate_out, up_out = self._vector("experts' gate", n_inner), self._vector("experts' up", n_inner)
-        gate_up, down = expert_phases(norm, router, experts, gate_out, up_out, shared, self.x, self.pool.n_workers)
+        gate_up, down = expert_phases(
+            input_, router, experts, gate_out, up_out, shared, out, self.pool.n_workers, **options
+        )
         self._add(gate_up, "experts' gate, up", "experts' gate", "experts' up")
         self._add(down, "experts' down", "x")
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from localrun.cpu.decode import DecodeStep
+from localrun.cpu.compressed import decode_step
 from localrun.cpu.torch_threads import TorchThreads
 from localrun.gguf.file import GGUFFile
 from localrun.gguf.residency import Resident
@@ -49,14 +49,12 @@ class NativeModel:
         self._resident = Resident(file)
         self._pool = Pool(n_threads)
         self._tensors = GGUFTensors(file)
-        has_step = config.attention != "compressed"
-        self._step = DecodeStep(config, self._tensors, self._pool) if has_step else None
+        self._step = decode_step(config, self._tensors, self._pool)
         affordable = _STEP_BYTES // weight_bytes_per_token(file, config)
-        # Tokens that go through it.
-        self._most_steps = max(MOST_TOKENS, min(_STEP_TOKENS, affordable)) if has_step else 0
+        self._most_steps = max(MOST_TOKENS, min(_STEP_TOKENS, affordable))  # tokens that go through it
         # Latent attention rounds by the chunk's length anyway, so that there is no reason for long ones.
         self.least_chunk = MOST_TOKENS if config.attention == "mla" else self._most_steps + 1
-        self.most_together = MOST_TOKENS if has_step else 1
+        self.most_together = MOST_TOKENS
         self.keep_hidden = False
         self.hidden = np.empty((0, config.hidden_size), np.float32)
         self._mtp: MTP | None = None

@@ -21,6 +21,7 @@ _MODULES = {
     "quant.decode.experts": "decoding: experts",
     "quant.ops.experts": "experts",
     "quant.decode.attention": "decoding: attention",
+    "quant.decode.values": "decoding: heads",
     "quant.gemm.experts": "experts of many tokens",
     "quant.ops.linear": "matrix products",
     "quant.decode.queries": "decoding: queries",
@@ -37,6 +38,11 @@ _OF_INDEXER = {
     "quant.ops.chosen": "attention to chosen tokens",
     "quant.decode.indexer": "decoding: choices",
 }
+# Those of a model with pooled rows and streams.
+_OF_POOLED = {
+    "quant.decode.compressor": "decoding: pooled rows",
+    "quant.decode.stream_rows": "decoding: streams",
+}
 _CHILD_BYTES = 1 << 30  # a process that compiles takes half of it
 _WORTH_A_CHILD = 4  # kernels: a child takes as long to start as one or two take
 _PATIENCE_S = 0.5
@@ -47,6 +53,7 @@ def warm_up(
     progress: Callable[[int, int, str], None] | None,
     notice: Callable[[str], None],
     has_indexer: bool = False,
+    pools_rows: bool = False,
 ) -> None:
     """Compile the kernels for tensors of these types, or load them from the cache.
 
@@ -54,12 +61,13 @@ def warm_up(
         progress: called as progress(done, total, what).
         notice: called with one line if there is something to compile and no progress to show it by.
         has_indexer: whether the model chooses the tokens that it attends to.
+        pools_rows: whether it has pooled rows and streams.
     """
     from quant.target import jit, kernel_cache
 
     if progress is None and not kernel_cache.kept():
         notice("first run on this machine: compiling the kernels, which takes a while")
-    modules = _MODULES | (_OF_INDEXER if has_indexer else {})
+    modules = _MODULES | (_OF_INDEXER if has_indexer else {}) | (_OF_POOLED if pools_rows else {})
     kernels = needed(modules, types)
     missing = [(kernel, what) for kernel, what in kernels if not jit.is_kept(kernel)]
     with _children(len(missing), modules, types):

@@ -1,4 +1,4 @@
-"""Phases of attention: scores and values over the cache (split-KV), then heads' results.
+"""The phase of attention: scores and values over the cache (split-KV), whose parts values.py combines.
 
 Both kinds of attention are one. Groups of heads share keys: all heads of MLA, in groups that fit registers; the heads
 of one key-value head of GQA. A work item is one token, one group and one split of the context. Cache rows are read once
@@ -7,7 +7,8 @@ are combined afterwards, in order, so that results do not depend on the number o
 
 With a window a token sees the last rows only, its own included; the block of rows may be no longer than that, and
 positions go round in it (program.cache_block). A sink is one more logit of a head's softmax, without a value.
-With a choice (decode/indexer.py) the window is how many rows a token attends to, which lie anywhere.
+With a choice (decode/indexer.py) the window is how many rows a token attends to, which lie anywhere. With pooled rows
+(decode/compressor.py) a token sees them first, all of them or those that are chosen, then its window.
 """
 
 import math
@@ -17,45 +18,47 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 
-from quant.decode.linear import multiply as multiply_rows
-from quant.decode.linear import set_token, token_tables
 from quant.decode.program import (
     HEADER,
     MAX_SPLITS,
     MIN_SPLIT,
-    MOST_TOKENS,
     NOTHING,
     PHASE,
     Phase,
     cache_block,
     cached_by,
-    padded,
     split_length,
     splits_of,
     tokens_of,
 )
 from quant.gemm.float_tile import LANES, multiply
-from quant.gemv.activations import q8_bytes, write_q8
-from quant.matrix import MATRIX, QuantMatrix
 from quant.simd.core import F32, I64, define, load, splat, store
 from quant.simd.floats import exp, hmax, hsum, maximum, splat_f32x16, zero_f32x16
 from quant.simd.memory import load_f32x16, load_i32, store_f32, store_f32x16, store_i64
 from quant.simd.register_tile import add_products, register_tile
-from quant.simd.struct import address, boolean, f32, i64, pointer, struct
-from quant.simd.vectors import expand_f16, scale, scale_add
+from quant.simd.struct import address, f32, i64, struct
+from quant.simd.vectors import expand_f16, scale
 from quant.target.jit import inline, kernel
 
 _TOKENS = MIN_SPLIT  # cache rows that are expanded and multiplied at a time
 _NEVER = float("-inf")
+NO_LIMIT = 1 << 40
 
 
-def _padded_lanes(n: int) -> int:
+def padded_lanes(n: int) -> int:
     """Floats of a row whose width the tiles can take."""
     return -(-n // 16) * 16
 
 
 # ---- scores and values over splits of the context --------------------------------------------------------------------
 
+SEEN = struct(
+    "Seen",
+    window=i64,  # rows of tokens that a token sees, at most; 0 for all
+    ratio=i64,  # tokens of a pooled row; 0 where there are none
+    pooled_slot=i64,  # which block has these
+    most_pooled=i64,  # that a token sees: those that are chosen
+)
 ATTEND = struct(
     "Attend",
     phase=PHASE,
@@ -72,7 +75,7 @@ ATTEND = struct(
     value_row=i64,
     value_group=i64,
     padded_width=i64,  # of a value, in whole vectors
-    window=i64,  # rows that a token sees, at most; 0 for all
+    seen=SEEN,
     chosen=address,  # int32 rows of the first token, if it sees more; 0 where it sees the last ones
     chosen_bytes=i64,  # from one token's to the next one's
     partials=address,  # by token, split and head
@@ -88,20 +91,47 @@ def _partial_bytes(padded_width):
 
 
 @inline
-def _seen_by(a, t):
-    """Rows that the step's token t sees, itself included: the last ones."""
+def _own_by(a, t):
+    """Rows of tokens that the step's token t sees, itself included: the last ones."""
     n_cached = cached_by(a, t)
-    return min(n_cached, a.window) if a.window > 0 else n_cached
+    return min(n_cached, a.seen.window) if a.seen.window > 0 else n_cached
+
+
+@inline
+def _pooled_by(a, t):
+    """Pooled rows that it sees."""
+    return min(cached_by(a, t) // a.seen.ratio, a.seen.most_pooled) if a.seen.ratio > 0 else 0
+
+
+@inline
+def seen_by(a, t):
+    """All rows that it sees: first the pooled ones."""
+    return _pooled_by(a, t) + _own_by(a, t)
+
+
+@inline
+def _expand_pooled(a, token, row_bytes, first, n, width, padded_width, out):
+    """Some of the pooled rows that a token sees, in float32, padded_width apart."""
+    rows, _ = cache_block(a, a.seen.pooled_slot, token)
+    chosen = a.chosen + a.chosen_bytes * token
+    is_chosen = a.chosen != 0 and cached_by(a, token) // a.seen.ratio > a.seen.most_pooled
+    for i in range(n):
+        row = load_i32(chosen + 4 * (first + i)) if is_chosen else first + i
+        expand_f16(rows + row_bytes * row, width, padded_width, out + 4 * padded_width * i)
 
 
 @inline
 def _expand_rows(a, token, slot, row_bytes, group_bytes, first, n_tokens, width, padded_width, out):
-    """A group's part of a token's cache rows first.. in float32, padded_width apart."""
-    n_hidden = cached_by(a, token) - _seen_by(a, token)
-    chosen = a.chosen + a.chosen_bytes * token + 4 * (first - n_hidden)
+    """A group's part of the rows first.. that a token sees, in float32, padded_width apart."""
+    n_pooled, n_hidden = _pooled_by(a, token), cached_by(a, token) - _own_by(a, token)
+    if first < n_pooled:
+        n = min(n_tokens, n_pooled - first)
+        _expand_pooled(a, token, row_bytes, first, n, width, padded_width, out)
+        first, n_tokens, out = first + n, n_tokens - n, out + 4 * padded_width * n
+    chosen = a.chosen + a.chosen_bytes * token + 4 * first
     block, n_rows = cache_block(a, slot, token)
-    is_chosen = a.chosen != 0 and n_hidden > 0
-    at, rows = first % n_rows, block + group_bytes
+    is_chosen = a.chosen != 0 and a.seen.ratio == 0 and n_hidden > 0
+    at, rows = (n_hidden + first - n_pooled) % n_rows, block + group_bytes
     for i in range(n_tokens):
         row = load_i32(chosen + 4 * i) if is_chosen else at + i
         if row >= n_rows:
@@ -190,20 +220,16 @@ def _start_heads(a, first, partials, scores):
     return queries, outs
 
 
-@kernel("void(int64, int64, int64)")
-def _run_attend(phase, item, work):
+@inline
+def _attend_split(a, group, token, split, work):
     """One group of a token's heads over one split; work: expanded rows, scores, two tables of addresses."""
-    a = ATTEND(phase)
     n_groups, n_heads, query_width, padded_width = a.n_groups, a.per_group, a.query_width, a.padded_width
-    group, token, split = item % n_groups, item // n_groups % tokens_of(a), item // n_groups // tokens_of(a)
-    n_cached, n_seen = cached_by(a, token), _seen_by(a, token)
+    n_seen = seen_by(a, token)
     length, partial_bytes, all_heads = split_length(n_seen), _partial_bytes(padded_width), n_groups * n_heads
     head = all_heads * (MAX_SPLITS * token + split) + n_heads * group
     partials, scores = a.partials + partial_bytes * head, work + 4 * _TOKENS * max(query_width, padded_width)
-    begin = n_cached - n_seen + length * split
-    end = min(n_cached, begin + length)
-    if begin >= end:
-        return
+    begin = length * split
+    end = min(n_seen, begin + length)
     queries, outs = _start_heads(a, all_heads * token + n_heads * group, partials, scores)
     same_rows = a.value_slot == a.key_slot
     for first in range(begin, end, _TOKENS):
@@ -235,66 +261,14 @@ def _run_attend(phase, item, work):
         )
 
 
-# ---- heads' results --------------------------------------------------------------------------------------------------
-
-PROJECT_VALUES = struct(
-    "ProjectValues",
-    phase=PHASE,
-    partials=address,
-    partial_bytes=i64,
-    n_heads=i64,
-    width=i64,  # of a head's combined result
-    window=i64,
-    sinks=pointer(f32),  # (n_heads,)
-    has_sinks=boolean,
-    out=address,  # float32 (MOST_TOKENS, n_heads, out_width)
-    out_width=i64,
-    q8=i64,  # where in a token's work memory, behind the combined result
-    token_bytes=i64,
-    has_v_b=boolean,
-    v_b_integer=boolean,
-    v_b=MATRIX,
-)
-
-
-@inline
-def _combine(a, head, token, out):
-    """A head's result float32 (width,): the splits of the token's context, in order."""
-    n_splits, stride = splits_of(_seen_by(a, token)), a.partial_bytes * a.n_heads
-    first = a.partials + a.partial_bytes * (a.n_heads * MAX_SPLITS * token + head)
-    largest = np.float32(_NEVER)
-    for s in range(n_splits):
-        largest = max(largest, PARTIAL(first + stride * s).maximum)
-    for i in range(a.width):
-        store_f32(out + 4 * i, np.float32(0.0))
-    total = np.float32(0.0)
-    if a.has_sinks:
-        largest = max(largest, a.sinks[head])
-        total = np.float32(math.exp(a.sinks[head] - largest))
-    for s in range(n_splits):
-        partial = PARTIAL(first + stride * s)
-        factor = np.float32(math.exp(partial.maximum - largest))
-        total += factor * partial.sum
-        scale_add(factor, first + stride * s + VALUES_AT, a.width, out)
-    scale(np.float32(1.0) / total, a.width, out)
-
-
 @kernel("void(int64, int64, int64)")
-def _run_project_values(phase, item, work):
-    """Item h: head h's results and, for MLA, moved out of latent space by v_b."""
-    a = PROJECT_VALUES(phase)
-    tables, n_tokens = token_tables(), tokens_of(a)
-    for t in range(n_tokens):
-        out = a.out + 4 * a.out_width * (a.n_heads * t + item)
-        if not a.has_v_b:
-            _combine(a, item, t, out)
-        else:
-            own = work + a.token_bytes * t
-            _combine(a, item, t, own)
-            write_q8(own, 0, a.width, a.width, a.v_b_integer, own + a.q8)
-            set_token(tables, t, own + a.q8, out)
-    if a.has_v_b:
-        multiply_rows(a.v_b, item, 0, a.out_width, a.width, tables, n_tokens)
+def _run_attend(phase, item, work):
+    """One group of a token's heads over one split, or more if there are more than items."""
+    a = ATTEND(phase)
+    group, rest, n_tokens = item % a.n_groups, item // a.n_groups, tokens_of(a)
+    token, at_once = rest % n_tokens, a.phase.n_items // (a.n_groups * n_tokens)
+    for split in range(rest // n_tokens, splits_of(seen_by(a, token)), at_once):
+        _attend_split(a, group, token, split, work)
 
 
 @dataclass(frozen=True)
@@ -310,6 +284,9 @@ class Heads:
         window: rows that a token sees, at most; 0 for all.
         chosen, chosen_bytes: address of int32 rows of a token that sees more, and bytes to the next token's; or 0.
         sinks: address of float32 (heads,), a logit more in each head's softmax; or 0.
+        ratio, pooled_slot: tokens of a pooled row, which a token sees as well, and the block of those; 0 for none.
+            chosen are of these rows then.
+        most_pooled: pooled rows that a token sees, at most.
     """
 
     n_groups: int
@@ -326,6 +303,16 @@ class Heads:
     chosen: int = 0
     chosen_bytes: int = 0
     sinks: int = 0
+    ratio: int = 0
+    pooled_slot: int = 0
+    most_pooled: int = NO_LIMIT
+
+    @property
+    def seen(self) -> np.ndarray:
+        """As phases see it."""
+        return SEEN.pack(
+            window=self.window, ratio=self.ratio, pooled_slot=self.pooled_slot, most_pooled=self.most_pooled
+        )
 
     @property
     def n_heads(self) -> int:
@@ -334,12 +321,12 @@ class Heads:
     @property
     def query_width(self) -> int:
         """Floats of a query in memory; those behind key_width are zero."""
-        return _padded_lanes(self.key_width)
+        return padded_lanes(self.key_width)
 
     @property
     def partial_bytes(self) -> int:
         """Memory of one head's result over one split of the context."""
-        return VALUES_AT + 4 * _padded_lanes(self.value_width)
+        return VALUES_AT + 4 * padded_lanes(self.value_width)
 
     @property
     def partials_bytes(self) -> int:
@@ -354,31 +341,18 @@ def attend_phase(heads: Heads, queries: int, partials: int) -> Phase:
         queries: address of float32 (MOST_TOKENS, H, query_width).
         partials: address of partials_bytes a token.
     """
-    padded_width = _padded_lanes(heads.value_width)
+    padded_width = padded_lanes(heads.value_width)
     arguments = ATTEND.pack(
         phase=HEADER, n_groups=heads.n_groups, per_group=heads.per_group,
         queries=queries, query_width=heads.query_width,
         key_slot=heads.key_slot, key_width=heads.key_width, key_row=heads.key_row, key_group=heads.key_group,
         value_slot=heads.value_slot, value_width=heads.value_width, value_row=heads.value_row,
-        value_group=heads.value_group, padded_width=padded_width, window=heads.window,
+        value_group=heads.value_group, padded_width=padded_width, seen=heads.seen,
         chosen=heads.chosen, chosen_bytes=heads.chosen_bytes, partials=partials,
     )  # fmt: skip
     work_bytes = 4 * _TOKENS * (max(heads.query_width, padded_width) + heads.per_group) + 16 * heads.per_group
-    n_items = heads.n_groups
-    if heads.window:  # as many splits as there can be: mostly few
-        n_items *= min(MAX_SPLITS, -(-heads.window // MIN_SPLIT))
-    return Phase(NOTHING, _run_attend, n_items, arguments, work_bytes, per_token=True, per_split=not heads.window)
-
-
-def project_values_phase(heads: Heads, partials: int, v_b: QuantMatrix | None, out: int) -> Phase:
-    """Heads' results float32 (MOST_TOKENS, H, V) at `out`: splits combined, times v_b (H, V, C) where there is one."""
-    width = heads.value_width
-    q8, token_bytes = padded(4 * width), padded(4 * width) + q8_bytes(width)
-    arguments = PROJECT_VALUES.pack(
-        phase=HEADER, partials=partials, partial_bytes=heads.partial_bytes, n_heads=heads.n_heads, width=width,
-        window=heads.window, sinks=heads.sinks, has_sinks=heads.sinks != 0,
-        out=out, out_width=v_b.n_rows if v_b else width, q8=q8, token_bytes=token_bytes,
-        has_v_b=v_b is not None, v_b_integer=bool(v_b and v_b.format.integer),
-        v_b=v_b.struct if v_b else MATRIX.zeros(),
-    )  # fmt: skip
-    return Phase(NOTHING, _run_project_values, heads.n_heads, arguments, token_bytes * MOST_TOKENS)
+    n_items, most_seen = heads.n_groups, heads.window + heads.most_pooled * (heads.ratio > 0)
+    is_bounded = heads.window > 0 and most_seen < NO_LIMIT
+    if is_bounded:  # as many splits as there can be: mostly few
+        n_items *= min(MAX_SPLITS, -(-most_seen // MIN_SPLIT))
+    return Phase(NOTHING, _run_attend, n_items, arguments, work_bytes, per_token=True, per_split=not is_bounded)

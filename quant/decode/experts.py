@@ -8,12 +8,13 @@ import numpy as np
 from quant.decode.linear import Input, item_rows, multiply, set_token, token_tables
 from quant.decode.program import HEADER, MOST_TOKENS, PHASE, Phase, padded, tokens_of
 from quant.decode.router import CHOICE, ROUTER, Choice, Router, choose, is_here
+from quant.decode.streams import NO_STREAMS, STREAMS, Streams, write_streams
 from quant.gemv.activations import q8_bytes, write_q8
 from quant.matrix import MATRIX, ExpertMatrices, QuantMatrix
-from quant.simd.gated import ACTIVATION, gated
+from quant.simd.gated import ACTIVATION, SWIGLU, Activation, gated
 from quant.simd.memory import store_f32
 from quant.simd.struct import address, boolean, f32, i64, struct
-from quant.simd.vectors import copy, rms_norm, scale_add, swiglu
+from quant.simd.vectors import copy, rms_norm, scale_add
 from quant.target.jit import inline, kernel
 from quant.threads.work_items import rows_of_item
 
@@ -64,6 +65,8 @@ DOWN = struct(
     shared_gate_out=address,
     shared_up_out=address,
     activation=ACTIVATION,
+    shared_activation=ACTIVATION,
+    streams=STREAMS,  # that the sum is written to, from out
     down_bias=address,  # float32 (experts, hidden), or 0
     down=MATRIX,
     shared_down=MATRIX,
@@ -126,7 +129,7 @@ def _prepare_down(phase, work):
     if shared > 0:
         for t in range(n_tokens):
             at = 4 * shared * t
-            swiglu(a.shared_gate_out + at, a.shared_up_out + at, shared, temporary)
+            gated(a.shared_activation, a.shared_gate_out + at, a.shared_up_out + at, shared, temporary)
             q8 = work + a.q8_bytes * (top_k * n_tokens + t)
             write_q8(temporary, 0, shared, shared, a.shared_integer, q8)
 
@@ -178,6 +181,9 @@ def _run_down(phase, item, work):
                 scale_add(c.weights[pair], a.down_bias + 4 * (hidden * c.ids[pair] + first), n_rows, sums)
     if a.shared_inner > 0:
         _add_shared(a, first, n_rows, work)
+    if a.streams.x != 0:
+        for t in range(n_tokens):
+            write_streams(a.streams, t, first, n_rows, hidden, out + 4 * hidden * t)
 
 
 def expert_phases(
@@ -190,6 +196,8 @@ def expert_phases(
     out: int,
     n_workers: int,
     replaces: bool = False,
+    shared_activation: Activation = SWIGLU,
+    into: Streams | None = None,
 ) -> tuple[Phase, Phase]:
     """The two phases of a layer's experts, from their input to the sum added to `out`. T: MOST_TOKENS.
 
@@ -199,9 +207,15 @@ def expert_phases(
         shared: addresses of the shared expert's gate and up outputs (T, shared inner), computed before, and its down.
         out: address of float32 (T, hidden), where the experts' sum is added.
         replaces: whether the sum replaces what is there.
+        shared_activation: what the shared expert's gate and up become.
+        into: streams that the sum is then written to.
     """
     gate_up = _gate_up_phase(input_, router, experts, gate_out, up_out, n_workers)
-    return gate_up, _down_phase(router, experts, gate_out, up_out, shared, out, n_workers, replaces)
+    down = _down_phase(
+        router, experts, gate_out, up_out, shared, out, n_workers, replaces, shared_activation.struct,
+        into.struct if into else NO_STREAMS,
+    )  # fmt: skip
+    return gate_up, down
 
 
 def _gate_up_phase(
@@ -226,6 +240,7 @@ def _gate_up_phase(
 def _down_phase(
     router: Router | Choice, experts: ExpertMatrices, gate_out: int, up_out: int,
     shared: tuple[int, int, QuantMatrix] | None, out: int, n_workers: int, replaces: bool,
+    shared_activation: np.ndarray, streams: np.ndarray,
 ) -> Phase:  # fmt: skip
     down, top_k = experts.down, router.num_experts_per_tok
     hidden, inner = down.n_rows, down.n_cols
@@ -242,7 +257,8 @@ def _down_phase(
         out=out, replaces=replaces, item_rows=rows, shared_inner=shared_inner,
         shared_integer=bool(shared_down and shared_down.format.integer),
         shared_gate_out=shared_gate_out, shared_up_out=shared_up_out,
-        activation=experts.activation.struct, down_bias=experts.bias_addresses["down_bias"],
+        activation=experts.activation.struct, shared_activation=shared_activation, streams=streams,
+        down_bias=experts.bias_addresses["down_bias"],
         down=down.struct, shared_down=shared_down.struct if shared_down else MATRIX.zeros(),
     )  # fmt: skip
     return Phase(_prepare_down, _run_down, -(-hidden // rows), arguments, choice + router.choice_bytes)

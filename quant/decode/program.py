@@ -25,6 +25,7 @@ from quant.errors import QuantError
 from quant.matrix import QuantMatrix, check_single_rows
 from quant.simd.memory import store_i64
 from quant.simd.struct import address, atomic, boolean, f32, f64, i64, pointer, struct
+from quant.simd.vectors import copy
 from quant.target.jit import inline, kernel
 from quant.target.kernel import Kernel
 from quant.threads.atomics import atomic_add, atomic_load, call_2, call_3, wait_for
@@ -46,8 +47,9 @@ PROGRAM = struct(
     embedding_row_bytes=i64,
     embedding_blocks=i64,  # of a row
     expand=address,  # the kernel of its format
-    x=address,  # float32 (MOST_TOKENS, x_bytes / 4): embeddings
+    x=address,  # float32 (MOST_TOKENS, n_copies, x_bytes / 4): embeddings
     x_bytes=i64,
+    n_copies=i64,
     ids=pointer(i64),
     n_tokens=i64,
     positions=pointer(i64),  # of each token, in its context
@@ -74,7 +76,7 @@ PHASE = struct(
     run=address,
     program=address,
 )
-PHASE_BYTES = 1024
+PHASE_BYTES = 1536
 HEADER = PHASE.zeros()  # to pack arguments with; Phases.finish() fills it
 
 
@@ -126,7 +128,10 @@ def _begin_token(program, t):
         rotations[2 * i] = np.float32(math.cos(angle)) * magnitude
         rotations[2 * i + 1] = np.float32(math.sin(angle)) * magnitude
     row = program.embedding + program.embedding_row_bytes * program.ids[t]
-    call_3(program.expand, row, program.embedding_blocks, program.x + program.x_bytes * t)
+    x, n_copies = program.x + program.x_bytes * program.n_copies * t, program.n_copies
+    call_3(program.expand, row, program.embedding_blocks, x)
+    for i in range(1, n_copies):
+        copy(x, program.x_bytes // 4, x + program.x_bytes * i)
 
 
 @inline
@@ -271,30 +276,34 @@ class Program(Phases):
 
     Args:
         embedding: rows by token id.
-        frequencies: float64 (R/2,), radians a position.
+        frequencies: float64 (R/2,), radians a position; or several such, one behind the other.
         magnitude: the length of the rotated unit vector.
         n_slots: how many blocks of cache rows a context has (attend phases name them by index).
+        n_copies: of a token's embedding, one behind the other.
 
     Attributes:
-        x: address of float32 (MOST_TOKENS, embedding.n_cols), the tokens' embeddings when a step begins.
+        x: address of float32 (MOST_TOKENS, n_copies, embedding.n_cols), the tokens' embeddings when a step begins.
 
     Raises:
         QuantError: the embedding's rows are interleaved.
     """
 
-    def __init__(self, pool: Pool, embedding: QuantMatrix, frequencies: np.ndarray, magnitude: float, n_slots: int):
+    def __init__(
+        self, pool: Pool, embedding: QuantMatrix, frequencies: np.ndarray, magnitude: float, n_slots: int,
+        n_copies: int = 1,
+    ):  # fmt: skip
         super().__init__(pool)
         check_single_rows(embedding)
         self._memory.append(embedding)
         self._frequencies = np.ascontiguousarray(frequencies, np.float64)
         self._cache, self._cache_rows = np.zeros((2, MOST_TOKENS, n_slots), np.int64)
         self._ids, self._positions = np.zeros((2, MOST_TOKENS), np.int64)
-        self.x = self.vector(embedding.n_cols)
+        self.x = self.vector(n_copies * embedding.n_cols)
         PROGRAM.write(
             self._program,
             expand=embedding.format.expand_address, embedding=embedding.address,
             embedding_row_bytes=embedding.row_bytes, embedding_blocks=embedding.n_cols // embedding.format.block,
-            x=self.x, x_bytes=4 * embedding.n_cols, ids=self._ids.ctypes.data,
+            x=self.x, x_bytes=4 * embedding.n_cols, n_copies=n_copies, ids=self._ids.ctypes.data,
             positions=self._positions.ctypes.data, n_slots=n_slots,
             frequencies=self._frequencies.ctypes.data, n_frequencies=self._frequencies.size, magnitude=magnitude,
             rotations=self.vector(2 * self._frequencies.size), cache=self._cache.ctypes.data,

@@ -11,7 +11,7 @@ from quant.decode.program import HEADER, MOST_TOKENS, NOTHING, PHASE, Phase, cac
 from quant.gemv.activations import q8_bytes, write_q8
 from quant.matrix import MATRIX, QuantMatrix, check_single_rows, row_address
 from quant.simd.memory import load_f32, store_f16, store_f32
-from quant.simd.struct import address, boolean, f32, i64, struct
+from quant.simd.struct import address, address_of, boolean, f32, i64, struct
 from quant.simd.vectors import copy, rms_factor, rms_norm, scale, scale_add, weighted
 from quant.target.jit import inline, kernel
 from quant.threads.atomics import call_3
@@ -75,12 +75,23 @@ def rotate(x, a, t, out, stride, gap):
 
     Neighbours are stride 2, gap 1; two halves stride 1, gap n_rope / 2. out may be x.
     """
+    turn(x, rotations_of(a, t), a.n_rope, np.float32(1.0), out, stride, gap)
+
+
+@inline
+def rotations_of(a, t, first_frequency=0):
+    """Address of cosines and sines of token t's position, in turn, from that frequency on."""
     program = program_of(a)
-    rotations = program.rotations + 2 * program.n_frequencies * t
-    for i in range(a.n_rope // 2):
+    return address_of(program.rotations + 2 * (program.n_frequencies * t + first_frequency))
+
+
+@inline
+def turn(x, rotations, n_rope, direction, out, stride, gap):
+    """The first n_rope floats of x, each pair rotated, by 1 forwards or by -1 back. out may be x."""
+    for i in range(n_rope // 2):
         first, second = 4 * stride * i, 4 * (stride * i + gap)
         u, v = load_f32(x + first), load_f32(x + second)
-        cos, sin = rotations[2 * i], rotations[2 * i + 1]
+        cos, sin = load_f32(rotations + 8 * i), load_f32(rotations + 8 * i + 4) * direction
         store_f32(out + first, u * cos - v * sin)
         store_f32(out + second, u * sin + v * cos)
 

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from quant.decode.program import MOST_TOKENS, padded, tokens_of
-from quant.simd.struct import boolean, f32, i64, pointer, struct
+from quant.decode.program import MOST_TOKENS, padded, program_of, tokens_of
+from quant.simd.memory import load_i32
+from quant.simd.struct import address, boolean, f32, i64, pointer, struct
 from quant.target.jit import inline
 
-SOFTMAX, SIGMOID, SOFTMAX_AFTER_TOPK, PRECOMPUTED = range(4)
+SOFTMAX, SIGMOID, SOFTMAX_AFTER_TOPK, SQRT_SOFTPLUS, PRECOMPUTED = range(5)
 SMALLEST_SUM = 6.103515625e-5  # float16's smallest normal number, as in llama.cpp
+ADDED_SUM = 1e-20  # DeepSeek-V4 adds this to the sum instead
 _NEVER = float("-inf")
 
 ROUTER = struct(
@@ -24,6 +26,7 @@ ROUTER = struct(
     logits=pointer(f32),  # (MOST_TOKENS, n_experts)
     has_bias=boolean,
     bias=pointer(f32),  # (n_experts,)
+    table=address,  # int32 (vocab, top_k), by token id, where that chooses; or 0
     ids=pointer(i64),  # of a PRECOMPUTED choice: by pair
     weights=pointer(f32),
     n_experts=i64,
@@ -78,6 +81,8 @@ def _set_affinities(r, t, affinities):
         logit = logits[e]
         if scoring == SIGMOID:
             logit = np.float32(1.0) / (np.float32(1.0) + math.exp(-logit))
+        elif scoring == SQRT_SOFTPLUS:
+            logit = np.float32(math.sqrt(max(np.float64(logit), 0.0) + math.log1p(math.exp(-abs(np.float64(logit))))))
         elif scoring == SOFTMAX:
             logit = math.exp(logit - largest)
             total += logit
@@ -128,6 +133,19 @@ def _keep_best_groups(r, scores, group_scores):
 
 
 @inline
+def _choose_by_table(r, t, token_id, c):
+    """Token t's experts, which its id says, and their weights."""
+    top_k, total = r.top_k, np.float32(0.0)
+    ids, weights = c.ids + top_k * t, c.weights + top_k * t
+    _set_affinities(r, t, c.affinities)
+    for k in range(top_k):
+        ids[k] = load_i32(r.table + 4 * (top_k * token_id + k))
+        weights[k] = c.affinities[ids[k]]
+        total += weights[k]
+    _normalise(r, weights, total)
+
+
+@inline
 def choose_for(r, t, c):
     """Token t's experts and their weights."""
     n_experts, top_k = r.n_experts, r.top_k
@@ -165,6 +183,8 @@ def _normalise(r, weights, total):
         total = np.float32(1.0)
     if r.normalise:
         divisor = max(total, np.float32(SMALLEST_SUM))
+        if r.scoring == SQRT_SOFTPLUS:
+            divisor = total + np.float32(ADDED_SUM)
     for k in range(top_k):
         weights[k] = weights[k] / divisor * r.factor
 
@@ -221,6 +241,8 @@ def choose(a, memory):
     for t in range(tokens_of(a)):
         if r.scoring == PRECOMPUTED:
             _take_over(r, t, c)
+        elif r.table != 0:
+            _choose_by_table(r, t, program_of(a).ids[t], c)
         else:
             choose_for(r, t, c)
     set_groups(r, c, tokens_of(a))
@@ -234,7 +256,8 @@ class Router:
     Attributes:
         logits: address of float32 (E,).
         bias: address of float32 (E,), or 0.
-        scoring: SOFTMAX, SIGMOID or SOFTMAX_AFTER_TOPK.
+        scoring: SOFTMAX, SIGMOID, SOFTMAX_AFTER_TOPK or SQRT_SOFTPLUS.
+        table: address of int32 (vocab, K), the experts of each token id, all of them below E; 0 where scores choose.
     """
 
     logits: int
@@ -246,12 +269,13 @@ class Router:
     scoring: int
     norm_topk_prob: bool
     routed_scaling_factor: float
+    table: int = 0
 
     @property
     def struct(self) -> np.ndarray:
         """As phases see it."""
         return ROUTER.pack(
-            logits=self.logits, has_bias=self.bias != 0, bias=self.bias, ids=0, weights=0,
+            logits=self.logits, has_bias=self.bias != 0, bias=self.bias, table=self.table, ids=0, weights=0,
             n_experts=self.n_routed_experts, top_k=self.num_experts_per_tok,
             n_group=self.n_group, topk_group=self.topk_group,
             scoring=self.scoring, normalise=self.norm_topk_prob, factor=self.routed_scaling_factor,
@@ -281,7 +305,7 @@ class Choice:
     def struct(self) -> np.ndarray:
         """As phases see it."""
         return ROUTER.pack(
-            logits=0, has_bias=False, bias=0, ids=self.ids, weights=self.weights,
+            logits=0, has_bias=False, bias=0, table=0, ids=self.ids, weights=self.weights,
             n_experts=self.n_routed_experts, top_k=self.num_experts_per_tok, n_group=1, topk_group=1,
             scoring=PRECOMPUTED, normalise=False, factor=1.0,
         )  # fmt: skip

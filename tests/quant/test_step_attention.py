@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from kernels import floats
 
-from quant.decode.attention import Heads, attend_phase, project_values_phase
+from quant.decode.attention import Heads, attend_phase
 from quant.decode.program import MAX_SPLITS, MIN_SPLIT, Program
+from quant.decode.values import project_values_phase
 from quant.matrix import QuantMatrix
 from quant.threads.pool import Pool, aligned_bytes
 

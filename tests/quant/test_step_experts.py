@@ -15,7 +15,16 @@ import pytest
 from step_layers import SCORING, SMALL, Layer, choose, router, torch_choice
 
 from quant.decode.program import MOST_TOKENS
-from quant.decode.router import ROUTER, SIGMOID, SOFTMAX, SOFTMAX_AFTER_TOPK, Router, new_choice, set_groups
+from quant.decode.router import (
+    ROUTER,
+    SIGMOID,
+    SOFTMAX,
+    SOFTMAX_AFTER_TOPK,
+    SQRT_SOFTPLUS,
+    Router,
+    new_choice,
+    set_groups,
+)
 from quant.simd.memory import load_i64, store_i64
 from quant.target.jit import kernel
 from quant.threads.pool import Pool, aligned_bytes
@@ -34,6 +43,7 @@ ROUTERS = {
     "after top-k": router(SOFTMAX_AFTER_TOPK, 32, 4),
     "after top-k, normalised": router(SOFTMAX_AFTER_TOPK, 128, 4, norm_topk_prob=True, routed_scaling_factor=2.0),
     "after top-k, groups": router(SOFTMAX_AFTER_TOPK, 64, 4, 8, 3),
+    "V4": router(SQRT_SOFTPLUS, 256, 6, norm_topk_prob=True, routed_scaling_factor=1.5),
 }
 
 

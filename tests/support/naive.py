@@ -124,7 +124,10 @@ def route(logits: Array, bias: Array | None, routing: Routing) -> tuple[Array, A
     if routing.scoring_func == "softmax_after_topk":
         experts, margin = _top(logits, routing.num_experts_per_tok)
         return experts, softmax(logits[experts]), margin
-    probs = softmax(logits) if routing.scoring_func == "softmax" else 1 / (1 + np.exp(-logits))
+    if routing.scoring_func == "sqrtsoftplus":
+        probs = np.sqrt(np.logaddexp(logits, 0))
+    else:
+        probs = softmax(logits) if routing.scoring_func == "softmax" else 1 / (1 + np.exp(-logits))
     selection = probs if bias is None else probs + bias
     margin = np.inf
     if routing.n_group > 1:

@@ -17,14 +17,29 @@ from routers import CONFIG
 from quant.decode.experts import expert_phases
 from quant.decode.linear import Input, rows_phase
 from quant.decode.program import MOST_TOKENS, Program
-from quant.decode.router import ROUTER, SIGMOID, SOFTMAX, SOFTMAX_AFTER_TOPK, Choice, Router, choose_for, new_choice
+from quant.decode.router import (
+    ROUTER,
+    SIGMOID,
+    SOFTMAX,
+    SOFTMAX_AFTER_TOPK,
+    SQRT_SOFTPLUS,
+    Choice,
+    Router,
+    choose_for,
+    new_choice,
+)
 from quant.matrix import ExpertMatrices, QuantMatrix
 from quant.simd.gated import SWIGLU, Activation
 from quant.simd.memory import store_f32, store_i64
 from quant.target.jit import kernel
 from quant.threads.pool import Pool, aligned_bytes
 
-SCORING = {SOFTMAX: "softmax", SIGMOID: "sigmoid", SOFTMAX_AFTER_TOPK: "softmax_after_topk"}
+SCORING = {
+    SOFTMAX: "softmax",
+    SIGMOID: "sigmoid",
+    SOFTMAX_AFTER_TOPK: "softmax_after_topk",
+    SQRT_SOFTPLUS: "sqrtsoftplus",
+}
 BASE = Router(
     logits=0, bias=0, n_routed_experts=32, num_experts_per_tok=6, n_group=1, topk_group=1, scoring=SOFTMAX,
     norm_topk_prob=False, routed_scaling_factor=1.0,
