@@ -81,7 +81,7 @@ def _summary(document: dict[str, Any]) -> list[str]:
         _what(document),
         ("parameters", f"{document['parameters']:,}"),
         ("bits per weight", document["bits_per_weight"]),
-        ("KV cache", _kv(document["kv_bytes_per_token"], document["kv_window_bytes"])),
+        ("KV cache", _kv(document)),
     ]
     if not document["native"] and document["kind"] == "model":
         lines.append(("not native", document["not_native_because"]))
@@ -90,7 +90,7 @@ def _summary(document: dict[str, Any]) -> list[str]:
         unchecked = ", ".join(verified["unchecked_types"])
         lines.append(("verified", size(verified["bytes"]) + (f", but for {unchecked}" if unchecked else "")))
     config = document["config"] or {}
-    known = {name: _counted(value) for name, value in config.items() if value}
+    known = {name: _counted(value, _KINDS.get(name, {})) for name, value in config.items() if value}
     lines += [(name, value) for name, value in known.items() if name != "architecture"]
     return [f"{name:<24} {printable(str(value))}" for name, value in lines]
 
@@ -102,17 +102,22 @@ def _what(document: dict[str, Any]) -> tuple[str, str]:
     return "architecture", document["architecture"] + suffix
 
 
-def _counted(value: Any) -> Any:
+_KINDS = {"compress_ratios": {0: "with a window alone", 4: "of ratio 4, with an indexer", 128: "of ratio 128"}}
+
+
+def _counted(value: Any, kinds: dict[Any, str]) -> Any:
     """What layers are, as how many of each kind."""
     if not isinstance(value, tuple):
         return value
-    return ", ".join(f"{count} {kind}" for kind, count in Counter(value).items())
+    return ", ".join(f"{count} {kinds.get(kind, kind)}" for kind, count in Counter(value).items())
 
 
-def _kv(n_bytes: int | None, in_windows: int | None) -> str:
+def _kv(document: dict[str, Any]) -> str:
+    n_bytes, fixed = document["kv_bytes_per_token"], document["kv_window_bytes"]
     if n_bytes is None:
         return "not known"
-    return f"{n_bytes:,} bytes a token" + (f", and {size(in_windows)} of layers with a window" if in_windows else "")
+    what = "windows, and what is pooled next" if document["config"]["compress_ratios"] else "layers with a window"
+    return f"{n_bytes:,} bytes a token" + (f", and {size(fixed)} of {what}" if fixed else "")
 
 
 def _shares(document: dict[str, Any]) -> list[str]:

@@ -23,8 +23,9 @@ GROUPS = {
     "routed experts": r"blk\.\d+\.ffn_\w+_exps\.",
     "shared experts": r"blk\.\d+\.ffn_\w+_shexp\.",
     "dense ffn": r"blk\.\d+\.ffn_(gate|up|down)\.",
+    "compressors": r"blk\.\d+\.(attn|indexer)_compressor_",
     "attention": r"blk\.\d+\.(attn_|indexer\.)",
-    "embedding": r"token_embd\.",
+    "embedding": r"token_embd\.|blk\.\d+\.ffn_gate_tid2eid\.",  # tables of which a token reads a row
     "head": r"output\.",
     "other": r"",
 }
@@ -43,9 +44,9 @@ def weight_bytes_per_token(file: GGUFFile, config: Config) -> int:
         layer = re.match(r"blk\.(\d+)\.", tensor.name)
         if layer and int(layer[1]) >= config.num_hidden_layers:
             continue  # of a layer for multi-token prediction
-        if tensor.name == EMBED_TOKENS:
-            total += tensor.n_bytes // tensor.shape[0]
-            total += tensor.n_bytes if LM_HEAD not in file.tensors else 0
+        if group_of(tensor.name) == "embedding":
+            is_head = tensor.name == EMBED_TOKENS and LM_HEAD not in file.tensors
+            total += tensor.n_bytes // tensor.shape[0] + is_head * tensor.n_bytes
         elif group_of(tensor.name) == "routed experts":
             total += tensor.n_bytes * config.num_experts_per_tok // config.n_routed_experts
         else:

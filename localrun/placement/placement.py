@@ -20,7 +20,14 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from localrun.errors import LocalrunError
-from localrun.limits import ATTENTION_WORK_BYTES, GPU_ATTENTION_WORK_BYTES, PREFILL_CHUNK
+from localrun.limits import (
+    ATTENTION_WORK_BYTES,
+    GPU_ATTENTION_WORK_BYTES,
+    MARK_BYTES,
+    MARK_EVERY,
+    MARK_SPARE,
+    PREFILL_CHUNK,
+)
 from localrun.models.config import Config
 from localrun.models.names import EMBED_TOKENS, LM_HEAD, mtp_shared
 from localrun.models.summary import group_of
@@ -33,7 +40,7 @@ CTX_STEP = 256  # contexts that are proposed are multiples of it
 RESERVE_BYTES = 1 << 28
 _SCALE_BYTES = 4  # of each row of 8-bit values
 
-EXPERTS, MTP = "routed experts", "multi-token prediction"
+EXPERTS, MTP, MARKS = "routed experts", "multi-token prediction", "marks to go back to"
 _LABELS = {"other": "routers and norms", "mtp": MTP}
 
 
@@ -200,6 +207,13 @@ def cache_bytes_per_token(config: Config, bits: int) -> int:
     return config.num_hidden_layers * (config.kv_lora_rank + 2 * config.qk_rope_head_dim + _SCALE_BYTES)
 
 
+def mark_bytes(config: Config, ctx: int) -> int:
+    """Bytes of a cache's marks (network.cache) for so many tokens; 0 where it can go back without."""
+    rings = [rows for index in range(config.num_hidden_layers) for rows in config.rows(index) if rows.window]
+    mark = sum(rows.row_bytes * (rows.window + MARK_SPARE) for rows in rings)
+    return min(MARK_BYTES, mark * (1 + ctx // MARK_EVERY))
+
+
 def work_bytes(config: Config) -> int:
     """Of the CPU: activations of one chunk, logits of a token, attention."""
     return activation_bytes(config) + 4 * config.vocab_size + ATTENTION_WORK_BYTES
@@ -345,6 +359,7 @@ def _cpu_rows(request: Request, parts: _Parts, experts: Mapping[int, Sequence[in
         yield Row(RAM, "head, for multi-token prediction", parts.mtp_head if on_gpu else 0)
     if not on_gpu:
         yield Row(RAM, "KV cache", request.batch * c.kv_bytes(request.ctx))
+        yield Row(RAM, MARKS, request.batch * mark_bytes(c, request.ctx))
     yield Row(RAM, "work memory", work_bytes(c) + (staging_bytes(c) if on_gpu else 0))
     yield Row(RAM, "the runner itself", request.runner_bytes)
 

@@ -15,7 +15,7 @@ from localrun.placement.placement import CTX_STEP, EXPERTS, RAM, VRAM, Request, 
 from localrun.plan.machine import Machine
 from localrun.plan.shapes import ModelShape, n_bytes
 
-_BESIDES = ("KV cache", "work memory", "reserve", "the runner itself")  # rows that are no weights
+_BESIDES = ("KV cache", placement.MARKS, "work memory", "reserve", "the runner itself")  # rows that are no weights
 
 
 @dataclass(frozen=True)

@@ -42,10 +42,14 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What the converter knows of a model: keys (convert.metadata), and targets (convert.targets) without content."""
+    """What the converter knows of a model: keys (convert.metadata), and targets (convert.targets) without content.
+
+    is_mxfp4: whether the checkpoint's experts are packed so, which a mix may keep.
+    """
 
     metadata: Any
     targets: list[Any]
+    is_mxfp4: bool = False
 
     def types(self, mix: str) -> list[str]:
         """The type of each target, with an importance matrix if it takes one."""
@@ -94,12 +98,18 @@ class ModelShape:
         return replace(self, tensors=conversion.tensors(mix), type=mix, file=None, conversion=conversion)
 
     def in_mixes(self) -> list[ModelShape]:
-        """The same in every mix that there may be a reason for and that can be packed here, largest first."""
-        from localrun.convert.mixes import MIXES
+        """The same in every mix that there may be a reason for and that can be packed here, largest first.
+
+        Where a checkpoint's experts are MXFP4 already, no larger mix says more.
+        """
+        from localrun.convert.mixes import MIXES, TABLE
         from quant.formats.registry import QUANTIZABLE
 
         others = [self.with_type(name) for name, mix in MIXES.items() if mix.compared]
-        packable = [other for other in others if all(tensor.type in QUANTIZABLE for tensor in other.tensors)]
+        packable = [o for o in others if all(tensor.type in (*QUANTIZABLE, TABLE) for tensor in o.tensors)]
+        if self.conversion is not None and self.conversion.is_mxfp4:
+            kept = self.with_type(MXFP4_TYPE)
+            packable = [kept, *(other for other in packable if n_bytes(other.tensors) < n_bytes(kept.tensors))]
         return sorted(packable, key=lambda other: -n_bytes(other.tensors))
 
     def is_nextn(self, tensor: Tensor) -> bool:
@@ -205,7 +215,8 @@ def from_config(
 
     if has_text_part(values):
         values = text_config(values, str(path))
-    mix = parse_mix(type_ or (MXFP4_TYPE if _is_mxfp4(values) else DEFAULT_TYPE))
+    is_mxfp4 = _is_mxfp4(values)
+    mix = parse_mix(type_ or (MXFP4_TYPE if is_mxfp4 else DEFAULT_TYPE))
     checkpoint = _Checkpoint(path.parent if path.suffix == ".json" else path, dict(values))
     is_qwen2 = values.get("architectures") == ["Qwen2ForCausalLM"]
     if is_qwen2:  # the same tensors and, of 80 layers, the same rules for types; biases besides
@@ -219,16 +230,17 @@ def from_config(
         raise LocalrunError(str(error).replace(str(checkpoint.path / "config.json"), str(path))) from None
     if is_qwen2:
         _add_biases(model.targets)
-    conversion = Conversion(model.metadata, model.targets)
+    conversion = Conversion(model.metadata, model.targets, is_mxfp4)
     tensors = conversion.tensors(mix)
     config = read_config(PlannedHeader(path, model.metadata, tensors))
     return ModelShape(name, config, tensors, mix, source, conversion=conversion)
 
 
 def _is_mxfp4(values: dict[str, Any]) -> bool:
-    """Whether a config.json says that its checkpoint's experts are MXFP4."""
+    """Whether a config.json says that its checkpoint's experts are MXFP4, or DeepSeek-V4's FP4, which is the same."""
     quantization = values.get("quantization_config")
-    return isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4"
+    is_gpt_oss = isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4"
+    return is_gpt_oss or values.get("expert_dtype") == "fp4"
 
 
 def _add_biases(targets: list[Any]) -> None:

@@ -191,6 +191,9 @@ def attention_flops(model: ModelShape, ctx: float, n_tokens: int) -> float:
     all tokens, and latent attention over those that are chosen.
     """
     c = model.config
+    if c.attention == "compressed":  # a row is key and value of all heads
+        scored = _n_indexers(c) * c.index_n_heads * c.index_head_dim * ctx / 4 if c.index_topk < ctx / 4 else 0
+        return 2 * n_tokens * (scored + c.num_attention_heads * c.attended(ctx) * 2 * c.head_dim)
     if 0 < c.index_topk < ctx:
         indexers = _n_indexers(c) * c.index_n_heads * c.index_head_dim * ctx
         chosen = c.index_topk * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
@@ -212,11 +215,15 @@ def activation_bytes(model: ModelShape, n_tokens: int) -> float:
 
     Of each hidden vector: two norms (2 passes each) and two residual sums (3 each). Of each query, key and value:
     rotation, scaling, copies into heads (6). Of gate and up outside the routed experts: SiLU (2) and product (3).
+    Of streams, twice: a norm (2), their sum (1), and each anew of all (2).
     """
     c = model.config
     heads = c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim + c.head_dim)
+    if c.attention == "compressed":  # queries, outputs, and one row
+        heads = (2 * c.num_attention_heads + 1) * c.head_dim
     inner = sum(t.shape[0] for t in model.tensors if t.name.endswith(("ffn_gate.weight", "ffn_gate_shexp.weight")))
-    return 4 * n_tokens * (c.num_hidden_layers * (10 * c.hidden_size + 6 * heads) + 5 * inner)
+    hidden = 10 + 2 * 5 * c.hc_mult
+    return 4 * n_tokens * (c.num_hidden_layers * (hidden * c.hidden_size + 6 * heads) + 5 * inner)
 
 
 def _attention(

@@ -16,13 +16,14 @@ from localrun.convert.mixes.choose import (
 )
 from localrun.convert.mixes.overrides import MixFile, Override, parse_override, read_mix_file
 from localrun.convert.mixes.rules import fits, is_table, needs_imatrix
-from localrun.convert.mixes.table import ALIASES, MIXES, PLAIN, TYPES, Mix, parse_mix
+from localrun.convert.mixes.table import ALIASES, MIXES, PLAIN, TABLE, TYPES, Mix, parse_mix
 from localrun.convert.mixes.written import Line, mix_lines
 
 __all__ = [
     "ALIASES",
     "MIXES",
     "PLAIN",
+    "TABLE",
     "TYPES",
     "Line",
     "Mix",

@@ -129,7 +129,14 @@ def is_nextn(name: str, config: Config) -> bool:
 
 def weight_bytes(found: placement.Placement, *where: str) -> int:
     """Of all rows that are weights, the head that is read twice left out."""
-    besides = {"KV cache", "work memory", "reserve", "the runner itself", "head, for multi-token prediction"}
+    besides = {
+        "KV cache",
+        placement.MARKS,
+        "work memory",
+        "reserve",
+        "the runner itself",
+        "head, for multi-token prediction",
+    }
     return sum(row.n_bytes for row in found.rows if row.what not in besides and (not where or row.where in where))
 
 
