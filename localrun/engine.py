@@ -198,6 +198,7 @@ class Engine:
         self._warn_of_memory(notice)
         self.speculative: str | int = "off"
         self.draft_model: Engine | None = None
+        self._mtp_file: GGUFFile | None = None
 
     def speculate(
         self,
@@ -217,7 +218,7 @@ class Engine:
         setting = check_setting(setting)
         if setting == "auto" and draft is None and not self.config:
             setting = "off"
-        if draft is not None:
+        if draft is not None and not self._take_mtp(draft):
             self.draft_model = load(
                 draft, device="cpu", threads=self.threads, speculative="off", progress=progress, notice=notice
             )
@@ -226,6 +227,25 @@ class Engine:
             if setting != "off" and engine and not engine.model.can_forget():
                 raise LocalrunError(f"{engine.file.path}: its state can't forget single tokens, as drafts need it to")
         self.speculative = setting
+
+    def _take_mtp(self, path: str | os.PathLike[str]) -> bool:
+        """Whether a file holds a layer for multi-token prediction alone; then it is this model's from now on."""
+        from localrun.cpu.model import NativeModel
+        from localrun.models.mtp_file import is_mtp_only
+
+        file = open_gguf(path)
+        try:
+            if not is_mtp_only(file):
+                file.close()
+                return False
+            if not isinstance(self.model, NativeModel):
+                raise LocalrunError(f"{path}: a layer for multi-token prediction, which runs natively on CPUs alone")
+            self.model.take_mtp(file)
+        except BaseException:
+            file.close()
+            raise
+        self._mtp_file = file
+        return True
 
     def _native_config(self, backend: str, notice: Notice) -> Config | None:
         """The configuration if the native backend runs this model; None, with a notice, if llama.cpp is to."""
@@ -422,6 +442,8 @@ class Engine:
         if self.draft_model:
             self.draft_model.close()
         self.model.close()
+        if self._mtp_file:
+            self._mtp_file.close()
         self.tokenizer.close()
         self.file.close()
 

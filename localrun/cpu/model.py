@@ -7,6 +7,7 @@ imported only then.
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,7 @@ from localrun.gguf.residency import Resident
 from localrun.limits import cut
 from localrun.models import names
 from localrun.models.config import Config
+from localrun.models.mtp_file import read_mtp_config
 from localrun.models.summary import weight_bytes_per_token
 from localrun.models.tensors import GGUFTensors
 from localrun.network.cache import Cache, new_cache
@@ -58,6 +60,7 @@ class NativeModel:
         self.keep_hidden = False
         self.hidden = np.empty((0, config.hidden_size), np.float32)
         self._mtp: MTP | None = None
+        self._mtp_file, self._n_mtp = file, config.num_nextn_predict_layers
         self._network: Network | None = None
         self._release_torch: weakref.finalize | None = None
 
@@ -75,18 +78,29 @@ class NativeModel:
 
     @property
     def mtp(self) -> "MTP | None":
-        """The model's head for multi-token prediction, if the file has all of it."""
-        if self._mtp is None and names.has_mtp(self.file, self.config):
+        """The model's head for multi-token prediction, if a file has all of it."""
+        config = replace(self.config, num_nextn_predict_layers=self._n_mtp)
+        if self._mtp is None and names.has_mtp(self._mtp_file, config):
             from localrun.cpu.mtp import MTP
 
-            self._mtp = MTP(self.config, self._tensors, self._pool, self._mtp_block)
+            self._mtp = MTP(config, GGUFTensors(self._mtp_file), self._pool, self._mtp_block)
         return self._mtp
+
+    def take_mtp(self, file: GGUFFile) -> None:
+        """Have the head for multi-token prediction come from a file of its own.
+
+        Raises LocalrunError if it is not this model's.
+        """
+        self._n_mtp = read_mtp_config(file, self.config).num_nextn_predict_layers
+        self._mtp, self._mtp_file = None, file
 
     def _mtp_block(self) -> "MTPBlock":
         network = self.network  # before the import: it settles how torch's threads wait
+        from localrun.cpu.weights import LayerWeights
         from localrun.network.model import MTPBlock
 
-        return MTPBlock(self.config, network.weights, network.rope)
+        weights = LayerWeights(self._mtp_file, self._pool)
+        return MTPBlock(self.config, weights, network.rope)
 
     def new_cache(self, capacity: int, exact: bool = False) -> Cache:
         """An empty cache for up to `capacity` tokens, of 16-bit values or, if exact, of 32-bit ones."""

@@ -64,7 +64,7 @@ class MTP:
     def __init__(self, config: Config, tensors: GGUFTensors, pool: Pool, network: "Callable[[], MTPBlock]"):
         """The tensors must stay mapped. network: gives the head for many tokens; called when they come."""
         self.config, self._pool = config, pool
-        self._step = MTPStep(config, tensors, pool)
+        self._step = None if config.hc_mult else MTPStep(config, tensors, pool)
         self._get_network, self._network = network, None
 
     def new_cache(self, capacity: int) -> Cache:
@@ -76,16 +76,17 @@ class MTP:
 
         Args:
             next_ids: T tokens, each behind its position.
-            hidden: float32 (T, hidden_size), what the model's head reads at these positions, or what forward() gave.
+            hidden: float32 (T, hidden_size), what the model's head reads at these positions, or what forward() gave;
+                of streams all of them, (T, hc_mult * hidden_size).
 
         Returns:
-            Of the last position: float32 (1, vocab) logits, and (1, hidden_size), to go on from with a drafted token.
+            Of the last position: float32 (1, vocab) logits, and what to go on from with a drafted token, as `hidden`.
 
         Raises:
             ContextFullError: the cache has no room for them.
         """
         cache.check_room(len(next_ids))
-        if len(next_ids) > _STEP_TOKENS:
+        if self._step is None or len(next_ids) > _STEP_TOKENS:
             if self._network is None:
                 self._network = self._get_network()
             with self._pool.passive_wait():  # torch's threads want the cores

@@ -81,7 +81,7 @@ def _check(keys: Keys, config: Config) -> None:
     c = config
     if c.num_hidden_layers < 1:
         keys.fail("nextn_predict_layers", c.num_nextn_predict_layers, "fewer than block_count")
-    if c.num_hidden_layers > len(keys.file.tensors):
+    if c.num_hidden_layers > max(len(keys.file.tensors), len(c.compress_ratios)):
         keys.fail("block_count", c.num_hidden_layers, f"layers for the {len(keys.file.tensors)} tensors of the file")
     if c.qk_rope_head_dim % 2 or not c.qk_rope_head_dim:
         keys.fail("rope.dimension_count", c.qk_rope_head_dim, "an even number, 2 or more")

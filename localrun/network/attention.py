@@ -203,6 +203,6 @@ def attention(
 ) -> LatentAttention | GroupedQueryAttention | CompressedAttention:
     """The attention of layer `index`, of the model's kind."""
     if config.attention == "compressed":
-        return CompressedAttention(config, weights, index, rope)
+        return CompressedAttention(config, weights, index, rope, cache_layer)
     kind = LatentAttention if config.attention == "mla" else GroupedQueryAttention
     return kind(config, weights, index, rope, cache_layer)

@@ -28,11 +28,13 @@ _ROW, _POOLED, _KEYS = 0, 1, 3  # parts of a layer of the cache: Config.rows
 class CompressedAttention:
     """One layer's, with pooled rows or without."""
 
-    def __init__(self, config: Config, weights: WeightSource, index: int, rope: Rope):
+    def __init__(self, config: Config, weights: WeightSource, index: int, rope: Rope, cache_layer: int | None = None):
+        """cache_layer: of the cache, where that is not `index`."""
+
         def name(module: str) -> str:
             return names.layer(config.architecture, index, f"self_attn.{module}")
 
-        self.config, self.rope, self.layer = config, rope, index
+        self.config, self.rope, self.layer = config, rope, index if cache_layer is None else cache_layer
         self.scale, self.ratio = attention_scale(config), config.compress_ratio(index)
         self.q_a_proj, self.q_b_proj, self.kv_proj, self.o_b_proj = (
             weights.linear(name(module)) for module in ("q_a_proj", "q_b_proj", "kv_proj", "o_b_proj")

@@ -70,6 +70,16 @@ class HyperLayer(Layer):
         return lambda: expand(finish())
 
 
+def layer_kind(config: Config) -> type[Layer]:
+    """What the model's layers are."""
+    return HyperLayer if config.hc_mult else Layer
+
+
+def hyper_head(config: Config, weights: WeightSource) -> HyperHead | None:
+    """What makes one vector of streams, where there are any."""
+    return HyperHead(config, weights, "output_hc_{}.weight".format) if config.hc_mult else None
+
+
 class Network:
     """A model of a declared architecture over the tensors of a file."""
 
@@ -80,13 +90,12 @@ class Network:
         self.rope = Rope(config if not config.compress_ratios else replace(config, rope_scaling=None), factors)
         pooled = compressed_rope(config) if config.compress_ratios else self.rope
         self.embed_tokens = weights.embedding(names.EMBED_TOKENS)
-        kind = HyperLayer if config.hc_mult else Layer
         ropes = [pooled if config.compress_ratio(i) else self.rope for i in range(config.num_hidden_layers)]
         self.layers = [
-            kind(config, weights, index, make_attention(config, weights, index, rope))
+            layer_kind(config)(config, weights, index, make_attention(config, weights, index, rope))
             for index, rope in enumerate(ropes)
         ]
-        self.hc_head = HyperHead(config, weights, "output_hc_{}.weight".format) if config.hc_mult else None
+        self.hc_head = hyper_head(config, weights)
         self._share_choices()
         self.norm = weights.vector(names.NORM)
         self.lm_head = weights.linear(names.LM_HEAD if weights.has(names.LM_HEAD) else names.EMBED_TOKENS)
@@ -140,18 +149,23 @@ class MTPBlock:
         )
         self.eh_proj = weights.linear(name("eh_proj"))
         # The only layer of a cache of its own.
-        self.layer = Layer(config, weights, index, attention(config, weights, index, rope, cache_layer=0))
+        self.layer = layer_kind(config)(config, weights, index, attention(config, weights, index, rope, cache_layer=0))
+        self.hc_head = hyper_head(config, weights)
         self.lm_head = weights.linear(lm_head)
 
     @torch.inference_mode()
     def forward(self, next_ids: Sequence[int], hidden_TD: np.ndarray, cache: Cache) -> tuple[np.ndarray, np.ndarray]:
-        """As mtp.MTP.forward."""
+        """As mtp.MTP.forward. Streams are taken one by one, and given on as they come out of the layer."""
         embedded_TD = self._norm(self.embed_tokens(torch.tensor(next_ids, dtype=torch.int64)), self.enorm)
-        x_TD = self.eh_proj(torch.cat([embedded_TD, self._norm(torch.from_numpy(hidden_TD), self.hnorm)], -1))
-        x_TD = self.layer(x_TD, cache)
+        hidden = self._norm(torch.from_numpy(hidden_TD).unflatten(1, (-1, self.config.hidden_size)), self.hnorm)
+        both = torch.cat([embedded_TD[:, None].expand_as(hidden), hidden], -1)
+        x = self.eh_proj(both.flatten(0, 1)).view_as(hidden)
+        x = self.layer(x[:, 0] if self.hc_head is None else x, cache)
         cache.advance(len(next_ids))
-        last_1D = self._norm(x_TD[-1:], self.shared_head_norm)
-        return self.lm_head(last_1D).numpy(), last_1D.numpy()
+        last = x[-1:]
+        last_1D = self._norm(last if self.hc_head is None else self.hc_head(last), self.shared_head_norm)
+        logits = self.lm_head(last_1D)
+        return logits.numpy(), (last_1D if self.hc_head is None else last.flatten(1)).numpy()
 
     def _norm(self, x_TD: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return rms_norm(x_TD, (self.config.hidden_size,), weight, self.config.rms_norm_eps)

@@ -229,7 +229,7 @@ def activation_bytes(config: Config, n_tokens: int = PREFILL_CHUNK) -> int:
     c = config
     heads = c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim + c.head_dim)
     inner = max(c.intermediate_size, c.num_experts_per_tok * c.moe_intermediate_size)
-    return 4 * n_tokens * (4 * c.hidden_size + heads + 3 * inner)
+    return 4 * n_tokens * (4 * c.hidden_size * max(1, c.hc_mult) + heads + 3 * inner)
 
 
 def staging_bytes(config: Config) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gguf
@@ -179,8 +179,10 @@ def _layer(w: _Weights, m: Deepseek4, blk: str, index: int) -> None:
             w.norm(f"{blk}nextn.{norm}.weight", d)
 
 
-def write(path: Path, m: Deepseek4 = SHARED, types: tiny_models.Types = "F32", seed: int = 0) -> Path:
-    """The GGUF file of a model; returns its path."""
+def write(
+    path: Path, m: Deepseek4 = SHARED, types: tiny_models.Types = "F32", seed: int = 0, leave_out: str = "$^"
+) -> Path:
+    """The GGUF file of a model without tensors of some names; returns its path."""
     import ggml
 
     writer = gguf.GGUFWriter(path, "deepseek4")
@@ -190,6 +192,8 @@ def write(path: Path, m: Deepseek4 = SHARED, types: tiny_models.Types = "F32", s
         _add_key(writer, f"deepseek4.{key}", value)
     patterns = {"": types} if isinstance(types, str) else types
     for name, values in tensors(m, seed).items():
+        if re.match(leave_out, name):
+            continue
         named = next(type_ for pattern, type_ in patterns.items() if re.search(pattern, name))
         kind = gguf.GGMLQuantizationType[named if values.ndim > 1 and values.dtype == np.float32 else "F32"]
         if values.dtype == np.int32:
@@ -305,6 +309,32 @@ def hf_logits(m: Deepseek4, ids: tuple[int, ...], seed: int = 0) -> np.ndarray:
 
     with torch.no_grad():
         return hf_model(m, seed)(torch.tensor([ids])).logits[0].numpy()
+
+
+def hf_mtp_layer(m: Deepseek4, streams: np.ndarray, seed: int = 0) -> np.ndarray:
+    """float32 (T, 4, D): streams after the layer for multi-token prediction, whose input they are, by transformers.
+
+    The layer is one without pooled rows in a model of its own.
+    """
+    import torch
+
+    blk, n_tokens = f"blk.{m.num_hidden_layers}.", len(streams)
+    layer = {name.removeprefix(blk): values for name, values in tensors(m, seed).items() if name.startswith(blk)}
+    gate_up = [layer.pop(f"ffn_{part}_exps.weight") for part in ("gate", "up")]
+    state = {_NAMES[name]: values for name, values in layer.items() if not name.startswith("nextn.")}
+    state["mlp.experts.gate_up_proj"] = np.concatenate(gate_up, 1)
+    alone = replace(m, compress_ratios=(0,), num_hash_layers=0, num_nextn_predict_layers=0)
+    model = hf_model(alone, seed).model
+    model.layers[0].load_state_dict({name: torch.from_numpy(values) for name, values in state.items()})
+    positions = torch.arange(n_tokens)[None]
+    distance = positions[0][:, None] - positions
+    mask = torch.zeros(n_tokens, n_tokens).masked_fill((distance < 0) | (distance >= m.sliding_window), -torch.inf)
+    x = torch.from_numpy(streams)[None]
+    turns = {"main": model.rotary_emb(x, positions, layer_type="main")}
+    with torch.no_grad():
+        return model.layers[0](x, position_embeddings=turns, position_ids=positions, attention_mask=mask[None, None])[
+            0
+        ].numpy()
 
 
 def token_ids(n: int, seed: int = 0, m: Deepseek4 = SHARED) -> list[int]:
