@@ -1,13 +1,14 @@
 """Random JSON schemas: every reply that ends by itself has to parse and to validate, whatever the temperature.
 
-    python scripts/check_schemas.py [MODEL] [--schemas 2000] [--temperature 1.5] [--seed 0] [--vocabulary GGUF]
-        [--tools]
+    python scripts/check_schemas.py [MODEL] [--schemas 2000] [--calls 2000] [--temperature 1.5] [--seed 0]
+        [--vocabulary GGUF]
 
 Schemas hold objects, arrays, enums, numbers with bounds, strings with lengths or patterns, nested, and anyOf. Replies
-are judged by jsonschema. What a mask takes is measured in these replies, and again on random logits over a large
-vocabulary (102,400 tokens unless another file is given). Exit 1 if a reply is wrong. The last line of stdout is one
-JSON document. With --tools the schemas are those of functions' parameters, and each reply has to be a call, in one form
-of calls after the other; a form that cannot write a schema refuses it.
+are judged by jsonschema. As many calls follow: there the schemas are those of functions' parameters, and each reply has
+to be a call, in one form of calls after the other; a form that cannot write a schema refuses it. What a mask takes is
+measured in these replies, and again on random logits over a large vocabulary (102,400 tokens unless another file is
+given). A line for every 100 on stderr; the last line of stdout is one JSON document. Exit 1 if a reply is wrong, or if
+none of a kind ended by itself.
 """
 
 import argparse
@@ -125,6 +126,14 @@ def _object(rng: random.Random, depth: int) -> Schema:
     return schema
 
 
+def _parameters(rng: random.Random) -> Schema:
+    """A function's; of some it is anyOf that says what they are."""
+    if rng.random() < 0.8:
+        return _object(rng, 3)
+    branches = [_object(rng, 2) for _ in range(rng.randint(1, 3))]
+    return {"type": "object", "properties": {}, "required": [], "anyOf": branches}
+
+
 @dataclass
 class Counts:
     """Replies by how they ended, the seconds that masks took, and what is wrong."""
@@ -134,6 +143,15 @@ class Counts:
     refused: int = 0
     mask_s: list[float] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
+
+    @property
+    def is_good(self) -> bool:
+        """Something was judged, and nothing is wrong."""
+        return self.ended > 0 and not self.wrong
+
+    def document(self) -> dict[str, int]:
+        """The numbers."""
+        return {"ended": self.ended, "cut": self.cut, "refused": self.refused, "wrong": len(self.wrong)}
 
 
 def check(engine: Engine, n: int, temperature: float, seed: int, max_tokens: int = 150) -> Counts:
@@ -157,7 +175,7 @@ def _calls(tokenizer: Tokenizer, n: int, seed: int) -> Iterator[Case]:
     """In one form after the other."""
     rng = random.Random(seed)
     for number in range(n):
-        schema, form = _object(rng, 3), FORMS[number % len(FORMS)]
+        schema, form = _parameters(rng), FORMS[number % len(FORMS)]
         tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
         yield (
             schema,
@@ -178,6 +196,8 @@ def _arguments(form: Form, schema: Schema, text: str) -> str:
 def _judged(engine: Engine, cases: Iterable[Case], temperature: float, seed: int, max_tokens: int) -> Counts:
     counts, session, ids = Counts(), engine.session(), engine.tokenizer.encode(PROMPT)
     for number, (schema, make, document_in) in enumerate(cases):
+        if number and number % 100 == 0:
+            print(f"{number}: {counts.document()}", file=sys.stderr, flush=True)
         try:
             constraint = make()
         except (LocalrunError, APIError) as error:
@@ -246,33 +266,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="miniature")
     parser.add_argument("--schemas", type=int, default=2000)
+    parser.add_argument("--calls", type=int, default=2000)
     parser.add_argument("--temperature", type=float, default=1.5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vocabulary", type=Path, default=VOCABULARY)
-    parser.add_argument("--tools", action="store_true")
     options = parser.parse_args()
     with localrun.load(options.model) as engine:
-        judged = check_calls if options.tools else check
-        counts = judged(engine, options.schemas, options.temperature, options.seed)
+        replies = check(engine, options.schemas, options.temperature, options.seed)
+        calls = check_calls(engine, options.calls, options.temperature, options.seed)
         small = engine.tokenizer.n_vocab
     tokenizer = Tokenizer(options.vocabulary)
     started = time.perf_counter()
     Constraint.json_object().check(tokenizer)
     prepare_s = time.perf_counter() - started
     large = masks(tokenizer, max(1, options.schemas // 20), options.seed)
-    for line in counts.wrong:
+    for line in (*replies.wrong, *calls.wrong):
         print("wrong:", line, file=sys.stderr)
+    is_good = all(counts.is_good for counts, n in ((replies, options.schemas), (calls, options.calls)) if n)
     document = {
-        "schemas": options.schemas,
         "temperature": options.temperature,
-        **{"ended": counts.ended, "cut": counts.cut, "refused": counts.refused, "wrong": len(counts.wrong)},
+        "replies": {"schemas": options.schemas, **replies.document()},
+        "calls": {"schemas": options.calls, **calls.document()},
         "mask": [
-            {"vocabulary": small, **_microseconds(counts.mask_s)},
+            {"vocabulary": small, **_microseconds(replies.mask_s + calls.mask_s)},
             {"vocabulary": tokenizer.n_vocab, "prepare_s": round(prepare_s, 3), **_microseconds(large)},
         ],
+        "good": is_good,
     }
     print(json.dumps(document))
-    sys.exit(1 if counts.wrong else 0)
+    sys.exit(not is_good)
 
 
 if __name__ == "__main__":

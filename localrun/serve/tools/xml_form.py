@@ -10,6 +10,7 @@ from typing import Any
 
 from localrun.arguments import shown
 from localrun.errors import LocalrunError
+from localrun.serve.tools.alternatives import alternatives
 from localrun.serve.tools.form import Calls, Form
 from localrun.serve.tools.grammar import INDEX, Grammar, kinds_of, string_terminals
 from localrun.serve.tools.source import Arguments, Reading, Source
@@ -66,6 +67,11 @@ class XMLForm(Form):
             return f"(SPACE? {key} {grammar.text_until('ANY', self.value_ends)})*"
         if (of := parameters.get("type", "object")) != "object":
             raise LocalrunError(f"the schema is of type {of!r}, not of an object")
+        each = [self._written(schema, grammar) for schema in alternatives(parameters)]
+        return each[0] if len(each) == 1 else f"({' | '.join(map(grammar.rule, each))})"
+
+    def _written(self, parameters: Mapping[str, Any], grammar: Grammar) -> str:
+        """The arguments of a schema without alternatives."""
         if unknown := parameters.keys() - _OF_OBJECTS:
             raise LocalrunError(f"the schema has {min(unknown)}, which calls in this model's form can't be held to")
         properties, required = parameters.get("properties", {}), parameters.get("required", [])
@@ -117,8 +123,20 @@ class XMLForm(Form):
 
 def _types(schema: Any) -> dict[str, frozenset[str]]:
     """The types that a schema allows its properties; none for those of which it says nothing."""
-    properties = schema.get("properties") if isinstance(schema, Mapping) else None
-    return {name: kinds_of(each) for name, each in properties.items()} if isinstance(properties, Mapping) else {}
+    if not isinstance(schema, Mapping):
+        return {}
+    try:
+        each = alternatives(schema)
+    except LocalrunError:
+        each = [schema]
+    types: dict[str, frozenset[str]] = {}
+    for properties in (one.get("properties") for one in each):
+        if isinstance(properties, Mapping):
+            for name, of in properties.items():
+                kinds = kinds_of(of)
+                known = types.get(name, kinds)
+                types[name] = known | kinds if known and kinds else frozenset()
+    return types
 
 
 def _value(text: str, kinds: frozenset[str]) -> Any:

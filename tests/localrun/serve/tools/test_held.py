@@ -50,6 +50,17 @@ WEATHER = {
 NOW = {"type": "object", "properties": {}, "additionalProperties": False}
 SCHEMAS: dict[str, Any] = {"weather": WEATHER, "now": NOW}
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": schema}} for name, schema in SCHEMAS.items()]
+ANY_OF = {
+    "type": "object",
+    "properties": {"kind": {"type": "string"}, "is_old": {"type": "boolean"}},
+    "required": ["kind"],
+    "anyOf": [
+        {"properties": {"kind": {"const": "file"}, "path": SHORT}, "required": ["path"]},
+        {"properties": {"kind": {"const": "line"}, "at": {"type": "integer", "minimum": 0, "maximum": 9}}},
+        {"properties": {"kind": {"const": "never"}}, "required": ["x"], "additionalProperties": False},
+        {"type": "null"},
+    ],
+}
 ANSWER = NOW | {"properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
 
 
@@ -230,13 +241,40 @@ def test_arguments_of_a_loose_function(vocabulary: Callable[[str], Tokenizer], n
         assert (Guide(constraint, tokenizer, []).possible(ids) == ids) == is_free
 
 
+@pytest.mark.parametrize("name", ["GLM", "QWEN3_CODER", "DSML", "QWEN3"])
+def test_alternatives_of_a_schema(vocabulary: Callable[[str], Tokenizer], name: str) -> None:
+    """Each of them comes, and nothing that is none of them."""
+    tokenizer, kinds = vocabulary(""), set()
+    tools = [{"type": "function", "function": {"name": "go", "parameters": ANY_OF}}]
+    constraint = Holding(True, False).constraint(getattr(forms, name), tools, tokenizer)
+    for seed in range(12):
+        text = said(tokenizer, constraint, seed)
+        if text is not None:
+            parser, reply = CallParser(getattr(forms, name), {"go": ANY_OF}), Reply()
+            for part in (*parser.push(text), *parser.flush()):
+                reply.add(part)
+            found = json.loads(reply.calls[0].arguments)
+            jsonschema.validate(found, ANY_OF)
+            kinds.add(found["kind"])
+    assert kinds == {"file", "line"}
+
+
 def test_what_is_refused(vocabulary: Callable[[str], Tokenizer]) -> None:
     tokenizer = vocabulary("")
     cases = [
         ("QWEN3", {"type": "string"}, "the schema is not of an object"),
         ("QWEN3", {"type": "object", "properties": {"a": {"type": "strin"}}}, "Invalid type: strin"),
         ("GLM", {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}, "uniqueItems"),
-        ("GLM", {"anyOf": [{"type": "object"}]}, "the schema has anyOf, which calls in this model's form can't be"),
+        ("GLM", {"oneOf": [{"type": "object"}]}, "the schema has oneOf, which calls in this model's form can't be"),
+        ("GLM", {"anyOf": [{"type": "null"}]}, "no object satisfies the schema's anyOf"),
+        ("GLM", {"anyOf": {}}, "the schema's anyOf is not a list of objects"),
+        ("GLM", {"anyOf": [NOW], "additionalProperties": SHORT}, "anyOf and a schema of additionalProperties"),
+        ("GLM", ANY_OF | {"anyOf": [{"anyOf": 9 * [{}]}] * 9}, "more than 64 alternatives"),
+        (
+            "GLM",
+            ANY_OF | {"anyOf": [{"properties": {"kind": {"type": "null"}}}]},
+            "another schema of the property 'kind'",
+        ),
         ("GLM", {"properties": {"a<b": {}}}, "the property 'a<b' can't be written"),
         ("GLM", {"properties": {"a": {"type": "string", "not": {}}}}, "a string with not can't be held to"),
         ("GLM", {"properties": {"a": {"type": "string", "pattern": "(?=a)b"}}}, "look-around"),
