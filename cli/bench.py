@@ -2,8 +2,8 @@
 
 from contextlib import ExitStack
 from dataclasses import replace
-from enum import Enum
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,11 +11,13 @@ from cli import options
 from cli.output import note, print_json, printable, progress_bar, show, size
 from localrun.errors import LocalrunError
 
+if TYPE_CHECKING:
+    from localrun.engine import Engine
+    from localrun.measure.bench import TimedEngine
 
-class Against(str, Enum):
-    """Who else runs the same file."""
 
-    llama_cpp = "llama.cpp"
+_LLAMA_CPP = "llama.cpp"
+_SWEEP = 8  # depths besides 0
 
 
 @options.takes(
@@ -28,12 +30,26 @@ def bench(
     depth: Annotated[
         str, typer.Option("-d", "--depth", help="Tokens of context before that; several with commas: 0,4096,16384.")
     ] = "0",
+    sweep: Annotated[
+        int | None,
+        typer.Option("--sweep", metavar="N", help="The same for 0 to N tokens, by eighths.", show_default=False),
+    ] = None,
     repetitions: Annotated[int, typer.Option("-r", "--repetitions", help="How often; a warm-up comes first.")] = 3,
     *,
     load: options.LoadOptions,
     against: Annotated[
-        Against | None,
-        typer.Option("--against", help="Run the same file there too, in turn with ours.", show_default=False),
+        str | None,
+        typer.Option(
+            "--against",
+            metavar="llama.cpp|NAME:PATH",
+            help="Run the same file there too, in turn with ours: in llama.cpp, or by a llama-bench at PATH, of "
+            "ik_llama.cpp for one, which may have options: 'ik_llama.cpp:PATH -rtr 1'.",
+            show_default=False,
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE", help="Draw rates by depth: png, svg or pdf.", show_default=False),
     ] = None,
     as_json: options.Json = False,
     verbose: options.Verbose = False,
@@ -43,25 +59,27 @@ def bench(
     from localrun.bundled import model_path
     from localrun.gguf.file import open_gguf
     from localrun.measure.bench import Settings, run
+    from localrun.measure.depth_plot import plot_depths
     from localrun.models.reader import read_config
+    from localrun.pictures import check_picture
 
-    settings = Settings(n_prompt, n_tokens, repetitions, _depths(depth))
+    settings = Settings(n_prompt, n_tokens, repetitions, _depths(depth) if sweep is None else _swept(sweep))
     settings.check()
+    if plot is not None:
+        check_picture(plot)
     with open_gguf(model_path(model)) as file:  # before kernels are compiled for nothing
         settings.check_fits(read_config(file))
     with ExitStack() as stack:
         engine = stack.enter_context(open_model(model, replace(load, ctx=settings.ctx), verbose))
-        other = None
+        other, name = None, _LLAMA_CPP
         if against is not None:
-            from localrun.measure.llama_cpp_compare import TimedLlamaCpp
-
-            note("loading the file into llama.cpp, which may take minutes where it repacks weights")
-            other = TimedLlamaCpp(engine.file, engine.threads, settings.ctx)
-            stack.callback(other.close)
+            name, other = _other(against, engine, settings.ctx, stack)
             if verbose:
-                note(f"llama.cpp: {', '.join(f'{name} {value}' for name, value in other.description.items())}")
+                note(f"{name}: {', '.join(f'{key} {value}' for key, value in other.description.items())}")
         with progress_bar() as report:
-            document = run(engine, settings, other, report) | {"placement": placement_document(engine)}
+            document = run(engine, settings, other, report, name) | {"placement": placement_document(engine)}
+    if plot is not None:
+        plot_depths(plot, document)
     if as_json:
         print_json(document)
     else:
@@ -76,6 +94,27 @@ def _depths(text: str) -> tuple[int, ...]:
         raise LocalrunError(f"-d {text}: expected numbers of tokens with commas between, such as 0,4096") from None
 
 
+def _swept(deepest: int) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(deepest * i // _SWEEP for i in range(_SWEEP + 1)))
+
+
+def _other(against: str, engine: "Engine", ctx: int, stack: ExitStack) -> "tuple[str, TimedEngine]":
+    """Another runner, and what it is called. Raises LocalrunError."""
+    name, colon, command = against.partition(":")
+    if colon and name:
+        from localrun.measure.llama_bench import LlamaBench
+
+        return name, LlamaBench(command, engine.file, engine.threads)
+    if against != _LLAMA_CPP:
+        raise LocalrunError(f"--against {against}: expected {_LLAMA_CPP}, or NAME:PATH of a llama-bench")
+    from localrun.measure.llama_cpp_compare import TimedLlamaCpp
+
+    note("loading the file into llama.cpp, which may take minutes where it repacks weights")
+    other = TimedLlamaCpp(engine.file, engine.threads, ctx)
+    stack.callback(other.close)
+    return name, other
+
+
 def _print(document: dict[str, Any]) -> None:
     machine, isa, threads = document["machine"], document["isa"], document["threads"]
     show(f"{printable(document['model'])}, {size(document['weight_bytes'])}")
@@ -84,22 +123,23 @@ def _print(document: dict[str, Any]) -> None:
         show(line)
     for line in _speculation(document["speculation"]) if "speculation" in document else ():
         show(line)
+    other = printable(document["against"]["engine"]) if "against" in document else ""
     for test, ratio in document.get("ratio", {}).items():
         best = document["ratio_of_best"][test]
-        show(f"{test}: {ratio:.2f} times as fast as llama.cpp (best by best {best:.2f})")
+        show(f"{test}: {ratio:.2f} times as fast as {other} (best by best {best:.2f})")
 
 
 def _table(document: dict[str, Any]) -> list[str]:
     engines = {"localrun": document["results"]}
     if "against" in document:
-        engines["llama.cpp"] = document["against"]["results"]
-    width = max(len(test) for test in document["results"]) + 1
-    lines = [f"{'test':<{width}} {'engine':<10} {'tokens/s':>10} {'':<10} {'median':>9} {'best':>9}"]
+        engines[printable(document["against"]["engine"])] = document["against"]["results"]
+    width, name = max(map(len, document["results"])) + 1, max(10, *map(len, engines))
+    lines = [f"{'test':<{width}} {'engine':<{name}} {'tokens/s':>10} {'':<10} {'median':>9} {'best':>9}"]
     for test in document["results"]:
         for engine, results in engines.items():
             r = results[test]
             rates = f"{r['mean']:>10.2f} +/- {r['deviation']:<6.2f} {r['median']:>9.2f} {r['best']:>9.2f}"
-            lines.append(f"{test:<{width}} {engine:<10} {rates}")
+            lines.append(f"{test:<{width}} {engine:<{name}} {rates}")
     return lines
 
 

@@ -77,14 +77,15 @@ def model(
 
     `localrun plan cluster` does so for many machines.
     """
+    from localrun.pictures import check_picture
     from localrun.plan.fit import find_fit, with_ram
     from localrun.plan.memory import plan_memory
-    from localrun.plan.plots import check_plot, plot_decode, plot_kv
+    from localrun.plan.plots import plot_decode, plot_kv
     from localrun.plan.report import make_fit_report, make_report
     from localrun.plan.shapes import known_models, load_model
 
     if plot is not None:
-        check_plot(plot)
+        check_picture(plot)
     if kv_table or compute_table:
         _print_tables(kv_table, compute_table, as_json)
         if plot is not None:
@@ -271,11 +272,12 @@ def cluster(
     as_json: options.Json = False,
 ) -> None:
     """Say what an interconnect allows: decoding speed, devices for a load, networks and their failures."""
+    from localrun.pictures import check_picture
     from localrun.plan import cluster_report
-    from localrun.plan.plots import check_plot, plot_interconnect
+    from localrun.plan.plots import plot_interconnect
 
     if plot is not None:
-        check_plot(plot)
+        check_picture(plot)
     wanted = cluster_report.Wanted(
         model=model,
         device=device,

@@ -49,6 +49,7 @@ MAY_IMPORT = {
         "turn": "errors",
         "workers": "arguments errors hardware",
         "files": "errors",
+        "pictures": "errors files",
         "hub": "errors files",
         "bundled": "errors files hub",
         "gguf": "errors files hardware",
@@ -64,9 +65,9 @@ MAY_IMPORT = {
         "engine": "arguments bundled errors hardware limits gguf models placement cpu gpu backends text turn workers "
         "runtime generate",
         "serve": "arguments errors files limits hardware text generate engine",
-        "measure": "errors files hardware limits gguf models placement network cpu backends generate engine",
+        "measure": "errors files pictures hardware limits gguf models placement network cpu backends generate engine",
         "convert": "errors files gguf models text",
-        "plan": "errors files hardware limits bundled gguf models placement cpu convert",
+        "plan": "errors files pictures hardware limits bundled gguf models placement cpu convert",
     },
 }
 # The public face, for the version and, as its users do, load().

@@ -89,11 +89,11 @@ class TimedEngine(Protocol):
     def hold(self, ids: Sequence[int]) -> None:
         """Have a context of these tokens, whatever was there; what is there of them is not evaluated again."""
 
-    def prompt(self, ids: Sequence[int]) -> None:
-        """Evaluate a prompt behind what is held."""
+    def prompt(self, ids: Sequence[int]) -> float:
+        """Evaluate a prompt behind what is held; seconds of it."""
 
     def generate(self, ids: Sequence[int]) -> list[float]:
-        """Evaluate the ids one by one behind what is held; seconds of each."""
+        """Evaluate the ids one by one behind what is held; seconds of each, or of all of them."""
 
 
 class Native:
@@ -109,10 +109,11 @@ class Native:
         self._held = list(ids)
         self.prompt(ids[self._cache.length :])
 
-    def prompt(self, ids: Sequence[int]) -> None:
-        start = self._cache.length
+    def prompt(self, ids: Sequence[int]) -> float:
+        length, start = self._cache.length, time.perf_counter()
         for n_tokens in self._model.chunks(len(ids)):
-            self._model.forward(ids[self._cache.length - start :][:n_tokens], self._cache)
+            self._model.forward(ids[self._cache.length - length :][:n_tokens], self._cache)
+        return time.perf_counter() - start
 
     def generate(self, ids: Sequence[int]) -> list[float]:
         seconds = []
@@ -135,9 +136,9 @@ class Rates:
         self.by_repetition: list[float] = []
         self.by_step: list[float] = []  # a step is a token of generation, or a whole prompt
 
-    def add(self, n_tokens: int, seconds: float, steps: Sequence[float]) -> None:
-        """A repetition: n_tokens in `seconds`, in steps of 1 token or one step of all of them."""
-        self.by_repetition.append(n_tokens / seconds)
+    def add(self, n_tokens: int, steps: Sequence[float]) -> None:
+        """A repetition: the seconds of steps of 1 token, or of one step of all of them."""
+        self.by_repetition.append(n_tokens / sum(steps))
         self.by_step += [n_tokens / len(steps) / step for step in steps]
 
     def summary(self) -> dict[str, Any]:
@@ -190,13 +191,17 @@ def _runs(file: GGUFFile) -> list[tuple[int, int]]:
 
 
 def run(
-    engine: Engine, settings: Settings, other: TimedEngine | None = None, report: Report | None = None
+    engine: Engine,
+    settings: Settings,
+    other: TimedEngine | None = None,
+    report: Report | None = None,
+    other_name: str = "llama.cpp",
 ) -> dict[str, Any]:
     """Measure a native engine, and another runner in turn with it, as one JSON document; rates in tokens/s.
 
     The settings must fit the model: Settings.check, check_fits.
     """
-    runners: dict[str, TimedEngine] = {"localrun": Native(engine)} | ({"llama.cpp": other} if other else {})
+    runners: dict[str, TimedEngine] = {"localrun": Native(engine)} | ({other_name: other} if other else {})
     roof = Roof(engine.file, engine.threads)
     try:
         rates = _measure(runners, settings, engine.model.vocab_size, roof, report or (lambda done, total, what: None))
@@ -213,12 +218,12 @@ def run(
     }
     if other:
         document["against"] = {
-            "engine": "llama.cpp",
-            **getattr(other, "description", {}),
-            "results": results["llama.cpp"],
+            "engine": other_name,
+            **other.description,
+            "results": results[other_name],
         }
-        document["ratio"] = _ratios(results["localrun"], results["llama.cpp"], "median")
-        document["ratio_of_best"] = _ratios(results["localrun"], results["llama.cpp"], "best")
+        document["ratio"] = _ratios(results["localrun"], results[other_name], "median")
+        document["ratio_of_best"] = _ratios(results["localrun"], results[other_name], "best")
     if engine.speculative != "off" and settings.n_generate:
         document["speculation"] = speculation(engine, settings)
     return document
@@ -288,10 +293,7 @@ class _Test:
     def time(self, runner: TimedEngine, rates: Rates) -> None:
         runner.hold(self.held)
         time.sleep(IDLE_S)
-        start = time.perf_counter()
-        steps = runner.generate(self.ids) if self.one_by_one else runner.prompt(self.ids)
-        seconds = time.perf_counter() - start
-        rates.add(len(self.ids), seconds, steps or [seconds])
+        rates.add(len(self.ids), runner.generate(self.ids) if self.one_by_one else [runner.prompt(self.ids)])
 
 
 def _measure(

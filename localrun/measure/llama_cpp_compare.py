@@ -69,9 +69,7 @@ class TimedLlamaCpp:
             for flash in self._contexts:
                 self._for_prompt = self._for_reply = flash
                 self.hold([])
-                start = time.perf_counter()
-                self.prompt([1] * _TRIAL_PROMPT)
-                prompt_s[flash] = min(prompt_s[flash], time.perf_counter() - start)
+                prompt_s[flash] = min(prompt_s[flash], self.prompt([1] * _TRIAL_PROMPT))
                 self.hold([])
                 reply_s[flash] = min(reply_s[flash], *self.generate([1] * _TRIAL_REPLY))
         return min(prompt_s, key=prompt_s.__getitem__), min(reply_s, key=reply_s.__getitem__)
@@ -87,9 +85,11 @@ class TimedLlamaCpp:
                 self._read(context, ids, 0)
         self._held = list(ids)
 
-    def prompt(self, ids: Sequence[int]) -> None:
-        """Evaluate a prompt behind what is held, with the logits of its last token."""
+    def prompt(self, ids: Sequence[int]) -> float:
+        """Evaluate a prompt behind what is held, with the logits of its last token; seconds of it."""
+        start = time.perf_counter()
         self._read(self._contexts[self._for_prompt], ids, len(self._held))
+        return time.perf_counter() - start
 
     def _read(self, context: Any, ids: Sequence[int], position: int) -> None:
         for start in range(0, len(ids), N_BATCH):

@@ -1,13 +1,11 @@
-"""Pictures of the planner's figures, with matplotlib where it is installed (localrun[plot])."""
+"""Pictures of the planner's figures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from localrun.errors import LocalrunError
-from localrun.files import check_place, replacing
+from localrun.pictures import new_figure, save_figure
 from localrun.plan.cluster import expert_parallel
 from localrun.plan.machine import Machine
 from localrun.plan.memory import plan_memory
@@ -15,37 +13,10 @@ from localrun.plan.report import SHORT_CTX
 from localrun.plan.shapes import ModelShape, load_model
 from localrun.plan.speed import decode_speed
 
-_SUFFIXES = (".png", ".svg", ".pdf")
-
-
-def check_plot(path: Path) -> None:
-    """Raises LocalrunError if there is no matplotlib, or no picture can have that name or lie there."""
-    if path.suffix.lower() not in _SUFFIXES:
-        raise LocalrunError(f"{path}: a picture's name ends in {', '.join(_SUFFIXES)}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise LocalrunError("--plot needs matplotlib: pip install 'localrun[plot]'") from None
-    check_place(path)
-
-
-def _figure() -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    return figure, figure.subplots()
-
-
-def _save(figure: Any, axes: Any, path: Path) -> None:
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:].lower())
-
 
 def plot_decode(path: Path, model: ModelShape, machine: Machine, ctx: int) -> None:
     """Where a token's time goes, against memory bandwidth from a quarter to four times the machine's."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     factors = [2 ** (step / 8) for step in range(-16, 17)]
     placement, short = plan_memory(model, machine, ctx).placement, min(SHORT_CTX, ctx)
     speeds = [decode_speed(model, machine.with_bandwidth(factor), placement, short) for factor in factors]
@@ -54,27 +25,27 @@ def plot_decode(path: Path, model: ModelShape, machine: Machine, ctx: int) -> No
     axes.stackplot(rates, [[1e3 * speed.split().get(kind, 0.0) for speed in speeds] for kind in kinds], labels=kinds)
     axes.axvline(machine.cpu.read_bytes_per_s / 1e9, color="black", linestyle=":", label=machine.name)
     axes.set(xscale="log", xlabel="RAM read bandwidth, GB/s", ylabel="ms a token", title=f"{model.name}, {model.type}")
-    _save(figure, axes, path)
+    save_figure(figure, axes, path)
 
 
 def plot_kv(path: Path, names: Sequence[str]) -> None:
     """KV cache against context."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     contexts = [2**step for step in range(10, 18)]
     for name in names:
         config = load_model(name).config
         axes.plot(contexts, [config.kv_bytes(ctx) / 2**30 for ctx in contexts], marker="o", label=name)
     axes.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="KV cache, GiB")
-    _save(figure, axes, path)
+    save_figure(figure, axes, path)
 
 
 def plot_interconnect(path: Path, model: ModelShape, n_tokens: int, compute_s: float) -> None:
     """Time per output token against interconnect bandwidth: best case, and with a layer's arithmetic."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     rates = [10 * 2 ** (step / 4) for step in range(0, 29)]
     for seconds, label in ((0.0, "messages alone"), (compute_s, "two micro-batches overlapped")):
         limits = [expert_parallel(model, rate * 1e9, n_tokens, layer_compute_s=seconds) for rate in rates]
         axes.plot(rates, [1e3 * limit.token_s for limit in limits], label=label)
     axes.plot(rates, [1e3 * limit.token_without_overlap_s for limit in limits], label="one after the other")
     axes.set(xscale="log", yscale="log", xlabel="GB/s a device", ylabel="ms a token", title=model.name)
-    _save(figure, axes, path)
+    save_figure(figure, axes, path)

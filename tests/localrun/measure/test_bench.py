@@ -75,8 +75,8 @@ class Fake:
     def hold(self, ids: Sequence[int]) -> None:
         pass
 
-    def prompt(self, ids: Sequence[int]) -> None:
-        self._work(len(ids) * self.token_s)
+    def prompt(self, ids: Sequence[int]) -> float:
+        return self._work(len(ids) * self.token_s)
 
     def generate(self, ids: Sequence[int]) -> list[float]:
         return [self._work(self.token_s) for _ in ids]
@@ -211,6 +211,50 @@ def test_command_json_against_llama_cpp(capsys: pytest.CaptureFixture[str]) -> N
     assert document["against"]["threads"] == document["threads"] == 2
 
 
+LLAMA_BENCH = """#!{python}
+import json, sys
+args = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+with open(__file__ + ".log", "a") as log:
+    print(*sys.argv[1:], file=log)
+if "-d" in args and args.get("-old"):
+    sys.exit("error: unknown argument: -d")
+n_tokens = int(args["-p"]) + int(args["-n"])
+print(json.dumps([{{"n_depth": args.get("-d"), "samples_ns": [n_tokens * 1_000_000]}}]))
+"""
+
+
+@pytest.fixture
+def llama_bench(tmp_path: Path) -> Path:
+    """A program with the options of one that takes a millisecond a token; its log lies beside it."""
+    path = tmp_path / "llama-bench"
+    path.write_text(LLAMA_BENCH.format(python=sys.executable))
+    path.chmod(0o755)
+    return path
+
+
+def test_command_against_another_llama_bench(
+    llama_bench: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, picture = str(tiny_models.shared("v3", type="Q8_0")), tmp_path / "x.svg"
+    args = ["bench", model, "-p", "20", "-n", "5", "-r", "2", "-t", "2", "-d", "0,9", "--plot", str(picture)]
+    assert command([*args, "--against", f"ik:'{llama_bench}' -rtr 1"]) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[-2:] for line in out.splitlines() if " ik " in f" {line} "][:4] == [["1000.00", "1000.00"]] * 4
+    assert "times as fast as ik (best by best" in out and picture.read_text().count("<svg") == 1
+    runs = [line.split() for line in Path(f"{llama_bench}.log").read_text().splitlines()]
+    assert all(run[:10] == ["-m", model, "-t", "2", "-r", "1", "-o", "json", "-rtr", "1"] for run in runs)
+    prompt, reply = ["-p", "20", "-n", "0"], ["-p", "0", "-n", "5"]
+    behind = [[*kind, "-d", "9"] for kind in (prompt, reply)]
+    assert [run[10:] for run in runs] == [prompt, reply] * 3 + behind * 2  # the first two warm up
+
+
+def test_a_llama_bench_that_fails(llama_bench: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(tiny_models.shared("v3", type="Q8_0"))
+    args = ["bench", model, "-p", "0", "-n", "5", "-r", "1", "-d", "9", "--against", f"old:{llama_bench} -old 1"]
+    assert command(args) == 1
+    assert f"{llama_bench}: ended with 1 and no result; it said: error: unknown argument: -d" in capsys.readouterr().err
+
+
 def test_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     path = str(tiny_models.shared("v3", type="Q8_0"))
     assert command(["bench", path, "-p", "20", "-n", "5", "-r", "1", "-v"]) == 0
@@ -252,6 +296,10 @@ REFUSALS = {
     "depth of no number": (["-d", "0,x"], "-d 0,x: expected numbers of tokens with commas between"),
     "negative depth": (["-d", "5,-1"], "-d -1; expected 0 or more"),
     "depth beyond the context": (["-d", "0,600"], "-d 600 and -p 512: this model's context is 1024 tokens"),
+    "no such peer": (["--against", "ollama"], "--against ollama: expected llama.cpp, or NAME:PATH of a llama-bench"),
+    "no such program": (["--against", "ik:/nowhere/llama-bench"], "/nowhere/llama-bench: no such file"),
+    "no program": (["--against", "ik:'"], "expected the path of a llama-bench"),
+    "no picture": (["--plot", "x.txt"], "x.txt: a picture's name ends in"),
     "no threads": (["-t", "0"], "threads is 0"),
     "much longer": (["-n", "99999999999"], "-n 99999999999: this model's context is 1024 tokens"),
 }

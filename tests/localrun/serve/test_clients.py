@@ -83,14 +83,16 @@ def test_openai(engine: Engine, url: str) -> None:
 
 @pytest.mark.parametrize("signals", slow_but([1, 2], [2]))
 def test_the_first_signal_lets_replies_finish_and_the_second_does_not(signals: int) -> None:
-    command = [sys.executable, "-m", "cli.main", "serve", str(SMOLLM2), "--port", "0", "-c", "512", "-t", "1"]
+    command = [sys.executable, "-m", "cli.main", "serve", str(SMOLLM2), "--port", "0", "-c", "2048", "-t", "1"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
         address = ""
         for line in process.stderr:
             if found := re.search(r"serving .* at (http://\S+)", line):
                 address = found[1]
                 break
-        body = {"messages": MESSAGES, "max_tokens": 60 if signals == 1 else 450, "stream": True, "temperature": 0.8}
+        body = {"messages": MESSAGES, "max_tokens": 60, "stream": True, "temperature": 0.8}
+        if signals == 2:  # some ten seconds, whatever the model would say
+            body |= {"max_tokens": 1900, "logit_bias": {"0": -100, "2": -100}}
         with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, timeout=60) as response:
             lines = response.iter_lines()
             next(lines)
