@@ -273,6 +273,8 @@ def main() -> int:
     parser.add_argument("-t", "--threads", type=int, default=2)
     options = parser.parse_args()
     with localrun.load(model_path(options.model), device="cpu", threads=options.threads) as engine:
+        if engine.config is not None and engine.config.attention == "compressed":
+            parser.error("streams and pooled rows are not compared; see tests/localrun/cpu/test_compressed.py")
         ids = engine.tokenizer.encode(options.prompt)
         if not ids:
             parser.error("the prompt has no tokens")

@@ -39,7 +39,6 @@ class CompressedStep(DecodeStep):
 
     def _layer(self, index: int, cache_layer: int) -> None:
         c = self.config
-        self._x_width = c.hc_mult * c.hidden_size
         name = partial(self._name, index)
         self._part = f"blk.{index}.attn"
         streams, input_ = self._streams(lambda part: name(f"attn_hc.{part}"), name("input_layernorm"))

@@ -62,7 +62,7 @@ class Layers:
         self.config, self.tensors, self.pool = config, tensors, pool
         self._slots = [0, *accumulate(len(widths) for widths in cached)]  # of each layer's first block of cache rows
         self.program = self._new_program(embedding, self._slots[-1])
-        self.x, self._x_width = self.program.x, config.hidden_size
+        self.x, self._x_width = self.program.x, max(1, config.hc_mult) * config.hidden_size
         self._room: dict[str, int] = {}  # floats of a token that a vector has room for
         self._vectors: dict[str, tuple[int, int]] = {}  # addresses and lengths, as used last
         self._outputs: dict[str, dict[str, tuple[int, int]]] = {}  # by phase: what it writes, "x" or others
