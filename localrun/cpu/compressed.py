@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from localrun.cpu.decode import DecodeStep
+from localrun.cpu.decode import DecodeStep, Layers
 from localrun.models.config import Config
 from localrun.models.tensors import GGUFTensors
 from localrun.network.rope import attention_scale, compressed_rope, frequencies, rotation_magnitude
@@ -28,8 +28,8 @@ from quant.threads.pool import Pool
 _HEADS_TOGETHER = 16  # as of MLA
 
 
-class CompressedStep(DecodeStep):
-    """The step of a model with hyper-connections and pooled rows; its x is (T, hc_mult, hidden_size)."""
+class StreamLayers(Layers):
+    """Layers between hyper-connections, over windows and pooled rows; their x is (T, hc_mult, hidden_size)."""
 
     def _new_program(self, embedding: QuantMatrix, n_slots: int) -> Program:
         c = self.config
@@ -158,6 +158,10 @@ class CompressedStep(DecodeStep):
         self._add(groups_phase(o_a, q8, low, workers), "output_a", "output_a")
         o_b = self.tensors.matrix(self._module(index, "o_b_proj"))
         self._add(rows_phase(Input(low), [(o_b, 0)], workers, into=streams), "output", "x")
+
+
+class CompressedStep(StreamLayers, DecodeStep):
+    """The step of a model of such layers."""
 
 
 def decode_step(config: Config, tensors: GGUFTensors, pool: Pool) -> DecodeStep:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from localrun.cpu.compressed import StreamLayers
 from localrun.cpu.decode import Layers
 from localrun.models import names
 from localrun.models.config import Config
@@ -26,11 +27,16 @@ from quant.threads.pool import Pool
 if TYPE_CHECKING:
     from localrun.network.model import MTPBlock
 
-_STEP_TOKENS = 32  # as many go through the step, more through torch
-
 
 class MTPStep(Layers):
-    """The head's program, for a few tokens at once."""
+    """The head's program, for a few tokens at once.
+
+    Attributes:
+        most_tokens: at once.
+        most_positions: as many go through steps, more through torch.
+    """
+
+    most_tokens, most_positions = MOST_TOKENS, 32
 
     def __init__(self, config: Config, tensors: GGUFTensors, pool: Pool):
         """The tensors must stay mapped."""
@@ -38,24 +44,27 @@ class MTPStep(Layers):
         name = partial(names.layer, config.architecture, index)
         embed_tokens, lm_head = names.mtp_shared(tensors.has, config)
         super().__init__(config, tensors, pool, tensors.matrix(embed_tokens), [row_widths(config)])
-        embedded, self.x = self.program.x, self.program.vector(config.hidden_size)
-        self._hidden = np.zeros((MOST_TOKENS, config.hidden_size), np.float32)
-        both = Input(
-            embedded,
-            self._array(name("enorm")),
-            config.rms_norm_eps,
-            beside=self.program.keep(self._hidden),
-            beside_norm=self._array(name("hnorm")),
-        )
-        eh_proj = tensors.matrix(name("eh_proj"))
-        self.program.add(rows_phase(both, [(eh_proj, self.x)], pool.n_workers), f"blk.{index}: eh_proj")
+        embedded, self.x = self.program.x, self.program.vector(self._x_width)
+        self._hidden = np.zeros((self.most_tokens, self._x_width), np.float32)
+        hidden, eh_proj = self.program.keep(self._hidden), tensors.matrix(name("eh_proj"))
+        norms = self._array(name("enorm")), self._array(name("hnorm"))
+        for stream in range(0, self._x_width, config.hidden_size):
+            both = Input(embedded, norms[0], config.rms_norm_eps, beside=hidden + 4 * stream, beside_norm=norms[1])
+            phase = rows_phase(both, [(eh_proj, self.x + 4 * stream)], pool.n_workers)
+            self.program.add(phase, f"blk.{index}: eh_proj {stream // config.hidden_size}")
         self._layer(index, 0)
         self._head(name("shared_head.norm"), tensors.matrix(lm_head))
 
     def follow(self, next_ids: Sequence[int], hidden_TD: np.ndarray, cache: Cache, n_logits: int) -> np.ndarray:
-        """Evaluate up to MOST_TOKENS positions: float32 (n_logits, vocab) of the last. Raises ContextFullError."""
+        """Evaluate up to most_tokens positions: float32 (n_logits, vocab) of the last. Raises ContextFullError."""
         self._hidden[: len(next_ids)] = hidden_TD
         return self(next_ids, cache, n_logits)
+
+
+class StreamMTPStep(StreamLayers, MTPStep):
+    """The same of a model with streams, of which each meets the embedding: of one token, whose streams lie together."""
+
+    most_tokens, most_positions = 1, MOST_TOKENS
 
 
 class MTP:
@@ -64,7 +73,7 @@ class MTP:
     def __init__(self, config: Config, tensors: GGUFTensors, pool: Pool, network: "Callable[[], MTPBlock]"):
         """The tensors must stay mapped. network: gives the head for many tokens; called when they come."""
         self.config, self._pool = config, pool
-        self._step = None if config.hc_mult else MTPStep(config, tensors, pool)
+        self._step = (StreamMTPStep if config.hc_mult else MTPStep)(config, tensors, pool)
         self._get_network, self._network = network, None
 
     def new_cache(self, capacity: int) -> Cache:
@@ -86,7 +95,7 @@ class MTP:
             ContextFullError: the cache has no room for them.
         """
         cache.check_room(len(next_ids))
-        if self._step is None or len(next_ids) > _STEP_TOKENS:
+        if cache.is_exact or len(next_ids) > self._step.most_positions:
             if self._network is None:
                 self._network = self._get_network()
             with self._pool.passive_wait():  # torch's threads want the cores
@@ -95,7 +104,7 @@ class MTP:
             return self._by_steps(next_ids, hidden, cache)
 
     def _by_steps(self, next_ids: Sequence[int], hidden: np.ndarray, cache: Cache) -> tuple[np.ndarray, np.ndarray]:
-        for first in range(0, len(next_ids), MOST_TOKENS):
-            last = min(first + MOST_TOKENS, len(next_ids))
+        for first in range(0, len(next_ids), self._step.most_tokens):
+            last = min(first + self._step.most_tokens, len(next_ids))
             logits = self._step.follow(next_ids[first:last], hidden[first:last], cache, int(last == len(next_ids)))
         return logits, self._step.hidden(last - first - 1, last - first)

@@ -18,6 +18,8 @@ from localrun.network.cache import Cache
 MODEL = tiny.Deepseek4(compress_ratios=(0, 4), num_hash_layers=1, num_nextn_predict_layers=1)
 OF_LAYER, OTHERS = r"blk\.2\.", r"blk\.[01]\."
 TOLERANCE = 1e-5  # float32 in another order
+ROW_TOLERANCE = 1e-3
+TYPES = np.float16, np.float32  # of caches: the step's, and torch's
 N_TOKENS = 40  # more than the window's
 GREEDY = localrun.Sampling(temperature=0.0)
 
@@ -64,6 +66,17 @@ def test_the_layer_is_transformers(engine: Engine) -> None:
     assert error(found, logits[29:30]) < TOLERANCE and error(hidden, out[29:30]) < TOLERANCE
     rows = [mtp.forward(ids[t : t + 1], flat[t : t + 1], cache)[0] for t in range(30, N_TOKENS)]
     assert error(np.concatenate(rows), logits[30:]) < TOLERANCE
+
+
+def test_its_step_is_torchs(engine: Engine) -> None:
+    """Of a few positions, over rows of 16 bits: where one is rounded apart, by 2^-11 of it."""
+    generator = np.random.default_rng(0)
+    streams = generator.standard_normal((N_TOKENS, 4 * MODEL.hidden_size), dtype=np.float32)
+    ids, caches = tiny.token_ids(N_TOKENS), [Cache([engine.config.rows(2)], N_TOKENS, kind) for kind in TYPES]
+    for first in range(0, N_TOKENS, 4):
+        some = slice(first, first + 4)
+        found, wanted = (engine.model.mtp.forward(ids[some], streams[some], cache) for cache in caches)
+        assert error(found[0], wanted[0]) < ROW_TOLERANCE and error(found[1], wanted[1]) < ROW_TOLERANCE
 
 
 def test_replies_are_the_same_with_its_drafts(engine: Engine) -> None:
