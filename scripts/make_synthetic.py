@@ -13,12 +13,15 @@ Shapes:
                   about V2-Lite's size with V3.2's layers: indexers, routing; a quarter of its heads
     v3.2-attention, glm-5.2-attention
                   full width, 3 and 6 layers (3 and 3 of 6 with an indexer), 16 experts in one: scripts/bench_sparse.py
+    v4-flash-slice
+                  DeepSeek-V4-Flash's full width: 6 layers, 2 of each ratio, the first hashed; 96 of its 256 experts
+    16b-v4-style  about V2-Lite's size with V4's layers: 2 without pooled rows, then ratios 4 and 128 in turn
     tiny          4 small layers with V3's routing
 
-Types are those of llama-quantize's Q4_K_M, attn_k_b and attn_v_b included, of gpt-oss its own MXFP4 experts and Q8_0,
-or those of a mix file (scripts/mixes has published ones); blocks of types that nothing packs are random bytes with
-fitting scales. Weights are Gaussian, scaled so that activations stay near 1 through all layers. A pool of blocks is
-packed once for each type and scale; tensors are random draws from it, so that a file of 10 GB takes a minute or less
+Types are those of llama-quantize's Q4_K_M, attn_k_b and attn_v_b included, of gpt-oss and V4 their own MXFP4 experts
+and Q8_0, or those of a mix file (scripts/mixes has published ones); blocks of types that nothing packs are random bytes
+with fitting scales. Weights are Gaussian, scaled so that activations stay near 1 through all layers. A pool of blocks
+is packed once for each type and scale; tensors are random draws from it, so that a file of 10 GB takes a minute or less
 and little memory. Bytes depend on nothing but the shape and the types.
 The vocabulary is byte-level BPE with made-up words. The last line of stdout is one JSON document.
 """
@@ -42,7 +45,15 @@ from gguf import GGUFValueType, TokenType
 from localrun.convert.layout import Layout, make_layout
 from localrun.convert.made_up import made_up_blocks
 from localrun.convert.metadata import Metadata
-from localrun.convert.mixes import Override, choose_types, file_type, parse_override, read_mix_file
+from localrun.convert.mixes import (
+    TABLE,
+    Override,
+    choose_types,
+    file_type,
+    is_table,
+    parse_override,
+    read_mix_file,
+)
 from localrun.convert.output import check_space, partial_path
 from localrun.convert.plan import QUANTIZATION_VERSION
 from localrun.hardware import usable_cores
@@ -88,6 +99,15 @@ SHAPES = {
     ),
     "v3.2-attention": _published("deepseek-v3.2", num_hidden_layers=3, first_k_dense_replace=2, **_FEW_EXPERTS),
     "glm-5.2-attention": _published("glm-5.2", num_hidden_layers=6, first_k_dense_replace=5, **_FEW_EXPERTS),
+    "v4-flash-slice": _published(
+        "deepseek-v4-flash", num_hidden_layers=6, compress_ratios=[0, 0, 4, 128, 4, 128], num_hash_layers=1,
+        n_routed_experts=96, vocab_size=4096,
+    ),
+    "16b-v4-style": _published(
+        "deepseek-v4-flash", num_hidden_layers=27, compress_ratios=[0, 0] + [4, 128] * 12 + [4], hidden_size=2048,
+        moe_intermediate_size=1536, n_routed_experts=64, num_attention_heads=16, q_lora_rank=512, o_groups=4,
+        o_lora_rank=512, index_n_heads=16, vocab_size=102400,
+    ),
     "tiny": _published(
         "deepseek-v3", hidden_size=256, intermediate_size=512, moe_intermediate_size=256, num_hidden_layers=4,
         first_k_dense_replace=1, num_attention_heads=4, q_lora_rank=256, kv_lora_rank=256, qk_nope_head_dim=64,
@@ -99,12 +119,16 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor to be made: shape in NumPy order, standard deviation and mean of its weights."""
+    """A tensor to be made: shape in NumPy order, standard deviation and mean of its weights.
+
+    n_experts: of a table, whose rows are ids of experts.
+    """
 
     name: str
     shape: tuple[int, ...]
     deviation: float
     mean: float = 0.0
+    n_experts: int = 0
 
 
 def _tensor(name: str, shape: tuple[int, ...], c: Config) -> Tensor:
@@ -113,6 +137,8 @@ def _tensor(name: str, shape: tuple[int, ...], c: Config) -> Tensor:
     residual_gain = 1.5 / sqrt(2 * c.num_hidden_layers)
     # silu(gate) * up deviates by about 0.6 for unit gate and up; 1.6 makes up for it.
     down_gain = 1.6 * residual_gain
+    if is_table(Tensor(name, shape, 0.0)):
+        return Tensor(name, shape, 0.0, n_experts=c.n_routed_experts)
     if name == EMBED_TOKENS:
         return Tensor(name, shape, 1.0)
     if len(shape) == 1 or name.endswith(".bias"):
@@ -120,7 +146,7 @@ def _tensor(name: str, shape: tuple[int, ...], c: Config) -> Tensor:
     if ".attn_k_b." in name:  # stored transposed
         return Tensor(name, shape, 1 / sqrt(shape[-2]))
     gain = 1.0
-    if ".attn_output." in name:
+    if ".attn_output." in name or ".attn_output_b." in name:
         gain = residual_gain
     elif ".ffn_down_exps." in name:
         # What the weights of the chosen experts add up to; softmax without normalisation: each about 1/experts.
@@ -180,6 +206,9 @@ class Weights:
     def chunks(self, tensor: Tensor, type_: str) -> Iterator[np.ndarray]:
         """The tensor's bytes, in arrays of at most CHUNK_BYTES."""
         random = np.random.default_rng(zlib.crc32(tensor.name.encode()))
+        if type_ == TABLE:
+            yield _ids(tensor, random)
+            return
         if type_ == "F32":  # norms, biases, routers: small
             yield tensor.mean + tensor.deviation * random.standard_normal(tensor.shape, dtype=np.float32)
             return
@@ -195,6 +224,13 @@ class Weights:
             n_blocks, seed = POOL_WEIGHTS // registry.get(type_).block, zlib.crc32(type_.encode())
             self._pools[type_, deviation] = made_up_blocks(self._workers, type_, n_blocks, deviation, seed)
         return self._pools[type_, deviation]
+
+
+def _ids(tensor: Tensor, random: np.random.Generator) -> np.ndarray:
+    """int32 (tokens, ids): different experts in each row, anywhere."""
+    n_tokens, n_ids = tensor.shape
+    spread = np.arange(n_ids) * (tensor.n_experts // n_ids)
+    return ((random.integers(tensor.n_experts, size=(n_tokens, 1)) + spread) % tensor.n_experts).astype(np.int32)
 
 
 def write(name: str, path: Path, mix_file: Path | None = None) -> dict:

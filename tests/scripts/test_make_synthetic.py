@@ -68,7 +68,8 @@ def test_v3_slice_has_v3_s_layers() -> None:
     assert weights == pytest.approx((671e9 - 2 * 129280 * 7168 - 3 * 0.58e9) / 58, rel=0.002)  # 671 is rounded
 
 
-SLICES = [name for name in script["SHAPES"] if name.endswith("-slice") and name != "v3-slice"]
+FEWER = ("v3-slice", "v4-flash-slice")  # of the vocabulary, and of V4's experts, in the whole model
+SLICES = [name for name in script["SHAPES"] if name.endswith("-slice") and name not in FEWER]
 
 
 @pytest.mark.parametrize("name", slow_but(SLICES, {"minimax-m2-slice"}))
