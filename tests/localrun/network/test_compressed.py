@@ -137,6 +137,6 @@ def test_experts_of_a_table_are_checked(tmp_path: Path) -> None:
     table = tiny.tensors(tiny.Deepseek4(compress_ratios=(4,), num_hash_layers=1))["blk.0.ffn_gate_tid2eid.weight"]
     at = content.index(table.tobytes())
     path.write_bytes(content[:at] + (16).to_bytes(4, "little") + content[at + 4 :])
-    with localrun.load(path, device="cpu", threads=1, ctx=16) as engine, pytest.raises(GGUFError) as caught:
-        engine.logits([1])
+    with pytest.raises(GGUFError) as caught:
+        localrun.load(path, device="cpu", threads=1, ctx=16)
     assert "holds 0 to 16; expected experts 0 to 15" in str(caught.value)
