@@ -321,7 +321,8 @@ class Engine:
         if placement.device == GPU:
             from localrun.gpu.hybrid import HybridModel
 
-            return HybridModel(config, self.file, self.threads, placement, notice=notice)
+            choices = self._proof.choices if self._proof else {}
+            return HybridModel(config, self.file, self.threads, placement, notice=notice, **choices)
         from localrun.cpu.model import NativeModel
 
         return NativeModel(config, self.file, self.threads)

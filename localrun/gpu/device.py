@@ -8,7 +8,7 @@ done; what is queued behind waits until it returns. It must not call CUDA. It go
 cuLaunchHostFunc (https://docs.nvidia.com/cuda/cuda-driver-api/, "Execution Control"): cuda-bindings hands over a
 function of its own instead, depending on its version (12.8.0 in its runtime module; 12.9.10 and 13.0.0 in its driver
 module, too), which takes the GIL and frees its argument at the first call, so that a graph can't be replayed
-(github.com/NVIDIA/cuda-python, issue 790).
+(github.com/NVIDIA/cuda-python, issue 790). A captured step may have stream memory operations instead (handover.py).
 """
 
 import ctypes
@@ -17,11 +17,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from weakref import WeakSet
 
 import torch
 
 from localrun.errors import LocalrunError
+from localrun.gpu.handover import MAILBOX_WORDS, Coordinator, HostWords, StreamWords
+from localrun.gpu.ways import STREAM_MEMORY
 
 _WARM_UPS = 2  # of a step before it is captured: kernels are compiled and libraries make their work memory
 _CYCLES = 1.5e9  # a second, of a card's clock, about
@@ -29,10 +32,22 @@ _FAILURES = ("CUDA error", "CUDA driver error", "Triton Error [CUDA]")  # how to
 
 
 class StandIn:
-    """The CPU as if it were a device: everything is done when it is asked for."""
+    """The CPU as if it were a device: everything is done when it is asked for.
+
+    Of what was captured, host nodes are called by the coordinator's thread, if use() says so.
+    """
+
+    _coordinator: Coordinator | None = None
+    _replays = _pending = False
 
     def __init__(self) -> None:
         self.torch = torch.device("cpu")
+
+    def use(self, handover: str) -> None:
+        """Hand captured work over to the CPU in one of the ways of ways.py."""
+        self._coordinator = None
+        if handover == STREAM_MEMORY:
+            self._coordinator = Coordinator(self.pinned((MAILBOX_WORDS,), torch.int64), HostWords())
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Memory of the host that the device copies to and from."""
@@ -48,18 +63,34 @@ class StandIn:
 
     def call(self, function: int, argument: int) -> None:
         """Call a C function void(void*) by its address."""
-        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)(argument)
+        if self._coordinator is not None and self._replays:
+            self._coordinator.hand_over(None, function, argument)
+        else:
+            ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)(argument)
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
         """What does the same as step, later and more than once."""
-        return step
+        return step if self._coordinator is None else partial(self._replay, self._coordinator, step)
+
+    def _replay(self, coordinator: Coordinator, step: Callable[[], None]) -> None:
+        if not self._pending:
+            self._pending = True
+            coordinator.begin()
+        self._replays = True
+        try:
+            step()
+        finally:
+            self._replays = False
 
     def mark(self) -> Callable[[], None]:
         """What waits until all that has been queued is done."""
         return self.synchronize
 
     def synchronize(self) -> None:
-        """Wait for all that has been queued."""
+        """Wait for all that has been queued. Raises LocalrunError if the workers do not answer."""
+        if self._coordinator is not None and self._pending:
+            self._pending = False
+            self._coordinator.finish(None)
 
     def free_bytes(self) -> int:
         """Of its memory, as the driver says: more than anybody needs."""
@@ -95,6 +126,18 @@ class Cuda:
         with self.errors():
             self._side, self._capture = torch.cuda.Stream(self.torch), torch.cuda.Stream(self.torch)
         self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
+        self._coordinator: Coordinator | None = None
+        self._hands_over = self._pending = False  # what is captured; what was replayed
+
+    def use(self, handover: str) -> None:
+        """Hand captured work over to the CPU in one of the ways of ways.py; what was captured keeps its own.
+
+        Raises LocalrunError if the driver does not have it.
+        """
+        self._coordinator = None
+        if handover == STREAM_MEMORY:
+            words = StreamWords(self._driver)
+            self._coordinator = Coordinator(self.pinned((MAILBOX_WORDS,), torch.int64), words)
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Page-locked memory of the host: only with it copies are asynchronous, and may be captured."""
@@ -115,6 +158,11 @@ class Cuda:
     def call(self, function: int, argument: int) -> None:
         """A host node on the current stream: a C function void(void*) at an address, with its argument."""
         stream = torch.cuda.current_stream(self.torch).cuda_stream
+        # Launch by launch, the stream's queue could be full before anybody polls.
+        if self._coordinator is not None and torch.cuda.is_current_stream_capturing():
+            self._coordinator.hand_over(stream, function, argument)
+            self._hands_over = True
+            return
         result = self._driver.cuLaunchHostFunc(stream, function, argument)
         if result != 0:
             raise LocalrunError(f"the GPU failed: cuLaunchHostFunc returned CUDA error {result}")
@@ -134,12 +182,17 @@ class Cuda:
                 for _ in range(_WARM_UPS):
                     step()
             torch.cuda.current_stream().wait_stream(stream)
+            self._hands_over = False
             # Other threads may use CUDA meanwhile, as long as they keep off this stream.
             with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
                 step()
         self._graphs.add(graph)
+        coordinator = self._coordinator if self._hands_over else None
 
         def replay() -> None:
+            if coordinator is not None and not self._pending:
+                self._pending = True
+                coordinator.begin()
             with self.errors():
                 graph.replay()
 
@@ -161,7 +214,14 @@ class Cuda:
         return wait
 
     def synchronize(self) -> None:
-        """Wait, asleep, for all that the current stream has; branches that were joined are part of it."""
+        """Wait, asleep, for all that the current stream has; branches that were joined are part of it.
+
+        Raises LocalrunError if the device fails, or the workers do not answer.
+        """
+        if self._coordinator is not None and self._pending:
+            self._pending = False
+            with self.errors():
+                self._coordinator.finish(torch.cuda.current_stream(self.torch).cuda_stream)
         self.mark()()
 
     def free_bytes(self) -> int:

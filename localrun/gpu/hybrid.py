@@ -23,6 +23,7 @@ from localrun.gpu.decode import DecodeStep
 from localrun.gpu.device import Cuda, StandIn
 from localrun.gpu.grouped import attention_on
 from localrun.gpu.tuning import Tuning
+from localrun.gpu.ways import HOST_NODES
 from localrun.gpu.weights import DeviceWeights, spans_in_ram, spans_on_device
 from localrun.models import names
 from localrun.models.config import Config
@@ -60,11 +61,13 @@ class HybridModel:
         placement: Placement,
         device: Cuda | StandIn | None = None,
         notice: Callable[[str], None] = lambda line: None,
+        handover: str = HOST_NODES,
     ):
         """Uploads what the placement gives to the device, the first GPU unless given. The file must stay open.
 
         Args:
             notice: told when kernels are compiled, now or later.
+            handover: of a step's work to the workers, on the first GPU; as handover.py has them.
 
         Raises:
             LocalrunError: the GPU can't be used, or has no room.
@@ -73,7 +76,9 @@ class HybridModel:
         self.most_together, self.least_chunk = 1, MOST_TOKENS + 1
         self.keep_hidden = False
         self.hidden = np.empty((0, config.hidden_size), np.float32)
-        self.device = Cuda() if device is None else device
+        self.device = device or Cuda()
+        if device is None:
+            self.device.use(handover)
         compiling.set_up(notice)
         self._placement, self._tensors = placement, GGUFTensors(file)
         self._mtp: MTP | None = None

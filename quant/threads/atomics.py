@@ -37,7 +37,7 @@ atomic_add = define(  # returns the value before
     types.int64, (types.int64, types.int64), lambda b, p, v: b.atomic_rmw("add", pointer(b, p, I64), v, "seq_cst")
 )
 pause = define(types.void, (), _pause)
-call_2, call_3, call_5, call_7 = (_call_address(n) for n in (2, 3, 5, 7))
+call_1, call_2, call_3, call_5, call_7 = (_call_address(n) for n in (1, 2, 3, 5, 7))
 
 _PATIENCE = 500  # pauses before a waiting thread offers its core: those it waits for may need it
 give_way = types.ExternalFunction("sched_yield", types.int32())  # let another thread have this core, if one waits

@@ -17,16 +17,23 @@ _SILENCE_S = 60.0
 
 @dataclass(frozen=True)
 class Part:
-    """One of them. The module localrun.gpu.proof.NAME has prove(subject, findings)."""
+    """One of them. The module localrun.gpu.proof.NAME has prove(subject, findings).
+
+    Attributes:
+        optional: whether the card is used in spite of its faults, without what it is about.
+    """
 
     name: str
     title: str
     silence_s: float = _SILENCE_S
+    optional: bool = False
 
 
 PARTS = (
     Part("kernels", "kernels"),
     Part("layers", "layers and logits"),
+    Part("handover", "hand-over to the workers"),
+    Part("stream_memory", "stream memory operations", silence_s=20.0, optional=True),
     Part("steps", "captured steps"),
     Part("memory", "memory"),
     Part("speed", "speed"),

@@ -12,6 +12,7 @@ from localrun.gpu.proof import child, report, verdict
 from localrun.gpu.proof.parts import PARTS, Part
 from localrun.gpu.proof.task import Findings, Task
 from localrun.gpu.proof.verdict import Identity, Outcome, Verdict
+from localrun.gpu.ways import HOST_NODES, STREAM_MEMORY
 from localrun.models.config import Config
 from localrun.models.names import check_tensors, check_types
 from localrun.models.reader import read_config
@@ -62,8 +63,11 @@ def prove(
         found = run(part, task, doing)
         found = report.anonymous(found)
         faults, figures, choices = tuple(found["faults"]), found.get("figures", {}), found.get("choices", {})
+        if faults and part.optional:
+            faults, figures = (), figures | {"not_used": faults[0]}
+            choices = {}
         outcomes.append(Outcome(part.name, part.title, round(time.monotonic() - start, 1), faults, figures, choices))
-        task = task.with_choices({} if faults else choices)
+        task = task.with_choices(choices)
     where = verdict.environment(task.threads, task.ctx)
     complete = len(outcomes) == len(PARTS)
     return Verdict(identity, time.strftime("%Y-%m-%d"), complete, where, tuple(outcomes))
@@ -98,6 +102,12 @@ class Proof:
         if self._where.device == "auto" and self.verdict.disadvantage:
             return self.verdict.disadvantage
         return ""
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """What localrun.gpu.hybrid.HybridModel is told of it."""
+        found = {} if self.verdict is None else self.verdict.choices
+        return {"handover": found["handover"]} if found.get("handover") in (HOST_NODES, STREAM_MEMORY) else {}
 
 
 def examine(path: Path, threads: int, ctx: int | None, say: Say, doing: Say) -> Verdict:

@@ -45,6 +45,10 @@ def _figures(outcome: Outcome) -> str:
         copies, steps = figures["copies"], figures["step_s"]
         rates = ", ".join(f"{where} {rate / 1e9:.1f}" for where, rate in copies.items())
         return f"a step {1e3 * steps['cuda']:.1f} ms, {1e3 * steps['cpu']:.1f} ms by the CPU; copies, GB/s: {rates}"
+    if "not_used" in figures:
+        return f"not used: {figures['not_used']}"
+    if "handover_s" in figures:
+        return f"{1e6 * figures['handover_s']:.0f} us for each layer"
     return "the same bits throughout"
 
 

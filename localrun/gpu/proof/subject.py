@@ -23,6 +23,7 @@ from localrun.gguf.residency import Resident
 from localrun.gpu.cache import DeviceCache, GroupedCache
 from localrun.gpu.hybrid import HybridModel
 from localrun.gpu.proof.task import Task
+from localrun.gpu.ways import HOST_NODES
 from localrun.models import names
 from localrun.models.config import Config
 from localrun.models.reader import read_config
@@ -82,6 +83,7 @@ class Subject:
             self.before = n_layers - 1
             self.config, self.file = _cut(self.whole, n_layers), FirstLayers(opened, n_layers)
             self.device = make_device(self.task.make_device)
+            self.device.use(self.task.choices.get("handover", HOST_NODES))
             self._stack = stack.pop_all()
         return self
 

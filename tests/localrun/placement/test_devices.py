@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import tiny_models
@@ -30,10 +30,19 @@ GIB = 1 << 30
 CARD = Gpu("Acme 5000", (8, 9), 24 * GIB, 20 * GIB, "570.86", "12.8")
 
 
+class Passed:
+    """A proof that has nothing against the card."""
+
+    choices: ClassVar[dict[str, str]] = {}
+
+    def __call__(self, may_try: bool) -> str:
+        return ""
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A card that has proven itself, and a hybrid model that computes on the CPU and remembers its placement."""
-    monkeypatch.setattr(localrun.engine, "Proof", lambda *arguments: lambda may_try: "")
+    monkeypatch.setattr(localrun.engine, "Proof", lambda *arguments: Passed())
     hybrid = ModuleType("localrun.gpu.hybrid")
     hybrid.__spec__ = importlib.machinery.ModuleSpec(hybrid.__name__, None)
 
