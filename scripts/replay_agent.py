@@ -7,8 +7,9 @@ the turns a sub-agent begins: the same system text, another task, five turns of 
 agents do. Once with one server, once with a server that is stopped and started again in the middle and has
 --cache-dir. The bundled miniature is good enough: its replies mean nothing at such lengths, but its tokens do.
 
-A line for each on stderr; the last line of stdout is one JSON document. Exit code 1 if less than 95% of the prompts'
-tokens were reused in either, or the replies differ.
+new_tokens are those that no prompt or reply before had: fewer cannot be computed, and in short conversations they are
+more than 5%. A line for each on stderr; the last line of stdout is one JSON document. Exit code 1 if less than 95% of
+the prompts' tokens were reused in either, or the replies differ.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Conversation:
     text: str
     rng: random.Random
     tokens_a_turn: int
+    n_known: int  # tokens at its beginning that some prompt or reply has had
 
     def next_prompt(self, tokens_a_word: float) -> str:
         """The text with what the user, or a tool, says next."""
@@ -56,18 +58,18 @@ def turns(arguments: argparse.Namespace, tokens_a_word: float) -> Iterator[Conve
     """Whose turn it is: the agent's, and now and then five times a sub-agent's."""
     system = some_text(random.Random(0), arguments.system, tokens_a_word)
     a_turn = (arguments.tokens - arguments.system) // arguments.turns - REPLY_TOKENS
-    agent = Conversation(system, random.Random(1), a_turn)
+    agent = Conversation(system, random.Random(1), a_turn, 0)
     for turn in range(arguments.turns):
         yield agent
         if turn + 1 in (arguments.turns // 3, 2 * arguments.turns // 3):
-            sub_agent = Conversation(system, random.Random(2 + turn), a_turn)
+            sub_agent = Conversation(system, random.Random(2 + turn), a_turn, arguments.system)
             yield from [sub_agent] * SUB_TURNS
 
 
 def replay(arguments: argparse.Namespace, restarts: bool) -> dict[str, Any]:
     """All turns, one after the other."""
     options = ["-c", str(arguments.ctx), "--speculative", "off", "--slots", "2"]
-    started, said, sent, computed, longest = time.perf_counter(), [], 0, 0, 0
+    started, said, sent, new, computed, longest = time.perf_counter(), [], 0, 0, 0, 0
     with tempfile.TemporaryDirectory(prefix="replay-") as folder:
         if restarts:
             options += ["--cache-dir", folder]
@@ -88,12 +90,15 @@ def replay(arguments: argparse.Namespace, restarts: bool) -> dict[str, Any]:
                 said.append(answer["choices"][0]["text"])
                 usage = answer["usage"]
                 sent += usage["prompt_tokens"]
+                new += usage["prompt_tokens"] - conversation.n_known
+                conversation.n_known = usage["total_tokens"]
                 computed += usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
                 longest = max(longest, usage["prompt_tokens"])
         finally:
             server.stop()
     found = {
-        **{"prompts": len(said), "longest": longest, "prompt_tokens": sent, "computed_tokens": computed},
+        **{"prompts": len(said), "longest": longest, "prompt_tokens": sent},
+        **{"new_tokens": new, "computed_tokens": computed},
         **{"reused": round(1 - computed / sent, 4), "seconds": round(time.perf_counter() - started, 1)},
     }
     print(f"{'with' if restarts else 'without'} a restart: {found}", file=sys.stderr, flush=True)

@@ -3,7 +3,8 @@
 The model's text is prepared; everything between it and the agent is the server. What an agent needs that the server
 lacks shows itself here. Agents are looked for on PATH:
 
-    npm install -g --prefix agents @anthropic-ai/claude-code @openai/codex @qwen-code/qwen-code @continuedev/cli
+    npm install -g --prefix agents @anthropic-ai/claude-code @openai/codex @qwen-code/qwen-code @continuedev/cli \\
+        cline
     PATH=$PWD/agents/bin:$PATH python scripts/try_agents.py
 """
 
@@ -29,7 +30,7 @@ from scripted import scripted_engine
 WORD = "halcyon-42"
 TASK = "Read the file secret.txt with a tool and tell me the word in it."
 LIMIT_S = 120
-_TOOL = re.compile(r'"name": ?"(Read|read_file|shell|exec_command|shell_command|local_shell|run_shell_command|Bash)"')
+_TOOL = re.compile(r'"name": ?"(Read|read_files?|shell|exec_command|shell_command|local_shell|run_shell_command|Bash)"')
 
 
 @dataclass
@@ -68,6 +69,9 @@ AGENTS = {
         ["qwen", "-p", TASK, "--auth-type", "openai", "--approval-mode", "yolo"],
         {"OPENAI_BASE_URL": "{url}/v1", "OPENAI_API_KEY": "none", "OPENAI_MODEL": "local"},
     ),
+    "cline": Agent(
+        ["sh", "-c", f"cline auth -p openai -k none -m local -b {{url}}/v1 && cline -P openai -m local '{TASK}'"],
+    ),
     "cn": Agent(
         ["cn", "-p", TASK, "--config", "config.yaml", "--allow", "Read"],
         {"CONTINUE_TELEMETRY_ENABLED": "0"},
@@ -103,6 +107,8 @@ def arguments(tool: str, folder: Path) -> dict[str, object]:
     path = str(folder / "secret.txt")
     if tool == "Read":
         return {"file_path": path, "filepath": path}
+    if tool == "read_files":
+        return {"files": [{"path": path}]}
     if tool == "read_file":
         return {"file_path": path}
     if tool == "exec_command":
@@ -126,7 +132,7 @@ def attempt(name: str, keep: Path | None) -> str | None:
             environment = {key: value.replace("{url}", url) for key, value in agent.environment.items()}
             try:
                 done = subprocess.run(
-                    agent.command,
+                    [each.replace("{url}", url) for each in agent.command],
                     cwd=folder,
                     env={**os.environ, "HOME": home, "NO_PROXY": "127.0.0.1", **environment},
                     stdin=subprocess.DEVNULL,

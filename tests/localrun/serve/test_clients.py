@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import httpx
+import jsonschema
 import openai
 import pytest
 from cases import slow_but
@@ -79,6 +81,37 @@ def test_openai(engine: Engine, url: str) -> None:
     wrong = openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0)
     with wrong, pytest.raises(openai.AuthenticationError):
         wrong.models.list()
+
+
+@pytest.mark.slow
+def test_a_call_that_is_asked_for_and_its_result(engine: Engine, url: str) -> None:
+    """A real model, which no one has taught tools: its call is one of the schema, and the result goes back to it."""
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+        "required": ["city", "days"],
+        "additionalProperties": False,
+    }
+    named = {"type": "function", "function": {"name": "weather"}}
+    tools = [{"type": "function", "function": {"name": name, "parameters": schema}} for name in ("news", "weather")]
+    messages: list = [{"role": "user", "content": "What will the weather be in Rome?"}]
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0) as client:
+        asked = {"model": "x", "tools": tools, "max_tokens": 100, "seed": 1}
+        choice = client.chat.completions.create(**asked, messages=messages, tool_choice=named, temperature=1.5).choices[
+            0
+        ]
+        (call,) = choice.message.tool_calls
+        assert (choice.finish_reason, call.function.name) == ("tool_calls", "weather")
+        jsonschema.validate(json.loads(call.function.arguments), schema)
+        result = {"role": "tool", "tool_call_id": call.id, "content": "Hail of the size of hens' eggs."}
+        messages += [choice.message.model_dump(exclude_none=True), result]
+        text = httpx.post(
+            f"{url}/apply-template", json={"messages": messages, "tools": tools}, headers={"x-api-key": "secret"}
+        ).json()["prompt"]
+        assert text.index(f'"{json.loads(call.function.arguments)["city"]}"') < text.index("hens' eggs")
+        reply = client.chat.completions.create(**asked, messages=messages, tool_choice="none", temperature=0)
+        assert reply.choices[0].message.content and not reply.choices[0].message.tool_calls
+        assert reply.usage.prompt_tokens_details.cached_tokens > 0
 
 
 @pytest.mark.parametrize("signals", slow_but([1, 2], [2]))
