@@ -122,12 +122,12 @@ def model(
 
 def _machine(name: str, threads: int | None) -> Machine:
     """The machine; of this one only what it holds. Raises LocalrunError."""
-    from localrun.plan.machine import load_machine
+    from localrun.plan.machine import load_machine, with_measured_card
 
     if name != "this":
         if threads is not None:
             raise LocalrunError("-t/--threads goes with --machine this; a description says its cores")
-        return load_machine(name)
+        return with_measured_card(load_machine(name))
     from localrun.plan.measure import unmeasured
     from localrun.workers import n_workers
 

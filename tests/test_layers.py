@@ -67,7 +67,7 @@ MAY_IMPORT = {
         "serve": "arguments errors files limits hardware text generate engine",
         "measure": "errors files pictures hardware limits gguf models placement network cpu backends generate engine",
         "convert": "errors files gguf models text",
-        "plan": "errors files pictures hardware limits bundled gguf models placement cpu convert",
+        "plan": "errors files pictures hardware limits bundled gguf models placement cpu gpu convert",
     },
 }
 # The public face, for the version and, as its users do, load().

@@ -13,6 +13,7 @@ from typing import Any
 
 from localrun.errors import LocalrunError
 from localrun.files import user_path
+from localrun.gpu.proof.verdict import measured_handover
 from localrun.plan.known import load_data, read_json
 
 TRANSFER_BYTES = 8  # a DDR channel is 64 bits wide
@@ -130,6 +131,15 @@ def load_machine(name: str) -> Machine:
     path = user_path(name)
     document = read_json(path, name, f"no such machine file; presets: this, {', '.join(known)}")
     return parse_machine(document, path.stem, name)
+
+
+def with_measured_card(machine: Machine) -> Machine:
+    """The same, with the hand-over that a card of its name was measured to take here, if one has proven itself."""
+    seconds = None if machine.gpu is None or machine.gpu.unified else measured_handover(machine.gpu.name)
+    if seconds is None:
+        return machine
+    sources = machine.sources | {"gpu.handover_s": "measured by localrun doctor --gpu"}
+    return replace(machine, gpu=replace(machine.gpu, handover_s=seconds), sources=sources)
 
 
 def parse_machine(document: Any, name: str, where: str) -> Machine:

@@ -198,6 +198,19 @@ def load(wanted: Identity) -> Verdict | None:
     return found if found.identity == wanted else None
 
 
+def measured_handover(card: str) -> float | None:
+    """Seconds of a layer's hand-over to the CPU and back, by the last verdict of a card whose name ends like this."""
+    place = folder()
+    paths = [] if place is None or not place.is_dir() else place.glob("*.json")
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
+        with suppress(LocalrunError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            found = Verdict.of(json.loads(read_bytes(path, "the verdict", _MOST_BYTES)))
+            seconds = found.choices.get("handover_s")
+            if found.identity.card.endswith(card) and isinstance(seconds, float) and 0 < seconds < 1:
+                return seconds
+    return None
+
+
 def save(verdict: Verdict) -> Path | None:
     """Keep it for the next start; None where that can't be: then the next start proves anew."""
     place = folder()

@@ -26,6 +26,7 @@ from localrun.gpu.proof.parts import PARTS
 from localrun.gpu.proof.task import Findings, Task
 from localrun.placement import available
 from localrun.placement.devices import DeviceRequest
+from localrun.plan.machine import load_machine, with_measured_card
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +111,19 @@ def test_a_damaged_verdict_is_none(content: bytes, cache: Path) -> None:
     path = verdict.save(verdict_of(identity))
     path.write_bytes(content)
     assert verdict.load(identity) is None
+
+
+def test_plan_takes_the_measured_hand_over(cache: Path) -> None:
+    """Of a card of the same name; else what is assumed, with what that rests on."""
+    machine = load_machine("10k-server")
+    assert with_measured_card(machine) == machine and "FreeToken" in machine.sources["gpu.handover_s"]
+    for card in ("NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 4090"):
+        kept = verdict_of(replace(identity_of("F32"), card=card))
+        speed = replace(kept.outcomes[1], choices={"handover": "host nodes", "handover_s": 4e-5})
+        verdict.save(replace(kept, outcomes=(kept.outcomes[0], speed)))
+        measured = with_measured_card(machine)
+        assert measured.gpu.handover_s == (4e-5 if card.endswith("4090") else 2e-5)
+    assert measured.sources["gpu.handover_s"] == "measured by localrun doctor --gpu"
 
 
 def test_a_verdict_that_cannot_be_kept_is_no_error(cache: Path) -> None:
