@@ -2,10 +2,9 @@
 
     python scripts/bench_phases.py MODEL.gguf [-c 1024,131072] [-r ROUNDS] [-t THREADS]
 
-Each phase's time is that of the step up to its end less that up to the one before, each the best of some rounds in
-which phases and contexts take turns; so a model of few layers measures best (make_synthetic.py's slices). What an
-indexer chooses among random rows says nothing, but costs as much as among real ones. A table goes to stderr, phases of
-layers of one kind added up; stdout is one JSON document.
+Behind each phase stands one more that notes the time, which costs a microsecond or two. Contexts take turns; of each
+phase the shortest time counts. What an indexer chooses among random rows says nothing, but costs as much as among real
+ones. A table goes to stderr, phases of layers of one kind added up; stdout is one JSON document.
 """
 
 from __future__ import annotations
@@ -15,10 +14,12 @@ import json
 import sys
 import time
 from collections import defaultdict
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
+from numba import types
 
 from localrun import hardware
 from localrun.cpu.compressed import decode_step
@@ -29,9 +30,15 @@ from localrun.models.config import Config
 from localrun.models.reader import read_config
 from localrun.models.tensors import GGUFTensors
 from localrun.network.cache import Cache, new_cache
+from quant.decode.program import HEADER, NOTHING, PHASE, Phase, Program
+from quant.simd.struct import address, struct
+from quant.target.jit import kernel
 from quant.threads.pool import Pool
 
-STEP = "a token"
+STEP, TIMED = "a token", "timed"
+STAMP = struct("Stamp", phase=PHASE, out=address)
+_MONOTONIC = 1  # Linux's CLOCK_MONOTONIC
+_clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.int64))
 
 
 def filled(config: Config, n_tokens: int) -> Cache:
@@ -56,24 +63,48 @@ def kind_of(phase: str, config: Config) -> str:
     return f"{name}" + "".join(f", {word} {n}" for word, n in seen[: 2 - bool(config.compress_ratios)] if n)
 
 
-def measure(step: DecodeStep, caches: dict[int, Cache], n_rounds: int) -> dict[int, dict[str, float]]:
+@kernel("void(int64, int64, int64)")
+def _note_time(phase, item, work):
+    _clock_gettime(types.int32(_MONOTONIC), STAMP(phase).out)
+
+
+@contextmanager
+def noting_times() -> Iterator[list[np.ndarray]]:
+    """Programs that are made meanwhile note when each phase ends: seconds and nanoseconds, int64 (2,) a phase."""
+    add, times = Program.add, []
+
+    def add_both(program: Program, phase: Phase, name: str = "") -> None:
+        times.append(np.zeros(2, np.int64))
+        add(program, phase, name)
+        arguments = STAMP.pack(phase=HEADER, out=times[-1].ctypes.data)
+        add(program, Phase(NOTHING, _note_time, 1, arguments, 0), f"{name}, {TIMED}")
+
+    Program.add = add_both
+    try:
+        yield times
+    finally:
+        Program.add = add
+
+
+def measure(
+    step: DecodeStep, times: list[np.ndarray], caches: dict[int, Cache], n_rounds: int
+) -> dict[int, dict[str, float]]:
     """Seconds by context and kind of phase, and of the whole step."""
-    names = step.program.names
-    best = {n: dict.fromkeys(names, float("inf")) for n in caches}
+    names = step.program.names[::2]
+    best = {n: np.full(len(names) + 1, np.inf) for n in caches}
     for round_ in range(n_rounds + 1):  # the first brings everything in
-        for name in names:
-            for n, cache in caches.items():
-                start = time.perf_counter()
-                step.program.run([1], [n], cache.addresses, cache_rows=cache.n_rows, until=name)
-                if round_:
-                    best[n][name] = min(best[n][name], time.perf_counter() - start)
+        for n, cache in caches.items():
+            begin = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+            step.program.run([1], [n], cache.addresses, cache_rows=cache.n_rows)
+            ends = np.array(times) @ [10**9, 1]
+            taken = np.array([*np.diff(ends, prepend=begin), ends[-1] - begin]) / 1e9
+            best[n] = np.minimum(best[n], taken) if round_ else best[n]
     found: dict[int, dict[str, float]] = {}
-    for n, until in best.items():
-        kinds, before = defaultdict(float), 0.0
-        for name in names:
-            kinds[kind_of(name, step.config)] += until[name] - before
-            before = until[name]
-        found[n] = {**kinds, STEP: before}
+    for n, seconds in best.items():
+        kinds = defaultdict(float)
+        for name, each in zip([*names, STEP], seconds, strict=True):
+            kinds[kind_of(name, step.config)] += float(each)
+        found[n] = dict(kinds)
     return found
 
 
@@ -95,10 +126,12 @@ def main() -> None:
     contexts = [int(n) for n in arguments.contexts.split(",")]
     with open_gguf(arguments.model) as file, closing(Pool(arguments.threads)) as pool:
         config = read_config(file)
-        step, caches = decode_step(config, GGUFTensors(file), pool), {n: filled(config, n) for n in contexts}
+        with noting_times() as times:
+            step = decode_step(config, GGUFTensors(file), pool)
+        caches = {n: filled(config, n) for n in contexts}
         for cache in caches.values():
             step.run_until(step.program.names[0], [1], cache)  # makes room for the choices of an indexer
-        found = measure(step, caches, arguments.rounds)
+        found = measure(step, times, caches, arguments.rounds)
     show(found)
     rounded = {n: {kind: round(1e3 * seconds, 4) for kind, seconds in each.items()} for n, each in found.items()}
     print(json.dumps({"model": str(arguments.model), "ms": rounded, "threads": arguments.threads} | machine()))
