@@ -65,8 +65,8 @@ GpuExperts = Annotated[
     str,
     typer.Option(
         "--gpu-experts",
-        metavar="auto|N",
-        help="Experts of each layer on the GPU; those of whole layers that fit, or N.",
+        metavar="auto|N|cache|cache:N",
+        help="Experts of each layer on the GPU: those of whole layers that fit, or N; or as a cache of all in RAM.",
     ),
 ]
 ExpertUsage = Annotated[

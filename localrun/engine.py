@@ -73,7 +73,8 @@ def load(
         ctx: tokens that a session can hold; None for DEFAULT_CTX, or the model's own length if that is less.
         backend: "native", "llama.cpp", or "auto": native where it can, else llama.cpp with a notice.
         vram: GiB of the card's memory that may be used; None for all that is free.
-        gpu_experts: routed experts of each layer that go to the GPU; "auto" for those of as many layers as fit.
+        gpu_experts: routed experts of each layer that go to the GPU; "auto" for those of as many layers as fit; "cache"
+            or "cache:N" for as many of each layer as fit, or N, which change with what is used, while all stay in RAM.
         expert_usage: an importance matrix (localrun imatrix): the experts that its text used most go to the GPU first.
         cache_bits: of the values that the GPU keeps of each token: 16, or 8, which changes the text a little.
         repack: lay the rows of routed experts out anew in RAM as far as it is free, which makes replies faster.

@@ -73,6 +73,7 @@ class DecodeStep:
         """The step's work, launch by launch. Within Pool.exclusive(), until it is done."""
         network, c = self._network, self._network.config
         self._routed.mode = Mode.STEP
+        self._routed.start()
         ids = self._ids[:n_tokens]
         ids.copy_(self._ids_on_host[:n_tokens], non_blocking=True)
         x_TD = network.embed_tokens(ids)
@@ -81,3 +82,4 @@ class DecodeStep:
         x_TD = rms_norm(x_TD, (c.hidden_size,), network.norm, c.rms_norm_eps)
         self._hidden[:n_tokens].copy_(x_TD, non_blocking=True)
         self._logits[:n_tokens].copy_(network.lm_head(x_TD), non_blocking=True)
+        self._routed.end()

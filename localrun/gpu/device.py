@@ -61,6 +61,11 @@ class StandIn:
     def join(self, branch: None) -> None:
         """Go on after a branch."""
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is queued within waits for nothing else, and nothing waits for it; one thread's."""
+        yield
+
     def call(self, function: int, argument: int) -> None:
         """Call a C function void(void*) by its address."""
         if self._coordinator is not None and self._replays:
@@ -114,7 +119,7 @@ class StandIn:
 
 
 class Cuda:
-    """A GPU with its main stream, which is torch's current one, and one more.
+    """A GPU with its main stream, which is torch's current one, one more for branches, and one aside.
 
     A tensor may be used on the other stream than the one it was made on, as long as it is held until join().
     """
@@ -124,7 +129,7 @@ class Cuda:
         self.torch = torch.device("cuda", index)
         self._driver = load_driver()
         with self.errors():
-            self._side, self._capture = torch.cuda.Stream(self.torch), torch.cuda.Stream(self.torch)
+            self._side, self._capture, self._aside = (torch.cuda.Stream(self.torch) for _ in range(3))
         self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
         self._coordinator: Coordinator | None = None
         self._hands_over = self._pending = False  # what is captured; what was replayed
@@ -154,6 +159,12 @@ class Cuda:
     def join(self, branch: torch.cuda.Stream) -> None:
         """The current stream goes on after the branch."""
         torch.cuda.current_stream(self.torch).wait_stream(branch)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is queued within goes on a stream that waits for no other, and no other for it; one thread's."""
+        with torch.cuda.stream(self._aside):
+            yield
 
     def call(self, function: int, argument: int) -> None:
         """A host node on the current stream: a C function void(void*) at an address, with its argument."""

@@ -66,7 +66,7 @@ class HybridModel:
         """Uploads what the placement gives to the device, the first GPU unless given. The file must stay open.
 
         Args:
-            notice: told when kernels are compiled, now or later.
+            notice: told when kernels are compiled, now or later, and when a cache of experts stands still.
             handover: of a step's work to the workers, on the first GPU; as handover.py has them.
 
         Raises:
@@ -80,7 +80,7 @@ class HybridModel:
         if device is None:
             self.device.use(handover)
         compiling.set_up(notice)
-        self._placement, self._tensors = placement, GGUFTensors(file)
+        self._placement, self._tensors, self._notice = placement, GGUFTensors(file), notice
         self._mtp: MTP | None = None
         self._holds_torch = False
         self.pool = Pool(n_threads)
@@ -92,7 +92,7 @@ class HybridModel:
 
     def _load(self) -> None:
         with self.device.errors():
-            weights = DeviceWeights(self.file, self.config, self._placement, self.device, self.pool)
+            weights = DeviceWeights(self.file, self.config, self._placement, self.device, self.pool, self._notice)
             self.routed = weights.routed
             self.network = Network(self.config, weights, attention_on(self.device.torch))
             self.step = DecodeStep(self.device, self.pool, self.network, self.routed)
@@ -155,6 +155,7 @@ class HybridModel:
                 hidden, logits = self.step(ids, cache)
             else:
                 hidden, logits = self._prefill(ids, cache, all_logits)
+            self.routed.settle(len(ids))
         if self.keep_hidden:
             self.hidden = hidden
         return logits if all_logits else logits[-1:]
@@ -165,11 +166,13 @@ class HybridModel:
         """Of all tokens, or as far as they are wanted of the last alone: what the head reads, and logits."""
         network, c = self.network, self.config
         self.routed.mode, n_batches = self.tuning.choose(len(ids))
+        self.routed.start()
         x_TD = network.embed_tokens(torch.tensor(ids, dtype=torch.int64).to(self.device.torch))
         x_TD = prefill.forward(network.layers, x_TD, cache, n_batches, self.routed.cancel)
         x_TD = rms_norm(
             x_TD if all_logits or self.keep_hidden else x_TD[-1:], (c.hidden_size,), network.norm, c.rms_norm_eps
         )
+        self.routed.end()
         logits = network.lm_head(x_TD if all_logits else x_TD[-1:]).cpu().numpy()
         hidden = x_TD.cpu().numpy() if self.keep_hidden else self.hidden
         cache.advance(len(ids))

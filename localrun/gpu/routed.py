@@ -11,6 +11,7 @@ import torch
 
 from localrun.gpu import experts as vram
 from localrun.gpu.device import Cuda, StandIn
+from localrun.gpu.expert_cache import ExpertCache
 from localrun.gpu.host_experts import PrefillExperts, StepExperts
 from localrun.gpu.matrix import Matrix
 from localrun.gpu.stream import StreamedExperts, Uploader, work_bytes
@@ -35,6 +36,7 @@ class Routed:
     Attributes:
         mode: of the next begin().
         in_ram: layer -> its experts, of those that have some in RAM.
+        cache: what changes the experts in VRAM, if they are a cache of those in RAM, which are all then.
         streamable: bytes of VRAM that streaming takes for its work; 0 if no layer lies in RAM whole.
     """
 
@@ -45,17 +47,33 @@ class Routed:
         layers: Mapping[int, ExpertMatrices],
         in_vram: Mapping[int, Sequence[int]],
         top_k: int,
+        is_cache: bool = False,
+        notice: Callable[[str], None] = lambda line: None,
     ):
-        """layers: of the model, by index; their tensors must stay mapped. in_vram: layer -> ids to upload."""
+        """Uploads.
+
+        Args:
+            layers: of the model, by index; their tensors must stay mapped.
+            in_vram: layer -> ids to upload.
+            is_cache: whether they are only the first of those that come to VRAM.
+            notice: as ExpertCache has it.
+        """
         self.mode = Mode.PREFILL
         self._device = device
         self.in_ram = {i: experts for i, experts in layers.items() if len(in_vram[i]) < experts.gate.n_groups}
-        self._whole = [experts for i, experts in self.in_ram.items() if not in_vram[i]]
-        self._vram = {i: vram.Experts(experts, device.torch, in_vram[i]) for i, experts in layers.items() if in_vram[i]}
+        self.cache = ExpertCache(device, layers, in_vram, notice) if is_cache else None
+        self._vram = self.cache.in_vram if self.cache is not None else self._upload(layers, in_vram)
+        self._whole = [experts for i, experts in self.in_ram.items() if self.is_whole(i)]
         self._steps = StepExperts(device, pool, self.in_ram, top_k) if self.in_ram else None
         self._prefill = PrefillExperts(device, pool) if self.in_ram else None
         self._streamed: StreamedExperts | None = None
         self.streamable = max(map(work_bytes, self._whole), default=0)
+
+    def _upload(
+        self, layers: Mapping[int, ExpertMatrices], in_vram: Mapping[int, Sequence[int]]
+    ) -> dict[int, vram.Experts]:
+        device = self._device.torch
+        return {i: vram.Experts(experts, device, in_vram[i]) for i, experts in layers.items() if in_vram[i]}
 
     def layer(self, index: int) -> RoutedExperts:
         """The experts of layer `index`."""
@@ -63,7 +81,7 @@ class Routed:
 
     def is_whole(self, index: int) -> bool:
         """Whether all of a layer's experts are in RAM."""
-        return index in self.in_ram and index not in self._vram
+        return index in self.in_ram and (index not in self._vram or self.cache is not None)
 
     def allow_streaming(self) -> None:
         """Set the work memory for Mode.STREAM aside."""
@@ -72,6 +90,8 @@ class Routed:
     def homes(self, index: int) -> list[RoutedExperts]:
         """Where the experts of a layer are to be computed now: those in RAM first, as they start others' work."""
         found: list[RoutedExperts] = []
+        if self.mode is Mode.STREAM and self._streamed is not None and self.is_whole(index):
+            return [self._streamed.layer(self.in_ram[index])]
         if index in self.in_ram:
             found.append(self._in_ram(index))
         if index in self._vram:
@@ -83,12 +103,25 @@ class Routed:
         if self.mode is Mode.STEP:
             assert self._steps is not None
             here: RoutedExperts = self._steps.layer(index)
-        elif self.mode is Mode.STREAM and self._streamed is not None and self.is_whole(index):
-            return self._streamed.layer(experts)
         else:
             assert self._prefill is not None
             here = self._prefill.layer(experts)
         return _Others(here, self._vram[index].slot_of) if index in self._vram else here
+
+    def start(self) -> None:
+        """A forward pass begins."""
+        if self.cache is not None:
+            self.cache.start()
+
+    def end(self) -> None:
+        """All of it is queued."""
+        if self.cache is not None:
+            self.cache.read()
+
+    def settle(self, n_tokens: int) -> None:
+        """It is done, and was of so many tokens: experts may come to VRAM now, and others leave it."""
+        if self.cache is not None:
+            self.cache.settle(n_tokens)
 
     def cancel(self) -> None:
         """Drop what was begun by Mode.PREFILL, and wait for what can't be dropped."""
@@ -96,7 +129,9 @@ class Routed:
             self._prefill.cancel()
 
     def close(self) -> None:
-        """End the thread."""
+        """End all threads."""
+        if self.cache is not None:
+            self.cache.close()
         if self._prefill is not None:
             self._prefill.close()
 
@@ -109,6 +144,8 @@ class _Layer:
 
     def begin(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Finish:
         """As RoutedExperts."""
+        if self._routed.cache is not None:
+            self._routed.cache.note(self._index, ids)
         finishes = [home.begin(x, ids, weights) for home in self._routed.homes(self._index)]
         return finishes[0] if len(finishes) == 1 else _sum_of(finishes)
 

@@ -24,14 +24,16 @@ _PIECE_BYTES = 32 << 20  # long beside a copy's start, short beside a layer
 _ALIGNMENT = 256  # of matrices in the work buffer, and bytes behind the last: kernels' words may end past a block
 
 # gate, up, down, x (T, D), ids (T, K), weights (T, K) -> weighted sum (T, D)
+Fill = Callable[[torch.Tensor, torch.Tensor], object]  # destination, source: uint8 (n,) of the host
 Compute = Callable[[Matrix, Matrix, Matrix, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Uploader:
     """Copies to a device's memory through two pieces of page-locked memory in turn."""
 
-    def __init__(self, device: Cuda | StandIn, piece_bytes: int = _PIECE_BYTES):
-        self._device = device
+    def __init__(self, device: Cuda | StandIn, piece_bytes: int = _PIECE_BYTES, fill: Fill = torch.Tensor.copy_):
+        """fill: how a part of the host's memory gets into a piece."""
+        self._device, self._fill = device, fill
         self._pieces = [device.pinned((piece_bytes,), torch.uint8) for _ in range(2)]
         self._copied: list[Callable[[], None]] = [lambda: None] * 2
         self._turn = 0
@@ -43,7 +45,7 @@ class Uploader:
             part = source[first : first + n_bytes]
             self._copied[self._turn]()
             piece = self._pieces[self._turn][: part.shape[0]]
-            piece.copy_(part)
+            self._fill(piece, part)
             destination[first : first + part.shape[0]].copy_(piece, non_blocking=True)
             self._copied[self._turn] = self._device.mark()
             self._turn = 1 - self._turn

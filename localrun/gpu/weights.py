@@ -4,6 +4,8 @@ What the placement gives to the device is uploaded as the network asks for it, o
 are let go. The file's map stays the home of all experts that compute on the CPU.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from localrun.gguf.file import GGUFFile
@@ -30,12 +32,21 @@ class DeviceWeights(GGUFTensors):
 
     choose_experts = staticmethod(choose_experts)
 
-    def __init__(self, file: GGUFFile, config: Config, placement: Placement, device: Cuda | StandIn, pool: Pool):
-        """Uploads the experts that go to the device. The file must stay open."""
+    def __init__(
+        self,
+        file: GGUFFile,
+        config: Config,
+        placement: Placement,
+        device: Cuda | StandIn,
+        pool: Pool,
+        notice: Callable[[str], None],
+    ):
+        """Uploads the experts that go to the device. The file must stay open. notice: as HybridModel has it."""
         super().__init__(file)
         self._device = device
         layers = {i: self.expert_matrices(i) for i in range(config.num_hidden_layers) if has_experts(self, i)}
-        self.routed = Routed(device, pool, layers, placement.experts, config.num_experts_per_tok)
+        in_vram, is_cache = placement.experts, placement.expert_slots > 0
+        self.routed = Routed(device, pool, layers, in_vram, config.num_experts_per_tok, is_cache, notice)
 
     def vector(self, name: str) -> torch.Tensor:
         """A 1-D tensor, float32."""
@@ -89,7 +100,7 @@ def spans_in_ram(tensors: GGUFTensors, config: Config, placement: Placement) -> 
     if drafts and not names.is_nextn(head, config):  # the model's own, which is on the device as well
         spans.append((tensors.file.tensors[head].data.ctypes.data, tensors.file.tensors[head].n_bytes))
     for index, ids in placement.experts.items():
-        if 0 < len(ids) < placement.n_experts:
+        if 0 < len(ids) < placement.n_experts and not placement.expert_slots:
             spans += _expert_spans(tensors.expert_matrices(index), set(ids))
     return spans
 

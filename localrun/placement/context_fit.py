@@ -18,7 +18,7 @@ def refusal(request: Request) -> str:
     fitting = settings_that_fit(request)
     if fitting:
         return f"{need}; {' or '.join(fitting)} would fit"
-    least = lay_out(replace(request, ctx=min(request.ctx, CTX_STEP), gpu_experts="auto"))
+    least = lay_out(replace(request, ctx=min(request.ctx, CTX_STEP), gpu_experts="auto", expert_cache=False))
     return f"{need}; with {least.ctx} tokens it is still {least.shortage() or 'too much'}"
 
 
@@ -50,12 +50,13 @@ def _fewer_experts(request: Request) -> str:
     if request.vram is None or not isinstance(wanted, int) or VRAM not in lay_out(request).short:
         return ""
     most = _most(-1, wanted - 1, lambda n: n >= 0 and VRAM not in lay_out(replace(request, gpu_experts=n)).short)
-    return f"--gpu-experts {most}" if most >= 0 and _fits(replace(request, gpu_experts=most)) else ""
+    option = f"--gpu-experts {'cache:' * request.expert_cache}{most}"
+    return option if most >= 0 and _fits(replace(request, gpu_experts=most)) else ""
 
 
 def _auto_experts(request: Request) -> str:
-    fixed = request.vram is not None and request.gpu_experts != "auto"
-    fits = fixed and RAM in lay_out(request).short and _fits(replace(request, gpu_experts="auto"))
+    fixed = request.vram is not None and (request.gpu_experts != "auto" or request.expert_cache)
+    fits = fixed and RAM in lay_out(request).short and _fits(replace(request, gpu_experts="auto", expert_cache=False))
     return "--gpu-experts auto" if fits else ""
 
 

@@ -52,7 +52,7 @@ class DeviceRequest:
         if self.vram is not None and number("vram", self.vram, "more than 0 GiB") <= 0:
             refuse("vram", self.vram, "more than 0 GiB")
         if self.n_experts != "auto":
-            whole("gpu_experts", self.n_experts, "auto, or 0 or more experts of each layer", low=0)
+            whole("gpu_experts", self.n_experts, "auto, cache, cache:N, or 0 or more experts of each layer", low=0)
         if whole("cache_bits", self.cache_bits, "16 or 8", low=8, high=16) not in (16, 8):
             refuse("cache_bits", self.cache_bits, "16 or 8")
         if self.expert_usage is not None:
@@ -67,9 +67,17 @@ class DeviceRequest:
 
     @property
     def n_experts(self) -> int | str:
-        """gpu_experts, a number where it was given as text."""
+        """Of each layer on the GPU: a number, or "auto" for as many as fit."""
         given = self.gpu_experts
+        if self.caches_experts:
+            given = given.removeprefix("cache").removeprefix(":") or "auto"
         return int(given) if isinstance(given, str) and given.isdecimal() and len(given) < _MOST_DIGITS else given
+
+    @property
+    def caches_experts(self) -> bool:
+        """Whether they are a cache."""
+        given = self.gpu_experts
+        return isinstance(given, str) and (given == "cache" or given.startswith("cache:"))
 
     @property
     def asks_for_gpu(self) -> bool:
@@ -108,7 +116,7 @@ def choose(
         free, reason, is_news = _free_vram(config, proof)
     if not reason:
         request = replace(on_cpu, vram=free, vram_free=free, gpu_experts=where.n_experts, cache_bits=where.cache_bits)
-        request = replace(request, usage=usage)
+        request = replace(request, usage=usage, expert_cache=where.caches_experts)
         if where.vram is not None:
             request = replace(request, vram=min(free, int(where.vram * 2**30)))
         placement = lay_out(request)

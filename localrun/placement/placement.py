@@ -3,7 +3,7 @@
 On the GPU go attention with the whole KV cache, norms, routers, shared experts, dense layers, embedding and head;
 routed experts stay in RAM. What VRAM is left takes whole experts: the most used ones of all layers where counts are
 known, else all experts of a layer, layer by layer. A tensor has one home, or two that share its experts: no weight lies
-twice in RAM.
+twice in RAM. Or what is left is a cache of as many experts of each layer, all of which stay in RAM then.
 
 The layer for multi-token prediction stays in RAM with all its tensors and runs there: it only makes drafts, which may
 be slow or missing without changing a reply, and V3's would take 1.5 GB of VRAM from layers that every token needs.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -65,6 +65,7 @@ class Request:
         vram: bytes that may be used; None to leave the GPU out.
         vram_free: what the card has, if vram was set to less.
         gpu_experts: routed experts of each layer to keep in VRAM, or "auto" for as many as there is room for.
+        expert_cache: whether they are a cache: all experts stay in RAM, and which of them VRAM holds too may change.
         cache_bits: of a cached value on the GPU: 16 or 8. In RAM it has 16.
         usage: how often each expert was chosen, by layer.
         mtp: whether the layer for multi-token prediction makes drafts; else it stays on the disk.
@@ -79,6 +80,7 @@ class Request:
     vram_free: int | None = None
     batch: int = 1
     gpu_experts: int | str = "auto"
+    expert_cache: bool = False
     cache_bits: int = 16
     usage: Mapping[int, Sequence[int]] | None = None
     mtp: bool = False
@@ -101,7 +103,8 @@ class Placement:
     Attributes:
         device: where the network runs: "cuda", with experts in RAM on the CPU, or "cpu".
         tensors: name -> "cuda", "cpu" or "both".
-        experts: layer with routed experts -> ids of those in VRAM, ascending.
+        experts: layer with routed experts -> ids of those in VRAM, ascending; of a cache those that are first in it.
+        expert_slots: experts of each layer that VRAM caches, which all lie in RAM too; 0 where they stay in VRAM.
         n_experts: of a layer.
         rows: the memory table.
         available: bytes that may be used, by memory.
@@ -113,6 +116,7 @@ class Placement:
     cache_bits: int
     tensors: Mapping[str, str]
     experts: Mapping[int, tuple[int, ...]]
+    expert_slots: int
     n_experts: int
     rows: tuple[Row, ...]
     available: Mapping[str, int]
@@ -152,6 +156,7 @@ class Placement:
                 for layer, ids in self.experts.items()
                 if ids
             },
+            "expert_slots": self.expert_slots,
             "tensors": {home: names for home, names in homes.items() if names},
         }
 
@@ -160,23 +165,25 @@ def lay_out(request: Request) -> Placement:
     """The placement, whether it fits or not: see Placement.short. Raises LocalrunError on a setting without sense."""
     parts = _Parts(request.tensors, request.config)
     _check(request, parts)
-    experts = {layer.index: () for layer in parts.moe}
+    experts, slots = {layer.index: () for layer in parts.moe}, 0
     if request.vram is None:
-        rows, available = list(_cpu_rows(request, parts, experts)), {RAM: request.ram}
+        rows, available = list(_cpu_rows(request, parts, experts, slots)), {RAM: request.ram}
     else:
         gpu_rows = list(_gpu_rows(request, parts))
         left = request.vram - sum(row.n_bytes for row in gpu_rows)
-        experts = _choose(request, parts.moe, left)
+        slots = _slots(request, parts.moe, left)
+        experts = _choose(replace(request, gpu_experts=slots) if slots else request, parts.moe, left)
         gpu_rows.insert(len(parts.groups), Row(VRAM, EXPERTS, _expert_bytes(parts.moe, experts)))
-        rows = gpu_rows + list(_cpu_rows(request, parts, experts))
+        rows = gpu_rows + list(_cpu_rows(request, parts, experts, slots))
         available = {VRAM: request.vram, RAM: request.ram}
     return Placement(
         device=CPU if request.vram is None else GPU,
         ctx=request.ctx,
         batch=request.batch,
         cache_bits=16 if request.vram is None else request.cache_bits,
-        tensors=MappingProxyType(_homes(request, parts, experts)),
+        tensors=MappingProxyType(_homes(request, parts, experts, slots)),
         experts=MappingProxyType(experts),
+        expert_slots=slots,
         n_experts=request.config.n_routed_experts,
         rows=tuple(row for row in rows if row.n_bytes),
         available=MappingProxyType(available),
@@ -309,6 +316,17 @@ def _check(request: Request, parts: _Parts) -> None:
 # --- who goes where
 
 
+def _slots(request: Request, moe: Sequence[_MoeLayer], left: int) -> int:
+    """Of each layer, of a cache of experts; 0 for none, as where all of them have room in VRAM."""
+    n_experts = request.config.n_routed_experts
+    if not request.expert_cache or not moe:
+        return 0
+    n = request.gpu_experts
+    if not isinstance(n, int):
+        n = min(n_experts, max(0, left) // sum(layer.expert_bytes for layer in moe))
+    return n if n < n_experts else 0
+
+
 def _choose(request: Request, moe: Sequence[_MoeLayer], left: int) -> dict[int, tuple[int, ...]]:
     """Ids of the experts in VRAM by layer."""
     usage, everyone = request.usage or {}, range(request.config.n_routed_experts)
@@ -347,12 +365,12 @@ def _gpu_rows(request: Request, parts: _Parts) -> Iterator[Row]:
     yield Row(VRAM, "reserve", RESERVE_BYTES)
 
 
-def _cpu_rows(request: Request, parts: _Parts, experts: Mapping[int, Sequence[int]]) -> Iterator[Row]:
+def _cpu_rows(request: Request, parts: _Parts, experts: Mapping[int, Sequence[int]], slots: int) -> Iterator[Row]:
     c, on_gpu = request.config, request.vram is not None
     if not on_gpu:
         for group, n_bytes in parts.groups.items():
             yield Row(RAM, _LABELS.get(group, group), n_bytes)
-    in_vram = _expert_bytes(parts.moe, experts)
+    in_vram = 0 if slots else _expert_bytes(parts.moe, experts)
     yield Row(RAM, EXPERTS, sum(layer.n_bytes for layer in parts.moe) - in_vram)
     if request.mtp:
         yield Row(RAM, MTP, parts.mtp)
@@ -364,7 +382,7 @@ def _cpu_rows(request: Request, parts: _Parts, experts: Mapping[int, Sequence[in
     yield Row(RAM, "the runner itself", request.runner_bytes)
 
 
-def _homes(request: Request, parts: _Parts, experts: Mapping[int, Sequence[int]]) -> dict[str, str]:
+def _homes(request: Request, parts: _Parts, experts: Mapping[int, Sequence[int]], slots: int) -> dict[str, str]:
     """Each tensor's device."""
     if request.vram is None:
         return dict.fromkeys(parts.group_of, CPU)
@@ -372,7 +390,7 @@ def _homes(request: Request, parts: _Parts, experts: Mapping[int, Sequence[int]]
     for name, group in parts.group_of.items():
         homes[name] = CPU if group == "mtp" else GPU
         if group == EXPERTS:
-            n_here = len(experts[_layer_of(name)])
+            n_here = 0 if slots else len(experts[_layer_of(name)])
             homes[name] = CPU if n_here == 0 else GPU if n_here == request.config.n_routed_experts else BOTH
     return homes
 

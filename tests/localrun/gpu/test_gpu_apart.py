@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,37 +76,45 @@ class Crossings(TorchDispatchMode):
 
 
 @contextmanager
-def opened(variant: str, gpu_experts: int, monkeypatch: pytest.MonkeyPatch, bits: int = 16) -> Iterator[HybridModel]:
+def opened(
+    variant: str, gpu_experts: int, monkeypatch: pytest.MonkeyPatch, bits: int = 16, expert_cache: bool = False
+) -> Iterator[HybridModel]:
     monkeypatch.setattr(type(gemm._multiply), "__getitem__", lambda kernel, grid: lambda *args, **options: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=100))
     monkeypatch.setattr(host_experts.PrefillExperts, "_compute", lambda *args: None)
     with open_gguf(tiny_models.shared(variant)) as file:
         config, much = read_config(file), 1 << 40
         tensors = tuple(file.tensors.values())
-        placement = lay_out(Request(tensors, config, CTX, much, much, much, gpu_experts=gpu_experts, cache_bits=bits))
+        request = Request(tensors, config, CTX, much, much, much, gpu_experts=gpu_experts, cache_bits=bits)
+        placement = lay_out(replace(request, expert_cache=expert_cache))
         with closing(HybridModel(config, file, 1, placement, Apart())) as model:
             yield model
 
 
-@pytest.mark.parametrize(("variant", "gpu_experts"), [("v3", 0), ("v3", 3), ("v2-lite", 8), ("v3-legacy-kv-b", 16)])
+@pytest.mark.parametrize(
+    ("variant", "gpu_experts", "expert_cache"),
+    [("v3", 0, False), ("v3", 3, False), ("v3", 3, True), ("v2-lite", 8, False), ("v3-legacy-kv-b", 16, False)],
+)
 def test_a_step_copies_to_and_from_page_locked_memory_alone(
-    variant: str, gpu_experts: int, monkeypatch: pytest.MonkeyPatch
+    variant: str, gpu_experts: int, expert_cache: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of no other memory a copy may be captured, and nothing else may wait for the host."""
-    with opened(variant, gpu_experts, monkeypatch) as model, torch.inference_mode():
+    """Of no other memory a copy may be captured, and nothing else may wait for the host. A cache adds its counts."""
+    with opened(variant, gpu_experts, monkeypatch, 16, expert_cache) as model, torch.inference_mode():
         cache = model.new_cache(CTX)
         for n_tokens in (1, 5):
             with Crossings() as crossings:
                 model.step.queue(cache, n_tokens)
             n_layers = len(model.routed.in_ram)
-            assert [name for name, _ in crossings.seen] == ["copy_.default"] * (1 + 4 * n_layers + 2)
+            assert [name for name, _ in crossings.seen] == ["copy_.default"] * (1 + 4 * n_layers + 2 + expert_cache)
             assert {address for _, address in crossings.seen} <= model.device.locked
 
 
-@pytest.mark.parametrize(("gpu_experts", "bits"), [(0, 16), (3, 8), (16, 16)])
-def test_prompts_mix_no_sides(gpu_experts: int, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("gpu_experts", "bits", "expert_cache"), [(0, 16, False), (3, 8, False), (3, 16, True), (16, 16, False)]
+)
+def test_prompts_mix_no_sides(gpu_experts: int, bits: int, expert_cache: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few tokens absorbed, many decompressed, exact or not, measured, streamed: all the ways there are."""
-    with opened("v3", gpu_experts, monkeypatch, bits) as model, Crossings() as crossings:
+    with opened("v3", gpu_experts, monkeypatch, bits, expert_cache) as model, Crossings() as crossings:
         for exact in (False, True):
             cache = model.new_cache(CTX, exact=exact)
             for n_tokens in (9, 40, 130):
@@ -115,7 +124,7 @@ def test_prompts_mix_no_sides(gpu_experts: int, bits: int, monkeypatch: pytest.M
             assert all(array.shape[0] == 7 for array in saved.values())
             cache.load(saved, 7)
         assert (model.tuning.times is None) == (gpu_experts == 16)
-        if gpu_experts == 0:
+        if gpu_experts == 0 or expert_cache:
             model.routed.allow_streaming()
             monkeypatch.setattr(model.tuning, "choose", lambda n_tokens: (Mode.STREAM, 1))
             model.forward(list(range(130)), model.new_cache(CTX))

@@ -74,14 +74,14 @@ class FakeCuda:
 
     def __init__(self) -> None:
         self.log: list[str] = []
-        self._names, self._graph_names = iter(["side", "capture"]), iter("ABC")
+        self._names, self._graph_names = iter(["side", "capture", "aside"]), iter("ABC")
         self.current = Stream(self.log, "main", 0)
         self.sync_error: Exception | None = None
         self.index = 1  # the caller's
 
     def Stream(self, device: torch.device) -> Stream:
         name = next(self._names)
-        return Stream(self.log, name, {"side": 7, "capture": 9}[name])
+        return Stream(self.log, name, {"side": 7, "capture": 9, "aside": 11}[name])
 
     def current_stream(self, device: torch.device | None = None) -> Stream:
         return self.current
@@ -138,6 +138,14 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     monkeypatch.setattr(torch, "cuda", cuda)
     monkeypatch.setattr(gpu, "load_driver", lambda: cuda.driver)
     return cuda
+
+
+def test_what_is_aside_waits_for_no_stream_and_none_for_it(fake: FakeCuda) -> None:
+    device = Cuda()
+    with device.aside():
+        device.mark()()
+    device.synchronize()
+    assert fake.log == ["mark aside", "sleep True", "mark main", "sleep True"]
 
 
 def test_a_branch_starts_after_the_main_stream_and_the_main_stream_goes_on_after_it(fake: FakeCuda) -> None:

@@ -83,6 +83,7 @@ def test_a_gpu_is_used(gpu: ModuleType, device: str) -> None:
 
 
 def test_its_options(gpu: ModuleType) -> None:
+    assert [chosen(gpu_experts=text)[0].expert_slots for text in ("3", "cache:3", "cache:0")] == [0, 3, 0]
     placement, _ = chosen(vram=1.5, gpu_experts="3", cache_bits=8, drafts=True)
     assert placement.available["VRAM"] == 1.5 * GIB and placement.cache_bits == 8
     assert set(placement.experts.values()) == {(0, 1, 2)}
@@ -167,7 +168,10 @@ def test_a_card_is_not_tried_in_vain(variant: str, where: dict[str, Any], gpu: M
         ({"vram": 0}, "vram is 0; expected more than 0 GiB"),
         ({"vram": float("nan")}, "vram is nan"),
         ({"vram": float("inf")}, "vram is inf"),
-        ({"gpu_experts": "many"}, "gpu_experts is 'many'; expected auto, or 0 or more experts of each layer"),
+        (
+            {"gpu_experts": "many"},
+            "gpu_experts is 'many'; expected auto, cache, cache:N, or 0 or more experts of each layer",
+        ),
         ({"gpu_experts": -1}, "gpu_experts is -1"),
         ({"cache_bits": 4}, "cache_bits is 4; expected 16 or 8"),
         ({"unproven": True}, "--unproven uses a card that has not proven itself: it is for --device cuda"),

@@ -247,6 +247,25 @@ def test_so_many_of_each_layer() -> None:
     assert dict(lay_out(replace(asked, gpu_experts=4)).experts) == dict.fromkeys((1, 2, 3), (0, 1, 2, 3))
 
 
+def test_a_cache_of_experts_has_slots_in_every_layer_and_all_experts_in_ram() -> None:
+    asked = toy(10, 10, 10, vram=65, expert_cache=True, usage={1: [5, 0, 9, 1], 2: [0, 8, 0, 7]})
+    found = lay_out(asked)
+    assert found.expert_slots == 2 and dict(found.experts) == {1: (0, 2), 2: (1, 3), 3: (0, 1)}
+    assert (found.n_bytes("VRAM", "routed experts"), found.n_bytes("RAM", "routed experts")) == (60, 120)
+    assert {found.tensors[f"blk.{i}.ffn_up_exps.weight"] for i in (1, 2, 3)} == {"cpu"}
+    assert lay_out(replace(asked, gpu_experts=1)).expert_slots == 1
+    for changes in (
+        {"gpu_experts": 0},
+        {"gpu_experts": 4},
+        {"vram": asked.vram - 36},
+    ):  # none, all, no room for one each
+        other = lay_out(replace(asked, **changes))
+        assert other.expert_slots == 0
+        assert other.n_bytes("VRAM", "routed experts") + other.n_bytes("RAM", "routed experts") == 120
+    assert settings_that_fit(replace(asked, gpu_experts=3))[0] == "--gpu-experts cache:2"
+    assert "--gpu-experts auto" in settings_that_fit(replace(asked, ram=lay_out(asked).needed["RAM"] - 50))
+
+
 @settings(max_examples=60)
 @given(
     sizes=st.lists(st.integers(1, 50), min_size=1, max_size=3),
