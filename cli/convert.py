@@ -52,6 +52,9 @@ MixPath = Annotated[
     ),
 ]
 NoMtp = Annotated[bool, typer.Option("--no-mtp", help="Leave out layers for multi-token prediction.")]
+Drafts = Annotated[
+    bool, typer.Option("--drafts", help="Write DeepSeek-V4's prediction layer alone, for `generate --draft`.")
+]
 Imatrix = Annotated[
     Path | None,
     typer.Option("--imatrix", metavar="FILE", help="A GGUF importance matrix to pack by.", show_default=False),
@@ -82,6 +85,7 @@ def convert(
     tensor_types: TensorTypes = None,
     mix: MixPath = None,
     no_mtp: NoMtp = False,
+    drafts: Drafts = False,
     imatrix: Imatrix = None,
     pre: Pre = None,
     resume: Resume = False,
@@ -107,6 +111,7 @@ def convert(
         overrides=[parse_override(text) for text in tensor_types or []],
         mix_file=mix,
         keep_mtp=not no_mtp,
+        drafts=drafts,
         imatrix=imatrix,
         split_max_bytes=_parse_size(split_max_size) if split_max_size else 0,
         allow_requantize=allow_requantize,

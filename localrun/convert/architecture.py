@@ -6,6 +6,7 @@ https://github.com/ggml-org/llama.cpp @3f545becc.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,11 +17,11 @@ from localrun.convert.sampling_hints import add_sampling
 from localrun.convert.settings import Settings, read_config
 from localrun.convert.sources.checkpoint import Checkpoint
 from localrun.convert.targets import Target
-from localrun.errors import GGUFError, UnsupportedModelError
+from localrun.errors import GGUFError, LocalrunError, UnsupportedModelError
 from localrun.models.architecture import Architecture
 from localrun.models.config import Config
 from localrun.models.names import check_tensors
-from localrun.models.parts import EMBED_TOKENS, LM_HEAD
+from localrun.models.parts import EMBED_TOKENS, LM_HEAD, NORM
 from localrun.models.reader import read_config as read_model_config
 
 
@@ -39,8 +40,11 @@ class Model:
     warnings: list[str] = field(default_factory=list)
 
 
-def read_model(checkpoint: Checkpoint, *, keep_mtp: bool = True) -> Model:
-    """The model that a checkpoint holds. Raises CheckpointError if it is of another kind or does not hold together."""
+def read_model(checkpoint: Checkpoint, *, keep_mtp: bool = True, drafts: bool = False) -> Model:
+    """The model that a checkpoint holds, or what makes drafts for it.
+
+    Raises CheckpointError if it is of another kind or does not hold together, LocalrunError if it has no such drafts.
+    """
     settings = Settings(checkpoint.config, str(checkpoint.path / "config.json"))
     architecture, config, warnings = settings.architecture, read_config(settings), [*checkpoint.warnings]
     if unknown := settings.unknown():
@@ -50,8 +54,11 @@ def read_model(checkpoint: Checkpoint, *, keep_mtp: bool = True) -> Model:
         warnings.append("config.json ties the head to the embedding; the checkpoint has another head, which is kept")
         config = replace(config, tie_word_embeddings=False)
     builder = Builder(checkpoint, architecture, config)
-    if architecture.drafts and (n_drafts := builder.skip_matching(architecture.drafts)):
-        warnings.append(f"{n_drafts} tensors only make drafts (mtp) and are left out; no file of them is written yet")
+    if drafts:
+        return _drafts(builder, architecture, settings)
+    if architecture.drafts and (n_drafts := builder.skip_matching(re.escape(architecture.drafts))):
+        how = _why_no_drafts(checkpoint, architecture) or "--drafts writes them as a file of their own"
+        warnings.append(f"{n_drafts} tensors only make drafts and are left out: {how}")
         builder.config = config = replace(config, num_nextn_predict_layers=0)
     elif architecture.has_mtp:
         n_nextn = _count_nextn(builder, architecture, settings, keep_mtp, warnings)
@@ -62,6 +69,32 @@ def read_model(checkpoint: Checkpoint, *, keep_mtp: bool = True) -> Model:
     model.warnings += _check_header(model, settings.where)
     model.warnings += add_sampling(model.metadata, checkpoint)
     return model
+
+
+def _drafts(builder: Builder, architecture: Architecture, settings: Settings) -> Model:
+    """A file of the prediction layer alone, as llama.cpp has them: with the model's embedding, head and norm."""
+    checkpoint = builder.checkpoint
+    if reason := _why_no_drafts(checkpoint, architecture):
+        raise LocalrunError(f"{checkpoint.path}: --drafts: {reason}")
+    index, at = builder.config.num_hidden_layers, f"{architecture.drafts}0."
+    builder.config = replace(builder.config, num_nextn_predict_layers=1)
+    for tensor in architecture.ends:
+        is_models = tensor.module in (EMBED_TOKENS.module, LM_HEAD.module, NORM.module)
+        builder.add(tensor, at="" if is_models else at)
+    for tensor in architecture.layer_in_checkpoint(builder.config, index):
+        if not tensor.may_lack or builder.has(tensor, at):
+            builder.add(tensor, index, at)
+    builder.skip_rest()
+    return Model(_metadata(architecture, builder.config, checkpoint), builder.finish(), [*checkpoint.warnings])
+
+
+def _why_no_drafts(checkpoint: Checkpoint, architecture: Architecture) -> str:
+    """Why no file of drafts can be written; empty if it can."""
+    numbers = {name.removeprefix(architecture.drafts).split(".")[0] for name in checkpoint.tensors
+               if architecture.drafts and name.startswith(architecture.drafts)}  # fmt: skip
+    if not numbers:
+        return "it holds no tensors that only make drafts"
+    return "" if numbers == {"0"} else "DSpark's blocks, which are not converted yet; llama.cpp's converter does"
 
 
 def _has_own_head(checkpoint: Checkpoint) -> bool:

@@ -25,9 +25,11 @@ class Builder:
         """Whether the checkpoint has what a declared tensor is made of; prefix: of the layer, in the checkpoint."""
         return all(prefix + source in self.checkpoint.tensors for source, _ in tensor.sources(self.config))
 
-    def add(self, tensor: Tensor, index: int | None = None) -> None:
-        """A declared tensor, of layer `index` or of none."""
-        prefix, at = ("", "") if index is None else (f"blk.{index}.", layer_prefix(self.architecture, index))
+    def add(self, tensor: Tensor, index: int | None = None, at: str | None = None) -> None:
+        """A declared tensor, of layer `index` or of none; at: what its names in the checkpoint begin with."""
+        prefix = "" if index is None else f"blk.{index}."
+        if at is None:
+            at = "" if index is None else layer_prefix(self.architecture, index)
         name, shape, pieces = prefix + tensor.name, tensor.shape(self.config), []
         for source, source_shape in tensor.sources(self.config):
             n_rows = self._use(at + source, source_shape, name, isinstance(tensor.source, Fused))
@@ -48,6 +50,10 @@ class Builder:
         names = [name for name in self.checkpoint.tensors if re.match(pattern, name)]
         self._used.update(names)
         return len(names)
+
+    def skip_rest(self) -> None:
+        """All sources that have found no place."""
+        self._used.update(self.checkpoint.tensors)
 
     def skip_layers(self, first: int, count: int) -> None:
         """Layers whose sources are left out on purpose."""

@@ -48,6 +48,7 @@ class Options:
         overrides: types by name; the first that matches counts.
         mix_file: more of them, after those, and perhaps a mix for what none matches.
         keep_mtp: whether layers for multi-token prediction go in.
+        drafts: whether those alone are wanted, of a model that keeps them in a file of their own.
         imatrix: a file with importances.
         split_max_bytes: the most a part's tensors may take; 0 for one file.
         allow_requantize: pack anew what has been packed before.
@@ -60,6 +61,7 @@ class Options:
     overrides: Sequence[Override] = ()
     mix_file: Path | None = None
     keep_mtp: bool = True
+    drafts: bool = False
     imatrix: Path | None = None
     split_max_bytes: int = 0
     allow_requantize: bool = False
@@ -118,11 +120,13 @@ def make_plan(source_path: Path, destination: Path, options: Options) -> Plan:
     source: Checkpoint | GGUFSource
     if source_path.is_dir():
         source = Checkpoint(source_path)
-        model = architecture.read_model(source, keep_mtp=options.keep_mtp)
+        model = architecture.read_model(source, keep_mtp=options.keep_mtp, drafts=options.drafts)
         is_unusual = bool(model.warnings)
         model.warnings.extend(vocabulary.add_vocabulary(model.metadata, source, options.pre))
         model.metadata.string("general.size_label", _size_label(model.targets))
     else:
+        if options.drafts:
+            raise LocalrunError(f"{source_path}: --drafts needs a checkpoint folder, not a GGUF")
         source = GGUFSource(source_path)
         model, is_unusual = gguf_source.read_model(source, keep_mtp=options.keep_mtp), False
     if not model.targets:

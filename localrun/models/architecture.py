@@ -233,7 +233,8 @@ class Architecture:
         describe: entries of a config.json that mean a Config, beside those of the keys.
         warnings: of a converted model, one line each.
         left_out: a regular expression: names of a checkpoint's tensors that no GGUF has begin so.
-        drafts: the same of tensors that only make drafts, which are not in the model's file.
+        drafts: what names of prediction layers' tensors begin with, before the layer's number among those, where they
+            are no part of the model's file; they have an end of their own for each but embedding, head and norm.
         yarn_truncates: whether yarn's blend begins and ends at whole pairs.
         layer_prefix: what the names of a layer's tensors begin with in a checkpoint, before its number.
         values_need_bits: whether llama.cpp's mixes give attn_v more bits, by layers and heads a key-value head.

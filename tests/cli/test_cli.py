@@ -55,7 +55,18 @@ OPTIONS = {
     "doctor": ["--gpu", "--report", "-t", "--threads", "-c", "--ctx", "--json"],
     "inspect": ["--verify", "--mix", "--json"],
     "convert": [
-        *["--type", "--tensor-type", "--mix", "--no-mtp", "--imatrix", "--pre", "--resume", "--force", "--dry-run"],
+        *[
+            "--type",
+            "--tensor-type",
+            "--mix",
+            "--no-mtp",
+            "--drafts",
+            "--imatrix",
+            "--pre",
+            "--resume",
+            "--force",
+            "--dry-run",
+        ],
         *["--split-max-size", "--allow-requantize", "--pack", "--check", "-t", "--threads", "--json"],
     ],
     "imatrix": [

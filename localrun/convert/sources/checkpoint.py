@@ -10,7 +10,8 @@ half; <name>_scales, uint8 (..., blocks), exponents (transformers 5.24, integrat
 tensor <name> in ggml's blocks, whose byte j holds codes j and j + 16 (ggml-common.h @d99724f, block_mxfp4).
 DeepSeek-V4's FP4 is the same: <module>.weight, int8 (rows, cols / 2), and <module>.scale, exponents (rows, cols / 32).
 
-Tables of whole numbers count as I32.
+Tables of whole numbers count as I32. Of DeepSeek-V4's prediction layer two matrices side by side, e_proj and h_proj,
+count as one, eh_proj.
 """
 
 from __future__ import annotations
@@ -104,6 +105,7 @@ class Checkpoint:
         self.tensors |= {name: _checked_pair(name, *pair) for name, pair in self._pairs.items()}
         for name, packed in self._packed.items():  # floats to all that ask
             self.tensors[name] = SourceTensor(name, packed.shape, packed.scale.dtype, packed.n_bytes)
+        self._joined = _take_joined(self.tensors)
         self.files = [path / "config.json", *shards]
         self._reader = Reader()
 
@@ -144,6 +146,12 @@ class Checkpoint:
             return
         if name in self._packed:
             self._expand(self._packed[name], start, stop, out)
+            return
+        if name in self._joined:
+            half = np.empty((stop - start, out.shape[1] // 2), np.float32)
+            for part, first in zip(self._joined[name], (0, half.shape[1]), strict=True):
+                self.read(part, start, stop, half)
+                out[:, first : first + half.shape[1]] = half
             return
         stored, reader = self._stored[name], self._reader
         item = DTYPE_BYTES[stored.dtype]
@@ -305,6 +313,18 @@ def _take_fp4(stored: dict[str, StoredTensor]) -> dict[str, tuple[StoredTensor, 
         del stored[name], stored[scale.name]
         pairs[name] = replace(codes, dtype="U8", shape=(*expected, _HALF_BLOCK)), replace(scale, dtype="U8")
     return pairs
+
+
+def _take_joined(tensors: dict[str, SourceTensor]) -> dict[str, tuple[str, str]]:
+    """Matrices that count as one, side by side, by the name of that; it takes their place among the tensors."""
+    joined = {}
+    for name in [name for name in tensors if name.endswith(".e_proj.weight")]:
+        other, whole = (name.replace(".e_proj.", part) for part in (".h_proj.", ".eh_proj."))
+        if other in tensors and tensors[other].shape == tensors[name].shape and len(tensors[name].shape) == 2:
+            left, right = tensors.pop(name), tensors.pop(other)
+            shape, n_bytes = (left.n_rows, 2 * left.n_cols), left.n_bytes + right.n_bytes
+            tensors[whole], joined[whole] = SourceTensor(whole, shape, left.dtype, n_bytes), (name, other)
+    return joined
 
 
 def _take_packed(stored: dict[str, StoredTensor], config: dict[str, Any], path: Path) -> dict[str, PackedInts]:

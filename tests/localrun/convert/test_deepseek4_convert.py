@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from localrun.convert import Options, convert, make_plan
 from localrun.errors import LocalrunError
 from localrun.gguf.file import GGUFFile, open_gguf
+from localrun.models.mtp_file import is_mtp_only
 from quant.formats import registry
 
 IN_FP8 = re.compile(r"attn\.(w|indexer\.wq_b)|shared_experts")
@@ -133,7 +134,7 @@ def test_what_makes_drafts_is_left_out_with_a_line(saved: Path, tmp_path: Path) 
     folder = shutil.copytree(saved, tmp_path / "model")
     hf.edit_tensors(folder, lambda t: t.update({"mtp.0.enorm.weight": torch.ones(128)}))
     plan = make_plan(folder, tmp_path / "x.gguf", Options(mix="F32"))
-    assert any("1 tensors only make drafts" in line for line in plan.warnings)
+    assert any("1 tensors only make drafts and are left out: --drafts writes" in line for line in plan.warnings)
     assert plan.metadata.get(".nextn_predict_layers") is None
 
 
@@ -142,3 +143,59 @@ def test_a_table_has_no_other_type(saved: Path, tmp_path: Path) -> None:
 
     with pytest.raises(LocalrunError, match=r"tid2eid\.weight' is a table of whole numbers and stays I32"):
         make_plan(saved, tmp_path / "x.gguf", Options(overrides=[parse_override("tid2eid=Q8_0")]))
+
+
+MTP = tiny.replace(tiny.SHARED, compress_ratios=(0, 4), num_hash_layers=1, num_nextn_predict_layers=1)
+OF_LAYER = {  # GGUF's names to published ones
+    "attn_norm": "attn_norm.weight", "attn_q_a": "attn.wq_a.weight", "attn_q_a_norm": "attn.q_norm.weight",
+    "attn_q_b": "attn.wq_b.weight", "attn_kv": "attn.wkv.weight", "attn_kv_a_norm": "attn.kv_norm.weight",
+    "attn_sinks": "attn.attn_sink", "attn_output_a": "attn.wo_a.weight", "attn_output_b": "attn.wo_b.weight",
+    "ffn_norm": "ffn_norm.weight", "ffn_gate_inp": "ffn.gate.weight", "exp_probs_b": "ffn.gate.bias",
+    "nextn.enorm": "enorm.weight", "nextn.hnorm": "hnorm.weight", "nextn.shared_head_norm": "norm.weight",
+    **{f"hc_{part}_{x}": f"hc_{part}_{x}" for part in ("attn", "ffn") for x in ("fn", "base", "scale")},
+    "ffn_gate_shexp": "ffn.shared_experts.w1.weight", "ffn_up_shexp": "ffn.shared_experts.w3.weight",
+    "ffn_down_shexp": "ffn.shared_experts.w2.weight",
+}  # fmt: skip
+
+
+def mtp_tensors(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The prediction layer of a file, blk.2, as a checkpoint has it, with an end of streams of its own."""
+    tensors = {}
+    for name, values in weights.items():
+        module = re.sub(r"\.(weight|bias)$", "", name.removeprefix("blk.2."))
+        if not name.startswith("blk.2."):
+            continue
+        if module == "nextn.eh_proj":
+            tensors["e_proj.weight"], tensors["h_proj.weight"] = np.split(values, 2, axis=1)
+        elif module.endswith("_exps"):
+            w = {"ffn_gate_exps": "w1", "ffn_up_exps": "w3", "ffn_down_exps": "w2"}[module]
+            tensors |= {f"ffn.experts.{i}.{w}.weight": expert for i, expert in enumerate(values)}
+        else:
+            tensors[OF_LAYER[module]] = values
+    tensors |= {f"hc_head_{x}": 2 * weights[f"output_hc_{x}.weight"] for x in ("fn", "base", "scale")}
+    return {f"mtp.0.{name}": values for name, values in tensors.items()}
+
+
+def test_the_prediction_layer_becomes_a_file_of_its_own(tmp_path: Path) -> None:
+    """The one that its weights make, but for the end of streams, which is the layer's."""
+    folder = hf.save(tiny.hf_model(tiny.replace(MTP, num_nextn_predict_layers=0)), tmp_path / "model")
+    weights = tiny.tensors(MTP)
+    added = {name: torch.from_numpy(values.copy()) for name, values in mtp_tensors(weights).items()}
+    hf.edit_tensors(folder, lambda tensors: tensors.update(added))
+    hf.edit_config(folder, num_nextn_predict_layers=1)
+    convert(make_plan(folder, tmp_path / "mtp.gguf", Options(mix="F32", drafts=True)))
+    expected_path = tiny.write(tmp_path / "expected.gguf", MTP, leave_out=r"blk\.[01]\.")
+    with open_gguf(tmp_path / "mtp.gguf") as found, open_gguf(expected_path) as expected:
+        assert is_mtp_only(found) and found.tensors.keys() == expected.tensors.keys()
+        for name in expected.tensors:
+            factor = 2 if name.startswith("output_hc_") else 1
+            assert np.array_equal(values(found, name), factor * values(expected, name)), name
+        for key, value in expected.metadata.items():
+            if key != "general.name":
+                assert str(found.metadata[key]) == str(value), key
+    with pytest.raises(LocalrunError, match="--drafts: it holds no tensors that only make drafts"):
+        hf.edit_tensors(folder, lambda tensors: [tensors.pop(name) for name in added])
+        make_plan(folder, tmp_path / "x.gguf", Options(drafts=True))
+    with pytest.raises(LocalrunError, match="DSpark's blocks, which are not converted yet"):
+        hf.edit_tensors(folder, lambda tensors: tensors.update({"mtp.2.enorm.weight": torch.ones(128)}))
+        make_plan(folder, tmp_path / "x.gguf", Options(drafts=True))
