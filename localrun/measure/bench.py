@@ -108,6 +108,7 @@ class Native:
         self._cache.truncate(_common(self._held, ids))
         self._held = list(ids)
         self.prompt(ids[self._cache.length :])
+        self._cache.mark()
 
     def prompt(self, ids: Sequence[int]) -> float:
         length, start = self._cache.length, time.perf_counter()

@@ -274,6 +274,7 @@ class _Probe:
         self._cache.truncate(ctx)
         while self._cache.length < ctx:
             self._engine.model.forward(_ids(min(PREFILL_CHUNK, ctx - self._cache.length)), self._cache)
+        self._cache.mark()
 
     def _again(self, ids: list[int], ctx: int) -> None:
         self._cache.truncate(ctx)
