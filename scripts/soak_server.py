@@ -5,7 +5,7 @@
 The server is a process of its own, with little room for finished conversations and a folder for more. Clients ask for
 greedy replies (whole, streamed, several at once) and compare them with those of `localrun generate`, hang up at random
 moments, send broken HTTP, bodies that are none, bodies that are too large, prompts that are too long, or read a stream
-slowly or not at all. In the end SIGTERM has to end the server.
+slowly or not at all, or want JSON of a random schema. In the end SIGTERM has to end the server.
 
 A line a minute on stderr; the last line of stdout is one JSON document. Exit code 1 if a reply was another one, an
 answer had a status that it should not have, the server printed a traceback or did not end well, or its memory was not
@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
+from check_schemas import random_schema
 from paths import ROOT
 from server_process import ServerProcess
 
@@ -93,7 +94,8 @@ class Client:
         self.fault = ""
         self.things: list[Callable[[], None]] = [
             *[self.whole] * 8, *[self.streamed] * 8, *[self.several] * 2, *[self.hung_up] * 6, *[self.malformed] * 4,
-            self.too_large, self.too_long, self.slow, self.unread, self.broken_http, self.half_a_body, self.others,
+            *[self.held] * 2, self.too_large, self.too_long, self.slow, self.unread, self.broken_http, self.half_a_body,
+            self.others,
         ]  # fmt: skip
 
     def run(self, until: float) -> None:
@@ -150,6 +152,13 @@ class Client:
             raise WrongError(f"a stream ended with {data[-300:]!r}")
         documents = [json.loads(line[6:]) for line in lines[:-1]]
         self.check(prompt, "".join(each["choices"][0]["text"] for each in documents))
+
+    def held(self) -> None:
+        """A reply of a schema that nobody else has; it is JSON if it ends by itself."""
+        body = {"prompt": TEXT, "temperature": 1.5, "max_tokens": 60, "guided_json": random_schema(self.rng)}
+        status, document = self.server.post("/v1/completions", body)
+        if self.expect(status, document, 200) and document["choices"][0]["finish_reason"] == "stop":
+            json.loads(document["choices"][0]["text"])
 
     def hung_up(self) -> None:
         """At any moment: before the first token, between two, after the last."""
