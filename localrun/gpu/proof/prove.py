@@ -20,14 +20,16 @@ from localrun.placement import available
 from localrun.placement.devices import DeviceRequest
 from localrun.placement.placement import why_not_on_gpu
 
+_READ_BYTES, _SLOW_DISK = 10e9, 1e8  # of the first layers of the largest models; bytes/s
 _CTX = 8192  # tokens, where the user does not say
 Say = Callable[[str], None]
 Run = Callable[[Part, Task, Say], child.Message]
 
 
 def in_a_child(part: Part, task: Task, doing: Say) -> child.Message:
-    """A part as child.run does it."""
-    return child.run(part.name, task, part.silence_s, doing)
+    """A part as child.run does it; it may be as silent as reading what it needs from a slow disk takes."""
+    reading_s = min(Path(task.model).stat().st_size, _READ_BYTES) / _SLOW_DISK
+    return child.run(part.name, task, part.silence_s + reading_s, doing)
 
 
 def here(part: Part, task: Task, doing: Say) -> child.Message:
@@ -134,4 +136,4 @@ def examine(path: Path, threads: int, ctx: int | None, say: Say, doing: Say) -> 
 def task_of(path: Path, threads: int, ctx: int, where: DeviceRequest) -> Task:
     """What is to be proven for a model that is opened like this."""
     vram = None if where.vram is None else int(where.vram * 2**30)
-    return Task(str(path), threads, ctx, vram, where.n_experts, where.cache_bits)
+    return Task(str(path), threads, ctx, vram, where.cache_bits)

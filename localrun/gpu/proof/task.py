@@ -56,7 +56,7 @@ class Task:
     Attributes:
         model: path of the file.
         make_device: "module:function", which makes the device; tests have others than the card's.
-        threads, ctx, vram, gpu_experts, cache_bits: as localrun.load has them; vram in bytes, None for all.
+        threads, ctx, vram, cache_bits: as localrun.load has them; vram in bytes, None for all.
         choices: that earlier parts have made.
     """
 
@@ -64,7 +64,6 @@ class Task:
     threads: int
     ctx: int
     vram: int | None = None
-    gpu_experts: int | str = "auto"
     cache_bits: int = 16
     effort: Effort = Effort()
     choices: dict[str, Any] = field(default_factory=dict)

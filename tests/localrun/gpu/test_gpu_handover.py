@@ -21,6 +21,7 @@ from localrun.gpu.device import Cuda, StandIn, sleep_node
 from localrun.gpu.handover import MAILBOX_WORDS, Coordinator, HostWords, StreamWords
 from localrun.gpu.proof import child, prove
 from localrun.gpu.proof.parts import PARTS
+from localrun.gpu.proof.steps import replaced
 from localrun.gpu.ways import HOST_NODES, STREAM_MEMORY
 from quant.decode.coordinator import END, count
 
@@ -165,6 +166,14 @@ def test_what_is_captured_is_two_words_and_what_is_launched_a_host_node(
     device.synchronize()
     device.synchronize()
     assert begun == ["begin", "finish 7"] and fake.log[-3:] == ["replay", "sleep", "sleep"]
+
+
+def test_a_late_node_is_one_node(fake: SimpleNamespace) -> None:
+    """As the proof makes the workers late, in place of the device's own call()."""
+    device = Cuda()
+    with replaced(device, call=lambda function, argument: device.sleep(1e-3)):
+        device.call(1, 2)
+    assert fake.log == ["host node"]
 
 
 def test_a_driver_without_them_is_one_line() -> None:
