@@ -10,23 +10,29 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from localrun.placement import placement
 from localrun.placement.placement import CTX_STEP, EXPERTS, RAM, VRAM, Request, Row, gib
 from localrun.plan.machine import Machine
 from localrun.plan.shapes import ModelShape, n_bytes
 
+# Of a cache with such a part of the experts, the part of the choices that are found in it: assumed, the means of
+# scripts/simulate_expert_cache.py --counts on OLMoE's routing by kind of text, tokens drawn independently.
+_HITS = (0, 1 / 8, 1 / 4, 1 / 2, 1), (0, 0.30, 0.48, 0.73, 1)
 _BESIDES = ("KV cache", placement.MARKS, "work memory", "reserve", "the runner itself")  # rows that are no weights
 
 
 @dataclass(frozen=True)
 class Placement:
     """What lives on the GPU: layers (attention, KV cache, all but routed experts), head and embedding, and of the
-    routed experts which part.
+    routed experts which part; of a cache of them (slots a layer) the part of the choices that are found there.
     """
 
     layers: int
     head: bool
     experts: float
+    slots: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,18 @@ def plan_memory(model: ModelShape, machine: Machine, ctx: int) -> Memory:
     return Memory(_summary(found, model), tuple(row for row in rows if row.n_bytes), needed, available)
 
 
-def _place(model: ModelShape, machine: Machine, ctx: int) -> placement.Placement:
+def cached_experts(model: ModelShape, machine: Machine, ctx: int) -> Placement | None:
+    """With the VRAM that is left over as a cache of experts (--gpu-experts cache); None where there is none."""
+    if machine.gpu is None or machine.gpu.unified:
+        return None
+    found = _place(model, machine, ctx, expert_cache=True)
+    if found.short or not found.expert_slots:
+        return None
+    share = found.expert_slots / found.n_experts
+    return replace(_summary(found, model), experts=float(np.interp(share, *_HITS)), slots=found.expert_slots)
+
+
+def _place(model: ModelShape, machine: Machine, ctx: int, expert_cache: bool = False) -> placement.Placement:
     """Where everything goes: without the GPU if it has too little memory."""
     gpu = machine.gpu
     request = Request(
@@ -78,7 +95,7 @@ def _place(model: ModelShape, machine: Machine, ctx: int) -> placement.Placement
     if gpu is None or not (gpu.unified or placement.runs_on_gpu(model.config)):
         return alone
     vram = 2 * n_bytes(model.tensors) + alone.needed[RAM] if gpu.unified else gpu.vram_bytes - gpu.reserved_bytes
-    found = placement.lay_out(replace(request, vram=int(vram)))
+    found = placement.lay_out(replace(request, vram=int(vram), expert_cache=expert_cache))
     return alone if VRAM in found.short else found
 
 

@@ -9,7 +9,7 @@ from localrun.convert.mixes import needs_imatrix
 from localrun.limits import PREFILL_CHUNK
 from localrun.plan.fit import Fit
 from localrun.plan.machine import Machine
-from localrun.plan.memory import Memory, plan_memory, refusal
+from localrun.plan.memory import Memory, cached_experts, plan_memory, refusal
 from localrun.plan.shapes import ModelShape, n_bytes
 from localrun.plan.speed import Phase, Speed, decode_speed, mtp_speed, prefill_speed
 from localrun.plan.tables import active_weights
@@ -151,6 +151,11 @@ def sensitivity(model: ModelShape, machine: Machine, ctx: int, prompt: int, acce
     if drafted is not None:
         what = f"one drafted token, {acceptance:.0%} kept"
         rows.append({"change": what, "decode_tokens_per_s": drafted.tokens_per_s, "prefill_tokens_per_s": None})
+    cached = cached_experts(model, machine, ctx)
+    if cached is not None:
+        what = f"VRAM as a cache of {cached.slots} experts a layer, {cached.experts:.0%} of the choices found in it"
+        decoding = decode_speed(model, machine, cached, min(SHORT_CTX, ctx))
+        rows.append({"change": what, "decode_tokens_per_s": decoding.tokens_per_s, "prefill_tokens_per_s": None})
     for row in rows:
         for key in ("decode", "prefill"):
             value, before = row[f"{key}_tokens_per_s"], base[f"{key}_tokens_per_s"]

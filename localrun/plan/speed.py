@@ -132,14 +132,15 @@ def _step(
         phases.append(Phase("between kernels", "CPU", between * (1 - share)))
     if gpu and share and model.is_moe and placement.experts < 1:
         moved = 2 * 4 * c.hidden_size * n_tokens / gpu.link_bytes_per_s  # float32 there and back
-        n_layers = model.n_moe_layers * (1 - placement.experts)  # of which the experts are in RAM
+        n_layers = model.n_moe_layers * (1 if placement.slots else 1 - placement.experts)  # with experts in RAM
         phases.append(Phase("waiting", "", (gpu.handover_s + moved) * n_layers * share))
-    return Speed(n_tokens, tuple(phases), 0.0 if is_prompt else _hidden_s(phases))
+    return Speed(n_tokens, tuple(phases), 0.0 if is_prompt else _hidden_s(phases, placement.slots > 0))
 
 
-def _hidden_s(phases: list[Phase]) -> float:
-    """The GPU's shared experts run while the CPU runs the routed ones."""
-    shared = sum(p.seconds for p in phases if p.part == "shared experts" and p.device == "GPU")
+def _hidden_s(phases: list[Phase], is_cache: bool) -> float:
+    """The GPU's shared experts run while the CPU runs the routed ones, and so do those of a layer that it caches."""
+    parts = ("shared experts", "routed experts") if is_cache else ("shared experts",)
+    shared = sum(p.seconds for p in phases if p.part in parts and p.device == "GPU")
     routed = sum(p.seconds for p in phases if p.part == "routed experts" and p.device == "CPU")
     return min(shared, routed)
 

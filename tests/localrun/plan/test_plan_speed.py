@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from localrun.plan.machine import Machine, load_machine, parse_machine
-from localrun.plan.memory import Placement, plan_memory
+from localrun.plan.memory import Placement, cached_experts, plan_memory
 from localrun.plan.report import make_report
 from localrun.plan.shapes import ModelShape, load_model
 from localrun.plan.speed import attention_flops, decode_speed, experts_touched, mtp_speed, prefill_speed
@@ -147,6 +147,24 @@ def test_shared_experts_hide_behind_the_routed_ones(v3: ModelShape) -> None:
     speed = decode_speed(v3, machine, plan_memory(v3, machine, 4096).placement, 512)
     shared = next(phase for phase in speed.phases if phase.part == "shared experts")
     assert shared.device == "GPU" and speed.hidden_s == pytest.approx(shared.seconds)
+
+
+def test_a_cache_of_experts_takes_its_hits_off_the_cpu(v3: ModelShape) -> None:
+    """And runs beside it; each layer still waits for the CPU. No cache where there is no card, or all fits on it."""
+    machine = load_machine("10k-server")
+    cached = cached_experts(v3, machine, 8192)
+    assert cached is not None and 1 < cached.slots < 16
+    assert cached.slots / 256 < cached.experts == pytest.approx(cached.slots / 32 * 0.30)  # up to an eighth: a line
+    found = decode_speed(v3, machine, cached, 64)
+    none = decode_speed(v3, machine, Placement(61, head=True, experts=0.0), 64)
+    part = {s: {(p.part, p.device): p.seconds for p in s.phases} for s in (found, none)}
+    routed = part[none]["routed experts", "CPU"]
+    assert part[found]["routed experts", "CPU"] == pytest.approx((1 - cached.experts) * routed)
+    assert part[found]["waiting", ""] == pytest.approx(part[none]["waiting", ""])
+    on_gpu = part[found]["routed experts", "GPU"]
+    assert found.hidden_s == pytest.approx(none.hidden_s + on_gpu) and on_gpu > 0
+    for other, where in ((v3, "laptop"), (load_model("deepseek-v2-lite"), "10k-server")):
+        assert cached_experts(other, load_machine(where), 8192) is None
 
 
 def test_a_drafted_token_reads_nearly_twice_the_experts(v3: ModelShape) -> None:
