@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from localrun.convert import Options, convert, make_plan
 from localrun.errors import LocalrunError
 from localrun.gguf.file import GGUFFile, open_gguf
+from localrun.measure.reference import check_weights
 from localrun.models.mtp_file import is_mtp_only
 from quant.formats import registry
 
@@ -112,6 +113,8 @@ def test_published_weights_keep_their_bits(published: tuple[Path, dict[str, torc
     assert {part: types[f"blk.0.{part}.weight"] for part in expected} == expected
     assert types["blk.1.attn_compressor_kv.weight"] == types["blk.1.indexer_compressor_gate.weight"] == "BF16"
     assert types["blk.1.attn_compressor_ape.weight"] == types["output_hc_fn.weight"] == "F32"
+    exact = converted(folder, "F32", tmp_path / "exact.gguf")
+    assert 0.002 < check_weights(tmp_path / "x.gguf", exact) < 0.008  # Q8_0's: a step is 1/127 of a block's largest
 
 
 @pytest.mark.slow
