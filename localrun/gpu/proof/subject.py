@@ -102,23 +102,23 @@ class Subject:
 
         return any(registry.get(tensor.type.name).integer for tensor in self.file.tensors.values())
 
-    def placement(self, gpu_experts: int = 0, whole: bool = False, ctx: int | None = None) -> Placement:
-        """Of the first layers, or of the whole model, on the device."""
+    def placement(self, whole: bool = False) -> Placement:
+        """Of the first layers, or of the whole model, on the device, with all experts in RAM."""
         free, task = self.device.free_bytes(), self.task
         file, config = (self.whole_file, self.whole) if whole else (self.file, self.config)
         vram = free if task.vram is None else min(free, task.vram)
         return lay_out(
             Request(
-                tuple(file.tensors.values()), config, ctx or task.ctx, 1 << 50, vram, free,
-                gpu_experts=gpu_experts, cache_bits=task.cache_bits,
+                tuple(file.tensors.values()), config, task.ctx, 1 << 50, vram, free,
+                gpu_experts=0, cache_bits=task.cache_bits,
             )
         )  # fmt: skip
 
     @contextmanager
-    def hybrid(self, gpu_experts: int = 0, whole: bool = False) -> Iterator[HybridModel]:
-        """The model on the device, its experts in RAM but for so many of each layer."""
+    def hybrid(self, whole: bool = False) -> Iterator[HybridModel]:
+        """The model on the device, its experts in RAM."""
         file, config = (self.whole_file, self.whole) if whole else (self.file, self.config)
-        placement = self.placement(gpu_experts, whole)
+        placement = self.placement(whole)
         with closing(HybridModel(config, file, self.task.threads, placement, self.device)) as model:
             yield model
 
