@@ -95,7 +95,9 @@ def prove(subject: Subject, findings: Findings) -> None:
     """All of them, each shape once."""
     findings.doing("loading")
     with closing(Pool(subject.task.threads)) as pool, torch.inference_mode(), subject.device.errors():
-        weights = NotedWeights(subject.file, subject.config, subject.placement(), subject.device, pool)
+        weights = NotedWeights(
+            subject.file, subject.config, subject.placement(), subject.device, pool, lambda line: None
+        )
         try:
             network = Network(subject.config, weights, attention_on(subject.device.torch))
             seen: set[tuple[str, str]] = set()
