@@ -1,8 +1,9 @@
 """Compiles Triton kernels for cards that are not there, from calls of the functions that launch them.
 
-Not for a process that interprets kernels: run this file with names of VARIANTS (all without) and `--capability 80`. A
-JSON line for each kernel: registers, bytes of stack (where spills go), shared memory. stderr says whether one had to be
-compiled, or all were in Triton's cache.
+Not for a process that interprets kernels: run this file with names of VARIANTS (all without) and `--capability 80`, or
+`--hip gfx1100` for an AMD card. A JSON line for each kernel: registers, bytes of stack (where spills go), shared memory
+(of an AMD card the last alone), or why it does not compile. stderr says whether one had to be compiled, or all were in
+Triton's cache.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ def launches(call: Callable[[], object]) -> list[tuple[JITFunction, tuple, dict]
     return made
 
 
-def compiled(kernel: JITFunction, args: tuple, options: dict, capability: int) -> CompiledKernel:
-    """The kernel as a launch with these arguments would compile it on a card of that capability."""
+def compiled(kernel: JITFunction, args: tuple, options: dict, target: GPUTarget) -> CompiledKernel:
+    """The kernel as a launch with these arguments would compile it on such a card."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
     hints: dict[tuple[int], list] = {}
@@ -65,11 +66,13 @@ def compiled(kernel: JITFunction, args: tuple, options: dict, capability: int) -
         if is_tensor or (isinstance(value, int) and value % 16 == 0):
             hints[i,] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(source, target=target, options=options)
 
 
 def usage(kernel: CompiledKernel) -> dict[str, int]:
     """Registers a thread, bytes of stack a thread, bytes of shared memory."""
+    if "cubin" not in kernel.asm:
+        return {"shared": kernel.metadata.shared}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -199,11 +202,18 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("variants", nargs="*", default=list(VARIANTS))
     parser.add_argument("--capability", type=int, default=80)
+    parser.add_argument("--hip", metavar="ARCHITECTURE", help="of an AMD card, in place of a capability")
     arguments = parser.parse_args()
     compiling.set_up(lambda line: print(line, file=sys.stderr))
+    target = GPUTarget("cuda", arguments.capability, 32)
+    if arguments.hip:
+        target = GPUTarget("hip", arguments.hip, 32 if arguments.hip.startswith("gfx1") else 64)
     for name in arguments.variants:
         for kernel, args, options in launches(VARIANTS[name]):
-            figures = usage(compiled(kernel, args, options, arguments.capability))
+            try:
+                figures = usage(compiled(kernel, args, options, target))
+            except Exception as error:  # whatever a compiler raises
+                figures = {"error": (str(error).strip() or repr(error)).splitlines()[0][:200]}
             print(json.dumps({"variant": name, "kernel": kernel.__name__, **figures}), flush=True)
 
 

@@ -15,6 +15,11 @@ from paths import ROOT
 # A few for each capability, so that all kernels and ways of reading blocks are among them and a minute is enough; all
 # there are: `python tests/gpu_compile.py --capability 80`.
 CHOSEN = {
+    # Not attention over latents, whose tiles take 68 to 136 KiB, nor products of 64 tokens, which spill.
+    75: [
+        *["Q8_0 16 tokens", "Q6_K 5 tokens", "Q8_0 transposed", "experts 1 tokens, Q4_K Q6_K", "MXFP4 1 tokens"],
+        *["queries V3 8 bits", "router V3"],
+    ],
     80: [
         *["Q4_K 1 tokens", "Q6_K 16 tokens", "FP8 widened", "Q8_0 transposed"],
         *["attention V3 16 bits", "attention V3 8 bits", "queries V3 8 bits"],
@@ -24,9 +29,11 @@ CHOSEN = {
         *["attention V3 16 bits", "attention V3 8 bits", "attention V2-Lite 16 bits", "attention V2-Lite 8 bits"],
         *["router V3", "attention GLM-4.5 16 bits"],
     ],
+    120: ["Q4_K 1 tokens", "F16 4 tokens", "attention V3 16 bits", "router V3"],
     90: ["Q4_K 64 tokens", "FP8 products", "F16 4 tokens", "attention V3 16 bits"],
 }
-SHARED_BYTES = 99 << 10  # a block's on consumer cards (CUDA programming guide, compute capabilities 8.6 and 8.9)
+# A block's on consumer cards (CUDA programming guide, compute capabilities 8.6, 8.9 and 12.0), and of 7.5.
+SHARED_BYTES, SHARED_BYTES_75 = 99 << 10, 64 << 10
 
 
 def compiled(capability: int, variants: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
@@ -39,9 +46,10 @@ def compiled(capability: int, variants: list[str], **variables: str) -> subproce
 
 @pytest.mark.parametrize("capability", slow_but(CHOSEN, {89}))
 def test_kernels_compile_without_spills(capability: int) -> None:
+    most = SHARED_BYTES_75 if capability == 75 else SHARED_BYTES
     found = [json.loads(line) for line in compiled(capability, CHOSEN[capability]).stdout.splitlines()]
     assert {line["variant"] for line in found} == set(CHOSEN[capability])
-    assert not [line for line in found if line["stack"] or line["shared"] > SHARED_BYTES]
+    assert not [line for line in found if line.get("error") or line["stack"] or line["shared"] > most]
 
 
 @pytest.mark.slow
