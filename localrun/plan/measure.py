@@ -20,7 +20,9 @@ import numpy as np
 
 from localrun import hardware
 from localrun.convert.made_up import made_up_blocks
+from localrun.convert.mixes import TABLE
 from localrun.limits import PREFILL_CHUNK
+from localrun.models.config import Config
 from localrun.models.registry import ARCHITECTURES
 from localrun.plan.machine import Cpu, Machine, parse_machine
 from localrun.plan.shapes import Conversion, ModelShape, from_config, n_bytes
@@ -71,10 +73,10 @@ def describe(model: ModelShape, threads: int) -> dict[str, Any]:
 
 
 def _matrices(model: ModelShape) -> list[tuple[str, int, list[int]]]:
-    """The types and widths of the model's matrices, with the rows of each."""
+    """The types and widths of the model's matrices, with the rows of each. Tables of whole numbers are none."""
     rows: dict[tuple[str, int], list[int]] = {}
     for tensor in model.tensors:
-        if len(tensor.shape) > 1:
+        if len(tensor.shape) > 1 and tensor.type != TABLE:
             rows.setdefault((tensor.type, tensor.shape[-1]), []).append(tensor.shape[-2])
     return [(*key, counts) for key, counts in sorted(rows.items())]
 
@@ -194,7 +196,7 @@ def _probe(model: ModelShape, threads: int) -> dict[str, float]:
         prefill_flops = attention_flops(probe.shape, _LONG_CTX, PREFILL_CHUNK)
     prefill_rate = prefill_flops / max(prefill_s, 1e-6)
     small = _probe_config(model, _SMALL_LAYERS)
-    small |= {name: value for name, value in _SMALL_HEADS.items() if name in small}
+    small |= {name: value for name, value in _small_heads(model.config).items() if name in small}
     with _Probe(small, threads) as probe:
         layer_s = probe.decode_s(_SHORT_CTX) / _SMALL_LAYERS
         chunk_s = probe.prefill_s(0) - attention_flops(probe.shape, PREFILL_CHUNK, PREFILL_CHUNK) / prefill_rate
@@ -205,6 +207,13 @@ def _probe(model: ModelShape, threads: int) -> dict[str, float]:
         "attention_prefill_flops": prefill_rate,
         "activation_bytes_per_s": _activation_bytes_per_s(model.config.hidden_size, threads),
     }
+
+
+def _small_heads(config: Config) -> dict[str, Any]:
+    """Settings of heads that take next to no time; groups of them are projected together."""
+    if config.attention == "compressed":
+        return {"num_attention_heads": config.o_groups, "o_lora_rank": 32}
+    return _SMALL_HEADS
 
 
 def _activation_bytes_per_s(hidden_size: int, threads: int) -> float:
@@ -226,18 +235,23 @@ def _activation_bytes_per_s(hidden_size: int, threads: int) -> float:
 def _probe_config(model: ModelShape, n_layers: int) -> dict[str, Any]:
     """A config.json of n_layers with the model's heads, ranks and experts, everything else small."""
     c = model.config
-    return ARCHITECTURES[c.architecture].settings(c) | {
-        "hidden_size": _PROBE_HIDDEN,
-        "intermediate_size": _PROBE_INNER,
-        "moe_intermediate_size": _PROBE_INNER,
-        "first_k_dense_replace": 0 if c.n_routed_experts else n_layers,
-        "n_shared_experts": int("shared experts" in model.groups()),
-        "max_position_embeddings": 4096,
-        "num_hidden_layers": n_layers,
-        "num_nextn_predict_layers": 0,
-        "tie_word_embeddings": True,
-        "vocab_size": _PROBE_VOCAB,
-    }
+    layers = {"compress_ratios": list(c.compress_ratios[-n_layers:])} if c.compress_ratios else {}
+    return (
+        ARCHITECTURES[c.architecture].settings(c)
+        | layers
+        | {
+            "hidden_size": _PROBE_HIDDEN,
+            "intermediate_size": _PROBE_INNER,
+            "moe_intermediate_size": _PROBE_INNER,
+            "first_k_dense_replace": 0 if c.n_routed_experts else n_layers,
+            "n_shared_experts": int("shared experts" in model.groups()),
+            "max_position_embeddings": 4096,
+            "num_hidden_layers": n_layers,
+            "num_nextn_predict_layers": 0,
+            "tie_word_embeddings": True,
+            "vocab_size": _PROBE_VOCAB,
+        }
+    )
 
 
 class _Probe:
@@ -300,6 +314,8 @@ def _write_random(path: Path, conversion: Conversion) -> None:
             file.seek(place.offset)
             if type_ == "F32":
                 file.write((0.5 + rng.random(target.n_weights, np.float32)).tobytes())
+            elif type_ == TABLE:  # of each token's experts
+                file.write((np.arange(target.n_weights, dtype=np.int32) % target.n_cols).tobytes())
             else:
                 file.write(_random_blocks(pool, registry.get(type_), target.n_rows, target.n_cols).tobytes())
         file.truncate(layout.parts[0].size)

@@ -49,8 +49,8 @@ OPTIONS = {
         *["-v", "--verbose"],
     ],
     "bench": [
-        *["-p", "--n-prompt", "-n", "--n-tokens", "-r", "--repetitions", *DEVICE, "-t", "--threads", *DRAFTS],
-        *["--against", "--json", "-v", "--verbose"],
+        *["-p", "--n-prompt", "-n", "--n-tokens", "-d", "--depth", "--sweep", "-r", "--repetitions", *DEVICE],
+        *["-t", "--threads", *DRAFTS, "--against", "--plot", "--json", "-v", "--verbose"],
     ],
     "doctor": ["--gpu", "--report", "-t", "--threads", "-c", "--ctx", "--json"],
     "inspect": ["--verify", "--mix", "--json"],

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from localrun.limits import MARK_BYTES
 from localrun.placement.placement import mark_bytes
+from localrun.plan import measure, report
 from localrun.plan.fit import find_fit, with_ram
 from localrun.plan.machine import load_machine
 from localrun.plan.report import model_facts
-from localrun.plan.shapes import load_model, n_bytes
+from localrun.plan.shapes import from_config, load_model, n_bytes
 from localrun.plan.speed import attention_flops
 
 MXFP4 = 17 / 32  # bytes a weight
@@ -61,3 +63,15 @@ def test_pro() -> None:
     facts = model_facts(load_model("deepseek-v4-pro"))
     assert facts["kv_bytes_per_token"] == 2 * (30 * (512 + 128) // 4 + 31 * 512 // 128) == 9848
     assert facts["parts"]["routed experts"]["bytes"] == 61 * 384 * 3 * 3072 * 7168 * MXFP4
+
+
+def test_this_machine_is_measured_with_layers_of_its_kinds() -> None:
+    """Tables of experts have no rates; probes have pooled rows, and heads that make whole groups."""
+    flash = load_model("deepseek-v4-flash")
+    assert {type_ for type_, *_ in measure._matrices(flash)} == {"BF16", "F32", "MXFP4", "Q8_0"}
+    large = measure._probe_config(flash, 2)
+    small = large | measure._small_heads(flash.config)
+    for values in (large, small):
+        shape = from_config(values, Path("probe"), "Q8_0")
+        assert shape.config.compress_ratios == (4, 128) and shape.config.num_attention_heads % 8 == 0
+    assert not report._without_rates(flash, load_machine("10k-server"))
