@@ -73,5 +73,5 @@ def test_this_machine_is_measured_with_layers_of_its_kinds() -> None:
     small = large | measure._small_heads(flash.config)
     for values in (large, small):
         shape = from_config(values, Path("probe"), "Q8_0")
-        assert shape.config.compress_ratios == (4, 128) and shape.config.num_attention_heads % 8 == 0
+        assert sorted(shape.config.compress_ratios) == [4, 128] and shape.config.num_attention_heads % 8 == 0
     assert not report._without_rates(flash, load_machine("10k-server"))
