@@ -2,17 +2,15 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from localrun import hardware
+from localrun import opening
 from localrun.arguments import flag, function, path_text, refuse, shown, token_ids, whole
 from localrun.bundled import model_path
-from localrun.cpu.warmup import warm_up
-from localrun.errors import LocalrunError, UnsupportedModelError
+from localrun.errors import LocalrunError
 from localrun.generate.drafts import Draft, MTPDraft, NGramDraft
 from localrun.generate.model_draft import ModelDraft, check_vocabulary
 from localrun.generate.sampling import Sampling
@@ -20,13 +18,10 @@ from localrun.generate.session import Session
 from localrun.generate.speculative import Speculation, check_setting
 from localrun.generate.together import evaluate_each
 from localrun.gguf.file import GGUFFile, open_gguf
-from localrun.gguf.types import interleaved
-from localrun.gpu.proof.prove import Proof, task_of
 from localrun.limits import cut
-from localrun.models.config import Config
-from localrun.models.reader import context_length, read_config
-from localrun.placement.devices import DeviceRequest, choose
-from localrun.placement.placement import CPU, GPU, RAM, Placement
+from localrun.opening import Notice, Progress
+from localrun.placement.devices import DeviceRequest
+from localrun.placement.placement import CPU, Placement
 from localrun.runtime import KVCache, Model, MTPModel
 from localrun.text import chat_template as templates
 from localrun.text.chat_template import ChatTemplate
@@ -34,11 +29,7 @@ from localrun.text.tokenizer import Tokenizer
 from localrun.turn import Turn
 from localrun.workers import n_workers
 
-_KERNEL_BYTES = 128 << 20  # of address space: loading them takes 65 MB, and LLVM aborts where it has too little
-DEFAULT_CTX = 8192  # tokens, where the model allows as many
 MOST_CTX = 2**31 - 1  # positions are int32
-Progress = Callable[[int, int, str], None]
-Notice = Callable[[str], None]
 
 
 def load(
@@ -70,7 +61,7 @@ def load(
             the card has proven itself with this model and is faster than the CPU. A card that has no verdict yet
             proves itself now, which takes a minute or two, with a notice for each part (docs/gpu.md).
         threads: worker threads, at most 512; None for one a physical core.
-        ctx: tokens that a session can hold; None for DEFAULT_CTX, or the model's own length if that is less.
+        ctx: tokens that a session can hold; None for 8192, or the model's own length if that is less.
         backend: "native", "llama.cpp", or "auto": native where it can, else llama.cpp with a notice.
         vram: GiB of the card's memory that may be used; None for all that is free.
         gpu_experts: routed experts of each layer that go to the GPU; "auto" for those of as many layers as fit; "cache"
@@ -127,19 +118,6 @@ def load(
     return engine
 
 
-def _attending(config: Config | None, to_all: bool, notice: Notice) -> Config | None:
-    """The configuration of a model that is to attend to all tokens, if `to_all`. Says what is not as one may think."""
-    if config is None or not config.index_topk:
-        if config is not None and config.lacks_indexer:
-            notice(
-                "the file has no indexer tensors: attention goes over all tokens, which the model was not trained for"
-            )
-        elif to_all:
-            notice("--dense-attention has no effect: no indexer chooses tokens here")
-        return config
-    return replace(config, index_topk=0) if to_all else config
-
-
 def _model_path(name: str, given: Any) -> Path:
     """The file that a path, or the name of a bundled model, stands for."""
     return model_path(path_text(name, given))
@@ -181,22 +159,29 @@ class Engine:
     ):
         self.file, self.threads, self.turn, self._notice = file, threads, Turn(), notice
         self._said_replaced = False
-        self.config = _attending(self._native_config(backend, notice), dense_attention, notice)
+        self.config = opening.attending(opening.native_config(file, backend, notice), dense_attention, notice)
         self.backend = "native" if self.config else "llama.cpp"
-        self.ctx = self._choose_ctx(ctx, notice)
-        self.placement = self._place(self.config, where, own_drafts, notice)
-        self.device = self.placement.device if self.placement else CPU
-        if self.placement:
+        self.ctx = opening.choose_ctx(file, ctx, notice)
+        self.placement: Placement | None = None
+        if self.config:
+            proof = opening.proof_of(file, self.config, threads, self.ctx, where, notice)
+            self.placement = opening.place(file, self.config, self.ctx, where, proof, own_drafts, notice)
             placed(self.placement)
+        else:
+            opening.check_no_gpu(where, notice)
+        self.device = self.placement.device if self.placement else CPU
         self.tokenizer = Tokenizer(file.path, file)
         self.template: ChatTemplate | None = templates.chat_template(file, self.tokenizer, template)
         if self.config and self.placement:
-            self.model = self._native_model(self.config, self.placement, where.repack, progress, notice)
+            choices = proof.choices if proof else {}
+            self.model = opening.native_model(
+                file, self.config, self.placement, threads, where.repack, choices, progress, notice
+            )
         else:
             from localrun.backends.llama_cpp import LlamaCppModel
 
             self.model = LlamaCppModel(file.path, self.ctx, threads, progress, file)
-        self._warn_of_memory(notice)
+        opening.warn_of_memory(file, self.placement, notice)
         self.speculative: str | int = "off"
         self.draft_model: Engine | None = None
         self._mtp_file: GGUFFile | None = None
@@ -247,94 +232,6 @@ class Engine:
             raise
         self._mtp_file = file
         return True
-
-    def _native_config(self, backend: str, notice: Notice) -> Config | None:
-        """The configuration if the native backend runs this model; None, with a notice, if llama.cpp is to."""
-        from localrun.models.names import check_tensors, check_types
-
-        try:
-            config = read_config(self.file)
-            check_tensors(self.file, config)
-            check_types(self.file)
-        except UnsupportedModelError as error:
-            if backend == "native" or self.file.is_interleaved:
-                raise
-            if backend == "auto":
-                notice(f"{error}; running it with llama.cpp")
-            return None
-        if backend == "llama.cpp" and self.file.is_interleaved:
-            raise LocalrunError(f"{self.file.path}: has interleaved rows, which only the native backend reads")
-        return config if backend != "llama.cpp" else None  # checked all the same: llama.cpp aborts on some faults
-
-    def _choose_ctx(self, wanted: int | None, notice: Notice) -> int:
-        trained = context_length(self.file) or DEFAULT_CTX
-        ctx = min(DEFAULT_CTX, trained) if wanted is None else wanted
-        if ctx > trained:
-            notice(f"a context of {ctx} tokens, but the model was made for {trained}: text beyond that may be poor")
-        return ctx
-
-    def _place(self, config: Config | None, where: DeviceRequest, own_drafts: bool, notice: Notice) -> Placement | None:
-        """What goes where. Raises LocalrunError if the GPU was asked for in vain, or the cache does not fit."""
-        if config is None:
-            if where.repack:
-                notice("llama.cpp lays weights out itself: --repack has no effect")
-            if where.device == GPU:
-                raise LocalrunError("device 'cuda': llama.cpp runs this model, on the CPU; use --device cpu")
-            if where.asks_for_gpu:
-                notice("llama.cpp runs this model, on the CPU: options for the GPU have no effect")
-            return None
-        self._proof = None if where.unproven else self._new_proof(config, where, notice)
-        proof = (self._proof,) if self._proof else ()
-        placement = choose(where, self.file, config, self.ctx, own_drafts, notice, *proof)
-        needed, free = placement.n_bytes(RAM, "KV cache"), hardware.free_ram()
-        if needed > free:
-            in_windows = config.kv_bytes(self.ctx) - self.ctx * config.kv_bytes_per_token
-            most = max(0, free - in_windows) // config.kv_bytes_per_token
-            raise LocalrunError(
-                f"a context of {self.ctx} tokens takes {needed / 2**30:.1f} GiB of RAM and {free / 2**30:.1f} GiB are "
-                f"free; -c {most} would fit"
-            )
-        return placement
-
-    def _new_proof(self, config: Config, where: DeviceRequest, notice: Notice) -> Proof:
-        task = task_of(self.file.path, self.threads, self.ctx, where)
-        return Proof(self.file, config, task, where, notice)
-
-    def _native_model(
-        self, config: Config, placement: Placement, repack: bool, progress: Progress | None, notice: Notice
-    ) -> Model:
-        """Its kernels are got ready first, so that the user sees what takes the time."""
-        from localrun.models.names import INTEGERS
-
-        tensors = [tensor for name, tensor in self.file.tensors.items() if not INTEGERS.fullmatch(name)]
-        types = {tensor.type.name for tensor in tensors}
-        if repack:
-            types |= {interleaved(tensor.type.name, tensor.shape) for tensor in tensors}
-        left = hardware.free_addresses()
-        if left < _KERNEL_BYTES:
-            need, have = _KERNEL_BYTES >> 20, left >> 20
-            raise LocalrunError(f"the kernels need {need} MiB of address space, and {have} are left; raise ulimit -v")
-        warm_up(types, progress, notice, config.index_topk > 0, bool(config.compress_ratios))
-        if repack:
-            from localrun.cpu.repack import repack_experts
-
-            repack_experts(self.file, config, self.threads, placement.needed[RAM], progress, notice)
-        if placement.device == GPU:
-            from localrun.gpu.hybrid import HybridModel
-
-            choices = self._proof.choices if self._proof else {}
-            return HybridModel(config, self.file, self.threads, placement, notice=notice, **choices)
-        from localrun.cpu.model import NativeModel
-
-        return NativeModel(config, self.file, self.threads)
-
-    def _warn_of_memory(self, notice: Notice) -> None:
-        what, size = "the file has", self.file.file_size
-        if self.placement and self.device == GPU:
-            what, size = "what stays in RAM has", self.placement.needed[RAM]
-        if size > hardware.total_ram():
-            gib, ram = size / 2**30, hardware.total_ram() / 2**30
-            notice(f"{what} {gib:.0f} GiB and this machine {ram:.0f} GiB of RAM: it will run at the disk's speed")
 
     def new_cache(self) -> KVCache:
         """An empty cache for ctx tokens."""

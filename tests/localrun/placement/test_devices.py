@@ -15,7 +15,7 @@ import pytest
 import tiny_models
 
 import localrun
-import localrun.engine
+import localrun.opening
 from cli.main import run
 from localrun.cpu.model import NativeModel
 from localrun.errors import LocalrunError
@@ -42,7 +42,7 @@ class Passed:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A card that has proven itself, and a hybrid model that computes on the CPU and remembers its placement."""
-    monkeypatch.setattr(localrun.engine, "Proof", lambda *arguments: Passed())
+    monkeypatch.setattr(localrun.opening, "Proof", lambda *arguments: Passed())
     hybrid = ModuleType("localrun.gpu.hybrid")
     hybrid.__spec__ = importlib.machinery.ModuleSpec(hybrid.__name__, None)
 

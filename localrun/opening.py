@@ -1,0 +1,149 @@
+"""What opening a model decides: which backend runs it, how long its context is, what goes where; and its kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from localrun import hardware
+from localrun.cpu.warmup import warm_up
+from localrun.errors import LocalrunError, UnsupportedModelError
+from localrun.gguf.file import GGUFFile
+from localrun.gguf.types import interleaved
+from localrun.gpu.proof.prove import Proof, task_of
+from localrun.models.config import Config
+from localrun.models.names import INTEGERS, check_tensors, check_types
+from localrun.models.reader import context_length, read_config
+from localrun.placement.devices import DeviceRequest, choose
+from localrun.placement.placement import GPU, RAM, Placement
+from localrun.runtime import Model
+
+_KERNEL_BYTES = 128 << 20  # of address space: loading them takes 65 MB, and LLVM aborts where it has too little
+DEFAULT_CTX = 8192  # tokens, where the model allows as many
+Progress = Callable[[int, int, str], None]
+Notice = Callable[[str], None]
+
+
+def native_config(file: GGUFFile, backend: str, notice: Notice) -> Config | None:
+    """The configuration if the native backend runs this model; None, with a notice, if llama.cpp is to."""
+    try:
+        config = read_config(file)
+        check_tensors(file, config)
+        check_types(file)
+    except UnsupportedModelError as error:
+        if backend == "native" or file.is_interleaved:
+            raise
+        if backend == "auto":
+            notice(f"{error}; running it with llama.cpp")
+        return None
+    if backend == "llama.cpp" and file.is_interleaved:
+        raise LocalrunError(f"{file.path}: has interleaved rows, which only the native backend reads")
+    return config if backend != "llama.cpp" else None  # checked all the same: llama.cpp aborts on some faults
+
+
+def attending(config: Config | None, to_all: bool, notice: Notice) -> Config | None:
+    """The configuration of a model that is to attend to all tokens, if `to_all`. Says what is not as one may think."""
+    if config is None or not config.index_topk:
+        if config is not None and config.lacks_indexer:
+            notice(
+                "the file has no indexer tensors: attention goes over all tokens, which the model was not trained for"
+            )
+        elif to_all:
+            notice("--dense-attention has no effect: no indexer chooses tokens here")
+        return config
+    return replace(config, index_topk=0) if to_all else config
+
+
+def choose_ctx(file: GGUFFile, wanted: int | None, notice: Notice) -> int:
+    """Tokens of context: what is wanted, else what the model was made for up to DEFAULT_CTX."""
+    trained = context_length(file) or DEFAULT_CTX
+    ctx = min(DEFAULT_CTX, trained) if wanted is None else wanted
+    if ctx > trained:
+        notice(f"a context of {ctx} tokens, but the model was made for {trained}: text beyond that may be poor")
+    return ctx
+
+
+def check_no_gpu(where: DeviceRequest, notice: Notice) -> None:
+    """Where llama.cpp runs the model. Raises LocalrunError if the GPU was asked for."""
+    if where.repack:
+        notice("llama.cpp lays weights out itself: --repack has no effect")
+    if where.device == GPU:
+        raise LocalrunError("device 'cuda': llama.cpp runs this model, on the CPU; use --device cpu")
+    if where.asks_for_gpu:
+        notice("llama.cpp runs this model, on the CPU: options for the GPU have no effect")
+
+
+def proof_of(
+    file: GGUFFile, config: Config, threads: int, ctx: int, where: DeviceRequest, notice: Notice
+) -> Proof | None:
+    """What the card is asked before it is used; None where it is not to be."""
+    return None if where.unproven else Proof(file, config, task_of(file.path, threads, ctx, where), where, notice)
+
+
+def place(
+    file: GGUFFile,
+    config: Config,
+    ctx: int,
+    where: DeviceRequest,
+    proof: Proof | None,
+    own_drafts: bool,
+    notice: Notice,
+) -> Placement:
+    """What goes where. Raises LocalrunError if the GPU was asked for in vain, or the cache does not fit."""
+    placement = choose(where, file, config, ctx, own_drafts, notice, *((proof,) if proof else ()))
+    needed, free = placement.n_bytes(RAM, "KV cache"), hardware.free_ram()
+    if needed > free:
+        in_windows = config.kv_bytes(ctx) - ctx * config.kv_bytes_per_token
+        most = max(0, free - in_windows) // config.kv_bytes_per_token
+        raise LocalrunError(
+            f"a context of {ctx} tokens takes {needed / 2**30:.1f} GiB of RAM and {free / 2**30:.1f} GiB are "
+            f"free; -c {most} would fit"
+        )
+    return placement
+
+
+def native_model(
+    file: GGUFFile,
+    config: Config,
+    placement: Placement,
+    threads: int,
+    repack: bool,
+    choices: Mapping[str, Any],
+    progress: Progress | None,
+    notice: Notice,
+) -> Model:
+    """Its kernels are got ready first, so that the user sees what takes the time. choices: those of the card's proof.
+
+    Raises LocalrunError.
+    """
+    tensors = [tensor for name, tensor in file.tensors.items() if not INTEGERS.fullmatch(name)]
+    types = {tensor.type.name for tensor in tensors}
+    if repack:
+        types |= {interleaved(tensor.type.name, tensor.shape) for tensor in tensors}
+    left = hardware.free_addresses()
+    if left < _KERNEL_BYTES:
+        need, have = _KERNEL_BYTES >> 20, left >> 20
+        raise LocalrunError(f"the kernels need {need} MiB of address space, and {have} are left; raise ulimit -v")
+    warm_up(types, progress, notice, config.index_topk > 0, bool(config.compress_ratios))
+    if repack:
+        from localrun.cpu.repack import repack_experts
+
+        repack_experts(file, config, threads, placement.needed[RAM], progress, notice)
+    if placement.device == GPU:
+        from localrun.gpu.hybrid import HybridModel
+
+        return HybridModel(config, file, threads, placement, notice=notice, **choices)
+    from localrun.cpu.model import NativeModel
+
+    return NativeModel(config, file, threads)
+
+
+def warn_of_memory(file: GGUFFile, placement: Placement | None, notice: Notice) -> None:
+    """Say so where the machine has less RAM than the model takes."""
+    what, size = "the file has", file.file_size
+    if placement and placement.device == GPU:
+        what, size = "what stays in RAM has", placement.needed[RAM]
+    if size > hardware.total_ram():
+        gib, ram = size / 2**30, hardware.total_ram() / 2**30
+        notice(f"{what} {gib:.0f} GiB and this machine {ram:.0f} GiB of RAM: it will run at the disk's speed")
