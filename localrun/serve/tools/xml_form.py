@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +67,10 @@ class XMLForm(Form):
             return f"(SPACE? {key} {grammar.text_until('ANY', self.value_ends)})*"
         if (of := parameters.get("type", "object")) != "object":
             raise LocalrunError(f"the schema is of type {of!r}, not of an object")
-        each = [self._written(schema, grammar) for schema in alternatives(parameters)]
+        schemas = alternatives(parameters)
+        if INDEX not in self.parameter.format(key="", string=INDEX):
+            _check_texts(schemas)
+        each = [self._written(schema, grammar) for schema in schemas]
         return each[0] if len(each) == 1 else f"({' | '.join(map(grammar.rule, each))})"
 
     def _written(self, parameters: Mapping[str, Any], grammar: Grammar) -> str:
@@ -119,6 +122,20 @@ class XMLForm(Form):
             yield Arguments(index, _json(_value("".join(pieces), kinds)))
         source.kept = source.at
         return True
+
+
+def _check_texts(schemas: Sequence[Mapping[str, Any]]) -> None:
+    """Raises LocalrunError for a property that is text by one of the schemas and not by another: "30" would be both."""
+    are_texts: dict[str, bool] = {}
+    for schema in schemas:
+        properties = schema.get("properties", {})
+        for name, of in properties.items() if isinstance(properties, Mapping) else ():
+            kinds = kinds_of(of)
+            if kinds != {"null"} and are_texts.setdefault(name, "string" in kinds) != ("string" in kinds):
+                raise LocalrunError(
+                    f"the property {shown(name)} is text by one schema of anyOf and not by another, which calls in "
+                    "this model's form don't tell apart"
+                )
 
 
 def _types(schema: Any) -> dict[str, frozenset[str]]:

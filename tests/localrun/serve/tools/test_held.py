@@ -50,6 +50,7 @@ WEATHER = {
 NOW = {"type": "object", "properties": {}, "additionalProperties": False}
 SCHEMAS: dict[str, Any] = {"weather": WEATHER, "now": NOW}
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": schema}} for name, schema in SCHEMAS.items()]
+TEXT_OR_NOT = {"anyOf": [{"properties": {"x": kind}} for kind in ({"type": "integer"}, {"type": "string"})]}
 ANY_OF = {
     "type": "object",
     "properties": {"kind": {"type": "string"}, "is_old": {"type": "boolean"}},
@@ -268,6 +269,8 @@ def test_what_is_refused(vocabulary: Callable[[str], Tokenizer]) -> None:
         ("GLM", {"oneOf": [{"type": "object"}]}, "the schema has oneOf, which calls in this model's form can't be"),
         ("GLM", {"anyOf": [{"type": "null"}]}, "no object satisfies the schema's anyOf"),
         ("GLM", {"anyOf": {}}, "the schema's anyOf is not a list of objects"),
+        ("GLM", TEXT_OR_NOT, "the property 'x' is text by one schema of anyOf and not by another"),
+        ("MINIMAX", TEXT_OR_NOT, "calls in this model's form don't tell apart"),
         ("GLM", {"anyOf": [NOW], "additionalProperties": SHORT}, "anyOf and a schema of additionalProperties"),
         ("GLM", ANY_OF | {"anyOf": [{"anyOf": 9 * [{}]}] * 9}, "more than 64 alternatives"),
         (
