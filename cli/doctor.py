@@ -106,7 +106,7 @@ def _prove(model: str | None, report: str | None, threads: int | None, ctx: int 
     if width:
         end_line(width)
     if place is not None:
-        verdict.write(place, found.document())
+        verdict.write_document(place, found.document())
     if as_json:
         print_json(found.document())
     else:

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 
@@ -134,13 +135,19 @@ def error(found: np.ndarray, expected: np.ndarray) -> float:
     return difference if np.isfinite(difference) else float("inf")
 
 
+@numba.njit
+def _n_splits(n_cached: int) -> int:
+    """splits_of, which exists inside compiled functions alone."""
+    return splits_of(n_cached)
+
+
 def _combined(partials: np.ndarray, n_heads: int, n_before: int) -> np.ndarray:
     """float32 (T, H * width): attention's results of all splits, put together."""
     partials = partials.reshape(len(partials), MAX_SPLITS, n_heads, -1)
     largest, sums = partials[..., PARTIAL.offset("maximum") // 4], partials[..., PARTIAL.offset("sum") // 4]
     values, out = partials[..., VALUES_AT // 4 :], []
     for t in range(len(partials)):
-        used = slice(0, splits_of(n_before + t + 1))
+        used = slice(0, _n_splits(n_before + t + 1))
         weights = np.exp(largest[t, used] - largest[t, used].max(0))
         total = np.sum(weights * sums[t, used], 0)[:, None]
         out.append((np.sum(weights[..., None] * values[t, used], 0) / total).ravel())

@@ -126,8 +126,10 @@ def choose(
             return placement
     if where.device == "cuda":
         raise LocalrunError(f"device 'cuda': {reason}")
-    if is_news or where.asks_for_gpu:
+    if is_news:
         notice(f"{reason}; computing on the CPU")
+    elif where.asks_for_gpu:
+        notice(f"{reason}: {_OPTIONS} have no effect; computing on the CPU")
     return lay_out(on_cpu)
 
 

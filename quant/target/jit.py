@@ -5,9 +5,11 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from types import ModuleType
+from typing import NoReturn
 
 import numba
 from numba.core.ccallback import CFunc
+from numba.core.dispatcher import Dispatcher
 from numba.core.sigutils import normalize_signature
 
 from quant.errors import QuantError
@@ -18,14 +20,28 @@ from quant.target.kernel import Kernel
 # No nnan/ninf: a NaN in the weights must reach the logits instead of vanishing.
 FASTMATH = frozenset({"nsz", "arcp", "contract", "afn", "reassoc"})
 
-# Helpers that exist only inside kernels: inlined by LLVM, never cached on their own.
-inline = numba.njit(
+_inlined = numba.njit(
     forceinline=True,
     error_model="numpy",
     no_cpython_wrapper=True,
     no_cfunc_wrapper=True,
     pipeline_class=InlinedCompiler,
 )
+
+
+def inline(function: Callable) -> Dispatcher:
+    """Decorator: a helper that exists only inside kernels, inlined by LLVM, never cached on its own.
+
+    It has no machine code: Python can't call it.
+    """
+
+    def refuse(*_: object) -> NoReturn:
+        raise TypeError(f"{function.__name__} exists inside compiled functions alone")
+
+    dispatcher = _inlined(function)
+    dispatcher._insert = lambda *_: None  # what Python calls: nothing is there
+    dispatcher._compile_for_args = refuse
+    return dispatcher
 
 
 class _KeptCFunc(CFunc):

@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from paths import ROOT
+
+from quant.decode import program
 
 TWO = """
 import time
@@ -30,3 +33,10 @@ def test_two_processes_do_not_compile_the_same_kernel(tmp_path: Path) -> None:
     first, second = sorted([float(word) for word in process.communicate()[0].split()] for process in both)
     assert first[1] <= second[0]
     assert first[2] == 0 and second[2] == 1  # hits
+
+
+def test_a_helper_inside_kernels_is_not_called_by_python() -> None:
+    """Also once a kernel has it: there is no machine code to call."""
+    program._step.compiled  # noqa: B018 (asking is compiling)
+    with pytest.raises(TypeError, match="reset exists inside compiled functions alone"):
+        program.reset(0, 1, 1)

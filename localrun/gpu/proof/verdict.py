@@ -218,12 +218,12 @@ def save(verdict: Verdict) -> Path | None:
         return None
     with suppress(LocalrunError, OSError):
         place.mkdir(parents=True, exist_ok=True)
-        write(place / f"{verdict.identity.key}.json", verdict.document())
+        write_document(place / f"{verdict.identity.key}.json", verdict.document())
         return place / f"{verdict.identity.key}.json"
     return None
 
 
-def write(path: Path, document: Mapping[str, Any]) -> None:
+def write_document(path: Path, document: Mapping[str, Any]) -> None:
     """A file with the document. Raises LocalrunError if it can't be written."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

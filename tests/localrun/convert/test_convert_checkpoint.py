@@ -156,7 +156,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     ),
     "size": (header_edited(lambda header: header["b"].update(shape=[4, 9])), ["tensor 'b'", "F32 [4, 9]"]),
     "shape of strings": (header_edited(lambda header: header["b"].update(shape=["4"])), ["tensor 'b'", "broken"]),
-    "dtype": (stored(a=torch.zeros(4, 8, dtype=torch.int64)), ["tensor 'a'", "I64"]),
+    "dtype": (stored(a=torch.zeros(4, 8, dtype=torch.int16)), ["tensor 'a'", "I16"]),
     "shard missing": (
         index({"s1.safetensors": ["a"]}, {"a": "s1.safetensors", "b": "s2.safetensors"}),
         ["s2.safetensors", "no such file"],

@@ -99,11 +99,14 @@ def test_the_cpu_if_asked_for(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) 
     assert placement.device == "cpu" and set(placement.needed) == {"RAM"} and notices == []
 
 
+WITHOUT_EFFECT = "--vram, --gpu-experts, --expert-usage and --cache-bits have no effect; computing on the CPU"
+
+
 @pytest.mark.parametrize(
     ("found", "options", "told"),
     [
         (NoGpu("there is no NVIDIA card", False), {}, []),
-        (NoGpu("there is no NVIDIA card", False), {"vram": 8}, ["there is no NVIDIA card; computing on the CPU"]),
+        (NoGpu("there is no NVIDIA card", False), {"vram": 8}, [f"there is no NVIDIA card: {WITHOUT_EFFECT}"]),
         (NoGpu("the driver is too old", True), {}, ["the driver is too old; computing on the CPU"]),
     ],
 )
