@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from localrun.serve.store import Store
 MOST_SLOTS = 256
 _USUAL_SLOTS = 4
 _KEEP_ALIVE_S = 75
+_SIGNAL_S = 0.05  # until a second signal is noticed
 _UNREAD_MS = 120_000  # that a client may take nothing of what waits for it, or it would hold up the end of the server
 
 
@@ -131,6 +133,20 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, which from Python 3.12 on waits for connections, whatever signals come."""
+        watch = asyncio.ensure_future(self._abort_when_forced())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            watch.cancel()
+
+    async def _abort_when_forced(self) -> None:
+        while not self.force_exit:
+            await asyncio.sleep(_SIGNAL_S)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.force_exit, self.should_exit = self.should_exit, True
