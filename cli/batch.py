@@ -228,11 +228,12 @@ class Batch:
 
 def _shared(prompts: list[list[int] | TemplateError]) -> list[int]:
     """What the first two prompts have in common, a system message say."""
+    from localrun.generate.session import n_common
+
     known = [ids for ids in prompts if not isinstance(ids, TemplateError)]
     if len(known) < 2:
         return []
-    same = next((i for i, (x, y) in enumerate(zip(*known, strict=False)) if x != y), min(map(len, known)))
-    return known[0][:same]
+    return known[0][: n_common(*known)]
 
 
 def _begin(session: "Session", shared: list[int]) -> None:

@@ -91,7 +91,7 @@ def place(
     notice: Notice,
 ) -> Placement:
     """What goes where. Raises LocalrunError if the GPU was asked for in vain, or the cache does not fit."""
-    placement = choose(where, file, config, ctx, own_drafts, notice, *((proof,) if proof else ()))
+    placement = choose(where, file, config, ctx, own_drafts, notice, proof)
     needed, free = placement.n_bytes(RAM, "KV cache"), hardware.free_ram()
     if needed > free:
         in_windows = config.kv_bytes(ctx) - ctx * config.kv_bytes_per_token

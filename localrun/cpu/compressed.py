@@ -147,11 +147,10 @@ class StreamLayers(Layers):
     def _attend_and_output(self, index: int, heads: Heads, streams: Streams) -> None:
         """From queries to the streams."""
         c, workers, size = self.config, self.pool.n_workers, heads.n_heads * heads.value_width
-        o_a_name, rows = self._module(index, "o_a_proj"), c.o_groups * c.o_lora_rank
-        o_a = self.tensors.matrix(o_a_name, (c.o_groups, c.o_lora_rank, size // c.o_groups))
+        o_a = self.tensors.grouped(self._module(index, "o_a_proj"), c.o_groups)
         q8 = self._vector("heads' values, quantised", c.o_groups * q8_bytes(o_a.n_cols) // 4)
         partials = self._vector("partials", heads.partials_bytes // 4)
-        values, low = self._vector("heads' values", size), self._vector("output_a", rows)
+        values, low = self._vector("heads' values", size), self._vector("output_a", c.o_groups * c.o_lora_rank)
         output = GroupedOutput(c.qk_rope_head_dim, self._first_frequency(index), o_a, q8)
         self._add(attend_phase(heads, self._vector("queries", size), partials), "attend", "partials")
         self._add(project_values_phase(heads, partials, None, values, output), "values", "heads' values")

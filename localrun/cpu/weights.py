@@ -40,9 +40,8 @@ class LayerWeights(GGUFTensors):
 
     def heads(self, name: str, n_groups: int | None = None) -> HeadLinear:
         """One matrix a head, (H, out, in); of a plain matrix its rows in so many groups."""
-        n_rows, n_cols = self.file.tensors[name].shape[-2:]
-        shape = None if n_groups is None else (n_groups, n_rows // n_groups, n_cols)
-        return HeadLinear(self.pool, self.matrix(name, shape))
+        matrix = self.matrix(name) if n_groups is None else self.grouped(name, n_groups)
+        return HeadLinear(self.pool, matrix)
 
     def split_heads(self, name: str, n_heads: int, rows: tuple[int, int]) -> tuple[HeadLinear, HeadLinear]:
         """A matrix of n_heads * sum(rows) rows as two: each head's first rows[0] rows, and its last rows[1]."""

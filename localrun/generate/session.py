@@ -306,8 +306,7 @@ class Session:
 
     def shared(self, ids: Sequence[int]) -> int:
         """How many of a prompt's first tokens a reply to it would not evaluate again: all but the last at most."""
-        same = next((i for i, (x, y) in enumerate(zip(self.ids, ids, strict=False)) if x != y), None)
-        return min(len(self.ids) if same is None else same, len(ids) - 1)
+        return min(n_common(self.ids, ids), len(ids) - 1)
 
     def copy(self, other: "Session", length: int) -> None:
         """Hold the first `length` tokens of another session of this engine, or none where forget() would keep none."""
@@ -373,6 +372,11 @@ class Session:
                 self._cache.truncate(0)
                 raise
             self.ids = ids
+
+
+def n_common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _no_reply() -> _Reply:

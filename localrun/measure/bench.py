@@ -25,7 +25,7 @@ from localrun import hardware
 from localrun.engine import Engine
 from localrun.errors import LocalrunError
 from localrun.generate.sampling import Sampling
-from localrun.generate.session import Stats
+from localrun.generate.session import Stats, n_common
 from localrun.gguf.file import GGUFFile
 from localrun.models.config import Config
 from localrun.models.summary import weight_bytes_per_token
@@ -105,7 +105,7 @@ class Native:
         self._held: list[int] = []
 
     def hold(self, ids: Sequence[int]) -> None:
-        self._cache.truncate(_common(self._held, ids))
+        self._cache.truncate(n_common(self._held, ids))
         self._held = list(ids)
         self.prompt(ids[self._cache.length :])
         self._cache.mark()
@@ -123,11 +123,6 @@ class Native:
             self._model.forward([token], self._cache)
             seconds.append(time.perf_counter() - start)
         return seconds
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    return next((i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]), min(len(a), len(b)))
 
 
 class Rates:

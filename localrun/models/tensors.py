@@ -33,6 +33,11 @@ class GGUFTensors:
         tensor = self.file.tensors[name]
         return quant_matrix(tensor.data, registry.get(tensor.type.name), shape or tensor.shape)
 
+    def grouped(self, name: str, n_groups: int) -> QuantMatrix:
+        """A matrix (out, in) with its rows in groups, (n_groups, out / n_groups, in)."""
+        n_rows, n_cols = self.file.tensors[name].shape
+        return self.matrix(name, (n_groups, n_rows // n_groups, n_cols))
+
     def array(self, name: str) -> np.ndarray:
         """A tensor in float32."""
         tensor = self.file.tensors[name]

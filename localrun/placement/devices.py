@@ -92,7 +92,7 @@ def choose(
     ctx: int,
     drafts: bool,
     notice: Notice,
-    proof: Proof = lambda may_try: "",
+    proof: Proof | None = None,
 ) -> Placement:
     """Where the model's parts go: on the GPU and in RAM if there is one that takes them, else all in RAM.
 
@@ -100,11 +100,13 @@ def choose(
         drafts: whether the model's layer for multi-token prediction, if it has one, will be used.
         notice: told why the GPU is left out, where the user may wonder.
         proof: of the card; asked only where there is one that could run the model, and tried only where it has room.
+            None to use it unproven.
 
     Raises:
         LocalrunError: the GPU was asked for and cannot be used, or has too little memory; says what would fit. Or the
             file of the experts' usage is none for this model, whether it is needed or not.
     """
+    proof = proof or (lambda may_try: "")
     usage = None if where.expert_usage is None else _usage(where.expert_usage, file, config)
     drafts = drafts and names.has_mtp(file, config)
     on_cpu = Request(tuple(file.tensors.values()), config, ctx, hardware.free_ram(), mtp=drafts)

@@ -73,10 +73,10 @@ def describe(model: ModelShape, threads: int) -> dict[str, Any]:
 
 
 def _matrices(model: ModelShape) -> list[tuple[str, int, list[int]]]:
-    """The types and widths of the model's matrices, with the rows of each. Tables of whole numbers are none."""
+    """The types and widths of the model's matrices, with the rows of each."""
     rows: dict[tuple[str, int], list[int]] = {}
     for tensor in model.tensors:
-        if len(tensor.shape) > 1 and tensor.type != TABLE:
+        if tensor.is_matrix:
             rows.setdefault((tensor.type, tensor.shape[-1]), []).append(tensor.shape[-2])
     return [(*key, counts) for key, counts in sorted(rows.items())]
 

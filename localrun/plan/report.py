@@ -216,7 +216,5 @@ def _other_models(model: ModelShape, machine: Machine) -> list[tuple[str, ModelS
 
 def _without_rates(model: ModelShape, machine: Machine) -> list[str]:
     """A model's types that the machine description lacks; of this machine only those in use were measured."""
-    from localrun.convert.mixes import TABLE
-
-    known = {TABLE, *(kernel.type for kernel in machine.cpu.kernels)}  # a table is no matrix
-    return sorted({tensor.type for tensor in model.tensors if len(tensor.shape) > 1} - known)
+    known = {kernel.type for kernel in machine.cpu.kernels}
+    return sorted({tensor.type for tensor in model.tensors if tensor.is_matrix} - known)

@@ -39,6 +39,13 @@ class Tensor:
     def n_weights(self) -> int:
         return prod(self.shape)
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is multiplied with: no vector, no table of whole numbers."""
+        from localrun.convert.mixes import TABLE
+
+        return len(self.shape) > 1 and self.type != TABLE
+
 
 @dataclass(frozen=True)
 class Conversion:

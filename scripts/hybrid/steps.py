@@ -8,7 +8,6 @@ the step after both, plus that overlap.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from localrun.gpu.cache import DeviceCache
 from localrun.gpu.device import StandIn
 from localrun.gpu.host_experts import StepExperts
 from localrun.gpu.hybrid import HybridModel
+from localrun.gpu.proof.speed import seconds_of_each
 from localrun.gpu.routed import Mode
 from localrun.limits import cut
 from localrun.network.moe import MoE
@@ -46,12 +46,7 @@ SMALL = Effort(step_runs=1, prompt_runs=1, repeats=1, tokens=(1, 2), context=3, 
 
 def times(call: Callable[[], object], runs: int) -> dict[str, float]:
     """Best and median ms of a call, after one that warms up."""
-    call()
-    seconds = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
+    seconds = seconds_of_each(call, runs)
     return {"best": 1e3 * min(seconds), "median": 1e3 * statistics.median(seconds)}
 
 

@@ -88,13 +88,18 @@ def _times(subject: Subject, model: Any) -> tuple[float, float]:
 
 def seconds(call: Callable[[], object], runs: int) -> float:
     """The median, after a run that warms up."""
+    return statistics.median(seconds_of_each(call, runs))
+
+
+def seconds_of_each(call: Callable[[], object], runs: int) -> list[float]:
+    """Of all runs, after one that warms up."""
     call()
     found = []
     for _ in range(runs):
         start = time.perf_counter()
         call()
         found.append(time.perf_counter() - start)
-    return statistics.median(found)
+    return found
 
 
 def _copies(subject: Subject, findings: Findings) -> dict[str, float]:
