@@ -66,7 +66,7 @@ def test_openai(engine: Engine, url: str) -> None:
         *chunks, last = client.chat.completions.create(**asked, max_tokens=16, **options)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
         assert last.usage.completion_tokens == 16
-        held = {"response_format": Flag, "logprobs": True, "top_logprobs": 2, "max_tokens": 60}
+        held = {"response_format": Flag, "logprobs": True, "top_logprobs": 2, "max_tokens": 60, "seed": 2}
         choice = client.chat.completions.parse(**asked | {"temperature": 1.5}, **held).choices[0]
         assert isinstance(choice.message.parsed, Flag) and choice.finish_reason == "stop"
         told = choice.logprobs.content
