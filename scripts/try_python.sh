@@ -7,6 +7,7 @@
 # comes with CUDA from PyPI, some 3 GB, unless PIP_FIND_LINKS or PIP_INDEX_URL leads to builds without it. The last line
 # of stdout is one JSON document: versions, seconds of each step.
 set -euo pipefail
+shopt -s inherit_errexit # a step that fails inside $(...) ends the script, too
 [ $# -ge 1 ] || { sed -n '2,8p' "$0" >&2; exit 2; }
 python=$1 tests=${2:-}
 root=$(cd "$(dirname "$0")/.." && pwd)

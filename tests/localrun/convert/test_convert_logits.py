@@ -165,7 +165,8 @@ def test_mxfp4_experts_keep_their_bits(tmp_path: Path) -> None:
 
     loaded = GptOssForCausalLM.from_pretrained(
         folder, attn_implementation="eager", dtype=torch.float32, quantization_config=Mxfp4Config(dequantize=True)
-    ).eval()
+    )
+    loaded = loaded.float().eval()  # the transformers of Python 3.10 keeps experts in BF16 and multiplies in it
     expected = hf.logits(loaded)
     assert error(hf.logits(model), expected) > 1e-3  # or packing would have rounded nothing
     assert error(ours(exact), expected) < TOLERANCE
