@@ -128,7 +128,7 @@ def layer_compute_s(model: ModelShape, device: Device, n_tokens: int, ctx: int, 
     shared = _layer_weights(groups.get("shared experts", []), model.n_moe_layers)
     per_layer_kv = c.kv_bytes_read(ctx) / c.num_hidden_layers
     n_bytes = attention + shared + experts_per_device * expert + n_tokens * per_layer_kv
-    heads = heads_of(model)
+    heads = heads_of(model.config)
     width = 2 * c.kv_lora_rank + c.qk_rope_head_dim if c.attention == "mla" else heads.key_dim + heads.value_dim
     scores = heads.n_heads * ctx * width
     flops = 2 * n_tokens * (attention + shared + c.num_experts_per_tok * expert + scores)
@@ -171,7 +171,7 @@ def split_sizes(
     Args:
         units: the smallest groups of prefill and decode devices; numbers are rounded up to them.
     """
-    c, heads = model.config, heads_of(model)
+    c, heads = model.config, heads_of(model.config)
     scores = c.num_hidden_layers * heads.n_heads * load.prompt_tokens * (heads.key_dim + heads.value_dim)
     prefill_rate = device.flops * utilisation / (2 * active_weights(model) + scores)
     prefill = load.requests_per_s * load.prompt_tokens / prefill_rate

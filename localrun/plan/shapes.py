@@ -24,6 +24,7 @@ from localrun.plan.known import load_data
 
 DEFAULT_TYPE = "Q4_K_M"
 MXFP4_TYPE = "MXFP4_MOE"  # in place of it where the checkpoint's experts are packed so, as in convert
+_QWEN2 = ["Qwen2ForCausalLM"]
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,14 @@ def _known(name: str, type_: str | None) -> ModelShape:
     return from_config(entry["config"], Path(name), type_, entry["title"], entry["source"])
 
 
+def known_config(name: str) -> Config:
+    """The configuration of a known model, without its tensors: Kimi-K2's are 70,000."""
+    from localrun.convert.settings import Settings
+    from localrun.convert.settings import read_config as read_settings
+
+    return read_settings(Settings(_convertible(load_data("models")[name]["config"], Path(name)), name))
+
+
 def _config_path(path: Path) -> Path | None:
     if path.is_dir():
         return path / "config.json"
@@ -217,17 +226,13 @@ def from_config(
     from localrun.convert.mixes import parse_mix
     from localrun.convert.settings import Settings
     from localrun.convert.sources.checkpoint import SourceTensor
-    from localrun.convert.sources.text_part import has_text_part, text_config
     from localrun.plan.checkpoint_shapes import checkpoint_shapes
 
-    if has_text_part(values):
-        values = text_config(values, str(path))
+    is_qwen2 = values.get("architectures") == _QWEN2
+    values = _convertible(values, path)
     is_mxfp4 = _is_mxfp4(values)
     mix = parse_mix(type_ or (MXFP4_TYPE if is_mxfp4 else DEFAULT_TYPE))
-    checkpoint = _Checkpoint(path.parent if path.suffix == ".json" else path, dict(values))
-    is_qwen2 = values.get("architectures") == ["Qwen2ForCausalLM"]
-    if is_qwen2:  # the same tensors and, of 80 layers, the same rules for types; biases besides
-        checkpoint.config["architectures"] = ["LlamaForCausalLM"]
+    checkpoint = _Checkpoint(path.parent if path.suffix == ".json" else path, values)
     try:
         settings = Settings(checkpoint.config, str(path))
         for tensor, shape in checkpoint_shapes(settings).items():
@@ -241,6 +246,16 @@ def from_config(
     tensors = conversion.tensors(mix)
     config = read_config(PlannedHeader(path, model.metadata, tensors))
     return ModelShape(name, config, tensors, mix, source, conversion=conversion)
+
+
+def _convertible(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A config.json as the converter reads it: its text part, and Qwen2 as Llama."""
+    from localrun.convert.sources.text_part import has_text_part, text_config
+
+    values = dict(text_config(values, str(path)) if has_text_part(values) else values)
+    if values.get("architectures") == _QWEN2:  # the same tensors and, of 80 layers, the same rules for types
+        values["architectures"] = ["LlamaForCausalLM"]
+    return values
 
 
 def _is_mxfp4(values: dict[str, Any]) -> bool:

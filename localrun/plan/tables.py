@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from localrun.models.config import Config
 from localrun.models.rows import KV_BYTES
 from localrun.plan.known import load_data
-from localrun.plan.shapes import ModelShape, from_config, load_model
+from localrun.plan.shapes import ModelShape, from_config, known_config, load_model
 from localrun.plan.speed import attention_flops
 
 TRAINING_TOKENS = 4096  # the sequence length of the published table
@@ -29,9 +30,8 @@ class Heads:
     value_dim: int
 
 
-def heads_of(model: ModelShape) -> Heads:
+def heads_of(c: Config) -> Heads:
     """Of a latent model: those of the attention that the latent stands for."""
-    c = model.config
     if c.attention == "mla":
         key_dim = c.qk_nope_head_dim + c.qk_rope_head_dim
         return Heads(c.num_attention_heads, c.num_attention_heads, key_dim, c.v_head_dim)
@@ -40,17 +40,17 @@ def heads_of(model: ModelShape) -> Heads:
 
 def kv_row(name: str) -> dict[str, Any]:
     """KV cache bytes a token in 16 bits: as it is, and as it would be with all heads (MHA), 8 (GQA), one (MQA)."""
-    model = load_model(name)
-    heads, n_layers = heads_of(model), model.config.num_hidden_layers
+    config = known_config(name)
+    heads, n_layers = heads_of(config), config.num_hidden_layers
     one = n_layers * (heads.key_dim + heads.value_dim) * KV_BYTES
     return {
         "model": name,
-        "attention": "MLA" if model.config.attention == "mla" else "GQA" if heads.n_kv_heads < heads.n_heads else "MHA",
-        "bytes_per_token": model.config.kv_bytes_per_token,
+        "attention": "MLA" if config.attention == "mla" else "GQA" if heads.n_kv_heads < heads.n_heads else "MHA",
+        "bytes_per_token": config.kv_bytes_per_token,
         "mha": heads.n_heads * one,
         "gqa8": 8 * one,
         "mqa": one,
-        **_published(name, "kv_bytes_per_token", model.config.kv_bytes_per_token),
+        **_published(name, "kv_bytes_per_token", config.kv_bytes_per_token),
     }
 
 
@@ -71,7 +71,7 @@ def active_weights(model: ModelShape) -> float:
 
 def training_flops(model: ModelShape, n_tokens: int = TRAINING_TOKENS) -> float:
     """FLOPs a token of forward and backward pass over sequences of n_tokens."""
-    heads = heads_of(model)
+    heads = heads_of(model.config)
     # a token attends to half the sequence on average; 2 FLOPs, twice (scores, values), times 3
     attention = 3 * n_tokens * model.config.num_hidden_layers * heads.n_heads * (heads.key_dim + heads.value_dim)
     return 6 * active_weights(model) + attention
