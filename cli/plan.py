@@ -68,6 +68,21 @@ def model(
     acceptance: Annotated[
         float, typer.Option("--acceptance", help="Part of the drafted tokens that are kept, for models that draft.")
     ] = 0.85,
+    hosts: Annotated[
+        int | None,
+        typer.Option(
+            "--hosts", metavar="N", help="Spread the routed experts over up to N such machines.", show_default=False
+        ),
+    ] = None,
+    link: Annotated[
+        str | None,
+        typer.Option(
+            "--link",
+            metavar="10GbE|25GbE|100GbE|FILE",
+            help="With --hosts: what lies between them; 10GbE if not given.",
+            show_default=False,
+        ),
+    ] = None,
     kv_table: Annotated[bool, typer.Option("--kv-table", help="KV cache a token of the known models.")] = False,
     compute_table: Annotated[bool, typer.Option("--compute-table", help="GFLOP a token of the known models.")] = False,
     plot: Annotated[Path | None, _PLOT] = None,
@@ -98,8 +113,15 @@ def model(
         raise LocalrunError(f"--acceptance {acceptance}; expected 0 to 1")
     if fit is not None and type_ is not None:
         raise LocalrunError("--fit chooses the type; leave out --type")
+    if hosts is None and link is not None:
+        raise LocalrunError("--link goes with --hosts")
+    if hosts is not None and (fit is not None or plot is not None):
+        raise LocalrunError("--hosts goes with neither --fit nor --plot")
     shape = load_model(model, type_)
     where = _machine(machine, threads)
+    if hosts is not None:
+        _plan_hosts(shape, where, machine, hosts, link, ctx, prompt, threads, as_json)
+        return
     if fit is None:
         if plan_memory(shape, where, ctx).fits:
             where = _measured(machine, where, shape, threads)
@@ -118,6 +140,72 @@ def model(
         raise LocalrunError(document["refusal"])
     if plot is not None:
         plot_decode(plot, shape, where, ctx)
+
+
+def _plan_hosts(
+    shape: ModelShape,
+    where: Machine,
+    machine: str,
+    n_hosts: int,
+    link: str | None,
+    ctx: int,
+    prompt: int,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Prints what N hosts would do. Raises LocalrunError if the model does not fit them."""
+    from localrun.plan.hosts_report import hosts_refusal, make_hosts_report
+    from localrun.plan.link import load_link
+
+    between = load_link(link or "10GbE")
+    if not hosts_refusal(shape, where, ctx, n_hosts):
+        where = _measured(machine, where, shape, threads)
+    document = make_hosts_report(shape, where, between, ctx, n_hosts, prompt)
+    if as_json:
+        print_json(document)
+    else:
+        for line in _hosts_text(document):
+            show(line)
+    if document["refusal"]:
+        raise LocalrunError(document["refusal"])
+
+
+def _hosts_text(document: dict[str, Any]) -> list[str]:
+    facts, memory, sent = document["model"], document["memory"], document["messages"]
+    title, link = printable(document["machine"]["title"]), printable(document["link"]["file"]["title"])
+    lines = [
+        f"{printable(facts['name'])}, {facts['type']}, on {document['n_hosts']} hosts, each {title}",
+        f"between them {link}",
+        f"a layer: {sent['per_layer']} messages, {sent['out_bytes']:,} bytes to each other host and "
+        f"{sent['back_bytes']:,} back; a token: {sent['bytes_per_token'] / 1e6:.1f} MB",
+        "",
+        f"{'memory':<8} {'size':>12}  of the first host",
+        *_memory_lines(memory),
+        f"RAM      {size(memory['others']):>12}  needed of each other host",
+    ]
+    if document["refusal"]:
+        return lines
+    prompt = f"prompt of {document['prompt']}"
+    head = f"{'hosts':<6} {'sharing':<8} {'RAM first':>11} {'RAM others':>11} {'decode':>9} {'messages':>9}"
+    lines += ["", f"{head} {prompt:>16} {'messages':>9}   tokens/s; part of the time that messages take"]
+    lines += [_host_line(row) for row in document["rows"]]
+    pays = document["pays"]
+    shared = f", shared by {pays['sharing']}" if pays["sharing"] else ""
+    if document["machine"]["file"].get("gpu"):
+        lines.append("ranks compute on CPUs: of more than one host the card is left out")
+    return [*lines, "", f"what pays for decoding: {pays['n_hosts']} host{'s'[: pays['n_hosts'] - 1]}{shared}"]
+
+
+def _host_line(row: dict[str, Any]) -> str:
+    others = size(row["ram_others"]) if row["ram_others"] else "-"
+    line = f"{row['n_hosts']:<6} {row['sharing'] or '-':<8} {size(row['ram_first']):>11} {others:>11}"
+    if not row["fits"]:
+        return f"{line} does not fit"
+    decode, prefill = row["decode"], row["prefill"]
+    return (
+        f"{line} {decode['tokens_per_s']:>9.2f} {decode['messages_part']:>9.0%} "
+        f"{prefill['tokens_per_s']:>16.2f} {prefill['messages_part']:>9.0%}"
+    )
 
 
 def _machine(name: str, threads: int | None) -> Machine:
@@ -156,9 +244,7 @@ def _text(document: dict[str, Any]) -> list[str]:
         *_fit_lines(document.get("fit")),
         "",
         f"{'memory':<8} {'size':>12}  of",
-        *(f"{row['where']:<8} {size(row['n_bytes']):>12}  {row['what']}" for row in memory["rows"]),
-        *(f"{where:<8} {size(need):>12}  needed, {size(max(0, memory['available'][where]))} usable"
-          for where, need in memory["needed"].items()),
+        *_memory_lines(memory),
         "",
         f"{'read a token':<20} {'weights':>10} {'size':>12}",
         *(f"{name:<20} {part['weights_per_token'] / 1e9:>8.2f} G {size(part['bytes_per_token']):>12}"
@@ -169,6 +255,13 @@ def _text(document: dict[str, Any]) -> list[str]:
     elif not document["refusal"]:
         lines += ["", *_speed_lines(document), "", *_sensitivity_lines(document["sensitivity"])]
     return lines
+
+
+def _memory_lines(memory: dict[str, Any]) -> list[str]:
+    rows = [f"{row['where']:<8} {size(row['n_bytes']):>12}  {row['what']}" for row in memory["rows"]]
+    usable = {where: size(max(0, n_bytes)) for where, n_bytes in memory["available"].items()}
+    sums = [f"{where:<8} {size(n):>12}  needed, {usable[where]} usable" for where, n in memory["needed"].items()]
+    return rows + sums
 
 
 def _fit_lines(fit: dict[str, Any] | None) -> list[str]:

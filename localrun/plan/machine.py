@@ -14,10 +14,10 @@ from typing import Any
 from localrun.errors import LocalrunError
 from localrun.files import user_path
 from localrun.gpu.proof.verdict import measured_handover
+from localrun.plan.fields import Fields
 from localrun.plan.known import load_data, read_json
 
 TRANSFER_BYTES = 8  # a DDR channel is 64 bits wide
-_LEAST, _MOST = 1e-18, 1e24  # of any number: beyond all machines, and products of some are still finite
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def with_measured_card(machine: Machine) -> Machine:
 
 def parse_machine(document: Any, name: str, where: str) -> Machine:
     """The machine that a JSON document describes. Raises LocalrunError naming the key, what was found and expected."""
-    fields = _Fields(document, where)
+    fields = Fields(document, where)
     title = fields.text("title", name)
     ram, reserved = fields.number("ram_bytes"), fields.number("reserved_bytes", 0.0)
     cpu = _cpu(fields.part("cpu"))
@@ -154,7 +154,7 @@ def parse_machine(document: Any, name: str, where: str) -> Machine:
     return Machine(name, title, ram, reserved, cpu, gpu, fields.sources, document)
 
 
-def _cpu(fields: _Fields) -> Cpu:
+def _cpu(fields: Fields) -> Cpu:
     cores, memory = fields.count("cores"), fields.part("memory")
     if memory.has("read_bytes_per_s"):
         read, channels = memory.number("read_bytes_per_s"), memory.count("channels", 0)
@@ -180,7 +180,7 @@ def _cpu(fields: _Fields) -> Cpu:
     return cpu
 
 
-def _kernels(fields: _Fields) -> tuple[Kernel, ...]:
+def _kernels(fields: Fields) -> tuple[Kernel, ...]:
     """The table itself, or the name of one that comes along."""
     found = fields.get("kernels")
     known = load_data("machines")["kernels"]
@@ -193,14 +193,14 @@ def _kernels(fields: _Fields) -> tuple[Kernel, ...]:
         fields.fail("kernels", type(found).__name__, "a list of rates")
     kernels = []
     for index, row in enumerate(found):
-        rates = _Fields(row, fields.where, f"{fields.prefix}kernels[{index}].", fields.sources)
+        rates = Fields(row, fields.where, f"{fields.prefix}kernels[{index}].", fields.sources)
         numbers = {name: rates.number(name) for name in ("gemv", "expand", "gemm")}
         kernels.append(Kernel(rates.text("type"), rates.count("n_cols"), **numbers))
         rates.refuse_unread()
     return tuple(kernels)
 
 
-def _gpu(fields: _Fields) -> Gpu:
+def _gpu(fields: Fields) -> Gpu:
     unified = fields.flag("unified", False)
     gpu = Gpu(
         name=fields.text("name", "GPU"),
@@ -215,73 +215,3 @@ def _gpu(fields: _Fields) -> Gpu:
     )
     fields.refuse_unread()
     return gpu
-
-
-class _Fields:
-    """A JSON object with checks: every key known, every number positive and finite."""
-
-    def __init__(self, value: Any, where: str, prefix: str = "", sources: dict[str, str] | None = None) -> None:
-        self.where, self.prefix = where, prefix
-        self.sources: dict[str, str] = {} if sources is None else sources
-        self._read: set[str] = set()
-        if not isinstance(value, dict):
-            raise LocalrunError(f"{where}: {prefix.rstrip('.') or 'the document'} is no object; see docs/plan.md")
-        self._values = value
-
-    def fail(self, key: str, found: Any, expected: str) -> None:
-        raise LocalrunError(f"{self.where}: {self.prefix}{key} is {found!r}; expected {expected}")
-
-    def has(self, key: str) -> bool:
-        self._read.add(key)
-        return self._values.get(key) is not None
-
-    def get(self, key: str, *default: Any) -> Any:
-        if not self.has(key):
-            if not default:
-                raise LocalrunError(f"{self.where}: {self.prefix}{key} is missing")
-            return default[0]
-        return self._values[key]
-
-    def number(self, key: str, *default: float, at_least: float | None = None) -> float:
-        value = self.get(key, *default)
-        if isinstance(value, dict):
-            self.sources[self.prefix + key] = str(value.get("source", ""))
-            value = value.get("value")
-        least = 0.0 if default else at_least
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not ((least is not None and value == least) or _LEAST <= value <= _MOST):
-            expected = "a positive number" if least is None else f"a number of at least {least:g}"
-            self.fail(key, value, f"{expected}, {_LEAST:g} to {_MOST:g}")
-        return float(value)
-
-    def fraction(self, key: str) -> float:
-        value = self.number(key)
-        if value > 1:
-            self.fail(key, value, "a number between 0 and 1")
-        return value
-
-    def count(self, key: str, *default: int) -> int:
-        value = self.number(key, *default)
-        if value != int(value) or value > 1e6:
-            self.fail(key, value, "a whole number")
-        return int(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.get(key, default)
-        if not isinstance(value, bool):
-            self.fail(key, value, "true or false")
-        return value
-
-    def text(self, key: str, *default: str) -> str:
-        value = self.get(key, *default)
-        if not isinstance(value, str):
-            self.fail(key, value, "text")
-        return value
-
-    def part(self, key: str) -> _Fields:
-        return _Fields(self.get(key), self.where, f"{self.prefix}{key}.", self.sources)
-
-    def refuse_unread(self) -> None:
-        for key in self._values:
-            if key not in self._read:
-                raise LocalrunError(f"{self.where}: {self.prefix}{key} is not known; see docs/plan.md")

@@ -19,7 +19,7 @@ from localrun.plan.machine import load_machine
 OPTIONS = {
     "model": [
         *["--type", "-c", "--ctx", "--prompt", "--machine", "--fit", "-t", "--threads", "--acceptance"],
-        *["--kv-table", "--compute-table", "--plot", "--json"],
+        *["--hosts", "--link", "--kv-table", "--compute-table", "--plot", "--json"],
     ],
     "cluster": [
         *["--model", "--device", "--bandwidth", "--tokens", "--hidden", "-c", "--ctx", "--acceptance", "--requests"],
@@ -89,6 +89,53 @@ def test_a_fit_without_rates_says_so(tmp_path: Path, capsys: pytest.CaptureFixtu
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith("no speeds: the machine description has no rates for ")
     assert not any("tokens/s" in line for line in lines)
+
+
+def test_hosts_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "deepseek-v3", "--machine", "10k-server", "--hosts", "2", "--link", "25GbE"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and out.startswith("DeepSeek-V3 671B, Q4_K_M, on 2 hosts, each a 10,000-dollar server")
+    assert "a layer: 2 messages, 14,496 bytes to each other host and 28,736 back; a token: 2.5 MB" in out
+    assert [line.split()[:2] for line in out.splitlines()[13:16]] == [["1", "-"], ["2", "slices"], ["2", "experts"]]
+    assert "the card is left out" in out and "what pays for decoding: " in out
+
+
+def test_hosts_without_room(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "kimi-k2", "--machine", "desktop", "--hosts", "3", "--json"]) == 1
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert document["memory"]["fits"] is False and "rows" not in document
+    assert "does not fit 3 hosts, each a desktop" in err and "the first needs" in err and err.count("\n") == 1
+
+
+def test_a_link_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What --json says of a link can be saved and used again."""
+    arguments = ["plan", "deepseek-v2-lite", "--machine", "laptop", "--hosts", "2", "--json", "--link"]
+    assert run([*arguments, "100GbE"]) == 0
+    first = json.loads(capsys.readouterr().out)
+    (tmp_path / "mine.json").write_text(json.dumps(first["link"]["file"]))
+    assert run([*arguments, str(tmp_path / "mine.json")]) == 0
+    second = json.loads(capsys.readouterr().out)
+    assert second["rows"] == first["rows"] and second["link"]["name"] == "mine"
+
+
+BAD_LINKS = {
+    "missing": ({"bytes_per_s": 1e9, "message_s": 1e-6}, "round_trip_s is missing"),
+    "no time": ({"bytes_per_s": 1e9, "message_s": 1e-6, "round_trip_s": 1e-6}, "at least two of message_s"),
+    "unknown": ({"bytes_per_s": 1e9, "message_s": 0, "round_trip_s": 1e-6, "colour": 1}, "colour is not known"),
+    "negative": ({"bytes_per_s": -1, "message_s": 0, "round_trip_s": 1e-6}, "bytes_per_s is -1; expected a positive"),
+}
+
+
+@pytest.mark.parametrize(("document", "message"), BAD_LINKS.values(), ids=BAD_LINKS.keys())
+def test_bad_link_files(
+    document: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "link.json"
+    path.write_text(json.dumps(document))
+    assert run(["plan", "deepseek-v2-lite", "--machine", "laptop", "--hosts", "2", "--link", str(path)]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and err.count("\n") == 1
 
 
 def test_tables_for_people(capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,6 +258,11 @@ ERRORS = {
     "acceptance": (["deepseek-v3", "--acceptance", "nan", "--machine", "laptop"], "--acceptance nan"),
     "threads": (["deepseek-v2-lite", "-t", "0"], "threads is 0; expected 1 to 512"),
     "threads of a preset": (["deepseek-v3", "-t", "2", "--machine", "laptop"], "-t/--threads goes with --machine this"),
+    "hosts": (["deepseek-v3", "--hosts", "0", "--machine", "laptop"], "--hosts 0; expected 1 to 64"),
+    "hosts of none": (["llama-3.1-405b", "--hosts", "2", "--machine", "laptop"], "no routed experts to spread"),
+    "link": (["deepseek-v3", "--hosts", "2", "--link", "x", "--machine", "laptop"], "x: no such link file; presets:"),
+    "link alone": (["deepseek-v3", "--link", "10GbE", "--machine", "laptop"], "--link goes with --hosts"),
+    "hosts and fit": (["deepseek-v3", "--hosts", "2", "--fit", "this"], "--hosts goes with neither --fit nor --plot"),
     "not a model": ([__file__, "--machine", "laptop"], "not a GGUF file"),
     "plot's name": (["--kv-table", "--plot", "x.txt"], "x.txt: a picture's name ends in"),
     "device": (["cluster", "--device", "abacus"], "unknown device 'abacus'"),

@@ -1,0 +1,92 @@
+"""Experts over hosts: counted by hand, and against every choice of a small router."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from itertools import combinations
+
+import pytest
+from toy_machine import toy
+
+from localrun.plan.hosts import busiest_share, decode_over, host_memory, messages, prefill_over
+from localrun.plan.hosts_report import make_hosts_report
+from localrun.plan.link import Link, load_link
+from localrun.plan.machine import load_machine
+from localrun.plan.report import make_report
+from localrun.plan.shapes import ModelShape, load_model, n_bytes
+from localrun.plan.speed import decode_speed
+
+LINK = Link("toy", "toy", round_trip_s=1e-3, message_s=1e-4, bytes_per_s=1e9)
+
+
+@pytest.fixture(scope="module")
+def v3() -> ModelShape:
+    return load_model("deepseek-v3")
+
+
+def test_a_tokens_messages(v3: ModelShape) -> None:
+    """58 layers, a message there and one back for each of two: 7168 values in BF16, 8 choices of 12 bytes; float32."""
+    found = messages(v3, n_hosts=3)
+    assert (found.out_bytes, found.back_bytes) == (64 + 7168 * 2 + 8 * 12, 64 + 7168 * 4)
+    assert (found.per_layer, found.bytes_per_token) == (4, 58 * 2 * (found.out_bytes + found.back_bytes))
+
+
+@pytest.mark.parametrize(("n_experts", "per_token", "n_ranks"), [(8, 3, 2), (9, 4, 3), (7, 2, 3), (6, 6, 2), (8, 3, 1)])
+def test_the_busiest_rank(n_experts: int, per_token: int, n_ranks: int) -> None:
+    """Over all choices; experts go to ranks in turn, so that counts differ by one at most."""
+    most = [
+        max(Counter(expert % n_ranks for expert in chosen).values())
+        for chosen in combinations(range(n_experts), per_token)
+    ]
+    assert busiest_share(n_experts, per_token, n_ranks) == pytest.approx(sum(most) / len(most) / per_token)
+
+
+def test_decoding_by_hand(v3: ModelShape) -> None:
+    """Half of the experts' time, and messages as far as shared experts take less time than they are under way."""
+    machine = toy()
+    placement = host_memory(v3, machine, 64, 2).first.placement
+    alone = decode_speed(v3, machine, placement, 64)
+    seconds = {phase.part: phase.seconds for phase in alone.phases}
+    found = decode_over(v3, machine, placement, 64, 2, LINK, "slices")
+    waiting = 58 * (1e-3 + (64 + 7168 * 2 + 8 * 12 + 64 + 7168 * 4) / 1e9) - seconds["shared experts"]
+    assert found.messages_s == pytest.approx(waiting)
+    assert found.speed.seconds == pytest.approx(alone.seconds - seconds["routed experts"] / 2 + waiting)
+    whole = decode_over(v3, machine, placement, 64, 2, LINK, "experts")
+    more = (busiest_share(256, 8, 2) - 1 / 2) * seconds["routed experts"]
+    assert whole.speed.seconds == pytest.approx(found.speed.seconds + more)
+    hidden = decode_over(v3, toy(read=1e9), placement, 64, 2, LINK, "slices")
+    assert hidden.messages_s == 0  # shared experts take longer
+
+
+def test_more_hosts_take_turns_on_the_firsts_adapter() -> None:
+    assert LINK.exchange_s(1e6, 2e6, 1) == pytest.approx(1e-3 + 3e-3)
+    assert LINK.exchange_s(1e6, 2e6, 4) == pytest.approx(1e-3 + 4 * 3e-3 + 3 * 2e-4)
+
+
+def test_a_prompts_messages_go_once_a_chunk(v3: ModelShape) -> None:
+    machine = toy(read=1e18, gemv=1e18)
+    placement = host_memory(v3, machine, 1024, 2).first.placement
+    link = replace(LINK, bytes_per_s=1e18)
+    short, long = (prefill_over(v3, machine, placement, n, 2, link).messages_s for n in (512, 1024))
+    assert long == pytest.approx(2 * short) and short == pytest.approx(58e-3, rel=0.1)
+
+
+def test_memory_of_all_hosts_is_the_models(v3: ModelShape) -> None:
+    machine = toy()
+    alone, shared = host_memory(v3, machine, 512, 1), host_memory(v3, machine, 512, 4)
+    experts = n_bytes(v3.groups()["routed experts"])
+    assert shared.others == pytest.approx(experts / 4, abs=1)
+    saved = alone.first.needed["RAM"] - shared.first.needed["RAM"]
+    assert saved == pytest.approx(3 * experts / 4, abs=1000)
+    assert not host_memory(v3, replace(machine, ram_bytes=1e11), 512, 4).fits
+
+
+def test_one_host_is_the_plan_of_a_machine(v3: ModelShape) -> None:
+    machine = load_machine("10k-server")
+    report = make_hosts_report(v3, machine, load_link("10GbE"), 8192, 4)
+    assert report["rows"][0]["decode"]["tokens_per_s"] == make_report(v3, machine, 8192)["decode"]["tokens_per_s"]
+    assert report["rows"][0]["prefill"]["tokens_per_s"] == make_report(v3, machine, 8192)["prefill"]["tokens_per_s"]
+    assert report["pays"]["n_hosts"] == 1  # without the card others make up for it alone
+    without = make_hosts_report(v3, replace(machine, gpu=None), load_link("10GbE"), 8192, 4)
+    assert without["pays"] == {"n_hosts": 3, "sharing": "slices"}
