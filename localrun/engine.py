@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -29,6 +30,9 @@ from localrun.text.tokenizer import Tokenizer
 from localrun.turn import Turn
 from localrun.workers import n_workers
 
+if TYPE_CHECKING:
+    from localrun.ranks.sharing import Ranks
+
 MOST_CTX = 2**31 - 1  # positions are int32
 
 
@@ -49,6 +53,7 @@ def load(
     speculative: str | int = "auto",
     draft: str | os.PathLike[str] | None = None,
     chat_template: str | os.PathLike[str] | None = None,
+    ranks: "Ranks | None" = None,
     progress: Progress | None = None,
     notice: Notice | None = None,
     placed: Callable[[Placement], None] | None = None,
@@ -78,6 +83,7 @@ def load(
             prediction, or where it has none, for what followed the same tokens before.
         chat_template: a file that holds one, or the name of one: chatml, or those that the model's file has besides
             its own; None for the file's own.
+        ranks: other processes, in which localrun.ranks.worker.serve_share() runs, and how they share routed experts.
         progress: called as progress(done, total, what) during long steps.
         notice: called with one line for each fact the user should know.
         placed: called with what will be where, before it is loaded; not where llama.cpp runs the model.
@@ -96,6 +102,11 @@ def load(
         refuse("backend", backend, "auto, native or llama.cpp")
     if ctx is not None:
         ctx = whole("ctx", ctx, f"1 to {MOST_CTX} tokens", low=1, high=MOST_CTX)
+    if ranks is not None:
+        opening.check_ranks(where)
+        if backend == "llama.cpp":
+            raise LocalrunError("backend 'llama.cpp' runs in one process; several ranks take the native one")
+        backend, where = "native", replace(where, device=CPU)
     if check_setting(speculative) == "off" and draft is not None:
         raise LocalrunError("a draft model, but speculative 'off'; expected auto, or 1 to 4 drafts a step")
     progress, notice = function("progress", progress), function("notice", notice) or (lambda line: None)
@@ -105,7 +116,7 @@ def load(
     file = open_gguf(given)
     try:
         engine = Engine(
-            file, threads, ctx, backend, where, dense_attention, own_drafts, template, progress, notice, placed
+            file, threads, ctx, backend, where, dense_attention, own_drafts, template, progress, notice, placed, ranks
         )
     except BaseException:
         file.close()
@@ -136,6 +147,7 @@ class Engine:
         device: "cuda", with routed experts on the CPU as well, or "cpu".
         ctx: tokens that a session can hold.
         threads: worker threads.
+        ranks: other processes that have shares of the routed experts; None where all are here.
         speculative: "auto", "off", or how many drafts every step verifies.
         draft_model: the model that makes them, if another does.
         turn: taken around every use of the model.
@@ -156,6 +168,7 @@ class Engine:
         progress: Progress | None,
         notice: Notice,
         placed: Callable[[Placement], None],
+        ranks: "Ranks | None" = None,
     ):
         self.file, self.threads, self.turn, self._notice = file, threads, Turn(), notice
         self._said_replaced = False
@@ -175,13 +188,15 @@ class Engine:
         if self.config and self.placement:
             choices = proof.choices if proof else {}
             self.model = opening.native_model(
-                file, self.config, self.placement, threads, where.repack, choices, progress, notice
+                file, self.config, self.placement, threads, where.repack, choices, progress, notice, ranks
             )
         else:
             from localrun.backends.llama_cpp import LlamaCppModel
 
             self.model = LlamaCppModel(file.path, self.ctx, threads, progress, file)
-        opening.warn_of_memory(file, self.placement, notice)
+        if ranks is None:
+            opening.warn_of_memory(file, self.placement, notice)
+        self.ranks = ranks
         self.speculative: str | int = "off"
         self.draft_model: Engine | None = None
         self._mtp_file: GGUFFile | None = None
@@ -329,7 +344,13 @@ class Engine:
             facts |= {"isa": isa.LEVEL, "kv_bytes_per_token": self.config.kv_bytes_per_token}
             if isa.REFUSED:
                 facts["isa_refused"] = isa.REFUSED
+        if self.ranks:
+            facts |= {"ranks": self.ranks.world.size, "message": self.ranks.sharing.message}
         return facts
+
+    def rank_figures(self) -> dict[str, float]:
+        """What was sent to other ranks, and what that cost: Remote.figures; nothing where there are none."""
+        return self.model.remote.figures() if self.ranks else {}
 
     def close(self) -> None:
         """End the worker threads and free the file, once no thread computes; sessions can't be used afterwards.

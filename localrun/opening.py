@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from localrun import hardware
 from localrun.cpu.warmup import warm_up
@@ -18,6 +18,9 @@ from localrun.models.reader import context_length, read_config
 from localrun.placement.devices import DeviceRequest, choose
 from localrun.placement.placement import GPU, RAM, Placement
 from localrun.runtime import Model
+
+if TYPE_CHECKING:
+    from localrun.ranks.sharing import Ranks
 
 _KERNEL_BYTES = 128 << 20  # of address space: loading them takes 65 MB, and LLVM aborts where it has too little
 DEFAULT_CTX = 8192  # tokens, where the model allows as many
@@ -74,6 +77,15 @@ def check_no_gpu(where: DeviceRequest, notice: Notice) -> None:
         notice("llama.cpp runs this model, on the CPU: options for the GPU have no effect")
 
 
+def check_ranks(where: DeviceRequest) -> None:
+    """Where experts are to be shared among ranks. Raises LocalrunError if something else is asked for that can't be."""
+    if where.device == GPU or where.repack:
+        wrong = "--repack" if where.repack else "device 'cuda'"
+        raise LocalrunError(
+            f"{wrong} does not go with several ranks, which compute on CPUs, in rows as the file has them"
+        )
+
+
 def proof_of(
     file: GGUFFile, config: Config, threads: int, ctx: int, where: DeviceRequest, notice: Notice
 ) -> Proof | None:
@@ -112,8 +124,13 @@ def native_model(
     choices: Mapping[str, Any],
     progress: Progress | None,
     notice: Notice,
+    ranks: Ranks | None = None,
 ) -> Model:
-    """Its kernels are got ready first, so that the user sees what takes the time. choices: those of the card's proof.
+    """Its kernels are got ready first, so that the user sees what takes the time.
+
+    Args:
+        choices: those of the card's proof.
+        ranks: others that have shares of the experts.
 
     Raises LocalrunError.
     """
@@ -136,7 +153,7 @@ def native_model(
         return HybridModel(config, file, threads, placement, notice=notice, **choices)
     from localrun.cpu.model import NativeModel
 
-    return NativeModel(config, file, threads)
+    return NativeModel(config, file, threads, ranks)
 
 
 def warn_of_memory(file: GGUFFile, placement: Placement | None, notice: Notice) -> None:

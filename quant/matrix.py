@@ -1,5 +1,7 @@
 """Quantised matrices in memory that somebody else keeps: as Python holds them, and as kernels read them (MATRIX)."""
 
+import ctypes
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -89,6 +91,27 @@ class QuantMatrix:
         _check_rows(self.format, start, count)
         return replace(self, address=self.address + start * self.row_bytes, n_rows=count)
 
+    def columns(self, start: int, count: int) -> "QuantMatrix":
+        """The same rows, restricted to `count` columns from `start`: a copy, since kernels read rows without gaps.
+
+        Raises QuantError unless both are whole blocks.
+        """
+        f, block = self.format, self.format.block
+        if start < 0 or start + count > self.n_cols or start % block or count % block:
+            raise QuantError(f"{f.name}: columns {start}..{start + count} of {self.n_cols} in blocks of {block}")
+        size = f.rows * f.block_bytes  # of a block in all rows that lie interleaved
+        whole = np.lib.stride_tricks.as_strided(
+            _bytes_at(self.address, self.n_groups * self.group_bytes),
+            (self.n_groups, self.n_rows // f.rows, self.n_cols // block, size),
+            (self.group_bytes, f.rows * self.row_bytes, size, 1),
+        )
+        own = whole[:, :, start // block : (start + count) // block].copy()
+        return quant_matrix(own.reshape(-1), f, (self.n_groups, self.n_rows, count))
+
+
+def _bytes_at(address: int, n_bytes: int) -> np.ndarray:
+    return np.ctypeslib.as_array((ctypes.c_uint8 * n_bytes).from_address(address))
+
 
 def _check_rows(format_: Format, *numbers: int) -> None:
     """Raises QuantError unless interleaved rows stay together."""
@@ -128,6 +151,27 @@ class ExpertMatrices:
     down: QuantMatrix
     biases: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
     activation: Activation = SWIGLU
+
+    @property
+    def inner_unit(self) -> int:
+        """Whole columns of `inner` that shares are cut by: blocks, rows that lie interleaved, and k-blocks of 32."""
+        rows = (matrix.format.rows for matrix in (self.gate, self.up))
+        return math.lcm(32, self.down.format.block, *rows)
+
+    def inner(self, start: int, count: int) -> "ExpertMatrices":
+        """The share of each expert that columns start.. of `inner` are: sums over shares are the experts' sums.
+
+        Rows of gate and up stay where they are, columns of down are copied. Down's bias goes with the first columns.
+        """
+        if (start, count) == (0, self.gate.n_rows):
+            return self
+        biases = None
+        if self.biases:
+            gate, up, down = self.biases
+            parts = (np.ascontiguousarray(bias[:, start : start + count]) for bias in (gate, up))
+            biases = *parts, down if start == 0 else np.zeros_like(down)
+        gate, up = self.gate.rows(start, count), self.up.rows(start, count)
+        return replace(self, gate=gate, up=up, down=self.down.columns(start, count), biases=biases)
 
     @property
     def bias_addresses(self) -> dict[str, int]:

@@ -56,14 +56,15 @@ MAY_IMPORT = {
         "models": "errors gguf",
         "placement": "arguments errors hardware limits gguf models",
         "network": "errors limits models",
-        "cpu": "hardware limits gguf models network",
+        "ranks": "errors gguf models",
+        "cpu": "hardware limits gguf models network ranks",
         "gpu": "errors files hardware limits gguf models placement network cpu",
         "backends": "errors limits gguf",
         "text": "arguments errors files gguf backends",
         "runtime": "gguf text turn",
         "generate": "arguments errors files text runtime",
-        "opening": "errors hardware gguf models placement cpu gpu runtime",
-        "engine": "arguments bundled errors limits gguf models placement cpu backends text turn workers runtime "
+        "opening": "errors hardware gguf models placement ranks cpu gpu runtime",
+        "engine": "arguments bundled errors limits gguf models placement ranks cpu backends text turn workers runtime "
         "generate opening",
         "serve": "arguments errors files limits hardware text generate engine",
         "measure": "errors files pictures hardware limits gguf models placement network cpu backends generate engine",

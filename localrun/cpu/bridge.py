@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from localrun.network.weight_source import Finish
+from localrun.ranks.remote import Remote
 from quant.matrix import ExpertMatrices, QuantMatrix
 from quant.ops import attention as prompt_attention
 from quant.ops import chosen as chosen_attention
@@ -207,3 +208,22 @@ class Experts:
         out = torch.empty_like(x)
         quant_experts.run(self.pool, self.experts, x.data_ptr(), ids.numpy(), weights.numpy(), out.data_ptr())
         return lambda: out
+
+
+class SharedExperts:
+    """The same where other ranks have shares of them."""
+
+    def __init__(self, own: Experts, remote: Remote, index: int):
+        self._own, self._remote, self._index = own, remote, index
+
+    def begin(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Finish:
+        """This rank's part of the sum, while the others compute theirs."""
+        x = _as_rows(x)
+        add_others = self._remote.begin_many(self._index, x.numpy(), ids.numpy(), weights.numpy())
+        out = self._own.begin(x, ids, weights)()
+
+        def finish() -> torch.Tensor:
+            add_others(out.numpy())
+            return out
+
+        return finish

@@ -13,6 +13,7 @@ from localrun.cpu.decode import DecodeStep, Layers
 from localrun.models.config import Config
 from localrun.models.tensors import GGUFTensors
 from localrun.network.rope import attention_scale, compressed_rope, frequencies, rotation_magnitude
+from localrun.ranks.remote import Remote
 from quant.decode.attention import Heads, attend_phase
 from quant.decode.compressor import Compressor, shared_key_queries_phase
 from quant.decode.indexer import Indexer
@@ -163,7 +164,7 @@ class CompressedStep(StreamLayers, DecodeStep):
     """The step of a model of such layers."""
 
 
-def decode_step(config: Config, tensors: GGUFTensors, pool: Pool) -> DecodeStep:
-    """The step of a model's kind. The tensors must stay mapped."""
+def decode_step(config: Config, tensors: GGUFTensors, pool: Pool, remote: Remote | None = None) -> DecodeStep:
+    """The step of a model's kind. The tensors must stay mapped. remote: as Layers has it."""
     kind = CompressedStep if config.attention == "compressed" else DecodeStep
-    return kind(config, tensors, pool)
+    return kind(config, tensors, pool, remote)

@@ -19,8 +19,9 @@ from localrun.models.indexer import KEY_EPS
 from localrun.models.tensors import GGUFTensors
 from localrun.network.cache import Cache, row_widths
 from localrun.network.rope import attention_scale, frequencies, rotation_magnitude
+from localrun.ranks.remote import Remote
 from quant.decode.attention import Heads, attend_phase
-from quant.decode.experts import expert_phases
+from quant.decode.experts import NOBODY, expert_phases
 from quant.decode.indexer import Indexer, Room, choice_phases, indexer_keys_phase
 from quant.decode.linear import Input, normed, rows_phase
 from quant.decode.program import MOST_TOKENS, Phase, Program
@@ -57,9 +58,15 @@ class Layers:
         pool: Pool,
         embedding: QuantMatrix,
         cached: Sequence[tuple[int, ...]],
+        remote: Remote | None = None,
     ):
-        """The tensors must stay mapped. cached: widths of the cache rows of each layer."""
-        self.config, self.tensors, self.pool = config, tensors, pool
+        """The tensors must stay mapped.
+
+        Args:
+            cached: widths of the cache rows of each layer.
+            remote: ranks that have shares of the experts, if `tensors` has this one's alone.
+        """
+        self.config, self.tensors, self.pool, self._remote = config, tensors, pool, remote
         self._slots = [0, *accumulate(len(widths) for widths in cached)]  # of each layer's first block of cache rows
         self.program = self._new_program(embedding, self._slots[-1])
         self.x, self._x_width = self.program.x, max(1, config.hc_mult) * config.hidden_size
@@ -136,7 +143,7 @@ class Layers:
             cache.check_room(1)
         self._rank_room.make(max(cache.capacity for cache in caches))
         addresses, n_rows = (np.stack([getattr(c, name) for c in caches]) for name in ("addresses", "n_rows"))
-        self.program.run(ids, [cache.length for cache in caches], addresses, cache_rows=n_rows)
+        self._run_program(ids, [cache.length for cache in caches], addresses, cache_rows=n_rows)
         for cache in caches:
             cache.advance(1)
         return self._logits[: len(ids)].copy()
@@ -145,7 +152,13 @@ class Layers:
         """A step of tokens that follow each other after the cache's."""
         self._rank_room.make(cache.capacity)
         positions = range(cache.length, cache.length + len(ids))
-        self.program.run(ids, positions, cache.addresses, cache_rows=cache.n_rows, **options)
+        self._run_program(ids, positions, cache.addresses, cache_rows=cache.n_rows, **options)
+
+    def _run_program(self, *args: Any, **options: Any) -> None:
+        """A step, as Program.run; raises RankError if other ranks have not done their part."""
+        self.program.run(*args, **options)
+        if self._remote:
+            self._remote.check()
 
     def run_until(self, phase: str, ids: Sequence[int], cache: Cache) -> dict[str, np.ndarray]:
         """Evaluate up to MOST_TOKENS ids after the cache's as far as this phase: what it writes, by name, (T, n).
@@ -391,21 +404,26 @@ class Layers:
         experts = self.tensors.expert_matrices(index)
         n_inner = c.num_experts_per_tok * experts.gate.n_rows
         gate_out, up_out = self._vector("experts' gate", n_inner), self._vector("experts' up", n_inner)
+        others = self._remote.told(index) if self._remote else NOBODY
+        into = options.pop("into", None)
         gate_up, down = expert_phases(
-            input_, router, experts, gate_out, up_out, shared, out, self.pool.n_workers, **options
-        )
+            input_, router, experts, gate_out, up_out, shared, out, self.pool.n_workers,
+            into=into if others is NOBODY else None, told=others, **options,
+        )  # fmt: skip
         self._add(gate_up, "experts' gate, up", "experts' gate", "experts' up")
         self._add(down, "experts' down", "x")
+        if others is not NOBODY:
+            self._add(self._remote.collect_phase(out, into), "other ranks' sums", "x")
 
 
 class DecodeStep(Layers):
     """The step of one model. Its buffers hold a few tokens, so one step at a time."""
 
-    def __init__(self, config: Config, tensors: GGUFTensors, pool: Pool):
-        """The tensors must stay mapped."""
+    def __init__(self, config: Config, tensors: GGUFTensors, pool: Pool, remote: Remote | None = None):
+        """The tensors must stay mapped. remote: as Layers has it."""
         n_layers = config.num_hidden_layers
         cached = [row_widths(config, index) for index in range(n_layers)]
-        super().__init__(config, tensors, pool, tensors.matrix(names.EMBED_TOKENS), cached)
+        super().__init__(config, tensors, pool, tensors.matrix(names.EMBED_TOKENS), cached, remote)
         for index in range(n_layers):
             self._layer(index, index)
         self._head(names.NORM, tensors.matrix(names.LM_HEAD if tensors.has(names.LM_HEAD) else names.EMBED_TOKENS))

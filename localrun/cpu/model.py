@@ -29,6 +29,8 @@ from quant.threads.pool import Pool
 if TYPE_CHECKING:
     from localrun.cpu.mtp import MTP
     from localrun.network.model import MTPBlock, Network
+    from localrun.ranks.remote import Remote
+    from localrun.ranks.sharing import Ranks
 
 # Prompts this short go through the step: that takes some 0.2 s, importing torch 1 to 2.
 _STEP_TOKENS = 96
@@ -44,14 +46,17 @@ class NativeModel:
         least_chunk: with grouped-query attention, tokens that go through the network in torch, not through the step.
         keep_hidden: whether forward() is to leave `hidden` behind.
         hidden: float32 (T, hidden_size), what the head reads (after the final norm) of the last forward()'s tokens.
+        remote: other ranks that have shares of the experts; None where all are here.
     """
 
-    def __init__(self, config: Config, file: GGUFFile, n_threads: int):
+    def __init__(self, config: Config, file: GGUFFile, n_threads: int, ranks: "Ranks | None" = None):
+        """ranks: others that are to have shares of the experts; raises LocalrunError if one of them can't."""
         self.config, self.file, self.vocab_size = config, file, config.vocab_size
-        self._resident = Resident(file)
+        self.remote = self._take_ranks(ranks) if ranks else None
+        self._resident = Resident(file, self.remote.share.all_spans if self.remote else None)
         self._pool = Pool(n_threads)
-        self._tensors = GGUFTensors(file)
-        self._step = decode_step(config, self._tensors, self._pool)
+        self._tensors = GGUFTensors(file, self.remote.own if self.remote else None)
+        self._step = decode_step(config, self._tensors, self._pool, self.remote)
         affordable = _STEP_BYTES // weight_bytes_per_token(file, config)
         self._most_steps = max(MOST_TOKENS, min(_STEP_TOKENS, affordable))  # tokens that go through it
         # Latent attention rounds by the chunk's length anyway, so that there is no reason for long ones.
@@ -64,6 +69,11 @@ class NativeModel:
         self._network: Network | None = None
         self._release_torch: weakref.finalize | None = None
 
+    def _take_ranks(self, ranks: "Ranks") -> "Remote":
+        from localrun.ranks.remote import Remote
+
+        return Remote(self.file, self.config, ranks)
+
     @property
     def network(self) -> "Network":
         """The network for any number of tokens."""
@@ -73,7 +83,7 @@ class NativeModel:
             from localrun.cpu.weights import LayerWeights
             from localrun.network.model import Network
 
-            self._network = Network(self.config, LayerWeights(self.file, self._pool))
+            self._network = Network(self.config, LayerWeights(self.file, self._pool, self.remote))
         return self._network
 
     @property
@@ -83,7 +93,9 @@ class NativeModel:
         if self._mtp is None and names.has_mtp(self._mtp_file, config):
             from localrun.cpu.mtp import MTP
 
-            self._mtp = MTP(config, GGUFTensors(self._mtp_file), self._pool, self._mtp_block)
+            remote = self._mtp_remote
+            tensors = GGUFTensors(self._mtp_file, remote.own if remote else None)
+            self._mtp = MTP(config, tensors, self._pool, self._mtp_block, remote)
         return self._mtp
 
     def take_mtp(self, file: GGUFFile) -> None:
@@ -94,12 +106,17 @@ class NativeModel:
         self._n_mtp = read_mtp_config(file, self.config).num_nextn_predict_layers
         self._mtp, self._mtp_file = None, file
 
+    @property
+    def _mtp_remote(self) -> "Remote | None":
+        """The ranks that share the head's experts: none, where these are from another file."""
+        return self.remote if self._mtp_file is self.file else None
+
     def _mtp_block(self) -> "MTPBlock":
         network = self.network  # before the import: it settles how torch's threads wait
         from localrun.cpu.weights import LayerWeights
         from localrun.network.model import MTPBlock
 
-        weights = LayerWeights(self._mtp_file, self._pool)
+        weights = LayerWeights(self._mtp_file, self._pool, self._mtp_remote)
         return MTPBlock(self.config, weights, network.rope)
 
     def new_cache(self, capacity: int, exact: bool = False) -> Cache:
@@ -163,7 +180,9 @@ class NativeModel:
         return np.concatenate(rows)
 
     def close(self) -> None:
-        """End all threads."""
+        """End all threads, and what other ranks do."""
+        if self.remote:
+            self.remote.close()
         self._resident.close()
         self._pool.close()
         if self._release_torch is not None:

@@ -20,6 +20,7 @@ from localrun.models import names
 from localrun.models.config import Config
 from localrun.models.tensors import GGUFTensors
 from localrun.network.cache import Cache, row_widths
+from localrun.ranks.remote import Remote
 from quant.decode.linear import Input, rows_phase
 from quant.decode.program import MOST_TOKENS
 from quant.threads.pool import Pool
@@ -38,12 +39,12 @@ class MTPStep(Layers):
 
     most_tokens, most_positions = MOST_TOKENS, 32
 
-    def __init__(self, config: Config, tensors: GGUFTensors, pool: Pool):
-        """The tensors must stay mapped."""
+    def __init__(self, config: Config, tensors: GGUFTensors, pool: Pool, remote: Remote | None = None):
+        """The tensors must stay mapped. remote: as Layers has it."""
         index = config.num_hidden_layers
         name = partial(names.layer, config.architecture, index)
         embed_tokens, lm_head = names.mtp_shared(tensors.has, config)
-        super().__init__(config, tensors, pool, tensors.matrix(embed_tokens), [row_widths(config)])
+        super().__init__(config, tensors, pool, tensors.matrix(embed_tokens), [row_widths(config)], remote)
         embedded, self.x = self.program.x, self.program.vector(self._x_width)
         self._hidden = np.zeros((self.most_tokens, self._x_width), np.float32)
         hidden, eh_proj = self.program.keep(self._hidden), tensors.matrix(name("eh_proj"))
@@ -70,10 +71,22 @@ class StreamMTPStep(StreamLayers, MTPStep):
 class MTP:
     """The head for multi-token prediction of one model."""
 
-    def __init__(self, config: Config, tensors: GGUFTensors, pool: Pool, network: "Callable[[], MTPBlock]"):
-        """The tensors must stay mapped. network: gives the head for many tokens; called when they come."""
+    def __init__(
+        self,
+        config: Config,
+        tensors: GGUFTensors,
+        pool: Pool,
+        network: "Callable[[], MTPBlock]",
+        remote: Remote | None = None,
+    ):
+        """The tensors must stay mapped.
+
+        Args:
+            network: gives the head for many tokens; called when they come.
+            remote: as Layers has it.
+        """
         self.config, self._pool = config, pool
-        self._step = (StreamMTPStep if config.hc_mult else MTPStep)(config, tensors, pool)
+        self._step = (StreamMTPStep if config.hc_mult else MTPStep)(config, tensors, pool, remote)
         self._get_network, self._network = network, None
 
     def new_cache(self, capacity: int) -> Cache:

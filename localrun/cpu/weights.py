@@ -11,18 +11,20 @@ from localrun.cpu.bridge import Embedding, HeadLinear, JoinedMLP, Linear
 from localrun.gguf.file import GGUFFile
 from localrun.models.tensors import GGUFTensors
 from localrun.network.moe import choose_experts
+from localrun.network.weight_source import RoutedExperts
+from localrun.ranks.remote import Remote
 from quant.matrix import ExpertMatrices
 from quant.threads.pool import Pool
 
 
 class LayerWeights(GGUFTensors):
-    """The tensors of one file as modules over torch tensors."""
+    """The tensors of one file as modules over torch tensors; with `remote`, other ranks have shares of its experts."""
 
     choose_experts = staticmethod(choose_experts)
 
-    def __init__(self, file: GGUFFile, pool: Pool):
-        super().__init__(file)
-        self.pool = pool
+    def __init__(self, file: GGUFFile, pool: Pool, remote: Remote | None = None):
+        super().__init__(file, remote.own if remote else None)
+        self.pool, self._remote = pool, remote
         self.attend = bridge.Attend(pool)
         self.attend_chosen, self.choose_rows = bridge.AttendChosen(pool), bridge.ChooseRows(pool)
 
@@ -53,6 +55,7 @@ class LayerWeights(GGUFTensors):
         matrices = map(self.matrix, (gate, up, down))
         return JoinedMLP(self.pool, ExpertMatrices(*matrices, activation=self.activation))
 
-    def experts(self, index: int) -> bridge.Experts:
+    def experts(self, index: int) -> RoutedExperts:
         """The routed experts of layer `index`."""
-        return bridge.Experts(self.pool, self.expert_matrices(index))
+        own = bridge.Experts(self.pool, self.expert_matrices(index))
+        return bridge.SharedExperts(own, self._remote, index) if self._remote and self._remote.has(index) else own

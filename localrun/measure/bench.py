@@ -222,6 +222,8 @@ def run(
         document["ratio_of_best"] = _ratios(results["localrun"], results[other_name], "best")
     if engine.speculative != "off" and settings.n_generate:
         document["speculation"] = speculation(engine, settings)
+    if messages := engine.rank_figures():
+        document["messages"] = messages
     return document
 
 

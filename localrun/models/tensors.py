@@ -1,5 +1,6 @@
 """A model's tensors by name, as quantised matrices in the file's map and as float32 vectors. No torch."""
 
+from collections.abc import Callable
 from functools import cached_property, partial
 
 import numpy as np
@@ -12,6 +13,8 @@ from quant.formats import registry
 from quant.matrix import ExpertMatrices, QuantMatrix, quant_matrix
 from quant.simd.gated import SWIGLU, Activation
 
+Own = Callable[[int, ExpertMatrices], ExpertMatrices]
+
 
 class GGUFTensors:
     """The tensors of one file; names are GGUF's.
@@ -20,8 +23,9 @@ class GGUFTensors:
         architecture: whose names they are.
     """
 
-    def __init__(self, file: GGUFFile):
-        self.file = file
+    def __init__(self, file: GGUFFile, own: Own | None = None):
+        """own: what of a layer's experts is this process's, by the layer's index and all of them; all unless given."""
+        self.file, self._own = file, own
         self.architecture = architecture_of(file)
 
     def has(self, name: str) -> bool:
@@ -68,7 +72,7 @@ class GGUFTensors:
     def expert_matrices(self, index: int) -> ExpertMatrices:
         """The routed experts of layer `index`, from separate or fused gate and up tensors (gate rows first).
 
-        With their biases, where the file has them, and the model's activation.
+        With their biases, where the file has them, and the model's activation; or what of them is this process's.
         """
         name = partial(names.layer, self.architecture, index)
         fused = name("mlp.experts.gate_up_proj")
@@ -80,4 +84,5 @@ class GGUFTensors:
         down = self.matrix(name("mlp.experts.down_proj"))
         biases = [names.bias(name(f"mlp.experts.{part}_proj")) for part in ("gate", "up", "down")]
         arrays = tuple(self.array(bias) for bias in biases) if self.has(biases[0]) else None
-        return ExpertMatrices(gate, up, down, arrays, self.activation)
+        whole = ExpertMatrices(gate, up, down, arrays, self.activation)
+        return self._own(index, whole) if self._own else whole

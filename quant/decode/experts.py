@@ -3,6 +3,8 @@
 The router's logits come from a rows phase before them; router.py says how experts are chosen and grouped.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from quant.decode.linear import Input, item_rows, multiply, set_token, token_tables
@@ -16,6 +18,7 @@ from quant.simd.memory import store_f32
 from quant.simd.struct import address, boolean, f32, i64, struct
 from quant.simd.vectors import copy, rms_norm, scale_add
 from quant.target.jit import inline, kernel
+from quant.threads.atomics import call_2
 from quant.threads.work_items import rows_of_item
 
 _DOWN_ITEMS_PER_WORKER = 8
@@ -39,6 +42,9 @@ GATE_UP = struct(
     item_rows=i64,
     gate_bias=address,  # float32 (experts, inner), or 0
     up_bias=address,
+    send=address,  # void(phase, work): what the first item does, where other ranks have a share; or 0
+    exchange=address,  # of it, an EXCHANGE
+    layer=i64,  # by the other ranks' count
     gate=MATRIX,
     up=MATRIX,
 )
@@ -90,8 +96,17 @@ def _prepare_gate_up(phase, work):
 
 @kernel("void(int64, int64, int64)")
 def _run_gate_up(phase, item, work):
-    """Rows of gate or up of one group: items go group by group, gate before up, as they lie in memory."""
+    """Rows of gate or up of one group: items go group by group, gate before up, as they lie in memory.
+
+    Before them there is one a token more where other ranks are to be told; that of the first token does it.
+    """
     a = GATE_UP(phase)
+    if a.send != 0:
+        if item == 0:
+            call_2(a.send, phase, work)
+        item -= tokens_of(a)
+        if item < 0:
+            return
     c, inner, rows = CHOICE(work + a.choice), a.inner, a.item_rows
     per_matrix = (inner + rows - 1) // rows
     group, rest = item // (2 * per_matrix), item % (2 * per_matrix)
@@ -186,6 +201,24 @@ def _run_down(phase, item, work):
             write_streams(a.streams, t, first, n_rows, hidden, out + 4 * hidden * t)
 
 
+@dataclass(frozen=True)
+class Told:
+    """What of a layer goes to other ranks.
+
+    Attributes:
+        send: address of a kernel void(phase, work), which finds arguments of gate and up, and a worker's memory.
+        exchange: address of what it goes by.
+        layer: what the others call it.
+    """
+
+    send: int = 0
+    exchange: int = 0
+    layer: int = 0
+
+
+NOBODY = Told()
+
+
 def expert_phases(
     input_: Input,
     router: Router | Choice,
@@ -198,6 +231,7 @@ def expert_phases(
     replaces: bool = False,
     shared_activation: Activation = SWIGLU,
     into: Streams | None = None,
+    told: Told = NOBODY,
 ) -> tuple[Phase, Phase]:
     """The two phases of a layer's experts, from their input to the sum added to `out`. T: MOST_TOKENS.
 
@@ -209,8 +243,9 @@ def expert_phases(
         replaces: whether the sum replaces what is there.
         shared_activation: what the shared expert's gate and up become.
         into: streams that the sum is then written to.
+        told: other ranks, which compute shares of their own meanwhile.
     """
-    gate_up = _gate_up_phase(input_, router, experts, gate_out, up_out, n_workers)
+    gate_up = _gate_up_phase(input_, router, experts, gate_out, up_out, n_workers, told)
     down = _down_phase(
         router, experts, gate_out, up_out, shared, out, n_workers, replaces, shared_activation.struct,
         into.struct if into else NO_STREAMS,
@@ -219,8 +254,9 @@ def expert_phases(
 
 
 def _gate_up_phase(
-    input_: Input, router: Router | Choice, experts: ExpertMatrices, gate_out: int, up_out: int, n_workers: int
-) -> Phase:
+    input_: Input, router: Router | Choice, experts: ExpertMatrices, gate_out: int, up_out: int, n_workers: int,
+    told: Told,
+) -> Phase:  # fmt: skip
     gate, up, biases, top_k = experts.gate, experts.up, experts.bias_addresses, router.num_experts_per_tok
     hidden, inner = gate.n_cols, gate.n_rows
     interleaved = max(gate, up, key=lambda matrix: matrix.format.rows)
@@ -231,9 +267,10 @@ def _gate_up_phase(
         phase=HEADER, router=router.struct, x=input_.x, norm=input_.norm, epsilon=input_.epsilon,
         hidden=hidden, inner=inner, integer=gate.format.integer or up.format.integer,
         q8=q8, token_bytes=token_bytes, choice=choice, gate_out=gate_out, up_out=up_out, item_rows=rows,
-        gate_bias=biases["gate_bias"], up_bias=biases["up_bias"], gate=gate.struct, up=up.struct,
+        gate_bias=biases["gate_bias"], up_bias=biases["up_bias"],
+        send=told.send, exchange=told.exchange, layer=told.layer, gate=gate.struct, up=up.struct,
     )  # fmt: skip
-    n_items = 2 * top_k * -(-inner // rows)
+    n_items = 2 * top_k * -(-inner // rows) + (told.send != 0)
     return Phase(_prepare_gate_up, _run_gate_up, n_items, arguments, choice + router.choice_bytes, per_token=True)
 
 

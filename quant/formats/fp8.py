@@ -5,11 +5,9 @@ Specification 1.0, E4M3). A weight is its byte's value times the scale of its bl
 """
 
 import numpy as np
-from llvmlite import ir
-from numba import types
 
 from quant.errors import QuantError
-from quant.simd.core import I8, I32, constant, define, f32x16, load
+from quant.simd.e4m3 import load_e4m3x16
 from quant.simd.memory import load_f32, load_u8, store_f32, store_f32x16
 from quant.target.jit import kernel
 
@@ -25,28 +23,6 @@ def _values() -> np.ndarray:
 VALUES = _values()  # float32 (256,): what each byte means
 
 
-def _load_e4m3x16(builder, address):
-    """16 bytes as float32: exponent and mantissa moved to their places, the exponent's bias added.
-
-    Below 2^-6 there is no hidden bit: it is put in with the exponent and subtracted. (A multiplication with 2^120 would
-    do for all, but float32 subnormals on the way cost over a hundred cycles each.)
-    """
-    code = builder.zext(load(builder, address, ir.VectorType(I8, 16)), ir.VectorType(I32, 16))
-    size = builder.and_(code, constant(code.type, 0x7F))
-    moved = builder.shl(size, constant(code.type, 20))
-    value = builder.add(moved, constant(code.type, 120 << 23))
-    small = builder.bitcast(builder.add(moved, constant(code.type, 121 << 23)), f32x16.ir)
-    small = builder.bitcast(builder.fsub(small, constant(f32x16.ir, 2.0**-6)), code.type)
-    value = builder.select(builder.icmp_unsigned("<", size, constant(code.type, 8)), small, value)
-    is_nan = builder.icmp_unsigned("==", size, constant(code.type, 0x7F))
-    value = builder.select(is_nan, constant(code.type, 0x7FC00000), value)
-    sign = builder.shl(builder.and_(code, constant(code.type, 0x80)), constant(code.type, 24))
-    return builder.bitcast(builder.or_(value, sign), f32x16.ir)
-
-
-_load_16 = define(f32x16, (types.int64,), _load_e4m3x16)
-
-
 @kernel("void(int64, int64, int64, int64, int64, int64, int64, int64, int64)")
 def _expand(codes, n_rows, n_cols, scales, first_row, block_rows, block_cols, values, out):
     n_block_cols = (n_cols + block_cols - 1) // block_cols
@@ -57,7 +33,7 @@ def _expand(codes, n_rows, n_cols, scales, first_row, block_rows, block_cols, va
             first, last = n_cols * r + block_cols * block, n_cols * r + min(n_cols, block_cols * (block + 1))
             whole = first + (last - first) // 16 * 16
             for c in range(first, whole, 16):
-                store_f32x16(out + 4 * c, _load_16(codes + c) * scale)
+                store_f32x16(out + 4 * c, load_e4m3x16(codes + c) * scale)
             for c in range(whole, last):
                 store_f32(out + 4 * c, load_f32(values + 4 * load_u8(codes + c)) * scale)
 

@@ -1,0 +1,59 @@
+"""Experts of many tokens over several ranks: arrays as they travel between rank 0 and another.
+
+A header says how many tokens; what follows is one message of ids, weights and vectors. Letters: T tokens, K experts per
+token, D hidden_size.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from quant.decode.message_sizes import HEADER_BYTES, back_bytes, message_bytes, vector_bytes
+from quant.decode.messages import VectorType
+
+
+def pack(type_: VectorType, x_TD: np.ndarray, ids_TK: np.ndarray, weights_TK: np.ndarray) -> np.ndarray:
+    """uint8: what travels of float32, int64 and float32 arrays."""
+    n_tokens, hidden = x_TD.shape
+    ids, weights = (np.ascontiguousarray(a).view(np.uint8).reshape(-1) for a in (ids_TK, weights_TK))
+    size = message_bytes(type_.name, hidden, ids_TK.shape[1], n_tokens) - HEADER_BYTES
+    out = np.empty(size, np.uint8)
+    out[: ids.size], out[ids.size : ids.size + weights.size] = ids, weights
+    _convert(type_.pack, x_TD, 4 * hidden, out[ids.size + weights.size :], vector_bytes(type_.name, hidden), x_TD.shape)
+    return out
+
+
+def unpack(
+    type_: VectorType, message: np.ndarray, n_tokens: int, hidden: int, top_k: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """x_TD, ids_TK and weights_TK of what pack() gave."""
+    ids_end, weights_end = 8 * n_tokens * top_k, 12 * n_tokens * top_k
+    ids = message[:ids_end].copy().view(np.int64).reshape(n_tokens, top_k)
+    weights = message[ids_end:weights_end].copy().view(np.float32).reshape(n_tokens, top_k)
+    x = np.empty((n_tokens, hidden), np.float32)
+    _convert(type_.unpack, message[weights_end:], vector_bytes(type_.name, hidden), x, 4 * hidden, x.shape)
+    return x, ids, weights
+
+
+def pack_sums(type_: VectorType, sums_TD: np.ndarray) -> np.ndarray:
+    """uint8: what travels back of float32 sums."""
+    n_tokens, hidden = sums_TD.shape
+    out = np.empty(back_bytes(type_.name, hidden, n_tokens) - HEADER_BYTES, np.uint8)
+    back = type_.back
+    _convert(back.pack, sums_TD, 4 * hidden, out, vector_bytes(back.name, hidden), sums_TD.shape)
+    return out
+
+
+def unpack_sums(type_: VectorType, message: np.ndarray, hidden: int) -> np.ndarray:
+    """float32 (T, D)."""
+    size = vector_bytes(type_.back.name, hidden)
+    sums = np.empty((message.size // size, hidden), np.float32)
+    _convert(type_.back.unpack, message, size, sums, 4 * hidden, sums.shape)
+    return sums
+
+
+def _convert(kernel, source, source_bytes: int, to, to_bytes: int, shape: tuple[int, int]) -> None:
+    """A kernel void(from, n, to) on each row."""
+    n_tokens, hidden = shape
+    for t in range(n_tokens):
+        kernel.ctypes(source.ctypes.data + source_bytes * t, hidden, to.ctypes.data + to_bytes * t)

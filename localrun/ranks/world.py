@@ -1,0 +1,116 @@
+"""The ranks that run one model, as each of them sees the others: names, and ways to send.
+
+Whoever starts them makes the World, of MPI's communicator (mpi_world) or of anything else that has the same three
+functions. Rank 0 is where the user is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from localrun.errors import LocalrunError
+from quant.decode.messages import CONTROL
+from quant.threads.links import BROKEN, LATE, LinkError, Links
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+LIMIT_S = 10.0
+
+
+class RankError(LocalrunError):
+    """A rank can't be reached any more. rank: its number."""
+
+    def __init__(self, rank: int, message: str):
+        self.rank = rank
+        super().__init__(message)
+
+
+class World:
+    """The ranks of one run.
+
+    Attributes:
+        rank, size: this one, and how many there are.
+        names: of all, for messages: "host b (rank 1)".
+        links: what messages go through.
+        failure: what made it useless, if something did.
+    """
+
+    def __init__(self, rank: int, names: Sequence[str], links: Links):
+        self.rank, self.size, self.names, self.links = rank, len(names), tuple(names), links
+        self.failure: RankError | None = None
+
+    @property
+    def limit_s(self) -> float:
+        """The longest wait for a rank, in steps as well; to be set before a model is opened."""
+        return self.links.limit_s
+
+    @limit_s.setter
+    def limit_s(self, seconds: float) -> None:
+        self.links.limit_s = seconds
+
+    def fail(self, rank: int, text: str) -> None:
+        """From any thread: the rank is gone. All waits for any rank end with this text, soon."""
+        self.note(RankError(rank, text))
+        self.links.broken[0] = 1
+
+    def note(self, error: RankError) -> RankError:
+        """Remember an error as what made the world useless, unless there was one before: that is given."""
+        self.failure = self.failure or error
+        return self.failure
+
+    def error(self, rank: int, code: int) -> RankError:
+        """What to raise of links' error with a rank."""
+        if code == BROKEN and self.failure:
+            return self.failure
+        if code == LATE:
+            return RankError(rank, f"{self.names[rank]}: no answer in {self.limit_s:g} s")
+        return RankError(rank, f"{self.names[rank]}: the connection is lost (MPI's error {code})")
+
+    @contextmanager
+    def reaching(self, rank: int) -> Iterator[None]:
+        """Within, a message that does not get through is a RankError."""
+        try:
+            yield
+        except LinkError as error:
+            raise self.error(rank, error.code) from None
+
+    def send(self, rank: int, data: bytes, limit_s: float | None = None) -> None:
+        """Send some bytes, in order. Raises RankError."""
+        size, content = np.array([len(data)], np.int64), np.frombuffer(data, np.uint8).copy()
+        with self.reaching(rank):
+            requests = [self.links.start_send(array, rank, CONTROL) for array in (size, content) if array.size]
+            for request in requests:
+                self.links.finish(request, limit_s)
+
+    def receive(self, rank: int, limit_s: float | None = None) -> bytes:
+        """What the rank has sent. Raises RankError."""
+        size = np.zeros(1, np.int64)
+        with self.reaching(rank):
+            self.links.finish(self.links.start_receive(size, rank, CONTROL), limit_s)
+            content = np.zeros(int(size[0]), np.uint8)
+            if content.size:
+                self.links.finish(self.links.start_receive(content, rank, CONTROL), limit_s)
+        return content.tobytes()
+
+
+def mpi_world(comm: MPI.Intracomm, names: Sequence[str]) -> World:
+    """The ranks of a communicator, which must stay and return errors (as mpi4py's do).
+
+    mpi4py has MPI's functions loaded: they are found through its module, whichever MPI that is for.
+    """
+    from mpi4py import MPI
+
+    library = ctypes.CDLL(MPI.__file__)
+    functions = (ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in _FUNCTIONS)
+    handles = (ctypes.c_int64(MPI._handleof(handle)).value for handle in (MPI.BYTE, comm))
+    links = Links(*functions, *handles, LIMIT_S, (library, comm))
+    return World(comm.rank, names, links)
+
+
+_FUNCTIONS = ("MPI_Isend", "MPI_Irecv", "MPI_Test")

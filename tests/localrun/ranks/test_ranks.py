@@ -1,0 +1,244 @@
+"""Whole models whose experts are shared among ranks, against the same model in one process.
+
+Ranks are threads here (ranks_in_process.py), but for test_under_mpi. Only the order of float32 sums differs with f32
+messages. Tolerances on logits are fractions of their range.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_deepseek4
+import tiny_models
+from caches import rows_of
+from cases import slow_but
+from closeness import QUANTIZED_TOLERANCE, SESSION_TOLERANCE, error
+from ranks_in_process import Post, in_process
+
+import localrun
+from localrun.engine import Engine
+from localrun.errors import LocalrunError
+from localrun.generate.sampling import Sampling
+from localrun.ranks.sharing import Ranks, Sharing
+from localrun.ranks.world import RankError
+from quant.batch import MOST_TOKENS
+from quant.decode.message_sizes import back_bytes, message_bytes
+
+EXACT = Sharing("f32")
+GREEDY = Sampling(temperature=0.0)
+ROUNDING_TOLERANCE = 3e-6  # of the order of sums: up to 3e-7 here
+# Rounding each vector to 8 bits of mantissa (2^-9 of it) on three layers' way out and back: up to 1.5e-3 here.
+BF16_TOLERANCE = 5e-3
+
+
+@contextmanager
+def shared(
+    path: Path, n_ranks: int = 2, sharing: Sharing = Sharing("f32"), post: Post | None = None
+) -> Iterator[Engine]:
+    with (
+        in_process(path, n_ranks, sharing, post) as ranks,
+        localrun.load(path, threads=2, ctx=160, ranks=ranks) as model,
+    ):
+        yield model
+
+
+def by_steps(model: Engine, ids: list[int]) -> np.ndarray:
+    """float32 (T, vocab): of single tokens, then of MOST_TOKENS at once."""
+    cache = model.model.new_cache(len(ids))
+    rows = [model.model.forward([token], cache) for token in ids[:-MOST_TOKENS]]
+    return np.concatenate([*rows, model.model.forward(ids[-MOST_TOKENS:], cache, all_logits=True)])
+
+
+def both_ways(path: Path, ids: list[int], **options: object) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of steps, and of many tokens with an exact cache."""
+    with shared(path, **options) if options else localrun.load(path, threads=2, ctx=160) as model:
+        return by_steps(model, ids), model.logits(ids)
+
+
+# Latents with groups of experts; grouped queries; biases and bounds of the activation; streams and hashed choices.
+VARIANTS = ["v3-odd", "qwen3moe", "gpt-oss", "v2-lite", "v3-fused-gate-up", "deepseek32", "glm4moe", "deepseek4"]
+SHARES = {"v3-odd": (3, (1.0, 3.0, 2.0)), "qwen3moe": (2, (1.0, 2.0))}  # ranks and sizes; others have two equal ones
+
+
+@pytest.mark.parametrize("variant", slow_but(VARIANTS, {"v3-odd", "gpt-oss"}))
+def test_logits_are_those_of_one_process(variant: str) -> None:
+    if variant == "deepseek4":
+        path, ids = tiny_deepseek4.shared(), list(range(40))
+    else:
+        path, ids = tiny_models.shared(variant), tiny_models.prompt(variant)
+    n_ranks, sizes = SHARES.get(variant, (2, ()))
+    step, many = both_ways(path, ids)
+    found_step, found_many = both_ways(path, ids, n_ranks=n_ranks, sharing=Sharing("f32", sizes))
+    assert error(found_many, many) < ROUNDING_TOLERANCE
+    assert error(found_step, step) < SESSION_TOLERANCE  # rows of the cache are rounded to 16 bits
+    assert not np.array_equal(found_many, many)  # or nothing is shared
+
+
+@pytest.mark.parametrize(
+    ("variant", "mix"), slow_but([("v3-odd", "Q8_0"), ("v3-odd", "Q4_0"), ("gpt-oss", "MXFP4_MOE")], {})
+)
+def test_quantised_logits(variant: str, mix: str) -> None:
+    """Blocks of 32 columns: what is rounded to 8 bits is rounded alike, but where a sum's last place tips it."""
+    path, ids = tiny_models.shared(variant, type=tiny_models.MIXES[mix]), tiny_models.prompt(variant)
+    for found, expected in zip(both_ways(path, ids, n_ranks=3), both_ways(path, ids), strict=True):
+        assert error(found, expected) < QUANTIZED_TOLERANCE
+
+
+def test_rounded_messages() -> None:
+    """bf16 by default; fp8 rounds more, which may choose other experts."""
+    path, ids = tiny_models.shared("v3-odd"), tiny_models.prompt("v3-odd")
+    step, many = both_ways(path, ids)
+    found_step, found_many = both_ways(path, ids, sharing=Sharing())
+    assert 1e-5 < error(found_step, step) < BF16_TOLERANCE and 1e-5 < error(found_many, many) < BF16_TOLERANCE
+    with shared(path, sharing=Sharing("fp8")) as model:
+        first = model.model.forward(ids[:1], model.model.new_cache(8))
+    assert BF16_TOLERANCE / 5 < error(first[0], step[0]) < 0.1
+
+
+def test_steps_of_many_kinds() -> None:
+    """Drafts, several contexts and forgotten tokens are rank 0's matter: bits are those of single tokens."""
+    path = tiny_models.shared("v3-odd")
+    texts = [tiny_models.token_ids("v3-odd", 12 + n, seed=n) for n in range(3)]
+    with shared(path, sharing=Sharing()) as model:
+        caches = [model.model.new_cache(32) for _ in texts]
+        for text, cache in zip(texts, caches, strict=True):
+            model.model.forward(text[:-2], cache)
+        alone, rows = [], []
+        for text, cache in zip(texts, caches, strict=True):
+            alone.append(np.concatenate([model.model.forward([token], cache) for token in text[-2:]]))
+            rows.append(rows_of(cache))
+            cache.truncate(len(text) - 2)
+        together = np.stack([model.model.forward_each([text[i] for text in texts], caches) for i in (-2, -1)], 1)
+        assert np.array_equal(together, np.stack(alone))
+        for left, cache in zip(rows, caches, strict=True):
+            assert all(np.array_equal(a, b) for a, b in zip(left, rows_of(cache), strict=True))
+        plain = list(model.session("off").tokens(texts[0], GREEDY, max_tokens=24))
+        assert list(model.session(3).tokens(texts[0], GREEDY, max_tokens=24)) == plain
+
+
+@pytest.mark.parametrize("message", ["f32", "bf16", "fp8"])
+def test_bytes_are_those_of_the_formula(message: str) -> None:
+    """Two messages a layer and rank: one out, one back."""
+    post, path, config = Post(), tiny_models.shared("v3-odd"), tiny_models.VARIANTS["v3-odd"]
+    hidden, top_k, n_layers = config.hidden_size, config.num_experts_per_tok, config.num_hidden_layers - 1
+    with shared(path, 3, Sharing(message), post) as model:
+        cache = model.model.new_cache(32)
+        before = post.n_sent.copy()
+        for n_tokens in (1, 3):
+            model.model.forward(list(range(n_tokens)), cache)
+        expected = sum(message_bytes(message, hidden, top_k, n) for n in (1, 3)) * n_layers
+        expected_back = sum(back_bytes(message, hidden, n) for n in (1, 3)) * n_layers
+        found = model.model.remote.figures()
+        for rank in (1, 2):
+            assert post.n_sent[0, rank] - before[0, rank] == expected
+            assert post.n_sent[rank, 0] - before[rank, 0] == expected_back
+        assert (found["exchanges"], found["bytes_out"]) == (2 * n_layers, 2 * expected)
+        assert found["bytes_back"] == 2 * expected_back and 0 < found["overlap"] < 1
+        assert found["message_us_median"] >= 0 and found["wait_us_p90"] >= found["wait_us_median"]
+
+
+@pytest.mark.parametrize("n_tokens", [1, 120], ids=["step", "many"])
+def test_a_rank_that_does_not_answer(n_tokens: int) -> None:
+    """An error within the limit that names it; the cache is as before; nothing goes on afterwards."""
+    post, ids = Post(), tiny_models.token_ids("v3-odd", n_tokens)
+    with in_process(tiny_models.shared("v3-odd"), 3, Sharing(), post) as ranks:
+        ranks.world.limit_s = 0.3
+        with localrun.load(tiny_models.shared("v3-odd"), threads=1, ctx=160, ranks=ranks) as model:
+            cache = model.model.new_cache(160)
+            model.model.forward([1, 2, 3], cache)
+            post.dead.add(2)
+            for _ in range(2):
+                began = time.monotonic()
+                with pytest.raises(RankError, match=r"^rank 2: no answer in 0\.3 s$") as raised:
+                    model.model.forward(ids, cache)
+                assert (raised.value.rank, cache.length) == (2, 3)
+                assert time.monotonic() - began < 5
+
+
+def test_somebody_knows_that_a_rank_is_gone() -> None:
+    """Its watcher says so from another thread: waits end with that."""
+    post = Post()
+    with shared(tiny_models.shared("v3-odd"), post=post) as model:
+        cache = model.model.new_cache(8)
+        model.model.forward([1], cache)
+        post.dead.add(1)
+        model.ranks.world.fail(1, "host b (rank 1): was killed")
+        with pytest.raises(RankError, match=r"^host b \(rank 1\): was killed$"):
+            model.model.forward([2], cache)
+
+
+def test_what_cannot_be_shared_is_refused() -> None:
+    post = Post()
+    with in_process(tiny_models.shared("v3-odd"), 1, Sharing(), post) as ranks:
+        for options, line in (
+            ({"device": "cuda"}, "several ranks"),
+            ({"repack": True}, "--repack"),
+            ({"backend": "llama.cpp"}, "llama.cpp"),
+        ):
+            with pytest.raises(LocalrunError, match=line):
+                localrun.load(tiny_models.shared("v3-odd"), ranks=ranks, **options)
+        with pytest.raises(LocalrunError, match="has no routed experts"):
+            localrun.load(tiny_models.shared("llama"), ranks=ranks)
+        with pytest.raises(LocalrunError, match="2 sizes of shares for 1 ranks"):
+            localrun.load(tiny_models.shared("v3-odd"), ranks=Ranks(ranks.world, Sharing(sizes=(1.0, 2.0))))
+    with pytest.raises(LocalrunError, match="'f16'; expected one of f32, bf16, fp8"):
+        Sharing("f16")
+    with pytest.raises(LocalrunError, match="must be above 0"):
+        Sharing(sizes=(1.0, 0.0))
+
+
+@pytest.mark.slow  # three processes
+def test_drafts_of_the_models_own_layer() -> None:
+    """Its experts are shared as well."""
+    path, ids = tiny_models.shared("v3-nextn"), tiny_models.token_ids("v3-nextn", 9)
+    with localrun.load(path, threads=1, ctx=64) as model:
+        expected = list(model.session(2).tokens(ids, GREEDY, max_tokens=20))
+    with shared(path) as model:
+        assert list(model.session(2).tokens(ids, GREEDY, max_tokens=20)) == expected
+        assert [*model.model.remote.share.layers] == [1, 2, 3, 4]
+
+
+MPI_RANKS = """
+import sys
+import numpy as np
+from mpi4py import MPI
+import localrun
+from localrun.gguf.file import open_gguf
+from localrun.ranks.sharing import Ranks, Sharing
+from localrun.ranks.worker import serve_share
+from localrun.ranks.world import mpi_world
+
+world = mpi_world(MPI.COMM_WORLD, [f"rank {rank}" for rank in range(MPI.COMM_WORLD.size)])
+path, out, *ids = sys.argv[1:]
+if world.rank:
+    with open_gguf(path) as file:
+        serve_share(file, world, Sharing("f32"), 1)
+else:
+    ids = [int(token) for token in ids]
+    with localrun.load(path, threads=1, ctx=64, ranks=Ranks(world, Sharing("f32"))) as model:
+        cache = model.model.new_cache(64)
+        step = np.concatenate([model.model.forward([token], cache) for token in ids])
+        np.savez(out, step=step, many=model.logits(ids))
+"""
+
+
+@pytest.mark.slow  # two processes that import torch
+def test_under_mpi(tmp_path: Path) -> None:
+    pytest.importorskip("mpi4py", reason="no MPI: pip install localrun[cluster]")
+    path, ids, out = tiny_models.shared("v3-odd"), tiny_models.prompt("v3-odd"), tmp_path / "logits.npz"
+    mpiexec = Path(sys.executable).with_name("mpiexec")
+    command = [str(mpiexec), "-n", "2", sys.executable, "-c", MPI_RANKS, str(path), str(out), *map(str, ids)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    with localrun.load(path, threads=1, ctx=64) as model, np.load(out) as found:
+        cache = model.model.new_cache(64)
+        step = np.concatenate([model.model.forward([token], cache) for token in ids])
+        assert error(found["step"], step) < SESSION_TOLERANCE
+        assert error(found["many"], model.logits(ids)) < ROUNDING_TOLERANCE

@@ -1,0 +1,90 @@
+"""How experts are cut into shares."""
+
+from __future__ import annotations
+
+import kernels
+import numpy as np
+import pytest
+
+from localrun.errors import LocalrunError
+from localrun.ranks.sharing import cuts
+from quant.errors import QuantError
+from quant.formats import registry
+from quant.formats.interleave import interleave
+from quant.matrix import ExpertMatrices, quant_matrix
+from quant.ops import experts
+from quant.threads.pool import Pool
+
+HIDDEN, INNER, N_EXPERTS, N_TOKENS, TOP_K = 512, 768, 4, 3, 2
+
+
+@pytest.mark.parametrize(
+    ("n", "unit", "sizes", "expected"),
+    [
+        (2048, 256, (1, 1), [1024, 1024]),
+        (1536, 256, (1, 1, 1, 1), [512, 256, 256, 512]),
+        (2048, 256, (3, 1), [1536, 512]),
+        (1408, 32, (1, 1, 1), [480, 448, 480]),
+        (2048, 256, (100, 1, 1), [1536, 256, 256]),  # no share is empty
+        (2048, 256, (1, 1, 100), [256, 256, 1536]),
+        (100, 32, (1, 2), [32, 68]),  # what is left over goes to the last
+        (768, 256, (5.5,), [768]),
+    ],
+)
+def test_cuts(n: int, unit: int, sizes: tuple[float, ...], expected: list[int]) -> None:
+    found = cuts(n, unit, sizes)
+    assert [count for _, count in found] == expected
+    assert [first for first, _ in found] == [sum(expected[:i]) for i in range(len(sizes))]
+
+
+def test_too_few_blocks() -> None:
+    with pytest.raises(LocalrunError, match=r"experts of 768 inner columns in blocks of 256 .* 4 ranks; at most 3"):
+        cuts(768, 256, (1, 1, 1, 1))
+
+
+def matrices(type_: str, rng: np.random.Generator) -> ExpertMatrices:
+    """Random experts with biases, rows interleaved where the name says so."""
+    plain, shapes = type_.removesuffix("_R16"), [(N_EXPERTS, INNER, HIDDEN)] * 2 + [(N_EXPERTS, HIDDEN, INNER)]
+    found = [kernels.random_weight(plain, shape, rng)[0] for shape in shapes]
+    if plain != type_:
+        format_ = registry.get(type_)
+        for i, (matrix, shape) in enumerate(zip(found, shapes, strict=True)):
+            rows = matrix.owner.reshape(N_EXPERTS, -1)
+            laid = np.empty_like(rows)
+            for expert in range(N_EXPERTS):
+                interleave(format_, rows[expert], shape[1], matrix.row_bytes, laid[expert])
+            found[i] = quant_matrix(laid.reshape(-1), format_, shape)
+    biases = tuple(rng.standard_normal((N_EXPERTS, matrix.n_rows)).astype(np.float32) for matrix in found)
+    return ExpertMatrices(*found, biases)
+
+
+def sums(pool: Pool, whole: ExpertMatrices, x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    out = np.empty_like(x)
+    experts.run(pool, whole, x.ctypes.data, ids, weights, out.ctypes.data)
+    return out
+
+
+@pytest.mark.parametrize("type_", ["F32", "Q4_K", "Q4_K_R16", "Q8_0"])
+def test_shares_add_up(pool: Pool, type_: str) -> None:
+    """Values after the activation are rounded by 32 columns, which are never cut: only the order of sums differs."""
+    rng = np.random.default_rng(0)
+    whole = matrices(type_, rng)
+    x = rng.standard_normal((N_TOKENS, HIDDEN)).astype(np.float32)
+    ids = np.stack([rng.permutation(N_EXPERTS)[:TOP_K] for _ in range(N_TOKENS)]).astype(np.int64)
+    weights = rng.random((N_TOKENS, TOP_K)).astype(np.float32)
+    expected = sums(pool, whole, x, ids, weights)
+    unit = whole.inner_unit
+    assert unit == (256 if type_.startswith("Q4_K") else 32)
+    parts = [whole.inner(first, count) for first, count in cuts(INNER, unit, (1, 2))]
+    assert [part.gate.n_rows for part in parts] == [256, 512] and parts[0].down.n_cols == 256
+    assert parts[1].gate.address == whole.gate.address + 256 * whole.gate.row_bytes  # rows stay where they are
+    found = sum(sums(pool, part, x, ids, weights) for part in parts)
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+    assert whole.inner(0, INNER) is whole
+
+
+def test_columns_are_whole_blocks() -> None:
+    matrix = kernels.random_weight("Q4_K", (2, 4, 768), np.random.default_rng(0))[0]
+    for first, count in ((0, 100), (128, 256), (512, 512), (-256, 256)):
+        with pytest.raises(QuantError, match="of 768 in blocks of 256"):
+            matrix.columns(first, count)

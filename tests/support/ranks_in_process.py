@@ -1,0 +1,110 @@
+"""Ranks as threads of this process: MPI's three functions over a dictionary, called by their addresses as MPI's are."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from localrun.gguf.file import open_gguf
+from localrun.ranks.sharing import Ranks, Sharing
+from localrun.ranks.worker import serve_share
+from localrun.ranks.world import RankError, World
+from quant.threads.links import Links
+
+_START, _TEST = (ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_int64] * n) for n in (7, 3))
+Key = tuple[int, int, int]  # from, to, tag
+
+
+class Post:
+    """Delivers bytes between ranks, in order by sender, receiver and tag; a communicator is the rank's own number.
+
+    Attributes:
+        dead: ranks whose messages don't arrive, nor those to them.
+        error: what isend returns from now on.
+        n_sent: bytes by sender and receiver.
+    """
+
+    def __init__(self) -> None:
+        self.dead: set[int] = set()
+        self.error = 0
+        self.n_sent: Counter[tuple[int, int]] = Counter()
+        self._lock = threading.Lock()
+        self._sent: Counter[Key] = Counter()
+        self._asked: Counter[Key] = Counter()
+        self._content: dict[tuple[Key, int], bytes] = {}
+        self._requests: dict[int, tuple[Key, int, int, int]] = {}
+        self.functions = _START(self._isend), _START(self._irecv), _TEST(self._test)
+
+    def links(self, rank: int) -> Links:
+        return Links(*(ctypes.cast(f, ctypes.c_void_p).value for f in self.functions), 0, rank, owner=self)
+
+    def _isend(self, at: int, n_bytes: int, byte: int, to: int, tag: int, rank: int, request: int) -> int:
+        with self._lock:
+            key = rank, to, tag
+            if not {rank, to} & self.dead:
+                self._content[key, self._sent[key]] = ctypes.string_at(at, n_bytes)
+                self._sent[key] += 1
+                self.n_sent[rank, to] += n_bytes
+            ctypes.c_int64.from_address(request).value = 0
+            return self.error
+
+    def _irecv(self, at: int, n_bytes: int, byte: int, source: int, tag: int, rank: int, request: int) -> int:
+        with self._lock:
+            key, number = (source, rank, tag), 1 + len(self._requests)
+            self._requests[number] = key, self._asked[key], at, n_bytes
+            self._asked[key] += 1
+            ctypes.c_int64.from_address(request).value = number
+            return 0
+
+    def _test(self, request: int, flag: int, status: int) -> int:
+        with self._lock:
+            number = ctypes.c_int64.from_address(request)
+            is_done = number.value == 0
+            if not is_done:
+                key, count, at, n_bytes = self._requests[number.value]
+                content = self._content.pop((key, count), None)
+                if is_done := content is not None:
+                    assert len(content) <= n_bytes, "a message is longer than its buffer"
+                    ctypes.memmove(at, content, len(content))
+                    number.value = 0
+            ctypes.c_int32.from_address(flag).value = is_done
+            return 0
+
+
+@contextmanager
+def in_process(
+    path: Path, n_ranks: int, sharing: Sharing, post: Post | None = None, threads: int = 1
+) -> Iterator[Ranks]:
+    """Ranks 1.. serve shares of a model within; given is what rank 0 loads it with, and must close."""
+    post = post or Post()
+    names = [f"rank {rank}" for rank in range(n_ranks)]
+    worlds = [World(rank, names, post.links(rank)) for rank in range(n_ranks)]
+    raised: list[BaseException] = []
+
+    def live(world: World) -> None:
+        try:
+            with open_gguf(path) as file:
+                serve_share(file, world, sharing, threads)
+        except BaseException as error:
+            raised.append(error)
+            worlds[0].fail(world.rank, str(error))
+
+    lives = [threading.Thread(target=live, args=(world,), daemon=True) for world in worlds[1:]]
+    for thread in lives:
+        thread.start()
+    try:
+        yield Ranks(worlds[0], sharing)
+    finally:
+        for world in worlds[1:]:
+            if world.rank in post.dead:
+                world.fail(0, "over")
+        for thread in lives:
+            thread.join(10)
+            assert not thread.is_alive()
+    with suppress(RankError):
+        for error in raised:
+            raise error
