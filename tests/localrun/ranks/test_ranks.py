@@ -39,14 +39,11 @@ BF16_TOLERANCE = 5e-3
 
 
 @contextmanager
-def shared(
-    path: Path, n_ranks: int = 2, sharing: Sharing = Sharing("f32"), post: Post | None = None
-) -> Iterator[Engine]:
-    with (
-        in_process(path, n_ranks, sharing, post) as ranks,
-        localrun.load(path, threads=2, ctx=160, ranks=ranks) as model,
-    ):
-        yield model
+def shared(path: Path, n_ranks: int = 2, sharing: Sharing = EXACT, post: Post | None = None) -> Iterator[Engine]:
+    with in_process(path, n_ranks, sharing, post) as ranks:
+        model = localrun.load(path, threads=2, ctx=160, ranks=ranks)
+        with model:
+            yield model
 
 
 def by_steps(model: Engine, ids: list[int]) -> np.ndarray:
@@ -63,7 +60,7 @@ def both_ways(path: Path, ids: list[int], **options: object) -> tuple[np.ndarray
 
 
 # Latents with groups of experts; grouped queries; biases and bounds of the activation; streams and hashed choices.
-VARIANTS = ["v3-odd", "qwen3moe", "gpt-oss", "v2-lite", "v3-fused-gate-up", "deepseek32", "glm4moe", "deepseek4"]
+VARIANTS = ["v3-odd", "qwen3moe", "gpt-oss", "v2", "v3-fused-gate-up", "deepseek32", "glm4moe", "deepseek4"]
 SHARES = {"v3-odd": (3, (1.0, 3.0, 2.0)), "qwen3moe": (2, (1.0, 2.0))}  # ranks and sizes; others have two equal ones
 
 
