@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 from torch.nn.functional import pad, rms_norm
 
-from localrun.gpu.cache import DeviceCache
+from localrun.gpu.cache import DeviceCache, row_constants
+from localrun.gpu.places import HasPlaces, Places, block_of
 from localrun.gpu.routing import Turns, turn_and_append
 from localrun.limits import GPU_ATTENTION_WORK_BYTES
 from localrun.models.config import Config
@@ -76,19 +77,22 @@ def _latents(
 
 
 @triton.jit
-def attend_kernel(q_latent, q_rope, latents, rope_keys, scales, start, partials, log_sums, score_scale, n_pieces,
-                  latent_stride, rope_stride, N_HEADS: tl.constexpr, PER_GROUP: tl.constexpr, C: tl.constexpr,
+def attend_kernel(q_latent, q_rope, positions, table, entry_stride, token_stride, partials, log_sums, score_scale,
+                  n_pieces, N_HEADS: tl.constexpr, PER_GROUP: tl.constexpr, C: tl.constexpr,
                   R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
                   BLOCK_S: tl.constexpr, MIN_PIECE: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
-                  IS_LATENT: tl.constexpr):  # fmt: skip
+                  IS_LATENT: tl.constexpr, VALUE: tl.constexpr, VALUE_STRIDE: tl.constexpr,
+                  VALUE_ALIGNED: tl.constexpr, KEY: tl.constexpr, KEY_STRIDE: tl.constexpr,
+                  KEY_ALIGNED: tl.constexpr):  # fmt: skip
     """Program (block of heads, piece, token): softmax(q k^T) v over the piece, and the logarithm (base 2) of its sum.
 
     IS_LATENT: a key is a latent, which is also the value, and a rotated part; all heads share them. Else PER_GROUP
     heads share keys, which lie where the rotated parts do, and values, where the latents do; q_latent is not read.
+    VALUE, KEY: types in the cache; STRIDE: of rows; ALIGNED: bytes that divide blocks' addresses.
     Products of DTYPE, sums and softmax float32. Queries are divided by each head's largest value: float16 holds them.
     """
     piece, token = tl.program_id(1), tl.program_id(2)
-    n_seen = tl.load(start) + token + 1
+    n_seen = tl.load(positions + token).to(tl.int32) + 1
     length = _piece_length(n_seen, n_pieces, MIN_PIECE, BLOCK_S)
     first = piece * length
     if first >= n_seen:
@@ -99,8 +103,9 @@ def attend_kernel(q_latent, q_rope, latents, rope_keys, scales, start, partials,
     member = tl.program_id(0) % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
     is_head = member < PER_GROUP
     query = token.to(tl.int64) * N_HEADS + group * PER_GROUP + member
-    latents += group * C
-    rope_keys += group * R
+    latents = block_of(table, 0, token, entry_stride, token_stride, VALUE, VALUE_ALIGNED) + group * C
+    rope_keys = block_of(table, 1, token, entry_stride, token_stride, KEY, KEY_ALIGNED) + group * R
+    scales = block_of(table, 2, token, entry_stride, token_stride, tl.float32, 4)
     q_r = _load_rows(q_rope, query, R, is_head, R, BLOCK_R)
     largest = tl.max(tl.abs(q_r), 1)
     if IS_LATENT:
@@ -117,8 +122,8 @@ def attend_kernel(q_latent, q_rope, latents, rope_keys, scales, start, partials,
     for block in range(first, last, BLOCK_S):
         row = block + tl.arange(0, BLOCK_S)
         is_row = row < last
-        values = _latents(latents, scales, row, latent_stride, is_row, C, BLOCK_C, BITS, DTYPE)
-        turned = _load_rows(rope_keys, row, rope_stride, is_row, R, BLOCK_R).to(DTYPE)
+        values = _latents(latents, scales, row, VALUE_STRIDE, is_row, C, BLOCK_C, BITS, DTYPE)
+        turned = _load_rows(rope_keys, row, KEY_STRIDE, is_row, R, BLOCK_R).to(DTYPE)
         if IS_LATENT:
             score = tl.dot(q_c, tl.trans(values), input_precision="ieee")
             score = tl.dot(q_r, tl.trans(turned), score, input_precision="ieee")
@@ -140,12 +145,12 @@ def attend_kernel(q_latent, q_rope, latents, rope_keys, scales, start, partials,
 
 
 @triton.jit
-def combine_kernel(partials, log_sums, start, out, n_pieces, N_HEADS: tl.constexpr, C: tl.constexpr,
+def combine_kernel(partials, log_sums, positions, out, n_pieces, N_HEADS: tl.constexpr, C: tl.constexpr,
                    MIN_PIECE: tl.constexpr, BLOCK_S: tl.constexpr, COLUMNS: tl.constexpr,
                    PIECES: tl.constexpr):  # fmt: skip
     """Program (head, columns, token): the pieces' results, weighted by their sums; PIECES of them at a time."""
     head, token = tl.program_id(0), tl.program_id(2)
-    n_seen = tl.load(start) + token + 1
+    n_seen = tl.load(positions + token).to(tl.int32) + 1
     count = tl.cdiv(n_seen, _piece_length(n_seen, n_pieces, MIN_PIECE, BLOCK_S))
     query = token.to(tl.int64) * N_HEADS + head
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -180,7 +185,7 @@ def attend_constants(config: Config, bits: int, dtype: torch.dtype) -> dict[str,
         "BLOCK_C": max(16, triton.next_power_of_2(value_width)), "BLOCK_R": max(16, triton.next_power_of_2(key_width)),
         "BLOCK_H": head_block(heads_together(c), dtype), "BLOCK_S": 32 if _is_copied(bits, dtype) else 16,
         "MIN_PIECE": _MIN_PIECE, "BITS": bits, "DTYPE": tl.float16 if dtype == torch.float16 else tl.float32,
-        "IS_LATENT": c.attention == "mla",
+        "IS_LATENT": c.attention == "mla", **row_constants(c, bits),
     }  # fmt: skip
 
 
@@ -237,7 +242,7 @@ def pieces_for(config: Config, device: torch.device) -> int:
 def attend(
     q_latent_THC: torch.Tensor,
     q_rope_THR: torch.Tensor,
-    cache: DeviceCache,
+    cache: HasPlaces,
     layer: int,
     config: Config,
     scale: float,
@@ -248,37 +253,33 @@ def attend(
 
     Nothing waits for the host, and shapes depend on T alone. dtype of products: float16 or float32.
     """
-    scales = None if cache.scales is None else cache.scales[layer]
-    rows = cache.latents[layer], cache.rope_keys[layer]
     queries = q_latent_THC.contiguous(), q_rope_THR.contiguous()
-    return attend_over(queries, rows, scales, cache.position, config, scale, n_pieces, cache.bits, dtype)
+    return attend_over(queries, cache.places(len(q_rope_THR)), layer, config, scale, n_pieces, dtype)
 
 
 def attend_over(
     queries: tuple[torch.Tensor, torch.Tensor],
-    rows: tuple[torch.Tensor, torch.Tensor],
-    scales: torch.Tensor | None,
-    position: torch.Tensor,
+    places: Places,
+    layer: int,
     config: Config,
     scale: float,
     n_pieces: int,
-    bits: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Both kernels. queries: q_latent and q_rope of attend_kernel; rows: one layer's latents and rope_keys."""
+    """Both kernels. queries: q_latent and q_rope of attend_kernel."""
     n_tokens, n_heads, _ = queries[1].shape
-    width, device = _widths(config)[0], queries[1].device
+    width, device, bits = _widths(config)[0], queries[1].device, places.bits
     n_pieces = max(1, min(n_pieces, n_pieces * FEW_TOKENS // n_tokens))
     partials = torch.empty(n_tokens, n_heads, n_pieces, width, device=device)
     log_sums = torch.empty(n_tokens, n_heads, n_pieces, device=device)
     out_THC = torch.empty(n_tokens, n_heads, width, device=device)
     constants, sums = attend_constants(config, bits, dtype), combine_constants(config, bits, dtype)
     attend_kernel[_head_blocks(config, dtype), n_pieces, n_tokens](
-        *queries, *rows, log_sums if scales is None else scales, position, partials, log_sums, scale * _LOG2_E,
-        n_pieces, rows[0].stride(0), rows[1].stride(0), **constants, **attend_options(config, bits, dtype),
+        *queries, *places.of_layer(layer), partials, log_sums, scale * _LOG2_E, n_pieces, **constants,
+        **attend_options(config, bits, dtype),
     )  # fmt: skip
     combine_kernel[n_heads, triton.cdiv(width, sums["COLUMNS"]), n_tokens](
-        partials, log_sums, position, out_THC, n_pieces, **sums, num_warps=4
+        partials, log_sums, places.positions, out_THC, n_pieces, **sums, num_warps=4
     )
     return out_THC
 
@@ -295,10 +296,10 @@ class LatentAttention(attention.LatentAttention):
         # The stand-in for a device is compared with the CPU's network, which multiplies in 32 bits.
         self.dtype = torch.float32 if device.type == "cpu" else torch.float16
 
-    def __call__(self, x_TD: torch.Tensor, cache: DeviceCache) -> torch.Tensor:
-        """float32 (T, D) of the tokens after cache.length -> (T, D); writes their rows into the cache.
+    def __call__(self, x_TD: torch.Tensor, cache: DeviceCache | Places) -> torch.Tensor:
+        """float32 (T, D) of the tokens after the cache's, or at places -> (T, D); writes their rows.
 
-        The cache must have room (check_room); cache.length itself matters to prompts alone.
+        There must be room (check_room). Places are for few tokens.
         """
         c, n_tokens = self.config, x_TD.shape[0]
         kv_TW = self.kv_a_proj_with_mqa(x_TD)
@@ -319,7 +320,7 @@ class LatentAttention(attention.LatentAttention):
         return self.q_b_proj(rms_norm(self.q_a_proj(x_TD), (c.q_lora_rank,), self.q_a_layernorm, c.rms_norm_eps))
 
     def _few(
-        self, q_nope_THP: torch.Tensor, q_rope_THR: torch.Tensor, cache: DeviceCache, dtype: torch.dtype
+        self, q_nope_THP: torch.Tensor, q_rope_THR: torch.Tensor, cache: HasPlaces, dtype: torch.dtype
     ) -> torch.Tensor:
         """(T, H, V) by attending in latent space."""
         q_latent_THC = self.k_b_proj(q_nope_THP) if self.is_split else self.k_b_proj.transposed(q_nope_THP)

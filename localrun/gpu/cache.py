@@ -10,13 +10,19 @@ V v_head_dim.
 E4M3: Micikevicius et al., FP8 Formats for Deep Learning (arXiv 2209.05433).
 """
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 import torch
+import triton.language as tl
 
+from localrun.gpu.places import Places
 from localrun.models.config import Config
 from localrun.network.cache import Context, row_widths
 
 E4M3_MAX = 448.0
+_ALIGNED = 16  # bytes that a load takes at most, and that divide addresses of torch's memory
 
 
 def row_bytes(config: Config, bits: int = 16) -> int:
@@ -25,30 +31,54 @@ def row_bytes(config: Config, bits: int = 16) -> int:
     return c + 2 * r + 4 if bits == 8 else (c + r) * bits // 8
 
 
+def row_constants(config: Config, bits: int) -> dict[str, object]:
+    """What kernels are compiled for: types, strides and alignment of rows of values (or latents) and keys."""
+    c, size = config, {8: 1, 16: 2, 32: 4}[bits]
+    key = tl.float32 if bits == 32 else tl.float16
+    if c.attention != "mla":
+        key_stride, value_stride = row_widths(c)
+        before = 0
+    elif bits == 8:
+        value_stride, key_stride, before = c.kv_lora_rank, c.qk_rope_head_dim, 0
+    else:
+        value_stride = key_stride = c.kv_lora_rank + c.qk_rope_head_dim
+        before = c.kv_lora_rank  # in the same row
+    return {
+        "VALUE": tl.uint8 if bits == 8 else key, "VALUE_STRIDE": value_stride,
+        "VALUE_ALIGNED": math.gcd(_ALIGNED, size * value_stride),
+        "KEY": key, "KEY_STRIDE": key_stride,
+        "KEY_ALIGNED": math.gcd(_ALIGNED, max(2, size) * key_stride, size * before),
+    }  # fmt: skip
+
+
 class DeviceContext(Context):
     """What caches on a device share. Device work that is queued counts as done.
 
-    `length` is also on the device, for kernels whose launches are recorded once; setting it queues a write on the
-    current stream.
-
     Attributes:
-        is_exact: whether values have 32 bits.
-        position: int32 (1,) on the device, `length`.
+        bits: of a value.
+        addresses: int64 (L * ENTRIES,), of blocks of rows, as a column of a table of Places has them.
     """
 
-    def __init__(self, capacity: int, device: torch.device, bits: int):
-        self.position = torch.zeros(1, dtype=torch.int32, device=device)
+    def __init__(self, capacity: int, bits: int):
         super().__init__(capacity)
-        self.is_exact = bits == 32
+        self.bits = bits
+
+    def _know(self, blocks: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]) -> None:
+        """The blocks of each layer: values or latents, keys or their rotated parts, scales if there are any."""
+        self._device = blocks[0][0].device
+        entries = [0 if block is None else block.data_ptr() for layer in blocks for block in layer]
+        self.addresses = np.array(entries, np.int64)
+        self._table = torch.from_numpy(self.addresses[:, None]).to(self._device)
 
     @property
-    def length(self) -> int:
-        return self._length
+    def is_exact(self) -> bool:
+        """Whether values have 32 bits."""
+        return self.bits == 32
 
-    @length.setter
-    def length(self, n_tokens: int) -> None:
-        self._length = n_tokens
-        self.position.fill_(n_tokens)
+    def places(self, n_tokens: int) -> Places:
+        """Of the tokens after `length`."""
+        positions = torch.arange(self.length, self.length + n_tokens, device=self._device)
+        return Places(positions, self._table, self.bits)
 
 
 class GroupedCache(DeviceContext):
@@ -62,22 +92,18 @@ class GroupedCache(DeviceContext):
         self, config: Config, capacity: int, device: torch.device, bits: int = 16, n_layers: int | None = None
     ):
         """As DeviceCache; bits: 16 or 32."""
-        super().__init__(capacity, device, bits)
+        super().__init__(capacity, bits)
         self._n_layers = config.num_hidden_layers if n_layers is None else n_layers
         dtype = torch.float32 if self.is_exact else torch.float16
         self.keys, self.values = (
             torch.empty(self._n_layers, capacity, width, dtype=dtype, device=device) for width in row_widths(config)
         )
+        self._know([(values, keys, None) for values, keys in zip(self.values, self.keys, strict=True)])
 
     @property
     def n_bytes(self) -> int:
         """Of device memory."""
         return self.keys.nbytes + self.values.nbytes
-
-    def append(self, layer: int, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write the rows (T, width) of tokens at these positions, int64 (T,) on the device."""
-        self.keys[layer].index_copy_(0, positions, keys.to(self.keys.dtype))
-        self.values[layer].index_copy_(0, positions, values.to(self.values.dtype))
 
     def save(self) -> dict[str, np.ndarray]:
         """As Cache.save gives them; waits for the device."""
@@ -101,7 +127,7 @@ class DeviceCache(DeviceContext):
     """Latent rows for up to `capacity` tokens, all reserved at once.
 
     Attributes:
-        bits: 8, 16 or 32, of a latent value.
+        bits: 8, 16 or 32.
         latents: (L, capacity, C), uint8 (E4M3), float16 or float32.
         rope_keys: (L, capacity, R), float16 or float32.
         scales: float32 (L, capacity), of the latents; None unless bits is 8.
@@ -111,8 +137,7 @@ class DeviceCache(DeviceContext):
         self, config: Config, capacity: int, device: torch.device, bits: int = 16, n_layers: int | None = None
     ):
         """n_layers: num_hidden_layers unless given. torch.OutOfMemoryError if the device has no room."""
-        super().__init__(capacity, device, bits)
-        self.bits = bits
+        super().__init__(capacity, bits)
         self._n_layers = config.num_hidden_layers if n_layers is None else n_layers
         self._widths = config.kv_lora_rank, config.qk_rope_head_dim
         self.scales: torch.Tensor | None = None
@@ -126,6 +151,8 @@ class DeviceCache(DeviceContext):
             dtype = torch.float32 if self.is_exact else torch.float16
             rows = torch.empty(self._n_layers, capacity, sum(self._widths), dtype=dtype, device=device)
             self.latents, self.rope_keys = rows.split(self._widths, -1)
+        scales = [None] * self._n_layers if self.scales is None else self.scales
+        self._know(list(zip(self.latents, self.rope_keys, scales, strict=True)))
 
     @property
     def n_bytes(self) -> int:
@@ -156,7 +183,7 @@ class DeviceCache(DeviceContext):
         dtype = np.float32 if self.is_exact else np.float16
         self._check_saved(tensors, length, [(sum(self._widths),)] * self._n_layers, dtype)
         for layer in range(self._n_layers):
-            rows = torch.from_numpy(np.ascontiguousarray(tensors[f"{layer}.0"])).to(self.position.device)
+            rows = torch.from_numpy(np.ascontiguousarray(tensors[f"{layer}.0"])).to(self._device)
             latents, rope_keys = rows.split(self._widths, -1)
             if self.scales is not None:
                 latents, self.scales[layer, :length] = pack_e4m3(latents)

@@ -1,14 +1,15 @@
-"""A step of a few tokens through the whole network: recorded once for a cache and a number of tokens, then replayed.
+"""A step of a few tokens through the whole network: recorded once for a number of tokens, then replayed.
 
 On a GPU that is a CUDA graph with the CPU's experts as host nodes, so that a token costs neither Python nor launches
-between layers. What changes from step to step lies in memory: ids in page-locked memory that the graph's first node
-copies up, the position in the cache. Logits and hidden states of all tokens come back the same way.
+between layers. What changes from step to step lies in page-locked memory that the graph's first node copies up: ids,
+positions, and where each token's cache is. So the tokens may follow each other in one context, or be of as many, and
+contexts may come and go. Logits and hidden states of all tokens come back the same way.
 
 Letters: T tokens, D hidden_size.
 """
 
-from collections.abc import Callable, Sequence
-from weakref import WeakKeyDictionary, ref
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch.nn.functional import rms_norm
 
 from localrun.gpu.cache import DeviceContext
 from localrun.gpu.device import Cuda, StandIn
+from localrun.gpu.places import ENTRIES, Places
 from localrun.gpu.routed import Mode, Routed
 from localrun.network.model import Network
 from quant.decode.program import MOST_TOKENS
@@ -23,17 +25,22 @@ from quant.threads.pool import Pool
 
 
 class DecodeStep:
-    """The step of one model. Its buffers hold a few tokens of one context, so one step at a time."""
+    """The step of one model. Its buffers hold a few tokens, so one step at a time.
+
+    Attributes:
+        recorded: number of tokens, and bits of their caches' values -> what queues such a step.
+    """
 
     def __init__(self, device: Cuda | StandIn, pool: Pool, network: Network, routed: Routed):
         """network: of modules on the device, with the experts `routed`."""
         self._device, self._pool, self._network, self._routed = device, pool, network, routed
         c = network.config
-        self._ids_on_host = device.pinned((MOST_TOKENS,), torch.int64)
-        self._ids = torch.zeros(MOST_TOKENS, dtype=torch.int64, device=device.torch)
+        shape = 2 + ENTRIES * c.num_hidden_layers, MOST_TOKENS  # ids, positions, a table of Places
+        self._inputs_on_host = device.pinned(shape, torch.int64)
+        self._inputs = torch.zeros(shape, dtype=torch.int64, device=device.torch)
         self._hidden = device.pinned((MOST_TOKENS, c.hidden_size), torch.float32)
         self._logits = device.pinned((MOST_TOKENS, c.vocab_size), torch.float32)
-        self._recorded: WeakKeyDictionary[DeviceContext, dict[int, Callable[[], None]]] = WeakKeyDictionary()
+        self.recorded: dict[tuple[int, int], Callable[[], None]] = {}
 
     def __call__(self, ids: Sequence[int], cache: DeviceContext) -> tuple[np.ndarray, np.ndarray]:
         """Evaluate up to MOST_TOKENS ids after the cache's, which has room for them; it then holds them too.
@@ -41,44 +48,56 @@ class DecodeStep:
         Returns:
             Of each: what the head reads, float32 (T, D), and logits (T, vocab).
         """
+        results = self._run(ids, [cache] * len(ids), range(cache.length, cache.length + len(ids)))
+        cache.advance(len(ids))
+        return results
+
+    def together(self, ids: Sequence[int], caches: Sequence[DeviceContext]) -> tuple[np.ndarray, np.ndarray]:
+        """Evaluate up to MOST_TOKENS ids, each after those of a cache of its own, which then holds it too.
+
+        The caches have room, and values of as many bits. Returns: as a call.
+        """
+        results = self._run(ids, caches, [cache.length for cache in caches])
+        for cache in caches:
+            cache.advance(1)
+        return results
+
+    def _run(
+        self, ids: Sequence[int], caches: Sequence[DeviceContext], positions: Iterable[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
         n_tokens = len(ids)
-        self.load(ids)
+        self.load(ids, caches, positions)
         with self._pool.exclusive():
             try:
-                self._replay(cache, n_tokens)()
+                self._replay(n_tokens, caches[0].bits)()
             finally:  # until then, host nodes use the workers and the graph its buffers, whatever happened here
                 self._device.synchronize()
-        cache.advance(n_tokens)
         return self._hidden[:n_tokens].numpy().copy(), self._logits[:n_tokens].numpy().copy()
 
-    def load(self, ids: Sequence[int]) -> None:
-        """The ids of the next queue() or replay."""
-        self._ids_on_host[: len(ids)] = torch.tensor(ids, dtype=torch.int64)
+    def load(self, ids: Sequence[int], caches: Sequence[DeviceContext], positions: Iterable[int]) -> None:
+        """The tokens of the next queue() or replay, their caches, and their positions there."""
+        inputs = self._inputs_on_host.numpy()[:, : len(ids)]
+        inputs[0], inputs[1] = ids, list(positions)
+        inputs[2:] = np.stack([cache.addresses for cache in caches], 1)
 
-    def _replay(self, cache: DeviceContext, n_tokens: int) -> Callable[[], None]:
+    def _replay(self, n_tokens: int, bits: int) -> Callable[[], None]:
         """What queues the step: recorded when it is first asked for, which runs it a few times."""
-        recorded = self._recorded.setdefault(cache, {})
-        if n_tokens not in recorded:
-            of_cache = ref(cache)  # or its own record would keep it
+        kind = n_tokens, bits
+        if kind not in self.recorded:
+            self.recorded[kind] = self._device.capture(partial(self.queue, *kind))
+        return self.recorded[kind]
 
-            def step() -> None:
-                found = of_cache()
-                assert found is not None
-                self.queue(found, n_tokens)
-
-            recorded[n_tokens] = self._device.capture(step)
-        return recorded[n_tokens]
-
-    def queue(self, cache: DeviceContext, n_tokens: int) -> None:
+    def queue(self, n_tokens: int, bits: int) -> None:
         """The step's work, launch by launch. Within Pool.exclusive(), until it is done."""
         network, c = self._network, self._network.config
         self._routed.mode = Mode.STEP
         self._routed.start()
-        ids = self._ids[:n_tokens]
-        ids.copy_(self._ids_on_host[:n_tokens], non_blocking=True)
-        x_TD = network.embed_tokens(ids)
+        self._inputs.copy_(self._inputs_on_host, non_blocking=True)
+        inputs = self._inputs[:, :n_tokens]
+        places = Places(inputs[1], inputs[2:], bits)
+        x_TD = network.embed_tokens(inputs[0])
         for layer in network.layers:
-            x_TD = layer(x_TD, cache)
+            x_TD = layer(x_TD, places)
         x_TD = rms_norm(x_TD, (c.hidden_size,), network.norm, c.rms_norm_eps)
         self._hidden[:n_tokens].copy_(x_TD, non_blocking=True)
         self._logits[:n_tokens].copy_(network.lm_head(x_TD), non_blocking=True)

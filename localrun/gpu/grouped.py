@@ -10,6 +10,8 @@ d head_dim, V v_head_dim.
 import functools
 
 import torch
+import triton
+import triton.language as tl
 from torch.nn.functional import pad
 
 from localrun.gpu.attention import (
@@ -21,19 +23,48 @@ from localrun.gpu.attention import (
     heads_together,
     pieces_for,
 )
-from localrun.gpu.cache import GroupedCache
+from localrun.gpu.cache import GroupedCache, row_constants
+from localrun.gpu.places import HasPlaces, Places, block_of
 from localrun.gpu.routing import Turns
 from localrun.limits import GPU_ATTENTION_WORK_BYTES
 from localrun.models.config import Config
 from localrun.network import attention
+from localrun.network.cache import row_widths
 from localrun.network.model import MakeAttention
 from localrun.network.rope import Rope
 from localrun.network.weight_source import WeightSource
 
+_COLUMNS = 1024  # of rows that a program writes
+
+
+@triton.jit
+def append_kernel(keys, values, positions, table, entry_stride, token_stride, BLOCK: tl.constexpr, VALUE: tl.constexpr,
+                  VALUE_STRIDE: tl.constexpr, VALUE_ALIGNED: tl.constexpr, KEY: tl.constexpr, KEY_STRIDE: tl.constexpr,
+                  KEY_ALIGNED: tl.constexpr):  # fmt: skip
+    """Program (token, columns): these of the token's keys and values to its rows of the cache."""
+    token, column = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(positions + token)
+    is_value, is_key = column < VALUE_STRIDE, column < KEY_STRIDE
+    value = tl.load(values + token * VALUE_STRIDE + column, mask=is_value, other=0.0)
+    key = tl.load(keys + token * KEY_STRIDE + column, mask=is_key, other=0.0)
+    to_values = block_of(table, 0, token, entry_stride, token_stride, VALUE, VALUE_ALIGNED) + row * VALUE_STRIDE
+    to_keys = block_of(table, 1, token, entry_stride, token_stride, KEY, KEY_ALIGNED) + row * KEY_STRIDE
+    tl.store(to_values + column, value.to(VALUE), mask=is_value)
+    tl.store(to_keys + column, key.to(KEY), mask=is_key)
+
+
+def append(k_TGd: torch.Tensor, v_TX: torch.Tensor, places: Places, layer: int, config: Config) -> None:
+    """Write rows of keys, float32 (T, G, d), and of values, (T, G * V), at the tokens' places."""
+    widest = max(row_widths(config))
+    append_kernel[len(k_TGd), triton.cdiv(widest, _COLUMNS)](
+        k_TGd.contiguous(), v_TX.contiguous(), *places.of_layer(layer), _COLUMNS, **row_constants(config, places.bits),
+        num_warps=4,
+    )  # fmt: skip
+
 
 def attend_grouped(
     q_THd: torch.Tensor,
-    cache: GroupedCache,
+    cache: HasPlaces,
     layer: int,
     config: Config,
     scale: float,
@@ -41,9 +72,8 @@ def attend_grouped(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """float32 (T, H, V): the values that each head and token attends to, mixed; else as attend()."""
-    rows, bits = (cache.values[layer], cache.keys[layer]), 32 if cache.is_exact else 16
     q_THd = q_THd.contiguous()
-    return attend_over((q_THd, q_THd), rows, None, cache.position, config, scale, n_pieces, bits, dtype)
+    return attend_over((q_THd, q_THd), cache.places(len(q_THd)), layer, config, scale, n_pieces, dtype)
 
 
 class GroupedQueryAttention(attention.GroupedQueryAttention):
@@ -57,17 +87,17 @@ class GroupedQueryAttention(attention.GroupedQueryAttention):
         self.n_pieces = pieces_for(config, device)
         self.dtype = torch.float32 if device.type == "cpu" else torch.float16
 
-    def __call__(self, x_TD: torch.Tensor, cache: GroupedCache) -> torch.Tensor:
+    def __call__(self, x_TD: torch.Tensor, cache: GroupedCache | Places) -> torch.Tensor:
         """As LatentAttention.__call__."""
         c, n_tokens = self.config, x_TD.shape[0]
-        positions = cache.position.long() + torch.arange(n_tokens, device=x_TD.device)
-        turns = self.turns.at(positions)
+        places = cache.places(n_tokens)
+        turns = self.turns.at(places.positions)
         q_THd = self._heads(self.q_proj(x_TD), self.q_norm, turns)
         k_TGd = self._heads(self.k_proj(x_TD), self.k_norm, turns)
-        cache.append(self.cache_layer, positions, k_TGd.flatten(1), self.v_proj(x_TD))
+        append(k_TGd, self.v_proj(x_TD), places, self.cache_layer, c)
         dtype = torch.float32 if cache.is_exact else self.dtype
         if n_tokens <= FEW_TOKENS:
-            out_THV = attend_grouped(q_THd, cache, self.cache_layer, c, self.scale, self.n_pieces, dtype)
+            out_THV = attend_grouped(q_THd, places, self.cache_layer, c, self.scale, self.n_pieces, dtype)
         else:
             out_THV = self._many(q_THd.transpose(0, 1).to(dtype), cache)
         return self.o_proj(out_THV.flatten(1))

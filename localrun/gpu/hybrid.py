@@ -8,6 +8,7 @@ Letters: T tokens, D hidden_size.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -43,7 +44,7 @@ class HybridModel:
 
     Attributes:
         vocab_size: logits a token.
-        most_together: contexts that can share a step: none do yet.
+        most_together: contexts that can share a step.
         least_chunk: tokens that are no step.
         keep_hidden: whether forward() is to leave `hidden` behind.
         hidden: float32 (T, hidden_size), what the head reads (after the final norm) of the last forward()'s tokens.
@@ -73,7 +74,7 @@ class HybridModel:
             LocalrunError: the GPU can't be used, or has no room.
         """
         self.config, self.file, self.vocab_size = config, file, config.vocab_size
-        self.most_together, self.least_chunk = 1, MOST_TOKENS + 1
+        self.most_together, self.least_chunk = MOST_TOKENS, MOST_TOKENS + 1
         self.keep_hidden = False
         self.hidden = np.empty((0, config.hidden_size), np.float32)
         self.device = device or Cuda()
@@ -159,6 +160,20 @@ class HybridModel:
         if self.keep_hidden:
             self.hidden = hidden
         return logits if all_logits else logits[-1:]
+
+    @torch.inference_mode()
+    def forward_each(self, ids: Sequence[int], caches: Sequence[DeviceCache | GroupedCache]) -> np.ndarray:
+        """As SharingModel.forward_each: one step, recorded once for whatever contexts. Raises as forward()."""
+        for cache in caches:
+            cache.check_room(1)
+        with self.device.errors(), ExitStack() as stack:
+            for cache in caches:
+                stack.enter_context(cache.all_or_none())
+            hidden, logits = self.step.together(ids, caches)
+            self.routed.settle(len(ids))
+        if self.keep_hidden:
+            self.hidden = hidden
+        return logits
 
     def _prefill(
         self, ids: Sequence[int], cache: DeviceCache | GroupedCache, all_logits: bool

@@ -1,7 +1,7 @@
 """The small kernels of a decode step: rotation with the write into the cache, and the router's choice.
 
-Each replaces a dozen of torch's launches. Both take any number of tokens. Positions are read from device memory, so
-that a recorded launch serves every step.
+Each replaces a dozen of torch's launches. Both take any number of tokens, whose places (places.py) are read from device
+memory.
 
 Letters: T tokens, H heads, P qk_nope_head_dim, R qk_rope_head_dim, C kv_lora_rank, E experts, K experts per token,
 g expert groups, M experts of a group.
@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from localrun.cpu.decode import SCORING
-from localrun.gpu.cache import E4M3_MAX, DeviceCache
+from localrun.gpu.cache import E4M3_MAX, row_constants
+from localrun.gpu.places import HasPlaces, block_of
 from localrun.models.config import Config
 from localrun.network.rope import Rope
 from quant.decode.router import SMALLEST_SUM
@@ -92,48 +93,53 @@ def _turn_heads(q, q_nope, q_rope, fine, coarse, position, token, block, N_HEADS
 
 
 @triton.jit
-def _write_row(kv, norm, latents, rope_keys, scales, fine, coarse, position, token, epsilon, latent_stride, rope_stride,
-               C: tl.constexpr, R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_PAIRS: tl.constexpr, BITS: tl.constexpr,
-               LARGEST: tl.constexpr):  # fmt: skip
+def _write_row(kv, norm, table, entry_stride, token_stride, fine, coarse, position, token, epsilon, C: tl.constexpr,
+               R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_PAIRS: tl.constexpr, BITS: tl.constexpr,
+               LARGEST: tl.constexpr, VALUE: tl.constexpr, VALUE_STRIDE: tl.constexpr, VALUE_ALIGNED: tl.constexpr,
+               KEY: tl.constexpr, KEY_STRIDE: tl.constexpr, KEY_ALIGNED: tl.constexpr):  # fmt: skip
     """One token's row of the cache: latents normed, key turned."""
+    latents = block_of(table, 0, token, entry_stride, token_stride, VALUE, VALUE_ALIGNED)
+    rope_keys = block_of(table, 1, token, entry_stride, token_stride, KEY, KEY_ALIGNED)
     kv += token.to(tl.int64) * (C + R)
     column = tl.arange(0, BLOCK_C)
     x = tl.load(kv + column, mask=column < C, other=0.0)
     x = x * (1 / tl.sqrt(tl.sum(x * x, 0) / C + epsilon)) * tl.load(norm + column, mask=column < C, other=0.0)
-    place = position.to(tl.int64)
+    place = position
     if BITS == 8:
+        scales = block_of(table, 2, token, entry_stride, token_stride, tl.float32, 4)
         largest = tl.max(tl.abs(x), 0)
         scale = tl.where(largest == 0, 1.0, largest / LARGEST)
         tl.store(scales + place, scale)
         codes = _e4m3(tl.minimum(tl.maximum(x / scale, -LARGEST), LARGEST))
-        tl.store(latents + place * latent_stride + column, codes, mask=column < C)
+        tl.store(latents + place * VALUE_STRIDE + column, codes, mask=column < C)
     else:
-        value = x.to(latents.dtype.element_ty)
-        tl.store(latents + place * latent_stride + column, value, mask=column < C)
+        tl.store(latents + place * VALUE_STRIDE + column, x.to(VALUE), mask=column < C)
     pair = tl.arange(0, BLOCK_PAIRS)
     inside = pair < R // 2
     cos, sin = _turn(fine, coarse, position, pair, inside, R // 2)
     even = tl.load(kv + C + 2 * pair, mask=inside, other=0.0)
     odd = tl.load(kv + C + 2 * pair + 1, mask=inside, other=0.0)
-    target = rope_keys + place * rope_stride + 2 * pair
-    tl.store(target, (even * cos - odd * sin).to(rope_keys.dtype.element_ty), mask=inside)
-    tl.store(target + 1, (even * sin + odd * cos).to(rope_keys.dtype.element_ty), mask=inside)
+    target = rope_keys + place * KEY_STRIDE + 2 * pair
+    tl.store(target, (even * cos - odd * sin).to(KEY), mask=inside)
+    tl.store(target + 1, (even * sin + odd * cos).to(KEY), mask=inside)
 
 
 @triton.jit
-def queries_kernel(q, kv, norm, q_nope, q_rope, latents, rope_keys, scales, fine, coarse, start, epsilon, latent_stride,
-                   rope_stride, N_HEADS: tl.constexpr, P: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+def queries_kernel(q, kv, norm, q_nope, q_rope, positions, table, entry_stride, token_stride, fine, coarse, epsilon,
+                   N_HEADS: tl.constexpr, P: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
                    BLOCK_P: tl.constexpr, BLOCK_PAIRS: tl.constexpr, BLOCK_C: tl.constexpr, HEADS: tl.constexpr,
-                   BITS: tl.constexpr, LARGEST: tl.constexpr):  # fmt: skip
+                   BITS: tl.constexpr, LARGEST: tl.constexpr, VALUE: tl.constexpr, VALUE_STRIDE: tl.constexpr,
+                   VALUE_ALIGNED: tl.constexpr, KEY: tl.constexpr, KEY_STRIDE: tl.constexpr,
+                   KEY_ALIGNED: tl.constexpr):  # fmt: skip
     """Program (token, block): a block of heads' queries, or behind the last block the token's row of the cache."""
     token, block = tl.program_id(0), tl.program_id(1)
-    position = tl.load(start) + token
+    position = tl.load(positions + token)
     if block * HEADS < N_HEADS:
         _turn_heads(q, q_nope, q_rope, fine, coarse, position, token, block, N_HEADS, P, R, BLOCK_P, BLOCK_PAIRS, HEADS)
     else:
         _write_row(
-            kv, norm, latents, rope_keys, scales, fine, coarse, position, token, epsilon, latent_stride, rope_stride,
-            C, R, BLOCK_C, BLOCK_PAIRS, BITS, LARGEST,
+            kv, norm, table, entry_stride, token_stride, fine, coarse, position, token, epsilon, C, R, BLOCK_C,
+            BLOCK_PAIRS, BITS, LARGEST, VALUE, VALUE_STRIDE, VALUE_ALIGNED, KEY, KEY_STRIDE, KEY_ALIGNED,
         )  # fmt: skip
 
 
@@ -142,11 +148,11 @@ def turn_and_append(
     kv_TW: torch.Tensor,
     norm_C: torch.Tensor,
     turns: Turns,
-    cache: DeviceCache,
+    cache: HasPlaces,
     layer: int,
     config: Config,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries of the tokens from cache.position on; writes their rows into the cache, which has room for them.
+    """Queries of the tokens after the cache's; writes their rows into the cache, which has room for them.
 
     Args:
         q_TQ: float32 (T, H * (P + R)), as projected.
@@ -159,29 +165,23 @@ def turn_and_append(
     c, n_tokens = config, q_TQ.shape[0]
     q_nope_THP = torch.empty(n_tokens, c.num_attention_heads, c.qk_nope_head_dim, device=q_TQ.device)
     q_rope_THR = torch.empty(n_tokens, c.num_attention_heads, c.qk_rope_head_dim, device=q_TQ.device)
+    places = cache.places(n_tokens)
     queries_kernel[n_tokens, triton.cdiv(c.num_attention_heads, _HEADS) + 1](
-        q_TQ.contiguous(), kv_TW.contiguous(), norm_C, q_nope_THP, q_rope_THR,
-        cache.latents[layer], cache.rope_keys[layer], _scales(cache, layer), turns.fine, turns.coarse, cache.position,
-        c.rms_norm_eps, cache.latents.stride(1), cache.rope_keys.stride(1), **queries_constants(c, cache.bits),
-        num_warps=4,
+        q_TQ.contiguous(), kv_TW.contiguous(), norm_C, q_nope_THP, q_rope_THR, *places.of_layer(layer), turns.fine,
+        turns.coarse, c.rms_norm_eps, **queries_constants(c, places.bits), num_warps=4,
     )  # fmt: skip
     return q_nope_THP, q_rope_THR
 
 
-def queries_constants(config: Config, bits: int) -> dict[str, int | float]:
+def queries_constants(config: Config, bits: int) -> dict[str, object]:
     """What queries_kernel is compiled for."""
     c = config
     return {
         "N_HEADS": c.num_attention_heads, "P": c.qk_nope_head_dim, "R": c.qk_rope_head_dim, "C": c.kv_lora_rank,
         "BLOCK_P": triton.next_power_of_2(c.qk_nope_head_dim), "BLOCK_C": triton.next_power_of_2(c.kv_lora_rank),
         "BLOCK_PAIRS": triton.next_power_of_2(c.qk_rope_head_dim // 2), "HEADS": _HEADS, "BITS": bits,
-        "LARGEST": E4M3_MAX,
+        "LARGEST": E4M3_MAX, **row_constants(c, bits),
     }  # fmt: skip
-
-
-def _scales(cache: DeviceCache, layer: int) -> torch.Tensor:
-    """The layer's; any float32 tensor where there are none, as the kernel does not look at it."""
-    return cache.position.view(torch.float32) if cache.scales is None else cache.scales[layer]
 
 
 # --------------------------------------------------------------------------------------------------------- the router

@@ -103,18 +103,22 @@ class Bench:
     @torch.inference_mode()
     def _eager(self, cache: DeviceCache, n_tokens: int) -> None:
         """The same launch by launch."""
-        self.model.step.load(self.ids(n_tokens))
+        self._load(cache, n_tokens)
         with self.model.pool.exclusive():
-            self.model.step.queue(cache, n_tokens)
+            self.model.step.queue(n_tokens, cache.bits)
             self.model.device.synchronize()
+
+    def _load(self, cache: DeviceCache, n_tokens: int) -> None:
+        positions = range(cache.length, cache.length + n_tokens)
+        self.model.step.load(self.ids(n_tokens), [cache] * n_tokens, positions)
 
     @torch.inference_mode()
     def _recorded(self, cache: DeviceCache, n_tokens: int) -> Callable[[], None]:
         """A recording of its own, by the device and the network as they are now."""
         model = self.model
-        model.step.load(self.ids(n_tokens))
+        self._load(cache, n_tokens)
         with model.pool.exclusive():
-            replay = model.device.capture(lambda: model.step.queue(cache, n_tokens))
+            replay = model.device.capture(lambda: model.step.queue(n_tokens, cache.bits))
 
         @torch.inference_mode()
         def run() -> None:

@@ -1,5 +1,9 @@
-"""Dense matrices in place of quantised ones on the device: torch multiplies them, faster than Triton's interpreter."""
+"""Dense matrices in place of quantised ones on the device: torch multiplies them, faster than Triton's interpreter.
 
+As there, a token of a few has the bits that it has alone: each is multiplied by itself.
+"""
+
+from collections.abc import Callable
 from contextlib import closing
 
 import pytest
@@ -7,8 +11,14 @@ import torch
 
 from localrun.cpu import bridge
 from localrun.gpu import attention, weights
+from localrun.gpu.gemv import MOST_TOKENS
 from quant.matrix import QuantMatrix
 from quant.threads.pool import Pool
+
+
+def _each(multiply: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Of (T, ...): a few tokens one by one."""
+    return torch.cat([multiply(token) for token in x.split(1)]) if 1 < len(x) <= MOST_TOKENS else multiply(x)
 
 
 class DenseHeads:
@@ -19,10 +29,10 @@ class DenseHeads:
             self._w_Goi = bridge.HeadLinear(pool, weight).dense(0, weight.n_groups).to(device)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("tgi,goi->tgo", x, self._w_Goi)
+        return _each(lambda x: torch.einsum("tgi,goi->tgo", x, self._w_Goi), x)
 
     def transposed(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("tgo,goi->tgi", x, self._w_Goi)
+        return _each(lambda x: torch.einsum("tgo,goi->tgi", x, self._w_Goi), x)
 
     def dense(self, first: int, count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return self._w_Goi[first : first + count].to(dtype)
@@ -32,7 +42,7 @@ class DenseLinear(DenseHeads):
     """As gpu.linear.Linear."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self._w_Goi[0].T
+        return _each(lambda x: x @ self._w_Goi[0].T, x)
 
 
 class DenseEmbedding(DenseHeads):

@@ -208,7 +208,7 @@ def _attention(change: Callable[..., dict[str, Any]]):
 
         from localrun.gpu import attention
 
-        names = ("queries", "rows", "scales", "position", "config", "scale", "n_pieces", "bits", "dtype")
+        names = ("queries", "places", "layer", "config", "scale", "n_pieces", "dtype")
 
         def attend(*arguments: Any) -> Any:
             given = dict(zip(names, arguments, strict=True))
@@ -219,19 +219,19 @@ def _attention(change: Callable[..., dict[str, Any]]):
     return install
 
 
-def _without_the_newest(queries: Any, rows: Any, position: Any, **_: Any) -> dict[str, Any]:
+def _without_the_newest(places: Any, **_: Any) -> dict[str, Any]:
     """Of tokens that attend: the last one's row is hidden, the first ones' are."""
-    return {"position": (position - 1).clamp_min(0)}
+    return {"places": replace(places, positions=(places.positions - 1).clamp_min(0))}
 
 
-def _without_the_end(rows: Any, position: Any, **_: Any) -> dict[str, Any]:
+def _without_the_end(places: Any, layer: int, config: Any, **_: Any) -> dict[str, Any]:
     """A long context's last rows are zeros."""
-    if int(position) < 32:
-        return {}
-    cut = [part.clone() for part in rows]
-    for part in cut:
-        part[32 : int(position)] = 0
-    return {"rows": tuple(cut)}
+    import gpu_torch
+
+    if (start := int(places.positions[0])) >= 32:
+        for rows in gpu_torch.rows_at(places, layer, 0, config):
+            rows[32:start] = 0
+    return {}
 
 
 def _experts(change: Callable[[Any, Any, Any], tuple[Any, Any]]):
@@ -286,8 +286,11 @@ def _unnormed(original: Any, q: Any, kv: Any, norm: Any, turns: Any, cache: Any,
 
 
 def _first_layer(original: Any, q: Any, kv: Any, norm: Any, turns: Any, cache: Any, layer: int, c: Any) -> Any:
-    cache.latents.zero_()
-    cache.rope_keys.zero_()
+    if layer:
+        import gpu_torch
+
+        for rows in gpu_torch.rows_at(cache.places(q.shape[0]), layer, q.shape[0] - 1, c):
+            rows.zero_()
     return original(q, kv, norm, turns, cache, 0, c)
 
 
@@ -336,19 +339,6 @@ def _stale(self: Any, step: Callable[[], None]) -> Callable[[], None]:
         if not done:
             step()
             done.append(True)
-
-    return replay
-
-
-def _others_recording(self: Any, step: Callable[[], None]) -> Callable[[], None]:
-    """A cache is given the graph of the one before, as long as that is there."""
-    before, self.recorded = self.__dict__.get("recorded", step), step
-
-    def replay() -> None:
-        try:
-            before()
-        except AssertionError:
-            step()
 
     return replay
 
@@ -444,16 +434,46 @@ def _race(when: str):
     return install
 
 
-def _remembers(patch: pytest.MonkeyPatch) -> None:
-    """The position on the device does not go back, in a context of 32 tokens."""
-    from localrun.gpu.cache import DeviceContext
+def _places(make: Callable[[], Callable[[Any, list[int]], tuple[Any, list[int]]]]):
+    """A fault of where a step's tokens stand: what make() gives has other caches and positions."""
 
-    def set_length(self: Any, n_tokens: int) -> None:
-        self._length = n_tokens
-        is_old = getattr(self, "capacity", 0) == 32
-        self.position.fill_(max(n_tokens, int(self.position)) if is_old else n_tokens)
+    def install(patch: pytest.MonkeyPatch) -> None:
+        from localrun.gpu.decode import DecodeStep
 
-    patch.setattr(DeviceContext, "length", property(lambda self: self._length, set_length))
+        load, change = DecodeStep.load, make()
+        patch.setattr(DecodeStep, "load", lambda self, ids, caches, at: load(self, ids, *change(caches, list(at))))
+
+    return install
+
+
+def _first_caches() -> Any:
+    """A step's graph keeps the caches that it was recorded with."""
+    kept: dict[int, Any] = {}
+    return lambda caches, positions: (kept.setdefault(len(caches), caches), positions)
+
+
+def _neighbours_cache() -> Any:
+    return lambda caches, positions: ([caches[0]] * len(caches), positions)
+
+
+def _neighbours_position() -> Any:
+    return lambda caches, positions: (
+        caches,
+        positions if caches[0] is caches[-1] else [min(positions)] * len(positions),
+    )
+
+
+def _remembers() -> Any:
+    """A position does not go back, in a context of 32 tokens."""
+    last = [0]
+
+    def change(caches: Any, positions: list[int]) -> tuple[Any, list[int]]:
+        if caches[0].capacity == 32:
+            last[0] = max(last[0], positions[0])
+            positions = [min(31, last[0] + i) for i in range(len(positions))]
+        return caches, positions
+
+    return change
 
 
 def _one_cache(patch: pytest.MonkeyPatch) -> None:
@@ -465,7 +485,7 @@ def _one_cache(patch: pytest.MonkeyPatch) -> None:
     def shared(config: Any, capacity: int, *more: Any) -> Any:
         cache = new_cache(config, capacity, *more)
         first = kept.setdefault((capacity, *more), cache)
-        cache.latents, cache.rope_keys = first.latents, first.rope_keys
+        cache.addresses, cache._table = first.addresses, first._table
         return cache
 
     patch.setattr(hybrid, "new_cache", shared)
@@ -659,11 +679,15 @@ FAULTS = (
           _of(mark=_lost, synchronize=_lost)),
     Fault("a stale graph", "steps", "6 replays of .*: other bits than launched one by one, from replay 2 on",
           _of(capture=_stale)),
-    Fault("another context's graph", "steps", "two contexts in turn: other bits", _of(capture=_others_recording)),
+    Fault("another context's graph", "steps", "two contexts in turn: other bits", _places(_first_caches)),
+    Fault("a neighbour's cache", "steps", "steps of 3 contexts: other bits than each alone",
+          _places(_neighbours_cache)),
+    Fault("a neighbour's position", "steps", "steps of 3 contexts: other bits than each alone",
+          _places(_neighbours_position)),
     Fault("replays that differ by a bit", "steps", "6 replays of .*: other bits .*, from replay 3 on",
           _of(capture=_noise)),
     Fault("two contexts in one memory", "steps", "6 replays of .*|two contexts in turn: other bits", _one_cache),
-    Fault("a position that does not go back", "steps", "forgetting tokens: other bits", _remembers),
+    Fault("a position that does not go back", "steps", "forgetting tokens: other bits", _places(_remembers)),
     Fault("a race with late workers", "steps", "the workers are late: other bits", _race("workers")),
     Fault("a race with late copies", "steps", "copies to them are late: other bits", _race("copies")),
     Fault("a race with a late card", "steps", "the card is late: other bits", _race("card")),

@@ -17,7 +17,7 @@ import torch
 from localrun.gpu.device import StandIn
 from localrun.gpu.host_experts import StepExperts
 from localrun.gpu.hybrid import HybridModel
-from localrun.gpu.proof.steps import replaced
+from localrun.gpu.proof.steps import recorded_anew, replaced
 from localrun.gpu.proof.subject import Subject
 from localrun.gpu.proof.task import Findings
 from localrun.gpu.proof.verdict import PROMPT, REPLY
@@ -132,7 +132,7 @@ def _sides(subject: Subject, findings: Findings, model: HybridModel) -> dict[str
 
     whole = seconds(step, runs)
     cache = model.new_cache(subject.effort.runs + 2)
-    with replaced(model.device, call=lambda function, argument: None):
+    with recorded_anew(model), replaced(model.device, call=lambda function, argument: None):
         card = seconds(step, runs)
     workers = _workers(subject, model, runs)
     # They overlap where shared experts compute beside routed ones: what both sides have may be more than the whole.

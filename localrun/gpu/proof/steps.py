@@ -34,7 +34,7 @@ class _Pair:
         """Whether both give the same logits."""
         captured, eager = self.caches
         found = self.model.forward(ids, captured, all_logits=True)
-        with launched_one_by_one(self.model.device):
+        with launched_one_by_one(self.model):
             right = self.model.forward(ids, eager, all_logits=True)
         return np.array_equal(found.view(np.int32), right.view(np.int32)) and bool(np.isfinite(right).all())
 
@@ -45,9 +45,19 @@ class _Pair:
 
 
 @contextmanager
-def launched_one_by_one(device: Any) -> Iterator[None]:
-    """Within, nothing is captured: a step that is recorded now is what it queues."""
-    with replaced(device, capture=lambda step: step):
+def recorded_anew(model: HybridModel) -> Iterator[None]:
+    """Within, steps are recorded as if none had been."""
+    before, model.step.recorded = model.step.recorded, {}
+    try:
+        yield
+    finally:
+        model.step.recorded = before
+
+
+@contextmanager
+def launched_one_by_one(model: HybridModel) -> Iterator[None]:
+    """Within, nothing is captured: steps are what they queue."""
+    with recorded_anew(model), replaced(model.device, capture=lambda step: step):
         yield
 
 
@@ -69,6 +79,7 @@ def prove(subject: Subject, findings: Findings) -> None:
     with subject.hybrid() as model:
         _replays(subject, findings, model)
         _second_context(subject, findings, model)
+        _together(subject, findings, model)
         _forgetting(subject, findings, model)
         _delays(subject, findings, model)
         _interrupts(subject, findings, model)
@@ -102,6 +113,24 @@ def _second_context(subject: Subject, findings: Findings, model: HybridModel) ->
         for i, cache in enumerate(caches):
             rows[i].append(model.forward(texts[i][position : position + 1], cache))
     findings.same(what, all(np.array_equal(np.concatenate(rows[i]), alone[i]) for i in range(2)))
+
+
+def _together(subject: Subject, findings: Findings, model: HybridModel) -> None:
+    """Contexts of different lengths that share steps give what each gives alone; so do those that are left."""
+    n_contexts = max(subject.effort.steps) + 1
+    what = f"steps of {n_contexts} contexts"
+    findings.doing(what)
+    texts = [subject.ids(4 + i, seed=7 + i) for i in range(n_contexts)]
+    alone = [_by_steps(model, ids, model.new_cache(16)) for ids in texts]
+    caches = [model.new_cache(16) for _ in texts]
+    for ids, cache in zip(texts, caches, strict=True):
+        _by_steps(model, ids[:-3], cache)
+    for step in (-3, -2, -1):
+        here = range(n_contexts - (step == -1))
+        found = model.forward_each([texts[i][step] for i in here], [caches[i] for i in here])
+        if not all(np.array_equal(row, alone[i][step]) for row, i in zip(found, here, strict=True)):
+            findings.fault(f"{what}: other bits than each alone")
+            return
 
 
 def _by_steps(model: HybridModel, ids: list[int], cache: Cache) -> np.ndarray:
@@ -146,7 +175,7 @@ def _delays(subject: Subject, findings: Findings, model: HybridModel) -> None:
         ("the card is late", {"join": late_device}),
     ):
         findings.doing(what)
-        with replaced(device, **methods):
+        with recorded_anew(model), replaced(device, **methods):
             found = _by_steps(model, ids, model.new_cache(8))
         findings.same(what, np.array_equal(found, right))
 
@@ -162,12 +191,13 @@ def _interrupts(subject: Subject, findings: Findings, model: HybridModel) -> Non
     what = "Ctrl-C while a step is recorded"
     findings.doing(what)
     cache = model.new_cache(8)
-    try:
-        with replaced(model.device, join=interrupted):
-            model.forward(ids[:1], cache)
-        findings.fault(f"{what}: went unnoticed")
-    except KeyboardInterrupt:
-        findings.same(what, cache.length == 0 and np.array_equal(_by_steps(model, ids, cache), right))
+    with recorded_anew(model):
+        try:
+            with replaced(model.device, join=interrupted):
+                model.forward(ids[:1], cache)
+            findings.fault(f"{what}: went unnoticed")
+        except KeyboardInterrupt:
+            findings.same(what, cache.length == 0 and np.array_equal(_by_steps(model, ids, cache), right))
     if threading.current_thread() is threading.main_thread():
         _interrupt_steps(findings, model, ids, right)
 

@@ -100,10 +100,9 @@ def test_a_step_copies_to_and_from_page_locked_memory_alone(
 ) -> None:
     """Of no other memory a copy may be captured, and nothing else may wait for the host. A cache adds its counts."""
     with opened(variant, gpu_experts, monkeypatch, 16, expert_cache) as model, torch.inference_mode():
-        cache = model.new_cache(CTX)
         for n_tokens in (1, 5):
             with Crossings() as crossings:
-                model.step.queue(cache, n_tokens)
+                model.step.queue(n_tokens, 16)
             n_layers = len(model.routed.in_ram)
             assert [name for name, _ in crossings.seen] == ["copy_.default"] * (1 + 4 * n_layers + 2 + expert_cache)
             assert {address for _, address in crossings.seen} <= model.device.locked

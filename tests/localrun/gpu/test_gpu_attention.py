@@ -28,6 +28,7 @@ pytest.importorskip("triton", reason="localrun.gpu needs Triton")
 from localrun.gpu import attention, grouped
 from localrun.gpu.attention import LatentAttention, attend
 from localrun.gpu.cache import DeviceCache, new_cache
+from localrun.gpu.places import Places
 from localrun.gpu.routing import Turns
 
 CONFIG = Config(
@@ -59,6 +60,13 @@ def filled(config: Config, length: int, bits: int, capacity: int | None = None) 
     if cache.scales is not None:
         cache.scales[:, length:] = float("nan")
     return cache
+
+
+def places_of(caches: list[DeviceCache], bits: int) -> Places:
+    """A token of each."""
+    positions = torch.tensor([cache.length for cache in caches], device=DEVICE)
+    table = torch.from_numpy(np.stack([cache.addresses for cache in caches], 1)).to(DEVICE)
+    return Places(positions, table, bits)
 
 
 def reference(q_THW: torch.Tensor, rows_SW: torch.Tensor, n_latent: int, scale: float = SCALE) -> torch.Tensor:
@@ -143,6 +151,19 @@ def test_a_token_s_result_does_not_depend_on_the_others() -> None:
         alone = attend(q_latent[t : t + 1], q_rope[t : t + 1], cache, 1, CONFIG, SCALE, 4, torch.float16)
         assert torch.equal(alone[0], together[t])
         cache.advance(1)
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_tokens_of_several_caches(bits: int) -> None:
+    """Each has the bits that it has alone: of caches of other lengths, with room for others."""
+    caches = [filled(CONFIG, length, bits, capacity) for length, capacity in ((132, 140), (1, 5), (17, 17))]
+    q_latent, q_rope = random(3, 3, 20, seed=5), random(3, 3, 6, seed=6)
+    alone = []
+    for t, cache in enumerate(caches):
+        cache.truncate(cache.length - 1)
+        alone.append(attend(q_latent[t : t + 1], q_rope[t : t + 1], cache, 1, CONFIG, SCALE, 4, torch.float16)[0])
+    together = attend(q_latent, q_rope, places_of(caches, bits), 1, CONFIG, SCALE, 4, torch.float16)
+    assert torch.equal(together, torch.stack(alone)) and not torch.equal(together[0], together[1])
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from localrun.network.cache import Cache
 
 pytest.importorskip("triton", reason="localrun.gpu needs Triton")
 
-from localrun.gpu.cache import DeviceCache, pack_e4m3, row_bytes
+from localrun.gpu.cache import DeviceCache, pack_e4m3, row_bytes, row_constants
+from localrun.gpu.places import ENTRIES
 
 CONFIG = Config(
     architecture="deepseek2", attention="mla", rope="pairs",
@@ -36,25 +37,36 @@ def loaded(bits: int, length: int = 5) -> tuple[DeviceCache, dict[str, np.ndarra
     return cache, tensors
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_the_length_is_on_the_device_too(bits: int) -> None:
-    cache = DeviceCache(CONFIG, 8, DEVICE, bits)
-    address = cache.position.data_ptr()
-    assert (cache.length, cache.position.tolist(), cache.position.dtype) == (0, [0], torch.int32)
+def test_its_length() -> None:
+    cache = DeviceCache(CONFIG, 8, DEVICE)
     cache.advance(5)
-    assert (cache.length, cache.position.tolist()) == (5, [5])
     with pytest.raises(KeyboardInterrupt), cache.all_or_none():
         cache.advance(2)
-        assert cache.position.tolist() == [7]
         raise KeyboardInterrupt
-    assert (cache.length, cache.position.tolist()) == (5, [5])
+    assert cache.length == 5
     cache.truncate(3)
     cache.truncate(9)  # no more than there is
-    assert (cache.length, cache.position.tolist()) == (3, [3])
+    assert cache.length == 3
     with pytest.raises(ContextFullError):
         cache.check_room(6)
     cache.check_room(5)
-    assert cache.position.data_ptr() == address  # recorded launches know it
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_where_kernels_find_it(bits: int) -> None:
+    """The next tokens' positions, and addresses of both layers' rows: on the device, and for a table of several."""
+    cache, _ = loaded(bits)
+    places = cache.places(3)
+    assert places.positions.tolist() == [5, 6, 7] and places.positions.device.type == DEVICE.type
+    assert places.table[:, 0].tolist() == cache.addresses.tolist() and len(cache.addresses) == 2 * ENTRIES
+    for layer in range(2):
+        scales = 0 if cache.scales is None else cache.scales[layer].data_ptr()
+        expected = [cache.latents[layer].data_ptr(), cache.rope_keys[layer].data_ptr(), scales]
+        assert cache.addresses[ENTRIES * layer :][:ENTRIES].tolist() == expected
+        known = row_constants(CONFIG, bits)
+        assert not expected[0] % known["VALUE_ALIGNED"] and not expected[1] % known["KEY_ALIGNED"]
+    strides = cache.latents.stride(1), cache.rope_keys.stride(1)
+    assert strides == (known["VALUE_STRIDE"], known["KEY_STRIDE"])
 
 
 @pytest.mark.parametrize("bits", [16, 32])
@@ -64,7 +76,7 @@ def test_what_is_saved_moves_between_devices(bits: int) -> None:
     there.load(cache.save(), 5)
     again = DeviceCache(CONFIG, 8, DEVICE, bits)
     again.load(there.save(), 5)
-    assert again.length == 5 and again.position.tolist() == [5]
+    assert again.length == 5
     for name, rows in tensors.items():
         assert np.array_equal(again.save()[name], rows) and again.save()[name].dtype == rows.dtype
 

@@ -7,12 +7,13 @@ Tolerances are fractions of the range of the logits. Letters: T tokens, G groups
 
 from __future__ import annotations
 
-import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from cases import slow_but
 from closeness import error
 from gpu_dense import use_dense
 from gpu_device import HAS_GPU
+from gpu_torch import use_torch
 from tiny_models import SMALLEST as V3
 from tiny_models import Deepseek2
 
@@ -45,6 +47,8 @@ from localrun.models.tensors import GGUFTensors
 from localrun.placement import available
 from localrun.placement.available import Gpu
 from localrun.placement.placement import RAM, Placement, Request, activation_bytes, lay_out
+from localrun.serve import job
+from localrun.serve.scheduler import Scheduler
 from quant.decode.program import MOST_TOKENS
 from quant.ops import experts as quant_experts
 from quant.threads.pool import Pool
@@ -203,6 +207,12 @@ def dense(monkeypatch: pytest.MonkeyPatch) -> None:
     use_dense(monkeypatch)
 
 
+@pytest.fixture
+def in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels on the device are torch's, too."""
+    use_torch(monkeypatch)
+
+
 @pytest.mark.usefixtures("dense")
 @pytest.mark.parametrize(
     "name", slow_but(MODELS, {"V3", "V3 with a joint kv_b and fused gate and up", "V2", "V2-Lite"})
@@ -328,24 +338,84 @@ class Recording(Cuda if HAS_GPU else StandIn):
         return super().capture(step)
 
 
-@pytest.mark.usefixtures("dense")
-def test_a_step_is_recorded_once_for_a_cache_and_a_number_of_tokens() -> None:
+@pytest.mark.usefixtures("in_torch")
+def test_a_step_is_recorded_once_for_a_number_of_tokens() -> None:
+    """Whatever the contexts."""
     device, ids = Recording(), ids_of(8)
     with opened(device=device) as (model, _):
         first, second = model.new_cache(CTX), model.new_cache(CTX)
         for token in ids[:3]:
             model.forward([token], first)
-        assert device.n_recorded == 1
-        model.forward(ids[3:5], first)
         model.forward(ids[:1], second)
+        assert device.n_recorded == 1
         model.forward(ids[1:3], second, all_logits=True)
-        model.forward(ids[5:7], first, all_logits=True)
-        assert device.n_recorded == 4
-        records = model.step._recorded
-        assert len(records) == 2
+        model.forward(ids[3:5], first)
+        model.forward_each(ids[5:7], [second, first])
         del first
-        gc.collect()
-        assert len(records) == 1  # its graphs go with a cache
+        model.forward_each(ids[:2], [model.new_cache(CTX), second])
+        assert device.n_recorded == 2
+
+
+# ---- contexts that share steps ---------------------------------------------------------------------------------------
+
+LENGTHS = [3, 9, 0, 17]
+
+
+def check_together(model: HybridModel, name: str, n_contexts: int, n_steps: int) -> None:
+    """Bits of logits, hidden states and rows, whoever the neighbours are and how long; one after the other ends."""
+    lengths, model.keep_hidden = LENGTHS[:n_contexts], True
+    texts = [ids_of(40, name)[i:][: n + n_steps] for i, n in enumerate(lengths)]
+    alone, caches = [], []
+    for n, text in zip(lengths, texts, strict=True):
+        for found in (alone, caches):
+            cache = model.new_cache(n + n_steps + len(caches))  # of other sizes, too
+            if n:
+                model.forward(text[:n], cache)
+            found.append(cache)
+    rows = [[(model.forward([token], cache), model.hidden) for token in text[n:]]
+            for n, text, cache in zip(lengths, texts, alone, strict=True)]  # fmt: skip
+    for step in [0, *range(n_steps)]:  # one is taken back
+        here = [i for i in range(n_contexts) if i + step < n_contexts + n_steps - 2]
+        for i in here:
+            caches[i].truncate(lengths[i] + step)
+        found = model.forward_each([texts[i][lengths[i] + step] for i in here], [caches[i] for i in here])
+        for i, logits, hidden in zip(here, found, model.hidden, strict=True):
+            assert np.array_equal(logits, rows[i][step][0][0]) and np.array_equal(hidden, rows[i][step][1][0])
+            assert caches[i].length == lengths[i] + step + 1
+    assert all(np.array_equal(a, b) for a, b in zip(*(c.save().values() for c in (caches[0], alone[0])), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("type_", ["F32", "Q8_0"])
+def test_contexts_together_are_contexts_alone_by_every_kernel(type_: str) -> None:
+    with opened(type_=type_, in_vram={1: (2, 5)}) as (model, _):
+        check_together(model, "V3", 3, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("dense")
+def test_contexts_together_are_contexts_alone_by_grouped_attention() -> None:
+    with opened(MODELS["GLM-4.5"]) as (model, _):
+        check_together(model, "GLM-4.5", 3, 2)
+
+
+@pytest.mark.parametrize("name", slow_but(["V3", "V2-Lite", "GLM-4.5", "MiniMax-M2"], {"V3", "GLM-4.5"}))
+def test_contexts_together_are_contexts_alone(name: str, in_torch: None) -> None:
+    with opened(MODELS[name]) as (model, _):
+        check_together(model, name, 4, 4)
+
+
+@pytest.mark.usefixtures("in_torch")
+def test_a_full_neighbour_leaves_all_as_they_are() -> None:
+    ids = ids_of(4)
+    with opened() as (model, _):
+        caches = [model.new_cache(4), model.new_cache(3)]
+        for cache in caches:
+            model.forward(ids[:3], cache)
+        with pytest.raises(ContextFullError, match="4 tokens, room for 3"):
+            model.forward_each([4, 4], caches)
+        assert [cache.length for cache in caches] == [3, 3]
+        assert np.array_equal(model.forward([4], caches[0]), model.forward([*ids[:3], 4], model.new_cache(4)))
 
 
 # ---- failures --------------------------------------------------------------------------------------------------------
@@ -501,6 +571,53 @@ def test_the_heads_predictions_are_the_cpus() -> None:
             mtp = engine.model.mtp
             rows.append(mtp.forward(ids[1:], engine.model.hidden[:-1], mtp.new_cache(CTX))[0])
         assert error(rows[0], rows[1]) < STEP_TOLERANCE
+
+
+class Spelled:
+    """As ReplyText, of tokens without a vocabulary."""
+
+    found = False
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def push(self, token: int) -> str:
+        return f" {token}"
+
+    def flush(self) -> str:
+        return ""
+
+
+def served(engine: localrun.Engine, slots: int, prompts: list[list[int]], limits: list[int]) -> list[list[Any]]:
+    """What clients are sent, of all at once."""
+    sent: list[list[Any]] = [[] for _ in prompts]
+    ended = [threading.Event() for _ in prompts]
+
+    def deliver(i: int, piece: Any) -> None:
+        if isinstance(piece, str):
+            sent[i].append(piece)
+        elif piece is None:
+            ended[i].set()
+
+    jobs = [job.Job(prompts[i], GREEDY, limits[i], (), {}, partial(deliver, i)) for i in range(len(prompts))]
+    scheduler = Scheduler(engine, slots, 0)
+    scheduler.submit(jobs)
+    assert all(event.wait(60) for event in ended) and [each.error for each in jobs] == [None] * len(jobs)
+    scheduler.close()
+    return sent
+
+
+@pytest.mark.usefixtures("in_torch", "gpu")
+def test_served_replies_share_steps_and_are_replies_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of different lengths, prompts read between their steps; drafts are verified where a reply is alone."""
+    monkeypatch.setattr(job, "ReplyText", Spelled)
+    prompts, limits, shared = [ids_of(40)[:n] for n in (20, 3, 11)], [9, 4, 12], []
+    with load(MTP, speculative=2) as engine:
+        alone = [served(engine, 1, [ids], [n])[0] for ids, n in zip(prompts, limits, strict=True)]
+        each = engine.model.forward_each
+        engine.model.forward_each = lambda ids, caches: shared.append(len(ids)) or each(ids, caches)
+        assert served(engine, 3, prompts, limits) == alone and [len(sent) for sent in alone] == limits
+        assert {2, 3} <= set(shared)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

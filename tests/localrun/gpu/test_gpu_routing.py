@@ -21,6 +21,7 @@ pytest.importorskip("triton", reason="localrun.gpu needs Triton")
 
 from localrun.gpu import routing
 from localrun.gpu.cache import DeviceCache, pack_e4m3
+from localrun.gpu.places import HasPlaces, Places
 from localrun.gpu.routing import Turns, turn_and_append
 
 BASE = Config(
@@ -120,7 +121,7 @@ def expected(config: Config, n_tokens: int, start: int) -> tuple[np.ndarray, np.
     return turned_q, naive.rms_norm(kv[:, : c.kv_lora_rank], norm, c.rms_norm_eps), turned_k
 
 
-def turned(config: Config, cache: DeviceCache, n_tokens: int, layer: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+def turned(config: Config, cache: HasPlaces, n_tokens: int, layer: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     q, kv, norm = (x.to(DEVICE) for x in inputs(config, n_tokens))
     return turn_and_append(q, kv, norm, Turns(Rope(config), DEVICE), cache, layer, config)
 
@@ -143,6 +144,29 @@ def test_turned_and_appended(name: str, n_tokens: int) -> None:
     torch.testing.assert_close(cache.rope_keys[1, new].cpu().double(), torch.from_numpy(keys), **tolerance)
     for part in (cache.latents, cache.rope_keys):  # nothing else is written
         assert (part[0] == 7).all() and (part[1, :3] == 7).all() and (part[1, 3 + n_tokens :] == 7).all()
+
+
+def test_rows_of_several_caches() -> None:
+    """Queries and rows are those of each token alone, at its position in its own cache."""
+    config, starts = BASE, (3, 0)
+    q, kv, norm = (x.to(DEVICE) for x in inputs(config, 2))
+    turns, results = Turns(Rope(config), DEVICE), []
+    for is_together in (False, True):
+        caches = [DeviceCache(config, 4 + i, DEVICE) for i in range(2)]
+        for cache, start in zip(caches, starts, strict=True):
+            cache.latents.zero_(), cache.rope_keys.zero_()
+            cache.advance(start)
+        if is_together:
+            table = torch.from_numpy(np.stack([cache.addresses for cache in caches], 1)).to(DEVICE)
+            places = Places(torch.tensor(starts, device=DEVICE), table, 16)
+            queries = [turn_and_append(q, kv, norm, turns, places, 1, config)[1]]
+        else:
+            queries = [
+                turn_and_append(q[i : i + 1], kv[i : i + 1], norm, turns, cache, 1, config)[1]
+                for i, cache in enumerate(caches)
+            ]
+        results.append([torch.cat(queries), *(part for cache in caches for part in (cache.latents, cache.rope_keys))])
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(*results, strict=True))
 
 
 def test_16_and_8_bits_are_roundings_of_32() -> None:
@@ -179,11 +203,9 @@ def test_far_positions(position: int) -> None:
     """R = 64 as in the published models; the fastest pair turns by a radian a position."""
     config = dataclasses.replace(BASE, num_attention_heads=1, qk_rope_head_dim=64)
     cache = DeviceCache(config, 1, DEVICE, bits=32)
-    cache.position.fill_(position)
-    cache.latents, cache.rope_keys = (  # one row that stands for all before
-        part.expand(-1, position + 1, -1) for part in (cache.latents, cache.rope_keys)
-    )
-    _, q_rope = turned(config, cache, 1)
+    before = 4 * position * cache.latents.stride(1)  # bytes: its one row is where that of the position would be
+    table = torch.from_numpy(cache.addresses[:, None] - before).to(DEVICE)
+    _, q_rope = turned(config, Places(torch.tensor([position], device=DEVICE), table, 32), 1)
     found, want = q_rope.cpu().double(), torch.from_numpy(expected(config, 1, position)[0])
     # Two entries of 2^-25 each, their product, and a product with values of up to 4: some 2^-21 of these.
     torch.testing.assert_close(found, want, rtol=0, atol=4 * 2**-21)

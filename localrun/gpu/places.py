@@ -1,0 +1,64 @@
+"""Where a call's tokens stand: each has a cache and a position of its own, which kernels look up in device memory.
+
+So one recorded launch serves any contexts: tokens that follow each other in one, or a token each of several. Letters:
+T tokens, L layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import triton
+import triton.language as tl
+
+# Of a layer in a table: addresses of its values (or latents), of its keys (or their rotated parts), and of scales.
+ENTRIES = 3
+
+
+@dataclass(frozen=True)
+class Places:
+    """Of T tokens.
+
+    Attributes:
+        positions: int64 (T,).
+        table: int64 (L * ENTRIES, T), or of one column for all tokens; rows that the tokens' own go to have room.
+        bits: of a value in the caches.
+    """
+
+    positions: torch.Tensor
+    table: torch.Tensor
+    bits: int
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether values have 32 bits."""
+        return self.bits == 32
+
+    def places(self, n_tokens: int) -> Places:
+        """As HasPlaces: these."""
+        assert n_tokens == len(self.positions)
+        return self
+
+    def of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+        """What kernels take: positions, the layer's part of the table, and its strides by entry and by token."""
+        return self.positions, self.table[ENTRIES * layer :], self.table.stride(0), int(self.table.shape[1] > 1)
+
+
+class HasPlaces(Protocol):
+    """A cache, or the places themselves."""
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether values have 32 bits."""
+
+    def places(self, n_tokens: int) -> Places:
+        """Of the next tokens."""
+
+
+@triton.jit
+def block_of(table, ENTRY: tl.constexpr, token, entry_stride, token_stride, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointer to a token's block of rows: an entry of the layer. ALIGNED: bytes that divide its address."""
+    address = tl.load(table + ENTRY * entry_stride + token * token_stride)
+    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), ALIGNED)
