@@ -56,7 +56,8 @@ class DeviceContext(Context):
 
     Attributes:
         bits: of a value.
-        addresses: int64 (L * ENTRIES,), of blocks of rows, as a column of a table of Places has them.
+        blocks: of each layer: values or latents, keys or their rotated parts, scales; (rows, width).
+        addresses: int64 (L * ENTRIES,), of these, as a column of a table of Places has them.
     """
 
     def __init__(self, capacity: int, bits: int):
@@ -65,7 +66,7 @@ class DeviceContext(Context):
 
     def _know(self, blocks: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]) -> None:
         """The blocks of each layer: values or latents, keys or their rotated parts, scales if there are any."""
-        self._device = blocks[0][0].device
+        self.blocks, self._device = blocks, blocks[0][0].device
         entries = [0 if block is None else block.data_ptr() for layer in blocks for block in layer]
         self.addresses = np.array(entries, np.int64)
         self._table = torch.from_numpy(self.addresses[:, None]).to(self._device)

@@ -156,11 +156,10 @@ def make_device(name: str) -> Any:
 
 def fill(cache: DeviceCache | GroupedCache, n_tokens: int) -> None:
     """Have the cache hold so many tokens of zeros."""
-    for value in vars(cache).values():
-        if isinstance(value, torch.Tensor) and value.dim() > 1:
-            value.zero_()
-    if (scales := getattr(cache, "scales", None)) is not None:
-        scales.fill_(1.0)
+    for values, keys, scales in cache.blocks:
+        values.zero_(), keys.zero_()
+        if scales is not None:
+            scales.fill_(1.0)
     cache.truncate(0)
     cache.advance(n_tokens)
 
