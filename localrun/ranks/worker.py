@@ -88,7 +88,8 @@ class _Worker:
         message = np.empty(size, np.uint8)
         with self._world.reaching(0):
             links.finish(links.start_receive(message, 0, TO_MANY))
-            links.finish(links.start_send(self._sums_of(layer, n_tokens, message), 0, BACK_MANY))
+            sums = self._sums_of(layer, n_tokens, message)  # held until they are sent
+            links.finish(links.start_send(sums, 0, BACK_MANY))
 
     def _sums_of(self, layer: int, n_tokens: int, message: np.ndarray) -> np.ndarray:
         """What to send back of a message of many tokens."""
