@@ -21,7 +21,9 @@ _SWEEP = 8  # depths besides 0
 
 
 @options.takes(
-    load=options.LoadOptions(backend=options.BackendChoice.native, speculative="off"), without=("ctx", "backend")
+    load=options.LoadOptions(backend=options.BackendChoice.native, speculative="off"),
+    ranks=options.RankOptions(),
+    without=("ctx", "backend"),
 )
 def bench(
     model: options.Model = None,
@@ -37,6 +39,7 @@ def bench(
     repetitions: Annotated[int, typer.Option("-r", "--repetitions", help="How often; a warm-up comes first.")] = 3,
     *,
     load: options.LoadOptions,
+    ranks: options.RankOptions,
     against: Annotated[
         str | None,
         typer.Option(
@@ -70,7 +73,7 @@ def bench(
     with open_gguf(model_path(model)) as file:  # before kernels are compiled for nothing
         settings.check_fits(read_config(file))
     with ExitStack() as stack:
-        engine = stack.enter_context(open_model(model, replace(load, ctx=settings.ctx), verbose))
+        engine = stack.enter_context(open_model(model, replace(load, ctx=settings.ctx), verbose, ranks=ranks))
         other, name = None, _LLAMA_CPP
         if against is not None:
             name, other = _other(against, engine, settings.ctx, stack)

@@ -14,7 +14,12 @@ if TYPE_CHECKING:
     from cli.terminal.conversation import Conversation
 
 
-@options.takes(sampling=options.SamplingOptions(), load=options.LoadOptions(), template=options.TemplateOptions())
+@options.takes(
+    sampling=options.SamplingOptions(),
+    load=options.LoadOptions(),
+    ranks=options.RankOptions(),
+    template=options.TemplateOptions(),
+)
 def chat(
     model: options.Model = None,
     n_tokens: options.NTokens = -1,
@@ -25,6 +30,7 @@ def chat(
     template: options.TemplateOptions,
     sampling: options.SamplingOptions,
     load: options.LoadOptions,
+    ranks: options.RankOptions,
     verbose: options.Verbose = False,
 ) -> None:
     """Chat with a model; /help lists the commands.
@@ -42,7 +48,7 @@ def chat(
     given, variables = given_sampling(sampling), given_variables(template)
     if system is not None:
         system = check_text(system, "the system message")
-    with open_model(model, load, verbose, template.chat_template) as engine:
+    with open_model(model, load, verbose, template.chat_template, ranks) as engine:
         conversation = Conversation(engine, sampling_for(engine, given), system, stop or [], limit)
         on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         renders = on_terminal and is_screen() and not plain and conversation.template is not None

@@ -39,11 +39,39 @@ def doctor(
             show_default=False,
         ),
     ] = None,
+    ranks: Annotated[
+        str | None,
+        typer.Option(
+            "--ranks", metavar="N|numa", help="Time messages between processes of this machine.", show_default=False
+        ),
+    ] = None,
+    hosts: Annotated[
+        str | None,
+        typer.Option("--hosts", metavar="A,B,...", help="Time messages to other machines.", show_default=False),
+    ] = None,
+    link: Annotated[
+        str | None,
+        typer.Option(
+            "--link",
+            metavar="FILE",
+            help="With --ranks or --hosts: write what was measured, for plan --link.",
+            show_default=False,
+        ),
+    ] = None,
     threads: options.Threads = None,
     ctx: options.Ctx = None,
     as_json: options.Json = False,
 ) -> None:
     """Look at this machine: processor, memory, GPU, disk. Takes some seconds."""
+    is_link = ranks is not None or hosts is not None
+    if link is not None and not is_link:
+        raise LocalrunError("--link is for doctor --ranks or --hosts")
+    if is_link:
+        for name, value in (("PATH", path), ("--gpu", gpu or None), ("--threads", threads), ("--ctx", ctx)):
+            if value is not None:
+                raise LocalrunError(f"doctor --ranks and --hosts take no {name}")
+        _time_messages(ranks, hosts, link, as_json)
+        return
     if gpu:
         _prove(path, report, threads, ctx, as_json)
         return
@@ -77,13 +105,40 @@ def _path(path: str | None) -> Path | None:
         return None
 
 
+def _time_messages(ranks: str | None, hosts: str | None, link: str | None, as_json: bool) -> None:
+    """Between the ranks: as lines, or one JSON document."""
+    from localrun.files import check_place, write_json
+    from localrun.measure.link import link_document, measure_links
+    from localrun.ranks.places import names_of, places_of
+    from localrun.ranks.start import echoing_ranks
+
+    places = places_of(ranks, hosts)
+    target = None if link is None else user_path(link)
+    if target is not None:
+        check_place(target)
+    with echoing_ranks(places) as comm:
+        found = measure_links(comm, names_of(places))
+    document = link_document(found, f"measured: {hosts or f'{len(places)} ranks of this machine'}")
+    if target is not None:
+        write_json(target, document)
+    if as_json:
+        print_json({"ranks": found, "link": document})
+        return
+    show(f"{'':<20} {'empty, us':>10} {'p90':>7} {'a layer, us':>12} {'p90':>7} {'GB/s':>7}")
+    for each in found:
+        empty, layer = (f"{1e6 * each[f'{what}_s']:.1f}" for what in ("round_trip", "layer"))
+        tails = [f"{1e6 * each[f'{what}_p90_s']:.1f}" for what in ("round_trip", "layer")]
+        rate = f"{each['bytes_per_s'] / 1e9:>7.2f}"
+        show(f"{printable(each['rank']):<20} {empty:>10} {tails[0]:>7} {layer:>12} {tails[1]:>7} {rate}")
+
+
 def _prove(model: str | None, report: str | None, threads: int | None, ctx: int | None, as_json: bool) -> None:
     """The card's verdict: as lines, or one JSON document. Exits with 1 if it failed."""
     import sys
 
     from localrun.bundled import model_path
-    from localrun.files import check_place
-    from localrun.gpu.proof import prove, verdict
+    from localrun.files import check_place, write_json
+    from localrun.gpu.proof import prove
     from localrun.gpu.proof.report import lines
     from localrun.workers import n_workers
 
@@ -106,7 +161,7 @@ def _prove(model: str | None, report: str | None, threads: int | None, ctx: int 
     if width:
         end_line(width)
     if place is not None:
-        verdict.write_document(place, found.document())
+        write_json(place, found.document())
     if as_json:
         print_json(found.document())
     else:

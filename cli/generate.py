@@ -25,7 +25,12 @@ if TYPE_CHECKING:
     from localrun.generate.session import Session, Stats
 
 
-@options.takes(sampling=options.SamplingOptions(), load=options.LoadOptions(), template=options.TemplateOptions())
+@options.takes(
+    sampling=options.SamplingOptions(),
+    load=options.LoadOptions(),
+    ranks=options.RankOptions(),
+    template=options.TemplateOptions(),
+)
 def generate(
     model: options.Model = None,
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", metavar="TEXT", help="The prompt.")] = None,
@@ -60,6 +65,7 @@ def generate(
     template: options.TemplateOptions,
     sampling: options.SamplingOptions,
     load: options.LoadOptions,
+    ranks: options.RankOptions,
     as_json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -89,7 +95,7 @@ def generate(
     given = given_sampling(sampling, constraint=constraint, top_logprobs=top_logprobs)
     text = "" if work else _prompt(prompt, file)
     started = time.perf_counter()
-    with open_model(model, load, verbose, template.chat_template) as engine:
+    with open_model(model, load, verbose, template.chat_template, ranks) as engine:
         load_s = time.perf_counter() - started
         prompts = Prompts(engine, raw, template.think, variables)
         chosen = prompts.constrained(sampling_for(engine, given))

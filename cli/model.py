@@ -3,11 +3,12 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import localrun
-from cli.options import LoadOptions, SamplingOptions, TemplateOptions, ThinkChoice
+from cli.options import LoadOptions, RankOptions, SamplingOptions, TemplateOptions, ThinkChoice
 from cli.output import note, printable, progress_bar, size, tell
 from localrun.bundled import model_path
 from localrun.text.template_variables import check_names, thinking
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from localrun.generate.sampling import Sampling
     from localrun.generate.session import Session
     from localrun.placement.placement import Placement
+    from localrun.ranks.sharing import Ranks
     from localrun.text.chat_template import ChatTemplate
 
 # The numbers among localrun.Sampling's fields: what is told of it, and what a chat can set.
@@ -35,38 +37,62 @@ def exit_if_cut(path: "str | Path") -> None:
     exit_with(f"localrun: {printable(str(path))}: was cut short while it was in use, or its disk failed")
 
 
+@contextmanager
 def open_model(
-    model: str | None, options: LoadOptions, verbose: bool = False, chat_template: str | None = None
-) -> "Engine":
-    """The loaded model; with verbose, what goes where and what runs, on stderr."""
+    model: str | None,
+    options: LoadOptions,
+    verbose: bool = False,
+    chat_template: str | None = None,
+    ranks: RankOptions | None = None,
+) -> "Iterator[Engine]":
+    """The loaded model, until the block ends; with verbose, what goes where and what runs, on stderr."""
     path, draft_path = model_path(model), None if options.draft is None else model_path(options.draft)
-    started = time.perf_counter()
     exit_if_cut(path)
-    with progress_bar() as report:
-        engine = localrun.load(
-            path,
-            device=options.device.value,
-            threads=options.threads,
-            ctx=options.ctx,
-            backend=options.backend.value,
-            vram=options.vram,
-            gpu_experts=options.gpu_experts,
-            expert_usage=options.expert_usage,
-            cache_bits=int(options.cache_bits.value),
-            repack=options.repack,
-            unproven=options.unproven,
-            dense_attention=options.dense_attention,
-            speculative=options.speculative,
-            draft=draft_path,
-            chat_template=chat_template,
-            progress=report,
-            notice=note,
-            placed=_show_placement if verbose else None,
-        )
-    if verbose:
-        facts = ", ".join(f"{name} {value}" for name, value in engine.describe().items())
-        note(f"loaded in {time.perf_counter() - started:.1f} s: {facts}")
-    return engine
+    with ExitStack() as stack:
+        began = time.perf_counter()
+        others, threads = _start_ranks(stack, path, ranks or RankOptions(), options.threads)
+        with progress_bar() as report:
+            engine = localrun.load(
+                path,
+                device=options.device.value,
+                threads=threads,
+                ctx=options.ctx,
+                backend=options.backend.value,
+                vram=options.vram,
+                gpu_experts=options.gpu_experts,
+                expert_usage=options.expert_usage,
+                cache_bits=int(options.cache_bits.value),
+                repack=options.repack,
+                unproven=options.unproven,
+                dense_attention=options.dense_attention,
+                speculative=options.speculative,
+                draft=draft_path,
+                chat_template=chat_template,
+                ranks=others,
+                progress=report,
+                notice=note,
+                placed=_show_placement if verbose else None,
+            )
+        stack.enter_context(engine)
+        if verbose:
+            facts = ", ".join(f"{name} {value}" for name, value in engine.describe().items())
+            note(f"loaded in {time.perf_counter() - began:.1f} s: {facts}")
+        yield engine
+
+
+def _start_ranks(
+    stack: ExitStack, path: "Path", options: RankOptions, threads: int | None
+) -> "tuple[Ranks | None, int | None]":
+    """Other ranks, if there are to be any, and threads of this one. Raises LocalrunError."""
+    if options.ranks is None and options.hosts is None:
+        return None, threads
+    from localrun.ranks.places import places_of, threads_at
+    from localrun.ranks.sharing import Sharing
+    from localrun.ranks.start import sharing_ranks
+
+    places = places_of(options.ranks, options.hosts)
+    ranks = stack.enter_context(sharing_ranks(path, places, Sharing(options.rank_messages.value), threads))
+    return ranks, threads_at(places[0], threads)
 
 
 def placement_document(engine: "Engine") -> dict[str, Any] | None:

@@ -37,6 +37,14 @@ class ThinkChoice(str, Enum):
     off = "off"
 
 
+class MessageChoice(str, Enum):
+    """How hidden states and sums travel between ranks."""
+
+    bf16 = "bf16"
+    f32 = "f32"
+    fp8 = "fp8"
+
+
 class BackendChoice(str, Enum):
     """Whose code computes."""
 
@@ -113,6 +121,28 @@ Draft = Annotated[
     typer.Option(
         "--draft", metavar="MODEL", help="A small model of the same vocabulary, for the drafts.", show_default=False
     ),
+]
+NRanks = Annotated[
+    str | None,
+    typer.Option(
+        "--ranks",
+        metavar="N|numa",
+        help="Share the routed experts among N processes of this machine, or one on each NUMA node.",
+        show_default=False,
+    ),
+]
+Hosts = Annotated[
+    str | None,
+    typer.Option(
+        "--hosts",
+        metavar="A,B:N,...",
+        help="Share them among this machine and others: NAME, NAME:RANKS, NAME=PATH where the model lies elsewhere.",
+        show_default=False,
+    ),
+]
+RankMessages = Annotated[
+    MessageChoice,
+    typer.Option("--rank-messages", help="How vectors travel between ranks; f32 for one machine's results."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say on stderr what runs where, and how fast.")]
@@ -223,6 +253,15 @@ class LoadOptions:
     backend: Backend = BackendChoice.auto
     speculative: Speculative = "auto"
     draft: Draft = None
+
+
+@dataclass(frozen=True)
+class RankOptions:
+    """Where other processes hold shares of the routed experts."""
+
+    ranks: NRanks = None
+    hosts: Hosts = None
+    rank_messages: RankMessages = MessageChoice.bf16
 
 
 @dataclass(frozen=True)

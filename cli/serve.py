@@ -16,7 +16,12 @@ _MOST_CACHE_GIB = 1 << 20
 _MOST_PAUSE_S = 3600
 
 
-@options.takes(without=("show_thinking",), load=options.LoadOptions(), template=options.TemplateOptions())
+@options.takes(
+    without=("show_thinking",),
+    load=options.LoadOptions(),
+    ranks=options.RankOptions(),
+    template=options.TemplateOptions(),
+)
 def serve(
     model: options.Model = None,
     host: Annotated[str, typer.Option("--host", help="The address to listen on.")] = "127.0.0.1",
@@ -54,6 +59,7 @@ def serve(
     *,
     template: options.TemplateOptions,
     load: options.LoadOptions,
+    ranks: options.RankOptions,
     verbose: options.Verbose = False,
 ) -> None:
     """Serve a model over HTTP, in the form of the OpenAI API."""
@@ -76,7 +82,7 @@ def serve(
     with server.listen_on(host, port) as listener:
         if api_key is None and not server.is_loopback(listener):
             note(f"warning: whoever reaches {host} can use the model; --api-key KEY asks for a key")
-        with open_model(model, load, verbose, template.chat_template) as engine:
+        with open_model(model, load, verbose, template.chat_template, ranks) as engine:
             name = engine.file.path.stem
             variables = template_settings(engine.template, template.think, given)
             store = None

@@ -6,13 +6,14 @@ that nobody had, so that no link is followed and nobody else's file is touched.
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from localrun.errors import LocalrunError
 
@@ -81,6 +82,12 @@ def replacing(path: Path, *, private: bool = False) -> Iterator[Path]:
             with suppress(OSError):
                 temporary.unlink()
             raise
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """A file with the document. Raises LocalrunError if it can't be written."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 class Lines:

@@ -56,7 +56,7 @@ MAY_IMPORT = {
         "models": "errors gguf",
         "placement": "arguments errors hardware limits gguf models",
         "network": "errors limits models",
-        "ranks": "errors gguf models",
+        "ranks": "errors hardware gguf models",
         "cpu": "hardware limits gguf models network ranks",
         "gpu": "errors files hardware limits gguf models placement network cpu",
         "backends": "errors limits gguf",
@@ -67,13 +67,14 @@ MAY_IMPORT = {
         "engine": "arguments bundled errors limits gguf models placement ranks cpu backends text turn workers runtime "
         "generate opening",
         "serve": "arguments errors files limits hardware text generate engine",
-        "measure": "errors files pictures hardware limits gguf models placement network cpu backends generate engine",
+        "measure": "errors files pictures hardware limits gguf models placement network ranks cpu backends generate "
+        "engine",
         "convert": "errors files gguf models text",
         "plan": "errors files pictures hardware limits bundled gguf models placement cpu gpu convert",
     },
 }
 # The public face, for the version and, as its users do, load().
-MAY_IMPORT_THE_PACKAGE = {"convert", "plan", "serve"}
+MAY_IMPORT_THE_PACKAGE = {"convert", "plan", "ranks", "serve"}
 # Package: what no module of it may import, anywhere in it.
 FORBIDDEN = {
     "quant": {"localrun", "cli", "torch", "gguf", "typer", "rich", "prompt_toolkit", "transformers", "safetensors"},

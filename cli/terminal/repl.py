@@ -1,7 +1,10 @@
 """The chat's loop and its commands."""
 
 import dataclasses
+import tempfile
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from cli.terminal.lines import Lines, Message, read_message
 from cli.text import read_text
 from localrun.errors import ContextFullError, LocalrunError
 from localrun.files import user_path
+from localrun.ranks.world import RankError
 
 _CODE = "code"
 _SETTINGS = ("temp", *(name for name in SETTINGS if name != "temperature"), "n")
@@ -80,8 +84,21 @@ class Repl:
                 raise
             except ContextFullError as error:
                 note(f"{error}; /clear starts afresh")
+            except RankError as error:  # nothing can be computed any more
+                raise LocalrunError(f"{error}{self._kept()}") from None
             except Exception as error:
                 note(explain(error))
+
+    def _kept(self) -> str:
+        """Where the conversation is saved, for the end of a line; nothing if there is none."""
+        if not self._conversation.messages:
+            return ""
+        name = f"localrun-chat-{time.strftime('%Y%m%d-%H%M%S')}.json"
+        for folder in (Path.cwd(), Path(tempfile.gettempdir())):
+            with suppress(LocalrunError):
+                self._conversation.save(folder / name)
+                return f"; the conversation is kept: /load {folder / name}"
+        return "; the conversation could not be saved"
 
     def _handle(self, message: Message) -> None:
         if message.is_command:

@@ -7,6 +7,7 @@ are named name-00001-of-00003.gguf, and each carries split.no (u16), split.count
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -113,6 +114,14 @@ class GGUFFile:
         """Have another copy, in another type, stand for a tensor; the file itself stays as it is."""
         self._replaced[name] = self.tensors[name]
         self.tensors[name] = replace(self.tensors[name], type=type_, n_bytes=data.nbytes, data=data)
+
+    def fingerprint(self, beside: bytes) -> str:
+        """A name for what the tensors are: a hash over `beside`, and their names, shapes, types and first bytes."""
+        digest = hashlib.sha256(beside)
+        for tensor in self.mapped.values():
+            digest.update(f"{tensor.name} {tensor.shape} {tensor.type.name}".encode())
+            digest.update(tensor.data[:64].tobytes())
+        return digest.hexdigest()
 
     def check_unchanged(self) -> None:
         """Raises GGUFError if one of its files was written to, or cut short, since it was opened."""

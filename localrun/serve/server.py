@@ -106,6 +106,8 @@ def serve(
         origins: whose pages may use the server, in a browser, besides its own.
         variables: of the chat template, where a request sets none.
         ready: called once connections are taken.
+
+    Raises RankError: the model needs a rank that is gone; its running replies have ended with that error.
     """
     engine.prepare()
     scheduler = Scheduler(engine, slots, cache_bytes, most_pause_s=most_pause_s, store=store)
@@ -116,23 +118,29 @@ def serve(
         config = uvicorn.Config(
             app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=_KEEP_ALIVE_S, ws="none"
         )
-        server = _Server(config, ready)
+        server = _Server(config, ready, lambda: engine.ranks is not None and engine.ranks.world.failure is not None)
         server.run(sockets=[listener])
         is_hurried = server.force_exit
     finally:
         scheduler.close(keep=not is_hurried)
+    if engine.ranks is not None and engine.ranks.world.failure is not None:
+        raise engine.ranks.world.failure
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, which a second signal of any kind ends, and which returns in the end instead of raising the signal."""
+    """uvicorn's, which a failure ends, or a second signal of any kind; it returns then instead of raising that."""
 
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]):
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None], has_failed: Callable[[], bool]):
         super().__init__(config)
-        self._ready = ready
+        self._ready, self._has_failed = ready, has_failed
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._ready()
+
+    async def on_tick(self, counter: int) -> bool:
+        """uvicorn's, ten times a second; whether to end."""
+        return self._has_failed() or await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's, which from Python 3.12 on waits for connections, whatever signals come."""

@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 import cli.terminal.repl
 from cli.main import run
 from cli.terminal.lines import history_path
+from localrun.ranks.world import RankError
 from localrun.text.chat_template import CHATML, ChatTemplate
 
 Talk = Callable[..., tuple[list[str], str]]
@@ -97,6 +98,44 @@ def test_an_error_of_a_turn(engine: Engine, talk: Talk, error: BaseException, me
     out, err = talk("Hello:\nAgain:\n/show\nMore:\n")
     assert out == [REPLY] * 2
     assert line_of(err, message) and "\nuser: Hello:\nassistant: Aye" in err and "user: Again" not in err
+
+
+def test_a_rank_is_lost(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the second reply: the chat ends, and what was said until then is in a file that can be loaded."""
+    engine.model.reply = REPLY * 2  # the first reply is cut, so that the second goes on with the same text
+
+    def fail(cache: Any) -> None:
+        if bytes(cache.ids).endswith(b"Again:Ay"):
+            raise RankError(1, "host b (rank 1): is gone")
+
+    engine.model.before_step = fail
+    monkeypatch.chdir(tmp_path)
+    feed(monkeypatch, "Hello:\nAgain:\nMore:\n")
+    assert run(["chat", "-n", str(len(REPLY))]) == 1
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [REPLY, "Aye"]
+    line = line_of(err, "host b (rank 1): is gone; the conversation is kept: /load ")
+    path = Path(line.partition("/load ")[2])
+    assert path.parent == tmp_path and len(list(tmp_path.iterdir())) == 2
+    engine.model.before_step = lambda cache: None
+    feed(monkeypatch, f"/load {path}\n/show\n")
+    assert run(["chat"]) == 0
+    assert f"user: Hello:\nassistant: {REPLY}\nuser: Again:\nassistant: Aye\n" in capsys.readouterr().err
+
+
+def test_a_rank_is_lost_before_anything_was_said(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(cache: Any) -> None:
+        raise RankError(1, "rank 1: is gone")
+
+    engine.model.before_step = fail
+    monkeypatch.chdir(tmp_path)
+    feed(monkeypatch, "Hello:\n")
+    assert run(["chat"]) == 1
+    assert line_of(capsys.readouterr().err, "rank 1") == "localrun: rank 1: is gone" and not list(tmp_path.iterdir())
 
 
 def test_the_reader_goes_away(

@@ -32,27 +32,28 @@ DEVICE += ["--unproven", "--dense-attention"]
 RUNTIME = [*DEVICE, "-t", "--threads", "-c", "--ctx", "--backend"]
 TEMPLATE = ["--think", "--template-var", "--chat-template", "--show-thinking"]
 DRAFTS = ["--speculative", "--draft"]
+RANKS = ["--ranks", "--hosts", "--rank-messages"]
 OPTIONS = {
     "chat": [
-        *["-n", "--n-tokens", "--system", "--stop", "--plain", *TEMPLATE, *SAMPLING, *RUNTIME, *DRAFTS],
+        *["-n", "--n-tokens", "--system", "--stop", "--plain", *TEMPLATE, *SAMPLING, *RUNTIME, *DRAFTS, *RANKS],
         *["-v", "--verbose"],
     ],
     "generate": [
         *["-p", "--prompt", "-f", "--file", "-n", "--n-tokens", "--raw", "--system", "--stop"],
         *["--json-schema", "--grammar", "--logprobs", "--batch", "-o", "--output", "--resume", "--fail-on-cut"],
-        *[*TEMPLATE, *SAMPLING, *RUNTIME, *DRAFTS],
+        *[*TEMPLATE, *SAMPLING, *RUNTIME, *DRAFTS, *RANKS],
         *["--json", "-v", "--verbose"],
     ],
     "serve": [
         *["--host", "--port", "--api-key", "--slots", "--cache-ram", "--cache-dir", "--cache-disk"],
-        *["--max-pause", "--allow-origin", *TEMPLATE[:3], *RUNTIME, *DRAFTS],
+        *["--max-pause", "--allow-origin", *TEMPLATE[:3], *RUNTIME, *DRAFTS, *RANKS],
         *["-v", "--verbose"],
     ],
     "bench": [
         *["-p", "--n-prompt", "-n", "--n-tokens", "-d", "--depth", "--sweep", "-r", "--repetitions", *DEVICE],
-        *["-t", "--threads", *DRAFTS, "--against", "--plot", "--json", "-v", "--verbose"],
+        *["-t", "--threads", *DRAFTS, *RANKS, "--against", "--plot", "--json", "-v", "--verbose"],
     ],
-    "doctor": ["--gpu", "--report", "-t", "--threads", "-c", "--ctx", "--json"],
+    "doctor": ["--gpu", "--report", "--ranks", "--hosts", "--link", "-t", "--threads", "-c", "--ctx", "--json"],
     "inspect": ["--verify", "--mix", "--json"],
     "convert": [
         *[

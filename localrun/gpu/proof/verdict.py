@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import re
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -22,7 +21,7 @@ from typing import Any
 
 from localrun import hardware
 from localrun.errors import LocalrunError
-from localrun.files import read_bytes, replacing
+from localrun.files import read_bytes, write_json
 from localrun.gguf.file import GGUFFile
 from localrun.models.config import Config
 from localrun.placement import available
@@ -218,12 +217,6 @@ def save(verdict: Verdict) -> Path | None:
         return None
     with suppress(LocalrunError, OSError):
         place.mkdir(parents=True, exist_ok=True)
-        write_document(place / f"{verdict.identity.key}.json", verdict.document())
+        write_json(place / f"{verdict.identity.key}.json", verdict.document())
         return place / f"{verdict.identity.key}.json"
     return None
-
-
-def write_document(path: Path, document: Mapping[str, Any]) -> None:
-    """A file with the document. Raises LocalrunError if it can't be written."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

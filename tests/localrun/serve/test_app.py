@@ -7,6 +7,8 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,8 +21,9 @@ from starlette.testclient import TestClient
 
 from localrun import limits
 from localrun.generate.sampling import Sampling
+from localrun.ranks.world import RankError
 from localrun.serve import app as app_module
-from localrun.serve import bodies
+from localrun.serve import bodies, server
 from localrun.serve import service as service_module
 from localrun.serve.app import application
 from localrun.serve.billing import without_billing
@@ -716,3 +719,24 @@ def test_closing_cancels_what_is_left(engine: Engine) -> None:
 
     scheduler = Scheduler(engine, 1, 1 << 30)
     asyncio.run(run())
+
+
+def test_a_server_ends_when_a_rank_is_lost(engine: Engine) -> None:
+    """By itself, with the error that says which; a waiting client does not hold it up."""
+    engine.ranks = SimpleNamespace(world=SimpleNamespace(failure=None))
+    raised: list[RankError] = []
+
+    def serve(listener: Any, ready: threading.Event) -> None:
+        with pytest.raises(RankError) as error:
+            server.serve(engine, listener, name="m", api_key=None, slots=1, cache_bytes=0, ready=ready.set)
+        raised.append(error.value)
+
+    with pytest.MonkeyPatch.context() as patch, server.listen_on("127.0.0.1", 0) as listener:
+        patch.setattr(server._Server, "capture_signals", nullcontext)  # of the main thread's
+        ready = threading.Event()
+        thread = threading.Thread(target=serve, args=(listener, ready))
+        thread.start()
+        assert ready.wait(60)
+        lost = engine.ranks.world.failure = RankError(1, "host b (rank 1): is gone")
+        thread.join(5)
+        assert not thread.is_alive() and raised == [lost]

@@ -1,0 +1,59 @@
+"""MPI in this process, as ranks use it: mpi4py's, for several threads, never finalised."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from localrun.errors import LocalrunError
+
+# Of MPICH's UCX: no lines on stderr about peers that are gone; inside one machine no network, so that nothing listens.
+_QUIET, _INSIDE = {"UCX_LOG_LEVEL": "fatal"}, {"UCX_TLS": "self,sm"}
+_MISSING = "several ranks need MPI: pip install 'localrun[cluster]'"
+
+
+def set_up_mpi(is_inside: bool) -> None:
+    """How MPI is to start in this process and those that it starts. is_inside: all ranks are on one machine.
+
+    Raises LocalrunError if it is not installed.
+    """
+    try:
+        import mpi4py
+    except ImportError:
+        raise LocalrunError(_MISSING) from None
+    mpi4py.rc.thread_level, mpi4py.rc.finalize = "multiple", False
+    for name, value in (_QUIET | (_INSIDE if is_inside else {})).items():
+        os.environ.setdefault(name, value)
+
+
+def mpi() -> Any:
+    """mpi4py's module, MPI started. Raises LocalrunError if it can't be."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise LocalrunError(f"MPI can't be started: {' '.join(str(error).split())}") from None
+    MPI.COMM_WORLD.Barrier()
+    for shared in _shared_files():
+        shared.unlink(missing_ok=True)
+    return MPI
+
+
+def _shared_files() -> Iterator[Path]:
+    """MPICH's in /dev/shm, which all ranks of a host have mapped by now, and which only MPI_Finalize would remove."""
+    with suppress(OSError):
+        for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
+            if (name := line.split(maxsplit=5)[-1]).startswith("/dev/shm/mpich_shm_"):
+                yield Path(name)
+
+
+def mpiexec() -> str:
+    """The one beside this Python, which is of the same MPI, else the system's. Raises LocalrunError."""
+    beside = Path(sys.executable).parent
+    if found := shutil.which("mpiexec", path=str(beside)) or shutil.which("mpiexec"):
+        return found
+    raise LocalrunError(_MISSING)

@@ -1,0 +1,103 @@
+"""Where ranks run: what --ranks and --hosts say. The first place is the user's own process."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from localrun import hardware
+from localrun.errors import LocalrunError
+
+MOST_RANKS = 64
+_HOST = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,252})(:(?P<slots>\d{1,3}))?(=(?P<path>.+))?")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Of one rank.
+
+    Attributes:
+        host: by its name in --hosts; "" for this machine.
+        path: of the model there; "" for the same as here.
+        cores: hardware threads to stay on; none for all.
+        together: ranks that share the host's cores, or those that it stays on.
+    """
+
+    host: str = ""
+    path: str = ""
+    cores: tuple[int, ...] = ()
+    together: int = 1
+
+
+def places_of(ranks: str | None, hosts: str | None) -> list[Place]:
+    """Those of --ranks or of --hosts, of which one must be there. Raises LocalrunError."""
+    if ranks is not None and hosts is not None:
+        raise LocalrunError("--ranks is for this machine, --hosts for several: give one of them")
+    return local_places(ranks) if ranks is not None else host_places(str(hosts))
+
+
+def local_places(text: str) -> list[Place]:
+    """Those of --ranks: a number, or "numa" for one on each NUMA node. Raises LocalrunError."""
+    if text == "numa":
+        nodes = [tuple(core_list(node.cores)) for node in hardware.numa_nodes()]
+        if len(nodes) < 2:
+            raise LocalrunError("--ranks numa: this machine has one NUMA node; give a number of ranks")
+        return [Place(cores=cores) for cores in nodes]
+    if not text.isascii() or not text.isdigit() or not 2 <= int(text[:9]) <= MOST_RANKS:
+        raise LocalrunError(f"--ranks {text}; expected numa, or 2 to {MOST_RANKS}")
+    return [Place(together=int(text))] * int(text)
+
+
+def host_places(text: str) -> list[Place]:
+    """Those of --hosts: "a,b:2,c=/models/m.gguf", with numbers of ranks, and paths of the model where they differ.
+
+    The first rank runs here: it takes one of this machine's if that is among them, and comes besides if it is not.
+    Raises LocalrunError.
+    """
+    here, others = 0, dict[str, list[Place]]()
+    for part in text.split(","):
+        match = _HOST.fullmatch(part)
+        if match is None or not 1 <= int(match["slots"] or 1) <= MOST_RANKS:
+            raise LocalrunError(f"--hosts {part!r}; expected NAME, NAME:RANKS or NAME=PATH, several with commas")
+        slots = int(match["slots"] or 1)
+        if _is_here(match["name"]):
+            here += slots
+        else:
+            if match["name"] in others:
+                raise LocalrunError(f"--hosts {text}: {match['name']} is there twice; NAME:RANKS says how many ranks")
+            others[match["name"]] = [Place(match["name"], match["path"] or "", together=slots)] * slots
+    places = [Place(together=max(1, here))] * max(1, here) + [place for each in others.values() for place in each]
+    if not 2 <= len(places) <= MOST_RANKS:
+        raise LocalrunError(f"--hosts {text}: {len(places)} ranks; expected 2 to {MOST_RANKS}")
+    return places
+
+
+def _is_here(name: str) -> bool:
+    own = socket.gethostname()
+    return name.lower() in {"localhost", own.lower(), own.lower().partition(".")[0]}
+
+
+def names_of(places: Sequence[Place]) -> list[str]:
+    """What messages call ranks: "host b (rank 2)"."""
+    return [f"host {p.host} (rank {rank})" if p.host else f"rank {rank}" for rank, p in enumerate(places)]
+
+
+def core_list(text: str) -> Iterator[int]:
+    """The numbers in Linux's way to write them: "0-3,8" -> 0, 1, 2, 3, 8."""
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        yield from range(int(first), int(last or first) + 1)
+
+
+def threads_at(place: Place, threads: int | None) -> int:
+    """Worker threads of a rank: as many as asked for, or its part of the cores that it may use."""
+    return threads or max(1, hardware.usable_cores() // place.together)
+
+
+def prepare(place: Place) -> None:
+    """What a process does first that runs at a place: stay on its cores."""
+    if place.cores:
+        os.sched_setaffinity(0, place.cores)

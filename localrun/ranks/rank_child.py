@@ -1,0 +1,97 @@
+"""The program of every rank but the first: it comes to the first one, opens its file, and serves its share.
+
+It has no terminal, reads nothing but its invitation, and ends when the first rank's connection does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from contextlib import suppress
+from multiprocessing.connection import Client, Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import localrun
+from localrun.errors import LocalrunError
+from localrun.ranks.control import ALIVE, HEARTBEAT_S, READY, receive, send, watch_tcp
+from localrun.ranks.mpi import mpi, set_up_mpi
+from localrun.ranks.places import Place, prepare, threads_at
+
+if TYPE_CHECKING:
+    from localrun.gguf.file import GGUFFile
+
+
+def main() -> NoReturn:
+    """The program."""
+    set_up_mpi(is_inside=False)  # whether it is the first rank has said, in the environment
+    MPI = mpi()
+    world = MPI.COMM_WORLD
+    invitation = json.loads(sys.stdin.readline()) if world.rank == 0 else None
+    invitation = world.bcast(invitation, 0)
+    connection = Client(tuple(invitation["address"]), authkey=bytes.fromhex(invitation["secret"]))
+    watch_tcp(connection)
+    send(connection, {"rank": world.rank + 1, "version": localrun.__version__})
+    try:
+        _serve(MPI, connection, receive(connection))
+    except Exception as error:
+        with suppress(OSError):
+            send(connection, {"error": _reason(error)})
+    os._exit(0)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, LocalrunError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "has not enough memory"
+    return f"{type(error).__name__}: {error}"
+
+
+def _serve(MPI: Any, connection: Connection, task: dict[str, Any]) -> None:
+    """Join the others and do what is to be done. What takes time to import is imported once it is known to be here."""
+    threading.Thread(target=_live, args=(connection,), daemon=True).start()
+    place = Place(cores=tuple(task["cores"]), together=task["together"])
+    prepare(place)
+    file = _same_file(Path(task["path"]), task["identity"]) if task["path"] else None
+    connection.send_bytes(READY)
+    comm = MPI.COMM_WORLD.Connect(task["port"]).Merge(high=True)
+    comm.Set_errhandler(MPI.ERRORS_RETURN)
+    if file is None:
+        from localrun.ranks.echo import answer
+
+        answer(comm)
+        return
+    from localrun.ranks.sharing import Sharing
+    from localrun.ranks.worker import serve_share
+    from localrun.ranks.world import mpi_world
+
+    sharing = Sharing(**task["sharing"] | {"sizes": tuple(task["sharing"]["sizes"])})
+    serve_share(file, mpi_world(comm, task["names"]), sharing, threads_at(place, task["threads"]))
+
+
+def _same_file(path: Path, expected: str) -> GGUFFile:
+    from localrun.gguf.file import open_gguf
+
+    file = open_gguf(path)
+    if file.fingerprint(file.without_tensors()) != expected:
+        file.close()
+        raise LocalrunError(f"{path}: is another model than the first rank's")
+    return file
+
+
+def _live(connection: Connection) -> None:
+    """Say so every second, whatever else this process does; end it when the first rank is gone."""
+    try:
+        while True:
+            connection.send_bytes(ALIVE)
+            if connection.poll(HEARTBEAT_S):
+                connection.recv_bytes()  # nothing comes any more but the end
+    except (EOFError, OSError):
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""Starting and ending the ranks of a run, from the first one, which is the user's own process.
+
+The others are children of one mpiexec, in a session of its own, which reaches other hosts by ssh. This process stays
+outside of it: it keeps its terminal, and mpiexec, which ends all its children when one dies, cannot end it. MPI joins
+the two (MPI_Comm_accept). Nothing calls MPI_Finalize: it would wait for ranks that are gone.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+import localrun
+from localrun.errors import LocalrunError
+from localrun.gguf.file import open_gguf
+from localrun.ranks.control import Callers, Watch, own_address, receive, send, watch_tcp
+from localrun.ranks.mpi import mpi, mpiexec, set_up_mpi
+from localrun.ranks.places import Place, names_of, prepare
+from localrun.ranks.sharing import Ranks, Sharing
+from localrun.ranks.world import World, mpi_world
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+COME_S, READY_S, JOIN_S = 8.0, 60.0, 8.0  # until a rank is there; has opened and compared its file; is joined
+_END_S = 1.0  # for processes to end by themselves, then by a signal
+_POLL_S = 0.01
+_LOCAL = "127.0.0.1"
+_NOISE = ("[", "=", "YOUR APPLICATION", "This typically", "Please see")  # mpiexec's own lines
+
+
+@contextmanager
+def sharing_ranks(path: Path, places: Sequence[Place], sharing: Sharing, threads: int | None) -> Iterator[Ranks]:
+    """The ranks at these places, each with its file checked, to serve their shares; ended when the block is.
+
+    Args:
+        threads: of each rank; None for its part of the cores that it may use.
+
+    Raises LocalrunError, one line that names the host or the rank, if one of them can't be started.
+    """
+    with open_gguf(path) as file:
+        task = {
+            "path": str(path.resolve()),
+            "identity": file.fingerprint(file.without_tensors()),
+            "sharing": vars(sharing),
+            "threads": threads,
+        }
+    with closing(_Run(places, task | {"sharing": vars(sharing), "threads": threads})) as run:
+        yield Ranks(run.start(), sharing)
+
+
+@contextmanager
+def echoing_ranks(places: Sequence[Place]) -> Iterator[MPI.Intracomm]:
+    """The communicator of ranks that answer messages (localrun.ranks.echo). Raises LocalrunError as sharing_ranks."""
+    with closing(_Run(places, {})) as run:
+        run.start()
+        yield run.comm
+
+
+class _Run:
+    """The other ranks: mpiexec, a connection to each, the thread that watches them."""
+
+    def __init__(self, places: Sequence[Place], task: dict[str, Any]):
+        """task: what each rank is told to do; one that has a file's path is told its own place's."""
+        self._places, self._task, self._names = places, task, names_of(places)
+        self.world: World | None = None
+        self._connections: list[Connection] = []
+        self._mpiexec: subprocess.Popen | None = None
+        self._watch: Watch | None = None
+        self._failure = ""
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed in the end
+
+    def start(self) -> World:
+        """Raises LocalrunError."""
+        prepare(self._places[0])
+        hosts = [place.host for place in self._places if place.host]
+        set_up_mpi(is_inside=not hosts)
+        address, secret = own_address(hosts[0]) if hosts else _LOCAL, secrets.token_bytes(32)
+        callers = Callers(address, secret)
+        try:
+            self._spawn(address, {"address": callers.address, "secret": secret.hex()})
+            self._meet(callers)
+        finally:
+            callers.close()
+        MPI = mpi()
+        port = MPI.Open_port()
+        self._settle(port)
+        self.comm = self._join(MPI, port)
+        self.world = mpi_world(self.comm, self._names)
+        self._wait(lambda: True, 0)  # a rank may have been lost before there was a world to tell
+        return self.world
+
+    def _lose(self, rank: int, line: str) -> None:
+        """Called by the thread that watches."""
+        self._failure = self._failure or line
+        if self.world:
+            self.world.fail(rank, line)
+
+    def _spawn(self, address: str, invitation: dict[str, Any]) -> None:
+        """Start the others; what lets them in goes through mpiexec's stdin, which only they can read."""
+        others = self._places[1:]
+        command = [mpiexec(), "-disable-auto-cleanup", "-wdir", "/", "-n", str(len(others))]
+        if any(place.host for place in others):
+            hosts = [place.host or "localhost" for place in others]
+            slots = [f"{host}:{hosts.count(host)}" for host in dict.fromkeys(hosts)]
+            command += ["-localhost", address, "-hosts", ",".join(slots)]
+        command += [sys.executable, "-m", "localrun.ranks.rank_child"]
+        self._mpiexec = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=self._log, stderr=self._log, start_new_session=True
+        )
+        with suppress(BrokenPipeError), self._mpiexec.stdin as stdin:  # type: ignore[union-attr]
+            stdin.write(json.dumps(invitation).encode() + b"\n")
+
+    def _meet(self, callers: Callers) -> None:
+        """Wait for all of them to say who they are."""
+        until = time.monotonic() + COME_S
+        missing, heard = set(range(1, len(self._names))), 0
+        connections: dict[int, Connection] = {}
+        while missing:
+            if self._mpiexec.poll() is not None or time.monotonic() > until:  # type: ignore[union-attr]
+                raise LocalrunError(self._why_nobody_came(sorted(missing)))
+            if heard == len(callers.come):
+                time.sleep(_POLL_S)
+                continue
+            connection, heard = callers.come[heard], heard + 1
+            with suppress(OSError, EOFError):  # it has ended again: mpiexec will tell
+                rank = self._take(connection, receive(connection))
+                connections[rank] = connection
+                missing.discard(rank)
+        self._connections = [connections[rank] for rank in sorted(connections)]
+
+    def _take(self, connection: Connection, hello: dict[str, Any]) -> int:
+        """The rank that has come."""
+        rank = hello["rank"]
+        if hello["version"] != localrun.__version__:
+            has, here = hello["version"], localrun.__version__
+            raise LocalrunError(f"{self._names[rank]}: has localrun {has}; here it is {here}")
+        watch_tcp(connection)
+        return rank
+
+    def _why_nobody_came(self, missing: list[int]) -> str:
+        """mpiexec's reason, with the rank whose host it names; else all that are missing."""
+        self._log.seek(0)
+        lines = self._log.read().decode("utf-8", "replace").splitlines()
+        said = [line.strip() for line in lines if line.strip() and not line.startswith(_NOISE)]
+        named = [rank for rank in missing if said and self._places[rank].host and self._places[rank].host in said[-1]]
+        names = ", ".join(self._names[rank] for rank in named[:1] or missing)
+        return f"{names}: can't be started: {said[-1][:200]}" if said else f"{names}: not there within {COME_S:g} s"
+
+    def _settle(self, port: str) -> None:
+        """Tell each what it is to do, and wait until all have found their file to be the same."""
+        for connection, place in zip(self._connections, self._places[1:], strict=True):
+            own = {"cores": place.cores, "together": place.together, "path": place.path or self._task.get("path")}
+            with suppress(OSError):  # it is gone, as will be found
+                send(connection, self._task | own | {"port": port, "names": self._names})
+        self._watch = watch = Watch(self._connections, self._names, self._lose)
+        if not self._wait(lambda: len(watch.ready) == len(self._connections), READY_S):
+            late = next(rank for rank in range(1, len(self._names)) if rank not in watch.ready)
+            raise LocalrunError(f"{self._names[late]}: has not opened its file within {READY_S:g} s")
+
+    def _wait(self, is_so: Callable[[], bool], limit_s: float) -> bool:
+        """Until it is so, and whether it is. Raises LocalrunError if a rank is lost meanwhile."""
+        until = time.monotonic() + limit_s
+        while not (found := is_so()) and time.monotonic() < until and not self._failure:
+            time.sleep(_POLL_S)
+        if self._failure:
+            raise LocalrunError(self._failure)
+        return found
+
+    def _join(self, MPI: Any, port: str) -> MPI.Intracomm:
+        """The communicator of all. MPI can't be told to stop waiting: it waits in a thread that may be left behind."""
+        joined: list[Any] = []
+
+        def accept() -> None:
+            joined.append(MPI.COMM_SELF.Accept(port).Merge(high=False))
+
+        threading.Thread(target=accept, daemon=True, name="localrun-join").start()
+        if not self._wait(lambda: bool(joined), JOIN_S):
+            raise LocalrunError(f"{self._names[1]}: MPI can't connect to it within {JOIN_S:g} s; is a port blocked?")
+        MPI.Close_port(port)
+        joined[0].Set_errhandler(MPI.ERRORS_RETURN)
+        return joined[0]
+
+    def close(self) -> None:
+        """End all. A rank ends when its connection closes; what has not by then is killed."""
+        if self._watch:
+            self._watch.close()
+        for connection in self._connections:
+            connection.close()
+        if self._mpiexec is not None:
+            self._end(self._mpiexec)
+        self._log.close()
+
+    def _end(self, mpiexec: subprocess.Popen) -> None:
+        """Ranks that live have a second to end; mpiexec has another, to end what runs on other hosts."""
+        started = _descendants(mpiexec.pid)
+        if self._connections and not self._failure:
+            with suppress(subprocess.TimeoutExpired):
+                mpiexec.wait(_END_S)
+        mpiexec.terminate()
+        if any(place.host for place in self._places):
+            with suppress(subprocess.TimeoutExpired):
+                mpiexec.wait(_END_S)
+        mpiexec.kill()
+        mpiexec.wait()
+        for process in started:
+            with suppress(psutil.Error):
+                process.kill()
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    """mpiexec's, which are in sessions of their own: proxies, ssh, and the ranks of this machine."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.Error:
+        return []

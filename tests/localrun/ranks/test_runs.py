@@ -1,0 +1,88 @@
+"""Commands with ranks under the real mpiexec: what they say is what one process says, and they end as they should."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import tiny_models
+from paths import ROOT
+
+from localrun.plan.link import load_link
+
+pytestmark = pytest.mark.slow  # several processes each, which import everything
+pytest.importorskip("mpi4py")
+
+SSH = """#!/bin/sh
+# What mpiexec calls to reach a host: here every host is this machine.
+shift 2
+exec sh -c "$*"
+"""
+
+
+def command(*args: str, **options: object) -> subprocess.CompletedProcess[str]:
+    arguments = [sys.executable, "-m", "cli.main", *args]
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=120, cwd=ROOT, **options)  # type: ignore[call-overload]
+
+
+@pytest.fixture
+def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All names of hosts lead to this machine."""
+    (tmp_path / "ssh").write_text(SSH)
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("HYDRA_LAUNCHER", "ssh")
+    monkeypatch.setenv("HYDRA_LAUNCHER_EXEC", str(tmp_path / "ssh"))
+
+
+def test_messages_are_timed(tmp_path: Path) -> None:
+    done = command("doctor", "--ranks", "2", "--link", str(tmp_path / "link.json"), "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    (rank,) = json.loads(done.stdout)["ranks"]
+    assert rank["rank"] == "rank 1" and 0 < rank["round_trip_s"] <= rank["round_trip_p90_s"] < 1
+    link = load_link(str(tmp_path / "link.json"))
+    assert link.round_trip_s == rank["round_trip_s"] and link.bytes_per_s > 1e7
+
+
+def test_another_file_on_another_host(hosts: None, tmp_path: Path) -> None:
+    here, there = tiny_models.shared("v3"), tiny_models.shared("v2-lite")
+    done = command("bench", str(here), "--hosts", f"127.0.0.2={there}", "-p", "8", "-n", "4")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"localrun: host 127.0.0.2 (rank 1): {there}: is another model than the first rank's\n"
+
+
+def test_bench_over_hosts(hosts: None) -> None:
+    """The messages of two other ranks are counted; none of the processes is left."""
+    arguments = ["bench", str(tiny_models.shared("v3")), "--hosts", "127.0.0.2,127.0.0.3", "-t", "1"]
+    done = command(*arguments, "-p", "8", "-n", "4", "-r", "1", "--json", env=os.environ | {"LOCALRUN_MARK": "bench"})
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["messages"]["exchanges"] > 0
+    time.sleep(1)
+    assert not [
+        p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get("LOCALRUN_MARK") == "bench"
+    ]
+
+
+def test_a_rank_is_killed(tmp_path: Path) -> None:
+    """One line within 10 s, and nothing left; scripts/kill_ranks.py does so at all moments."""
+    arguments = [sys.executable, "-m", "cli.main", "bench", str(tiny_models.shared("v3")), "--ranks", "2", "-t", "1"]
+    run = subprocess.Popen([*arguments, "-n", "100", "-r", "1000000"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    children: list[psutil.Process] = []
+    while not children:
+        assert run.poll() is None
+        found = psutil.Process(run.pid).children(recursive=True)
+        children = [p for p in found if "python" in p.name() and "localrun.ranks.rank_child" in p.cmdline()]
+        time.sleep(0.05)
+    time.sleep(8)
+    children[0].send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    _, err = run.communicate(timeout=10)
+    assert run.returncode == 1 and time.monotonic() - began < 10
+    assert err.splitlines()[-1] == "localrun: rank 1: is gone: it was killed, or the connection is lost"
+    assert not [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]

@@ -1,0 +1,170 @@
+"""Starting ranks, and what is said when that fails, with a stub for mpiexec; under the real one in test_runs.py."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing import AuthenticationError, Pipe
+from multiprocessing.connection import Client, Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import localrun
+from localrun.errors import LocalrunError
+from localrun.ranks import control, start
+from localrun.ranks.control import ALIVE, READY, Callers, Watch
+from localrun.ranks.places import host_places, local_places
+
+NAMES = ["rank 0", "host b (rank 1)", "host c (rank 2)"]
+
+
+def until(is_so: Callable[[], Any]) -> Any:
+    for _ in range(200):
+        if found := is_so():
+            return found
+        time.sleep(0.01)
+    raise AssertionError("it did not come to be")
+
+
+# --- who is let in
+
+
+def test_only_those_who_know_the_secret_are_let_in() -> None:
+    callers = Callers("127.0.0.1", b"right")
+    with pytest.raises((AuthenticationError, EOFError, OSError)):
+        Client(callers.address, authkey=b"wrong")
+    assert not callers.come
+    with Client(callers.address, authkey=b"right") as connection:
+        until(lambda: callers.come)
+        connection.send_bytes(b"hello")
+        assert callers.come[0].recv_bytes() == b"hello"
+    callers.close()
+    until(lambda: not _takes_connections(callers.address))
+
+
+def _takes_connections(address: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(address, timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+# --- who is watched
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A watch over two ranks: what it has said so far, the watch, and the ranks' ends."""
+    monkeypatch.setattr(control, "HEARTBEAT_S", 0.02)
+    monkeypatch.setattr(control, "SILENCE_S", 0.3)
+    pairs, said = [Pipe(), Pipe()], list[tuple[int, str]]()
+    watch = Watch([here for here, _ in pairs], NAMES, lambda rank, line: said.append((rank, line)))
+    yield said, watch, [there for _, there in pairs]
+    watch.close()
+
+
+def beat(connection: Connection, times: int = 1) -> None:
+    for _ in range(times):
+        connection.send_bytes(ALIVE)
+        time.sleep(0.02)
+
+
+def test_a_rank_that_ends(watched: Any) -> None:
+    said, watch, (first, second) = watched
+    second.send_bytes(READY)
+    first.close()
+    until(lambda: said and watch.ready)
+    assert said == [(1, "host b (rank 1): is gone: it was killed, or the connection is lost")] and watch.ready == {2}
+
+
+def test_a_rank_that_says_why(watched: Any) -> None:
+    said, _, (_, second) = watched
+    control.send(second, {"error": "has not enough memory"})
+    until(lambda: said)
+    assert said == [(2, "host c (rank 2): has not enough memory")]
+
+
+def test_a_rank_that_hangs(watched: Any) -> None:
+    """The other one beats on."""
+    said, _, (first, _) = watched
+    beat(first, 20)
+    assert said == [(2, "host c (rank 2): no sign of life for 0.3 s")]
+
+
+def test_nothing_is_said_after_the_end(watched: Any) -> None:
+    said, watch, (first, second) = watched
+    watch.close()
+    first.close()
+    second.close()
+    time.sleep(0.1)
+    assert not said
+
+
+# --- a stub for mpiexec
+
+
+def stub(monkeypatch: pytest.MonkeyPatch, folder: Path, script: str, come_s: float = 5.0) -> None:
+    """mpiexec is a shell script."""
+    path = folder / "mpiexec"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    monkeypatch.setattr(start, "mpiexec", lambda: str(path))
+    monkeypatch.setattr(start, "set_up_mpi", lambda is_inside: None)
+    monkeypatch.setattr(start, "COME_S", come_s)
+
+
+def refused(text: str) -> str:
+    """What is said when ranks at these hosts are to be started."""
+    with pytest.raises(LocalrunError) as error, start.echoing_ranks(host_places(text)):
+        pass
+    return str(error.value)
+
+
+def test_a_host_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """mpiexec's own lines tell nothing to a user."""
+    said = "ssh: connect to host 127.0.0.3 port 22: Connection refused"
+    stub(monkeypatch, tmp_path, f"echo {said} >&2; echo '[mpiexec@a] launch failed' >&2; exit 255")
+    assert refused("127.0.0.2,127.0.0.3") == f"host 127.0.0.3 (rank 2): can't be started: {said}"
+
+
+def test_a_start_that_fails_without_a_word(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stub(monkeypatch, tmp_path, "exit 1")
+    assert refused("127.0.0.2,127.0.0.3").startswith("host 127.0.0.2 (rank 1), host 127.0.0.3 (rank 2): ")
+
+
+def test_ranks_that_do_not_come(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What was started is ended, what it has started as well."""
+    stub(monkeypatch, tmp_path, f"sleep 60 & echo $! > {tmp_path}/pid; wait", come_s=0.3)
+    assert refused("127.0.0.2") == "host 127.0.0.2 (rank 1): not there within 0.3 s"
+    pid = int((tmp_path / "pid").read_text())
+    until(lambda: not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2])
+
+
+def test_another_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stub(monkeypatch, tmp_path, f"cat > {tmp_path}/invitation; sleep 60")
+
+    def come() -> None:
+        text = until(lambda: (tmp_path / "invitation").exists() and (tmp_path / "invitation").read_text())
+        invitation = json.loads(text)
+        connection = Client(tuple(invitation["address"]), authkey=bytes.fromhex(invitation["secret"]))
+        control.send(connection, {"rank": 1, "version": "0.0.1"})
+
+    threading.Thread(target=come, daemon=True).start()
+    with pytest.raises(LocalrunError) as error, start.echoing_ranks(local_places("2")):
+        pass
+    assert str(error.value) == f"rank 1: has localrun 0.0.1; here it is {localrun.__version__}"
+
+
+def test_without_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "mpi4py", None)  # as if it were not installed
+    with (
+        pytest.raises(LocalrunError, match=r"pip install 'localrun\[cluster\]'"),
+        start.echoing_ranks(local_places("2")),
+    ):
+        pass
