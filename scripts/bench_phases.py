@@ -41,9 +41,9 @@ _MONOTONIC = 1  # Linux's CLOCK_MONOTONIC
 _clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.int64))
 
 
-def filled(config: Config, n_tokens: int) -> Cache:
-    """A cache with n_tokens tokens of random rows."""
-    cache, random, rows = new_cache(config, n_tokens + 1), np.random.default_rng(0), {}
+def filled(config: Config, n_tokens: int, n_more: int = 1) -> Cache:
+    """A cache with n_tokens tokens of random rows, and room for n_more."""
+    cache, random, rows = new_cache(config, n_tokens + n_more), np.random.default_rng(0), {}
     for layer in range(config.num_hidden_layers):
         for part, kind in enumerate(config.rows(layer)):
             values = random.standard_normal((kind.count(n_tokens), kind.width), dtype=np.float32)
@@ -111,8 +111,9 @@ def measure(
 def show(found: dict[int, dict[str, float]]) -> None:
     """The table, in milliseconds."""
     print(f"{'ms':<44}" + "".join(f"{n:>10}" for n in found), file=sys.stderr)
-    for kind in next(iter(found.values())):
-        print(f"{kind:<44}" + "".join(f"{1e3 * each[kind]:>10.3f}" for each in found.values()), file=sys.stderr)
+    for kind in dict.fromkeys(kind for each in found.values() for kind in each):
+        cells = (f"{1e3 * each.get(kind, 0.0):>10.3f}" for each in found.values())
+        print(f"{kind:<44}" + "".join(cells), file=sys.stderr)
 
 
 def main() -> None:

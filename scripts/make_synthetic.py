@@ -13,6 +13,7 @@ Shapes:
                   about V2-Lite's size with V3.2's layers: indexers, routing; a quarter of its heads
     v3.2-attention, glm-5.2-attention
                   full width, 3 and 6 layers (3 and 3 of 6 with an indexer), 16 experts in one: scripts/bench_sparse.py
+    v4-attention  DeepSeek-V4-Flash's full width: 5 layers of ratios 0, 4, 128, 16 experts: scripts/bench_prompt.py
     v4-flash-slice
                   DeepSeek-V4-Flash's full width: 6 layers, 2 of each ratio, the first hashed; 96 of its 256 experts
     16b-v4-style  about V2-Lite's size with V4's layers: 2 without pooled rows, then ratios 4 and 128 in turn
@@ -99,6 +100,10 @@ SHAPES = {
     ),
     "v3.2-attention": _published("deepseek-v3.2", num_hidden_layers=3, first_k_dense_replace=2, **_FEW_EXPERTS),
     "glm-5.2-attention": _published("glm-5.2", num_hidden_layers=6, first_k_dense_replace=5, **_FEW_EXPERTS),
+    "v4-attention": _published(
+        "deepseek-v4-flash", num_hidden_layers=5, compress_ratios=[0, 4, 128, 4, 128], num_hash_layers=1,
+        n_routed_experts=16, vocab_size=4096,
+    ),
     "v4-flash-slice": _published(
         "deepseek-v4-flash", num_hidden_layers=6, compress_ratios=[0, 0, 4, 128, 4, 128], num_hash_layers=1,
         n_routed_experts=96, vocab_size=4096,

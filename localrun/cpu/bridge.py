@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from localrun.network.weight_source import Finish
+from localrun.network.weight_source import Finish, Seen, Turned
 from localrun.ranks.remote import Remote
 from quant.matrix import ExpertMatrices, QuantMatrix
 from quant.ops import attention as prompt_attention
@@ -138,22 +138,37 @@ class AttendChosen:
     def __call__(
         self,
         parts: Sequence[torch.Tensor],
-        keys_SW: torch.Tensor,
-        rows_TK: torch.Tensor,
+        seen: Seen,
         scale: float,
         out_THV: torch.Tensor,
-        n_before: int,
+        sinks_H: torch.Tensor | None = None,
+        turned: Turned | None = None,
     ) -> None:
         """As network.weight_source.AttendChosen."""
         n_tokens, n_heads, width = out_THV.shape
         parts = [_as_rows(part) for part in parts]
-        assert rows_TK.dtype == torch.int32 and rows_TK.is_contiguous() and keys_SW.is_contiguous()
+        blocks = [rows for rows in (seen.keys_SW, seen.window_SW) if rows is not None]
+        assert len({(rows.dtype, rows.shape[1]) for rows in blocks}) == 1
+        assert all(rows.is_contiguous() for rows in blocks)
+        options = {}
+        if seen.keys_SW is not None:
+            options |= {"keys": seen.keys_SW.data_ptr(), "ratio": seen.ratio}
+        if seen.chosen_TK is not None:
+            assert seen.chosen_TK.dtype == torch.int32 and seen.chosen_TK.is_contiguous()
+            options |= {"chosen": seen.chosen_TK.data_ptr(), "top_k": seen.chosen_TK.shape[1]}
+        if seen.window_SW is not None:
+            before = seen.window_SW.shape[0] - n_tokens
+            options |= {"window_rows": seen.window_SW.data_ptr(), "window_before": before, "window": seen.window}
+        if turned is not None:
+            rotations = torch.view_as_real(turned.turns).contiguous()
+            n_rope = 2 * turned.turns.shape[-1]
+            options |= {"rotations": rotations.data_ptr(), "n_rope": n_rope, "norm_epsilon": turned.epsilon}
         chosen_attention.attend(
             self.pool,
             [(_by_token(part), part.shape[-1]) for part in parts],
-            keys_SW.data_ptr(), rows_TK.data_ptr(), _by_token(out_THV),
-            **_row_format(keys_SW), width=width, n_heads=n_heads, n_queries=n_tokens, n_before=n_before,
-            top_k=rows_TK.shape[1], scale=scale,
+            _by_token(out_THV),
+            **_row_format(blocks[0]), width=width, n_heads=n_heads, n_queries=n_tokens, n_before=seen.n_before,
+            scale=scale, sinks=0 if sinks_H is None else sinks_H.data_ptr(), **options,
         )  # fmt: skip
 
 

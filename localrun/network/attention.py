@@ -19,7 +19,7 @@ from localrun.network.cache import Cache
 from localrun.network.compressed import CompressedAttention
 from localrun.network.indexer import Choice, Indexer
 from localrun.network.rope import Rope, attention_scale
-from localrun.network.weight_source import WeightSource, biased_linear
+from localrun.network.weight_source import Seen, WeightSource, biased_linear
 
 
 def in_groups(n: int, bytes_of_one: int, work_bytes: int) -> list[tuple[int, int]]:
@@ -134,7 +134,8 @@ class LatentAttention:
             q_latent_THC = self._into_latent(q_nope_THP[some])
             mixed_THC, n_before = torch.empty_like(q_latent_THC), rows_SW.shape[0] - n_tokens + first
             parts = [q_latent_THC, q_rope_THR[some]]
-            self.weights.attend_chosen(parts, rows_SW, rows_TK[some], self.scale, mixed_THC, n_before)
+            seen = Seen(n_before, rows_SW, chosen_TK=rows_TK[some])
+            self.weights.attend_chosen(parts, seen, self.scale, mixed_THC)
             results.append(self.v_b_proj(mixed_THC))
         return torch.cat(results)
 

@@ -14,13 +14,12 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import rms_norm
 
-from localrun.limits import ATTENTION_WORK_BYTES
 from localrun.models import names
 from localrun.models.config import Config
 from localrun.network.cache import Cache
 from localrun.network.compressor import Compressor
 from localrun.network.rope import Rope, attention_scale
-from localrun.network.weight_source import WeightSource
+from localrun.network.weight_source import Seen, Turned, WeightSource
 
 _ROW, _POOLED, _KEYS = 0, 1, 3  # parts of a layer of the cache: Config.rows
 
@@ -35,6 +34,7 @@ class CompressedAttention:
             return names.layer(config.architecture, index, f"self_attn.{module}")
 
         self.config, self.rope, self.layer = config, rope, index if cache_layer is None else cache_layer
+        self.attend_chosen = weights.attend_chosen
         self.scale, self.ratio = attention_scale(config), config.compress_ratio(index)
         self.q_a_proj, self.q_b_proj, self.kv_proj, self.o_b_proj = (
             weights.linear(name(module)) for module in ("q_a_proj", "q_b_proj", "kv_proj", "o_b_proj")
@@ -53,7 +53,6 @@ class CompressedAttention:
         turns = self.rope.turns(start, n_tokens)
         q_TQ = rms_norm(self.q_a_proj(x_TD), (c.q_lora_rank,), self.q_a_norm, c.rms_norm_eps)
         q_THd = self.q_b_proj(q_TQ).unflatten(1, (c.num_attention_heads, -1))
-        q_THd = self.rope.rotate_last(rms_norm(q_THd, (c.head_dim,), None, c.rms_norm_eps), turns)
         row_Td = rms_norm(self.kv_proj(x_TD), (c.head_dim,), self.kv_norm, c.rms_norm_eps)
         cache.check_room(n_tokens)
         window_Sd = cache.extend(self.layer, _ROW, self.rope.rotate_last(row_Td[:, None], turns)[:, 0])
@@ -62,47 +61,9 @@ class CompressedAttention:
             pooled_Pd = self.compressor(x_TD, cache, _POOLED)
         if self.indexer is not None:
             chosen_TK = self.indexer(x_TD, q_TQ, cache, turns)
-        out_THd = self._attend(q_THd, window_Sd, pooled_Pd, chosen_TK, start)
-        out_THd = self.rope.rotate_last(out_THd, turns.conj())
-        return self.o_b_proj(self.o_a_proj(out_THd.flatten(1).unflatten(1, (c.o_groups, -1))).flatten(1))
-
-    def _attend(self, q_THd, window_Sd, pooled_Pd, chosen_TK, start: int) -> torch.Tensor:
-        """(T, H, d): some tokens at a time, so that their scores and chosen rows fit the work memory."""
-        c, n_tokens = self.config, q_THd.shape[0]
-        n_pooled = 0 if pooled_Pd is None else pooled_Pd.shape[0] if chosen_TK is None else c.index_topk
-        bytes_of_one = 8 * c.num_attention_heads * (2 * c.sliding_window + n_pooled)
-        if chosen_TK is not None:
-            bytes_of_one += 4 * n_pooled * c.head_dim
-        step = max(1, min(c.sliding_window, ATTENTION_WORK_BYTES // bytes_of_one))
-        before, out = window_Sd.shape[0] - n_tokens, []  # rows before the first token's
-        for first in range(0, n_tokens, step):
-            some, last = slice(first, first + step), min(first + step, n_tokens)
-            rows = window_Sd[max(0, before + first + 1 - c.sliding_window) : before + last].float()
-            chosen = None if chosen_TK is None else chosen_TK[some]
-            out.append(self._some(q_THd[some], rows, pooled_Pd, chosen, start + first))
-        return torch.cat(out)
-
-    def _some(self, q_THd, window_Sd, pooled_Pd, chosen_TK, start: int) -> torch.Tensor:
-        """Attention of tokens from position `start` on; the last row of the window is the last one's."""
-        n_tokens, n_rows = q_THd.shape[0], window_Sd.shape[0]
-        positions = torch.arange(n_tokens)[:, None] + start
-        distance = positions - (torch.arange(n_rows)[None] + start + n_tokens - n_rows)
-        masks, rows = [(distance < 0) | (distance >= self.config.sliding_window)], [window_Sd]
-        if pooled_Pd is not None:
-            seen = (positions + 1) // self.ratio  # pooled rows
-            if chosen_TK is None:
-                rows.append(pooled_Pd[: int(seen[-1])].float())
-                masks.append(torch.arange(rows[-1].shape[0])[None] >= seen)
-            else:
-                rows.append(pooled_Pd[chosen_TK.clamp_min(0)].float())  # (T, K, d)
-                masks.append(chosen_TK < 0)
-        scores = [
-            (q_THd @ part.mT * self.scale).masked_fill(mask[:, None], float("-inf"))
-            for part, mask in zip(rows, masks, strict=True)
-        ]
-        sinks = self.sinks[None, :, None].expand(n_tokens, -1, 1)
-        parts = torch.cat([*scores, sinks], -1).softmax(-1).split([*(part.shape[-1] for part in scores), 1], -1)
-        return sum(weights @ values for weights, values in zip(parts[:-1], rows, strict=True))
+        seen = Seen(start, pooled_Pd, self.ratio, chosen_TK, window_Sd, c.sliding_window)
+        self.attend_chosen([q_THd], seen, self.scale, q_THd, self.sinks, Turned(turns, c.rms_norm_eps))
+        return self.o_b_proj(self.o_a_proj(q_THd.flatten(1).unflatten(1, (c.o_groups, -1))).flatten(1))
 
 
 class Indexer:

@@ -7,6 +7,7 @@ K experts per token, D hidden_size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -67,25 +68,56 @@ class Attend(Protocol):
         """Write out_THV. parts: queries (T, H, d) and keys (S, G, d) or (S, 1, d), whose products are added."""
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Rows of the cache that T tokens attend to, float16 or float32; values are the first part of keys.
+
+    Attributes:
+        n_before: tokens in the cache before these.
+        keys_SW: rows of the whole context; or none.
+        ratio: tokens of one of them. A token sees those that end with itself or before.
+        chosen_TK: int32, of these the ones that each token attends to: network.indexer.Choice's; or all that it sees.
+        window_SW: rows of single tokens, the last T of which are of these; or none.
+        window: so many of them a token sees, at most, its own included.
+    """
+
+    n_before: int
+    keys_SW: torch.Tensor | None = None
+    ratio: int = 1
+    chosen_TK: torch.Tensor | None = None
+    window_SW: torch.Tensor | None = None
+    window: int = 0
+
+
+@dataclass(frozen=True)
+class Turned:
+    """What attention does to queries as they are projected: network.compressed.
+
+    Attributes:
+        turns: of the tokens' positions, complex64 (T, 1, R / 2). The last R values of a query, whose root mean square
+            is 1 by then, are turned; those of what is mixed are turned back.
+        epsilon: of the queries' norm.
+    """
+
+    turns: torch.Tensor
+    epsilon: float
+
+
 class AttendChosen(Protocol):
-    """softmax(scale * q k^T) v of T of S tokens, each over rows of its own; values are part of keys."""
+    """softmax(scale * q k^T) v of T tokens, each over rows of its own."""
 
     def __call__(
         self,
         parts: Sequence[torch.Tensor],
-        keys_SW: torch.Tensor,
-        rows_TK: torch.Tensor,
+        seen: Seen,
         scale: float,
         out_THV: torch.Tensor,
-        n_before: int,
+        sinks_H: torch.Tensor | None = None,
+        turned: Turned | None = None,
     ) -> None:
-        """Write out_THV: the V first values of rows, mixed.
+        """Write out_THV: the V first values of rows, mixed. It may be the queries' memory.
 
-        Args:
-            parts: queries (T, H, d), which lie behind each other in keys.
-            keys_SW: float16 or float32.
-            rows_TK: network.indexer.Choice's.
-            n_before: tokens in the cache before these.
+        parts: queries (T, H, d), which lie behind each other in keys. sinks_H: as of Attend.
         """
 
 

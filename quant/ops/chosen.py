@@ -1,15 +1,24 @@
-"""Attention of many tokens, each over rows of the cache that were chosen for it: latent attention, in one job.
+"""Attention of many tokens over rows that all heads share, values being the first part of keys, in one job.
 
-All heads share the rows, and values are the first part of keys. A work item is one token and some of its heads, which
-are the lanes of all vectors; the rows are gathered a chunk at a time, in float32. The rest is ops/attention.py's, with
-heads in the place of tokens, and without a future to hide.
+A token sees rows of the whole context, those that were chosen for it or all there are by then, and behind them the last
+rows of a window. Rows of the context stand for one token (latent attention) or for several (DeepSeek-V4), the window's
+for one. A work item is one token and some of its heads, which are the lanes of all vectors; the rows are gathered a
+chunk at a time, in float32. The rest is ops/attention.py's, with heads in the place of tokens, and without a future to
+hide.
+
+Queries may come as they are projected: then each is normed without a weight, and its last values are rotated. What
+comes out is turned back by the token's position then, as values carry their own (DeepSeek-V4).
 """
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from quant.gemm.lanes import ADDRESSES, LANES, ROW, add_matmul, clear
 from quant.ops.attention import MIXED, PART, ROWS, Rows, begin_block, end_block, fold_in, state_rows
-from quant.simd.memory import load_i32, prefetch_near
+from quant.simd.exact import sqrt
+from quant.simd.floats import fma, zero_f32x16
+from quant.simd.memory import load_f32, load_f32x16, load_i32, prefetch_near, store_f32, store_f32x16
 from quant.simd.struct import address, array, atomic, boolean, f32, i64, struct
 from quant.simd.vectors import copy, expand_f16
 from quant.target.jit import inline, kernel
@@ -19,6 +28,7 @@ from quant.threads.work_items import work_items
 _CHUNK = 96  # rows at a time: in L2 with the blocks of a work item
 _MOST_BLOCKS = 4  # of LANES heads of a work item
 _AHEAD = 4  # rows that are asked for before they are read
+ALL = 1 << 40  # rows
 
 ATTEND = struct(
     "AttendToChosen",
@@ -28,15 +38,23 @@ ATTEND = struct(
     n_tokens=i64,  # heads: what attention of a prompt calls tokens
     item_heads=i64,
     scale=f32,
-    sinks=address,  # none
+    sinks=address,  # none: heads are lanes here, and have their own
+    head_sinks=address,  # float32 (heads,), or 0
     depth=i64,  # of keys
     width=i64,  # of values
     out=ROWS,
-    keys=address,  # of the context's first token
     row_bytes=i64,
     is_f16=boolean,
-    chosen=address,  # int32 (queries, top_k)
-    top_k=i64,
+    keys=address,  # of the context's first row
+    ratio=i64,  # tokens of one; 0 where there are none
+    chosen=address,  # int32 (queries, top_k), or 0 for the first ones
+    top_k=i64,  # that a query sees, at most
+    window_rows=address,
+    window_before=i64,  # rows before that of the first query
+    window=i64,  # that a query sees, at most, its own included
+    norm_epsilon=f32,
+    rotations=address,  # float32 (queries, n_rope), cosines and sines in turn; 0 for queries that are ready
+    n_rope=i64,
     state_bytes=i64,
     scratch=address,  # a worker's: addresses of 16 rows, scores f32[_CHUNK][32], rows f32[_CHUNK][depth], states
     scratch_bytes=i64,
@@ -46,24 +64,71 @@ ATTEND = struct(
 
 
 @inline
-def _row(a, chosen, i):
-    """Address of the i-th of the chosen rows."""
-    return a.keys + a.row_bytes * load_i32(chosen + 4 * i)
+def _n_chosen(a, query):
+    """Rows of the context that it sees."""
+    return min(a.top_k, (a.n_before + query + 1) // a.ratio) if a.ratio > 0 else 0
 
 
 @inline
-def _gather(a, chosen, first, n, n_chosen, rows):
-    """float32 (n, depth): chosen rows first.."""
+def _row(a, query, n_chosen, i):
+    """Address of the i-th row that a query sees."""
+    if i < n_chosen:
+        return a.keys + a.row_bytes * (load_i32(a.chosen + 4 * (a.top_k * query + i)) if a.chosen != 0 else i)
+    end = a.window_before + query + 1
+    return a.window_rows + a.row_bytes * (end - min(a.window, end) + i - n_chosen)
+
+
+@inline
+def _gather(a, query, n_chosen, first, n, n_seen, rows):
+    """float32 (n, depth): the rows first.. that a query sees."""
     depth, row_bytes = a.depth, a.row_bytes
     for i in range(first, first + n):
-        if i + _AHEAD < n_chosen:
-            ahead = _row(a, chosen, i + _AHEAD)
+        if i + _AHEAD < n_seen:
+            ahead = _row(a, query, n_chosen, i + _AHEAD)
             for line in range(ahead, ahead + row_bytes, 64):
                 prefetch_near(line)
         if a.is_f16:
-            expand_f16(_row(a, chosen, i), depth, depth, rows + 4 * depth * (i - first))
+            expand_f16(_row(a, query, n_chosen, i), depth, depth, rows + 4 * depth * (i - first))
         else:
-            copy(_row(a, chosen, i), depth, rows + 4 * depth * (i - first))
+            copy(_row(a, query, n_chosen, i), depth, rows + 4 * depth * (i - first))
+
+
+@inline
+def _norm(rows, n_rows, scale, epsilon):
+    """Each lane of n_rows of 32 float32, scaled already, divided by the root of its mean square before."""
+    for half in range(rows, rows + ROW, 64):
+        squares = zero_f32x16()
+        for at in range(half, half + ROW * n_rows, ROW):
+            squares = fma(load_f32x16(at), load_f32x16(at), squares)
+        factor = 1 / sqrt(squares / (np.float32(n_rows) * scale * scale) + epsilon)
+        for at in range(half, half + ROW * n_rows, ROW):
+            store_f32x16(at, load_f32x16(at) * factor)
+
+
+@inline
+def _turn(rows, rotations, n_rope, direction):
+    """Neighbours among n_rope rows of 32 float32 rotated, by 1 forwards or by -1 back."""
+    for i in range(n_rope // 2):
+        cos, sin = load_f32(rotations + 8 * i), load_f32(rotations + 8 * i + 4) * direction
+        pair = rows + 2 * ROW * i
+        for at in range(pair, pair + ROW, 64):
+            u, v = load_f32x16(at), load_f32x16(at + ROW)
+            store_f32x16(at, u * cos - v * sin)
+            store_f32x16(at + ROW, u * sin + v * cos)
+
+
+@inline
+def _begin(a, query, head, addresses, state):
+    """The state of a block of heads: their sinks, and their queries as attention takes them."""
+    begin_block(a, query, head, addresses, state)
+    for lane in range(LANES if a.head_sinks != 0 else 0):
+        store_f32(state + 4 * lane, load_f32(a.head_sinks + 4 * min(head + lane, a.n_tokens - 1)))
+        store_f32(state + ROW + 4 * lane, np.float32(1.0))
+    if a.rotations != 0:
+        packed = state + MIXED + ROW * a.width
+        _norm(packed, a.depth, a.scale, a.norm_epsilon)
+        last = packed + ROW * (a.depth - a.n_rope)
+        _turn(last, a.rotations + 4 * a.n_rope * query, a.n_rope, np.float32(1.0))
 
 
 @inline
@@ -77,20 +142,29 @@ def _add_rows(a, n, rows, state, scores):
 
 
 @inline
+def _end(a, query, head, state):
+    """What the block's heads have mixed, to where it belongs."""
+    if a.rotations != 0:
+        last = state + MIXED + ROW * (a.width - a.n_rope)
+        _turn(last, a.rotations + 4 * a.n_rope * query, a.n_rope, np.float32(-1.0))
+    end_block(a, query, head, state)
+
+
+@inline
 def _run_item(a, query, first, last, scratch):
     """Heads first..last of one token, in blocks."""
-    scores, state_bytes, n_chosen = scratch + ADDRESSES, a.state_bytes, min(a.top_k, a.n_before + query + 1)
+    scores, state_bytes, n_chosen = scratch + ADDRESSES, a.state_bytes, _n_chosen(a, query)
     rows = scores + ROW * _CHUNK
-    states, chosen = rows + 4 * a.depth * _CHUNK, a.chosen + 4 * a.top_k * query
+    states, n_seen = rows + 4 * a.depth * _CHUNK, n_chosen + min(a.window, a.window_before + query + 1)
     for head in range(first, last, LANES):
-        begin_block(a, query, head, scratch, states + state_bytes * ((head - first) // LANES))
-    for i in range(0, n_chosen, _CHUNK):
-        n = min(_CHUNK, n_chosen - i)
-        _gather(a, chosen, i, n, n_chosen, rows)
+        _begin(a, query, head, scratch, states + state_bytes * ((head - first) // LANES))
+    for i in range(0, n_seen, _CHUNK):
+        n = min(_CHUNK, n_seen - i)
+        _gather(a, query, n_chosen, i, n, n_seen, rows)
         for head in range(first, last, LANES):
             _add_rows(a, n, rows, states + state_bytes * ((head - first) // LANES), scores)
     for head in range(first, last, LANES):
-        end_block(a, query, head, states + state_bytes * ((head - first) // LANES))
+        _end(a, query, head, states + state_bytes * ((head - first) // LANES))
 
 
 @kernel("void(int64, int64)")
@@ -108,8 +182,6 @@ def _attend(arguments, worker):
 def attend(
     pool: Pool,
     parts: Sequence[tuple[Rows, int]],
-    keys: int,
-    chosen: int,
     out: Rows,
     *,
     row_bytes: int,
@@ -118,17 +190,36 @@ def attend(
     n_heads: int,
     n_queries: int,
     n_before: int,
-    top_k: int,
     scale: float,
+    keys: int = 0,
+    ratio: int = 0,
+    chosen: int = 0,
+    top_k: int = ALL,
+    window_rows: int = 0,
+    window_before: int = 0,
+    window: int = 0,
+    sinks: int = 0,
+    rotations: int = 0,
+    n_rope: int = 0,
+    norm_epsilon: float = 0.0,
 ) -> None:
-    """out[t, h] = softmax(scale * q[t, h] . k[s]) v[s] over the rows s that are chosen for t.
+    """out[t, h] = softmax(scale * q[t, h] . k[s]) v[s] over the rows s that t sees; values are the start of keys.
 
     Args:
         parts: queries, one or two parts that lie behind each other in keys, with their widths. `head` and `row` of
             Rows are bytes from token to token and from head to head.
-        keys: address of rows of float16 or float32, row_bytes apart; values are their first `width`.
-        chosen: address of int32 (n_queries, top_k); of a token that sees fewer rows, as many as it sees count.
-        out: float32 (n_queries, n_heads, width); strides as of parts.
+        out: float32 (n_queries, n_heads, width); strides as of parts. It may be where the queries are.
+        row_bytes, is_f16: of all rows, float16 or float32.
+        n_before: tokens before the first query's.
+        keys: address of the context's rows, `ratio` tokens each; of none if that is 0. A query sees those whose tokens
+            are its own or before: the first ones, at most top_k, or those that are chosen, if it sees more.
+        chosen: address of int32 (n_queries, top_k), or 0; of a query that sees fewer rows, as many as it sees count.
+        window_rows: address of rows of single tokens, window_before of them before the first query's; it sees `window`,
+            its own included.
+        sinks: address of float32 (n_heads,), a logit more in each head's softmax, without a value; or 0.
+        rotations: address of float32 (n_queries, n_rope), cosines and sines in turn; or 0. With them queries are
+            divided by the root of their mean square, norm_epsilon added, and their last n_rope values rotated; those
+            of the result are turned back.
     """
     depth = sum(part_width for _, part_width in parts)
     item_blocks = min(_MOST_BLOCKS, -(-n_heads // LANES))
@@ -137,8 +228,10 @@ def attend(
     nowhere = Rows(0, 0, 0).struct
     arguments = ATTEND.pack(
         counter=0, n_queries=n_queries, n_before=n_before, n_tokens=n_heads, item_heads=LANES * item_blocks,
-        scale=scale, sinks=0, depth=depth, width=width, out=out.struct, keys=keys, row_bytes=row_bytes, is_f16=is_f16,
-        chosen=chosen, top_k=top_k, state_bytes=state_bytes,
+        scale=scale, sinks=0, head_sinks=sinks, depth=depth, width=width, out=out.struct, row_bytes=row_bytes,
+        is_f16=is_f16, keys=keys, ratio=ratio, chosen=chosen, top_k=top_k, window_rows=window_rows,
+        window_before=window_before, window=window, norm_epsilon=norm_epsilon, rotations=rotations, n_rope=n_rope,
+        state_bytes=state_bytes,
         scratch=pool.buffer("attention", scratch_bytes * pool.n_workers), scratch_bytes=scratch_bytes,
         n_parts=len(parts), parts=[PART.pack(q=q.struct, k=nowhere, depth=depth) for q, depth in parts],
     )  # fmt: skip

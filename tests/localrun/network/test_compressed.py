@@ -6,20 +6,25 @@ Tolerances are fractions of the logit range. Caches have 32 bits: with 16, anoth
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import llama_cpp_oracle
 import numpy as np
 import pytest
 import tiny_deepseek4 as tiny
+import torch
 from closeness import error
 
 import localrun
+from localrun.cpu.bridge import AttendChosen
 from localrun.engine import Engine
 from localrun.errors import GGUFError
 from localrun.models import config as model_config
 from localrun.network import cache as cache_module
 from localrun.network.cache import Cache
+from localrun.network.weight_source import Seen, Turned
+from quant.threads.pool import Pool
 
 # Three float32 programs differ by up to 6e-7 here; 1% on any of a layer's sums moves logits by more than 1e-4.
 TOLERANCE = 1e-5
@@ -140,3 +145,64 @@ def test_experts_of_a_table_are_checked(tmp_path: Path) -> None:
     with pytest.raises(GGUFError) as caught:
         localrun.load(path, device="cpu", threads=1, ctx=16)
     assert "holds 0 to 16; expected experts 0 to 15" in str(caught.value)
+
+
+# ---- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def attended(q_THd: torch.Tensor, seen: Seen, turned: Turned, sinks_H: torch.Tensor) -> torch.Tensor:
+    """What attention is to give, token by token in float64."""
+    n_tokens = q_THd.shape[0]
+    n_rope, out = 2 * turned.turns.shape[-1], []
+    q_THd = q_THd.double()
+    q_THd = q_THd / (q_THd.square().mean(-1, keepdim=True) + turned.epsilon).sqrt()
+    for t, turn in enumerate(turned.turns):
+        q_Hd = torch.cat([q_THd[t, :, :-n_rope], turned_pairs(q_THd[t, :, -n_rope:], turn)], -1)
+        last = seen.window_SW.shape[0] - n_tokens + t + 1
+        rows = [seen.window_SW[max(0, last - seen.window) : last]]
+        if seen.keys_SW is not None:
+            n_seen = (seen.n_before + t + 1) // seen.ratio
+            chosen = torch.arange(n_seen) if seen.chosen_TK is None else seen.chosen_TK[t, :n_seen].long()
+            rows.append(seen.keys_SW[chosen])
+        rows_Sd = torch.cat(rows).double()
+        weights = torch.cat([0.7 * q_Hd @ rows_Sd.T, sinks_H.double()[:, None]], -1).softmax(-1)
+        mixed_Hd = weights[:, :-1] @ rows_Sd
+        out.append(torch.cat([mixed_Hd[:, :-n_rope], turned_pairs(mixed_Hd[:, -n_rope:], turn.conj())], -1))
+    return torch.stack(out)
+
+
+def turned_pairs(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * turn.to(torch.complex128)).flatten(-2)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "n_heads", "ratio", "top_k", "n_before"),
+    [
+        (torch.float32, 8, 4, 30, 250), (torch.float16, 40, 4, 30, 100), (torch.float16, 70, 128, None, 1000),
+        (torch.float32, 3, None, None, 0),
+    ],
+)  # fmt: skip
+def test_attention_over_pooled_rows_and_a_window(
+    dtype: torch.dtype, n_heads: int, ratio: int | None, top_k: int | None, n_before: int
+) -> None:
+    """Queries as they are projected, in place; windows that are not full yet; chosen rows, all of them, and none."""
+    generator, (n_tokens, window, width, n_rope) = torch.Generator().manual_seed(n_heads), (41, 16, 48, 12)
+    ahead = min(window - 1, n_before)
+    queries, rows, pooled, sinks = (
+        torch.randn(*shape, generator=generator)
+        for shape in ((n_tokens, n_heads, width), (ahead + n_tokens, width), (300, width), (n_heads,))
+    )
+    angles = torch.rand(n_tokens, 1, n_rope // 2, generator=generator) * 6
+    turned = Turned(torch.polar(torch.ones_like(angles), angles), 1e-3)
+    chosen = None
+    if top_k:
+        n_seen = (n_before + 1) // ratio
+        chosen = torch.stack([torch.randperm(n_seen, generator=generator)[:top_k] for _ in range(n_tokens)]).int()
+        chosen = torch.nn.functional.pad(chosen, (0, top_k - chosen.shape[1]), value=n_seen)
+    seen = Seen(n_before, pooled.to(dtype) if ratio else None, ratio or 1, chosen, rows.to(dtype), window)
+    expected = attended(queries, seen, turned, sinks)
+    with closing(Pool(2)) as pool:
+        AttendChosen(pool)([queries], seen, 0.7, queries, sinks, turned)
+    # Scores are up to 30 here, so that their float32 rounding moves weights by 2e-6.
+    torch.testing.assert_close(queries.double(), expected, rtol=1e-5, atol=1e-5)

@@ -24,6 +24,7 @@ from localrun.errors import GGUFError, LocalrunError
 from localrun.gguf.file import open_gguf
 from localrun.models.reader import read_config
 from localrun.network import indexer
+from localrun.network.weight_source import Seen
 from quant.threads.pool import Pool
 
 TOLERANCE = 1e-5  # as in test_logits.py
@@ -202,8 +203,15 @@ def test_types_that_make_no_sense(tmp_path: Path, types: str, message: str) -> N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     ("n_tokens", "n_heads", "head_dim", "n_cached", "top_k"),
-    [(5, 8, 64, 40, 8), (7, 40, 128, 300, 33), (3, 4, 16, 30, 29), (4, 1, 20, 9, 1), (6, 33, 64, 6, 4)],
-)
+    [
+        (5, 8, 64, 40, 8),
+        (7, 40, 128, 300, 33),
+        (3, 4, 16, 30, 29),
+        (4, 1, 20, 9, 1),
+        (6, 33, 64, 6, 4),
+        (9, 64, 128, 3000, 400),
+    ],
+)  # fmt: skip
 def test_choices_equal_the_reference(dtype, n_tokens, n_heads, head_dim, n_cached, top_k) -> None:
     generator = torch.Generator().manual_seed(n_cached)
     queries, weights, keys = (
@@ -242,7 +250,7 @@ def test_attention_to_chosen_rows(dtype, n_heads: int, top_k: int) -> None:
     keys, out = keys.to(dtype), torch.full((n_tokens, n_heads, rank), torch.nan)
     rows = torch.stack([torch.randperm(n_cached, generator=generator)[:top_k] for _ in range(n_tokens)]).int()
     with closing(Pool(2)) as pool:
-        AttendChosen(pool)([latent, turned], keys, rows, 0.7, out, n_cached - n_tokens)
+        AttendChosen(pool)([latent, turned], Seen(n_cached - n_tokens, keys, chosen_TK=rows), 0.7, out)
     for t, query in enumerate(torch.cat([latent, turned], -1)):
         chosen = keys[rows[t].long()].double()
         expected = (0.7 * query.double() @ chosen.T).softmax(-1) @ chosen[:, :rank]
