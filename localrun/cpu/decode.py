@@ -22,14 +22,13 @@ from localrun.network.rope import attention_scale, frequencies, rotation_magnitu
 from localrun.ranks.remote import Remote
 from quant.decode.attention import Heads, attend_phase
 from quant.decode.experts import NOBODY, expert_phases
-from quant.decode.indexer import Indexer, Room, choice_phases, indexer_keys_phase
+from quant.decode.indexer import STATE_BYTES, Indexer, Room, choice_phases, indexer_keys_phase
 from quant.decode.linear import Input, normed, rows_phase
 from quant.decode.program import MOST_TOKENS, Phase, Program
 from quant.decode.queries import grouped_queries_phase, latent_queries_phase
 from quant.decode.router import SIGMOID, SOFTMAX, SOFTMAX_AFTER_TOPK, SQRT_SOFTPLUS, Router
 from quant.decode.stream_rows import stream_rows_phase
 from quant.decode.values import project_values_phase
-from quant.gemm.indexer import HISTOGRAM_BYTES
 from quant.matrix import QuantMatrix
 from quant.threads.pool import Pool
 
@@ -308,14 +307,15 @@ class Layers:
             weights=self._vector("indexer's weights", c.index_n_heads),
             packed=self._vector("indexer's packed queries", sizes.packed_bytes // 4),
             packed_weights=self._vector("indexer's packed weights", sizes.weight_bytes // 4),
-            histograms=self._vector("histograms", HISTOGRAM_BYTES // 4),
+            in_bytes=self._vector("indexer's queries in bytes", sizes.query_bytes // 4),
+            states=self._vector("indexer's states", STATE_BYTES // 4),
             room=self._rank_room.address,
             chosen=self._vector("chosen rows", sizes.chosen_bytes // 4),
         )
 
     def _add_choice(self, indexer: Indexer) -> None:
         """The rows that attention is to go over."""
-        for phase, what in zip(choice_phases(indexer), ("ranks", "choice"), strict=True):
+        for what, phase in choice_phases(indexer).items():
             self._add(phase, f"indexer's {what}")
 
     def _grouped_attention(self, index: int, cache_layer: int, norm: Input) -> None:

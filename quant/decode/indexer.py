@@ -1,7 +1,8 @@
 """Phases of an indexer: which cached rows each token of a step attends to (gemm/indexer.py has the arithmetic).
 
 The first phase leaves each token's key in the cache, and its query and weights as lanes. The second ranks the keys,
-split by split, and counts the ranks' first digits; the third chooses. While a token sees no more rows than are chosen,
+split by split, and counts the ranks' first digits; the last chooses. Where ranks come of products of bytes first, two
+phases between them find the rows near the border, and rank these anew. While a token sees no more rows than are chosen,
 its key is kept and nothing else is done: attention takes all rows then. Ranks and positions need room for the whole
 context, which is the cache's to tell: they are found by a Room. Keys are of tokens, or of windows of several tokens
 (DeepSeek-V4): those are made, and the first phase's work done, in compressor.py.
@@ -13,6 +14,7 @@ import numpy as np
 
 from quant.decode.program import (
     HEADER,
+    MAX_SPLITS,
     MOST_TOKENS,
     NOTHING,
     PHASE,
@@ -21,9 +23,12 @@ from quant.decode.program import (
     cached_by,
     padded,
     split_length,
+    splits_of,
     tokens_of,
 )
 from quant.decode.queries import cache_row_of, rotate, store_row_f16
+from quant.gemm import index_bytes
+from quant.gemm.index_bytes import KEYS_TOGETHER, pack_keys, pack_query, panel_bytes, query_bytes
 from quant.gemm.indexer import (
     BEHIND,
     HISTOGRAM_BYTES,
@@ -34,16 +39,23 @@ from quant.gemm.indexer import (
     pack_heads,
     rank_keys,
     score_bytes,
+    split_rows,
+    to_rank,
 )
 from quant.gemm.lanes import ADDRESSES, ROW
-from quant.simd.memory import load_i64
-from quant.simd.struct import address, f32, i64, struct
+from quant.simd.memory import load_f32, load_i64, store_f32
+from quant.simd.struct import address, boolean, f32, i64, struct
 from quant.simd.vectors import layer_norm
 from quant.target.jit import inline, kernel
+from quant.target.kernel import Kernel
 from quant.threads.atomics import atomic_add
 
 ROOM = struct("Room", ranks=address, positions=address, capacity=i64)  # uint32 and int32 (MOST_TOKENS, capacity)
-# What all three phases know. T: MOST_TOKENS.
+# Of a token: behind a histogram of its ranks' first digits. The keys' largest scale in each split lies behind it.
+STATE = struct("ChoosingState", n_chosen=i64, n_within=i64, margin=f32)
+_SCALES_AT = HISTOGRAM_BYTES + 64
+STATE_BYTES = _SCALES_AT + 4 * MAX_SPLITS
+# What all phases know. T: MOST_TOKENS.
 INDEXER = struct(
     "Indexer",
     n_heads=i64,
@@ -57,7 +69,10 @@ INDEXER = struct(
     packed_bytes=i64,
     packed_weights=address,  # (T, weight_bytes)
     weight_bytes=i64,
-    histograms=address,  # (T, HISTOGRAM_BYTES)
+    by_bytes=boolean,  # first
+    in_bytes=address,  # (T, query_bytes)
+    query_bytes=i64,
+    states=address,  # (T, STATE_BYTES)
     room=address,
     chosen=address,  # int32 (T, chosen_bytes / 4)
     chosen_bytes=i64,
@@ -95,7 +110,19 @@ def pack_queries(i, t, work):
     queries, weights = i.queries + 4 * i.n_heads * i.head_dim * t, i.weights + 4 * i.n_heads * t
     packed, packed_weights = i.packed + i.packed_bytes * t, i.packed_weights + i.weight_bytes * t
     pack_heads(queries, weights, i.n_heads, i.head_dim, work, packed, packed_weights)
-    clear_histogram(i.histograms + HISTOGRAM_BYTES * t)
+    if i.by_bytes:
+        _state(i, t).margin = pack_query(packed, packed_weights, i.n_heads, i.head_dim, i.in_bytes + i.query_bytes * t)
+    clear_histogram(_histogram(i, t))
+
+
+@inline
+def _histogram(i, t):
+    return i.states + STATE_BYTES * t
+
+
+@inline
+def _state(i, t):
+    return STATE(_histogram(i, t) + HISTOGRAM_BYTES)
 
 
 @inline
@@ -122,38 +149,115 @@ def _run_queries(phase, item, work):
     pack_queries(i, t, work)
 
 
-@kernel("void(int64, int64, int64)")
-def _run_ranks(phase, item, work):
-    """Ranks of one token's keys in one split of the context; work: of scores, a histogram."""
-    a = CHOOSING(phase)
-    i, t, split = a.indexer, item % tokens_of(a), item // tokens_of(a)
-    n_seen, head_dim = _seen_by(a, t), i.head_dim
-    first = split_length(n_seen) * split
-    n_keys = min(split_length(n_seen), n_seen - first)
-    if not has_to_choose(a, t) or n_keys <= 0:
-        return
+@inline
+def _rank_bytes(a, t, first, n_keys, work, ranks):
+    """Ranks of keys by products of bytes. Returns their largest scale."""
+    i, largest = a.indexer, np.float32(0.0)
     keys, _ = cache_block(a, i.slot, t)
-    row_bytes, ranks = 2 * head_dim, _ranks(i, t) + 4 * first
-    packed, packed_weights = i.packed + i.packed_bytes * t, i.packed_weights + i.weight_bytes * t
-    own, histogram = work + HISTOGRAM_BYTES, i.histograms + HISTOGRAM_BYTES * t
-    rank_keys(
-        packed, packed_weights, i.n_heads, head_dim, keys + row_bytes * first, row_bytes, True, n_keys, own, ranks
+    query, row_bytes = i.in_bytes + i.query_bytes * t, 2 * i.head_dim
+    for begin in range(0, n_keys, KEYS_TOGETHER):
+        n, out = min(KEYS_TOGETHER, n_keys - begin), ranks + 4 * begin
+        largest = max(largest, pack_keys(keys + row_bytes * (first + begin), row_bytes, n, i.head_dim, work))
+        index_bytes.score(query, i.n_heads, i.head_dim, work, n, out)
+        for at in range(out, out + 4 * n, 4):
+            to_rank(at)
+    return largest
+
+
+@inline
+def _rank_exactly(a, t, first, positions, n_keys, work, ranks):
+    """Ranks of n_keys keys in float32: those from the first on, or those at int32 positions."""
+    i = a.indexer
+    keys, _ = cache_block(a, i.slot, t)
+    packed, packed_weights, row_bytes = (
+        i.packed + i.packed_bytes * t,
+        i.packed_weights + i.weight_bytes * t,
+        2 * i.head_dim,
     )
+    keys += row_bytes * first
+    rank_keys(packed, packed_weights, i.n_heads, i.head_dim, keys, row_bytes, True, positions, n_keys, work, ranks)
+
+
+@inline
+def _rank_split(a, t, split, work):
+    """Ranks of one token's keys in one split of the context, and a histogram; work: a histogram, and of scores."""
+    i, n_seen = a.indexer, _seen_by(a, t)
+    first = split_length(n_seen) * split
+    n_keys, ranks = min(split_length(n_seen), n_seen - first), _ranks(i, t) + 4 * first
+    if i.by_bytes:
+        largest = _rank_bytes(a, t, first, n_keys, work + HISTOGRAM_BYTES, ranks)
+        store_f32(_histogram(i, t) + _SCALES_AT + 4 * split, largest)
+    else:
+        _rank_exactly(a, t, first, 0, n_keys, work + HISTOGRAM_BYTES, ranks)
     clear_histogram(work)
     count_first_digits(ranks, n_keys, work)
     for at in range(0, HISTOGRAM_BYTES, 8):
         if load_i64(work + at) > 0:
-            atomic_add(histogram + at, load_i64(work + at))
+            atomic_add(_histogram(i, t) + at, load_i64(work + at))
+
+
+@kernel("void(int64, int64, int64)")
+def _run_ranks(phase, item, work):
+    """One split of a token's context, or more: of fewer rows than tokens there may be more splits."""
+    a = CHOOSING(phase)
+    n_tokens = tokens_of(a)
+    t, at_once = item % n_tokens, a.phase.n_items // n_tokens
+    if has_to_choose(a, t):
+        for split in range(item // n_tokens, splits_of(_seen_by(a, t)), at_once):
+            _rank_split(a, t, split, work)
+
+
+@inline
+def _places(i, t):
+    """Addresses of rows near the border and of the choice of token t."""
+    return ROOM(i.room).positions + 4 * ROOM(i.room).capacity * t, i.chosen + i.chosen_bytes * t
+
+
+@kernel("void(int64, int64, int64)")
+def _run_border(phase, item, work):
+    """Item t: token t's rows that are chosen in any case, and those near the border."""
+    a, t = CHOOSING(phase), item
+    i, n_seen = a.indexer, _seen_by(a, t)
+    if not has_to_choose(a, t):
+        return
+    largest, scales, state = np.float32(0.0), _histogram(i, t) + _SCALES_AT, _state(i, t)
+    for split in range(splits_of(n_seen)):
+        largest = max(largest, load_f32(scales + 4 * split))
+    positions, chosen = _places(i, t)
+    n_chosen, n_within = split_rows(
+        _ranks(i, t), n_seen, _histogram(i, t), i.top_k, largest * state.margin, positions, chosen
+    )
+    state.n_chosen, state.n_within = n_chosen, n_within
+
+
+@kernel("void(int64, int64, int64)")
+def _run_border_ranks(phase, item, work):
+    """Ranks of some of a token's rows near the border, in float32."""
+    a = CHOOSING(phase)
+    i, t, part, parts = a.indexer, item % tokens_of(a), item // tokens_of(a), a.phase.n_items // tokens_of(a)
+    if not has_to_choose(a, t):
+        return
+    n_within, (positions, _) = _state(i, t).n_within, _places(i, t)
+    length = max(KEYS_TOGETHER, (n_within + parts - 1) // parts)
+    first = length * part
+    n = min(length, n_within - first)
+    if n > 0:
+        _rank_exactly(a, t, 0, positions + 4 * first, n, work, _ranks(i, t) + 4 * first)
 
 
 @kernel("void(int64, int64, int64)")
 def _run_choice(phase, item, work):
-    """Item t: token t's rows."""
+    """Item t: token t's rows; of those near the border as many as there is room for."""
     a, t = CHOOSING(phase), item
-    i = a.indexer
-    if has_to_choose(a, t):
-        positions, chosen = ROOM(i.room).positions + 4 * ROOM(i.room).capacity * t, i.chosen + i.chosen_bytes * t
-        choose_rows(_ranks(i, t), _seen_by(a, t), i.histograms + HISTOGRAM_BYTES * t, i.top_k, positions, chosen)
+    i, n, n_chosen = a.indexer, _seen_by(a, t), 0
+    if not has_to_choose(a, t):
+        return
+    ranks, histogram, (positions, chosen) = _ranks(i, t), _histogram(i, t), _places(i, t)
+    if i.by_bytes:
+        n, n_chosen = _state(i, t).n_within, _state(i, t).n_chosen
+        clear_histogram(histogram)
+        count_first_digits(ranks, n, histogram)
+    choose_rows(ranks, n, histogram, i.top_k - n_chosen, i.by_bytes, positions, chosen + 4 * n_chosen)
 
 
 class Room:
@@ -183,7 +287,8 @@ class Indexer:
         ratio: tokens of a key.
         slot: which block of cache rows holds the layer's keys.
         queries, weights: addresses of float32 (T, n_heads, head_dim) and (T, n_heads), projected.
-        packed, packed_weights, histograms: addresses of packed_bytes, weight_bytes, HISTOGRAM_BYTES a token.
+        packed, packed_weights, in_bytes, states: addresses of packed_bytes, weight_bytes, query_bytes, STATE_BYTES a
+            token.
         room: of a Room.
         chosen: address of chosen_bytes a token, int32 rows.
     """
@@ -197,7 +302,8 @@ class Indexer:
     weights: int = 0
     packed: int = 0
     packed_weights: int = 0
-    histograms: int = 0
+    in_bytes: int = 0
+    states: int = 0
     room: int = 0
     chosen: int = 0
 
@@ -217,10 +323,20 @@ class Indexer:
         return ROW * blocks_of(self.n_heads)
 
     @property
+    def query_bytes(self) -> int:
+        """Of both as bytes."""
+        return query_bytes(self.n_heads, self.head_dim)
+
+    @property
+    def by_bytes(self) -> bool:
+        """Whether ranks come of products of bytes first."""
+        return index_bytes.takes(self.head_dim, is_f16=True)
+
+    @property
     def struct(self) -> np.ndarray:
         """As phases see it."""
-        sizes = {name: getattr(self, name) for name in ("packed_bytes", "weight_bytes", "chosen_bytes")}
-        return INDEXER.pack(**vars(self), **sizes)
+        derived = ("packed_bytes", "weight_bytes", "query_bytes", "by_bytes", "chosen_bytes")
+        return INDEXER.pack(**vars(self), **{name: getattr(self, name) for name in derived})
 
 
 def indexer_keys_phase(
@@ -241,11 +357,16 @@ def indexer_keys_phase(
     return Phase(NOTHING, _run_queries, 1, arguments, max(ADDRESSES, 4 * indexer.head_dim), per_token=True)
 
 
-def choice_phases(indexer: Indexer) -> tuple[Phase, Phase]:
-    """Ranks of all keys; the choice."""
-    ranks, choice = (CHOOSING.pack(phase=HEADER, indexer=indexer.struct) for _ in range(2))
-    work_bytes = HISTOGRAM_BYTES + score_bytes(indexer.head_dim)
-    return (
-        Phase(NOTHING, _run_ranks, 1, ranks, work_bytes, per_token=True, per_split=True),
-        Phase(NOTHING, _run_choice, 1, choice, 0, per_token=True),
-    )
+def choice_phases(indexer: Indexer) -> dict[str, Phase]:
+    """Ranks of all keys; the choice. By name; where ranks come of bytes, with the border's between them."""
+    score_work = max(score_bytes(indexer.head_dim), panel_bytes(indexer.head_dim))
+
+    def phase(run: Kernel, work_bytes: int = 0, per_split: bool = False) -> Phase:
+        arguments = CHOOSING.pack(phase=HEADER, indexer=indexer.struct)
+        return Phase(NOTHING, run, 1, arguments, work_bytes, per_token=True, per_split=per_split)
+
+    phases = {"ranks": phase(_run_ranks, HISTOGRAM_BYTES + score_work, per_split=True)}
+    if indexer.by_bytes:
+        phases["border"] = phase(_run_border)
+        phases["border's ranks"] = phase(_run_border_ranks, score_work, per_split=True)
+    return phases | {"choice": phase(_run_choice)}

@@ -16,11 +16,10 @@ from kernels import floats
 
 from quant.decode.attention import Heads, attend_phase
 from quant.decode.compressor import Compressor, shared_key_queries_phase
-from quant.decode.indexer import Indexer, Room, choice_phases
+from quant.decode.indexer import STATE_BYTES, Indexer, Room, choice_phases, indexer_keys_phase
 from quant.decode.program import MOST_TOKENS, Program
 from quant.decode.stream_rows import groups_phase
 from quant.decode.values import GroupedOutput, project_values_phase
-from quant.gemm.indexer import HISTOGRAM_BYTES
 from quant.gemv.activations import q8_bytes
 from quant.threads.pool import Pool, aligned_bytes
 
@@ -164,7 +163,7 @@ class Step:
                 sizes, queries=at["index queries"], weights=at["index weights"], room=self.room.address,
                 packed=program.vector(sizes.packed_bytes // 4), chosen=program.vector(sizes.chosen_bytes // 4),
                 packed_weights=program.vector(sizes.weight_bytes // 4),
-                histograms=program.vector(HISTOGRAM_BYTES // 4),
+                in_bytes=program.vector(sizes.query_bytes // 4), states=program.vector(STATE_BYTES // 4),
             )  # fmt: skip
             heads = replace(heads, most_pooled=TOP_K, chosen=indexer.chosen, chosen_bytes=indexer.chosen_bytes)
         queries, values = program.vector(H * W), program.vector(H * W)
@@ -175,7 +174,7 @@ class Step:
                 index_compressor=index_compressor, indexer=indexer,
             )
         )  # fmt: skip
-        for phase in choice_phases(indexer) if indexer else ():
+        for phase in choice_phases(indexer).values() if indexer else ():
             program.add(phase)
         partials = program.keep(aligned_bytes(MOST_TOKENS * heads.partials_bytes))
         q8 = program.keep(aligned_bytes(MOST_TOKENS * G * q8_bytes(weights.o_a.n_cols)))
@@ -254,3 +253,32 @@ def test_contexts_together_are_contexts_alone() -> None:
             for row, (context, position) in zip(step.run(tokens, sources), tokens, strict=True):
                 assert np.array_equal(row, alone[context][position])
             lengths = [lengths[0] + 1, lengths[1] + 1, lengths[2] + 3]
+
+
+def test_every_split_of_pooled_rows_is_ranked() -> None:
+    """8,195 tokens are 26 splits, their 2,048 rows 32."""
+    random, position, heads, width = np.random.default_rng(3), 8194, 12, 32
+    keys = random.standard_normal((3000, width)).astype(np.float16)
+    queries, weights = random.standard_normal((heads, width), np.float32), random.standard_normal(heads, np.float32)
+    embedding, _ = kernels.random_weight("F32", (1, 1, 16), random)
+    with closing(Pool(2)) as pool:
+        program, room, sizes = Program(pool, embedding, np.ones(1), 1.0, 1), Room(), Indexer(heads, width, TOP_K, 4, 0)
+        room.make(len(keys))
+        memory = {
+            "queries": heads * width, "weights": heads, "packed": sizes.packed_bytes // 4, "states": STATE_BYTES // 4,
+            "packed_weights": sizes.weight_bytes // 4, "in_bytes": sizes.query_bytes // 4,
+            "chosen": sizes.chosen_bytes // 4,
+        }  # fmt: skip
+        places = {name: program.vector(n) for name, n in memory.items()}
+        indexer = replace(sizes, room=room.address, **places)
+        norm = [program.keep(np.ones(width, np.float32)) for _ in range(2)]
+        program.add(indexer_keys_phase(indexer, program.vector(width), *norm, 1e-6, 0, False))
+        for phase in choice_phases(indexer).values():
+            program.add(phase)
+        program.finish()
+        floats(places["queries"], heads, width)[:] = queries
+        floats(places["weights"], heads)[:] = weights
+        program.run([0], [position], np.array([keys.ctypes.data]), cache_rows=np.array([len(keys)]))
+        chosen = floats(places["chosen"], TOP_K).view(np.int32).tolist()
+    scores = weights @ np.maximum(queries.astype(float) @ keys[:2048].astype(float).T, 0)
+    assert sorted(chosen) == sorted(np.argsort(-scores)[:TOP_K].tolist())
