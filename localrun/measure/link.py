@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from localrun.ranks.echo import end, exchange_s
+from quant.decode.message_sizes import back_bytes, message_bytes
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-# A layer's messages of one token of DeepSeek-V3: 7168 values in BF16 and the choice of 8 experts go out; what comes
-# back, at most, is float32.
-OUT_BYTES, BACK_BYTES = 64 + 2 * 7168 + 12 * 8, 64 + 4 * 7168
+# A layer's messages of one token of DeepSeek-V3: what goes out in BF16, and back in float32, the longest.
+OUT_BYTES, BACK_BYTES = message_bytes("bf16", 7168, 8, n_tokens=1), back_bytes("f32", 7168, n_tokens=1)
 _EMPTY_BYTES, _LARGE_BYTES = 64, 1 << 22
 _TIMES, _LARGE_TIMES, _BURST, _WARM_UP = 1000, 20, 100, 50
 

@@ -22,11 +22,11 @@ from localrun.plan.machine import Machine
 from localrun.plan.memory import Memory, Placement, plan_memory
 from localrun.plan.shapes import ModelShape, n_bytes
 from localrun.plan.speed import Phase, Speed, decode_speed, prefill_speed
+from quant.decode.message_sizes import back_bytes, message_bytes
 
 SLICES, SHARED_EXPERTS = "slices", "experts"
 SHARINGS = (SLICES, SHARED_EXPERTS)
-# Of a message: its head, a value of a hidden vector (BF16), a choice's token, number and weight; float32 come back.
-HEAD_BYTES, HIDDEN_BYTES, CHOICE_BYTES, SUM_BYTES = 64, 2, 12, 4
+MESSAGE = "bf16"  # how vectors travel unless --rank-messages says otherwise
 DISK = "disk"
 MOST_HOSTS = 64
 
@@ -93,8 +93,8 @@ def _with_experts_of(model: ModelShape, n_hosts: int) -> ModelShape:
 def messages(model: ModelShape, n_hosts: int) -> Messages:
     """What a token sends and gets back."""
     c = model.config
-    out = HEAD_BYTES + HIDDEN_BYTES * c.hidden_size + CHOICE_BYTES * c.num_experts_per_tok
-    back, n_remote = HEAD_BYTES + SUM_BYTES * c.hidden_size, n_hosts - 1
+    out = message_bytes(MESSAGE, c.hidden_size, c.num_experts_per_tok, n_tokens=1)
+    back, n_remote = back_bytes(MESSAGE, c.hidden_size, n_tokens=1), n_hosts - 1
     return Messages(out, back, 2 * n_remote, (out + back) * n_remote * model.n_moe_layers)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from localrun.errors import LocalrunError
 
 HEARTBEAT_S = 1.0
-SILENCE_S = 5.0  # without a heartbeat: 10 s until the user knows, with what comes after
+SILENCE_S = 4.0  # without a heartbeat: 10 s until the user knows, with what comes after
 _ANYWHERE = "192.0.2.1"  # RFC 5737: nobody's, so that the way there is that to strangers
 ALIVE, READY = b"alive", b"ready"  # what is no JSON of a rank
 _IDLE_S, _EVERY_S, _TIMES = 5, 2, 2  # a host without power is found by TCP's own probes

