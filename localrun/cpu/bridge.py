@@ -234,8 +234,8 @@ class SharedExperts:
     def begin(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Finish:
         """This rank's part of the sum, while the others compute theirs."""
         x = _as_rows(x)
-        add_others = self._remote.begin_many(self._index, x.numpy(), ids.numpy(), weights.numpy())
-        out = self._own.begin(x, ids, weights)()
+        own_ids, add_others = self._remote.begin_many(self._index, x.numpy(), ids.numpy(), weights.numpy())
+        out = self._own.begin(x, torch.from_numpy(own_ids), weights)()
 
         def finish() -> torch.Tensor:
             add_others(out.numpy())

@@ -392,6 +392,7 @@ class Layers:
         router = Router(
             self._vector("router", c.n_routed_experts), bias, c.n_routed_experts, c.num_experts_per_tok, c.n_group,
             c.topk_group, SCORING[c.scoring_func], c.norm_topk_prob, c.routed_scaling_factor, table,
+            self._remote.owners(index) if self._remote else 0,
         )  # fmt: skip
         return router, shared
 

@@ -9,7 +9,39 @@ from __future__ import annotations
 import numpy as np
 
 from quant.decode.message_sizes import HEADER_BYTES, back_bytes, message_bytes, vector_bytes
-from quant.decode.messages import VectorType
+from quant.decode.messages import BACK_MANY, HEADER, MANY, TO, TO_MANY, VectorType
+from quant.threads.links import Links, Request
+
+
+class Part:
+    """What one rank has to do for some tokens of a batch.
+
+    Attributes:
+        tokens: int64 (T,), which of the batch these are.
+        back: uint8, where what travels back arrives.
+    """
+
+    def __init__(
+        self, type_: VectorType, layer: int, tokens: np.ndarray, x_TD: np.ndarray, ids_TK: np.ndarray,
+        weights_TK: np.ndarray,
+    ):  # fmt: skip
+        n_tokens, hidden = x_TD.shape
+        self.tokens, self._header = tokens, np.zeros(HEADER_BYTES, np.uint8)
+        HEADER.write(self._header.view(np.int64), kind=MANY, layer=layer, n_tokens=n_tokens)
+        self._message = pack(type_, x_TD, ids_TK, weights_TK)
+        self.back = np.empty(back_bytes(type_.name, hidden, n_tokens) - HEADER_BYTES, np.uint8)
+
+    @property
+    def sent_bytes(self) -> int:
+        return self._header.nbytes + self._message.nbytes if self.tokens.size else 0
+
+    def start(self, links: Links, rank: int) -> list[Request]:
+        """Send it, and begin to receive: requests."""
+        return [
+            links.start_receive(self.back, rank, BACK_MANY),
+            links.start_send(self._header, rank, TO),
+            links.start_send(self._message, rank, TO_MANY),
+        ]
 
 
 def pack(type_: VectorType, x_TD: np.ndarray, ids_TK: np.ndarray, weights_TK: np.ndarray) -> np.ndarray:

@@ -17,19 +17,20 @@ import numpy as np
 from localrun.gguf.file import GGUFFile
 from localrun.models.config import Config
 from localrun.ranks import many
-from localrun.ranks.sharing import Ranks, Share
+from localrun.ranks.owners import assign, owners_of
+from localrun.ranks.sharing import EXPERTS, Ranks, Share
 from localrun.ranks.world import RankError
 from quant.decode.exchange import N_TIMES, Exchange
 from quant.decode.experts import NOBODY, Told
-from quant.decode.message_sizes import HEADER_BYTES, back_bytes
-from quant.decode.messages import BACK_MANY, END, HEADER, MANY, TO, TO_MANY
+from quant.decode.message_sizes import HEADER_BYTES
+from quant.decode.messages import END, HEADER, TO
 from quant.decode.program import Phase
 from quant.decode.streams import Streams
 from quant.matrix import ExpertMatrices
-from quant.threads.links import LinkError
+from quant.threads.links import LinkError, Request
 
 READY = b"ready"
-_START_S, _END_S = 900.0, 1.0  # that ranks may take to copy their share and compile kernels; to hear of the end
+START_S, _END_S = 900.0, 1.0  # that ranks may take to copy their share and compile kernels; to hear of the end
 _AT_ONCE = 2  # batches of a prompt that are on their way
 
 
@@ -43,16 +44,20 @@ class Remote:
     def __init__(self, file: GGUFFile, config: Config, ranks: Ranks):
         """Waits until all are ready. Raises LocalrunError: the model can't be shared so, or a rank is gone."""
         self._world, self._others = ranks.world, range(1, ranks.world.size)
-        self.share = Share(file, config, ranks.world, ranks.sharing)
+        owners = owners_of(file, config, ranks.world, ranks.sharing) if ranks.sharing.share == EXPERTS else None
+        self.share = Share(file, config, ranks.world, ranks.sharing, owners)
         self._numbers = {index: number for number, index in enumerate(self.share.layers)}
         self._exchange = Exchange(
-            self._world.links, len(self._others), self.share.type, self.share.hidden, self.share.top_k
-        )
+            self._world.links, len(self._others), self.share.type, self.share.hidden, self.share.top_k,
+            differ=owners is not None,
+        )  # fmt: skip
         self._threads = ThreadPoolExecutor(_AT_ONCE, "localrun-ranks")
         self._in_order = threading.Lock()
         self._many_bytes, self._many_s = np.zeros(2, np.int64), np.zeros(2)  # sent, received; computing, waiting
+        for rank in self._others if owners is not None else ():
+            self._world.send(rank, owners.tobytes())
         for rank in self._others:
-            if self._world.receive(rank, _START_S) != READY:
+            if self._world.receive(rank, START_S) != READY:
                 raise RankError(rank, f"{self._world.names[rank]}: does not say that it is ready")
 
     def own(self, index: int, whole: ExpertMatrices) -> ExpertMatrices:
@@ -69,6 +74,12 @@ class Remote:
         """What a layer's first phase is to tell the others; nothing, of a layer that is not shared."""
         return Told(self._exchange.send, self._exchange.address, self._numbers[index]) if self.has(index) else NOBODY
 
+    def owners(self, index: int) -> int:
+        """Address of a layer's int64 (E,), bits of the ranks that have each expert; 0 where all experts are here."""
+        if self.share.owners is None or not self.has(index):
+            return 0
+        return self.share.owners[self._numbers[index]].ctypes.data
+
     def collect_phase(self, out: int, into: Streams | None) -> Phase:
         """As Exchange.collect_phase."""
         return self._exchange.collect_phase(out, into)
@@ -84,44 +95,53 @@ class Remote:
 
     def begin_many(
         self, index: int, x_TD: np.ndarray, ids_TK: np.ndarray, weights_TK: np.ndarray
-    ) -> Callable[[np.ndarray], None]:
+    ) -> tuple[np.ndarray, Callable[[np.ndarray], None]]:
         """Have the others start on a layer's experts of float32 x_TD, int64 ids_TK and float32 weights_TK.
 
-        Returns: what waits for their sums and adds them to float32 (T, D). Raises RankError, as that does.
+        Returns: what this rank is to compute, as ids_TK; what waits for the others' sums and adds them to float32
+        (T, D). Raises RankError, as that does.
         """
         self.check()
-        job = self._threads.submit(self._exchange_many, self._numbers[index], x_TD, ids_TK, weights_TK)
-        return partial(self._add_many, job, time.perf_counter())
+        number = self._numbers[index]
+        ids = self._ids_by_rank(number, ids_TK)
+        job = self._threads.submit(self._exchange_many, number, x_TD, ids[1:], weights_TK)
+        return ids[0], partial(self._add_many, job, time.perf_counter())
+
+    def _ids_by_rank(self, number: int, ids_TK: np.ndarray) -> list[np.ndarray]:
+        """What each rank is to compute, as ids_TK; of slices all are to compute all."""
+        if self.share.owners is None:
+            return [ids_TK] * self._world.size
+        ranks_TK = assign(ids_TK, self.share.owners[number])
+        return [np.where(ranks_TK == rank, ids_TK, -1) for rank in range(self._world.size)]
 
     def _exchange_many(
-        self, number: int, x_TD: np.ndarray, ids_TK: np.ndarray, weights_TK: np.ndarray
-    ) -> list[np.ndarray]:
-        """The others' sums, float32 (T, D) each, in the order of ranks."""
-        n_tokens, type_, links = len(x_TD), self.share.type, self._world.links
-        header = np.zeros(HEADER_BYTES, np.uint8)
-        HEADER.write(header.view(np.int64), kind=MANY, layer=number, n_tokens=n_tokens)
-        message = many.pack(type_, x_TD, ids_TK, weights_TK)
-        size = back_bytes(type_.name, self.share.hidden, n_tokens) - HEADER_BYTES
-        backs, requests = [np.empty(size, np.uint8) for _ in self._others], []
+        self, number: int, x_TD: np.ndarray, ids: list[np.ndarray], weights_TK: np.ndarray
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The tokens that each of the others had anything to do for, and their sums, in the order of ranks."""
+        parts = [self._part(number, x_TD, ids_TK, weights_TK) for ids_TK in ids]
+        requests: list[tuple[int, Request]] = []
         with self._in_order:  # so that messages of two batches go in pairs
-            for rank, back in zip(self._others, backs, strict=True):
-                with self._world.reaching(rank):
-                    requests += [
-                        (rank, links.start_receive(back, rank, BACK_MANY)),
-                        (rank, links.start_send(header, rank, TO)),
-                        (rank, links.start_send(message, rank, TO_MANY)),
-                    ]
+            for rank, part in zip(self._others, parts, strict=True):
+                if part.tokens.size:
+                    with self._world.reaching(rank):
+                        requests += [(rank, request) for request in part.start(self._world.links, rank)]
         for rank, request in requests:
             with self._world.reaching(rank):
-                links.finish(request)
-        self._many_bytes += len(backs) * (header.nbytes + message.nbytes), len(backs) * size
-        return [many.unpack_sums(type_, back, self.share.hidden) for back in backs]
+                self._world.links.finish(request)
+        self._many_bytes += sum(part.sent_bytes for part in parts), sum(part.back.nbytes for part in parts)
+        return [(part.tokens, many.unpack_sums(self.share.type, part.back, self.share.hidden)) for part in parts]
 
-    def _add_many(self, job: Future[list[np.ndarray]], began: float, out_TD: np.ndarray) -> None:
+    def _part(self, number: int, x_TD: np.ndarray, ids_TK: np.ndarray, weights_TK: np.ndarray) -> many.Part:
+        tokens = np.flatnonzero((ids_TK >= 0).any(1))
+        if tokens.size < len(x_TD):
+            x_TD, ids_TK, weights_TK = x_TD[tokens], ids_TK[tokens], weights_TK[tokens]
+        return many.Part(self.share.type, number, tokens, x_TD, ids_TK, weights_TK)
+
+    def _add_many(self, job: Future[list[tuple[np.ndarray, np.ndarray]]], began: float, out_TD: np.ndarray) -> None:
         asked = time.perf_counter()
         try:
-            for sums_TD in job.result():
-                out_TD += sums_TD
+            for tokens, sums_TD in job.result():
+                out_TD[tokens] += sums_TD
         except RankError as error:
             raise self._world.note(error) from None
         self._many_s += asked - began, time.perf_counter() - asked

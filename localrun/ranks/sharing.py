@@ -1,11 +1,12 @@
 """How routed experts are shared among ranks, and which part of them a rank has.
 
 By slices every rank has some inner columns of each expert: rows of gate and up, columns of down. What shares give adds
-up to what the experts give.
+up to what the experts give. By experts every rank has whole ones (owners.py).
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +22,9 @@ from localrun.models.config import Config
 from localrun.models.tensors import GGUFTensors
 from localrun.ranks.world import World
 from quant.decode.messages import TYPES
-from quant.matrix import ExpertMatrices, QuantMatrix
+from quant.matrix import QuantMatrix
 
+SLICES, EXPERTS = "slices", "experts"
 _PARTS = ("gate", "up", "gate_up", "down")
 
 
@@ -33,16 +35,32 @@ class Sharing:
     Attributes:
         message: how vectors travel: "bf16", "f32" or "fp8".
         sizes: of the ranks' shares, in any unit; none for equal ones.
+        share: SLICES or EXPERTS.
+        usage: an importance matrix, whose counts say how experts are divided; rank 0 alone reads it.
+        copies: experts of each layer that a rank has beside its own, of those that are used most.
     """
 
     message: str = "bf16"
     sizes: tuple[float, ...] = ()
+    share: str = SLICES
+    usage: str | os.PathLike[str] | None = None
+    copies: int = 0
 
     def __post_init__(self) -> None:
+        if self.share not in (SLICES, EXPERTS):
+            raise LocalrunError(f"experts shared by {self.share!r}; expected {SLICES} or {EXPERTS}")
+        if self.share == SLICES and (self.usage is not None or self.copies):
+            raise LocalrunError("slices of experts have no use for counts or copies; share whole experts")
         if self.message not in TYPES:
             raise LocalrunError(f"messages of type {self.message!r}; expected one of {', '.join(TYPES)}")
         if any(not size > 0 for size in self.sizes):
             raise LocalrunError(f"shares of {', '.join(f'{size:g}' for size in self.sizes)}; each must be above 0")
+
+    def sizes_of(self, world: World) -> tuple[float, ...]:
+        """A size a rank. Raises LocalrunError."""
+        if self.sizes and len(self.sizes) != world.size:
+            raise LocalrunError(f"{len(self.sizes)} sizes of shares for {world.size} ranks")
+        return self.sizes or (1.0,) * world.size
 
 
 @dataclass(frozen=True)
@@ -82,40 +100,47 @@ def expert_layers(file: GGUFFile, config: Config) -> list[int]:
 class Share:
     """The part of each layer's experts that one rank has.
 
-    Rows of gate and up stay in the file's map. Columns of down are copied into memory of the rank's own: a page of the
-    file has columns of all ranks (one of DeepSeek-V3's rows of down is shorter than a page), and would be resident on
-    each of them.
+    Of slices, rows of gate and up stay in the file's map. Columns of down are copied into memory of the rank's own: a
+    page of the file has columns of all ranks (one of DeepSeek-V3's rows of down is shorter than a page), and would be
+    resident on each of them. Whole experts stay in the map.
 
     Attributes:
         layers: the matrices, by the layer's index, in the order in which messages count layers.
+        owners: int64 (layers, E), bits of the ranks that have each expert; None of slices.
         type: how vectors travel.
         hidden, top_k: columns of these, experts per token.
     """
 
-    def __init__(self, file: GGUFFile, config: Config, world: World, sharing: Sharing):
-        """Raises LocalrunError if the model's experts can't be shared so."""
-        sizes = sharing.sizes or (1.0,) * world.size
-        if len(sizes) != world.size:
-            raise LocalrunError(f"{len(sizes)} sizes of shares for {world.size} ranks")
-        tensors, indices = GGUFTensors(file), expert_layers(file, config)
+    def __init__(
+        self, file: GGUFFile, config: Config, world: World, sharing: Sharing, owners: np.ndarray | None = None
+    ):
+        """owners: what rank 0 has told. Raises LocalrunError if the model's experts can't be shared so."""
+        tensors, indices, sizes = GGUFTensors(file), expert_layers(file, config), sharing.sizes_of(world)
         if not indices:
             raise LocalrunError(f"{file.path}: has no routed experts that several ranks could share")
         self.type, self.top_k, self.hidden = TYPES[sharing.message], config.num_experts_per_tok, config.hidden_size
         if self.hidden % self.type.columns:
             raise LocalrunError(f"messages of type {sharing.message} take multiples of {self.type.columns} columns")
-        self.layers: dict[int, ExpertMatrices] = {}
-        for index in indices:
-            whole = tensors.expert_matrices(index)
-            own = cuts(whole.gate.n_rows, whole.inner_unit, sizes)[world.rank]
-            self.layers[index] = whole.inner(*own)
-            let_go(_spans_of(whole.down))
-        self._file, self._config = file, config
+        self._file, self._config, self._rank, self.owners = file, config, world.rank, owners
+        self.layers = {index: tensors.expert_matrices(index) for index in indices}
+        if owners is None:
+            for index, whole in self.layers.items():
+                self.layers[index] = whole.inner(*cuts(whole.gate.n_rows, whole.inner_unit, sizes)[world.rank])
+                let_go(_spans_of(whole.down))
 
     @property
     def spans(self) -> list[Span]:
         """The parts of the file's map that the share is read from."""
-        mapped = (matrix for own in self.layers.values() for matrix in (own.gate, own.up))
-        return [span for matrix in mapped for span in _spans_of(matrix)]
+        if self.owners is None:
+            return [span for own in self.layers.values() for matrix in (own.gate, own.up) for span in _spans_of(matrix)]
+        here = (self.owners >> self._rank & 1).astype(bool)
+        return [
+            span
+            for own, is_here in zip(self.layers.values(), here, strict=True)
+            for matrix in (own.gate, own.up, own.down)
+            for span, is_own in zip(_spans_of(matrix), is_here, strict=True)
+            if is_own
+        ]
 
     @property
     def all_spans(self) -> list[Span]:

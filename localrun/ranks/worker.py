@@ -12,8 +12,8 @@ from localrun.gguf.file import GGUFFile
 from localrun.gguf.residency import Resident
 from localrun.models.reader import read_config
 from localrun.ranks import many
-from localrun.ranks.remote import READY
-from localrun.ranks.sharing import Share, Sharing
+from localrun.ranks.remote import READY, START_S
+from localrun.ranks.sharing import EXPERTS, Share, Sharing
 from localrun.ranks.world import World
 from quant.decode.exchange import Served
 from quant.decode.message_sizes import HEADER_BYTES, message_bytes
@@ -38,7 +38,10 @@ def serve_share(
         RankError: rank 0 can't be reached any more.
     """
     config = read_config(file)
-    share = Share(file, config, world, sharing)
+    owners = None
+    if sharing.share == EXPERTS:
+        owners = np.frombuffer(world.receive(0, START_S), np.int64).reshape(-1, config.n_routed_experts)
+    share = Share(file, config, world, sharing, owners)
     resident = Resident(file, share.spans)
     try:
         with closing(Pool(n_threads)) as pool:

@@ -16,7 +16,7 @@ from quant.decode.message_sizes import HEADER_BYTES, PAIR_BYTES, back_bytes, mes
 from quant.decode.messages import BACK, HEADER, STEP, TO, VectorType
 from quant.decode.program import HEADER as PHASE_HEADER
 from quant.decode.program import NOTHING, PHASE, Phase, padded, tokens_of
-from quant.decode.router import CHOICE
+from quant.decode.router import CHOICE, expert_at
 from quant.decode.streams import NO_STREAMS, STREAMS, Streams, write_streams
 from quant.matrix import ExpertMatrices
 from quant.simd.memory import load_f32, load_i64, store_f32, store_i64
@@ -24,7 +24,7 @@ from quant.simd.struct import address, i64, pointer, struct
 from quant.simd.vectors import scale_add
 from quant.target.jit import inline, kernel
 from quant.threads.atomics import call_1, call_3
-from quant.threads.links import LATE, LINKS, LinkError, Links, clock_ns, finish, start_receive, start_send
+from quant.threads.links import LATE, LINKS, SPIN_NS, LinkError, Links, clock_ns, finish, start_receive, start_send
 from quant.threads.pool import Pool, aligned_bytes
 
 N_TIMES = 4096  # exchanges whose times are kept
@@ -35,7 +35,8 @@ EXCHANGE = struct(
     links=LINKS,
     n_others=i64,
     requests=address,  # int64 (2, n_others): sends, then receives
-    out=address,  # the message to all
+    out=address,  # messages, out_bytes apart; one for all where that is 0
+    out_bytes=i64,
     back=address,  # those back, back_bytes apart
     back_bytes=i64,
     pack=address,
@@ -89,17 +90,20 @@ def _fail(e, rank, error):
 
 
 @inline
-def _write_message(a, e, choice, x, n_tokens):
-    """A header, what the router chose, the vectors at x."""
-    n_pairs = a.router.top_k * n_tokens
-    header = HEADER(e.out)
+def _write_message(a, e, other, choice, x, n_tokens):
+    """A header, what the router chose (of it what that rank is to compute, where experts have owners), vectors at x."""
+    n_pairs, r, at = a.router.top_k * n_tokens, a.router, e.out + e.out_bytes * other
+    header = HEADER(at)
     header.kind = STEP
     header.layer = a.layer
     header.n_tokens = n_tokens
     header.number = e.number
-    weights = e.out + HEADER_BYTES + 8 * n_pairs
+    weights = at + HEADER_BYTES + 8 * n_pairs
     for pair in range(n_pairs):
-        store_i64(e.out + HEADER_BYTES + 8 * pair, choice.ids[pair])
+        chosen = choice.ids[pair]
+        if e.out_bytes > 0:
+            chosen = expert_at(r, chosen, other + 1)
+        store_i64(at + HEADER_BYTES + 8 * pair, chosen)
         store_f32(weights + 4 * pair, choice.weights[pair])
     for t in range(n_tokens):
         call_3(e.pack, x + a.token_bytes * t, a.hidden, weights + 4 * n_pairs + e.vector_bytes * t)
@@ -116,12 +120,13 @@ def _send(phase, work):
     e.number += 1
     n_out = HEADER_BYTES + n_tokens * (PAIR_BYTES * a.router.top_k + e.vector_bytes)
     n_back = HEADER_BYTES + n_tokens * e.back_vector_bytes
-    _write_message(a, e, choice, work, n_tokens)
     for other in range(e.n_others):
+        if other == 0 or e.out_bytes > 0:
+            _write_message(a, e, other, choice, work, n_tokens)
         back, request = e.back + e.back_bytes * other, e.requests + 8 * other
         error = start_receive(e.links, back, n_back, other + 1, BACK, request + 8 * e.n_others)
         if error == 0:
-            error = start_send(e.links, e.out, n_out, other + 1, TO, request)
+            error = start_send(e.links, e.out + e.out_bytes * other, n_out, other + 1, TO, request)
         if error != 0:
             _fail(e, other + 1, error)
             return
@@ -157,9 +162,9 @@ def _collect(phase, item, work):
     for other in range(e.n_others):
         if e.failed == 0:
             requests = e.requests + 8 * other
-            error = finish(e.links, requests + 8 * e.n_others, e.links.limit_ns)
+            error = finish(e.links, requests + 8 * e.n_others, e.links.limit_ns, SPIN_NS)
             if error == 0:
-                error = finish(e.links, requests, e.links.limit_ns)
+                error = finish(e.links, requests, e.links.limit_ns, SPIN_NS)
             if error != 0:
                 _fail(e, other + 1, error)
     if e.failed == 0:
@@ -181,16 +186,18 @@ class Exchange:
             asked for, until they were there, and how long the busiest of the others worked.
     """
 
-    def __init__(self, links: Links, n_others: int, type_: VectorType, hidden: int, top_k: int):
+    def __init__(self, links: Links, n_others: int, type_: VectorType, hidden: int, top_k: int, differ: bool):
+        """differ: whether each rank is told of experts of its own."""
         self.hidden, self.times = hidden, np.zeros((N_TIMES, 4), np.int64)
         out_bytes = padded(message_bytes(type_.name, hidden, top_k, MOST_TOKENS))
         one_back = padded(back_bytes(type_.name, hidden, MOST_TOKENS))
-        buffers = aligned_bytes(out_bytes), aligned_bytes(one_back * n_others)
+        buffers = aligned_bytes(out_bytes * (n_others if differ else 1)), aligned_bytes(one_back * n_others)
         self._memory = [np.zeros(2 * n_others, np.int64), *buffers]
         requests, out, back = (array.ctypes.data for array in self._memory)
         self._words = EXCHANGE.pack(
-            links=links.struct, n_others=n_others, requests=requests, out=out, back=back,
-            back_bytes=one_back, pack=type_.pack.address, unpack=type_.back.unpack.address,
+            links=links.struct, n_others=n_others, requests=requests,
+            out=out, out_bytes=out_bytes if differ else 0, back=back, back_bytes=one_back,
+            pack=type_.pack.address, unpack=type_.back.unpack.address,
             vector_bytes=vector_bytes(type_.name, hidden), back_vector_bytes=vector_bytes(type_.back.name, hidden),
             number=0, sent_bytes=0, received_bytes=0, failed=0, error=0, began=0, sent=0, times=self.times.ctypes.data,
         )  # fmt: skip
@@ -251,7 +258,7 @@ def _answer(s):
     n_bytes = HEADER_BYTES + s.back_vector_bytes * n_tokens
     error = start_send(s.links, s.back, n_bytes, 0, BACK, s.requests + 8)
     if error == 0:
-        error = finish(s.links, s.requests + 8, s.links.limit_ns)
+        error = finish(s.links, s.requests + 8, s.links.limit_ns, SPIN_NS)
     s.n_served += 1
     return error
 
@@ -269,15 +276,16 @@ def _serve(address, limit_ns):
     """Answer messages until there is another, an error, or nothing for so long."""
     s = SERVED(address)
     s.error = 0
+    spin_ns = 0 if s.is_waiting != 0 else SPIN_NS
     while True:
         if s.is_waiting == 0:
             s.error = start_receive(s.links, s.message, s.message_bytes, 0, TO, s.requests)
             s.is_waiting = 1
         if s.error == 0:
-            s.error = finish(s.links, s.requests, limit_ns)
+            s.error = finish(s.links, s.requests, limit_ns, spin_ns)
         if s.error != 0:
             return
-        s.is_waiting = 0
+        s.is_waiting, spin_ns = 0, SPIN_NS
         if not _is_step(s):
             return
         s.error = _answer(s)

@@ -12,14 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from quant.decode.program import MOST_TOKENS, padded, program_of, tokens_of
-from quant.simd.memory import load_i32
-from quant.simd.struct import address, boolean, f32, i64, pointer, struct
+from quant.simd.memory import load_i32, load_i64, stack, store_i64
+from quant.simd.struct import address, address_of, boolean, f32, i64, pointer, struct
 from quant.target.jit import inline
 
 SOFTMAX, SIGMOID, SOFTMAX_AFTER_TOPK, SQRT_SOFTPLUS, PRECOMPUTED = range(5)
+MOST_RANKS = 62  # as bits of a word
 SMALLEST_SUM = 6.103515625e-5  # float16's smallest normal number, as in llama.cpp
 ADDED_SUM = 1e-20  # DeepSeek-V4 adds this to the sum instead
 _NEVER = float("-inf")
+_loads = stack(8 * MOST_RANKS)
 
 ROUTER = struct(
     "Router",
@@ -36,11 +38,12 @@ ROUTER = struct(
     scoring=i64,
     normalise=boolean,
     factor=f32,
+    owners=pointer(i64),  # (n_experts,): bits of the ranks that have each; 0 where all experts are here
 )
 
 CHOICE = struct(
     "Choice",
-    ids=pointer(i64),  # (P,)
+    ids=pointer(i64),  # (P,); of experts that another rank is to compute what elsewhere() says
     members=pointer(i64),  # (P,): pairs, group by group
     starts=pointer(i64),  # (P + 1,): of groups among members; those that are not there start where the last one ends
     weights=pointer(f32),  # (P,)
@@ -204,6 +207,52 @@ def is_here(r, c, pair):
 
 
 @inline
+def elsewhere(r, expert, rank):
+    """What stands for an expert that another rank computes, rank from 1 on: below 0."""
+    return -1 - (expert + r.n_experts * (rank - 1))
+
+
+@inline
+def expert_at(r, chosen, rank):
+    """The expert of a pair if this rank is to compute it, else -1."""
+    found, value = -1, -1 - chosen
+    if chosen < 0 and value // r.n_experts == rank - 1:
+        found = value % r.n_experts
+    return found
+
+
+@inline
+def _rank_of(r, c, pair, loads):
+    """Which rank computes a pair: the one that has the expert's other pairs; else of those that have the expert, the
+    one with the fewest so far, and of these the first."""
+    expert = c.ids[pair]
+    for other in range(pair):
+        before = c.ids[other]
+        if before == expert:
+            return 0
+        if before < 0 and (-1 - before) % r.n_experts == expert:
+            return 1 + (-1 - before) // r.n_experts
+    best, owners = -1, r.owners[expert]
+    for rank in range(MOST_RANKS):
+        if owners >> rank & 1 and (best < 0 or load_i64(loads + 8 * rank) < load_i64(loads + 8 * best)):
+            best = rank
+    store_i64(loads + 8 * best, load_i64(loads + 8 * best) + 1)
+    return best
+
+
+@inline
+def _assign(r, c, n_tokens):
+    """Pairs that other ranks compute are marked as theirs."""
+    loads = _loads()
+    for rank in range(MOST_RANKS):
+        store_i64(loads + 8 * rank, 0)
+    for pair in range(r.top_k * n_tokens):
+        rank = _rank_of(r, c, pair, loads)
+        if rank > 0:
+            c.ids[pair] = elsewhere(r, c.ids[pair], rank)
+
+
+@inline
 def _is_member(pair, members, n_members):
     """Whether a pair is among the members so far."""
     found = False
@@ -245,6 +294,8 @@ def choose(a, memory):
             _choose_by_table(r, t, program_of(a).ids[t], c)
         else:
             choose_for(r, t, c)
+    if address_of(r.owners) != 0:
+        _assign(r, c, tokens_of(a))
     set_groups(r, c, tokens_of(a))
     return c
 
@@ -258,6 +309,7 @@ class Router:
         bias: address of float32 (E,), or 0.
         scoring: SOFTMAX, SIGMOID, SOFTMAX_AFTER_TOPK or SQRT_SOFTPLUS.
         table: address of int32 (vocab, K), the experts of each token id, all of them below E; 0 where scores choose.
+        owners: address of int64 (E,), bits of the ranks that have each expert; 0 where all experts are here.
     """
 
     logits: int
@@ -270,6 +322,7 @@ class Router:
     norm_topk_prob: bool
     routed_scaling_factor: float
     table: int = 0
+    owners: int = 0
 
     @property
     def struct(self) -> np.ndarray:
@@ -279,6 +332,7 @@ class Router:
             n_experts=self.n_routed_experts, top_k=self.num_experts_per_tok,
             n_group=self.n_group, topk_group=self.topk_group,
             scoring=self.scoring, normalise=self.norm_topk_prob, factor=self.routed_scaling_factor,
+            owners=self.owners,
         )  # fmt: skip
 
     @property
@@ -307,7 +361,7 @@ class Choice:
         return ROUTER.pack(
             logits=0, has_bias=False, bias=0, table=0, ids=self.ids, weights=self.weights,
             n_experts=self.n_routed_experts, top_k=self.num_experts_per_tok, n_group=1, topk_group=1,
-            scoring=PRECOMPUTED, normalise=False, factor=1.0,
+            scoring=PRECOMPUTED, normalise=False, factor=1.0, owners=0,
         )  # fmt: skip
 
     @property

@@ -9,6 +9,8 @@ Source of signatures: MPI 4.1, sections 3.7.2 and 3.7.3. Handles are int or poin
 import ctypes
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numba
 import numpy as np
@@ -25,8 +27,8 @@ from quant.threads.atomics import give_way, pause
 # In place of MPI's error codes, which are above 0: nothing came within the limit; somebody said that a rank is gone.
 LATE, BROKEN = -1, -2
 _PATIENCE, _CLOCK_TURNS = 200, 64  # looks before a core is offered to others; looks between two looks at the clock
-_SPIN_NS, _SLEEP_US = 20_000_000, 200
-_REQUEST_WORDS = 34  # as Python holds a request: itself, a flag, a status
+SPIN_NS, _SLEEP_US, _IDLE_US = 20_000_000, 200, 1000
+_REQUEST_WORDS = 34  # of a Request
 _MONOTONIC = 6 if sys.platform == "darwin" else 1
 
 LINKS = struct("Links", isend=address, irecv=address, test=address, byte=i64, comm=i64, limit_ns=i64, broken=address)
@@ -69,8 +71,11 @@ def start_receive(links, at, n_bytes, rank, tag, request):
 
 
 @inline
-def finish(links, request, limit_ns):
-    """Wait for what was begun: 0, LATE, BROKEN, or MPI's error code."""
+def finish(links, request, limit_ns, spin_ns):
+    """Wait for what was begun: 0, LATE, BROKEN, or MPI's error code.
+
+    spin_ns: before it sleeps between looks; 0 to sleep longer each time, where nothing is expected.
+    """
     flag, status, began, looks, result = _flag(), _status(), 0, 0, 0
     while True:
         result = _call_3(links.test, request, flag, status)
@@ -88,9 +93,9 @@ def finish(links, request, limit_ns):
             if load_i64(links.broken) != 0 or now - began > limit_ns:
                 result = BROKEN if load_i64(links.broken) != 0 else LATE
                 break
-            if now - began > _SPIN_NS:
+            if now - began > spin_ns:
                 looks -= 1  # the clock every time from now on
-                _usleep(numba.uint32(_SLEEP_US))
+                _usleep(numba.uint32(_SLEEP_US if spin_ns > 0 else _IDLE_US))
     return result
 
 
@@ -100,6 +105,19 @@ class LinkError(QuantError):
     def __init__(self, code: int):
         self.code = code
         super().__init__({LATE: "no answer in time", BROKEN: "a rank is gone"}.get(code, f"MPI's error {code}"))
+
+
+@dataclass(frozen=True)
+class Request:
+    """A message on its way.
+
+    Attributes:
+        words: int64: MPI's request, a flag, a status.
+        array: what is sent or received into, which must stay until the end.
+    """
+
+    words: np.ndarray
+    array: np.ndarray
 
 
 class Links:
@@ -124,30 +142,29 @@ class Links:
         """As kernels see them."""
         return LINKS.pack(**self._fields, limit_ns=int(1e9 * self.limit_s), broken=self.broken.ctypes.data)
 
-    def start_send(self, array: np.ndarray, rank: int, tag: int) -> np.ndarray:
-        """Begin to send an array, which must stay: a request."""
+    def start_send(self, array: np.ndarray, rank: int, tag: int) -> Request:
+        """Begin to send an array. Raises LinkError."""
         return self._start(self._isend, array, rank, tag)
 
-    def start_receive(self, array: np.ndarray, rank: int, tag: int) -> np.ndarray:
-        """Begin to receive up to an array's bytes into it: a request."""
+    def start_receive(self, array: np.ndarray, rank: int, tag: int) -> Request:
+        """Begin to receive up to an array's bytes into it. Raises LinkError."""
         return self._start(self._irecv, array, rank, tag)
 
-    def _start(self, function, array: np.ndarray, rank: int, tag: int) -> np.ndarray:
-        request, byte, comm = np.zeros(_REQUEST_WORDS, np.int64), self._fields["byte"], self._fields["comm"]
-        code = function(array.ctypes.data, array.nbytes, byte, rank, tag, comm, request.ctypes.data)
-        if code:
+    def _start(self, function: Callable[..., int], array: np.ndarray, rank: int, tag: int) -> Request:
+        request = Request(np.zeros(_REQUEST_WORDS, np.int64), array)
+        byte, comm, at = self._fields["byte"], self._fields["comm"], request.words.ctypes.data
+        if code := function(array.ctypes.data, array.nbytes, byte, rank, tag, comm, at):
             raise LinkError(code)
         return request
 
-    def is_done(self, request: np.ndarray) -> bool:
+    def is_done(self, request: Request) -> bool:
         """Whether a request has ended. Raises LinkError."""
-        at = request.ctypes.data
-        code = self._test(at, at + 8, at + 16)
-        if code:
+        at = request.words.ctypes.data
+        if code := self._test(at, at + 8, at + 16):
             raise LinkError(code)
-        return bool(request.view(np.int32)[2])
+        return bool(request.words.view(np.int32)[2])
 
-    def finish(self, request: np.ndarray, limit_s: float | None = None) -> None:
+    def finish(self, request: Request, limit_s: float | None = None) -> None:
         """Wait for a request to end, by sleeping. Raises LinkError."""
         end, pause_s = time.monotonic() + (self.limit_s if limit_s is None else limit_s), 1e-5
         while not self.is_done(request):

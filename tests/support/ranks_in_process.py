@@ -16,11 +16,14 @@ from localrun.ranks.world import RankError, World
 from quant.threads.links import Links
 
 _START, _TEST = (ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_int64] * n) for n in (7, 3))
+_SHORT = 1000  # bytes
 Key = tuple[int, int, int]  # from, to, tag
 
 
 class Post:
     """Delivers bytes between ranks, in order by sender, receiver and tag; a communicator is the rank's own number.
+
+    As with MPI, a short message is copied when it is sent, a longer one is taken from where it is when it is received.
 
     Attributes:
         dead: ranks whose messages don't arrive, nor those to them.
@@ -35,8 +38,8 @@ class Post:
         self._lock = threading.Lock()
         self._sent: Counter[Key] = Counter()
         self._asked: Counter[Key] = Counter()
-        self._content: dict[tuple[Key, int], bytes] = {}
-        self._requests: dict[int, tuple[Key, int, int, int]] = {}
+        self._content: dict[tuple[Key, int], bytes | tuple[int, int]] = {}  # of long ones address and size
+        self._requests: list[tuple[Key, int, int, int]] = []  # address 0: to send
         self.functions = _START(self._isend), _START(self._irecv), _TEST(self._test)
 
     def links(self, rank: int) -> Links:
@@ -44,35 +47,44 @@ class Post:
 
     def _isend(self, at: int, n_bytes: int, byte: int, to: int, tag: int, rank: int, request: int) -> int:
         with self._lock:
-            key = rank, to, tag
+            key, is_long = (rank, to, tag), n_bytes > _SHORT
             if not {rank, to} & self.dead:
-                self._content[key, self._sent[key]] = ctypes.string_at(at, n_bytes)
-                self._sent[key] += 1
+                self._content[key, self._sent[key]] = (at, n_bytes) if is_long else ctypes.string_at(at, n_bytes)
                 self.n_sent[rank, to] += n_bytes
-            ctypes.c_int64.from_address(request).value = 0
+            self._begin(request, key, self._sent, 0, 0)
+            if not is_long:
+                ctypes.c_int64.from_address(request).value = 0
             return self.error
 
     def _irecv(self, at: int, n_bytes: int, byte: int, source: int, tag: int, rank: int, request: int) -> int:
         with self._lock:
-            key, number = (source, rank, tag), 1 + len(self._requests)
-            self._requests[number] = key, self._asked[key], at, n_bytes
-            self._asked[key] += 1
-            ctypes.c_int64.from_address(request).value = number
+            self._begin(request, (source, rank, tag), self._asked, at, n_bytes)
             return 0
+
+    def _begin(self, request: int, key: Key, counts: Counter[Key], at: int, n_bytes: int) -> None:
+        self._requests.append((key, counts[key], at, n_bytes))
+        counts[key] += 1
+        ctypes.c_int64.from_address(request).value = len(self._requests)
 
     def _test(self, request: int, flag: int, status: int) -> int:
         with self._lock:
             number = ctypes.c_int64.from_address(request)
-            is_done = number.value == 0
-            if not is_done:
-                key, count, at, n_bytes = self._requests[number.value]
-                content = self._content.pop((key, count), None)
-                if is_done := content is not None:
-                    assert len(content) <= n_bytes, "a message is longer than its buffer"
-                    ctypes.memmove(at, content, len(content))
-                    number.value = 0
-            ctypes.c_int32.from_address(flag).value = is_done
+            if number.value and self._is_done(*self._requests[number.value - 1]):
+                number.value = 0
+            ctypes.c_int32.from_address(flag).value = number.value == 0
             return 0
+
+    def _is_done(self, key: Key, count: int, at: int, n_bytes: int) -> bool:
+        content = self._content.get((key, count))
+        if at == 0:
+            return content is None
+        if content is None:
+            return False
+        source, size = (content, len(content)) if isinstance(content, bytes) else content
+        assert size <= n_bytes, "a message is longer than its buffer"
+        ctypes.memmove(at, source, size)
+        del self._content[key, count]
+        return True
 
 
 @contextmanager

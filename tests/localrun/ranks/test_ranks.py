@@ -26,7 +26,7 @@ import localrun
 from localrun.engine import Engine
 from localrun.errors import LocalrunError
 from localrun.generate.sampling import Sampling
-from localrun.ranks.sharing import Ranks, Sharing
+from localrun.ranks.sharing import EXPERTS, Ranks, Sharing
 from localrun.ranks.world import RankError
 from quant.batch import MOST_TOKENS
 from quant.decode.message_sizes import back_bytes, message_bytes
@@ -76,6 +76,20 @@ def test_logits_are_those_of_one_process(variant: str) -> None:
     assert error(found_many, many) < ROUNDING_TOLERANCE
     assert error(found_step, step) < SESSION_TOLERANCE  # rows of the cache are rounded to 16 bits
     assert not np.array_equal(found_many, many)  # or nothing is shared
+
+
+WHOLE = [("v3-odd", 3, (1.0, 3.0, 2.0), 3), ("v3-odd", 2, (), 0), ("gpt-oss", 2, (), 1), ("deepseek4", 3, (), 0)]
+
+
+@pytest.mark.parametrize(("variant", "n_ranks", "sizes", "copies"), slow_but(WHOLE, {WHOLE[0]}))
+def test_whole_experts(variant: str, n_ranks: int, sizes: tuple[float, ...], copies: int) -> None:
+    path = tiny_deepseek4.shared() if variant == "deepseek4" else tiny_models.shared(variant)
+    ids, sharing = list(range(40)), Sharing("f32", sizes, EXPERTS, copies=copies)
+    step, many = both_ways(path, ids)
+    found_step, found_many = both_ways(path, ids, n_ranks=n_ranks, sharing=sharing)
+    assert error(found_many, many) < ROUNDING_TOLERANCE
+    assert error(found_step, step) < SESSION_TOLERANCE
+    assert not np.array_equal(found_many, many)
 
 
 @pytest.mark.parametrize(
@@ -189,6 +203,10 @@ def test_what_cannot_be_shared_is_refused() -> None:
         Sharing("f16")
     with pytest.raises(LocalrunError, match="must be above 0"):
         Sharing(sizes=(1.0, 0.0))
+    with pytest.raises(LocalrunError, match="'rows'; expected slices or experts"):
+        Sharing(share="rows")
+    with pytest.raises(LocalrunError, match="no use for counts or copies"):
+        Sharing(copies=1)
 
 
 @pytest.mark.slow  # three processes

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from localrun.errors import LocalrunError
+from localrun.ranks.owners import assign, divide
 from localrun.ranks.sharing import cuts
 from quant.errors import QuantError
 from quant.formats import registry
@@ -81,6 +82,50 @@ def test_shares_add_up(pool: Pool, type_: str) -> None:
     found = sum(sums(pool, part, x, ids, weights) for part in parts)
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
     assert whole.inner(0, INNER) is whole
+
+
+USED = [1, 9, 5, 0, 7, 3, 2, 8]  # how often each of 8 experts
+
+
+def ranks_of(owners: np.ndarray) -> list[str]:
+    return ["".join(str(rank) for rank in range(8) if bits >> rank & 1) for bits in owners.tolist()]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "copies", "expected"),
+    [
+        ((1, 1), 0, ["0", "0", "0", "1", "1", "0", "1", "1"]),  # 18 and 17 uses
+        ((1, 1), 1, ["0", "01", "0", "1", "1", "0", "1", "01"]),
+        ((3, 1), 0, ["1", "0", "0", "0", "0", "0", "0", "1"]),
+        ((1, 1, 1), 0, ["0", "0", "1", "2", "1", "2", "0", "2"]),
+        ((1, 1, 1), 9, ["012"] * 8),
+    ],
+)
+def test_experts_are_divided_by_use(sizes: tuple[int, ...], copies: int, expected: list[str]) -> None:
+    found = divide(USED, sizes, copies)
+    assert ranks_of(found) == expected
+
+
+def test_as_many_experts_as_there_is_room_for() -> None:
+    """However rarely some are used."""
+    for counts in (np.zeros(256, int), np.arange(256) ** 3):
+        owners = divide(counts.tolist(), (1.0, 2.0, 1.0))
+        assert [int((owners == 1 << rank).sum()) for rank in range(3)] == [64, 128, 64]
+
+
+def test_tokens_of_an_expert_go_to_one_rank() -> None:
+    """The one with least to do of those that have it; a pair without an expert goes nowhere."""
+    rng = np.random.default_rng(0)
+    owners = divide(USED, (1, 1, 1), copies=2)
+    ids = rng.integers(-1, 8, (200, 4))
+    ranks = assign(ids, owners)
+    assert np.array_equal(ranks < 0, ids < 0)
+    for expert in range(8):
+        (rank,) = set(ranks[ids == expert].tolist())
+        assert owners[expert] >> rank & 1
+    busy = np.bincount(ranks[ranks >= 0])
+    alone = np.bincount(assign(ids, divide(USED, (1, 1, 1)))[ids >= 0])
+    assert busy.max() <= alone.max()
 
 
 def test_columns_are_whole_blocks() -> None:
