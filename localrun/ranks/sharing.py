@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
 import numpy as np
 
+from localrun import hardware
 from localrun.errors import LocalrunError
 from localrun.gguf.file import GGUFFile
 from localrun.gguf.residency import Span, let_go
@@ -22,7 +24,7 @@ from localrun.models.config import Config
 from localrun.models.tensors import GGUFTensors
 from localrun.ranks.world import World
 from quant.decode.messages import TYPES
-from quant.matrix import QuantMatrix
+from quant.matrix import ExpertMatrices, QuantMatrix
 
 SLICES, EXPERTS = "slices", "experts"
 _PARTS = ("gate", "up", "gate_up", "down")
@@ -124,9 +126,27 @@ class Share:
         self._file, self._config, self._rank, self.owners = file, config, world.rank, owners
         self.layers = {index: tensors.expert_matrices(index) for index in indices}
         if owners is None:
-            for index, whole in self.layers.items():
-                self.layers[index] = whole.inner(*cuts(whole.gate.n_rows, whole.inner_unit, sizes)[world.rank])
-                let_go(_spans_of(whole.down))
+            self._cut(world, sizes)
+
+    def _cut(self, world: World, sizes: Sequence[float]) -> None:
+        """Keep this rank's slice of each layer. Raises LocalrunError if there is no room for columns of down."""
+        own = {
+            index: cuts(whole.gate.n_rows, whole.inner_unit, sizes)[world.rank] for index, whole in self.layers.items()
+        }
+        downs = ((self.layers[index].down, count) for index, (_, count) in own.items())
+        needed = sum(down.n_groups * down.group_bytes * count // down.n_cols for down, count in downs)
+        if needed > (free := hardware.free_ram()):
+            gib = f"{needed / 2**30:.1f} GiB of RAM, of which {free / 2**30:.1f} are free"
+            raise LocalrunError(f"{world.names[world.rank]}: columns of experts' down projections take {gib}")
+
+        def slice_of(index: int) -> ExpertMatrices:
+            whole = self.layers[index]
+            part = whole.inner(*own[index])
+            let_go(_spans_of(whole.down))
+            return part
+
+        with ThreadPoolExecutor() as readers:  # of a disk, most of the time
+            self.layers = dict(zip(own, readers.map(slice_of, own), strict=True))
 
     @property
     def spans(self) -> list[Span]:

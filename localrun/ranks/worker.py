@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import closing
 
 import numpy as np
@@ -25,13 +24,8 @@ _IDLE_S = 1.0
 _MANY_TOKENS = 64  # for kernels of many tokens to be compiled
 
 
-def serve_share(
-    file: GGUFFile, world: World, sharing: Sharing, n_threads: int, idle: Callable[[], None] = lambda: None
-) -> None:
+def serve_share(file: GGUFFile, world: World, sharing: Sharing, n_threads: int) -> None:
     """Copy and map this rank's share, say so, and answer rank 0 until it closes its engine.
-
-    Args:
-        idle: called about once a second while nothing comes; what it raises ends this.
 
     Raises:
         LocalrunError: the model can't be shared so.
@@ -45,7 +39,7 @@ def serve_share(
     resident = Resident(file, share.spans)
     try:
         with closing(Pool(n_threads)) as pool:
-            _Worker(world, share, pool).run(idle)
+            _Worker(world, share, pool).run()
     finally:
         resident.close()
 
@@ -69,14 +63,13 @@ class _Worker:
                     message = many.pack(share.type, x, ids, np.zeros((n_tokens, share.top_k), np.float32))
                     self._sums_of(layer, n_tokens, message)
 
-    def run(self, idle: Callable[[], None]) -> None:
+    def run(self) -> None:
         """Answer until the end."""
         self._world.send(0, READY)
         while True:
             with self._world.reaching(0):
                 has_come = self._served.serve(_IDLE_S)
-            if not has_come:
-                idle()
+            if not has_come:  # a chance for signals
                 continue
             kind, layer, n_tokens = (int(self._served.header[HEADER.offset(f) // 8]) for f in _FIELDS)
             if kind == END:

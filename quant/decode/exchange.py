@@ -192,8 +192,9 @@ class Exchange:
         out_bytes = padded(message_bytes(type_.name, hidden, top_k, MOST_TOKENS))
         one_back = padded(back_bytes(type_.name, hidden, MOST_TOKENS))
         buffers = aligned_bytes(out_bytes * (n_others if differ else 1)), aligned_bytes(one_back * n_others)
-        self._memory = [np.zeros(2 * n_others, np.int64), *buffers]
-        requests, out, back = (array.ctypes.data for array in self._memory)
+        memory = [np.zeros(2 * n_others, np.int64), *buffers]
+        links.keep(memory)
+        requests, out, back = (array.ctypes.data for array in memory)
         self._words = EXCHANGE.pack(
             links=links.struct, n_others=n_others, requests=requests,
             out=out, out_bytes=out_bytes if differ else 0, back=back, back_bytes=one_back,
@@ -317,7 +318,8 @@ class Served:
         message, back = aligned_bytes(n_bytes), aligned_bytes(back_bytes(type_.name, hidden, MOST_TOKENS))
         self.header = message[:HEADER_BYTES].view(np.int64)
         self._serve = _serve.ctypes  # compiled now: rank 0 does not wait for it
-        self._memory = [floats, ids, requests, table, message, back]
+        self._memory = [floats, ids, table]
+        links.keep([requests, message, back])
         self._words = SERVED.pack(
             links=links.struct, requests=requests.ctypes.data, is_waiting=0, message=message.ctypes.data,
             message_bytes=n_bytes, back=back.ctypes.data, run=self._nodes.function, nodes=table.ctypes.data,

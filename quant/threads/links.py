@@ -107,7 +107,7 @@ class LinkError(QuantError):
         super().__init__({LATE: "no answer in time", BROKEN: "a rank is gone"}.get(code, f"MPI's error {code}"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Request:
     """A message on its way.
 
@@ -121,7 +121,7 @@ class Request:
 
 
 class Links:
-    """The three functions, of one communicator.
+    """The three functions, of one communicator. Memory of messages that never end is kept: MPI may still write there.
 
     Attributes:
         limit_s: the longest wait for a message that a step is to get.
@@ -136,11 +136,17 @@ class Links:
         self._fields = {"isend": isend, "irecv": irecv, "test": test, "byte": byte, "comm": comm}
         start, look = (ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_int64] * n) for n in (7, 3))
         self._isend, self._irecv, self._test = start(isend), start(irecv), look(test)
+        self._kept: list[object] = []
+        self._under_way: set[Request] = set()
 
     @property
     def struct(self) -> np.ndarray:
         """As kernels see them."""
         return LINKS.pack(**self._fields, limit_ns=int(1e9 * self.limit_s), broken=self.broken.ctypes.data)
+
+    def keep(self, memory: object) -> None:
+        """Hold what kernels send from and receive into."""
+        self._kept.append(memory)
 
     def start_send(self, array: np.ndarray, rank: int, tag: int) -> Request:
         """Begin to send an array. Raises LinkError."""
@@ -155,6 +161,7 @@ class Links:
         byte, comm, at = self._fields["byte"], self._fields["comm"], request.words.ctypes.data
         if code := function(array.ctypes.data, array.nbytes, byte, rank, tag, comm, at):
             raise LinkError(code)
+        self._under_way.add(request)
         return request
 
     def is_done(self, request: Request) -> bool:
@@ -162,7 +169,9 @@ class Links:
         at = request.words.ctypes.data
         if code := self._test(at, at + 8, at + 16):
             raise LinkError(code)
-        return bool(request.words.view(np.int32)[2])
+        if is_done := bool(request.words.view(np.int32)[2]):
+            self._under_way.discard(request)
+        return is_done
 
     def finish(self, request: Request, limit_s: float | None = None) -> None:
         """Wait for a request to end, by sleeping. Raises LinkError."""

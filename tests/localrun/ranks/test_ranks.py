@@ -23,11 +23,14 @@ from closeness import QUANTIZED_TOLERANCE, SESSION_TOLERANCE, error
 from ranks_in_process import Post, in_process
 
 import localrun
+from localrun import hardware
 from localrun.engine import Engine
 from localrun.errors import LocalrunError
 from localrun.generate.sampling import Sampling
-from localrun.ranks.sharing import EXPERTS, Ranks, Sharing
-from localrun.ranks.world import RankError
+from localrun.gguf.file import open_gguf
+from localrun.models.reader import read_config
+from localrun.ranks.sharing import EXPERTS, Ranks, Share, Sharing
+from localrun.ranks.world import RankError, World
 from quant.batch import MOST_TOKENS
 from quant.decode.message_sizes import back_bytes, message_bytes
 
@@ -183,6 +186,23 @@ def test_somebody_knows_that_a_rank_is_gone() -> None:
         model.ranks.world.fail(1, "host b (rank 1): was killed")
         with pytest.raises(RankError, match=r"^host b \(rank 1\): was killed$"):
             model.model.forward([2], cache)
+
+
+def test_an_error_of_mpi_names_the_rank() -> None:
+    post = Post()
+    with shared(tiny_models.shared("v3-odd"), post=post) as model:
+        for n_tokens in (1, 120):
+            post.error = 15
+            with pytest.raises(RankError, match=r"^rank 1: the connection is lost \(MPI's error 15\)$"):
+                model.model.forward(list(range(n_tokens)), model.model.new_cache(160))
+
+
+def test_a_rank_without_room_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it copies anything."""
+    monkeypatch.setattr(hardware, "free_ram", lambda: 1000)
+    path, world = tiny_models.shared("v3-odd"), World(1, ["here", "host b (rank 1)"], Post().links(1))
+    with open_gguf(path) as file, pytest.raises(LocalrunError, match=r"^host b \(rank 1\): columns .* 0\.0 are free$"):
+        Share(file, read_config(file), world, EXACT)
 
 
 def test_what_cannot_be_shared_is_refused() -> None:
