@@ -27,7 +27,7 @@ class Post:
 
     Attributes:
         dead: ranks whose messages don't arrive, nor those to them.
-        error: what isend returns from now on.
+        error: what isend returns to rank 0 from now on.
         n_sent: bytes by sender and receiver.
     """
 
@@ -54,7 +54,7 @@ class Post:
             self._begin(request, key, self._sent, 0, 0)
             if not is_long:
                 ctypes.c_int64.from_address(request).value = 0
-            return self.error
+            return 0 if rank else self.error
 
     def _irecv(self, at: int, n_bytes: int, byte: int, source: int, tag: int, rank: int, request: int) -> int:
         with self._lock:
