@@ -112,12 +112,14 @@ def load(
     progress, notice = function("progress", progress), function("notice", notice) or (lambda line: None)
     placed = function("placed", placed) or (lambda placement: None)
     threads, own_drafts = n_workers(threads), speculative != "off" and draft is None
+    draft_bytes = 0 if draft is None else opening.prediction_bytes(draft)
     template = None if chat_template is None else path_text("chat_template", chat_template)
     file = open_gguf(given)
     try:
         engine = Engine(
-            file, threads, ctx, backend, where, dense_attention, own_drafts, template, progress, notice, placed, ranks
-        )
+            file, threads, ctx, backend, where, dense_attention, own_drafts, template, progress, notice, placed, ranks,
+            draft_bytes,
+        )  # fmt: skip
     except BaseException:
         file.close()
         raise
@@ -169,6 +171,7 @@ class Engine:
         notice: Notice,
         placed: Callable[[Placement], None],
         ranks: "Ranks | None" = None,
+        draft_bytes: int = 0,
     ):
         self.file, self.threads, self.turn, self._notice = file, threads, Turn(), notice
         self._said_replaced = False
@@ -178,7 +181,7 @@ class Engine:
         self.placement: Placement | None = None
         if self.config:
             proof = opening.proof_of(file, self.config, threads, self.ctx, where, notice)
-            self.placement = opening.place(file, self.config, self.ctx, where, proof, own_drafts, notice)
+            self.placement = opening.place(file, self.config, self.ctx, where, proof, own_drafts, notice, draft_bytes)
             placed(self.placement)
         else:
             opening.check_no_gpu(where, notice)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -9,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from localrun import hardware
 from localrun.cpu.warmup import warm_up
 from localrun.errors import LocalrunError, UnsupportedModelError
-from localrun.gguf.file import GGUFFile
+from localrun.gguf.file import GGUFFile, open_gguf
 from localrun.gguf.types import interleaved
 from localrun.gpu.proof.prove import Proof, task_of
 from localrun.models.config import Config
+from localrun.models.mtp_file import is_mtp_only
 from localrun.models.names import INTEGERS, check_tensors, check_types
 from localrun.models.reader import context_length, read_config
 from localrun.placement.devices import DeviceRequest, choose
@@ -86,6 +88,12 @@ def check_ranks(where: DeviceRequest) -> None:
         )
 
 
+def prediction_bytes(path: str | os.PathLike[str]) -> int:
+    """Of the tensors of a file that holds a layer for multi-token prediction alone; 0 of another. Raises GGUFError."""
+    with open_gguf(path) as file:
+        return sum(tensor.n_bytes for tensor in file.tensors.values()) if is_mtp_only(file) else 0
+
+
 def proof_of(
     file: GGUFFile, config: Config, threads: int, ctx: int, where: DeviceRequest, notice: Notice
 ) -> Proof | None:
@@ -101,9 +109,10 @@ def place(
     proof: Proof | None,
     own_drafts: bool,
     notice: Notice,
+    draft_bytes: int = 0,
 ) -> Placement:
     """What goes where. Raises LocalrunError if the GPU was asked for in vain, or the cache does not fit."""
-    placement = choose(where, file, config, ctx, own_drafts, notice, proof)
+    placement = choose(where, file, config, ctx, own_drafts, notice, proof, draft_bytes)
     needed, free = placement.n_bytes(RAM, "KV cache"), hardware.free_ram()
     if needed > free:
         in_windows = config.kv_bytes(ctx) - ctx * config.kv_bytes_per_token

@@ -93,6 +93,7 @@ def choose(
     drafts: bool,
     notice: Notice,
     proof: Proof | None = None,
+    draft_bytes: int = 0,
 ) -> Placement:
     """Where the model's parts go: on the GPU and in RAM if there is one that takes them, else all in RAM.
 
@@ -101,6 +102,7 @@ def choose(
         notice: told why the GPU is left out, where the user may wonder.
         proof: of the card; asked only where there is one that could run the model, and tried only where it has room.
             None to use it unproven.
+        draft_bytes: of a layer for multi-token prediction that has a file of its own.
 
     Raises:
         LocalrunError: the GPU was asked for and cannot be used, or has too little memory; says what would fit. Or the
@@ -108,8 +110,9 @@ def choose(
     """
     proof = proof or (lambda may_try: "")
     usage = None if where.expert_usage is None else _usage(where.expert_usage, file, config)
-    drafts = drafts and names.has_mtp(file, config)
-    on_cpu = Request(tuple(file.tensors.values()), config, ctx, hardware.free_ram(), mtp=drafts)
+    drafts = draft_bytes > 0 or (drafts and names.has_mtp(file, config))
+    tensors = tuple(file.tensors.values())
+    on_cpu = Request(tensors, config, ctx, hardware.free_ram(), mtp=drafts, draft_bytes=draft_bytes)
     if where.device == "cpu":
         return lay_out(on_cpu)
     if file.is_interleaved or where.repack:

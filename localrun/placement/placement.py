@@ -69,6 +69,7 @@ class Request:
         cache_bits: of a cached value on the GPU: 16 or 8. In RAM it has 16.
         usage: how often each expert was chosen, by layer.
         mtp: whether the layer for multi-token prediction makes drafts; else it stays on the disk.
+        draft_bytes: of that layer, where it has a file of its own.
         runner_bytes: RAM of the program itself that ram still includes.
     """
 
@@ -84,6 +85,7 @@ class Request:
     cache_bits: int = 16
     usage: Mapping[int, Sequence[int]] | None = None
     mtp: bool = False
+    draft_bytes: int = 0
     runner_bytes: int = 0
 
 
@@ -373,7 +375,7 @@ def _cpu_rows(request: Request, parts: _Parts, experts: Mapping[int, Sequence[in
     in_vram = 0 if slots else _expert_bytes(parts.moe, experts)
     yield Row(RAM, EXPERTS, sum(layer.n_bytes for layer in parts.moe) - in_vram)
     if request.mtp:
-        yield Row(RAM, MTP, parts.mtp)
+        yield Row(RAM, MTP, request.draft_bytes or parts.mtp)
         yield Row(RAM, "head, for multi-token prediction", parts.mtp_head if on_gpu else 0)
     if not on_gpu:
         yield Row(RAM, "KV cache", request.batch * c.kv_bytes(request.ctx))

@@ -13,6 +13,7 @@ from closeness import error
 import localrun
 from localrun.engine import Engine
 from localrun.errors import LocalrunError
+from localrun.gguf.file import open_gguf
 from localrun.network.cache import Cache
 
 MODEL = tiny.Deepseek4(compress_ratios=(0, 4), num_hash_layers=1, num_nextn_predict_layers=1)
@@ -86,6 +87,13 @@ def test_replies_are_the_same_with_its_drafts(engine: Engine) -> None:
     found = list(session.tokens(ids, GREEDY, max_tokens=12))
     assert session.stats.drafted_tokens > 10
     assert found == list(engine.session("off").tokens(ids, GREEDY, max_tokens=12))
+
+
+def test_its_file_counts_as_memory(engine: Engine, files: tuple[Path, Path]) -> None:
+    """What it is made of is in RAM, the embedding and the head that it brings along as well."""
+    with open_gguf(files[1]) as file:
+        expected = sum(tensor.n_bytes for tensor in file.tensors.values())
+    assert engine.placement.n_bytes("RAM", "multi-token prediction") == expected > 100_000
 
 
 def test_another_models_layer_is_refused(files: tuple[Path, Path], tmp_path: Path) -> None:
