@@ -24,7 +24,7 @@ import triton.language as tl
 from torch.nn.functional import pad, rms_norm
 
 from localrun.gpu.cache import DeviceCache, row_constants
-from localrun.gpu.places import HasPlaces, Places, block_of
+from localrun.gpu.places import HasPlaces, Places, block_of, n_rows_of
 from localrun.gpu.routing import Turns, turn_and_append
 from localrun.limits import GPU_ATTENTION_WORK_BYTES
 from localrun.models.config import Config
@@ -35,6 +35,7 @@ FEW_TOKENS = 8  # tokens with all pieces each; more share them
 _LOG2_E = 1.4426950408889634
 _MIN_PIECE = 128  # cached tokens: shorter pieces would cost more to sum than they gain
 CONTEXT = 4096  # cached tokens decompressed at a time
+_TO_BASE_2 = tl.constexpr(_LOG2_E)
 _PEAK = tl.constexpr(12.0)  # float16 weights of the softmax are up to 2^12: small ones keep their bits down to 2^-26
 
 
@@ -42,6 +43,12 @@ _PEAK = tl.constexpr(12.0)  # float16 weights of the softmax are up to 2^12: sma
 def _piece_length(n_seen, n_pieces, MIN_PIECE: tl.constexpr, BLOCK_S: tl.constexpr):
     """Cached tokens of each piece but the last, whole blocks."""
     return tl.maximum(MIN_PIECE, tl.cdiv(tl.cdiv(n_seen, n_pieces), BLOCK_S) * BLOCK_S)
+
+
+@triton.jit
+def _first_seen(n_seen, WINDOW: tl.constexpr):
+    """Of a token that is the last of n_seen."""
+    return tl.maximum(n_seen - WINDOW, 0) if WINDOW > 0 else 0
 
 
 @triton.jit
@@ -83,18 +90,20 @@ def attend_kernel(q_latent, q_rope, positions, table, entry_stride, token_stride
                   BLOCK_S: tl.constexpr, MIN_PIECE: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
                   IS_LATENT: tl.constexpr, VALUE: tl.constexpr, VALUE_STRIDE: tl.constexpr,
                   VALUE_ALIGNED: tl.constexpr, KEY: tl.constexpr, KEY_STRIDE: tl.constexpr,
-                  KEY_ALIGNED: tl.constexpr):  # fmt: skip
+                  KEY_ALIGNED: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
     """Program (block of heads, piece, token): softmax(q k^T) v over the piece, and the logarithm (base 2) of its sum.
 
     IS_LATENT: a key is a latent, which is also the value, and a rotated part; all heads share them. Else PER_GROUP
     heads share keys, which lie where the rotated parts do, and values, where the latents do; q_latent is not read.
-    VALUE, KEY: types in the cache; STRIDE: of rows; ALIGNED: bytes that divide blocks' addresses.
+    WINDOW: tokens that are seen, of rows that go round; 0 for all. VALUE, KEY: types in the cache; STRIDE: of rows;
+    ALIGNED: bytes that divide blocks' addresses.
     Products of DTYPE, sums and softmax float32. Queries are divided by each head's largest value: float16 holds them.
     """
     piece, token = tl.program_id(1), tl.program_id(2)
     n_seen = tl.load(positions + token).to(tl.int32) + 1
-    length = _piece_length(n_seen, n_pieces, MIN_PIECE, BLOCK_S)
-    first = piece * length
+    first = _first_seen(n_seen, WINDOW)
+    length = _piece_length(n_seen - first, n_pieces, MIN_PIECE, BLOCK_S)
+    first += piece * length
     if first >= n_seen:
         return
     last = tl.minimum(first + length, n_seen)
@@ -106,6 +115,7 @@ def attend_kernel(q_latent, q_rope, positions, table, entry_stride, token_stride
     latents = block_of(table, 0, token, entry_stride, token_stride, VALUE, VALUE_ALIGNED) + group * C
     rope_keys = block_of(table, 1, token, entry_stride, token_stride, KEY, KEY_ALIGNED) + group * R
     scales = block_of(table, 2, token, entry_stride, token_stride, tl.float32, 4)
+    n_rows = n_rows_of(table, token, entry_stride, token_stride).to(tl.int32)
     q_r = _load_rows(q_rope, query, R, is_head, R, BLOCK_R)
     largest = tl.max(tl.abs(q_r), 1)
     if IS_LATENT:
@@ -122,6 +132,8 @@ def attend_kernel(q_latent, q_rope, positions, table, entry_stride, token_stride
     for block in range(first, last, BLOCK_S):
         row = block + tl.arange(0, BLOCK_S)
         is_row = row < last
+        if WINDOW > 0:
+            row %= n_rows
         values = _latents(latents, scales, row, VALUE_STRIDE, is_row, C, BLOCK_C, BITS, DTYPE)
         turned = _load_rows(rope_keys, row, KEY_STRIDE, is_row, R, BLOCK_R).to(DTYPE)
         if IS_LATENT:
@@ -145,17 +157,24 @@ def attend_kernel(q_latent, q_rope, positions, table, entry_stride, token_stride
 
 
 @triton.jit
-def combine_kernel(partials, log_sums, positions, out, n_pieces, N_HEADS: tl.constexpr, C: tl.constexpr,
-                   MIN_PIECE: tl.constexpr, BLOCK_S: tl.constexpr, COLUMNS: tl.constexpr,
-                   PIECES: tl.constexpr):  # fmt: skip
-    """Program (head, columns, token): the pieces' results, weighted by their sums; PIECES of them at a time."""
+def combine_kernel(partials, log_sums, positions, sinks, out, n_pieces, N_HEADS: tl.constexpr, C: tl.constexpr,
+                   MIN_PIECE: tl.constexpr, BLOCK_S: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr,
+                   WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr):  # fmt: skip
+    """Program (head, columns, token): the pieces' results, weighted by their sums; PIECES of them at a time.
+
+    A sink is a logit more of a head's softmax, without a value.
+    """
     head, token = tl.program_id(0), tl.program_id(2)
     n_seen = tl.load(positions + token).to(tl.int32) + 1
+    n_seen -= _first_seen(n_seen, WINDOW)
     count = tl.cdiv(n_seen, _piece_length(n_seen, n_pieces, MIN_PIECE, BLOCK_S))
     query = token.to(tl.int64) * N_HEADS + head
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     peak = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
+    if HAS_SINKS:
+        peak = tl.zeros([1], tl.float32) + tl.load(sinks + head) * _TO_BASE_2
+        total += 1.0
     mixed = tl.zeros([COLUMNS], tl.float32)
     for first in range(0, count, PIECES):
         piece = first + tl.arange(0, PIECES)
@@ -265,22 +284,27 @@ def attend_over(
     scale: float,
     n_pieces: int,
     dtype: torch.dtype,
+    window: int = 0,
+    sinks_H: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Both kernels. queries: q_latent and q_rope of attend_kernel."""
+    """Both kernels. queries: q_latent and q_rope of attend_kernel; window, sinks_H: as network.weight_source.Attend."""
     n_tokens, n_heads, _ = queries[1].shape
     width, device, bits = _widths(config)[0], queries[1].device, places.bits
     n_pieces = max(1, min(n_pieces, n_pieces * FEW_TOKENS // n_tokens))
+    if window:
+        n_pieces = min(n_pieces, triton.cdiv(window, _MIN_PIECE))
     partials = torch.empty(n_tokens, n_heads, n_pieces, width, device=device)
     log_sums = torch.empty(n_tokens, n_heads, n_pieces, device=device)
     out_THC = torch.empty(n_tokens, n_heads, width, device=device)
     constants, sums = attend_constants(config, bits, dtype), combine_constants(config, bits, dtype)
     attend_kernel[_head_blocks(config, dtype), n_pieces, n_tokens](
         *queries, *places.of_layer(layer), partials, log_sums, scale * _LOG2_E, n_pieces, **constants,
-        **attend_options(config, bits, dtype),
+        WINDOW=window, **attend_options(config, bits, dtype),
     )  # fmt: skip
     combine_kernel[n_heads, triton.cdiv(width, sums["COLUMNS"]), n_tokens](
-        partials, log_sums, places.positions, out_THC, n_pieces, **sums, num_warps=4
-    )
+        partials, log_sums, places.positions, log_sums if sinks_H is None else sinks_H, out_THC, n_pieces, **sums,
+        WINDOW=window, HAS_SINKS=sinks_H is not None, num_warps=4,
+    )  # fmt: skip
     return out_THC
 
 
@@ -364,7 +388,11 @@ class LatentAttention(attention.LatentAttention):
 
 
 def attend_by_pieces(
-    q_NTd: torch.Tensor, rows: Callable[[int, int], tuple[torch.Tensor, torch.Tensor]], start: int, scale: float
+    q_NTd: torch.Tensor,
+    rows: Callable[[int, int], tuple[torch.Tensor, torch.Tensor]],
+    start: int,
+    scale: float,
+    sinks_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """float32 (N, T, d) of tokens from `start` on; rows(first, last) gives keys and values (N, last - first, d)."""
     out, log_sum = _fused_attention(q_NTd, *rows(start, start + q_NTd.shape[1]), True, scale)
@@ -373,7 +401,7 @@ def attend_by_pieces(
         both = torch.logaddexp(log_sum, earlier_log_sum)
         out = out * (log_sum - both).exp()[..., None] + earlier * (earlier_log_sum - both).exp()[..., None]
         log_sum = both
-    return out
+    return out if sinks_N is None else out * (log_sum - sinks_N[:, None]).sigmoid()[..., None]
 
 
 def _fused_attention(

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from localrun.gpu.places import Places
 from localrun.models.config import Config
+from localrun.models.rows import Rows
 from localrun.network.cache import Context, row_widths
 
 E4M3_MAX = 448.0
@@ -57,7 +58,7 @@ class DeviceContext(Context):
     Attributes:
         bits: of a value.
         blocks: of each layer: values or latents, keys or their rotated parts, scales; (rows, width).
-        addresses: int64 (L * ENTRIES,), of these, as a column of a table of Places has them.
+        addresses: int64 (L * ENTRIES,), of these, and their rows: as a column of a table of Places has them.
     """
 
     def __init__(self, capacity: int, bits: int):
@@ -67,8 +68,8 @@ class DeviceContext(Context):
     def _know(self, blocks: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]) -> None:
         """The blocks of each layer: values or latents, keys or their rotated parts, scales if there are any."""
         self.blocks, self._device = blocks, blocks[0][0].device
-        entries = [0 if block is None else block.data_ptr() for layer in blocks for block in layer]
-        self.addresses = np.array(entries, np.int64)
+        entries = [[*(0 if block is None else block.data_ptr() for block in each), len(each[0])] for each in blocks]
+        self.addresses = np.array(entries, np.int64).ravel()
         self._table = torch.from_numpy(self.addresses[:, None]).to(self._device)
 
     @property
@@ -85,8 +86,11 @@ class DeviceContext(Context):
 class GroupedCache(DeviceContext):
     """Keys and values of grouped-query attention for up to `capacity` tokens, all reserved at once.
 
+    Layers with a window keep it and some rows more in a ring. What has been written over there cannot be gone back to:
+    all is evaluated anew then.
+
     Attributes:
-        keys, values: (L, capacity, G * d) and (L, capacity, G * V), float16 or float32.
+        keys, values: of each layer, (rows, G * d) and (rows, G * V), float16 or float32.
     """
 
     def __init__(
@@ -94,34 +98,77 @@ class GroupedCache(DeviceContext):
     ):
         """As DeviceCache; bits: 16 or 32."""
         super().__init__(capacity, bits)
-        self._n_layers = config.num_hidden_layers if n_layers is None else n_layers
+        self._kinds = [config.rows(i) for i in range(config.num_hidden_layers if n_layers is None else n_layers)]
         dtype = torch.float32 if self.is_exact else torch.float16
         self.keys, self.values = (
-            torch.empty(self._n_layers, capacity, width, dtype=dtype, device=device) for width in row_widths(config)
+            [torch.empty(kinds[i].count(capacity), kinds[i].width, dtype=dtype, device=device) for kinds in self._kinds]
+            for i in range(2)
         )
         self._know([(values, keys, None) for values, keys in zip(self.values, self.keys, strict=True)])
+        self._ring = next((kinds[0] for kinds in self._kinds if kinds[0].window), None)  # all have the same window
+        self._held = 0  # the first position that rings have
 
     @property
     def n_bytes(self) -> int:
         """Of device memory."""
-        return self.keys.nbytes + self.values.nbytes
+        return sum(rows.nbytes for rows in (*self.keys, *self.values))
+
+    def check_room(self, n_tokens: int) -> None:
+        """Raises ContextFullError unless n_tokens more fit. What they go over in rings counts as lost from now on."""
+        super().check_room(n_tokens)
+        if self._ring:
+            self._held = max(self._held, self.length + n_tokens - self._ring.count(self.capacity))
+
+    def kept(self, length: int) -> int:
+        """Tokens that truncate(length) would leave: as many, or none."""
+        length = super().kept(length)
+        return length if self._ring is None or self._ring.first(length) >= self._held else 0
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens from `length` on, or all, as kept() says."""
+        super().truncate(length)
+        self._held = min(self._held, self.length)
 
     def save(self) -> dict[str, np.ndarray]:
-        """As Cache.save gives them; waits for the device."""
-        return {
-            f"{layer}.{part}": rows[layer, : self.length].cpu().numpy()
-            for layer in range(self._n_layers)
-            for part, rows in enumerate((self.keys, self.values))
-        }
+        """As Cache.save gives them, but for its marks; waits for the device."""
+        saved = {}
+        for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            places = self._places(layer, self.length - self._first(layer))
+            for part, rows in enumerate((keys, values)):
+                saved[f"{layer}.{part}"] = rows[places].cpu().numpy()
+        return saved
 
     def load(self, tensors: dict[str, np.ndarray], length: int) -> None:
         """Take over what save() gave for `length` tokens. Raises LocalrunError if it is something else, or too long."""
-        widths = self.keys.shape[-1], self.values.shape[-1]
-        self._check_saved(tensors, length, [widths] * self._n_layers, np.float32 if self.is_exact else np.float16)
-        for layer in range(self._n_layers):
-            for part, rows in enumerate((self.keys, self.values)):
-                rows[layer, :length] = torch.from_numpy(np.ascontiguousarray(tensors[f"{layer}.{part}"]))
-        self.length = length
+        tensors = {name: rows for name, rows in tensors.items() if "@" not in name}  # those are for marks
+        widths = [tuple(kind.width for kind in kinds) for kinds in self._kinds]
+        dtype = np.float32 if self.is_exact else np.float16
+        n_rows = [self._n_saved(kinds[0], tensors.get(f"{i}.0"), length) for i, kinds in enumerate(self._kinds)]
+        self._check_saved(tensors, length, widths, dtype, n_rows)
+        self.length, self._held = length, 0
+        for layer, n in enumerate(n_rows):
+            places = self._places(layer, n)
+            for part, rows in enumerate((self.keys[layer], self.values[layer])):
+                rows[places] = torch.from_numpy(np.ascontiguousarray(tensors[f"{layer}.{part}"])).to(self._device)
+            if self._kinds[layer][0].window:
+                self._held = max(self._held, length - n)
+
+    def _n_saved(self, kind: Rows, rows: np.ndarray | None, length: int) -> int:
+        """Rows of a layer that there must be: of a ring as many as there are, if enough."""
+        if rows is None or not kind.window:
+            return length
+        return max(length - kind.first(length), min(len(rows), length, kind.count(self.capacity)))
+
+    def _first(self, layer: int) -> int:
+        """The first position that a layer has."""
+        return self._held if self._kinds[layer][0].window else 0
+
+    def _places(self, layer: int, n: int) -> torch.Tensor | slice:
+        """Where a layer has the last n positions, in order."""
+        if not self._kinds[layer][0].window:
+            return slice(self.length - n, self.length)
+        n_rows = max(1, len(self.keys[layer]))
+        return torch.arange(self.length - n, self.length, device=self._device) % n_rows
 
 
 class DeviceCache(DeviceContext):

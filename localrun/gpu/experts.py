@@ -1,4 +1,6 @@
-"""A layer's routed experts that live in VRAM, some of them or all: down(silu(gate x) * up x), weighted and summed.
+"""A layer's routed experts that live in VRAM, some of them or all: down of gate x and up x, weighted and summed.
+
+Between them stands SwiGLU, plain or with bounds (quant.simd.gated), and each of the three may have a bias an expert.
 
 Which expert a pair (token, choice) goes to is read from device memory by the kernels, and every shape follows from
 the number of tokens alone: a CUDA graph can hold it, and nothing waits for the host. Pairs of experts that are not
@@ -32,18 +34,31 @@ def _slot(ids, slot_of, pair):
 
 
 @triton.jit
-def _silu(x):
-    return x / (1.0 + tl.exp(-x))
+def _gated(gate, up, alpha, limit, offset, BOUNDED: tl.constexpr):
+    """As quant.simd.gated has it."""
+    if BOUNDED:
+        gate = tl.minimum(gate, limit)
+        up = tl.maximum(tl.minimum(up, limit), -limit) + offset
+        return up * (gate / (1.0 + tl.exp(-alpha * gate)))
+    else:
+        return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
+def _biases(biases, expert, row, inside, n_rows):
+    """Of some rows of an expert's matrix."""
+    return tl.load(biases + expert * n_rows + row, mask=inside, other=0.0)
 
 
 @triton.jit
 def _gate_and_up(
     gate, up, gate_scales, up_scales, x, ids, slot_of, h, n_rows, n_cols, n_units, gate_stride, up_stride, gate_bytes,
-    up_bytes, n_choices,
+    up_bytes, n_choices, gate_biases, up_biases, alpha, limit, offset,
+    BIASED: tl.constexpr, BOUNDED: tl.constexpr,
     GATE: tl.constexpr, GATE_BYTES: tl.constexpr, GATE_WORD: tl.constexpr, GATE_U: tl.constexpr,
     UP: tl.constexpr, UP_BYTES: tl.constexpr, UP_WORD: tl.constexpr, UP_U: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """h[pair, r] = silu(gate[r] . x) * (up[r] . x). Grid: tiles of rows, pairs."""
+    """h[pair, r] of gate[r] . x and up[r] . x. Grid: tiles of rows, pairs."""
     row0, pair = tl.program_id(0) * R, tl.program_id(1)
     slot = _slot(ids, slot_of, pair).to(tl.int64)
     if slot >= 0:
@@ -58,12 +73,18 @@ def _gate_and_up(
         u, _, _, _, _, _, _, _ = row_sums(
             up, row, 0, n_units, up_stride, n_cols, up_scales, x, 0, UP, UP_WORD, 1, R, UP_U
         )
-        tl.store(h + pair * n_rows + row0 + i, _silu(g) * u, mask=row0 + i < n_rows)
+        inside = row0 + i < n_rows
+        if BIASED:
+            expert = tl.load(ids + pair)
+            g += _biases(gate_biases, expert, row0 + i, inside, n_rows)
+            u += _biases(up_biases, expert, row0 + i, inside, n_rows)
+        tl.store(h + pair * n_rows + row0 + i, _gated(g, u, alpha, limit, offset, BOUNDED), mask=inside)
 
 
 @triton.jit
 def _down(
-    down, scales, h, ids, slot_of, weights, out, n_rows, n_cols, n_units, stride, group_bytes, n_choices,
+    down, scales, h, ids, slot_of, weights, out, n_rows, n_cols, n_units, stride, group_bytes, n_choices, biases,
+    BIASED: tl.constexpr,
     FORMAT: tl.constexpr, BYTES: tl.constexpr, WORD: tl.constexpr, U: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """out[t, r] = sum over the token's pairs of weight * down[r] . h[pair], in order. Grid: tiles of rows, tokens."""
@@ -79,6 +100,8 @@ def _down(
             y, _, _, _, _, _, _, _ = row_sums(
                 w, row, 0, n_units, stride, n_cols, scales, h + pair * n_cols, 0, FORMAT, WORD, 1, R, U
             )
+            if BIASED:
+                y += _biases(biases, tl.load(ids + pair), row0 + i, row0 + i < n_rows, n_rows)
             total += tl.load(weights + pair) * y
     tl.store(out + t * n_rows + row0 + i, total, mask=row0 + i < n_rows)
 
@@ -86,7 +109,9 @@ def _down(
 @triton.jit
 def _group_gate_and_up(
     gate, up, gate_scales, up_scales, a_gate, a_up, a_scale, order, tile_slot, tile_first, tile_end, h, n_slots,
-    n_rows, n_cols, n_units, gate_padded, up_padded, gate_stride, up_stride, gate_bytes, up_bytes, n_choices,
+    n_rows, n_cols, n_units, gate_padded, up_padded, gate_stride, up_stride, gate_bytes, up_bytes, n_choices, ids,
+    gate_biases, up_biases, alpha, limit, offset,
+    BIASED: tl.constexpr, BOUNDED: tl.constexpr,
     GATE: tl.constexpr, GATE_BYTES: tl.constexpr, GATE_WORD: tl.constexpr, GATE_U: tl.constexpr,
     UP: tl.constexpr, UP_BYTES: tl.constexpr, UP_WORD: tl.constexpr, UP_U: tl.constexpr,
     BT: tl.constexpr, R: tl.constexpr,
@@ -107,14 +132,21 @@ def _group_gate_and_up(
         )
         u = tile_products(up, row, up_stride, n_cols, n_units, up_scales, a_up, at_up, UP, UP_WORD, BT, R, UP_U)
         scale = tl.load(a_scale + token)[None, :]
+        g, u = g * scale, u * scale
+        if BIASED:
+            expert = tl.load(ids + tl.load(order + tl.load(tile_first + tile)))
+            g += _biases(gate_biases, expert, row0 + i, row0 + i < n_rows, n_rows)[:, None]
+            u += _biases(up_biases, expert, row0 + i, row0 + i < n_rows, n_rows)[:, None]
         here = (row0 + i < n_rows)[:, None] & (p < end)[None, :]
-        tl.store(h + (p * n_rows)[None, :] + (row0 + i)[:, None], _silu(g * scale) * (u * scale), mask=here)
+        out = _gated(g, u, alpha, limit, offset, BOUNDED)
+        tl.store(h + (p * n_rows)[None, :] + (row0 + i)[:, None], out, mask=here)
 
 
 @triton.jit
 def _group_down(
     down, scales, a, a_scale, order, weights, tile_slot, tile_first, tile_end, out, n_slots, n_rows, n_cols, n_units,
-    n_padded, stride, group_bytes,
+    n_padded, stride, group_bytes, ids, biases,
+    BIASED: tl.constexpr,
     FORMAT: tl.constexpr, BYTES: tl.constexpr, WORD: tl.constexpr, U: tl.constexpr, BT: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """out[pair, r] = weight * down[r] . h of the pair. Grid: tiles of one expert's pairs, tiles of rows."""
@@ -127,9 +159,24 @@ def _group_down(
         down += slot * group_bytes + row0.to(tl.int64) * stride * BYTES
         y = tile_products(down, row, stride, n_cols, n_units, scales, a, at * n_padded, FORMAT, WORD, BT, R, U)
         pair = tl.load(order + at)
-        y *= (tl.load(a_scale + at) * tl.load(weights + pair))[None, :]
+        weight = tl.load(weights + pair)[None, :]
+        y *= tl.load(a_scale + at)[None, :] * weight
+        if BIASED:
+            expert = tl.load(ids + tl.load(order + tl.load(tile_first + tile)))
+            y += weight * _biases(biases, expert, row0 + i, row0 + i < n_rows, n_rows)[:, None]
         here = (row0 + i < n_rows)[:, None] & (p < end)[None, :]
         tl.store(out + (pair * n_rows)[None, :] + (row0 + i)[:, None], y, mask=here)
+
+
+class Between:
+    """What stands around the matrices of a layer's experts: biases of all of them, on a device, and the activation."""
+
+    def __init__(self, experts: ExpertMatrices, device: torch.device):
+        a, nothing = experts.activation, torch.zeros(1, device=device)
+        self.is_biased, self.is_bounded = experts.biases is not None, a.limit != 0
+        biases = [torch.from_numpy(bias).to(device) for bias in experts.biases or ()]
+        self.gate, self.up, self.down = biases or [nothing] * 3
+        self.activation = a.alpha, a.limit, a.offset
 
 
 class Experts:
@@ -144,15 +191,17 @@ class Experts:
         n_experts = experts.gate.n_groups
         here = range(n_experts) if here is None else here
         self.gate, self.up, self.down = (upload(w, device, here) for w in (experts.gate, experts.up, experts.down))
+        self.between = Between(experts, device)
         slot_of = torch.full((n_experts,), -1, dtype=torch.int32)
         slot_of[list(here)] = torch.arange(len(here), dtype=torch.int32)
         self.slot_of = slot_of.to(device)
 
     @classmethod
-    def of(cls, gate: Matrix, up: Matrix, down: Matrix, slot_of: torch.Tensor) -> "Experts":
+    def of(cls, gate: Matrix, up: Matrix, down: Matrix, slot_of: torch.Tensor, between: Between) -> "Experts":
         """Experts that are on the device already."""
         experts = cls.__new__(cls)
         experts.gate, experts.up, experts.down, experts.slot_of = gate, up, down, slot_of
+        experts.between = between
         return experts
 
     def begin(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -182,23 +231,25 @@ class Experts:
         return self.begin(x, ids, weights)()
 
     def _few(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        gate, up, down = self.gate, self.up, self.down
+        gate, up, down, between = self.gate, self.up, self.down, self.between
         n_tokens, n_choices = ids.shape
         h = torch.empty(ids.numel(), gate.n_rows, device=x.device)
         _gate_and_up[-(-gate.n_rows // _PAIR_ROWS), ids.numel()](
             gate.data, up.data, gate.scale_pointer, up.scale_pointer, x, ids, self.slot_of, h, gate.n_rows, gate.n_cols,
-            gate.n_units, gate.stride, up.stride, gate.group_bytes, up.group_bytes, n_choices,
+            gate.n_units, gate.stride, up.stride, gate.group_bytes, up.group_bytes, n_choices, between.gate, between.up,
+            *between.activation, between.is_biased, between.is_bounded,
             *_format(gate, gemv.UNITS), *_format(up, gemv.UNITS), _PAIR_ROWS, num_warps=gemv.WARPS,
         )  # fmt: skip
         out = torch.empty_like(x)
         _down[-(-down.n_rows // _PAIR_ROWS), n_tokens](
             down.data, down.scale_pointer, h, ids, self.slot_of, weights, out, down.n_rows, down.n_cols, down.n_units,
-            down.stride, down.group_bytes, n_choices, *_format(down, gemv.UNITS), _PAIR_ROWS, num_warps=gemv.WARPS,
+            down.stride, down.group_bytes, n_choices, between.down, between.is_biased, *_format(down, gemv.UNITS),
+            _PAIR_ROWS, num_warps=gemv.WARPS,
         )  # fmt: skip
         return out
 
     def _many(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        gate, up, down = self.gate, self.up, self.down
+        gate, up, down, between = self.gate, self.up, self.down, self.between
         n_pairs, n_choices = ids.numel(), ids.shape[1]
         tokens = gemm.tile_tokens(n_pairs // gate.n_groups)
         order, *tiles = self._tiles(ids, tokens)
@@ -210,15 +261,16 @@ class Experts:
         _group_gate_and_up[n_tiles, -(-gate.n_rows // gemm.ROWS)](
             gate.data, up.data, gate.scale_pointer, up.scale_pointer, a_gate, a_up, scale, order, *tiles, h,
             gate.n_groups, gate.n_rows, gate.n_cols, gate.n_units, a_gate.shape[1], a_up.shape[1], gate.stride,
-            up.stride, gate.group_bytes, up.group_bytes,
-            n_choices, *_format(gate, gemm.UNITS), *_format(up, gemm.UNITS), tokens, gemm.ROWS, **options,
+            up.stride, gate.group_bytes, up.group_bytes, n_choices, ids, between.gate, between.up, *between.activation,
+            between.is_biased, between.is_bounded, *_format(gate, gemm.UNITS), *_format(up, gemm.UNITS), tokens,
+            gemm.ROWS, **options,
         )  # fmt: skip
         a, scale = gemm.arrange(h, down.layout)
         out = torch.zeros(n_pairs, down.n_rows, device=x.device)
         _group_down[n_tiles, -(-down.n_rows // gemm.ROWS)](
             down.data, down.scale_pointer, a, scale, order, weights, *tiles, out, down.n_groups, down.n_rows,
-            down.n_cols, down.n_units, a.shape[1], down.stride, down.group_bytes, *_format(down, gemm.UNITS), tokens,
-            gemm.ROWS, **options,
+            down.n_cols, down.n_units, a.shape[1], down.stride, down.group_bytes, ids, between.down, between.is_biased,
+            *_format(down, gemm.UNITS), tokens, gemm.ROWS, **options,
         )  # fmt: skip
         return out.view(*ids.shape, -1).sum(1)
 

@@ -13,8 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-# Of a layer in a table: addresses of its values (or latents), of its keys (or their rotated parts), and of scales.
-ENTRIES = 3
+# Of a layer in a table: addresses of its values (or latents), of its keys (or their rotated parts), and of scales; how
+# many rows there are, in which those of a window go round.
+ENTRIES = 4
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Places:
 
     Attributes:
         positions: int64 (T,).
-        table: int64 (L * ENTRIES, T), or of one column for all tokens; rows that the tokens' own go to have room.
+        table: int64 (L * ENTRIES, T), or of one column for all tokens.
         bits: of a value in the caches.
     """
 
@@ -41,6 +42,11 @@ class Places:
         assert n_tokens == len(self.positions)
         return self
 
+    def part(self, first: int, last: int) -> Places:
+        """Of tokens first..last."""
+        table = self.table if self.table.shape[1] == 1 else self.table[:, first:last]
+        return Places(self.positions[first:last], table, self.bits)
+
     def of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, int, int]:
         """What kernels take: positions, the layer's part of the table, and its strides by entry and by token."""
         return self.positions, self.table[ENTRIES * layer :], self.table.stride(0), int(self.table.shape[1] > 1)
@@ -55,6 +61,12 @@ class HasPlaces(Protocol):
 
     def places(self, n_tokens: int) -> Places:
         """Of the next tokens."""
+
+
+@triton.jit
+def n_rows_of(table, token, entry_stride, token_stride):
+    """Of a token's blocks."""
+    return tl.load(table + 3 * entry_stride + token * token_stride)
 
 
 @triton.jit

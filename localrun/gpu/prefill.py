@@ -65,7 +65,7 @@ def _behind(cache: Context, n_tokens: int) -> Iterator[None]:
     try:
         yield
     finally:
-        cache.truncate(length)
+        cache.length = length
 
 
 @dataclass(frozen=True)

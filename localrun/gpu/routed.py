@@ -159,11 +159,17 @@ def _sum_of(finishes: Iterable[Finish]) -> Callable[[], torch.Tensor]:
 
 
 def _compute(
-    gate: Matrix, up: Matrix, down: Matrix, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    gate: Matrix,
+    up: Matrix,
+    down: Matrix,
+    between: vram.Between,
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
 ) -> torch.Tensor:
     """The sum over experts that have just been uploaded, all of a layer."""
     slot_of_E = torch.arange(gate.n_groups, dtype=torch.int32, device=x.device)
-    return vram.Experts.of(gate, up, down, slot_of_E).begin(x, ids, weights)()
+    return vram.Experts.of(gate, up, down, slot_of_E, between).begin(x, ids, weights)()
 
 
 class _Others:

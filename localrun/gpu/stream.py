@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from localrun.gpu.device import Cuda, StandIn
+from localrun.gpu.experts import Between
 from localrun.gpu.formats.layout import LAYOUTS
 from localrun.gpu.matrix import Matrix
 from localrun.network.weight_source import Finish
@@ -23,9 +24,9 @@ from quant.matrix import ExpertMatrices, QuantMatrix
 _PIECE_BYTES = 32 << 20  # long beside a copy's start, short beside a layer
 _ALIGNMENT = 256  # of matrices in the work buffer, and bytes behind the last: kernels' words may end past a block
 
-# gate, up, down, x (T, D), ids (T, K), weights (T, K) -> weighted sum (T, D)
+# gate, up, down, what stands around them, x (T, D), ids (T, K), weights (T, K) -> weighted sum (T, D)
 Fill = Callable[[torch.Tensor, torch.Tensor], object]  # destination, source: uint8 (n,) of the host
-Compute = Callable[[Matrix, Matrix, Matrix, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Compute = Callable[[Matrix, Matrix, Matrix, Between, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Uploader:
@@ -64,10 +65,10 @@ class StreamedExperts:
 
     def __init__(self, device: Cuda | StandIn, uploader: Uploader, layers: list[ExpertMatrices], compute: Compute):
         """layers: all there will be; their tensors must stay mapped, and their formats have GPU kernels."""
-        self._uploader, self._compute = uploader, compute
+        self._device, self._uploader, self._compute = device.torch, uploader, compute
         n_bytes = max(work_bytes(experts) for experts in layers)
         self._buffer = torch.zeros(n_bytes, dtype=torch.uint8, device=device.torch)
-        self._held: tuple[ExpertMatrices | None, list[Matrix]] = None, []
+        self._held: tuple[ExpertMatrices | None, tuple[Matrix, Matrix, Matrix, Between] | None] = None, None
 
     def layer(self, experts: ExpertMatrices) -> "_StreamedLayer":
         """The experts of one of the layers."""
@@ -76,13 +77,13 @@ class StreamedExperts:
     def _begin(self, experts: ExpertMatrices, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Finish:
         held, matrices = self._held
         if held is not experts:
-            self._held = None, []  # should the upload fail
+            self._held = None, None  # should the upload fail
             matrices = self._upload(experts)
             self._held = experts, matrices
         out = self._compute(*matrices, x, ids, weights)
         return lambda: out
 
-    def _upload(self, experts: ExpertMatrices) -> list[Matrix]:
+    def _upload(self, experts: ExpertMatrices) -> tuple[Matrix, Matrix, Matrix, Between]:
         """On the stream of all else: after what still reads the buffer."""
         matrices, first = [], 0
         for weight in (experts.gate, experts.up, experts.down):
@@ -93,7 +94,7 @@ class StreamedExperts:
             layout = LAYOUTS[weight.format.name]
             matrices.append(Matrix(layout, data, weight.n_groups, weight.n_rows, weight.n_cols))
             first += data.shape[0]
-        return matrices
+        return *matrices, Between(experts, self._device)
 
 
 class _StreamedLayer:

@@ -197,8 +197,8 @@ def why_not_on_gpu(config: Config) -> str:
     c = config
     if not c.n_routed_experts:
         return "the GPU is for models with experts, and this one has none"
-    if c.sliding_window or c.swiglu_limit:
-        return "the GPU has no kernels for this model's attention or its experts"
+    if c.attention == "compressed":
+        return "the GPU has no kernels for this model's attention"
     if c.index_topk:
         return "the GPU has no indexer to choose tokens by; --dense-attention attends to all of them"
     return ""
@@ -209,11 +209,11 @@ def runs_on_gpu(config: Config) -> bool:
     return not why_not_on_gpu(config)
 
 
-def cache_bytes_per_token(config: Config, bits: int) -> int:
-    """Bytes that all layers keep of a token; of 8 bits are latents, which have a scale, while rotated keys keep 16."""
+def gpu_cache_bytes(config: Config, bits: int, n_tokens: int) -> int:
+    """Bytes of a cache for so many tokens; of 8 bits are latents, which have a scale, while rotated keys keep 16."""
     if bits == 16:
-        return config.kv_bytes_per_token
-    return config.num_hidden_layers * (config.kv_lora_rank + 2 * config.qk_rope_head_dim + _SCALE_BYTES)
+        return config.kv_bytes(n_tokens)
+    return n_tokens * config.num_hidden_layers * (config.kv_lora_rank + 2 * config.qk_rope_head_dim + _SCALE_BYTES)
 
 
 def mark_bytes(config: Config, ctx: int) -> int:
@@ -362,7 +362,7 @@ def _gpu_rows(request: Request, parts: _Parts) -> Iterator[Row]:
     """What is in VRAM whatever the experts."""
     for group, n_bytes in parts.groups.items():
         yield Row(VRAM, _LABELS.get(group, group), n_bytes)
-    yield Row(VRAM, "KV cache", request.batch * request.ctx * cache_bytes_per_token(request.config, request.cache_bits))
+    yield Row(VRAM, "KV cache", request.batch * gpu_cache_bytes(request.config, request.cache_bits, request.ctx))
     yield Row(VRAM, "work memory", gpu_work_bytes(request.config))
     yield Row(VRAM, "reserve", RESERVE_BYTES)
 

@@ -28,7 +28,7 @@ from triton.runtime.jit import JITFunction
 from localrun.gpu import attention, compiling, experts, fp8, gemm, gemv, grouped, matrix, routing
 from localrun.gpu.cache import DeviceCache, GroupedCache
 from localrun.gpu.formats.layout import LAYOUTS
-from localrun.models.config import Config
+from localrun.models.config import SLIDING, Config
 from localrun.network.rope import Rope
 
 _TYPES = {
@@ -106,7 +106,12 @@ def _transposed(name: str) -> Callable[[], object]:
 def _experts(n_tokens: int, gate: str, down: str) -> Callable[[], object]:
     def call() -> None:
         gate_matrix, down_matrix = _matrix(gate, 8, 2048, 7168), _matrix(down, 8, 7168, 2048)
-        layer = experts.Experts.of(gate_matrix, gate_matrix, down_matrix, torch.arange(8, dtype=torch.int32))
+        between = experts.Between.__new__(experts.Between)
+        between.is_biased = between.is_bounded = gate == "MXFP4"  # as gpt-oss has them
+        between.gate = between.up = between.down = torch.zeros(8 * 7168)
+        between.activation = 1.702, 7.0, 1.0
+        slots = torch.arange(8, dtype=torch.int32)
+        layer = experts.Experts.of(gate_matrix, gate_matrix, down_matrix, slots, between)
         ids = torch.zeros(n_tokens, 8, dtype=torch.int64)
         layer(torch.empty(n_tokens, 7168), ids, torch.empty(n_tokens, 8))
 
@@ -134,16 +139,20 @@ def _config(n_heads: int) -> Config:
     )  # fmt: skip
 
 
-def _grouped_config() -> Config:
-    """GLM-4.5's attention."""
+def _grouped_config(n_heads: int, width: int, **more: Any) -> Config:
+    """Of GLM-4.5's or gpt-oss' attention."""
     return Config(
         architecture="glm4moe", attention="gqa", rope="halves",
         hidden_size=5120, intermediate_size=1, num_hidden_layers=1,
-        num_attention_heads=96, vocab_size=1, max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=1e6,
-        rope_scaling=None, qk_rope_head_dim=64, v_head_dim=128, num_key_value_heads=8, head_dim=128,
+        num_attention_heads=n_heads, vocab_size=1, max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=1e6,
+        rope_scaling=None, qk_rope_head_dim=64, v_head_dim=width, num_key_value_heads=8, head_dim=width, **more,
     )  # fmt: skip
 
 
+_GROUPED = {
+    "GLM-4.5": _grouped_config(96, 128),
+    "gpt-oss": _grouped_config(64, 64, sliding_window=128, layer_types=(SLIDING,)),
+}
 _MODELS = {"V3": _config(128), "V2-Lite": _config(16)}
 
 
@@ -159,11 +168,17 @@ def _attend(model: str, bits: int) -> Callable[[], object]:
     return call
 
 
-def _attend_grouped(bits: int) -> Callable[[], object]:
+def _attend_grouped(model: str, bits: int) -> Callable[[], object]:
+    """The rows' write as well."""
+
     def call() -> None:
-        c, dtype = _grouped_config(), torch.float32 if bits == 32 else torch.float16
-        cache = GroupedCache(c, 16, torch.device("cpu"), bits)
-        grouped.attend_grouped(torch.empty(1, c.num_attention_heads, c.head_dim), cache, 0, c, 0.1, 33, dtype)
+        c, dtype = _GROUPED[model], torch.float32 if bits == 32 else torch.float16
+        cache, window = GroupedCache(c, 16, torch.device("cpu"), bits), c.window(0)
+        sinks = torch.empty(c.num_attention_heads) if window else None
+        keys, values = torch.empty(1, c.num_key_value_heads, c.head_dim), torch.empty(1, cache.values[0].shape[1])
+        grouped.append(keys, values, cache.places(1), 0, c, window)
+        q = torch.empty(1, c.num_attention_heads, c.head_dim)
+        grouped.attend_grouped(q, cache, 0, c, 0.1, 33, dtype, window, sinks)
 
     return call
 
@@ -190,7 +205,7 @@ VARIANTS: dict[str, Callable[[], object]] = {
     **{f"experts {n} tokens, {gate} {down}": _experts(n, gate, down)
        for n in (1, 64) for gate, down in (("Q4_K", "Q6_K"), ("Q8_0", "Q8_0"), ("Q4_K", "Q5_0"), ("MXFP4", "MXFP4"))},
     **{f"attention {model} {bits} bits": _attend(model, bits) for model in _MODELS for bits in (8, 16, 32)},
-    **{f"attention GLM-4.5 {bits} bits": _attend_grouped(bits) for bits in (16, 32)},
+    **{f"attention {model} {bits} bits": _attend_grouped(model, bits) for model in _GROUPED for bits in (16, 32)},
     **{f"queries {model} {bits} bits": _queries(model, bits) for model in _MODELS for bits in (8, 16, 32)},
     "router V3": _router,
     "FP8 products": _fp8(True),

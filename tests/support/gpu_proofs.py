@@ -30,14 +30,14 @@ SMALL = Effort(
 )  # fmt: skip
 
 
-def task(type_: str, make_device: str = "gpu_proofs:stand_in") -> Task:
+def task(type_: str, make_device: str = "gpu_proofs:stand_in", shape: tiny_models.Variant = V3) -> Task:
     """A tiny model's, on the stand-in."""
-    return Task(str(tiny_models.shared(V3, type=type_)), 1, 48, effort=SMALL, make_device=make_device)
+    return Task(str(tiny_models.shared(shape, type=type_)), 1, 48, effort=SMALL, make_device=make_device)
 
 
-def identity_of(type_: str) -> Identity:
+def identity_of(type_: str, shape: tiny_models.Variant = V3) -> Identity:
     """A tiny model's."""
-    with open_gguf(tiny_models.shared(V3, type=type_)) as file:
+    with open_gguf(tiny_models.shared(shape, type=type_)) as file:
         return verdict.identity(CARD, read_config(file), file)
 
 

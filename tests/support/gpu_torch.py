@@ -9,6 +9,7 @@ import ctypes
 from contextlib import closing
 
 import gpu_dense
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +18,7 @@ from localrun.gpu import attention, experts, grouped, weights
 from localrun.gpu.cache import row_constants
 from localrun.gpu.places import ENTRIES
 from localrun.network.cache import row_widths
-from localrun.network.moe import choose_experts
+from localrun.network.moe import choose_experts, gated
 from quant.matrix import ExpertMatrices
 from quant.threads.pool import Pool
 
@@ -34,39 +35,44 @@ def turn_and_append(q_TQ, kv_TW, norm_C, turns, cache, layer, config):
     return q_nope, rope.rotate(q_rope, at)
 
 
-def append(k_TGd, v_TX, places, layer, config):
+def append(k_TGd, v_TX, places, layer, config, window=0):
     """As gpu.grouped.append; of latent attention too, whose values are latents."""
-    for t in range(len(v_TX)):
+    for t, position in enumerate(places.positions.tolist()):
         for rows, new in zip(rows_at(places, layer, t, config), (v_TX[t], k_TGd[t].flatten()), strict=True):
-            rows[-1] = new
+            rows[position % len(rows) if window else position] = new
 
 
 def rows_at(places, layer: int, token: int, config) -> tuple[torch.Tensor, torch.Tensor]:
-    """A token's values (or latents) and keys (or rotated parts) of a layer, (S, width): its own are the last."""
-    n_rows, known = int(places.positions[token]) + 1, row_constants(config, places.bits)
-    column = places.table[:, token if places.table.shape[1] > 1 else 0]
+    """A token's blocks of values (or latents) and keys (or rotated parts) of a layer, (rows, width)."""
+    known = row_constants(config, places.bits)
+    *addresses, _, n_rows = places.table[ENTRIES * layer :, token if places.table.shape[1] > 1 else 0][
+        :ENTRIES
+    ].tolist()
     widths = [config.kv_lora_rank, config.qk_rope_head_dim] if config.attention == "mla" else row_widths(config)[::-1]
     found = []
-    for entry, (part, width) in enumerate(zip(("VALUE", "KEY"), widths, strict=True)):
+    for part, address, width in zip(("VALUE", "KEY"), addresses, widths, strict=True):
         stride, dtype = known[f"{part}_STRIDE"], torch.float32 if places.is_exact else torch.float16
-        n_values = (n_rows - 1) * stride + width
-        memory = (ctypes.c_char * (n_values * dtype.itemsize)).from_address(int(column[ENTRIES * layer + entry]))
+        memory = (ctypes.c_char * (((n_rows - 1) * stride + width) * dtype.itemsize)).from_address(address)
         found.append(torch.frombuffer(memory, dtype=dtype).as_strided((n_rows, width), (stride, 1)))
     return found[0], found[1]
 
 
-def attend_over(queries, places, layer, config, scale, n_pieces, dtype):
+def attend_over(queries, places, layer, config, scale, n_pieces, dtype, window=0, sinks_H=None):
     """As gpu.attention.attend_over: of each token for itself."""
-    c, n_tokens = config, len(places.positions)
+    c, outs = config, []
     groups = 1 if c.attention == "mla" else c.num_key_value_heads
-    outs = []
-    for t in range(n_tokens):
-        v_SGV, k_SGd = (rows.float().unflatten(1, (groups, -1)) for rows in rows_at(places, layer, t, c))
+    for t, position in enumerate(places.positions.tolist()):
+        blocks = rows_at(places, layer, t, c)
+        seen = torch.arange(max(0, position + 1 - window) if window else 0, position + 1)
+        v_SGV, k_SGd = (rows[seen % len(rows)].float().unflatten(1, (groups, -1)) for rows in blocks)
         latent, rope = (q[t].unflatten(0, (groups, -1)) for q in queries)
         scores = torch.einsum("gnd,sgd->gns", rope, k_SGd)
         if c.attention == "mla":
             scores = scores + torch.einsum("gnc,sgc->gns", latent, v_SGV)
-        outs.append(torch.einsum("gns,sgv->gnv", (scale * scores).softmax(-1), v_SGV).flatten(0, 1))
+        scores *= scale
+        if sinks_H is not None:
+            scores = torch.cat([scores, sinks_H.view(groups, -1, 1)], -1)
+        outs.append(torch.einsum("gns,sgv->gnv", scores.softmax(-1)[..., : len(seen)], v_SGV).flatten(0, 1))
     return torch.stack(outs)
 
 
@@ -75,13 +81,11 @@ class TorchExperts:
 
     def __init__(self, matrices: ExpertMatrices, device: torch.device, here=None):
         here = range(matrices.gate.n_groups) if here is None else here
+        stacks, self.activation = (matrices.gate, matrices.up, matrices.down), matrices.activation
+        biases = matrices.biases or [np.zeros((w.n_groups, w.n_rows), np.float32) for w in stacks]
         with closing(Pool(1)) as pool:
-            self.w = {
-                expert: [
-                    bridge.HeadLinear(pool, w).dense(expert, 1)[0] for w in (matrices.gate, matrices.up, matrices.down)
-                ]
-                for expert in here
-            }
+            self.w = {expert: [bridge.HeadLinear(pool, w).dense(expert, 1)[0] for w in stacks] for expert in here}
+        self.biases = {expert: [torch.from_numpy(bias[expert]) for bias in biases] for expert in here}
         self.slot_of = torch.full((matrices.gate.n_groups,), -1, dtype=torch.int32)
         self.slot_of[list(here)] = torch.arange(len(here), dtype=torch.int32)
 
@@ -89,8 +93,9 @@ class TorchExperts:
         """As gpu.experts.Experts.begin."""
         out = torch.zeros_like(x)
         for expert, (gate, up, down) in self.w.items():
-            share = (weights * (ids == expert)).sum(-1, keepdim=True)
-            out += share * ((torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T)
+            share, (for_gate, for_up, for_down) = (weights * (ids == expert)).sum(-1, keepdim=True), self.biases[expert]
+            inner = gated(self.activation, x @ gate.T + for_gate, x @ up.T + for_up)
+            out += share * (inner @ down.T + for_down)
         return lambda: out
 
 

@@ -16,9 +16,10 @@ Letters: T tokens, G groups, R rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,11 +32,13 @@ from localrun.gpu.grouped import attend_grouped, attention_on
 from localrun.gpu.proof.subject import Subject
 from localrun.gpu.proof.task import Findings
 from localrun.gpu.weights import DeviceWeights
+from localrun.models.config import Config
 from localrun.models.tensors import GGUFTensors
 from localrun.network import moe
 from localrun.network.model import Network
-from quant.matrix import QuantMatrix
+from quant.matrix import ExpertMatrices, QuantMatrix
 from quant.ops import linear
+from quant.simd.gated import Activation
 from quant.threads.pool import Pool
 
 _HALF, _SINGLE = 2.0**-11, 2.0**-24  # what rounding to float16 and to float32 changes of a value, at most
@@ -265,8 +268,9 @@ def _attention(subject: Subject, findings: Findings) -> None:
                 if n_tokens < n_cached:
                     what = f"attention, {n_cached} tokens in a cache of {bits} bits, {n_tokens} new"
                     findings.doing(what)
-                    trial = _latent if c.attention == "mla" else _grouped
-                    _compare(findings, what, *trial(subject, bits, n_cached, n_tokens))
+                    trials = {"": _latent} if c.attention == "mla" else _grouped_trials(c)
+                    for where, trial in trials.items():
+                        _compare(findings, what + where, *trial(subject, bits, n_cached, n_tokens))
 
 
 def _half_on(subject: Subject) -> torch.dtype:
@@ -293,40 +297,61 @@ def _latent(
     return found, *_softmax(q, keys, latents[:, None].expand(-1, c.num_attention_heads, -1), scale)
 
 
+def _grouped_trials(c: Config) -> dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
+    """One for each kind of layer that there is: without a window, and with it."""
+    layers = {c.window(index): index for index in reversed(range(c.num_hidden_layers))}
+    return {f", {window} seen" if window else "": partial(_grouped, layer) for window, layer in layers.items()}
+
+
 def _grouped(
-    subject: Subject, bits: int, n_cached: int, n_tokens: int
+    layer: int, subject: Subject, bits: int, n_cached: int, n_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    c, device = subject.config, subject.device.torch
+    """Of a window the rows that no token sees are NaN; sinks, if the model has them, are random."""
+    c, device, window = subject.config, subject.device.torch, subject.config.window(layer)
+    c = replace(c, num_hidden_layers=1, layer_types=c.layer_types[layer : layer + 1])
     cache = new_cache(c, n_cached, device, bits, n_layers=1)
-    widths = cache.keys.shape[-1], cache.values.shape[-1]
-    cache.load(
-        {f"0.{i}": subject.vectors(n_cached, width, i).half().numpy() for i, width in enumerate(widths)}, n_cached
-    )
+    first = max(0, n_cached - n_tokens + 1 - window) if window else 0
+    rows = [subject.vectors(n_cached, kind.width, i).half() for i, kind in enumerate(c.rows(0))]
+    saved = [torch.cat([torch.full_like(part[:first], torch.nan), part[first:]]).numpy() for part in rows]
+    n_held = len(cache.keys[0])
+    cache.load({f"0.{i}": part[-n_held:] for i, part in enumerate(saved)}, n_cached)
     cache.truncate(n_cached - n_tokens)
     q = subject.vectors(n_tokens * c.num_attention_heads, c.head_dim).view(n_tokens, -1, c.head_dim)
     scale = c.head_dim**-0.5
-    found = attend_grouped(q.to(device), cache, 0, c, scale, pieces_for(c, device), _half_on(subject))
-    keys, values = (
-        part[0].cpu().double().unflatten(-1, (c.num_key_value_heads, -1)).repeat_interleave(heads_together(c), 1)
-        for part in (cache.keys, cache.values)
+    sinks = subject.vectors(1, c.num_attention_heads)[0] if subject.has_sinks(layer) else None
+    on_device = None if sinks is None else sinks.to(device)
+    found = attend_grouped(
+        q.to(device), cache, 0, c, scale, pieces_for(c, device), _half_on(subject), window, on_device
     )
-    return found, *_softmax(q, keys, values, scale)
+    keys, values = (
+        part.double().unflatten(-1, (c.num_key_value_heads, -1)).repeat_interleave(heads_together(c), 1)
+        for part in rows
+    )
+    return found, *_softmax(q, keys, values, scale, window, sinks)
 
 
 def _softmax(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    window: int = 0,
+    sinks_H: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the last T of S tokens, float64 (T, H, V), and how far a kernel may be off.
 
-    q: (T, H, d). keys, values: (S, H, d).
+    q: (T, H, d). keys, values: (S, H, d). A sink is a logit more, without a value.
     """
     n_tokens, n_cached = q.shape[0], keys.shape[0]
     q = q.double()
     scores = scale * torch.einsum("thd,shd->ths", q, keys)
     sizes = scale * torch.einsum("thd,shd->ths", q.abs(), keys.abs())
-    hidden = torch.arange(n_cached)[None] > torch.arange(n_cached - n_tokens, n_cached)[:, None]
+    ages = torch.arange(n_cached - n_tokens, n_cached)[:, None] - torch.arange(n_cached)[None]
+    hidden = (ages < 0) | (ages >= (window or n_cached))
     scores, sizes = scores.masked_fill(hidden[:, None], -torch.inf), sizes.masked_fill(hidden[:, None], 0.0)
-    weights = scores.softmax(-1)
+    if sinks_H is not None:
+        scores = torch.cat([scores, sinks_H.double()[None, :, None].expand(n_tokens, -1, 1)], -1)
+    weights = scores.softmax(-1)[..., :n_cached]
     off = (_HALF + q.shape[-1] * _SINGLE) * sizes.amax(-1, keepdim=True)
     size = torch.einsum("ths,shv->thv", weights, values.abs())
     return torch.einsum("ths,shv->thv", weights, values), ((2 * off).expm1() + 2 * _HALF + n_cached * _SINGLE) * size
@@ -336,7 +361,7 @@ def _softmax(
 
 
 def _experts(subject: Subject, findings: Findings, pool: Pool) -> None:
-    """down(silu(gate x) * up x), with the bounds of its three products carried through: silu's slope is below 1.1."""
+    """Down of gate x and up x, with the bounds of the three products carried through: silu's slope is below 1.1."""
     c, device = subject.config, subject.device.torch
     matrices = GGUFTensors(subject.file).expert_matrices(subject.moe_layers[0])
     here = sorted({int(i) for i in np.linspace(0, c.n_routed_experts - 1, subject.effort.experts)})
@@ -359,21 +384,38 @@ def _experts(subject: Subject, findings: Findings, pool: Pool) -> None:
         for expert in here:
             share = (factors.double() * (ids == expert)).sum(-1, keepdim=True)
             used = share[:, 0] > 0
-            y, off = _expert(x[used].double(), *weights[expert], is_few)
+            y, off = _expert(x[used].double(), *weights[expert], _biases(matrices, expert), matrices.activation, is_few)
             right[used] += share[used] * y
             bound[used] += share[used] * off
         _compare(findings, what, found, right, bound + 1e-20)
 
 
+def _biases(matrices: ExpertMatrices, expert: int) -> list[torch.Tensor]:
+    """Of an expert's gate, up and down, float64; zeros where there are none."""
+    if matrices.biases is None:
+        return [torch.zeros(1, dtype=torch.float64)] * 3
+    return [torch.from_numpy(bias[expert]).double() for bias in matrices.biases]
+
+
 def _expert(
-    x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, is_few: bool
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    biases: list[torch.Tensor],
+    activation: Activation,
+    is_few: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Float64 (T, D), and how far a kernel may be off."""
     unit = few_bound if is_few else many_bound
-    g, u = x @ gate.T, x @ up.T
+    g, u = x @ gate.T + biases[0], x @ up.T + biases[1]
     g_off, u_off = (unit(x.shape[1]) * (x.abs() @ largest_of_32(w).T) for w in (gate, up))
-    h = torch.nn.functional.silu(g) * u
-    h_off = 1.1 * g_off * (u.abs() + u_off) + torch.nn.functional.silu(g).abs() * u_off + 2.0**-20 * h.abs()
+    h = moe.gated(activation, g, u)
+    # Bounds make nothing larger; of gated with another `up` the difference is what `up` is multiplied by.
+    by_up = (moe.gated(activation, g, torch.ones_like(u)) - moe.gated(activation, g, torch.zeros_like(u))).abs()
+    u_size = u.abs() + (activation.offset if activation.limit else 0.0)
+    h_off = 1.1 * g_off * (u_size + u_off) + by_up * u_off + 2.0**-20 * h.abs()
     size = h.abs() @ largest_of_32(down).T
     extra = 0.0 if is_few else 2.0**-25 * (h.abs().sum(-1, keepdim=True) + x.abs().sum(-1, keepdim=True))
-    return h @ down.T, h_off @ down.abs().T + unit(h.shape[1]) * size + 2.0**-20 * size + extra
+    y = h @ down.T + biases[2]
+    return y, h_off @ down.abs().T + unit(h.shape[1]) * size + 2.0**-20 * (size + biases[2].abs()) + extra

@@ -95,6 +95,10 @@ class Subject:
         """Those of the first layers that have experts."""
         return [i for i in self.moe if i <= self.before]
 
+    def has_sinks(self, index: int) -> bool:
+        """Whether a layer's attention has them."""
+        return names.layer(self.whole.architecture, index, "self_attn.sinks") in self.file.tensors
+
     @property
     def integer(self) -> bool:
         """Whether the CPU rounds activations to 8 bits."""

@@ -93,7 +93,10 @@ def opened(
 
 @pytest.mark.parametrize(
     ("variant", "gpu_experts", "expert_cache"),
-    [("v3", 0, False), ("v3", 3, False), ("v3", 3, True), ("v2-lite", 8, False), ("v3-legacy-kv-b", 16, False)],
+    [
+        *[("v3", 0, False), ("v3", 3, False), ("v3", 3, True), ("v2-lite", 8, False), ("v3-legacy-kv-b", 16, False)],
+        pytest.param("gpt-oss", 3, False, marks=pytest.mark.slow),
+    ],
 )
 def test_a_step_copies_to_and_from_page_locked_memory_alone(
     variant: str, gpu_experts: int, expert_cache: bool, monkeypatch: pytest.MonkeyPatch
@@ -133,6 +136,16 @@ def test_prompts_mix_no_sides(gpu_experts: int, bits: int, expert_cache: bool, m
             "to.dtype_layout",
             "to.device",
         }
+
+
+@pytest.mark.slow
+def test_windows_mix_no_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened("gpt-oss", 3, monkeypatch) as model, Crossings() as crossings:
+        cache = model.new_cache(CTX)
+        for n_tokens in (9, 130):
+            assert model.forward(list(range(n_tokens)), cache, all_logits=True).shape == (n_tokens, 320)
+        cache.load(cache.save(), cache.length)
+        assert {name for name, _ in crossings.seen} <= {"copy_.default", "_to_copy.default"}
 
 
 def test_both_sides_in_one_operation_raise_as_on_a_gpu() -> None:

@@ -16,6 +16,7 @@ from gpu_device import DEVICE
 
 from localrun.cpu.weights import LayerWeights
 from localrun.gguf.file import open_gguf
+from localrun.models import config as models
 from localrun.models.config import Config
 from localrun.models.reader import read_config
 from localrun.network import attention as cpu
@@ -292,36 +293,57 @@ def test_module(pool: Pool, variant: str, chunks: list[int], absorbing: bool, mo
     assert_close(rows, torch.from_numpy(host_cache.save()["0.0"]), EXACT)
 
 
-GROUPED_CASES = [("glm4moe", [11, 4]), ("minimax-m2", [8, 7]), ("mixtral", [15])]
+GROUPED_CASES = [("glm4moe", 0, [11, 4]), ("minimax-m2", 0, [8, 7]), ("mixtral", 0, [15])]
+GROUPED_CASES += [("gpt-oss", 1, [11, 4]), ("gpt-oss", 0, [15]), ("gpt-oss", 0, [1, 9, 5])]  # a window in layer 0
 
 
 @pytest.mark.parametrize("kernel", [True, False], ids=["by the kernel", "by torch"])
-@pytest.mark.parametrize(("variant", "chunks"), slow_but(GROUPED_CASES, [("glm4moe", [11, 4])]))
+@pytest.mark.parametrize(("variant", "layer", "chunks"), slow_but(GROUPED_CASES, GROUPED_CASES[:1]))
 def test_grouped_module(
-    pool: Pool, variant: str, chunks: list[int], kernel: bool, monkeypatch: pytest.MonkeyPatch
+    pool: Pool, variant: str, layer: int, chunks: list[int], kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By torch: the earlier context 4 tokens at a time, some groups at a time. Rows of others are NaN."""
     monkeypatch.setattr(grouped, "FEW_TOKENS", N_TOKENS if kernel else 0)
     monkeypatch.setattr(attention, "CONTEXT", 4)
     monkeypatch.setattr(grouped, "GPU_ATTENTION_WORK_BYTES", 100_000)
+    check_grouped(pool, variant, layer, chunks)
+
+
+@pytest.mark.parametrize(
+    ("window", "chunks"),
+    slow_but([(5, [9, 1, 3]), (5, [13]), (5, [1] * 13), (12, [3, 10]), (20, [13])], [(5, [9, 1, 3])]),
+)
+def test_windows(pool: Pool, window: int, chunks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With sinks. Rows go round: 3 more than a window are kept, so that 4 tokens at a time have what they see."""
+    monkeypatch.setattr(models, "WINDOW_SPARE", 3)
+    heads = {"num_attention_heads": 4, "head_dim": 16, "qk_rope_head_dim": 16, "hidden_size": 64}
+    variant = tiny_models.gpt_oss(num_hidden_layers=2, sliding_window=window, vocab_size=64, **heads)
+    check_grouped(pool, variant, 0, chunks)
+
+
+def check_grouped(pool: Pool, variant: tiny_models.Variant, layer: int, chunks: list[int]) -> None:
+    """A layer's results and rows beside the CPU's."""
     file = open_gguf(tiny_models.shared(variant))
-    c = read_config(file)
+    c, n_tokens = read_config(file), sum(chunks)
     weights, rope = LayerWeights(file, pool), Rope(c)
-    device = grouped.GroupedQueryAttention(c, OnDevice(weights), 0, Turns(rope, DEVICE))
-    x_TD = random(N_TOKENS, c.hidden_size).cpu()
-    host_cache = Cache([c.rows(0)], N_TOKENS, np.float32)
-    device_cache = new_cache(c, N_TOKENS + 3, DEVICE, bits=32, n_layers=1)
-    device_cache.keys.fill_(float("nan"))
-    device_cache.values.fill_(float("nan"))
+    device = grouped.GroupedQueryAttention(c, OnDevice(weights), layer, Turns(rope, DEVICE))
+    x_TD = random(n_tokens, c.hidden_size).cpu()
+    host_cache = Cache([c.rows(i) for i in range(layer + 1)], n_tokens, np.float32)
+    device_cache = new_cache(c, n_tokens + 3, DEVICE, bits=32, n_layers=layer + 1)
+    for rows in (*device_cache.keys, *device_cache.values):
+        rows.fill_(float("nan"))
     found = by_chunks(device, x_TD.to(DEVICE), chunks, device_cache)
-    host = cpu.GroupedQueryAttention(c, weights, 0, rope)
+    host = cpu.GroupedQueryAttention(c, weights, layer, rope)
     # As in test_module.
     assert_close(found, by_chunks(host, x_TD, chunks, host_cache), EXACT)
-    for name, rows in host_cache.save().items():
-        assert_close(torch.from_numpy(device_cache.save()[name]), torch.from_numpy(rows), EXACT)
-    again = new_cache(c, N_TOKENS, DEVICE, bits=32, n_layers=1)
-    again.load(host_cache.save(), N_TOKENS)
-    assert again.length == N_TOKENS and np.array_equal(again.save()["0.1"], host_cache.save()["0.1"])
+    of_layer = {name: rows for name, rows in host_cache.save().items() if name.startswith(f"{layer}.")}
+    n_rows = c.rows(layer)[0].count(n_tokens)
+    for name, rows in of_layer.items():
+        ours = device_cache.save()[name][-n_rows:]
+        assert_close(torch.from_numpy(ours), torch.from_numpy(rows[-len(ours) :]), EXACT)
+    again = new_cache(c, n_tokens, DEVICE, bits=32, n_layers=layer + 1)
+    again.load(host_cache.save(), n_tokens)
+    assert again.length == n_tokens and np.array_equal(again.save()[f"{layer}.1"], of_layer[f"{layer}.1"])
 
 
 @pytest.mark.parametrize("bits", [16, 8])

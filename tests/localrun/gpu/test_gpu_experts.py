@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 import torch
 from cases import slow_but
+from expert_cases import gated, random_biases
 from gpu_device import DEVICE
 from kernels import random_weight
 
 from localrun.gpu.experts import Experts
 from quant.formats import registry
 from quant.matrix import ExpertMatrices
+from quant.simd.gated import Activation
 
 HIDDEN, INNER, N_EXPERTS = 256, 32, 5
 
@@ -33,13 +36,16 @@ def random_experts(
     return ExpertMatrices(*(weight for weight, _ in made)), [values for _, values in made]
 
 
-def expected(values: list[np.ndarray], x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def expected(
+    host: ExpertMatrices, values: list[np.ndarray], x: np.ndarray, ids: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
     gate, up, down = values
+    for_gate, for_up, for_down = host.biases or [np.zeros((N_EXPERTS, 1))] * 3
     out = np.zeros_like(x)
     for t, k in zip(*np.nonzero(ids >= 0), strict=True):
         e = ids[t, k]
-        g, u = gate[e] @ x[t], up[e] @ x[t]
-        out[t] += weights[t, k] * (down[e] @ (g / (1 + np.exp(-g)) * u))
+        inner = gated(host.activation, gate[e] @ x[t] + for_gate[e], up[e] @ x[t] + for_up[e])
+        out[t] += weights[t, k] * (down[e] @ inner + for_down[e])
     return out
 
 
@@ -53,7 +59,7 @@ def check(
     finish = experts.begin(*(torch.from_numpy(a).to(DEVICE) for a in arguments))
     found = finish().cpu().numpy()
     mine = ids if here is None else np.where(np.isin(ids, here), ids, -1)
-    wanted = expected(values, x.astype(np.float32).astype(np.float64), mine, weights)
+    wanted = expected(host, values, x.astype(np.float32).astype(np.float64), mine, weights)
     # Of the largest result: what is summed is larger than small results are.
     np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
 
@@ -93,6 +99,15 @@ def test_some_experts_are_elsewhere(n_tokens: int, rng: np.random.Generator) -> 
     """In any order; their pairs count nothing."""
     host, values = random_experts(("Q8_0", "Q8_0", "Q8_0"), rng, inner=96)
     check(host, values, choices(n_tokens, rng), [4, 1], FEW if n_tokens == 2 else MANY)
+
+
+@pytest.mark.parametrize(("n_tokens", "here"), [(2, None), (21, [3, 1])])
+def test_biases_and_bounds(n_tokens: int, here: list[int] | None, rng: np.random.Generator) -> None:
+    """As gpt-oss has them; the bounds are crossed on both sides."""
+    host, values = random_experts(("Q8_0", "F16", "Q8_0"), rng)
+    biases = random_biases(N_EXPERTS, host.gate.n_rows, HIDDEN, rng)
+    host = dataclasses.replace(host, biases=biases, activation=Activation(1.702, 0.7, 1.0))
+    check(host, values, choices(n_tokens, rng), here, FEW if n_tokens == 2 else MANY)
 
 
 @pytest.mark.parametrize("n_tokens", [2, 21])

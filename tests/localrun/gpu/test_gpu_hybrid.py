@@ -23,7 +23,7 @@ from cases import slow_but
 from closeness import error
 from gpu_dense import use_dense
 from gpu_device import HAS_GPU
-from gpu_torch import use_torch
+from gpu_torch import TorchExperts, use_torch
 from tiny_models import SMALLEST as V3
 from tiny_models import Deepseek2
 
@@ -34,13 +34,15 @@ from localrun.errors import ContextFullError, LocalrunError
 from localrun.generate.drafts import MOST
 from localrun.generate.sampling import Sampling
 from localrun.gguf.file import GGUFFile, open_gguf
-from localrun.gpu import hybrid
+from localrun.gpu import hybrid, routed
 from localrun.gpu.device import Cuda, StandIn
 from localrun.gpu.hybrid import HybridModel
+from localrun.gpu.matrix import Matrix
 from localrun.gpu.prefill import LayerTimes, Seconds
 from localrun.gpu.routed import Mode, Routed
 from localrun.gpu.tuning import Tuning
 from localrun.gpu.weights import spans_in_ram, spans_on_device
+from localrun.models import config as models
 from localrun.models.config import Config
 from localrun.models.reader import read_config
 from localrun.models.tensors import GGUFTensors
@@ -51,6 +53,7 @@ from localrun.serve import job
 from localrun.serve.scheduler import Scheduler
 from quant.decode.program import MOST_TOKENS
 from quant.ops import experts as quant_experts
+from quant.simd.gated import Activation
 from quant.threads.pool import Pool
 
 # Matrices of a few tokens are exact products of float32; the cache's rows are rounded to 16 bits, 2^-11 of a value, on
@@ -94,6 +97,8 @@ MODELS |= {
     "GLM-4.5": tiny_models.glm4moe(**_GROUPED),
     "MiniMax-M2": tiny_models.minimax_m2(**_GROUPED | {"intermediate_size": 32}),
     "Mixtral": tiny_models.mixtral(**_GROUPED | {"intermediate_size": 32, "qk_rope_head_dim": 16}),
+    # With a window in its first layer, sinks, biases, and bounds in its experts.
+    "gpt-oss": tiny_models.gpt_oss(**_GROUPED | {"intermediate_size": 32, "qk_rope_head_dim": 16, "sliding_window": 5}),
 }
 MTP = MODELS["with a layer for multi-token prediction"]
 
@@ -211,6 +216,12 @@ def dense(monkeypatch: pytest.MonkeyPatch) -> None:
 def in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels on the device are torch's, too."""
     use_torch(monkeypatch)
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rings have 8 rows more than a window: drafts can be taken back, and tokens of these tests go round."""
+    monkeypatch.setattr(models, "WINDOW_SPARE", 8)
 
 
 @pytest.mark.usefixtures("dense")
@@ -399,8 +410,8 @@ def test_contexts_together_are_contexts_alone_by_grouped_attention() -> None:
         check_together(model, "GLM-4.5", 3, 2)
 
 
-@pytest.mark.parametrize("name", slow_but(["V3", "V2-Lite", "GLM-4.5", "MiniMax-M2"], {"V3", "GLM-4.5"}))
-def test_contexts_together_are_contexts_alone(name: str, in_torch: None) -> None:
+@pytest.mark.parametrize("name", slow_but(["V3", "V2-Lite", "GLM-4.5", "MiniMax-M2", "gpt-oss"], {"V3", "gpt-oss"}))
+def test_contexts_together_are_contexts_alone(name: str, in_torch: None, narrow: None) -> None:
     with opened(MODELS[name]) as (model, _):
         check_together(model, name, 4, 4)
 
@@ -416,6 +427,80 @@ def test_a_full_neighbour_leaves_all_as_they_are() -> None:
             model.forward_each([4, 4], caches)
         assert [cache.length for cache in caches] == [3, 3]
         assert np.array_equal(model.forward([4], caches[0]), model.forward([*ids[:3], 4], model.new_cache(4)))
+
+
+# ---- windows, sinks, bounds ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("in_vram", "tune"),
+    [({}, None), ({0: tuple(range(8)), 1: (1, 4)}, None), ({}, two_batches), ({}, stream)],
+    ids=["in RAM", "in VRAM", "two batches", "streamed"],
+)
+@pytest.mark.usefixtures("in_torch", "narrow")
+def test_windows_sinks_and_bounds(
+    in_vram: dict[int, tuple[int, ...]], tune: Callable[[HybridModel], None] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Far beyond the window, in chunks and in steps; taken back as far as rows are there, and farther."""
+    ids, both = ids_of(50), {0: (), 1: ()} | in_vram
+    if tune is stream:  # its kernel is Triton's
+        monkeypatch.setattr(routed, "_compute", streamed_in_torch)
+    with opened(MODELS["gpt-oss"], in_vram=both) as (model, native):
+        if tune:
+            tune(model)
+        expected, cache = exact_logits(native, ids), model.new_cache(60)
+        for first, last in ((0, 20), (20, 22), (22, 45), (45, 50)):
+            found = model.forward(ids[first:last], cache, all_logits=True)
+            assert error(found, expected[first:last]) < MANY_TOLERANCE
+        assert cache.kept(42) == 42 and cache.kept(30) == 0
+        cache.truncate(42)
+        assert error(model.forward(ids[42:47], cache, all_logits=True), expected[42:47]) < STEP_TOLERANCE
+        cache.truncate(10)
+        assert cache.length == 0
+        assert error(model.forward(ids[:20], cache, all_logits=True), expected[:20]) < MANY_TOLERANCE
+        saved, other = cache.save(), native.new_cache(60)
+        other.load(saved, 20)
+        again = model.new_cache(60)
+        again.load(other.save(), 20)
+        for each, by in ((again, model), (other, native)):
+            assert error(by.forward(ids[20:21], each), expected[20:21]) < STEP_TOLERANCE
+
+
+def streamed_in_torch(gate: Matrix, up: Matrix, down: Matrix, between: Any, *inputs: torch.Tensor) -> torch.Tensor:
+    """As routed._compute, of matrices of float32."""
+    experts, shape = TorchExperts.__new__(TorchExperts), (gate.n_groups, gate.n_rows, gate.n_cols)
+    stacks = [
+        matrix.data.view(torch.float32)[: np.prod(each)].view(each)
+        for matrix, each in ((gate, shape), (up, shape), (down, (shape[0], shape[2], shape[1])))
+    ]
+    experts.w = dict(enumerate(zip(*stacks, strict=True)))
+    experts.biases = dict(enumerate(zip(between.gate, between.up, between.down, strict=True)))
+    experts.activation = Activation(*between.activation)
+    return experts.begin(*inputs)()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("type_", ["F32", "MXFP4"])
+def test_windows_sinks_and_bounds_by_every_kernel(type_: str) -> None:
+    ids, most = ids_of(24), MANY_TOLERANCE if type_ == "F32" else QUANTISED_TOLERANCE
+    with opened(MODELS["gpt-oss"], type_, in_vram={0: tuple(range(8)), 1: (1, 4)}) as (model, native):
+        expected, cache = exact_logits(native, ids), model.new_cache(CTX)
+        for first, last in ((0, 19), (19, 20), (20, 24)):
+            assert error(model.forward(ids[first:last], cache, all_logits=True), expected[first:last]) < most
+        check_together(model, "gpt-oss", 3, 2)
+
+
+@pytest.mark.usefixtures("in_torch", "gpu", "narrow")
+def test_windows_through_the_engine() -> None:
+    """A reply that goes round is the CPU's, with drafts and without; a conversation that goes on from far back, too."""
+    shape, ids = MODELS["gpt-oss"], ids_of(20)
+    with load(shape, speculative=3) as on_gpu, load(shape, device="cpu") as on_cpu:
+        sessions = on_gpu.session(), on_gpu.session("off"), on_cpu.session("off")
+        for prompt in (ids, ids[:12]):
+            replies = [list(session.tokens(prompt, GREEDY, max_tokens=20)) for session in sessions]
+            assert replies[0] == replies[1] == replies[2] and len(replies[0]) == 20
+        assert sessions[0].stats.drafted_tokens > 0
 
 
 # ---- failures --------------------------------------------------------------------------------------------------------

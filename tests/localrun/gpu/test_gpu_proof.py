@@ -16,6 +16,7 @@ from typing import Any
 import gpu_proofs
 import pytest
 import tiny_models
+from cases import slow_but
 from gpu_proofs import CARD, SMALL, V3, identity_of, verdict_of
 
 import localrun
@@ -39,13 +40,19 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # ---- the proof -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "type_", ["F32", pytest.param("Q8_0", marks=pytest.mark.slow), pytest.param("MXFP4", marks=pytest.mark.slow)]
-)
+WINDOWED = tiny_models.gpt_oss(
+    hidden_size=64, intermediate_size=32, moe_intermediate_size=32, num_hidden_layers=3, vocab_size=64,
+    num_attention_heads=4, head_dim=16, qk_rope_head_dim=16, n_routed_experts=8, num_experts_per_tok=2,
+)  # fmt: skip
+TYPES = {"F32": V3, "Q8_0": V3, "MXFP4": V3, "BF16": WINDOWED}
+
+
+@pytest.mark.parametrize("type_", slow_but(TYPES, {"F32"}))
 def test_the_stand_in_passes(type_: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     with gpu_proofs.kernels_in_torch(monkeypatch):
-        found = prove.prove(identity_of(type_), gpu_proofs.task(type_), lines.append, run=prove.here)
+        identity, task = identity_of(type_, TYPES[type_]), gpu_proofs.task(type_, shape=TYPES[type_])
+        found = prove.prove(identity, task, lines.append, run=prove.here)
     assert found.fault == "" and found.complete
     assert lines == [f"proving {CARD} ({i} of {len(PARTS)}): {part.title}" for i, part in enumerate(PARTS, 1)]
     assert {"cuda", "cpu"} == set(found.seconds) and min(found.seconds.values()) > 0

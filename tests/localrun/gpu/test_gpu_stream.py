@@ -67,7 +67,7 @@ def test_a_layer_is_uploaded_once_for_all_batches_that_follow_each_other() -> No
             uploads.append(source.shape[0])
             super().copy(source, destination)
 
-    def compute(gate: Matrix, up: Matrix, down: Matrix, x: torch.Tensor, *choice: torch.Tensor) -> torch.Tensor:
+    def compute(gate: Matrix, up: Matrix, down: Matrix, _: object, x: torch.Tensor, *choice: object) -> torch.Tensor:
         seen.append([(m.layout, m.n_groups, m.n_rows, m.n_cols, m.data.cpu().clone()) for m in (gate, up, down)])
         return x + 1
 

@@ -193,7 +193,7 @@ def test_a_cache_of_128k_tokens_fits_24_gb() -> None:
 
 @pytest.mark.parametrize(("bits", "n_bytes"), [(16, 61 * 576 * 2), (8, 61 * (512 + 2 * 64 + 4))])
 def test_cache_bits(bits: int, n_bytes: int) -> None:
-    assert placement.cache_bytes_per_token(shape("deepseek-v3").config, bits) == n_bytes
+    assert placement.gpu_cache_bytes(shape("deepseek-v3").config, bits, 1) == n_bytes
     for batch in (1, 3):
         found = lay_out(request(cache_bits=bits, batch=batch, ctx=100, gpu_experts=0))
         assert found.n_bytes("VRAM", "KV cache") == 100 * batch * n_bytes
@@ -201,11 +201,13 @@ def test_cache_bits(bits: int, n_bytes: int) -> None:
 
 def test_the_cache_of_grouped_attention() -> None:
     model = load_model("llama-3.1-405b")
-    assert placement.cache_bytes_per_token(model.config, 16) == 516_096
+    assert placement.gpu_cache_bytes(model.config, 16, 1) == 516_096
     assert not placement.runs_on_gpu(model.config) and placement.runs_on_gpu(shape("kimi-k2").config)
-    assert not placement.runs_on_gpu(load_model("gpt-oss-20b").config)  # windows and sinks
+    windows = load_model("gpt-oss-20b").config  # in half of 24 layers, of 128 tokens and 2048 more; 2048 bytes a token
+    assert placement.runs_on_gpu(windows)
+    assert placement.gpu_cache_bytes(windows, 16, 131_072) == 12 * 2048 * (131_072 + 2176)
     model = load_model("qwen3-30b-a3b")
-    assert placement.runs_on_gpu(model.config) and placement.cache_bytes_per_token(model.config, 16) == 98_304
+    assert placement.runs_on_gpu(model.config) and placement.gpu_cache_bytes(model.config, 16, 1) == 98_304
     both = {"tensors": model.tensors, "config": model.config, "ctx": 64, "ram": 1 << 40, "vram": 1 << 40}
     assert lay_out(Request(**both)).n_bytes("VRAM", "KV cache") == 64 * 98_304
     with pytest.raises(LocalrunError, match="a cache of 8 bits is for latent attention"):
