@@ -45,9 +45,8 @@ def append(k_TGd, v_TX, places, layer, config, window=0):
 def rows_at(places, layer: int, token: int, config) -> tuple[torch.Tensor, torch.Tensor]:
     """A token's blocks of values (or latents) and keys (or rotated parts) of a layer, (rows, width)."""
     known = row_constants(config, places.bits)
-    *addresses, _, n_rows = places.table[ENTRIES * layer :, token if places.table.shape[1] > 1 else 0][
-        :ENTRIES
-    ].tolist()
+    column = places.table[:, token if places.table.shape[1] > 1 else 0].tolist()
+    *addresses, _, n_rows = column[ENTRIES * layer :][:ENTRIES]
     widths = [config.kv_lora_rank, config.qk_rope_head_dim] if config.attention == "mla" else row_widths(config)[::-1]
     found = []
     for part, address, width in zip(("VALUE", "KEY"), addresses, widths, strict=True):

@@ -30,6 +30,7 @@ from localrun.placement.placement import Request, lay_out
 pytestmark = pytest.mark.skipif(gpu_device.HAS_GPU, reason="there is a device whose tensors hold something")
 
 CTX = 300
+COPIES = {"copy_.default", "_to_copy.default", "to.dtype_layout", "to.device"}
 
 
 class Apart(StandIn):
@@ -130,12 +131,7 @@ def test_prompts_mix_no_sides(gpu_experts: int, bits: int, expert_cache: bool, m
             model.routed.allow_streaming()
             monkeypatch.setattr(model.tuning, "choose", lambda n_tokens: (Mode.STREAM, 1))
             model.forward(list(range(130)), model.new_cache(CTX))
-        assert {name for name, _ in crossings.seen} <= {
-            "copy_.default",
-            "_to_copy.default",
-            "to.dtype_layout",
-            "to.device",
-        }
+        assert {name for name, _ in crossings.seen} <= COPIES
 
 
 @pytest.mark.slow
@@ -145,7 +141,7 @@ def test_windows_mix_no_sides(monkeypatch: pytest.MonkeyPatch) -> None:
         for n_tokens in (9, 130):
             assert model.forward(list(range(n_tokens)), cache, all_logits=True).shape == (n_tokens, 320)
         cache.load(cache.save(), cache.length)
-        assert {name for name, _ in crossings.seen} <= {"copy_.default", "_to_copy.default"}
+        assert {name for name, _ in crossings.seen} <= COPIES
 
 
 def test_both_sides_in_one_operation_raise_as_on_a_gpu() -> None:
