@@ -8,8 +8,8 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import localrun
-from cli.options import LoadOptions, RankOptions, SamplingOptions, TemplateOptions, ThinkChoice
-from cli.output import note, printable, progress_bar, size, tell
+from cli.options import LoadOptions, RankOptions, SamplingOptions, ShareChoice, TemplateOptions, ThinkChoice
+from cli.output import messages_line, note, printable, progress_bar, size, tell
 from localrun.bundled import model_path
 from localrun.text.template_variables import check_names, thinking
 
@@ -50,7 +50,7 @@ def open_model(
     exit_if_cut(path)
     with ExitStack() as stack:
         began = time.perf_counter()
-        others, threads = _start_ranks(stack, path, ranks or RankOptions(), options.threads)
+        others, threads = _start_ranks(stack, path, ranks or RankOptions(), options)
         with progress_bar() as report:
             engine = localrun.load(
                 path,
@@ -60,7 +60,7 @@ def open_model(
                 backend=options.backend.value,
                 vram=options.vram,
                 gpu_experts=options.gpu_experts,
-                expert_usage=options.expert_usage,
+                expert_usage=None if others and others.sharing.usage else options.expert_usage,
                 cache_bits=int(options.cache_bits.value),
                 repack=options.repack,
                 unproven=options.unproven,
@@ -78,12 +78,15 @@ def open_model(
             facts = ", ".join(f"{name} {value}" for name, value in engine.describe().items())
             note(f"loaded in {time.perf_counter() - began:.1f} s: {facts}")
         yield engine
+        if verbose and engine.ranks:
+            note(messages_line(engine.rank_figures()))
 
 
 def _start_ranks(
-    stack: ExitStack, path: "Path", options: RankOptions, threads: int | None
+    stack: ExitStack, path: "Path", options: RankOptions, load: LoadOptions
 ) -> "tuple[Ranks | None, int | None]":
     """Other ranks, if there are to be any, and threads of this one. Raises LocalrunError."""
+    threads = load.threads
     if options.ranks is None and options.hosts is None:
         return None, threads
     from localrun.ranks.places import places_of, threads_at
@@ -91,8 +94,21 @@ def _start_ranks(
     from localrun.ranks.start import sharing_ranks
 
     places = places_of(options.ranks, options.hosts)
-    ranks = stack.enter_context(sharing_ranks(path, places, Sharing(options.rank_messages.value), threads))
+    usage = load.expert_usage if options.rank_share is ShareChoice.experts else None
+    sharing = Sharing(
+        options.rank_messages.value, _sizes(options.rank_sizes), options.rank_share.value,
+        None if usage is None else str(usage), options.rank_copies,
+    )  # fmt: skip
+    ranks = stack.enter_context(sharing_ranks(path, places, sharing, threads))
     return ranks, threads_at(places[0], threads)
+
+
+def _sizes(text: str | None) -> tuple[float, ...]:
+    """--rank-sizes. Raises LocalrunError."""
+    try:
+        return tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise localrun.LocalrunError(f"--rank-sizes {text}: expected numbers with commas, such as 2,1") from None
 
 
 def placement_document(engine: "Engine") -> dict[str, Any] | None:

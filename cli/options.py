@@ -45,6 +45,13 @@ class MessageChoice(str, Enum):
     fp8 = "fp8"
 
 
+class ShareChoice(str, Enum):
+    """What each rank has of the routed experts."""
+
+    slices = "slices"
+    experts = "experts"
+
+
 class BackendChoice(str, Enum):
     """Whose code computes."""
 
@@ -143,6 +150,17 @@ Hosts = Annotated[
 RankMessages = Annotated[
     MessageChoice,
     typer.Option("--rank-messages", help="How vectors travel between ranks; f32 for one machine's results."),
+]
+RankShare = Annotated[
+    ShareChoice,
+    typer.Option("--rank-share", help="Each rank has a slice of every expert, or whole ones, by --expert-usage."),
+]
+RankSizes = Annotated[
+    str | None,
+    typer.Option("--rank-sizes", metavar="A,B,...", help="Shares of ranks relative to each other.", show_default=False),
+]
+RankCopies = Annotated[
+    int, typer.Option("--rank-copies", help="With whole experts: most used ones that each rank has besides its own.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say on stderr what runs where, and how fast.")]
@@ -262,6 +280,9 @@ class RankOptions:
     ranks: NRanks = None
     hosts: Hosts = None
     rank_messages: RankMessages = MessageChoice.bf16
+    rank_share: RankShare = ShareChoice.slices
+    rank_sizes: RankSizes = None
+    rank_copies: RankCopies = 0
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,9 @@ class Sharing:
             raise LocalrunError("slices of experts have no use for counts or copies; share whole experts")
         if self.message not in TYPES:
             raise LocalrunError(f"messages of type {self.message!r}; expected one of {', '.join(TYPES)}")
-        if any(not size > 0 for size in self.sizes):
+        if self.copies < 0:
+            raise LocalrunError(f"{self.copies} copies of experts; expected 0 or more")
+        if any(not 0 < size < float("inf") for size in self.sizes):
             raise LocalrunError(f"shares of {', '.join(f'{size:g}' for size in self.sizes)}; each must be above 0")
 
     def sizes_of(self, world: World) -> tuple[float, ...]:
@@ -137,7 +139,7 @@ class Share:
         needed = sum(down.n_groups * down.group_bytes * count // down.n_cols for down, count in downs)
         if needed > (free := hardware.free_ram()):
             gib = f"{needed / 2**30:.1f} GiB of RAM, of which {free / 2**30:.1f} are free"
-            raise LocalrunError(f"{world.names[world.rank]}: columns of experts' down projections take {gib}")
+            raise LocalrunError(f"this rank's columns of the experts' down projections take {gib}")
 
         def slice_of(index: int) -> ExpertMatrices:
             whole = self.layers[index]

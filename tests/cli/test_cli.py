@@ -32,7 +32,7 @@ DEVICE += ["--unproven", "--dense-attention"]
 RUNTIME = [*DEVICE, "-t", "--threads", "-c", "--ctx", "--backend"]
 TEMPLATE = ["--think", "--template-var", "--chat-template", "--show-thinking"]
 DRAFTS = ["--speculative", "--draft"]
-RANKS = ["--ranks", "--hosts", "--rank-messages"]
+RANKS = ["--ranks", "--hosts", "--rank-messages", "--rank-share", "--rank-sizes", "--rank-copies"]
 OPTIONS = {
     "chat": [
         *["-n", "--n-tokens", "--system", "--stop", "--plain", *TEMPLATE, *SAMPLING, *RUNTIME, *DRAFTS, *RANKS],

@@ -15,7 +15,7 @@ from fake_engine import Engine
 from paths import ROOT
 
 from cli.main import run
-from cli.output import brief, note, print_json, printable, visible, write
+from cli.output import brief, messages_line, note, print_json, printable, visible, write
 from cli.text import read_text
 from localrun.errors import LocalrunError
 
@@ -208,3 +208,12 @@ def test_an_importance_matrix_replaces_nothing_else(tmp_path: Path, capsys: pyte
         before = path.read_bytes()
         assert run(["imatrix", "-f", __file__, "-o", str(path)]) == 1
         assert "is there, and no importance matrix" in capsys.readouterr().err and path.read_bytes() == before
+
+
+def test_what_messages_between_ranks_took() -> None:
+    sent = {"bytes_out": 3 << 20, "bytes_back": 2048}
+    times = {"message_us_median": 29.4, "message_us_p90": 51.6, "overlap": 0.875}
+    line = "messages between ranks: sent 3.0 MiB, received 2.0 KiB"
+    steps = "; 29 us a layer (median; 90%: 52), 88% of the others' time under work of its own"
+    assert messages_line(sent) == line
+    assert messages_line(sent | times | {"many_overlap": 0.5}) == f"{line}{steps}; of prompts 50%"

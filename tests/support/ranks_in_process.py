@@ -27,7 +27,7 @@ class Post:
 
     Attributes:
         dead: ranks whose messages don't arrive, nor those to them.
-        error: what isend returns to rank 0 from now on.
+        error: what isend returns to rank 0 from now on, without sending.
         n_sent: bytes by sender and receiver.
     """
 
@@ -46,6 +46,8 @@ class Post:
         return Links(*(ctypes.cast(f, ctypes.c_void_p).value for f in self.functions), 0, rank, owner=self)
 
     def _isend(self, at: int, n_bytes: int, byte: int, to: int, tag: int, rank: int, request: int) -> int:
+        if self.error and rank == 0:
+            return self.error
         with self._lock:
             key, is_long = (rank, to, tag), n_bytes > _SHORT
             if not {rank, to} & self.dead:
@@ -54,7 +56,7 @@ class Post:
             self._begin(request, key, self._sent, 0, 0)
             if not is_long:
                 ctypes.c_int64.from_address(request).value = 0
-            return 0 if rank else self.error
+            return 0
 
     def _irecv(self, at: int, n_bytes: int, byte: int, source: int, tag: int, rank: int, request: int) -> int:
         with self._lock:
@@ -112,7 +114,7 @@ def in_process(
         yield Ranks(worlds[0], sharing)
     finally:
         for world in worlds[1:]:
-            if world.rank in post.dead:
+            if world.rank in post.dead or post.error:
                 world.fail(0, "over")
         for thread in lives:
             thread.join(10)

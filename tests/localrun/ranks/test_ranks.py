@@ -197,11 +197,11 @@ def test_an_error_of_mpi_names_the_rank() -> None:
                 model.model.forward(list(range(n_tokens)), model.model.new_cache(160))
 
 
-def test_a_rank_without_room_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_without_room_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before it copies anything."""
     monkeypatch.setattr(hardware, "free_ram", lambda: 1000)
     path, world = tiny_models.shared("v3-odd"), World(1, ["here", "host b (rank 1)"], Post().links(1))
-    with open_gguf(path) as file, pytest.raises(LocalrunError, match=r"^host b \(rank 1\): columns .* 0\.0 are free$"):
+    with open_gguf(path) as file, pytest.raises(LocalrunError, match=r"^this rank's columns .* 0\.0 are free$"):
         Share(file, read_config(file), world, EXACT)
 
 

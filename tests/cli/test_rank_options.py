@@ -1,0 +1,46 @@
+"""Options of ranks become a Sharing, and a file of counts goes to who has a use for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli.model import _start_ranks
+from cli.options import LoadOptions, MessageChoice, RankOptions, ShareChoice
+from localrun.errors import LocalrunError
+from localrun.ranks import start
+from localrun.ranks.sharing import Ranks, Sharing
+
+COUNTS = Path("counts.gguf")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, Sharing("bf16")),
+        ({"rank_messages": MessageChoice.fp8, "rank_sizes": "2,1.5"}, Sharing("fp8", (2.0, 1.5))),
+        (
+            {"rank_share": ShareChoice.experts, "rank_copies": 3},
+            Sharing("bf16", (), "experts", str(COUNTS), 3),
+        ),
+    ],
+)
+def test_options_are_a_sharing(options: dict[str, Any], expected: Sharing, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def started(path: Path, places: list, sharing: Sharing, threads: int | None) -> Iterator[Ranks]:
+        yield Ranks(None, sharing)
+
+    monkeypatch.setattr(start, "sharing_ranks", started)
+    with ExitStack() as stack:
+        load = LoadOptions(expert_usage=COUNTS, threads=1)
+        ranks, threads = _start_ranks(stack, Path("model.gguf"), RankOptions(ranks="2", **options), load)
+    assert (ranks.sharing, threads) == (expected, 1)
+
+
+def test_sizes_that_are_no_numbers() -> None:
+    with ExitStack() as stack, pytest.raises(LocalrunError, match="--rank-sizes 1,x: expected numbers"):
+        _start_ranks(stack, Path("model.gguf"), RankOptions(ranks="2", rank_sizes="1,x"), LoadOptions())
