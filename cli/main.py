@@ -8,6 +8,8 @@ import sys
 
 from cli.interrupt import INTERRUPTED, end_at_once
 
+_SHARING = ("chat", "generate", "bench", "serve")  # commands whose models ranks may share
+
 
 def run(args: list[str]) -> int:
     """The exit code of a command line: 0 done, 1 the user can fix it, 2 usage, 130 interrupted."""
@@ -45,7 +47,20 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that lacks a character gets a question mark, not a crash
     logging.getLogger("quant").addHandler(Notes())
+    _leave_to_the_first_rank(sys.argv[1:])
     sys.exit(run(sys.argv[1:]))
+
+
+def _leave_to_the_first_rank(args: list[str]) -> None:
+    """Under an mpiexec of the user's, processes but the first serve what that one loads, or have nothing to do."""
+    from localrun.ranks.mpi import place_in_mpiexec
+
+    if place_in_mpiexec()[0] > 0:
+        if args[:1] and args[0] in _SHARING and not {"-h", "--help"} & set(args):
+            from localrun.ranks.rank_child import main_in_mpiexec
+
+            main_in_mpiexec()
+        sys.exit(0)
 
 
 if __name__ == "__main__":

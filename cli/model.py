@@ -86,14 +86,16 @@ def _start_ranks(
     stack: ExitStack, path: "Path", options: RankOptions, load: LoadOptions
 ) -> "tuple[Ranks | None, int | None]":
     """Other ranks, if there are to be any, and threads of this one. Raises LocalrunError."""
-    threads = load.threads
-    if options.ranks is None and options.hosts is None:
+    from localrun.ranks.mpi import place_in_mpiexec
+
+    is_given, threads = options.ranks is not None or options.hosts is not None, load.threads
+    if not is_given and place_in_mpiexec()[1] == 1:
         return None, threads
     from localrun.ranks.places import places_of, threads_at
     from localrun.ranks.sharing import Sharing
-    from localrun.ranks.start import sharing_ranks
+    from localrun.ranks.start import places_in_mpiexec, sharing_ranks
 
-    places = places_of(options.ranks, options.hosts)
+    places = places_of(options.ranks, options.hosts) if is_given else places_in_mpiexec()
     usage = load.expert_usage if options.rank_share is ShareChoice.experts else None
     sharing = Sharing(
         options.rank_messages.value, _sizes(options.rank_sizes), options.rank_share.value,

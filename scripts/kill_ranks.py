@@ -108,12 +108,16 @@ class Chat:
 
 
 def check(chat: Chat, killed_at: float) -> tuple[float, int]:
-    """Seconds until the program's end, and messages that were kept. Raises Wrong."""
-    try:
-        code = chat.process.wait(LIMIT_S + killed_at - time.monotonic())
-    except subprocess.TimeoutExpired:
-        raise Wrong(f"still running {LIMIT_S:g} s later") from None
+    """Seconds until the line, and messages that were kept. Raises Wrong."""
+    while not re.search(r"^localrun: .*rank \d+", text := chat.err.read_text("utf-8", "replace"), re.MULTILINE):
+        if chat.process.poll() is not None or time.monotonic() > killed_at + LIMIT_S:
+            raise Wrong(f"no line within {LIMIT_S:g} s, exit code {chat.process.poll()}: {text[-300:]}")
+        time.sleep(0.02)
     took = time.monotonic() - killed_at
+    try:
+        code = chat.process.wait(LIMIT_S)
+    except subprocess.TimeoutExpired:
+        raise Wrong(f"still running {LIMIT_S:g} s after the line") from None
     lines = chat.err.read_text("utf-8", "replace").splitlines()
     if code != 1 or not lines or not re.match(r"localrun: .*rank \d+", lines[-1]):
         raise Wrong(f"exit code {code}, last line {lines[-1:]}")

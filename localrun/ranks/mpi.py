@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ def set_up_mpi(is_inside: bool) -> None:
         os.environ.setdefault(name, value)
 
 
+@cache
 def mpi() -> Any:
-    """mpi4py's module, MPI started. Raises LocalrunError if it can't be."""
+    """mpi4py's module, MPI started, which all processes of an mpiexec do together. Raises LocalrunError."""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -41,6 +43,31 @@ def mpi() -> Any:
     for shared in _shared_files():
         shared.unlink(missing_ok=True)
     return MPI
+
+
+def join(MPI: Any, port: str | None, is_first: bool) -> Any:
+    """The communicator of the first rank and all others, which returns errors; port: where the first one is found.
+
+    Without a port all are of one world.
+    """
+    if port is None:
+        comm = MPI.COMM_WORLD.Dup()
+    elif is_first:
+        comm = MPI.COMM_SELF.Accept(port).Merge(high=False)
+        MPI.Close_port(port)
+    else:
+        comm = MPI.COMM_WORLD.Connect(port).Merge(high=True)
+    comm.Set_errhandler(MPI.ERRORS_RETURN)
+    return comm
+
+
+def place_in_mpiexec() -> tuple[int, int]:
+    """Rank and number of processes of the mpiexec that started this one; 0 of 1 if none did."""
+    for rank, size in (("PMI_RANK", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")):
+        found = os.environ.get(rank, ""), os.environ.get(size, "")
+        if all(number.isdigit() for number in found):
+            return int(found[0]), int(found[1])
+    return 0, 1
 
 
 def _shared_files() -> Iterator[Path]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from localrun import hardware
 from localrun.errors import LocalrunError
+from localrun.ranks.mpi import place_in_mpiexec
 
 MOST_RANKS = 64
 _HOST = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,252})(:(?P<slots>\d{1,3}))?(=(?P<path>.+))?")
@@ -34,6 +35,8 @@ class Place:
 
 def places_of(ranks: str | None, hosts: str | None) -> list[Place]:
     """Those of --ranks or of --hosts, of which one must be there. Raises LocalrunError."""
+    if place_in_mpiexec()[1] > 1:
+        raise LocalrunError("--ranks and --hosts start ranks by themselves; leave them out under mpiexec")
     if ranks is not None and hosts is not None:
         raise LocalrunError("--ranks is for this machine, --hosts for several: give one of them")
     return local_places(ranks) if ranks is not None else host_places(str(hosts))

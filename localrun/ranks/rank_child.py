@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import threading
 from contextlib import suppress
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import localrun
 from localrun.errors import LocalrunError
 from localrun.ranks.control import ALIVE, HEARTBEAT_S, READY, receive, send, watch_tcp
-from localrun.ranks.mpi import mpi, set_up_mpi
+from localrun.ranks.mpi import join, mpi, set_up_mpi
 from localrun.ranks.places import Place, prepare, threads_at
 
 if TYPE_CHECKING:
@@ -25,15 +26,25 @@ if TYPE_CHECKING:
 
 
 def main() -> NoReturn:
-    """The program."""
+    """The program, for an mpiexec that the first rank has started: its invitation is what comes on stdin."""
     set_up_mpi(is_inside=False)  # whether it is the first rank has said, in the environment
     MPI = mpi()
-    world = MPI.COMM_WORLD
-    invitation = json.loads(sys.stdin.readline()) if world.rank == 0 else None
-    invitation = world.bcast(invitation, 0)
+    invitation = json.loads(sys.stdin.readline()) if MPI.COMM_WORLD.rank == 0 else None
+    _come(MPI, MPI.COMM_WORLD.bcast(invitation, 0), MPI.COMM_WORLD.rank + 1)
+
+
+def main_in_mpiexec() -> NoReturn:
+    """The same for one that the user has started: the first rank is among its processes, and invites them."""
+    set_up_mpi(is_inside=False)
+    MPI = mpi()
+    MPI.COMM_WORLD.gather(socket.gethostname(), 0)
+    _come(MPI, MPI.COMM_WORLD.bcast(None, 0), MPI.COMM_WORLD.rank)
+
+
+def _come(MPI: Any, invitation: dict[str, Any], rank: int) -> NoReturn:
     connection = Client(tuple(invitation["address"]), authkey=bytes.fromhex(invitation["secret"]))
     watch_tcp(connection)
-    send(connection, {"rank": world.rank + 1, "version": localrun.__version__})
+    send(connection, {"rank": rank, "version": localrun.__version__})
     try:
         _serve(MPI, connection, receive(connection))
     except Exception as error:
@@ -57,8 +68,7 @@ def _serve(MPI: Any, connection: Connection, task: dict[str, Any]) -> None:
     prepare(place)
     file = _same_file(Path(task["path"]), task["identity"]) if task["path"] else None
     connection.send_bytes(READY)
-    comm = MPI.COMM_WORLD.Connect(task["port"]).Merge(high=True)
-    comm.Set_errhandler(MPI.ERRORS_RETURN)
+    comm = join(MPI, task["port"], is_first=False)
     if file is None:
         from localrun.ranks.echo import answer
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import socket
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ import localrun
 from localrun.errors import LocalrunError
 from localrun.gguf.file import open_gguf
 from localrun.ranks.control import Callers, Watch, own_address, receive, send, watch_tcp
-from localrun.ranks.mpi import mpi, mpiexec, set_up_mpi
+from localrun.ranks.mpi import join, mpi, mpiexec, place_in_mpiexec, set_up_mpi
 from localrun.ranks.places import Place, names_of, prepare
 from localrun.ranks.sharing import Ranks, Sharing
 from localrun.ranks.world import World, mpi_world
@@ -57,16 +58,27 @@ def sharing_ranks(path: Path, places: Sequence[Place], sharing: Sharing, threads
             "sharing": vars(sharing),
             "threads": threads,
         }
-    with closing(_Run(places, task | {"sharing": vars(sharing), "threads": threads})) as run:
+    with closing(_run(places, task | {"sharing": vars(sharing), "threads": threads})) as run:
         yield Ranks(run.start(), sharing)
 
 
 @contextmanager
 def echoing_ranks(places: Sequence[Place]) -> Iterator[MPI.Intracomm]:
     """The communicator of ranks that answer messages (localrun.ranks.echo). Raises LocalrunError as sharing_ranks."""
-    with closing(_Run(places, {})) as run:
+    with closing(_run(places, {})) as run:
         run.start()
         yield run.comm
+
+
+def places_in_mpiexec() -> list[Place]:
+    """Those of the ranks that the user's mpiexec has started, this one among them. Raises LocalrunError."""
+    set_up_mpi(is_inside=False)
+    hosts = mpi().COMM_WORLD.gather(socket.gethostname(), 0)
+    return [Place("" if host == hosts[0] else host, together=hosts.count(host)) for host in hosts]
+
+
+def _run(places: Sequence[Place], task: dict[str, Any]) -> _Run:
+    return _Joined(places, task) if place_in_mpiexec()[1] > 1 else _Run(places, task)
 
 
 class _Run:
@@ -86,18 +98,14 @@ class _Run:
         """Raises LocalrunError."""
         prepare(self._places[0])
         hosts = [place.host for place in self._places if place.host]
-        set_up_mpi(is_inside=not hosts)
         address, secret = own_address(hosts[0]) if hosts else _LOCAL, secrets.token_bytes(32)
         callers = Callers(address, secret)
         try:
-            self._spawn(address, {"address": callers.address, "secret": secret.hex()})
+            self._invite({"address": callers.address, "secret": secret.hex()}, bool(hosts))
             self._meet(callers)
         finally:
             callers.close()
-        MPI = mpi()
-        port = MPI.Open_port()
-        self._settle(port)
-        self.comm = self._join(MPI, port)
+        self.comm = self._settle()
         self.world = mpi_world(self.comm, self._names)
         self._wait(lambda: True, 0)  # a rank may have been lost before there was a world to tell
         return self.world
@@ -108,14 +116,15 @@ class _Run:
         if self.world:
             self.world.fail(rank, line)
 
-    def _spawn(self, address: str, invitation: dict[str, Any]) -> None:
+    def _invite(self, invitation: dict[str, Any], has_hosts: bool) -> None:
         """Start the others; what lets them in goes through mpiexec's stdin, which only they can read."""
+        set_up_mpi(is_inside=not has_hosts)
         others = self._places[1:]
         command = [mpiexec(), "-disable-auto-cleanup", "-wdir", "/", "-n", str(len(others))]
-        if any(place.host for place in others):
+        if has_hosts:
             hosts = [place.host or "localhost" for place in others]
             slots = [f"{host}:{hosts.count(host)}" for host in dict.fromkeys(hosts)]
-            command += ["-localhost", address, "-hosts", ",".join(slots)]
+            command += ["-localhost", invitation["address"][0], "-hosts", ",".join(slots)]
         command += [sys.executable, "-m", "localrun.ranks.rank_child"]
         self._mpiexec = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=self._log, stderr=self._log, start_new_session=True
@@ -129,7 +138,7 @@ class _Run:
         missing, heard = set(range(1, len(self._names))), 0
         connections: dict[int, Connection] = {}
         while missing:
-            if self._mpiexec.poll() is not None or time.monotonic() > until:  # type: ignore[union-attr]
+            if (self._mpiexec and self._mpiexec.poll() is not None) or time.monotonic() > until:
                 raise LocalrunError(self._why_nobody_came(sorted(missing)))
             if heard == len(callers.come):
                 time.sleep(_POLL_S)
@@ -159,8 +168,10 @@ class _Run:
         names = ", ".join(self._names[rank] for rank in named[:1] or missing)
         return f"{names}: can't be started: {said[-1][:200]}" if said else f"{names}: not there within {COME_S:g} s"
 
-    def _settle(self, port: str) -> None:
-        """Tell each what it is to do, and wait until all have found their file to be the same."""
+    def _settle(self) -> MPI.Intracomm:
+        """Tell each what it is to do, wait until all have found their file to be the same, and join them."""
+        MPI = mpi()
+        port = self._open_port(MPI)
         for connection, place in zip(self._connections, self._places[1:], strict=True):
             own = {"cores": place.cores, "together": place.together, "path": place.path or self._task.get("path")}
             with suppress(OSError):  # it is gone, as will be found
@@ -169,6 +180,11 @@ class _Run:
         if not self._wait(lambda: len(watch.ready) == len(self._connections), READY_S):
             late = next(rank for rank in range(1, len(self._names)) if rank not in watch.ready)
             raise LocalrunError(f"{self._names[late]}: has not opened its file within {READY_S:g} s")
+        return self._join(MPI, port)
+
+    def _open_port(self, MPI: Any) -> str | None:
+        """Where the others are to connect to; None where they are of one world already."""
+        return MPI.Open_port()
 
     def _wait(self, is_so: Callable[[], bool], limit_s: float) -> bool:
         """Until it is so, and whether it is. Raises LocalrunError if a rank is lost meanwhile."""
@@ -179,18 +195,15 @@ class _Run:
             raise LocalrunError(self._failure)
         return found
 
-    def _join(self, MPI: Any, port: str) -> MPI.Intracomm:
+    def _join(self, MPI: Any, port: str | None) -> MPI.Intracomm:
         """The communicator of all. MPI can't be told to stop waiting: it waits in a thread that may be left behind."""
         joined: list[Any] = []
-
-        def accept() -> None:
-            joined.append(MPI.COMM_SELF.Accept(port).Merge(high=False))
-
-        threading.Thread(target=accept, daemon=True, name="localrun-join").start()
+        thread = threading.Thread(
+            target=lambda: joined.append(join(MPI, port, is_first=True)), daemon=True, name="localrun-join"
+        )
+        thread.start()
         if not self._wait(lambda: bool(joined), JOIN_S):
             raise LocalrunError(f"{self._names[1]}: MPI can't connect to it within {JOIN_S:g} s; is a port blocked?")
-        MPI.Close_port(port)
-        joined[0].Set_errhandler(MPI.ERRORS_RETURN)
         return joined[0]
 
     def close(self) -> None:
@@ -218,6 +231,16 @@ class _Run:
         for process in started:
             with suppress(psutil.Error):
                 process.kill()
+
+
+class _Joined(_Run):
+    """The same under an mpiexec that the user started: all are of one world, and end when this process does."""
+
+    def _invite(self, invitation: dict[str, Any], has_hosts: bool) -> None:
+        mpi().COMM_WORLD.bcast(invitation, 0)
+
+    def _open_port(self, MPI: Any) -> str | None:
+        return None
 
 
 def _descendants(pid: int) -> list[psutil.Process]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cli.main import _leave_to_the_first_rank
 from localrun import hardware
 from localrun.errors import LocalrunError
 from localrun.hardware import NumaNode
@@ -73,6 +74,20 @@ def test_names_say_the_host() -> None:
 def test_what_is_none(ranks: str | None, hosts: str | None, message: str) -> None:
     with pytest.raises(LocalrunError, match=message.replace("(", r"\(")):
         places_of(ranks, hosts)
+
+
+def test_under_an_mpiexec_of_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has started ranks; processes but the first leave commands alone that have nothing for them to do."""
+    monkeypatch.setenv("PMI_RANK", "1")
+    monkeypatch.setenv("PMI_SIZE", "2")
+    with pytest.raises(LocalrunError, match="leave them out under mpiexec"):
+        places_of("2", None)
+    for args in (["inspect"], ["generate", "--help"], []):
+        with pytest.raises(SystemExit) as end:
+            _leave_to_the_first_rank(args)
+        assert end.value.code == 0
+    monkeypatch.setenv("PMI_RANK", "0")
+    _leave_to_the_first_rank(["inspect"])
 
 
 def test_core_lists() -> None:

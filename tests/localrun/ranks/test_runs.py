@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,6 +68,16 @@ def test_bench_over_hosts(hosts: None) -> None:
     assert not [
         p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get("LOCALRUN_MARK") == "bench"
     ]
+
+
+def test_an_mpiexec_of_the_users() -> None:
+    """Its first process is the program, the others serve it; elsewhere they do nothing."""
+    mpiexec = [shutil.which("mpiexec", path=str(Path(sys.executable).parent)), "-n", "2", sys.executable]
+    model, options = str(tiny_models.shared("v3")), ["-t", "1", "-p", "8", "-n", "4", "-r", "1", "--json"]
+    done = subprocess.run(
+        [*mpiexec, "-m", "cli.main", "bench", model, *options], capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
+    assert done.returncode == 0 and json.loads(done.stdout)["messages"]["exchanges"] > 0, done.stderr
 
 
 def test_a_rank_is_killed(tmp_path: Path) -> None:
