@@ -30,7 +30,7 @@ BEHIND = {
     runtime.Runner: (Engine,),
     weight_source.WeightSource: (LayerWeights, DeviceWeights),
     weight_source.HeadLinear: (bridge.HeadLinear, linear.HeadLinear),
-    weight_source.RoutedExperts: (bridge.Experts, experts.Experts, routed._Layer),
+    weight_source.RoutedExperts: (bridge.Experts, bridge.SharedExperts, experts.Experts, routed._Layer),
     weight_source.Attend: (bridge.Attend,),
 }
 # A device's attention has its own, and models with indexers are not run there.
