@@ -8,6 +8,7 @@ the two (MPI_Comm_accept). Nothing calls MPI_Finalize: it would wait for ranks t
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import socket
 import subprocess
@@ -39,6 +40,7 @@ COME_S, READY_S, JOIN_S = 8.0, 60.0, 8.0  # until a rank is there; has opened an
 _END_S = 1.0  # for processes to end by themselves, then by a signal
 _POLL_S = 0.01
 _LOCAL = "127.0.0.1"
+_NO_PROGRAM = re.compile(r"execvp error on file .*")
 _NOISE = ("[", "=", "YOUR APPLICATION", "This typically", "Please see")  # mpiexec's own lines
 
 
@@ -164,9 +166,12 @@ class _Run:
         self._log.seek(0)
         lines = self._log.read().decode("utf-8", "replace").splitlines()
         said = [line.strip() for line in lines if line.strip() and not line.startswith(_NOISE)]
+        said = said or [found[0] for line in lines if (found := _NO_PROGRAM.search(line))]
         named = [rank for rank in missing if said and self._places[rank].host and self._places[rank].host in said[-1]]
         names = ", ".join(self._names[rank] for rank in named[:1] or missing)
-        return f"{names}: can't be started: {said[-1][:200]}" if said else f"{names}: not there within {COME_S:g} s"
+        if said:
+            return f"{names}: can't be started: {said[-1][:200]}"
+        return f"{names}: not there within {COME_S:g} s; can ssh reach it, and it this machine?"
 
     def _settle(self) -> MPI.Intracomm:
         """Tell each what it is to do, wait until all have found their file to be the same, and join them."""

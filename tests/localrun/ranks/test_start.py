@@ -138,10 +138,18 @@ def test_a_start_that_fails_without_a_word(monkeypatch: pytest.MonkeyPatch, tmp_
     assert refused("127.0.0.2,127.0.0.3").startswith("host 127.0.0.2 (rank 1), host 127.0.0.3 (rank 2): ")
 
 
+def test_a_host_without_this_python(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    reason = "execvp error on file /no/python (No such file or directory)"
+    stub(monkeypatch, tmp_path, f"echo '[proxy:0@b] HYDU_create_process (launch.c:73): {reason}'; exit 255")
+    assert refused("127.0.0.2") == f"host 127.0.0.2 (rank 1): can't be started: {reason}"
+
+
 def test_ranks_that_do_not_come(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What was started is ended, what it has started as well."""
     stub(monkeypatch, tmp_path, f"sleep 60 & echo $! > {tmp_path}/pid; wait", come_s=0.3)
-    assert refused("127.0.0.2") == "host 127.0.0.2 (rank 1): not there within 0.3 s"
+    assert refused("127.0.0.2") == (
+        "host 127.0.0.2 (rank 1): not there within 0.3 s; can ssh reach it, and it this machine?"
+    )
     pid = int((tmp_path / "pid").read_text())
     until(lambda: not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2])
 
