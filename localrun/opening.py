@@ -151,7 +151,8 @@ def native_model(
     if left < _KERNEL_BYTES:
         need, have = _KERNEL_BYTES >> 20, left >> 20
         raise LocalrunError(f"the kernels need {need} MiB of address space, and {have} are left; raise ulimit -v")
-    warm_up(types, progress, notice, config.index_topk > 0, bool(config.compress_ratios))
+    is_latent = config.attention == "mla"
+    warm_up(types, progress, notice, config.index_topk > 0, bool(config.compress_ratios), is_latent)
     if repack:
         from localrun.cpu.repack import repack_experts
 

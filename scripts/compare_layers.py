@@ -102,7 +102,8 @@ class WatchedWeights(LayerWeights):
         sinks: torch.Tensor | None = None,
     ) -> None:
         self._note("queries", torch.cat([q for q, _ in parts], -1) * scale)
-        self._attend(parts, v, scale, out, window, sinks)
+        parts = [(q, k.float()) for q, k in parts]  # in float32, of a 16-bit cache as well
+        self._attend(parts, v.float(), scale, out, window, sinks)
         self._note("attended", out)
         self._note("heads' values", out)
 

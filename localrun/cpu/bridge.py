@@ -4,20 +4,28 @@ Weights stay in the file's map, in their blocks; nothing here keeps a dequantise
 network/weight_source.py. Letters: T tokens, G groups (attention heads), D hidden_size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
+from localrun.limits import ATTENTION_WORK_BYTES
+from localrun.network.attention import in_groups
 from localrun.network.weight_source import Finish, Seen, Turned
 from localrun.ranks.remote import Remote
 from quant.matrix import ExpertMatrices, QuantMatrix
 from quant.ops import attention as prompt_attention
+from quant.ops import attention_i16 as integer_attention
 from quant.ops import chosen as chosen_attention
 from quant.ops import experts as quant_experts
 from quant.ops import indexer as quant_indexer
 from quant.ops import linear as quant_linear
+from quant.ops import rebuild_i16
+from quant.target import isa
 from quant.threads.pool import Pool
+
+IN_INTEGERS = isa.has(integer_attention.LEVEL)  # attention over a 16-bit cache
 
 
 def _as_rows(x: torch.Tensor) -> torch.Tensor:
@@ -98,7 +106,10 @@ class Embedding:
 
 
 class Attend:
-    """softmax(q k^T) v over float32 tensors whose last dimensions are contiguous; each token sees itself and before."""
+    """softmax(q k^T) v over tensors whose last dimensions are contiguous; each token sees itself and before.
+
+    Keys and values of 16 bits are multiplied in 16-bit integers where the CPU has such products, else in float32.
+    """
 
     def __init__(self, pool: Pool):
         self.pool = pool
@@ -119,6 +130,10 @@ class Attend:
                 added. H / G heads share one's keys and values.
             window, sinks_H: as in weight_source.Attend.
         """
+        if v_SGV.dtype == torch.float16:
+            if IN_INTEGERS and len(parts) == 1:
+                return self._in_integers(*parts[0], v_SGV, scale, out_THV, window, sinks_H)
+            parts, v_SGV = [(q, k.float()) for q, k in parts], v_SGV.float()
         (n_tokens, n_heads, width), (n_cached, n_groups, _) = out_THV.shape, v_SGV.shape
         prompt_attention.attend(
             self.pool,
@@ -127,6 +142,67 @@ class Attend:
             n_heads=n_heads, shared=n_heads // n_groups, n_tokens=n_tokens, n_before=n_cached - n_tokens, scale=scale,
             window=window, sinks=0 if sinks_H is None else sinks_H.data_ptr(),
         )  # fmt: skip
+
+    def _in_integers(self, q_THd, k_SGd, v_SGV, scale, out_THV, window, sinks_H) -> None:
+        """Some groups of heads at a time."""
+        (n_cached, n_groups, depth), shared = k_SGd.shape, q_THd.shape[1] // k_SGd.shape[1]
+        for first, count in in_groups(n_groups, _rounded_bytes(n_cached, depth, v_SGV.shape[-1]), ATTENTION_WORK_BYTES):
+            groups, heads = slice(first, first + count), slice(shared * first, shared * (first + count))
+            with _rounded(count, n_cached, depth, v_SGV.shape[-1]) as rounded:
+                keys, values = _strides(k_SGd[:, groups]), _strides(v_SGV[:, groups])
+                integer_attention.round_cache(self.pool, keys, values, count, rounded)
+                integer_attention.attend(
+                    self.pool, [(_strides(q_THd[:, heads]), depth)], rounded, _strides(out_THV[:, heads]),
+                    n_heads=shared * count, shared=shared, n_tokens=q_THd.shape[0], scale=scale, window=window,
+                    sinks=0 if sinks_H is None else sinks_H[heads].data_ptr(),
+                )  # fmt: skip
+
+
+class AttendRebuilt:
+    """Latent attention with the keys and values of each head, which are rebuilt from the cache, in 16-bit integers."""
+
+    def __init__(self, pool: Pool):
+        self.pool = pool
+
+    def __call__(
+        self,
+        parts: Sequence[torch.Tensor],
+        rows_SW: torch.Tensor,
+        k_b: HeadLinear,
+        v_b: HeadLinear,
+        k_b_transposed: bool,
+        scale: float,
+        out_THV: torch.Tensor,
+    ) -> None:
+        """As weight_source.AttendRebuilt; some heads at a time."""
+        (n_tokens, n_heads, width), n_cached = out_THV.shape, rows_SW.shape[0]
+        n_nope, n_rope = (part.shape[-1] for part in parts)
+        n_latent, depth = rows_SW.shape[1] - n_rope, n_nope + n_rope
+        assert rows_SW.dtype == torch.float16 and rows_SW.stride(-1) == 1
+        for first, count in in_groups(n_heads, _rounded_bytes(n_cached, depth, width), ATTENTION_WORK_BYTES):
+            heads = slice(first, first + count)
+            k, v = k_b.dense(first, count), v_b.dense(first, count)
+            keys = rebuild_i16.Projection(k.data_ptr(), n_nope, k_b_transposed)
+            values = rebuild_i16.Projection(v.data_ptr(), width)
+            with _rounded(count, n_cached, depth, width) as rounded:
+                rebuild_i16.rebuild(
+                    self.pool, rows_SW.data_ptr(), 2 * rows_SW.stride(0), n_latent, keys, values, count, rounded
+                )
+                integer_attention.attend(
+                    self.pool, [(_strides(part[:, heads]), part.shape[-1]) for part in parts], rounded,
+                    _strides(out_THV[:, heads]), n_heads=count, shared=1, n_tokens=n_tokens, scale=scale,
+                )  # fmt: skip
+
+
+def _rounded_bytes(n_rows: int, depth: int, width: int) -> int:
+    return integer_attention.Rounded(0, n_rows, depth, width).head_bytes
+
+
+@contextmanager
+def _rounded(n_heads: int, n_rows: int, depth: int, width: int) -> Iterator[integer_attention.Rounded]:
+    """Room for rounded keys and values."""
+    memory = torch.empty(n_heads * _rounded_bytes(n_rows, depth, width), dtype=torch.uint8)
+    yield integer_attention.Rounded(memory.data_ptr(), n_rows, depth, width)
 
 
 class AttendChosen:
@@ -207,8 +283,9 @@ def _by_token(x: torch.Tensor) -> prompt_attention.Rows:
 
 def _strides(x: torch.Tensor) -> prompt_attention.Rows:
     """Where (T, H, d) lies; a single head for all."""
-    assert x.dtype == torch.float32 and x.stride(-1) == 1
-    return prompt_attention.Rows(x.data_ptr(), 4 * x.stride(1) if x.shape[1] > 1 else 0, 4 * x.stride(0))
+    assert x.dtype in (torch.float32, torch.float16) and x.stride(-1) == 1
+    size = x.element_size()
+    return prompt_attention.Rows(x.data_ptr(), size * x.stride(1) if x.shape[1] > 1 else 0, size * x.stride(0))
 
 
 class Experts:

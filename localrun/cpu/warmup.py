@@ -32,6 +32,9 @@ _MODULES = {
     "quant.decode.program": "decoding",
     "quant.threads.pool": "worker pool",
 }
+# What stands in for others where the CPU has products of 16-bit integers; and those of latent attention there.
+_IN_INTEGERS = {"quant.ops.attention": "quant.ops.attention_i16"}
+_OF_LATENTS = {"quant.decode.attention_i16": "decoding: attention", "quant.ops.rebuild_i16": "rebuilding of keys"}
 # Those of a model with an indexer.
 _OF_INDEXER = {
     "quant.ops.indexer": "choices of many tokens",
@@ -54,6 +57,7 @@ def warm_up(
     notice: Callable[[str], None],
     has_indexer: bool = False,
     pools_rows: bool = False,
+    has_latents: bool = False,
 ) -> None:
     """Compile the kernels for tensors of these types, or load them from the cache.
 
@@ -62,12 +66,17 @@ def warm_up(
         notice: called with one line if there is something to compile and no progress to show it by.
         has_indexer: whether the model chooses the tokens that it attends to.
         pools_rows: whether it has pooled rows and streams.
+        has_latents: whether its attention is over latents.
     """
-    from quant.target import jit, kernel_cache
+    from quant.ops.attention_i16 import LEVEL
+    from quant.target import isa, jit, kernel_cache
 
     if progress is None and not kernel_cache.kept():
         notice("first run on this machine: compiling the kernels, which takes a while")
     modules = _MODULES | (_OF_INDEXER if has_indexer else {}) | (_OF_POOLED if pools_rows else {})
+    if isa.has(LEVEL):
+        modules = {_IN_INTEGERS.get(name, name): what for name, what in modules.items()}
+        modules |= _OF_LATENTS if has_latents else {}
     kernels = needed(modules, types)
     missing = [(kernel, what) for kernel, what in kernels if not jit.is_kept(kernel)]
     with _children(len(missing), modules, types):

@@ -26,6 +26,7 @@ class LayerWeights(GGUFTensors):
         super().__init__(file, remote.own if remote else None)
         self.pool, self._remote = pool, remote
         self.attend = bridge.Attend(pool)
+        self.attend_rebuilt = bridge.AttendRebuilt(pool) if bridge.IN_INTEGERS else None
         self.attend_chosen, self.choose_rows = bridge.AttendChosen(pool), bridge.ChooseRows(pool)
 
     def vector(self, name: str) -> torch.Tensor:

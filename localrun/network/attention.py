@@ -33,6 +33,11 @@ def _module(config: Config, index: int, module: str) -> str:
     return names.layer(config.architecture, index, f"self_attn.{module}")
 
 
+def _exact(rows: torch.Tensor, cache: Cache) -> torch.Tensor:
+    """Rows in float32, and so what is computed with them, where the cache is to be exact."""
+    return rows.float() if cache.is_exact else rows
+
+
 class LatentAttention:
     """MLA: a token leaves one row of C + R values, shared by all heads.
 
@@ -82,7 +87,7 @@ class LatentAttention:
             self.choice.rows_TK = self.indexer.choose(x_TD, queries_of, keys_Sd, turns)
         if self.choice.rows_TK is not None:
             return self.o_proj(self._over_chosen(q_nope_THP, q_rope_THR, rows_SW).flatten(1))
-        rows_SW = rows_SW.float()
+        rows_SW = _exact(rows_SW, cache)
         absorb = not self.k_b_proj.may_expand or self._absorbing_is_cheaper(x_TD.shape[0])
         attend = self._absorbed if absorb else self._decompressed
         return self.o_proj(attend(q_nope_THP, q_rope_THR, rows_SW).flatten(1))
@@ -114,11 +119,10 @@ class LatentAttention:
 
     def _absorbed(self, q_nope_THP, q_rope_THR, rows_SW) -> torch.Tensor:
         """(T, H, V) by attending in latent space."""
-        q_latent_THC = self._into_latent(q_nope_THP)
-        latent_S1C, k_rope_S1R = self._parts(rows_SW[:, None])
+        q_latent_THC, rows_S1W = self._into_latent(q_nope_THP), rows_SW[:, None]
         mixed_THC = torch.empty_like(q_latent_THC)
-        parts = [(q_latent_THC, latent_S1C), (q_rope_THR, k_rope_S1R)]
-        self.weights.attend(parts, latent_S1C, self.scale, mixed_THC)
+        queries_THW = torch.cat([q_latent_THC, q_rope_THR], -1)
+        self.weights.attend([(queries_THW, rows_S1W)], self._parts(rows_S1W)[0], self.scale, mixed_THC)
         return self.v_b_proj(mixed_THC)
 
     def _into_latent(self, q_nope_THP: torch.Tensor) -> torch.Tensor:
@@ -142,8 +146,12 @@ class LatentAttention:
     def _decompressed(self, q_nope_THP, q_rope_THR, rows_SW) -> torch.Tensor:
         """(T, H, V) by rebuilding each head's keys and values."""
         c, n_tokens, n_cached = self.config, q_nope_THP.shape[0], rows_SW.shape[0]
-        latent_SC, k_rope_SR = self._parts(rows_SW)
-        out_THV = rows_SW.new_empty(n_tokens, c.num_attention_heads, c.v_head_dim)
+        out_THV = q_nope_THP.new_empty(n_tokens, c.num_attention_heads, c.v_head_dim)
+        if rows_SW.dtype == torch.float16 and self.weights.attend_rebuilt is not None:
+            matrices = self.k_b_proj, self.v_b_proj, self.is_split
+            self.weights.attend_rebuilt([q_nope_THP, q_rope_THR], rows_SW, *matrices, self.scale, out_THV)
+            return out_THV
+        latent_SC, k_rope_SR = self._parts(rows_SW.float())
         bytes_per_head = 4 * n_cached * (c.qk_nope_head_dim + c.v_head_dim)
         for first, count in in_groups(c.num_attention_heads, bytes_per_head, ATTENTION_WORK_BYTES):
             heads = slice(first, first + count)
@@ -181,8 +189,8 @@ class GroupedQueryAttention:
         q_THd = self._heads(self.q_proj(x_TD), self.q_norm, turns)
         k_TGd = self._heads(self.k_proj(x_TD), self.k_norm, turns)
         keys, values = cache.append(self.cache_layer, k_TGd.flatten(1), self.v_proj(x_TD))
-        k_SGd = keys.float().unflatten(1, (-1, c.head_dim))
-        v_SGV = values.float().unflatten(1, (-1, c.v_head_dim))
+        k_SGd = _exact(keys, cache).unflatten(1, (-1, c.head_dim))
+        v_SGV = _exact(values, cache).unflatten(1, (-1, c.v_head_dim))
         out_THV = x_TD.new_empty(n_tokens, c.num_attention_heads, c.v_head_dim)
         self.weights.attend([(q_THd, k_SGd)], v_SGV, self.scale, out_THV, self.window, self.sinks)
         return self.o_proj(out_THV.flatten(1))

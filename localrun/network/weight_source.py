@@ -53,6 +53,8 @@ class RoutedExperts(Protocol):
 class Attend(Protocol):
     """softmax(scale * q k^T) v of the last T of S tokens; each sees itself and those before.
 
+    Keys and values of 32 bits are multiplied in float32; those of a cache of 16 may be so in 16-bit integers.
+
     window: it sees so many, itself included; 0 for all. sinks_H: a logit more of each head's softmax, without a value.
     """
 
@@ -103,6 +105,28 @@ class Turned:
     epsilon: float
 
 
+class AttendRebuilt(Protocol):
+    """Latent attention of the last T of S tokens: keys and values of each head are rebuilt from the 16-bit cache."""
+
+    def __call__(
+        self,
+        parts: Sequence[torch.Tensor],
+        rows_SW: torch.Tensor,
+        k_b: HeadLinear,
+        v_b: HeadLinear,
+        k_b_transposed: bool,
+        scale: float,
+        out_THV: torch.Tensor,
+    ) -> None:
+        """Write out_THV.
+
+        Args:
+            parts: queries (T, H, P) and (T, H, R), of keys that are k_b latent and of those that all heads share.
+            rows_SW: float16 latents, and behind them the shared keys.
+            k_b, v_b: (H, P, C), or (H, C, P) if k_b_transposed; (H, V, C).
+        """
+
+
 class AttendChosen(Protocol):
     """softmax(scale * q k^T) v of T tokens, each over rows of its own."""
 
@@ -135,12 +159,13 @@ class WeightSource(Protocol):
 
     Attributes:
         activation: of all feed-forward layers.
-        attend, attend_chosen, choose_rows: of attention in torch; a device's attention has its own, and never asks for
-            them.
+        attend, attend_rebuilt, attend_chosen, choose_rows: of attention in torch; a device's attention has its own, and
+            never asks for them. attend_rebuilt is None where the CPU lacks its products.
     """
 
     activation: Activation
     attend: Attend
+    attend_rebuilt: AttendRebuilt | None
     attend_chosen: AttendChosen
     choose_rows: ChooseRows
 

@@ -5,6 +5,7 @@ So one row of a matrix gives a row of 32 results, and whatever follows (a softma
 
 from itertools import chain
 
+import numpy as np
 from numba import types
 from numba.core import cgutils
 
@@ -19,6 +20,8 @@ from quant.target.jit import inline
 LANES = 32
 ROW = 4 * LANES  # bytes
 ADDRESSES = 16 * 8  # scratch for those of 16 rows
+# Less than any score. Minus infinity would not do: a token may see nothing of a chunk, and infinity from itself is NaN.
+LOWEST = float(np.finfo(np.float32).min)
 _ROWS = 12 if isa.has("avx512_vnni") else 3  # of a matrix at a time: their totals fill 24 of 32 registers, 12 of 16
 
 
@@ -65,17 +68,27 @@ def clear(rows, n_rows):
 
 
 @inline
-def pack_lanes(vectors, stride, first, n_vectors, depth, scale, addresses, packed):
-    """scale * the float32 vectors first.., a row a column; behind the last of n_vectors the last one again.
+def pack_16(vectors, stride, first, n_vectors, depth, scale, addresses, packed, packed_stride):
+    """scale * the 16 float32 vectors first.., a row a column; behind the last of n_vectors the last one again.
 
-    stride: bytes from one vector to the next. addresses: scratch of ADDRESSES bytes.
+    Args:
+        stride, packed_stride: bytes from one vector to the next, and from one row.
+        addresses: scratch of ADDRESSES bytes.
     """
-    for half in range(2):
+    for r in range(16):
+        store_i64(addresses + 8 * r, vectors + stride * min(first + r, n_vectors - 1))
+    for c in range(0, depth // 4 * 4, 4):
+        for e, column in enumerate(transpose(addresses, 4 * c)):
+            store_f32x16(packed + packed_stride * (c + e), as_f32(column) * scale)
+    for c in range(depth // 4 * 4, depth):
         for r in range(16):
-            store_i64(addresses + 8 * r, vectors + stride * min(first + 16 * half + r, n_vectors - 1))
-        for c in range(0, depth // 4 * 4, 4):
-            for e, column in enumerate(transpose(addresses, 4 * c)):
-                store_f32x16(packed + ROW * (c + e) + 64 * half, as_f32(column) * scale)
-        for c in range(depth // 4 * 4, depth):
-            for r in range(16):
-                store_f32(packed + ROW * c + 64 * half + 4 * r, scale * load_f32(load_i64(addresses + 8 * r) + 4 * c))
+            at = load_i64(addresses + 8 * r) + 4 * c
+            store_f32(packed + packed_stride * c + 4 * r, scale * load_f32(at))
+
+
+@inline
+def pack_lanes(vectors, stride, first, n_vectors, depth, scale, addresses, packed):
+    """The same of 32 vectors."""
+    for half in range(2):
+        at = first + 16 * half
+        pack_16(vectors, stride, at, n_vectors, depth, scale, addresses, packed + 64 * half, ROW)

@@ -23,7 +23,7 @@ from llvmlite import ir
 from numba import types
 
 from quant.batch import ATTENTION_TOKENS
-from quant.gemm.lanes import ADDRESSES, ROW, add_matmul, clear, pack_lanes
+from quant.gemm.lanes import ADDRESSES, LOWEST, ROW, add_matmul, clear, pack_lanes
 from quant.simd.core import I64, constant, define, f32x16, splat
 from quant.simd.floats import as_f32, exp, maximum, splat_f32x16
 from quant.simd.memory import load_f32, load_f32x16, store_f32, store_f32x16
@@ -33,14 +33,11 @@ from quant.target.jit import inline, kernel
 from quant.threads.pool import Pool, worker_bytes
 from quant.threads.work_items import work_items
 
-_CHUNK = 256  # keys and values at a time: in L2 with the blocks of a work item
-_MOST_BLOCKS, _ITEMS_PER_WORKER = 4, 8  # of a work item; at least, so that workers end together
-
-# Less than any score. Minus infinity would not do: a token may see nothing of a chunk, and infinity from itself is NaN.
-_LOWEST = float(np.finfo(np.float32).min)
+CHUNK = 256  # keys and values at a time: in L2 with the blocks of a work item
+MOST_BLOCKS, ITEMS_PER_WORKER = 4, 8  # of a work item; at least, so that workers end together
 
 # Where a block's state begins with which row.
-_MAXIMUM, _SUM, MIXED = 0, ROW, 2 * ROW
+MAXIMUM, SUM, MIXED = 0, ROW, 2 * ROW
 
 
 def state_rows(width: int, depth: int) -> int:
@@ -66,7 +63,7 @@ ATTEND = struct(
     out=ROWS,
     item_tokens=i64,
     state_bytes=i64,
-    scratch=address,  # a worker's: addresses of 16 rows, scores f32[_CHUNK][32], states
+    scratch=address,  # a worker's: addresses of 16 rows, scores f32[CHUNK][32], states
     scratch_bytes=i64,
     n_parts=i64,
     parts=array(PART, 2),
@@ -89,7 +86,7 @@ _hidden_from = define(f32x16, (f32x16, types.int64), _hide(">="))
 
 
 @inline
-def _hide_future(scores, n_common, n_rows):
+def hide_future(scores, n_common, n_rows):
     """-infinity where a token must not look: all see n_common rows, token i of the block's i more."""
     for j in range(max(0, n_common), n_rows):
         for half in range(2):
@@ -98,7 +95,7 @@ def _hide_future(scores, n_common, n_rows):
 
 
 @inline
-def _hide_past(scores, n_old, n_rows):
+def hide_past(scores, n_old, n_rows):
     """-infinity where a token no longer looks: n_old rows are too old for token 0 of a block, for token i i more."""
     for j in range(min(n_old + ATTENTION_TOKENS - 1, n_rows)):
         for half in range(2):
@@ -107,7 +104,7 @@ def _hide_past(scores, n_old, n_rows):
 
 
 @inline
-def _first_seen(a, token):
+def first_seen(a, token):
     """The first row that a token sees."""
     return max(0, a.n_before + token + 1 - a.window) if a.window > 0 else 0
 
@@ -115,27 +112,27 @@ def _first_seen(a, token):
 @inline
 def fold_in(scores, n_rows, state, width):
     """Rows of scores to weights e^(score - the largest so far), and what was summed before to the same scale."""
-    low_before, high_before = load_f32x16(state + _MAXIMUM), load_f32x16(state + _MAXIMUM + 64)
+    low_before, high_before = load_f32x16(state + MAXIMUM), load_f32x16(state + MAXIMUM + 64)
     low_most, high_most = low_before, high_before
     for at in range(scores, scores + ROW * n_rows, ROW):
         low_most = maximum(low_most, load_f32x16(at))
         high_most = maximum(high_most, load_f32x16(at + 64))
-    store_f32x16(state + _MAXIMUM, low_most)
-    store_f32x16(state + _MAXIMUM + 64, high_most)
+    store_f32x16(state + MAXIMUM, low_most)
+    store_f32x16(state + MAXIMUM + 64, high_most)
     low_factor = exp(low_before - low_most)
     high_factor = exp(high_before - high_most)
-    for at in range(state + _SUM, state + MIXED + ROW * width, ROW):
+    for at in range(state + SUM, state + MIXED + ROW * width, ROW):
         store_f32x16(at, load_f32x16(at) * low_factor)
         store_f32x16(at + 64, load_f32x16(at + 64) * high_factor)
-    low_sum, high_sum = load_f32x16(state + _SUM), load_f32x16(state + _SUM + 64)
+    low_sum, high_sum = load_f32x16(state + SUM), load_f32x16(state + SUM + 64)
     for at in range(scores, scores + ROW * n_rows, ROW):
         low = exp(load_f32x16(at) - low_most)
         high = exp(load_f32x16(at + 64) - high_most)
         store_f32x16(at, low)
         store_f32x16(at + 64, high)
         low_sum, high_sum = low_sum + low, high_sum + high
-    store_f32x16(state + _SUM, low_sum)
-    store_f32x16(state + _SUM + 64, high_sum)
+    store_f32x16(state + SUM, low_sum)
+    store_f32x16(state + SUM + 64, high_sum)
 
 
 @inline
@@ -154,13 +151,13 @@ def _store_transposed(mixed, width, out, stride, count):
 @inline
 def begin_block(a, head, first, addresses, state):
     """A block's state: nothing summed yet, and its queries."""
-    width, largest, total = a.width, np.float32(_LOWEST), np.float32(0.0)
+    width, largest, total = a.width, np.float32(LOWEST), np.float32(0.0)
     if a.sinks != 0:
         largest, total = load_f32(a.sinks + 4 * head), np.float32(1.0)
     clear(state, 2 + width)
     for half in range(2):
-        store_f32x16(state + _MAXIMUM + 64 * half, splat_f32x16(largest))
-        store_f32x16(state + _SUM + 64 * half, splat_f32x16(total))
+        store_f32x16(state + MAXIMUM + 64 * half, splat_f32x16(largest))
+        store_f32x16(state + SUM + 64 * half, splat_f32x16(total))
     packed = state + MIXED + ROW * width
     for i in range(a.n_parts):
         q, depth = a.parts[i].q, a.parts[i].depth
@@ -172,8 +169,8 @@ def begin_block(a, head, first, addresses, state):
 def _add_keys(a, head, first, begin, state, scores):
     """Keys and values begin.. of a chunk, as far as the block of tokens first.. sees them."""
     n_before, width, shared = a.n_before, a.width, head // a.shared
-    end = min(begin + _CHUNK, n_before + min(first + ATTENTION_TOKENS, a.n_tokens))
-    begin = max(begin, _first_seen(a, first))
+    end = min(begin + CHUNK, n_before + min(first + ATTENTION_TOKENS, a.n_tokens))
+    begin = max(begin, first_seen(a, first))
     n_rows = end - begin
     if n_rows <= 0:
         return
@@ -185,9 +182,9 @@ def _add_keys(a, head, first, begin, state, scores):
         k = part.k.address + part.k.head * shared + k_row * begin
         add_matmul(n_rows, k, k_row, 4, packed, depth, scores)
         packed += ROW * depth
-    _hide_future(scores, n_before + first + 1 - begin, n_rows)
+    hide_future(scores, n_before + first + 1 - begin, n_rows)
     if a.window > 0:
-        _hide_past(scores, n_before + first + 1 - a.window - begin, n_rows)
+        hide_past(scores, n_before + first + 1 - a.window - begin, n_rows)
     fold_in(scores, n_rows, state, width)
     v = a.v.address + a.v.head * shared + a.v.row * begin
     add_matmul(width, v, 4, a.v.row, scores, n_rows, state + MIXED)
@@ -197,7 +194,7 @@ def _add_keys(a, head, first, begin, state, scores):
 def end_block(a, head, first, state):
     """Sums of values over sums of weights, to where they belong."""
     width, stride = a.width, a.out.row
-    low, high = 1 / load_f32x16(state + _SUM), 1 / load_f32x16(state + _SUM + 64)
+    low, high = 1 / load_f32x16(state + SUM), 1 / load_f32x16(state + SUM + 64)
     mixed = state + MIXED
     for at in range(mixed, mixed + ROW * width, ROW):
         store_f32x16(at, load_f32x16(at) * low)
@@ -210,10 +207,10 @@ def end_block(a, head, first, state):
 def _run_item(a, head, first, last, scratch):
     """Tokens first..last of one head, in blocks: a chunk of keys and values serves all of them while it is in L2."""
     scores, state_bytes = scratch + ADDRESSES, a.state_bytes
-    states = scores + ROW * _CHUNK
+    states = scores + ROW * CHUNK
     for token in range(first, last, ATTENTION_TOKENS):
         begin_block(a, head, token, scratch, states + state_bytes * ((token - first) // ATTENTION_TOKENS))
-    for begin in range(_first_seen(a, first), a.n_before + last, _CHUNK):
+    for begin in range(first_seen(a, first), a.n_before + last, CHUNK):
         for token in range(first, last, ATTENTION_TOKENS):
             _add_keys(a, head, token, begin, states + state_bytes * ((token - first) // ATTENTION_TOKENS), scores)
     for token in range(first, last, ATTENTION_TOKENS):
@@ -271,9 +268,9 @@ def attend(
         sinks: address of float32 (H,), a logit more in each head's softmax, without a value; or 0.
     """
     blocks = -(-n_tokens // ATTENTION_TOKENS)
-    item_blocks = max(1, min(_MOST_BLOCKS, blocks * n_heads // (_ITEMS_PER_WORKER * pool.n_workers)))
+    item_blocks = max(1, min(MOST_BLOCKS, blocks * n_heads // (ITEMS_PER_WORKER * pool.n_workers)))
     state_bytes = ROW * state_rows(width, sum(depth for _, _, depth in parts))
-    scratch_bytes = worker_bytes(ADDRESSES + ROW * _CHUNK + item_blocks * state_bytes)
+    scratch_bytes = worker_bytes(ADDRESSES + ROW * CHUNK + item_blocks * state_bytes)
     arguments = ATTEND.pack(
         counter=0, n_heads=n_heads, n_tokens=n_tokens, n_before=n_before, shared=shared, scale=scale,
         window=window, sinks=sinks, v=values.struct, width=width, out=out.struct,

@@ -33,6 +33,7 @@ from quant.simd.core import (
     splat,
 )
 from quant.simd.halves import half_to_float
+from quant.target import isa
 
 # ---- constants -------------------------------------------------------------------------------------------------------
 
@@ -119,6 +120,33 @@ def _exp(builder, x):
 
 exp = define_for_all(1, _exp)
 
+# 2^r = 1 + r * p(r) on |r| <= 1/2, relative error 9e-8: a fit of our own to the least largest error.
+_EXP2 = (1.3264727e-3, 9.6715126e-3, 5.5507337e-2, 2.4022242e-1, 6.9314698e-1)
+
+
+def _exp2(builder, x):
+    """2^x to float32 rounding, for x <= 126; below -126, -infinity included, 0. NaN stays NaN."""
+    vector = x.type
+    low = builder.fcmp_ordered("<", x, constant(vector, -126.0))
+    bounded = builder.select(low, constant(vector, -126.0), x)
+    n = call(builder, f"llvm.rint.v{vector.count}f32", vector, bounded)
+    r = builder.fsub(bounded, n)
+    p = constant(vector, _EXP2[0])
+    for coefficient in (*_EXP2[1:], 1.0):
+        p = emit_fma(builder, p, r, constant(vector, coefficient))
+    if vector.count == 16 and isa.has("avx512_vnni"):
+        mask, nearest = ir.Constant(ir.IntType(16), -1), I32(4)
+        y = call(builder, "llvm.x86.avx512.mask.scalef.ps.512", vector, p, n, p, mask, nearest)
+    else:
+        integers = ir.VectorType(I32, vector.count)
+        n = builder.select(builder.fcmp_ordered("ord", n, n), n, constant(vector, 0.0))
+        power = builder.shl(builder.add(builder.fptosi(n, integers), constant(integers, 127)), constant(integers, 23))
+        y = builder.fmul(p, builder.bitcast(power, vector))
+    return builder.select(low, constant(vector, 0.0), y)
+
+
+exp2 = define_for_all(1, _exp2)
+
 # ---- integers to floats and back -------------------------------------------------------------------------------------
 
 
@@ -140,7 +168,16 @@ def _of_lanes(vector: Vector) -> Vector:
     return FLOATS_BY_LANES[vector.ir.count]
 
 
+_WHOLE = 1.5 * 2.0**23  # what is added to it loses its fraction, and is the lower bits of the sum
+
+
+def _scaled_to_i16(builder, v, factor):
+    """v * factor, within 16 bits, to nearest: in the lower 16 bits of each lane, and nothing said of the upper ones."""
+    return builder.bitcast(emit_fma(builder, v, factor, constant(v.type, _WHOLE)), i32x16.ir)
+
+
 round_to_i8 = define(i8x32, (f32x32,), _round_to_i8)
+scaled_to_i16 = define(i32x16, (f32x16, f32x16), _scaled_to_i16)
 to_f32 = define_for_all(
     1, lambda b, v: b.sitofp(v, FLOATS_BY_LANES[v.type.count].ir), _of_lanes
 )  # signed lanes' values

@@ -286,16 +286,17 @@ def _packed_i16(builder, a, b):
     return builder.bitcast(both, i8x32.ir)
 
 
-def _dot_i16(builder, total, a, b):
+def emit_dot_i16(builder, total, a, b):
     """total + sum of a*b over each 2 lanes of 16 bits."""
-    a, b = (builder.bitcast(v, ir.VectorType(I16, 16)) for v in (a, b))
+    lanes = 2 * total.type.count
+    a, b = (builder.bitcast(v, ir.VectorType(I16, lanes)) for v in (a, b))
     if isa.has("avx512_vnni"):
-        return call(builder, "llvm.x86.avx512.vpdpwssd.256", total.type, total, a, b)
-    if isa.has("avx2"):
+        return call(builder, f"llvm.x86.avx512.vpdpwssd.{16 * lanes}", total.type, total, a, b)
+    if isa.has("avx2") and lanes == 16:
         return builder.add(total, call(builder, "llvm.x86.avx2.pmadd.wd", total.type, a, b))
-    wide = ir.VectorType(I32, 16)
+    wide = ir.VectorType(I32, lanes)
     products = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
-    even, odd = (shuffle(builder, products, None, range(first, 16, 2)) for first in (0, 1))
+    even, odd = (shuffle(builder, products, None, range(first, lanes, 2)) for first in (0, 1))
     return builder.add(total, builder.add(even, odd))
 
 
@@ -304,7 +305,7 @@ def _products_i16(builder, a, b):
     if isa.has("avx2"):
         a, b = (builder.bitcast(v, ir.VectorType(I16, 16)) for v in (a, b))
         return call(builder, "llvm.x86.avx2.pmadd.wd", i32x8.ir, a, b)
-    return _dot_i16(builder, constant(i32x8.ir, 0), a, b)
+    return emit_dot_i16(builder, constant(i32x8.ir, 0), a, b)
 
 
 def pairs_of(first: int, second: int):
@@ -320,7 +321,7 @@ def _bytes_twice(builder, low, high):
 
 bytes_twice = define(i8x32, (types.int64, types.int64), _bytes_twice)  # two int64, twice
 packed_i16 = define(i8x32, (i32x8, i32x8), _packed_i16)
-dot_i16 = define(i32x8, (i32x8, i8x32, i8x32), _dot_i16)
+dot_i16 = define(i32x8, (i32x8, i8x32, i8x32), emit_dot_i16)
 products_i16 = define(i32x8, (i8x32, i8x32), _products_i16)
 shifted_i16 = define(  # lanes of 16 bits, without sign, to the right
     i8x32,

@@ -32,9 +32,10 @@ BEHIND = {
     weight_source.HeadLinear: (bridge.HeadLinear, linear.HeadLinear),
     weight_source.RoutedExperts: (bridge.Experts, bridge.SharedExperts, experts.Experts, routed._Layer),
     weight_source.Attend: (bridge.Attend,),
+    weight_source.AttendRebuilt: (bridge.AttendRebuilt,),
 }
 # A device's attention has its own, and models with indexers are not run there.
-WITHOUT = {(DeviceWeights, name) for name in ("attend", "attend_chosen", "choose_rows")}
+WITHOUT = {(DeviceWeights, name) for name in ("attend", "attend_rebuilt", "attend_chosen", "choose_rows")}
 PAIRS = [(protocol, kind) for protocol, kinds in BEHIND.items() for kind in kinds]
 
 

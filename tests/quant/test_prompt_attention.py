@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from localrun.cpu.bridge import Attend
+from localrun.cpu import bridge
+from localrun.cpu.bridge import Attend, AttendRebuilt
 from quant.threads.pool import Pool
 
 
@@ -112,3 +113,94 @@ def test_the_number_of_workers_changes_nothing(pool: Pool) -> None:
     one = attended(single, parts, v_SGV, 0.2)
     single.close()
     assert torch.equal(one, attended(pool, parts, v_SGV, 0.2))
+
+
+# ---- over a 16-bit cache, in 16-bit integers where the CPU has their products ----------------------------------------
+
+# Keys, queries and weights keep 12 bits or more of what is typical of a row. With the 8 of bfloat16 errors are ten
+# times as large.
+ROUNDED_TOLERANCE = 5e-4
+SHAPES_16 = {
+    "one token": (1, 1, 2, 2, (16,), 16, 0),
+    "blocks that are not full": (77, 77, 3, 3, (40,), 20, 0),
+    "columns in odd numbers, an odd window": (40, 45, 2, 1, (7,), 5, 21),
+    "before the prompt, several chunks": (150, 701, 4, 2, (48,), 32, 0),
+    "a window over several chunks": (150, 700, 2, 2, (16,), 16, 300),
+}
+
+
+def in_16_bits(shape: tuple) -> tuple[list, torch.Tensor, torch.Tensor | None]:
+    """Parts, values, and sinks where there is a window."""
+    *sizes, window = shape
+    parts, v_SGV = inputs(*sizes)
+    return [(q, k.half()) for q, k in parts], v_SGV.half(), 2 * random(shape[2], seed=3) if window else None
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The largest difference, of the largest value."""
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+@pytest.mark.parametrize("shape", SHAPES_16.values(), ids=SHAPES_16)
+def test_16_bits(pool: Pool, shape: tuple) -> None:
+    parts, v_SGV, sinks_H = in_16_bits(shape)
+    found = attended(pool, parts, v_SGV, 0.2, shape[-1], sinks_H)
+    wide = [(q, k.float()) for q, k in parts]
+    assert error(found, expected(wide, v_SGV.float(), 0.2, shape[-1], sinks_H)) < ROUNDED_TOLERANCE
+
+
+@pytest.mark.parametrize("heads_at_a_time", [1, 4])
+@pytest.mark.parametrize(("is_split", "sizes"), [(True, (64, 24, 16, 20)), (False, (46, 32, 8, 33))])
+def test_rebuilt(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch, is_split: bool, sizes: tuple, heads_at_a_time: int
+) -> None:
+    """Keys and values from latents, by matrices of either order, against products in float64."""
+    n_latent, n_nope, n_rope, width = sizes
+    rows_SW = random(301, n_latent + n_rope, seed=1).half()
+    k_b, v_b = (random(4, n, n_latent, seed=n) / n_latent**0.5 for n in (n_nope, width))
+    queries = [random(70, 4, n, seed=5 + n) for n in (n_nope, n_rope)]
+    latents, rope = rows_SW.double().split([n_latent, n_rope], -1)
+    keys, values = (torch.einsum("sc,hnc->shn", latents, matrix.double()) for matrix in (k_b, v_b))
+    wanted = expected([(queries[0], keys), (queries[1], rope[:, None])], values, 0.2)
+    stored = k_b.mT.contiguous() if is_split else k_b
+    of_a_head = bridge._rounded_bytes(301, n_nope + n_rope, width)
+    monkeypatch.setattr(bridge, "ATTENTION_WORK_BYTES", heads_at_a_time * of_a_head)
+    out = torch.full((70, 4, width), torch.nan)
+    if not bridge.IN_INTEGERS:
+        pytest.skip("the CPU has no products of 16-bit integers")
+    AttendRebuilt(pool)(queries, rows_SW, Matrices(stored), Matrices(v_b), is_split, 0.2, out)
+    assert error(out, wanted) < ROUNDED_TOLERANCE
+
+
+class Matrices:
+    """A HeadLinear that can only be expanded."""
+
+    def __init__(self, matrices: torch.Tensor):
+        self.matrices = matrices
+
+    def dense(self, first: int, count: int) -> torch.Tensor:
+        return self.matrices[first : first + count].contiguous()
+
+
+def test_16_bits_do_not_depend_on_workers_or_other_tokens(pool: Pool) -> None:
+    parts, v_SGV, _ = in_16_bits(SHAPES_16["before the prompt, several chunks"])
+    single = Pool(1)
+    together = attended(single, parts, v_SGV, 0.2)
+    single.close()
+    assert torch.equal(together, attended(pool, parts, v_SGV, 0.2))
+    for first, last in ((109, 110), (33, 150)):
+        rows = slice(0, 551 + last)
+        some = [(q[first:last], k[rows]) for q, k in parts]
+        assert torch.equal(together[first:last], attended(pool, some, v_SGV[rows], 0.2))
+
+
+def test_16_bits_of_any_size(pool: Pool) -> None:
+    """Rows of zeros and of the largest halves, queries of any size; NaN reaches those that read it, and only them."""
+    parts, v_SGV, _ = in_16_bits(SHAPES_16["blocks that are not full"])
+    (q, k), factors = parts[0], torch.tensor([0.0, 1e-30, 1e-4])[:, None]
+    k[3], v_SGV[5], k[20], v_SGV[30] = 0, 0, 6e4 * k[20].sign(), 6e4
+    found = attended(pool, [(q * factors, k)], v_SGV, 0.2)
+    assert error(found, expected([(q * factors, k.float())], v_SGV.float(), 0.2)) < ROUNDED_TOLERANCE
+    k[40, 1, 3], v_SGV[50, 2, 0] = torch.nan, torch.nan
+    found = attended(pool, [(q, k)], v_SGV, 0.2)
+    assert found[:, 0].isfinite().all() and found[40:, 1].isnan().all() and found[50:, 2, 0].isnan().all()
