@@ -21,6 +21,7 @@ from localrun.network.cache import Cache, row_widths
 from localrun.network.rope import attention_scale, frequencies, rotation_magnitude
 from localrun.ranks.remote import Remote
 from quant.decode.attention import Heads, attend_phase
+from quant.decode.attention_i16 import fits, integer_attend_phase
 from quant.decode.experts import NOBODY, expert_phases
 from quant.decode.indexer import STATE_BYTES, Indexer, Room, choice_phases, indexer_keys_phase
 from quant.decode.linear import Input, normed, rows_phase
@@ -219,10 +220,15 @@ class Layers:
         self._add(phase, name, "x")
 
     def _attend(self, heads: Heads, queries: int, v_b: QuantMatrix | None, o_proj: QuantMatrix, bias: int = 0) -> None:
-        """From rotated queries to the sum with the residual; bias: of the output."""
+        """From rotated queries to the sum with the residual; bias: of the output.
+
+        In integers where v_b's products are in integers of fewer bits.
+        """
         partials = self._vector("partials", heads.partials_bytes // 4)
         values = self._vector("heads' values", o_proj.n_cols)
-        self._add(attend_phase(heads, queries, partials), "attend", "partials")
+        in_integers = v_b is not None and v_b.format.integer and fits(heads)
+        attend = (integer_attend_phase if in_integers else attend_phase)(heads, queries, partials)
+        self._add(attend, "attend", "partials")
         self._add(project_values_phase(heads, partials, v_b, values), "values", "heads' values")
         self._add_to_x("output", Input(values), o_proj, bias)
 

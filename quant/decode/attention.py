@@ -34,7 +34,7 @@ from quant.decode.program import (
 from quant.gemm.float_tile import LANES, multiply
 from quant.simd.core import F32, I64, define, load, splat, store
 from quant.simd.floats import exp, hmax, hsum, maximum, splat_f32x16, zero_f32x16
-from quant.simd.memory import load_f32x16, load_i32, store_f32, store_f32x16, store_i64
+from quant.simd.memory import load_f32x16, load_i32, load_i64, store_f32, store_f32x16, store_i64
 from quant.simd.register_tile import add_products, register_tile
 from quant.simd.struct import address, f32, i64, struct
 from quant.simd.vectors import expand_f16, scale
@@ -86,7 +86,7 @@ VALUES_AT = 64
 
 
 @inline
-def _partial_bytes(padded_width):
+def bytes_of_partial(padded_width):
     return VALUES_AT + 4 * padded_width
 
 
@@ -110,33 +110,29 @@ def seen_by(a, t):
 
 
 @inline
-def _expand_pooled(a, token, row_bytes, first, n, width, padded_width, out):
-    """Some of the pooled rows that a token sees, in float32, padded_width apart."""
-    rows, _ = cache_block(a, a.seen.pooled_slot, token)
-    chosen = a.chosen + a.chosen_bytes * token
-    is_chosen = a.chosen != 0 and cached_by(a, token) // a.seen.ratio > a.seen.most_pooled
-    for i in range(n):
-        row = load_i32(chosen + 4 * (first + i)) if is_chosen else first + i
-        expand_f16(rows + row_bytes * row, width, padded_width, out + 4 * padded_width * i)
+def find_rows(a, token, slot, row_bytes, group_bytes, first, n_rows, found):
+    """Addresses of a group's part of the rows first.. that a token sees, int64 (n_rows,)."""
+    n_cached, n_pooled = cached_by(a, token), _pooled_by(a, token)
+    n_hidden, chosen = n_cached - _own_by(a, token), a.chosen + a.chosen_bytes * token
+    if first < n_pooled:
+        rows, _ = cache_block(a, a.seen.pooled_slot, token)
+        is_chosen = a.chosen != 0 and n_cached // a.seen.ratio > a.seen.most_pooled
+        for i in range(min(n_rows, n_pooled - first)):
+            row = load_i32(chosen + 4 * (first + i)) if is_chosen else first + i
+            store_i64(found + 8 * i, rows + row_bytes * row)
+    block, n_in_block = cache_block(a, slot, token)
+    is_chosen, rows = a.chosen != 0 and a.seen.ratio == 0 and n_hidden > 0, block + group_bytes
+    for i in range(max(0, n_pooled - first), n_rows):
+        in_order = (n_hidden + first + i - n_pooled) % n_in_block
+        row = load_i32(chosen + 4 * (first + i)) if is_chosen else in_order
+        store_i64(found + 8 * i, rows + row_bytes * row)
 
 
 @inline
-def _expand_rows(a, token, slot, row_bytes, group_bytes, first, n_tokens, width, padded_width, out):
-    """A group's part of the rows first.. that a token sees, in float32, padded_width apart."""
-    n_pooled, n_hidden = _pooled_by(a, token), cached_by(a, token) - _own_by(a, token)
-    if first < n_pooled:
-        n = min(n_tokens, n_pooled - first)
-        _expand_pooled(a, token, row_bytes, first, n, width, padded_width, out)
-        first, n_tokens, out = first + n, n_tokens - n, out + 4 * padded_width * n
-    chosen = a.chosen + a.chosen_bytes * token + 4 * first
-    block, n_rows = cache_block(a, slot, token)
-    is_chosen = a.chosen != 0 and a.seen.ratio == 0 and n_hidden > 0
-    at, rows = (n_hidden + first - n_pooled) % n_rows, block + group_bytes
-    for i in range(n_tokens):
-        row = load_i32(chosen + 4 * i) if is_chosen else at + i
-        if row >= n_rows:
-            row -= n_rows
-        expand_f16(rows + row_bytes * row, width, padded_width, out + 4 * padded_width * i)
+def _expand_rows(found, n_rows, width, padded_width, out):
+    """Rows at these addresses, in float32, padded_width apart."""
+    for i in range(n_rows):
+        expand_f16(load_i64(found + 8 * i), width, padded_width, out + 4 * padded_width * i)
 
 
 _SUM_HEADS = 8
@@ -209,7 +205,7 @@ def _start_heads(a, first, partials, scores):
     n_heads, width = a.per_group, a.padded_width
     queries, outs = scores + 4 * _TOKENS * n_heads, scores + 4 * _TOKENS * n_heads + 8 * n_heads
     for h in range(n_heads):
-        at = partials + _partial_bytes(width) * h
+        at = partials + bytes_of_partial(width) * h
         partial = PARTIAL(at)
         store_i64(queries + 8 * h, a.queries + 4 * a.query_width * (first + h))
         store_i64(outs + 8 * h, scores + 4 * _TOKENS * h)
@@ -225,18 +221,18 @@ def _attend_split(a, group, token, split, work):
     """One group of a token's heads over one split; work: expanded rows, scores, two tables of addresses."""
     n_groups, n_heads, query_width, padded_width = a.n_groups, a.per_group, a.query_width, a.padded_width
     n_seen = seen_by(a, token)
-    length, partial_bytes, all_heads = split_length(n_seen), _partial_bytes(padded_width), n_groups * n_heads
+    length, partial_bytes, all_heads = split_length(n_seen), bytes_of_partial(padded_width), n_groups * n_heads
     head = all_heads * (MAX_SPLITS * token + split) + n_heads * group
     partials, scores = a.partials + partial_bytes * head, work + 4 * _TOKENS * max(query_width, padded_width)
     begin = length * split
     end = min(n_seen, begin + length)
     queries, outs = _start_heads(a, all_heads * token + n_heads * group, partials, scores)
     same_rows = a.value_slot == a.key_slot
+    found = outs + 8 * n_heads
     for first in range(begin, end, _TOKENS):
         n_tokens = min(_TOKENS, end - first)
-        _expand_rows(
-            a, token, a.key_slot, a.key_row, a.key_group * group, first, n_tokens, a.key_width, query_width, work
-        )
+        find_rows(a, token, a.key_slot, a.key_row, a.key_group * group, first, n_tokens, found)
+        _expand_rows(found, n_tokens, a.key_width, query_width, work)
         multiply(work, n_tokens, query_width, n_heads, queries, outs, 0)
         for h in range(n_heads):
             at = partials + partial_bytes * h
@@ -244,18 +240,8 @@ def _attend_split(a, group, token, split, work):
         row_bytes = 4 * query_width
         if not same_rows:
             row_bytes = 4 * padded_width
-            _expand_rows(
-                a,
-                token,
-                a.value_slot,
-                a.value_row,
-                a.value_group * group,
-                first,
-                n_tokens,
-                a.value_width,
-                padded_width,
-                work,
-            )
+            find_rows(a, token, a.value_slot, a.value_row, a.value_group * group, first, n_tokens, found)
+            _expand_rows(found, n_tokens, a.value_width, padded_width, work)
         _add_weighted_sums(
             n_heads, scores, work, row_bytes, n_tokens, padded_width, partials + VALUES_AT, partial_bytes
         )
@@ -350,7 +336,7 @@ def attend_phase(heads: Heads, queries: int, partials: int) -> Phase:
         value_group=heads.value_group, padded_width=padded_width, seen=heads.seen,
         chosen=heads.chosen, chosen_bytes=heads.chosen_bytes, partials=partials,
     )  # fmt: skip
-    work_bytes = 4 * _TOKENS * (max(heads.query_width, padded_width) + heads.per_group) + 16 * heads.per_group
+    work_bytes = 4 * _TOKENS * (max(heads.query_width, padded_width) + heads.per_group + 2) + 16 * heads.per_group
     n_items, most_seen = heads.n_groups, heads.window + heads.most_pooled * (heads.ratio > 0)
     is_bounded = heads.window > 0 and most_seen < NO_LIMIT
     if is_bounded:  # as many splits as there can be: mostly few

@@ -14,6 +14,7 @@ import pytest
 from kernels import floats
 
 from quant.decode.attention import Heads, attend_phase
+from quant.decode.attention_i16 import fits, integer_attend_phase
 from quant.decode.program import MAX_SPLITS, MIN_SPLIT, Program
 from quant.decode.values import project_values_phase
 from quant.matrix import QuantMatrix
@@ -74,11 +75,13 @@ def attend_few(
     window: int = 0,
     ring: int = 0,
     sinks: np.ndarray | None = None,
+    in_integers: bool = False,
 ) -> np.ndarray:
     """float32 (T, H, V): the same for the last T tokens, whose queries are (T, H, key_width).
 
     ring: rows of the cache's blocks, if they are fewer than there are tokens.
     """
+    make_phase = integer_attend_phase if in_integers else attend_phase
     heads, n_cached, n_tokens = shape.heads, len(keys), len(queries)
     heads = replace(heads, window=window, sinks=0 if sinks is None else sinks.ctypes.data)
     embedding, _ = kernels.random_weight("F32", (1, 1, 16), np.random.default_rng(0))
@@ -91,7 +94,7 @@ def attend_few(
     out[:] = np.nan
     partials = aligned_bytes(n_tokens * heads.partials_bytes + 64 * GUARD)
     partials.view(np.float32)[:] = np.nan
-    program.add(attend_phase(heads, query_address, program.keep(partials)))
+    program.add(make_phase(heads, query_address, program.keep(partials)))
     program.add(project_values_phase(heads, partials.ctypes.data, v_b, out_address))
     program.finish()
     n_rows = ring or n_cached + 1
@@ -225,6 +228,48 @@ def test_values_are_lifted_out_of_latent_space(pool: Pool, type_: str, tolerance
     case = MLA.random(n_cached)
     wanted = np.einsum("hvc,hc->hv", matrices, expected(MLA, *case))
     assert error(attend(pool, MLA, *case, weight), wanted) < tolerance
+
+
+# ---- in 16-bit integers ----------------------------------------------------------------------------------------------
+
+# Rows of 576 columns and their queries keep some 11 bits of what is typical of them: scores of size 2 and the weights'
+# logarithms are off by up to 2e-3, of many rows at once by less.
+INTEGER_TOLERANCE = 2e-3
+IN_INTEGERS = [
+    ("16 heads", 1, 0, 0), ("16 heads", 2 * FULL + 1, 0, 0), ("V3's widths", 200, 0, 0), ("2 groups of 10", 65, 0, 0),
+    ("odd widths", 129, 0, 0), ("narrower than a vector", 66, 0, 0), ("16 heads", 4100, 2500, 3000),
+    ("odd widths", 300, 128, 132),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "n_cached", "window", "ring"), IN_INTEGERS)
+def test_in_integers(pool: Pool, name: str, n_cached: int, window: int, ring: int) -> None:
+    """Against float64; and tokens together are tokens alone, to the bit."""
+    shape = SHAPES[name]
+    if not fits(shape.heads):
+        pytest.skip("the CPU has no products of 16-bit integers")
+    queries, keys, values = shape.random(n_cached)
+    queries = np.stack([queries, -queries, np.zeros_like(queries)][-n_cached:])
+    options = {"window": window, "ring": ring, "in_integers": True}
+    together = attend_few(pool, shape, queries, keys, values, **options)
+    for t, found in enumerate(together):
+        last = n_cached - len(queries) + 1 + t
+        seen = slice(max(0, last - window) if window else 0, last)
+        assert error(found, expected(shape, queries[t], keys[seen], values[seen])) < INTEGER_TOLERANCE
+        alone = attend_few(pool, shape, queries[t : t + 1], keys[:last], values[:last], **options)
+        assert np.array_equal(found, alone[0])
+
+
+def test_integers_let_nan_and_large_numbers_through(pool: Pool) -> None:
+    shape = SHAPES["16 heads"]
+    if not fits(shape.heads):
+        pytest.skip("the CPU has no products of 16-bit integers")
+    queries, keys, values = shape.random(100)
+    keys[7], keys[9], queries = 6e4, 0, queries * np.float32(1e30)
+    found = attend_few(pool, shape, queries[None], keys, values, in_integers=True)[0]
+    assert error(found, expected(shape, queries, keys, values)) < INTEGER_TOLERANCE
+    keys[70, 0, 40] = np.nan  # of the key alone
+    assert np.isnan(attend_few(pool, shape, queries[None], keys, values, in_integers=True)).all()
 
 
 # ---- scores of any size ----------------------------------------------------------------------------------------------
