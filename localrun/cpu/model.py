@@ -16,7 +16,7 @@ from localrun.cpu.compressed import decode_step
 from localrun.cpu.torch_threads import TorchThreads
 from localrun.gguf.file import GGUFFile
 from localrun.gguf.residency import Resident
-from localrun.limits import cut
+from localrun.limits import LONG_PREFILL_CHUNK, cut
 from localrun.models import names
 from localrun.models.config import Config
 from localrun.models.mtp_file import read_mtp_config
@@ -133,7 +133,8 @@ class NativeModel:
 
     def chunks(self, n_tokens: int) -> list[int]:
         """How many of a prompt's n_tokens to evaluate at a time."""
-        return cut(n_tokens)
+        is_long = self.config.rebuilds_keys and n_tokens > LONG_PREFILL_CHUNK
+        return cut(n_tokens, LONG_PREFILL_CHUNK if is_long else None)
 
     def forward(self, ids: Sequence[int], cache: Cache, all_logits: bool = False) -> np.ndarray:
         """Evaluate ids after the cache's tokens; the cache then holds them too.

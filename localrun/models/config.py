@@ -156,6 +156,11 @@ class Config:
         return rows, *(_pooled(self.head_dim, ratio) if ratio else ()), *indexed
 
     @property
+    def rebuilds_keys(self) -> bool:
+        """Whether a prompt's attention rebuilds the keys and values of all tokens in the cache."""
+        return self.attention == "mla" and not self.index_topk
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of cache that one token more takes in all layers, where windows are full."""
         return sum(rows.row_bytes // rows.ratio for rows in self._all_rows() if not rows.window)

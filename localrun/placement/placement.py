@@ -23,6 +23,7 @@ from localrun.errors import LocalrunError
 from localrun.limits import (
     ATTENTION_WORK_BYTES,
     GPU_ATTENTION_WORK_BYTES,
+    LONG_PREFILL_CHUNK,
     MARK_BYTES,
     MARK_EVERY,
     MARK_SPARE,
@@ -225,7 +226,8 @@ def mark_bytes(config: Config, ctx: int) -> int:
 
 def work_bytes(config: Config) -> int:
     """Of the CPU: activations of one chunk, logits of a token, attention."""
-    return activation_bytes(config) + 4 * config.vocab_size + ATTENTION_WORK_BYTES
+    chunk = LONG_PREFILL_CHUNK if config.rebuilds_keys else PREFILL_CHUNK
+    return activation_bytes(config, chunk) + 4 * config.vocab_size + ATTENTION_WORK_BYTES
 
 
 def gpu_work_bytes(config: Config) -> int:
