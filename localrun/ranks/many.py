@@ -10,6 +10,7 @@ import numpy as np
 
 from quant.decode.message_sizes import HEADER_BYTES, back_bytes, message_bytes, vector_bytes
 from quant.decode.messages import BACK_MANY, HEADER, MANY, TO, TO_MANY, VectorType
+from quant.target.kernel import Kernel
 from quant.threads.links import Links, Request
 
 
@@ -51,7 +52,7 @@ def pack(type_: VectorType, x_TD: np.ndarray, ids_TK: np.ndarray, weights_TK: np
     size = message_bytes(type_.name, hidden, ids_TK.shape[1], n_tokens) - HEADER_BYTES
     out = np.empty(size, np.uint8)
     out[: ids.size], out[ids.size : ids.size + weights.size] = ids, weights
-    _convert(type_.pack, x_TD, 4 * hidden, out[ids.size + weights.size :], vector_bytes(type_.name, hidden), x_TD.shape)
+    _convert(type_, type_.pack, x_TD, 4 * hidden, out[ids.size + weights.size :], vector_bytes(type_.name, hidden))
     return out
 
 
@@ -63,7 +64,7 @@ def unpack(
     ids = message[:ids_end].copy().view(np.int64).reshape(n_tokens, top_k)
     weights = message[ids_end:weights_end].copy().view(np.float32).reshape(n_tokens, top_k)
     x = np.empty((n_tokens, hidden), np.float32)
-    _convert(type_.unpack, message[weights_end:], vector_bytes(type_.name, hidden), x, 4 * hidden, x.shape)
+    _convert(type_, type_.unpack, message[weights_end:], vector_bytes(type_.name, hidden), x, 4 * hidden)
     return x, ids, weights
 
 
@@ -72,20 +73,26 @@ def pack_sums(type_: VectorType, sums_TD: np.ndarray) -> np.ndarray:
     n_tokens, hidden = sums_TD.shape
     out = np.empty(back_bytes(type_.name, hidden, n_tokens) - HEADER_BYTES, np.uint8)
     back = type_.back
-    _convert(back.pack, sums_TD, 4 * hidden, out, vector_bytes(back.name, hidden), sums_TD.shape)
+    _convert(back, back.pack, sums_TD, 4 * hidden, out, vector_bytes(back.name, hidden))
     return out
 
 
 def unpack_sums(type_: VectorType, message: np.ndarray, hidden: int) -> np.ndarray:
     """float32 (T, D)."""
-    size = vector_bytes(type_.back.name, hidden)
+    back, size = type_.back, vector_bytes(type_.back.name, hidden)
     sums = np.empty((message.size // size, hidden), np.float32)
-    _convert(type_.back.unpack, message, size, sums, 4 * hidden, sums.shape)
+    _convert(back, back.unpack, message, size, sums, 4 * hidden)
     return sums
 
 
-def _convert(kernel, source, source_bytes: int, to, to_bytes: int, shape: tuple[int, int]) -> None:
-    """A kernel void(from, n, to) on each row."""
-    n_tokens, hidden = shape
+def _convert(
+    type_: VectorType, kernel: Kernel, source: np.ndarray, source_bytes: int, to: np.ndarray, to_bytes: int
+) -> None:
+    """A kernel void(from, n, to) on all rows, so many bytes each; one side is float32 (T, D)."""
+    n_tokens, hidden = (source if source.ndim == 2 else to).shape
+    at, to_at = source.ctypes.data, to.ctypes.data
+    if type_.columns == 1:  # what travels of a row follows that of the one before, as its columns do
+        kernel.ctypes(at, n_tokens * hidden, to_at)
+        return
     for t in range(n_tokens):
-        kernel.ctypes(source.ctypes.data + source_bytes * t, hidden, to.ctypes.data + to_bytes * t)
+        kernel.ctypes(at + source_bytes * t, hidden, to_at + to_bytes * t)
