@@ -97,9 +97,10 @@ def _start_ranks(
 
     places = places_of(options.ranks, options.hosts) if is_given else places_in_mpiexec()
     usage = load.expert_usage if options.rank_share is ShareChoice.experts else None
+    by_speed = options.rank_sizes == "auto"
     sharing = Sharing(
-        options.rank_messages.value, _sizes(options.rank_sizes), options.rank_share.value,
-        None if usage is None else str(usage), options.rank_copies,
+        options.rank_messages.value, () if by_speed else _sizes(options.rank_sizes), options.rank_share.value,
+        None if usage is None else str(usage), options.rank_copies, by_speed,
     )  # fmt: skip
     ranks = stack.enter_context(sharing_ranks(path, places, sharing, threads))
     return ranks, threads_at(places[0], threads)
@@ -110,7 +111,7 @@ def _sizes(text: str | None) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(",")) if text else ()
     except ValueError:
-        raise localrun.LocalrunError(f"--rank-sizes {text}: expected numbers with commas, such as 2,1") from None
+        raise localrun.LocalrunError(f"--rank-sizes {text}: expected auto, or numbers such as 2,1") from None
 
 
 def placement_document(engine: "Engine") -> dict[str, Any] | None:

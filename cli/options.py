@@ -157,7 +157,12 @@ RankShare = Annotated[
 ]
 RankSizes = Annotated[
     str | None,
-    typer.Option("--rank-sizes", metavar="A,B,...", help="Shares of ranks relative to each other.", show_default=False),
+    typer.Option(
+        "--rank-sizes",
+        metavar="auto|A,B,...",
+        help="Shares of ranks relative to each other; auto: by how fast each reads memory. Equal if not given.",
+        show_default=False,
+    ),
 ]
 RankCopies = Annotated[
     int, typer.Option("--rank-copies", help="With whole experts: most used ones that each rank has besides its own.")

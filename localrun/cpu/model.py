@@ -52,7 +52,7 @@ class NativeModel:
     def __init__(self, config: Config, file: GGUFFile, n_threads: int, ranks: "Ranks | None" = None):
         """ranks: others that are to have shares of the experts; raises LocalrunError if one of them can't."""
         self.config, self.file, self.vocab_size = config, file, config.vocab_size
-        self.remote = self._take_ranks(ranks) if ranks else None
+        self.remote = self._take_ranks(ranks, n_threads) if ranks else None
         self._resident = Resident(file, self.remote.share.all_spans if self.remote else None)
         self._pool = Pool(n_threads)
         self._tensors = GGUFTensors(file, self.remote.own if self.remote else None)
@@ -69,10 +69,10 @@ class NativeModel:
         self._network: Network | None = None
         self._release_torch: weakref.finalize | None = None
 
-    def _take_ranks(self, ranks: "Ranks") -> "Remote":
+    def _take_ranks(self, ranks: "Ranks", n_threads: int) -> "Remote":
         from localrun.ranks.remote import Remote
 
-        return Remote(self.file, self.config, ranks)
+        return Remote(self.file, self.config, ranks, n_threads)
 
     @property
     def network(self) -> "Network":

@@ -19,6 +19,7 @@ from localrun.models.config import Config
 from localrun.ranks import many
 from localrun.ranks.owners import assign, owners_of
 from localrun.ranks.sharing import EXPERTS, Ranks, Share
+from localrun.ranks.speed import with_sizes
 from localrun.ranks.world import RankError
 from quant.decode.exchange import N_TIMES, Exchange
 from quant.decode.experts import NOBODY, Told
@@ -41,11 +42,15 @@ class Remote:
         share: this rank's own.
     """
 
-    def __init__(self, file: GGUFFile, config: Config, ranks: Ranks):
-        """Waits until all are ready. Raises LocalrunError: the model can't be shared so, or a rank is gone."""
+    def __init__(self, file: GGUFFile, config: Config, ranks: Ranks, n_threads: int):
+        """Waits until all are ready. Raises LocalrunError: the model can't be shared so, or a rank is gone.
+
+        n_threads: of this rank.
+        """
         self._world, self._others = ranks.world, range(1, ranks.world.size)
-        owners = owners_of(file, config, ranks.world, ranks.sharing) if ranks.sharing.share == EXPERTS else None
-        self.share = Share(file, config, ranks.world, ranks.sharing, owners)
+        sharing = with_sizes(ranks.world, ranks.sharing, n_threads)
+        owners = owners_of(file, config, ranks.world, sharing) if sharing.share == EXPERTS else None
+        self.share = Share(file, config, ranks.world, sharing, owners)
         self._numbers = {index: number for number, index in enumerate(self.share.layers)}
         self._exchange = Exchange(
             self._world.links, len(self._others), self.share.type, self.share.hidden, self.share.top_k,

@@ -40,6 +40,7 @@ class Sharing:
         share: SLICES or EXPERTS.
         usage: an importance matrix, whose counts say how experts are divided; rank 0 alone reads it.
         copies: experts of each layer that a rank has beside its own, of those that are used most.
+        by_speed: whether sizes are to be what ranks measure.
     """
 
     message: str = "bf16"
@@ -47,6 +48,7 @@ class Sharing:
     share: str = SLICES
     usage: str | os.PathLike[str] | None = None
     copies: int = 0
+    by_speed: bool = False
 
     def __post_init__(self) -> None:
         if self.share not in (SLICES, EXPERTS):

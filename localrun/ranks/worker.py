@@ -14,6 +14,7 @@ from localrun.models.reader import read_config
 from localrun.ranks import many
 from localrun.ranks.remote import READY, START_S
 from localrun.ranks.sharing import EXPERTS, Share, Sharing
+from localrun.ranks.speed import with_sizes
 from localrun.ranks.world import World
 from quant.decode.exchange import Served
 from quant.decode.message_sizes import HEADER_BYTES, message_bytes
@@ -35,7 +36,7 @@ def serve_share(file: GGUFFile, world: World, sharing: Sharing, n_threads: int) 
         RankError: rank 0 can't be reached any more.
     """
     config = read_config(file)
-    owners = None
+    sharing, owners = with_sizes(world, sharing, n_threads), None
     if sharing.share == EXPERTS:
         owners = np.frombuffer(world.receive(0, START_S), np.int64).reshape(-1, config.n_routed_experts)
     share = Share(file, config, world, sharing, owners)

@@ -23,6 +23,7 @@ COUNTS = Path("counts.gguf")
     [
         ({}, Sharing("bf16")),
         ({"rank_messages": MessageChoice.fp8, "rank_sizes": "2,1.5"}, Sharing("fp8", (2.0, 1.5))),
+        ({"rank_sizes": "auto"}, Sharing(by_speed=True)),
         (
             {"rank_share": ShareChoice.experts, "rank_copies": 3},
             Sharing("bf16", (), "experts", str(COUNTS), 3),
@@ -42,5 +43,5 @@ def test_options_are_a_sharing(options: dict[str, Any], expected: Sharing, monke
 
 
 def test_sizes_that_are_no_numbers() -> None:
-    with ExitStack() as stack, pytest.raises(LocalrunError, match="--rank-sizes 1,x: expected numbers"):
+    with ExitStack() as stack, pytest.raises(LocalrunError, match="--rank-sizes 1,x: expected auto, or numbers"):
         _start_ranks(stack, Path("model.gguf"), RankOptions(ranks="2", rank_sizes="1,x"), LoadOptions())

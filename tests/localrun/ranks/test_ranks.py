@@ -29,6 +29,7 @@ from localrun.errors import LocalrunError
 from localrun.generate.sampling import Sampling
 from localrun.gguf.file import open_gguf
 from localrun.models.reader import read_config
+from localrun.ranks import speed
 from localrun.ranks.sharing import EXPERTS, SLICES, Ranks, Share, Sharing
 from localrun.ranks.world import RankError, World
 from quant.batch import MOST_TOKENS
@@ -203,6 +204,17 @@ def test_a_rank_without_room_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     path, world = tiny_models.shared("v3-odd"), World(1, ["here", "host b (rank 1)"], Post().links(1))
     with open_gguf(path) as file, pytest.raises(LocalrunError, match=r"^this rank's columns .* 0\.0 are free$"):
         Share(file, read_config(file), world, EXACT)
+
+
+def test_shares_by_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks cut alike by what each has measured."""
+    path, ids = tiny_models.shared("v3-odd"), tiny_models.prompt("v3-odd")
+    with localrun.load(path, threads=2, ctx=160) as model:
+        expected = model.logits(ids)
+    monkeypatch.setattr(speed, "read_speed", {1: 2e9, 2: 7e9}.__getitem__)  # rank 0 has two threads
+    with shared(path, sharing=Sharing("f32", by_speed=True)) as model:
+        assert model.model.remote.share.layers[1].gate.n_rows == 64  # of 96, in blocks of 32
+        assert error(model.logits(ids), expected) < ROUNDING_TOLERANCE
 
 
 def test_what_cannot_be_shared_is_refused() -> None:
