@@ -153,6 +153,12 @@ class Remote:
 
     # ---- figures, and the end ----------------------------------------------------------------------------------------
 
+    @property
+    def times(self) -> np.ndarray:
+        """Of the last exchanges of steps, as Exchange.times has them."""
+        n, times = self._exchange.n_exchanges, self._exchange.times
+        return times if n >= N_TIMES else times[1 : n + 1]  # they are counted from 1 on, and go round
+
     def figures(self) -> dict[str, float]:
         """What was sent and received so far, and what messages cost.
 
@@ -161,7 +167,7 @@ class Remote:
         one computed as well. many_overlap: the same of prompts.
         """
         n = self._exchange.n_exchanges
-        sent, own, waited, busy = self._exchange.times[: min(n, N_TIMES)].T
+        sent, own, waited, busy = self.times.T
         message_us, wait_us = (sent + own + waited - np.maximum(own, busy)) / 1e3, waited / 1e3
         n_bytes = self._many_bytes + self._exchange.n_bytes
         found = {"exchanges": n, "bytes_out": int(n_bytes[0]), "bytes_back": int(n_bytes[1])}

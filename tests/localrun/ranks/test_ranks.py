@@ -156,6 +156,7 @@ def test_bytes_are_those_of_the_formula(message: str) -> None:
             assert post.n_sent[rank, 0] - before[rank, 0] == expected_back
         assert (found["exchanges"], found["bytes_out"]) == (2 * n_layers, 2 * expected)
         assert found["bytes_back"] == 2 * expected_back and 0 < found["overlap"] < 1
+        assert model.model.remote.times.any(1).all() and len(model.model.remote.times) == 2 * n_layers
         assert found["message_us_median"] >= 0 and found["wait_us_p90"] >= found["wait_us_median"]
 
 
