@@ -125,8 +125,7 @@ class Watch:
 
     def _lose(self, connection: Connection, why: str) -> None:
         rank = self._ranks.pop(connection)
-        if not self._is_closed:
-            self._gone(rank, f"{self._names[rank]}: {why}")
+        self._gone(rank, f"{self._names[rank]}: {why}")
 
     def close(self) -> None:
         """Watch no more."""

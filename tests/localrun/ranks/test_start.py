@@ -36,8 +36,16 @@ def until(is_so: Callable[[], Any]) -> Any:
 
 def test_only_those_who_know_the_secret_are_let_in() -> None:
     callers = Callers("127.0.0.1", b"right")
-    with pytest.raises((AuthenticationError, EOFError, OSError)):
-        Client(callers.address, authkey=b"wrong")
+    outcome: list[str] = []
+
+    def come() -> None:  # in a thread: who is let in without a word waits for ever
+        try:
+            Client(callers.address, authkey=b"wrong")
+        except (AuthenticationError, EOFError, OSError):
+            outcome.append("refused")
+
+    threading.Thread(target=come, daemon=True).start()
+    until(lambda: outcome)
     assert not callers.come
     with Client(callers.address, authkey=b"right") as connection:
         until(lambda: callers.come)
