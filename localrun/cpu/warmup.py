@@ -43,6 +43,7 @@ _OF_INDEXER = {
 }
 # Those of a model with pooled rows and streams.
 _OF_POOLED = {
+    "quant.ops.chosen": "attention to chosen tokens",
     "quant.decode.compressor": "decoding: pooled rows",
     "quant.decode.stream_rows": "decoding: streams",
 }

@@ -259,6 +259,7 @@ def test_every_split_of_pooled_rows_is_ranked() -> None:
     """8,195 tokens are 26 splits, their 2,048 rows 32."""
     random, position, heads, width = np.random.default_rng(3), 8194, 12, 32
     keys = random.standard_normal((3000, width)).astype(np.float16)
+    keys[1900:] *= 2  # those to choose are among the last
     queries, weights = random.standard_normal((heads, width), np.float32), random.standard_normal(heads, np.float32)
     embedding, _ = kernels.random_weight("F32", (1, 1, 16), random)
     with closing(Pool(2)) as pool:

@@ -7,6 +7,7 @@ CPU) or 16-bit keys, random weights turn the rounding into errors of the size of
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import json
 import os
@@ -35,9 +36,14 @@ def greedy(path: Path | str, ids: list[int], n: int) -> tuple[list[int], np.ndar
     return rows.argmax(axis=1).tolist(), rows
 
 
+def prediction_logits(path: Path | str, ids: list[int], hidden: Path) -> np.ndarray:
+    """float32 (T, vocab) of the layer for multi-token prediction, of next tokens and an .npy file's float32 (T, n)."""
+    return _ask(str(path), tuple(ids), 0, str(hidden))
+
+
 @functools.lru_cache(maxsize=256)
-def _ask(path: str, ids: tuple[int, ...], n_greedy: int) -> np.ndarray:
-    request = json.dumps({"path": path, "ids": ids, "n_greedy": n_greedy})
+def _ask(path: str, ids: tuple[int, ...], n_greedy: int, hidden: str = "") -> np.ndarray:
+    request = json.dumps({"path": path, "ids": ids, "n_greedy": n_greedy, "hidden": hidden})
     with tempfile.NamedTemporaryFile(suffix=".npy") as answer:
         command = [sys.executable, __file__, answer.name]
         environment = os.environ | {"GGML_NO_BACKTRACE": "1"}  # or gdb's pages push the assertion off the end
@@ -52,7 +58,7 @@ def _ask(path: str, ids: tuple[int, ...], n_greedy: int) -> np.ndarray:
     return result
 
 
-def _evaluate(path: str, ids: list[int], n_greedy: int) -> np.ndarray:
+def _evaluate(path: str, ids: list[int], n_greedy: int, hidden: str) -> np.ndarray:
     """Runs in the child: logits of all prompt positions, then of n_greedy - 1 greedy steps."""
     import llama_cpp
 
@@ -60,6 +66,7 @@ def _evaluate(path: str, ids: list[int], n_greedy: int) -> np.ndarray:
     model_params = llama_cpp.llama_model_default_params()
     model_params.n_gpu_layers = 0
     model_params.use_extra_bufts = False
+    model_params.load_mtp = bool(hidden)
     model = llama_cpp.llama_model_load_from_file(path.encode(), model_params)
     if not model:
         raise SystemExit(f"llama.cpp could not load {path}")
@@ -68,20 +75,25 @@ def _evaluate(path: str, ids: list[int], n_greedy: int) -> np.ndarray:
     params.n_threads = params.n_threads_batch = 1  # more would spin, beside those of the suite
     params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
+    params.ctx_type = int(bool(hidden))  # LLAMA_CONTEXT_TYPE_MTP
     context = llama_cpp.llama_init_from_model(model, params)
     if not context:
         raise SystemExit(f"llama.cpp could not make a context for {path}")
     n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-    rows = _decode(context, ids, 0, n_vocab)
+    rows = _decode(context, ids, 0, n_vocab, np.load(hidden) if hidden else None)
     for step in range(n_greedy - 1):
         rows = np.concatenate([rows, _decode(context, [int(rows[-1].argmax())], len(ids) + step, n_vocab)])
     return rows
 
 
-def _decode(context: object, ids: list[int], start: int, n_vocab: int) -> np.ndarray:
+def _decode(context: object, ids: list[int], start: int, n_vocab: int, hidden: np.ndarray | None = None) -> np.ndarray:
     import llama_cpp
 
-    batch = llama_cpp.llama_batch_init(len(ids), 0, 1)
+    batch = llama_cpp.llama_batch_init(len(ids), 0 if hidden is None else hidden.shape[1], 1)
+    if hidden is not None:  # such a batch has room for these alone
+        tokens = (ctypes.c_int32 * len(ids))()
+        batch.token = ctypes.cast(tokens, type(batch.token))
+        ctypes.memmove(batch.embd, hidden.ctypes.data, hidden.nbytes)
     batch.n_tokens = len(ids)
     for i, token in enumerate(ids):
         batch.token[i], batch.pos[i] = token, start + i
@@ -91,7 +103,8 @@ def _decode(context: object, ids: list[int], start: int, n_vocab: int) -> np.nda
         raise SystemExit(f"llama_decode returned {status}")
     rows = [np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, i), (n_vocab,)) for i in range(len(ids))]
     result = np.array(rows, dtype=np.float32)
-    llama_cpp.llama_batch_free(batch)
+    if hidden is None:
+        llama_cpp.llama_batch_free(batch)
     return result
 
 

@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 import tiny_deepseek4 as tiny
 import torch
+from closeness import error
 from safetensors.torch import load_file, save_file
 
+import localrun
 from localrun.convert import Options, convert, make_plan
 from localrun.errors import LocalrunError
 from localrun.gguf.file import GGUFFile, open_gguf
 from localrun.measure.reference import check_weights
 from localrun.models.mtp_file import is_mtp_only
+from localrun.network.cache import Cache
 from quant.formats import registry
 
 IN_FP8 = re.compile(r"attn\.(w|indexer\.wq_b)|shared_experts")
@@ -179,13 +182,35 @@ def mtp_tensors(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {f"mtp.0.{name}": values for name, values in tensors.items()}
 
 
-def test_the_prediction_layer_becomes_a_file_of_its_own(tmp_path: Path) -> None:
-    """The one that its weights make, but for the end of streams, which is the layer's."""
-    folder = hf.save(tiny.hf_model(tiny.replace(MTP, num_nextn_predict_layers=0)), tmp_path / "model")
-    weights = tiny.tensors(MTP)
-    added = {name: torch.from_numpy(values.copy()) for name, values in mtp_tensors(weights).items()}
+def checkpoint_with_prediction(folder: Path, m: tiny.Deepseek4) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A checkpoint with a prediction layer, and that layer's tensors."""
+    folder = hf.save(tiny.hf_model(tiny.replace(m, num_nextn_predict_layers=0)), folder)
+    added = {name: torch.from_numpy(values.copy()) for name, values in mtp_tensors(tiny.tensors(m)).items()}
     hf.edit_tensors(folder, lambda tensors: tensors.update(added))
     hf.edit_config(folder, num_nextn_predict_layers=1)
+    return folder, added
+
+
+@pytest.mark.slow
+def test_llama_cpp_runs_the_prediction_layers_file(tmp_path: Path) -> None:
+    """Where both head sizes are the same it divides by zero, so they are not."""
+    m = tiny.replace(MTP, head_dim=128)
+    folder, _ = checkpoint_with_prediction(tmp_path / "model", m)
+    for name, drafts in (("model.gguf", False), ("mtp.gguf", True)):
+        convert(make_plan(folder, tmp_path / name, Options(mix="F32", drafts=drafts)))
+    ids, n_tokens = tiny.token_ids(20), 20
+    streams = np.random.default_rng(0).standard_normal((n_tokens, 4 * m.hidden_size), dtype=np.float32)
+    np.save(tmp_path / "streams.npy", streams)
+    expected = llama_cpp_oracle.prediction_logits(tmp_path / "mtp.gguf", ids, tmp_path / "streams.npy")
+    with localrun.load(tmp_path / "model.gguf", draft=tmp_path / "mtp.gguf", device="cpu", threads=1, ctx=64) as engine:
+        cache, forward = Cache([engine.config.rows(2)], n_tokens, np.float32), engine.model.mtp.forward
+        rows = [forward(ids[t : t + 1], streams[t : t + 1], cache)[0] for t in range(n_tokens)]
+    assert error(np.concatenate(rows), expected) < 1e-5  # float32 in another order
+
+
+def test_the_prediction_layer_becomes_a_file_of_its_own(tmp_path: Path) -> None:
+    """The one that its weights make, but for the end of streams, which is the layer's."""
+    folder, added = checkpoint_with_prediction(tmp_path / "model", MTP)
     convert(make_plan(folder, tmp_path / "mtp.gguf", Options(mix="F32", drafts=True)))
     expected_path = tiny.write(tmp_path / "expected.gguf", MTP, leave_out=r"blk\.[01]\.")
     with open_gguf(tmp_path / "mtp.gguf") as found, open_gguf(expected_path) as expected:
