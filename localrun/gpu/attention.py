@@ -21,9 +21,10 @@ from collections.abc import Callable
 import torch
 import triton
 import triton.language as tl
-from torch.nn.functional import pad, rms_norm
+from torch.nn.functional import pad
 
 from localrun.gpu.cache import DeviceCache, row_constants
+from localrun.gpu.indexer import choose
 from localrun.gpu.places import HasPlaces, Places, block_of, n_rows_of
 from localrun.gpu.routing import Turns, turn_and_append
 from localrun.limits import GPU_ATTENTION_WORK_BYTES
@@ -43,6 +44,13 @@ _PEAK = tl.constexpr(12.0)  # float16 weights of the softmax are up to 2^12: sma
 def _piece_length(n_seen, n_pieces, MIN_PIECE: tl.constexpr, BLOCK_S: tl.constexpr):
     """Cached tokens of each piece but the last, whole blocks."""
     return tl.maximum(MIN_PIECE, tl.cdiv(tl.cdiv(n_seen, n_pieces), BLOCK_S) * BLOCK_S)
+
+
+@triton.jit
+def _n_seen(positions, token, TOP_K: tl.constexpr):
+    """Rows that a token attends to, or of a window those up to its own."""
+    n_seen = tl.load(positions + token).to(tl.int32) + 1
+    return tl.minimum(n_seen, TOP_K) if TOP_K > 0 else n_seen
 
 
 @triton.jit
@@ -84,23 +92,24 @@ def _latents(
 
 
 @triton.jit
-def attend_kernel(q_latent, q_rope, positions, table, entry_stride, token_stride, partials, log_sums, score_scale,
-                  n_pieces, N_HEADS: tl.constexpr, PER_GROUP: tl.constexpr, C: tl.constexpr,
+def attend_kernel(q_latent, q_rope, positions, table, entry_stride, token_stride, chosen, partials, log_sums,
+                  score_scale, n_pieces, N_HEADS: tl.constexpr, PER_GROUP: tl.constexpr, C: tl.constexpr,
                   R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
                   BLOCK_S: tl.constexpr, MIN_PIECE: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
                   IS_LATENT: tl.constexpr, VALUE: tl.constexpr, VALUE_STRIDE: tl.constexpr,
                   VALUE_ALIGNED: tl.constexpr, KEY: tl.constexpr, KEY_STRIDE: tl.constexpr,
-                  KEY_ALIGNED: tl.constexpr, WINDOW: tl.constexpr):  # fmt: skip
+                  KEY_ALIGNED: tl.constexpr, WINDOW: tl.constexpr, TOP_K: tl.constexpr):  # fmt: skip
     """Program (block of heads, piece, token): softmax(q k^T) v over the piece, and the logarithm (base 2) of its sum.
 
     IS_LATENT: a key is a latent, which is also the value, and a rotated part; all heads share them. Else PER_GROUP
     heads share keys, which lie where the rotated parts do, and values, where the latents do; q_latent is not read.
-    WINDOW: tokens that are seen, of rows that go round; 0 for all. VALUE, KEY: types in the cache; STRIDE: of rows;
+    WINDOW: tokens that are seen, of rows that go round; 0 for all. TOP_K: rows that are `chosen`, (T, TOP_K); 0 where
+    all are. VALUE, KEY: types in the cache; STRIDE: of rows;
     ALIGNED: bytes that divide blocks' addresses.
     Products of DTYPE, sums and softmax float32. Queries are divided by each head's largest value: float16 holds them.
     """
     piece, token = tl.program_id(1), tl.program_id(2)
-    n_seen = tl.load(positions + token).to(tl.int32) + 1
+    n_seen = _n_seen(positions, token, TOP_K)
     first = _first_seen(n_seen, WINDOW)
     length = _piece_length(n_seen - first, n_pieces, MIN_PIECE, BLOCK_S)
     first += piece * length
@@ -134,6 +143,8 @@ def attend_kernel(q_latent, q_rope, positions, table, entry_stride, token_stride
         is_row = row < last
         if WINDOW > 0:
             row %= n_rows
+        if TOP_K > 0:
+            row = tl.load(chosen + token * TOP_K + row, mask=is_row, other=0)
         values = _latents(latents, scales, row, VALUE_STRIDE, is_row, C, BLOCK_C, BITS, DTYPE)
         turned = _load_rows(rope_keys, row, KEY_STRIDE, is_row, R, BLOCK_R).to(DTYPE)
         if IS_LATENT:
@@ -159,13 +170,13 @@ def attend_kernel(q_latent, q_rope, positions, table, entry_stride, token_stride
 @triton.jit
 def combine_kernel(partials, log_sums, positions, sinks, out, n_pieces, N_HEADS: tl.constexpr, C: tl.constexpr,
                    MIN_PIECE: tl.constexpr, BLOCK_S: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr,
-                   WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr):  # fmt: skip
+                   WINDOW: tl.constexpr, TOP_K: tl.constexpr, HAS_SINKS: tl.constexpr):  # fmt: skip
     """Program (head, columns, token): the pieces' results, weighted by their sums; PIECES of them at a time.
 
     A sink is a logit more of a head's softmax, without a value.
     """
     head, token = tl.program_id(0), tl.program_id(2)
-    n_seen = tl.load(positions + token).to(tl.int32) + 1
+    n_seen = _n_seen(positions, token, TOP_K)
     n_seen -= _first_seen(n_seen, WINDOW)
     count = tl.cdiv(n_seen, _piece_length(n_seen, n_pieces, MIN_PIECE, BLOCK_S))
     query = token.to(tl.int64) * N_HEADS + head
@@ -267,13 +278,16 @@ def attend(
     scale: float,
     n_pieces: int,
     dtype: torch.dtype,
+    chosen_TK: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """float32 (T, H, C): the latents that each head and token attends to, mixed; the tokens' own rows are in the cache.
 
-    Nothing waits for the host, and shapes depend on T alone. dtype of products: float16 or float32.
+    Nothing waits for the host, and shapes depend on T alone. dtype of products: float16 or float32. chosen_TK: as
+    attend_over has it.
     """
     queries = q_latent_THC.contiguous(), q_rope_THR.contiguous()
-    return attend_over(queries, cache.places(len(q_rope_THR)), layer, config, scale, n_pieces, dtype)
+    places = cache.places(len(q_rope_THR))
+    return attend_over(queries, places, layer, config, scale, n_pieces, dtype, chosen_TK=chosen_TK)
 
 
 def attend_over(
@@ -286,24 +300,30 @@ def attend_over(
     dtype: torch.dtype,
     window: int = 0,
     sinks_H: torch.Tensor | None = None,
+    chosen_TK: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Both kernels. queries: q_latent and q_rope of attend_kernel; window, sinks_H: as network.weight_source.Attend."""
+    """Both kernels.
+
+    queries: q_latent and q_rope of attend_kernel. window, sinks_H: as network.weight_source.Attend. chosen_TK: int32,
+    the rows that each token attends to, those that it sees first.
+    """
     n_tokens, n_heads, _ = queries[1].shape
     width, device, bits = _widths(config)[0], queries[1].device, places.bits
     n_pieces = max(1, min(n_pieces, n_pieces * FEW_TOKENS // n_tokens))
-    if window:
-        n_pieces = min(n_pieces, triton.cdiv(window, _MIN_PIECE))
+    top_k = 0 if chosen_TK is None else chosen_TK.shape[1]
+    if most := window or top_k:
+        n_pieces = min(n_pieces, triton.cdiv(most, _MIN_PIECE))
     partials = torch.empty(n_tokens, n_heads, n_pieces, width, device=device)
     log_sums = torch.empty(n_tokens, n_heads, n_pieces, device=device)
     out_THC = torch.empty(n_tokens, n_heads, width, device=device)
     constants, sums = attend_constants(config, bits, dtype), combine_constants(config, bits, dtype)
     attend_kernel[_head_blocks(config, dtype), n_pieces, n_tokens](
-        *queries, *places.of_layer(layer), partials, log_sums, scale * _LOG2_E, n_pieces, **constants,
-        WINDOW=window, **attend_options(config, bits, dtype),
+        *queries, *places.of_layer(layer), places.positions if chosen_TK is None else chosen_TK, partials, log_sums,
+        scale * _LOG2_E, n_pieces, **constants, WINDOW=window, TOP_K=top_k, **attend_options(config, bits, dtype),
     )  # fmt: skip
     combine_kernel[n_heads, triton.cdiv(width, sums["COLUMNS"]), n_tokens](
         partials, log_sums, places.positions, log_sums if sinks_H is None else sinks_H, out_THC, n_pieces, **sums,
-        WINDOW=window, HAS_SINKS=sinks_H is not None, num_warps=4,
+        WINDOW=window, TOP_K=top_k, HAS_SINKS=sinks_H is not None, num_warps=4,
     )  # fmt: skip
     return out_THC
 
@@ -326,32 +346,37 @@ class LatentAttention(attention.LatentAttention):
         There must be room (check_room). Places are for few tokens.
         """
         c, n_tokens = self.config, x_TD.shape[0]
-        kv_TW = self.kv_a_proj_with_mqa(x_TD)
+        queries_of, kv_TW = self._queries_of(x_TD), self.kv_a_proj_with_mqa(x_TD)
+        q_TQ = self.q_proj(queries_of) if c.q_lora_rank is None else self.q_b_proj(queries_of)
+        places = cache.places(n_tokens)
         q_nope_THP, q_rope_THR = turn_and_append(
-            self._projected(x_TD), kv_TW, self.kv_a_layernorm, self.turns, cache, self.cache_layer, c
+            q_TQ, kv_TW, self.kv_a_layernorm, self.turns, places, self.cache_layer, c
         )
         dtype = torch.float32 if cache.is_exact else self.dtype
-        if self._absorbing_is_cheaper(n_tokens):
-            out_THV = self._few(q_nope_THP, q_rope_THR, cache, dtype)
+        if self.indexer is not None:
+            self.choice.rows_TK = choose(self.indexer, x_TD, queries_of, places, self.cache_layer, self.turns, dtype)
+        if self.choice.rows_TK is not None or self._absorbing_is_cheaper(n_tokens):
+            out_THV = self._few(q_nope_THP, q_rope_THR, places, dtype)
         else:
             out_THV = self._many(torch.cat([q_nope_THP, q_rope_THR], -1).transpose(0, 1).to(dtype), cache)
         return self.o_proj(out_THV.flatten(1))
 
-    def _projected(self, x_TD: torch.Tensor) -> torch.Tensor:
-        c = self.config
-        if c.q_lora_rank is None:
-            return self.q_proj(x_TD)
-        return self.q_b_proj(rms_norm(self.q_a_proj(x_TD), (c.q_lora_rank,), self.q_a_layernorm, c.rms_norm_eps))
-
     def _few(
-        self, q_nope_THP: torch.Tensor, q_rope_THR: torch.Tensor, cache: HasPlaces, dtype: torch.dtype
+        self, q_nope_THP: torch.Tensor, q_rope_THR: torch.Tensor, places: Places, dtype: torch.dtype
     ) -> torch.Tensor:
-        """(T, H, V) by attending in latent space."""
-        q_latent_THC = self.k_b_proj(q_nope_THP) if self.is_split else self.k_b_proj.transposed(q_nope_THP)
-        mixed_THC = attend(
-            q_latent_THC, q_rope_THR, cache, self.cache_layer, self.config, self.scale, self.n_pieces, dtype
-        )
-        return self.v_b_proj(mixed_THC)
+        """(T, H, V) by attending in latent space, as many tokens at a time as there is room for."""
+        c, chosen_TK, outs = self.config, self.choice.rows_TK, []
+        bytes_per_token = 3 * 4 * c.num_attention_heads * c.kv_lora_rank  # queries, sums, results
+        for first, count in attention.in_groups(len(q_rope_THR), bytes_per_token, GPU_ATTENTION_WORK_BYTES):
+            some, here = slice(first, first + count), places.part(first, first + count)
+            q_nope, q_rope = q_nope_THP[some], q_rope_THR[some]
+            q_latent_THC = self.k_b_proj(q_nope) if self.is_split else self.k_b_proj.transposed(q_nope)
+            chosen = None if chosen_TK is None else chosen_TK[some]
+            mixed_THC = attend(
+                q_latent_THC, q_rope, here, self.cache_layer, c, self.scale, self.n_pieces, dtype, chosen
+            )
+            outs.append(self.v_b_proj(mixed_THC))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _many(self, q_HTd: torch.Tensor, cache: DeviceCache) -> torch.Tensor:
         """(T, H, V) by rebuilding keys and values; q_HTd's dtype is that of all products."""

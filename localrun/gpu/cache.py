@@ -1,17 +1,20 @@
 """The latent cache in device memory: of each token and layer, one row of C latents and R rotated key values.
 
+Where a layer has an indexer, it keeps that one's key of each token, too, of 16 bits.
+
 Three forms. 16 bits (float16), as on the CPU. 8 bits: the latents are E4M3 with one float32 scale a row (the row's
 largest value becomes 448), the rotated keys stay float16, since no norm bounds them; E4M3 rounds by up to 2^-4 of a
 value whatever its size, so finer scales would only help values below 1/28672 of the row's largest. 32 bits is for
 comparison. Grouped-query attention keeps keys and values of 16 bits, or of 32 for comparison.
 
 Letters: L layers, S cached tokens, C kv_lora_rank, R qk_rope_head_dim, W = C + R, G key-value heads, d head_dim,
-V v_head_dim.
+V v_head_dim; of an indexer d is index_head_dim.
 E4M3: Micikevicius et al., FP8 Formats for Deep Learning (arXiv 2209.05433).
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -52,24 +55,46 @@ def row_constants(config: Config, bits: int) -> dict[str, object]:
     }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """What a layer keeps: values or latents, keys or their rotated parts; scales and indexer's keys if there are any.
+
+    All are (rows, width), but for scales (rows,).
+    """
+
+    values: torch.Tensor
+    keys: torch.Tensor
+    scales: torch.Tensor | None = None
+    indexer_keys: torch.Tensor | None = None
+
+    @property
+    def entries(self) -> list[int]:
+        """Of a table of Places."""
+        values, keys, scales, indexer_keys = map(_address, (self.values, self.keys, self.scales, self.indexer_keys))
+        return [values, keys, scales, len(self.values), indexer_keys]
+
+
+def _address(block: torch.Tensor | None) -> int:
+    return 0 if block is None else block.data_ptr()
+
+
 class DeviceContext(Context):
     """What caches on a device share. Device work that is queued counts as done.
 
     Attributes:
         bits: of a value.
-        blocks: of each layer: values or latents, keys or their rotated parts, scales; (rows, width).
-        addresses: int64 (L * ENTRIES,), of these, and their rows: as a column of a table of Places has them.
+        blocks: of each layer.
+        addresses: int64 (L * ENTRIES,), where they are: as a column of a table of Places has it.
     """
 
     def __init__(self, capacity: int, bits: int):
         super().__init__(capacity)
         self.bits = bits
 
-    def _know(self, blocks: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]) -> None:
-        """The blocks of each layer: values or latents, keys or their rotated parts, scales if there are any."""
-        self.blocks, self._device = blocks, blocks[0][0].device
-        entries = [[*(0 if block is None else block.data_ptr() for block in each), len(each[0])] for each in blocks]
-        self.addresses = np.array(entries, np.int64).ravel()
+    def _know(self, blocks: Sequence[Blocks]) -> None:
+        """The blocks of each layer."""
+        self.blocks, self._device = blocks, blocks[0].values.device
+        self.addresses = np.array([entry for each in blocks for entry in each.entries], np.int64)
         self._table = torch.from_numpy(self.addresses[:, None]).to(self._device)
 
     @property
@@ -80,7 +105,7 @@ class DeviceContext(Context):
     def places(self, n_tokens: int) -> Places:
         """Of the tokens after `length`."""
         positions = torch.arange(self.length, self.length + n_tokens, device=self._device)
-        return Places(positions, self._table, self.bits)
+        return Places(positions, self._table, self.bits, self.length + n_tokens)
 
 
 class GroupedCache(DeviceContext):
@@ -104,7 +129,7 @@ class GroupedCache(DeviceContext):
             [torch.empty(kinds[i].count(capacity), kinds[i].width, dtype=dtype, device=device) for kinds in self._kinds]
             for i in range(2)
         )
-        self._know([(values, keys, None) for values, keys in zip(self.values, self.keys, strict=True)])
+        self._know([Blocks(values, keys) for values, keys in zip(self.values, self.keys, strict=True)])
         self._ring = next((kinds[0] for kinds in self._kinds if kinds[0].window), None)  # all have the same window
         self._held = 0  # the first position that rings have
 
@@ -179,6 +204,7 @@ class DeviceCache(DeviceContext):
         latents: (L, capacity, C), uint8 (E4M3), float16 or float32.
         rope_keys: (L, capacity, R), float16 or float32.
         scales: float32 (L, capacity), of the latents; None unless bits is 8.
+        indexer_keys: of layers with an indexer, (capacity, d), float16 or float32.
     """
 
     def __init__(
@@ -199,13 +225,23 @@ class DeviceCache(DeviceContext):
             dtype = torch.float32 if self.is_exact else torch.float16
             rows = torch.empty(self._n_layers, capacity, sum(self._widths), dtype=dtype, device=device)
             self.latents, self.rope_keys = rows.split(self._widths, -1)
+        width, dtype = config.index_head_dim, torch.float32 if self.is_exact else torch.float16
+        self.indexer_keys = {
+            i: torch.empty(capacity, width, dtype=dtype, device=device)
+            for i in range(self._n_layers)
+            if config.chooses_rows(i)
+        }
         scales = [None] * self._n_layers if self.scales is None else self.scales
-        self._know(list(zip(self.latents, self.rope_keys, scales, strict=True)))
+        parts = zip(
+            self.latents, self.rope_keys, scales, map(self.indexer_keys.get, range(self._n_layers)), strict=True
+        )
+        self._know([Blocks(*each) for each in parts])
 
     @property
     def n_bytes(self) -> int:
         """Of device memory."""
-        parts = [self.latents, self.rope_keys] + ([] if self.scales is None else [self.scales])
+        parts = [self.latents, self.rope_keys, *self.indexer_keys.values()]
+        parts += [] if self.scales is None else [self.scales]
         return sum(part.numel() * part.element_size() for part in parts)
 
     def rows(self, layer: int, first: int, last: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -218,10 +254,12 @@ class DeviceCache(DeviceContext):
     def save(self) -> dict[str, np.ndarray]:
         """As Cache.save gives them: 16-bit rows (32-bit ones of a 32-bit cache); waits for the device."""
         dtype = torch.float32 if self.is_exact else torch.float16
-        return {
-            f"{layer}.0": torch.cat(self.rows(layer, 0, self.length, dtype), -1).cpu().numpy()
-            for layer in range(self._n_layers)
-        }
+        saved = {}
+        for layer in range(self._n_layers):
+            saved[f"{layer}.0"] = torch.cat(self.rows(layer, 0, self.length, dtype), -1).cpu().numpy()
+            if layer in self.indexer_keys:
+                saved[f"{layer}.1"] = self.indexer_keys[layer][: self.length].cpu().numpy()
+        return saved
 
     def load(self, tensors: dict[str, np.ndarray], length: int) -> None:
         """Take over what save() gave for `length` tokens, of this form or of the CPU's (8 bits: rounded to them).
@@ -229,13 +267,18 @@ class DeviceCache(DeviceContext):
         Raises LocalrunError if it is something else, or too long.
         """
         dtype = np.float32 if self.is_exact else np.float16
-        self._check_saved(tensors, length, [(sum(self._widths),)] * self._n_layers, dtype)
+        indexed = {layer: (keys.shape[1],) for layer, keys in self.indexer_keys.items()}
+        widths = [(sum(self._widths), *indexed.get(layer, ())) for layer in range(self._n_layers)]
+        self._check_saved(tensors, length, widths, dtype)
         for layer in range(self._n_layers):
             rows = torch.from_numpy(np.ascontiguousarray(tensors[f"{layer}.0"])).to(self._device)
             latents, rope_keys = rows.split(self._widths, -1)
             if self.scales is not None:
                 latents, self.scales[layer, :length] = pack_e4m3(latents)
             self.latents[layer, :length], self.rope_keys[layer, :length] = latents, rope_keys
+            if layer in self.indexer_keys:
+                keys = torch.from_numpy(np.ascontiguousarray(tensors[f"{layer}.1"]))
+                self.indexer_keys[layer][:length] = keys.to(self._device)
         self.length = length
 
 

@@ -28,7 +28,7 @@ class DecodeStep:
     """The step of one model. Its buffers hold a few tokens, so one step at a time.
 
     Attributes:
-        recorded: number of tokens, and bits of their caches' values -> what queues such a step.
+        recorded: number of tokens, bits of their caches' values, Places.most -> what queues such a step.
     """
 
     def __init__(self, device: Cuda | StandIn, pool: Pool, network: Network, routed: Routed):
@@ -40,7 +40,7 @@ class DecodeStep:
         self._inputs = torch.zeros(shape, dtype=torch.int64, device=device.torch)
         self._hidden = device.pinned((MOST_TOKENS, c.hidden_size), torch.float32)
         self._logits = device.pinned((MOST_TOKENS, c.vocab_size), torch.float32)
-        self.recorded: dict[tuple[int, int], Callable[[], None]] = {}
+        self.recorded: dict[tuple[int, int, int], Callable[[], None]] = {}
 
     def __call__(self, ids: Sequence[int], cache: DeviceContext) -> tuple[np.ndarray, np.ndarray]:
         """Evaluate up to MOST_TOKENS ids after the cache's, which has room for them; it then holds them too.
@@ -65,11 +65,11 @@ class DecodeStep:
     def _run(
         self, ids: Sequence[int], caches: Sequence[DeviceContext], positions: Iterable[int]
     ) -> tuple[np.ndarray, np.ndarray]:
-        n_tokens = len(ids)
+        n_tokens, positions = len(ids), list(positions)
         self.load(ids, caches, positions)
         with self._pool.exclusive():
             try:
-                self._replay(n_tokens, caches[0].bits)()
+                self._replay(n_tokens, caches[0].bits, self.most(max(positions)))()
             finally:  # until then, host nodes use the workers and the graph its buffers, whatever happened here
                 self._device.synchronize()
         return self._hidden[:n_tokens].numpy().copy(), self._logits[:n_tokens].numpy().copy()
@@ -80,21 +80,25 @@ class DecodeStep:
         inputs[0], inputs[1] = ids, list(positions)
         inputs[2:] = np.stack([cache.addresses for cache in caches], 1)
 
-    def _replay(self, n_tokens: int, bits: int) -> Callable[[], None]:
+    def most(self, position: int) -> int:
+        """Places.most of a step up to a position: what an indexer goes over has twice the size at twice the context."""
+        top_k = self._network.config.index_topk
+        return max(top_k, 1 << position.bit_length()) if top_k else 0
+
+    def _replay(self, *kind: int) -> Callable[[], None]:
         """What queues the step: recorded when it is first asked for, which runs it a few times."""
-        kind = n_tokens, bits
         if kind not in self.recorded:
             self.recorded[kind] = self._device.capture(partial(self.queue, *kind))
         return self.recorded[kind]
 
-    def queue(self, n_tokens: int, bits: int) -> None:
+    def queue(self, n_tokens: int, bits: int, most: int = 0) -> None:
         """The step's work, launch by launch. Within Pool.exclusive(), until it is done."""
         network, c = self._network, self._network.config
         self._routed.mode = Mode.STEP
         self._routed.start()
         self._inputs.copy_(self._inputs_on_host, non_blocking=True)
         inputs = self._inputs[:, :n_tokens]
-        places = Places(inputs[1], inputs[2:], bits)
+        places = Places(inputs[1], inputs[2:], bits, most)
         x_TD = network.embed_tokens(inputs[0])
         for layer in network.layers:
             x_TD = layer(x_TD, places)

@@ -181,6 +181,8 @@ class HybridModel:
         """Of all tokens, or as far as they are wanted of the last alone: what the head reads, and logits."""
         network, c = self.network, self.config
         self.routed.mode, n_batches = self.tuning.choose(len(ids))
+        if "shared" in c.indexer_types and c.index_topk:  # a layer's choice is the next one's: of one batch
+            n_batches = 1
         self.routed.start()
         x_TD = network.embed_tokens(torch.tensor(ids, dtype=torch.int64).to(self.device.torch))
         x_TD = prefill.forward(network.layers, x_TD, cache, n_batches, self.routed.cancel)

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 # Of a layer in a table: addresses of its values (or latents), of its keys (or their rotated parts), and of scales; how
-# many rows there are, in which those of a window go round.
-ENTRIES = 4
+# many rows there are, in which those of a window go round; the address of the indexer's keys.
+ENTRIES = 5
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,13 @@ class Places:
         positions: int64 (T,).
         table: int64 (L * ENTRIES, T), or of one column for all tokens.
         bits: of a value in the caches.
+        most: more than each position: what shapes may depend on.
     """
 
     positions: torch.Tensor
     table: torch.Tensor
     bits: int
+    most: int
 
     @property
     def is_exact(self) -> bool:
@@ -45,7 +47,7 @@ class Places:
     def part(self, first: int, last: int) -> Places:
         """Of tokens first..last."""
         table = self.table if self.table.shape[1] == 1 else self.table[:, first:last]
-        return Places(self.positions[first:last], table, self.bits)
+        return Places(self.positions[first:last], table, self.bits, self.most)
 
     def of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, int, int]:
         """What kernels take: positions, the layer's part of the table, and its strides by entry and by token."""

@@ -61,8 +61,12 @@ class Indexer:
         """
         if keys_Sd.shape[0] <= self.config.index_topk:
             return None
-        q_TId = self._rotated(self.wq_b(q_TQ).unflatten(1, (self.config.index_n_heads, -1)), turns)
-        return self.weights.choose_rows(q_TId, self.weights_proj(x_TD), keys_Sd, self.config.index_topk)
+        q_TId, weights_TI = self.queries(q_TQ, turns), self.weights_proj(x_TD)
+        return self.weights.choose_rows(q_TId, weights_TI, keys_Sd, self.config.index_topk)
+
+    def queries(self, q_TQ: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+        """float32 (T, I, d) of the latents of attention's queries, normed."""
+        return self._rotated(self.wq_b(q_TQ).unflatten(1, (self.config.index_n_heads, -1)), turns)
 
     def _rotated(self, x_THd: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
         """The first R of each head's values rotated."""

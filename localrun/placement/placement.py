@@ -31,6 +31,7 @@ from localrun.limits import (
 )
 from localrun.models.config import Config
 from localrun.models.names import EMBED_TOKENS, LM_HEAD, mtp_shared
+from localrun.models.rows import KV_BYTES
 from localrun.models.summary import group_of
 
 GPU, CPU, BOTH = "cuda", "cpu", "both"  # homes of a tensor; both: some of its experts here, the others there
@@ -200,8 +201,6 @@ def why_not_on_gpu(config: Config) -> str:
         return "the GPU is for models with experts, and this one has none"
     if c.attention == "compressed":
         return "the GPU has no kernels for this model's attention"
-    if c.index_topk:
-        return "the GPU has no indexer to choose tokens by; --dense-attention attends to all of them"
     return ""
 
 
@@ -214,7 +213,9 @@ def gpu_cache_bytes(config: Config, bits: int, n_tokens: int) -> int:
     """Bytes of a cache for so many tokens; of 8 bits are latents, which have a scale, while rotated keys keep 16."""
     if bits == 16:
         return config.kv_bytes(n_tokens)
-    return n_tokens * config.num_hidden_layers * (config.kv_lora_rank + 2 * config.qk_rope_head_dim + _SCALE_BYTES)
+    c = config
+    keys = sum(KV_BYTES * c.index_head_dim for index in range(c.num_hidden_layers) if c.chooses_rows(index))
+    return n_tokens * (c.num_hidden_layers * (c.kv_lora_rank + 2 * c.qk_rope_head_dim + _SCALE_BYTES) + keys)
 
 
 def mark_bytes(config: Config, ctx: int) -> int:

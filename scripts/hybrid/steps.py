@@ -105,8 +105,11 @@ class Bench:
         """The same launch by launch."""
         self._load(cache, n_tokens)
         with self.model.pool.exclusive():
-            self.model.step.queue(n_tokens, cache.bits)
+            self.model.step.queue(n_tokens, cache.bits, self._most(cache, n_tokens))
             self.model.device.synchronize()
+
+    def _most(self, cache: DeviceCache, n_tokens: int) -> int:
+        return self.model.step.most(cache.length + n_tokens - 1)
 
     def _load(self, cache: DeviceCache, n_tokens: int) -> None:
         positions = range(cache.length, cache.length + n_tokens)
@@ -118,7 +121,7 @@ class Bench:
         model = self.model
         self._load(cache, n_tokens)
         with model.pool.exclusive():
-            replay = model.device.capture(lambda: model.step.queue(n_tokens, cache.bits))
+            replay = model.device.capture(lambda: model.step.queue(n_tokens, cache.bits, self._most(cache, n_tokens)))
 
         @torch.inference_mode()
         def run() -> None:

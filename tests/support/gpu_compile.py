@@ -9,6 +9,7 @@ Triton's cache.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from localrun.gpu import attention, compiling, experts, fp8, gemm, gemv, grouped, matrix, routing
+from localrun.gpu import attention, compiling, experts, fp8, gemm, gemv, grouped, indexer, matrix, routing
 from localrun.gpu.cache import DeviceCache, GroupedCache
 from localrun.gpu.formats.layout import LAYOUTS
 from localrun.models.config import SLIDING, Config
@@ -183,6 +184,19 @@ def _attend_grouped(model: str, bits: int) -> Callable[[], object]:
     return call
 
 
+def _sparse() -> None:
+    """V3.2's indexer and attention over what it has chosen, to one token."""
+    c = dataclasses.replace(
+        _MODELS["V3"], index_n_heads=64, index_head_dim=128, index_topk=2048, indexer_types=("full",)
+    )
+    cache = DeviceCache(c, 16, torch.device("cpu"))
+    places = dataclasses.replace(cache.places(1), most=4096)
+    indexer.append_keys(torch.empty(1, 128), places, 0)
+    indexer.scores_of(torch.empty(1, 64, 128), torch.empty(1, 64), places, 0, torch.float16)
+    latent, rope, chosen = torch.empty(1, 128, 512), torch.empty(1, 128, 64), torch.empty(1, 2048, dtype=torch.int32)
+    attention.attend(latent, rope, places, 0, c, 0.1, 33, torch.float16, chosen)
+
+
 def _queries(model: str, bits: int) -> Callable[[], object]:
     def call() -> None:
         c, cpu = _MODELS[model], torch.device("cpu")
@@ -208,6 +222,7 @@ VARIANTS: dict[str, Callable[[], object]] = {
     **{f"attention {model} {bits} bits": _attend_grouped(model, bits) for model in _GROUPED for bits in (16, 32)},
     **{f"queries {model} {bits} bits": _queries(model, bits) for model in _MODELS for bits in (8, 16, 32)},
     "router V3": _router,
+    "sparse attention V3.2": _sparse,
     "FP8 products": _fp8(True),
     "FP8 widened": _fp8(False),
 }  # fmt: skip

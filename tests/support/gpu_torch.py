@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from localrun.cpu import bridge
-from localrun.gpu import attention, experts, grouped, weights
+from localrun.gpu import attention, experts, grouped, indexer, weights
 from localrun.gpu.cache import row_constants
 from localrun.gpu.places import ENTRIES
 from localrun.network.cache import row_widths
@@ -45,24 +45,55 @@ def append(k_TGd, v_TX, places, layer, config, window=0):
 def rows_at(places, layer: int, token: int, config) -> tuple[torch.Tensor, torch.Tensor]:
     """A token's blocks of values (or latents) and keys (or rotated parts) of a layer, (rows, width)."""
     known = row_constants(config, places.bits)
-    column = places.table[:, token if places.table.shape[1] > 1 else 0].tolist()
-    *addresses, _, n_rows = column[ENTRIES * layer :][:ENTRIES]
+    *addresses, _, n_rows, _ = _entries(places, layer, token)
     widths = [config.kv_lora_rank, config.qk_rope_head_dim] if config.attention == "mla" else row_widths(config)[::-1]
     found = []
     for part, address, width in zip(("VALUE", "KEY"), addresses, widths, strict=True):
-        stride, dtype = known[f"{part}_STRIDE"], torch.float32 if places.is_exact else torch.float16
-        memory = (ctypes.c_char * (((n_rows - 1) * stride + width) * dtype.itemsize)).from_address(address)
-        found.append(torch.frombuffer(memory, dtype=dtype).as_strided((n_rows, width), (stride, 1)))
+        dtype = torch.float32 if places.is_exact else torch.float16
+        found.append(_block(address, n_rows, width, known[f"{part}_STRIDE"], dtype))
     return found[0], found[1]
 
 
-def attend_over(queries, places, layer, config, scale, n_pieces, dtype, window=0, sinks_H=None):
+def append_keys(keys_Td, places, layer):
+    """As gpu.indexer.append_keys."""
+    for t, position in enumerate(places.positions.tolist()):
+        indexer_keys(places, layer, t, keys_Td.shape[1])[position] = keys_Td[t]
+
+
+def indexer_keys(places, layer: int, token: int, width: int) -> torch.Tensor:
+    """A token's block of a layer's, (rows, d)."""
+    *_, n_rows, address = _entries(places, layer, token)
+    return _block(address, n_rows, width, width, torch.float32 if places.is_exact else torch.float16)
+
+
+def scores_of(q_TId, weights_TI, places, layer, dtype):
+    """As gpu.indexer.scores_of."""
+    scores = torch.full((len(q_TId), places.most), -torch.inf)
+    for t, position in enumerate(places.positions.tolist()):
+        keys_Sd = indexer_keys(places, layer, t, q_TId.shape[2])[: position + 1].float()
+        scores[t, : position + 1] = weights_TI[t] @ (q_TId[t] @ keys_Sd.T).relu()
+    return scores
+
+
+def _entries(places, layer: int, token: int) -> list[int]:
+    column = places.table[:, token if places.table.shape[1] > 1 else 0].tolist()
+    return column[ENTRIES * layer :][:ENTRIES]
+
+
+def _block(address: int, n_rows: int, width: int, stride: int, dtype: torch.dtype) -> torch.Tensor:
+    memory = (ctypes.c_char * (((n_rows - 1) * stride + width) * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(memory, dtype=dtype).as_strided((n_rows, width), (stride, 1))
+
+
+def attend_over(queries, places, layer, config, scale, n_pieces, dtype, window=0, sinks_H=None, chosen_TK=None):
     """As gpu.attention.attend_over: of each token for itself."""
     c, outs = config, []
     groups = 1 if c.attention == "mla" else c.num_key_value_heads
     for t, position in enumerate(places.positions.tolist()):
         blocks = rows_at(places, layer, t, c)
         seen = torch.arange(max(0, position + 1 - window) if window else 0, position + 1)
+        if chosen_TK is not None:
+            seen = chosen_TK[t, : position + 1].long()
         v_SGV, k_SGd = (rows[seen % len(rows)].float().unflatten(1, (groups, -1)) for rows in blocks)
         latent, rope = (q[t].unflatten(0, (groups, -1)) for q in queries)
         scores = torch.einsum("gnd,sgd->gns", rope, k_SGd)
@@ -73,6 +104,12 @@ def attend_over(queries, places, layer, config, scale, n_pieces, dtype, window=0
             scores = torch.cat([scores, sinks_H.view(groups, -1, 1)], -1)
         outs.append(torch.einsum("gns,sgv->gnv", scores.softmax(-1)[..., : len(seen)], v_SGV).flatten(0, 1))
     return torch.stack(outs)
+
+
+def choose_of_each(logits_TE, bias_E, config):
+    """As gpu.routing.choose_experts: each token has the bits that it has alone."""
+    each = [choose_experts(logits, bias_E, config) for logits in logits_TE.split(1)]
+    return tuple(map(torch.cat, zip(*each, strict=True)))
 
 
 class TorchExperts:
@@ -103,7 +140,9 @@ def use_torch(patch: pytest.MonkeyPatch) -> None:
     gpu_dense.use_dense(patch)
     patch.setattr(attention, "turn_and_append", turn_and_append)
     patch.setattr(grouped, "append", append)
+    patch.setattr(indexer, "append_keys", append_keys)
+    patch.setattr(indexer, "scores_of", scores_of)
     for module in (attention, grouped):
         patch.setattr(module, "attend_over", attend_over)
-    patch.setattr(weights.DeviceWeights, "choose_experts", staticmethod(choose_experts))
+    patch.setattr(weights.DeviceWeights, "choose_experts", staticmethod(choose_of_each))
     patch.setattr(experts, "Experts", TorchExperts)

@@ -352,6 +352,12 @@ _SMALLEST = {
 _SMALLEST_GROUPS = {"n_group": 4, "topk_group": 2}
 SMALLEST = Deepseek2(**_SMALLEST, **_SMALLEST_GROUPS)
 
+
+def sparse(**choices: object) -> Sparse:
+    """As small, with an indexer."""
+    return Sparse(**_SMALLEST | choices)
+
+
 ROUTING_MARGIN = 1.5e-4
 _PROMPT_SEED = {  # found by search, checked by test_logits.py; the deep models make some 700 choices a prompt
     "v2-lite": 296,

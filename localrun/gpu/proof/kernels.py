@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from localrun.gpu import experts as vram
+from localrun.gpu import indexer
 from localrun.gpu.attention import attend, heads_together, pieces_for
 from localrun.gpu.cache import new_cache
 from localrun.gpu.grouped import attend_grouped, attention_on
@@ -111,6 +112,7 @@ def prove(subject: Subject, findings: Findings) -> None:
             findings.figures["shapes"] = len(seen)
             _router(subject, findings, network)
             _attention(subject, findings)
+            _indexer(subject, findings)
             _experts(subject, findings, pool)
         finally:
             weights.routed.close()
@@ -328,6 +330,50 @@ def _grouped(
         for part in rows
     )
     return found, *_softmax(q, keys, values, scale, window, sinks)
+
+
+def _indexer(subject: Subject, findings: Findings) -> None:
+    """Scores, the choice that follows from them, and attention over what was chosen, in 16 bits.
+
+    Scores are off by 2^-11 (float16 queries; float32 sums besides) of sum |weight| sum |q| |k|.
+    """
+    c, device, dtype = subject.config, subject.device.torch, _half_on(subject)
+    layer = next((index for index in range(c.num_hidden_layers) if c.chooses_rows(index)), None)
+    if layer is None:
+        return
+    for n_cached in sorted({min(n, subject.task.ctx) for n in subject.effort.contexts}):
+        n_tokens = min(2, n_cached)
+        what = f"indexer, {n_cached} tokens in the cache, {n_tokens} new"
+        findings.doing(what)
+        cache = new_cache(c, n_cached, device, n_layers=layer + 1)
+        keys = subject.vectors(n_cached, c.index_head_dim, n_cached).half()
+        cache.indexer_keys[layer][:] = keys.to(device)
+        rows = subject.vectors(n_cached, c.kv_lora_rank + c.qk_rope_head_dim, n_cached).half().to(device)
+        cache.latents[layer], cache.rope_keys[layer] = rows.split((c.kv_lora_rank, c.qk_rope_head_dim), -1)
+        cache.advance(n_cached - n_tokens)
+        places = replace(cache.places(n_tokens), most=max(n_cached, c.index_topk))
+        q = subject.vectors(n_tokens * c.index_n_heads, c.index_head_dim).view(n_tokens, c.index_n_heads, -1)
+        factors = subject.vectors(n_tokens, c.index_n_heads, 1)
+        scores = indexer.scores_of(q.to(device), factors.to(device), places, layer, dtype)
+        found, positions = scores.cpu(), places.positions.cpu()
+        chosen = indexer.best_rows(scores, places.positions, c.index_topk)
+        if not torch.equal(chosen.cpu(), indexer.best_rows(found, positions, c.index_topk)):
+            findings.fault(f"{what}: other rows than the CPU's")
+        width = rows.shape[1]
+        queries = subject.vectors(n_tokens * c.num_attention_heads, width).view(n_tokens, -1, width)
+        parts = queries.to(device).split((c.kv_lora_rank, c.qk_rope_head_dim), -1)
+        scale, pieces = width**-0.5, pieces_for(c, device)
+        out = attend(*parts, places, layer, c, scale, pieces, dtype, chosen).cpu()
+        for t, position in enumerate(positions.tolist()):
+            seen = keys[: position + 1].double()
+            right = factors[t].double() @ (q[t].double() @ seen.T).relu()
+            size = factors[t].double().abs() @ (q[t].double().abs() @ seen.abs().T)
+            bound = (2 * _HALF + (c.index_head_dim + c.index_n_heads) * _SINGLE) * size
+            _compare(findings, what, found[t, : position + 1], right, bound)
+            mine = rows.cpu().double()[chosen[t, : position + 1].cpu().long()][:, None]
+            mine = mine.expand(-1, c.num_attention_heads, -1)
+            right, bound = _softmax(queries[t : t + 1], mine, mine[..., : c.kv_lora_rank], scale)
+            _compare(findings, f"{what}, attention", out[t : t + 1], right, bound)
 
 
 def _softmax(

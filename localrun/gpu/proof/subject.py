@@ -54,7 +54,11 @@ def _layer_of(name: str) -> int:
 
 def _cut(config: Config, n_layers: int) -> Config:
     return replace(
-        config, num_hidden_layers=n_layers, num_nextn_predict_layers=0, layer_types=config.layer_types[:n_layers]
+        config,
+        num_hidden_layers=n_layers,
+        num_nextn_predict_layers=0,
+        layer_types=config.layer_types[:n_layers],
+        indexer_types=config.indexer_types[:n_layers],
     )
 
 
@@ -160,10 +164,12 @@ def make_device(name: str) -> Any:
 
 def fill(cache: DeviceCache | GroupedCache, n_tokens: int) -> None:
     """Have the cache hold so many tokens of zeros."""
-    for values, keys, scales in cache.blocks:
-        values.zero_(), keys.zero_()
-        if scales is not None:
-            scales.fill_(1.0)
+    for layer in cache.blocks:
+        layer.values.zero_(), layer.keys.zero_()
+        if layer.scales is not None:
+            layer.scales.fill_(1.0)
+        if layer.indexer_keys is not None:
+            layer.indexer_keys.zero_()
     cache.truncate(0)
     cache.advance(n_tokens)
 

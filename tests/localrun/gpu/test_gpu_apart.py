@@ -96,7 +96,7 @@ def opened(
     ("variant", "gpu_experts", "expert_cache"),
     [
         *[("v3", 0, False), ("v3", 3, False), ("v3", 3, True), ("v2-lite", 8, False), ("v3-legacy-kv-b", 16, False)],
-        pytest.param("gpt-oss", 3, False, marks=pytest.mark.slow),
+        *(pytest.param(variant, 3, False, marks=pytest.mark.slow) for variant in ("gpt-oss", "deepseek32")),
     ],
 )
 def test_a_step_copies_to_and_from_page_locked_memory_alone(
@@ -106,7 +106,7 @@ def test_a_step_copies_to_and_from_page_locked_memory_alone(
     with opened(variant, gpu_experts, monkeypatch, 16, expert_cache) as model, torch.inference_mode():
         for n_tokens in (1, 5):
             with Crossings() as crossings:
-                model.step.queue(n_tokens, 16)
+                model.step.queue(n_tokens, 16, model.step.most(CTX - 1))
             n_layers = len(model.routed.in_ram)
             assert [name for name, _ in crossings.seen] == ["copy_.default"] * (1 + 4 * n_layers + 2 + expert_cache)
             assert {address for _, address in crossings.seen} <= model.device.locked
@@ -135,8 +135,9 @@ def test_prompts_mix_no_sides(gpu_experts: int, bits: int, expert_cache: bool, m
 
 
 @pytest.mark.slow
-def test_windows_mix_no_sides(monkeypatch: pytest.MonkeyPatch) -> None:
-    with opened("gpt-oss", 3, monkeypatch) as model, Crossings() as crossings:
+@pytest.mark.parametrize("variant", ["gpt-oss", "glm-dsa-shared"])
+def test_windows_and_indexers_mix_no_sides(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(variant, 3, monkeypatch) as model, Crossings() as crossings:
         cache = model.new_cache(CTX)
         for n_tokens in (9, 130):
             assert model.forward(list(range(n_tokens)), cache, all_logits=True).shape == (n_tokens, 320)

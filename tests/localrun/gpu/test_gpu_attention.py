@@ -67,7 +67,7 @@ def places_of(caches: list[DeviceCache], bits: int) -> Places:
     """A token of each."""
     positions = torch.tensor([cache.length for cache in caches], device=DEVICE)
     table = torch.from_numpy(np.stack([cache.addresses for cache in caches], 1)).to(DEVICE)
-    return Places(positions, table, bits)
+    return Places(positions, table, bits, 1 + int(positions.max()))
 
 
 def reference(q_THW: torch.Tensor, rows_SW: torch.Tensor, n_latent: int, scale: float = SCALE) -> torch.Tensor:
@@ -154,7 +154,25 @@ def test_a_token_s_result_does_not_depend_on_the_others() -> None:
         cache.advance(1)
 
 
-@pytest.mark.parametrize("bits", [16, 8])
+def test_chosen_rows() -> None:
+    """Of a token that sees all of its choice, and one that sees less: what is behind does not count."""
+    cache, top_k = filled(CONFIG, 150, 32), 140
+    chosen = torch.full((2, top_k), 10**6, dtype=torch.int32)
+    chosen[0], chosen[1, :140] = torch.arange(8, 148), torch.arange(149)[torch.arange(149) % 17 != 3][:140]
+    q_latent, q_rope = random(2, 3, 20, seed=5), random(2, 3, 6, seed=6)
+    rows_SW = torch.cat(cache.rows(1, 0, 150, torch.float32), -1)
+    q_THW = torch.cat([q_latent, q_rope], -1)
+    want = torch.cat([reference(q_THW[t : t + 1], rows_SW[chosen[t].long()], 20) for t in range(2)])
+    cache.truncate(147)
+    found = attend(q_latent, q_rope, cache, 1, CONFIG, SCALE, 4, torch.float32, chosen.to(DEVICE))
+    assert_close(found, want, EXACT)
+    cache.truncate(3)  # of 4 and 5 rows
+    want = torch.cat([reference(q_THW[t : t + 1], rows_SW[chosen[t, : 4 + t].long()], 20) for t in range(2)])
+    found = attend(q_latent, q_rope, cache, 1, CONFIG, SCALE, 4, torch.float32, chosen.to(DEVICE))
+    assert_close(found, want, EXACT)
+
+
+@pytest.mark.parametrize("bits", [16, pytest.param(8, marks=pytest.mark.slow)])
 def test_tokens_of_several_caches(bits: int) -> None:
     """Each has the bits that it has alone: of caches of other lengths, with room for others."""
     caches = [filled(CONFIG, length, bits, capacity) for length, capacity in ((132, 140), (1, 5), (17, 17))]

@@ -61,7 +61,7 @@ def test_where_kernels_find_it(bits: int) -> None:
     assert places.table[:, 0].tolist() == cache.addresses.tolist() and len(cache.addresses) == 2 * ENTRIES
     for layer in range(2):
         scales = 0 if cache.scales is None else cache.scales[layer].data_ptr()
-        expected = [cache.latents[layer].data_ptr(), cache.rope_keys[layer].data_ptr(), scales, 8]
+        expected = [cache.latents[layer].data_ptr(), cache.rope_keys[layer].data_ptr(), scales, 8, 0]
         assert cache.addresses[ENTRIES * layer :][:ENTRIES].tolist() == expected
         known = row_constants(CONFIG, bits)
         assert not expected[0] % known["VALUE_ALIGNED"] and not expected[1] % known["KEY_ALIGNED"]

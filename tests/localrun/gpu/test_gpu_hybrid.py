@@ -100,6 +100,18 @@ MODELS |= {
     # With a window in its first layer, sinks, biases, and bounds in its experts.
     "gpt-oss": tiny_models.gpt_oss(**_GROUPED | {"intermediate_size": 32, "qk_rope_head_dim": 16, "sliding_window": 5}),
 }
+_INDEXER = {"index_n_heads": 5, "index_head_dim": 16, "index_topk": 8}
+MODELS |= {
+    "V3.2": tiny_models.sparse(**_INDEXER),
+    "GLM-5.2": tiny_models.sparse(
+        **_INDEXER,
+        architecture="glm-dsa",
+        num_hidden_layers=4,
+        indexer_types="FSFS",
+        yarn_factor=None,
+        rms_norm_eps=1e-5,
+    ),
+}
 MTP = MODELS["with a layer for multi-token prediction"]
 
 
@@ -410,7 +422,10 @@ def test_contexts_together_are_contexts_alone_by_grouped_attention() -> None:
         check_together(model, "GLM-4.5", 3, 2)
 
 
-@pytest.mark.parametrize("name", slow_but(["V3", "V2-Lite", "GLM-4.5", "MiniMax-M2", "gpt-oss"], {"V3", "gpt-oss"}))
+@pytest.mark.parametrize(
+    "name",
+    slow_but(["V3", "V2-Lite", "GLM-4.5", "MiniMax-M2", "gpt-oss", "V3.2", "GLM-5.2"], {"V3", "gpt-oss", "GLM-5.2"}),
+)
 def test_contexts_together_are_contexts_alone(name: str, in_torch: None, narrow: None) -> None:
     with opened(MODELS[name]) as (model, _):
         check_together(model, name, 4, 4)
@@ -491,6 +506,7 @@ def test_windows_sinks_and_bounds_by_every_kernel(type_: str) -> None:
         check_together(model, "gpt-oss", 3, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_torch", "gpu", "narrow")
 def test_windows_through_the_engine() -> None:
     """A reply that goes round is the CPU's, with drafts and without; a conversation that goes on from far back, too."""
@@ -501,6 +517,58 @@ def test_windows_through_the_engine() -> None:
             replies = [list(session.tokens(prompt, GREEDY, max_tokens=20)) for session in sessions]
             assert replies[0] == replies[1] == replies[2] and len(replies[0]) == 20
         assert sessions[0].stats.drafted_tokens > 0
+
+
+# ---- indexers --------------------------------------------------------------------------------------------------------
+
+
+def cpus_logits(native: NativeModel, ids: list[int]) -> np.ndarray:
+    """Over keys of 16 bits, as the device's: others might choose other rows."""
+    return native.forward(ids, native.new_cache(len(ids)), all_logits=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "tune"),
+    [("V3.2", None), *(pytest.param(name, two_batches, marks=pytest.mark.slow) for name in ("V3.2", "GLM-5.2"))],
+)
+def test_sparse_attention(name: str, tune: Callable[[HybridModel], None] | None, in_torch: None) -> None:
+    """Beyond top_k tokens: prompts, steps across it, forgotten tokens, sessions from either side."""
+    ids = ids_of(40)
+    with opened(MODELS[name]) as (model, native):
+        if tune:
+            tune(model)
+        expected, cache = cpus_logits(native, ids), model.new_cache(CTX)
+        for first, last in ((0, 3), (3, 7), (7, 10), (10, 30), (30, 31), (31, 36)):
+            assert error(model.forward(ids[first:last], cache, True), expected[first:last]) < MANY_TOLERANCE
+        cache.truncate(20)
+        assert error(model.forward(ids[20:40], cache, True), expected[20:40]) < MANY_TOLERANCE
+        cache.truncate(35)
+        other, again = native.new_cache(CTX), model.new_cache(CTX)
+        other.load(cache.save(), 35)
+        again.load(other.save(), 35)
+        for each, by in ((again, model), (other, native)):
+            assert error(by.forward(ids[35:37], each, True), expected[35:37]) < STEP_TOLERANCE
+
+
+@pytest.mark.slow
+def test_sparse_steps_are_recorded_by_twice_the_context(in_torch: None) -> None:
+    device, ids = Recording(), ids_of(40)
+    with opened(MODELS["V3.2"], device=device) as (model, _):
+        cache, counts = model.new_cache(CTX), []
+        for token in ids:
+            model.forward([token], cache)
+            counts.append(device.n_recorded)
+    assert [counts[at] for at in (0, 7, 8, 15, 16, 31, 32, 39)] == [1, 1, 2, 2, 3, 3, 4, 4]  # top_k is 8
+
+
+@pytest.mark.slow
+def test_sparse_attention_by_every_kernel() -> None:
+    ids = ids_of(24)
+    with opened(MODELS["V3.2"]) as (model, native):
+        expected, cache = cpus_logits(native, ids), model.new_cache(CTX)
+        for first, last in ((0, 19), (19, 20), (20, 24)):
+            assert error(model.forward(ids[first:last], cache, True), expected[first:last]) < MANY_TOLERANCE
+        check_together(model, "V3.2", 3, 2)
 
 
 # ---- failures --------------------------------------------------------------------------------------------------------

@@ -44,7 +44,8 @@ WINDOWED = tiny_models.gpt_oss(
     hidden_size=64, intermediate_size=32, moe_intermediate_size=32, num_hidden_layers=3, vocab_size=64,
     num_attention_heads=4, head_dim=16, qk_rope_head_dim=16, n_routed_experts=8, num_experts_per_tok=2,
 )  # fmt: skip
-TYPES = {"F32": V3, "Q8_0": V3, "MXFP4": V3, "BF16": WINDOWED}
+SPARSE = tiny_models.sparse(index_n_heads=5, index_head_dim=16, index_topk=8)
+TYPES = {"F32": V3, "Q8_0": V3, "MXFP4": V3, "BF16": WINDOWED, "F16": SPARSE}
 
 
 @pytest.mark.parametrize("type_", slow_but(TYPES, {"F32"}))

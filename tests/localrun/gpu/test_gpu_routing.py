@@ -158,7 +158,7 @@ def test_rows_of_several_caches() -> None:
             cache.advance(start)
         if is_together:
             table = torch.from_numpy(np.stack([cache.addresses for cache in caches], 1)).to(DEVICE)
-            places = Places(torch.tensor(starts, device=DEVICE), table, 16)
+            places = Places(torch.tensor(starts, device=DEVICE), table, 16, 4)
             queries = [turn_and_append(q, kv, norm, turns, places, 1, config)[1]]
         else:
             queries = [
@@ -205,7 +205,7 @@ def test_far_positions(position: int) -> None:
     cache = DeviceCache(config, 1, DEVICE, bits=32)
     before = 4 * position * cache.latents.stride(1)  # bytes: its one row is where that of the position would be
     table = torch.from_numpy(cache.addresses[:, None] - before).to(DEVICE)
-    _, q_rope = turned(config, Places(torch.tensor([position], device=DEVICE), table, 32), 1)
+    _, q_rope = turned(config, Places(torch.tensor([position], device=DEVICE), table, 32, 1 + position), 1)
     found, want = q_rope.cpu().double(), torch.from_numpy(expected(config, 1, position)[0])
     # Two entries of 2^-25 each, their product, and a product with values of up to 4: some 2^-21 of these.
     torch.testing.assert_close(found, want, rtol=0, atol=4 * 2**-21)

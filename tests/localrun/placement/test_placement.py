@@ -199,6 +199,15 @@ def test_cache_bits(bits: int, n_bytes: int) -> None:
         assert found.n_bytes("VRAM", "KV cache") == 100 * batch * n_bytes
 
 
+@pytest.mark.parametrize("bits", [16, 8])
+def test_the_cache_of_sparse_attention(bits: int) -> None:
+    """Keys of the indexers have 16 bits, whatever the latents have."""
+    config = shape("deepseek-v3").config
+    sparse = replace(config, index_head_dim=128, index_n_heads=64, index_topk=2048, indexer_types=("full",) * 61)
+    more = placement.gpu_cache_bytes(sparse, bits, 10) - placement.gpu_cache_bytes(config, bits, 10)
+    assert placement.runs_on_gpu(sparse) and more == 10 * 61 * 256
+
+
 def test_the_cache_of_grouped_attention() -> None:
     model = load_model("llama-3.1-405b")
     assert placement.gpu_cache_bytes(model.config, 16, 1) == 516_096
