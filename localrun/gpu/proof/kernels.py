@@ -283,7 +283,7 @@ def _half_on(subject: Subject) -> torch.dtype:
 def _latent(
     subject: Subject, bits: int, n_cached: int, n_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    c, device = subject.config, subject.device.torch
+    c, device = replace(subject.config, index_topk=0), subject.device.torch
     cache = new_cache(c, n_cached, device, bits, n_layers=1)
     rows = subject.vectors(n_cached, c.kv_lora_rank + c.qk_rope_head_dim, n_cached)
     kept = {"0.0": rows.half().numpy()}

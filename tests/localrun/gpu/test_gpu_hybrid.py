@@ -409,17 +409,16 @@ def check_together(model: HybridModel, name: str, n_contexts: int, n_steps: int)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("type_", ["F32", "Q8_0"])
-def test_contexts_together_are_contexts_alone_by_every_kernel(type_: str) -> None:
-    with opened(type_=type_, in_vram={1: (2, 5)}) as (model, _):
-        check_together(model, "V3", 3, 2)
+def test_contexts_together_are_contexts_alone_by_every_kernel() -> None:
+    with opened(type_="Q8_0", in_vram={1: (2, 5)}) as (model, _):
+        check_together(model, "V3", 2, 2)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("dense")
 def test_contexts_together_are_contexts_alone_by_grouped_attention() -> None:
     with opened(MODELS["GLM-4.5"]) as (model, _):
-        check_together(model, "GLM-4.5", 3, 2)
+        check_together(model, "GLM-4.5", 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -498,12 +497,11 @@ def streamed_in_torch(gate: Matrix, up: Matrix, down: Matrix, between: Any, *inp
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("type_", ["F32", "MXFP4"])
 def test_windows_sinks_and_bounds_by_every_kernel(type_: str) -> None:
-    ids, most = ids_of(24), MANY_TOLERANCE if type_ == "F32" else QUANTISED_TOLERANCE
+    ids, most = ids_of(20), MANY_TOLERANCE if type_ == "F32" else QUANTISED_TOLERANCE
     with opened(MODELS["gpt-oss"], type_, in_vram={0: tuple(range(8)), 1: (1, 4)}) as (model, native):
         expected, cache = exact_logits(native, ids), model.new_cache(CTX)
-        for first, last in ((0, 19), (19, 20), (20, 24)):
+        for first, last in ((0, 15), (15, 16), (16, 20)):
             assert error(model.forward(ids[first:last], cache, all_logits=True), expected[first:last]) < most
-        check_together(model, "gpt-oss", 3, 2)
 
 
 @pytest.mark.slow
@@ -563,12 +561,11 @@ def test_sparse_steps_are_recorded_by_twice_the_context(in_torch: None) -> None:
 
 @pytest.mark.slow
 def test_sparse_attention_by_every_kernel() -> None:
-    ids = ids_of(24)
+    ids = ids_of(14)
     with opened(MODELS["V3.2"]) as (model, native):
         expected, cache = cpus_logits(native, ids), model.new_cache(CTX)
-        for first, last in ((0, 19), (19, 20), (20, 24)):
+        for first, last in ((0, 10), (10, 11), (11, 14)):
             assert error(model.forward(ids[first:last], cache, True), expected[first:last]) < MANY_TOLERANCE
-        check_together(model, "V3.2", 3, 2)
 
 
 # ---- failures --------------------------------------------------------------------------------------------------------

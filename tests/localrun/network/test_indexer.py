@@ -20,7 +20,7 @@ from tiny_models import Sparse
 
 import localrun
 from localrun.cpu.bridge import AttendChosen, ChooseRows
-from localrun.errors import GGUFError, LocalrunError
+from localrun.errors import GGUFError
 from localrun.gguf.file import open_gguf
 from localrun.models.reader import read_config
 from localrun.network import indexer
@@ -179,11 +179,6 @@ def test_dense_attention_of_a_model_without_an_indexer() -> None:
     lines = []
     with localrun.load(tiny_models.shared("v3"), device="cpu", ctx=64, dense_attention=True, notice=lines.append):
         assert lines == ["--dense-attention has no effect: no indexer chooses tokens here"]
-
-
-def test_the_gpu_is_refused_in_one_line() -> None:
-    with pytest.raises(LocalrunError, match=r"^device 'cuda': the GPU has no indexer .* --dense-attention"):
-        localrun.load(tiny_models.shared("deepseek32"), device="cuda")
 
 
 @pytest.mark.parametrize(
