@@ -410,7 +410,7 @@ def check_together(model: HybridModel, name: str, n_contexts: int, n_steps: int)
 
 @pytest.mark.slow
 def test_contexts_together_are_contexts_alone_by_every_kernel() -> None:
-    with opened(type_="Q8_0", in_vram={1: (2, 5)}) as (model, _):
+    with opened(in_vram={1: (2, 5)}) as (model, _):
         check_together(model, "V3", 2, 2)
 
 
