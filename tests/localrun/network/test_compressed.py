@@ -204,5 +204,7 @@ def test_attention_over_pooled_rows_and_a_window(
     expected = attended(queries, seen, turned, sinks)
     with closing(Pool(2)) as pool:
         AttendChosen(pool)([queries], seen, 0.7, queries, sinks, turned)
-    # Scores are up to 30 here, so that their float32 rounding moves weights by 2e-6.
-    torch.testing.assert_close(queries.double(), expected, rtol=1e-5, atol=1e-5)
+    # Scores are up to 30 here, so that their float32 rounding moves weights by 2e-6. Beside rows of 16 bits 16-bit
+    # integers are multiplied: each row is rounded once more, by about as much as it was.
+    tolerance = 2e-3 if dtype == torch.float16 else 1e-5
+    torch.testing.assert_close(queries.double(), expected, rtol=1e-5, atol=tolerance)

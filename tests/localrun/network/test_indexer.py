@@ -237,7 +237,8 @@ def test_of_equal_scores_the_first_are_chosen(weight: float, equal: float, bette
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("n_heads", "top_k"), [(6, 9), (130, 200), (32, 96)])
 def test_attention_to_chosen_rows(dtype, n_heads: int, top_k: int) -> None:
-    generator, (n_tokens, n_cached, rank, n_rope) = torch.Generator().manual_seed(0), (5, 300, 48, 20)
+    generator, (n_tokens, n_cached, rank) = torch.Generator().manual_seed(0), (5, 300, 48)
+    n_rope = 16 if dtype == torch.float16 else 20
     latent, turned, keys = (
         torch.randn(*shape, generator=generator) / 4
         for shape in ((n_tokens, n_heads, rank), (n_tokens, n_heads, n_rope), (n_cached, rank + n_rope))
@@ -249,4 +250,6 @@ def test_attention_to_chosen_rows(dtype, n_heads: int, top_k: int) -> None:
     for t, query in enumerate(torch.cat([latent, turned], -1)):
         chosen = keys[rows[t].long()].double()
         expected = (0.7 * query.double() @ chosen.T).softmax(-1) @ chosen[:, :rank]
-        torch.testing.assert_close(out[t].double(), expected, rtol=1e-5, atol=1e-6)  # sums of up to 200 float32
+        # Sums of up to 200 float32. Rows of 16 bits are rounded once more, to 16-bit integers: 2^-13 of their length.
+        tolerance = 2e-4 if dtype == torch.float16 else 1e-6
+        torch.testing.assert_close(out[t].double(), expected, rtol=1e-5, atol=tolerance)
