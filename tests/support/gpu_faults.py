@@ -210,8 +210,8 @@ def _attention(change: Callable[..., dict[str, Any]]):
 
         names = ("queries", "places", "layer", "config", "scale", "n_pieces", "dtype")
 
-        def attend(*arguments: Any) -> Any:
-            given = dict(zip(names, arguments, strict=True))
+        def attend(*arguments: Any, **more: Any) -> Any:
+            given = dict(zip(names, arguments, strict=True)) | more
             return gpu_torch.attend_over(**given | change(**given))
 
         patch.setattr(attention, "attend_over", attend)
