@@ -60,7 +60,7 @@ def sharing_ranks(path: Path, places: Sequence[Place], sharing: Sharing, threads
             "sharing": vars(sharing),
             "threads": threads,
         }
-    with closing(_run(places, task | {"sharing": vars(sharing), "threads": threads})) as run:
+    with closing(_run(places, task)) as run:
         yield Ranks(run.start(), sharing)
 
 
