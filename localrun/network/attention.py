@@ -85,9 +85,9 @@ class LatentAttention:
         else:
             rows_SW, keys_Sd = cache.append(self.cache_layer, *rows, self.indexer.keys(x_TD, turns))
             self.choice.rows_TK = self.indexer.choose(x_TD, queries_of, keys_Sd, turns)
+        rows_SW = _exact(rows_SW, cache)
         if self.choice.rows_TK is not None:
             return self.o_proj(self._over_chosen(q_nope_THP, q_rope_THR, rows_SW).flatten(1))
-        rows_SW = _exact(rows_SW, cache)
         absorb = not self.k_b_proj.may_expand or self._absorbing_is_cheaper(x_TD.shape[0])
         attend = self._absorbed if absorb else self._decompressed
         return self.o_proj(attend(q_nope_THP, q_rope_THR, rows_SW).flatten(1))
