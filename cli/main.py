@@ -40,6 +40,7 @@ def main() -> None:
     import logging
 
     from cli.output import Notes
+    from localrun.ranks.mpi import place_in_mpiexec
 
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the caller
@@ -47,20 +48,28 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that lacks a character gets a question mark, not a crash
     logging.getLogger("quant").addHandler(Notes())
-    _leave_to_the_first_rank(sys.argv[1:])
-    sys.exit(run(sys.argv[1:]))
+    args = sys.argv[1:]
+    rank, n_ranks = place_in_mpiexec()
+    sys.exit(run(args) if n_ranks == 1 else _run_in_mpiexec(args, is_first=rank == 0))
 
 
-def _leave_to_the_first_rank(args: list[str]) -> None:
-    """Under an mpiexec of the user's, processes but the first serve what that one loads, or have nothing to do."""
-    from localrun.ranks.mpi import place_in_mpiexec
+def _run_in_mpiexec(args: list[str], is_first: bool) -> int:
+    """Of an mpiexec of the user's, processes but the first serve what that one loads, or have nothing to do."""
+    if not args or args[0] not in _SHARING or {"-h", "--help"} & set(args):
+        return run(args) if is_first else 0
+    import traceback
 
-    if place_in_mpiexec()[0] > 0:
-        if args[:1] and args[0] in _SHARING and not {"-h", "--help"} & set(args):
-            from localrun.ranks.rank_child import main_in_mpiexec
+    from localrun.ranks.rank_child import main_in_mpiexec
+    from localrun.ranks.start import end_in_mpiexec
 
-            main_in_mpiexec()
-        sys.exit(0)
+    if not is_first:
+        main_in_mpiexec()
+    code = 1
+    try:
+        code = run(args)
+    except Exception:  # a fault of ours, of which the others must know too
+        traceback.print_exc()
+    end_in_mpiexec(code)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""MPI in this process, as ranks use it: mpi4py's, for several threads, never finalised."""
+"""MPI in this process, as ranks use it: mpi4py's, for several threads, not finalised by itself."""
 
 from __future__ import annotations
 

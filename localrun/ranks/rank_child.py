@@ -34,14 +34,22 @@ def main() -> NoReturn:
 
 
 def main_in_mpiexec() -> NoReturn:
-    """The same for one that the user has started: the first rank is among its processes, and invites them."""
-    set_up_mpi(is_inside=False)
-    MPI = mpi()
+    """The same for one that the user has started: the first rank is among its processes, and invites them, or not."""
+    try:
+        set_up_mpi(is_inside=False)
+        MPI = mpi()
+    except LocalrunError:  # the first rank says so
+        sys.exit(1)
     MPI.COMM_WORLD.gather(socket.gethostname(), 0)
-    _come(MPI, MPI.COMM_WORLD.bcast(None, 0), MPI.COMM_WORLD.rank)
+    invitation = MPI.COMM_WORLD.bcast(None, 0)
+    if invitation is None:
+        MPI.Finalize()
+        sys.exit(0)
+    _come(MPI, invitation, MPI.COMM_WORLD.rank, stays=True)
 
 
-def _come(MPI: Any, invitation: dict[str, Any], rank: int) -> NoReturn:
+def _come(MPI: Any, invitation: dict[str, Any], rank: int, stays: bool = False) -> NoReturn:
+    """Do what the first rank asks for. stays: until that one is gone, since mpiexec would end it with this one."""
     connection = Client(tuple(invitation["address"]), authkey=bytes.fromhex(invitation["secret"]))
     watch_tcp(connection)
     send(connection, {"rank": rank, "version": localrun.__version__})
@@ -50,6 +58,8 @@ def _come(MPI: Any, invitation: dict[str, Any], rank: int) -> NoReturn:
     except Exception as error:
         with suppress(OSError):
             send(connection, {"error": _reason(error)})
+    if stays:
+        _live(connection)
     os._exit(0)
 
 
@@ -100,7 +110,7 @@ def _live(connection: Connection) -> None:
             if connection.poll(HEARTBEAT_S):
                 connection.recv_bytes()  # nothing comes any more but the end
     except (EOFError, OSError):
-        os._exit(1)
+        os._exit(0)  # its exit code is the one that counts
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 The others are children of one mpiexec, in a session of its own, which reaches other hosts by ssh. This process stays
 outside of it: it keeps its terminal, and mpiexec, which ends all its children when one dies, cannot end it. MPI joins
-the two (MPI_Comm_accept). Nothing calls MPI_Finalize: it would wait for ranks that are gone.
+the two (MPI_Comm_accept). Ranks that have served never call MPI_Finalize: it would wait for those that are gone.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 import socket
@@ -18,9 +19,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
+from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import psutil
 
@@ -72,11 +74,25 @@ def echoing_ranks(places: Sequence[Place]) -> Iterator[MPI.Intracomm]:
         yield run.comm
 
 
+@cache
 def places_in_mpiexec() -> list[Place]:
     """Those of the ranks that the user's mpiexec has started, this one among them. Raises LocalrunError."""
     set_up_mpi(is_inside=False)
     hosts = mpi().COMM_WORLD.gather(socket.gethostname(), 0)
     return [Place("" if host == hosts[0] else host, together=hosts.count(host)) for host in hosts]
+
+
+def end_in_mpiexec(code: int) -> NoReturn:
+    """End this process, the first of the user's mpiexec, and the others with it; mpiexec's exit code is this one.
+
+    Those that were invited end when their connections close, or mpiexec ends them. The others wait to be told.
+    """
+    with suppress(LocalrunError):  # without MPI none waits
+        if not _joined:
+            places_in_mpiexec()
+            mpi().COMM_WORLD.bcast(None, 0)
+            mpi().Finalize()
+    os._exit(code)  # at once: the end of the interpreter would close connections before it is over
 
 
 def _run(places: Sequence[Place], task: dict[str, Any]) -> _Run:
@@ -242,10 +258,20 @@ class _Joined(_Run):
     """The same under an mpiexec that the user started: all are of one world, and end when this process does."""
 
     def _invite(self, invitation: dict[str, Any], has_hosts: bool) -> None:
+        _joined.append(self)
         mpi().COMM_WORLD.bcast(invitation, 0)
 
     def _open_port(self, MPI: Any) -> str | None:
         return None
+
+    def close(self) -> None:
+        """Leave the others: that mpiexec ends all processes, this one too, once one of them has ended."""
+        if self._watch:
+            self._watch.close()
+        self._log.close()
+
+
+_joined: list[_Joined] = []  # with its connections, which stay open until this process ends
 
 
 def _descendants(pid: int) -> list[psutil.Process]:

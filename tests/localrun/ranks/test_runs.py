@@ -70,14 +70,35 @@ def test_bench_over_hosts(hosts: None) -> None:
     ]
 
 
+def in_mpiexec(*args: str) -> subprocess.CompletedProcess[str]:
+    """A command of two processes that the user's mpiexec starts."""
+    mpiexec = [str(shutil.which("mpiexec", path=str(Path(sys.executable).parent))), "-n", "2", sys.executable]
+    return subprocess.run([*mpiexec, "-m", "cli.main", *args], capture_output=True, text=True, timeout=60, cwd=ROOT)
+
+
 def test_an_mpiexec_of_the_users() -> None:
-    """Its first process is the program, the others serve it; elsewhere they do nothing."""
-    mpiexec = [shutil.which("mpiexec", path=str(Path(sys.executable).parent)), "-n", "2", sys.executable]
-    model, options = str(tiny_models.shared("v3")), ["-t", "1", "-p", "8", "-n", "4", "-r", "1", "--json"]
-    done = subprocess.run(
-        [*mpiexec, "-m", "cli.main", "bench", model, *options], capture_output=True, text=True, timeout=60, cwd=ROOT
-    )
+    """Its first process is the program, the others serve it."""
+    done = in_mpiexec("bench", str(tiny_models.shared("v3")), "-t", "1", "-p", "8", "-n", "4", "-r", "1", "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["messages"]["exchanges"] > 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["bench", "nowhere.gguf"], "localrun: nowhere.gguf: no such file"),  # before the others are told anything
+        (["bench", "miniature", "-t", "1"], "localrun: experts of 256 inner columns"),  # while they get ready to serve
+    ],
+)
+def test_the_users_mpiexec_ends_with_an_error(args: list[str], line: str) -> None:
+    done = in_mpiexec(*args)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(line) and done.stderr.count("\n") == 1
+
+
+def test_an_mpiexec_without_need() -> None:
+    """Of a command that shares nothing there is one output, not two."""
+    done = in_mpiexec("inspect", str(tiny_models.shared("v3")), "--json")
+    assert (done.returncode, done.stderr) == (0, "") and json.loads(done.stdout)
 
 
 def test_a_rank_is_killed(tmp_path: Path) -> None:
