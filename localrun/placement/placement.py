@@ -225,9 +225,9 @@ def mark_bytes(config: Config, ctx: int) -> int:
     return min(MARK_BYTES, mark * (1 + ctx // MARK_EVERY))
 
 
-def work_bytes(config: Config) -> int:
-    """Of the CPU: activations of one chunk, logits of a token, attention."""
-    chunk = LONG_PREFILL_CHUNK if config.rebuilds_keys else PREFILL_CHUNK
+def work_bytes(config: Config, on_gpu: bool) -> int:
+    """Of the CPU: activations of one chunk, logits of a token, attention. on_gpu: whether all but experts is there."""
+    chunk = LONG_PREFILL_CHUNK if config.rebuilds_keys and not on_gpu else PREFILL_CHUNK
     return activation_bytes(config, chunk) + 4 * config.vocab_size + ATTENTION_WORK_BYTES
 
 
@@ -383,7 +383,7 @@ def _cpu_rows(request: Request, parts: _Parts, experts: Mapping[int, Sequence[in
     if not on_gpu:
         yield Row(RAM, "KV cache", request.batch * c.kv_bytes(request.ctx))
         yield Row(RAM, MARKS, request.batch * mark_bytes(c, request.ctx))
-    yield Row(RAM, "work memory", work_bytes(c) + (staging_bytes(c) if on_gpu else 0))
+    yield Row(RAM, "work memory", work_bytes(c, on_gpu) + (staging_bytes(c) if on_gpu else 0))
     yield Row(RAM, "the runner itself", request.runner_bytes)
 
 
