@@ -15,7 +15,7 @@ from torch.nn.functional import rms_norm
 from localrun.limits import ATTENTION_WORK_BYTES
 from localrun.models import names
 from localrun.models.config import Config
-from localrun.network.cache import Cache
+from localrun.network.cache import Cache, exact_rows
 from localrun.network.compressed import CompressedAttention
 from localrun.network.indexer import Choice, Indexer
 from localrun.network.rope import Rope, attention_scale
@@ -31,11 +31,6 @@ def in_groups(n: int, bytes_of_one: int, work_bytes: int) -> list[tuple[int, int
 def _module(config: Config, index: int, module: str) -> str:
     """The GGUF name of a module of a layer's attention."""
     return names.layer(config.architecture, index, f"self_attn.{module}")
-
-
-def _exact(rows: torch.Tensor, cache: Cache) -> torch.Tensor:
-    """Rows in float32, and so what is computed with them, where the cache is to be exact."""
-    return rows.float() if cache.is_exact else rows
 
 
 class LatentAttention:
@@ -85,7 +80,7 @@ class LatentAttention:
         else:
             rows_SW, keys_Sd = cache.append(self.cache_layer, *rows, self.indexer.keys(x_TD, turns))
             self.choice.rows_TK = self.indexer.choose(x_TD, queries_of, keys_Sd, turns)
-        rows_SW = _exact(rows_SW, cache)
+        rows_SW = exact_rows(rows_SW, cache)
         if self.choice.rows_TK is not None:
             return self.o_proj(self._over_chosen(q_nope_THP, q_rope_THR, rows_SW).flatten(1))
         absorb = not self.k_b_proj.may_expand or self._absorbing_is_cheaper(x_TD.shape[0])
@@ -189,8 +184,8 @@ class GroupedQueryAttention:
         q_THd = self._heads(self.q_proj(x_TD), self.q_norm, turns)
         k_TGd = self._heads(self.k_proj(x_TD), self.k_norm, turns)
         keys, values = cache.append(self.cache_layer, k_TGd.flatten(1), self.v_proj(x_TD))
-        k_SGd = _exact(keys, cache).unflatten(1, (-1, c.head_dim))
-        v_SGV = _exact(values, cache).unflatten(1, (-1, c.v_head_dim))
+        k_SGd = exact_rows(keys, cache).unflatten(1, (-1, c.head_dim))
+        v_SGV = exact_rows(values, cache).unflatten(1, (-1, c.v_head_dim))
         out_THV = x_TD.new_empty(n_tokens, c.num_attention_heads, c.v_head_dim)
         self.weights.attend([(q_THd, k_SGd)], v_SGV, self.scale, out_THV, self.window, self.sinks)
         return self.o_proj(out_THV.flatten(1))

@@ -128,6 +128,11 @@ class _Mark:
         return length <= self.length and all(r.kind.first(length) >= h for r, h in zip(rings, held, strict=True))
 
 
+def exact_rows(rows: "torch.Tensor", cache: Context) -> "torch.Tensor":
+    """A cache's rows in float32, and so what is computed with them, where it is to be exact."""
+    return rows.float() if cache.is_exact else rows
+
+
 class Cache(Context):
     """Rows for up to `capacity` tokens in every layer; memory is touched only as tokens come.
 

@@ -16,7 +16,7 @@ from torch.nn.functional import rms_norm
 
 from localrun.models import names
 from localrun.models.config import Config
-from localrun.network.cache import Cache
+from localrun.network.cache import Cache, exact_rows
 from localrun.network.compressor import Compressor
 from localrun.network.rope import Rope, attention_scale
 from localrun.network.weight_source import Seen, Turned, WeightSource
@@ -56,9 +56,10 @@ class CompressedAttention:
         row_Td = rms_norm(self.kv_proj(x_TD), (c.head_dim,), self.kv_norm, c.rms_norm_eps)
         cache.check_room(n_tokens)
         window_Sd = cache.extend(self.layer, _ROW, self.rope.rotate_last(row_Td[:, None], turns)[:, 0])
+        window_Sd = exact_rows(window_Sd, cache)
         pooled_Pd = chosen_TK = None
         if self.compressor is not None:
-            pooled_Pd = self.compressor(x_TD, cache, _POOLED)
+            pooled_Pd = exact_rows(self.compressor(x_TD, cache, _POOLED), cache)
         if self.indexer is not None:
             chosen_TK = self.indexer(x_TD, q_TQ, cache, turns)
         seen = Seen(start, pooled_Pd, self.ratio, chosen_TK, window_Sd, c.sliding_window)

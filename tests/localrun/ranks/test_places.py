@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.main import _leave_to_the_first_rank
+from cli.main import _run_in_mpiexec
 from localrun import hardware
 from localrun.errors import LocalrunError
 from localrun.hardware import NumaNode
@@ -83,11 +83,8 @@ def test_under_an_mpiexec_of_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(LocalrunError, match="leave them out under mpiexec"):
         places_of("2", None)
     for args in (["inspect"], ["generate", "--help"], []):
-        with pytest.raises(SystemExit) as end:
-            _leave_to_the_first_rank(args)
-        assert end.value.code == 0
-    monkeypatch.setenv("PMI_RANK", "0")
-    _leave_to_the_first_rank(["inspect"])
+        assert _run_in_mpiexec(args, is_first=False) == 0
+    assert _run_in_mpiexec(["inspect", "nothing.gguf"], is_first=True) == 1
 
 
 def test_core_lists() -> None:
