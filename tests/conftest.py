@@ -99,14 +99,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @functools.cache
-def _folder_of_locks() -> tempfile.TemporaryDirectory:
+def _shared_folder() -> tempfile.TemporaryDirectory:
     """Removed when the process ends."""
     return tempfile.TemporaryDirectory(prefix="localrun-tests-")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    node.workerinput["locks"] = _folder_of_locks().name
+    node.workerinput["folder"] = _shared_folder().name
 
 
 @contextmanager
@@ -119,7 +119,7 @@ def _locked(path: Path, how: int) -> Iterator[None]:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("numprocesses", None):
-        os.environ |= _ONE_THREAD
+        os.environ |= _ONE_THREAD | {"TINY_MODELS": _shared_folder().name}
 
 
 @pytest.hookimpl(wrapper=True)
@@ -127,7 +127,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     """A serial test has the room to itself. It waits for that in the door, so that nobody overtakes it."""
     if not hasattr(item.config, "workerinput"):  # one process
         return (yield)
-    folder = Path(item.config.workerinput["locks"])
+    folder = Path(item.config.workerinput["folder"])
     how = fcntl.LOCK_EX if item.get_closest_marker("serial") else fcntl.LOCK_SH
     with ExitStack() as room:
         with _locked(folder / "door", fcntl.LOCK_EX):

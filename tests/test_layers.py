@@ -7,6 +7,7 @@ floor up, each with the rooms that it may import. Whoever needs a new arrow adds
 from __future__ import annotations
 
 import ast
+import functools
 import runpy
 import subprocess
 import sys
@@ -107,10 +108,12 @@ def imports(nodes: Iterator[ast.AST]) -> set[str]:
     return found
 
 
+@functools.cache
 def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), path)
 
 
+@functools.cache
 def import_graph(*packages: str) -> dict[str, set[str]]:
     """Module -> modules that it imports, under TYPE_CHECKING and within functions as well."""
     return GRAPH["import_graph"](GRAPH["modules_of"](ROOT, packages))

@@ -19,22 +19,22 @@ def run_marked(level: str, *options: str) -> None:
 
 # The slow test has these: packing at this level is compared in test_quantize.py anyway, experts are products of the
 # same kernels, and files with interleaved rows are made by those who ask for them.
-LEFT_OUT = ("test_quantize.py", "test_experts.py", "test_r16.py")
+LEFT_OUT = [f"--ignore={TESTS / 'quant' / name}" for name in ("test_quantize.py", "test_experts.py", "test_r16.py")]
+LEFT_OUT_WITHOUT_VECTORS = LEFT_OUT[1:]
 
 
 @levels.next_lower
 def test_a_sample_at_a_lower_level(level: str) -> None:
     """Kernels, each with one of the sizes that its tests know. Whole steps and all levels are the slow test's."""
-    left_out = [f"--ignore={TESTS / 'quant' / name}" for name in LEFT_OUT]
-    run_marked(level, "--sample", "factories", *left_out, str(TESTS / "quant"))
+    run_marked(level, "--sample", "factories", *LEFT_OUT, str(TESTS / "quant"))
 
 
 @pytest.mark.slow
 @levels.lower
 def test_steps_and_packing_at_a_lower_level(level: str) -> None:
-    """All sizes at AVX2; without vectors one of each kind, as the source that deals with sizes is the same."""
-    options = ["--sample", "factories"] if level == "generic" else []
-    run_marked(level, *options, str(TESTS / "quant"), str(TESTS / "localrun" / "cpu"))
+    """One of each kind, as the source that deals with sizes is the same; without vectors that of formats is, too."""
+    options = ["factories", *LEFT_OUT_WITHOUT_VECTORS] if level == "generic" else ["formats"]
+    run_marked(level, "--sample", *options, str(TESTS / "quant"), str(TESTS / "localrun" / "cpu"))
 
 
 @levels.lower

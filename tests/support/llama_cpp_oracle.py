@@ -1,8 +1,9 @@
 """llama.cpp's logits and greedy tokens, at their most exact: flash attention off, F32 keys and values, no repacking.
 
 Each call runs in a process of its own: a failed GGML_ASSERT ends that process and comes back as OracleError with
-llama.cpp's message. Answers are kept for as long as the process lives. With flash attention (16-bit accumulation on the
-CPU) or 16-bit keys, random weights turn the rounding into errors of the size of the tolerances.
+llama.cpp's message. They are forked from one that has imported llama.cpp, which takes longer than most answers. Answers
+are kept for as long as the process lives. With flash attention (16-bit accumulation on the CPU) or 16-bit keys, random
+weights turn the rounding into errors of the size of the tolerances.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ import ctypes
 import functools
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -43,23 +47,69 @@ def prediction_logits(path: Path | str, ids: list[int], hidden: Path) -> np.ndar
 
 @functools.lru_cache(maxsize=256)
 def _ask(path: str, ids: tuple[int, ...], n_greedy: int, hidden: str = "") -> np.ndarray:
-    request = json.dumps({"path": path, "ids": ids, "n_greedy": n_greedy, "hidden": hidden})
-    with tempfile.NamedTemporaryFile(suffix=".npy") as answer:
-        command = [sys.executable, __file__, answer.name]
-        environment = os.environ | {"GGML_NO_BACKTRACE": "1"}  # or gdb's pages push the assertion off the end
-        done = subprocess.run(
-            command, input=request, text=True, capture_output=True, timeout=_TIMEOUT_S, env=environment, check=False
-        )
-        if done.returncode != 0:
-            log = "\n".join(done.stderr.strip().splitlines()[-12:])
-            raise OracleError(f"llama.cpp on {path} ended with {done.returncode}:\n{log}")
-        result = np.load(answer.name)
+    with tempfile.TemporaryDirectory(prefix="llama-cpp-") as folder:
+        answer, log = Path(folder, "answer.npy"), Path(folder, "log")
+        request = {"path": path, "ids": ids, "n_greedy": n_greedy, "hidden": hidden}
+        status = _answered({"answer": str(answer), "log": str(log), "request": request})
+        if status != 0:
+            last = "\n".join(log.read_text(errors="replace").strip().splitlines()[-12:])
+            raise OracleError(f"llama.cpp on {path} ended with {status}:\n{last}")
+        result = np.load(answer)
     result.flags.writeable = False
     return result
 
 
+def _answered(asked: dict[str, object]) -> int:
+    """What the process ended with that was forked for a question."""
+    forks = _forks()
+    assert forks.stdin and forks.stdout
+    forks.stdin.write(json.dumps(asked) + "\n")
+    forks.stdin.flush()
+    if not select.select([forks.stdout], [], [], _TIMEOUT_S)[0]:
+        forks.kill()
+        _forks.cache_clear()
+        raise OracleError(f"no answer of llama.cpp in {_TIMEOUT_S} s")
+    return int(forks.stdout.readline())
+
+
+@functools.cache
+def _forks() -> subprocess.Popen[str]:
+    """It ends when this process does, which closes its stdin."""
+    environment = os.environ | {"GGML_NO_BACKTRACE": "1"}  # or gdb's pages push the assertion off the end
+    command, pipe = [sys.executable, __file__], subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment, start_new_session=True)
+
+
+# ---- in the process that forks, and in those that it forks -----------------------------------------------------------
+
+
+def _serve() -> None:
+    """For each line of stdin a process that answers it; what it ended with to stdout."""
+    import llama_cpp  # noqa: F401
+
+    for line in sys.stdin:
+        asked = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            _answer(**asked)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def _answer(answer: str, log: str, request: dict[str, Any]) -> NoReturn:
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
+    status = 1
+    try:
+        np.save(answer, _evaluate(**request))
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
 def _evaluate(path: str, ids: list[int], n_greedy: int, hidden: str) -> np.ndarray:
-    """Runs in the child: logits of all prompt positions, then of n_greedy - 1 greedy steps."""
+    """Logits of all prompt positions, then of n_greedy - 1 greedy steps."""
     import llama_cpp
 
     llama_cpp.llama_backend_init()
@@ -109,4 +159,4 @@ def _decode(context: object, ids: list[int], start: int, n_vocab: int, hidden: n
 
 
 if __name__ == "__main__":
-    np.save(sys.argv[1], _evaluate(**json.load(sys.stdin)))
+    _serve()

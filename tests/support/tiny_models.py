@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import os
 import re
 import shutil
 import tempfile
@@ -34,7 +35,7 @@ _FALLBACK = {
 }
 
 # The shape of llama-quantize's Q4_K_M: 6 bits for the head and for the down projections of some layers, 4 elsewhere.
-Q4_K_M = {r"^output\.": "Q6_K", r"^blk\.[02]\.ffn_down": "Q6_K", r"": "Q4_K"}
+Q4_K_M = {r"^output\.": "Q6_K", r"^blk\.[13]\.ffn_down": "Q6_K", r"": "Q4_K"}
 
 TYPES = [
     *["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"],
@@ -263,7 +264,7 @@ _WIDE = {
     "q_lora_rank": 256,
     "intermediate_size": 512,
     "moe_intermediate_size": 256,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "n_group": 8,
     "topk_group": 4,
     "steady_routing": True,
@@ -317,6 +318,7 @@ VARIANTS: dict[str, Model] = {
     "qwen3moe": qwen3moe(),
     "qwen3moe-yarn": qwen3moe(yarn_factor=4.0, num_key_value_heads=1, tie_word_embeddings=True),
     "qwen3moe-wide": qwen3moe(
+        num_hidden_layers=2,
         num_attention_heads=8,
         head_dim=64,
         qk_rope_head_dim=64,
@@ -332,6 +334,7 @@ VARIANTS: dict[str, Model] = {
     "gpt-oss": gpt_oss(),
     "gpt-oss-yarn": gpt_oss(num_hidden_layers=3, num_key_value_heads=1, yarn_factor=32.0, sliding_window=7),
     "gpt-oss-wide": gpt_oss(
+        num_hidden_layers=2,
         num_attention_heads=8,
         head_dim=64,
         qk_rope_head_dim=64,
@@ -389,6 +392,7 @@ _PROMPT_SEED = {  # found by search, checked by test_logits.py; the deep models 
 }
 
 _N_TAGS = 8  # leading hidden dimensions that only the embedding writes, where steady_routing reads the experts from
+_N_DRAWN = 4  # experts of those models that are drawn, and quantised: up to a microsecond a weight by libggml
 
 
 def tiny_model(path: Path | str, variant: Variant, *, type: Types = "F32", seed: int = 0) -> Path:
@@ -400,14 +404,26 @@ def tiny_model(path: Path | str, variant: Variant, *, type: Types = "F32", seed:
     """
     model = VARIANTS[variant] if isinstance(variant, str) else variant
     tensors = _Weights(seed).of(model)
-    writer = gguf.GGUFWriter(path, type_name(model))
+    writer = gguf.GGUFWriter(None, type_name(model))
     _write_metadata(writer, model, f"{_name_of(variant)}, seed {seed}")
     for name, values in tensors.items():
         kind = _type_of(name, values.shape, type)
         importances = np.ones(values.shape[-1], np.float32) if kind.name in ggml.NEED_IMPORTANCES else None
-        writer.add_tensor(name, ggml.quantize(values, kind, importances), raw_dtype=kind)
-    _write(writer)
-    return Path(path)
+        if name.endswith("_exps.weight") and model.steady_routing:
+            blocks = _turned(name, ggml.quantize(values[:_N_DRAWN], kind, importances), len(values))
+        else:
+            blocks = ggml.quantize(values, kind, importances)
+        writer.add_tensor(name, blocks, raw_dtype=kind)
+    return _write(writer, path)
+
+
+def _turned(name: str, experts: np.ndarray, n: int) -> np.ndarray:
+    """n experts of a few: the rows of gate and up lie one farther on in each further few, so no two compute the same.
+
+    Not those of down, the first of which write the routing tags.
+    """
+    turn = 0 if "ffn_down" in name else 1
+    return np.concatenate([np.roll(experts, turn * i, axis=1) for i in range(n // len(experts))])
 
 
 def type_name(model: Model) -> str:
@@ -427,12 +443,11 @@ def _name_of(variant: Variant) -> str:
 def dequantized_twin(path: Path | str, twin: Path | str) -> Path:
     """Writes the same model with every tensor as F32, unpacked by gguf-py, and returns `twin`."""
     reader = gguf.GGUFReader(path)
-    writer = gguf.GGUFWriter(twin, reader.get_field("general.architecture").contents())
+    writer = gguf.GGUFWriter(None, reader.get_field("general.architecture").contents())
     _copy_metadata(reader, writer)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, _unpacked(tensor))
-    _write(writer)
-    return Path(twin)
+    return _write(writer, twin)
 
 
 def without(
@@ -440,29 +455,27 @@ def without(
 ) -> Path:
     """Writes the same model without some tensors, and with others, and returns `out`."""
     reader = gguf.GGUFReader(path)
-    writer = gguf.GGUFWriter(out, reader.get_field("general.architecture").contents())
+    writer = gguf.GGUFWriter(None, reader.get_field("general.architecture").contents())
     _copy_metadata(reader, writer)
     for tensor in reader.tensors:
         if tensor.name not in names:
             writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     for name, values in (instead or {}).items():
         writer.add_tensor(name, values)
-    _write(writer)
-    return Path(out)
+    return _write(writer, out)
 
 
 def with_keys(path: Path | str, out: Path | str, values: Mapping[str, int | float | list[bool]]) -> Path:
     """Writes the same model with more keys, and returns `out`."""
     reader = gguf.GGUFReader(path)
-    writer = gguf.GGUFWriter(out, reader.get_field("general.architecture").contents())
+    writer = gguf.GGUFWriter(None, reader.get_field("general.architecture").contents())
     _copy_metadata(reader, writer)
     for key, value in values.items():
         add = {int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}[type(value)]
         add(key, value)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    _write(writer)
-    return Path(out)
+    return _write(writer, out)
 
 
 def _copy_metadata(reader: gguf.GGUFReader, writer: gguf.GGUFWriter) -> None:
@@ -488,7 +501,9 @@ def read(path: Path | str) -> tuple[dict[str, object], dict[str, np.ndarray]]:
 
 @functools.cache
 def folder() -> Path:
-    """One that lives as long as the process."""
+    """One that lives as long as the tests and that all their processes share; else as long as the process."""
+    if "TINY_MODELS" in os.environ:
+        return Path(os.environ["TINY_MODELS"])
     folder = Path(tempfile.mkdtemp(prefix="tiny-models-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
@@ -496,12 +511,14 @@ def folder() -> Path:
 
 @functools.cache
 def _file_of(variant: Variant, types: tuple[tuple[str, str], ...], seed: int) -> Path:
-    name = f"{_name_of(variant)}-{zlib.crc32(repr(types).encode()):08x}-{seed}.gguf"
-    return tiny_model(folder() / name, variant, type=dict(types), seed=seed)
+    # A test may have put another model in place of a variant, so its shape is part of the name.
+    what = repr((VARIANTS.get(variant, variant) if isinstance(variant, str) else variant, types))
+    path = folder() / f"{_name_of(variant)}-{zlib.crc32(what.encode()):08x}-{seed}.gguf"
+    return path if path.exists() else tiny_model(path, variant, type=dict(types), seed=seed)
 
 
 def shared(variant: Variant, *, type: Types = "F32", seed: int = 0) -> Path:
-    """As tiny_model, into a folder that lives as long as the process; the same arguments give the same file."""
+    """As tiny_model, into a folder that lives as long as the tests; the same arguments give the same file."""
     types = {"": type} if isinstance(type, str) else type
     return _file_of(variant, tuple(types.items()), seed)
 
@@ -509,7 +526,8 @@ def shared(variant: Variant, *, type: Types = "F32", seed: int = 0) -> Path:
 @functools.cache
 def shared_twin(path: Path) -> Path:
     """The dequantized twin of a shared file, written once."""
-    return dequantized_twin(path, path.with_name(f"{path.stem}-twin.gguf"))
+    twin = path.with_name(f"{path.stem}-twin.gguf")
+    return twin if twin.exists() else dequantized_twin(path, twin)
 
 
 def token_ids(variant: str, n: int, *, seed: int = 0) -> list[int]:
@@ -644,7 +662,9 @@ class _Weights:
             w |= self._expert_biases(m, blk)
         if m.e_score_correction_bias:
             w[blk + "exp_probs_b.bias"] = 0.2 * self._normal(blk + "exp_probs_b", m.n_routed_experts)
-        w |= self._mlp(m, blk, "_exps", m.moe_intermediate_size, m.n_routed_experts)
+        n_drawn = _N_DRAWN if m.steady_routing else m.n_routed_experts
+        experts = self._mlp(m, blk, "_exps", m.moe_intermediate_size, n_drawn)
+        w |= {name: _turned(name, values, m.n_routed_experts) for name, values in experts.items()}
         if m.n_shared_experts:
             w |= self._mlp(m, blk, "_shexp", m.moe_intermediate_size * m.n_shared_experts)
         if (
@@ -866,8 +886,11 @@ def _write_yarn_metadata(writer: gguf.GGUFWriter, m: Deepseek2) -> None:
         writer.add_float32(scaling + "yarn_log_multiplier", 0.1 * m.mscale_all_dim)
 
 
-def _write(writer: gguf.GGUFWriter) -> None:
-    writer.write_header_to_file()
+def _write(writer: gguf.GGUFWriter, path: Path | str) -> Path:
+    """To a file of its own first: other processes of the tests may look for this one."""
+    partial = Path(f"{path}.{os.getpid()}")
+    writer.write_header_to_file(partial)
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return partial.replace(path)
