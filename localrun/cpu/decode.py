@@ -320,9 +320,11 @@ class Layers:
         )
 
     def _add_choice(self, indexer: Indexer) -> None:
-        """The rows that attention is to go over."""
-        for what, phase in choice_phases(indexer).items():
+        """The rows that attention is to go over, int32."""
+        *phases, (last, choice) = choice_phases(indexer).items()
+        for what, phase in phases:
             self._add(phase, f"indexer's {what}")
+        self._add(choice, f"indexer's {last}", "chosen rows")
 
     def _grouped_attention(self, index: int, cache_layer: int, norm: Input) -> None:
         c = self.config

@@ -12,7 +12,10 @@ from typing import Any
 
 import hf_checkpoints as hf
 import pytest
+import tiny_deepseek4
 import tiny_models
+import torch
+from cases import slow_but
 from paths import SCRIPTS
 
 import localrun
@@ -28,12 +31,20 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     yield compare_layers
 
 
+V4 = "deepseek4"
+
+
 def report(script: ModuleType, variant: str, n_tokens: int = 12, type_: Any = "F32") -> dict[str, Any]:
-    with localrun.load(tiny_models.shared(variant, type=type_), threads=1, ctx=64) as engine:
-        return script.report(engine, tiny_models.token_ids(variant, n_tokens), None, 1, script.TOLERANCE)
+    path = tiny_deepseek4.shared() if variant == V4 else tiny_models.shared(variant, type=type_)
+    with localrun.load(path, threads=1, ctx=256) as engine:
+        ids = tiny_models.token_ids("v3", n_tokens) if variant != V4 else tiny_deepseek4.token_ids(n_tokens)
+        return script.report(engine, ids, None, 1, script.TOLERANCE)
 
 
-@pytest.mark.parametrize("variant", ["v3", "v3-legacy-kv-b", "v2-lite", "llama", "glm4moe", "minimax-m2"])
+FAST = ["v3", "v3-legacy-kv-b", "v2-lite", "llama", "glm4moe", "minimax-m2", "deepseek32"]
+
+
+@pytest.mark.parametrize("variant", slow_but([*FAST, "glm-dsa-shared", "gpt-oss", "bailingmoe2"], FAST))
 def test_all_phases_are_the_networks(script: ModuleType, variant: str) -> None:
     found = report(script, variant)
     assert found["first"] is None
@@ -41,6 +52,37 @@ def test_all_phases_are_the_networks(script: ModuleType, variant: str) -> None:
     # Float32 rounding, and where it tips that of a new row in the cache to 16 bits: half a step of 2^-10 of a value.
     assert max(errors) < 2**-11
     assert len(errors) >= len(found["phases"]) > 6 and found["phases"][-1]["phase"] == "head"
+
+
+def test_all_phases_of_streams_and_pooled_rows_are_the_networks(script: ModuleType) -> None:
+    """Of tokens that see windows, pooled rows of both ratios, and more of these than they choose."""
+    found = report(script, V4, 150)
+    assert found["first"] is None
+    phases = {phase["phase"].split(": ")[-1]: phase["errors"] for phase in found["phases"]}
+    assert phases["indexer's choice"] == {"chosen rows": 0.0}
+    assert max(error for phase in found["phases"] for error in phase["errors"].values()) < 2**-11
+    assert {"streams", "output_a", "output", "experts' down"} <= {name for name, errors in phases.items() if errors}
+
+
+@pytest.mark.parametrize(("variant", "phase"), [("deepseek32", "blk.0"), (V4, "blk.1")])
+def test_another_choice_is_named(script: ModuleType, monkeypatch: pytest.MonkeyPatch, variant: str, phase: str) -> None:
+    watched = script.WatchedWeights._watched_attend_chosen
+
+    def others(self: Any, parts: list, seen: Any, *arguments: Any) -> None:
+        chosen = seen.chosen_TK
+        first = torch.arange(chosen.shape[1], dtype=torch.int32).expand_as(chosen) if chosen is not None else None
+        watched(self, parts, script.replace(seen, chosen_TK=first if first is None else first.contiguous()), *arguments)
+
+    monkeypatch.setattr(script.WatchedWeights, "_watched_attend_chosen", others)
+    assert report(script, variant, 150)["first"] == f"{phase}.attn: indexer's choice"
+
+
+def test_a_wrong_weight_of_streams_is_named(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, vector = script.names.layer(V4, 2, "ffn_hc.scale"), script.WatchedWeights.vector
+    monkeypatch.setattr(
+        script.WatchedWeights, "vector", lambda self, which: vector(self, which) * (-1 if which == name else 1)
+    )
+    assert report(script, V4, 150)["first"] == "blk.2.ffn: router"
 
 
 def test_few_tokens_of_a_quantised_model(script: ModuleType) -> None:
