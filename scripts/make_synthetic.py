@@ -8,6 +8,7 @@ Shapes:
     v3-slice      DeepSeek-V3's full width, but 1 dense and 1 MoE layer and a vocabulary of 4,096
     glm-4.5-air-slice, minimax-m2-slice, hy3-slice, qwen3-30b-a3b-slice, mixtral-8x7b-slice, glm-4.7-flash-slice
                   the published widths, and as many layers as make 6 to 10 GB
+    ling-mini-2.0 Ling-mini-2.0 as published: 16 billion weights
     gpt-oss-20b-slice  the same, its full width and 16 of its 24 layers
     16b-v3.2-style
                   about V2-Lite's size with V3.2's layers: indexers, routing; a quarter of its heads
@@ -89,6 +90,7 @@ SHAPES = {
     "glm-4.5-air-slice": _published("glm-4.5-air", num_hidden_layers=6),
     "minimax-m2-slice": _published("minimax-m2", num_hidden_layers=4),
     "hy3-slice": _published("hy3", num_hidden_layers=4),
+    "ling-mini-2.0": _published("ling-mini-2.0"),
     "qwen3-30b-a3b-slice": _published("qwen3-30b-a3b", num_hidden_layers=24),
     "mixtral-8x7b-slice": _published("mixtral-8x7b", num_hidden_layers=10),
     "glm-4.7-flash-slice": _published("glm-4.7-flash", num_hidden_layers=24),

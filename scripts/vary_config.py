@@ -319,7 +319,7 @@ def _spelled(outcome: Outcome) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("classes", nargs="*", default=list(CHECKPOINTS), metavar="CLASS")
+    parser.add_argument("classes", nargs="*", default=list(BASES), metavar="CLASS")
     parser.add_argument("--key", action="append", metavar="KEY")
     arguments = parser.parse_args()
     logging.disable(logging.CRITICAL)

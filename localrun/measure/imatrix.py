@@ -160,7 +160,10 @@ class _ObservedWeights(LayerWeights):
                 self._inputs.counts[twin],
             )
             return super().linear(name)
-        return _ObservedLinear(super().linear(name), name, self._inputs)
+        holder = names.holder(self.architecture, name)
+        if holder in self._inputs.squares:  # of queries, keys and values in one matrix: all have the same inputs
+            return super().linear(name)
+        return _ObservedLinear(super().linear(name), holder, self._inputs)
 
     def heads(self, name: str, n_groups: int | None = None) -> HeadLinear:
         return _ObservedHeads(super().heads(name, n_groups), name, self._inputs, is_plain=n_groups is not None)

@@ -27,10 +27,10 @@ INTEGERS = re.compile(r"blk\.\d+\.ffn_gate_tid2eid\.weight")
 
 # Module -> name in a layer, of all architectures; what one lacks is called as in the others, and is in no file of it.
 _ANY = {tensor.module: tensor.name for architecture in ARCHITECTURES.values() for tensor in architecture.layer}
-_LAYER = {
-    name: _ANY | {tensor.module: tensor.name for tensor in architecture.layer}
-    for name, architecture in ARCHITECTURES.items()
+_OWN = {
+    name: {tensor.module: tensor.name for tensor in architecture.layer} for name, architecture in ARCHITECTURES.items()
 }
+_LAYER = {name: _ANY | own for name, own in _OWN.items()}
 
 
 def layer(architecture: str, index: int, module: str) -> str:
@@ -41,6 +41,13 @@ def layer(architecture: str, index: int, module: str) -> str:
 def bias(weight: str) -> str:
     """The GGUF name of what is added to a matrix's products: "blk.3.attn_q.weight" -> "blk.3.attn_q.bias"."""
     return weight.removesuffix("weight") + "bias"
+
+
+def holder(architecture: str, name: str) -> str:
+    """The tensor that holds a matrix's rows: itself, but of architectures that join queries, keys and values."""
+    match = re.fullmatch(r"(blk\.\d+\.)attn_[qkv]\.weight", name)
+    joined = _OWN[architecture].get(parts.QKV)
+    return match[1] + joined if match and joined else name
 
 
 def check_tensors(file: GGUFFile, config: Config) -> None:

@@ -101,6 +101,28 @@ def gqa(queries_and_keys: Plain | Pairs) -> tuple[Tensor, ...]:
     )  # fmt: skip
 
 
+QKV = "self_attn.qkv_proj"  # queries, keys and values one behind another
+
+
+def joined_gqa(source: Plain) -> tuple[Tensor, ...]:
+    """The same where queries, keys and values come of one matrix; the network asks for its parts (joined_rows)."""
+    *parts, o_proj = gqa(Plain())
+    return (
+        Tensor(QKV, "attn_qkv.weight", lambda c: (sum(part.shape(c)[0] for part in parts), c.hidden_size), source),
+        o_proj,
+    )
+
+
+def joined_rows(c: Config) -> dict[str, tuple[int, int]]:
+    """First row and number of rows of queries, keys and values in QKV, by their names in a layer of a GGUF."""
+    rows, first = {}, 0
+    for part in gqa(Plain())[:3]:
+        n_rows, _ = part.shape(c)
+        rows[part.name] = first, n_rows
+        first += n_rows
+    return rows
+
+
 def biases() -> tuple[Tensor, ...]:
     """Of queries, keys and values."""
     return tuple(

@@ -1,6 +1,7 @@
 """The architectures that are declared, one line each."""
 
 from localrun.models.architecture import Architecture
+from localrun.models.bailingmoe2 import BAILINGMOE2
 from localrun.models.deepseek2 import DEEPSEEK2
 from localrun.models.deepseek4 import DEEPSEEK4
 from localrun.models.deepseek32 import DEEPSEEK32
@@ -15,6 +16,7 @@ from localrun.models.minimax_m2 import MINIMAX_M2
 from localrun.models.qwen3moe import QWEN3MOE
 
 _DECLARED: tuple[Architecture, ...] = (
+    BAILINGMOE2,
     DEEPSEEK2,
     DEEPSEEK32,
     DEEPSEEK4,

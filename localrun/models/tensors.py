@@ -8,6 +8,8 @@ import numpy as np
 from localrun.errors import GGUFError
 from localrun.gguf.file import GGUFFile
 from localrun.models import names
+from localrun.models.config import Config
+from localrun.models.parts import joined_rows
 from localrun.models.reader import architecture_of, read_config
 from quant.formats import registry
 from quant.matrix import ExpertMatrices, QuantMatrix, quant_matrix
@@ -33,7 +35,13 @@ class GGUFTensors:
         return name in self.file.tensors
 
     def matrix(self, name: str, shape: tuple[int, ...] | None = None) -> QuantMatrix:
-        """A matrix (out, in), or one a group (G, out, in); `shape` reads the same rows in other groups."""
+        """A matrix (out, in), or one a group (G, out, in); `shape` reads the same rows in other groups.
+
+        Of one that lies in a larger one (names.holder) a view of its rows.
+        """
+        holder = names.holder(self.architecture, name)
+        if holder != name:
+            return self.matrix(holder).rows(*self._joined[name.split(".", 2)[2]])
         tensor = self.file.tensors[name]
         return quant_matrix(tensor.data, registry.get(tensor.type.name), shape or tensor.shape)
 
@@ -54,16 +62,25 @@ class GGUFTensors:
         return both.rows(0, rows[0]), both.rows(*rows)
 
     @cached_property
+    def config(self) -> Config:
+        """What the file's keys say."""
+        return read_config(self.file)
+
+    @cached_property
+    def _joined(self) -> dict[str, tuple[int, int]]:
+        return joined_rows(self.config)
+
+    @cached_property
     def activation(self) -> Activation:
         """Of all feed-forward layers."""
-        c = read_config(self.file)
+        c = self.config
         return Activation(c.swiglu_alpha, c.swiglu_limit, c.swiglu_offset) if c.swiglu_limit else SWIGLU
 
     def expert_ids(self, index: int) -> np.ndarray:
         """int32 (vocab, K): the experts of each token in layer `index`. Raises GGUFError if there is no such expert."""
         name = names.layer(self.architecture, index, "mlp.gate.tid2eid")
         tensor = self.file.tensors[name]
-        ids, n_experts = tensor.data.view(np.int32).reshape(tensor.shape), read_config(self.file).n_routed_experts
+        ids, n_experts = tensor.data.view(np.int32).reshape(tensor.shape), self.config.n_routed_experts
         if ids.min() < 0 or ids.max() >= n_experts:
             found = f"{ids.min()} to {ids.max()}"
             raise GGUFError(f"{self.file.path}: tensor '{name}' holds {found}; expected experts 0 to {n_experts - 1}")

@@ -70,6 +70,11 @@ CONFIGS = {
         "architectures": ["HYV3ForCausalLM"], "num_key_value_heads": 1, "head_dim": 16, "num_experts": 4,
         "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_layer_types": ["dense", "sparse"],
     },
+    "bailingmoe2": _SIZES | {
+        "architectures": ["BailingMoeV2ForCausalLM"], "num_key_value_heads": 1, "head_dim": 16, "rotary_dim": 8,
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 2, "topk_group": 1,
+        "num_nextn_predict_layers": 1,
+    },
 }  # fmt: skip
 _HINTS = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 40, "repetition_penalty": 1.1, "min_p": 0.0}
 _POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 12345\n"

@@ -169,6 +169,7 @@ def bases() -> dict[str, Model]:
         "glm4moe": tiny_models.shared(tiny_models.glm4moe(**_GROUPED, num_nextn_predict_layers=1)),
         "minimax-m2": tiny_models.shared(tiny_models.minimax_m2(**_GROUPED | {"intermediate_size": 32})),
         "hy_v3": tiny_models.shared(tiny_models.hy_v3(**_GROUPED | {"qk_rope_head_dim": 16}), type="Q8_0"),
+        "bailingmoe2": tiny_models.shared(tiny_models.bailingmoe2(**_GROUPED, num_nextn_predict_layers=1)),
     }
     models = {name: parse(path) for name, path in files.items()}
     for name, vocabulary in (("llama byte pairs", _byte_pairs()), ("llama pieces", _pieces())):

@@ -105,6 +105,14 @@ ERNIE4_5_MOE = {name: value for name, value in _GROUPED.items() if name != "num_
     "moe_num_shared_experts": 2,
     "moe_layer_start_index": 1,
 }
+# BailingMoeV2's arithmetic is Glm4Moe's; its class is not in transformers. llama.cpp wants 96 as the heads' width.
+BAILINGMOE2 = GLM4_MOE | {"attention_bias": False, "num_attention_heads": 3, "num_key_value_heads": 1}
+BAILINGMOE2 |= {"n_group": 4, "topk_group": 2, "n_shared_experts": 2, "rms_norm_eps": 1e-6}
+_BAILING_NAMES = {
+    "model.embed_tokens": "model.word_embeddings", "self_attn.o_proj": "attention.dense",
+    "self_attn.q_norm": "attention.query_layernorm", "self_attn.k_norm": "attention.key_layernorm",
+    "gate.e_score_correction_bias": "gate.expert_bias",
+}  # fmt: skip
 HY_V3 = _GROUPED | {"num_experts": 8, "num_shared_experts": 1}
 GPT_OSS = {
     "vocab_size": 320,
@@ -190,6 +198,27 @@ def edit_tensors(folder: Path, change: Any, file: str = "model.safetensors") -> 
     tensors = load_file(folder / file)
     change(tensors)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / file)
+
+
+def as_bailingmoe2(folder: Path) -> Path:
+    """The folder, a Glm4Moe's checkpoint under BailingMoeV2's names: of tensors and of config.json's keys."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith("self_attn.q_proj.weight")]:
+            parts = [tensors.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+            tensors[name.replace("self_attn.q_proj", "attention.query_key_value")] = torch.cat(parts)
+        for name in list(tensors):
+            for theirs, own in _BAILING_NAMES.items():
+                if theirs in name:
+                    tensors[name.replace(theirs, own)] = tensors.pop(name)
+
+    edit_tensors(folder, change)
+    config = json.loads((folder / "config.json").read_text())
+    names = {"n_routed_experts": "num_experts", "n_shared_experts": "num_shared_experts"}
+    own = {new: config[old] for old, new in names.items()} | dict.fromkeys(names)
+    own |= {"partial_rotary_factor": 0.5, "rope_theta": 1e6, "rope_parameters": None, "attention_bias": None}
+    edit_config(folder, architectures=["BailingMoeV2ForCausalLM"], num_nextn_predict_layers=0, **own)
+    return folder
 
 
 def to_fp8(

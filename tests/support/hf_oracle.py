@@ -68,6 +68,7 @@ _CLASSES = {
     "glm4moe": "Glm4Moe",
     "minimax-m2": "MiniMaxM2",
     "hy_v3": "HYV3",
+    "bailingmoe2": "Glm4Moe",  # its own class is not in transformers; of the same arithmetic under other names
     "gpt-oss": "GptOss",
 }
 _OF_CLASS = {
@@ -279,6 +280,10 @@ def _state_dict(config: PreTrainedConfig, tensors: dict[str, np.ndarray]) -> dic
         if "attn_k_b.weight" in layer:
             k_b, v_b = layer.pop("attn_k_b.weight").transpose(0, 2, 1), layer.pop("attn_v_b.weight")
             layer["attn_kv_b.weight"] = np.concatenate([k_b, v_b], axis=1).reshape(-1, config.kv_lora_rank)
+        if "attn_qkv.weight" in layer:
+            counts = np.cumsum([config.num_attention_heads, config.num_key_value_heads])
+            qkv = np.split(layer.pop("attn_qkv.weight"), config.head_dim * counts)
+            layer |= {f"attn_{part}.weight": matrix for part, matrix in zip("qkv", qkv, strict=True)}
         if config.model_type == "gpt_oss":
             layer |= _fused(layer)
         if "ffn_gate_exps.weight" in layer:

@@ -320,7 +320,11 @@ class Naive:
 
     def _gqa(self, h: Array, w: dict[str, Array]) -> Array:
         n_kv = self.meta["attention.head_count_kv"]
-        q, k, v = (h @ w[f"attn_{part}.weight"].T + w.get(f"attn_{part}.bias", 0.0) for part in "qkv")
+        if "attn_qkv.weight" in w:
+            n_rows = self.meta["attention.key_length"] * np.array([self.n_heads, n_kv])
+            q, k, v = np.split(h @ w["attn_qkv.weight"].T, np.cumsum(n_rows), axis=1)
+        else:
+            q, k, v = (h @ w[f"attn_{part}.weight"].T + w.get(f"attn_{part}.bias", 0.0) for part in "qkv")
         q_norm, k_norm = (w.get(f"attn_{part}_norm.weight", np.empty(0)) for part in "qk")
         if len(q_norm) == q.shape[1]:
             q, k = rms_norm(q, q_norm, self.eps), rms_norm(k, k_norm, self.eps)

@@ -133,6 +133,7 @@ class Grouped:
     qk_norm: "head" for norms of each head, "whole" for norms of all heads as one vector, "" for none.
     sliding_window: of every second layer, the first among them; 0 for none. A model with windows is gpt-oss's kind: its
     heads have sinks, and everything has biases.
+    joined_qkv: whether queries, keys and values are one matrix.
     """
 
     architecture: str
@@ -165,6 +166,7 @@ class Grouped:
     num_nextn_predict_layers: int = 0
     tie_word_embeddings: bool = False
     steady_routing: bool = False
+    joined_qkv: bool = False
     fused_gate_up: ClassVar[bool] = False
 
 
@@ -180,12 +182,17 @@ _GROUPED_KEYS = {
     "minimax-m2": ("rope.dimension_count", "expert_feed_forward_length", "expert_gating_func"),
     "gpt-oss": ("attention.sliding_window", "expert_feed_forward_length"),
     "hy_v3": ("nextn_predict_layers", "expert_shared_feed_forward_length", *_ROUTER_KEYS),
+    "bailingmoe2": (
+        "rope.dimension_count", "leading_dense_block_count", "nextn_predict_layers", "expert_shared_count",
+        "expert_group_count", "expert_group_used_count", *_ROUTER_KEYS,
+    ),
 }  # fmt: skip
 # What it calls tensors that the others call otherwise.
 _NAMES = {
     "glm4moe": {"ffn_norm.weight": "post_attention_norm.weight"},
     "gpt-oss": {"ffn_norm.weight": "post_attention_norm.weight"},
     "hy_v3": {"exp_probs_b.bias": "exp_probs_b"},
+    "bailingmoe2": {"nextn.shared_head_norm.weight": "layer_output_norm.weight"},
 }
 
 
@@ -221,6 +228,13 @@ def hy_v3(**choices: object) -> Grouped:
     """Hy3, but for its size."""
     router = {"n_shared_experts": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 2.826}
     return Grouped("hy_v3", **router | {"rms_norm_eps": 1e-5, "rope_theta": 11158840.0} | choices)
+
+
+def bailingmoe2(**choices: object) -> Grouped:
+    """Ling 2.0, but for its size. llama.cpp takes for granted that all heads together are as wide as hidden states."""
+    router = {"n_shared_experts": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "n_group": 4}
+    sizes = {"num_attention_heads": 8, "qk_rope_head_dim": 16, "joined_qkv": True, "rope_theta": 6e5}
+    return Grouped("bailingmoe2", **router | {"topk_group": 2} | sizes | choices)
 
 
 def gpt_oss(**choices: object) -> Grouped:
@@ -331,6 +345,7 @@ VARIANTS: dict[str, Model] = {
     "glm4moe-air": glm4moe(qk_norm="", n_group=4, topk_group=2, routed_scaling_factor=1.0, tie_word_embeddings=True),
     "minimax-m2": minimax_m2(num_attention_heads=3, num_key_value_heads=1, head_dim=40, rms_norm_eps=0.1),
     "hy_v3": hy_v3(num_nextn_predict_layers=1, n_shared_experts=2),
+    "bailingmoe2": bailingmoe2(num_nextn_predict_layers=1),
     "gpt-oss": gpt_oss(),
     "gpt-oss-yarn": gpt_oss(num_hidden_layers=3, num_key_value_heads=1, yarn_factor=32.0, sliding_window=7),
     "gpt-oss-wide": gpt_oss(
@@ -733,6 +748,8 @@ class _Weights:
         for part, gain in (("q", np.float32(1.5)), ("k", np.float32(1))) if m.qk_norm else ():
             name, width = f"{blk}attn_{part}_norm", m.head_dim * (heads[part] if m.qk_norm == "whole" else 1)
             w[name + ".weight"] = gain + 0.3 * self._normal(name, width)
+        if m.joined_qkv:
+            w[blk + "attn_qkv.weight"] = np.concatenate([w.pop(f"{blk}attn_{part}.weight") for part in "qkv"])
         return w
 
     def _llama(self, m: Llama) -> dict[str, np.ndarray]:

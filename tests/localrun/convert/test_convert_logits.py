@@ -120,6 +120,15 @@ def test_logits_equal_transformers_and_llama_cpps(name: str, tmp_path: Path) -> 
         assert error(llama_cpp_oracle.logits(path, hf.PROMPT), expected) < TOLERANCE
 
 
+def test_a_checkpoint_of_bailingmoe2(tmp_path: Path) -> None:
+    """Of a class that is not in transformers: the weights of one with the same arithmetic, under the other's names."""
+    model = hf.make("Glm4Moe", hf.BAILINGMOE2 | {"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}})
+    path = converted(hf.as_bailingmoe2(hf.save(model, tmp_path / "model")))
+    expected = hf.logits(model)
+    assert error(ours(path), expected) < TOLERANCE
+    assert error(llama_cpp_oracle.logits(path, hf.PROMPT), expected) < TOLERANCE
+
+
 def pack_experts(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Pack the experts of a gpt-oss checkpoint as published: blocks and scales by name of the matrix.
 

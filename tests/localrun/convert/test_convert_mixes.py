@@ -128,7 +128,7 @@ def test_types_are_llama_cpps_but_for_k_b_and_v_b(model: str, sources: dict[str,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["gpt-oss", "gpt-oss-wide", "minimax-m2", "hy_v3"])
+@pytest.mark.parametrize("variant", ["gpt-oss", "gpt-oss-wide", "minimax-m2", "hy_v3", "bailingmoe2"])
 def test_types_of_other_architectures_are_llama_cpps(variant: str, tmp_path: Path) -> None:
     check_types(variant, tiny_models.shared(variant, type="F16"), tmp_path)
 

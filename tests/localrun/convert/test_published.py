@@ -104,6 +104,9 @@ PUBLISHED: dict[str, tuple[dict[str, Any], str, float]] = {
     "Qwen/Qwen3-30B-A3B-Instruct-2507": (_QWEN3, "qwen3moe", 30.5),
     "Qwen/Qwen3-Coder-480B-A35B-Instruct": (_QWEN3 | _CODER, "qwen3moe", 480),
     "mistralai/Mixtral-8x7B-Instruct-v0.1": (_MIXTRAL, "llama", 46.7),
+    "inclusionAI/Ling-mini-2.0": (load_data("models")["ling-mini-2.0"]["config"], "bailingmoe2", 16.26),
+    "inclusionAI/Ling-flash-2.0": (load_data("models")["ling-flash-2.0"]["config"], "bailingmoe2", 103),
+    "inclusionAI/Ling-1T": (load_data("models")["ling-1t"]["config"], "bailingmoe2", 999.705),
     "openai/gpt-oss-20b": (load_data("models")["gpt-oss-20b"]["config"], "gpt-oss", 20.9),
     "openai/gpt-oss-120b": (load_data("models")["gpt-oss-120b"]["config"], "gpt-oss", 116.8),
 }

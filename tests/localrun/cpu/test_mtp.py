@@ -141,7 +141,7 @@ def test_logits_are_transformers(name: str) -> None:
     assert error(last_1D, normed_TD[-1:]) < SESSION_TOLERANCE
 
 
-@pytest.mark.parametrize("variant", ["v3-nextn", "deepseek32-nextn", "glm4moe", "hy_v3"])
+@pytest.mark.parametrize("variant", ["v3-nextn", "deepseek32-nextn", "glm4moe", "hy_v3", "bailingmoe2"])
 def test_the_whole_way_is_transformers(variant: str) -> None:
     """From tokens to the head's logits, over the hidden states that the model leaves; then two drafts on."""
     path = tiny_models.shared(variant)

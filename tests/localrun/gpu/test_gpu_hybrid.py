@@ -95,6 +95,7 @@ _GROUPED = {
 }  # fmt: skip
 MODELS |= {
     "GLM-4.5": tiny_models.glm4moe(**_GROUPED),
+    "Ling": tiny_models.bailingmoe2(**_GROUPED | {"num_attention_heads": 4}),
     "MiniMax-M2": tiny_models.minimax_m2(**_GROUPED | {"intermediate_size": 32}),
     "Mixtral": tiny_models.mixtral(**_GROUPED | {"intermediate_size": 32, "qk_rope_head_dim": 16}),
     # With a window in its first layer, sinks, biases, and bounds in its experts.
