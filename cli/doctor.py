@@ -17,47 +17,52 @@ from localrun.files import user_path
 _WIDTH = 14
 
 
+Place = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="PATH",
+        help="A model file, or a folder of them, whose disk to measure; the bundled model's if not given. With "
+        "--gpu: the model.",
+        show_default=False,
+    ),
+]
+Prove = Annotated[bool, typer.Option("--gpu", help="Have the GPU prove itself with a model; takes a minute or two.")]
+Report = Annotated[
+    str | None,
+    typer.Option(
+        "--report",
+        metavar="FILE",
+        help="With --gpu: write all figures, with nothing private, for a report of a problem.",
+        show_default=False,
+    ),
+]
+Ranks = Annotated[
+    str | None,
+    typer.Option(
+        "--ranks", metavar="N|numa", help="Time messages between processes of this machine.", show_default=False
+    ),
+]
+Hosts = Annotated[
+    str | None, typer.Option("--hosts", metavar="A,B,...", help="Time messages to other machines.", show_default=False)
+]
+Link = Annotated[
+    str | None,
+    typer.Option(
+        "--link",
+        metavar="FILE",
+        help="With --ranks or --hosts: write what was measured, for plan --link.",
+        show_default=False,
+    ),
+]
+
+
 def doctor(
-    path: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="PATH",
-            help="A model file, or a folder of them, whose disk to measure; the bundled model's if not given. With "
-            "--gpu: the model.",
-            show_default=False,
-        ),
-    ] = None,
-    gpu: Annotated[
-        bool, typer.Option("--gpu", help="Have the GPU prove itself with a model; takes a minute or two.")
-    ] = False,
-    report: Annotated[
-        str | None,
-        typer.Option(
-            "--report",
-            metavar="FILE",
-            help="With --gpu: write all figures, with nothing private, for a report of a problem.",
-            show_default=False,
-        ),
-    ] = None,
-    ranks: Annotated[
-        str | None,
-        typer.Option(
-            "--ranks", metavar="N|numa", help="Time messages between processes of this machine.", show_default=False
-        ),
-    ] = None,
-    hosts: Annotated[
-        str | None,
-        typer.Option("--hosts", metavar="A,B,...", help="Time messages to other machines.", show_default=False),
-    ] = None,
-    link: Annotated[
-        str | None,
-        typer.Option(
-            "--link",
-            metavar="FILE",
-            help="With --ranks or --hosts: write what was measured, for plan --link.",
-            show_default=False,
-        ),
-    ] = None,
+    path: Place = None,
+    gpu: Prove = False,
+    report: Report = None,
+    ranks: Ranks = None,
+    hosts: Hosts = None,
+    link: Link = None,
     threads: options.Threads = None,
     ctx: options.Ctx = None,
     as_json: options.Json = False,
@@ -67,17 +72,24 @@ def doctor(
     if link is not None and not is_link:
         raise LocalrunError("--link is for doctor --ranks or --hosts")
     if is_link:
-        for name, value in (("PATH", path), ("--gpu", gpu or None), ("--threads", threads), ("--ctx", ctx)):
-            if value is not None:
-                raise LocalrunError(f"doctor --ranks and --hosts take no {name}")
+        _refuse_others("doctor --ranks and --hosts take no {}", PATH=path, gpu=gpu or None, threads=threads, ctx=ctx)
         _time_messages(ranks, hosts, link, as_json)
-        return
-    if gpu:
+    elif gpu:
         _prove(path, report, threads, ctx, as_json)
-        return
-    for name, value in (("--report", report), ("--threads", threads), ("--ctx", ctx)):
+    else:
+        _refuse_others("{} is for doctor --gpu", report=report, threads=threads, ctx=ctx)
+        _examine(path, as_json)
+
+
+def _refuse_others(message: str, **given: object) -> None:
+    """Raises LocalrunError about the first option that was given."""
+    for name, value in given.items():
         if value is not None:
-            raise LocalrunError(f"{name} is for doctor --gpu")
+            raise LocalrunError(message.format(name if name.isupper() else f"--{name}"))
+
+
+def _examine(path: str | None, as_json: bool) -> None:
+    """All findings: as lines, or one JSON document."""
     from localrun.measure.doctor import examine
 
     findings = examine(_path(path))

@@ -18,6 +18,8 @@ from localrun.errors import LocalrunError
 CUT = 3  # the exit code for replies that a limit cut, where it is asked for
 
 if TYPE_CHECKING:
+    from cli.batch import Batch, Usual
+    from cli.prompts import Prompts
     from localrun.engine import Engine
     from localrun.generate.constraint import Constraint
     from localrun.generate.reasoning import Part
@@ -25,26 +27,15 @@ if TYPE_CHECKING:
     from localrun.generate.session import Session, Stats
 
 
-@options.takes(
-    sampling=options.SamplingOptions(),
-    load=options.LoadOptions(),
-    ranks=options.RankOptions(),
-    template=options.TemplateOptions(),
-)
-def generate(
-    model: options.Model = None,
-    prompt: Annotated[str | None, typer.Option("-p", "--prompt", metavar="TEXT", help="The prompt.")] = None,
-    file: options.File = None,
-    n_tokens: options.NTokens = 128,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the text as it is; control tokens that it spells count.")
-    ] = False,
-    system: options.System = None,
-    stop: options.Stop = None,
-    json_schema: options.JsonSchema = None,
-    grammar: options.Grammar = None,
-    top_logprobs: options.TopLogprobs = None,
-    *,
+Prompt = Annotated[str | None, typer.Option("-p", "--prompt", metavar="TEXT", help="The prompt.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Continue the text as it is; control tokens that it spells count.")]
+FailOnCut = Annotated[bool, typer.Option("--fail-on-cut", help="Exit with 3 if -n or the context cut a reply.")]
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchOptions:
+    """Many prompts, and where their results go."""
+
     batch: Annotated[
         str | None,
         typer.Option(
@@ -53,15 +44,45 @@ def generate(
             help="Reply to each line of a JSONL file: an object with prompt or messages, and id, max_tokens, seed, ...",
             show_default=False,
         ),
-    ] = None,
+    ] = None
     output: Annotated[
         str | None,
         typer.Option("-o", "--output", metavar="FILE", help="Where a batch's results go.", show_default=False),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a batch's results that are there.")] = False,
-    fail_on_cut: Annotated[
-        bool, typer.Option("--fail-on-cut", help="Exit with 3 if -n or the context cut a reply.")
-    ] = False,
+    ] = None
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a batch's results that are there.")] = False
+
+    def opened(self, has_prompt: bool) -> "Batch | None":
+        """The batch, if there is one. has_prompt: whether there is an option that goes with one prompt alone."""
+        from cli.batch import Batch
+
+        if self.batch is not None and has_prompt:
+            raise typer.BadParameter("--batch has the prompts, and writes JSON: it goes with none of -p, -f and --json")
+        if self.batch is None and (self.output is not None or self.resume):
+            raise typer.BadParameter("-o and --resume go with --batch")
+        return None if self.batch is None else Batch(self.batch, self.output, self.resume)
+
+
+@options.takes(
+    batch=BatchOptions(),
+    sampling=options.SamplingOptions(),
+    load=options.LoadOptions(),
+    ranks=options.RankOptions(),
+    template=options.TemplateOptions(),
+)
+def generate(
+    model: options.Model = None,
+    prompt: Prompt = None,
+    file: options.File = None,
+    n_tokens: options.NTokens = 128,
+    raw: Raw = False,
+    system: options.System = None,
+    stop: options.Stop = None,
+    json_schema: options.JsonSchema = None,
+    grammar: options.Grammar = None,
+    top_logprobs: options.TopLogprobs = None,
+    *,
+    batch: BatchOptions,
+    fail_on_cut: FailOnCut = False,
     template: options.TemplateOptions,
     sampling: options.SamplingOptions,
     load: options.LoadOptions,
@@ -75,8 +96,8 @@ def generate(
     With --batch there are many, and a line of JSON for each. A reply of a schema or a grammar is whole unless it is cut
     after -n tokens.
     """
-    from cli.batch import CUT_REASONS, Batch, Usual
-    from cli.model import given_sampling, given_variables, max_tokens, open_model, sampling_for, stream
+    from cli.batch import CUT_REASONS, Usual
+    from cli.model import given_sampling, given_variables, max_tokens, open_model, sampling_for
     from cli.prompts import Prompts, collected
 
     _check_raw(raw, system, template)
@@ -86,26 +107,22 @@ def generate(
     constraint = _constraint(json_schema, grammar)
     if system is not None:
         system = check_text(system, "the system message")
-    _check_batch(batch, prompt is not None or file is not None or as_json, output is not None or resume)
-    work = None if batch is None else Batch(batch, output, resume)
-    if work is not None:
-        sampling = dataclasses.replace(sampling, seed=work.seed(sampling.seed))
-    if sampling.seed is None:  # drawn here, so that --json and a batch's lines can tell it
-        sampling = dataclasses.replace(sampling, seed=secrets.randbelow(2**32))
+    work = batch.opened(prompt is not None or file is not None or as_json)
+    sampling = dataclasses.replace(sampling, seed=_seed(sampling.seed, work))
     given = given_sampling(sampling, constraint=constraint, top_logprobs=top_logprobs)
     text = "" if work else _prompt(prompt, file)
     started = time.perf_counter()
     with open_model(model, load, verbose, template.chat_template, ranks) as engine:
         load_s = time.perf_counter() - started
         prompts = Prompts(engine, raw, template.think, variables)
-        chosen = prompts.constrained(sampling_for(engine, given))
+        usual = Usual(prompts.constrained(sampling_for(engine, given)), limit, stop or [], system)
         if work is not None:
-            is_cut = work.run(engine, prompts, Usual(chosen, limit, stop or [], system))
+            is_cut = work.run(engine, prompts, usual)
         else:
-            ids, session = prompts.of_text(text, system), engine.session()
-            parts = prompts.parts(ids, stream(session, ids, chosen, limit, prompts.stops(stop or []), prompts.spelled))
+            session = engine.session()
+            parts = _reply(session, prompts, text, usual)
             if as_json:
-                print_json(_document(engine, session, collected(parts), load_s, chosen))
+                print_json(_document(engine, session, collected(parts), load_s, usual.sampling))
             else:
                 _show(parts, session, template.show_thinking, verbose)
             is_cut = session.finish_reason in CUT_REASONS
@@ -113,6 +130,13 @@ def generate(
                 note(f"the reply was cut after {limit} tokens and is not whole; -n allows more")
     if fail_on_cut and is_cut:
         raise typer.Exit(CUT)
+
+
+def _reply(session: "Session", prompts: "Prompts", text: str, usual: "Usual") -> Iterator["Part"]:
+    from cli.model import stream
+
+    ids, stops = prompts.of_text(text, usual.system), prompts.stops(usual.stop)
+    return prompts.parts(ids, stream(session, ids, usual.sampling, usual.limit, stops, prompts.spelled))
 
 
 def _show(parts: Iterator["Part"], session: "Session", thoughts: bool, verbose: bool) -> None:
@@ -128,11 +152,10 @@ def _show(parts: Iterator["Part"], session: "Session", thoughts: bool, verbose: 
         note(timing_line(session))
 
 
-def _check_batch(batch: str | None, has_prompt: bool, has_output: bool) -> None:
-    if batch is not None and has_prompt:
-        raise typer.BadParameter("--batch has the prompts, and writes JSON: it goes with none of -p, -f and --json")
-    if batch is None and has_output:
-        raise typer.BadParameter("-o and --resume go with --batch")
+def _seed(given: int | None, work: "Batch | None") -> int:
+    """Drawn here where none is given, so that --json and a batch's lines can tell it."""
+    seed = given if work is None else work.seed(given)
+    return secrets.randbelow(2**32) if seed is None else seed
 
 
 def _check_raw(raw: bool, system: str | None, template: options.TemplateOptions) -> None:

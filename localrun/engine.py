@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -103,10 +104,7 @@ def load(
     if ctx is not None:
         ctx = whole("ctx", ctx, f"1 to {MOST_CTX} tokens", low=1, high=MOST_CTX)
     if ranks is not None:
-        opening.check_ranks(where)
-        if backend == "llama.cpp":
-            raise LocalrunError("backend 'llama.cpp' runs in one process; several ranks take the native one")
-        backend, where = "native", replace(where, device=CPU)
+        backend, where = _among_ranks(backend, where)
     if check_setting(speculative) == "off" and draft is not None:
         raise LocalrunError("a draft model, but speculative 'off'; expected auto, or 1 to 4 drafts a step")
     progress, notice = function("progress", progress), function("notice", notice) or (lambda line: None)
@@ -114,21 +112,25 @@ def load(
     threads, own_drafts = n_workers(threads), speculative != "off" and draft is None
     draft_bytes = 0 if draft is None else opening.prediction_bytes(draft)
     template = None if chat_template is None else path_text("chat_template", chat_template)
-    file = open_gguf(given)
-    try:
+    with ExitStack() as undo:
+        file = undo.enter_context(open_gguf(given))
         engine = Engine(
             file, threads, ctx, backend, where, dense_attention, own_drafts, template, progress, notice, placed, ranks,
             draft_bytes,
         )  # fmt: skip
-    except BaseException:
-        file.close()
-        raise
-    try:
+        undo.pop_all()
+        undo.callback(engine.close)
         engine.speculate(speculative, draft, progress, notice)
-    except BaseException:
-        engine.close()
-        raise
+        undo.pop_all()
     return engine
+
+
+def _among_ranks(backend: str, where: DeviceRequest) -> tuple[str, DeviceRequest]:
+    """The backend and the device of a model whose experts other processes share. Raises LocalrunError."""
+    opening.check_ranks(where)
+    if backend == "llama.cpp":
+        raise LocalrunError("backend 'llama.cpp' runs in one process; several ranks take the native one")
+    return "native", replace(where, device=CPU)
 
 
 def _model_path(name: str, given: Any) -> Path:
