@@ -13,7 +13,7 @@ from localrun import opening
 from localrun.arguments import flag, function, path_text, refuse, shown, token_ids, whole
 from localrun.bundled import model_path
 from localrun.errors import LocalrunError
-from localrun.generate.drafts import Draft, MTPDraft, NGramDraft
+from localrun.generate.drafts import BlockDraft, Draft, MTPDraft, NGramDraft
 from localrun.generate.model_draft import ModelDraft, check_vocabulary
 from localrun.generate.sampling import Sampling
 from localrun.generate.session import Session
@@ -24,7 +24,7 @@ from localrun.limits import cut
 from localrun.opening import Notice, Progress
 from localrun.placement.devices import DeviceRequest
 from localrun.placement.placement import CPU, Placement
-from localrun.runtime import KVCache, Model, MTPModel
+from localrun.runtime import DraftedModel, KVCache, Model, MTPModel
 from localrun.text import chat_template as templates
 from localrun.text.chat_template import ChatTemplate
 from localrun.text.tokenizer import Tokenizer
@@ -224,7 +224,7 @@ class Engine:
         setting = check_setting(setting)
         if setting == "auto" and draft is None and not self.config:
             setting = "off"
-        if draft is not None and not self._take_mtp(draft):
+        if draft is not None and not self._take_layers(draft):
             self.draft_model = load(
                 draft, device="cpu", threads=self.threads, speculative="off", progress=progress, notice=notice
             )
@@ -234,19 +234,22 @@ class Engine:
                 raise LocalrunError(f"{engine.file.path}: its state can't forget single tokens, as drafts need it to")
         self.speculative = setting
 
-    def _take_mtp(self, path: str | os.PathLike[str]) -> bool:
-        """Whether a file holds a layer for multi-token prediction alone; then it is this model's from now on."""
+    def _take_layers(self, path: str | os.PathLike[str]) -> bool:
+        """Whether a file holds layers alone that draft for a model; then they draft for this one from now on."""
         from localrun.cpu.model import NativeModel
+        from localrun.models.dspark import is_dspark
         from localrun.models.mtp_file import is_mtp_only
 
         file = open_gguf(path)
         try:
-            if not is_mtp_only(file):
+            takes_blocks = is_dspark(file)
+            if not takes_blocks and not is_mtp_only(file):
                 file.close()
                 return False
             if not isinstance(self.model, NativeModel):
-                raise LocalrunError(f"{path}: a layer for multi-token prediction, which runs natively on CPUs alone")
-            self.model.take_mtp(file)
+                what = "DSpark's blocks" if takes_blocks else "a layer for multi-token prediction"
+                raise LocalrunError(f"{path}: {what}, which runs natively on CPUs alone")
+            (self.model.take_dspark if takes_blocks else self.model.take_mtp)(file)
         except BaseException:
             file.close()
             raise
@@ -326,6 +329,8 @@ class Engine:
     def _new_draft(self) -> Draft:
         if self.draft_model:
             return ModelDraft(self.draft_model.session())
+        if getattr(self.model, "drafter", None):
+            return BlockDraft(cast(DraftedModel, self.model), self.ctx)
         if self.model.mtp:
             return MTPDraft(cast(MTPModel, self.model), self.ctx)
         return NGramDraft()

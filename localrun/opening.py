@@ -14,6 +14,7 @@ from localrun.gguf.file import GGUFFile, open_gguf
 from localrun.gguf.types import interleaved
 from localrun.gpu.proof.prove import Proof, task_of
 from localrun.models.config import Config
+from localrun.models.dspark import is_dspark
 from localrun.models.mtp_file import is_mtp_only
 from localrun.models.names import INTEGERS, check_tensors, check_types
 from localrun.models.reader import context_length, read_config
@@ -89,9 +90,10 @@ def check_ranks(where: DeviceRequest) -> None:
 
 
 def prediction_bytes(path: str | os.PathLike[str]) -> int:
-    """Of the tensors of a file that holds a layer for multi-token prediction alone; 0 of another. Raises GGUFError."""
+    """Of the tensors of a file that holds layers alone that draft for a model; 0 of another. Raises GGUFError."""
     with open_gguf(path) as file:
-        return sum(tensor.n_bytes for tensor in file.tensors.values()) if is_mtp_only(file) else 0
+        alone = is_mtp_only(file) or is_dspark(file)
+        return sum(tensor.n_bytes for tensor in file.tensors.values()) if alone else 0
 
 
 def proof_of(

@@ -114,6 +114,31 @@ class MTPModel(Model, Protocol):
     hidden: np.ndarray
 
 
+class BlockDrafter(Protocol):
+    """What drafts a block of tokens in one pass, of what a model leaves in `hidden`."""
+
+    def new_cache(self, capacity: int) -> KVCache:
+        """An empty cache for up to `capacity` positions."""
+
+    def keep(self, features: np.ndarray, cache: KVCache) -> None:
+        """Take (T, n), of the positions after the cache's."""
+
+    def draft(self, last: int, n: int, cache: KVCache) -> list[int]:
+        """Up to n tokens that may follow the cache's and the token `last`."""
+
+
+class DraftedModel(Model, Protocol):
+    """One that such drafts are made for; else as MTPModel.
+
+    Attributes:
+        drafter: what makes them; None if nothing does.
+    """
+
+    keep_hidden: bool
+    hidden: np.ndarray
+    drafter: BlockDrafter | None
+
+
 class SharingModel(Model, Protocol):
     """One whose steps carry tokens of several contexts: most_together is more than 1."""
 

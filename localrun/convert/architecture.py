@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from localrun.convert import dspark
 from localrun.convert.builder import Builder, layer_prefix
 from localrun.convert.errors import CheckpointError
 from localrun.convert.metadata import Metadata, PlannedHeader
@@ -20,6 +21,7 @@ from localrun.convert.targets import Target
 from localrun.errors import GGUFError, LocalrunError, UnsupportedModelError
 from localrun.models.architecture import Architecture
 from localrun.models.config import Config
+from localrun.models.dspark import NAME as DSPARK
 from localrun.models.names import check_tensors
 from localrun.models.parts import EMBED_TOKENS, LM_HEAD, NORM
 from localrun.models.reader import read_config as read_model_config
@@ -72,10 +74,18 @@ def read_model(checkpoint: Checkpoint, *, keep_mtp: bool = True, drafts: bool = 
 
 
 def _drafts(builder: Builder, architecture: Architecture, settings: Settings) -> Model:
-    """A file of the prediction layer alone, as llama.cpp has them: with the model's embedding, head and norm."""
+    """A file of the prediction layer alone, as llama.cpp has them: with the model's embedding, head and norm.
+
+    Or of DSpark's blocks, where the checkpoint has those.
+    """
     checkpoint = builder.checkpoint
     if reason := _why_no_drafts(checkpoint, architecture):
         raise LocalrunError(f"{checkpoint.path}: --drafts: {reason}")
+    if dspark.is_dspark(set(checkpoint.tensors), architecture.drafts):
+        dspark.add_blocks(builder, architecture, settings)
+        metadata = _metadata(replace(architecture, name=DSPARK), builder.config, checkpoint)
+        dspark.add_keys(metadata, settings)
+        return Model(metadata, builder.finish(), [*checkpoint.warnings])
     index, at = builder.config.num_hidden_layers, f"{architecture.drafts}0."
     builder.config = replace(builder.config, num_nextn_predict_layers=1)
     for tensor in architecture.ends:
@@ -94,7 +104,9 @@ def _why_no_drafts(checkpoint: Checkpoint, architecture: Architecture) -> str:
                if architecture.drafts and name.startswith(architecture.drafts)}  # fmt: skip
     if not numbers:
         return "it holds no tensors that only make drafts"
-    return "" if numbers == {"0"} else "DSpark's blocks, which are not converted yet; llama.cpp's converter does"
+    if numbers == {"0"} or dspark.is_dspark(set(checkpoint.tensors), architecture.drafts):
+        return ""
+    return f"it holds neither {architecture.drafts}0, one prediction layer, nor DSpark's blocks"
 
 
 def _has_own_head(checkpoint: Checkpoint) -> bool:

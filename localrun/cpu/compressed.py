@@ -19,6 +19,7 @@ from quant.decode.compressor import Compressor, shared_key_queries_phase
 from quant.decode.indexer import Indexer
 from quant.decode.linear import Input, rows_phase
 from quant.decode.program import Program
+from quant.decode.stream_mean import stream_mean_phase
 from quant.decode.stream_rows import groups_phase, stream_products_phase
 from quant.decode.streams import N_WEIGHTS, Streams
 from quant.decode.values import GroupedOutput, project_values_phase
@@ -163,8 +164,30 @@ class StreamLayers(Layers):
 class CompressedStep(StreamLayers, DecodeStep):
     """The step of a model of such layers."""
 
+    def __init__(
+        self, config: Config, tensors: GGUFTensors, pool: Pool, remote: Remote | None = None,
+        watched: tuple[int, ...] = (),
+    ):  # fmt: skip
+        """watched: layers whose streams' means hidden() is to give, in place of the last one's streams."""
+        self._watched = watched
+        super().__init__(config, tensors, pool, remote)
 
-def decode_step(config: Config, tensors: GGUFTensors, pool: Pool, remote: Remote | None = None) -> DecodeStep:
-    """The step of a model's kind. The tensors must stay mapped. remote: as Layers has it."""
-    kind = CompressedStep if config.attention == "compressed" else DecodeStep
-    return kind(config, tensors, pool, remote)
+    def _layer(self, index: int, cache_layer: int) -> None:
+        super()._layer(index, cache_layer)
+        if index in self._watched:
+            width, n_values = self.config.hidden_size, len(self._watched) * self.config.hidden_size
+            out = self._vector("means", n_values) + 4 * width * self._watched.index(index)
+            self._add(stream_mean_phase(self.x, width, out, n_values), "means", "means")
+
+    def hidden(self, first: int, last: int) -> np.ndarray:
+        """As StreamLayers.hidden, or float32 (last - first, watched layers * hidden_size)."""
+        return self._read(*self._vectors["means"], last)[first:] if self._watched else super().hidden(first, last)
+
+
+def decode_step(
+    config: Config, tensors: GGUFTensors, pool: Pool, remote: Remote | None = None, watched: tuple[int, ...] = ()
+) -> DecodeStep:
+    """The step of a model's kind. The tensors must stay mapped. remote: as Layers has it; watched: CompressedStep."""
+    if config.attention == "compressed":
+        return CompressedStep(config, tensors, pool, remote, watched)
+    return DecodeStep(config, tensors, pool, remote)

@@ -19,6 +19,7 @@ from localrun.gguf.residency import Resident
 from localrun.limits import LONG_PREFILL_CHUNK, cut
 from localrun.models import names
 from localrun.models.config import Config
+from localrun.models.dspark import read_dspark
 from localrun.models.mtp_file import read_mtp_config
 from localrun.models.summary import weight_bytes_per_token
 from localrun.models.tensors import GGUFTensors
@@ -27,6 +28,7 @@ from quant.decode.program import MOST_TOKENS
 from quant.threads.pool import Pool
 
 if TYPE_CHECKING:
+    from localrun.cpu.dspark import Drafter
     from localrun.cpu.mtp import MTP
     from localrun.network.model import MTPBlock, Network
     from localrun.ranks.remote import Remote
@@ -48,7 +50,9 @@ class NativeModel:
         most_together: contexts that can share a step.
         least_chunk: with grouped-query attention, tokens that go through the network in torch, not through the step.
         keep_hidden: whether forward() is to leave `hidden` behind.
-        hidden: float32 (T, hidden_size), what the head reads (after the final norm) of the last forward()'s tokens.
+        hidden: float32 (T, hidden_size), what the head reads (after the final norm) of the last forward()'s tokens;
+            with a drafter, what that reads.
+        drafter: what drafts blocks of tokens, once take_dspark() has been called.
         remote: other ranks that have shares of the experts; None where all are here.
     """
 
@@ -69,6 +73,7 @@ class NativeModel:
         self.most_together = MOST_TOKENS
         self.keep_hidden = False
         self.hidden = np.empty((0, config.hidden_size), np.float32)
+        self.drafter: Drafter | None = None
         self._mtp: MTP | None = None
         self._mtp_file, self._n_mtp = file, config.num_nextn_predict_layers
         self._network: Network | None = None
@@ -89,6 +94,7 @@ class NativeModel:
             from localrun.network.model import Network
 
             self._network = Network(self.config, LayerWeights(self.file, self._pool, self.remote))
+            self._network.watched = self.drafter.spark.target_layers if self.drafter else ()
         return self._network
 
     @property
@@ -110,6 +116,16 @@ class NativeModel:
         """
         self._n_mtp = read_mtp_config(file, self.config).num_nextn_predict_layers
         self._mtp, self._mtp_file = None, file
+
+    def take_dspark(self, file: GGUFFile) -> None:
+        """Have blocks of a file draft from now on. Raises LocalrunError if they are not for this model."""
+        from localrun.cpu.dspark import Drafter
+
+        spark = read_dspark(file, self.config)
+        self.drafter = Drafter(spark, file, self._pool, lambda: self.network)
+        self._step = decode_step(self.config, self._tensors, self._pool, self.remote, spark.target_layers)
+        if self._network is not None:
+            self._network.watched = spark.target_layers
 
     @property
     def _mtp_remote(self) -> "Remote | None":
@@ -167,10 +183,8 @@ class NativeModel:
         return logits
 
     def _by_network(self, ids: Sequence[int], cache: Cache, all_logits: bool) -> np.ndarray:
-        network = self.network
-        # Torch's threads want the cores.
-        with self._pool.passive_wait(), TorchThreads.for_tensors(len(ids) * self.config.hidden_size):
-            hidden, logits = network.forward(ids, cache, all_logits, self.keep_hidden)
+        with self._pool.passive_wait():  # torch's threads want the cores
+            hidden, logits = self.network.forward(ids, cache, all_logits, self.keep_hidden)
         if self.keep_hidden:
             self.hidden = hidden
         return logits

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from localrun.runtime import MTPModel
+from localrun.runtime import DraftedModel, KVCache, MTPModel
 from quant.batch import MAX_BATCH
 
 MOST = MAX_BATCH - 1  # drafts a step: the token before them goes with them
@@ -142,3 +142,53 @@ class MTPDraft(Draft):
         self._cache.truncate(0)
         self._first = position
         self._hidden = []
+
+
+class BlockDraft(Draft):
+    """A block of drafts in one pass, by a file's blocks (DSpark).
+
+    They read what the model leaves of each token that it has evaluated. Of those the last ones are kept until drafts
+    are asked for; where some were not seen, their memory begins anew.
+    """
+
+    name = "dspark"
+    _WINDOW = 128  # tokens whose hidden values are kept: a window of the published blocks
+
+    def __init__(self, model: DraftedModel, ctx: int):
+        assert model.drafter is not None
+        model.keep_hidden = True
+        self._model, self._drafter = model, model.drafter
+        self._cache: KVCache = self._drafter.new_cache(ctx)
+        self._first = 0  # the position of the cache's first row
+        self._hidden: list[np.ndarray] = []  # of the positions after the cache's last
+
+    def evaluated(self, start: int, count: int, among: slice = slice(None)) -> None:
+        kept = [*self._hidden, *self._model.hidden[among][-self._WINDOW :].copy()][-self._WINDOW :]
+        if start != self._next:
+            kept = kept[-min(count, self._WINDOW) :]
+        if start != self._next or len(kept) < len(self._hidden) + count:
+            self._cache.truncate(0)
+            self._first = start + count - len(kept)
+        self._hidden = kept
+
+    def forget(self, length: int) -> None:
+        held = self._first + self._cache.length
+        if length >= held:
+            del self._hidden[length - held :]
+            return
+        self._hidden = []
+        self._cache.truncate(length - self._first)
+        if self._first + self._cache.length != length:  # it cannot go back to there
+            self._cache.truncate(0)
+            self._first = length
+
+    def propose(self, ids: Sequence[int], n: int) -> list[int]:
+        if self._hidden:
+            self._drafter.keep(np.stack(self._hidden), self._cache)
+            self._hidden = []
+        return self._drafter.draft(ids[-1], n, self._cache)
+
+    @property
+    def _next(self) -> int:
+        """The position whose hidden values come next."""
+        return self._first + self._cache.length + len(self._hidden)

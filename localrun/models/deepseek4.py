@@ -91,6 +91,10 @@ CLASS = CheckpointClass(
         "max_position_embeddings": read(1048576),
         "rms_norm_eps": read(1e-6),
         "num_nextn_predict_layers": read(1),
+        # of checkpoints with DSpark's blocks
+        "dspark_block_size": read(0),
+        "dspark_noise_token_id": read(0),
+        "dspark_target_layer_ids": read(None, null=lambda _: []),
         "hidden_act": SILU,
         "attention_bias": NO_BIAS,
         "mlp_bias": NO_BIAS,

@@ -21,7 +21,7 @@ ROPE_FREQS = parts.ROPE_FREQS
 # Types of ggml's that no matrix product takes weights in.
 _NO_WEIGHTS = ("F64", "I8", "I16", "I32", "I64", "Q8_1", "Q8_K")
 # Tensors of which single rows or columns are read.
-READ_BY_ROW = re.compile(r"embd|embed_tokens|attn_(kv|k|v)_b\.")
+READ_BY_ROW = re.compile(r"embd|embed_tokens|attn_(kv|k|v)_b\.|markov_w1")
 # Tables of whole numbers, no weights.
 INTEGERS = re.compile(r"blk\.\d+\.ffn_gate_tid2eid\.weight")
 

@@ -243,6 +243,13 @@ class Cache(Context):
         """The same of one kind of a layer's rows: Block.extend. check_room() must have been asked."""
         return self._layers[layer][part].extend(self.length, rows)
 
+    def window(self, layer: int, part: int) -> "torch.Tensor":
+        """A ring's rows of tokens before `length` that the next one sees, (tokens, width): a copy."""
+        import torch
+
+        block = self._layers[layer][part]
+        return torch.from_numpy(block.get(block.kind.first(self.length), self.length))
+
     def save(self) -> dict[str, np.ndarray]:
         """Name -> rows in use, for a file; of a ring those that it holds, in order, and those of marks."""
         saved = {

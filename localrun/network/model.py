@@ -81,7 +81,13 @@ def hyper_head(config: Config, weights: WeightSource) -> HyperHead | None:
 
 
 class Network:
-    """A model of a declared architecture over the tensors of a file."""
+    """A model of a declared architecture over the tensors of a file.
+
+    Attributes:
+        watched: layers of streams whose means are `hidden`, if any.
+    """
+
+    watched: tuple[int, ...] = ()
 
     def __init__(self, config: Config, weights: WeightSource, make_attention: MakeAttention = attention):
         """make_attention: a device's own; it gets the same `rope` for all layers."""
@@ -115,7 +121,7 @@ class Network:
 
         Returns:
             What the head reads of each token with all_logits or all_hidden, else of the last, float32 (T, D) or (1, D);
-            of streams what they are before, (T, n * D).
+            of streams what they are before, (T, n * D), or their means behind watched layers.
             Logits, float32 (T, vocab) with all_logits, else (1, vocab), those of the last token.
 
         Raises:
@@ -125,13 +131,16 @@ class Network:
         x_TD = self.embed_tokens(ids_T)
         if self.hc_head is not None:
             x_TD = x_TD[:, None].repeat(1, self.config.hc_mult, 1)
-        for layer in self.layers:
+        kept, means = slice(None if all_logits or all_hidden else -1, None), []
+        for index, layer in enumerate(self.layers):
             x_TD = layer(x_TD, cache, ids_T)
+            means += [x_TD[kept].mean(1)] if index in self.watched else []
         cache.advance(len(ids))
-        hidden = x_TD if all_logits or all_hidden else x_TD[-1:]
+        hidden = x_TD[kept]
         x_TD = hidden if self.hc_head is None else self.hc_head(hidden)
         x_TD = rms_norm(x_TD, (self.config.hidden_size,), self.norm, self.config.rms_norm_eps)
-        hidden = x_TD if self.hc_head is None else hidden.flatten(1)
+        of_streams = torch.cat(means, -1) if means else hidden.flatten(1)
+        hidden = x_TD if self.hc_head is None else of_streams
         return hidden.cpu().numpy(), self.lm_head(x_TD if all_logits else x_TD[-1:]).cpu().numpy()
 
 

@@ -45,11 +45,19 @@ def prediction_logits(path: Path | str, ids: list[int], hidden: Path) -> np.ndar
     return _ask(str(path), tuple(ids), 0, str(hidden))
 
 
+def block_logits(path: Path | str, ids: list[int], features: Path) -> np.ndarray:
+    """float32 (T, vocab) of a block of drafts, the Markov head's part added; features: an .npy file's float32 (n, F).
+
+    The file has an embedding and a head of its own.
+    """
+    return _ask(str(path), tuple(ids), 0, features=str(features))
+
+
 @functools.lru_cache(maxsize=256)
-def _ask(path: str, ids: tuple[int, ...], n_greedy: int, hidden: str = "") -> np.ndarray:
+def _ask(path: str, ids: tuple[int, ...], n_greedy: int, hidden: str = "", features: str = "") -> np.ndarray:
     with tempfile.TemporaryDirectory(prefix="llama-cpp-") as folder:
         answer, log = Path(folder, "answer.npy"), Path(folder, "log")
-        request = {"path": path, "ids": ids, "n_greedy": n_greedy, "hidden": hidden}
+        request = {"path": path, "ids": ids, "n_greedy": n_greedy, "hidden": hidden, "features": features}
         status = _answered({"answer": str(answer), "log": str(log), "request": request})
         if status != 0:
             last = "\n".join(log.read_text(errors="replace").strip().splitlines()[-12:])
@@ -108,7 +116,7 @@ def _answer(answer: str, log: str, request: dict[str, Any]) -> NoReturn:
         os._exit(status)
 
 
-def _evaluate(path: str, ids: list[int], n_greedy: int, hidden: str) -> np.ndarray:
+def _evaluate(path: str, ids: list[int], n_greedy: int, hidden: str, features: str) -> np.ndarray:
     """Logits of all prompt positions, then of n_greedy - 1 greedy steps."""
     import llama_cpp
 
@@ -121,7 +129,8 @@ def _evaluate(path: str, ids: list[int], n_greedy: int, hidden: str) -> np.ndarr
     if not model:
         raise SystemExit(f"llama.cpp could not load {path}")
     params = llama_cpp.llama_context_default_params()
-    params.n_ctx = params.n_batch = params.n_ubatch = len(ids) + n_greedy
+    injected = np.load(features) if features else np.empty((0, 0), np.float32)
+    params.n_ctx = params.n_batch = params.n_ubatch = len(injected) + len(ids) + n_greedy
     params.n_threads = params.n_threads_batch = 1  # more would spin, beside those of the suite
     params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
@@ -130,10 +139,26 @@ def _evaluate(path: str, ids: list[int], n_greedy: int, hidden: str) -> np.ndarr
     if not context:
         raise SystemExit(f"llama.cpp could not make a context for {path}")
     n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-    rows = _decode(context, ids, 0, n_vocab, np.load(hidden) if hidden else None)
+    if features:
+        llama_cpp.llama_set_causal_attn(context, False)
+        _inject(context, injected)
+    rows = _decode(context, ids, len(injected), n_vocab, np.load(hidden) if hidden else None)
     for step in range(n_greedy - 1):
         rows = np.concatenate([rows, _decode(context, [int(rows[-1].argmax())], len(ids) + step, n_vocab)])
     return rows
+
+
+def _inject(context: object, features: np.ndarray) -> None:
+    """What a model's layers left of its first tokens, to a context of blocks that draft for it."""
+    import llama_cpp
+
+    batch = llama_cpp.llama_batch_init(len(features), features.shape[1], 1)
+    ctypes.memmove(batch.embd, features.ctypes.data, features.nbytes)
+    batch.n_tokens = len(features)
+    for i in range(len(features)):
+        batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = i, 1, 0, 0
+    if (status := llama_cpp.llama_decode(context, batch)) != 0:
+        raise SystemExit(f"llama_decode of features returned {status}")
 
 
 def _decode(context: object, ids: list[int], start: int, n_vocab: int, hidden: np.ndarray | None = None) -> np.ndarray:

@@ -163,8 +163,8 @@ class Rules:
         self._n_experts = _number(metadata, ".expert_count", 0)
         heads = _number(metadata, ".attention.head_count", 1)
         self._n_shared = heads // max(_number(metadata, ".attention.head_count_kv", heads), 1)
-        architecture = ARCHITECTURES[metadata.architecture]
-        self._values_need_bits = architecture.values_need_bits(self._n_layers, self._n_shared)
+        architecture = ARCHITECTURES.get(metadata.architecture)  # none of blocks that draft
+        self._values_need_bits = bool(architecture) and architecture.values_need_bits(self._n_layers, self._n_shared)
         self._tied = all(target.name != LM_HEAD for target in targets)
         self._places = _places(targets)
         self._n_values = sum(_category(name) == "value" for name in self._places)

@@ -11,6 +11,7 @@ import llama_cpp_oracle
 import numpy as np
 import pytest
 import tiny_deepseek4 as tiny
+import tiny_dspark
 import torch
 from closeness import error
 from safetensors.torch import load_file, save_file
@@ -20,7 +21,9 @@ from localrun.convert import Options, convert, make_plan
 from localrun.errors import LocalrunError
 from localrun.gguf.file import GGUFFile, open_gguf
 from localrun.measure.reference import check_weights
+from localrun.models.dspark import read_dspark
 from localrun.models.mtp_file import is_mtp_only
+from localrun.models.reader import read_config
 from localrun.network.cache import Cache
 from quant.formats import registry
 
@@ -224,6 +227,45 @@ def test_the_prediction_layer_becomes_a_file_of_its_own(tmp_path: Path) -> None:
     with pytest.raises(LocalrunError, match="--drafts: it holds no tensors that only make drafts"):
         hf.edit_tensors(folder, lambda tensors: [tensors.pop(name) for name in added])
         make_plan(folder, tmp_path / "x.gguf", Options(drafts=True))
-    with pytest.raises(LocalrunError, match="DSpark's blocks, which are not converted yet"):
+    with pytest.raises(LocalrunError, match=r"it holds neither mtp\.0, one prediction layer, nor DSpark's blocks"):
         hf.edit_tensors(folder, lambda tensors: tensors.update({"mtp.2.enorm.weight": torch.ones(128)}))
+        make_plan(folder, tmp_path / "x.gguf", Options(drafts=True))
+
+
+OF_DSPARK = {
+    "fc": "0.main_proj", "enc.output_norm": "0.main_norm", "markov_w1": "1.markov_head.markov_w1",
+    "markov_w2": "1.markov_head.markov_w2", "conf_proj": "1.confidence_head.proj", "output_norm": "1.norm",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_dsparks_blocks_become_a_file_of_their_own(saved: Path, tmp_path: Path) -> None:
+    """The one that their weights make, which a model takes."""
+    folder = shutil.copytree(saved, tmp_path / "model")
+    added = {}
+    for name, array in tiny_dspark.tensors(tiny.SHARED).items():
+        match, values_ = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(?:weight|bias)", name), torch.from_numpy(array)
+        base = name.removesuffix(".weight")
+        if match is None:
+            own = OF_DSPARK[base] + ".weight" if base in OF_DSPARK else f"1.hc_head_{base.removeprefix('output_hc_')}"
+            added[f"mtp.{own}"] = values_
+        elif match[2].endswith("_exps"):
+            w = {"ffn_gate_exps": "w1", "ffn_up_exps": "w3", "ffn_down_exps": "w2"}[match[2]]
+            added |= {f"mtp.{match[1]}.ffn.experts.{i}.{w}.weight": expert for i, expert in enumerate(values_)}
+        else:
+            added[f"mtp.{match[1]}.{OF_LAYER[match[2]]}"] = values_
+    hf.edit_tensors(folder, lambda tensors: tensors.update({name: part.contiguous() for name, part in added.items()}))
+    keys = {"dspark_block_size": tiny_dspark.BLOCK, "dspark_noise_token_id": tiny_dspark.NOISE}
+    hf.edit_config(folder, **keys, dspark_target_layer_ids=list(tiny_dspark.TARGET))
+    convert(make_plan(folder, tmp_path / "dspark.gguf", Options(mix="F32", drafts=True)))
+    expected_path = tiny_dspark.write(tmp_path / "expected.gguf", tiny.SHARED)
+    with open_gguf(tmp_path / "dspark.gguf") as found, open_gguf(expected_path) as expected:
+        assert found.tensors.keys() == expected.tensors.keys()
+        for name in expected.tensors:
+            assert np.array_equal(values(found, name), values(expected, name)), name
+        with open_gguf(tiny.shared()) as model:
+            config = read_config(model)
+        assert read_dspark(found, config) == read_dspark(expected, config)
+    hf.edit_config(folder, dspark_block_size=None)
+    with pytest.raises(LocalrunError, match="dspark_block_size or dspark_target_layer_ids is missing"):
         make_plan(folder, tmp_path / "x.gguf", Options(drafts=True))
