@@ -23,16 +23,19 @@ import triton
 import triton.language as tl
 from torch.nn.functional import pad
 
+from localrun.gpu import tiles
 from localrun.gpu.cache import DeviceCache, row_constants
 from localrun.gpu.indexer import choose
 from localrun.gpu.places import HasPlaces, Places, block_of, n_rows_of
 from localrun.gpu.routing import Turns, turn_and_append
+from localrun.gpu.tiles import Attention
 from localrun.limits import GPU_ATTENTION_WORK_BYTES
 from localrun.models.config import Config
 from localrun.network import attention
 from localrun.network.weight_source import WeightSource
 
 FEW_TOKENS = 8  # tokens with all pieces each; more share them
+_FLASH = (8, 0)  # compute capability that torch's flash attention needs
 _LOG2_E = 1.4426950408889634
 _MIN_PIECE = 128  # cached tokens: shorter pieces would cost more to sum than they gain
 CONTEXT = 4096  # cached tokens decompressed at a time
@@ -147,7 +150,11 @@ def attend_kernel(q_latent, q_rope, positions, table, entry_stride, token_stride
             row = tl.load(chosen + token * TOP_K + row, mask=is_row, other=0)
         values = _latents(latents, scales, row, VALUE_STRIDE, is_row, C, BLOCK_C, BITS, DTYPE)
         turned = _load_rows(rope_keys, row, KEY_STRIDE, is_row, R, BLOCK_R).to(DTYPE)
-        if IS_LATENT:
+        if BLOCK_H == 1:
+            score = tl.sum(q_r.to(tl.float32) * turned.to(tl.float32), 1)[None, :]
+            if IS_LATENT:
+                score += tl.sum(q_c.to(tl.float32) * values.to(tl.float32), 1)[None, :]
+        elif IS_LATENT:
             score = tl.dot(q_c, tl.trans(values), input_precision="ieee")
             score = tl.dot(q_r, tl.trans(turned), score, input_precision="ieee")
         else:
@@ -158,7 +165,11 @@ def attend_kernel(q_latent, q_rope, positions, table, entry_stride, token_stride
         weight = tl.exp2(score - new_peak[:, None] + _PEAK)
         shrink = tl.exp2(peak - new_peak)
         total = total * shrink + tl.sum(weight, 1)
-        mixed = tl.dot(weight.to(DTYPE), values, mixed * shrink[:, None], input_precision="ieee")
+        mixed *= shrink[:, None]
+        if BLOCK_H == 1:
+            mixed += tl.sum(tl.trans(weight) * values.to(tl.float32), 0)[None, :]
+        else:
+            mixed = tl.dot(weight.to(DTYPE), values, mixed, input_precision="ieee")
         peak = new_peak
     column = tl.arange(0, BLOCK_C)
     place = query * n_pieces + piece
@@ -201,19 +212,20 @@ def combine_kernel(partials, log_sums, positions, sinks, out, n_pieces, N_HEADS:
     tl.store(out + query * C + column, mixed / total, mask=column < C)
 
 
-def head_block(n_heads: int, dtype: torch.dtype = torch.float16) -> int:
+def head_block(n_heads: int, dtype: torch.dtype = torch.float16, most: int = 32) -> int:
     """Heads a program of attend_kernel takes: tensor cores want 16; sums of 32 fill half of 8 warps' registers."""
-    return 16 if n_heads <= 16 or dtype == torch.float32 else 32
+    return min(most, 16 if n_heads <= 16 or dtype == torch.float32 else 32)
 
 
-def attend_constants(config: Config, bits: int, dtype: torch.dtype) -> dict[str, object]:
+def attend_constants(config: Config, bits: int, dtype: torch.dtype, tile: Attention) -> dict[str, object]:
     """What attend_kernel is compiled for; dtype: float16, or float32 for exact products."""
     c = config
     value_width, key_width = _widths(c)
     return {
         "N_HEADS": c.num_attention_heads, "PER_GROUP": heads_together(c), "C": value_width, "R": key_width,
         "BLOCK_C": max(16, triton.next_power_of_2(value_width)), "BLOCK_R": max(16, triton.next_power_of_2(key_width)),
-        "BLOCK_H": head_block(heads_together(c), dtype), "BLOCK_S": 32 if _is_copied(bits, dtype) else 16,
+        "BLOCK_H": head_block(heads_together(c), dtype, tile.heads),
+        "BLOCK_S": 32 if _is_copied(bits, dtype) and tile.heads > 1 else 16,
         "MIN_PIECE": _MIN_PIECE, "BITS": bits, "DTYPE": tl.float16 if dtype == torch.float16 else tl.float32,
         "IS_LATENT": c.attention == "mla", **row_constants(c, bits),
     }  # fmt: skip
@@ -231,19 +243,19 @@ def heads_together(config: Config) -> int:
     return c.num_attention_heads if c.attention == "mla" else c.num_attention_heads // c.num_key_value_heads
 
 
-def _head_blocks(config: Config, dtype: torch.dtype = torch.float16) -> int:
+def _head_blocks(config: Config, tile: Attention, dtype: torch.dtype = torch.float16) -> int:
     """Programs of attend_kernel a token and piece."""
     together = heads_together(config)
-    return config.num_attention_heads // together * triton.cdiv(together, head_block(together, dtype))
+    return config.num_attention_heads // together * triton.cdiv(together, head_block(together, dtype, tile.heads))
 
 
-def attend_options(config: Config, bits: int, dtype: torch.dtype) -> dict[str, int]:
+def attend_options(config: Config, bits: int, dtype: torch.dtype, tile: Attention) -> dict[str, int]:
     """How attend_kernel is launched: without spills, and in the 99 KiB of shared memory of a consumer card's processor.
 
     Rows that go to the tensor cores as they are arrive while the ones before are multiplied; others take registers.
     """
-    is_copied = _is_copied(bits, dtype)
-    n_warps = 4 if head_block(heads_together(config), dtype) == 16 and bits != 8 else 8
+    is_copied = _is_copied(bits, dtype) and tile.heads > 1
+    n_warps = 4 if head_block(heads_together(config), dtype, tile.heads) == 16 and bits != 8 else 8
     return {"num_warps": n_warps, "num_stages": 2 if is_copied else 1}
 
 
@@ -251,9 +263,9 @@ def _is_copied(bits: int, dtype: torch.dtype) -> bool:
     return bits == 16 and dtype == torch.float16
 
 
-def combine_constants(config: Config, bits: int, dtype: torch.dtype) -> dict[str, int]:
+def combine_constants(config: Config, bits: int, dtype: torch.dtype, tile: Attention) -> dict[str, int]:
     """What combine_kernel is compiled for."""
-    shared = attend_constants(config, bits, dtype)
+    shared = attend_constants(config, bits, dtype, tile)
     columns = min(128, triton.next_power_of_2(_widths(config)[0]))
     return {name: shared[name] for name in ("N_HEADS", "C", "MIN_PIECE", "BLOCK_S")} | {
         "COLUMNS": columns,
@@ -265,8 +277,8 @@ def pieces_for(config: Config, device: torch.device) -> int:
     """Pieces of the context that keep all of the device busy with one token."""
     if device.type == "cpu":
         return 4
-    n_processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return min(128, triton.cdiv(n_processors, _head_blocks(config)))
+    n_processors, tile = torch.cuda.get_device_properties(device).multi_processor_count, tiles.of(device).attention
+    return min(128, triton.cdiv(tile.programs * n_processors, _head_blocks(config, tile)))
 
 
 def attend(
@@ -316,10 +328,11 @@ def attend_over(
     partials = torch.empty(n_tokens, n_heads, n_pieces, width, device=device)
     log_sums = torch.empty(n_tokens, n_heads, n_pieces, device=device)
     out_THC = torch.empty(n_tokens, n_heads, width, device=device)
-    constants, sums = attend_constants(config, bits, dtype), combine_constants(config, bits, dtype)
-    attend_kernel[_head_blocks(config, dtype), n_pieces, n_tokens](
+    tile = tiles.of(device).attention
+    constants, sums = attend_constants(config, bits, dtype, tile), combine_constants(config, bits, dtype, tile)
+    attend_kernel[_head_blocks(config, tile, dtype), n_pieces, n_tokens](
         *queries, *places.of_layer(layer), places.positions if chosen_TK is None else chosen_TK, partials, log_sums,
-        scale * _LOG2_E, n_pieces, **constants, WINDOW=window, TOP_K=top_k, **attend_options(config, bits, dtype),
+        scale * _LOG2_E, n_pieces, **constants, WINDOW=window, TOP_K=top_k, **attend_options(config, bits, dtype, tile),
     )  # fmt: skip
     combine_kernel[n_heads, triton.cdiv(width, sums["COLUMNS"]), n_tokens](
         partials, log_sums, places.positions, log_sums if sinks_H is None else sinks_H, out_THC, n_pieces, **sums,
@@ -440,7 +453,7 @@ def _fused_attention(
     aten, n_tokens = torch.ops.aten, q_NTd.shape[1]
     if q.device.type == "cpu":
         out, log_sum = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=scale)
-    elif q.dtype == torch.float32:
+    elif q.dtype == torch.float32 or torch.cuda.get_device_capability(q.device) < _FLASH:
         out, log_sum = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, is_causal, scale=scale)[
             :2
         ]

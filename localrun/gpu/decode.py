@@ -8,6 +8,7 @@ contexts may come and go. Logits and hidden states of all tokens come back the s
 Letters: T tokens, D hidden_size.
 """
 
+import ctypes
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
@@ -21,7 +22,7 @@ from localrun.gpu.places import ENTRIES, Places
 from localrun.gpu.routed import Mode, Routed
 from localrun.network.model import Network
 from quant.decode.program import MOST_TOKENS
-from quant.threads.pool import Pool
+from quant.threads.pool import CONTROL, Pool
 
 
 class DecodeStep:
@@ -34,6 +35,7 @@ class DecodeStep:
     def __init__(self, device: Cuda | StandIn, pool: Pool, network: Network, routed: Routed):
         """network: of modules on the device, with the experts `routed`."""
         self._device, self._pool, self._network, self._routed = device, pool, network, routed
+        self._jobs = ctypes.c_int64.from_address(pool.control + CONTROL.offset("generation"))  # of the workers, so far
         c = network.config
         shape = 2 + ENTRIES * c.num_hidden_layers, MOST_TOKENS  # ids, positions, a table of Places
         self._inputs_on_host = device.pinned(shape, torch.int64)
@@ -71,7 +73,7 @@ class DecodeStep:
             try:
                 self._replay(n_tokens, caches[0].bits, self.most(max(positions)))()
             finally:  # until then, host nodes use the workers and the graph its buffers, whatever happened here
-                self._device.synchronize()
+                self._device.synchronize(lambda: self._jobs.value)
         return self._hidden[:n_tokens].numpy().copy(), self._logits[:n_tokens].numpy().copy()
 
     def load(self, ids: Sequence[int], caches: Sequence[DeviceContext], positions: Iterable[int]) -> None:

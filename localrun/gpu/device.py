@@ -15,7 +15,7 @@ import ctypes
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from weakref import WeakSet
@@ -23,9 +23,11 @@ from weakref import WeakSet
 import torch
 
 from localrun.errors import LocalrunError
-from localrun.gpu.handover import MAILBOX_WORDS, Coordinator, HostWords, StreamWords
+from localrun.gpu import tiles
+from localrun.gpu.handover import MAILBOX_WORDS, Coordinator, HostWords, StreamWords, Watch
 from localrun.gpu.ways import STREAM_MEMORY
 
+_SMALL = (8, 0)  # compute capability: those below have less shared memory, and no tensor cores that Triton knows
 _WARM_UPS = 2  # of a step before it is captured: kernels are compiled and libraries make their work memory
 _CYCLES = 1.5e9  # a second, of a card's clock, about
 _FAILURES = ("CUDA error", "CUDA driver error", "Triton Error [CUDA]")  # how torch's and Triton's messages begin
@@ -39,9 +41,14 @@ class StandIn:
 
     _coordinator: Coordinator | None = None
     _replays = _pending = False
+    is_stuck, tiles = False, tiles.USUAL  # as Cuda has them
 
     def __init__(self) -> None:
         self.torch = torch.device("cpu")
+
+    def cut(self, names: Mapping[str, str]) -> None:
+        """As Cuda."""
+        tiles.use(self.torch, tiles.named(names, self.tiles))
 
     def use(self, handover: str) -> None:
         """Hand captured work over to the CPU in one of the ways of ways.py."""
@@ -91,7 +98,7 @@ class StandIn:
         """What waits until all that has been queued is done."""
         return self.synchronize
 
-    def synchronize(self) -> None:
+    def synchronize(self, progress: Callable[[], int] | None = None) -> None:
         """Wait for all that has been queued. Raises LocalrunError if the workers do not answer."""
         if self._coordinator is not None and self._pending:
             self._pending = False
@@ -133,6 +140,17 @@ class Cuda:
         self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
         self._coordinator: Coordinator | None = None
         self._hands_over = self._pending = False  # what is captured; what was replayed
+        self._watch = Watch()
+        is_small = torch.cuda.get_device_capability(self.torch) < _SMALL
+        self.tiles = tiles.SMALL if is_small else tiles.USUAL
+        self.cut({})
+
+    def cut(self, names: Mapping[str, str]) -> None:
+        """Have kernels use these tiles (tiles.CANDIDATES), else those for such a card.
+
+        Raises LocalrunError if there are none of that name.
+        """
+        tiles.use(self.torch, tiles.named(names, self.tiles))
 
     def use(self, handover: str) -> None:
         """Hand captured work over to the CPU in one of the ways of ways.py; what was captured keeps its own.
@@ -224,8 +242,16 @@ class Cuda:
 
         return wait
 
-    def synchronize(self) -> None:
+    @property
+    def is_stuck(self) -> bool:
+        """Whether a step was given up: work that was handed over, and the workers, may never come back."""
+        return self._watch.has_failed or (self._coordinator is not None and self._coordinator.has_failed)
+
+    def synchronize(self, progress: Callable[[], int] | None = None) -> None:
         """Wait, asleep, for all that the current stream has; branches that were joined are part of it.
+
+        Args:
+            progress: a number that changes as long as host nodes get on.
 
         Raises LocalrunError if the device fails, or the workers do not answer.
         """
@@ -233,6 +259,9 @@ class Cuda:
             self._pending = False
             with self.errors():
                 self._coordinator.finish(torch.cuda.current_stream(self.torch).cuda_stream)
+        elif progress is not None:
+            self._watch.wait(self.mark(), progress)
+            return
         self.mark()()
 
     def free_bytes(self) -> int:

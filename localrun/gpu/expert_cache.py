@@ -11,7 +11,7 @@ Letters: L layers with experts, E experts of a layer, N slots of a layer, T toke
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ class ExpertCache:
 
     Attributes:
         in_vram: layer -> its slots; which expert lies where is read from its row of the table.
+        policy: says which experts come and go.
+        n_arrived: experts that have come since the start.
+        failure: why none comes any more; "" while they do.
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class ExpertCache:
         self._places = {index: place for place, index in enumerate(layers)}
         self.in_vram = {index: Experts(experts, device.torch, first[index]) for index, experts in layers.items()}
         n_experts = self._host[0].gate.n_groups
-        self._policy = Policy(n_experts, np.array([first[index] for index in layers]))
+        self.policy = Policy(n_experts, np.array([first[index] for index in layers]))
         shape = len(layers), n_experts
         self._table, self._counts = (torch.zeros(shape, dtype=torch.int32, device=device.torch) for _ in range(2))
         self._table_on_host, self._counts_on_host = (device.pinned(shape, torch.int32).zero_() for _ in range(2))
@@ -63,7 +66,7 @@ class ExpertCache:
         self._uploader = Uploader(device, _PIECE_BYTES, fill=_fill_on_one_core)
         self._thread = ThreadPoolExecutor(1, "localrun-expert-cache")
         self._coming: list[tuple[Swap, Future[None]]] = []
-        self._is_broken = False
+        self.n_arrived, self.failure = 0, ""
 
     def start(self) -> None:
         """A forward pass begins."""
@@ -83,17 +86,18 @@ class ExpertCache:
         arrived = [(swap, job) for swap, job in self._coming if job.done()]
         self._coming = [(swap, job) for swap, job in self._coming if not job.done()]
         for swap, job in arrived:
-            self._policy.finish(swap, arrived=job.exception() is None)
+            self.policy.finish(swap, arrived=job.exception() is None)
+            self.n_arrived += job.exception() is None
             self._tell(job.exception())
-        self._policy.observe(self._counts_on_host.numpy(), n_tokens)
-        swaps = [] if self._is_broken else self._policy.swaps(_MOST_COMING - len(self._coming))
+        self.policy.observe(self._counts_on_host.numpy(), n_tokens)
+        swaps = [] if self.failure else self.policy.swaps(_MOST_COMING - len(self._coming))
         if arrived or swaps:
             written = self._write_table()
             self._coming += [(swap, self._thread.submit(self._copy, swap, written)) for swap in swaps]
 
     def _write_table(self) -> Callable[[], None]:
         """Queue the policy's table for the device; what comes back waits until it is there."""
-        self._table_on_host.copy_(torch.from_numpy(self._policy.table()))
+        self._table_on_host.copy_(torch.from_numpy(self.policy.table()))
         self._table.copy_(self._table_on_host, non_blocking=True)
         return self._device.mark()
 
@@ -110,9 +114,30 @@ class ExpertCache:
             self._device.mark()()
 
     def _tell(self, error: BaseException | None) -> None:
-        if error is not None and not self._is_broken:
-            self._is_broken = True
-            self._notice(f"an expert could not be copied to the GPU ({error}): those that are there stay, no more come")
+        if error is not None and not self.failure:
+            self.failure = f"an expert could not be copied to the GPU ({error})"
+            self._notice(f"{self.failure}: those that are there stay, no more come")
+
+    @property
+    def n_coming(self) -> int:
+        """Experts whose copies are under way, or have not started."""
+        return sum(not job.done() for _, job in self._coming)
+
+    def wait(self) -> None:
+        """Until these have arrived or failed; the next settle() makes use of them."""
+        wait([job for _, job in self._coming])
+
+    def misplaced(self) -> list[tuple[int, int]]:
+        """Layer and expert of what the table on the device names and its slot does not hold, byte for byte; none."""
+        found, table = [], self._table.cpu()
+        for (index, here), host, slot_E in zip(self.in_vram.items(), self._host, table, strict=True):
+            for expert in (slot_E >= 0).nonzero().flatten().tolist():
+                for weight, matrix in ((host.gate, here.gate), (host.up, here.up), (host.down, here.down)):
+                    first = int(slot_E[expert]) * matrix.group_bytes
+                    slot = matrix.data[first : first + matrix.group_bytes]
+                    if (index, expert) not in found and not torch.equal(slot.cpu(), host_bytes(weight, expert)):
+                        found.append((index, expert))
+        return found
 
     def close(self) -> None:
         """Drop what has not started, wait for what has, end the thread."""

@@ -26,7 +26,11 @@ class Swap:
 
 
 class Policy:
-    """What each slot holds or is to hold, and how often and how recently each expert was chosen."""
+    """What each slot holds or is to hold, and how often and how recently each expert was chosen.
+
+    Attributes:
+        window, margin: as given; they may be set anew before the first tokens.
+    """
 
     def __init__(self, n_experts: int, held_LN: np.ndarray, window: int = WINDOW, margin: float = COPY_COST):
         """
@@ -38,7 +42,7 @@ class Policy:
         self._held_LN = held_LN.astype(np.int64)
         self._coming_LN = np.zeros(held_LN.shape, bool)
         self._count_LE, self._last_LE = np.zeros((2, held_LN.shape[0], n_experts))
-        self._window, self._margin, self._time = window, margin, 0
+        self.window, self.margin, self._time = window, margin, 0
 
     def table(self) -> np.ndarray:
         """int32 (L, E): the slot of each expert that is in VRAM, -1 of all others, those that are coming too."""
@@ -49,9 +53,9 @@ class Policy:
 
     def observe(self, chosen_LE: np.ndarray, n_tokens: int) -> None:
         """Note how often each expert was chosen by so many tokens."""
-        kept = (1 - 1 / self._window) ** n_tokens
+        kept = (1 - 1 / self.window) ** n_tokens
         self._count_LE *= kept
-        self._count_LE += chosen_LE * ((1 - kept) * self._window / n_tokens)  # each token of a prompt weighs the same
+        self._count_LE += chosen_LE * ((1 - kept) * self.window / n_tokens)  # each token of a prompt weighs the same
         self._time += 1
         self._last_LE[chosen_LE > 0] = self._time
 
@@ -66,7 +70,7 @@ class Policy:
         gain_L = count_L - self._counts()[layers, slot_L]
         gain_L[self._coming_LN[layers, slot_L]] = -np.inf
         best = np.argsort(-gain_L, kind="stable")[: max(0, most)]
-        found = [Swap(int(i), int(slot_L[i]), int(expert_L[i])) for i in best if gain_L[i] > self._margin]
+        found = [Swap(int(i), int(slot_L[i]), int(expert_L[i])) for i in best if gain_L[i] > self.margin]
         for swap in found:
             self._held_LN[swap.layer, swap.slot] = swap.expert
             self._coming_LN[swap.layer, swap.slot] = True
@@ -92,7 +96,7 @@ class Policy:
         last_LN = np.take_along_axis(self._last_LE, np.maximum(self._held_LN, 0), 1)
         last_LN[self._held_LN < 0] = -1
         last_LN[self._coming_LN] = np.inf
-        return (last_LN + self._counts() / (2 * self._window + 1)).argmin(1)  # a count never exceeds the window
+        return (last_LN + self._counts() / (2 * self.window + 1)).argmin(1)  # a count never exceeds the window
 
     def _counts(self) -> np.ndarray:
         """(L, N): how often what is in each slot was chosen lately."""

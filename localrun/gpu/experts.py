@@ -16,10 +16,11 @@ import torch
 import triton
 import triton.language as tl
 
-from localrun.gpu import gemm, gemv
+from localrun.gpu import gemm, gemv, tiles
 from localrun.gpu.gemm import tile_products
 from localrun.gpu.gemv import row_sums
 from localrun.gpu.matrix import Matrix, upload
+from localrun.gpu.tiles import Few, Many
 from quant.matrix import ExpertMatrices
 
 _PAIR_ROWS = 16  # of a tile in GEMV: few, so that the rows of a handful of pairs occupy the whole device
@@ -233,44 +234,45 @@ class Experts:
     def _few(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         gate, up, down, between = self.gate, self.up, self.down, self.between
         n_tokens, n_choices = ids.shape
-        h = torch.empty(ids.numel(), gate.n_rows, device=x.device)
+        h, tile = torch.empty(ids.numel(), gate.n_rows, device=x.device), tiles.of(x.device).few
         _gate_and_up[-(-gate.n_rows // _PAIR_ROWS), ids.numel()](
             gate.data, up.data, gate.scale_pointer, up.scale_pointer, x, ids, self.slot_of, h, gate.n_rows, gate.n_cols,
             gate.n_units, gate.stride, up.stride, gate.group_bytes, up.group_bytes, n_choices, between.gate, between.up,
             *between.activation, between.is_biased, between.is_bounded,
-            *_format(gate, gemv.UNITS), *_format(up, gemv.UNITS), _PAIR_ROWS, num_warps=gemv.WARPS,
+            *_format(gate, tile), *_format(up, tile), _PAIR_ROWS, num_warps=tile.warps,
         )  # fmt: skip
         out = torch.empty_like(x)
         _down[-(-down.n_rows // _PAIR_ROWS), n_tokens](
             down.data, down.scale_pointer, h, ids, self.slot_of, weights, out, down.n_rows, down.n_cols, down.n_units,
-            down.stride, down.group_bytes, n_choices, between.down, between.is_biased, *_format(down, gemv.UNITS),
-            _PAIR_ROWS, num_warps=gemv.WARPS,
+            down.stride, down.group_bytes, n_choices, between.down, between.is_biased, *_format(down, tile),
+            _PAIR_ROWS, num_warps=tile.warps,
         )  # fmt: skip
         return out
 
     def _many(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         gate, up, down, between = self.gate, self.up, self.down, self.between
         n_pairs, n_choices = ids.numel(), ids.shape[1]
-        tokens = gemm.tile_tokens(n_pairs // gate.n_groups)
-        order, *tiles = self._tiles(ids, tokens)
-        n_tiles = tiles[0].shape[0]
+        tile = tiles.of(x.device).many
+        tokens = gemm.tile_tokens(tile, n_pairs // gate.n_groups)
+        order, *pairs = self._tiles(ids, tokens)
+        n_tiles = pairs[0].shape[0]
         a_gate, scale = gemm.arrange(x, gate.layout)
         a_up = a_gate if up.layout == gate.layout else gemm.arrange(x, up.layout)[0]
         h = torch.zeros(n_pairs, gate.n_rows, device=x.device)
-        options = {"num_warps": gemm.WARPS, "num_stages": gemm.STAGES}
-        _group_gate_and_up[n_tiles, -(-gate.n_rows // gemm.ROWS)](
-            gate.data, up.data, gate.scale_pointer, up.scale_pointer, a_gate, a_up, scale, order, *tiles, h,
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        _group_gate_and_up[n_tiles, -(-gate.n_rows // tile.rows)](
+            gate.data, up.data, gate.scale_pointer, up.scale_pointer, a_gate, a_up, scale, order, *pairs, h,
             gate.n_groups, gate.n_rows, gate.n_cols, gate.n_units, a_gate.shape[1], a_up.shape[1], gate.stride,
             up.stride, gate.group_bytes, up.group_bytes, n_choices, ids, between.gate, between.up, *between.activation,
-            between.is_biased, between.is_bounded, *_format(gate, gemm.UNITS), *_format(up, gemm.UNITS), tokens,
-            gemm.ROWS, **options,
+            between.is_biased, between.is_bounded, *_format(gate, tile), *_format(up, tile), tokens,
+            tile.rows, **options,
         )  # fmt: skip
         a, scale = gemm.arrange(h, down.layout)
         out = torch.zeros(n_pairs, down.n_rows, device=x.device)
-        _group_down[n_tiles, -(-down.n_rows // gemm.ROWS)](
-            down.data, down.scale_pointer, a, scale, order, weights, *tiles, out, down.n_groups, down.n_rows,
+        _group_down[n_tiles, -(-down.n_rows // tile.rows)](
+            down.data, down.scale_pointer, a, scale, order, weights, *pairs, out, down.n_groups, down.n_rows,
             down.n_cols, down.n_units, a.shape[1], down.stride, down.group_bytes, ids, between.down, between.is_biased,
-            *_format(down, gemm.UNITS), tokens, gemm.ROWS, **options,
+            *_format(down, tile), tokens, tile.rows, **options,
         )  # fmt: skip
         return out.view(*ids.shape, -1).sum(1)
 
@@ -292,7 +294,7 @@ class Experts:
         return order, tile_slot, first, bounds[known + 1]
 
 
-def _format(matrix: Matrix, units: dict[int, int]) -> tuple[str, int, int, int]:
+def _format(matrix: Matrix, tile: Few | Many) -> tuple[str, int, int, int]:
     """What kernels take for a matrix's format: its name, bytes of a block and of a word, units of a tile."""
     layout = matrix.layout
-    return layout.name, layout.block_bytes, layout.word, units[layout.word]
+    return layout.name, layout.block_bytes, layout.word, gemv.units_of(tile, layout)

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from localrun.gpu import gemm, gemv
+from localrun.gpu import gemm, gemv, tiles
 from localrun.gpu.cache import pack_e4m3
 from localrun.gpu.formats.blocks import e4m3_half
 from localrun.gpu.formats.layout import LAYOUTS
@@ -82,9 +82,10 @@ class FP8Linear:
         if n_tokens == 0:
             return out
         codes, scale = quantise(x)
-        tokens = gemm.tile_tokens(n_tokens)
-        _multiply[-(-n_tokens // tokens), -(-matrix.n_rows // gemm.ROWS)](
+        tile = tiles.of(x.device).many
+        tokens = gemm.tile_tokens(tile, n_tokens)
+        _multiply[-(-n_tokens // tokens), -(-matrix.n_rows // tile.rows)](
             matrix.data, matrix.scales, codes, scale, out, n_tokens, matrix.n_rows, matrix.n_cols, scale.shape[1],
-            native, tokens, gemm.ROWS, num_warps=gemm.WARPS, num_stages=gemm.STAGES,
+            native, tokens, tile.rows, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         return out

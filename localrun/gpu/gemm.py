@@ -10,15 +10,14 @@ import torch
 import triton
 import triton.language as tl
 
+from localrun.gpu import tiles
 from localrun.gpu.formats import blocks
 from localrun.gpu.formats.layout import Layout
+from localrun.gpu.gemv import units_of
 from localrun.gpu.matrix import Matrix
+from localrun.gpu.tiles import Many
 
-# Units of a tile by the bytes of a word, so that a plane's half is 32 columns: two of tl.dot's smallest steps.
-UNITS = {4: 8, 2: 4, 1: 2}
-ROWS = 64
-WARPS = 4
-STAGES = 2  # of loads under way: more of them want more shared memory than consumer cards have
+_WARPS = 4  # of what only moves activations
 _LARGEST = 1024.0  # what a token's largest activation becomes: far from float16's limit, with room below
 
 
@@ -90,19 +89,19 @@ def _multiply(
     tl.store(out + (record * n_rows)[None, :] + (row0 + i)[:, None], total, mask=here)
 
 
-def tile_tokens(n_tokens: int) -> int:
+def tile_tokens(tile: Many, n_tokens: int) -> int:
     """Tokens of a tile: tl.dot takes 16 at least."""
-    return max(16, min(64, triton.next_power_of_2(n_tokens)))
+    return max(16, min(tile.tokens, triton.next_power_of_2(n_tokens)))
 
 
 def arrange(x: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 (n, n_cols) as the kernels of a format read it: float16 (n, padded), and a float32 scale a row."""
     n, n_cols = x.shape
-    units = UNITS[layout.word]
+    units = units_of(tiles.of(x.device).many, layout)
     n_padded = -(-n_cols // (32 * units)) * 32 * units
     out = torch.empty(n, n_padded, dtype=torch.float16, device=x.device)
     scale = torch.empty(n, device=x.device)
-    _arrange[n,](x, out, scale, n_cols, n_padded, layout.name, layout.word, units, _LARGEST, num_warps=WARPS)
+    _arrange[n,](x, out, scale, n_cols, n_padded, layout.name, layout.word, units, _LARGEST, num_warps=_WARPS)
     return out, scale
 
 
@@ -111,10 +110,11 @@ def multiply(matrix: Matrix, x: torch.Tensor) -> torch.Tensor:
     n_tokens, layout = x.shape[0], matrix.layout
     a, scale = arrange(x.reshape(-1, matrix.n_cols), layout)
     out = torch.empty(n_tokens, matrix.n_groups, matrix.n_rows, device=x.device)
-    tokens = tile_tokens(n_tokens)
-    _multiply[-(-n_tokens // tokens), -(-matrix.n_rows // ROWS), matrix.n_groups](
+    tile = tiles.of(x.device).many
+    tokens = tile_tokens(tile, n_tokens)
+    _multiply[-(-n_tokens // tokens), -(-matrix.n_rows // tile.rows), matrix.n_groups](
         matrix.data, matrix.scale_pointer, a, scale, out, n_tokens, matrix.n_rows, matrix.n_cols, matrix.n_units,
         a.shape[1], matrix.stride, matrix.group_bytes, matrix.scale_stride, layout.name, layout.block_bytes,
-        layout.word, tokens, ROWS, UNITS[layout.word], num_warps=WARPS, num_stages=STAGES,
+        layout.word, tokens, tile.rows, units_of(tile, layout), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out

@@ -8,22 +8,26 @@ import torch
 import triton
 import triton.language as tl
 
+from localrun.gpu import tiles
 from localrun.gpu.formats import blocks
+from localrun.gpu.formats.layout import Layout
 from localrun.gpu.matrix import Matrix, n_processors
+from localrun.gpu.tiles import Few, Many
 
 MOST_TOKENS = 8
-# Units of a tile by the bytes of a word. The order in which a row's products are summed depends on them and on the
-# parts that columns are split into, never on the number of tokens: a token's results are those it would have alone.
-UNITS = {4: 16, 2: 8, 1: 4}
 _PART_ROWS = 16
 _TRANSPOSED_TILES = {4: (32, 4), 2: (32, 4), 1: (16, 4)}
-WARPS = 4
-_PROGRAMS = 4  # a multiprocessor: enough of them to keep the memory busy
+_WARPS = 4
 
 
-def tile_rows(n_tokens: int) -> int:
-    """Rows of a tile: many share a load of activations, but each keeps a sum a token in registers."""
-    return 32 if n_tokens <= 4 else 16
+def units_of(tile: Few | Many, layout: Layout) -> int:
+    """Units of a tile of a format."""
+    return tile.units * layout.word // 4
+
+
+def tile_rows(tile: Few, n_tokens: int) -> int:
+    """Rows of a tile: many share a load of activations."""
+    return tile.rows if n_tokens <= 4 else min(16, tile.rows)
 
 
 @triton.jit
@@ -211,9 +215,10 @@ def _multiply_transposed(
 
 def parts(matrix: Matrix, device: torch.device) -> int:
     """Into how many parts to split the columns, so that few rows occupy the whole device."""
-    programs, units = -(-matrix.n_rows // _PART_ROWS) * matrix.n_groups, UNITS[matrix.layout.word]
+    tile = tiles.of(device).few
+    programs, units = -(-matrix.n_rows // _PART_ROWS) * matrix.n_groups, units_of(tile, matrix.layout)
     count = 1
-    while count < 16 and programs * count < _PROGRAMS * n_processors(device) and 2 * count * units < matrix.n_units:
+    while count < 16 and programs * count < tile.programs * n_processors(device) and 2 * count * units < matrix.n_units:
         count *= 2
     return count
 
@@ -221,13 +226,14 @@ def parts(matrix: Matrix, device: torch.device) -> int:
 def multiply(matrix: Matrix, x: torch.Tensor) -> torch.Tensor:
     """float32 (T, G, n_cols), T from 1 to MOST_TOKENS -> (T, G, n_rows)."""
     n_tokens, layout = x.shape[0], matrix.layout
-    rows, units = tile_rows(n_tokens), UNITS[layout.word]
+    tile = tiles.of(x.device).few
+    rows, units = tile_rows(tile, n_tokens), units_of(tile, layout)
     n_parts = parts(matrix, x.device)
     out = torch.empty(n_parts, n_tokens, matrix.n_groups, matrix.n_rows, device=x.device)
     _multiply[-(-matrix.n_rows // rows), n_parts, matrix.n_groups](
         matrix.data, matrix.scale_pointer, x, out, matrix.n_rows, matrix.n_cols, matrix.n_units, matrix.stride,
         matrix.group_bytes, matrix.scale_stride, layout.name, layout.block_bytes, layout.word, n_tokens, rows, units,
-        n_parts, num_warps=WARPS,
+        n_parts, num_warps=tile.warps,
     )  # fmt: skip
     return out[0] if n_parts == 1 else out.sum(0)
 
@@ -238,7 +244,7 @@ def expand_rows(matrix: Matrix, rows: torch.Tensor, dtype: torch.dtype = torch.f
     out = torch.empty(rows.shape[0], matrix.n_cols, dtype=dtype, device=rows.device)
     _expand_rows[rows.shape[0], -(-matrix.n_units // units)](
         matrix.data, matrix.scale_pointer, rows, out, matrix.n_rows, matrix.n_cols, matrix.n_units, matrix.stride,
-        matrix.group_bytes, matrix.scale_stride, layout.name, layout.block_bytes, layout.word, units, num_warps=WARPS,
+        matrix.group_bytes, matrix.scale_stride, layout.name, layout.block_bytes, layout.word, units, num_warps=_WARPS,
     )  # fmt: skip
     return out
 
@@ -250,6 +256,6 @@ def multiply_transposed(matrix: Matrix, x: torch.Tensor) -> torch.Tensor:
     out = torch.empty(n_tokens, matrix.n_groups, matrix.n_cols, device=x.device)
     _multiply_transposed[n_tokens, -(-matrix.n_units // units), matrix.n_groups](
         matrix.data, matrix.scale_pointer, x, out, matrix.n_rows, matrix.n_cols, matrix.n_units, matrix.stride,
-        matrix.group_bytes, layout.name, layout.word, rows, units, num_warps=WARPS,
+        matrix.group_bytes, layout.name, layout.word, rows, units, num_warps=_WARPS,
     )  # fmt: skip
     return out

@@ -6,13 +6,17 @@ one is faster on a machine, the proof finds.
 Stream memory operations: cuStreamWriteValue64 and cuStreamWaitValue64 on page-locked words, which card and CPU address
 alike (CUDA Driver API, "Stream Memory Operations" and "Unified Addressing"). The thread sleeps between steps. Should
 the workers never answer, the words are poisoned, so that the card goes on, and the step is an error.
+
+Host nodes can't be called off: there the step is given up (Watch), and the card with it.
 """
 
 from __future__ import annotations
 
 import ctypes
+import queue
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,6 +31,70 @@ _MOST_NODES = 1 << 14  # different ones: layers by numbers of tokens
 _POISON = 1 << 62  # more than any node's number: what waits for one goes on
 _POISON_S = 5.0  # for the card to end its step then
 _AT_LEAST = 0  # CU_STREAM_WAIT_VALUE_GEQ
+
+
+_WEDGED = "the GPU and the workers have not answered each other for {:g} s; --device cpu does without the GPU"
+_BEFORE = "the workers have not answered before; start localrun anew"
+
+
+def _finishes(finished: threading.Event, progress: Callable[[], int], limit_s: float) -> bool:
+    """Wait until it is set; or give up, as soon as `progress` has been the same for limit_s. Ctrl-C waits, too."""
+    interrupt: KeyboardInterrupt | None = None
+    last, since, is_over = progress(), time.monotonic(), False
+    while not is_over:
+        try:
+            is_over = finished.wait(min(1.0, limit_s / 4))
+            now = progress()
+            if now != last:
+                last, since = now, time.monotonic()
+            elif not is_over and time.monotonic() - since > limit_s:
+                return False
+        except KeyboardInterrupt as error:  # the nodes use the step's memory
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
+    return True
+
+
+class Watch:
+    """Has a thread wait for what may never come, so that the caller can give it up.
+
+    Attributes:
+        has_failed: whether it did: then the thread waits for ever.
+    """
+
+    def __init__(self, limit_s: float = LIMIT_S):
+        self._limit_s, self.has_failed = limit_s, False
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], None], threading.Event, list[BaseException]]]
+        self._jobs = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._live, daemon=True, name="localrun-watch")
+
+    def wait(self, wait: Callable[[], None], progress: Callable[[], int]) -> None:
+        """Until wait() returns, in the thread; raises what it raises.
+
+        Raises LocalrunError if it does not, and `progress` stays the same for limit_s; and ever after.
+        """
+        if self.has_failed:
+            raise LocalrunError(_BEFORE)
+        if not self._thread.ident:
+            self._thread.start()
+        finished, errors = threading.Event(), []
+        self._jobs.put((wait, finished, errors))
+        if not _finishes(finished, progress, self._limit_s):
+            self.has_failed = True
+            raise LocalrunError(_WEDGED.format(self._limit_s))
+        if errors:
+            raise errors[0]
+
+    def _live(self) -> None:
+        """The thread's life."""
+        while True:
+            wait, finished, errors = self._jobs.get()
+            try:
+                wait()
+            except BaseException as error:
+                errors.append(error)
+            finished.set()
 
 
 class Words(Protocol):
@@ -65,7 +133,11 @@ class StreamWords:
 
 
 class Coordinator:
-    """The words, the table of nodes, and the thread that calls them while a step is under way."""
+    """The words, the table of nodes, and the thread that calls them while a step is under way.
+
+    Attributes:
+        has_failed: whether the workers have not answered.
+    """
 
     def __init__(self, memory: torch.Tensor, words: Words, limit_s: float = LIMIT_S):
         """memory: int64 (MAILBOX_WORDS,), page-locked, whose address the card shares."""
@@ -76,7 +148,7 @@ class Coordinator:
         self._numbers: dict[tuple[int, int], int] = {}
         self._go, self._finished = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
-        self._failed = False
+        self.has_failed = False
 
     def hand_over(self, stream: Any, function: int, argument: int) -> None:
         """Queue a node: what is queued behind it waits until it was called."""
@@ -90,8 +162,8 @@ class Coordinator:
 
     def begin(self) -> None:
         """Have the thread poll from now on, until finish(). Raises LocalrunError if it has failed before."""
-        if self._failed:
-            raise LocalrunError("the workers have not answered before; start localrun anew")
+        if self.has_failed:
+            raise LocalrunError(_BEFORE)
         if self._thread is None:
             self._thread = threading.Thread(target=self._live, daemon=True, name="localrun-coordinator")
             self._thread.start()
@@ -104,24 +176,9 @@ class Coordinator:
         Raises LocalrunError if none is for limit_s: then the card was told to go on without them.
         """
         self._words.write(stream, self._address("request"), END)
-        interrupt: KeyboardInterrupt | None = None
-        served, since = self._get("served"), time.monotonic()
-        while True:
-            try:
-                if self._finished.wait(min(1.0, self.limit_s / 4)):
-                    break
-            except KeyboardInterrupt as error:  # the nodes use the step's memory
-                interrupt = error
-            if self._get("served") != served:
-                served, since = self._get("served"), time.monotonic()
-            elif time.monotonic() - since > self.limit_s:
-                self._poison()
-                raise LocalrunError(
-                    f"the GPU and the workers have not answered each other for {self.limit_s:g} s; --device cpu does "
-                    "without the GPU"
-                )
-        if interrupt is not None:
-            raise interrupt
+        if not _finishes(self._finished, lambda: self._get("served"), self.limit_s):
+            self._poison()
+            raise LocalrunError(_WEDGED.format(self.limit_s))
 
     def _live(self) -> None:
         """The thread's life."""
@@ -129,13 +186,13 @@ class Coordinator:
             self._go.wait()
             self._go.clear()
             serve.ctypes(self._mailbox.ctypes.data)
-            if self._failed:
+            if self.has_failed:
                 return
             self._finished.set()
 
     def _poison(self) -> None:
         """Let the card go on, whatever it waits for, until it asks for the end."""
-        self._failed = True
+        self.has_failed = True
         self._set("stop", 1)
         until = time.monotonic() + _POISON_S
         while self._get("request") != END and time.monotonic() < until:
@@ -144,7 +201,7 @@ class Coordinator:
 
     def close(self) -> None:
         """End the thread, if it can be."""
-        self._failed = True
+        self.has_failed = True
         self._set("stop", 1)
         self._go.set()
 

@@ -7,8 +7,9 @@ the CPU.
 Letters: T tokens, D hidden_size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -63,12 +64,16 @@ class HybridModel:
         device: Cuda | StandIn | None = None,
         notice: Callable[[str], None] = lambda line: None,
         handover: str = HOST_NODES,
+        tiles: Mapping[str, str] = MappingProxyType({}),
+        workers: int | None = None,
     ):
         """Uploads what the placement gives to the device, the first GPU unless given. The file must stay open.
 
         Args:
             notice: told when kernels are compiled, now or later, and when a cache of experts stands still.
             handover: of a step's work to the workers, on the first GPU; as handover.py has them.
+            tiles: names by kind, on the first GPU; as tiles.py has them.
+            workers: threads that compute, if not n_threads.
 
         Raises:
             LocalrunError: the GPU can't be used, or has no room.
@@ -80,11 +85,12 @@ class HybridModel:
         self.device = device or Cuda()
         if device is None:
             self.device.use(handover)
+            self.device.cut(tiles)
         compiling.set_up(notice)
         self._placement, self._tensors, self._notice = placement, GGUFTensors(file), notice
         self._mtp: MTP | None = None
         self._holds_torch = False
-        self.pool = Pool(n_threads)
+        self.pool = Pool(workers or n_threads)
         try:
             self._load()
         except BaseException:
@@ -196,9 +202,10 @@ class HybridModel:
         return hidden, logits
 
     def close(self) -> None:
-        """End all threads."""
+        """End all threads, but of a device that is stuck: they may never come back."""
         self.resident.close()
-        self.routed.close()
-        self.pool.close()
+        if not self.device.is_stuck:
+            self.routed.close()
+            self.pool.close()
         if self._holds_torch:
             TorchThreads.release()

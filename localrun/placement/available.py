@@ -1,6 +1,6 @@
 """Which GPU can be used, or in one line why none can. Asks the driver before it imports torch, which takes 1 to 2 s.
 
-What is needed: an NVIDIA card of compute capability 8.0 or more (bfloat16 and asynchronous copies), its driver, torch
+What is needed: an NVIDIA card of compute capability 7.5 or more, which tests compile kernels for, its driver, torch
 with CUDA no newer (in its major version) than the driver's, and Triton, which compiles a small C module that loads and
 launches kernels: for that it needs a C compiler and Python's headers (triton/runtime/build.py). Of several cards the
 first is taken; CUDA_VISIBLE_DEVICES says which that is. Functions and numbers: CUDA Driver API, cuda.h of CUDA 12.4.
@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-CAPABILITY = (8, 0)
+CAPABILITY = (7, 5)
 LEAST_BYTES = 1 << 30  # of free VRAM: work memory takes most of it
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR

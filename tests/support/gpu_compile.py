@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from localrun.gpu import attention, compiling, experts, fp8, gemm, gemv, grouped, indexer, matrix, routing
+from localrun.gpu import attention, compiling, experts, fp8, gemm, gemv, grouped, indexer, matrix, routing, tiles
 from localrun.gpu.cache import DeviceCache, GroupedCache
 from localrun.gpu.formats.layout import LAYOUTS
 from localrun.models.config import SLIDING, Config
@@ -197,6 +197,19 @@ def _sparse() -> None:
     attention.attend(latent, rope, places, 0, c, 0.1, 33, torch.float16, chosen)
 
 
+def _by(kind: str, name: str, call: Callable[[], object]) -> Callable[[], object]:
+    """With tiles of that name."""
+
+    def called() -> None:
+        tiles.use(torch.device("cpu"), tiles.named({kind: name}))
+        try:
+            call()
+        finally:
+            tiles.use(torch.device("cpu"), tiles.Tiles())
+
+    return called
+
+
 def _queries(model: str, bits: int) -> Callable[[], object]:
     def call() -> None:
         c, cpu = _MODELS[model], torch.device("cpu")
@@ -211,6 +224,7 @@ def _router() -> None:
     routing.choose_experts(torch.empty(1, 256), torch.empty(256), _MODELS["V3"])
 
 
+_OTHERS = {kind: [name for name in names if name != tiles.USUAL] for kind, names in tiles.CANDIDATES.items()}
 VARIANTS: dict[str, Callable[[], object]] = {
     **{f"{name} {n} tokens": _few(name, n) for name in LAYOUTS for n in (1, 2, 4, 5, 8)},
     **{f"{name} {n} tokens": _many(name, n) for name in LAYOUTS for n in (16, 64)},
@@ -221,6 +235,18 @@ VARIANTS: dict[str, Callable[[], object]] = {
     **{f"attention {model} {bits} bits": _attend(model, bits) for model in _MODELS for bits in (8, 16, 32)},
     **{f"attention {model} {bits} bits": _attend_grouped(model, bits) for model in _GROUPED for bits in (16, 32)},
     **{f"queries {model} {bits} bits": _queries(model, bits) for model in _MODELS for bits in (8, 16, 32)},
+    **{f"{name} {n} tokens, {tile}": _by("few", tile, _few(name, n))
+       for tile in _OTHERS["few"] for name in LAYOUTS for n in (1, 4, 5, 8)},
+    **{f"{name} {n} tokens, {tile}": _by("many", tile, _many(name, n))
+       for tile in _OTHERS["many"] for name in LAYOUTS for n in (16, 64)},
+    **{f"experts 64 tokens, {gate} {down}, {tile}": _by("many", tile, _experts(64, gate, down))
+       for tile in _OTHERS["many"] for gate, down in (("Q4_K", "Q6_K"), ("MXFP4", "MXFP4"))},
+    **{f"attention {model} {bits} bits, {tile}": _by("attention", tile, _attend(model, bits))
+       for tile in _OTHERS["attention"] for model in _MODELS for bits in (8, 16)},
+    **{f"attention {model} 16 bits, {tile}": _by("attention", tile, _attend_grouped(model, 16))
+       for tile in _OTHERS["attention"] for model in _GROUPED},
+    "FP8 widened, small": _by("many", "small", _fp8(False)),
+    "sparse attention V3.2, small": _by("attention", "small", _sparse),
     "router V3": _router,
     "sparse attention V3.2": _sparse,
     "FP8 products": _fp8(True),

@@ -4,11 +4,14 @@ Import this before triton: whether kernels are compiled or interpreted is decide
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import pytest
 import torch
+
+from localrun.gpu import tiles
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
@@ -42,6 +45,23 @@ if not HAS_GPU and find_spec("triton"):
     _patch_once()
 
 gpu = pytest.mark.skipif(not HAS_GPU, reason="torch sees no CUDA device")
+
+
+@contextmanager
+def cut(kind: str, name: str) -> Iterator[None]:
+    """Within, kernels use these tiles."""
+    where = torch.empty(0, device=DEVICE).device  # a card's with its number
+    tiles.use(where, tiles.named({kind: name}))
+    try:
+        yield
+    finally:
+        tiles.use(where, tiles.Tiles())
+
+
+def others(kind: str) -> list[str]:
+    """Names of all tiles but the usual ones."""
+    usual = tiles.CANDIDATES[kind][tiles.USUAL]
+    return [name for name, tile in tiles.CANDIDATES[kind].items() if tile != usual]
 
 
 def compiled_environment() -> dict[str, str]:

@@ -486,14 +486,17 @@ def _one_cache(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(hybrid, "new_cache", shared)
 
 
-def _lost(self: Any) -> Callable[[], None]:
+def _lost(self: Any, *_: Any) -> Callable[[], None]:
     from localrun.errors import LocalrunError
 
     raise LocalrunError("the GPU failed: CUDA error: unspecified launch failure; --device cpu does without it")
 
 
-def _memory(used: int = 0, left: int = 0, each: int = 0):
-    """A device that says that much is in use while a model is loaded, at last, and after each one more."""
+def _memory(used: int = 0, left: int = 0, each: int = 0, cached: int = 0):
+    """A device that says that much is in use while a model is loaded, at last, and after each one more.
+
+    cached: while one is that has a cache of experts.
+    """
 
     def install(patch: pytest.MonkeyPatch) -> Callable[[], Any]:
         from localrun.gpu import hybrid
@@ -510,11 +513,11 @@ def _memory(used: int = 0, left: int = 0, each: int = 0):
 
         def loads(self: Any) -> None:
             load(self)
-            leaking.taken += used
+            leaking.taken += cached if self.routed.cache else used
 
         def closes(self: Any) -> None:
             close(self)
-            leaking.taken = max(leaking.taken - used, left) + each
+            leaking.taken = max(leaking.taken - (cached if self.routed.cache else used), left) + each
 
         patch.setattr(hybrid.HybridModel, "_load", loads)
         patch.setattr(hybrid.HybridModel, "close", closes)
@@ -573,6 +576,101 @@ class _NoHostNodes:
     """A driver without the one function that is needed of it."""
 
 
+# ---- a cache of experts ----------------------------------------------------------------------------------------------
+
+
+def _cache(**methods: Callable[..., Any]):
+    """A fault of the cache: these methods in place of its own, each called with its own one first."""
+
+    def install(patch: pytest.MonkeyPatch) -> None:
+        from localrun.gpu.expert_cache import ExpertCache
+
+        for name, method in methods.items():
+            own = getattr(ExpertCache, name)
+            patch.setattr(ExpertCache, name, lambda self, *more, own=own, method=method: method(own, self, *more))
+
+    return install
+
+
+def _late_table(own: Any, self: Any) -> Callable[[], None]:
+    """Only the first one is written: slots are written over while the table still names what was there."""
+    if not self.__dict__.get("has_table"):
+        self.has_table = True
+        return own(self)
+    return lambda: None
+
+
+def _waits(own: Any, self: Any, n_tokens: int) -> None:
+    own(self, n_tokens)
+    self.wait()
+
+
+def _fails(own: Any, self: Any, *swap: Any) -> None:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def _too_early(patch: pytest.MonkeyPatch) -> None:
+    """The table names experts that are still coming."""
+    from localrun.gpu.expert_policy import Policy
+
+    swaps = Policy.swaps
+
+    def found(self: Policy, most: int) -> Any:
+        coming = swaps(self, most)
+        self._coming_LN[:] = False
+        return coming
+
+    patch.setattr(Policy, "swaps", found)
+
+
+def _half_copied(patch: pytest.MonkeyPatch) -> None:
+    from localrun.gpu import expert_cache
+
+    class Half(expert_cache.Uploader):
+        def copy(self, source: Any, destination: Any) -> None:
+            half = len(source) // 2
+            super().copy(source[:half], destination[:half])
+
+    patch.setattr(expert_cache, "Uploader", Half)
+
+
+def _kept_table(patch: pytest.MonkeyPatch) -> Callable[[], Any]:
+    """A recorded step keeps the table that it was recorded with."""
+    from localrun.gpu.device import StandIn
+    from localrun.gpu.expert_cache import ExpertCache
+
+    made: list[Any] = []
+    init = ExpertCache.__init__
+
+    def noted(self: Any, *arguments: Any) -> None:
+        init(self, *arguments)
+        made.append(self._table)
+
+    class Faulty(StandIn):
+        def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+            tables = [(table, table.clone()) for table in made]
+
+            def replay() -> None:
+                now = [table.clone() for table, _ in tables]
+                for table, kept in tables:
+                    table.copy_(kept)
+                step()
+                for (table, _), new in zip(tables, now, strict=True):
+                    table.copy_(new)
+
+            return replay
+
+    patch.setattr(ExpertCache, "__init__", noted)
+    return Faulty
+
+
+def _on_both_sides(patch: pytest.MonkeyPatch) -> None:
+    """The workers compute what lies in VRAM, too."""
+    from localrun.gpu import routed
+
+    patch.setattr(routed._Others, "begin", lambda self, *inputs: self._experts.begin(*inputs))
+
+
 # ---- in a process of its own -----------------------------------------------------------------------------------------
 
 
@@ -616,6 +714,7 @@ def aborts() -> Any:
 
 
 _OFF = r": off by [\d.e+-]+, and rounding explains [\d.e+-]+"
+_NOT_THERE = r": expert \d of layer 1 is not what its slot in VRAM holds"
 _HEADS = "HeadLinear"
 FAULTS = (
     Fault("a wrong scale in one format", "kernels", rf"Q8_0, .* tokens{_OFF}", _modules(_wrong_scale), "Q8_0"),
@@ -690,6 +789,19 @@ FAULTS = (
           _of(capture=_swallows)),
     Fault("a recording that Ctrl-C has spoiled", "steps", "Ctrl-C while a step is recorded: other bits",
           _of(capture=_breaks)),
+    Fault("a table of experts that is written too late", "expert_cache", rf"6 replays of .*{_NOT_THERE}",
+          _cache(_write_table=_late_table)),
+    Fault("an expert that is used before it has come", "expert_cache", rf".*{_NOT_THERE}", _too_early),
+    Fault("half an expert", "expert_cache", rf"6 replays of .*{_NOT_THERE}", _half_copied),
+    Fault("a recorded step with a table of its own", "expert_cache", "6 replays of .*: other bits than launched .*",
+          _kept_table),
+    Fault("an expert on both sides", "expert_cache", rf"layer 1 .*{_OFF}", _on_both_sides),
+    Fault("steps that wait for experts to come", "expert_cache",
+          "steps while copies of experts are held up: one has waited for them", _cache(settle=_waits)),
+    Fault("copies of experts that fail", "expert_cache",
+          "no expert has come to VRAM|an expert could not be copied .*illegal memory access.*", _cache(_copy=_fails)),
+    Fault("slots that nobody counted", "memory",
+          r"1024 MiB of VRAM in use with 2 cached experts a layer, \d+ MiB counted", _memory(cached=1024 * MIB)),
     Fault("more memory than was counted", "memory", r"1024 MiB of VRAM in use, \d+ MiB counted", _memory(1024 * MIB)),
     Fault("memory that close() does not free", "memory", "400 MiB of VRAM are not free after the model was closed",
           _memory(400 * MIB, 400 * MIB)),

@@ -25,8 +25,8 @@ V3 = tiny_models.SMALLEST
 CARD = "Acme 5000"
 GPU = Gpu(CARD, (8, 9), 24 << 30, 20 << 30, "570.86", "12.8")
 SMALL = Effort(
-    few=(1, 5), many=(16,), rows=48, experts=2, contexts=(9, 40), steps=(1, 2), replays=6, delay_s=1e-3, prompt=12,
-    runs=2, copy_bytes=1 << 16, nodes=4,
+    few=(1, 5), many=(16,), rows=48, experts=2, contexts=(9, 40), steps=(1, 2), replays=6, delay_s=1e-3, patience_s=0.5,
+    prompt=12, runs=2, copy_bytes=1 << 16, nodes=4,
 )  # fmt: skip
 
 

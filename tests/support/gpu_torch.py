@@ -6,6 +6,7 @@ For what goes on between kernels, with caches of 16 or 32 bits. Letters: T token
 from __future__ import annotations
 
 import ctypes
+import functools
 from contextlib import closing
 
 import gpu_dense
@@ -14,12 +15,15 @@ import pytest
 import torch
 
 from localrun.cpu import bridge
-from localrun.gpu import attention, experts, grouped, indexer, weights
+from localrun.gpu import attention, experts, gemm, gemv, grouped, indexer, weights
 from localrun.gpu.cache import row_constants
+from localrun.gpu.matrix import Matrix
 from localrun.gpu.places import ENTRIES
 from localrun.network.cache import row_widths
 from localrun.network.moe import choose_experts, gated
-from quant.matrix import ExpertMatrices
+from quant.formats import registry
+from quant.matrix import ExpertMatrices, QuantMatrix
+from quant.simd.gated import Activation
 from quant.threads.pool import Pool
 
 
@@ -135,14 +139,51 @@ class TorchExperts:
         return lambda: out
 
 
+def begin_from_slots(here: experts.Experts, x, ids, weights):
+    """As gpu.experts.Experts.begin: by the blocks in the slots, which may change; each token as it is alone."""
+    out, dense = torch.zeros_like(x), functools.cache(functools.partial(_expanded_slot, here))
+    between, activation = here.between, Activation(*here.between.activation)
+    for t, k in (ids >= 0).nonzero().tolist():
+        expert = int(ids[t, k])
+        slot = int(here.slot_of[expert])
+        if slot >= 0:
+            gate, up, down = dense(slot)
+            biases = (between.gate, between.up, between.down)
+            of_gate, of_up, of_down = (bias[expert] if between.is_biased else 0.0 for bias in biases)
+            inner = gated(activation, gate @ x[t] + of_gate, up @ x[t] + of_up)
+            out[t] += weights[t, k] * (down @ inner + of_down)
+    return lambda: out
+
+
+def _expanded_slot(here: experts.Experts, slot: int) -> list[torch.Tensor]:
+    """float32 matrices of the expert in a slot."""
+    return [_expanded(matrix, slot) for matrix in (here.gate, here.up, here.down)]
+
+
+def _expanded(matrix: Matrix, group: int) -> torch.Tensor:
+    address, shape = matrix.data.data_ptr() + group * matrix.group_bytes, (1, matrix.n_rows, matrix.n_cols)
+    weight = QuantMatrix(registry.get(matrix.layout.name), address, *shape, matrix.group_bytes)
+    with closing(Pool(1)) as pool:
+        return bridge.HeadLinear(pool, weight).dense(0, 1)[0]
+
+
+def multiply(matrix: Matrix, x: torch.Tensor) -> torch.Tensor:
+    """As gpu.gemv.multiply and gpu.gemm.multiply."""
+    w_Goi = torch.stack([_expanded(matrix, group) for group in range(matrix.n_groups)])
+    return torch.einsum("tgi,goi->tgo", x, w_Goi)
+
+
 def use_torch(patch: pytest.MonkeyPatch) -> None:
     """Models on a device that are loaded from now on have these."""
     gpu_dense.use_dense(patch)
     patch.setattr(attention, "turn_and_append", turn_and_append)
     patch.setattr(grouped, "append", append)
+    for module in (gemv, gemm):
+        patch.setattr(module, "multiply", multiply)
     patch.setattr(indexer, "append_keys", append_keys)
     patch.setattr(indexer, "scores_of", scores_of)
     for module in (attention, grouped):
         patch.setattr(module, "attend_over", attend_over)
     patch.setattr(weights.DeviceWeights, "choose_experts", staticmethod(choose_of_each))
+    patch.setattr(experts.Experts, "begin", begin_from_slots)
     patch.setattr(experts, "Experts", TorchExperts)

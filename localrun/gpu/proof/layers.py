@@ -12,10 +12,14 @@ logits' range. Without 8-bit activations what is left is float16: caches, and op
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
+from localrun.cpu.model import NativeModel
 from localrun.gpu.cache import new_cache as device_cache
+from localrun.gpu.hybrid import HybridModel
 from localrun.gpu.proof.subject import Subject, given_choices, noted_choices
 from localrun.gpu.proof.task import Findings
 from localrun.gpu.routed import Mode
@@ -31,20 +35,7 @@ def prove(subject: Subject, findings: Findings) -> None:
     findings.doing("loading")
     bound = _LAYER if subject.integer else _EXACT
     with subject.hybrid() as model, subject.native() as native, torch.inference_mode(), subject.device.errors():
-        here, there = model.network, native.network
-        for index in sorted({0, subject.before}):
-            for n_tokens, mode in ((1, Mode.STEP), (max(subject.effort.steps), Mode.STEP), (_TOKENS, Mode.PREFILL)):
-                kind = "with experts" if index in subject.moe_layers else "dense"
-                what = f"layer {index} ({kind}), {n_tokens} tokens"
-                findings.doing(what)
-                x = subject.vectors(n_tokens, subject.config.hidden_size, n_tokens)
-                caches = _caches(subject, n_tokens)
-                model.routed.mode = mode
-                with noted_choices(here) as choices:
-                    found = _layer(model, index, x, caches[0], mode)
-                with given_choices(there, choices):
-                    right = there.layers[index](x, caches[1])
-                findings.bounded(what, _apart(found - x, right - x), bound)
+        compare_layers(subject, findings, model, native, sorted({0, subject.before}))
         _logits(subject, findings, model, native, "logits of the first layers", bound)
     if subject.config.num_hidden_layers == subject.whole.num_hidden_layers:
         return
@@ -57,12 +48,32 @@ def prove(subject: Subject, findings: Findings) -> None:
             _logits(subject, findings, model, native, "logits of the whole model", bound)
 
 
+def compare_layers(
+    subject: Subject, findings: Findings, model: HybridModel, native: NativeModel, indices: Sequence[int]
+) -> None:
+    """Steps and a prompt through some layers, each by itself."""
+    here, there = model.network, native.network
+    for index in indices:
+        for n_tokens, mode in ((1, Mode.STEP), (max(subject.effort.steps), Mode.STEP), (_TOKENS, Mode.PREFILL)):
+            kind = "with experts" if index in subject.moe_layers else "dense"
+            what = f"layer {index} ({kind}), {n_tokens} tokens"
+            findings.doing(what)
+            x = subject.vectors(n_tokens, subject.config.hidden_size, n_tokens)
+            caches = _caches(subject, n_tokens)
+            model.routed.mode = mode
+            with noted_choices(here) as choices:
+                found = _layer(model, index, x, caches[0], mode)
+            with given_choices(there, choices):
+                right = there.layers[index](x, caches[1])
+            findings.bounded(what, _apart(found - x, right - x), _LAYER if subject.integer else _EXACT)
+
+
 def _caches(subject: Subject, n_tokens: int):
     c = subject.config
     return device_cache(c, n_tokens, subject.device.torch, 16), host_cache(c, n_tokens, False)
 
 
-def _layer(model, index: int, x: torch.Tensor, cache, mode: Mode) -> torch.Tensor:
+def _layer(model: HybridModel, index: int, x: torch.Tensor, cache, mode: Mode) -> torch.Tensor:
     """A layer's result on the host."""
     layer, device = model.network.layers[index], model.device
     if mode is Mode.STEP:

@@ -30,11 +30,13 @@ class Part:
 
 
 PARTS = (
+    Part("tiles", "tiles of kernels", silence_s=120.0, optional=True),  # a candidate is compiled for each format
     Part("kernels", "kernels"),
     Part("layers", "layers and logits"),
     Part("handover", "hand-over to the workers"),
     Part("stream_memory", "stream memory operations", silence_s=20.0, optional=True),
     Part("steps", "captured steps"),
+    Part("expert_cache", "a cache of experts"),
     Part("memory", "memory"),
     Part("speed", "speed"),
 )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from localrun.errors import LocalrunError
 from localrun.gguf.file import GGUFFile, open_gguf
+from localrun.gpu import tiles
 from localrun.gpu.proof import child, report, verdict
 from localrun.gpu.proof.parts import PARTS, Part
 from localrun.gpu.proof.task import Findings, Task
@@ -106,10 +108,22 @@ class Proof:
         return ""
 
     @property
-    def choices(self) -> dict[str, str]:
-        """What localrun.gpu.hybrid.HybridModel is told of it."""
-        found = {} if self.verdict is None else self.verdict.choices
-        return {"handover": found["handover"]} if found.get("handover") in (HOST_NODES, STREAM_MEMORY) else {}
+    def choices(self) -> dict[str, Any]:
+        """What localrun.gpu.hybrid.HybridModel is told of it; says a line if some of it is unknown here."""
+        if self.verdict is None:
+            return {}
+        found, used = self.verdict.choices, {}
+        if found.get("handover") in (HOST_NODES, STREAM_MEMORY):
+            used["handover"] = found["handover"]
+        try:
+            tiles.named(dict(found.get("tiles", {})))
+            used["tiles"] = found.get("tiles", {})
+        except (LocalrunError, ValueError, TypeError) as error:
+            self._say(f"the proof's choice is not used ({error}); localrun doctor --gpu proves anew")
+        n_threads = self._task.threads
+        if self.verdict.environment.get("threads") == n_threads > 1 and found.get("workers") == n_threads - 1:
+            used["workers"] = n_threads - 1
+        return used
 
 
 def examine(path: Path, threads: int, ctx: int | None, say: Say, doing: Say) -> Verdict:

@@ -39,12 +39,21 @@ def _figures(outcome: Outcome) -> str:
         errors = [part for part in figures.get("part_of_the_bound", {}).values() if part is not None]
         shapes = f"{figures['shapes']} shapes of matrices, " if "shapes" in figures else ""
         return f"{shapes}errors up to {100 * max(errors, default=0.0):.0f}% of what rounding explains"
+    if outcome.name == "tiles" and "tiles" in outcome.choices:
+        return ", ".join(f"{kind}: {name}" for kind, name in outcome.choices["tiles"].items())
     if outcome.name == "memory":
-        return f"{_mib(figures['used_bytes'])} used of {_mib(figures['counted_bytes'])} counted"
+        return f"{_mib(figures['used_bytes'])} used of {_mib(figures['counted_bytes'])} counted, with one full context"
+    if outcome.name == "expert_cache":
+        came = f"{figures.get('experts_that_came', 0)} came to {figures['slots']} slots of each layer"
+        return came if figures["slots"] else "not tried: VRAM has no room for experts"
     if outcome.name == "speed":
         copies, steps = figures["copies"], figures["step_s"]
         rates = ", ".join(f"{where} {rate / 1e9:.1f}" for where, rate in copies.items())
-        return f"a step {1e3 * steps['cuda']:.1f} ms, {1e3 * steps['cpu']:.1f} ms by the CPU; copies, GB/s: {rates}"
+        times = f"a step {1e3 * steps['cuda']:.1f} ms, {1e3 * steps['cpu']:.1f} ms by the CPU"
+        if "last_step_s" in figures:
+            last = figures["last_step_s"]
+            times += f" (at {figures['ctx']} tokens {1e3 * last['cuda']:.1f} and {1e3 * last['cpu']:.1f})"
+        return f"{times}; copies, GB/s: {rates}"
     if "not_used" in figures:
         return f"not used: {figures['not_used']}"
     if "handover_s" in figures:

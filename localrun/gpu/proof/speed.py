@@ -1,7 +1,9 @@
 """Speed: a step and a prompt with the card against the CPU alone, and what each side has of a step.
 
 Of the whole model: what its first layers take, and for each layer with experts beyond them what the last one of these
-adds. Experts stay in RAM: those that VRAM has room for only make the card's part faster.
+adds. A step behind a prompt, and one at the end of the whole context that was asked for. Experts stay in RAM: those
+that VRAM has room for only make the card's part faster. Not timed: several contexts at a time, drafts, experts that are
+uploaded for a long prompt.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ from localrun.gpu.device import StandIn
 from localrun.gpu.host_experts import StepExperts
 from localrun.gpu.hybrid import HybridModel
 from localrun.gpu.proof.steps import recorded_anew, replaced
-from localrun.gpu.proof.subject import Subject
+from localrun.gpu.proof.subject import Subject, fill
 from localrun.gpu.proof.task import Findings
 from localrun.gpu.proof.verdict import PROMPT, REPLY
 
 _PROMPT_RUNS = 3
+_WORTH = 0.97  # of the time with all workers: less is noise
 
 
 def prove(subject: Subject, findings: Findings) -> None:
@@ -31,7 +34,7 @@ def prove(subject: Subject, findings: Findings) -> None:
     subject.bring_in()
     figures = findings.figures
     figures["copies"] = _copies(subject, findings)
-    step, prompt = {}, {}
+    step, prompt, last_step = {}, {}, {}
     with subject.hybrid() as model:
         model.resident.wait()
         layers = list(model.network.layers)
@@ -40,22 +43,38 @@ def prove(subject: Subject, findings: Findings) -> None:
         figures["step_sides_ms"] = _sides(subject, findings, model)
         with _layers(model, layers[: subject.before]):
             fewer = _times(subject, model)
-        step["cuda"], prompt["cuda"] = (_whole(subject, a, b) for a, b in zip(fewer, every, strict=True))
+        step["cuda"], prompt["cuda"], last_step["cuda"] = _whole(subject, fewer, every)
+    _one_worker_less(subject, findings, every[0])
     found = []
     for n_layers in (subject.before, subject.before + 1):
         findings.doing(f"the CPU's prompts and steps, {n_layers} layers")
         with subject.native(n_layers) as native:
             found.append(_times(subject, native))
-    step["cpu"], prompt["cpu"] = (_whole(subject, a, b) for a, b in zip(*found, strict=True))
+    step["cpu"], prompt["cpu"], last_step["cpu"] = _whole(subject, *found)
     n_prompt = subject.effort.prompt
     figures["step_s"], figures["prompt_s"], figures["prompt_tokens"] = step, prompt, n_prompt
+    figures["last_step_s"], figures["ctx"] = last_step, subject.task.ctx
     figures["exchange_s"] = {side: prompt[side] * PROMPT / n_prompt + step[side] * REPLY for side in step}
 
 
-def _whole(subject: Subject, fewer: float, every: float) -> float:
-    """Of all layers: those beyond the first ones are like the last of them."""
+def _one_worker_less(subject: Subject, findings: Findings, step_s: float) -> None:
+    """Whether steps are faster with it: the driver's thread needs a core, too. choices: workers."""
+    n_workers = subject.task.threads - 1
+    if n_workers < 1:
+        return
+    findings.doing("steps with one worker less")
+    with subject.hybrid(workers=n_workers) as model:
+        model.resident.wait()
+        found = _times(subject, model)[0]
+    findings.figures["step_with_a_worker_less_s"] = found
+    if found < _WORTH * step_s:
+        findings.choices["workers"] = n_workers
+
+
+def _whole(subject: Subject, fewer: Sequence[float], every: Sequence[float]) -> list[float]:
+    """Seconds of all layers: those beyond the first ones are like the last of them."""
     beyond = subject.whole.num_hidden_layers - subject.config.num_hidden_layers
-    return every + beyond * max(0.0, every - fewer)
+    return [b + beyond * max(0.0, b - a) for a, b in zip(fewer, every, strict=True)]
 
 
 @contextmanager
@@ -68,9 +87,9 @@ def _layers(model: HybridModel, layers: Sequence[Any]) -> Iterator[None]:
         model.network.layers = before
 
 
-def _times(subject: Subject, model: Any) -> tuple[float, float]:
-    """Seconds of a step and of a prompt."""
-    effort = subject.effort
+def _times(subject: Subject, model: Any) -> tuple[float, float, float]:
+    """Seconds of a step, of a prompt, and of the last step that the context has room for."""
+    effort, ctx = subject.effort, subject.task.ctx
     cache = model.new_cache(effort.prompt + 1)
     ids = subject.ids(effort.prompt)
 
@@ -82,8 +101,15 @@ def _times(subject: Subject, model: Any) -> tuple[float, float]:
         cache.truncate(effort.prompt)
         model.forward(ids[:1], cache)
 
+    def last_step() -> None:
+        whole.truncate(ctx - 1)
+        model.forward(ids[:1], whole)
+
     long = seconds(prompt, min(effort.runs, _PROMPT_RUNS))
-    return seconds(step, effort.runs), long
+    short = seconds(step, effort.runs)
+    whole = model.new_cache(ctx)
+    fill(whole, ctx - 1)
+    return short, long, seconds(last_step, effort.runs)
 
 
 def seconds(call: Callable[[], object], runs: int) -> float:

@@ -24,7 +24,7 @@ _INTERRUPT_S, _PATIENCE_S = 0.05, 10.0
 Cache = DeviceCache | GroupedCache
 
 
-class _Pair:
+class Pair:
     """The same tokens through a captured step, and launch by launch."""
 
     def __init__(self, model: HybridModel, capacity: int):
@@ -90,7 +90,7 @@ def _replays(subject: Subject, findings: Findings, model: HybridModel) -> None:
     for n_tokens in effort.steps:
         what = f"{effort.replays} replays of a step of {n_tokens} tokens"
         findings.doing(what)
-        pair, room = _Pair(model, 64), 64 // n_tokens
+        pair, room = Pair(model, 64), 64 // n_tokens
         for turn in range(effort.replays):
             if turn % room == 0:
                 pair.forget(0)

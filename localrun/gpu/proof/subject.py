@@ -27,8 +27,10 @@ from localrun.gpu.ways import HOST_NODES
 from localrun.models import names
 from localrun.models.config import Config
 from localrun.models.reader import read_config
+from localrun.models.tensors import GGUFTensors
+from localrun.network.cache import Cache as HostCache
 from localrun.network.moe import MoE
-from localrun.placement.placement import Placement, Request, lay_out
+from localrun.placement.placement import VRAM, Placement, Request, lay_out
 
 Choices = list[tuple[torch.Tensor, torch.Tensor]]  # ids and weights (T, K), layer by layer
 
@@ -88,6 +90,7 @@ class Subject:
             self.config, self.file = _cut(self.whole, n_layers), FirstLayers(opened, n_layers)
             self.device = make_device(self.task.make_device)
             self.device.use(self.task.choices.get("handover", HOST_NODES))
+            self.device.cut(self.task.choices.get("tiles", {}))
             self._stack = stack.pop_all()
         return self
 
@@ -110,24 +113,33 @@ class Subject:
 
         return any(registry.get(tensor.type.name).integer for tensor in self.file.tensors.values())
 
-    def placement(self, whole: bool = False) -> Placement:
-        """Of the first layers, or of the whole model, on the device, with all experts in RAM."""
+    @property
+    def slots(self) -> int:
+        """Of each layer, of the cache of experts that is tried: a few, as far as VRAM has room for any."""
+        base, tensors = self.placement(), GGUFTensors(self.file)
+        layers = (tensors.expert_matrices(index) for index in self.moe_layers)
+        n_bytes = sum(w.n_rows * w.row_bytes for layer in layers for w in (layer.gate, layer.up, layer.down))
+        room = (base.available[VRAM] - base.needed[VRAM]) // n_bytes
+        return max(0, min(self.effort.slots, self.config.n_routed_experts - 1, room))
+
+    def placement(self, whole: bool = False, slots: int = 0) -> Placement:
+        """Of the first layers, or of the whole model, on the device: experts in RAM, some of which VRAM may cache."""
         free, task = self.device.free_bytes(), self.task
         file, config = (self.whole_file, self.whole) if whole else (self.file, self.config)
         vram = free if task.vram is None else min(free, task.vram)
         return lay_out(
             Request(
                 tuple(file.tensors.values()), config, task.ctx, 1 << 50, vram, free,
-                gpu_experts=0, cache_bits=task.cache_bits,
+                gpu_experts=slots, expert_cache=slots > 0, cache_bits=task.cache_bits,
             )
         )  # fmt: skip
 
     @contextmanager
-    def hybrid(self, whole: bool = False) -> Iterator[HybridModel]:
-        """The model on the device, its experts in RAM."""
+    def hybrid(self, whole: bool = False, slots: int = 0, workers: int | None = None) -> Iterator[HybridModel]:
+        """The model on the device, its experts in RAM; as placement() has it. workers: as HybridModel."""
         file, config = (self.whole_file, self.whole) if whole else (self.file, self.config)
-        placement = self.placement(whole)
-        with closing(HybridModel(config, file, self.task.threads, placement, self.device)) as model:
+        placement = self.placement(whole, slots)
+        with closing(HybridModel(config, file, workers or self.task.threads, placement, self.device)) as model:
             yield model
 
     @contextmanager
@@ -162,16 +174,20 @@ def make_device(name: str) -> Any:
     return make()
 
 
-def fill(cache: DeviceCache | GroupedCache, n_tokens: int) -> None:
-    """Have the cache hold so many tokens of zeros."""
+def fill(cache: DeviceCache | GroupedCache | HostCache, n_tokens: int) -> None:
+    """Have an empty cache hold so many tokens of zeros, in memory that has been written to."""
+    cache.check_room(n_tokens)
+    cache.advance(n_tokens)
+    if isinstance(cache, HostCache):
+        for rows in cache.save().values():  # views, but of rings
+            rows[...] = 0
+        return
     for layer in cache.blocks:
         layer.values.zero_(), layer.keys.zero_()
         if layer.scales is not None:
             layer.scales.fill_(1.0)
         if layer.indexer_keys is not None:
             layer.indexer_keys.zero_()
-    cache.truncate(0)
-    cache.advance(n_tokens)
 
 
 @contextmanager

@@ -18,10 +18,12 @@ class Effort:
         few, many: numbers of tokens of matrix products; a step takes the former.
         rows: of a matrix's results that are compared, from the first, the last and in between.
         experts: of a layer that are tried in VRAM.
+        slots: of each layer, of a cache of experts.
         contexts: cached tokens that attention is tried with.
         steps: numbers of tokens of steps.
         replays: of a captured step, with other inputs each time.
         delay_s: by which either side is made late.
+        patience_s: for which copies are held up that no step should wait for.
         prompt: tokens of prompts.
         whole_bytes: of a model that is compared as a whole: a larger one takes longer to read than the proof may.
         runs: of what is timed.
@@ -33,10 +35,12 @@ class Effort:
     many: tuple[int, ...] = (16, 64, 512)
     rows: int = 192
     experts: int = 3
+    slots: int = 2
     contexts: tuple[int, ...] = (17, 1024, 8192)
     steps: tuple[int, ...] = (1, 2, 5)
     replays: int = 200
     delay_s: float = 2e-3
+    patience_s: float = 10.0
     prompt: int = 512
     whole_bytes: int = 12 << 30
     runs: int = 30

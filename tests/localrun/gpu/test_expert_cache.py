@@ -18,6 +18,7 @@ import torch
 from closeness import error
 from gpu_dense import use_dense
 from gpu_device import HAS_GPU
+from gpu_torch import begin_from_slots
 from tiny_models import SMALLEST as V3
 
 from localrun.cpu import bridge
@@ -30,7 +31,6 @@ from localrun.gpu.experts import Experts
 from localrun.gpu.hybrid import HybridModel
 from localrun.gpu.prefill import LayerTimes, Seconds
 from localrun.gpu.routed import Mode, Routed
-from localrun.gpu.stream import host_bytes
 from localrun.gpu.weights import spans_in_ram
 from localrun.models.reader import read_config
 from localrun.models.tensors import GGUFTensors
@@ -91,23 +91,13 @@ def opened(device: StandIn, **options: object) -> Iterator[tuple[HybridModel, Na
                     device.free.release(99)
 
 
-def settled(model: HybridModel) -> None:
-    """Wait for the copies that are under way."""
-    for _, job in model.routed.cache._coming:
-        job.exception()
-
-
 def held(model: HybridModel) -> list[list[int]]:
     """The table on the device; each expert in it is in its slot, to the byte."""
     cache = model.routed.cache
-    table_LE = cache._table.cpu()
-    for host, here, slot_E in zip(cache._host, cache.in_vram.values(), table_LE, strict=True):
-        assert here.slot_of.data_ptr() == cache._table[list(cache.in_vram.values()).index(here)].data_ptr()
-        for expert in (slot_E >= 0).nonzero().flatten().tolist():
-            for weight, matrix in ((host.gate, here.gate), (host.up, here.up), (host.down, here.down)):
-                first = int(slot_E[expert]) * matrix.group_bytes
-                assert torch.equal(matrix.data[first : first + matrix.group_bytes], host_bytes(weight, expert))
-    return table_LE.tolist()
+    assert not cache.misplaced()
+    for row, here in zip(cache._table, cache.in_vram.values(), strict=True):
+        assert here.slot_of.data_ptr() == row.data_ptr()
+    return cache._table.tolist()
 
 
 def ids_of(n_tokens: int, seed: int = 1) -> list[int]:
@@ -181,8 +171,8 @@ def test_a_layer_in_each_way(mode: Mode, n_tokens: int) -> None:
             routed.end()
             assert routed.cache._counts_on_host[0].tolist() == ids.flatten().bincount(minlength=N_EXPERTS).tolist()
             routed.settle(n_tokens)
-            for _, job in routed.cache._coming:
-                job.result()
+            routed.cache.wait()
+            assert not routed.cache.failure
             tables.add(str(routed.cache._table.tolist()))
         routed.close()
     assert len(tables) > 2
@@ -195,25 +185,7 @@ def test_a_layer_in_each_way(mode: Mode, n_tokens: int) -> None:
 def dense(monkeypatch: pytest.MonkeyPatch) -> None:
     """As test_gpu_hybrid.py has it; experts in slots are multiplied by torch, too, from where their blocks lie."""
     use_dense(monkeypatch)
-    monkeypatch.setattr(Experts, "begin", multiply_from_slots)
-
-
-def multiply_from_slots(
-    here: Experts, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-) -> Callable[[], torch.Tensor]:
-    """Experts.begin for blocks of F32."""
-    out = torch.zeros_like(x)
-    for t, k in (ids >= 0).nonzero().tolist():
-        slot = int(here.slot_of[ids[t, k]])
-        if slot >= 0:
-            gate, up, down = (
-                matrix.data[: matrix.n_groups * matrix.group_bytes]
-                .view(torch.float32)
-                .view(matrix.n_groups, matrix.n_rows, matrix.n_cols)[slot]
-                for matrix in (here.gate, here.up, here.down)
-            )
-            out[t] += weights[t, k] * (down @ (torch.nn.functional.silu(gate @ x[t]) * (up @ x[t])))
-    return lambda: out
+    monkeypatch.setattr(Experts, "begin", begin_from_slots)
 
 
 @pytest.mark.slow
@@ -236,7 +208,7 @@ def test_logits_are_the_cpus_whatever_the_slots_hold(lateness: float) -> None:
             if rng.random() >= lateness:
                 for _ in model.routed.cache._coming:
                     device.free.release()
-                settled(model)
+                model.routed.cache.wait()
         assert len(tables) > 3
 
 
@@ -255,9 +227,9 @@ def test_a_copy_that_is_late_is_waited_for_by_nobody() -> None:
         assert ("MainThread", "localrun-expert-cache_0") in device.waits  # the table is there before a copy begins
         assert not any("expert-cache" in of for of, _ in device.waits)
         device.free.release(99)
-        settled(model)
+        model.routed.cache.wait()
         assert held(model)[place][expert] == -1  # only a forward pass changes the table
-        model.routed.cache._is_broken = True  # no more are asked for: what has arrived is used all the same
+        model.routed.cache.failure = "no more"  # no more are asked for: what has arrived is used all the same
         model.forward(ids[11:], cache)
         assert held(model)[place][expert] == slot
 
@@ -274,7 +246,7 @@ def test_a_copy_that_fails_leaves_its_expert_to_the_cpu() -> None:
             found = model.forward([token], cache)
             assert error(found, expected[position : position + 1]) < STEP_TOLERANCE
             held(model)
-            settled(model)
+            model.routed.cache.wait()
         assert len(told) == 1 and "could not be copied" in told[0] and "illegal memory access" in told[0]
         assert not model.routed.cache._coming
         assert any(len(set(slots)) <= SLOTS for slots in held(model))  # less than all of them, and -1

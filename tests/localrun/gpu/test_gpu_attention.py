@@ -12,7 +12,7 @@ import pytest
 import tiny_models
 import torch
 from cases import slow_but
-from gpu_device import DEVICE
+from gpu_device import DEVICE, cut
 
 from localrun.cpu.weights import LayerWeights
 from localrun.gguf.file import open_gguf
@@ -362,6 +362,28 @@ def check_grouped(pool: Pool, variant: tiny_models.Variant, layer: int, chunks: 
     again = new_cache(c, n_tokens, DEVICE, bits=32, n_layers=layer + 1)
     again.load(host_cache.save(), n_tokens)
     assert again.length == n_tokens and np.array_equal(again.save()[f"{layer}.1"], of_layer[f"{layer}.1"])
+
+
+# Of "two pieces" the number of pieces alone is another one.
+TILES = [("small", shape, bits) for shape in ("odd", "wide") for bits in (8, 16)]
+TILES += [("16 heads", "two blocks of heads", bits) for bits in (8, 16)]
+
+
+@pytest.mark.parametrize(("name", "shape", "bits"), slow_but(TILES, {("small", "odd", 16)}))
+def test_tiles(name: str, shape: str, bits: int) -> None:
+    config = dataclasses.replace(CONFIG, **SHAPES[shape])
+    for dtype, tolerance in ((torch.float16, HALF), (torch.float32, EXACT)):
+        with cut("attention", name):
+            assert_close(*attended(filled(config, 139, bits, 160), config, 2, 4, dtype), tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["small", "16 heads"])
+@pytest.mark.parametrize(("variant", "layer"), [("glm4moe", 0), ("gpt-oss", 0), ("gpt-oss", 1)])
+def test_tiles_of_groups(pool: Pool, name: str, variant: str, layer: int) -> None:
+    """With windows and sinks, and without."""
+    with cut("attention", name):
+        check_grouped(pool, variant, layer, [1, 9, 5])
 
 
 @pytest.mark.parametrize("bits", [16, 8])

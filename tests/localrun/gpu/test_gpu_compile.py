@@ -15,14 +15,16 @@ from paths import ROOT
 # A few for each capability, so that all kernels and ways of reading blocks are among them and a minute is enough; all
 # there are: `python tests/gpu_compile.py --capability 80`.
 CHOSEN = {
-    # Not attention over latents, whose tiles take 68 to 136 KiB, nor products of 64 tokens, which spill.
+    # With the usual tiles attention over latents takes 68 to 136 KiB there, and products of 64 tokens spill.
     75: [
-        *["Q8_0 16 tokens", "Q6_K 5 tokens", "Q8_0 transposed", "experts 1 tokens, Q4_K Q6_K", "MXFP4 1 tokens"],
-        *["queries V3 8 bits", "router V3"],
+        *["Q6_K 5 tokens", "BF16 4 tokens", "Q8_0 transposed", "experts 1 tokens, Q4_K Q6_K", "MXFP4 1 tokens"],
+        *["queries V3 8 bits", "router V3", "Q4_K 64 tokens, small", "experts 64 tokens, Q4_K Q6_K, small"],
+        *["attention V3 16 bits, small", "attention V3 8 bits, small", "attention gpt-oss 16 bits, small"],
     ],
     80: [
         *["Q4_K 1 tokens", "Q6_K 16 tokens", "FP8 widened", "Q8_0 transposed"],
         *["attention V3 16 bits", "attention V3 8 bits", "queries V3 8 bits", "attention gpt-oss 16 bits"],
+        *["attention V3 16 bits, 16 heads", "Q4_K 64 tokens, narrow", "Q4_K 5 tokens, eight warps"],
     ],
     89: [
         *["Q8_0 5 tokens", "experts 1 tokens, Q4_K Q6_K", "MXFP4 1 tokens", "Q5_K rows"],
@@ -33,6 +35,7 @@ CHOSEN = {
     90: [
         *["Q4_K 64 tokens", "FP8 products", "F16 4 tokens", "attention V3 16 bits"],
         *["experts 1 tokens, MXFP4 MXFP4", "experts 64 tokens, MXFP4 MXFP4", "sparse attention V3.2"],
+        *["experts 64 tokens, Q4_K Q6_K, eight warps", "Q6_K 64 tokens, three stages", "Q4_K 1 tokens, low"],
     ],
 }
 # A block's on consumer cards (CUDA programming guide, compute capabilities 8.6, 8.9 and 12.0), and of 7.5.

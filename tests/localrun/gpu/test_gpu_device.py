@@ -79,6 +79,9 @@ class FakeCuda:
         self.sync_error: Exception | None = None
         self.index = 1  # the caller's
 
+    def get_device_capability(self, device: torch.device) -> tuple[int, int]:
+        return 8, 9
+
     def Stream(self, device: torch.device) -> Stream:
         name = next(self._names)
         return Stream(self.log, name, {"side": 7, "capture": 9, "aside": 11}[name])

@@ -18,7 +18,7 @@ import torch
 from localrun.errors import LocalrunError
 from localrun.gpu import device as gpu
 from localrun.gpu.device import Cuda, StandIn, sleep_node
-from localrun.gpu.handover import MAILBOX_WORDS, Coordinator, HostWords, StreamWords
+from localrun.gpu.handover import MAILBOX_WORDS, Coordinator, HostWords, StreamWords, Watch
 from localrun.gpu.proof import child, prove
 from localrun.gpu.proof.parts import PARTS
 from localrun.gpu.proof.steps import replaced
@@ -72,6 +72,33 @@ def test_workers_that_wedge_are_an_error_and_the_card_goes_on() -> None:
     assert went_on and went_on[0] - start < 1.5
     with pytest.raises(LocalrunError, match="have not answered before"):
         found.begin()
+
+
+def test_host_nodes_that_wedge_are_an_error() -> None:
+    """As long as anything gets on there is none; what waits for the card raises as itself."""
+    watch, never, steps = Watch(0.2), threading.Event(), iter(range(9))
+    with pytest.raises(LocalrunError, match="the GPU failed"):
+        watch.wait(lambda: raise_(LocalrunError("the GPU failed")), lambda: 0)
+    start = time.monotonic()
+    with pytest.raises(LocalrunError, match=r"have not answered each other for 0\.2 s; --device cpu does without"):
+        watch.wait(never.wait, lambda: next(steps, 9))
+    assert 0.6 < time.monotonic() - start < 5 and watch.has_failed
+    with pytest.raises(LocalrunError, match="have not answered before"):
+        watch.wait(lambda: None, lambda: 0)
+    never.set()
+
+
+def raise_(error: Exception) -> None:
+    raise error
+
+
+def test_a_step_by_host_nodes_is_watched(fake: SimpleNamespace) -> None:
+    """One that is captured and replayed by stream memory operations is not: its thread is."""
+    device, waits = Cuda(), []
+    device._watch.wait = lambda wait, progress: waits.append(progress())
+    device.synchronize(lambda: 7)
+    device.synchronize()
+    assert waits == [7] and fake.log == ["sleep"] and not device.is_stuck
 
 
 def test_a_captured_step_is_the_same_either_way() -> None:
@@ -139,6 +166,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         return SimpleNamespace(cuda_stream=7, wait_stream=lambda other: None)
 
     found = SimpleNamespace(
+        get_device_capability=lambda device: (8, 9),
         capturing=False, Stream=stream, current_stream=stream, device=within, stream=within, graph=graph,
         is_current_stream_capturing=lambda: found.capturing, OutOfMemoryError=torch.cuda.OutOfMemoryError,
         CUDAGraph=type("Graph", (), {"replay": lambda self: log.append("replay"), "pool": lambda self: None}),

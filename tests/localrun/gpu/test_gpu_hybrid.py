@@ -587,7 +587,7 @@ class Failing(StandIn):
     def mark(self) -> Callable[[], None]:
         return self._wait
 
-    def synchronize(self) -> None:
+    def synchronize(self, progress: Callable[[], int] | None = None) -> None:
         self._wait()
 
 
@@ -606,6 +606,17 @@ def test_a_lost_device_is_an_error_and_no_tokens(n_tokens: int) -> None:
         assert cache.length == 3
         device.good = 1 << 30
         assert error(model.forward(ids[3 : 3 + n_tokens], cache), expected[2 + n_tokens][None]) < STEP_TOLERANCE
+
+
+@pytest.mark.skipif(HAS_GPU, reason="kernels are not interpreted, so the stand-in has none")
+@pytest.mark.usefixtures("dense")
+def test_workers_that_may_never_come_back_are_not_waited_for() -> None:
+    device = StandIn()
+    with opened(device=device) as (model, _):
+        device.is_stuck = True
+        model.close()
+        assert all(thread.is_alive() for thread in model.pool._threads)
+        device.is_stuck = False
 
 
 @pytest.mark.usefixtures("dense")

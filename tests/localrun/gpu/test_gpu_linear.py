@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from cases import slow_but
-from gpu_device import DEVICE
+from gpu_device import DEVICE, cut, others
 from kernels import random_weight
 
 from localrun.gpu import gemv
@@ -92,6 +92,22 @@ def test_wide_matrices_of_few_rows_are_split(rng: np.random.Generator) -> None:
     linear, x = Linear(weight, DEVICE), rng.standard_normal((1, 256 * 9))
     assert gemv.parts(linear.matrix, DEVICE) > 2
     assert_close(linear(on_device(x)), values, x, "oi,ti->to", FEW)
+
+
+TILES = [(kind, name, type_) for kind in ("few", "many") for name in others(kind) for type_ in ("Q4_K", "Q6_K", "F16")]
+
+
+@pytest.mark.parametrize(("kind", "name", "type_"), slow_but(TILES, {("few", "low", "F16"), ("many", "narrow", "F16")}))
+def test_tiles(kind: str, name: str, type_: str, rng: np.random.Generator) -> None:
+    """Rows, tokens and columns that fill no whole tile; of a few tokens each gets the bits that it gets alone."""
+    weight, values = random_weight(type_, (35, 768), rng)
+    x = rng.standard_normal((3 if kind == "few" else 26, 768)).astype(np.float32)
+    linear = Linear(weight, DEVICE)
+    with cut(kind, name):
+        found = linear(on_device(x))
+        assert_close(found, values, x, "oi,ti->to", FEW if kind == "few" else MANY)
+        if kind == "few":
+            assert torch.equal(found, torch.cat([linear(on_device(x[t : t + 1])) for t in range(len(x))]))
 
 
 def test_no_tokens(rng: np.random.Generator) -> None:
