@@ -81,7 +81,8 @@ def opened(
     variant: str, gpu_experts: int, monkeypatch: pytest.MonkeyPatch, bits: int = 16, expert_cache: bool = False
 ) -> Iterator[HybridModel]:
     monkeypatch.setattr(type(gemm._multiply), "__getitem__", lambda kernel, grid: lambda *args, **options: None)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=100))
+    card = SimpleNamespace(multi_processor_count=100, major=8, minor=9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     monkeypatch.setattr(host_experts.PrefillExperts, "_compute", lambda *args: None)
     with open_gguf(tiny_models.shared(variant)) as file:
         config, much = read_config(file), 1 << 40
