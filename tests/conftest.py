@@ -90,12 +90,14 @@ def _sample(items: list[pytest.Item], of: str) -> list[pytest.Item]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The serial ones last, when most processes have nothing left to wait with."""
+    """Those that take longest first, or a process would end with them alone; the serial ones last, when most processes
+    have nothing left to wait with."""
     if of := config.getoption("--sample"):
         sample = _sample(items, of)
         config.hook.pytest_deselected(items=[item for item in items if item not in sample])
         items[:] = sample
-    items.sort(key=lambda item: item.get_closest_marker("serial") is not None)
+    turns = {"first": 0, "serial": 2}
+    items.sort(key=lambda item: next((turn for mark, turn in turns.items() if item.get_closest_marker(mark)), 1))
 
 
 @functools.cache

@@ -21,6 +21,7 @@ def fuzz(folder: Path, *options: str) -> tuple[int, dict]:
     return done.returncode, json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.first
 @pytest.mark.parametrize("cases", [400, pytest.param(6_000, marks=pytest.mark.slow)])
 def test_odd_files_are_read_or_refused(cases: int, tmp_path: Path) -> None:
     code, document = fuzz(tmp_path, "--cases", str(cases))

@@ -181,8 +181,12 @@ def load_model(model: str | None, type_: str | None = None) -> ModelShape:
 
 @cache  # tables and plots ask for the same models again
 def _known(name: str, type_: str | None) -> ModelShape:
+    from localrun.convert.mixes import parse_mix
+
+    if type_ is not None:
+        return _known(name, None).with_type(parse_mix(type_))
     entry = load_data("models")[name]
-    return from_config(entry["config"], Path(name), type_, entry["title"], entry["source"])
+    return from_config(entry["config"], Path(name), None, entry["title"], entry["source"])
 
 
 def known_config(name: str) -> Config:

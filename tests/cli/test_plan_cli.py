@@ -13,6 +13,7 @@ import typer.main
 
 from cli.app import app
 from cli.main import run
+from localrun.plan import measure, shapes
 from localrun.plan.known import load_data
 from localrun.plan.machine import load_machine
 
@@ -138,7 +139,9 @@ def test_bad_link_files(
     assert out == "" and message in err and err.count("\n") == 1
 
 
-def test_tables_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_for_people(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of two models; the figures of all are in tests/localrun/plan/test_plan_figures.py."""
+    monkeypatch.setattr(shapes, "known_models", lambda: ["deepseek-v3", "deepseek-v2"])
     assert run(["plan", "--kv-table", "--compute-table"]) == 0
     out = capsys.readouterr().out
     assert "70,272" in out and "published 250 (+0.2%)" in out
@@ -173,8 +176,10 @@ def test_a_machine_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert second["decode"] == first["decode"] and second["machine"]["name"] == "mine"
 
 
-def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+def test_this_machine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Measured: of the right order, and every rate there. How near it comes is scripts/compare_plan.py's to say."""
+    monkeypatch.setattr(measure, "_TRY_S", 0.02)
+    monkeypatch.setattr(measure, "_PASSED_BYTES", 1 << 30)
     assert run(["plan", str(tiny_models.shared("v2-lite")), "-t", "1", "-c", "256", "--prompt", "64", "--json"]) == 0
     out, err = capsys.readouterr()
     assert err.startswith("localrun: measuring this machine") and err.count("\n") == 1

@@ -17,12 +17,13 @@ def run_marked(level: str, *options: str) -> None:
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-# The slow test has these: packing at this level is compared in test_quantize.py anyway, experts are products of the
-# same kernels, and files with interleaved rows are made by those who ask for them.
+# The slow test has these at the next lower level: packing is compared in test_quantize.py anyway, experts are products
+# of the same kernels, and files with interleaved rows are made by those who ask for them.
 LEFT_OUT = [f"--ignore={TESTS / 'quant' / name}" for name in ("test_quantize.py", "test_experts.py", "test_r16.py")]
 LEFT_OUT_WITHOUT_VECTORS = LEFT_OUT[1:]
 
 
+@pytest.mark.first
 @levels.next_lower
 def test_a_sample_at_a_lower_level(level: str) -> None:
     """Kernels, each with one of the sizes that its tests know. Whole steps and all levels are the slow test's."""
@@ -30,6 +31,7 @@ def test_a_sample_at_a_lower_level(level: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.first
 @levels.lower
 def test_steps_and_packing_at_a_lower_level(level: str) -> None:
     """One of each kind, as the source that deals with sizes is the same; without vectors that of formats is, too."""

@@ -1,6 +1,5 @@
 """Packing: bytes and errors against libggml's ggml_quantize_chunk, read back by gguf's dequantize."""
 
-import itertools
 import os
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import ggml
 import gguf
 import numpy as np
 import pytest
-from cases import mark_some, slow_but
+from cases import slow_but
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -31,9 +30,18 @@ OTHER_LEVELS = [level for level in isa.LEVELS if level != isa.LEVEL and isa.has(
 IMPORTANCE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", *SEARCHED)  # those that take notice of it
 
 
-def quick(names: Iterable[str]) -> list[Any]:
+# A format of each way to quantise: other levels see the same source, by other instructions.
+EACH_WAY = ("F16", "Q8_0", "Q4_K", "IQ4_NL", "IQ2_XXS")
+
+
+def quick(names: Iterable[str], also_at_levels: bool = False) -> list[Any]:
     """The names, those of grids slow but for one: they share their code, and a kernel takes seconds to compile."""
-    return mark_some(names, [name for name in GRIDS if name != "IQ2_XXS"], pytest.mark.slow)
+
+    def marks(name: str) -> list[pytest.MarkDecorator]:
+        slow = [pytest.mark.slow] if name in GRIDS and name != "IQ2_XXS" else []
+        return [*slow, pytest.mark.levels] if also_at_levels and name in EACH_WAY else slow
+
+    return [pytest.param(name, marks=marks(name)) for name in names]
 
 
 def theirs(name: str, x: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
@@ -145,11 +153,11 @@ def test_bytes_do_not_depend_on_workers_or_neighbours(name, n_rows):
 
 
 PLAIN = tuple(name for name in registry.QUANTIZABLE if name not in GRIDS)
+_NEXT = [(level, names) for level in OTHER_LEVELS[-1:] for names in (PLAIN, GRIDS)]
 
 
 @pytest.mark.parametrize(
-    ("level", "names"),
-    slow_but(itertools.product(OTHER_LEVELS, (PLAIN, GRIDS)), [(level, PLAIN) for level in OTHER_LEVELS[-1:]]),
+    ("level", "names"), slow_but([*_NEXT, *((level, EACH_WAY) for level in OTHER_LEVELS[:-1])], _NEXT[:1])
 )
 def test_bytes_do_not_depend_on_the_cpu(level, names):
     done = subprocess.run(
@@ -208,9 +216,8 @@ def test_error_is_within_the_formats_bound(name, x, scale):
     assert np.all(error <= (_HALF_STEP[name] + rounding) * largest + absolute)
 
 
-@pytest.mark.levels
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("name", quick(registry.QUANTIZABLE))
+@pytest.mark.parametrize("name", quick(registry.QUANTIZABLE, also_at_levels=True))
 def test_the_first_weight_that_is_not_finite_is_reported(name, value):
     format_ = registry.get(name)
     x = weights("gaussian", (300, COLS))
@@ -223,8 +230,7 @@ def test_the_first_weight_that_is_not_finite_is_reported(name, value):
         assert np.array_equal(out[intact], packed(name, x)[intact])
 
 
-@pytest.mark.levels
-@pytest.mark.parametrize("name", quick(registry.QUANTIZABLE))
+@pytest.mark.parametrize("name", quick(registry.QUANTIZABLE, also_at_levels=True))
 def test_weights_beyond_the_range_are_reported(name):
     x = weights("gaussian", (1, 256))
     x[0, 7] = registry.get(name).largest

@@ -18,6 +18,7 @@ def output_of(*command: str) -> dict:
 
 
 @pytest.mark.slow
+@pytest.mark.first
 def test_perplexity_is_llama_cpps():
     """0.5% of 24, over 2,040 predictions: the roundings of two programs differ by 0.04%; a wrong scale by far more."""
     # One thread: two that spin for each other beside another process of tests take twice the processor time.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import tiny_models
+import tiny_weights
 
 if TYPE_CHECKING:
     import torch
@@ -104,7 +105,7 @@ def model(path: Path | str) -> torch.nn.Module:
 def _common(architecture: object, name: str) -> str:
     """A tensor's name, as most architectures have it."""
     blk = re.match(r"blk\.\d+\.", name)
-    return blk[0] + tiny_models.common_name(str(architecture), name.removeprefix(blk[0])) if blk else name
+    return blk[0] + tiny_weights.common_name(str(architecture), name.removeprefix(blk[0])) if blk else name
 
 
 @functools.lru_cache(maxsize=256)

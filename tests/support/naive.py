@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import tiny_models
+import tiny_weights
 
 Array = np.ndarray
 
@@ -186,7 +187,7 @@ class Naive:
         for i in range(self.n_layers):
             self._layer = i
             w = {n.removeprefix(f"blk.{i}."): t for n, t in self.tensors.items() if n.startswith(f"blk.{i}.")}
-            w = {tiny_models.common_name(self.architecture, name): tensor for name, tensor in w.items()}
+            w = {tiny_weights.common_name(self.architecture, name): tensor for name, tensor in w.items()}
             self.window = self.meta.get("attention.sliding_window", 0) * (i % 2 == 0)
             x = x + attention(rms_norm(x, w["attn_norm.weight"], self.eps), w)
             h = rms_norm(x, w["ffn_norm.weight"], self.eps)

@@ -42,10 +42,12 @@ ALSO_AT_LEVELS = functools.partial(mark_some, chosen=AT_LEVELS, mark=pytest.mark
 DIVIDED = {"v3-odd", "v2-lite", "llama-mha"}
 
 
+FIRST = {*{tiny_models.type_name(tiny_models.VARIANTS[each]): each for each in reversed(VARIANTS)}.values()}
+
+
 def marks_together(variant: str) -> list[pytest.MarkDecorator]:
     """Of tests that several tokens are computed as each alone: an architecture's first variant is in the fast suite."""
-    first = {tiny_models.type_name(tiny_models.VARIANTS[each]): each for each in reversed(VARIANTS)}
-    slow = [] if variant in {*first.values(), *DIVIDED} else [pytest.mark.slow]
+    slow = [] if variant in FIRST | DIVIDED else [pytest.mark.slow]
     return slow + ([pytest.mark.levels] if variant in AT_LEVELS else [])
 
 
@@ -171,7 +173,7 @@ def test_quantised_logits_are_as_exact_as_llama_cpps(variant: str, mix: str) -> 
 
 
 @pytest.mark.parametrize("mix", ["F32", "quantised"])
-@pytest.mark.parametrize("variant", slow_but(VARIANTS, DIVIDED))
+@pytest.mark.parametrize("variant", slow_but([each for each in VARIANTS if each in FIRST | DIVIDED], DIVIDED))
 def test_workers_do_not_change_the_logits(variant: str, mix: str) -> None:
     """Nor does doing it again."""
     path = tiny_models.shared(variant, type=tiny_models.Q4_K_M if mix == "quantised" else "F32")

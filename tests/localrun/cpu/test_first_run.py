@@ -38,6 +38,7 @@ def load(cache: Path, how: str, which: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.first
 @pytest.mark.parametrize(("which", "n_kernels"), slow_but([("few", 3), ("all", 20)], {("few", 3)}))
 def test_only_the_first_run_compiles_and_says_so(which: str, n_kernels: int, tmp_path: Path) -> None:
     first = load(tmp_path, "quiet", which)

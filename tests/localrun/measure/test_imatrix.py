@@ -42,6 +42,7 @@ def collect(path: Path, ids: list[int], n_ctx: int = N_CTX) -> imatrix.Importanc
 
 def agree(found: imatrix.Importance, watched: Watched, tolerance: float = CLOSE) -> None:
     """The same counts, and sums that differ by less than this part of a matrix's largest."""
+    assert found.squares
     for name, squares in found.squares.items():
         assert np.array_equal(found.counts[name], watched.counts[name]), name
         expected = watched.squares[name]
@@ -96,8 +97,13 @@ def test_long_chunks_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched(hf_oracle.model(path))
     for start in (0, N_CTX):
         watched.run(ids[start : start + N_CTX])
+    parts, forward = [], Network.forward
+    monkeypatch.setattr(
+        Network, "forward", lambda self, ids, *rest: parts.append(len(ids)) or forward(self, ids, *rest)
+    )
     monkeypatch.setattr(imatrix, "PREFILL_CHUNK", 7)
     agree(collect(path, ids), watched)
+    assert parts == [7, 7, 6] * 2
 
 
 @pytest.mark.parametrize("type_", ["Q4_K", "Q8_0"])

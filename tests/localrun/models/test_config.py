@@ -14,6 +14,7 @@ import llama_cpp_oracle
 import numpy as np
 import pytest
 import tiny_models
+import tiny_shapes
 from config_models import (
     BASES,
     FUSED,
@@ -135,7 +136,7 @@ def test_tiny_variants(variant: str) -> None:
         scaling = None if model.rope_linear_factor is None else RopeScaling("linear", model.rope_linear_factor)
         assert config.rope_scaling == scaling
         assert (config.attention, config.rope, config.qk_norm) == ("gqa", "pairs", False)
-    elif isinstance(model, tiny_models.Grouped):
+    elif isinstance(model, tiny_shapes.Grouped):
         fields += ["num_key_value_heads", "head_dim", "rope_theta", "n_routed_experts", "num_experts_per_tok"]
         fields += ["moe_intermediate_size", "scoring_func", "norm_topk_prob"]
         width = model.num_key_value_heads * 2 * model.head_dim
@@ -168,7 +169,8 @@ def test_tiny_variants(variant: str) -> None:
     assert config.kv_bytes_per_token == 2 * (model.num_hidden_layers - n_sliding) * width + index_bytes
     assert config.kv_window_bytes == 2 * n_sliding * width * (window + WINDOW_SPARE)
     assert config.kv_bytes(10) == (2 * model.num_hidden_layers * width + index_bytes) * 10
-    assert [config.window(index) for index in range(3)] == ([window, 0, window] if window else [0, 0, 0])
+    windows = [config.window(index) for index in range(model.num_hidden_layers)]
+    assert windows == [0 if index % 2 else window for index in range(model.num_hidden_layers)]
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ MESSAGES = [{"role": "user", "content": "Name three colours."}]
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    with localrun.load(SMOLLM2, threads=2, ctx=512) as model:
+    with localrun.load(SMOLLM2, threads=1, ctx=512) as model:
         yield model
 
 
@@ -54,18 +54,18 @@ def url(engine: Engine) -> Iterator[str]:
 def test_openai(engine: Engine, url: str) -> None:
     """Greedy replies are those of `localrun generate`."""
     ids = chat_ids(engine.template, engine.tokenizer, MESSAGES)
-    expected = "".join(engine.session().reply(ids, Sampling(temperature=0), max_tokens=16))
+    expected = "".join(engine.session().reply(ids, Sampling(temperature=0), max_tokens=8))
     with openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0) as client:
         assert [model.id for model in client.models.list()] == ["smollm2"]
         asked = {"model": "smollm2", "messages": MESSAGES, "temperature": 0}
-        reply = client.chat.completions.create(**asked, max_completion_tokens=16, n=3)
+        reply = client.chat.completions.create(**asked, max_completion_tokens=8, n=3)
         assert [choice.message.content for choice in reply.choices] == [expected] * 3
         assert reply.usage.prompt_tokens == len(ids) and reply.usage.prompt_tokens_details.cached_tokens == 0
         assert reply.timings["cache_n"] == 2 * (len(ids) - 1)  # the prompt was read once
         options = {"stream": True, "stream_options": {"include_usage": True}}
-        *chunks, last = client.chat.completions.create(**asked, max_tokens=16, **options)
+        *chunks, last = client.chat.completions.create(**asked, max_tokens=8, **options)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
-        assert last.usage.completion_tokens == 16
+        assert last.usage.completion_tokens == 8
         held = {"response_format": Flag, "logprobs": True, "top_logprobs": 2, "max_tokens": 60, "seed": 2}
         choice = client.chat.completions.parse(**asked | {"temperature": 1.5}, **held).choices[0]
         assert isinstance(choice.message.parsed, Flag) and choice.finish_reason == "stop"

@@ -63,9 +63,12 @@ INVALID = [
 ]
 
 
-@pytest.fixture(scope="module", params=[*NAMES, "smollm2"])
+PATHS = {name: VOCABULARIES / f"ggml-vocab-{name}.gguf" for name in NAMES} | {"smollm2": model_path("smollm2")}
+
+
+@pytest.fixture(scope="module", params=PATHS)
 def path(request: pytest.FixtureRequest) -> Path:
-    return model_path("smollm2") if request.param == "smollm2" else VOCABULARIES / f"ggml-vocab-{request.param}.gguf"
+    return PATHS[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -175,8 +178,9 @@ def test_runs_that_would_overflow_the_usual_stack() -> None:
         tokenizer.encode("a" * 5_000_000)
 
 
-def test_logs_nothing(path: Path) -> None:
-    code = f"from localrun.text.tokenizer import Tokenizer; Tokenizer({str(path)!r}).encode('a')"
+def test_logs_nothing() -> None:
+    paths = [str(path) for path in PATHS.values()]
+    code = f"from localrun.text.tokenizer import Tokenizer\nfor path in {paths!r}: Tokenizer(path).encode('a')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")
 
