@@ -44,13 +44,21 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
     rope = values.get("rope_parameters")
     kinds = [rope.get(kind) for kind in ("main", "compress")] if isinstance(rope, dict) else []
     if not kinds or not all(isinstance(kind, dict) for kind in kinds):
-        return values
+        return values | {"rope_parameters": {"main": rope}} if _contradicts(values, rope) else values  # refused later
     main, compress = kinds
     own = {key: compress[key] for key in ("partial_rotary_factor",) if key in compress}
     if main.get("rope_type", "default") != "default" or own != {key: main[key] for key in own if key in main}:
         return values  # refused later
     theta = {"compress_rope_theta": compress["rope_theta"]} if "rope_theta" in compress else {}
     return values | {"rope_parameters": compress | {"rope_theta": main.get("rope_theta", 10000.0)}} | theta
+
+
+def _contradicts(values: dict[str, Any], rope: Any) -> bool:
+    """Whether settings of one kind of layers differ from those beside them, which are what transformers reads."""
+    beside = (("rope_theta", 10000.0), ("partial_rotary_factor", None))
+    return isinstance(rope, dict) and any(
+        key in rope and rope[key] != values.get(key, default) for key, default in beside
+    )
 
 
 CLASS = CheckpointClass(
@@ -85,7 +93,7 @@ CLASS = CheckpointClass(
         "n_shared_experts": read(1),
         "num_experts_per_tok": read(6),
         "scoring_func": only("sqrtsoftplus", why=_NO_PLACE),
-        "norm_topk_prob": read(True),
+        "norm_topk_prob": only(True, why="programs differ in what else means; no published model has another"),
         "routed_scaling_factor": read(1.5),
         "swiglu_limit": read(10.0),
         "max_position_embeddings": read(1048576),
@@ -203,7 +211,10 @@ def _read_limit(keys: Keys) -> float:
 def _parse(settings: Settings, fields: Fields) -> Fields:
     rope, part = settings.rope, settings.rope.partial_rotary_factor
     if {"main", "compress"} & rope.parameters.keys():
-        settings.fail("rope_parameters: expected main without scaling, and compress that rotates as many dimensions")
+        settings.fail(
+            "rope_parameters: expected main without scaling and compress that rotates as many dimensions; or neither, "
+            "and rope_theta beside them"
+        )
     if rope.type not in ("default", "yarn"):
         settings.fail(f"rope scaling is '{rope.type}'; expected default or yarn")
     if rope.parameters.get("attention_factor") not in (None, 1):

@@ -81,6 +81,11 @@ TELLING: dict[str, list[tuple[str, Any, str]]] = {
         ("norm_topk_prob", "absent", "honoured"), ("sliding_window", "absent", "no effect"),
         ("layer_types", ["sliding_attention"] * 3, "refused"), ("n_group", 2, "honoured"),
     ],
+    "DeepseekV4ForCausalLM": [
+        ("hc_eps", 0.1, "honoured"), ("num_hash_layers", 2, "honoured"), ("swiglu_limit", 3.0, "honoured"),
+        ("compress_rope_theta", 500.0, "honoured"), ("norm_topk_prob", False, "refused"), ("hc_mult", 2, "refused"),
+        ("sliding_window", 5, "honoured"), ("n_group", 2, "no effect"),
+    ],
     "Ernie4_5_MoeForCausalLM": [
         ("moe_layer_start_index", 2, "honoured"), ("moe_layer_end_index", 1, "refused"), ("moe_k", 2, "honoured"),
         ("tie_word_embeddings", "absent", "no effect"), ("moe_num_shared_experts", 0, "honoured"),

@@ -114,6 +114,29 @@ _BAILING_NAMES = {
     "gate.e_score_correction_bias": "gate.expert_bias",
 }  # fmt: skip
 HY_V3 = _GROUPED | {"num_experts": 8, "num_shared_experts": 1}
+DEEPSEEK4 = {
+    "vocab_size": 320,
+    "hidden_size": 96,
+    "moe_intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "head_dim": 64,
+    "partial_rotary_factor": 0.25,
+    "q_lora_rank": 32,
+    "o_groups": 2,
+    "o_lora_rank": 32,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "compressed_sparse_attention", "compressed_sparse_attention"],
+    "mlp_layer_types": ["hash_moe", "moe", "moe"],
+    "index_n_heads": 12,
+    "index_head_dim": 64,
+    "index_topk": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "swiglu_limit": 2.0,
+    "max_position_embeddings": 1024,
+    "num_nextn_predict_layers": 0,
+}
 GPT_OSS = {
     "vocab_size": 320,
     "hidden_size": 96,
@@ -169,6 +192,9 @@ def randomise(model: torch.nn.Module, seed: int, matrices: bool = True) -> None:
                 tensor.copy_(1 + 0.1 * values)
             elif name.endswith("e_score_correction_bias"):
                 tensor.copy_(0.1 * values)
+            elif name.endswith("tid2eid"):  # of each token others than before, none twice
+                first = torch.randint(1 << 20, (len(tensor), 1), generator=generator)
+                tensor.copy_((first + torch.arange(tensor.shape[1])) % model.config.n_routed_experts)
             elif matrices:
                 tensor.copy_(values * (1.0 if "embed" in name else 1.2 / tensor.shape[-1] ** 0.5))
 
