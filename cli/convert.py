@@ -53,7 +53,8 @@ MixPath = Annotated[
 ]
 NoMtp = Annotated[bool, typer.Option("--no-mtp", help="Leave out layers for multi-token prediction.")]
 Drafts = Annotated[
-    bool, typer.Option("--drafts", help="Write DeepSeek-V4's prediction layer alone, for `generate --draft`.")
+    bool,
+    typer.Option("--drafts", help="Write what drafts for a DeepSeek-V4 (prediction layer, DSpark), for `--draft`."),
 ]
 Imatrix = Annotated[
     Path | None,

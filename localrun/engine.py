@@ -247,8 +247,7 @@ class Engine:
                 file.close()
                 return False
             if not isinstance(self.model, NativeModel):
-                what = "DSpark's blocks" if takes_blocks else "a layer for multi-token prediction"
-                raise LocalrunError(f"{path}: {what}, which runs natively on CPUs alone")
+                raise LocalrunError(f"{path}: layers that draft for a model, which run natively on CPUs alone")
             (self.model.take_dspark if takes_blocks else self.model.take_mtp)(file)
         except BaseException:
             file.close()
