@@ -183,8 +183,10 @@ class NativeModel:
         return logits
 
     def _by_network(self, ids: Sequence[int], cache: Cache, all_logits: bool) -> np.ndarray:
-        with self._pool.passive_wait():  # torch's threads want the cores
-            hidden, logits = self.network.forward(ids, cache, all_logits, self.keep_hidden)
+        network = self.network
+        # Torch's threads want the cores.
+        with self._pool.passive_wait(), TorchThreads.for_tensors(len(ids) * self.config.hidden_size):
+            hidden, logits = network.forward(ids, cache, all_logits, self.keep_hidden)
         if self.keep_hidden:
             self.hidden = hidden
         return logits
