@@ -89,13 +89,16 @@ def test_few_tokens_of_a_quantised_model(script: ModuleType) -> None:
     assert report(script, "v3", 3, tiny_models.Q4_K_M)["first"] is None
 
 
-@pytest.mark.parametrize(("kind", "config"), [("DeepseekV3", hf.V3), ("Qwen3Moe", hf.QWEN3_MOE)])
+SOURCES = {"DeepseekV3": hf.V3, "Qwen3Moe": hf.QWEN3_MOE, "DeepseekV4": hf.DEEPSEEK4}
+
+
+@pytest.mark.parametrize(("kind", "config"), slow_but(SOURCES.items(), list(SOURCES.items())[:2]))
 def test_the_source_has_the_last_word(script: ModuleType, tmp_path: Path, kind: str, config: dict[str, Any]) -> None:
     """Step and network agree with transformers; where the checkpoint is another one, the layer is named."""
     folder = hf.save(hf.make(kind, config), tmp_path / "model")
     path = folder.with_suffix(".gguf")
     convert(make_plan(folder, path, Options(mix="F32")))
-    norm = "model.layers.1.post_attention_layernorm.weight"
+    norm = f"model.layers.1.{'ffn_norm' if kind == 'DeepseekV4' else 'post_attention_layernorm'}.weight"
     with localrun.load(path, threads=1, ctx=64) as engine:
         found = script.report(engine, hf.PROMPT, folder, 1, script.TOLERANCE)
         hf.edit_tensors(folder, lambda tensors: tensors.update({norm: 3 * tensors[norm]}))
