@@ -13,6 +13,7 @@ from localrun.models.registry import ARCHITECTURES
 from localrun.models.rope_scaling import read_scaling
 
 _LONGEST_NAME = 64  # characters; llama.cpp's are a third as long
+_DRAFTS = "dflash"  # an architecture of what drafts for a model: models/dspark.py
 IMATRIX = "imatrix"  # general.type of an importance matrix
 
 
@@ -20,10 +21,12 @@ def read_config(file: GGUFFile) -> Config:
     """The configuration of a model that the native backend runs.
 
     Raises:
-        GGUFError: a key is missing, of another type, or contradicts a tensor.
+        GGUFError: a key is missing, of another type, or contradicts a tensor; or the file only drafts for a model.
         UnsupportedModelError: another architecture, or a setting that the native backend does not know.
     """
     name = architecture_of(file)
+    if name == _DRAFTS:
+        raise GGUFError(f"{file.path}: '{name}' is no model but drafts for one; --draft takes those for a DeepSeek-V4")
     if name not in ARCHITECTURES:
         raise UnsupportedModelError(f"{file.path}: architecture '{name}' is not native")
     architecture, keys = ARCHITECTURES[name], Keys(file, name)

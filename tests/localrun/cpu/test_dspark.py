@@ -142,3 +142,8 @@ def test_blocks_of_something_else_are_refused(keys: dict[str, object], message: 
     path = tiny_dspark.write(tmp_path / "x.gguf", tiny.SHARED, **keys)
     with pytest.raises(LocalrunError, match=message):
         localrun.load(tiny.shared(), draft=path, speculative=2, device="cpu", threads=1, ctx=64)
+
+
+def test_blocks_are_no_model(blocks: Path) -> None:
+    with pytest.raises(LocalrunError, match="'dflash' is no model but drafts for one; --draft takes those"):
+        localrun.load(blocks)
