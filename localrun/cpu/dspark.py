@@ -1,10 +1,12 @@
 """DSpark's blocks over the tensors of their file, on the CPU: a pass through torch a block (network/dspark.py)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from localrun.cpu.torch_threads import TorchThreads
 from localrun.gguf.file import GGUFFile
 from localrun.models.dspark import DSpark
 from localrun.network.cache import Cache, new_cache
@@ -36,13 +38,21 @@ class Drafter:
 
         Raises ContextFullError: the cache has no room for them.
         """
-        with self._pool.passive_wait():  # torch's threads want the cores
-            self._network.keep(features, cache)
+        with self._torch(len(features)) as network:
+            network.keep(features, cache)
 
     def draft(self, last: int, n: int, cache: Cache) -> list[int]:
         """Up to n tokens that may follow the cache's and the token `last`."""
-        with self._pool.passive_wait():
-            return self._network.draft(last, min(n, self.spark.block_size), cache)
+        with self._torch(self.spark.block_size) as network:
+            return network.draft(last, min(n, self.spark.block_size), cache)
+
+    @contextmanager
+    def _torch(self, n_tokens: int) -> "Iterator[DSparkNetwork]":
+        """The network while torch works on so many tokens."""
+        network, config = self._network, self.spark.config
+        # Torch's threads want the cores.
+        with self._pool.passive_wait(), TorchThreads.for_tensors(n_tokens * config.hc_mult * config.hidden_size):
+            yield network
 
     @property
     def _network(self) -> "DSparkNetwork":
