@@ -6,6 +6,7 @@ Import this before triton: whether kernels are compiled or interpreted is decide
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -26,10 +27,16 @@ class _Kept:
         pass
 
 
-def _patch_once() -> None:
-    """Triton puts its language in place anew at every call in a kernel: half of what interpreting took."""
+def _quicken() -> None:
+    """Of what interpreting takes, two thirds are for nothing.
+
+    Triton puts its language in place anew at every call in a kernel. And it computes where integers overflow, but looks
+    at that in debugging only.
+    """
     from triton.runtime import interpreter
 
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
     patch, kept, modules = interpreter._patch_lang, _Kept(), set()
 
     def patch_once(function: Callable) -> _Kept:
@@ -42,7 +49,7 @@ def _patch_once() -> None:
 
 
 if not HAS_GPU and find_spec("triton"):
-    _patch_once()
+    _quicken()
 
 gpu = pytest.mark.skipif(not HAS_GPU, reason="torch sees no CUDA device")
 
