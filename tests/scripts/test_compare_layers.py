@@ -64,7 +64,10 @@ def test_all_phases_of_streams_and_pooled_rows_are_the_networks(script: ModuleTy
     assert {"streams", "output_a", "output", "experts' down"} <= {name for name, errors in phases.items() if errors}
 
 
-@pytest.mark.parametrize(("variant", "phase"), [("deepseek32", "blk.0"), (V4, "blk.1")])
+CHOOSING = [("deepseek32", "blk.0"), (V4, "blk.1")]
+
+
+@pytest.mark.parametrize(("variant", "phase"), slow_but(CHOOSING, CHOOSING[1:]))
 def test_another_choice_is_named(script: ModuleType, monkeypatch: pytest.MonkeyPatch, variant: str, phase: str) -> None:
     watched = script.WatchedWeights._watched_attend_chosen
 
@@ -77,6 +80,7 @@ def test_another_choice_is_named(script: ModuleType, monkeypatch: pytest.MonkeyP
     assert report(script, variant, 150)["first"] == f"{phase}.attn: indexer's choice"
 
 
+@pytest.mark.slow
 def test_a_wrong_weight_of_streams_is_named(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     name, vector = script.names.layer(V4, 2, "ffn_hc.scale"), script.WatchedWeights.vector
     monkeypatch.setattr(

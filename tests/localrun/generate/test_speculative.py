@@ -441,7 +441,7 @@ def test_the_models_own_head_gets_each_state_with_the_token_after_it(
 
 @pytest.mark.parametrize(
     ("variant", "setting"),
-    [*(("v3-nextn", setting) for setting in SETTINGS), ("glm4moe", 2), ("hy_v3", 2), ("bailingmoe2", 2)],
+    [*(("v3-nextn", setting) for setting in SETTINGS), ("glm4moe", 2), ("hy_v3", 2)],
 )
 def test_a_file_with_a_head_uses_it(variant: str, setting: str | int, tmp_path: Path) -> None:
     """Of random weights: almost never right, over turns and a saved session."""
