@@ -116,7 +116,7 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(LocalrunError, match=r"types are known for deepseek2, .* and qwen3moe, not for 'mamba2'"):
+    with pytest.raises(LocalrunError, match=r"types are known for bailingmoe2, .* and qwen3moe, not for 'mamba2'"):
         plan_for(tmp_path / "x.gguf", tmp_path / "y.gguf")
 
 
