@@ -27,7 +27,7 @@ from localrun.models.reader import read_config
 from localrun.network.cache import Cache
 from quant.formats import registry
 
-IN_FP8 = re.compile(r"attn\.(w|indexer\.wq_b)|shared_experts")
+IN_FP8 = re.compile(r"attn\.(w|indexer\.wq_b)|shared_experts|main_proj\.")
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "ue8m0"}
 
 
@@ -238,34 +238,48 @@ OF_DSPARK = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
-def test_dsparks_blocks_become_a_file_of_their_own(saved: Path, tmp_path: Path) -> None:
-    """The one that their weights make, which a model takes."""
-    folder = shutil.copytree(saved, tmp_path / "model")
-    added = {}
+def checkpoint_with_dspark(saved: Path, folder: Path) -> Path:
+    """A checkpoint with the blocks of tiny_dspark, whose ends lie in one block and another."""
+    shutil.copytree(saved, folder)
+    added: dict[str, torch.Tensor] = {}
     for name, array in tiny_dspark.tensors(tiny.SHARED).items():
-        match, values_ = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(?:weight|bias)", name), torch.from_numpy(array)
-        base = name.removesuffix(".weight")
+        match, base = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(?:weight|bias)", name), name.removesuffix(".weight")
+        weight = torch.from_numpy(array)
         if match is None:
-            own = OF_DSPARK[base] + ".weight" if base in OF_DSPARK else f"1.hc_head_{base.removeprefix('output_hc_')}"
-            added[f"mtp.{own}"] = values_
+            end = f"{OF_DSPARK[base]}.weight" if base in OF_DSPARK else f"1.hc_head_{base.removeprefix('output_hc_')}"
+            added[f"mtp.{end}"] = weight
         elif match[2].endswith("_exps"):
             w = {"ffn_gate_exps": "w1", "ffn_up_exps": "w3", "ffn_down_exps": "w2"}[match[2]]
-            added |= {f"mtp.{match[1]}.ffn.experts.{i}.{w}.weight": expert for i, expert in enumerate(values_)}
+            added |= {f"mtp.{match[1]}.ffn.experts.{i}.{w}.weight": each.clone() for i, each in enumerate(weight)}
         else:
-            added[f"mtp.{match[1]}.{OF_LAYER[match[2]]}"] = values_
-    hf.edit_tensors(folder, lambda tensors: tensors.update({name: part.contiguous() for name, part in added.items()}))
+            added[f"mtp.{match[1]}.{OF_LAYER[match[2]]}"] = weight
+    hf.edit_tensors(folder, lambda tensors: tensors.update(added))
     keys = {"dspark_block_size": tiny_dspark.BLOCK, "dspark_noise_token_id": tiny_dspark.NOISE}
     hf.edit_config(folder, **keys, dspark_target_layer_ids=list(tiny_dspark.TARGET))
+    return folder
+
+
+@pytest.mark.slow
+def test_dsparks_blocks_become_a_file_of_their_own(saved: Path, tmp_path: Path) -> None:
+    """The one that their weights make; as published, experts keep their bits."""
+    folder = checkpoint_with_dspark(saved, tmp_path / "model")
+    meant = publish(folder, tmp_path / "published")
     convert(make_plan(folder, tmp_path / "dspark.gguf", Options(mix="F32", drafts=True)))
+    convert(make_plan(tmp_path / "published", tmp_path / "packed.gguf", Options(drafts=True)))
     expected_path = tiny_dspark.write(tmp_path / "expected.gguf", tiny.SHARED)
+    with open_gguf(tiny.shared()) as model:
+        config = read_config(model)
     with open_gguf(tmp_path / "dspark.gguf") as found, open_gguf(expected_path) as expected:
         assert found.tensors.keys() == expected.tensors.keys()
         for name in expected.tensors:
             assert np.array_equal(values(found, name), values(expected, name)), name
-        with open_gguf(tiny.shared()) as model:
-            config = read_config(model)
         assert read_dspark(found, config) == read_dspark(expected, config)
+    with open_gguf(tmp_path / "packed.gguf") as packed:
+        experts = "blk.1.ffn_down_exps.weight"
+        assert packed.tensors[experts].type.name == "MXFP4" and packed.tensors["fc.weight"].type.name == "Q8_0"
+        parts = [meant[f"mtp.1.ffn.experts.{i}.w2.weight"].numpy() for i in range(tiny.SHARED.n_routed_experts)]
+        assert np.array_equal(values(packed, experts).ravel(), np.stack(parts).ravel())
+        assert read_dspark(packed, config).block_size == tiny_dspark.BLOCK
     hf.edit_config(folder, dspark_block_size=None)
     with pytest.raises(LocalrunError, match="dspark_block_size or dspark_target_layer_ids is missing"):
         make_plan(folder, tmp_path / "x.gguf", Options(drafts=True))
