@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,7 @@ class Fault:
         put_in: puts it in, and gives what makes the device if that is not the stand-in.
         type_: of the model's matrices.
         child: a function of this module that makes the device in a process of its own, "" for one in this process.
+        choices: that parts before have made.
     """
 
     name: str
@@ -55,13 +56,14 @@ class Fault:
     put_in: Callable[[pytest.MonkeyPatch], Callable[[], Any] | None] = lambda patch: None
     type_: str = "F32"
     child: str = ""
+    choices: dict[str, Any] = field(default_factory=dict)
 
 
 @contextmanager
 def put_in(fault: Fault, patch: pytest.MonkeyPatch) -> Iterator[Task]:
     """Within, it is there: the task that meets it."""
     global _device
-    task = gpu_proofs.task(fault.type_, "gpu_faults:device")
+    task = gpu_proofs.task(fault.type_, "gpu_faults:device").with_choices(fault.choices)
     if fault.child:
         yield replace(task, make_device=f"gpu_faults:{fault.child}")
         return
@@ -183,6 +185,19 @@ def _too_much_shared_memory(weight: Any, x: Any, y: Any, apply: Any) -> Any:
     from triton.runtime.errors import OutOfResources
 
     raise OutOfResources(131_072, 101_376, "shared memory")
+
+
+_LOW = {"few": "low", "many": "usual", "attention": "usual"}
+
+
+def _wrong_tiles(patch: pytest.MonkeyPatch) -> None:
+    """Those that were fastest are wrong."""
+    from localrun.gpu import tiles
+    from localrun.gpu.proof import tiles as part
+
+    patch.setattr(part, "_fastest", lambda subject, findings, kind, prepare: _LOW[kind])
+    low = tiles.CANDIDATES["few"]["low"]
+    _modules(lambda weight, x, y, apply: y * 1.01 if tiles.of(x.device).few == low else y)(patch)
 
 
 def _router(change: Callable[[Any], dict[str, Any]], without_bias: bool = False):
@@ -718,6 +733,7 @@ _NOT_THERE = r": expert \d of layer 1 is not what its slot in VRAM holds"
 _HEADS = "HeadLinear"
 FAULTS = (
     Fault("a wrong scale in one format", "kernels", rf"Q8_0, .* tokens{_OFF}", _modules(_wrong_scale), "Q8_0"),
+    Fault("fast tiles that are wrong", "kernels", rf"F32, .* tokens{_OFF}", _wrong_tiles, choices={"tiles": _LOW}),
     Fault("the end of each row left out", "kernels", rf"F32, .*{_OFF}", _modules(_cut_rows)),
     Fault("a last row that is not written", "kernels", rf"F32, .*{_OFF}", _modules(_lost_row)),
     Fault("a tile that repeats a row", "kernels", rf"F32, .*{_OFF}", _modules(_repeated_row)),

@@ -65,7 +65,7 @@ def _one_worker_less(subject: Subject, findings: Findings, step_s: float) -> Non
     findings.doing("steps with one worker less")
     with subject.hybrid(workers=n_workers) as model:
         model.resident.wait()
-        found = _times(subject, model)[0]
+        found = _step_s(subject, model, subject.effort.prompt + 1)
     findings.figures["step_with_a_worker_less_s"] = found
     if found < _WORTH * step_s:
         findings.choices["workers"] = n_workers
@@ -88,28 +88,28 @@ def _layers(model: HybridModel, layers: Sequence[Any]) -> Iterator[None]:
 
 
 def _times(subject: Subject, model: Any) -> tuple[float, float, float]:
-    """Seconds of a step, of a prompt, and of the last step that the context has room for."""
-    effort, ctx = subject.effort, subject.task.ctx
-    cache = model.new_cache(effort.prompt + 1)
-    ids = subject.ids(effort.prompt)
+    """Seconds of a step behind a prompt, of a prompt, and of the last step that the context has room for."""
+    effort = subject.effort
+    cache, ids = model.new_cache(effort.prompt), subject.ids(effort.prompt)
 
     def prompt() -> None:
         cache.truncate(0)
         model.forward(ids, cache)
 
-    def step() -> None:
-        cache.truncate(effort.prompt)
-        model.forward(ids[:1], cache)
-
-    def last_step() -> None:
-        whole.truncate(ctx - 1)
-        model.forward(ids[:1], whole)
-
     long = seconds(prompt, min(effort.runs, _PROMPT_RUNS))
-    short = seconds(step, effort.runs)
-    whole = model.new_cache(ctx)
-    fill(whole, ctx - 1)
-    return short, long, seconds(last_step, effort.runs)
+    return _step_s(subject, model, effort.prompt + 1), long, _step_s(subject, model, subject.task.ctx)
+
+
+def _step_s(subject: Subject, model: Any, capacity: int) -> float:
+    """Seconds of the last step that a context of so many tokens has room for, each time of another token."""
+    cache, tokens = model.new_cache(capacity), iter(subject.ids(subject.effort.runs + 1))
+    fill(cache, capacity - 1)
+
+    def step() -> None:
+        cache.truncate(capacity - 1)
+        model.forward([next(tokens)], cache)
+
+    return seconds(step, subject.effort.runs)
 
 
 def seconds(call: Callable[[], object], runs: int) -> float:

@@ -15,9 +15,11 @@ from gpu_device import DEVICE, HAS_GPU
 
 from localrun.errors import LocalrunError
 from localrun.gpu import tiles
-from localrun.gpu.proof import prove, verdict
+from localrun.gpu.proof import prove, speed, verdict
 from localrun.gpu.proof import tiles as proof_of_tiles
 from localrun.gpu.proof.parts import PARTS
+from localrun.gpu.proof.subject import Subject
+from localrun.gpu.proof.task import Findings
 from localrun.placement import available
 from localrun.placement.devices import DeviceRequest
 
@@ -86,6 +88,16 @@ def test_what_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proof_of_tiles, "_products", products)
     found = proven(monkeypatch, times)
     assert found["choices"]["tiles"]["few"] == "usual" and "low" not in found["figures"]["few"]
+
+
+@pytest.mark.skipif(HAS_GPU, reason="kernels are not interpreted, so the stand-in has none")
+@pytest.mark.parametrize(("step_s", "choices"), [(0.5, {"workers": 1}), (0.99, {})])
+def test_one_worker_less(step_s: float, choices: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "_step_s", lambda subject, model, capacity: step_s / model.pool.n_workers)
+    findings = Findings()
+    with gpu_proofs.kernels_in_torch(monkeypatch), Subject(replace(gpu_proofs.task("F32"), threads=2)) as subject:
+        speed._one_worker_less(subject, findings, 1.0)
+    assert findings.choices == choices
 
 
 def kept(monkeypatch: pytest.MonkeyPatch, choices: dict[str, Any], told: list[str], threads: int = 4) -> dict[str, Any]:
