@@ -8,6 +8,7 @@ uploaded for a long prompt.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -149,15 +150,14 @@ def _copies(subject: Subject, findings: Findings) -> dict[str, float]:
 def _sides(subject: Subject, findings: Findings, model: HybridModel) -> dict[str, float]:
     """A step of the first layers: in all, the card's part, the workers' part, and what neither covers."""
     findings.doing("each side's part of a step")
-    cache, runs = model.new_cache(subject.effort.runs + 2), subject.effort.runs
-    token = subject.ids(1)
+    cache, runs = model.new_cache(1), subject.effort.runs
+    tokens = itertools.cycle(subject.ids(runs))  # others every time, and so their experts
 
     def step() -> None:
         cache.truncate(0)
-        model.forward(token, cache)
+        model.forward([next(tokens)], cache)
 
     whole = seconds(step, runs)
-    cache = model.new_cache(subject.effort.runs + 2)
     with recorded_anew(model), replaced(model.device, call=lambda function, argument: None):
         card = seconds(step, runs)
     workers = _workers(subject, model, runs)
