@@ -10,6 +10,7 @@ from localrun.cpu import bridge
 from localrun.cpu.bridge import Embedding, HeadLinear, JoinedMLP, Linear
 from localrun.gguf.file import GGUFFile
 from localrun.models.tensors import GGUFTensors
+from localrun.network.hyper import mix_streams
 from localrun.network.moe import choose_experts
 from localrun.network.weight_source import RoutedExperts
 from localrun.ranks.remote import Remote
@@ -20,7 +21,7 @@ from quant.threads.pool import Pool
 class LayerWeights(GGUFTensors):
     """The tensors of one file as modules over torch tensors; with `remote`, other ranks have shares of its experts."""
 
-    choose_experts = staticmethod(choose_experts)
+    choose_experts, mix_streams = staticmethod(choose_experts), staticmethod(mix_streams)
 
     def __init__(self, file: GGUFFile, pool: Pool, remote: Remote | None = None):
         super().__init__(file, remote.own if remote else None)
@@ -30,7 +31,7 @@ class LayerWeights(GGUFTensors):
         self.attend_chosen, self.choose_rows = bridge.AttendChosen(pool), bridge.ChooseRows(pool)
 
     def vector(self, name: str) -> torch.Tensor:
-        """A 1-D tensor, float32."""
+        """A tensor that is no matrix, float32."""
         return torch.from_numpy(self.array(name))
 
     def embedding(self, name: str) -> Embedding:
@@ -55,6 +56,10 @@ class LayerWeights(GGUFTensors):
         """down of the activation of gate and up, in one call."""
         matrices = map(self.matrix, (gate, up, down))
         return JoinedMLP(self.pool, ExpertMatrices(*matrices, activation=self.activation))
+
+    def expert_table(self, index: int) -> torch.Tensor:
+        """int32 (vocab, K): the experts of each token in layer `index`, of which there is a table."""
+        return torch.from_numpy(self.expert_ids(index))
 
     def experts(self, index: int) -> RoutedExperts:
         """The routed experts of layer `index`."""

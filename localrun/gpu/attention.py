@@ -36,15 +36,15 @@ from localrun.network.weight_source import WeightSource
 
 FEW_TOKENS = 8  # tokens with all pieces each; more share them
 _FLASH = (8, 0)  # compute capability that torch's flash attention needs
-_LOG2_E = 1.4426950408889634
-_MIN_PIECE = 128  # cached tokens: shorter pieces would cost more to sum than they gain
+LOG2_E = 1.4426950408889634
+MIN_PIECE = 128  # cached tokens: shorter pieces would cost more to sum than they gain
 CONTEXT = 4096  # cached tokens decompressed at a time
-_TO_BASE_2 = tl.constexpr(_LOG2_E)
-_PEAK = tl.constexpr(12.0)  # float16 weights of the softmax are up to 2^12: small ones keep their bits down to 2^-26
+TO_BASE_2 = tl.constexpr(LOG2_E)
+PEAK = tl.constexpr(12.0)  # float16 weights of the softmax are up to 2^12: small ones keep their bits down to 2^-26
 
 
 @triton.jit
-def _piece_length(n_seen, n_pieces, MIN_PIECE: tl.constexpr, BLOCK_S: tl.constexpr):
+def piece_length(n_seen, n_pieces, MIN_PIECE: tl.constexpr, BLOCK_S: tl.constexpr):
     """Cached tokens of each piece but the last, whole blocks."""
     return tl.maximum(MIN_PIECE, tl.cdiv(tl.cdiv(n_seen, n_pieces), BLOCK_S) * BLOCK_S)
 
@@ -114,7 +114,7 @@ def attend_kernel(q_latent, q_rope, positions, table, entry_stride, token_stride
     piece, token = tl.program_id(1), tl.program_id(2)
     n_seen = _n_seen(positions, token, TOP_K)
     first = _first_seen(n_seen, WINDOW)
-    length = _piece_length(n_seen - first, n_pieces, MIN_PIECE, BLOCK_S)
+    length = piece_length(n_seen - first, n_pieces, MIN_PIECE, BLOCK_S)
     first += piece * length
     if first >= n_seen:
         return
@@ -162,7 +162,7 @@ def attend_kernel(q_latent, q_rope, positions, table, entry_stride, token_stride
         score *= factor[:, None]
         score = tl.where(is_row[None, :], score, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(score, 1))
-        weight = tl.exp2(score - new_peak[:, None] + _PEAK)
+        weight = tl.exp2(score - new_peak[:, None] + PEAK)
         shrink = tl.exp2(peak - new_peak)
         total = total * shrink + tl.sum(weight, 1)
         mixed *= shrink[:, None]
@@ -175,7 +175,7 @@ def attend_kernel(q_latent, q_rope, positions, table, entry_stride, token_stride
     place = query * n_pieces + piece
     inside = is_head[:, None] & (column < C)[None, :]
     tl.store(partials + place[:, None] * C + column[None, :], mixed / total[:, None], mask=inside)
-    tl.store(log_sums + place, peak + tl.log2(total) - _PEAK, mask=is_head)
+    tl.store(log_sums + place, peak + tl.log2(total) - PEAK, mask=is_head)
 
 
 @triton.jit
@@ -189,13 +189,13 @@ def combine_kernel(partials, log_sums, positions, sinks, out, n_pieces, N_HEADS:
     head, token = tl.program_id(0), tl.program_id(2)
     n_seen = _n_seen(positions, token, TOP_K)
     n_seen -= _first_seen(n_seen, WINDOW)
-    count = tl.cdiv(n_seen, _piece_length(n_seen, n_pieces, MIN_PIECE, BLOCK_S))
+    count = tl.cdiv(n_seen, piece_length(n_seen, n_pieces, MIN_PIECE, BLOCK_S))
     query = token.to(tl.int64) * N_HEADS + head
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     peak = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
     if HAS_SINKS:
-        peak = tl.zeros([1], tl.float32) + tl.load(sinks + head) * _TO_BASE_2
+        peak = tl.zeros([1], tl.float32) + tl.load(sinks + head) * TO_BASE_2
         total += 1.0
     mixed = tl.zeros([COLUMNS], tl.float32)
     for first in range(0, count, PIECES):
@@ -226,7 +226,7 @@ def attend_constants(config: Config, bits: int, dtype: torch.dtype, tile: Attent
         "BLOCK_C": max(16, triton.next_power_of_2(value_width)), "BLOCK_R": max(16, triton.next_power_of_2(key_width)),
         "BLOCK_H": head_block(heads_together(c), dtype, tile.heads),
         "BLOCK_S": 32 if _is_copied(bits, dtype) and tile.heads > 1 else 16,
-        "MIN_PIECE": _MIN_PIECE, "BITS": bits, "DTYPE": tl.float16 if dtype == torch.float16 else tl.float32,
+        "MIN_PIECE": MIN_PIECE, "BITS": bits, "DTYPE": tl.float16 if dtype == torch.float16 else tl.float32,
         "IS_LATENT": c.attention == "mla", **row_constants(c, bits),
     }  # fmt: skip
 
@@ -324,7 +324,7 @@ def attend_over(
     n_pieces = max(1, min(n_pieces, n_pieces * FEW_TOKENS // n_tokens))
     top_k = 0 if chosen_TK is None else chosen_TK.shape[1]
     if most := window or top_k:
-        n_pieces = min(n_pieces, triton.cdiv(most, _MIN_PIECE))
+        n_pieces = min(n_pieces, triton.cdiv(most, MIN_PIECE))
     partials = torch.empty(n_tokens, n_heads, n_pieces, width, device=device)
     log_sums = torch.empty(n_tokens, n_heads, n_pieces, device=device)
     out_THC = torch.empty(n_tokens, n_heads, width, device=device)
@@ -332,7 +332,7 @@ def attend_over(
     constants, sums = attend_constants(config, bits, dtype, tile), combine_constants(config, bits, dtype, tile)
     attend_kernel[_head_blocks(config, tile, dtype), n_pieces, n_tokens](
         *queries, *places.of_layer(layer), places.positions if chosen_TK is None else chosen_TK, partials, log_sums,
-        scale * _LOG2_E, n_pieces, **constants, WINDOW=window, TOP_K=top_k, **attend_options(config, bits, dtype, tile),
+        scale * LOG2_E, n_pieces, **constants, WINDOW=window, TOP_K=top_k, **attend_options(config, bits, dtype, tile),
     )  # fmt: skip
     combine_kernel[n_heads, triton.cdiv(width, sums["COLUMNS"]), n_tokens](
         partials, log_sums, places.positions, log_sums if sinks_H is None else sinks_H, out_THC, n_pieces, **sums,

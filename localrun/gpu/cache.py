@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import triton.language as tl
 
+from localrun.gpu.compressed_cache import CompressedCache
 from localrun.gpu.places import Places
 from localrun.models.config import Config
 from localrun.models.rows import Rows
@@ -282,11 +283,14 @@ class DeviceCache(DeviceContext):
         self.length = length
 
 
+AnyCache = DeviceCache | GroupedCache | CompressedCache
+
+
 def new_cache(
     config: Config, capacity: int, device: torch.device, bits: int = 16, n_layers: int | None = None
-) -> DeviceCache | GroupedCache:
+) -> AnyCache:
     """An empty cache of the model's kind. torch.OutOfMemoryError if the device has no room."""
-    kind = DeviceCache if config.attention == "mla" else GroupedCache
+    kind = {"mla": DeviceCache, "gqa": GroupedCache, "compressed": CompressedCache}[config.attention]
     return kind(config, capacity, device, bits, n_layers)
 
 

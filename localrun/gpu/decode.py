@@ -14,12 +14,12 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch.nn.functional import rms_norm
 
-from localrun.gpu.cache import DeviceContext
+from localrun.gpu.cache import AnyCache
 from localrun.gpu.device import Cuda, StandIn
 from localrun.gpu.places import ENTRIES, Places
 from localrun.gpu.routed import Mode, Routed
+from localrun.models.config import INDEXED_RATIO
 from localrun.network.model import Network
 from quant.decode.program import MOST_TOKENS
 from quant.threads.pool import CONTROL, Pool
@@ -40,21 +40,22 @@ class DecodeStep:
         shape = 2 + ENTRIES * c.num_hidden_layers, MOST_TOKENS  # ids, positions, a table of Places
         self._inputs_on_host = device.pinned(shape, torch.int64)
         self._inputs = torch.zeros(shape, dtype=torch.int64, device=device.torch)
-        self._hidden = device.pinned((MOST_TOKENS, c.hidden_size), torch.float32)
+        self._hidden = device.pinned((MOST_TOKENS, max(1, c.hc_mult) * c.hidden_size), torch.float32)
         self._logits = device.pinned((MOST_TOKENS, c.vocab_size), torch.float32)
         self.recorded: dict[tuple[int, int, int], Callable[[], None]] = {}
 
-    def __call__(self, ids: Sequence[int], cache: DeviceContext) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, ids: Sequence[int], cache: AnyCache) -> tuple[np.ndarray, np.ndarray]:
         """Evaluate up to MOST_TOKENS ids after the cache's, which has room for them; it then holds them too.
 
         Returns:
-            Of each: what the head reads, float32 (T, D), and logits (T, vocab).
+            Of each: what the head reads, float32 (T, D), or of streams what they are before, (T, n * D); and logits
+            (T, vocab).
         """
         results = self._run(ids, [cache] * len(ids), range(cache.length, cache.length + len(ids)))
         cache.advance(len(ids))
         return results
 
-    def together(self, ids: Sequence[int], caches: Sequence[DeviceContext]) -> tuple[np.ndarray, np.ndarray]:
+    def together(self, ids: Sequence[int], caches: Sequence[AnyCache]) -> tuple[np.ndarray, np.ndarray]:
         """Evaluate up to MOST_TOKENS ids, each after those of a cache of its own, which then holds it too.
 
         The caches have room, and values of as many bits. Returns: as a call.
@@ -65,7 +66,7 @@ class DecodeStep:
         return results
 
     def _run(
-        self, ids: Sequence[int], caches: Sequence[DeviceContext], positions: Iterable[int]
+        self, ids: Sequence[int], caches: Sequence[AnyCache], positions: Iterable[int]
     ) -> tuple[np.ndarray, np.ndarray]:
         n_tokens, positions = len(ids), list(positions)
         self.load(ids, caches, positions)
@@ -76,7 +77,7 @@ class DecodeStep:
                 self._device.synchronize(lambda: self._jobs.value)
         return self._hidden[:n_tokens].numpy().copy(), self._logits[:n_tokens].numpy().copy()
 
-    def load(self, ids: Sequence[int], caches: Sequence[DeviceContext], positions: Iterable[int]) -> None:
+    def load(self, ids: Sequence[int], caches: Sequence[AnyCache], positions: Iterable[int]) -> None:
         """The tokens of the next queue() or replay, their caches, and their positions there."""
         inputs = self._inputs_on_host.numpy()[:, : len(ids)]
         inputs[0], inputs[1] = ids, list(positions)
@@ -84,8 +85,9 @@ class DecodeStep:
 
     def most(self, position: int) -> int:
         """Places.most of a step up to a position: what an indexer goes over has twice the size at twice the context."""
-        top_k = self._network.config.index_topk
-        return max(top_k, 1 << position.bit_length()) if top_k else 0
+        c = self._network.config
+        chosen = c.index_topk * (INDEXED_RATIO if c.attention == "compressed" else 1)  # tokens, of which all are seen
+        return max(chosen, 1 << position.bit_length()) if chosen else 0
 
     def _replay(self, *kind: int) -> Callable[[], None]:
         """What queues the step: recorded when it is first asked for, which runs it a few times."""
@@ -95,16 +97,16 @@ class DecodeStep:
 
     def queue(self, n_tokens: int, bits: int, most: int = 0) -> None:
         """The step's work, launch by launch. Within Pool.exclusive(), until it is done."""
-        network, c = self._network, self._network.config
+        network = self._network
         self._routed.mode = Mode.STEP
         self._routed.start()
         self._inputs.copy_(self._inputs_on_host, non_blocking=True)
         inputs = self._inputs[:, :n_tokens]
         places = Places(inputs[1], inputs[2:], bits, most)
-        x_TD = network.embed_tokens(inputs[0])
+        x_TD = network.first(inputs[0])
         for layer in network.layers:
-            x_TD = layer(x_TD, places)
-        x_TD = rms_norm(x_TD, (c.hidden_size,), network.norm, c.rms_norm_eps)
-        self._hidden[:n_tokens].copy_(x_TD, non_blocking=True)
+            x_TD = layer(x_TD, places, inputs[0])
+        hidden, x_TD = network.last(x_TD)
+        self._hidden[:n_tokens].copy_(hidden, non_blocking=True)
         self._logits[:n_tokens].copy_(network.lm_head(x_TD), non_blocking=True)
         self._routed.end()

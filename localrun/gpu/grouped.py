@@ -24,13 +24,14 @@ from localrun.gpu.attention import (
     pieces_for,
 )
 from localrun.gpu.cache import GroupedCache, row_constants
+from localrun.gpu.compressed import CompressedAttention
 from localrun.gpu.places import HasPlaces, Places, block_of, n_rows_of
 from localrun.gpu.routing import Turns
 from localrun.limits import GPU_ATTENTION_WORK_BYTES
 from localrun.models.config import Config
 from localrun.network import attention
 from localrun.network.cache import row_widths
-from localrun.network.model import MakeAttention
+from localrun.network.model import Attention, MakeAttention
 from localrun.network.rope import Rope
 from localrun.network.weight_source import WeightSource
 
@@ -147,12 +148,14 @@ class GroupedQueryAttention(attention.GroupedQueryAttention):
         return both[0], both[1]
 
 
+_KINDS = {"mla": LatentAttention, "gqa": GroupedQueryAttention, "compressed": CompressedAttention}
+
+
 def attention_on(device: torch.device) -> MakeAttention:
     """What makes the layers' attention there, with the same turns for all."""
     turns_of = functools.cache(lambda rope: Turns(rope, device))
 
-    def make(config: Config, weights: WeightSource, index: int, rope: Rope) -> LatentAttention | GroupedQueryAttention:
-        kind = LatentAttention if config.attention == "mla" else GroupedQueryAttention
-        return kind(config, weights, index, turns_of(rope))
+    def make(config: Config, weights: WeightSource, index: int, rope: Rope) -> Attention:
+        return _KINDS[config.attention](config, weights, index, turns_of(rope))
 
     return make

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch.nn.functional import rms_norm
 
 from localrun.cpu.torch_threads import TorchThreads
 from localrun.gguf.file import GGUFFile
 from localrun.gguf.residency import Resident, let_go
 from localrun.gpu import compiling, prefill
-from localrun.gpu.cache import DeviceCache, GroupedCache, new_cache
+from localrun.gpu.cache import AnyCache, new_cache
 from localrun.gpu.decode import DecodeStep
 from localrun.gpu.device import Cuda, StandIn
 from localrun.gpu.grouped import attention_on
@@ -48,7 +47,8 @@ class HybridModel:
         most_together: contexts that can share a step.
         least_chunk: tokens that are no step.
         keep_hidden: whether forward() is to leave `hidden` behind.
-        hidden: float32 (T, hidden_size), what the head reads (after the final norm) of the last forward()'s tokens.
+        hidden: float32 (T, hidden_size), what the head reads (after the final norm) of the last forward()'s tokens; of
+            streams what they are before, (T, hc_mult * hidden_size).
         network: the modules on the device.
         step: what evaluates a few tokens.
         routed, pool: the routed experts, and the workers of those in RAM.
@@ -126,7 +126,7 @@ class HybridModel:
             self._holds_torch = True
         return MTPBlock(self.config, LayerWeights(self.file, self.pool), self.network.rope)
 
-    def new_cache(self, capacity: int, exact: bool = False) -> DeviceCache | GroupedCache:
+    def new_cache(self, capacity: int, exact: bool = False) -> AnyCache:
         """An empty cache for up to `capacity` tokens, of 16 or 8 bits as placed or, if exact, of 32."""
         with self.device.errors():
             bits = 32 if exact else self._placement.cache_bits
@@ -146,7 +146,7 @@ class HybridModel:
             return self.tuning.chunks(n_tokens)
 
     @torch.inference_mode()
-    def forward(self, ids: Sequence[int], cache: DeviceCache | GroupedCache, all_logits: bool = False) -> np.ndarray:
+    def forward(self, ids: Sequence[int], cache: AnyCache, all_logits: bool = False) -> np.ndarray:
         """Evaluate ids after the cache's tokens; the cache then holds them too.
 
         Returns:
@@ -168,7 +168,7 @@ class HybridModel:
         return logits if all_logits else logits[-1:]
 
     @torch.inference_mode()
-    def forward_each(self, ids: Sequence[int], caches: Sequence[DeviceCache | GroupedCache]) -> np.ndarray:
+    def forward_each(self, ids: Sequence[int], caches: Sequence[AnyCache]) -> np.ndarray:
         """As SharingModel.forward_each: one step, recorded once for whatever contexts. Raises as forward()."""
         for cache in caches:
             cache.check_room(1)
@@ -181,23 +181,19 @@ class HybridModel:
             self.hidden = hidden
         return logits
 
-    def _prefill(
-        self, ids: Sequence[int], cache: DeviceCache | GroupedCache, all_logits: bool
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _prefill(self, ids: Sequence[int], cache: AnyCache, all_logits: bool) -> tuple[np.ndarray, np.ndarray]:
         """Of all tokens, or as far as they are wanted of the last alone: what the head reads, and logits."""
         network, c = self.network, self.config
         self.routed.mode, n_batches = self.tuning.choose(len(ids))
         if "shared" in c.indexer_types and c.index_topk:  # a layer's choice is the next one's: of one batch
             n_batches = 1
         self.routed.start()
-        x_TD = network.embed_tokens(torch.tensor(ids, dtype=torch.int64).to(self.device.torch))
-        x_TD = prefill.forward(network.layers, x_TD, cache, n_batches, self.routed.cancel)
-        x_TD = rms_norm(
-            x_TD if all_logits or self.keep_hidden else x_TD[-1:], (c.hidden_size,), network.norm, c.rms_norm_eps
-        )
+        ids_T = torch.tensor(ids, dtype=torch.int64).to(self.device.torch)
+        x_TD = prefill.forward(network.layers, network.first(ids_T), ids_T, cache, n_batches, self.routed.cancel)
+        hidden_TD, x_TD = network.last(x_TD if all_logits or self.keep_hidden else x_TD[-1:])
         self.routed.end()
         logits = network.lm_head(x_TD if all_logits else x_TD[-1:]).cpu().numpy()
-        hidden = x_TD.cpu().numpy() if self.keep_hidden else self.hidden
+        hidden = hidden_TD.cpu().numpy() if self.keep_hidden else self.hidden
         cache.advance(len(ids))
         return hidden, logits
 

@@ -33,13 +33,15 @@ def append_key_kernel(keys, positions, table, entry_stride, token_stride, WIDTH:
 @triton.jit
 def scores_kernel(queries, weights, positions, table, entry_stride, token_stride, scores, most, N_HEADS: tl.constexpr,
                   WIDTH: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
-                  KEY: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
+                  KEY: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+                  RATIO: tl.constexpr):  # fmt: skip
     """Program (block of rows, token): sum over heads of weight * relu(query . key); -inf behind the token's own row.
 
+    most: rows. RATIO: tokens of a row; a token sees those that end with itself or before.
     Products of DTYPE, sums float32. Queries are divided by each head's largest value: float16 holds them.
     """
     token, row = tl.program_id(1), tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    n_seen = tl.load(positions + token).to(tl.int32) + 1
+    n_seen = (tl.load(positions + token).to(tl.int32) + 1) // RATIO
     score = tl.full([BLOCK_S], float("-inf"), tl.float32)
     if tl.program_id(0) * BLOCK_S < n_seen:
         rows = block_of(table, 4, token, entry_stride, token_stride, KEY, ALIGNED)
@@ -71,14 +73,18 @@ def append_keys(keys_Td: torch.Tensor, places: Places, layer: int) -> None:
 
 
 def scores_of(
-    q_TId: torch.Tensor, weights_TI: torch.Tensor, places: Places, layer: int, dtype: torch.dtype
+    q_TId: torch.Tensor, weights_TI: torch.Tensor, places: Places, layer: int, dtype: torch.dtype, ratio: int = 1
 ) -> torch.Tensor:
-    """float32 (T, places.most): each token's scores of rows up to its own; -inf behind. dtype: of products."""
+    """float32 (T, places.most / ratio): each token's scores of rows up to its own; -inf behind.
+
+    dtype: of products. ratio: tokens of a row.
+    """
     n_tokens, n_heads, width = q_TId.shape
-    scores = torch.empty(n_tokens, places.most, device=q_TId.device)
-    scores_kernel[triton.cdiv(places.most, _BLOCK_S), n_tokens](
-        q_TId.contiguous(), weights_TI.contiguous(), *places.of_layer(layer), scores, places.most,
-        **scores_constants(n_heads, width, places, dtype), num_warps=4,
+    most = places.most // ratio
+    scores = torch.empty(n_tokens, most, device=q_TId.device)
+    scores_kernel[triton.cdiv(most, _BLOCK_S), n_tokens](
+        q_TId.contiguous(), weights_TI.contiguous(), *places.of_layer(layer), scores, most,
+        **scores_constants(n_heads, width, places, dtype), RATIO=ratio, num_warps=4,
     )  # fmt: skip
     return scores
 
@@ -110,20 +116,36 @@ def choose(
 
     Writes the tokens' keys. None where no token sees more than K rows. q_TQ: latents of the queries, normed.
     """
-    at, top_k, outs = turns.at(places.positions), indexer.config.index_topk, []
+    at, top_k = turns.at(places.positions), indexer.config.index_topk
     append_keys(indexer.keys(x_TD, at), places, layer)
     if places.most <= top_k:
         return None
-    q_TId, weights_TI = indexer.queries(q_TQ, at), indexer.weights_proj(x_TD)
-    for first, count in in_groups(len(x_TD), _SORT_BYTES * places.most, GPU_ATTENTION_WORK_BYTES):
+    return choose_by(indexer.queries(q_TQ, at), indexer.weights_proj(x_TD), places, layer, top_k, dtype)
+
+
+def choose_by(
+    q_TId: torch.Tensor,
+    weights_TI: torch.Tensor,
+    places: Places,
+    layer: int,
+    top_k: int,
+    dtype: torch.dtype,
+    ratio: int = 1,
+) -> torch.Tensor:
+    """int32 (T, K): the rows, of `ratio` tokens each, that tokens choose by their keys in the cache; as best_rows."""
+    outs = []
+    for first, count in in_groups(len(q_TId), _SORT_BYTES * places.most // ratio, GPU_ATTENTION_WORK_BYTES):
         some, here = slice(first, first + count), places.part(first, first + count)
-        scores = scores_of(q_TId[some], weights_TI[some], here, layer, dtype)
-        outs.append(best_rows(scores, here.positions, top_k))
+        scores = scores_of(q_TId[some], weights_TI[some], here, layer, dtype, ratio)
+        outs.append(best_rows(scores, (here.positions + 1) // ratio - 1, top_k))
     return torch.cat(outs)
 
 
-def best_rows(scores_TS: torch.Tensor, positions_T: torch.Tensor, top_k: int) -> torch.Tensor:
-    """int32 (T, K) in rising order: the rows with the largest scores, of equals the first. Rows unseen come last."""
+def best_rows(scores_TS: torch.Tensor, last_T: torch.Tensor, top_k: int) -> torch.Tensor:
+    """int32 (T, K) in rising order: the rows with the largest scores, of equals the first. Rows unseen come last.
+
+    last_T: int64, the last row that each token sees.
+    """
     rows_TK = scores_TS.sort(descending=True, stable=True).indices[:, :top_k]
-    unseen = rows_TK > positions_T[:, None]
+    unseen = rows_TK > last_T[:, None]
     return rows_TK.masked_fill(unseen, scores_TS.shape[1]).sort().values.int()

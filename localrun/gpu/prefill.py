@@ -22,15 +22,22 @@ from localrun.network.cache import Context
 class Layer(Protocol):
     """As localrun.network.model.Layer."""
 
-    def begin(self, x_TD: torch.Tensor, cache: Context) -> Callable[[], torch.Tensor]:
+    def begin(self, x_TD: torch.Tensor, cache: Context, ids_T: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Queue all that needs no waiting: attention, with T rows behind cache.length, router and shared experts.
+
+        ids_T: the tokens.
 
         Returns: what waits for the routed experts, queues the rest and gives the layer's output (T, D).
         """
 
 
 def forward(
-    layers: Sequence[Layer], x_TD: torch.Tensor, cache: Context, n_batches: int, cancel: Callable[[], None]
+    layers: Sequence[Layer],
+    x_TD: torch.Tensor,
+    ids_T: torch.Tensor,
+    cache: Context,
+    n_batches: int,
+    cancel: Callable[[], None],
 ) -> torch.Tensor:
     """x after all layers, (T, D). cache.length stays; its rows behind that are those of the T tokens.
 
@@ -43,6 +50,7 @@ def forward(
             or in the experts' thread; then what was raised goes on.
     """
     batches = [batch for batch in x_TD.tensor_split(n_batches) if batch.shape[0]]
+    tokens = ids_T.tensor_split(n_batches)[: len(batches)]  # the shorter pieces come last
     before = np.cumsum([0] + [batch.shape[0] for batch in batches[:-1]]).tolist()
     finishes: list[Callable[[], torch.Tensor]] = [lambda batch=batch: batch for batch in batches]
     try:
@@ -50,7 +58,7 @@ def forward(
             for index, n_before in enumerate(before):
                 batch_TD = finishes[index]()
                 with _behind(cache, n_before):
-                    finishes[index] = layer.begin(batch_TD, cache)
+                    finishes[index] = layer.begin(batch_TD, cache, tokens[index])
         return torch.cat([finish() for finish in finishes])
     except BaseException:
         cancel()

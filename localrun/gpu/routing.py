@@ -51,7 +51,7 @@ class Turns:
 
 
 @triton.jit
-def _turn(fine, coarse, position, pair, inside, HALF: tl.constexpr):
+def turn_of(fine, coarse, position, pair, inside, HALF: tl.constexpr):
     """Cosines and sines of one position's pairs."""
     near = fine + (position % _FINE) * 2 * HALF + 2 * pair
     far = coarse + (position // _FINE) * 2 * HALF + 2 * pair
@@ -83,7 +83,7 @@ def _turn_heads(q, q_nope, q_rope, fine, coarse, position, token, block, N_HEADS
     nope = tl.load(q + row[:, None] * (P + R) + column[None, :], mask=inside, other=0.0)
     tl.store(q_nope + row[:, None] * P + column[None, :], nope, mask=inside)
     pair = tl.arange(0, BLOCK_PAIRS)
-    cos, sin = _turn(fine, coarse, position, pair, pair < R // 2, R // 2)
+    cos, sin = turn_of(fine, coarse, position, pair, pair < R // 2, R // 2)
     inside = (head < N_HEADS)[:, None] & (pair < R // 2)[None, :]
     source = q + row[:, None] * (P + R) + P + 2 * pair[None, :]
     even, odd = tl.load(source, mask=inside, other=0.0), tl.load(source + 1, mask=inside, other=0.0)
@@ -116,7 +116,7 @@ def _write_row(kv, norm, table, entry_stride, token_stride, fine, coarse, positi
         tl.store(latents + place * VALUE_STRIDE + column, x.to(VALUE), mask=column < C)
     pair = tl.arange(0, BLOCK_PAIRS)
     inside = pair < R // 2
-    cos, sin = _turn(fine, coarse, position, pair, inside, R // 2)
+    cos, sin = turn_of(fine, coarse, position, pair, inside, R // 2)
     even = tl.load(kv + C + 2 * pair, mask=inside, other=0.0)
     odd = tl.load(kv + C + 2 * pair + 1, mask=inside, other=0.0)
     target = rope_keys + place * KEY_STRIDE + 2 * pair
@@ -188,6 +188,15 @@ def queries_constants(config: Config, bits: int) -> dict[str, object]:
 
 
 @triton.jit
+def _softplus(x):
+    """log(1 + e^x): of small e^x that is e^x, of which 1 + e^x has few bits left."""
+    exponential = tl.exp(-tl.abs(x))
+    rounded = 1 + exponential
+    known = tl.where(rounded == 1, 1.0, rounded - 1)  # of e^x, beside 1
+    return tl.maximum(x, 0.0) + tl.where(rounded == 1, exponential, tl.log(rounded) * (exponential / known))
+
+
+@triton.jit
 def _first_best(score, is_open, index, N: tl.constexpr):
     """The lowest index with the best score among the open ones; scores are not NaN, some are open."""
     best = tl.max(tl.where(is_open, score, float("-inf")), 0)
@@ -216,11 +225,14 @@ def _kept_groups(choice, expert, group, inside, N_GROUPS: tl.constexpr, MEMBERS:
 
 
 @triton.jit
-def router_kernel(logits, bias, ids, weights, scaling, smallest_sum, N_EXPERTS: tl.constexpr, K: tl.constexpr,
+def router_kernel(logits, bias, given, ids, weights, scaling, smallest_sum, N_EXPERTS: tl.constexpr, K: tl.constexpr,
                   N_GROUPS: tl.constexpr, KEPT: tl.constexpr, SCORING: tl.constexpr, HAS_BIAS: tl.constexpr,
                   NORMALISE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_G: tl.constexpr,
-                  BLOCK_K: tl.constexpr):  # fmt: skip
-    """Program (token): its experts, best first. SCORING: 0 softmax, 1 sigmoid, 2 softmax of the chosen."""
+                  BLOCK_K: tl.constexpr, IS_GIVEN: tl.constexpr):  # fmt: skip
+    """Program (token): its experts, best first, or those that are given.
+
+    SCORING: 0 softmax, 1 sigmoid, 2 softmax of the chosen, 3 root of softplus.
+    """
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, BLOCK_E)
     inside = expert < N_EXPERTS
@@ -230,6 +242,8 @@ def router_kernel(logits, bias, ids, weights, scaling, smallest_sum, N_EXPERTS: 
         affinity = exponential / tl.sum(exponential, 0)
     elif SCORING == 1:
         affinity = 1 / (1 + tl.exp(-logit))
+    elif SCORING == 3:
+        affinity = tl.sqrt(_softplus(logit))
     else:
         affinity = logit
     choice = affinity
@@ -246,8 +260,11 @@ def router_kernel(logits, bias, ids, weights, scaling, smallest_sum, N_EXPERTS: 
     chosen_ids = tl.zeros([BLOCK_K], tl.int32)
     chosen = tl.full([BLOCK_K], float("-inf") if SCORING == 2 else 0.0, tl.float32)
     for k in tl.static_range(K):
-        best = _first_best(choice, is_open, expert, N_EXPERTS)
-        is_open &= expert != best
+        if IS_GIVEN:
+            best = tl.load(given + token * K + k).to(tl.int32)
+        else:
+            best = _first_best(choice, is_open, expert, N_EXPERTS)
+            is_open &= expert != best
         chosen_ids = tl.where(rank == k, best, chosen_ids)
         chosen = tl.where(rank == k, tl.sum(tl.where(expert == best, affinity, 0.0), 0), chosen)
     if SCORING == 2:
@@ -261,16 +278,17 @@ def router_kernel(logits, bias, ids, weights, scaling, smallest_sum, N_EXPERTS: 
 
 
 def choose_experts(
-    logits_TE: torch.Tensor, bias_E: torch.Tensor | None, config: Config
+    logits_TE: torch.Tensor, bias_E: torch.Tensor | None, config: Config, ids_TK: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As network.moe.choose_experts, in one launch; of equal scores the lower id (torch.topk promises no order)."""
     logits_TE = logits_TE.contiguous()
-    n_tokens = logits_TE.shape[0]
+    n_tokens, given_TK = logits_TE.shape[0], ids_TK
     ids_TK = torch.empty(n_tokens, config.num_experts_per_tok, dtype=torch.int64, device=logits_TE.device)
     weights_TK = torch.empty(ids_TK.shape, device=logits_TE.device)
     router_kernel[(n_tokens,)](
-        logits_TE, logits_TE if bias_E is None else bias_E, ids_TK, weights_TK, config.routed_scaling_factor,
-        SMALLEST_SUM, **router_constants(config, bias_E is not None), num_warps=4,
+        logits_TE, logits_TE if bias_E is None else bias_E, ids_TK if given_TK is None else given_TK.contiguous(),
+        ids_TK, weights_TK, config.routed_scaling_factor, SMALLEST_SUM, **router_constants(config, bias_E is not None),
+        IS_GIVEN=given_TK is not None, num_warps=4,
     )  # fmt: skip
     return ids_TK, weights_TK
 

@@ -112,13 +112,15 @@ class Tuning:
 
     def _attention(self, index: int, n_tokens: int) -> Callable[[], object]:
         """A layer without its routed experts, on an empty context."""
-        layer, x_TD = self._network.layers[index], self._vectors(n_tokens)
-        cache = new_cache(self._network.config, n_tokens, self._device.torch, n_layers=index + 1)
+        c, layer, device = self._network.config, self._network.layers[index], self._device.torch
+        x_TD, ids_T = self._vectors(n_tokens), torch.zeros(n_tokens, dtype=torch.int64, device=device)
+        x_TD = x_TD[:, None].repeat(1, c.hc_mult, 1) if c.hc_mult else x_TD
+        cache = new_cache(c, n_tokens, device, n_layers=index + 1)
 
         def run() -> None:
             experts, layer.mlp.experts = layer.mlp.experts, _NoExperts()
             try:
-                layer(x_TD, cache)
+                layer(x_TD, cache, ids_T)
             finally:
                 layer.mlp.experts = experts
 

@@ -14,6 +14,7 @@ from localrun.gpu.device import Cuda, StandIn
 from localrun.gpu.linear import Embedding, HeadLinear, Linear
 from localrun.gpu.routed import Routed
 from localrun.gpu.routing import choose_experts
+from localrun.gpu.streams import mix_streams
 from localrun.models import names
 from localrun.models.config import Config
 from localrun.models.tensors import GGUFTensors
@@ -30,7 +31,7 @@ class DeviceWeights(GGUFTensors):
         routed: the experts of all layers.
     """
 
-    choose_experts = staticmethod(choose_experts)
+    choose_experts, mix_streams = staticmethod(choose_experts), staticmethod(mix_streams)
 
     def __init__(
         self,
@@ -49,7 +50,7 @@ class DeviceWeights(GGUFTensors):
         self.routed = Routed(device, pool, layers, in_vram, config.num_experts_per_tok, is_cache, notice)
 
     def vector(self, name: str) -> torch.Tensor:
-        """A 1-D tensor, float32."""
+        """A tensor that is no matrix, float32."""
         return torch.from_numpy(self.array(name)).to(self._device.torch)
 
     def embedding(self, name: str) -> Embedding:
@@ -72,6 +73,10 @@ class DeviceWeights(GGUFTensors):
 
     def joined_mlp(self, gate: str, up: str, down: str) -> None:
         """A device has no such call."""
+
+    def expert_table(self, index: int) -> torch.Tensor:
+        """int32 (vocab, K): the experts of each token in layer `index`, of which there is a table."""
+        return torch.from_numpy(self.expert_ids(index)).to(self._device.torch)
 
     def experts(self, index: int) -> RoutedExperts:
         """The routed experts of layer `index`."""

@@ -13,6 +13,7 @@ WINDOW_SPARE = 2048
 # The same of layers with pooled rows, whose rings hold far more of a token: drafts, and how a template ends a prompt.
 # Of DeepSeek-V4-Flash they take 14 MB. What lies further back is gone back to by what was kept at a mark.
 OPEN_SPARE = 32
+INDEXED_RATIO = 4  # tokens of a pooled row, where an indexer chooses among them
 FULL, SLIDING = "full_attention", "sliding_attention"  # layer_types
 
 
@@ -152,7 +153,7 @@ class Config:
             widths = self.num_key_value_heads * self.head_dim, self.num_key_value_heads * self.v_head_dim
             return tuple(Rows(width, window=window, spare=WINDOW_SPARE) for width in widths)
         rows, ratio = Rows(self.head_dim, window=window, spare=OPEN_SPARE), self.compress_ratio(index)
-        indexed = _pooled(self.index_head_dim, ratio) if ratio == 4 else ()
+        indexed = _pooled(self.index_head_dim, ratio) if ratio == INDEXED_RATIO else ()
         return rows, *(_pooled(self.head_dim, ratio) if ratio else ()), *indexed
 
     @property
@@ -192,12 +193,13 @@ class Config:
         if self.attention == "compressed":
             ratio = self.compress_ratio(index)
             pooled = n_tokens / ratio if ratio else 0
-            return min(n_tokens, self.sliding_window) + min(pooled, self.index_topk if ratio == 4 else pooled)
+            chosen = self.index_topk if ratio == INDEXED_RATIO else pooled
+            return min(n_tokens, self.sliding_window) + min(pooled, chosen)
         return min(n_tokens, self.window(index) or self.index_topk or n_tokens)
 
     def _scored(self, n_tokens: float) -> float:
         """Values of indexers' keys that one token is compared with."""
-        n_keys = n_tokens / (4 if self.attention == "compressed" else 1)
+        n_keys = n_tokens / (INDEXED_RATIO if self.attention == "compressed" else 1)
         if not 0 < self.index_topk < n_keys:
             return 0
         return n_keys * sum(self.index_head_dim for index in range(self.num_hidden_layers) if self.chooses_rows(index))
@@ -209,7 +211,7 @@ class Config:
     def has_indexer(self, index: int) -> bool:
         """Whether layer `index` has an indexer's tensors, used or not; of multi-token prediction it may have them."""
         if self.compress_ratios:
-            return self.compress_ratio(index) == 4
+            return self.compress_ratio(index) == INDEXED_RATIO
         return index < len(self.indexer_types) and self.indexer_types[index] == "full"
 
     def chooses_rows(self, index: int) -> bool:
@@ -219,6 +221,6 @@ class Config:
 
 def _pooled(width: int, ratio: int) -> tuple[Rows, Rows]:
     """Pooled rows, and what they are pooled of: of ratio 4 each token has a part in two, its own and the next."""
-    n_parts = 2 if ratio == 4 else 1
+    n_parts = 2 if ratio == INDEXED_RATIO else 1
     open_rows = Rows(2 * n_parts * width, window=n_parts * ratio, spare=OPEN_SPARE, pools=ratio, is_exact=True)
     return Rows(width, ratio), open_rows

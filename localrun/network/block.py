@@ -37,6 +37,23 @@ class Block:
         """Whether rows are written over."""
         return self.kind.window > 0
 
+    @property
+    def dtype(self) -> np.dtype:
+        """Of values."""
+        return self.rows.dtype
+
+    @property
+    def address(self) -> int:
+        """Of the first row."""
+        return self.rows.ctypes.data
+
+    @property
+    def tensor(self) -> "torch.Tensor":
+        """The rows in torch, the same memory."""
+        import torch
+
+        return torch.from_numpy(self.rows)
+
     def holds(self, length: int) -> bool:
         """Whether it has all that the token at position `length` needs."""
         return self.kind.first(length) >= self.held
@@ -54,7 +71,7 @@ class Block:
         """
         import torch
 
-        rows = torch.from_numpy(self.rows)
+        rows = self.tensor
         if not self.is_ring:
             start = length // self.kind.ratio
             rows[start : start + len(new)] = new

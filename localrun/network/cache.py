@@ -147,13 +147,17 @@ class Cache(Context):
         super().__init__(capacity)
         self.is_exact = dtype == np.float32
         self._touched = 0  # positions below it have been written at some time: memory that has been written to stays
-        self._blocks = new_blocks([kind for layer in kinds for kind in layer], capacity, dtype)
+        self._blocks = self._new_blocks([kind for layer in kinds for kind in layer], dtype)
         each = iter(self._blocks)
         self._layers = [[next(each) for _ in layer] for layer in kinds]
         self._rings = [block for block in self._blocks if block.is_ring]
         self._marks: list[_Mark] = []  # by length
-        self.addresses = np.array([block.rows.ctypes.data for block in self._blocks], np.int64)
+        self.addresses = np.array([block.address for block in self._blocks], np.int64)
         self.n_rows = np.array([len(block.rows) for block in self._blocks], np.int64)
+
+    def _new_blocks(self, kinds: Sequence[Rows], dtype: type[np.floating]) -> list[Block]:
+        """One of each kind."""
+        return new_blocks(kinds, self.capacity, dtype)
 
     @property
     def n_bytes(self) -> int:
@@ -299,7 +303,7 @@ class Cache(Context):
 
 def _fits(rows: np.ndarray | None, block: Block, end: int) -> bool:
     """Whether these are a block's rows of the tokens before `end`: of a ring as many as there are, if enough."""
-    if rows is None or rows.ndim != 2 or rows.dtype != block.rows.dtype or rows.shape[1] != block.rows.shape[1]:
+    if rows is None or rows.ndim != 2 or rows.dtype != block.dtype or rows.shape[1] != block.rows.shape[1]:
         return False
     if not block.is_ring:
         return len(rows) == block.kind.count(end)

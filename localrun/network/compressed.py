@@ -11,6 +11,8 @@ Source: DeepSeek-V4's report, section 2.3; transformers 5.24, models/deepseek_v4
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn.functional import rms_norm
 
@@ -21,7 +23,7 @@ from localrun.network.compressor import Compressor
 from localrun.network.rope import Rope, attention_scale
 from localrun.network.weight_source import Seen, Turned, WeightSource
 
-_ROW, _POOLED, _KEYS = 0, 1, 3  # parts of a layer of the cache: Config.rows
+_ROW, _POOLED, KEYS = 0, 1, 3  # parts of a layer of the cache: Config.rows
 
 
 class CompressedAttention:
@@ -33,8 +35,8 @@ class CompressedAttention:
         def name(module: str) -> str:
             return names.layer(config.architecture, index, f"self_attn.{module}")
 
-        self.config, self.rope, self.layer = config, rope, index if cache_layer is None else cache_layer
-        self.attend_chosen = weights.attend_chosen
+        self.config, self.weights, self.rope = config, weights, rope
+        self.layer = index if cache_layer is None else cache_layer
         self.scale, self.ratio = attention_scale(config), config.compress_ratio(index)
         self.q_a_proj, self.q_b_proj, self.kv_proj, self.o_b_proj = (
             weights.linear(name(module)) for module in ("q_a_proj", "q_b_proj", "kv_proj", "o_b_proj")
@@ -45,14 +47,17 @@ class CompressedAttention:
         if self.ratio:
             self.compressor = Compressor(config, weights, lambda part: name(f"compressor.{part}"), index, rope)
         if config.has_indexer(index):
-            self.indexer = Indexer(config, weights, index, rope)
+            self.indexer = self.new_indexer(config, weights, index, rope)
+
+    def new_indexer(self, *arguments: Any) -> Indexer:
+        """As Indexer is made."""
+        return Indexer(*arguments)
 
     def __call__(self, x_TD: torch.Tensor, cache: Cache) -> torch.Tensor:
         """float32 (T, D) of the tokens after cache.length -> (T, D); appends their rows to the cache."""
         c, n_tokens, start = self.config, x_TD.shape[0], cache.length
         turns = self.rope.turns(start, n_tokens)
-        q_TQ = rms_norm(self.q_a_proj(x_TD), (c.q_lora_rank,), self.q_a_norm, c.rms_norm_eps)
-        q_THd = self.q_b_proj(q_TQ).unflatten(1, (c.num_attention_heads, -1))
+        q_TQ, q_THd = self.queries(x_TD)
         row_Td = rms_norm(self.kv_proj(x_TD), (c.head_dim,), self.kv_norm, c.rms_norm_eps)
         cache.check_room(n_tokens)
         window_Sd = cache.extend(self.layer, _ROW, self.rope.rotate_last(row_Td[:, None], turns)[:, 0])
@@ -63,8 +68,23 @@ class CompressedAttention:
         if self.indexer is not None:
             chosen_TK = self.indexer(x_TD, q_TQ, cache, turns)
         seen = Seen(start, pooled_Pd, self.ratio, chosen_TK, window_Sd, c.sliding_window)
-        self.attend_chosen([q_THd], seen, self.scale, q_THd, self.sinks, Turned(turns, c.rms_norm_eps))
-        return self.o_b_proj(self.o_a_proj(q_THd.flatten(1).unflatten(1, (c.o_groups, -1))).flatten(1))
+        return self.output(self.attend(q_THd, seen, turns))
+
+    def queries(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What queries are projected from, normed, (T, Q), and these, (T, H, d), neither normed nor turned."""
+        c = self.config
+        q_TQ = rms_norm(self.q_a_proj(x_TD), (c.q_lora_rank,), self.q_a_norm, c.rms_norm_eps)
+        return q_TQ, self.q_b_proj(q_TQ).unflatten(1, (c.num_attention_heads, -1))
+
+    def attend(self, q_THd: torch.Tensor, seen: Seen, turns: torch.Tensor) -> torch.Tensor:
+        """(T, H, d) of queries as they are projected, whose memory it takes."""
+        turned = Turned(turns, self.config.rms_norm_eps)
+        self.weights.attend_chosen([q_THd], seen, self.scale, q_THd, self.sinks, turned)
+        return q_THd
+
+    def output(self, mixed_THd: torch.Tensor) -> torch.Tensor:
+        """(T, D): projected in groups, and then together."""
+        return self.o_b_proj(self.o_a_proj(mixed_THd.flatten(1).unflatten(1, (self.config.o_groups, -1))).flatten(1))
 
 
 class Indexer:
@@ -81,7 +101,7 @@ class Indexer:
     def __call__(self, x_TD, q_TQ, cache: Cache, turns: torch.Tensor) -> torch.Tensor | None:
         """int32 (T, K), rows that each token attends to, -1 behind them; None if all attend to all that they see."""
         c, start = self.config, cache.length
-        keys_Pi = self.compressor(x_TD, cache, _KEYS)
+        keys_Pi = self.compressor(x_TD, cache, KEYS)
         if not 0 < c.index_topk < keys_Pi.shape[0]:
             return None
         q_TIi = self.rope.rotate_last(self.q_b_proj(q_TQ).unflatten(1, (c.index_n_heads, -1)), turns)

@@ -29,7 +29,7 @@ class Compressor:
         """name: the GGUF name of a part; index: of the layer."""
         self.config, self.rope, self.layer, self.ratio = config, rope, index, config.compress_ratio(index)
         self.kv_proj, self.gate_proj = weights.linear(name("kv_proj")), weights.linear(name("gate_proj"))
-        self.position_bias = torch.from_numpy(weights.array(name("position_bias")))
+        self.position_bias = weights.vector(name("position_bias"))
         self.kv_norm = weights.vector(name("kv_norm"))
 
     def __call__(self, x_TD: torch.Tensor, cache: Cache, part: int) -> torch.Tensor:
@@ -38,7 +38,7 @@ class Compressor:
         part: of the cache's layer, for pooled rows; what they are pooled of is the next one.
         """
         start, ratio, n_tokens = cache.length, self.ratio, x_TD.shape[0]
-        bias = self.position_bias[torch.arange(start, start + n_tokens) % ratio]
+        bias = self.position_bias[torch.arange(start, start + n_tokens, device=x_TD.device) % ratio]
         rows = torch.cat([self.kv_proj(x_TD), self.gate_proj(x_TD) + bias], -1)
         seen = cache.extend(self.layer, part + 1, rows)
         first, last = start // ratio, (start + n_tokens) // ratio  # rows that are new

@@ -26,38 +26,18 @@ class HyperConnection:
 
     def __init__(self, config: Config, weights: WeightSource, name: Callable[[str], str]):
         """name: the GGUF name of a part, "fn", "base" or "scale"."""
-        self.config = config
+        self.config, self.mix_streams = config, weights.mix_streams
         self.fn = weights.linear(name("fn"))
         self.base, self.scale = weights.vector(name("base")), weights.vector(name("scale"))
 
     def __call__(self, streams_TnD: torch.Tensor) -> tuple[torch.Tensor, Return]:
         """float32 (T, n, D) -> what the sublayer reads, (T, D), and where its output goes."""
-        n = self.config.hc_mult
-        parts = self._computed(streams_TnD).split([n, n, n * n], -1)
-        bases = self.base.split([n, n, n * n])
-        pre, post, mixed = (x * scale + base for x, scale, base in zip(parts, self.scale, bases, strict=True))
-        pre_Tn, post_Tn = pre.sigmoid() + self.config.hc_eps, 2 * post.sigmoid()
-        mix_Tnn = self._doubly_stochastic(mixed.unflatten(-1, (n, n)))
-
-        def expand(y_TD: torch.Tensor) -> torch.Tensor:
-            return post_Tn[..., None] * y_TD[:, None] + mix_Tnn.mT @ streams_TnD
-
-        return _weighed(pre_Tn, streams_TnD), expand
+        return self.mix_streams(self._computed(streams_TnD), self.scale, self.base, streams_TnD, self.config)
 
     def _computed(self, streams_TnD: torch.Tensor) -> torch.Tensor:
         """float32 (T, outputs of fn) of all streams as one normed vector."""
         x = streams_TnD.flatten(1)
         return self.fn(rms_norm(x, x.shape[1:], None, self.config.rms_norm_eps))
-
-    def _doubly_stochastic(self, mixed_Tnn: torch.Tensor) -> torch.Tensor:
-        """Rows and columns normed in turn (Sinkhorn and Knopp); the first norm of rows is a softmax."""
-        eps = self.config.hc_eps
-        m = mixed_Tnn.softmax(-1) + eps
-        m = m / (m.sum(-2, keepdim=True) + eps)
-        for _ in range(self.config.hc_sinkhorn_iters - 1):
-            m = m / (m.sum(-1, keepdim=True) + eps)
-            m = m / (m.sum(-2, keepdim=True) + eps)
-        return m
 
 
 class HyperHead(HyperConnection):
@@ -69,5 +49,32 @@ class HyperHead(HyperConnection):
         return _weighed(pre_Tn, streams_TnD)
 
 
+def mix_streams(
+    computed_Tm: torch.Tensor, scale: torch.Tensor, base_m: torch.Tensor, streams_TnD: torch.Tensor, config: Config
+) -> tuple[torch.Tensor, Return]:
+    """As HyperConnection, of what fn has computed, (T, 2 n + n * n), and the scales of the three parts of it."""
+    n = config.hc_mult
+    parts, bases = computed_Tm.split([n, n, n * n], -1), base_m.split([n, n, n * n])
+    pre, post, mixed = (x * factor + base for x, factor, base in zip(parts, scale, bases, strict=True))
+    pre_Tn, post_Tn = pre.sigmoid() + config.hc_eps, 2 * post.sigmoid()
+    mix_Tnn = _doubly_stochastic(mixed.unflatten(-1, (n, n)), config)
+
+    def expand(y_TD: torch.Tensor) -> torch.Tensor:
+        return post_Tn[..., None] * y_TD[:, None] + mix_Tnn.mT @ streams_TnD
+
+    return _weighed(pre_Tn, streams_TnD), expand
+
+
+def _doubly_stochastic(mixed_Tnn: torch.Tensor, config: Config) -> torch.Tensor:
+    """Rows and columns normed in turn (Sinkhorn and Knopp); the first norm of rows is a softmax."""
+    eps = config.hc_eps
+    m = mixed_Tnn.softmax(-1) + eps
+    m = m / (m.sum(-2, keepdim=True) + eps)
+    for _ in range(config.hc_sinkhorn_iters - 1):
+        m = m / (m.sum(-1, keepdim=True) + eps)
+        m = m / (m.sum(-2, keepdim=True) + eps)
+    return m
+
+
 def _weighed(weights_Tn: torch.Tensor, streams_TnD: torch.Tensor) -> torch.Tensor:
-    return (weights_Tn[:, None] @ streams_TnD)[:, 0]
+    return sum(weights_Tn[:, i, None] * streams_TnD[:, i] for i in range(weights_Tn.shape[1]))

@@ -128,20 +128,26 @@ class Network:
             ContextFullError: the cache has no room for them.
         """
         ids_T = torch.tensor(ids, dtype=torch.int64)
-        x_TD = self.embed_tokens(ids_T)
-        if self.hc_head is not None:
-            x_TD = x_TD[:, None].repeat(1, self.config.hc_mult, 1)
+        x_TD = self.first(ids_T)
         kept, means = slice(None if all_logits or all_hidden else -1, None), []
         for index, layer in enumerate(self.layers):
             x_TD = layer(x_TD, cache, ids_T)
             means += [x_TD[kept].mean(1)] if index in self.watched else []
         cache.advance(len(ids))
-        hidden = x_TD[kept]
-        x_TD = hidden if self.hc_head is None else self.hc_head(hidden)
-        x_TD = rms_norm(x_TD, (self.config.hidden_size,), self.norm, self.config.rms_norm_eps)
-        of_streams = torch.cat(means, -1) if means else hidden.flatten(1)
-        hidden = x_TD if self.hc_head is None else of_streams
+        hidden, x_TD = self.last(x_TD[kept])
+        hidden = torch.cat(means, -1) if means else hidden
         return hidden.cpu().numpy(), self.lm_head(x_TD if all_logits else x_TD[-1:]).cpu().numpy()
+
+    def first(self, ids_T: torch.Tensor) -> torch.Tensor:
+        """What the first layer takes of int64 (T,): float32 (T, D), or streams (T, n, D)."""
+        x_TD = self.embed_tokens(ids_T)
+        return x_TD if self.hc_head is None else x_TD[:, None].repeat(1, self.config.hc_mult, 1)
+
+    def last(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of what the last layer gives: `hidden` as forward() has it, and what the head reads, float32 (T, D)."""
+        read_TD = x_TD if self.hc_head is None else self.hc_head(x_TD)
+        read_TD = rms_norm(read_TD, (self.config.hidden_size,), self.norm, self.config.rms_norm_eps)
+        return read_TD if self.hc_head is None else x_TD.flatten(1), read_TD
 
 
 class MTPBlock:

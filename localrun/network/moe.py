@@ -51,15 +51,17 @@ class MLP:
 
 
 def choose_experts(
-    logits_TE: torch.Tensor, bias_E: torch.Tensor | None, config: Config
+    logits_TE: torch.Tensor, bias_E: torch.Tensor | None, config: Config, ids_TK: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which experts each token goes to: ids int64 (T, K) and weights float32 (T, K).
+    """Which experts each token goes to: ids int64 (T, K), those that are given if any are, and weights float32 (T, K).
 
     The bias moves the choice and never the weights. Groups are ranked as the model was trained: by their best expert
     (V2, softmax), or by the sum of their two best (V3, sigmoid with bias).
     """
     c = config
     affinity_TE = _AFFINITY[c.scoring_func](logits_TE)
+    if ids_TK is not None:
+        return ids_TK, _weights_of(ids_TK, affinity_TE, c)
     choice_TE = affinity_TE if bias_E is None else affinity_TE + bias_E
     if c.n_group > 1:
         choice_TE = _keep_best_groups(choice_TE, c)
@@ -107,7 +109,7 @@ class MoE:
         bias = name("mlp.gate.e_score_correction_bias")
         self.e_score_correction_bias = weights.vector(bias) if weights.has(bias) else None
         table = name("mlp.gate.tid2eid")
-        self.tid2eid = torch.from_numpy(weights.expert_ids(index)).long() if weights.has(table) else None
+        self.tid2eid = weights.expert_table(index) if weights.has(table) else None
         self.experts = weights.experts(index)
         has_shared = weights.has(name("mlp.shared_experts.gate_proj"))
         self.shared_experts = MLP(config, weights, index, "mlp.shared_experts") if has_shared else None
@@ -118,11 +120,9 @@ class MoE:
         ids_T: the tokens, where experts may follow from them. Routed experts elsewhere work while the shared ones do
         here, and until the call.
         """
-        if self.tid2eid is not None:
-            ids_TK = self.tid2eid[ids_T]
-            weights_TK = _weights_of(ids_TK, _AFFINITY[self.config.scoring_func](self.gate(x_TD)), self.config)
-        else:
-            ids_TK, weights_TK = self.choose_experts(self.gate(x_TD), self.e_score_correction_bias, self.config)
+        given_TK = None if self.tid2eid is None else self.tid2eid[ids_T].long()
+        bias_E = self.e_score_correction_bias
+        ids_TK, weights_TK = self.choose_experts(self.gate(x_TD), bias_E, self.config, given_TK)
         finish = self.experts.begin(x_TD, ids_TK, weights_TK)
         if self.shared_experts is None:
             return finish

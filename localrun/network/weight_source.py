@@ -176,7 +176,7 @@ class WeightSource(Protocol):
         """A 1-D tensor on the host, float32."""
 
     def vector(self, name: str) -> torch.Tensor:
-        """A 1-D tensor, float32."""
+        """A tensor that is no matrix, float32."""
 
     def embedding(self, name: str) -> Module:
         """Rows by token id: int64 (T,) -> float32 (T, D)."""
@@ -199,8 +199,21 @@ class WeightSource(Protocol):
     def experts(self, index: int) -> RoutedExperts:
         """The routed experts of layer `index`."""
 
+    def expert_table(self, index: int) -> torch.Tensor:
+        """The same in torch."""
+
+    def mix_streams(
+        self,
+        computed_Tm: torch.Tensor,
+        scale: torch.Tensor,
+        base_m: torch.Tensor,
+        streams_TnD: torch.Tensor,
+        config: Config,
+    ) -> tuple[torch.Tensor, Module]:
+        """What a sublayer reads of streams, and where its output goes: localrun.network.hyper.mix_streams."""
+
     def choose_experts(
-        self, logits_TE: torch.Tensor, bias_E: torch.Tensor | None, config: Config
+        self, logits_TE: torch.Tensor, bias_E: torch.Tensor | None, config: Config, ids_TK: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids (T, K) and weights (T, K) by the router's logits: localrun.network.moe.choose_experts."""
 

@@ -196,12 +196,7 @@ def lay_out(request: Request) -> Placement:
 
 def why_not_on_gpu(config: Config) -> str:
     """Why the GPU half does not run the model; empty if it does."""
-    c = config
-    if not c.n_routed_experts:
-        return "the GPU is for models with experts, and this one has none"
-    if c.attention == "compressed":
-        return "the GPU has no kernels for this model's attention"
-    return ""
+    return "" if config.n_routed_experts else "the GPU is for models with experts, and this one has none"
 
 
 def runs_on_gpu(config: Config) -> bool:
@@ -382,6 +377,7 @@ def _cpu_rows(request: Request, parts: _Parts, experts: Mapping[int, Sequence[in
         yield Row(RAM, "head, for multi-token prediction", parts.mtp_head if on_gpu else 0)
     if not on_gpu:
         yield Row(RAM, "KV cache", request.batch * c.kv_bytes(request.ctx))
+    if not on_gpu or c.attention == "compressed":  # of other caches on a device there are none
         yield Row(RAM, MARKS, request.batch * mark_bytes(c, request.ctx))
     yield Row(RAM, "work memory", work_bytes(c, on_gpu) + (staging_bytes(c) if on_gpu else 0))
     yield Row(RAM, "the runner itself", request.runner_bytes)

@@ -26,11 +26,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from localrun.gpu import attention, compiling, experts, fp8, gemm, gemv, grouped, indexer, matrix, routing, tiles
+from localrun.gpu import attention, compiling, experts, fp8, gemm, gemv, grouped, indexer, matrix, routing, streams, tiles
+from localrun.gpu import compressed_kernels as compressed
 from localrun.gpu.cache import DeviceCache, GroupedCache
+from localrun.gpu.compressed_cache import CompressedCache
 from localrun.gpu.formats.layout import LAYOUTS
 from localrun.models.config import SLIDING, Config
 from localrun.network.rope import Rope
+from localrun.network.weight_source import Seen
 
 _TYPES = {
     torch.uint8: "*u8", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32",
@@ -210,6 +213,51 @@ def _by(kind: str, name: str, call: Callable[[], object]) -> Callable[[], object
     return called
 
 
+_V4 = Config(  # Flash's
+    architecture="deepseek4", attention="compressed", rope="pairs",
+    hidden_size=4096, intermediate_size=0, num_hidden_layers=3, num_attention_heads=64, vocab_size=129280,
+    max_position_embeddings=1 << 20, rms_norm_eps=1e-6, rope_theta=1e4, rope_scaling=None, qk_rope_head_dim=64,
+    v_head_dim=512, head_dim=512, sliding_window=128, compress_ratios=(0, 4, 128), index_n_heads=64,
+    index_head_dim=128, index_topk=512, hc_mult=4, hc_sinkhorn_iters=20, hc_eps=1e-6, n_routed_experts=256,
+    num_experts_per_tok=6, scoring_func="sqrtsoftplus", norm_topk_prob=True,
+)  # fmt: skip
+
+
+def _compressed(bits: int) -> Callable[[], object]:
+    """One token through a layer of each ratio, and its rows; a prompt's attention; the indexer's scores."""
+
+    def call() -> None:
+        c, cpu, dtype = _V4, torch.device("cpu"), torch.float32 if bits == 32 else torch.float16
+        turns, cache = routing.Turns(Rope(c), cpu), CompressedCache(c, 4096, cpu, bits)
+        q, sinks, rows = torch.empty(1, 64, 512), torch.empty(64), torch.empty(128, 512, dtype=dtype)
+        places = dataclasses.replace(cache.places(1), most=4096)
+        compressed.turned_heads(q, places.positions, turns, 64, 1e-6)
+        compressed.turned_heads(torch.empty(1, 64, 128), places.positions, turns, 64, None)
+        compressed.append_rows(torch.empty(1, 512), torch.empty(512), turns, places, 0, c)
+        for layer, ratio in ((1, 4), (2, 128)):
+            wide = torch.empty(1, 1024 if ratio == 4 else 512)
+            compressed.append_pooled(wide, wide, torch.empty(ratio, wide.shape[1]), sinks.new_empty(512), turns, places,
+                                     layer, c)  # fmt: skip
+        for layer, chosen in ((0, None), (1, torch.empty(1, 512, dtype=torch.int32)), (1, None), (2, None)):
+            how = compressed.Attending(c, layer, turns, sinks, 0.04, 33, dtype)
+            compressed.attend_at(how, q, places, chosen)
+            seen = Seen(127, rows, c.compress_ratio(layer), chosen, rows, 128)
+            compressed.attend_seen(how, q, places.positions, seen)
+        indexer.scores_of(torch.empty(1, 64, 128), torch.empty(1, 64), places, 1, dtype, 4)
+
+    return call
+
+
+def _streams() -> None:
+    x, expand = streams.mix_streams(torch.empty(1, 24), torch.empty(3), torch.empty(24), torch.empty(1, 4, 4096), _V4)
+    expand(x)
+
+
+def _hashed_router() -> None:
+    routing.choose_experts(torch.empty(1, 256), None, _V4, torch.empty(1, 6, dtype=torch.int64))
+    routing.choose_experts(torch.empty(1, 256), torch.empty(256), _V4)
+
+
 def _queries(model: str, bits: int) -> Callable[[], object]:
     def call() -> None:
         c, cpu = _MODELS[model], torch.device("cpu")
@@ -247,6 +295,9 @@ VARIANTS: dict[str, Callable[[], object]] = {
        for tile in _OTHERS["attention"] for model in _GROUPED},
     "FP8 widened, small": _by("many", "small", _fp8(False)),
     "sparse attention V3.2, small": _by("attention", "small", _sparse),
+    **{f"attention V4 {bits} bits": _compressed(bits) for bits in (16, 32)},
+    "streams V4": _streams,
+    "router V4": _hashed_router,
     "router V3": _router,
     "sparse attention V3.2": _sparse,
     "FP8 products": _fp8(True),

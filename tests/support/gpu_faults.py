@@ -207,8 +207,9 @@ def _router(change: Callable[[Any], dict[str, Any]], without_bias: bool = False)
         from localrun.gpu import weights
         from localrun.network.moe import choose_experts
 
-        def choose(logits: Any, bias: Any, config: Any) -> Any:
-            return choose_experts(logits, None if without_bias else bias, replace(config, **change(config)))
+        def choose(logits: Any, bias: Any, config: Any, ids: Any = None) -> Any:
+            bias = None if without_bias else bias
+            return choose_experts(logits, bias, replace(config, **change(config)), ids)
 
         patch.setattr(weights.DeviceWeights, "choose_experts", staticmethod(choose))
 

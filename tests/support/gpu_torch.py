@@ -10,6 +10,7 @@ import functools
 from contextlib import closing
 
 import gpu_dense
+import gpu_torch_compressed
 import numpy as np
 import pytest
 import torch
@@ -49,12 +50,12 @@ def append(k_TGd, v_TX, places, layer, config, window=0):
 def rows_at(places, layer: int, token: int, config) -> tuple[torch.Tensor, torch.Tensor]:
     """A token's blocks of values (or latents) and keys (or rotated parts) of a layer, (rows, width)."""
     known = row_constants(config, places.bits)
-    *addresses, _, n_rows, _ = _entries(places, layer, token)
+    *addresses, _, n_rows, _ = entries_of(places, layer, token)
     widths = [config.kv_lora_rank, config.qk_rope_head_dim] if config.attention == "mla" else row_widths(config)[::-1]
     found = []
     for part, address, width in zip(("VALUE", "KEY"), addresses, widths, strict=True):
         dtype = torch.float32 if places.is_exact else torch.float16
-        found.append(_block(address, n_rows, width, known[f"{part}_STRIDE"], dtype))
+        found.append(block_at(address, n_rows, width, known[f"{part}_STRIDE"], dtype))
     return found[0], found[1]
 
 
@@ -66,25 +67,27 @@ def append_keys(keys_Td, places, layer):
 
 def indexer_keys(places, layer: int, token: int, width: int) -> torch.Tensor:
     """A token's block of a layer's, (rows, d)."""
-    *_, n_rows, address = _entries(places, layer, token)
-    return _block(address, n_rows, width, width, torch.float32 if places.is_exact else torch.float16)
+    *_, n_rows, address = entries_of(places, layer, token)
+    return block_at(address, n_rows, width, width, torch.float32 if places.is_exact else torch.float16)
 
 
-def scores_of(q_TId, weights_TI, places, layer, dtype):
+def scores_of(q_TId, weights_TI, places, layer, dtype, ratio=1):
     """As gpu.indexer.scores_of."""
-    scores = torch.full((len(q_TId), places.most), -torch.inf)
+    scores, width = torch.full((len(q_TId), places.most // ratio), -torch.inf), q_TId.shape[2]
     for t, position in enumerate(places.positions.tolist()):
-        keys_Sd = indexer_keys(places, layer, t, q_TId.shape[2])[: position + 1].float()
-        scores[t, : position + 1] = weights_TI[t] @ (q_TId[t] @ keys_Sd.T).relu()
+        if seen := (position + 1) // ratio:
+            address, dtype = entries_of(places, layer, t)[-1], torch.float32 if places.is_exact else torch.float16
+            keys_Sd = block_at(address, seen, width, width, dtype).float()
+            scores[t, :seen] = weights_TI[t] @ (q_TId[t] @ keys_Sd.T).relu()
     return scores
 
 
-def _entries(places, layer: int, token: int) -> list[int]:
+def entries_of(places, layer: int, token: int) -> list[int]:
     column = places.table[:, token if places.table.shape[1] > 1 else 0].tolist()
     return column[ENTRIES * layer :][:ENTRIES]
 
 
-def _block(address: int, n_rows: int, width: int, stride: int, dtype: torch.dtype) -> torch.Tensor:
+def block_at(address: int, n_rows: int, width: int, stride: int, dtype: torch.dtype) -> torch.Tensor:
     memory = (ctypes.c_char * (((n_rows - 1) * stride + width) * dtype.itemsize)).from_address(address)
     return torch.frombuffer(memory, dtype=dtype).as_strided((n_rows, width), (stride, 1))
 
@@ -110,9 +113,10 @@ def attend_over(queries, places, layer, config, scale, n_pieces, dtype, window=0
     return torch.stack(outs)
 
 
-def choose_of_each(logits_TE, bias_E, config):
+def choose_of_each(logits_TE, bias_E, config, ids_TK=None):
     """As gpu.routing.choose_experts: each token has the bits that it has alone."""
-    each = [choose_experts(logits, bias_E, config) for logits in logits_TE.split(1)]
+    given = [None] * len(logits_TE) if ids_TK is None else ids_TK.split(1)
+    each = [choose_experts(x, bias_E, config, ids) for x, ids in zip(logits_TE.split(1), given, strict=True)]
     return tuple(map(torch.cat, zip(*each, strict=True)))
 
 
@@ -184,6 +188,7 @@ def use_torch(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(indexer, "scores_of", scores_of)
     for module in (attention, grouped):
         patch.setattr(module, "attend_over", attend_over)
+    gpu_torch_compressed.use_torch(patch)
     patch.setattr(weights.DeviceWeights, "choose_experts", staticmethod(choose_of_each))
     patch.setattr(experts.Experts, "begin", begin_from_slots)
     patch.setattr(experts, "Experts", TorchExperts)

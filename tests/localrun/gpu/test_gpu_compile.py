@@ -25,17 +25,20 @@ CHOSEN = {
         *["Q4_K 1 tokens", "Q6_K 16 tokens", "FP8 widened", "Q8_0 transposed"],
         *["attention V3 16 bits", "attention V3 8 bits", "queries V3 8 bits", "attention gpt-oss 16 bits"],
         *["attention V3 16 bits, 16 heads", "Q4_K 64 tokens, narrow", "Q4_K 5 tokens, eight warps"],
+        *["attention V4 16 bits", "streams V4", "router V4"],
     ],
     89: [
         *["Q8_0 5 tokens", "experts 1 tokens, Q4_K Q6_K", "MXFP4 1 tokens", "Q5_K rows"],
         *["attention V3 16 bits", "attention V3 8 bits", "attention V2-Lite 16 bits", "attention V2-Lite 8 bits"],
         *["router V3", "attention GLM-4.5 16 bits", "attention gpt-oss 16 bits", "sparse attention V3.2"],
+        *["attention V4 16 bits"],
     ],
     120: ["Q4_K 1 tokens", "F16 4 tokens", "attention V3 16 bits", "router V3", "attention gpt-oss 16 bits"],
     90: [
         *["Q4_K 64 tokens", "FP8 products", "F16 4 tokens", "attention V3 16 bits"],
         *["experts 1 tokens, MXFP4 MXFP4", "experts 64 tokens, MXFP4 MXFP4", "sparse attention V3.2"],
         *["experts 64 tokens, Q4_K Q6_K, eight warps", "Q6_K 64 tokens, three stages", "Q4_K 1 tokens, low"],
+        *["attention V4 16 bits", "streams V4", "router V4"],
     ],
 }
 # A block's on consumer cards (CUDA programming guide, compute capabilities 8.6, 8.9 and 12.0), and of 7.5.

@@ -61,7 +61,7 @@ class Machine:
 
     def run(self, n_tokens: int, n_batches: int) -> torch.Tensor:
         x = torch.stack([torch.arange(START, START + n_tokens), torch.zeros(n_tokens)], 1)
-        return forward(self.layers, x, self.cache, n_batches, self.cancel)
+        return forward(self.layers, x, x[:, 0].long(), self.cache, n_batches, self.cancel)
 
 
 @dataclass
@@ -74,8 +74,9 @@ class SimulatedLayer:
         if (side, self.index, first) in self.machine.fails:
             raise self.machine.fails[side, self.index, first]
 
-    def begin(self, x: torch.Tensor, cache: Context) -> Callable[[], torch.Tensor]:
+    def begin(self, x: torch.Tensor, cache: Context, ids: torch.Tensor) -> Callable[[], torch.Tensor]:
         m, tokens = self.machine, [int(token) for token in x[:, 0]]
+        assert ids.tolist() == tokens
         assert x[:, 1].tolist() == [self.index] * len(tokens)  # all layers before have been finished
         assert tokens == list(range(cache.length, cache.length + len(tokens)))
         self._step("attention", tokens[0])
@@ -180,7 +181,7 @@ class TinyNetwork:
         cache = new_cache(self.config, 100, exact=True)
         with torch.inference_mode():
             x = self.model.embed_tokens(self.ids)
-            return forward(self.model.layers, x, cache, n_batches, self.experts.cancel), cache
+            return forward(self.model.layers, x, self.ids, cache, n_batches, self.experts.cancel), cache
 
 
 @pytest.mark.parametrize("n_batches", [1, 2, 3])

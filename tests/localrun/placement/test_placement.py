@@ -208,6 +208,15 @@ def test_the_cache_of_sparse_attention(bits: int) -> None:
     assert placement.runs_on_gpu(sparse) and more == 10 * 61 * 256
 
 
+def test_the_cache_of_pooled_rows() -> None:
+    """V4-Flash: 6,880 bytes a token beside 12.2 MB of rings and 14 MB of spare rows; marks, which are in RAM."""
+    model = load_model("deepseek-v4-flash")
+    found = lay_out(Request(model.tensors, model.config, 131_072, ram=200 * GIB, vram=24 * GIB, gpu_experts=0))
+    assert placement.runs_on_gpu(model.config) and not found.short
+    assert found.n_bytes("VRAM", "KV cache") == model.config.kv_bytes(131_072) >= 131_072 * 6880
+    assert found.n_bytes("RAM", placement.MARKS) == placement.mark_bytes(model.config, 131_072) > 0
+
+
 def test_the_cache_of_grouped_attention() -> None:
     model = load_model("llama-3.1-405b")
     assert placement.gpu_cache_bytes(model.config, 16, 1) == 516_096

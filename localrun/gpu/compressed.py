@@ -1,0 +1,113 @@
+"""DeepSeek-V4's attention on the device: the network's for prompts, over blocks there; kernels for a step.
+
+Letters: T tokens, H heads, d head_dim, D hidden_size, I the indexer's heads, i index_head_dim, K index_topk.
+"""
+
+from typing import Any
+
+import torch
+
+from localrun.gpu import compressed_kernels as kernels
+from localrun.gpu.attention import pieces_for
+from localrun.gpu.compressed_cache import CompressedCache
+from localrun.gpu.compressed_kernels import Attending
+from localrun.gpu.indexer import choose_by
+from localrun.gpu.places import Places
+from localrun.gpu.routing import Turns
+from localrun.models.config import Config
+from localrun.network import compressed
+from localrun.network.compressor import Compressor
+from localrun.network.weight_source import Seen, WeightSource
+
+
+class DeviceRope:
+    """As network.rope.Rope for those that ask for turns of positions in a row; these come from the tables there."""
+
+    def __init__(self, turns: Turns):
+        self.tables = turns
+        self.rotate_last = turns.rope.rotate_last
+
+    def turns(self, start: int, n_tokens: int, step: int = 1) -> torch.Tensor:
+        """As Rope.turns, on the device."""
+        return self.tables.at(torch.arange(start, start + step * n_tokens, step, device=self.tables.fine.device))
+
+
+class CompressedAttention(compressed.CompressedAttention):
+    """One layer's, over a cache on the device."""
+
+    def __init__(self, config: Config, weights: WeightSource, index: int, turns: Turns):
+        """As gpu.attention.LatentAttention."""
+        self.tables, device = turns, turns.fine.device
+        # The stand-in for a device is compared with the CPU's network, which multiplies in 32 bits.
+        self.dtype = torch.float32 if device.type == "cpu" else torch.float16
+        super().__init__(config, weights, index, DeviceRope(turns))
+        self.n_pieces = pieces_for(config, device)
+
+    def new_indexer(self, *arguments: Any) -> "Indexer":
+        """Over keys on the device."""
+        return Indexer(*arguments, self.layer, self.dtype)
+
+    def __call__(self, x_TD: torch.Tensor, cache: CompressedCache | Places) -> torch.Tensor:
+        """float32 (T, D) of the tokens after the cache's, or at places -> (T, D); writes their rows.
+
+        There must be room (check_room). Places are for few tokens: no more than a ring has spare rows.
+        """
+        return self._step(x_TD, cache) if isinstance(cache, Places) else super().__call__(x_TD, cache)
+
+    def attend(self, q_THd: torch.Tensor, seen: Seen, turns: torch.Tensor) -> torch.Tensor:
+        """As the network's, of a prompt."""
+        c, device = self.config, q_THd.device
+        positions_T = torch.arange(seen.n_before, seen.n_before + len(q_THd), device=device)
+        q_THd = kernels.turned_heads(q_THd, positions_T, self.tables, c.qk_rope_head_dim, c.rms_norm_eps)
+        is_exact = seen.window_SW.dtype == torch.float32
+        return kernels.attend_seen(self._attending(is_exact), q_THd, positions_T, seen)
+
+    def _step(self, x_TD: torch.Tensor, places: Places) -> torch.Tensor:
+        c, layer, tables, chosen_TK = self.config, self.layer, self.tables, None
+        q_TQ, q_THd = self.queries(x_TD)
+        q_THd = kernels.turned_heads(q_THd, places.positions, tables, c.qk_rope_head_dim, c.rms_norm_eps)
+        kernels.append_rows(self.kv_proj(x_TD), self.kv_norm, tables, places, layer, c)
+        if self.compressor is not None:
+            _append(self.compressor, x_TD, tables, places, layer)
+        if self.indexer is not None:
+            _append(self.indexer.compressor, x_TD, tables, places, layer, is_index=True)
+            chosen_TK = self.indexer.choose(x_TD, q_TQ, places)
+        mixed_THd = kernels.attend_at(self._attending(places.is_exact), q_THd, places, chosen_TK)
+        return self.output(mixed_THd)
+
+    def _attending(self, is_exact: bool) -> Attending:
+        dtype = torch.float32 if is_exact else self.dtype
+        return Attending(self.config, self.layer, self.tables, self.sinks, self.scale, self.n_pieces, dtype)
+
+
+def _append(
+    compressor: Compressor, x_TD: torch.Tensor, tables: Turns, places: Places, layer: int, is_index: bool = False
+) -> None:
+    values, gates, bias = compressor.kv_proj(x_TD), compressor.gate_proj(x_TD), compressor.position_bias
+    kernels.append_pooled(values, gates, bias, compressor.kv_norm, tables, places, layer, compressor.config, is_index)
+
+
+class Indexer(compressed.Indexer):
+    """Which pooled rows each token attends to, by keys on the device."""
+
+    def __init__(self, config: Config, weights: WeightSource, index: int, rope: DeviceRope, layer: int, dtype: Any):
+        """layer: of the cache. dtype: of products over a cache that is not exact."""
+        super().__init__(config, weights, index, rope)
+        self.layer, self.dtype = layer, dtype
+
+    def __call__(
+        self, x_TD: torch.Tensor, q_TQ: torch.Tensor, cache: CompressedCache, turns: torch.Tensor
+    ) -> torch.Tensor | None:
+        """As the network's, of a prompt; rows that a token does not see come last."""
+        self.compressor(x_TD, cache, compressed.KEYS)
+        return self.choose(x_TD, q_TQ, cache.places(len(x_TD)))
+
+    def choose(self, x_TD: torch.Tensor, q_TQ: torch.Tensor, places: Places) -> torch.Tensor | None:
+        """int32 (T, K) of tokens whose keys are in the cache; None if all attend to all that they see."""
+        c, ratio = self.config, self.compressor.ratio
+        if not 0 < c.index_topk < places.most // ratio:
+            return None
+        q_TIi = self.q_b_proj(q_TQ).unflatten(1, (c.index_n_heads, -1))
+        q_TIi = kernels.turned_heads(q_TIi, places.positions, self.rope.tables, c.qk_rope_head_dim, None)
+        dtype = torch.float32 if places.is_exact else self.dtype
+        return choose_by(q_TIi, self.weights_proj(x_TD), places, self.layer, c.index_topk, dtype, ratio)

@@ -1,0 +1,204 @@
+"""DeepSeek-V4 on a device and on the CPU at once against the model on the CPU: as test_gpu_hybrid.py.
+
+Choices among pooled rows are compared over rows of 16 bits on both sides: others might choose others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny_deepseek4
+import torch
+from closeness import error
+from gpu_dense import use_dense
+from gpu_device import DEVICE, HAS_GPU
+from gpu_torch import use_torch
+from tiny_deepseek4 import SHARED, Deepseek4, token_ids
+
+pytest.importorskip("triton", reason="localrun.gpu needs Triton")
+
+from localrun.cpu.model import NativeModel
+from localrun.gguf.file import open_gguf
+from localrun.gpu import routing, streams
+from localrun.gpu.device import Cuda, StandIn
+from localrun.gpu.hybrid import HybridModel
+from localrun.gpu.prefill import LayerTimes, Seconds
+from localrun.models.config import Config
+from localrun.models.reader import read_config
+from localrun.network import hyper
+from localrun.network.moe import choose_experts
+from localrun.placement.placement import Request, lay_out
+
+# As those of test_gpu_hybrid.py, found: 1e-4, 2e-4, 5e-7.
+STEP_TOLERANCE, MANY_TOLERANCE, EXACT_TOLERANCE = 2e-3, 5e-3, 1e-5
+CTX = 400
+# Half as wide, with fewer experts: for the interpreter.
+SMALL = replace(
+    SHARED, hidden_size=64, num_attention_heads=3, head_dim=32, qk_rope_head_dim=8, q_lora_rank=32, o_groups=3,
+    sliding_window=6, index_head_dim=16, index_topk=3, n_routed_experts=4, num_experts_per_tok=2,
+    moe_intermediate_size=32,
+)  # fmt: skip
+
+
+@contextmanager
+def opened(m: Deepseek4 = SHARED, ctx: int = CTX) -> Iterator[tuple[HybridModel, NativeModel]]:
+    """The same model both ways, experts in RAM."""
+    with open_gguf(tiny_deepseek4.shared(m)) as file:
+        config, much = read_config(file), 1 << 40
+        placement = lay_out(Request(tuple(file.tensors.values()), config, ctx, much, much, much, gpu_experts=0))
+        device = Cuda() if HAS_GPU else StandIn()
+        with (
+            closing(HybridModel(config, file, 2, placement, device)) as model,
+            closing(NativeModel(config, file, 2)) as native,
+        ):
+            model.tuning.few = 1 << 30  # nothing is measured
+            yield model, native
+
+
+@pytest.fixture
+def in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels on the device are torch's."""
+    use_torch(monkeypatch)
+
+
+def two_batches(model: HybridModel) -> None:
+    """As if it had been measured that two are faster."""
+    model.tuning.use(LayerTimes(Seconds(0.0, 1.0), Seconds(0.0, 1.0), Seconds(0.0, 0.0), float("inf")))
+
+
+def cpus_logits(native: NativeModel, ids: list[int]) -> np.ndarray:
+    """By the CPU's network, over rows of 16 bits."""
+    cache = native.new_cache(len(ids))
+    return np.concatenate([native.forward(ids[first : first + 128], cache, True) for first in range(0, len(ids), 128)])
+
+
+# ---- between the kernels ---------------------------------------------------------------------------------------------
+
+
+def test_prompts_and_steps_are_the_cpus(in_torch: None) -> None:
+    """Beyond the window, top_k pooled rows, and a row of 128 tokens; taken back, saved, gone on from."""
+    ids = token_ids(300)
+    with opened() as (model, native):
+        expected, cache = cpus_logits(native, ids), model.new_cache(CTX)
+        for first, last in ((0, 3), (3, 11), (11, 126), (126, 130), (130, 131), (131, 260), (260, 268)):
+            if first == 131:
+                two_batches(model)
+            most = STEP_TOLERANCE if last - first <= 8 else MANY_TOLERANCE
+            assert error(model.forward(ids[first:last], cache, True), expected[first:last]) < most, first
+        cache.mark()
+        assert cache.kept(262) == 262 and cache.kept(200) == 0
+        cache.truncate(262)
+        assert error(model.forward(ids[262:300], cache, True), expected[262:]) < MANY_TOLERANCE
+        assert cache.kept(266) == 262  # by the mark: rings have gone on
+        cache.truncate(266)
+        assert error(model.forward(ids[262:266], cache, True), expected[262:266]) < STEP_TOLERANCE
+        there, again, copied = native.new_cache(CTX), model.new_cache(CTX), model.new_cache(CTX)
+        there.load(cache.save(), 266)
+        again.load(there.save(), 266)
+        copied.copy(cache, 266)
+        for by, each in ((model, cache), (model, again), (model, copied), (native, there)):
+            assert error(by.forward(ids[266:269], each, True), expected[266:269]) < STEP_TOLERANCE
+
+
+def test_exact_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_torch(monkeypatch)
+    ids = token_ids(150)
+    with opened() as (model, native):
+        cache, exact = model.new_cache(160, exact=True), native.new_cache(160, exact=True)
+        for first, last in ((0, 5), (5, 150)):
+            right = native.forward(ids[first:last], exact, True)
+            assert error(model.forward(ids[first:last], cache, True), right) < EXACT_TOLERANCE
+
+
+def test_contexts_together_are_contexts_alone(in_torch: None) -> None:
+    """Bits of logits and of streams, whoever the neighbours are and how long; after tokens were taken back, too."""
+    lengths, ids = (2, 13, 0, 127), token_ids(140)
+    with opened() as (model, _):
+        model.keep_hidden, alone, caches = True, [], []
+        for n in lengths:
+            for found in (alone, caches):
+                cache = model.new_cache(n + 9)
+                if n:
+                    model.forward(ids[:n], cache)
+                found.append(cache)
+        rows = [
+            [(model.forward([token], cache), model.hidden) for token in ids[n : n + 4]]
+            for n, cache in zip(lengths, alone, strict=True)
+        ]
+        for step in (0, 1, 0, 1, 2, 3):
+            here = range(4 if step < 3 else 2)
+            for i in here:
+                caches[i].truncate(lengths[i] + step)
+            found = model.forward_each([ids[lengths[i] + step] for i in here], [caches[i] for i in here])
+            for i, logits, hidden in zip(here, found, model.hidden, strict=True):
+                assert np.array_equal(logits, rows[i][step][0][0]) and np.array_equal(hidden, rows[i][step][1][0])
+
+
+def test_drafts_take_the_streams_of_the_cpu(in_torch: None) -> None:
+    """What the head for multi-token prediction takes."""
+    ids = token_ids(40)
+    with opened() as (model, native):
+        found = []
+        for each in (model, native):
+            each.keep_hidden = True
+            each.forward(ids[:30], cache := each.new_cache(CTX))
+            each.forward(ids[30:34], cache)
+            found.append(each.hidden)
+        assert error(*found) < STEP_TOLERANCE and found[0].shape == (4, 4 * SHARED.hidden_size)
+
+
+# ---- every kernel ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_dense", [True, False])
+def test_logits_by_every_kernel(is_dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps over all kinds of rows; a row of 128 tokens comes to be in one."""
+    ids = token_ids(140)
+    if is_dense:
+        use_dense(monkeypatch)
+    with opened(SMALL) as (model, native):
+        expected, cache = cpus_logits(native, ids), model.new_cache(CTX)
+        there = native.new_cache(CTX)
+        native.forward(ids[:118], there)
+        cache.load(there.save(), 118)
+        for first, last in ((118, 127), (127, 128), (128, 133), (133, 134)):
+            found = model.forward(ids[first:last], cache, True)
+            assert error(found, expected[first:last]) < (MANY_TOLERANCE if last - first > 8 else STEP_TOLERANCE)
+
+
+CONFIG = Config(
+    architecture="deepseek4", attention="compressed", rope="pairs", hidden_size=40, intermediate_size=0,
+    num_hidden_layers=1, num_attention_heads=1, vocab_size=1, max_position_embeddings=64, rms_norm_eps=1e-6,
+    rope_theta=1e4, rope_scaling=None, qk_rope_head_dim=4, v_head_dim=4, hc_mult=4, hc_sinkhorn_iters=20, hc_eps=1e-6,
+    n_routed_experts=12, num_experts_per_tok=3, scoring_func="sqrtsoftplus", norm_topk_prob=True,
+    routed_scaling_factor=1.5,
+)  # fmt: skip
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_streams_are_mixed_as_the_networks() -> None:
+    computed, scale, base = random(3, 24), random(3, seed=1), random(24, seed=2)
+    given, y = random(3, 4, 40, seed=3), random(3, 40, seed=4)
+    right, right_expand = hyper.mix_streams(computed, scale, base, given, CONFIG)
+    found, expand = streams.mix_streams(*(x.to(DEVICE) for x in (computed, scale, base, given)), CONFIG)
+    # Both add up four products of float32 in an order of their own.
+    torch.testing.assert_close(found.cpu(), right, rtol=0, atol=1e-6)
+    torch.testing.assert_close(expand(y.to(DEVICE)).cpu(), right_expand(y), rtol=0, atol=2e-6)
+
+
+def test_the_router_by_roots_of_softplus() -> None:
+    """Of small scores, too, of which few bits are left beside 1."""
+    logits = 8 * random(5, 12)
+    logits[0] -= 30
+    ids, weights = routing.choose_experts(logits.to(DEVICE), None, CONFIG)
+    right_ids, right = choose_experts(logits, None, CONFIG)
+    assert torch.equal(ids.cpu(), right_ids)
+    torch.testing.assert_close(weights.cpu(), right, rtol=1e-5, atol=1e-8)
