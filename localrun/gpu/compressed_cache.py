@@ -86,6 +86,11 @@ class CompressedCache(Cache):
         types = [torch.float32 if kind.is_exact else values for kind in kinds]
         return [DeviceBlock(k, self.capacity, type_, self._device) for k, type_ in zip(kinds, types, strict=True)]
 
+    @property
+    def blocks(self) -> list[list[DeviceBlock]]:
+        """Of each layer, as Config.rows has them."""
+        return self._layers
+
     def places(self, n_tokens: int) -> Places:
         """Of the tokens after `length`."""
         positions = torch.arange(self.length, self.length + n_tokens, device=self._device)

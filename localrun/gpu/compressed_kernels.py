@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from localrun.gpu import tiles
 from localrun.gpu.attention import FEW_TOKENS, LOG2_E, MIN_PIECE, PEAK, TO_BASE_2, head_block, piece_length
 from localrun.gpu.compressed_cache import INDEX_OPEN, INDEX_POOLED, OPEN, POOLED, WINDOW, ring_rows
 from localrun.gpu.places import Places, block_of
@@ -222,12 +223,19 @@ def _add_rows(q, rows, row, is_row, factor, peak, total, mixed, W: tl.constexpr,
     column = tl.arange(0, BLOCK_W)
     inside = is_row[:, None] & (column < W)[None, :]
     tile = tl.load(rows + row.to(tl.int64)[:, None] * W + column[None, :], mask=inside, other=0.0).to(DTYPE)
-    score = tl.dot(q, tl.trans(tile), input_precision="ieee") * factor
+    if q.shape[0] == 1:  # without tensor cores
+        score = tl.sum(q.to(tl.float32) * tile.to(tl.float32), 1)[None, :] * factor
+    else:
+        score = tl.dot(q, tl.trans(tile), input_precision="ieee") * factor
     score = tl.where(is_row[None, :], score, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(score, 1))
     weight, shrink = tl.exp2(score - new_peak[:, None] + PEAK), tl.exp2(peak - new_peak)
     total = total * shrink + tl.sum(weight, 1)
-    mixed = tl.dot(weight.to(DTYPE), tile, mixed * shrink[:, None], input_precision="ieee")
+    mixed *= shrink[:, None]
+    if q.shape[0] == 1:
+        mixed += tl.sum(tl.trans(weight) * tile.to(tl.float32), 0)[None, :]
+    else:
+        mixed = tl.dot(weight.to(DTYPE), tile, mixed, input_precision="ieee")
     return new_peak, total, mixed
 
 
@@ -422,7 +430,7 @@ def attend_constants(how: Attending, is_exact: bool, n_rows: int) -> dict[str, o
     c, key_bytes = how.config, 4 if is_exact else 2
     return {
         "N_HEADS": c.num_attention_heads, "W": c.head_dim, "BLOCK_W": max(16, triton.next_power_of_2(c.head_dim)),
-        "BLOCK_H": head_block(c.num_attention_heads, how.dtype), "BLOCK_S": 32 if _is_copied(how, is_exact) else 16,
+        "BLOCK_H": _head_block(how), "BLOCK_S": 32 if _is_copied(how, is_exact) else 16,
         "SHORTEST": MIN_PIECE, "KEY": _key_type(is_exact), "ALIGNED": 16 if c.head_dim * key_bytes % 16 == 0 else 4,
         "DTYPE": tl.float16 if how.dtype == torch.float16 else tl.float32, "RATIO": c.compress_ratio(how.layer),
         "SEEN": c.sliding_window, "N_ROWS": n_rows,
@@ -431,8 +439,7 @@ def attend_constants(how: Attending, is_exact: bool, n_rows: int) -> dict[str, o
 
 def attend_options(how: Attending, is_exact: bool) -> dict[str, int]:
     """How attend_kernel is launched: without spills, and in a consumer card's shared memory."""
-    few = head_block(how.config.num_attention_heads, how.dtype) == 16
-    return {"num_warps": 4 if few else 8, "num_stages": 2 if _is_copied(how, is_exact) else 1}
+    return {"num_warps": 4 if _head_block(how) == 16 else 8, "num_stages": 2 if _is_copied(how, is_exact) else 1}
 
 
 def combine_constants(how: Attending, is_exact: bool, n_rows: int) -> dict[str, object]:
@@ -442,5 +449,10 @@ def combine_constants(how: Attending, is_exact: bool, n_rows: int) -> dict[str, 
     return {name: known[name] for name in names}
 
 
+def _head_block(how: Attending) -> int:
+    most = tiles.of(how.sinks_H.device).attention.heads
+    return head_block(how.config.num_attention_heads, how.dtype, most)
+
+
 def _is_copied(how: Attending, is_exact: bool) -> bool:
-    return not is_exact and how.dtype == torch.float16
+    return not is_exact and how.dtype == torch.float16 and _head_block(how) > 1

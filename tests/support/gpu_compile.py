@@ -26,8 +26,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from localrun.gpu import attention, compiling, experts, fp8, gemm, gemv, grouped, indexer, matrix, routing, streams, tiles
+from localrun.gpu import attention, compiling, experts, fp8, gemm, gemv, grouped, indexer, matrix, routing, tiles
 from localrun.gpu import compressed_kernels as compressed
+from localrun.gpu import streams as hyper
 from localrun.gpu.cache import DeviceCache, GroupedCache
 from localrun.gpu.compressed_cache import CompressedCache
 from localrun.gpu.formats.layout import LAYOUTS
@@ -249,7 +250,7 @@ def _compressed(bits: int) -> Callable[[], object]:
 
 
 def _streams() -> None:
-    x, expand = streams.mix_streams(torch.empty(1, 24), torch.empty(3), torch.empty(24), torch.empty(1, 4, 4096), _V4)
+    x, expand = hyper.mix_streams(torch.empty(1, 24), torch.empty(3), torch.empty(24), torch.empty(1, 4, 4096), _V4)
     expand(x)
 
 

@@ -30,6 +30,8 @@ from localrun.gpu import indexer
 from localrun.gpu.attention import attend, heads_together, pieces_for
 from localrun.gpu.cache import new_cache
 from localrun.gpu.grouped import attend_grouped, attention_on
+from localrun.gpu.proof import compressed
+from localrun.gpu.proof.bounds import HALF, SINGLE, compare, few_bound, finite, half_on, many_bound, softmax
 from localrun.gpu.proof.subject import Subject
 from localrun.gpu.proof.task import Findings
 from localrun.gpu.weights import DeviceWeights
@@ -41,18 +43,6 @@ from quant.matrix import ExpertMatrices, QuantMatrix
 from quant.ops import linear
 from quant.simd.gated import Activation
 from quant.threads.pool import Pool
-
-_HALF, _SINGLE = 2.0**-11, 2.0**-24  # what rounding to float16 and to float32 changes of a value, at most
-
-
-def few_bound(n_cols: int) -> float:
-    """Of S, of a product of few tokens."""
-    return (n_cols / 64 + 32) * _SINGLE
-
-
-def many_bound(n_cols: int) -> float:
-    """Of S, of a product of many tokens."""
-    return 2 * _HALF + n_cols / 8 * 2 * _SINGLE
 
 
 @dataclass(frozen=True)
@@ -80,8 +70,9 @@ class NotedWeights(DeviceWeights):
     def linear(self, name: str) -> Any:
         return self._note("matrix", name, self.matrix(name), super().linear(name))
 
-    def heads(self, name: str) -> Any:
-        return self._note("heads", name, self.matrix(name), super().heads(name))
+    def heads(self, name: str, n_groups: int | None = None) -> Any:
+        matrix = self.matrix(name) if n_groups is None else self.grouped(name, n_groups)
+        return self._note("heads", name, matrix, super().heads(name, n_groups))
 
     def embedding(self, name: str) -> Any:
         return self._note("embedding", name, self.matrix(name), super().embedding(name))
@@ -111,8 +102,11 @@ def prove(subject: Subject, findings: Findings) -> None:
                     _TRIALS[use.kind](subject, findings, pool, use)
             findings.figures["shapes"] = len(seen)
             _router(subject, findings, network)
-            _attention(subject, findings)
-            _indexer(subject, findings)
+            if subject.config.attention == "compressed":
+                compressed.prove(subject, findings)
+            else:
+                _attention(subject, findings)
+                _indexer(subject, findings)
             _experts(subject, findings, pool)
         finally:
             weights.routed.close()
@@ -144,28 +138,6 @@ def largest_of_32(w: torch.Tensor) -> torch.Tensor:
     return padded.unflatten(-1, (-1, 32)).amax(-1, keepdim=True).expand(-1, -1, 32).flatten(-2)[..., :n_cols]
 
 
-def worst(found: torch.Tensor, right: torch.Tensor, bound: torch.Tensor) -> float:
-    """The largest error as a part of its bound; NaN if anything is."""
-    return float(((found.cpu().double() - right).abs() / bound.clamp_min(1e-300)).max())
-
-
-def _compare(findings: Findings, what: str, found: torch.Tensor, right: torch.Tensor, bound: torch.Tensor) -> None:
-    """Entry by entry."""
-    error = worst(found, right, bound)
-    if error <= 1:
-        findings.bounded(what, error, 1.0)
-        return
-    off = (found.cpu().double() - right).abs()
-    at = int((off / bound.clamp_min(1e-300)).nan_to_num(nan=torch.inf).argmax())
-    findings.bounded(what, float(off.flatten()[at]), float(bound.expand_as(off).flatten()[at]))
-
-
-def _finite(findings: Findings, what: str, found: torch.Tensor) -> None:
-    """Of all that came out, not of the sample alone."""
-    if not bool(found.isfinite().all()):
-        findings.fault(f"{what}: {int((~found.isfinite()).sum())} of {found.numel()} results are no numbers")
-
-
 def _groups(weight: QuantMatrix) -> list[int]:
     return sorted({0, weight.n_groups // 2, weight.n_groups - 1})
 
@@ -186,14 +158,14 @@ def _products(subject: Subject, findings: Findings, pool: Pool, use: Use) -> Non
         findings.doing(what)
         x = subject.vectors(n_tokens * weight.n_groups, weight.n_cols, n_tokens).view(n_tokens, weight.n_groups, -1)
         y = use.module(x.to(device) if use.kind == "heads" else x[:, 0].to(device)).view(n_tokens, weight.n_groups, -1)
-        _finite(findings, what, y)
+        finite(findings, what, y)
         y, x = y.cpu(), x.double()
         for group in groups:
             size = x[:, group].abs() @ largest_of_32(w[group]).T
             bound = (few_bound if is_few else many_bound)(weight.n_cols) * size
             if not is_few:
                 bound = bound + x[:, group].abs().sum(-1, keepdim=True) * 2.0**-25
-            _compare(findings, what, y[:, group, rows], x[:, group] @ w[group].T, bound)
+            compare(findings, what, y[:, group, rows], x[:, group] @ w[group].T, bound)
 
 
 def _heads(subject: Subject, findings: Findings, pool: Pool, use: Use) -> None:
@@ -205,19 +177,19 @@ def _heads(subject: Subject, findings: Findings, pool: Pool, use: Use) -> None:
     findings.doing(what)
     x = subject.vectors(2 * weight.n_groups, weight.n_rows).view(2, weight.n_groups, -1)
     y = use.module.transposed(x.to(device)).cpu()
-    _finite(findings, what, y)
+    finite(findings, what, y)
     for group in _groups(weight):
         w = expanded(pool, weight, group, all_rows)
         size = x[:, group].double().abs() @ largest_of_32(w)
         right = x[:, group].double() @ w
-        _compare(findings, what, y[:, group], right, (weight.n_rows + 32) * _SINGLE * size)  # a row after another
+        compare(findings, what, y[:, group], right, (weight.n_rows + 32) * SINGLE * size)  # a row after another
         for dtype in (torch.float32, torch.float16):
             found = use.module.dense(group, 1, dtype)[0]
-            _compare(findings, f"{weight.format.name}, {use.name} expanded", found, w, _expanded_bound(w, dtype))
+            compare(findings, f"{weight.format.name}, {use.name} expanded", found, w, _expanded_bound(w, dtype))
 
 
 def _expanded_bound(w: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return (2.0**-21 + (_HALF if dtype == torch.float16 else 0.0)) * largest_of_32(w) + 2.0**-25
+    return (2.0**-21 + (HALF if dtype == torch.float16 else 0.0)) * largest_of_32(w) + 2.0**-25
 
 
 def _embedding(subject: Subject, findings: Findings, pool: Pool, use: Use) -> None:
@@ -225,7 +197,7 @@ def _embedding(subject: Subject, findings: Findings, pool: Pool, use: Use) -> No
     findings.doing(what)
     rows = sample(use.weight.n_rows, subject.effort.rows)
     found, w = use.module(torch.from_numpy(rows).to(subject.device.torch)), expanded(pool, use.weight, 0, rows)
-    _compare(findings, what, found, w, _expanded_bound(w, torch.float32))
+    compare(findings, what, found, w, _expanded_bound(w, torch.float32))
 
 
 _TRIALS = {"matrix": _products, "heads": _heads, "embedding": _embedding}
@@ -236,7 +208,7 @@ _TRIALS = {"matrix": _products, "heads": _heads, "embedding": _embedding}
 
 def _router(subject: Subject, findings: Findings, network: Network) -> None:
     """The same experts for the same scores, and weights that differ by a few roundings of float32."""
-    c, index = subject.config, subject.moe_layers[0]
+    c, index = subject.config, subject.moe_layers[-1]  # of those that are there, the one without a table of tokens
     bias = network.layers[index].mlp.e_score_correction_bias
     for n_tokens in (*subject.effort.few, *subject.effort.many):
         what = f"router, {n_tokens} tokens"
@@ -250,7 +222,7 @@ def _router(subject: Subject, findings: Findings, network: Network) -> None:
             findings.fault(f"{what}: other experts than the CPU's")
         else:
             found, right = weights.cpu().gather(-1, order), right.gather(-1, right_order).double()
-            _compare(findings, what, found, right, 2.0**-18 * right.abs() + 1e-30)
+            compare(findings, what, found, right, 2.0**-18 * right.abs() + 1e-30)
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -272,12 +244,7 @@ def _attention(subject: Subject, findings: Findings) -> None:
                     findings.doing(what)
                     trials = {"": _latent} if c.attention == "mla" else _grouped_trials(c)
                     for where, trial in trials.items():
-                        _compare(findings, what + where, *trial(subject, bits, n_cached, n_tokens))
-
-
-def _half_on(subject: Subject) -> torch.dtype:
-    """Of attention's products: as gpu.attention chooses."""
-    return torch.float32 if subject.device.torch.type == "cpu" else torch.float16
+                        compare(findings, what + where, *trial(subject, bits, n_cached, n_tokens))
 
 
 def _latent(
@@ -293,10 +260,10 @@ def _latent(
     q = subject.vectors(n_tokens * c.num_attention_heads, width).view(n_tokens, -1, width)
     parts = q.to(device).split((c.kv_lora_rank, c.qk_rope_head_dim), -1)
     scale = width**-0.5
-    found = attend(*parts, cache, 0, c, scale, pieces_for(c, device), _half_on(subject))
+    found = attend(*parts, cache, 0, c, scale, pieces_for(c, device), half_on(subject))
     latents, rope_keys = (part.cpu().double() for part in cache.rows(0, 0, n_cached, torch.float32))
     keys = torch.cat([latents, rope_keys], -1)[:, None].expand(-1, c.num_attention_heads, -1)
-    return found, *_softmax(q, keys, latents[:, None].expand(-1, c.num_attention_heads, -1), scale)
+    return found, *softmax(q, keys, latents[:, None].expand(-1, c.num_attention_heads, -1), scale)
 
 
 def _grouped_trials(c: Config) -> dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
@@ -322,14 +289,12 @@ def _grouped(
     scale = c.head_dim**-0.5
     sinks = subject.vectors(1, c.num_attention_heads)[0] if subject.has_sinks(layer) else None
     on_device = None if sinks is None else sinks.to(device)
-    found = attend_grouped(
-        q.to(device), cache, 0, c, scale, pieces_for(c, device), _half_on(subject), window, on_device
-    )
+    found = attend_grouped(q.to(device), cache, 0, c, scale, pieces_for(c, device), half_on(subject), window, on_device)
     keys, values = (
         part.double().unflatten(-1, (c.num_key_value_heads, -1)).repeat_interleave(heads_together(c), 1)
         for part in rows
     )
-    return found, *_softmax(q, keys, values, scale, window, sinks)
+    return found, *softmax(q, keys, values, scale, window, sinks)
 
 
 def _indexer(subject: Subject, findings: Findings) -> None:
@@ -337,7 +302,7 @@ def _indexer(subject: Subject, findings: Findings) -> None:
 
     Scores are off by 2^-11 (float16 queries; float32 sums besides) of sum |weight| sum |q| |k|.
     """
-    c, device, dtype = subject.config, subject.device.torch, _half_on(subject)
+    c, device, dtype = subject.config, subject.device.torch, half_on(subject)
     layer = next((index for index in range(c.num_hidden_layers) if c.chooses_rows(index)), None)
     if layer is None:
         return
@@ -368,39 +333,12 @@ def _indexer(subject: Subject, findings: Findings) -> None:
             seen = keys[: position + 1].double()
             right = factors[t].double() @ (q[t].double() @ seen.T).relu()
             size = factors[t].double().abs() @ (q[t].double().abs() @ seen.abs().T)
-            bound = (2 * _HALF + (c.index_head_dim + c.index_n_heads) * _SINGLE) * size
-            _compare(findings, what, found[t, : position + 1], right, bound)
+            bound = (2 * HALF + (c.index_head_dim + c.index_n_heads) * SINGLE) * size
+            compare(findings, what, found[t, : position + 1], right, bound)
             mine = rows.cpu().double()[chosen[t, : position + 1].cpu().long()][:, None]
             mine = mine.expand(-1, c.num_attention_heads, -1)
-            right, bound = _softmax(queries[t : t + 1], mine, mine[..., : c.kv_lora_rank], scale)
-            _compare(findings, f"{what}, attention", out[t : t + 1], right, bound)
-
-
-def _softmax(
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    scale: float,
-    window: int = 0,
-    sinks_H: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the last T of S tokens, float64 (T, H, V), and how far a kernel may be off.
-
-    q: (T, H, d). keys, values: (S, H, d). A sink is a logit more, without a value.
-    """
-    n_tokens, n_cached = q.shape[0], keys.shape[0]
-    q = q.double()
-    scores = scale * torch.einsum("thd,shd->ths", q, keys)
-    sizes = scale * torch.einsum("thd,shd->ths", q.abs(), keys.abs())
-    ages = torch.arange(n_cached - n_tokens, n_cached)[:, None] - torch.arange(n_cached)[None]
-    hidden = (ages < 0) | (ages >= (window or n_cached))
-    scores, sizes = scores.masked_fill(hidden[:, None], -torch.inf), sizes.masked_fill(hidden[:, None], 0.0)
-    if sinks_H is not None:
-        scores = torch.cat([scores, sinks_H.double()[None, :, None].expand(n_tokens, -1, 1)], -1)
-    weights = scores.softmax(-1)[..., :n_cached]
-    off = (_HALF + q.shape[-1] * _SINGLE) * sizes.amax(-1, keepdim=True)
-    size = torch.einsum("ths,shv->thv", weights, values.abs())
-    return torch.einsum("ths,shv->thv", weights, values), ((2 * off).expm1() + 2 * _HALF + n_cached * _SINGLE) * size
+            right, bound = softmax(queries[t : t + 1], mine, mine[..., : c.kv_lora_rank], scale)
+            compare(findings, f"{what}, attention", out[t : t + 1], right, bound)
 
 
 # ---- experts in VRAM -------------------------------------------------------------------------------------------------
@@ -425,7 +363,7 @@ def _experts(subject: Subject, findings: Findings, pool: Pool) -> None:
         ids = torch.from_numpy(random.choice([*here, -1], (n_tokens, c.num_experts_per_tok)))
         factors = torch.from_numpy(random.random((n_tokens, c.num_experts_per_tok), np.float32))
         found = layer.begin(x.to(device), ids.to(device), factors.to(device))()
-        _finite(findings, what, found)
+        finite(findings, what, found)
         right, bound = torch.zeros_like(x, dtype=torch.float64), torch.zeros_like(x, dtype=torch.float64)
         for expert in here:
             share = (factors.double() * (ids == expert)).sum(-1, keepdim=True)
@@ -433,7 +371,7 @@ def _experts(subject: Subject, findings: Findings, pool: Pool) -> None:
             y, off = _expert(x[used].double(), *weights[expert], _biases(matrices, expert), matrices.activation, is_few)
             right[used] += share[used] * y
             bound[used] += share[used] * off
-        _compare(findings, what, found, right, bound + 1e-20)
+        compare(findings, what, found, right, bound + 1e-20)
 
 
 def _biases(matrices: ExpertMatrices, expert: int) -> list[torch.Tensor]:

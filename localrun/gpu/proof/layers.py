@@ -18,8 +18,10 @@ import numpy as np
 import torch
 
 from localrun.cpu.model import NativeModel
+from localrun.gpu.cache import AnyCache
 from localrun.gpu.cache import new_cache as device_cache
 from localrun.gpu.hybrid import HybridModel
+from localrun.gpu.proof import compressed
 from localrun.gpu.proof.subject import Subject, given_choices, noted_choices
 from localrun.gpu.proof.task import Findings
 from localrun.gpu.routed import Mode
@@ -35,7 +37,8 @@ def prove(subject: Subject, findings: Findings) -> None:
     findings.doing("loading")
     bound = _LAYER if subject.integer else _EXACT
     with subject.hybrid() as model, subject.native() as native, torch.inference_mode(), subject.device.errors():
-        compare_layers(subject, findings, model, native, sorted({0, subject.before}))
+        kinds = compressed.layers(subject).values() if subject.config.compress_ratios else ()
+        compare_layers(subject, findings, model, native, sorted({0, *kinds, subject.before}))
         _logits(subject, findings, model, native, "logits of the first layers", bound)
     if subject.config.num_hidden_layers == subject.whole.num_hidden_layers:
         return
@@ -54,17 +57,21 @@ def compare_layers(
     """Steps and a prompt through some layers, each by itself."""
     here, there = model.network, native.network
     for index in indices:
-        for n_tokens, mode in ((1, Mode.STEP), (max(subject.effort.steps), Mode.STEP), (_TOKENS, Mode.PREFILL)):
+        for n_tokens, mode in (
+            (1, Mode.STEP),
+            (max(subject.effort.steps), Mode.STEP),
+            (_prompt(subject), Mode.PREFILL),
+        ):
             kind = "with experts" if index in subject.moe_layers else "dense"
             what = f"layer {index} ({kind}), {n_tokens} tokens"
             findings.doing(what)
-            x = subject.vectors(n_tokens, subject.config.hidden_size, n_tokens)
+            x, ids = _inputs(subject, n_tokens)
             caches = _caches(subject, n_tokens)
             model.routed.mode = mode
             with noted_choices(here) as choices:
-                found = _layer(model, index, x, caches[0], mode)
+                found = _layer(model, index, x, ids, caches[0], mode)
             with given_choices(there, choices):
-                right = there.layers[index](x, caches[1])
+                right = there.layers[index](x, caches[1], ids)
             findings.bounded(what, _apart(found - x, right - x), _LAYER if subject.integer else _EXACT)
 
 
@@ -73,15 +80,31 @@ def _caches(subject: Subject, n_tokens: int):
     return device_cache(c, n_tokens, subject.device.torch, 16), host_cache(c, n_tokens, False)
 
 
-def _layer(model: HybridModel, index: int, x: torch.Tensor, cache, mode: Mode) -> torch.Tensor:
+def _prompt(subject: Subject) -> int:
+    """Tokens of a prompt: one more than a pooled row is of, at least."""
+    return max(_TOKENS, 1 + max(subject.config.compress_ratios, default=0))
+
+
+def _inputs(subject: Subject, n_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a layer takes, vectors or streams, and of which tokens."""
+    c, ids = subject.config, torch.tensor(subject.ids(n_tokens, n_tokens))
+    if not c.hc_mult:
+        return subject.vectors(n_tokens, c.hidden_size, n_tokens), ids
+    return subject.vectors(n_tokens, c.hc_mult * c.hidden_size, n_tokens).unflatten(1, (c.hc_mult, -1)), ids
+
+
+def _layer(
+    model: HybridModel, index: int, x: torch.Tensor, ids: torch.Tensor, cache: AnyCache, mode: Mode
+) -> torch.Tensor:
     """A layer's result on the host."""
     layer, device = model.network.layers[index], model.device
+    x, ids = x.to(device.torch), ids.to(device.torch)
     if mode is Mode.STEP:
         with model.pool.exclusive():
-            out = layer(x.to(device.torch), cache)
+            out = layer(x, cache.places(len(ids)), ids)
             device.synchronize()
     else:
-        out = layer(x.to(device.torch), cache)
+        out = layer(x, cache, ids)
     return out.cpu()
 
 

@@ -12,6 +12,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,8 @@ import torch
 from localrun.cpu.model import NativeModel
 from localrun.gguf.file import GGUFFile, open_gguf
 from localrun.gguf.residency import Resident
-from localrun.gpu.cache import DeviceCache, GroupedCache
+from localrun.gpu.cache import AnyCache
+from localrun.gpu.compressed_cache import CompressedCache
 from localrun.gpu.hybrid import HybridModel
 from localrun.gpu.proof.task import Task
 from localrun.gpu.ways import HOST_NODES
@@ -61,7 +63,14 @@ def _cut(config: Config, n_layers: int) -> Config:
         num_nextn_predict_layers=0,
         layer_types=config.layer_types[:n_layers],
         indexer_types=config.indexer_types[:n_layers],
+        compress_ratios=config.compress_ratios[:n_layers],
     )
+
+
+def _with_all_kinds(config: Config) -> int:
+    """Layers up to the first one of each ratio of pooled rows, and of those whose experts no table names."""
+    firsts = {ratio: index for index, ratio in reversed(list(enumerate(config.compress_ratios)))}
+    return 1 + max([-1, *firsts.values(), *([config.num_hash_layers] if firsts else [])])
 
 
 class Subject:
@@ -85,7 +94,7 @@ class Subject:
             has_experts = partial(names.layer, self.whole.architecture)
             layers = range(self.whole.num_hidden_layers)
             self.moe = [i for i in layers if has_experts(i, "mlp.gate") in opened.tensors]
-            n_layers = min(max(2, self.moe[0] + 1), len(layers))
+            n_layers = min(max(2, self.moe[0] + 1, _with_all_kinds(self.whole)), len(layers))
             self.before = n_layers - 1
             self.config, self.file = _cut(self.whole, n_layers), FirstLayers(opened, n_layers)
             self.device = make_device(self.task.make_device)
@@ -111,7 +120,8 @@ class Subject:
         """Whether the CPU rounds activations to 8 bits."""
         from quant.formats import registry
 
-        return any(registry.get(tensor.type.name).integer for tensor in self.file.tensors.values())
+        types = {tensor.type.name for tensor in self.file.tensors.values()} - {"I32"}  # of tables
+        return any(registry.get(name).integer for name in types)
 
     @property
     def slots(self) -> int:
@@ -174,10 +184,14 @@ def make_device(name: str) -> Any:
     return make()
 
 
-def fill(cache: DeviceCache | GroupedCache | HostCache, n_tokens: int) -> None:
+def fill(cache: AnyCache | HostCache, n_tokens: int) -> None:
     """Have an empty cache hold so many tokens of zeros, in memory that has been written to."""
     cache.check_room(n_tokens)
     cache.advance(n_tokens)
+    if isinstance(cache, CompressedCache):
+        for block in chain.from_iterable(cache.blocks):
+            block.rows.zero_()
+        return
     if isinstance(cache, HostCache):
         for rows in cache.save().values():  # views, but of rings
             rows[...] = 0

@@ -20,6 +20,7 @@ from localrun.gpu.cache import new_cache
 from localrun.gpu.formats.layout import LAYOUTS
 from localrun.gpu.grouped import attend_grouped
 from localrun.gpu.matrix import Matrix, upload
+from localrun.gpu.proof import compressed
 from localrun.gpu.proof.speed import seconds
 from localrun.gpu.proof.subject import Subject, fill
 from localrun.gpu.proof.task import Findings
@@ -108,6 +109,8 @@ def _all(works: Iterable[Work]) -> None:
 
 def _attention(subject: Subject) -> Work:
     """Of all the first layers."""
+    if subject.config.attention == "compressed":
+        return compressed.attention_work(subject)
     c, device, task = replace(subject.config, index_topk=0), subject.device.torch, subject.task
     cache = new_cache(c, task.ctx, device, task.cache_bits)
     fill(cache, task.ctx - 1)

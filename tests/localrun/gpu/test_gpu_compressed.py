@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
+import gpu_proofs
 import numpy as np
 import pytest
 import tiny_deepseek4
@@ -23,10 +26,12 @@ pytest.importorskip("triton", reason="localrun.gpu needs Triton")
 
 from localrun.cpu.model import NativeModel
 from localrun.gguf.file import open_gguf
-from localrun.gpu import routing, streams
+from localrun.gpu import compressed_kernels, routing, streams
 from localrun.gpu.device import Cuda, StandIn
 from localrun.gpu.hybrid import HybridModel
 from localrun.gpu.prefill import LayerTimes, Seconds
+from localrun.gpu.proof import parts, prove, verdict
+from localrun.gpu.proof.task import Findings, Task
 from localrun.models.config import Config
 from localrun.models.reader import read_config
 from localrun.network import hyper
@@ -169,6 +174,47 @@ def test_logits_by_every_kernel(is_dense: bool, monkeypatch: pytest.MonkeyPatch)
         for first, last in ((118, 127), (127, 128), (128, 133), (133, 134)):
             found = model.forward(ids[first:last], cache, True)
             assert error(found, expected[first:last]) < (MANY_TOLERANCE if last - first > 8 else STEP_TOLERANCE)
+
+
+# ---- the proof -------------------------------------------------------------------------------------------------------
+
+
+def task(path: Path, longest: int) -> Task:
+    effort = replace(gpu_proofs.SMALL, contexts=(9, longest))
+    return Task(str(path), 1, 300, effort=effort, make_device="gpu_proofs:stand_in")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("as_published", [False, True])
+def test_the_stand_in_passes_its_proof(as_published: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of layers of all ratios, with and without a table of experts.
+
+    Where the CPU rounds activations to 8 bits it would choose other rows: as many are chosen as there are.
+    """
+    path = tiny_deepseek4.shared(replace(SHARED, index_topk=40) if as_published else SHARED, 0, as_published)
+    with open_gguf(path) as file:
+        identity = verdict.identity(gpu_proofs.CARD, read_config(file), file)
+    with gpu_proofs.kernels_in_torch(monkeypatch):
+        found = prove.prove(identity, task(path, 260), lambda line: None, run=prove.here)
+    assert found.fault == "" and found.complete
+
+
+FAULTS = {
+    "no sinks": ("attend_at", lambda right, how, *rest: right(replace(how, sinks_H=0 * how.sinks_H), *rest)),
+    "no weights by place": ("append_pooled", lambda right, a, b, c, *rest, **more: right(a, b, 0 * c, *rest, **more)),
+    "no norm": ("append_rows", lambda right, kv, norm, *rest: right(kv, 0 * norm + 1, *rest)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    function, change = FAULTS[name]
+    with gpu_proofs.kernels_in_torch(monkeypatch):
+        right, findings = getattr(compressed_kernels, function), Findings()
+        monkeypatch.setattr(compressed_kernels, function, partial(change, right))
+        parts.carry_out("kernels", task(tiny_deepseek4.shared(), 40), findings)
+    assert findings.faults and findings.faults[0].startswith("attention" if name == "no sinks" else "rows")
 
 
 CONFIG = Config(
