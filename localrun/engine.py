@@ -236,7 +236,6 @@ class Engine:
 
     def _take_layers(self, path: str | os.PathLike[str]) -> bool:
         """Whether a file holds layers alone that draft for a model; then they draft for this one from now on."""
-        from localrun.cpu.model import NativeModel
         from localrun.models.dspark import is_dspark
         from localrun.models.mtp_file import is_mtp_only
 
@@ -246,9 +245,11 @@ class Engine:
             if not takes_blocks and not is_mtp_only(file):
                 file.close()
                 return False
-            if not isinstance(self.model, NativeModel):
-                raise LocalrunError(f"{path}: layers that draft for a model, which run natively on CPUs alone")
-            (self.model.take_dspark if takes_blocks else self.model.take_mtp)(file)
+            take = getattr(self.model, "take_dspark" if takes_blocks else "take_mtp", None)
+            if take is None:
+                what = f"models on {self.device} by {self.backend}"
+                raise LocalrunError(f"{path}: layers that draft for a model, though not for {what}")
+            take(file)
         except BaseException:
             file.close()
             raise

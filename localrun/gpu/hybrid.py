@@ -9,6 +9,7 @@ Letters: T tokens, D hidden_size.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ from localrun.gpu.ways import HOST_NODES
 from localrun.gpu.weights import DeviceWeights, spans_in_ram, spans_on_device
 from localrun.models import names
 from localrun.models.config import Config
+from localrun.models.mtp_file import read_mtp_config
 from localrun.models.tensors import GGUFTensors
 from localrun.network.model import Network
 from localrun.placement.placement import Placement
@@ -89,6 +91,7 @@ class HybridModel:
         compiling.set_up(notice)
         self._placement, self._tensors, self._notice = placement, GGUFTensors(file), notice
         self._mtp: MTP | None = None
+        self._mtp_file, self._n_mtp = file, config.num_nextn_predict_layers
         self._holds_torch = False
         self.pool = Pool(workers or n_threads)
         try:
@@ -110,12 +113,18 @@ class HybridModel:
 
     @property
     def mtp(self) -> "MTP | None":
-        """The model's head for multi-token prediction, on the CPU, if the file has all of it."""
-        if self._mtp is None and names.has_mtp(self.file, self.config):
+        """The model's head for multi-token prediction, on the CPU, if a file has all of it."""
+        config = replace(self.config, num_nextn_predict_layers=self._n_mtp)
+        if self._mtp is None and names.has_mtp(self._mtp_file, config):
             from localrun.cpu.mtp import MTP
 
-            self._mtp = MTP(self.config, self._tensors, self.pool, self._mtp_block)
+            self._mtp = MTP(config, GGUFTensors(self._mtp_file), self.pool, self._mtp_block)
         return self._mtp
+
+    def take_mtp(self, file: GGUFFile) -> None:
+        """As NativeModel.take_mtp."""
+        self._n_mtp = read_mtp_config(file, self.config).num_nextn_predict_layers
+        self._mtp, self._mtp_file = None, file
 
     def _mtp_block(self) -> "MTPBlock":
         from localrun.cpu.weights import LayerWeights
@@ -124,7 +133,7 @@ class HybridModel:
         if not self._holds_torch:
             TorchThreads.hold(self.pool.n_workers)
             self._holds_torch = True
-        return MTPBlock(self.config, LayerWeights(self.file, self.pool), self.network.rope)
+        return MTPBlock(self.config, LayerWeights(self._mtp_file, self.pool), self.network.rope)
 
     def new_cache(self, capacity: int, exact: bool = False) -> AnyCache:
         """An empty cache for up to `capacity` tokens, of 16 or 8 bits as placed or, if exact, of 32."""

@@ -249,6 +249,13 @@ def _compressed(bits: int) -> Callable[[], object]:
     return call
 
 
+def _compressed_chosen() -> None:
+    c, cpu = _V4, torch.device("cpu")
+    how = compressed.Attending(c, 1, routing.Turns(Rope(c), cpu), torch.empty(64), 0.04, 33, torch.float16)
+    places = CompressedCache(c, 16, cpu).places(1)
+    compressed.attend_at(how, torch.empty(1, 64, 512), places, torch.empty(1, 512, dtype=torch.int32))
+
+
 def _streams() -> None:
     x, expand = hyper.mix_streams(torch.empty(1, 24), torch.empty(3), torch.empty(24), torch.empty(1, 4, 4096), _V4)
     expand(x)
@@ -297,6 +304,8 @@ VARIANTS: dict[str, Callable[[], object]] = {
     "FP8 widened, small": _by("many", "small", _fp8(False)),
     "sparse attention V3.2, small": _by("attention", "small", _sparse),
     **{f"attention V4 {bits} bits": _compressed(bits) for bits in (16, 32)},
+    "attention V4 16 bits, small": _by("attention", "small", _compressed(16)),
+    "attention V4 to chosen rows": _compressed_chosen,
     "streams V4": _streams,
     "router V4": _hashed_router,
     "router V3": _router,

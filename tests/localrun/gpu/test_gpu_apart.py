@@ -14,6 +14,7 @@ from typing import Any
 
 import gpu_device
 import pytest
+import tiny_deepseek4
 import tiny_models
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -84,7 +85,7 @@ def opened(
     card = SimpleNamespace(multi_processor_count=100, major=8, minor=9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     monkeypatch.setattr(host_experts.PrefillExperts, "_compute", lambda *args: None)
-    with open_gguf(tiny_models.shared(variant)) as file:
+    with open_gguf(tiny_deepseek4.shared() if variant == "deepseek4" else tiny_models.shared(variant)) as file:
         config, much = read_config(file), 1 << 40
         tensors = tuple(file.tensors.values())
         request = Request(tensors, config, CTX, much, much, much, gpu_experts=gpu_experts, cache_bits=bits)
@@ -97,7 +98,10 @@ def opened(
     ("variant", "gpu_experts", "expert_cache"),
     [
         *[("v3", 0, False), ("v3", 3, False), ("v3", 3, True), ("v2-lite", 8, False), ("v3-legacy-kv-b", 16, False)],
-        *(pytest.param(variant, 3, False, marks=pytest.mark.slow) for variant in ("gpt-oss", "deepseek32")),
+        *(
+            pytest.param(variant, 3, False, marks=pytest.mark.slow)
+            for variant in ("gpt-oss", "deepseek32", "deepseek4")
+        ),
     ],
 )
 def test_a_step_copies_to_and_from_page_locked_memory_alone(
@@ -136,12 +140,14 @@ def test_prompts_mix_no_sides(gpu_experts: int, bits: int, expert_cache: bool, m
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["gpt-oss", "glm-dsa-shared"])
+@pytest.mark.parametrize("variant", ["gpt-oss", "glm-dsa-shared", "deepseek4"])
 def test_windows_and_indexers_mix_no_sides(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with opened(variant, 3, monkeypatch) as model, Crossings() as crossings:
         cache = model.new_cache(CTX)
         for n_tokens in (9, 130):
-            assert model.forward(list(range(n_tokens)), cache, all_logits=True).shape == (n_tokens, 320)
+            found = model.forward(list(range(n_tokens)), cache, all_logits=True)
+            assert found.shape == (n_tokens, model.vocab_size)
+            cache.mark()
         cache.load(cache.save(), cache.length)
         assert {name for name, _ in crossings.seen} <= COPIES
 

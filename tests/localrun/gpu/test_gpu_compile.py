@@ -31,7 +31,7 @@ CHOSEN = {
         *["Q8_0 5 tokens", "experts 1 tokens, Q4_K Q6_K", "MXFP4 1 tokens", "Q5_K rows"],
         *["attention V3 16 bits", "attention V3 8 bits", "attention V2-Lite 16 bits", "attention V2-Lite 8 bits"],
         *["router V3", "attention GLM-4.5 16 bits", "attention gpt-oss 16 bits", "sparse attention V3.2"],
-        *["attention V4 16 bits"],
+        *["attention V4 to chosen rows", "streams V4"],
     ],
     120: ["Q4_K 1 tokens", "F16 4 tokens", "attention V3 16 bits", "router V3", "attention gpt-oss 16 bits"],
     90: [

@@ -24,9 +24,11 @@ from tiny_deepseek4 import SHARED, Deepseek4, token_ids
 
 pytest.importorskip("triton", reason="localrun.gpu needs Triton")
 
+import localrun
 from localrun.cpu.model import NativeModel
+from localrun.generate.sampling import Sampling
 from localrun.gguf.file import open_gguf
-from localrun.gpu import compressed_kernels, routing, streams
+from localrun.gpu import compressed_kernels, hybrid, routing, streams
 from localrun.gpu.device import Cuda, StandIn
 from localrun.gpu.hybrid import HybridModel
 from localrun.gpu.prefill import LayerTimes, Seconds
@@ -36,6 +38,7 @@ from localrun.models.config import Config
 from localrun.models.reader import read_config
 from localrun.network import hyper
 from localrun.network.moe import choose_experts
+from localrun.placement import available
 from localrun.placement.placement import Request, lay_out
 
 # As those of test_gpu_hybrid.py, found: 1e-4, 2e-4, 5e-7.
@@ -154,6 +157,26 @@ def test_drafts_take_the_streams_of_the_cpu(in_torch: None) -> None:
             each.forward(ids[30:34], cache)
             found.append(each.hidden)
         assert error(*found) < STEP_TOLERANCE and found[0].shape == (4, 4 * SHARED.hidden_size)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(HAS_GPU, reason="of the stand-in")
+def test_a_layer_in_a_file_of_its_own_drafts(in_torch: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Through the engine: replies are the same with drafts, without, and by the CPU."""
+    monkeypatch.setattr(available, "find", lambda: gpu_proofs.GPU)
+    monkeypatch.setattr(hybrid, "Cuda", StandIn)
+    m, ids, found = replace(SHARED, num_nextn_predict_layers=1), token_ids(50), []
+    draft = tiny_deepseek4.write(tmp_path / "mtp.gguf", m, leave_out=r"blk\.[0-3]\.")
+    greedy = Sampling(temperature=0.0)
+    for options in ({"device": "cuda", "unproven": True, "gpu_experts": 0}, {"device": "cpu"}):
+        path = tiny_deepseek4.shared()
+        with localrun.load(path, draft=draft, speculative=3, threads=2, ctx=128, **options) as engine:
+            assert engine.device == options["device"]
+            session = engine.session()
+            found.append(list(session.tokens(ids, greedy, max_tokens=12)))
+            assert session.stats.drafted_tokens > 10
+            found.append(list(engine.session("off").tokens(ids, greedy, max_tokens=12)))
+    assert all(reply == found[0] for reply in found) and len(found[0]) == 12
 
 
 # ---- every kernel ----------------------------------------------------------------------------------------------------
