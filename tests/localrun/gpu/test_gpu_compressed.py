@@ -28,7 +28,7 @@ import localrun
 from localrun.cpu.model import NativeModel
 from localrun.generate.sampling import Sampling
 from localrun.gguf.file import open_gguf
-from localrun.gpu import compressed_kernels, hybrid, routing, streams
+from localrun.gpu import compressed_kernels, hybrid, routing, streams, tiles
 from localrun.gpu.device import Cuda, StandIn
 from localrun.gpu.hybrid import HybridModel
 from localrun.gpu.prefill import LayerTimes, Seconds
@@ -183,12 +183,14 @@ def test_a_layer_in_a_file_of_its_own_drafts(in_torch: None, monkeypatch: pytest
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_dense", [True, False])
-def test_logits_by_every_kernel(is_dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("variant", ["", "dense", "small tiles"])
+def test_logits_by_every_kernel(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps over all kinds of rows; a row of 128 tokens comes to be in one."""
     ids = token_ids(140)
-    if is_dense:
+    if variant:
         use_dense(monkeypatch)
+    if variant == "small tiles":  # without tensor cores
+        monkeypatch.setattr(tiles, "of", lambda device: tiles.named({}, tiles.SMALL))
     with opened(SMALL) as (model, native):
         expected, cache = cpus_logits(native, ids), model.new_cache(CTX)
         there = native.new_cache(CTX)
