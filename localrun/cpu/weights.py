@@ -11,7 +11,7 @@ from localrun.cpu.bridge import Embedding, HeadLinear, JoinedMLP, Linear
 from localrun.gguf.file import GGUFFile
 from localrun.models.tensors import GGUFTensors
 from localrun.network.hyper import mix_streams
-from localrun.network.moe import choose_experts
+from localrun.network.moe import choose_experts, gated
 from localrun.network.weight_source import RoutedExperts
 from localrun.ranks.remote import Remote
 from quant.matrix import ExpertMatrices
@@ -22,6 +22,7 @@ class LayerWeights(GGUFTensors):
     """The tensors of one file as modules over torch tensors; with `remote`, other ranks have shares of its experts."""
 
     choose_experts, mix_streams = staticmethod(choose_experts), staticmethod(mix_streams)
+    gated = staticmethod(gated)
 
     def __init__(self, file: GGUFFile, pool: Pool, remote: Remote | None = None):
         super().__init__(file, remote.own if remote else None)

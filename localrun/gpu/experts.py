@@ -22,7 +22,9 @@ from localrun.gpu.gemv import row_sums
 from localrun.gpu.matrix import Matrix, upload
 from localrun.gpu.tiles import Few, Many
 from quant.matrix import ExpertMatrices
+from quant.simd.gated import Activation
 
+_GATED = 1024  # values of a program
 _PAIR_ROWS = 16  # of a tile in GEMV: few, so that the rows of a handful of pairs occupy the whole device
 _PAIRS_BYTES = 256 << 20  # what the results of pairs may take before they are summed
 
@@ -43,6 +45,24 @@ def _gated(gate, up, alpha, limit, offset, BOUNDED: tl.constexpr):
         return up * (gate / (1.0 + tl.exp(-alpha * gate)))
     else:
         return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
+def gated_kernel(gate, up, out, n, alpha, limit, offset, BOUNDED: tl.constexpr, BLOCK: tl.constexpr):
+    """Program (values): these of n."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    g, u = tl.load(gate + i, mask=i < n, other=0.0), tl.load(up + i, mask=i < n, other=0.0)
+    tl.store(out + i, _gated(g, u, alpha, limit, offset, BOUNDED), mask=i < n)
+
+
+def gated(activation: Activation, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """As network.moe.gated, in one launch."""
+    gate, up, a = gate.contiguous(), up.contiguous(), activation
+    out = torch.empty_like(gate)
+    gated_kernel[(triton.cdiv(gate.numel(), _GATED),)](
+        gate, up, out, gate.numel(), a.alpha, a.limit, a.offset, a.limit != 0, _GATED, num_warps=4
+    )
+    return out
 
 
 @triton.jit

@@ -11,6 +11,7 @@ import torch
 from localrun.gguf.file import GGUFFile
 from localrun.gguf.residency import Span
 from localrun.gpu.device import Cuda, StandIn
+from localrun.gpu.experts import gated
 from localrun.gpu.linear import Embedding, HeadLinear, Linear
 from localrun.gpu.routed import Routed
 from localrun.gpu.routing import choose_experts
@@ -32,6 +33,7 @@ class DeviceWeights(GGUFTensors):
     """
 
     choose_experts, mix_streams = staticmethod(choose_experts), staticmethod(mix_streams)
+    gated = staticmethod(gated)
 
     def __init__(
         self,

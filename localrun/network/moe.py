@@ -37,12 +37,13 @@ class MLP:
         parts = [name(f"{prefix}.{part}_proj") for part in ("gate", "up", "down")]
         self.gate_proj, self.up_proj, self.down_proj = map(weights.linear, parts)
         self._joined, self.activation = weights.joined_mlp(*parts), weights.activation
+        self.gated = weights.gated
 
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
         """float32 (T, D) -> (T, D)."""
         if self._joined is not None:
             return self._joined(x_TD)
-        return self.down_proj(gated(self.activation, self.gate_proj(x_TD), self.up_proj(x_TD)))
+        return self.down_proj(self.gated(self.activation, self.gate_proj(x_TD), self.up_proj(x_TD)))
 
     def begin(self, x_TD: torch.Tensor, ids_T: torch.Tensor | None = None) -> Finish:
         """As MoE.begin: there is nothing to wait for."""

@@ -202,6 +202,9 @@ class WeightSource(Protocol):
     def expert_table(self, index: int) -> torch.Tensor:
         """The same in torch."""
 
+    def gated(self, activation: Activation, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """Of float32 (T, I): localrun.network.moe.gated."""
+
     def mix_streams(
         self,
         computed_Tm: torch.Tensor,

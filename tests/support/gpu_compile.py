@@ -35,6 +35,7 @@ from localrun.gpu.formats.layout import LAYOUTS
 from localrun.models.config import SLIDING, Config
 from localrun.network.rope import Rope
 from localrun.network.weight_source import Seen
+from quant.simd.gated import SWIGLU, Activation
 
 _TYPES = {
     torch.uint8: "*u8", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32",
@@ -261,6 +262,11 @@ def _streams() -> None:
     expand(x)
 
 
+def _gated() -> None:
+    for activation in (SWIGLU, Activation(1.0, 10.0, 0.0)):
+        experts.gated(activation, torch.empty(1, 2048), torch.empty(1, 2048))
+
+
 def _hashed_router() -> None:
     routing.choose_experts(torch.empty(1, 256), None, _V4, torch.empty(1, 6, dtype=torch.int64))
     routing.choose_experts(torch.empty(1, 256), torch.empty(256), _V4)
@@ -307,6 +313,7 @@ VARIANTS: dict[str, Callable[[], object]] = {
     "attention V4 16 bits, small": _by("attention", "small", _compressed(16)),
     "attention V4 to chosen rows": _compressed_chosen,
     "streams V4": _streams,
+    "gated": _gated,
     "router V4": _hashed_router,
     "router V3": _router,
     "sparse attention V3.2": _sparse,

@@ -12,6 +12,7 @@ import torch
 from localrun.cpu import bridge
 from localrun.gpu import attention, weights
 from localrun.gpu.gemv import MOST_TOKENS
+from localrun.network import moe
 from quant.matrix import QuantMatrix
 from quant.threads.pool import Pool
 
@@ -55,5 +56,6 @@ class DenseEmbedding(DenseHeads):
 def use_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models on a device that are loaded from now on have these, and their attention takes the context in one piece."""
     monkeypatch.setattr(attention, "pieces_for", lambda config, device: 1)
+    monkeypatch.setattr(weights.DeviceWeights, "gated", staticmethod(moe.gated))
     for name, instead in {"Linear": DenseLinear, "HeadLinear": DenseHeads, "Embedding": DenseEmbedding}.items():
         monkeypatch.setattr(weights, name, instead)

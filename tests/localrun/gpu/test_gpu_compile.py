@@ -25,7 +25,7 @@ CHOSEN = {
         *["Q4_K 1 tokens", "Q6_K 16 tokens", "FP8 widened", "Q8_0 transposed"],
         *["attention V3 16 bits", "attention V3 8 bits", "queries V3 8 bits", "attention gpt-oss 16 bits"],
         *["attention V3 16 bits, 16 heads", "Q4_K 64 tokens, narrow", "Q4_K 5 tokens, eight warps"],
-        *["attention V4 16 bits", "streams V4", "router V4"],
+        *["attention V4 16 bits", "streams V4", "router V4", "gated"],
     ],
     89: [
         *["Q8_0 5 tokens", "experts 1 tokens, Q4_K Q6_K", "MXFP4 1 tokens", "Q5_K rows"],
@@ -38,7 +38,7 @@ CHOSEN = {
         *["Q4_K 64 tokens", "FP8 products", "F16 4 tokens", "attention V3 16 bits"],
         *["experts 1 tokens, MXFP4 MXFP4", "experts 64 tokens, MXFP4 MXFP4", "sparse attention V3.2"],
         *["experts 64 tokens, Q4_K Q6_K, eight warps", "Q6_K 64 tokens, three stages", "Q4_K 1 tokens, low"],
-        *["attention V4 16 bits", "streams V4", "router V4"],
+        *["attention V4 16 bits", "streams V4", "router V4", "gated"],
     ],
 }
 # A block's on consumer cards (CUDA programming guide, compute capabilities 8.6, 8.9 and 12.0), and of 7.5.

@@ -14,9 +14,11 @@ from gpu_device import DEVICE
 from kernels import random_weight
 
 from localrun.gpu.experts import Experts
+from localrun.gpu.experts import gated as gated_on_device
+from localrun.network import moe
 from quant.formats import registry
 from quant.matrix import ExpertMatrices
-from quant.simd.gated import Activation
+from quant.simd.gated import SWIGLU, Activation
 
 HIDDEN, INNER, N_EXPERTS = 256, 32, 5
 
@@ -108,6 +110,14 @@ def test_biases_and_bounds(n_tokens: int, here: list[int] | None, rng: np.random
     biases = random_biases(N_EXPERTS, host.gate.n_rows, HIDDEN, rng)
     host = dataclasses.replace(host, biases=biases, activation=Activation(1.702, 0.7, 1.0))
     check(host, values, choices(n_tokens, rng), here, FEW if n_tokens == 2 else MANY)
+
+
+@pytest.mark.parametrize("activation", [SWIGLU, Activation(1.0, 2.0, 0.0), Activation(1.702, 0.7, 1.0)])
+def test_the_activation_of_other_layers_is_the_networks(activation: Activation) -> None:
+    gate, up = 4 * torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0))
+    found = gated_on_device(activation, gate.to(DEVICE), up.to(DEVICE)).cpu()
+    # Of float32: an exponential and a quotient, and values of up to 200.
+    torch.testing.assert_close(found, moe.gated(activation, gate, up), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("n_tokens", [2, 21])
