@@ -112,6 +112,7 @@ def test_prompts_and_steps_are_the_cpus(in_torch: None) -> None:
             assert error(by.forward(ids[266:269], each, True), expected[266:269]) < STEP_TOLERANCE
 
 
+@pytest.mark.slow
 def test_exact_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     use_torch(monkeypatch)
     ids = token_ids(150)
