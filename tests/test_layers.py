@@ -65,7 +65,7 @@ MAY_IMPORT = {
         "runtime": "gguf text turn",
         "generate": "arguments errors files text runtime",
         "opening": "errors hardware gguf models placement ranks cpu gpu runtime",
-        "engine": "arguments bundled errors limits gguf models placement ranks cpu backends text turn workers runtime "
+        "engine": "arguments bundled errors limits gguf models placement ranks backends text turn workers runtime "
         "generate opening",
         "serve": "arguments errors files limits hardware text generate engine",
         "measure": "errors files pictures hardware limits gguf models placement network ranks cpu backends generate "
