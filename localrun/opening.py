@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from localrun import hardware
-from localrun.cpu.warmup import warm_up
+from localrun.cpu.warmup import for_prompts, for_steps, warm_up
 from localrun.errors import LocalrunError, UnsupportedModelError
 from localrun.gguf.file import GGUFFile, open_gguf
 from localrun.gguf.types import interleaved
@@ -153,8 +153,7 @@ def native_model(
     if left < _KERNEL_BYTES:
         need, have = _KERNEL_BYTES >> 20, left >> 20
         raise LocalrunError(f"the kernels need {need} MiB of address space, and {have} are left; raise ulimit -v")
-    is_latent = config.attention == "mla"
-    warm_up(types, progress, notice, config.index_topk > 0, bool(config.compress_ratios), is_latent)
+    warm_up(for_steps(config, types), progress, notice)
     if repack:
         from localrun.cpu.repack import repack_experts
 
@@ -162,10 +161,11 @@ def native_model(
     if placement.device == GPU:
         from localrun.gpu.hybrid import HybridModel
 
+        warm_up(for_prompts(config, types), progress, notice)
         return HybridModel(config, file, threads, placement, notice=notice, **choices)
     from localrun.cpu.model import NativeModel
 
-    return NativeModel(config, file, threads, ranks)
+    return NativeModel(config, file, threads, ranks, lambda: warm_up(for_prompts(config, types), None, notice))
 
 
 def warn_of_memory(file: GGUFFile, placement: Placement | None, notice: Notice) -> None:

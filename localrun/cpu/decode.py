@@ -42,6 +42,11 @@ SCORING = {
 _HEADS_TOGETHER = 16  # of MLA: they share each expanded cache row; more would crowd the second-level cache
 
 
+def heads_together(n_heads: int) -> int:
+    """How many of so many heads over latents share the expanded rows."""
+    return max(n for n in range(1, _HEADS_TOGETHER + 1) if n_heads % n == 0)
+
+
 class Layers:
     """A program whose phases are layers of a model, laid out one after the other. T: quant.decode.program.MOST_TOKENS.
 
@@ -263,7 +268,7 @@ class Layers:
             self._choose_rows(index, slot + 1)
         elif index >= c.num_hidden_layers:  # for multi-token prediction: dense
             self._choice = {}
-        together = max(n for n in range(1, _HEADS_TOGETHER + 1) if c.num_attention_heads % n == 0)
+        together = heads_together(c.num_attention_heads)
         heads = Heads(
             n_groups=c.num_attention_heads // together, per_group=together,
             key_width=row_width, value_width=c.kv_lora_rank, key_slot=slot, value_slot=slot,

@@ -5,7 +5,7 @@ imported only then.
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -56,8 +56,20 @@ class NativeModel:
         remote: other ranks that have shares of the experts; None where all are here.
     """
 
-    def __init__(self, config: Config, file: GGUFFile, n_threads: int, ranks: "Ranks | None" = None):
-        """ranks: others that are to have shares of the experts; raises LocalrunError if one of them can't."""
+    def __init__(
+        self,
+        config: Config,
+        file: GGUFFile,
+        n_threads: int,
+        ranks: "Ranks | None" = None,
+        warm_up: Callable[[], None] = lambda: None,
+    ):
+        """Lay out the decode step.
+
+        Args:
+            ranks: others that are to have shares of the experts; raises LocalrunError if one of them can't.
+            warm_up: gets the network's kernels, before it is laid out; without it each is compiled when it is used.
+        """
         self.config, self.file, self.vocab_size = config, file, config.vocab_size
         self.remote = self._take_ranks(ranks, n_threads) if ranks else None
         self._resident = Resident(file, self.remote.share.all_spans if self.remote else None)
@@ -77,6 +89,7 @@ class NativeModel:
         self._mtp: MTP | None = None
         self._mtp_file, self._n_mtp = file, config.num_nextn_predict_layers
         self._network: Network | None = None
+        self._warm_up = warm_up
         self._release_torch: weakref.finalize | None = None
 
     def _take_ranks(self, ranks: "Ranks", n_threads: int) -> "Remote":
@@ -88,6 +101,7 @@ class NativeModel:
     def network(self) -> "Network":
         """The network for any number of tokens."""
         if self._network is None:
+            self._warm_up()
             TorchThreads.hold(self._pool.n_workers)
             self._release_torch = weakref.finalize(self, TorchThreads.release)
             from localrun.cpu.weights import LayerWeights
@@ -106,7 +120,7 @@ class NativeModel:
 
             remote = self._mtp_remote
             tensors = GGUFTensors(self._mtp_file, remote.own if remote else None)
-            self._mtp = MTP(config, tensors, self._pool, self._mtp_block, remote)
+            self._mtp = MTP(config, tensors, self._pool, self._mtp_block, remote, lambda: self._network is not None)
         return self._mtp
 
     def take_mtp(self, file: GGUFFile) -> None:

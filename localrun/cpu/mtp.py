@@ -28,6 +28,8 @@ from quant.threads.pool import Pool
 if TYPE_CHECKING:
     from localrun.network.model import MTPBlock
 
+_WITHOUT_TORCH = 512  # positions that go through steps where nothing has needed torch so far
+
 
 class MTPStep(Layers):
     """The head's program, for a few tokens at once.
@@ -78,16 +80,18 @@ class MTP:
         pool: Pool,
         network: "Callable[[], MTPBlock]",
         remote: Remote | None = None,
+        is_ready: Callable[[], bool] = lambda: True,
     ):
         """The tensors must stay mapped.
 
         Args:
             network: gives the head for many tokens; called when they come.
             remote: as Layers has it.
+            is_ready: whether torch is there for it; importing it takes longer than many steps.
         """
         self.config, self._pool = config, pool
         self._step = (StreamMTPStep if config.hc_mult else MTPStep)(config, tensors, pool, remote)
-        self._get_network, self._network = network, None
+        self._get_network, self._network, self._is_ready = network, None, is_ready
 
     def new_cache(self, capacity: int) -> Cache:
         """An empty cache for up to `capacity` positions, of 16-bit values."""
@@ -108,7 +112,8 @@ class MTP:
             ContextFullError: the cache has no room for them.
         """
         cache.check_room(len(next_ids))
-        if cache.is_exact or len(next_ids) > self._step.most_positions:
+        most = self._step.most_positions if self._is_ready() else _WITHOUT_TORCH
+        if cache.is_exact or len(next_ids) > most:
             if self._network is None:
                 self._network = self._get_network()
             with self._pool.passive_wait():  # torch's threads want the cores

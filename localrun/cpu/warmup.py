@@ -3,113 +3,147 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from localrun import hardware
+from localrun.models.config import Config
 
 if TYPE_CHECKING:
     from quant.target.kernel import Kernel
 
-# The modules whose kernels every model needs; first those that take longest, so that no core is left with one at the
-# end.
-_MODULES = {
-    "quant.ops.attention": "attention of many tokens",
-    "quant.decode.experts": "decoding: experts",
-    "quant.ops.experts": "experts",
-    "quant.decode.attention": "decoding: attention",
-    "quant.decode.values": "decoding: heads",
-    "quant.gemm.experts": "experts of many tokens",
-    "quant.ops.linear": "matrix products",
-    "quant.decode.queries": "decoding: queries",
-    "quant.gemm.linear": "products of many tokens",
-    "quant.gemm.pack_tokens": "packing of tokens",
-    "quant.decode.linear": "decoding: rows",
-    "quant.gemm.microkernel": "micro-kernels",
-    "quant.decode.program": "decoding",
-    "quant.threads.pool": "worker pool",
-}
-# What stands in for others where the CPU has products of 16-bit integers; and those of latent attention there.
-_IN_INTEGERS = {"quant.ops.attention": "quant.ops.attention_i16"}
-_OF_LATENTS = {"quant.decode.attention_i16": "decoding: attention", "quant.ops.rebuild_i16": "rebuilding of keys"}
-# Those of a model with an indexer.
-_OF_INDEXER = {
-    "quant.ops.indexer": "choices of many tokens",
-    "quant.ops.chosen": "attention to chosen tokens",
-    "quant.decode.indexer": "decoding: choices",
-}
-# Those of a model with pooled rows and streams.
-_OF_POOLED = {
-    "quant.ops.chosen": "attention to chosen tokens",
-    "quant.decode.compressor": "decoding: pooled rows",
-    "quant.decode.stream_rows": "decoding: streams",
-}
+_STEP_PARTS, _PROMPT_PARTS = ("gemv", "gemv_batch", "expand"), ("repack",)  # of each tensor type's kernels
 _CHILD_BYTES = 1 << 30  # a process that compiles takes half of it
 _WORTH_A_CHILD = 4  # kernels: a child takes as long to start as one or two take
 _PATIENCE_S = 0.5
 
 
-def warm_up(
-    types: Collection[str],
-    progress: Callable[[int, int, str], None] | None,
-    notice: Callable[[str], None],
-    has_indexer: bool = False,
-    pools_rows: bool = False,
-    has_latents: bool = False,
-) -> None:
-    """Compile the kernels for tensors of these types, or load them from the cache.
+@dataclass(frozen=True)
+class Kernels:
+    """Which kernels are to be got ready, and what the user is told if all of them must be compiled.
+
+    Attributes:
+        modules: whose kernels, or "module:kernel" of one, and what each is of. First those that take longest, so that
+            no core is left with one at the end.
+        types: of tensors.
+        parts: which of each type's.
+        occasion: when all are missing.
+    """
+
+    modules: dict[str, str]
+    types: list[str]
+    parts: Sequence[str]
+    occasion: str = "first run on this machine"
+
+
+def for_steps(config: Config, types: Collection[str]) -> Kernels:
+    """What a decode step needs of a model with tensors of these types: short prompts, and every reply."""
+    attention = "attention_i16" if _attends_in_integers(config, types) else "attention"
+    queries = "_run_latent" if config.attention == "mla" else "_run_grouped"
+    modules = {f"quant.decode.{attention}": "attention", "quant.decode.values": "heads"}
+    if config.n_routed_experts:
+        modules |= {"quant.decode.router": "router", "quant.decode.experts": "experts"}
+    modules |= {"quant.decode.indexer": "choices"} if config.index_topk else {}
+    if config.compress_ratios:
+        modules |= {"quant.decode.compressor": "pooled rows", "quant.decode.stream_rows": "streams"}
+    else:
+        modules |= {f"quant.decode.queries:{queries}": "queries"}
+    modules |= {"quant.decode.linear": "rows", "quant.decode.program": "steps", "quant.threads.pool": "worker pool"}
+    return Kernels({name: f"decoding: {what}" for name, what in modules.items()}, sorted(types), _STEP_PARTS)
+
+
+def for_prompts(config: Config, types: Collection[str]) -> Kernels:
+    """What the network for any number of tokens needs besides."""
+    from quant.ops.attention_i16 import LEVEL
+    from quant.target import isa
+
+    in_integers = isa.has(LEVEL)
+    modules = {
+        "quant.ops.attention_i16" if in_integers else "quant.ops.attention": "attention of many tokens",
+        "quant.ops.experts": "experts",
+        "quant.gemm.experts": "experts of many tokens",
+        "quant.ops.linear": "matrix products",
+        "quant.gemm.linear": "products of many tokens",
+        "quant.gemm.pack_tokens": "packing of tokens",
+        "quant.gemm.microkernel": "micro-kernels",
+    }
+    if not config.n_routed_experts:
+        modules = {name: what for name, what in modules.items() if not name.endswith(".experts")}
+    if in_integers and config.attention == "mla":
+        modules["quant.ops.rebuild_i16"] = "rebuilding of keys"
+    if config.index_topk:
+        modules["quant.ops.indexer"] = "choices of many tokens"
+    if config.index_topk or config.compress_ratios:
+        modules["quant.ops.chosen"] = "attention to chosen tokens"
+    return Kernels(modules, sorted(types), _PROMPT_PARTS, "first long prompt on this machine")
+
+
+def _attends_in_integers(config: Config, types: Collection[str]) -> bool:
+    """Whether a step's attention does, as far as this tells: v_b's type decides, which here are all of the file's."""
+    from localrun.cpu.decode import heads_together
+    from quant.decode.attention_i16 import FEWEST_HEADS
+    from quant.formats import registry
+    from quant.ops.attention_i16 import LEVEL
+    from quant.target import isa
+
+    if config.attention != "mla" or config.compress_ratios or not isa.has(LEVEL):
+        return False
+    has_integers = any(registry.get(name).integer for name in types)
+    return has_integers and heads_together(config.num_attention_heads) >= FEWEST_HEADS
+
+
+def warm_up(kernels: Kernels, progress: Callable[[int, int, str], None] | None, notice: Callable[[str], None]) -> None:
+    """Compile kernels, or load them from the cache.
 
     Args:
         progress: called as progress(done, total, what).
-        notice: called with one line if there is something to compile and no progress to show it by.
-        has_indexer: whether the model chooses the tokens that it attends to.
-        pools_rows: whether it has pooled rows and streams.
-        has_latents: whether its attention is over latents.
+        notice: called with one line if all are to be compiled and there is no progress to show it by.
     """
-    from quant.ops.attention_i16 import LEVEL
-    from quant.target import isa, jit, kernel_cache
+    from quant.target import jit
 
-    if progress is None and not kernel_cache.kept():
-        notice("first run on this machine: compiling the kernels, which takes a while")
-    modules = _MODULES | (_OF_INDEXER if has_indexer else {}) | (_OF_POOLED if pools_rows else {})
-    if isa.has(LEVEL):
-        modules = {_IN_INTEGERS.get(name, name): what for name, what in modules.items()}
-        modules |= _OF_LATENTS if has_latents else {}
-    kernels = needed(modules, types)
-    missing = [(kernel, what) for kernel, what in kernels if not jit.is_kept(kernel)]
-    with _children(len(missing), modules, types):
+    wanted = needed(kernels)
+    missing = [(kernel, what) for kernel, what in wanted if not jit.is_kept(kernel)]
+    if progress is None and len(missing) == len(wanted):
+        notice(f"{kernels.occasion}: compiling the kernels, which takes a while")
+    with _children(len(missing), kernels):
         for done, (kernel, what) in enumerate(missing):
             if progress is not None:
                 progress(done, len(missing), f"Compiling: {what}")
             jit.keep_unless_taken(kernel)
-        for done, (kernel, what) in enumerate(kernels):
+        for done, (kernel, what) in enumerate(wanted):
             if progress is not None:
-                progress(done, len(kernels), f"Kernels: {what}")
+                progress(done, len(wanted), f"Kernels: {what}")
             kernel.compiled  # noqa: B018 (waits for the one that is at it)
     if progress is not None:
-        progress(len(kernels), len(kernels), "Kernels")
+        progress(len(wanted), len(wanted), "Kernels")
 
 
-def needed(modules: Mapping[str, str], types: Collection[str]) -> list[tuple["Kernel", str]]:
-    """The kernels of modules and for tensors of these types, and what each one is of."""
+def needed(kernels: Kernels) -> list[tuple["Kernel", str]]:
+    """The kernels themselves, and what each one is of."""
     from quant.formats import registry
     from quant.gemm import packed
     from quant.target import jit
 
-    kernels = [(kernel, what) for module, what in modules.items() for kernel in jit.kernels_of(import_module(module))]
-    for name in sorted(types):
+    found = []
+    for name, what in kernels.modules.items():
+        module, _, only = name.partition(":")
+        of_module = jit.kernels_of(import_module(module))
+        found += [(kernel, what) for kernel in of_module if only in ("", kernel.__name__)]
+    for name in kernels.types:
         format_ = registry.get(name)
         panels = packed.find(format_)
-        of_format = (format_.gemv, format_.gemv_batch, format_.expand, panels and panels.repack)
-        kernels += [(kernel, name) for kernel in of_format if kernel]
-    return kernels
+        of_format = {"repack": panels and panels.repack}
+        of_format |= {part: getattr(format_, part) for part in kernels.parts if part != "repack"}
+        found += [(of_format[part], name) for part in kernels.parts if of_format[part]]
+    return list({id(kernel): (kernel, what) for kernel, what in found}.values())
 
 
 @contextmanager
-def _children(n_missing: int, modules: Mapping[str, str], types: Collection[str]) -> Iterator[None]:
+def _children(n_missing: int, kernels: Kernels) -> Iterator[None]:
     """Other processes that compile what is missing, one for each other core, as far as that and the memory are worth
     it. They end with the block: what they have not kept by then this process has compiled itself.
     """
@@ -120,7 +154,7 @@ def _children(n_missing: int, modules: Mapping[str, str], types: Collection[str]
     try:
         if not kernel_cache.folder().refusal:
             with suppress(OSError):  # no process to be had: this one compiles
-                children.extend(start_child(modules, types) for _ in range(most))
+                children.extend(start_child(kernels) for _ in range(most))
         yield
     finally:
         for child in children:
@@ -133,7 +167,7 @@ def _children(n_missing: int, modules: Mapping[str, str], types: Collection[str]
                 child.wait()
 
 
-def start_child(modules: Mapping[str, str], types: Collection[str]) -> subprocess.Popen[bytes]:
+def start_child(kernels: Kernels) -> subprocess.Popen[bytes]:
     """A process that compiles what `needed` gives, until its stdin is closed. Raises OSError."""
     child = subprocess.Popen(
         [sys.executable, "-I", str(Path(__file__).with_name("warmup_child.py"))],
@@ -142,7 +176,7 @@ def start_child(modules: Mapping[str, str], types: Collection[str]) -> subproces
         stderr=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C is for the parent to deal with
     )
-    request = {"path": sys.path, "modules": dict(modules), "types": sorted(types)}
+    request = {"path": sys.path, "kernels": asdict(kernels)}
     with suppress(OSError):  # it has ended already
         child.stdin.write(json.dumps(request).encode() + b"\n")
         child.stdin.flush()

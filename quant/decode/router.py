@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from quant.decode.program import MOST_TOKENS, padded, program_of, tokens_of
+from quant.decode.program import MOST_TOKENS, PROGRAM, padded
 from quant.simd.memory import load_i32, load_i64, stack, store_i64
 from quant.simd.struct import address, address_of, boolean, f32, i64, pointer, struct
-from quant.target.jit import inline
+from quant.target.jit import inline, kernel
+from quant.threads.atomics import call_3
 
 SOFTMAX, SIGMOID, SOFTMAX_AFTER_TOPK, SQRT_SOFTPLUS, PRECOMPUTED = range(5)
 MOST_RANKS = 62  # as bits of a word
@@ -39,6 +40,7 @@ ROUTER = struct(
     normalise=boolean,
     factor=f32,
     owners=pointer(i64),  # (n_experts,): bits of the ranks that have each; 0 where all experts are here
+    choose=address,  # the kernel
 )
 
 CHOICE = struct(
@@ -282,22 +284,31 @@ def set_groups(r, c, n_tokens):
         c.starts[group] = n_members
 
 
-@inline
-def choose(a, memory):
-    """All tokens' experts, at an address in a worker's own memory; a: arguments of a phase with a ROUTER."""
-    r = a.router
+@kernel("void(int64, int64, int64)")
+def _choose(router, program, memory):
+    """All tokens' experts, at an address in a worker's own memory."""
+    r, step = ROUTER(router), PROGRAM(program)
     c = new_choice(r, memory)
-    for t in range(tokens_of(a)):
+    for t in range(step.n_tokens):
         if r.scoring == PRECOMPUTED:
             _take_over(r, t, c)
         elif r.table != 0:
-            _choose_by_table(r, t, program_of(a).ids[t], c)
+            _choose_by_table(r, t, step.ids[t], c)
         else:
             choose_for(r, t, c)
     if address_of(r.owners) != 0:
-        _assign(r, c, tokens_of(a))
-    set_groups(r, c, tokens_of(a))
-    return c
+        _assign(r, c, step.n_tokens)
+    set_groups(r, c, step.n_tokens)
+
+
+@inline
+def choose(a, memory):
+    """All tokens' experts, at an address in a worker's own memory; a: arguments of a phase with a ROUTER.
+
+    A kernel of its own: several phases need it, and it is large.
+    """
+    call_3(a.router.choose, address_of(a.router), a.phase.program, memory)
+    return CHOICE(memory)
 
 
 @dataclass(frozen=True)
@@ -332,7 +343,7 @@ class Router:
             n_experts=self.n_routed_experts, top_k=self.num_experts_per_tok,
             n_group=self.n_group, topk_group=self.topk_group,
             scoring=self.scoring, normalise=self.norm_topk_prob, factor=self.routed_scaling_factor,
-            owners=self.owners,
+            owners=self.owners, choose=_choose.address,
         )  # fmt: skip
 
     @property
@@ -362,6 +373,7 @@ class Choice:
             logits=0, has_bias=False, bias=0, table=0, ids=self.ids, weights=self.weights,
             n_experts=self.n_routed_experts, top_k=self.num_experts_per_tok, n_group=1, topk_group=1,
             scoring=PRECOMPUTED, normalise=False, factor=1.0, owners=0,
+            choose=_choose.address,
         )  # fmt: skip
 
     @property

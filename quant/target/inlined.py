@@ -8,9 +8,8 @@ the kernel, which is then optimised as a whole.
 from typing import Any
 
 from numba.core.codegen import JITCodeLibrary
-from numba.core.compiler import CompilerBase, DefaultPassBuilder
-from numba.core.compiler_machinery import LoweringPass, register_pass
-from numba.core.typed_passes import NativeLowering
+
+from quant.target.pipeline import KernelCompiler
 
 
 class _NoEnvironment:
@@ -39,24 +38,7 @@ class _LinkedLibrary(JITCodeLibrary):
         self._finalized = True
 
 
-@register_pass(mutates_CFG=False, analysis_only=False)
-class _IntoLinkedLibrary(LoweringPass):
-    _name = "into_linked_library"
+class InlinedCompiler(KernelCompiler):
+    """Compiles functions for kernels to link."""
 
-    def __init__(self) -> None:
-        super().__init__()
-
-    def run_pass(self, state: Any) -> bool:
-        state.library = _LinkedLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
-        return True
-
-
-class InlinedCompiler(CompilerBase):
-    """Numba's pipeline, but for what comes out."""
-
-    def define_pipelines(self) -> list[Any]:
-        pipeline = DefaultPassBuilder.define_nopython_pipeline(self.state)
-        passes = [kind for kind, _ in pipeline.passes]
-        pipeline.passes.insert(passes.index(NativeLowering), (_IntoLinkedLibrary, "into a linked library"))
-        pipeline.finalize()
-        return [pipeline]
+    new_library = _LinkedLibrary

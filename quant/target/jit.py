@@ -1,6 +1,7 @@
 """How kernels are compiled: shared options, and one process at a time."""
 
 import fcntl
+import gc
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -9,6 +10,8 @@ from typing import NoReturn
 
 import numba
 from numba.core.ccallback import CFunc
+from numba.core.compiler import CompileResult
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.dispatcher import Dispatcher
 from numba.core.sigutils import normalize_signature
 
@@ -16,6 +19,7 @@ from quant.errors import QuantError
 from quant.target import isa, kernel_cache
 from quant.target.inlined import InlinedCompiler
 from quant.target.kernel import Kernel
+from quant.target.pipeline import KernelCompiler
 
 # No nnan/ninf: a NaN in the weights must reach the logits instead of vanishing.
 FASTMATH = frozenset({"nsz", "arcp", "contract", "afn", "reassoc"})
@@ -26,6 +30,7 @@ _inlined = numba.njit(
     no_cpython_wrapper=True,
     no_cfunc_wrapper=True,
     pipeline_class=InlinedCompiler,
+    _nrt=False,
 )
 
 
@@ -45,11 +50,37 @@ def inline(function: Callable) -> Dispatcher:
 
 
 class _KeptCFunc(CFunc):
-    """A C function that is looked for in the kernel cache before it is compiled."""
+    """A C function that the kernel cache has, or has from now on."""
 
     def __init__(self, kernel_: Kernel, name: str):
-        super().__init__(kernel_.function, normalize_signature(kernel_.signature), {}, {"error_model": "numpy"})
-        self._cache = kernel_cache.KernelCache(name)
+        options = {"error_model": "numpy", "_nrt": False}
+        super().__init__(kernel_.function, normalize_signature(kernel_.signature), {}, options, KernelCompiler)
+        self._kept_name = name
+
+    def load(self) -> bool:
+        """Take it from the cache; whether it was there."""
+        with global_compiler_lock:
+            self._wrapper_address = kernel_cache.load(self._kept_name)
+        self._cache_hits = int(self._wrapper_address != 0)
+        return self._cache_hits > 0
+
+    def _compile_uncached(self) -> CompileResult:
+        with _no_collection():
+            result = super()._compile_uncached()
+        kernel_cache.keep(self._kept_name, result)
+        return result
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No search for garbage meanwhile: a compiler makes much that lives, which each search would go through again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _compile(kernel_: Kernel) -> CFunc:
@@ -59,8 +90,10 @@ def _compile(kernel_: Kernel) -> CFunc:
         return numba.cfunc(kernel_.signature, error_model="numpy")(kernel_.function)
     name = _full_name(kernel_)
     compiled = _KeptCFunc(kernel_, name)
-    with _alone_with(name, wait=True):
-        compiled.compile()
+    if not compiled.load():
+        with _alone_with(name, wait=True):
+            if not compiled.load():  # another process may have been at it
+                compiled.compile()
     return compiled
 
 

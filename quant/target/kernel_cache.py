@@ -2,7 +2,8 @@
 
 Numba's own cache does not see edits in another module than the kernel's, nor NUMBA_BOUNDSCHECK, nor the ISA level that
 chose the intrinsics (measured: docs/lab-notes.md), and takes a cut file for code. So the folder is named after all that
-shapes a kernel. A file is a SHA-256 of its name and the rest; the rest is Numba's form of a compiled function, pickled.
+shapes a kernel. A file is a SHA-256 of its name and the rest; the rest is a pickled MachineCode. It is loaded without
+Numba's compiler, which takes half a second to get ready.
 
 Who can write such a file can run code here. So a folder or file that belongs to another user than this one or root, or
 that others may write to, is not used. Without a folder kernels serve this process alone. What the user should know of
@@ -20,13 +21,13 @@ import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import llvmlite.binding as llvm
 import numba
 from numba import config
-from numba.core import registry, serialize
+from numba.core import registry
 from numba.core.compiler import CompileResult
-from numba.core.cpu import CPUContext
-from numba.core.typing import Signature
 
 from quant.target import isa
 
@@ -120,40 +121,59 @@ def _write(path: Path, payload: bytes) -> None:
         raise
 
 
-class KernelCache:
-    """One kernel's file, with the two methods that Numba's CFunc asks of its cache. name: the kernel's, unique."""
+class MachineCode(NamedTuple):
+    """A compiled kernel: an object file, its function's name in there, and what it calls by name."""
 
-    def __init__(self, name: str):
-        self._name = name + _SUFFIX
+    content: bytes
+    function: str
+    called: list[str]
 
-    def load_overload(self, signature: Signature, target: CPUContext) -> CompileResult | None:
-        """The kernel as it was compiled before; None if it must be compiled."""
-        if folder().refusal:
-            return None
-        target.refresh()
+
+def _machine_code(result: CompileResult) -> MachineCode:
+    library = result.library
+    library._ensure_finalized()
+    called = [f.name for f in library._final_module.functions if f.is_declaration and not f.name.startswith("llvm.")]
+    return MachineCode(library._get_compiled_object(), result.fndesc.llvm_cfunc_wrapper_name, called)
+
+
+def _address_of(code: MachineCode) -> int:
+    """The loaded code's address; 0 if something that it calls is not there: LLVM would end the process."""
+    engine = registry.cpu_target.target_context.codegen()._engine._ee
+    if any(llvm.address_of_symbol(name) is None for name in code.called):
+        return 0
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code.content))
+    engine.finalize_object()
+    return engine.get_function_address(code.function)
+
+
+def load(name: str) -> int:
+    """The address of the kernel of that name as it was compiled before; 0 if it must be compiled."""
+    if folder().refusal:
+        return 0
+    try:
+        return _address_of(MachineCode(*pickle.loads(_read(folder().path / f"{name}{_SUFFIX}"))))
+    except FileNotFoundError:
+        pass
+    except _Damaged:
+        _say_once(f"compiled kernels in {folder().path} were damaged; they are compiled anew")
+    except OSError as error:
+        _say_once(f"compiled kernels in {folder().path} are not used: {error.strerror}")
+    return 0
+
+
+def keep(name: str, result: CompileResult) -> None:
+    """Keep a kernel for the next process, if that can be."""
+    path, why = folder().path, folder().refusal
+    if not why:
         try:
-            return CompileResult._rebuild(target, *pickle.loads(_read(folder().path / self._name)))
-        except FileNotFoundError:
-            pass
-        except _Damaged:
-            _say_once(f"compiled kernels in {folder().path} were damaged; they are compiled anew")
+            _write(path / f"{name}{_SUFFIX}", pickle.dumps(tuple(_machine_code(result))))
         except OSError as error:
-            _say_once(f"compiled kernels in {folder().path} are not used: {error.strerror}")
-        return None
-
-    def save_overload(self, signature: Signature, result: CompileResult) -> None:
-        """Keep it for the next process, if that can be."""
-        path, why = folder().path, folder().refusal
-        if not why:
-            try:
-                _write(path / self._name, serialize.dumps(result._reduce()))
-            except OSError as error:
-                why = error.strerror
-        if why:
-            _say_once(
-                f"compiled kernels can't be kept in {path} ({why}), so every start compiles them; set LOCALRUN_CACHE "
-                "to a folder of your own"
-            )
+            why = error.strerror
+    if why:
+        _say_once(
+            f"compiled kernels can't be kept in {path} ({why}), so every start compiles them; set LOCALRUN_CACHE "
+            "to a folder of your own"
+        )
 
 
 def has(name: str) -> bool:

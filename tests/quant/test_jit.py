@@ -15,13 +15,11 @@ import time
 from quant.target import jit
 class Slow(jit._KeptCFunc):
     def compile(self):
-        before = time.monotonic()
         time.sleep(0.3)  # as long as two processes need to meet
         super().compile()
-        print(before, time.monotonic(), self.cache_hits)
 jit._KeptCFunc = Slow
 from quant.decode import program
-program._nothing.compiled
+print(program._nothing.compiled.cache_hits)
 """
 
 
@@ -30,9 +28,7 @@ def test_two_processes_do_not_compile_the_same_kernel(tmp_path: Path) -> None:
     environment = os.environ | {"LOCALRUN_CACHE": str(tmp_path)}
     command = [sys.executable, "-c", TWO]
     both = [subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    first, second = sorted([float(word) for word in process.communicate()[0].split()] for process in both)
-    assert first[1] <= second[0]
-    assert first[2] == 0 and second[2] == 1  # hits
+    assert sorted(process.communicate()[0].split() for process in both) == [["0"], ["1"]]
 
 
 def test_a_helper_inside_kernels_is_not_called_by_python() -> None:

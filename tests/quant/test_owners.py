@@ -45,7 +45,7 @@ def test_pairs_go_to_who_has_fewest(n_ranks: int, n_tokens: int) -> None:
         router = ROUTER.pack(
             logits=0, has_bias=False, bias=0, table=0, ids=ids.ctypes.data, weights=weights.ctypes.data,
             n_experts=N_EXPERTS, top_k=TOP_K, n_group=1, topk_group=1, scoring=PRECOMPUTED, normalise=False,
-            factor=1.0, owners=owners.ctypes.data,
+            factor=1.0, owners=owners.ctypes.data, choose=0,
         )  # fmt: skip
         kernels.call(_assigned, router, memory, n_tokens)
         chosen = memory[CHOICE.size :].view(np.int64)[: ids.size].copy()

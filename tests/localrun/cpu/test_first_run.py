@@ -5,23 +5,28 @@ import os
 import subprocess
 import sys
 import zlib
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import tiny_models
 from cases import slow_but
 
+import localrun
 from localrun.cpu import warmup
+from localrun.cpu.model import NativeModel
+from localrun.gguf.file import open_gguf
+from localrun.models.reader import read_config
 from quant.target import kernel_cache
 
-# All kernels of a model, which take 20 s to compile; or one module's, without a model that would need the others.
+# All kernels of a model's steps; or one module's, without a model that would need the others.
 PROGRAMS = {
     "all": "localrun.load(sys.argv[1], threads=1, ctx=8, progress=show, notice=notice).close()",
     "few": """
 from localrun.cpu import warmup
-warmup._MODULES = {name: what for name, what in warmup._MODULES.items() if what == "decoding: attention"}
 warmup.hardware.usable_cores = lambda: 1
-warmup.warm_up({"F32"}, show, notice)
+kernels = warmup.Kernels({"quant.decode.attention": "decoding: attention"}, ["F32"], ["gemv", "gemv_batch", "expand"])
+warmup.warm_up(kernels, show, notice)
 """,
 }
 START = """
@@ -39,7 +44,7 @@ def load(cache: Path, how: str, which: str) -> list[str]:
 
 
 @pytest.mark.first
-@pytest.mark.parametrize(("which", "n_kernels"), slow_but([("few", 3), ("all", 20)], {("few", 3)}))
+@pytest.mark.parametrize(("which", "n_kernels"), slow_but([("few", 3), ("all", 15)], {("few", 3)}))
 def test_only_the_first_run_compiles_and_says_so(which: str, n_kernels: int, tmp_path: Path) -> None:
     first = load(tmp_path, "quiet", which)
     assert first == ["notice: first run on this machine: compiling the kernels, which takes a while"]
@@ -52,6 +57,29 @@ def test_only_the_first_run_compiles_and_says_so(which: str, n_kernels: int, tmp
     assert "Kernels: decoding: attention" in names and "Kernels: F32" in names
 
 
+@pytest.mark.parametrize("variant", ["llama-mha", "qwen3moe", "v3-nextn", "v2-lite"])
+def test_a_reply_needs_no_other_kernels_than_its_list(variant: str) -> None:
+    with localrun.load(tiny_models.shared(variant), threads=1, ctx=16) as model:
+        types = {tensor.type.name for tensor in model.file.tensors.values()}
+        known = {id(kernel) for kernel, _ in warmup.needed(warmup.for_steps(model.model.config, types))}
+        phases = model.model._step.program._phases
+        needed = {kernel.__name__: id(kernel) for phase in phases for kernel in (phase.prepare, phase.run)}
+        assert not [name for name, kernel in needed.items() if kernel not in known]
+
+
+def test_the_networks_kernels_come_when_it_does() -> None:
+    asked = []
+    with ExitStack() as stack:
+        file = stack.enter_context(open_gguf(tiny_models.shared("llama-mha")))
+        model = NativeModel(read_config(file), file, 1, warm_up=lambda: asked.append(1))
+        stack.callback(model.close)
+        model.forward([1, 2], model.new_cache(8))
+        assert not asked
+        model.prepare()
+        model.prepare()
+    assert asked == [1]
+
+
 @pytest.mark.parametrize(("stopped", "expected"), [(False, {"_step", "_nothing"}), (True, set())])
 def test_a_child_leaves_out_what_another_process_is_at(
     stopped: bool, expected: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -62,7 +90,7 @@ def test_a_child_leaves_out_what_another_process_is_at(
     module = "quant.decode.program"
     with (folder / "compiling.lock").open("a") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX, 1, zlib.crc32(f"{module}._begin".encode()))
-        child = warmup.start_child({module: "decoding"}, [])
+        child = warmup.start_child(warmup.Kernels({module: "decoding"}, [], []))
         if stopped:
             child.stdin.close()
         assert child.wait(60) == 0

@@ -49,8 +49,9 @@ SHARED = {
 
 @contextmanager
 def opened(path: Path, threads: int = 2) -> Iterator[tuple[localrun.Engine, MTP]]:
-    """A model and its head."""
+    """A model and its head; many positions go through torch."""
     with localrun.load(path, threads=threads, ctx=64) as model:
+        model.prepare()
         assert model.model.mtp is not None
         yield model, model.model.mtp
 
@@ -139,6 +140,17 @@ def test_logits_are_transformers(name: str) -> None:
     assert error(step_TD, normed_TD) < SESSION_TOLERANCE
     assert error(last_1V, logits_TV[-1:]) < SESSION_TOLERANCE
     assert error(last_1D, normed_TD[-1:]) < SESSION_TOLERANCE
+
+
+def test_nothing_waits_for_torch_as_long_as_steps_do() -> None:
+    ids, hidden_TD = positions(40)
+    with localrun.load(OWN, threads=2, ctx=64) as model:
+        mtp = model.model.mtp
+        by_steps = mtp.forward(ids, hidden_TD, mtp.new_cache(40))
+        assert model.model._network is None and mtp._network is None
+        model.prepare()
+        by_torch = mtp.forward(ids, hidden_TD, mtp.new_cache(40))
+    assert all(error(*both) < SESSION_TOLERANCE for both in zip(by_steps, by_torch, strict=True))
 
 
 @pytest.mark.parametrize("variant", ["v3-nextn", "deepseek32-nextn", "glm4moe", "hy_v3", "bailingmoe2"])
