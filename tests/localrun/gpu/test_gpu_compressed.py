@@ -184,7 +184,7 @@ def test_a_layer_in_a_file_of_its_own_drafts(in_torch: None, monkeypatch: pytest
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["", "dense", "small tiles"])
+@pytest.mark.parametrize("variant", ["", "small tiles"])
 def test_logits_by_every_kernel(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps over all kinds of rows; a row of 128 tokens comes to be in one."""
     ids = token_ids(140)
