@@ -26,7 +26,7 @@ Place = Annotated[
         show_default=False,
     ),
 ]
-Prove = Annotated[bool, typer.Option("--gpu", help="Have the GPU prove itself with a model; takes a minute or two.")]
+Prove = Annotated[bool, typer.Option("--gpu", help="Have the GPU prove itself with a model; takes some minutes.")]
 Report = Annotated[
     str | None,
     typer.Option(

@@ -65,7 +65,7 @@ def load(
         path: the file, or the first part of a split one; or the name of a bundled model: miniature, smollm2.
         device: "cuda": all but routed experts on the GPU, and of these as many as fit; "cpu"; or "auto": "cuda" where
             the card has proven itself with this model and is faster than the CPU. A card that has no verdict yet
-            proves itself now, which takes a minute or two, with a notice for each part (docs/gpu.md).
+            proves itself now, which takes some minutes, with a notice for each part (docs/gpu.md).
         threads: worker threads, at most 512; None for one a physical core.
         ctx: tokens that a session can hold; None for 8192, or the model's own length if that is less.
         backend: "native", "llama.cpp", or "auto": native where it can, else llama.cpp with a notice.

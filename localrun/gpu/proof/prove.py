@@ -94,7 +94,7 @@ class Proof:
             identity = verdict.identity(available.card(), self._config, self._file)
             self.verdict = verdict.load(identity)
             if self.verdict is None and may_run:
-                self._say(f"{identity.card} is new to this version: it proves itself once, in a minute or two")
+                self._say(f"{identity.card} is new to this version: it proves itself once, in some minutes")
                 self.verdict = prove(identity, self._task, self._say, to_the_end=False)
                 if verdict.save(self.verdict) is None:
                     self._say("the verdict can't be kept, so every start proves anew; set LOCALRUN_CACHE to a folder")

@@ -178,7 +178,7 @@ def test_without_a_verdict_the_card_proves_itself_once(monkeypatch: pytest.Monke
     assert proof("auto", told)(False) is None and not tried and not told
     assert proof("auto", told)(True) == ""
     assert proof("auto", told)(False) == "" and len(tried) == 1
-    assert told == [f"{CARD} is new to this version: it proves itself once, in a minute or two"]
+    assert told == [f"{CARD} is new to this version: it proves itself once, in some minutes"]
 
 
 def test_after_a_fault_the_user_is_not_kept_waiting() -> None:
