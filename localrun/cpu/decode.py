@@ -440,4 +440,4 @@ class DecodeStep(Layers):
         super().__init__(config, tensors, pool, tensors.matrix(names.EMBED_TOKENS), cached, remote)
         for index in range(n_layers):
             self._layer(index, index)
-        self._head(names.NORM, tensors.matrix(names.LM_HEAD if tensors.has(names.LM_HEAD) else names.EMBED_TOKENS))
+        self._head(names.NORM, tensors.matrix(names.lm_head(tensors.has)))

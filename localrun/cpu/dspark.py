@@ -14,7 +14,7 @@ from quant.threads.pool import Pool
 
 if TYPE_CHECKING:
     from localrun.network.dspark import DSparkNetwork
-    from localrun.network.model import Network
+    from localrun.network.weight_source import WeightSource
 
 
 class Drafter:
@@ -24,8 +24,8 @@ class Drafter:
         spark: its sizes.
     """
 
-    def __init__(self, spark: DSpark, file: GGUFFile, pool: Pool, model: "Callable[[], Network]"):
-        """The file must stay open. model: gives the model's network; called when the first drafts are asked for."""
+    def __init__(self, spark: DSpark, file: GGUFFile, pool: Pool, model: "Callable[[], WeightSource]"):
+        """The file must stay open. model: gives the model's weights on the CPU; called when drafts are asked for."""
         self.spark, self._file, self._pool, self._model = spark, file, pool, model
         self._made: DSparkNetwork | None = None
 
@@ -57,11 +57,11 @@ class Drafter:
     @property
     def _network(self) -> "DSparkNetwork":
         if self._made is None:
-            model = self._model()  # before the imports: it settles how torch's threads wait
+            of_model = self._model()  # before the imports: it settles how torch's threads wait
             from localrun.cpu.weights import LayerWeights
             from localrun.network.dspark import DSparkNetwork
 
             weights = LayerWeights(self._file, self._pool)
             weights.architecture, weights.config = self.spark.config.architecture, self.spark.config
-            self._made = DSparkNetwork(self.spark, weights, model)
+            self._made = DSparkNetwork(self.spark, weights, of_model)
         return self._made

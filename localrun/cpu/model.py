@@ -136,7 +136,7 @@ class NativeModel:
         from localrun.cpu.dspark import Drafter
 
         spark = read_dspark(file, self.config)
-        self.drafter = Drafter(spark, file, self._pool, lambda: self.network)
+        self.drafter = Drafter(spark, file, self._pool, lambda: self.network.weights)
         self._step = decode_step(self.config, self._tensors, self._pool, self.remote, spark.target_layers)
         if self._network is not None:
             self._network.watched = spark.target_layers

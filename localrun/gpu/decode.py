@@ -41,6 +41,8 @@ class DecodeStep:
         self._inputs_on_host = device.pinned(shape, torch.int64)
         self._inputs = torch.zeros(shape, dtype=torch.int64, device=device.torch)
         self._hidden = device.pinned((MOST_TOKENS, max(1, c.hc_mult) * c.hidden_size), torch.float32)
+        # Of each layer that is watched, a whole copy: one into columns could not be captured.
+        self._means = device.pinned((len(network.watched), MOST_TOKENS, c.hidden_size), torch.float32)
         self._logits = device.pinned((MOST_TOKENS, c.vocab_size), torch.float32)
         self.recorded: dict[tuple[int, int, int], Callable[[], None]] = {}
 
@@ -48,8 +50,8 @@ class DecodeStep:
         """Evaluate up to MOST_TOKENS ids after the cache's, which has room for them; it then holds them too.
 
         Returns:
-            Of each: what the head reads, float32 (T, D), or of streams what they are before, (T, n * D); and logits
-            (T, vocab).
+            Of each: what the head reads, float32 (T, D), or of streams what they are before, (T, n * D), or their
+            means behind watched layers; and logits (T, vocab).
         """
         results = self._run(ids, [cache] * len(ids), range(cache.length, cache.length + len(ids)))
         cache.advance(len(ids))
@@ -75,7 +77,8 @@ class DecodeStep:
                 self._replay(n_tokens, caches[0].bits, self.most(max(positions)))()
             finally:  # until then, host nodes use the workers and the graph its buffers, whatever happened here
                 self._device.synchronize(lambda: self._jobs.value)
-        return self._hidden[:n_tokens].numpy().copy(), self._logits[:n_tokens].numpy().copy()
+        hidden = self._means[:, :n_tokens] if self._network.watched else self._hidden[None, :n_tokens]
+        return np.concatenate(list(hidden.numpy()), 1), self._logits[:n_tokens].numpy().copy()
 
     def load(self, ids: Sequence[int], caches: Sequence[AnyCache], positions: Iterable[int]) -> None:
         """The tokens of the next queue() or replay, their caches, and their positions there."""
@@ -104,8 +107,11 @@ class DecodeStep:
         inputs = self._inputs[:, :n_tokens]
         places = Places(inputs[1], inputs[2:], bits, most)
         x_TD = network.first(inputs[0])
-        for layer in network.layers:
+        for index, layer in enumerate(network.layers):
             x_TD = layer(x_TD, places, inputs[0])
+            if index in network.watched:
+                means = self._means[network.watched.index(index), :n_tokens]
+                means.copy_(x_TD.mean(1), non_blocking=True)
         hidden, x_TD = network.last(x_TD)
         self._hidden[:n_tokens].copy_(hidden, non_blocking=True)
         self._logits[:n_tokens].copy_(network.lm_head(x_TD), non_blocking=True)

@@ -1,8 +1,8 @@
 """A model whose network runs on a GPU and whose routed experts stay in RAM, but for those that VRAM has room for.
 
 What localrun.cpu.model.NativeModel is to the engine, with a placement. A few tokens are a recorded step (decode.py);
-more go through the layers in one or two micro-batches (prefill.py). The layer for multi-token prediction stays on
-the CPU.
+more go through the layers in one or two micro-batches (prefill.py). What drafts, the layer for multi-token prediction
+or DSpark's blocks, stays on the CPU.
 
 Letters: T tokens, D hidden_size.
 """
@@ -24,11 +24,13 @@ from localrun.gpu.cache import AnyCache, new_cache
 from localrun.gpu.decode import DecodeStep
 from localrun.gpu.device import Cuda, StandIn
 from localrun.gpu.grouped import attention_on
+from localrun.gpu.means import features, watch
 from localrun.gpu.tuning import Tuning
 from localrun.gpu.ways import HOST_NODES
 from localrun.gpu.weights import DeviceWeights, spans_in_ram, spans_on_device
 from localrun.models import names
 from localrun.models.config import Config
+from localrun.models.dspark import read_dspark
 from localrun.models.mtp_file import read_mtp_config
 from localrun.models.tensors import GGUFTensors
 from localrun.network.model import Network
@@ -37,7 +39,9 @@ from quant.decode.program import MOST_TOKENS
 from quant.threads.pool import Pool
 
 if TYPE_CHECKING:
+    from localrun.cpu.dspark import Drafter
     from localrun.cpu.mtp import MTP
+    from localrun.cpu.weights import LayerWeights
     from localrun.network.model import MTPBlock
 
 
@@ -50,7 +54,8 @@ class HybridModel:
         least_chunk: tokens that are no step.
         keep_hidden: whether forward() is to leave `hidden` behind.
         hidden: float32 (T, hidden_size), what the head reads (after the final norm) of the last forward()'s tokens; of
-            streams what they are before, (T, hc_mult * hidden_size).
+            streams what they are before, (T, hc_mult * hidden_size); with a drafter, what that reads.
+        drafter: what drafts blocks of tokens, once take_dspark() has been called.
         network: the modules on the device.
         step: what evaluates a few tokens.
         routed, pool: the routed experts, and the workers of those in RAM.
@@ -90,6 +95,7 @@ class HybridModel:
             self.device.cut(tiles)
         compiling.set_up(notice)
         self._placement, self._tensors, self._notice = placement, GGUFTensors(file), notice
+        self.drafter: Drafter | None = None
         self._mtp: MTP | None = None
         self._mtp_file, self._n_mtp = file, config.num_nextn_predict_layers
         self._holds_torch = False
@@ -105,11 +111,14 @@ class HybridModel:
             weights = DeviceWeights(self.file, self.config, self._placement, self.device, self.pool, self._notice)
             self.routed = weights.routed
             self.network = Network(self.config, weights, attention_on(self.device.torch))
-            self.step = DecodeStep(self.device, self.pool, self.network, self.routed)
+            self.step = self._new_step()
             self.tuning = Tuning(self.device, self.network, self.routed, self._placement)
             self.device.synchronize()
         let_go(spans_on_device(self._tensors, self._placement))
         self.resident = Resident(self.file, spans_in_ram(self._tensors, self.config, self._placement))
+
+    def _new_step(self) -> DecodeStep:
+        return DecodeStep(self.device, self.pool, self.network, self.routed)
 
     @property
     def mtp(self) -> "MTP | None":
@@ -126,14 +135,29 @@ class HybridModel:
         self._n_mtp = read_mtp_config(file, self.config).num_nextn_predict_layers
         self._mtp, self._mtp_file = None, file
 
+    def take_dspark(self, file: GGUFFile) -> None:
+        """As NativeModel.take_dspark."""
+        from localrun.cpu.dspark import Drafter
+
+        spark = read_dspark(file, self.config)
+        self.drafter = Drafter(spark, file, self.pool, lambda: self._on_cpu(self.file))
+        self.network.watched = spark.target_layers
+        with self.device.errors():
+            self.step = self._new_step()
+
     def _mtp_block(self) -> "MTPBlock":
-        from localrun.cpu.weights import LayerWeights
         from localrun.network.model import MTPBlock
+
+        return MTPBlock(self.config, self._on_cpu(self._mtp_file), self.network.rope)
+
+    def _on_cpu(self, file: GGUFFile) -> "LayerWeights":
+        """What drafts, for any number of tokens: its file's tensors, or the model's."""
+        from localrun.cpu.weights import LayerWeights
 
         if not self._holds_torch:
             TorchThreads.hold(self.pool.n_workers)
             self._holds_torch = True
-        return MTPBlock(self.config, LayerWeights(self._mtp_file, self.pool), self.network.rope)
+        return LayerWeights(file, self.pool)
 
     def new_cache(self, capacity: int, exact: bool = False) -> AnyCache:
         """An empty cache for up to `capacity` tokens, of 16 or 8 bits as placed or, if exact, of 32."""
@@ -198,11 +222,16 @@ class HybridModel:
             n_batches = 1
         self.routed.start()
         ids_T = torch.tensor(ids, dtype=torch.int64).to(self.device.torch)
-        x_TD = prefill.forward(network.layers, network.first(ids_T), ids_T, cache, n_batches, self.routed.cancel)
-        hidden_TD, x_TD = network.last(x_TD if all_logits or self.keep_hidden else x_TD[-1:])
+        watched = network.watched if self.keep_hidden else ()
+        layers = watch(network.layers, watched)
+        x_TD = prefill.forward(layers, network.first(ids_T), ids_T, cache, n_batches, self.routed.cancel)
+        needs_all = all_logits or (self.keep_hidden and not watched)
+        hidden_TD, x_TD = network.last(x_TD if needs_all else x_TD[-1:])
         self.routed.end()
         logits = network.lm_head(x_TD if all_logits else x_TD[-1:]).cpu().numpy()
-        hidden = hidden_TD.cpu().numpy() if self.keep_hidden else self.hidden
+        hidden = self.hidden
+        if self.keep_hidden:
+            hidden = features(layers) if watched else hidden_TD.cpu().numpy()
         cache.advance(len(ids))
         return hidden, logits
 

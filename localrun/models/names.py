@@ -147,8 +147,12 @@ def mtp_shared(has: Callable[[str], bool], config: Config) -> tuple[str, str]:
     embedding, head = (
         layer(config.architecture, config.num_hidden_layers, module) for module in ("embed_tokens", "shared_head.head")
     )
-    model_head = LM_HEAD if has(LM_HEAD) else EMBED_TOKENS
-    return embedding if has(embedding) else EMBED_TOKENS, head if has(head) else model_head
+    return embedding if has(embedding) else EMBED_TOKENS, head if has(head) else lm_head(has)
+
+
+def lm_head(has: Callable[[str], bool]) -> str:
+    """Name of the model's head: where the file has none of its own, the embedding is both."""
+    return LM_HEAD if has(LM_HEAD) else EMBED_TOKENS
 
 
 def is_nextn(name: str, config: Config) -> bool:

@@ -19,7 +19,7 @@ from localrun.models import dspark, names
 from localrun.models.dspark import DSpark
 from localrun.network.cache import Cache
 from localrun.network.compressed import CompressedAttention
-from localrun.network.model import HyperLayer, Network, hyper_head
+from localrun.network.model import HyperLayer, hyper_head
 from localrun.network.rope import Rope
 from localrun.network.weight_source import WeightSource
 
@@ -57,8 +57,11 @@ class BlockAttention(CompressedAttention):
 class DSparkNetwork:
     """The blocks of one file, beside the model that they draft for."""
 
-    def __init__(self, spark: DSpark, weights: WeightSource, model: Network):
-        self.spark, self._model, config = spark, model, spark.config
+    def __init__(self, spark: DSpark, weights: WeightSource, of_model: WeightSource):
+        """of_model: the model's weights, of which the blocks use embedding and head."""
+        self.spark, config = spark, spark.config
+        self.embed_tokens = of_model.embedding(names.EMBED_TOKENS)
+        self.lm_head = of_model.linear(names.lm_head(of_model.has))
         self.fc, self.enc_norm = weights.linear(dspark.FC), weights.vector(dspark.ENC_NORM)
         rope, indices = Rope(config), range(config.num_hidden_layers)
         self.attention = [BlockAttention(config, weights, index, rope) for index in indices]
@@ -80,10 +83,10 @@ class DSparkNetwork:
         """n tokens, block_size at most, that may follow the cache's and the token `last`."""
         spark, drafts = self.spark, [last]
         ids_T = torch.tensor([last] + [spark.noise_token] * (spark.block_size - 1))
-        x_TnD = self._model.embed_tokens(ids_T)[:, None].repeat(1, spark.config.hc_mult, 1)
+        x_TnD = self.embed_tokens(ids_T)[:, None].repeat(1, spark.config.hc_mult, 1)
         for layer in self.layers:
             x_TnD = layer(x_TnD, cache)
-        logits_TV = self._model.lm_head(self._normed(self.hc_head(x_TnD[:n]), self.norm))
+        logits_TV = self.lm_head(self._normed(self.hc_head(x_TnD[:n]), self.norm))
         for logits_V in logits_TV:
             bias_1V = self.markov_w2(self.markov_w1(torch.tensor(drafts[-1:])))
             drafts.append(int((logits_V + bias_1V[0]).argmax()))

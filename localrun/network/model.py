@@ -104,7 +104,7 @@ class Network:
         self.hc_head = hyper_head(config, weights)
         self._share_choices()
         self.norm = weights.vector(names.NORM)
-        self.lm_head = weights.linear(names.LM_HEAD if weights.has(names.LM_HEAD) else names.EMBED_TOKENS)
+        self.lm_head = weights.linear(names.lm_head(weights.has))
 
     def _share_choices(self) -> None:
         """Layers without an indexer attend to what the last one with one has chosen."""

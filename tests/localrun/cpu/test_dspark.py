@@ -54,7 +54,7 @@ def test_a_block_is_the_references(engine: Engine) -> None:
     features = features_of(N_TOKENS)
     reference, network = tiny_dspark.Reference(tiny.SHARED), engine.model.drafter._network
     seen: list[np.ndarray] = []
-    head, network._model.lm_head = network._model.lm_head, lambda x: seen.append(head(x)) or seen[-1]
+    head, network.lm_head = network.lm_head, lambda x: seen.append(head(x)) or seen[-1]
     try:
         for pieces in ([4], [1] * 17 + [23]):
             kinds = [engine.model.drafter.spark.config.rows(index) for index in range(2)]
@@ -67,7 +67,7 @@ def test_a_block_is_the_references(engine: Engine) -> None:
             assert drafts == reference.biased_logits(features[:n].astype(np.float64), 9).argmax(1).tolist()
             assert network.draft(9, 2, cache) == drafts[:2] and cache.length == n
     finally:
-        network._model.lm_head = head
+        network.lm_head = head
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from typing import Any
 import gpu_device
 import pytest
 import tiny_deepseek4
+import tiny_dspark
 import tiny_models
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -84,13 +85,17 @@ def opened(
     monkeypatch.setattr(type(gemm._multiply), "__getitem__", lambda kernel, grid: lambda *args, **options: None)
     card = SimpleNamespace(multi_processor_count=100, major=8, minor=9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    path = tiny_deepseek4.shared() if variant in ("deepseek4", "dspark") else tiny_models.shared(variant)
     monkeypatch.setattr(host_experts.PrefillExperts, "_compute", lambda *args: None)
-    with open_gguf(tiny_deepseek4.shared() if variant == "deepseek4" else tiny_models.shared(variant)) as file:
+    with open_gguf(path) as file:
         config, much = read_config(file), 1 << 40
         tensors = tuple(file.tensors.values())
         request = Request(tensors, config, CTX, much, much, much, gpu_experts=gpu_experts, cache_bits=bits)
         placement = lay_out(replace(request, expert_cache=expert_cache))
         with closing(HybridModel(config, file, 1, placement, Apart())) as model:
+            if variant == "dspark":  # as blocks that read these layers have it
+                model.network.watched, model.keep_hidden = tiny_dspark.TARGET, True
+                model.step = model._new_step()
             yield model
 
 
@@ -100,7 +105,7 @@ def opened(
         *[("v3", 0, False), ("v3", 3, False), ("v3", 3, True), ("v2-lite", 8, False), ("v3-legacy-kv-b", 16, False)],
         *(
             pytest.param(variant, 3, False, marks=pytest.mark.slow)
-            for variant in ("gpt-oss", "deepseek32", "deepseek4")
+            for variant in ("gpt-oss", "deepseek32", "deepseek4", "dspark")
         ),
     ],
 )
@@ -112,8 +117,9 @@ def test_a_step_copies_to_and_from_page_locked_memory_alone(
         for n_tokens in (1, 5):
             with Crossings() as crossings:
                 model.step.queue(n_tokens, 16, model.step.most(CTX - 1))
-            n_layers = len(model.routed.in_ram)
-            assert [name for name, _ in crossings.seen] == ["copy_.default"] * (1 + 4 * n_layers + 2 + expert_cache)
+            n_layers, n_watched = len(model.routed.in_ram), len(model.network.watched)
+            n_copies = 1 + 4 * n_layers + n_watched + 2 + expert_cache
+            assert [name for name, _ in crossings.seen] == ["copy_.default"] * n_copies
             assert {address for _, address in crossings.seen} <= model.device.locked
 
 
@@ -140,13 +146,15 @@ def test_prompts_mix_no_sides(gpu_experts: int, bits: int, expert_cache: bool, m
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["gpt-oss", "glm-dsa-shared", "deepseek4"])
+@pytest.mark.parametrize("variant", ["gpt-oss", "glm-dsa-shared", "deepseek4", "dspark"])
 def test_windows_and_indexers_mix_no_sides(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with opened(variant, 3, monkeypatch) as model, Crossings() as crossings:
         cache = model.new_cache(CTX)
         for n_tokens in (9, 130):
             found = model.forward(list(range(n_tokens)), cache, all_logits=True)
             assert found.shape == (n_tokens, model.vocab_size)
+            if variant == "dspark":
+                assert model.hidden.shape == (n_tokens, 3 * model.config.hidden_size)
             cache.mark()
         cache.load(cache.save(), cache.length)
         assert {name for name, _ in crossings.seen} <= COPIES

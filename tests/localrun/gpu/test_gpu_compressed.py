@@ -15,6 +15,7 @@ import gpu_proofs
 import numpy as np
 import pytest
 import tiny_deepseek4
+import tiny_dspark
 import torch
 from closeness import error
 from gpu_dense import use_dense
@@ -160,24 +161,62 @@ def test_drafts_take_the_streams_of_the_cpu(in_torch: None) -> None:
         assert error(*found) < STEP_TOLERANCE and found[0].shape == (4, 4 * SHARED.hidden_size)
 
 
+def test_blocks_read_the_means_of_the_cpu(in_torch: None, tmp_path: Path) -> None:
+    """Of a prompt in two batches, of steps, of contexts in one step, and again; and draft what the CPU's do of them."""
+    ids, shape = token_ids(44), (len(tiny_dspark.TARGET) * SHARED.hidden_size,)
+    with opened() as (model, native), open_gguf(tiny_dspark.write(tmp_path / "x.gguf", SHARED)) as file:
+        two_batches(model)
+        found, drafts = [], []
+        for each in (model, native):
+            each.take_dspark(file)
+            each.keep_hidden, rows, caches = True, [], [each.new_cache(CTX) for _ in range(2)]
+            for n, cache in zip((30, 12), caches, strict=True):
+                each.forward(ids[:n], cache)
+                rows.append(each.hidden)
+            each.forward(ids[30:34], caches[0])
+            rows.append(each.hidden)
+            each.forward_each([ids[34], ids[12]], caches)
+            rows.append(each.hidden)
+            caches[0].truncate(33)
+            each.forward(ids[33:35], caches[0])
+            rows.append(each.hidden)
+            found.append(rows)
+            cache = each.drafter.new_cache(CTX)
+            each.drafter.keep(found[0][0], cache)
+            drafts.append(each.drafter.draft(ids[30], 5, cache))
+        assert [rows.shape for rows in found[0]] == [(n, *shape) for n in (30, 12, 4, 2, 2)]
+        for by_device, by_cpu, most in zip(*found, [MANY_TOLERANCE] * 2 + [STEP_TOLERANCE] * 3, strict=True):
+            assert error(by_device, by_cpu) < most
+        assert drafts[0] == drafts[1] and len(drafts[0]) == 5
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(HAS_GPU, reason="of the stand-in")
-def test_a_layer_in_a_file_of_its_own_drafts(in_torch: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Through the engine: replies are the same with drafts, without, and by the CPU."""
+@pytest.mark.parametrize("kind", ["mtp", "dspark"])
+def test_layers_in_a_file_of_their_own_draft(
+    kind: str, in_torch: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Through the engine: replies are the same with drafts, without, and by the CPU; of a text that goes back, too."""
     monkeypatch.setattr(available, "find", lambda: gpu_proofs.GPU)
     monkeypatch.setattr(hybrid, "Cuda", StandIn)
-    m, ids, found = replace(SHARED, num_nextn_predict_layers=1), token_ids(50), []
-    draft = tiny_deepseek4.write(tmp_path / "mtp.gguf", m, leave_out=r"blk\.[0-3]\.")
+    m, ids, found, draft = replace(SHARED, num_nextn_predict_layers=1), token_ids(50), [], tmp_path / "draft.gguf"
+    if kind == "mtp":
+        tiny_deepseek4.write(draft, m, leave_out=r"blk\.[0-3]\.")
+    else:
+        tiny_dspark.write(draft, SHARED)
     greedy = Sampling(temperature=0.0)
     for options in ({"device": "cuda", "unproven": True, "gpu_experts": 0}, {"device": "cpu"}):
         path = tiny_deepseek4.shared()
         with localrun.load(path, draft=draft, speculative=3, threads=2, ctx=128, **options) as engine:
             assert engine.device == options["device"]
-            session = engine.session()
-            found.append(list(session.tokens(ids, greedy, max_tokens=12)))
-            assert session.stats.drafted_tokens > 10
-            found.append(list(engine.session("off").tokens(ids, greedy, max_tokens=12)))
-    assert all(reply == found[0] for reply in found) and len(found[0]) == 12
+            session, plain = engine.session(), engine.session("off")
+            assert session.speculation.draft.name == kind
+            for n in (20, 50, 30):
+                for each in (session, plain):
+                    found.append((n, list(each.tokens(ids[:n], greedy, max_tokens=12))))
+                assert session.stats.drafted_tokens > 10
+    replies = dict(found)
+    assert all(reply == replies[n] for n, reply in found) and all(len(reply) == 12 for reply in replies.values())
 
 
 # ---- every kernel ----------------------------------------------------------------------------------------------------
