@@ -23,7 +23,7 @@ from localrun.gguf.file import GGUFFile, open_gguf
 from localrun.limits import cut
 from localrun.opening import Notice, Progress
 from localrun.placement.devices import DeviceRequest
-from localrun.placement.placement import CPU, Placement
+from localrun.placement.placement import CPU, DraftFile, Placement
 from localrun.runtime import DraftedModel, KVCache, Model, MTPModel
 from localrun.text import chat_template as templates
 from localrun.text.chat_template import ChatTemplate
@@ -110,13 +110,13 @@ def load(
     progress, notice = function("progress", progress), function("notice", notice) or (lambda line: None)
     placed = function("placed", placed) or (lambda placement: None)
     threads, own_drafts = n_workers(threads), speculative != "off" and draft is None
-    draft_bytes = 0 if draft is None else opening.prediction_bytes(draft)
+    draft_file = None if draft is None else opening.draft_file(draft)
     template = None if chat_template is None else path_text("chat_template", chat_template)
     with ExitStack() as undo:
         file = undo.enter_context(open_gguf(given))
         engine = Engine(
             file, threads, ctx, backend, where, dense_attention, own_drafts, template, progress, notice, placed, ranks,
-            draft_bytes,
+            draft_file,
         )  # fmt: skip
         undo.pop_all()
         undo.callback(engine.close)
@@ -173,7 +173,7 @@ class Engine:
         notice: Notice,
         placed: Callable[[Placement], None],
         ranks: "Ranks | None" = None,
-        draft_bytes: int = 0,
+        draft_file: DraftFile | None = None,
     ):
         self.file, self.threads, self.turn, self._notice = file, threads, Turn(), notice
         self._said_replaced = False
@@ -183,7 +183,7 @@ class Engine:
         self.placement: Placement | None = None
         if self.config:
             proof = opening.proof_of(file, self.config, threads, self.ctx, where, notice)
-            self.placement = opening.place(file, self.config, self.ctx, where, proof, own_drafts, notice, draft_bytes)
+            self.placement = opening.place(file, self.config, self.ctx, where, proof, own_drafts, notice, draft_file)
             placed(self.placement)
         else:
             opening.check_no_gpu(where, notice)

@@ -19,7 +19,7 @@ from localrun.models.mtp_file import is_mtp_only
 from localrun.models.names import INTEGERS, check_tensors, check_types
 from localrun.models.reader import context_length, read_config
 from localrun.placement.devices import DeviceRequest, choose
-from localrun.placement.placement import GPU, RAM, Placement
+from localrun.placement.placement import GPU, RAM, DraftFile, Placement
 from localrun.runtime import Model
 
 if TYPE_CHECKING:
@@ -89,11 +89,13 @@ def check_ranks(where: DeviceRequest) -> None:
         )
 
 
-def prediction_bytes(path: str | os.PathLike[str]) -> int:
-    """Of the tensors of a file that holds layers alone that draft for a model; 0 of another. Raises GGUFError."""
+def draft_file(path: str | os.PathLike[str]) -> DraftFile | None:
+    """What a file is that holds layers alone that draft for a model; None of another. Raises GGUFError."""
     with open_gguf(path) as file:
-        alone = is_mtp_only(file) or is_dspark(file)
-        return sum(tensor.n_bytes for tensor in file.tensors.values()) if alone else 0
+        needs_head = is_dspark(file)
+        if not needs_head and not is_mtp_only(file):
+            return None
+        return DraftFile(sum(tensor.n_bytes for tensor in file.tensors.values()), needs_head)
 
 
 def proof_of(
@@ -111,10 +113,10 @@ def place(
     proof: Proof | None,
     own_drafts: bool,
     notice: Notice,
-    draft_bytes: int = 0,
+    draft_file: DraftFile | None = None,
 ) -> Placement:
     """What goes where. Raises LocalrunError if the GPU was asked for in vain, or the cache does not fit."""
-    placement = choose(where, file, config, ctx, own_drafts, notice, proof, draft_bytes)
+    placement = choose(where, file, config, ctx, own_drafts, notice, proof, draft_file)
     needed, free = placement.n_bytes(RAM, "KV cache"), hardware.free_ram()
     if needed > free:
         in_windows = config.kv_bytes(ctx) - ctx * config.kv_bytes_per_token

@@ -50,6 +50,7 @@ def for_steps(config: Config, types: Collection[str]) -> Kernels:
     modules |= {"quant.decode.indexer": "choices"} if config.index_topk else {}
     if config.compress_ratios:
         modules |= {"quant.decode.compressor": "pooled rows", "quant.decode.stream_rows": "streams"}
+        modules |= {"quant.decode.stream_mean": "what drafts read"}
     else:
         modules |= {f"quant.decode.queries:{queries}": "queries"}
     modules |= {"quant.decode.linear": "rows", "quant.decode.program": "steps", "quant.threads.pool": "worker pool"}

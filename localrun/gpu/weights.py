@@ -20,7 +20,7 @@ from localrun.models import names
 from localrun.models.config import Config
 from localrun.models.tensors import GGUFTensors
 from localrun.network.weight_source import RoutedExperts
-from localrun.placement.placement import CPU, GPU, MTP, RAM, Placement
+from localrun.placement.placement import CPU, DRAFTS_HEAD, GPU, MTP, RAM, Placement
 from quant.matrix import ExpertMatrices
 from quant.threads.pool import Pool
 
@@ -104,9 +104,9 @@ def spans_in_ram(tensors: GGUFTensors, config: Config, placement: Placement) -> 
         for name, tensor in tensors.file.tensors.items()
         if placement.tensors[name] == CPU and (drafts or not names.is_nextn(name, config))
     ]
-    _, head = names.mtp_shared(tensors.has, config)
-    if drafts and not names.is_nextn(head, config):  # the model's own, which is on the device as well
-        spans.append((tensors.file.tensors[head].data.ctypes.data, tensors.file.tensors[head].n_bytes))
+    if placement.n_bytes(RAM, DRAFTS_HEAD) > 0:  # the model's own, which is on the device as well
+        head = tensors.file.tensors[names.lm_head(tensors.has)]
+        spans.append((head.data.ctypes.data, head.n_bytes))
     for index, ids in placement.experts.items():
         if 0 < len(ids) < placement.n_experts and not placement.expert_slots:
             spans += _expert_spans(tensors.expert_matrices(index), set(ids))

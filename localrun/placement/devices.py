@@ -16,7 +16,7 @@ from localrun.models.config import Config
 from localrun.models.expert_counts import read_usage
 from localrun.placement import available
 from localrun.placement.context_fit import refusal
-from localrun.placement.placement import VRAM, Placement, Request, lay_out, why_not_on_gpu
+from localrun.placement.placement import VRAM, DraftFile, Placement, Request, lay_out, why_not_on_gpu
 
 Notice = Callable[[str], None]
 # Why the card is not to be used, "" if it is; with False None where only trying it would tell, with True it is tried.
@@ -93,7 +93,7 @@ def choose(
     drafts: bool,
     notice: Notice,
     proof: Proof | None = None,
-    draft_bytes: int = 0,
+    draft_file: DraftFile | None = None,
 ) -> Placement:
     """Where the model's parts go: on the GPU and in RAM if there is one that takes them, else all in RAM.
 
@@ -102,7 +102,7 @@ def choose(
         notice: told why the GPU is left out, where the user may wonder.
         proof: of the card; asked only where there is one that could run the model, and tried only where it has room.
             None to use it unproven.
-        draft_bytes: of a layer for multi-token prediction that has a file of its own.
+        draft_file: of layers that draft for the model, if there is one.
 
     Raises:
         LocalrunError: the GPU was asked for and cannot be used, or has too little memory; says what would fit. Or the
@@ -110,9 +110,9 @@ def choose(
     """
     proof = proof or (lambda may_try: "")
     usage = None if where.expert_usage is None else _usage(where.expert_usage, file, config)
-    drafts = draft_bytes > 0 or (drafts and names.has_mtp(file, config))
+    drafts = draft_file is not None or (drafts and names.has_mtp(file, config))
     tensors = tuple(file.tensors.values())
-    on_cpu = Request(tensors, config, ctx, hardware.free_ram(), mtp=drafts, draft_bytes=draft_bytes)
+    on_cpu = Request(tensors, config, ctx, hardware.free_ram(), mtp=drafts, draft_file=draft_file)
     if where.device == "cpu":
         return lay_out(on_cpu)
     if file.is_interleaved or where.repack:

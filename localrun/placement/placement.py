@@ -43,6 +43,7 @@ RESERVE_BYTES = 1 << 28
 _SCALE_BYTES = 4  # of each row of 8-bit values
 
 EXPERTS, MTP, MARKS = "routed experts", "multi-token prediction", "marks to go back to"
+DRAFTS_HEAD = "head, for multi-token prediction"
 _LABELS = {"other": "routers and norms", "mtp": MTP}
 
 
@@ -55,6 +56,14 @@ class TensorLike(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     @property
     def n_bytes(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class DraftFile:
+    """A file of layers alone that draft for the model: bytes of its tensors, and whether they need the model's head."""
+
+    n_bytes: int
+    needs_head: bool
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,7 @@ class Request:
         cache_bits: of a cached value on the GPU: 16 or 8. In RAM it has 16.
         usage: how often each expert was chosen, by layer.
         mtp: whether the layer for multi-token prediction makes drafts; else it stays on the disk.
-        draft_bytes: of that layer, where it has a file of its own.
+        draft_file: what makes them, where that has a file of its own.
         runner_bytes: RAM of the program itself that ram still includes.
     """
 
@@ -87,7 +96,7 @@ class Request:
     cache_bits: int = 16
     usage: Mapping[int, Sequence[int]] | None = None
     mtp: bool = False
-    draft_bytes: int = 0
+    draft_file: DraftFile | None = None
     runner_bytes: int = 0
 
 
@@ -373,8 +382,11 @@ def _cpu_rows(request: Request, parts: _Parts, experts: Mapping[int, Sequence[in
     in_vram = 0 if slots else _expert_bytes(parts.moe, experts)
     yield Row(RAM, EXPERTS, sum(layer.n_bytes for layer in parts.moe) - in_vram)
     if request.mtp:
-        yield Row(RAM, MTP, request.draft_bytes or parts.mtp)
-        yield Row(RAM, "head, for multi-token prediction", parts.mtp_head if on_gpu else 0)
+        n_bytes, head = parts.mtp, parts.mtp_head
+        if request.draft_file:
+            n_bytes, head = request.draft_file.n_bytes, request.draft_file.needs_head * parts.groups.get("head", 0)
+        yield Row(RAM, MTP, n_bytes)
+        yield Row(RAM, DRAFTS_HEAD, head if on_gpu else 0)
     if not on_gpu:
         yield Row(RAM, "KV cache", request.batch * c.kv_bytes(request.ctx))
     if not on_gpu or c.attention == "compressed":  # of other caches on a device there are none

@@ -13,6 +13,7 @@ import tiny_dspark
 from closeness import error
 
 import localrun
+from localrun.cpu import warmup
 from localrun.engine import Engine
 from localrun.errors import LocalrunError
 from localrun.network.cache import Cache
@@ -68,6 +69,12 @@ def test_a_block_is_the_references(engine: Engine) -> None:
             assert network.draft(9, 2, cache) == drafts[:2] and cache.length == n
     finally:
         network.lm_head = head
+
+
+def test_what_reads_the_means_is_compiled_before(engine: Engine) -> None:
+    kernels = warmup.needed(warmup.for_steps(engine.config, {"F32"}))
+    phases = engine.model._step.program._phases
+    assert {id(phase.run) for phase in phases} <= {id(kernel) for kernel, _ in kernels}
 
 
 @pytest.mark.slow

@@ -209,6 +209,10 @@ def test_layers_in_a_file_of_their_own_draft(
         path = tiny_deepseek4.shared()
         with localrun.load(path, draft=draft, speculative=3, threads=2, ctx=128, **options) as engine:
             assert engine.device == options["device"]
+            in_ram = engine.placement.n_bytes("RAM", "multi-token prediction")
+            assert in_ram == sum(tensor.n_bytes for tensor in engine._mtp_file.tensors.values())
+            reads_head = engine.placement.n_bytes("RAM", "head, for multi-token prediction") > 0
+            assert reads_head == (kind == "dspark" and engine.device == "cuda")
             session, plain = engine.session(), engine.session("off")
             assert session.speculation.draft.name == kind
             for n in (20, 50, 30):

@@ -27,7 +27,7 @@ from localrun.models.config import Config
 from localrun.models.reader import read_config
 from localrun.placement import placement
 from localrun.placement.context_fit import refusal, settings_that_fit
-from localrun.placement.placement import Request, lay_out
+from localrun.placement.placement import DraftFile, Request, lay_out
 from localrun.plan.shapes import ModelShape, load_model
 
 GIB = 1 << 30
@@ -160,6 +160,17 @@ def test_a_prediction_layer_without_a_head_needs_the_models_in_ram() -> None:
     for quiet in (replace(asked, mtp=False), replace(asked, vram=None)):
         assert lay_out(quiet).n_bytes("RAM", "head, for multi-token prediction") == 0
     assert lay_out(replace(asked, mtp=False)).n_bytes("RAM", "multi-token prediction") == 0
+
+
+@pytest.mark.parametrize("needs_head", [True, False])
+def test_what_drafts_from_a_file_of_its_own_is_in_ram(needs_head: bool) -> None:
+    """Whatever the model's file has for multi-token prediction stays on the disk."""
+    tensors = (Plain("token_embd.weight", 10), Plain("output.weight", 20), Plain("blk.4.nextn.eh_proj.weight", 5))
+    asked = Request(tensors, CONFIG, 1, ram=GIB, vram=GIB, mtp=True, draft_file=DraftFile(7, needs_head))
+    for vram, head in ((GIB, 20 * needs_head), (None, 0)):
+        found = lay_out(replace(asked, vram=vram))
+        assert found.n_bytes("RAM", "multi-token prediction") == 7
+        assert found.n_bytes("RAM", "head, for multi-token prediction") == head
 
 
 def test_without_a_gpu_all_is_in_ram() -> None:
