@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from localrun.cpu.decode import DecodeStep, Layers
+from localrun.cpu.decode import DecodeStep, Layers, heads_together
 from localrun.models.config import Config
 from localrun.models.tensors import GGUFTensors
 from localrun.network.rope import attention_scale, compressed_rope, frequencies, rotation_magnitude
@@ -26,8 +26,6 @@ from quant.decode.values import GroupedOutput, project_values_phase
 from quant.gemv.activations import q8_bytes
 from quant.matrix import QuantMatrix
 from quant.threads.pool import Pool
-
-_HEADS_TOGETHER = 16  # as of MLA
 
 
 class StreamLayers(Layers):
@@ -91,7 +89,7 @@ class StreamLayers(Layers):
         self._rows("projections", input_, {out: self.tensors.matrix(name(part)) for out, part in first.items()})
         q_norm = self._normed(self._vector("q_a", c.q_lora_rank), name("q_a_norm"))
         self._rows("q_b", q_norm, {out: self.tensors.matrix(name(part)) for out, part in second.items()})
-        together = max(n for n in range(1, _HEADS_TOGETHER + 1) if n_heads % n == 0)
+        together = heads_together(n_heads)
         heads = Heads(
             n_groups=n_heads // together, per_group=together, key_width=width, value_width=width,
             key_slot=slot, value_slot=slot, key_row=2 * width, value_row=2 * width, key_group=0, value_group=0,
