@@ -41,6 +41,7 @@ from localrun.network import hyper
 from localrun.network.moe import choose_experts
 from localrun.placement import available
 from localrun.placement.placement import Request, lay_out
+from localrun.runtime import KVCache
 
 # As those of test_gpu_hybrid.py, found: 3e-4, 4e-4, 5e-7.
 STEP_TOLERANCE, MANY_TOLERANCE, EXACT_TOLERANCE = 2e-3, 5e-3, 1e-5
@@ -190,6 +191,12 @@ def test_blocks_read_the_means_of_the_cpu(in_torch: None, tmp_path: Path) -> Non
         assert drafts[0] == drafts[1] and len(drafts[0]) == 5
 
 
+def nearly_right(reply: list[int], n_before: int, last: int, n: int, cache: KVCache) -> list[int]:
+    """Drafts, as a drafter's: the reply's tokens but for every third."""
+    at = cache.length - n_before + 1
+    return [token if i % 3 else token ^ 1 for i, token in enumerate(reply[at : at + n], at)]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(HAS_GPU, reason="of the stand-in")
 @pytest.mark.parametrize("kind", ["mtp", "dspark"])
@@ -219,6 +226,11 @@ def test_layers_in_a_file_of_their_own_draft(
                 for each in (session, plain):
                     found.append((n, list(each.tokens(ids[:n], greedy, max_tokens=12))))
                 assert session.stats.drafted_tokens > 10
+            if kind == "dspark":
+                session = engine.session()
+                monkeypatch.setattr(engine.model.drafter, "draft", partial(nearly_right, found[-1][1], 30))
+                found.append((30, list(session.tokens(ids[:30], greedy, max_tokens=12))))
+                assert 0 < session.stats.accepted_tokens < session.stats.drafted_tokens
     replies = dict(found)
     assert all(reply == replies[n] for n, reply in found) and all(len(reply) == 12 for reply in replies.values())
 
