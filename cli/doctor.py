@@ -145,7 +145,7 @@ def _time_messages(ranks: str | None, hosts: str | None, link: str | None, as_js
 
 
 def _prove(model: str | None, report: str | None, threads: int | None, ctx: int | None, as_json: bool) -> None:
-    """The card's verdict: as lines, or one JSON document. Exits with 1 if it failed."""
+    """The cards' verdicts: as lines, or one JSON document. Exits with 1 if one failed."""
     import sys
 
     from localrun.bundled import model_path
@@ -172,12 +172,17 @@ def _prove(model: str | None, report: str | None, threads: int | None, ctx: int 
         found = prove.examine(model_path(model), n_workers(threads), ctx, say, doing)
     if width:
         end_line(width)
+    documents = [each.document() for each in found]
+    document = documents[0] if len(found) == 1 else {"verdicts": documents}
     if place is not None:
-        write_json(place, found.document())
+        write_json(place, document)
     if as_json:
-        print_json(found.document())
+        print_json(document)
     else:
-        for status, what, text in lines(found):
-            show(f"{status:<8} {what:<{_WIDTH + 4}} {text}")
-    if found.refusal:
+        for each in found:
+            if len(found) > 1:
+                show(f"{each.identity.card}:")
+            for status, what, text in lines(each):
+                show(f"{status:<8} {what:<{_WIDTH + 4}} {text}")
+    if any(each.refusal for each in found):
         raise typer.Exit(1)

@@ -25,7 +25,7 @@ def imatrix(
     chunks: Annotated[
         int | None, typer.Option("--chunks", metavar="N", help="Only the first N chunks.", show_default=False)
     ] = None,
-    device: options.Device = options.DeviceChoice.auto,
+    device: options.Device = "auto",
     threads: options.Threads = None,
     as_json: options.Json = False,
     verbose: options.Verbose = False,
@@ -35,13 +35,13 @@ def imatrix(
     from localrun.measure.imatrix import check_destination, collect, write
 
     check_destination(out)
-    if device == options.DeviceChoice.cuda:
-        raise LocalrunError("device 'cuda': importances are collected on the CPU; use --device cpu")
+    if device not in ("auto", "cpu"):
+        raise LocalrunError(f"device '{device}': importances are collected on the CPU; use --device cpu")
     text = read_text(file)
     if not text:
         raise LocalrunError(f"{file}: is empty")
     load = options.LoadOptions(
-        options.DeviceChoice.cpu, threads=threads, ctx=chunk, backend=options.BackendChoice.native, speculative="off"
+        "cpu", threads=threads, ctx=chunk, backend=options.BackendChoice.native, speculative="off"
     )
     with open_model(model, load, verbose) as engine:
         started = time.perf_counter()

@@ -54,7 +54,7 @@ def open_model(
         with progress_bar() as report:
             engine = localrun.load(
                 path,
-                device=options.device.value,
+                device=options.device,
                 threads=threads,
                 ctx=options.ctx,
                 backend=options.backend.value,
@@ -121,11 +121,15 @@ def placement_document(engine: "Engine") -> dict[str, Any] | None:
 
 def _show_placement(placement: "Placement") -> None:
     """The table on stderr: bytes by memory, and what is needed of what there is."""
+    width = max(map(len, placement.available)) + 1
     for row in placement.rows:
-        tell(f"{row.where:<5} {size(row.n_bytes):>11}  {row.what}")
+        tell(f"{row.where:<{width}} {size(row.n_bytes):>11}  {row.what}")
     for where, needed in placement.needed.items():
         usable = size(max(0, placement.available[where]))
-        tell(f"{where:<5} {size(needed):>11}  needed, {usable} usable")
+        tell(f"{where:<{width}} {size(needed):>11}  needed, {usable} usable")
+    if len(placement.cards) > 1:
+        for where, card, layers in zip(placement.needed, placement.cards, placement.layers, strict=False):
+            tell(f"{where:<{width}} {f'cuda:{card}':>11}  layers {layers.start} to {layers.stop - 1}")
 
 
 def sampling_for(engine: "Engine", given: dict[str, Any]) -> "Sampling":

@@ -14,12 +14,13 @@ from typing import Annotated, Any
 import typer
 
 
-class DeviceChoice(str, Enum):
-    """Where to compute."""
+def _device(given: str) -> str:
+    """Raises BadParameter unless it is one."""
+    from localrun.placement.devices import DEVICES, EXPECTED
 
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
+    if not DEVICES.fullmatch(given):
+        raise typer.BadParameter(f"{given!r}; expected {EXPECTED}")
+    return given
 
 
 class CacheBits(str, Enum):
@@ -69,11 +70,19 @@ Model = Annotated[
         show_default=False,
     ),
 ]
-Device = Annotated[DeviceChoice, typer.Option("--device", help="Where to compute.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="auto|cpu|cuda|cuda:N",
+        help="Where to compute; cuda:N: on that one of several cards, counted from 0.",
+        callback=_device,
+    ),
+]
 Vram = Annotated[
     float | None,
     typer.Option(
-        "--vram", metavar="GIB", help="Memory of the GPU to use; all that is free if not given.", show_default=False
+        "--vram", metavar="GIB", help="Memory of each GPU to use; all that is free if not given.", show_default=False
     ),
 ]
 GpuExperts = Annotated[
@@ -263,7 +272,7 @@ File = Annotated[
 class LoadOptions:
     """How a model is opened: localrun.load's options."""
 
-    device: Device = DeviceChoice.auto
+    device: Device = "auto"
     vram: Vram = None
     gpu_experts: GpuExperts = "auto"
     expert_usage: ExpertUsage = None

@@ -63,13 +63,14 @@ def load(
 
     Args:
         path: the file, or the first part of a split one; or the name of a bundled model: miniature, smollm2.
-        device: "cuda": all but routed experts on the GPU, and of these as many as fit; "cpu"; or "auto": "cuda" where
-            the card has proven itself with this model and is faster than the CPU. A card that has no verdict yet
-            proves itself now, which takes some minutes, with a notice for each part (docs/gpu.md).
+        device: "cuda": all but routed experts on a GPU, or on several if one has no room, and of these as many as fit;
+            "cuda:1": the same on the second card; "cpu"; or "auto": "cuda" where the card has proven itself with this
+            model and is faster than the CPU. A card that has no verdict yet proves itself now, which takes some
+            minutes, with a notice for each part (docs/gpu.md).
         threads: worker threads, at most 512; None for one a physical core.
         ctx: tokens that a session can hold; None for 8192, or the model's own length if that is less.
         backend: "native", "llama.cpp", or "auto": native where it can, else llama.cpp with a notice.
-        vram: GiB of the card's memory that may be used; None for all that is free.
+        vram: GiB of each card's memory that may be used; None for all that is free.
         gpu_experts: routed experts of each layer that go to the GPU; "auto" for those of as many layers as fit; "cache"
             or "cache:N" for as many of each layer as fit, or N, which change with what is used, while all stay in RAM.
         expert_usage: an importance matrix (localrun imatrix): the experts that its text used most go to the GPU first.
@@ -191,7 +192,7 @@ class Engine:
         self.tokenizer = Tokenizer(file.path, file)
         self.template: ChatTemplate | None = templates.chat_template(file, self.tokenizer, template)
         if self.config and self.placement:
-            choices = proof.choices if proof else {}
+            choices = proof.choices(self.placement.cards) if proof else {}
             self.model = opening.native_model(
                 file, self.config, self.placement, threads, where.repack, choices, progress, notice, ranks
             )

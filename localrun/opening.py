@@ -74,16 +74,16 @@ def check_no_gpu(where: DeviceRequest, notice: Notice) -> None:
     """Where llama.cpp runs the model. Raises LocalrunError if the GPU was asked for."""
     if where.repack:
         notice("llama.cpp lays weights out itself: --repack has no effect")
-    if where.device == GPU:
-        raise LocalrunError("device 'cuda': llama.cpp runs this model, on the CPU; use --device cpu")
+    if where.wants_gpu:
+        raise LocalrunError(f"device '{where.device}': llama.cpp runs this model, on the CPU; use --device cpu")
     if where.asks_for_gpu:
         notice("llama.cpp runs this model, on the CPU: options for the GPU have no effect")
 
 
 def check_ranks(where: DeviceRequest) -> None:
     """Where experts are to be shared among ranks. Raises LocalrunError if something else is asked for that can't be."""
-    if where.device == GPU or where.repack:
-        wrong = "--repack" if where.repack else "device 'cuda'"
+    if where.wants_gpu or where.repack:
+        wrong = "--repack" if where.repack else f"device '{where.device}'"
         raise LocalrunError(
             f"{wrong} does not go with several ranks, which compute on CPUs, in rows as the file has them"
         )
@@ -142,7 +142,7 @@ def native_model(
     """Its kernels are got ready first, so that the user sees what takes the time.
 
     Args:
-        choices: those of the card's proof.
+        choices: those of the cards' proof.
         ranks: others that have shares of the experts.
 
     Raises LocalrunError.

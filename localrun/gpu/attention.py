@@ -361,7 +361,7 @@ class LatentAttention(attention.LatentAttention):
         c, n_tokens = self.config, x_TD.shape[0]
         queries_of, kv_TW = self._queries_of(x_TD), self.kv_a_proj_with_mqa(x_TD)
         q_TQ = self.q_proj(queries_of) if c.q_lora_rank is None else self.q_b_proj(queries_of)
-        places = cache.places(n_tokens)
+        places = cache.places(n_tokens, x_TD.device)
         q_nope_THP, q_rope_THR = turn_and_append(
             q_TQ, kv_TW, self.kv_a_layernorm, self.turns, places, self.cache_layer, c
         )

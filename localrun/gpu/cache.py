@@ -15,13 +15,14 @@ E4M3: Micikevicius et al., FP8 Formats for Deep Learning (arXiv 2209.05433).
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
 import triton.language as tl
 
 from localrun.gpu.compressed_cache import CompressedCache
-from localrun.gpu.places import Places
+from localrun.gpu.places import Places, Tables, of_each
 from localrun.models.config import Config
 from localrun.models.rows import Rows
 from localrun.network.cache import Context, row_widths
@@ -94,19 +95,18 @@ class DeviceContext(Context):
 
     def _know(self, blocks: Sequence[Blocks]) -> None:
         """The blocks of each layer."""
-        self.blocks, self._device = blocks, blocks[0].values.device
+        self.blocks = blocks
         self.addresses = np.array([entry for each in blocks for entry in each.entries], np.int64)
-        self._table = torch.from_numpy(self.addresses[:, None]).to(self._device)
+        self._tables = Tables(self.addresses, [each.values.device for each in blocks])
 
     @property
     def is_exact(self) -> bool:
         """Whether values have 32 bits."""
         return self.bits == 32
 
-    def places(self, n_tokens: int) -> Places:
-        """Of the tokens after `length`."""
-        positions = torch.arange(self.length, self.length + n_tokens, device=self._device)
-        return Places(positions, self._table, self.bits, self.length + n_tokens)
+    def places(self, n_tokens: int, device: torch.device | None = None) -> Places:
+        """As HasPlaces: of the tokens after `length`."""
+        return self._tables.places(self.length, n_tokens, self.bits, device)
 
 
 class GroupedCache(DeviceContext):
@@ -120,14 +120,22 @@ class GroupedCache(DeviceContext):
     """
 
     def __init__(
-        self, config: Config, capacity: int, device: torch.device, bits: int = 16, n_layers: int | None = None
+        self,
+        config: Config,
+        capacity: int,
+        device: torch.device | Sequence[torch.device],
+        bits: int = 16,
+        n_layers: int | None = None,
     ):
         """As DeviceCache; bits: 16 or 32."""
         super().__init__(capacity, bits)
         self._kinds = [config.rows(i) for i in range(config.num_hidden_layers if n_layers is None else n_layers)]
         dtype = torch.float32 if self.is_exact else torch.float16
         self.keys, self.values = (
-            [torch.empty(kinds[i].count(capacity), kinds[i].width, dtype=dtype, device=device) for kinds in self._kinds]
+            [
+                torch.empty(kinds[i].count(capacity), kinds[i].width, dtype=dtype, device=here)
+                for kinds, here in zip(self._kinds, of_each(device, len(self._kinds)), strict=True)
+            ]
             for i in range(2)
         )
         self._know([Blocks(values, keys) for values, keys in zip(self.values, self.keys, strict=True)])
@@ -175,7 +183,7 @@ class GroupedCache(DeviceContext):
         for layer, n in enumerate(n_rows):
             places = self._places(layer, n)
             for part, rows in enumerate((self.keys[layer], self.values[layer])):
-                rows[places] = torch.from_numpy(np.ascontiguousarray(tensors[f"{layer}.{part}"])).to(self._device)
+                rows[places] = torch.from_numpy(np.ascontiguousarray(tensors[f"{layer}.{part}"])).to(rows.device)
             if self._kinds[layer][0].window:
                 self._held = max(self._held, length - n)
 
@@ -194,7 +202,7 @@ class GroupedCache(DeviceContext):
         if not self._kinds[layer][0].window:
             return slice(self.length - n, self.length)
         n_rows = max(1, len(self.keys[layer]))
-        return torch.arange(self.length - n, self.length, device=self._device) % n_rows
+        return torch.arange(self.length - n, self.length, device=self.keys[layer].device) % n_rows
 
 
 class DeviceCache(DeviceContext):
@@ -202,34 +210,36 @@ class DeviceCache(DeviceContext):
 
     Attributes:
         bits: 8, 16 or 32.
-        latents: (L, capacity, C), uint8 (E4M3), float16 or float32.
-        rope_keys: (L, capacity, R), float16 or float32.
-        scales: float32 (L, capacity), of the latents; None unless bits is 8.
+        latents: of each layer, (capacity, C), uint8 (E4M3), float16 or float32; on one device one tensor.
+        rope_keys: of each layer, (capacity, R), float16 or float32.
+        scales: of each layer, float32 (capacity,), of the latents; None unless bits is 8.
         indexer_keys: of layers with an indexer, (capacity, d), float16 or float32.
     """
 
     def __init__(
-        self, config: Config, capacity: int, device: torch.device, bits: int = 16, n_layers: int | None = None
+        self,
+        config: Config,
+        capacity: int,
+        device: torch.device | Sequence[torch.device],
+        bits: int = 16,
+        n_layers: int | None = None,
     ):
-        """n_layers: num_hidden_layers unless given. torch.OutOfMemoryError if the device has no room."""
+        """torch.OutOfMemoryError if a device has no room.
+
+        Args:
+            device: of all layers, or of each.
+            n_layers: num_hidden_layers unless given.
+        """
         super().__init__(capacity, bits)
         self._n_layers = config.num_hidden_layers if n_layers is None else n_layers
         self._widths = config.kv_lora_rank, config.qk_rope_head_dim
-        self.scales: torch.Tensor | None = None
-        if bits == 8:
-            self.latents, self.rope_keys = (
-                torch.empty(self._n_layers, capacity, width, dtype=dtype, device=device)
-                for width, dtype in zip(self._widths, (torch.uint8, torch.float16), strict=True)
-            )
-            self.scales = torch.empty(self._n_layers, capacity, device=device)
-        else:
-            dtype = torch.float32 if self.is_exact else torch.float16
-            rows = torch.empty(self._n_layers, capacity, sum(self._widths), dtype=dtype, device=device)
-            self.latents, self.rope_keys = rows.split(self._widths, -1)
+        devices = of_each(device, self._n_layers)
+        runs = [self._rows_on(here, len(list(layers))) for here, layers in groupby(devices)]
+        self.latents, self.rope_keys, self.scales = runs[0] if len(runs) == 1 else map(_joined, zip(*runs, strict=True))
         width, dtype = config.index_head_dim, torch.float32 if self.is_exact else torch.float16
         self.indexer_keys = {
-            i: torch.empty(capacity, width, dtype=dtype, device=device)
-            for i in range(self._n_layers)
+            i: torch.empty(capacity, width, dtype=dtype, device=here)
+            for i, here in enumerate(devices)
             if config.chooses_rows(i)
         }
         scales = [None] * self._n_layers if self.scales is None else self.scales
@@ -238,18 +248,32 @@ class DeviceCache(DeviceContext):
         )
         self._know([Blocks(*each) for each in parts])
 
+    def _rows_on(self, device: torch.device, n_layers: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Latents, rotated keys and scales of so many layers, (n_layers, capacity, ...)."""
+        shape = n_layers, self.capacity
+        if self.bits == 8:
+            latents, rope_keys = (
+                torch.empty(*shape, width, dtype=dtype, device=device)
+                for width, dtype in zip(self._widths, (torch.uint8, torch.float16), strict=True)
+            )
+            return latents, rope_keys, torch.empty(shape, device=device)
+        dtype = torch.float32 if self.is_exact else torch.float16
+        rows = torch.empty(*shape, sum(self._widths), dtype=dtype, device=device)
+        latents, rope_keys = rows.split(self._widths, -1)
+        return latents, rope_keys, None
+
     @property
     def n_bytes(self) -> int:
         """Of device memory."""
-        parts = [self.latents, self.rope_keys, *self.indexer_keys.values()]
-        parts += [] if self.scales is None else [self.scales]
+        parts = [*self.latents, *self.rope_keys, *self.indexer_keys.values()]
+        parts += [] if self.scales is None else self.scales
         return sum(part.numel() * part.element_size() for part in parts)
 
     def rows(self, layer: int, first: int, last: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents (n, C) and rotated keys (n, R) of tokens first..last; views where the cache has that dtype."""
-        latents, rope_keys = self.latents[layer, first:last], self.rope_keys[layer, first:last]
+        latents, rope_keys = self.latents[layer][first:last], self.rope_keys[layer][first:last]
         if self.scales is not None:
-            latents = latents.view(torch.float8_e4m3fn).float() * self.scales[layer, first:last, None]
+            latents = latents.view(torch.float8_e4m3fn).float() * self.scales[layer][first:last, None]
         return latents.to(dtype), rope_keys.to(dtype)
 
     def save(self) -> dict[str, np.ndarray]:
@@ -272,24 +296,34 @@ class DeviceCache(DeviceContext):
         widths = [(sum(self._widths), *indexed.get(layer, ())) for layer in range(self._n_layers)]
         self._check_saved(tensors, length, widths, dtype)
         for layer in range(self._n_layers):
-            rows = torch.from_numpy(np.ascontiguousarray(tensors[f"{layer}.0"])).to(self._device)
+            device = self.latents[layer].device
+            rows = torch.from_numpy(np.ascontiguousarray(tensors[f"{layer}.0"])).to(device)
             latents, rope_keys = rows.split(self._widths, -1)
             if self.scales is not None:
-                latents, self.scales[layer, :length] = pack_e4m3(latents)
-            self.latents[layer, :length], self.rope_keys[layer, :length] = latents, rope_keys
+                latents, self.scales[layer][:length] = pack_e4m3(latents)
+            self.latents[layer][:length], self.rope_keys[layer][:length] = latents, rope_keys
             if layer in self.indexer_keys:
                 keys = torch.from_numpy(np.ascontiguousarray(tensors[f"{layer}.1"]))
-                self.indexer_keys[layer][:length] = keys.to(self._device)
+                self.indexer_keys[layer][:length] = keys.to(device)
         self.length = length
+
+
+def _joined(runs: Sequence[torch.Tensor | None]) -> list[torch.Tensor] | None:
+    """Layer by layer, of tensors of some layers each."""
+    return None if runs[0] is None else [rows for run in runs for rows in run]
 
 
 AnyCache = DeviceCache | GroupedCache | CompressedCache
 
 
 def new_cache(
-    config: Config, capacity: int, device: torch.device, bits: int = 16, n_layers: int | None = None
+    config: Config,
+    capacity: int,
+    device: torch.device | Sequence[torch.device],
+    bits: int = 16,
+    n_layers: int | None = None,
 ) -> AnyCache:
-    """An empty cache of the model's kind. torch.OutOfMemoryError if the device has no room."""
+    """An empty cache of the model's kind; as DeviceCache."""
     kind = {"mla": DeviceCache, "gqa": GroupedCache, "compressed": CompressedCache}[config.attention]
     return kind(config, capacity, device, bits, n_layers)
 

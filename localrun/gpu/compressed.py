@@ -100,7 +100,7 @@ class Indexer(compressed.Indexer):
     ) -> torch.Tensor | None:
         """As the network's, of a prompt; rows that a token does not see come last."""
         self.compressor(x_TD, cache, compressed.KEYS)
-        return self.choose(x_TD, q_TQ, cache.places(len(x_TD)))
+        return self.choose(x_TD, q_TQ, cache.places(len(x_TD), x_TD.device))
 
     def choose(self, x_TD: torch.Tensor, q_TQ: torch.Tensor, places: Places) -> torch.Tensor | None:
         """int32 (T, K) of tokens whose keys are in the cache; None if all attend to all that they see."""

@@ -4,10 +4,12 @@ Rings have all their rows whatever the capacity, so that kernels need not be tol
 held, are in RAM: one is made every 1,024 tokens, and waits for the device.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
-from localrun.gpu.places import ENTRIES, Places
+from localrun.gpu.places import ENTRIES, Places, Tables, of_each
 from localrun.models.config import Config
 from localrun.models.rows import Rows
 from localrun.network.block import Block
@@ -69,32 +71,39 @@ class CompressedCache(Cache):
     """
 
     def __init__(
-        self, config: Config, capacity: int, device: torch.device, bits: int = 16, n_layers: int | None = None
+        self,
+        config: Config,
+        capacity: int,
+        device: torch.device | Sequence[torch.device],
+        bits: int = 16,
+        n_layers: int | None = None,
     ):
-        """n_layers: num_hidden_layers unless given. torch.OutOfMemoryError if the device has no room."""
-        self.bits, self._device = bits, device
+        """As cache.DeviceCache."""
+        self.bits = bits
         kinds = [config.rows(i) for i in range(config.num_hidden_layers if n_layers is None else n_layers)]
+        devices = of_each(device, len(kinds))
+        self._devices = [device for device, of_layer in zip(devices, kinds, strict=True) for _ in of_layer]
         super().__init__(kinds, capacity, np.float32 if bits == 32 else np.float16)
         addresses = np.zeros((len(kinds), ENTRIES), np.int64)
         for row, blocks in zip(addresses, self._layers, strict=True):
             row[list(_ORDER[: len(blocks)])] = [block.address for block in blocks]
         self.addresses = addresses.flatten()
-        self._table = torch.from_numpy(self.addresses[:, None]).to(device)
+        self._tables = Tables(self.addresses, devices)
 
     def _new_blocks(self, kinds: list[Rows], dtype: type[np.floating]) -> list[DeviceBlock]:
         values = torch.float32 if dtype == np.float32 else torch.float16
         types = [torch.float32 if kind.is_exact else values for kind in kinds]
-        return [DeviceBlock(k, self.capacity, type_, self._device) for k, type_ in zip(kinds, types, strict=True)]
+        each = zip(kinds, types, self._devices, strict=True)
+        return [DeviceBlock(kind, self.capacity, type_, device) for kind, type_, device in each]
 
     @property
     def blocks(self) -> list[list[DeviceBlock]]:
         """Of each layer, as Config.rows has them."""
         return self._layers
 
-    def places(self, n_tokens: int) -> Places:
-        """Of the tokens after `length`."""
-        positions = torch.arange(self.length, self.length + n_tokens, device=self._device)
-        return Places(positions, self._table, self.bits, self.length + n_tokens)
+    def places(self, n_tokens: int, device: torch.device | None = None) -> Places:
+        """As HasPlaces: of the tokens after `length`."""
+        return self._tables.places(self.length, n_tokens, self.bits, device)
 
 
 def ring_rows(kind: Rows) -> int:

@@ -43,7 +43,8 @@ class StandIn:
     _replays = _pending = False
     is_stuck, tiles = False, tiles.USUAL  # as Cuda has them
 
-    def __init__(self) -> None:
+    def __init__(self, index: int = 0) -> None:
+        """index: as Cuda has it; all are the CPU."""
         self.torch = torch.device("cpu")
 
     def cut(self, names: Mapping[str, str]) -> None:

@@ -8,6 +8,7 @@ d head_dim, V v_head_dim.
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -25,7 +26,7 @@ from localrun.gpu.attention import (
 )
 from localrun.gpu.cache import GroupedCache, row_constants
 from localrun.gpu.compressed import CompressedAttention
-from localrun.gpu.places import HasPlaces, Places, block_of, n_rows_of
+from localrun.gpu.places import HasPlaces, Places, block_of, n_rows_of, of_each
 from localrun.gpu.routing import Turns
 from localrun.limits import GPU_ATTENTION_WORK_BYTES
 from localrun.models.config import Config
@@ -101,7 +102,7 @@ class GroupedQueryAttention(attention.GroupedQueryAttention):
     def __call__(self, x_TD: torch.Tensor, cache: GroupedCache | Places) -> torch.Tensor:
         """As LatentAttention.__call__."""
         c, n_tokens = self.config, x_TD.shape[0]
-        places = cache.places(n_tokens)
+        places = cache.places(n_tokens, x_TD.device)
         turns = self.turns.at(places.positions)
         q_THd = self._heads(self.q_proj(x_TD), self.q_norm, turns)
         k_TGd = self._heads(self.k_proj(x_TD), self.k_norm, turns)
@@ -151,11 +152,12 @@ class GroupedQueryAttention(attention.GroupedQueryAttention):
 _KINDS = {"mla": LatentAttention, "gqa": GroupedQueryAttention, "compressed": CompressedAttention}
 
 
-def attention_on(device: torch.device) -> MakeAttention:
-    """What makes the layers' attention there, with the same turns for all."""
-    turns_of = functools.cache(lambda rope: Turns(rope, device))
+def attention_on(device: torch.device | Sequence[torch.device]) -> MakeAttention:
+    """What makes the layers' attention there, or on a device each, with the same turns for all on it."""
+    turns_of = functools.cache(Turns)
 
     def make(config: Config, weights: WeightSource, index: int, rope: Rope) -> Attention:
-        return _KINDS[config.attention](config, weights, index, turns_of(rope))
+        here = of_each(device, index + 1)[index]
+        return _KINDS[config.attention](config, weights, index, turns_of(rope, here))
 
     return make

@@ -1,8 +1,8 @@
-"""A model whose network runs on a GPU and whose routed experts stay in RAM, but for those that VRAM has room for.
+"""A model whose network runs on GPUs and whose routed experts stay in RAM, but for those that VRAM has room for.
 
 What localrun.cpu.model.NativeModel is to the engine, with a placement. A few tokens are a recorded step (decode.py);
-more go through the layers in one or two micro-batches (prefill.py). What drafts, the layer for multi-token prediction
-or DSpark's blocks, stays on the CPU.
+more go through the layers in one or two micro-batches (prefill.py). On several cards each has a run of layers, one
+after the other. What drafts, the layer for multi-token prediction or DSpark's blocks, stays on the CPU.
 
 Letters: T tokens, D hidden_size.
 """
@@ -10,8 +10,8 @@ Letters: T tokens, D hidden_size.
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from types import MappingProxyType
-from typing import TYPE_CHECKING
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from localrun.gguf.file import GGUFFile
 from localrun.gguf.residency import Resident, let_go
 from localrun.gpu import compiling, prefill
 from localrun.gpu.cache import AnyCache, new_cache
-from localrun.gpu.decode import DecodeStep
+from localrun.gpu.decode import DecodeStep, Part
 from localrun.gpu.device import Cuda, StandIn
 from localrun.gpu.grouped import attention_on
 from localrun.gpu.means import features, watch
@@ -44,9 +44,22 @@ if TYPE_CHECKING:
     from localrun.cpu.weights import LayerWeights
     from localrun.network.model import MTPBlock
 
+Device = Cuda | StandIn
+
+
+def _gpus(cards: Sequence[int], choices: Sequence[Mapping[str, Any]]) -> list[Cuda]:
+    """These cards, each as was found to be fastest on it."""
+    devices = []
+    for index, chosen in zip_longest(cards, choices[: len(cards)], fillvalue={}):
+        device = Cuda(index)
+        device.use(chosen.get("handover", HOST_NODES))
+        device.cut(chosen.get("tiles", {}))
+        devices.append(device)
+    return devices
+
 
 class HybridModel:
-    """A model with experts over the tensors of a file, on a device and on the CPU.
+    """A model with experts over the tensors of a file, on one or more devices and on the CPU.
 
     Attributes:
         vocab_size: logits a token.
@@ -56,10 +69,11 @@ class HybridModel:
         hidden: float32 (T, hidden_size), what the head reads (after the final norm) of the last forward()'s tokens; of
             streams what they are before, (T, hc_mult * hidden_size); with a drafter, what that reads.
         drafter: what drafts blocks of tokens, once take_dspark() has been called.
-        network: the modules on the device.
+        network: the modules on devices.
         step: what evaluates a few tokens.
-        routed, pool: the routed experts, and the workers of those in RAM.
-        tuning: how prompts go through the layers.
+        pool: the workers of routed experts in RAM.
+        parts, tunings: each device with its layers, and how prompts go through these.
+        device, routed, tuning: the first device's, and only one's where there are no more.
     """
 
     def __init__(
@@ -68,18 +82,17 @@ class HybridModel:
         file: GGUFFile,
         n_threads: int,
         placement: Placement,
-        device: Cuda | StandIn | None = None,
+        device: Device | Sequence[Device] | None = None,
         notice: Callable[[str], None] = lambda line: None,
-        handover: str = HOST_NODES,
-        tiles: Mapping[str, str] = MappingProxyType({}),
+        choices: Sequence[Mapping[str, Any]] = (),
         workers: int | None = None,
     ):
-        """Uploads what the placement gives to the device, the first GPU unless given. The file must stay open.
+        """Uploads what the placement gives to the devices. The file must stay open.
 
         Args:
+            device: those of the placement's cards, which are GPUs unless given.
             notice: told when kernels are compiled, now or later, and when a cache of experts stands still.
-            handover: of a step's work to the workers, on the first GPU; as handover.py has them.
-            tiles: names by kind, on the first GPU; as tiles.py has them.
+            choices: of each GPU, "handover" of a step's work to the workers (ways.py), and "tiles", names by kind.
             workers: threads that compute, if not n_threads.
 
         Raises:
@@ -89,10 +102,11 @@ class HybridModel:
         self.most_together, self.least_chunk = MOST_TOKENS, MOST_TOKENS + 1
         self.keep_hidden = False
         self.hidden = np.empty((0, config.hidden_size), np.float32)
-        self.device = device or Cuda()
         if device is None:
-            self.device.use(handover)
-            self.device.cut(tiles)
+            self.devices: Sequence[Device] = _gpus(placement.cards, choices)
+        else:
+            self.devices = device if isinstance(device, Sequence) else [device]
+        self.device = self.devices[0]
         compiling.set_up(notice)
         self._placement, self._tensors, self._notice = placement, GGUFTensors(file), notice
         self.drafter: Drafter | None = None
@@ -108,17 +122,24 @@ class HybridModel:
 
     def _load(self) -> None:
         with self.device.errors():
-            weights = DeviceWeights(self.file, self.config, self._placement, self.device, self.pool, self._notice)
-            self.routed = weights.routed
-            self.network = Network(self.config, weights, attention_on(self.device.torch))
+            weights = DeviceWeights(self.file, self.config, self._placement, self.devices, self.pool, self._notice)
+            self.network = Network(self.config, weights, attention_on(weights.devices))
+            self._of_layers, layers = tuple(weights.devices), self._placement.layers
+            self.parts = [Part(*each) for each in zip(self.devices, layers, weights.routed, strict=True)]
             self.step = self._new_step()
-            self.tuning = Tuning(self.device, self.network, self.routed, self._placement)
-            self.device.synchronize()
+            self.tunings = [
+                Tuning(part.device, self.network, part.routed, self._placement.spare(card))
+                for card, part in enumerate(self.parts)
+            ]
+            self.routed, self.tuning = self.parts[0].routed, self.tunings[0]
+            for device in self.devices:
+                with device.errors():
+                    device.synchronize()
         let_go(spans_on_device(self._tensors, self._placement))
         self.resident = Resident(self.file, spans_in_ram(self._tensors, self.config, self._placement))
 
     def _new_step(self) -> DecodeStep:
-        return DecodeStep(self.device, self.pool, self.network, self.routed)
+        return DecodeStep(self.parts, self.pool, self.network)
 
     @property
     def mtp(self) -> "MTP | None":
@@ -163,7 +184,7 @@ class HybridModel:
         """An empty cache for up to `capacity` tokens, of 16 or 8 bits as placed or, if exact, of 32."""
         with self.device.errors():
             bits = 32 if exact else self._placement.cache_bits
-            return new_cache(self.config, capacity, self.device.torch, bits)
+            return new_cache(self.config, capacity, self._of_layers, bits)
 
     def can_forget(self) -> bool:
         """Always."""
@@ -175,8 +196,9 @@ class HybridModel:
     @torch.inference_mode()
     def chunks(self, n_tokens: int) -> list[int]:
         """Into how many tokens at a time to cut a prompt, for forward(). Raises LocalrunError: the device failed."""
-        with self.device.errors():
-            return self.tuning.chunks(n_tokens)
+        tuning, part = min(zip(self.tunings, self.parts, strict=True), key=lambda each: each[0].most)
+        with part.device.errors():
+            return tuning.chunks(n_tokens)
 
     @torch.inference_mode()
     def forward(self, ids: Sequence[int], cache: AnyCache, all_logits: bool = False) -> np.ndarray:
@@ -195,7 +217,7 @@ class HybridModel:
                 hidden, logits = self.step(ids, cache)
             else:
                 hidden, logits = self._prefill(ids, cache, all_logits)
-            self.routed.settle(len(ids))
+            self._settle(len(ids))
         if self.keep_hidden:
             self.hidden = hidden
         return logits if all_logits else logits[-1:]
@@ -209,37 +231,66 @@ class HybridModel:
             for cache in caches:
                 stack.enter_context(cache.all_or_none())
             hidden, logits = self.step.together(ids, caches)
-            self.routed.settle(len(ids))
+            self._settle(len(ids))
         if self.keep_hidden:
             self.hidden = hidden
         return logits
 
     def _prefill(self, ids: Sequence[int], cache: AnyCache, all_logits: bool) -> tuple[np.ndarray, np.ndarray]:
         """Of all tokens, or as far as they are wanted of the last alone: what the head reads, and logits."""
-        network, c = self.network, self.config
-        self.routed.mode, n_batches = self.tuning.choose(len(ids))
-        if "shared" in c.indexer_types and c.index_topk:  # a layer's choice is the next one's: of one batch
-            n_batches = 1
-        self.routed.start()
-        ids_T = torch.tensor(ids, dtype=torch.int64).to(self.device.torch)
+        network, x_TD = self.network, None
         watched = network.watched if self.keep_hidden else ()
         layers = watch(network.layers, watched)
-        x_TD = prefill.forward(layers, network.first(ids_T), ids_T, cache, n_batches, self.routed.cancel)
+        for part, tuning in zip(self.parts, self.tunings, strict=True):
+            with part.device.errors():
+                x_TD = self._through(part, tuning, layers, ids, x_TD, cache)
         needs_all = all_logits or (self.keep_hidden and not watched)
-        hidden_TD, x_TD = network.last(x_TD if needs_all else x_TD[-1:])
-        self.routed.end()
-        logits = network.lm_head(x_TD if all_logits else x_TD[-1:]).cpu().numpy()
-        hidden = self.hidden
-        if self.keep_hidden:
-            hidden = features(layers) if watched else hidden_TD.cpu().numpy()
+        with self.devices[-1].errors():
+            hidden_TD, x_TD = network.last(x_TD if needs_all else x_TD[-1:])
+            logits = network.lm_head(x_TD if all_logits else x_TD[-1:]).cpu().numpy()
+            hidden = self.hidden
+            if self.keep_hidden:
+                hidden = features(layers) if watched else hidden_TD.cpu().numpy()
         cache.advance(len(ids))
         return hidden, logits
+
+    def _through(
+        self,
+        part: Part,
+        tuning: Tuning,
+        layers: Sequence[prefill.Layer],
+        ids: Sequence[int],
+        x_TD: torch.Tensor | None,
+        cache: AnyCache,
+    ) -> torch.Tensor:
+        """A prompt's tokens through a part, on its device: behind it.
+
+        Args:
+            layers: of the whole network.
+            x_TD: what the part before gave, if any.
+        """
+        network, c, here = self.network, self.config, part.device.torch
+        part.routed.mode, n_batches = tuning.choose(len(ids))
+        if "shared" in c.indexer_types and c.index_topk:  # a layer's choice is the next one's: of one batch
+            n_batches = 1
+        part.routed.start()
+        ids_T = torch.tensor(ids, dtype=torch.int64).to(here)
+        x_TD = network.first(ids_T) if x_TD is None else x_TD.to(here)
+        layers = layers[part.layers.start : part.layers.stop]
+        x_TD = prefill.forward(layers, x_TD, ids_T, cache, n_batches, part.routed.cancel)
+        part.routed.end()
+        return x_TD
+
+    def _settle(self, n_tokens: int) -> None:
+        for part in self.parts:
+            part.routed.settle(n_tokens)
 
     def close(self) -> None:
         """End all threads, but of a device that is stuck: they may never come back."""
         self.resident.close()
-        if not self.device.is_stuck:
-            self.routed.close()
+        if not any(device.is_stuck for device in self.devices):
+            for part in self.parts:
+                part.routed.close()
             self.pool.close()
         if self._holds_torch:
             TorchThreads.release()

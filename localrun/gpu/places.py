@@ -6,9 +6,11 @@ T tokens, L layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -40,7 +42,7 @@ class Places:
         """Whether values have 32 bits."""
         return self.bits == 32
 
-    def places(self, n_tokens: int) -> Places:
+    def places(self, n_tokens: int, device: torch.device | None = None) -> Places:
         """As HasPlaces: these."""
         assert n_tokens == len(self.positions)
         return self
@@ -62,8 +64,28 @@ class HasPlaces(Protocol):
     def is_exact(self) -> bool:
         """Whether values have 32 bits."""
 
-    def places(self, n_tokens: int) -> Places:
-        """Of the next tokens."""
+    def places(self, n_tokens: int, device: torch.device | None = None) -> Places:
+        """Of the next tokens, on a device that has some of the layers, the first layer's unless given."""
+
+
+class Tables:
+    """A context's table of one column, on every device that has some of its layers."""
+
+    def __init__(self, addresses: np.ndarray, devices: Sequence[torch.device]):
+        """addresses: int64 (L * ENTRIES,). devices: of each layer."""
+        column = torch.from_numpy(addresses[:, None])
+        self._first, self._columns = devices[0], {device: column.to(device) for device in dict.fromkeys(devices)}
+
+    def places(self, length: int, n_tokens: int, bits: int, device: torch.device | None) -> Places:
+        """Of n_tokens behind `length`, as HasPlaces.places."""
+        device = device or self._first
+        positions = torch.arange(length, length + n_tokens, device=device)
+        return Places(positions, self._columns[device], bits, length + n_tokens)
+
+
+def of_each(device: torch.device | Sequence[torch.device], n_layers: int) -> list[torch.device]:
+    """The devices of the first n_layers, which are given, or one for all."""
+    return [device] * n_layers if isinstance(device, torch.device) else list(device[:n_layers])
 
 
 @triton.jit

@@ -35,6 +35,7 @@ class Routed:
 
     Attributes:
         mode: of the next begin().
+        layers: those that have experts.
         in_ram: layer -> its experts, of those that have some in RAM.
         cache: what changes the experts in VRAM, if they are a cache of those in RAM, which are all then.
         streamable: bytes of VRAM that streaming takes for its work; 0 if no layer lies in RAM whole.
@@ -59,7 +60,7 @@ class Routed:
             notice: as ExpertCache has it.
         """
         self.mode = Mode.PREFILL
-        self._device = device
+        self._device, self.layers = device, layers.keys()
         self.in_ram = {i: experts for i, experts in layers.items() if len(in_vram[i]) < experts.gate.n_groups}
         self.cache = ExpertCache(device, layers, in_vram, notice) if is_cache else None
         self._vram = self.cache.in_vram if self.cache is not None else self._upload(layers, in_vram)

@@ -18,14 +18,14 @@ from localrun.gpu.routed import Mode, Routed
 from localrun.limits import PREFILL_CHUNK
 from localrun.network.model import Network
 from localrun.network.weight_source import Finish
-from localrun.placement.placement import VRAM, Placement, activation_bytes
+from localrun.placement.placement import activation_bytes
 
 _FEW, _MANY = 64, PREFILL_CHUNK  # tokens that a layer is measured with; fewer are one batch
 _MOST_CHUNKS = 8  # that are evaluated at a time: beyond, an upload is a small part, and Ctrl-C waits for a chunk
 
 
 class Tuning:
-    """What is known of one model's layers on this machine.
+    """What is known of a model's layers on one device.
 
     Attributes:
         few, many: tokens that a layer is measured with, when the first prompt of at least `few` comes.
@@ -35,9 +35,9 @@ class Tuning:
         threshold: tokens at a time from which on a layer's experts are uploaded; None for never.
     """
 
-    def __init__(self, device: Cuda | StandIn, network: Network, routed: Routed, placement: Placement):
+    def __init__(self, device: Cuda | StandIn, network: Network, routed: Routed, spare: int):
+        """Of the layers whose experts are `routed`. spare: bytes of the device that nothing else has."""
         self._device, self._network, self._routed = device, network, routed
-        spare = placement.available[VRAM] - placement.needed[VRAM]
         self._may_stream = 0 < routed.streamable <= spare
         self.few, self.many, self.chunk = _FEW, _MANY, PREFILL_CHUNK
         n_more = max(0, spare - routed.streamable) // activation_bytes(network.config)

@@ -1,10 +1,10 @@
-"""A model's tensors as modules over a device's memory: what localrun.cpu.weights is to the CPU.
+"""A model's tensors as modules over devices' memory: what localrun.cpu.weights is to the CPU.
 
-What the placement gives to the device is uploaded as the network asks for it, once; the pages of the file that held it
+What the placement gives to a device is uploaded as the network asks for it, once; the pages of the file that held it
 are let go. The file's map stays the home of all experts that compute on the CPU.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -26,10 +26,11 @@ from quant.threads.pool import Pool
 
 
 class DeviceWeights(GGUFTensors):
-    """The tensors of one file as modules over a device's tensors, and its routed experts wherever they are.
+    """The tensors of one file as modules over devices' tensors, and its routed experts wherever they are.
 
     Attributes:
-        routed: the experts of all layers.
+        devices: of each layer. What comes before the layers is with the first, what comes behind with the last.
+        routed: the experts of each device's layers.
     """
 
     choose_experts, mix_streams = staticmethod(choose_experts), staticmethod(mix_streams)
@@ -40,49 +41,63 @@ class DeviceWeights(GGUFTensors):
         file: GGUFFile,
         config: Config,
         placement: Placement,
-        device: Cuda | StandIn,
+        devices: Sequence[Cuda | StandIn],
         pool: Pool,
         notice: Callable[[str], None],
     ):
-        """Uploads the experts that go to the device. The file must stay open. notice: as HybridModel has it."""
+        """Uploads the experts that go to devices. The file must stay open.
+
+        Args:
+            devices: those of the placement's cards.
+            notice: as HybridModel has it.
+        """
         super().__init__(file)
-        self._device = device
-        layers = {i: self.expert_matrices(i) for i in range(config.num_hidden_layers) if has_experts(self, i)}
-        in_vram, is_cache = placement.experts, placement.expert_slots > 0
-        self.routed = Routed(device, pool, layers, in_vram, config.num_experts_per_tok, is_cache, notice)
+        top_k, is_cache = config.num_experts_per_tok, placement.expert_slots > 0
+        self.devices: list[torch.device] = []
+        self.routed: list[Routed] = []
+        for device, here in zip(devices, placement.layers, strict=True):
+            self.devices += [device.torch] * len(here)
+            layers = {i: self.expert_matrices(i) for i in here if has_experts(self, i)}
+            self.routed.append(Routed(device, pool, layers, placement.experts, top_k, is_cache, notice))
+
+    def _home(self, name: str) -> torch.device:
+        """Of a tensor that is no embedding."""
+        layer = names.layer_of(name)
+        return self.devices[-1 if layer is None else layer]
 
     def vector(self, name: str) -> torch.Tensor:
         """A tensor that is no matrix, float32."""
-        return torch.from_numpy(self.array(name)).to(self._device.torch)
+        return torch.from_numpy(self.array(name)).to(self._home(name))
 
     def embedding(self, name: str) -> Embedding:
         """Rows by token id."""
-        return Embedding(self.matrix(name), self._device.torch)
+        return Embedding(self.matrix(name), self.devices[0])
 
     def linear(self, name: str) -> Linear:
         """A matrix (out, in)."""
-        return Linear(self.matrix(name), self._device.torch)
+        return Linear(self.matrix(name), self._home(name))
 
     def heads(self, name: str, n_groups: int | None = None) -> HeadLinear:
         """One matrix a head, (H, out, in); of a plain matrix its rows in so many groups."""
         matrix = self.matrix(name) if n_groups is None else self.grouped(name, n_groups)
-        return HeadLinear(matrix, self._device.torch)
+        return HeadLinear(matrix, self._home(name))
 
     def split_heads(self, name: str, n_heads: int, rows: tuple[int, int]) -> tuple[HeadLinear, HeadLinear]:
         """A matrix of n_heads * sum(rows) rows as two: each head's first rows[0] rows, and its last rows[1]."""
         first, last = self.split_matrix(name, n_heads, rows)
-        return HeadLinear(first, self._device.torch), HeadLinear(last, self._device.torch)
+        return HeadLinear(first, self._home(name)), HeadLinear(last, self._home(name))
 
     def joined_mlp(self, gate: str, up: str, down: str) -> None:
         """A device has no such call."""
 
     def expert_table(self, index: int) -> torch.Tensor:
         """int32 (vocab, K): the experts of each token in layer `index`, of which there is a table."""
-        return torch.from_numpy(self.expert_ids(index)).to(self._device.torch)
+        return torch.from_numpy(self.expert_ids(index)).to(self.devices[index])
 
     def experts(self, index: int) -> RoutedExperts:
         """The routed experts of layer `index`."""
-        return self.routed.layer(index)
+        routed = next(routed for routed in self.routed if index in routed.layers)
+        return routed.layer(index)
 
 
 def has_experts(tensors: GGUFTensors, index: int) -> bool:

@@ -68,7 +68,7 @@ def examine(path: Path | None) -> Iterator[Finding]:
     yield _pages()
     yield _kernels()
     yield _bandwidth()
-    yield _gpu()
+    yield from map(_gpu, range(max(1, available.count())))
     yield _disk(path)
 
 
@@ -218,15 +218,15 @@ def _bandwidth() -> Finding:
     return Finding("memory", f"reads {rates} thread(s)", data, advice)
 
 
-def _gpu() -> Finding:
-    """The GPU that would be used, and how fast copies to it are; or why there is none."""
-    found = available.find()
+def _gpu(index: int) -> Finding:
+    """A GPU that would be used, and how fast copies to it are; or why there is none."""
+    found = available.find(index)
     if isinstance(found, available.NoGpu):
         if found.has_card:
             return Finding("gpu", "there is one that cannot be used", None, found.reason)
         return Finding("gpu", f"none: {found.reason}", None)
     try:
-        rate = _copy_rate()
+        rate = _copy_rate(index)
     except RuntimeError as error:  # torch's, for anything that CUDA refuses
         return Finding("gpu", f"{found.name}, not measured", None, f"CUDA: {str(error).splitlines()[0]}")
     capability = ".".join(map(str, found.capability))
@@ -247,17 +247,17 @@ def _gpu() -> Finding:
     return Finding("gpu", f"{text}, copies to it {_rate(rate)}", data, advice)
 
 
-def _copy_rate() -> float:
-    """Bytes/s from pinned memory to the first GPU."""
+def _copy_rate(index: int) -> float:
+    """Bytes/s from pinned memory to a GPU."""
     import torch
 
     host = torch.empty(_LINK_BYTES, dtype=torch.uint8, pin_memory=True)
-    device, best = torch.empty_like(host, device="cuda:0"), float("inf")
+    device, best = torch.empty_like(host, device=f"cuda:{index}"), float("inf")
     for _ in range(_LINK_TRIES):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(index)
         start = time.perf_counter()
         device.copy_(host, non_blocking=True)
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(index)
         best = min(best, time.perf_counter() - start)
     return _LINK_BYTES / best
 

@@ -155,7 +155,13 @@ def lm_head(has: Callable[[str], bool]) -> str:
     return LM_HEAD if has(LM_HEAD) else EMBED_TOKENS
 
 
+def layer_of(name: str) -> int | None:
+    """The layer that a tensor belongs to, None if to no single one."""
+    match = re.match(r"blk\.([0-9]+)\.", name)
+    return None if match is None else int(match[1])
+
+
 def is_nextn(name: str, config: Config) -> bool:
     """Whether a tensor belongs to a multi-token-prediction layer, behind the last ordinary one."""
-    match = re.match(r"blk\.([0-9]+)\.", name)
-    return match is not None and 0 <= int(match[1]) - config.num_hidden_layers < config.num_nextn_predict_layers
+    index = layer_of(name)
+    return index is not None and 0 <= index - config.num_hidden_layers < config.num_nextn_predict_layers

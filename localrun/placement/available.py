@@ -2,8 +2,8 @@
 
 What is needed: an NVIDIA card of compute capability 7.5 or more, which tests compile kernels for, its driver, torch
 with CUDA no newer (in its major version) than the driver's, and Triton, which compiles a small C module that loads and
-launches kernels: for that it needs a C compiler and Python's headers (triton/runtime/build.py). Of several cards the
-first is taken; CUDA_VISIBLE_DEVICES says which that is. Functions and numbers: CUDA Driver API, cuda.h of CUDA 12.4.
+launches kernels: for that it needs a C compiler and Python's headers (triton/runtime/build.py). Cards are numbered as
+CUDA does it; CUDA_VISIBLE_DEVICES says which there are. Functions and numbers: CUDA Driver API, cuda.h of CUDA 12.4.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _INSTALL_TRITON = "pip install 'localrun[gpu]'"
 
 @dataclass(frozen=True)
 class Gpu:
-    """The card in use: compute capability, bytes of VRAM in all and free, versions of driver ("" unknown) and CUDA."""
+    """A card: capability, bytes of VRAM in all and free, versions of driver ("" unknown) and CUDA, its number."""
 
     name: str
     capability: tuple[int, int]
@@ -35,6 +35,7 @@ class Gpu:
     free: int
     driver: str
     cuda: str
+    index: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class NoGpu:
     has_card: bool
 
 
-def find() -> Gpu | NoGpu:
-    """The GPU, or why there is none. Imports torch only where a driver, a card and Triton are there."""
+def find(index: int = 0) -> Gpu | NoGpu:
+    """The GPU, or why there is none. Imports torch only where a driver, the card and Triton are there."""
     driver = _driver_library()
     if driver is None:
         has_card = _on_the_bus()
@@ -58,7 +59,9 @@ def find() -> Gpu | NoGpu:
         return NoGpu("CUDA sees no card" + (" (CUDA_VISIBLE_DEVICES is set)" if hidden else ""), _on_the_bus())
     if code:
         return NoGpu(f"the NVIDIA driver does not start: CUDA error {code}", True)
-    name, capability = _first_card(driver)
+    if index and index >= (n_cards := _count(driver)):
+        return NoGpu(f"there is no card {index}: CUDA sees {n_cards}, counted from 0", True)
+    name, capability = _card(driver, index)
     if capability < CAPABILITY:
         needed = ".".join(map(str, CAPABILITY))
         return NoGpu(f"{name} has compute capability {'.'.join(map(str, capability))}; {needed} is needed", True)
@@ -66,13 +69,21 @@ def find() -> Gpu | NoGpu:
         return NoGpu(f"Triton is not installed: {_INSTALL_TRITON}", True)
     if missing := _missing_to_build():
         return NoGpu(f"Triton needs {missing}, which is not there", True)
-    return _by_torch(name, capability, _cuda_version(driver))
+    return _by_torch(name, capability, _cuda_version(driver), index)
 
 
-def card() -> str:
-    """The name of the first card that the driver has, "" if there is none. Does not import torch."""
+def card(index: int = 0) -> str:
+    """The name of a card that the driver has, "" if there is none. Does not import torch."""
     driver = _driver_library()
-    return "" if driver is None or driver.cuInit(0) else _first_card(driver)[0]
+    if driver is None or driver.cuInit(0) or (index and index >= _count(driver)):
+        return ""
+    return _card(driver, index)[0]
+
+
+def count() -> int:
+    """How many cards the driver has. Does not import torch."""
+    driver = _driver_library()
+    return 0 if driver is None or driver.cuInit(0) else _count(driver)
 
 
 def driver_version() -> str:
@@ -94,7 +105,7 @@ def _missing_to_build() -> str:
     return "" if header.exists() else f"Python's C headers ({header}; python3-dev or python3-devel)"
 
 
-def _by_torch(name: str, capability: tuple[int, int], driver_cuda: tuple[int, int]) -> Gpu | NoGpu:
+def _by_torch(name: str, capability: tuple[int, int], driver_cuda: tuple[int, int], index: int) -> Gpu | NoGpu:
     """What torch can do with the card that the driver has."""
     try:
         import torch
@@ -107,12 +118,12 @@ def _by_torch(name: str, capability: tuple[int, int], driver_cuda: tuple[int, in
         return NoGpu(f"the NVIDIA driver is too old: it has CUDA {found}, torch needs {torch.version.cuda}", True)
     try:
         torch.cuda.init()
-        free, total = torch.cuda.mem_get_info(0)  # makes a context, whose own memory is gone then
+        free, total = torch.cuda.mem_get_info(index)  # makes a context, whose own memory is gone then
     except RuntimeError as error:  # torch's, for anything that CUDA refuses
         return NoGpu(f"CUDA does not start: {str(error).splitlines()[0]}", True)
     if free < LEAST_BYTES:
         return NoGpu(f"{name} has {free / 2**30:.1f} of {total / 2**30:.1f} GiB of VRAM free, too little", True)
-    return Gpu(name, capability, total, free, driver_version(), torch.version.cuda)
+    return Gpu(name, capability, total, free, driver_version(), torch.version.cuda, index)
 
 
 def _driver_library() -> ctypes.CDLL | None:
@@ -123,12 +134,19 @@ def _driver_library() -> ctypes.CDLL | None:
         return None
 
 
-def _first_card(driver: ctypes.CDLL) -> tuple[str, tuple[int, int]]:
+def _count(driver: ctypes.CDLL) -> int:
+    """Cards; the driver has been started."""
+    n_cards = ctypes.c_int()
+    driver.cuDeviceGetCount(ctypes.byref(n_cards))
+    return n_cards.value
+
+
+def _card(driver: ctypes.CDLL, index: int) -> tuple[str, tuple[int, int]]:
     """Name and compute capability; the driver has been started."""
     name, major, minor = ctypes.create_string_buffer(256), ctypes.c_int(), ctypes.c_int()
-    driver.cuDeviceGetName(name, len(name), 0)
-    driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, 0)
-    driver.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, 0)
+    driver.cuDeviceGetName(name, len(name), index)
+    driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, index)
+    driver.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, index)
     return name.value.decode(errors="replace"), (major.value, minor.value)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from math import ceil
 
-from localrun.placement.placement import CTX_STEP, RAM, VRAM, Request, lay_out
+from localrun.placement.placement import CTX_STEP, RAM, Request, lay_out
 
 
 def refusal(request: Request) -> str:
@@ -47,9 +47,9 @@ def _most(low: int, high: int, fits: Callable[[int], bool]) -> int:
 
 def _fewer_experts(request: Request) -> str:
     wanted = request.gpu_experts
-    if request.vram is None or not isinstance(wanted, int) or VRAM not in lay_out(request).short:
+    if request.vram is None or not isinstance(wanted, int) or not lay_out(request).short_of_vram:
         return ""
-    most = _most(-1, wanted - 1, lambda n: n >= 0 and VRAM not in lay_out(replace(request, gpu_experts=n)).short)
+    most = _most(-1, wanted - 1, lambda n: n >= 0 and not lay_out(replace(request, gpu_experts=n)).short_of_vram)
     option = f"--gpu-experts {'cache:' * request.expert_cache}{most}"
     return option if most >= 0 and _fits(replace(request, gpu_experts=most)) else ""
 
@@ -62,7 +62,7 @@ def _auto_experts(request: Request) -> str:
 
 def _more_vram(request: Request) -> str:
     """The least amount, in tenths of a GiB, if the card has as much."""
-    if request.vram is None or request.vram_free is None:
+    if request.vram is None or request.vram_free is None or request.more_vram:
         return ""
     tenth = 2**30 / 10
     low, high = ceil(request.vram / tenth), int(request.vram_free / tenth)

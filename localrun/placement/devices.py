@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -16,13 +17,16 @@ from localrun.models.config import Config
 from localrun.models.expert_counts import read_usage
 from localrun.placement import available
 from localrun.placement.context_fit import refusal
-from localrun.placement.placement import VRAM, DraftFile, Placement, Request, lay_out, why_not_on_gpu
+from localrun.placement.placement import DraftFile, Placement, Request, lay_out, why_not_on_gpu
 
 Notice = Callable[[str], None]
-# Why the card is not to be used, "" if it is; with False None where only trying it would tell, with True it is tried.
-Proof = Callable[[bool], str | None]
+# Why cards are not to be used, "" if they are; with False None where only trying would tell, with True they are tried.
+Proof = Callable[[bool, tuple[int, ...]], str | None]
 
 _ON_CPU = "interleaved rows run on the CPU only"
+EXPECTED = "auto, cpu, cuda or cuda:N"
+DEVICES = re.compile("auto|cpu|cuda(:[0-9]{1,3})?")
+_ALIKE = 1 << 28  # bytes of free VRAM by which cards do not differ: those that are alike are always the same ones
 _MOST_DIGITS = 20  # of a number of experts; Python reads 4,300
 _OPTIONS = "--vram, --gpu-experts, --expert-usage and --cache-bits"
 
@@ -32,7 +36,8 @@ class DeviceRequest:
     """What the user asks for: the options of localrun.load. Raises LocalrunError on a wrong one.
 
     Attributes:
-        vram: GiB of the card's memory that may be used; None for all that is free.
+        device: auto, cpu, cuda, or cuda:N for one of several cards.
+        vram: GiB of each card's memory that may be used; None for all that is free.
         expert_usage: an importance matrix, whose counts say which experts go to the GPU first.
         repack: whether experts are to be interleaved at load.
         unproven: whether a card is used that has not proven itself, or failed.
@@ -47,8 +52,8 @@ class DeviceRequest:
     unproven: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.device, str) or self.device not in ("auto", "cpu", "cuda"):
-            refuse("device", self.device, "auto, cpu or cuda")
+        if not isinstance(self.device, str) or not DEVICES.fullmatch(self.device):
+            refuse("device", self.device, EXPECTED)
         if self.vram is not None and number("vram", self.vram, "more than 0 GiB") <= 0:
             refuse("vram", self.vram, "more than 0 GiB")
         if self.n_experts != "auto":
@@ -58,12 +63,23 @@ class DeviceRequest:
         if self.expert_usage is not None:
             path_text("expert_usage", self.expert_usage)
         flag("repack", self.repack)
-        if flag("unproven", self.unproven) and self.device != "cuda":
+        if flag("unproven", self.unproven) and not self.wants_gpu:
             raise LocalrunError("--unproven uses a card that has not proven itself: it is for --device cuda")
-        if self.device == "cuda" and self.repack:
-            raise LocalrunError(f"--repack with device 'cuda': {_ON_CPU}")
+        if self.wants_gpu and self.repack:
+            raise LocalrunError(f"--repack with device '{self.device}': {_ON_CPU}")
         if self.device == "cpu" and self.asks_for_gpu:
             raise LocalrunError(f"{_OPTIONS} are the GPU's; leave them out with --device cpu")
+
+    @property
+    def wants_gpu(self) -> bool:
+        """Whether nothing else will do."""
+        return self.device.startswith("cuda")
+
+    @property
+    def cards(self) -> list[int]:
+        """Numbers of those that may be used."""
+        _, _, number = self.device.partition(":")
+        return [int(number)] if number else list(range(max(1, available.count())))
 
     @property
     def n_experts(self) -> int | str:
@@ -95,20 +111,20 @@ def choose(
     proof: Proof | None = None,
     draft_file: DraftFile | None = None,
 ) -> Placement:
-    """Where the model's parts go: on the GPU and in RAM if there is one that takes them, else all in RAM.
+    """Where the model's parts go: on a GPU and in RAM if there is one that takes them, or several; else all in RAM.
 
     Args:
         drafts: whether the model's layer for multi-token prediction, if it has one, will be used.
         notice: told why the GPU is left out, where the user may wonder.
-        proof: of the card; asked only where there is one that could run the model, and tried only where it has room.
-            None to use it unproven.
+        proof: of cards; asked only where there are some that could run the model, and tried only where they have room.
+            None to use them unproven.
         draft_file: of layers that draft for the model, if there is one.
 
     Raises:
         LocalrunError: the GPU was asked for and cannot be used, or has too little memory; says what would fit. Or the
             file of the experts' usage is none for this model, whether it is needed or not.
     """
-    proof = proof or (lambda may_try: "")
+    proof = proof or (lambda may_try, cards: "")
     usage = None if where.expert_usage is None else _usage(where.expert_usage, file, config)
     drafts = draft_file is not None or (drafts and names.has_mtp(file, config))
     tensors = tuple(file.tensors.values())
@@ -116,21 +132,16 @@ def choose(
     if where.device == "cpu":
         return lay_out(on_cpu)
     if file.is_interleaved or where.repack:
-        free, reason, is_news = 0, _ON_CPU, bool(available.card())
+        reason, is_news = _ON_CPU, bool(available.card())
     else:
-        free, reason, is_news = _free_vram(config, proof)
-    if not reason:
-        request = replace(on_cpu, vram=free, vram_free=free, gpu_experts=where.n_experts, cache_bits=where.cache_bits)
-        request = replace(request, usage=usage, expert_cache=where.caches_experts)
-        if where.vram is not None:
-            request = replace(request, vram=min(free, int(where.vram * 2**30)))
-        placement = lay_out(request)
-        # RAM may be short: mapped weights then come from the disk, on the CPU as well.
-        reason, is_news = refusal(request) if VRAM in placement.short else proof(True) or "", True
-        if not reason:
-            return placement
-    if where.device == "cuda":
-        raise LocalrunError(f"device 'cuda': {reason}")
+        base = replace(on_cpu, gpu_experts=where.n_experts, cache_bits=where.cache_bits)
+        base = replace(base, usage=usage, expert_cache=where.caches_experts)
+        found = _on_cards(where, base, proof)
+        if isinstance(found, Placement):
+            return found
+        reason, is_news = found
+    if where.wants_gpu:
+        raise LocalrunError(f"device '{where.device}': {reason}")
     if is_news:
         notice(f"{reason}; computing on the CPU")
     elif where.asks_for_gpu:
@@ -144,16 +155,65 @@ def _usage(path: str | os.PathLike[str], file: GGUFFile, config: Config) -> dict
     return read_usage(path, layers, config.n_routed_experts)
 
 
-def _free_vram(config: Config, proof: Proof) -> tuple[int, str, bool]:
-    """Bytes of VRAM that are free; else why the GPU is not used, and whether that may surprise.
+def _on_cards(where: DeviceRequest, base: Request, proof: Proof) -> Placement | tuple[str, bool]:
+    """On the first card that has room, else on as few as have together; else why not, and whether that may surprise.
 
-    What is known of a card comes before it is looked at closely, which takes the import of torch.
+    What is known of a card comes before it is looked at closely, which takes the import of torch and some of its VRAM.
     """
-    if reason := why_not_on_gpu(config):
-        return 0, reason, False
-    if available.card() and (reason := proof(False)):
-        return 0, reason, True
-    found = available.find()
-    if isinstance(found, available.NoGpu):
-        return 0, found.reason, found.has_card
-    return found.free, "", False
+    if reason := why_not_on_gpu(base.config):
+        return reason, False
+    cards: list[available.Gpu] = []
+    missing: list[tuple[str, bool]] = []
+    failures: list[str] = []
+    largest = None
+    for some in _candidates(where, base, proof, cards, missing):
+        request = _over(where, base, some)
+        placement = lay_out(request)
+        if placement.short_of_vram:  # RAM may be short: mapped weights then come from the disk, on the CPU as well
+            largest = request
+            continue
+        if not (reason := proof(True, request.cards)):
+            return placement
+        failures.append(reason)
+        failed = some if len(some) == 1 else [card for card in some if proof(False, (card.index,))]
+        if not failed:  # but together
+            break
+        cards[:] = [card for card in cards if card not in failed]
+    if failures:
+        return failures[-1], True
+    if largest is None:
+        return missing[0]
+    only = "; a cache of experts is for one card" if base.expert_cache and len(cards) > 1 else ""
+    return refusal(largest) + only, True
+
+
+def _candidates(
+    where: DeviceRequest, base: Request, proof: Proof, cards: list[available.Gpu], missing: list[tuple[str, bool]]
+) -> Iterator[list[available.Gpu]]:
+    """Each card that may be used, then two, three, ... of `cards`, which they are put into: those with most free VRAM.
+
+    missing: gets why others may not, and whether that may surprise.
+    """
+    for index in where.cards:
+        if available.card(index) and (reason := proof(False, (index,))):
+            missing.append((reason, True))
+            continue
+        found = available.find(index)
+        if isinstance(found, available.NoGpu):
+            missing.append((found.reason, found.has_card))
+        else:
+            cards.append(found)
+            yield [found]
+    if not base.expert_cache:
+        for n in range(2, len(cards) + 1):
+            roomiest = sorted(cards, key=lambda card: -(card.free // _ALIKE))[:n]
+            yield sorted(roomiest, key=lambda card: card.index)
+
+
+def _over(where: DeviceRequest, base: Request, cards: Sequence[available.Gpu]) -> Request:
+    """Over these cards."""
+    most = None if where.vram is None else int(where.vram * 2**30)
+    rooms = [card.free if most is None else min(card.free, most) for card in cards]
+    return replace(
+        base, vram=rooms[0], vram_free=cards[0].free, more_vram=tuple(rooms[1:]), cards=tuple(c.index for c in cards)
+    )

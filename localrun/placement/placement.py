@@ -5,6 +5,9 @@ routed experts stay in RAM. What VRAM is left takes whole experts: the most used
 known, else all experts of a layer, layer by layer. A tensor has one home, or two that share its experts: no weight lies
 twice in RAM. Or what is left is a cache of as many experts of each layer, all of which stay in RAM then.
 
+Of several cards each has a run of layers with their cache, in order, as many as make all of them equally full; the
+first one has the embedding, the last one the head. What is left of a card takes experts of its own layers.
+
 The layer for multi-token prediction stays in RAM with all its tensors and runs there: it only makes drafts, which may
 be slow or missing without changing a reply, and V3's would take 1.5 GB of VRAM from layers that every token needs.
 Where it has no head of its own, it reads the model's, which is then needed in RAM as well.
@@ -12,7 +15,6 @@ Where it has no head of its own, it reads the model's, which is then needed in R
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -30,9 +32,10 @@ from localrun.limits import (
     PREFILL_CHUNK,
 )
 from localrun.models.config import Config
-from localrun.models.names import EMBED_TOKENS, LM_HEAD, mtp_shared
+from localrun.models.names import EMBED_TOKENS, LM_HEAD, layer_of, mtp_shared
 from localrun.models.rows import KV_BYTES
 from localrun.models.summary import group_of
+from localrun.placement.split import split, whole_runs
 
 GPU, CPU, BOTH = "cuda", "cpu", "both"  # homes of a tensor; both: some of its experts here, the others there
 VRAM, RAM = "VRAM", "RAM"
@@ -41,6 +44,7 @@ CTX_STEP = 256  # contexts that are proposed are multiples of it
 # What comes with a CUDA process besides tensors: kernels, graphs, the allocator's rounding. Assumed.
 RESERVE_BYTES = 1 << 28
 _SCALE_BYTES = 4  # of each row of 8-bit values
+_N_BESIDES = 3  # rows of a card that are no weights
 
 EXPERTS, MTP, MARKS = "routed experts", "multi-token prediction", "marks to go back to"
 DRAFTS_HEAD = "head, for multi-token prediction"
@@ -73,8 +77,10 @@ class Request:
     Attributes:
         ctx, batch: tokens of a context; contexts at a time.
         ram: bytes that may be used.
-        vram: bytes that may be used; None to leave the GPU out.
+        vram: bytes that may be used, of the first card; None to leave the GPU out.
         vram_free: what the card has, if vram was set to less.
+        more_vram: of the other cards among which layers are split.
+        cards: CUDA's numbers of them all.
         gpu_experts: routed experts of each layer to keep in VRAM, or "auto" for as many as there is room for.
         expert_cache: whether they are a cache: all experts stay in RAM, and which of them VRAM holds too may change.
         cache_bits: of a cached value on the GPU: 16 or 8. In RAM it has 16.
@@ -90,6 +96,8 @@ class Request:
     ram: int
     vram: int | None = None
     vram_free: int | None = None
+    more_vram: tuple[int, ...] = ()
+    cards: tuple[int, ...] = (0,)
     batch: int = 1
     gpu_experts: int | str = "auto"
     expert_cache: bool = False
@@ -102,7 +110,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a memory table: where ("RAM", "VRAM", "disk"), what, bytes."""
+    """A line of a memory table: where ("RAM", "VRAM", "VRAM 2" of a second card, "disk"), what, bytes."""
 
     where: str
     what: str
@@ -121,6 +129,7 @@ class Placement:
         n_experts: of a layer.
         rows: the memory table.
         available: bytes that may be used, by memory.
+        cards: CUDA's numbers of those that are used, and the layers of each.
     """
 
     device: str
@@ -133,6 +142,8 @@ class Placement:
     n_experts: int
     rows: tuple[Row, ...]
     available: Mapping[str, int]
+    cards: tuple[int, ...] = ()
+    layers: tuple[range, ...] = ()
 
     @property
     def needed(self) -> dict[str, int]:
@@ -143,6 +154,15 @@ class Placement:
     def short(self) -> tuple[str, ...]:
         """The memories that are too small."""
         return tuple(where for where, n_bytes in self.needed.items() if n_bytes > self.available[where])
+
+    @property
+    def short_of_vram(self) -> bool:
+        """Whether a card's memory is too small."""
+        return any(where != RAM for where in self.short)
+
+    def spare(self, place: int) -> int:
+        """Bytes that nothing has of the card at a place in `cards`."""
+        return self.available[vram_of(place)] - self.needed[vram_of(place)]
 
     def n_bytes(self, where: str, what: str) -> int:
         """A row's bytes; 0 if there is none."""
@@ -170,6 +190,10 @@ class Placement:
                 if ids
             },
             "expert_slots": self.expert_slots,
+            "cards": [
+                {"card": card, "layers": [here.start, here.stop - 1]}
+                for card, here in zip(self.cards, self.layers, strict=True)
+            ],
             "tensors": {home: names for home, names in homes.items() if names},
         }
 
@@ -179,16 +203,22 @@ def lay_out(request: Request) -> Placement:
     parts = _Parts(request.tensors, request.config)
     _check(request, parts)
     experts, slots = {layer.index: () for layer in parts.moe}, 0
-    if request.vram is None:
-        rows, available = list(_cpu_rows(request, parts, experts, slots)), {RAM: request.ram}
-    else:
-        gpu_rows = list(_gpu_rows(request, parts))
-        left = request.vram - sum(row.n_bytes for row in gpu_rows)
-        slots = _slots(request, parts.moe, left)
-        experts = _choose(replace(request, gpu_experts=slots) if slots else request, parts.moe, left)
-        gpu_rows.insert(len(parts.groups), Row(VRAM, EXPERTS, _expert_bytes(parts.moe, experts)))
-        rows = gpu_rows + list(_cpu_rows(request, parts, experts, slots))
-        available = {VRAM: request.vram, RAM: request.ram}
+    rows, available, layers = [], {}, ()
+    if request.vram is not None:
+        rooms = request.vram, *request.more_vram
+        layers = _split(request, parts, rooms)
+        for place, (here, room) in enumerate(zip(layers, rooms, strict=True)):
+            card = _Card(place, len(rooms), here)
+            gpu_rows = list(_gpu_rows(request, parts, card))
+            left = room - sum(row.n_bytes for row in gpu_rows)
+            moe = [layer for layer in parts.moe if layer.index in here]
+            slots = _slots(request, moe, left)
+            experts |= _choose(replace(request, gpu_experts=slots) if slots else request, moe, left)
+            in_vram = Row(vram_of(place), EXPERTS, _expert_bytes(moe, experts))
+            rows += [*gpu_rows[:-_N_BESIDES], in_vram, *gpu_rows[-_N_BESIDES:]]
+            available[vram_of(place)] = room
+    rows += _cpu_rows(request, parts, experts, slots)
+    available[RAM] = request.ram
     return Placement(
         device=CPU if request.vram is None else GPU,
         ctx=request.ctx,
@@ -200,6 +230,8 @@ def lay_out(request: Request) -> Placement:
         n_experts=request.config.n_routed_experts,
         rows=tuple(row for row in rows if row.n_bytes),
         available=MappingProxyType(available),
+        cards=() if request.vram is None else request.cards,
+        layers=layers,
     )
 
 
@@ -213,13 +245,16 @@ def runs_on_gpu(config: Config) -> bool:
     return not why_not_on_gpu(config)
 
 
-def gpu_cache_bytes(config: Config, bits: int, n_tokens: int) -> int:
-    """Bytes of a cache for so many tokens; of 8 bits are latents, which have a scale, while rotated keys keep 16."""
+def gpu_cache_bytes(config: Config, bits: int, n_tokens: int, layers: range | None = None) -> int:
+    """Bytes of a cache for so many tokens, of all layers or some.
+
+    Of 8 bits are latents, which have a scale, while rotated keys keep 16.
+    """
+    c, layers = config, range(config.num_hidden_layers) if layers is None else layers
     if bits == 16:
-        return config.kv_bytes(n_tokens)
-    c = config
-    keys = sum(KV_BYTES * c.index_head_dim for index in range(c.num_hidden_layers) if c.chooses_rows(index))
-    return n_tokens * (c.num_hidden_layers * (c.kv_lora_rank + 2 * c.qk_rope_head_dim + _SCALE_BYTES) + keys)
+        return sum(rows.row_bytes * rows.count(n_tokens) for index in layers for rows in c.rows(index))
+    keys = sum(KV_BYTES * c.index_head_dim for index in layers if c.chooses_rows(index))
+    return n_tokens * (len(layers) * (c.kv_lora_rank + 2 * c.qk_rope_head_dim + _SCALE_BYTES) + keys)
 
 
 def mark_bytes(config: Config, ctx: int) -> int:
@@ -235,9 +270,15 @@ def work_bytes(config: Config, on_gpu: bool) -> int:
     return activation_bytes(config, chunk) + 4 * config.vocab_size + ATTENTION_WORK_BYTES
 
 
-def gpu_work_bytes(config: Config) -> int:
-    """Of the GPU: activations of one chunk, logits of all its tokens, attention."""
-    return activation_bytes(config) + 4 * PREFILL_CHUNK * config.vocab_size + GPU_ATTENTION_WORK_BYTES
+def gpu_work_bytes(config: Config, has_head: bool = True) -> int:
+    """Of a card: activations of one chunk, logits of all its tokens where the head is, attention."""
+    logits = 4 * PREFILL_CHUNK * config.vocab_size if has_head else 0
+    return activation_bytes(config) + logits + GPU_ATTENTION_WORK_BYTES
+
+
+def vram_of(place: int) -> str:
+    """What the memory of the first card (0), of a second one (1), ... is called."""
+    return VRAM if place == 0 else f"{VRAM} {place + 1}"
 
 
 def activation_bytes(config: Config, n_tokens: int = PREFILL_CHUNK) -> int:
@@ -282,11 +323,12 @@ class _Parts:
     def __init__(self, tensors: Iterable[TensorLike], config: Config) -> None:
         self.group_of: dict[str, str] = {}
         self.groups: dict[str, int] = {}  # without routed experts and multi-token prediction
+        self.of_layers: dict[int, dict[str, int]] = {}  # the same of each layer
         moe: dict[int, int] = {}
-        self.mtp = 0
+        self.mtp, self.is_tied = 0, False
         sizes = {tensor.name: tensor.n_bytes for tensor in tensors}
         for name, n_bytes in sizes.items():
-            layer = _layer_of(name)
+            layer = layer_of(name)
             group = "mtp" if layer is not None and layer >= config.num_hidden_layers else group_of(name)
             self.group_of[name] = group
             if group == "mtp":
@@ -295,22 +337,50 @@ class _Parts:
                 moe[layer] = moe.get(layer, 0) + n_bytes
             else:
                 self.groups[group] = self.groups.get(group, 0) + n_bytes
+                if layer is not None:
+                    of_layer = self.of_layers.setdefault(layer, {})
+                    of_layer[group] = of_layer.get(group, 0) + n_bytes
         self.moe = [_MoeLayer(i, size, size // config.n_routed_experts) for i, size in sorted(moe.items())]
         if EMBED_TOKENS in sizes and LM_HEAD not in sizes:  # one tensor is both
             self.groups["head"] = self.groups.pop("embedding")
+            self.is_tied = True
         _, head = mtp_shared(sizes.__contains__, config)
         self.mtp_head = sizes.get(head, 0) if self.mtp and head in (LM_HEAD, EMBED_TOKENS) else 0
 
 
-def _layer_of(name: str) -> int | None:
-    match = re.match(r"blk\.(\d+)\.", name)
-    return None if match is None else int(match[1])
+@dataclass(frozen=True)
+class _Card:
+    """One of some cards, and its layers."""
+
+    place: int
+    n_cards: int
+    layers: range
+
+    @property
+    def is_last(self) -> bool:
+        return self.place == self.n_cards - 1
+
+    def groups(self, parts: _Parts) -> dict[str, int]:
+        """As _Parts.groups, of what the card has."""
+        found = dict.fromkeys(parts.groups, 0)
+        for group, n_bytes in parts.groups.items():
+            elsewhere = sum(of_layer.get(group, 0) for of_layer in parts.of_layers.values())
+            if self.place == (0 if group == "embedding" else self.n_cards - 1):
+                found[group] += n_bytes - elsewhere
+        for index in self.layers:
+            for group, n_bytes in parts.of_layers.get(index, {}).items():
+                found[group] += n_bytes
+        if parts.is_tied and self.n_cards > 1 and self.place == 0:  # it is needed at both ends
+            found["head"] += parts.groups["head"]
+        return found
 
 
 def _check(request: Request, parts: _Parts) -> None:
     wanted, n_experts = request.gpu_experts, request.config.n_routed_experts if parts.moe else 0
     if wanted != "auto" and not (isinstance(wanted, int) and 0 <= wanted <= n_experts):
         raise LocalrunError(f"{wanted} experts of each layer on the GPU; expected auto, or 0 to {n_experts}")
+    if request.expert_cache and request.more_vram:
+        raise LocalrunError("a cache of experts is for one card, and the model needs several; leave out --gpu-experts")
     if request.cache_bits not in (8, 16):
         raise LocalrunError(f"a cache of {request.cache_bits} bits; expected 16 or 8")
     if request.cache_bits == 8 and request.vram is not None and request.config.attention != "mla":
@@ -365,13 +435,28 @@ def _expert_bytes(moe: Sequence[_MoeLayer], experts: Mapping[int, Sequence[int]]
     return sum(len(experts[layer.index]) * layer.expert_bytes for layer in moe)
 
 
-def _gpu_rows(request: Request, parts: _Parts) -> Iterator[Row]:
-    """What is in VRAM whatever the experts."""
-    for group, n_bytes in parts.groups.items():
-        yield Row(VRAM, _LABELS.get(group, group), n_bytes)
-    yield Row(VRAM, "KV cache", request.batch * gpu_cache_bytes(request.config, request.cache_bits, request.ctx))
-    yield Row(VRAM, "work memory", gpu_work_bytes(request.config))
-    yield Row(VRAM, "reserve", RESERVE_BYTES)
+def _gpu_rows(request: Request, parts: _Parts, card: _Card) -> Iterator[Row]:
+    """What is in a card's VRAM whatever the experts; the last _N_BESIDES are no weights."""
+    where, c = vram_of(card.place), request.config
+    for group, n_bytes in card.groups(parts).items():
+        yield Row(where, _LABELS.get(group, group), n_bytes)
+    cache = gpu_cache_bytes(c, request.cache_bits, request.ctx, card.layers)
+    yield Row(where, "KV cache", request.batch * cache)
+    yield Row(where, "work memory", gpu_work_bytes(c, card.is_last))
+    yield Row(where, "reserve", RESERVE_BYTES)
+
+
+def _split(request: Request, parts: _Parts, rooms: Sequence[int]) -> tuple[range, ...]:
+    """Each card's layers."""
+    n_cards = len(rooms)
+
+    def n_bytes(place: int, here: range) -> int:
+        return sum(row.n_bytes for row in _gpu_rows(request, parts, _Card(place, n_cards, here)))
+
+    bare = [n_bytes(place, range(0)) for place in range(n_cards)]
+    runs = whole_runs(request.config)
+    sizes = [n_bytes(0, run) - bare[0] for run in runs]
+    return split(runs, sizes, [room - own for room, own in zip(rooms, bare, strict=True)])
 
 
 def _cpu_rows(request: Request, parts: _Parts, experts: Mapping[int, Sequence[int]], slots: int) -> Iterator[Row]:
@@ -403,7 +488,7 @@ def _homes(request: Request, parts: _Parts, experts: Mapping[int, Sequence[int]]
     for name, group in parts.group_of.items():
         homes[name] = CPU if group == "mtp" else GPU
         if group == EXPERTS:
-            n_here = 0 if slots else len(experts[_layer_of(name)])
+            n_here = 0 if slots else len(experts[layer_of(name)])
             homes[name] = CPU if n_here == 0 else GPU if n_here == request.config.n_routed_experts else BOTH
     return homes
 
@@ -413,7 +498,7 @@ def _spans(names: Iterable[str]) -> list[str]:
     layers: dict[str, list[int]] = {}
     spans = []
     for name in names:
-        layer = _layer_of(name)
+        layer = layer_of(name)
         if layer is None:
             spans.append(name)
         else:

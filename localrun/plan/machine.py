@@ -98,7 +98,11 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine; sources says where each number comes from, by its path in the JSON."""
+    """A machine; sources says where each number comes from, by its path in the JSON.
+
+    Attributes:
+        n_gpus: cards that are all like `gpu`.
+    """
 
     name: str
     title: str
@@ -106,6 +110,7 @@ class Machine:
     reserved_bytes: float
     cpu: Cpu
     gpu: Gpu | None
+    n_gpus: int = 1
     sources: dict[str, str] = field(default_factory=dict)
     document: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -149,9 +154,12 @@ def parse_machine(document: Any, name: str, where: str) -> Machine:
     ram, reserved = fields.number("ram_bytes"), fields.number("reserved_bytes", 0.0)
     cpu = _cpu(fields.part("cpu"))
     gpu = _gpu(fields.part("gpu")) if fields.has("gpu") else None
+    n_gpus = fields.count("gpus", 1)
+    if n_gpus != 1 and (gpu is None or gpu.unified or n_gpus < 1):
+        raise LocalrunError(f"{where}: gpus is {n_gpus}; expected how many cards like `gpu`, with memory of their own")
     fields.text("source", "")
     fields.refuse_unread()
-    return Machine(name, title, ram, reserved, cpu, gpu, fields.sources, document)
+    return Machine(name, title, ram, reserved, cpu, gpu, n_gpus, fields.sources, document)
 
 
 def _cpu(fields: Fields) -> Cpu:

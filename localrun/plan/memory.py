@@ -1,19 +1,20 @@
 """Where a model's bytes go, whether they fit, and the nearest setting that does.
 
 The rules are placement.placement's: on the GPU goes all but the routed experts, of which whole layers follow while
-there is room; where what must be there does not fit, the GPU is left out. Layers for multi-token prediction stay in
+there is room; where what must be there does not fit, layers are split among several cards, if there are any, else the
+GPU is left out. Layers for multi-token prediction stay in
 the file until they are used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from localrun.placement import placement
-from localrun.placement.placement import CTX_STEP, EXPERTS, RAM, VRAM, Request, Row, gib
+from localrun.placement.placement import CTX_STEP, EXPERTS, RAM, Request, Row, gib
 from localrun.plan.machine import Machine
 from localrun.plan.shapes import ModelShape, n_bytes
 
@@ -26,13 +27,15 @@ _BESIDES = ("KV cache", placement.MARKS, "work memory", "reserve", "the runner i
 @dataclass(frozen=True)
 class Placement:
     """What lives on the GPU: layers (attention, KV cache, all but routed experts), head and embedding, and of the
-    routed experts which part; of a cache of them (slots a layer) the part of the choices that are found there.
+    routed experts which part; of a cache of them (slots a layer) the part of the choices that are found there. Of
+    several cards, among which layers are split, how many.
     """
 
     layers: int
     head: bool
     experts: float
     slots: int = 0
+    cards: int = 1
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ def plan_memory(model: ModelShape, machine: Machine, ctx: int) -> Memory:
     if machine.gpu is not None and machine.gpu.unified:  # nearly everything is the GPU's, which may not have it all
         available[RAM] = min(available[RAM], int(machine.gpu.vram_bytes))
     elif machine.gpu is not None:
-        available[VRAM] = int(machine.gpu.vram_bytes)
+        cards = range(max(1, len(found.cards)))
+        available |= {placement.vram_of(place): int(machine.gpu.vram_bytes) for place in cards}
     needed = {where: sum(row.n_bytes for row in rows if row.where == where) for where in available}
     rows.append(Row("disk", "the file, but for its vocabulary", n_bytes(model.tensors)))
     rows.append(Row("disk", "of which for multi-token prediction, not loaded", n_bytes(model.groups().get("mtp", []))))
@@ -94,35 +98,45 @@ def _place(model: ModelShape, machine: Machine, ctx: int, expert_cache: bool = F
     alone = placement.lay_out(request)
     if gpu is None or not (gpu.unified or placement.runs_on_gpu(model.config)):
         return alone
-    vram = 2 * n_bytes(model.tensors) + alone.needed[RAM] if gpu.unified else gpu.vram_bytes - gpu.reserved_bytes
-    found = placement.lay_out(replace(request, vram=int(vram), expert_cache=expert_cache))
-    return alone if VRAM in found.short else found
+    vram = int(2 * n_bytes(model.tensors) + alone.needed[RAM] if gpu.unified else gpu.vram_bytes - gpu.reserved_bytes)
+    for n_cards in range(1, 1 + (1 if expert_cache else machine.n_gpus)):
+        some = replace(request, vram=vram, more_vram=(vram,) * (n_cards - 1), cards=tuple(range(n_cards)))
+        found = placement.lay_out(replace(some, expert_cache=expert_cache))
+        if not found.short_of_vram:
+            return found
+    return alone
 
 
 def _gpu_rows(found: placement.Placement, machine: Machine) -> Iterator[Row]:
-    """What is on the GPU, with the routed experts apart."""
-    experts = found.n_bytes(VRAM, EXPERTS)
-    yield Row(VRAM, "weights on the GPU", _weights(found, VRAM) - experts)
-    yield Row(VRAM, f"weights on the GPU: {EXPERTS}, {_n_whole(found)} of {len(found.experts)} layers", experts)
-    yield Row(VRAM, f"KV cache of {found.ctx} tokens on the GPU", found.n_bytes(VRAM, "KV cache"))
-    yield Row(VRAM, "work memory on the GPU", found.n_bytes(VRAM, "work memory") + found.n_bytes(VRAM, "reserve"))
-    yield Row(VRAM, "driver", int(machine.gpu.reserved_bytes) if machine.gpu else 0)
+    """What is on each GPU, with the routed experts apart."""
+    for place, layers in enumerate(found.layers):
+        where, moe = placement.vram_of(place), [index for index in found.experts if index in layers]
+        experts, n_whole = found.n_bytes(where, EXPERTS), _n_whole(found, moe)
+        which = f" (layers {layers.start} to {layers.stop - 1})" if len(found.layers) > 1 else ""
+        yield Row(where, f"weights on the GPU{which}", _weights(found, where) - experts)
+        yield Row(where, f"weights on the GPU: {EXPERTS}, {n_whole} of {len(moe)} layers", experts)
+        yield Row(where, f"KV cache of {found.ctx} tokens on the GPU", found.n_bytes(where, "KV cache"))
+        work = found.n_bytes(where, "work memory") + found.n_bytes(where, "reserve")
+        yield Row(where, "work memory on the GPU", work)
+        yield Row(where, "driver", int(machine.gpu.reserved_bytes) if machine.gpu else 0)
 
 
 def _weights(found: placement.Placement, where: str) -> int:
     return sum(row.n_bytes for row in found.rows if row.where == where and row.what not in _BESIDES)
 
 
-def _n_whole(found: placement.Placement) -> int:
-    """Layers with all their routed experts in VRAM."""
-    return sum(len(ids) == found.n_experts for ids in found.experts.values())
+def _n_whole(found: placement.Placement, layers: Iterable[int]) -> int:
+    """Those with all their routed experts in VRAM."""
+    return sum(len(found.experts[index]) == found.n_experts for index in layers)
 
 
 def _summary(found: placement.Placement, model: ModelShape) -> Placement:
     on_gpu = found.device == placement.GPU
     experts = n_bytes(model.groups().get(EXPERTS, []))
-    part = found.n_bytes(VRAM, EXPERTS) / experts if experts else float(on_gpu)
-    return Placement(model.config.num_hidden_layers * on_gpu, on_gpu, part)
+    cards = range(len(found.cards))
+    in_vram = sum(found.n_bytes(placement.vram_of(place), EXPERTS) for place in cards)
+    part = in_vram / experts if experts else float(on_gpu)
+    return Placement(model.config.num_hidden_layers * on_gpu, on_gpu, part, cards=max(1, len(cards)))
 
 
 def refusal(model: ModelShape, machine: Machine, ctx: int) -> str:

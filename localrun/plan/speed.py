@@ -135,8 +135,10 @@ def _step(
         if is_prompt:
             between += activation_bytes(model, n_tokens) / machine.cpu.activation_bytes_per_s
         phases.append(Phase("between kernels", "CPU", between * (1 - share)))
+    moved = 2 * 4 * c.hidden_size * n_tokens / gpu.link_bytes_per_s if gpu else 0.0  # float32 there and back
+    if gpu and placement.cards > 1:  # one after the other; by way of RAM, as long as to the CPU and back: assumed
+        phases.append(Phase("from card to card", "", (gpu.handover_s + moved) * (placement.cards - 1)))
     if gpu and share and model.is_moe and placement.experts < 1:
-        moved = 2 * 4 * c.hidden_size * n_tokens / gpu.link_bytes_per_s  # float32 there and back
         n_layers = model.n_moe_layers * (1 if placement.slots else 1 - placement.experts)  # with experts in RAM
         phases.append(Phase("waiting", "", (gpu.handover_s + moved) * n_layers * share))
     return Speed(n_tokens, tuple(phases), 0.0 if is_prompt else _hidden_s(phases, placement.slots > 0))

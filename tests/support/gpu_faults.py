@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 _SILENCE_S = 3.0  # of a child that hangs: it would answer at once
 
-_device: Callable[[], Any] = gpu_proofs.stand_in
+_device: Callable[[int], Any] = gpu_proofs.stand_in
 
 
-def device() -> Any:
+def device(card: int) -> Any:
     """The device that the fault at hand has made."""
-    return _device()
+    return _device(card)
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,22 @@ class Fault:
         type_: of the model's matrices.
         child: a function of this module that makes the device in a process of its own, "" for one in this process.
         choices: that parts before have made.
+        cards: that are proven, by itself or together.
     """
 
     name: str
     part: str
     line: str
-    put_in: Callable[[pytest.MonkeyPatch], Callable[[], Any] | None] = lambda patch: None
+    put_in: Callable[[pytest.MonkeyPatch], Callable[[int], Any] | None] = lambda patch: None
     type_: str = "F32"
     child: str = ""
     choices: dict[str, Any] = field(default_factory=dict)
+    cards: tuple[int, ...] = (0,)
+
+    @property
+    def name_of_cards(self) -> str:
+        """As a verdict has it."""
+        return prove.name_of(dict.fromkeys(self.cards, gpu_proofs.CARD))
 
 
 @contextmanager
@@ -64,6 +71,7 @@ def put_in(fault: Fault, patch: pytest.MonkeyPatch) -> Iterator[Task]:
     """Within, it is there: the task that meets it."""
     global _device
     task = gpu_proofs.task(fault.type_, "gpu_faults:device").with_choices(fault.choices)
+    task = replace(task, cards=fault.cards)
     if fault.child:
         yield replace(task, make_device=f"gpu_faults:{fault.child}")
         return
@@ -87,7 +95,7 @@ def found(fault: Fault, patch: pytest.MonkeyPatch, alone: bool) -> Verdict:
     with put_in(fault, patch) as task:
         if alone:
             patch.setattr(prove, "PARTS", tuple(part for part in PARTS if part.name == fault.part))
-        identity = gpu_proofs.identity_of(fault.type_)
+        identity = replace(gpu_proofs.identity_of(fault.type_), card=fault.name_of_cards)
         return prove.prove(identity, task, lambda line: None, to_the_end=False, run=runner(fault))
 
 
@@ -325,12 +333,37 @@ def _twice(patch: pytest.MonkeyPatch) -> None:
 def _of(**methods: Callable[..., Any]):
     """A device with these methods in place of the stand-in's; each is called with it first."""
 
-    def install(patch: pytest.MonkeyPatch) -> Callable[[], Any]:
+    def install(patch: pytest.MonkeyPatch) -> Callable[[int], Any]:
         from localrun.gpu.device import StandIn
 
         return type("Faulty", (StandIn,), methods)
 
     return install
+
+
+def _second(**methods: Callable[..., Any]):
+    """The same of the second card alone."""
+
+    def install(patch: pytest.MonkeyPatch) -> Callable[[int], Any]:
+        from localrun.gpu.device import StandIn
+
+        return lambda card: (type("Faulty", (StandIn,), methods) if card else StandIn)(card)
+
+    return install
+
+
+def _too_soon(patch: pytest.MonkeyPatch) -> None:
+    """A card begins with what the one before has given in the step before."""
+    from localrun.gpu.decode import DecodeStep
+
+    given, kept = DecodeStep._from_before, {}
+
+    def stale(self: Any, index: int, n_tokens: int) -> Any:
+        now = given(self, index, n_tokens)
+        before, kept[n_tokens] = kept.get(n_tokens, now * 0), now
+        return before
+
+    patch.setattr(DecodeStep, "_from_before", stale)
 
 
 def _late_node(self: Any, function: int, argument: int) -> None:
@@ -399,7 +432,7 @@ def _breaks(self: Any, step: Callable[[], None]) -> Callable[[], None]:
 def _race(when: str):
     """Whoever is late is not waited for: the workers ("sleep"), copies to them, or the card ("spin")."""
 
-    def install(patch: pytest.MonkeyPatch) -> Callable[[], Any]:
+    def install(patch: pytest.MonkeyPatch) -> Callable[[int], Any]:
         from localrun.gpu import host_experts
         from localrun.gpu.device import StandIn
 
@@ -437,7 +470,7 @@ def _race(when: str):
         racing = Racing()
         patch.setattr(host_experts._Staging, "fill", late_fill)
         patch.setattr(host_experts.StepExperts, "_join", late_join)
-        return lambda: racing
+        return lambda card: racing
 
     return install
 
@@ -493,7 +526,7 @@ def _one_cache(patch: pytest.MonkeyPatch) -> None:
     def shared(config: Any, capacity: int, *more: Any) -> Any:
         cache = new_cache(config, capacity, *more)
         first = kept.setdefault((capacity, *more), cache)
-        cache.addresses, cache._table = first.addresses, first._table
+        cache.addresses, cache._tables = first.addresses, first._tables
         return cache
 
     patch.setattr(hybrid, "new_cache", shared)
@@ -511,7 +544,7 @@ def _memory(used: int = 0, left: int = 0, each: int = 0, cached: int = 0):
     cached: while one is that has a cache of experts.
     """
 
-    def install(patch: pytest.MonkeyPatch) -> Callable[[], Any]:
+    def install(patch: pytest.MonkeyPatch) -> Callable[[int], Any]:
         from localrun.gpu import hybrid
         from localrun.gpu.device import StandIn
 
@@ -535,7 +568,7 @@ def _memory(used: int = 0, left: int = 0, each: int = 0, cached: int = 0):
         patch.setattr(hybrid.HybridModel, "_load", loads)
         patch.setattr(hybrid.HybridModel, "close", closes)
 
-        def make() -> Any:
+        def make(card: int) -> Any:
             leaking.taken = 0  # each part has a process of its own
             return leaking
 
@@ -571,7 +604,7 @@ def _out_of_vram() -> BaseException:
 def _driver(library: Any):
     """The card's own device, over a driver made up."""
 
-    def install(patch: pytest.MonkeyPatch) -> Callable[[], Any]:
+    def install(patch: pytest.MonkeyPatch) -> Callable[[int], Any]:
         from localrun.gpu import device as gpu
 
         def load(name: str) -> Any:
@@ -647,7 +680,7 @@ def _half_copied(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(expert_cache, "Uploader", Half)
 
 
-def _kept_table(patch: pytest.MonkeyPatch) -> Callable[[], Any]:
+def _kept_table(patch: pytest.MonkeyPatch) -> Callable[[int], Any]:
     """A recorded step keeps the table that it was recorded with."""
     from localrun.gpu.device import StandIn
     from localrun.gpu.expert_cache import ExpertCache
@@ -699,24 +732,24 @@ def _when_loading(action: Callable[[], None]) -> Any:
     return Ending()
 
 
-def hangs() -> Any:
+def hangs(card: int) -> Any:
     return _when_loading(lambda: time.sleep(3600))
 
 
-def crashes() -> Any:
+def crashes(card: int) -> Any:
     return _when_loading(lambda: os.kill(os.getpid(), signal.SIGSEGV))
 
 
-def is_killed() -> Any:
+def is_killed(card: int) -> Any:
     return _when_loading(lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
-def gives_up() -> Any:
+def gives_up(card: int) -> Any:
     """As a driver's library that calls exit()."""
     return _when_loading(lambda: os._exit(0))
 
 
-def aborts() -> Any:
+def aborts(card: int) -> Any:
     """As CUDA's own assertions do, with a line on stderr."""
 
     def abort() -> None:
@@ -822,5 +855,10 @@ FAULTS = (
     Fault("a leak", "memory", "each load leaves 64 MiB of VRAM behind", _memory(64 * MIB, each=64 * MIB)),
     Fault("no VRAM for the whole context", "memory", "out of memory: CUDA out of memory. Tried to allocate 6.00 GiB.*",
           _no_room(_out_of_vram)),
+    Fault("a second card's stale graph", "steps", "6 replays of .*: other bits than launched .*, from replay 2 on",
+          _second(capture=_stale), cards=(1,)),
+    Fault("a card that waits for none before it", "cards", rf"steps through all cards{_OFF}", _too_soon, cards=(0, 1)),
+    Fault("a stale graph of one of two", "cards", "6 replays of .*: other bits than launched .*, from replay 2 on",
+          _second(capture=_stale), cards=(0, 1)),
     Fault("no RAM", "memory", "out of memory: no room", _no_room(lambda: MemoryError("no room"))),
 )  # fmt: skip

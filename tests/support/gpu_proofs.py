@@ -80,13 +80,13 @@ def kernels_in_torch(patch: pytest.MonkeyPatch) -> Iterator[None]:
 # ---- devices ---------------------------------------------------------------------------------------------------------
 
 
-def stand_in() -> Any:
+def stand_in(card: int = 0) -> Any:
     """The stand-in."""
     from localrun.gpu.device import StandIn
 
-    return StandIn()
+    return StandIn(card)
 
 
-def hangs() -> Any:
+def hangs(card: int = 0) -> Any:
     """It never comes."""
     time.sleep(3600)

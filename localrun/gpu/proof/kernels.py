@@ -91,7 +91,7 @@ def prove(subject: Subject, findings: Findings) -> None:
     findings.doing("loading")
     with closing(Pool(subject.task.threads)) as pool, torch.inference_mode(), subject.device.errors():
         weights = NotedWeights(
-            subject.file, subject.config, subject.placement(), subject.device, pool, lambda line: None
+            subject.file, subject.config, subject.placement(), [subject.device], pool, lambda line: None
         )
         try:
             network = Network(subject.config, weights, attention_on(subject.device.torch))
@@ -109,7 +109,7 @@ def prove(subject: Subject, findings: Findings) -> None:
                 _indexer(subject, findings)
             _experts(subject, findings, pool)
         finally:
-            weights.routed.close()
+            weights.routed[0].close()
 
 
 # ---- matrices --------------------------------------------------------------------------------------------------------

@@ -35,11 +35,10 @@ _TOKENS = 3 * MOST_TOKENS  # of a prompt: more than a step takes, few enough for
 def prove(subject: Subject, findings: Findings) -> None:
     """All of it."""
     findings.doing("loading")
-    bound = _LAYER if subject.integer else _EXACT
     with subject.hybrid() as model, subject.native() as native, torch.inference_mode(), subject.device.errors():
         kinds = compressed.layers(subject).values() if subject.config.compress_ratios else ()
         compare_layers(subject, findings, model, native, sorted({0, *kinds, subject.before}))
-        _logits(subject, findings, model, native, "logits of the first layers", bound)
+        compare_logits(subject, findings, model, native, "logits of the first layers", bound(subject))
     if subject.config.num_hidden_layers == subject.whole.num_hidden_layers:
         return
     fits = not subject.placement(whole=True).short and subject.whole_file.file_size <= subject.effort.whole_bytes
@@ -47,8 +46,13 @@ def prove(subject: Subject, findings: Findings) -> None:
     if fits:
         findings.doing("loading the whole model")
         with subject.hybrid(whole=True) as model, subject.native(whole=True) as native:
-            bound = _LOGITS if subject.integer else _EXACT
-            _logits(subject, findings, model, native, "logits of the whole model", bound)
+            most = _LOGITS if subject.integer else _EXACT
+            compare_logits(subject, findings, model, native, "logits of the whole model", most)
+
+
+def bound(subject: Subject) -> float:
+    """How far a few layers' results may be apart."""
+    return _LAYER if subject.integer else _EXACT
 
 
 def compare_layers(
@@ -72,7 +76,7 @@ def compare_layers(
                 found = _layer(model, index, x, ids, caches[0], mode)
             with given_choices(there, choices):
                 right = there.layers[index](x, caches[1], ids)
-            findings.bounded(what, _apart(found - x, right - x), _LAYER if subject.integer else _EXACT)
+            findings.bounded(what, apart(found - x, right - x), bound(subject))
 
 
 def _caches(subject: Subject, n_tokens: int):
@@ -108,7 +112,9 @@ def _layer(
     return out.cpu()
 
 
-def _logits(subject: Subject, findings: Findings, model, native, what: str, bound: float) -> None:
+def compare_logits(
+    subject: Subject, findings: Findings, model: HybridModel, native: NativeModel, what: str, most: float
+) -> None:
     """Of a fixed prompt."""
     findings.doing(what)
     ids = subject.ids(_TOKENS)
@@ -116,10 +122,10 @@ def _logits(subject: Subject, findings: Findings, model, native, what: str, boun
         found = model.forward(ids, model.new_cache(len(ids)), all_logits=True)
     with given_choices(native.network, choices):
         right = native.forward(ids, native.new_cache(len(ids), exact=True), all_logits=True)
-    findings.bounded(what, _apart(found, right), bound)
+    findings.bounded(what, apart(found, right), most)
 
 
-def _apart(found: torch.Tensor | np.ndarray, right: torch.Tensor | np.ndarray) -> float:
+def apart(found: torch.Tensor | np.ndarray, right: torch.Tensor | np.ndarray) -> float:
     """The largest difference as a part of the range."""
     found, right = np.asarray(found), np.asarray(right)
     return float(np.abs(found - right).max() / np.ptp(right))

@@ -40,6 +40,8 @@ PARTS = (
     Part("memory", "memory"),
     Part("speed", "speed"),
 )
+# Of several cards, each of which has passed all of these by itself.
+TOGETHER = (Part("cards", "several cards"),)
 
 
 def carry_out(name: str, task: Task, findings: Findings) -> None:

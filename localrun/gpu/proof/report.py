@@ -26,6 +26,8 @@ def lines(verdict: Verdict) -> Iterator[tuple[str, str, str]]:
         yield "failed", "verdict", f"{verdict.refusal}: --device auto computes on the CPU"
     elif verdict.disadvantage:
         yield "ok", "verdict", f"{verdict.disadvantage}: --device auto computes on the CPU"
+    elif verdict.is_of_several:
+        yield "ok", "verdict", "layers are split among them where one has no room"
     else:
         seconds = verdict.seconds
         took = f"{seconds['cuda']:.1f} s against {seconds['cpu']:.1f} s by the CPU alone"
@@ -39,6 +41,8 @@ def _figures(outcome: Outcome) -> str:
         errors = [part for part in figures.get("part_of_the_bound", {}).values() if part is not None]
         shapes = f"{figures['shapes']} shapes of matrices, " if "shapes" in figures else ""
         return f"{shapes}errors up to {100 * max(errors, default=0.0):.0f}% of what rounding explains"
+    if outcome.name == "cards":
+        return f"{' + '.join(map(str, figures['layers']))} layers, the same bits throughout"
     if outcome.name == "tiles" and "tiles" in outcome.choices:
         return ", ".join(f"{kind}: {name}" for kind, name in outcome.choices["tiles"].items())
     if outcome.name == "memory":

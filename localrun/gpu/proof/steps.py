@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -57,7 +57,9 @@ def recorded_anew(model: HybridModel) -> Iterator[None]:
 @contextmanager
 def launched_one_by_one(model: HybridModel) -> Iterator[None]:
     """Within, nothing is captured: steps are what they queue."""
-    with recorded_anew(model), replaced(model.device, capture=lambda step: step):
+    with recorded_anew(model), ExitStack() as stack:
+        for device in model.devices:
+            stack.enter_context(replaced(device, capture=lambda step: step))
         yield
 
 
@@ -77,12 +79,17 @@ def prove(subject: Subject, findings: Findings) -> None:
     """All of it."""
     findings.doing("loading")
     with subject.hybrid() as model:
-        _replays(subject, findings, model)
-        _second_context(subject, findings, model)
-        _together(subject, findings, model)
-        _forgetting(subject, findings, model)
+        same_bits(subject, findings, model)
         _delays(subject, findings, model)
         _interrupts(subject, findings, model)
+
+
+def same_bits(subject: Subject, findings: Findings, model: HybridModel) -> None:
+    """Captured or not, whatever contexts there are, and after tokens were forgotten."""
+    _replays(subject, findings, model)
+    _second_context(subject, findings, model)
+    _together(subject, findings, model)
+    _forgetting(subject, findings, model)
 
 
 def _replays(subject: Subject, findings: Findings, model: HybridModel) -> None:

@@ -80,11 +80,12 @@ class Subject:
         whole, config: of the model, and of its first layers.
         file: of these.
         before: layers before the last of these, which has experts.
-        device: what is proven.
+        devices, device: what is proven, and the first or only one of it.
     """
 
     def __init__(self, task: Task):
         self.task, self.effort = task, task.effort
+        self.devices: list[Any] = []
         self._stack = ExitStack()
 
     def __enter__(self) -> Subject:
@@ -97,9 +98,13 @@ class Subject:
             n_layers = min(max(2, self.moe[0] + 1, _with_all_kinds(self.whole)), len(layers))
             self.before = n_layers - 1
             self.config, self.file = _cut(self.whole, n_layers), FirstLayers(opened, n_layers)
-            self.device = make_device(self.task.make_device)
-            self.device.use(self.task.choices.get("handover", HOST_NODES))
-            self.device.cut(self.task.choices.get("tiles", {}))
+            each = self.task.choices.get("cards", [self.task.choices] * len(self.task.cards))
+            for card, choices in zip(self.task.cards, each, strict=True):
+                device = make_device(self.task.make_device, card)
+                device.use(choices.get("handover", HOST_NODES))
+                device.cut(choices.get("tiles", {}))
+                self.devices.append(device)
+            self.device = self.devices[0]
             self._stack = stack.pop_all()
         return self
 
@@ -133,23 +138,23 @@ class Subject:
         return max(0, min(self.effort.slots, self.config.n_routed_experts - 1, room))
 
     def placement(self, whole: bool = False, slots: int = 0) -> Placement:
-        """Of the first layers, or of the whole model, on the device: experts in RAM, some of which VRAM may cache."""
-        free, task = self.device.free_bytes(), self.task
+        """Of the first layers, or of the whole model, on the devices: experts in RAM, some of which VRAM may cache."""
+        free, task = [device.free_bytes() for device in self.devices], self.task
         file, config = (self.whole_file, self.whole) if whole else (self.file, self.config)
-        vram = free if task.vram is None else min(free, task.vram)
+        vram = [each if task.vram is None else min(each, task.vram) for each in free]
         return lay_out(
             Request(
-                tuple(file.tensors.values()), config, task.ctx, 1 << 50, vram, free,
+                tuple(file.tensors.values()), config, task.ctx, 1 << 50, vram[0], free[0], tuple(vram[1:]), task.cards,
                 gpu_experts=slots, expert_cache=slots > 0, cache_bits=task.cache_bits,
             )
         )  # fmt: skip
 
     @contextmanager
     def hybrid(self, whole: bool = False, slots: int = 0, workers: int | None = None) -> Iterator[HybridModel]:
-        """The model on the device, its experts in RAM; as placement() has it. workers: as HybridModel."""
+        """The model on the devices, its experts in RAM; as placement() has it. workers: as HybridModel."""
         file, config = (self.whole_file, self.whole) if whole else (self.file, self.config)
         placement = self.placement(whole, slots)
-        with closing(HybridModel(config, file, workers or self.task.threads, placement, self.device)) as model:
+        with closing(HybridModel(config, file, workers or self.task.threads, placement, self.devices)) as model:
             yield model
 
     @contextmanager
@@ -177,11 +182,11 @@ class Subject:
         return torch.randn(n_tokens, width, generator=torch.Generator().manual_seed(seed))
 
 
-def make_device(name: str) -> Any:
-    """What "module:function" makes."""
+def make_device(name: str, card: int) -> Any:
+    """What "module:function" makes of a card's number."""
     module, _, function = name.partition(":")
-    make: Callable[[], Any] = getattr(import_module(module), function)
-    return make()
+    make: Callable[[int], Any] = getattr(import_module(module), function)
+    return make(card)
 
 
 def fill(cache: AnyCache | HostCache, n_tokens: int) -> None:

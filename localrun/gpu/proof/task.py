@@ -59,9 +59,10 @@ class Task:
 
     Attributes:
         model: path of the file.
-        make_device: "module:function", which makes the device; tests have others than the card's.
+        make_device: "module:function", which makes the device of a number; tests have others than the card's.
         threads, ctx, vram, cache_bits: as localrun.load has them; vram in bytes, None for all.
-        choices: that earlier parts have made.
+        choices: that earlier parts have made; of several cards "cards" has each one's.
+        cards: CUDA's numbers of those that are proven, by itself or together.
     """
 
     model: str
@@ -72,6 +73,7 @@ class Task:
     effort: Effort = Effort()
     choices: dict[str, Any] = field(default_factory=dict)
     make_device: str = "localrun.gpu.device:Cuda"
+    cards: tuple[int, ...] = (0,)
 
     def document(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -80,7 +82,7 @@ class Task:
     @classmethod
     def of(cls, document: dict[str, Any]) -> Task:
         """From JSON."""
-        return cls(**document | {"effort": Effort.of(document["effort"])})
+        return cls(**document | {"effort": Effort.of(document["effort"]), "cards": tuple(document["cards"])})
 
     def with_choices(self, choices: dict[str, Any]) -> Task:
         """The same with some more."""

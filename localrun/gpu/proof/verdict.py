@@ -132,10 +132,15 @@ class Verdict:
         return f"{self.identity.card} failed its proof ({self.fault})" if self.fault else ""
 
     @property
+    def is_of_several(self) -> bool:
+        """Whether it is of several cards together, each of which has one of its own."""
+        return any(each.name == "cards" for each in self.outcomes)
+
+    @property
     def disadvantage(self) -> str:
-        """Why the CPU alone is better; "" if it is not."""
+        """Why the CPU alone is better; "" if it is not. Several cards are not timed."""
         seconds = self.seconds
-        if seconds and seconds["cuda"] < seconds["cpu"]:
+        if self.is_of_several or (seconds and seconds["cuda"] < seconds["cpu"]):
             return ""
         if not seconds:
             return f"{self.identity.card} was not timed against the CPU"

@@ -6,7 +6,7 @@ on one. The stand-in, which is the CPU, would not notice. Kernels are left out: 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -78,11 +78,21 @@ class Crossings(TorchDispatchMode):
         return function(*args, **kwargs)
 
 
+def launch(*arguments: Any, **options: Any) -> None:
+    """A kernel reads and writes memory of its own device."""
+    assert len({each.device for each in arguments if isinstance(each, torch.Tensor)}) == 1
+
+
 @contextmanager
 def opened(
-    variant: str, gpu_experts: int, monkeypatch: pytest.MonkeyPatch, bits: int = 16, expert_cache: bool = False
+    variant: str,
+    gpu_experts: int,
+    monkeypatch: pytest.MonkeyPatch,
+    bits: int = 16,
+    expert_cache: bool = False,
+    devices: Sequence[StandIn] = (),
 ) -> Iterator[HybridModel]:
-    monkeypatch.setattr(type(gemm._multiply), "__getitem__", lambda kernel, grid: lambda *args, **options: None)
+    monkeypatch.setattr(type(gemm._multiply), "__getitem__", lambda kernel, grid: launch)
     card = SimpleNamespace(multi_processor_count=100, major=8, minor=9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     path = tiny_deepseek4.shared() if variant in ("deepseek4", "dspark") else tiny_models.shared(variant)
@@ -91,8 +101,10 @@ def opened(
         config, much = read_config(file), 1 << 40
         tensors = tuple(file.tensors.values())
         request = Request(tensors, config, CTX, much, much, much, gpu_experts=gpu_experts, cache_bits=bits)
-        placement = lay_out(replace(request, expert_cache=expert_cache))
-        with closing(HybridModel(config, file, 1, placement, Apart())) as model:
+        devices = devices or [Apart()]
+        more = {"more_vram": (much,) * (len(devices) - 1), "cards": tuple(range(len(devices)))}
+        placement = lay_out(replace(request, expert_cache=expert_cache, **more))
+        with closing(HybridModel(config, file, 1, placement, devices)) as model:
             if variant == "dspark":  # as blocks that read these layers have it
                 model.network.watched, model.keep_hidden = tiny_dspark.TARGET, True
                 model.step = model._new_step()
@@ -143,6 +155,32 @@ def test_prompts_mix_no_sides(gpu_experts: int, bits: int, expert_cache: bool, m
             monkeypatch.setattr(model.tuning, "choose", lambda n_tokens: (Mode.STREAM, 1))
             model.forward(list(range(130)), model.new_cache(CTX))
         assert {name for name, _ in crossings.seen} <= COPIES
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "v3",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("gpt-oss", "glm-dsa-shared", "deepseek4", "dspark")),
+    ],
+)
+@pytest.mark.parametrize("first", [0, 1])
+def test_cards_do_not_mix(variant: str, first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two, one has its tensors on the host: what is of both raises."""
+    devices = [Apart(), Apart()]
+    devices[first].torch = torch.device("cpu")
+    with opened(variant, 0, monkeypatch, devices=devices) as model, torch.inference_mode():
+        assert len(model.parts) == 2 and all(part.layers for part in model.parts)
+        caches = [model.new_cache(CTX, exact) for exact in (False, True)]
+        with Crossings() as crossings:
+            for cache in caches:
+                for n_tokens in (40, 9):
+                    model.forward(list(range(n_tokens)), cache, all_logits=True)
+                cache.load(cache.save(), cache.length)
+            assert {name for name, _ in crossings.seen} <= COPIES
+        with Crossings() as crossings:
+            model.step(list(range(3)), caches[0])
+            assert {name for name, _ in crossings.seen} == {"copy_.default"}
 
 
 @pytest.mark.slow

@@ -204,7 +204,7 @@ def test_layers_in_a_file_of_their_own_draft(
     kind: str, in_torch: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Through the engine: replies are the same with drafts, without, and by the CPU; of a text that goes back, too."""
-    monkeypatch.setattr(available, "find", lambda: gpu_proofs.GPU)
+    monkeypatch.setattr(available, "find", lambda *at: gpu_proofs.GPU)
     monkeypatch.setattr(hybrid, "Cuda", StandIn)
     m, ids, found, draft = replace(SHARED, num_nextn_predict_layers=1), token_ids(50), [], tmp_path / "draft.gguf"
     if kind == "mtp":

@@ -30,12 +30,12 @@ def test_it_is_found_and_named_and_leads_to_the_cpu(name: str, monkeypatch: pyte
     verdict = gpu_faults.found(fault, monkeypatch, alone=True)
     (outcome,) = verdict.outcomes
     assert any(re.fullmatch(fault.line, line) for line in outcome.faults), outcome.faults
-    assert verdict.refusal == f"{CARD} failed its proof ({outcome.title}: {outcome.faults[0]})"
+    assert verdict.refusal == f"{fault.name_of_cards} failed its proof ({outcome.title}: {outcome.faults[0]})"
     monkeypatch.undo()
-    monkeypatch.setattr(available, "card", lambda: CARD)
-    monkeypatch.setattr(available, "find", lambda: GPU)
+    monkeypatch.setattr(available, "card", lambda *at: CARD)
+    monkeypatch.setattr(available, "find", lambda *at: GPU)
     told: list[str] = []
     with open_gguf(shared(V3)) as file:
         where = DeviceRequest("auto")
-        placement = choose(where, file, read_config(file), 48, False, told.append, lambda may_try: verdict.refusal)
+        placement = choose(where, file, read_config(file), 48, False, told.append, lambda *asked: verdict.refusal)
     assert placement.device == "cpu" and told == [f"{verdict.refusal}; computing on the CPU"]

@@ -63,6 +63,17 @@ def test_the_stand_in_passes(type_: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert ("--device auto computes on the CPU" if found.disadvantage else "--device auto uses it") in shown[-1][2]
 
 
+@pytest.mark.parametrize("type_", slow_but(TYPES, {"F32"}))
+def test_two_stand_ins_pass(type_: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = TYPES[type_]
+    task = replace(gpu_proofs.task(type_, shape=shape), cards=(0, 1))
+    with gpu_proofs.kernels_in_torch(monkeypatch):
+        found = prove.prove(identity_of(type_, shape), task, lambda line: None, run=prove.here)
+    (outcome,) = found.outcomes
+    assert found.complete and not outcome.faults and len(outcome.figures["layers"]) == 2
+    assert list(report.lines(found))[-1][2] == "layers are split among them where one has no room"
+
+
 def test_a_bound_that_is_crossed_is_a_fault() -> None:
     findings = Findings()
     findings.bounded("Q4_K, 1 tokens", 1.0, 1.0)
@@ -134,6 +145,35 @@ def test_plan_takes_the_measured_hand_over(cache: Path) -> None:
     assert measured.sources["gpu.handover_s"] == "measured by localrun doctor --gpu"
 
 
+def test_two_cards_prove_themselves_and_then_together(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a verdict of its own, alike or not, and what was fastest on it; a verdict of both is of them alone."""
+    monkeypatch.setattr(available, "card", lambda index: CARD)
+    tried: list[tuple[str, tuple[int, ...], dict[str, Any]]] = []
+
+    def fake(identity: verdict.Identity, task: Task, say: Callable[[str], None], to_the_end: bool) -> verdict.Verdict:
+        tried.append((identity.card, task.cards, task.choices))
+        found = verdict_of(identity)
+        if len(task.cards) == 1:
+            speed = replace(found.outcomes[1], choices={"tiles": {"few": "low"} if task.cards[0] else {}})
+            return replace(found, outcomes=(found.outcomes[0], speed))
+        return replace(found, outcomes=(verdict.Outcome("cards", "several cards", 1.0, (), {"layers": [1, 1]}),))
+
+    monkeypatch.setattr(prove, "prove", fake)
+    both, chosen = (0, 1), [{"tiles": {}}, {"tiles": {"few": "low"}}]
+    asked = proof("auto")
+    assert asked(False, both) is None and asked(True, both) == ""
+    together = f"{CARD} and {CARD} (cuda:1)"
+    assert tried == [(CARD, (0,), {}), (f"{CARD} (cuda:1)", (1,), {}), (together, both, {"cards": chosen})]
+    again = proof("auto")
+    assert again(False, both) == "" and len(tried) == 3 and again.choices(both) == {"choices": chosen}
+    (kept,) = (
+        found
+        for found in (verdict.Verdict.of(json.loads(path.read_text())) for path in cache.glob("*.json"))
+        if found.identity.card == together
+    )
+    assert list(report.lines(kept))[-1][2] == "layers are split among them where one has no room"
+
+
 def test_a_verdict_that_cannot_be_kept_is_no_error(cache: Path) -> None:
     cache.write_text("a file where the folder would be")
     assert verdict.save(verdict_of(identity_of("F32"))) is None
@@ -154,7 +194,7 @@ def proof(device: str, told: list[str] | None = None) -> prove.Proof:
 )
 def test_a_verdict_decides(kept: dict[str, Any], for_auto: str, for_cuda: str | bool, monkeypatch: Any) -> None:
     """auto wants a card that is right and faster, cuda one that is right; neither proves again."""
-    monkeypatch.setattr(available, "card", lambda: CARD)
+    monkeypatch.setattr(available, "card", lambda *at: CARD)
     monkeypatch.setattr(prove, "prove", lambda *arguments, **more: pytest.fail("proven again"))
     verdict.save(verdict_of(identity_of("F32"), **kept))
     for device, expected in (("auto", for_auto), ("cuda", for_auto if for_cuda is True else for_cuda)):
@@ -165,7 +205,7 @@ def test_a_verdict_decides(kept: dict[str, Any], for_auto: str, for_cuda: str | 
 
 
 def test_without_a_verdict_the_card_proves_itself_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(available, "card", lambda: CARD)
+    monkeypatch.setattr(available, "card", lambda *at: CARD)
     told: list[str] = []
     tried: list[Task] = []
 
@@ -215,7 +255,7 @@ def test_nothing_private_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def doctor(monkeypatch: pytest.MonkeyPatch, *args: str, **kept: Any) -> int:
     """doctor --gpu with a card made up, whose parts find what was wanted."""
-    monkeypatch.setattr(available, "find", lambda: gpu_proofs.GPU)
+    monkeypatch.setattr(available, "find", lambda *at: gpu_proofs.GPU)
     monkeypatch.setattr(prove, "prove", lambda identity, *arguments: verdict_of(identity, **kept))
     return run(["doctor", "--gpu", str(tiny_models.shared(V3)), *args])
 
@@ -229,6 +269,19 @@ def test_doctor_prints_and_writes(monkeypatch: pytest.MonkeyPatch, capsys: Any, 
     assert document["usable"] and document["faster"]
     assert doctor(monkeypatch, "--json") == 0
     assert json.loads(capsys.readouterr()[0]) == document
+
+
+def test_doctor_of_two_cards(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Each, and if both have passed, both together."""
+    monkeypatch.setattr(available, "count", lambda: 2)
+    monkeypatch.setattr(available, "find", lambda card: replace(gpu_proofs.GPU, index=card))
+    monkeypatch.setattr(prove, "prove", lambda identity, *arguments: verdict_of(identity))
+    assert run(["doctor", "--gpu", str(tiny_models.shared(V3))]) == 0
+    heads = [line for line in capsys.readouterr()[0].splitlines() if line.startswith(CARD)]
+    assert heads == [f"{CARD}:", f"{CARD} (cuda:1):", f"{CARD} and {CARD} (cuda:1):"]
+    monkeypatch.setattr(prove, "prove", lambda identity, *rest: verdict_of(identity, "off" * ("1" in identity.card)))
+    assert run(["doctor", "--gpu", "--json", str(tiny_models.shared(V3))]) == 1
+    assert [each["usable"] for each in json.loads(capsys.readouterr()[0])["verdicts"]] == [True, False]
 
 
 def test_doctor_of_a_card_that_fails(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -246,7 +299,7 @@ def test_doctor_of_a_card_that_fails(monkeypatch: pytest.MonkeyPatch, capsys: An
     ],
 )
 def test_doctor_refuses_in_one_line(args: list[str], line: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(available, "find", lambda: available.NoGpu("there is no NVIDIA card", False))
+    monkeypatch.setattr(available, "find", lambda *at: available.NoGpu("there is no NVIDIA card", False))
     assert run(args) == 1
     assert capsys.readouterr() == ("", f"localrun: {line}\n")
 
@@ -257,7 +310,7 @@ def test_a_card_that_is_slower_costs_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys, localrun, gpu_proofs\n"
         "from localrun.placement import available\n"
-        f"available.card = lambda: {CARD!r}\n"
+        f"available.card = lambda *at: {CARD!r}\n"
         "from localrun.gpu.proof import verdict\n"
         f"verdict.folder = lambda: __import__('pathlib').Path({str(tmp_path)!r})\n"
         "verdict.save(gpu_proofs.verdict_of(gpu_proofs.identity_of('F32'), cuda=9.0))\n"
@@ -275,8 +328,8 @@ def test_a_card_that_is_slower_costs_no_torch(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_load_refuses_a_card_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(available, "find", lambda: gpu_proofs.GPU)
-    monkeypatch.setattr(available, "card", lambda: CARD)
+    monkeypatch.setattr(available, "find", lambda *at: gpu_proofs.GPU)
+    monkeypatch.setattr(available, "card", lambda *at: CARD)
     verdict.save(verdict_of(identity_of("F32"), fault="Q4_K: off"))
     path, told = tiny_models.shared(V3), []
     with pytest.raises(LocalrunError, match=rf"^device 'cuda': {CARD} failed its proof \(kernels: Q4_K: off\)"):

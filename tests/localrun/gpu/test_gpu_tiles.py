@@ -106,11 +106,13 @@ def kept(monkeypatch: pytest.MonkeyPatch, choices: dict[str, Any], told: list[st
     made = gpu_proofs.verdict_of(identity)
     outcome = replace(made.outcomes[1], choices=choices)
     made = replace(made, outcomes=(made.outcomes[0], outcome), environment={"threads": 4})
-    monkeypatch.setattr(available, "card", lambda: gpu_proofs.CARD)
+    monkeypatch.setattr(available, "card", lambda *at: gpu_proofs.CARD)
     monkeypatch.setattr(verdict, "load", lambda wanted: made)
     proof = gpu_proofs.proof("F32", DeviceRequest("cuda"), told.append)
     proof._task = replace(proof._task, threads=threads)
-    return proof.choices
+    assert proof(False) == ""
+    told_of = proof.choices((0,))
+    return told_of.pop("choices")[0] | told_of
 
 
 @pytest.mark.parametrize(

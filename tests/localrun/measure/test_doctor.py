@@ -192,9 +192,9 @@ def test_no_memory_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def with_gpu(monkeypatch: pytest.MonkeyPatch, found: Gpu | NoGpu, rate: float = 20e9) -> Finding:
-    monkeypatch.setattr(available, "find", lambda: found)
-    monkeypatch.setattr(doctor, "_copy_rate", lambda: rate)
-    return doctor._gpu()
+    monkeypatch.setattr(available, "find", lambda *at: found)
+    monkeypatch.setattr(doctor, "_copy_rate", lambda index: rate)
+    return doctor._gpu(0)
 
 
 def test_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,12 +206,12 @@ def test_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_gpu_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse() -> float:
+    def refuse(index: int) -> float:
         raise RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
 
-    monkeypatch.setattr(available, "find", lambda: Gpu("Acme 5000", (8, 9), 24 << 30, 20 << 30, "", "12.8"))
+    monkeypatch.setattr(available, "find", lambda *at: Gpu("Acme 5000", (8, 9), 24 << 30, 20 << 30, "", "12.8"))
     monkeypatch.setattr(doctor, "_copy_rate", refuse)
-    assert doctor._gpu().advice == "CUDA: CUDA error: out of memory"
+    assert doctor._gpu(0).advice == "CUDA: CUDA error: out of memory"
 
 
 def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,7 @@ def test_counts_are_the_routers_choices(collected: Path) -> None:
 def placed(monkeypatch: pytest.MonkeyPatch, free: int, **where: object) -> Placement:
     """On a card with so much memory."""
     card = Gpu("Acme 5000", (8, 9), 24 * GIB, free, "570.86", "12.8")
-    monkeypatch.setattr(available, "find", lambda: card)
+    monkeypatch.setattr(available, "find", lambda *at: card)
     with open_gguf(tiny_models.shared("v3")) as file:
         return devices.choose(DeviceRequest("cuda", **where), file, read_config(file), 64, False, pytest.fail)
 
@@ -159,7 +159,7 @@ def test_what_is_no_profile_of_the_model(
 
 def test_an_option_without_effect_says_so(collected: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notices: list[str] = []
-    monkeypatch.setattr(available, "card", lambda: "")
+    monkeypatch.setattr(available, "card", lambda *at: "")
     with open_gguf(tiny_models.shared("v3")) as file:
         where = DeviceRequest(expert_usage=collected)
         assert devices.choose(where, file, read_config(file), 64, False, notices.append).device == "cpu"

@@ -21,7 +21,7 @@ missing_to_build = available._missing_to_build
 
 
 class Driver:
-    """A driver's library with one card."""
+    """A driver's library with two cards."""
 
     def __init__(self) -> None:
         self.start, self.name, self.capability, self.version = 0, b"Acme 5000", (8, 9), 12040
@@ -30,8 +30,12 @@ class Driver:
         return self.start
 
     def cuDeviceGetName(self, name: Any, size: int, device: int) -> int:
-        assert (size, device) == (256, 0)
-        name.value = self.name
+        assert size == 256
+        name.value = self.name if device == 0 else b"Acme 6000"
+        return 0
+
+    def cuDeviceGetCount(self, value: Any) -> int:
+        value._obj.value = 2
         return 0
 
     def cuDeviceGetAttribute(self, value: Any, attribute: int, device: int) -> int:
@@ -69,6 +73,12 @@ def refused(reason: str, has_card: bool = True) -> None:
 def test_a_gpu(driver: Driver) -> None:
     assert available.find() == Gpu("Acme 5000", (8, 9), 24 * GIB, 20 * GIB, "550.54", "12.8")
     assert available.card() == "Acme 5000"
+
+
+def test_a_second_gpu(driver: Driver) -> None:
+    assert available.count() == 2 and available.card(1) == "Acme 6000" and available.card(2) == ""
+    assert available.find(1) == Gpu("Acme 6000", (8, 9), 24 * GIB, 20 * GIB, "550.54", "12.8", index=1)
+    assert available.find(2) == NoGpu("there is no card 2: CUDA sees 2, counted from 0", True)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import tiny_models
@@ -33,9 +34,10 @@ CARD = Gpu("Acme 5000", (8, 9), 24 * GIB, 20 * GIB, "570.86", "12.8")
 class Passed:
     """A proof that has nothing against the card."""
 
-    choices: ClassVar[dict[str, str]] = {}
+    def choices(self, cards: tuple[int, ...]) -> dict[str, Any]:
+        return {}
 
-    def __call__(self, may_try: bool) -> str:
+    def __call__(self, may_try: bool, cards: tuple[int, ...]) -> str:
         return ""
 
 
@@ -58,15 +60,15 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def with_card(monkeypatch: pytest.MonkeyPatch, found: Gpu | NoGpu) -> None:
-    monkeypatch.setattr(available, "find", lambda: found)
-    monkeypatch.setattr(available, "card", lambda: "" if isinstance(found, NoGpu) else found.name)
+    monkeypatch.setattr(available, "find", lambda *at: found)
+    monkeypatch.setattr(available, "card", lambda *at: "" if isinstance(found, NoGpu) else found.name)
 
 
 def chosen(
     variant: str = "v3-nextn",
     ctx: int = 64,
     drafts: bool = False,
-    proof: devices.Proof = lambda may_try: "",
+    proof: devices.Proof = lambda *asked: "",
     **where: Any,
 ) -> tuple[Placement, list[str]]:
     """The placement and the notices."""
@@ -94,7 +96,7 @@ def test_its_options(gpu: ModuleType) -> None:
 
 
 def test_the_cpu_if_asked_for(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(available, "find", lambda: pytest.fail("looked for a GPU"))
+    monkeypatch.setattr(available, "find", lambda *at: pytest.fail("looked for a GPU"))
     placement, notices = chosen(device="cpu")
     assert placement.device == "cpu" and set(placement.needed) == {"RAM"} and notices == []
 
@@ -132,7 +134,7 @@ def test_too_little_vram(gpu: ModuleType) -> None:
 
 
 def test_a_model_without_experts_runs_on_the_cpu(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(available, "find", lambda: pytest.fail("looked for a GPU in vain"))
+    monkeypatch.setattr(available, "find", lambda *at: pytest.fail("looked for a GPU in vain"))
     placement, notices = chosen("llama")
     assert placement.device == "cpu" and notices == []
     with pytest.raises(LocalrunError, match="the GPU is for models with experts, and this one has none"):
@@ -144,7 +146,7 @@ def test_the_proof_decides(known: str | None, tried: str | None, gpu: ModuleType
     """What is known is asked for first; where nothing is, the card is tried, if the model fits on it."""
     asked: list[bool] = []
 
-    def proof(may_try: bool) -> str | None:
+    def proof(may_try: bool, cards: tuple[int, ...]) -> str | None:
         asked.append(may_try)
         return tried if may_try else known
 
@@ -160,14 +162,14 @@ def test_the_proof_decides(known: str | None, tried: str | None, gpu: ModuleType
 
 @pytest.mark.parametrize(("variant", "where"), [("v3", {"vram": 0.1}), ("llama", {}), ("v3", {"device": "cpu"})])
 def test_a_card_is_not_tried_in_vain(variant: str, where: dict[str, Any], gpu: ModuleType) -> None:
-    placement, _ = chosen(variant, proof=lambda may_try: pytest.fail("tried") if may_try else None, **where)
+    placement, _ = chosen(variant, proof=lambda may_try, cards: pytest.fail("tried") if may_try else None, **where)
     assert placement.device == "cpu"
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device": "tpu"}, "device is 'tpu'; expected auto, cpu or cuda"),
+        ({"device": "tpu"}, "device is 'tpu'; expected auto, cpu, cuda or cuda:N"),
         ({"vram": 0}, "vram is 0; expected more than 0 GiB"),
         ({"vram": float("nan")}, "vram is nan"),
         ({"vram": float("inf")}, "vram is inf"),
@@ -192,6 +194,87 @@ def test_wrong_options(options: dict[str, Any], message: str) -> None:
 def test_too_many_experts(gpu: ModuleType) -> None:
     with pytest.raises(LocalrunError, match="99 experts of each layer on the GPU; expected auto, or 0 to"):
         chosen(gpu_experts=99)
+
+
+# --- several cards
+
+
+@pytest.fixture
+def cards(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """GiB of VRAM that three cards have free."""
+    free = [2.0, 2.0, 2.0]
+    monkeypatch.setattr(available, "count", lambda: len(free))
+    monkeypatch.setattr(available, "card", lambda index: f"Acme {index}")
+
+    def find(index: int) -> Gpu | NoGpu:
+        found = index < len(free)
+        return (
+            replace(CARD, free=int(free[index] * GIB), index=index)
+            if found
+            else NoGpu(f"there is no card {index}", True)
+        )
+
+    monkeypatch.setattr(available, "find", find)
+    return free
+
+
+LONG = 65536  # tokens, with which one card needs 0.66 GiB of VRAM, and each of two 0.58 and 0.60
+
+
+@pytest.mark.parametrize(
+    ("free", "where", "used"),
+    [
+        ((2, 2, 2), {}, (0,)),
+        ((0.1, 2, 2), {}, (1,)),
+        ((2, 2, 2), {"device": "cuda:2"}, (2,)),
+        ((0.63, 0.63, 2), {}, (2,)),
+        ((0.63, 0.63, 0.1), {}, (0, 1)),
+        ((2, 2, 2), {"vram": 0.63}, (0, 1)),
+        ((0.1, 0.63, 0.63), {}, (1, 2)),
+    ],
+)
+def test_as_few_cards_as_have_room(
+    free: tuple[float, ...], where: dict[str, Any], used: tuple[int, ...], cards: list[float]
+) -> None:
+    """One if any has it, else the first ones that have it together."""
+    cards[:] = free
+    placement, notices = chosen("v3", ctx=LONG, gpu_experts=0, **where)
+    assert (placement.device, placement.cards, notices) == ("cuda", used, [])
+    assert [index for here in placement.layers for index in here] == list(range(5))
+    assert list(placement.available) == ["VRAM", "VRAM 2", "RAM"][2 - len(used) :] if len(used) > 1 else ["VRAM", "RAM"]
+
+
+def test_where_no_cards_have_room(cards: list[float]) -> None:
+    with pytest.raises(
+        LocalrunError, match=r"^device 'cuda:1': a context of 65536 tokens needs 0\.7 GiB of VRAM \(0\.6"
+    ):
+        chosen("v3", ctx=LONG, device="cuda:1", vram=0.63)
+    with pytest.raises(LocalrunError, match=r"^device 'cuda:7': there is no card 7$"):
+        chosen("v3", device="cuda:7")
+    placement, notices = chosen("v3", ctx=LONG, vram=0.52)
+    assert placement.device == "cpu" and placement.cards == ()
+    assert re.match(r"a context of 65536 tokens needs 0\.5 GiB of VRAM \(0\.5 GiB usable\), .* of VRAM 3", notices[0])
+    with pytest.raises(LocalrunError, match=r"; a cache of experts is for one card$"):
+        chosen("v3", ctx=LONG, device="cuda", vram=0.63, gpu_experts="cache:1")
+
+
+def test_cards_that_fail_are_left_out(cards: list[float]) -> None:
+    """Known or tried; those that fail together are not used together."""
+    refused: dict[tuple[int, ...], str] = {(0,): "0 failed"}
+
+    def proof(may_try: bool, some: tuple[int, ...]) -> str | None:
+        return refused.get(some, "" if may_try else None)
+
+    assert chosen("v3", proof=proof)[0].cards == (1,)
+    assert chosen("v3", proof=lambda may_try, some: ("failed" if some == (0,) else "") if may_try else None)[
+        0
+    ].cards == (1,)
+    assert chosen("v3", ctx=LONG, vram=0.63, gpu_experts=0, proof=proof)[0].cards == (1, 2)
+    refused[1, 2] = "both failed"
+    placement, notices = chosen("v3", ctx=LONG, vram=0.63, gpu_experts=0, proof=proof)
+    assert placement.device == "cpu" and notices == ["both failed; computing on the CPU"]
+    refused[1,], refused[2,] = "1 failed", "2 failed"
+    assert chosen("v3", proof=proof)[1] == ["0 failed; computing on the CPU"]
 
 
 # --- through the engine and the command line

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from localrun.plan.machine import Machine, load_machine
+from localrun.errors import LocalrunError
+from localrun.plan.machine import Machine, load_machine, parse_machine
 from localrun.plan.memory import Placement, nearest_that_fits, plan_memory, refusal
 from localrun.plan.shapes import ModelShape, load_model, n_bytes
+from localrun.plan.speed import decode_speed
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,31 @@ def test_a_card_that_is_too_small_is_left_out(v3: ModelShape) -> None:
         memory = plan_memory(model, where, 8192)
         assert memory.placement == Placement(0, head=False, experts=False) and memory.needed["VRAM"] == 0
         assert plan_memory(model, replace(where, gpu=None), 8192).rows == memory.rows
+
+
+def test_layers_are_split_where_one_card_is_too_small(v3: ModelShape) -> None:
+    """One if it has room, else as few as have; what goes from card to card is waited for."""
+    machine = load_machine("10k-server")
+    assert machine.gpu is not None
+    small = replace(machine, n_gpus=3, gpu=replace(machine.gpu, vram_bytes=10 * 2**30))
+    memory = plan_memory(v3, small, 8192)
+    assert memory.placement == Placement(61, head=True, experts=0.0, cards=2) and memory.fits
+    assert set(memory.needed) == {"VRAM", "VRAM 2", "RAM"}
+    assert sum(row.what.startswith("weights on the GPU (layers ") for row in memory.rows) == 2
+    assert plan_memory(v3, replace(machine, n_gpus=3), 8192).placement == plan_memory(v3, machine, 8192).placement
+    parts = [phase.part for phase in decode_speed(v3, small, memory.placement, 64).phases]
+    assert parts.count("from card to card") == 1
+
+
+def test_cards_are_counted(v3: ModelShape) -> None:
+    document = load_machine("10k-server").document
+    assert parse_machine(document | {"gpus": 2}, "x", "x").n_gpus == 2
+    for wrong in (
+        document | {"gpus": 0},
+        {key: value for key, value in document.items() if key != "gpu"} | {"gpus": 2},
+    ):
+        with pytest.raises(LocalrunError, match=r"x: gpus is [02]; expected how many cards like `gpu`"):
+            parse_machine(wrong, "x", "x")
 
 
 def test_more_layers_of_experts_on_larger_cards(v3: ModelShape) -> None:
