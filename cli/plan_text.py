@@ -9,6 +9,7 @@ from cli.output import printable, size
 
 
 def plan_lines(document: dict[str, Any]) -> list[str]:
+    """Of plan.report.make_report, or make_fit_report."""
     facts, memory = document["model"], document["memory"]
     lines = [
         f"{printable(facts['name'])}, {facts['type']}: {facts['weights'] / 1e9:.2f} G weights, "
@@ -68,6 +69,7 @@ def _sensitivity_lines(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def hosts_lines(document: dict[str, Any]) -> list[str]:
+    """Of plan.hosts_report.make_hosts_report."""
     facts, memory, sent = document["model"], document["memory"], document["messages"]
     title, link = printable(document["machine"]["title"]), printable(document["link"]["file"]["title"])
     lines = [
@@ -128,6 +130,7 @@ def _published(row: dict[str, Any]) -> str:
 
 
 def cluster_lines(document: dict[str, Any]) -> list[str]:
+    """Of plan.cluster_report.make_report."""
     limit, split = document["expert_parallel"], document["split"]
     lines = [
         f"{printable(document['model'])} on {document['device']}, {limit['gb_per_s']:g} GB/s a device",
