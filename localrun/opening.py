@@ -19,7 +19,8 @@ from localrun.models.mtp_file import is_mtp_only
 from localrun.models.names import INTEGERS, check_tensors, check_types
 from localrun.models.reader import context_length, read_config
 from localrun.placement.devices import DeviceRequest, choose
-from localrun.placement.placement import GPU, RAM, DraftFile, Placement
+from localrun.placement.memory_table import RAM
+from localrun.placement.placement import GPU, DraftFile, Placement
 from localrun.runtime import Model
 
 if TYPE_CHECKING:

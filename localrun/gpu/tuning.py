@@ -18,7 +18,7 @@ from localrun.gpu.routed import Mode, Routed
 from localrun.limits import PREFILL_CHUNK
 from localrun.network.model import Network
 from localrun.network.weight_source import Finish
-from localrun.placement.placement import activation_bytes
+from localrun.placement.sizes import activation_bytes
 
 _FEW, _MANY = 64, PREFILL_CHUNK  # tokens that a layer is measured with; fewer are one batch
 _MOST_CHUNKS = 8  # that are evaluated at a time: beyond, an upload is a small part, and Ctrl-C waits for a chunk

@@ -20,7 +20,8 @@ from localrun.models import names
 from localrun.models.config import Config
 from localrun.models.tensors import GGUFTensors
 from localrun.network.weight_source import RoutedExperts
-from localrun.placement.placement import CPU, DRAFTS_HEAD, GPU, MTP, RAM, Placement
+from localrun.placement.memory_table import DRAFTS_HEAD, MTP, RAM
+from localrun.placement.placement import CPU, GPU, Placement
 from quant.matrix import ExpertMatrices
 from quant.threads.pool import Pool
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from math import ceil
 
-from localrun.placement.placement import CTX_STEP, RAM, Request, lay_out
+from localrun.placement.memory_table import RAM
+from localrun.placement.placement import CTX_STEP, Request, lay_out
 
 
 def refusal(request: Request) -> str:

@@ -19,47 +19,27 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 from localrun.errors import LocalrunError
-from localrun.limits import (
-    ATTENTION_WORK_BYTES,
-    GPU_ATTENTION_WORK_BYTES,
-    LONG_PREFILL_CHUNK,
-    MARK_BYTES,
-    MARK_EVERY,
-    MARK_SPARE,
-    PREFILL_CHUNK,
-)
 from localrun.models.config import Config
-from localrun.models.names import EMBED_TOKENS, LM_HEAD, layer_of, mtp_shared
-from localrun.models.rows import KV_BYTES
-from localrun.models.summary import group_of
+from localrun.models.names import layer_of
+from localrun.placement.memory_table import DRAFTS_HEAD, EXPERTS, MARKS, MTP, RAM, Row, shortage, vram_of
+from localrun.placement.parts import Card, MoeLayer, Parts, TensorLike
+from localrun.placement.sizes import (
+    RESERVE_BYTES,
+    gpu_cache_bytes,
+    gpu_work_bytes,
+    mark_bytes,
+    staging_bytes,
+    work_bytes,
+)
 from localrun.placement.split import split, whole_runs
 
 GPU, CPU, BOTH = "cuda", "cpu", "both"  # homes of a tensor; both: some of its experts here, the others there
-VRAM, RAM = "VRAM", "RAM"
-
 CTX_STEP = 256  # contexts that are proposed are multiples of it
-# What comes with a CUDA process besides tensors: kernels, graphs, the allocator's rounding. Assumed.
-RESERVE_BYTES = 1 << 28
-_SCALE_BYTES = 4  # of each row of 8-bit values
 _N_BESIDES = 3  # rows of a card that are no weights
-
-EXPERTS, MTP, MARKS = "routed experts", "multi-token prediction", "marks to go back to"
-DRAFTS_HEAD = "head, for multi-token prediction"
 _LABELS = {"other": "routers and norms", "mtp": MTP}
-
-
-class TensorLike(Protocol):
-    """What is asked of a tensor: a GGUFFile's and a planned one have it."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def n_bytes(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -106,15 +86,6 @@ class Request:
     mtp: bool = False
     draft_file: DraftFile | None = None
     runner_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of a memory table: where ("RAM", "VRAM", "VRAM 2" of a second card, "disk"), what, bytes."""
-
-    where: str
-    what: str
-    n_bytes: int
 
 
 @dataclass(frozen=True)
@@ -200,7 +171,7 @@ class Placement:
 
 def lay_out(request: Request) -> Placement:
     """The placement, whether it fits or not: see Placement.short. Raises LocalrunError on a setting without sense."""
-    parts = _Parts(request.tensors, request.config)
+    parts = Parts(request.tensors, request.config)
     _check(request, parts)
     experts, slots = {layer.index: () for layer in parts.moe}, 0
     rows, available, layers = [], {}, ()
@@ -208,7 +179,7 @@ def lay_out(request: Request) -> Placement:
         rooms = request.vram, *request.more_vram
         layers = _split(request, parts, rooms)
         for place, (here, room) in enumerate(zip(layers, rooms, strict=True)):
-            card = _Card(place, len(rooms), here)
+            card = Card(place, len(rooms), here)
             gpu_rows = list(_gpu_rows(request, parts, card))
             left = room - sum(row.n_bytes for row in gpu_rows)
             moe = [layer for layer in parts.moe if layer.index in here]
@@ -245,137 +216,7 @@ def runs_on_gpu(config: Config) -> bool:
     return not why_not_on_gpu(config)
 
 
-def gpu_cache_bytes(config: Config, bits: int, n_tokens: int, layers: range | None = None) -> int:
-    """Bytes of a cache for so many tokens, of all layers or some.
-
-    Of 8 bits are latents, which have a scale, while rotated keys keep 16.
-    """
-    c, layers = config, range(config.num_hidden_layers) if layers is None else layers
-    if bits == 16:
-        return sum(rows.row_bytes * rows.count(n_tokens) for index in layers for rows in c.rows(index))
-    keys = sum(KV_BYTES * c.index_head_dim for index in layers if c.chooses_rows(index))
-    return n_tokens * (len(layers) * (c.kv_lora_rank + 2 * c.qk_rope_head_dim + _SCALE_BYTES) + keys)
-
-
-def mark_bytes(config: Config, ctx: int) -> int:
-    """Bytes of a cache's marks (network.cache) for so many tokens; 0 where it can go back without."""
-    rings = [rows for index in range(config.num_hidden_layers) for rows in config.rows(index) if rows.window]
-    mark = sum(rows.row_bytes * (rows.window + MARK_SPARE) for rows in rings)
-    return min(MARK_BYTES, mark * (1 + ctx // MARK_EVERY))
-
-
-def work_bytes(config: Config, on_gpu: bool) -> int:
-    """Of the CPU: activations of one chunk, logits of a token, attention. on_gpu: whether all but experts is there."""
-    chunk = LONG_PREFILL_CHUNK if config.rebuilds_keys and not on_gpu else PREFILL_CHUNK
-    return activation_bytes(config, chunk) + 4 * config.vocab_size + ATTENTION_WORK_BYTES
-
-
-def gpu_work_bytes(config: Config, has_head: bool = True) -> int:
-    """Of a card: activations of one chunk, logits of all its tokens where the head is, attention."""
-    logits = 4 * PREFILL_CHUNK * config.vocab_size if has_head else 0
-    return activation_bytes(config) + logits + GPU_ATTENTION_WORK_BYTES
-
-
-def vram_of(place: int) -> str:
-    """What the memory of the first card (0), of a second one (1), ... is called."""
-    return VRAM if place == 0 else f"{VRAM} {place + 1}"
-
-
-def activation_bytes(config: Config, n_tokens: int = PREFILL_CHUNK) -> int:
-    """Of so many tokens at a time, in float32: the widest layer's inputs and outputs, queries."""
-    c = config
-    heads = c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim + c.head_dim)
-    inner = max(c.intermediate_size, c.num_experts_per_tok * c.moe_intermediate_size)
-    return 4 * n_tokens * (4 * c.hidden_size * max(1, c.hc_mult) + heads + 3 * inner)
-
-
-def staging_bytes(config: Config) -> int:
-    """Page-locked RAM: a chunk's hidden vectors and the experts' sums, float32, its choices (int64) and weights."""
-    return PREFILL_CHUNK * (2 * 4 * config.hidden_size + (8 + 4) * config.num_experts_per_tok)
-
-
-def shortage(needed: Mapping[str, int], available: Mapping[str, int]) -> str:
-    """ "386.0 GiB of RAM (60.0 GiB usable)", for each memory that is too small."""
-    short = [where for where in needed if needed[where] > available[where]]
-    return ", ".join(f"{gib(needed[w])} of {w} ({gib(max(0, available[w]))} usable)" for w in short)
-
-
-def gib(n_bytes: float) -> str:
-    """ "1.5 GiB"."""
-    return f"{n_bytes / 2**30:.1f} GiB"
-
-
-# --- a model by what belongs together
-
-
-@dataclass(frozen=True)
-class _MoeLayer:
-    """A layer's routed experts: its index, bytes of all of them, and of each."""
-
-    index: int
-    n_bytes: int
-    expert_bytes: int
-
-
-class _Parts:
-    """The tensors by group (bytes), the routed experts by layer, and what multi-token prediction reads."""
-
-    def __init__(self, tensors: Iterable[TensorLike], config: Config) -> None:
-        self.group_of: dict[str, str] = {}
-        self.groups: dict[str, int] = {}  # without routed experts and multi-token prediction
-        self.of_layers: dict[int, dict[str, int]] = {}  # the same of each layer
-        moe: dict[int, int] = {}
-        self.mtp, self.is_tied = 0, False
-        sizes = {tensor.name: tensor.n_bytes for tensor in tensors}
-        for name, n_bytes in sizes.items():
-            layer = layer_of(name)
-            group = "mtp" if layer is not None and layer >= config.num_hidden_layers else group_of(name)
-            self.group_of[name] = group
-            if group == "mtp":
-                self.mtp += n_bytes
-            elif group == EXPERTS:
-                moe[layer] = moe.get(layer, 0) + n_bytes
-            else:
-                self.groups[group] = self.groups.get(group, 0) + n_bytes
-                if layer is not None:
-                    of_layer = self.of_layers.setdefault(layer, {})
-                    of_layer[group] = of_layer.get(group, 0) + n_bytes
-        self.moe = [_MoeLayer(i, size, size // config.n_routed_experts) for i, size in sorted(moe.items())]
-        if EMBED_TOKENS in sizes and LM_HEAD not in sizes:  # one tensor is both
-            self.groups["head"] = self.groups.pop("embedding")
-            self.is_tied = True
-        _, head = mtp_shared(sizes.__contains__, config)
-        self.mtp_head = sizes.get(head, 0) if self.mtp and head in (LM_HEAD, EMBED_TOKENS) else 0
-
-
-@dataclass(frozen=True)
-class _Card:
-    """One of some cards, and its layers."""
-
-    place: int
-    n_cards: int
-    layers: range
-
-    @property
-    def is_last(self) -> bool:
-        return self.place == self.n_cards - 1
-
-    def groups(self, parts: _Parts) -> dict[str, int]:
-        """As _Parts.groups, of what the card has."""
-        found = dict.fromkeys(parts.groups, 0)
-        for group, n_bytes in parts.groups.items():
-            elsewhere = sum(of_layer.get(group, 0) for of_layer in parts.of_layers.values())
-            if self.place == (0 if group == "embedding" else self.n_cards - 1):
-                found[group] += n_bytes - elsewhere
-        for index in self.layers:
-            for group, n_bytes in parts.of_layers.get(index, {}).items():
-                found[group] += n_bytes
-        if parts.is_tied and self.n_cards > 1 and self.place == 0:  # it is needed at both ends
-            found["head"] += parts.groups["head"]
-        return found
-
-
-def _check(request: Request, parts: _Parts) -> None:
+def _check(request: Request, parts: Parts) -> None:
     wanted, n_experts = request.gpu_experts, request.config.n_routed_experts if parts.moe else 0
     if wanted != "auto" and not (isinstance(wanted, int) and 0 <= wanted <= n_experts):
         raise LocalrunError(f"{wanted} experts of each layer on the GPU; expected auto, or 0 to {n_experts}")
@@ -395,7 +236,7 @@ def _check(request: Request, parts: _Parts) -> None:
 # --- who goes where
 
 
-def _slots(request: Request, moe: Sequence[_MoeLayer], left: int) -> int:
+def _slots(request: Request, moe: Sequence[MoeLayer], left: int) -> int:
     """Of each layer, of a cache of experts; 0 for none, as where all of them have room in VRAM."""
     n_experts = request.config.n_routed_experts
     if not request.expert_cache or not moe:
@@ -406,7 +247,7 @@ def _slots(request: Request, moe: Sequence[_MoeLayer], left: int) -> int:
     return n if n < n_experts else 0
 
 
-def _choose(request: Request, moe: Sequence[_MoeLayer], left: int) -> dict[int, tuple[int, ...]]:
+def _choose(request: Request, moe: Sequence[MoeLayer], left: int) -> dict[int, tuple[int, ...]]:
     """Ids of the experts in VRAM by layer."""
     usage, everyone = request.usage or {}, range(request.config.n_routed_experts)
     if isinstance(request.gpu_experts, int):
@@ -430,12 +271,12 @@ def _count(usage: Mapping[int, Sequence[int]], layer: int, expert: int) -> int:
     return usage[layer][expert] if layer in usage else 0
 
 
-def _expert_bytes(moe: Sequence[_MoeLayer], experts: Mapping[int, Sequence[int]]) -> int:
+def _expert_bytes(moe: Sequence[MoeLayer], experts: Mapping[int, Sequence[int]]) -> int:
     """Bytes of the experts that are named."""
     return sum(len(experts[layer.index]) * layer.expert_bytes for layer in moe)
 
 
-def _gpu_rows(request: Request, parts: _Parts, card: _Card) -> Iterator[Row]:
+def _gpu_rows(request: Request, parts: Parts, card: Card) -> Iterator[Row]:
     """What is in a card's VRAM whatever the experts; the last _N_BESIDES are no weights."""
     where, c = vram_of(card.place), request.config
     for group, n_bytes in card.groups(parts).items():
@@ -446,12 +287,12 @@ def _gpu_rows(request: Request, parts: _Parts, card: _Card) -> Iterator[Row]:
     yield Row(where, "reserve", RESERVE_BYTES)
 
 
-def _split(request: Request, parts: _Parts, rooms: Sequence[int]) -> tuple[range, ...]:
+def _split(request: Request, parts: Parts, rooms: Sequence[int]) -> tuple[range, ...]:
     """Each card's layers."""
     n_cards = len(rooms)
 
     def n_bytes(place: int, here: range) -> int:
-        return sum(row.n_bytes for row in _gpu_rows(request, parts, _Card(place, n_cards, here)))
+        return sum(row.n_bytes for row in _gpu_rows(request, parts, Card(place, n_cards, here)))
 
     bare = [n_bytes(place, range(0)) for place in range(n_cards)]
     runs = whole_runs(request.config)
@@ -459,7 +300,7 @@ def _split(request: Request, parts: _Parts, rooms: Sequence[int]) -> tuple[range
     return split(runs, sizes, [room - own for room, own in zip(rooms, bare, strict=True)])
 
 
-def _cpu_rows(request: Request, parts: _Parts, experts: Mapping[int, Sequence[int]], slots: int) -> Iterator[Row]:
+def _cpu_rows(request: Request, parts: Parts, experts: Mapping[int, Sequence[int]], slots: int) -> Iterator[Row]:
     c, on_gpu = request.config, request.vram is not None
     if not on_gpu:
         for group, n_bytes in parts.groups.items():
@@ -480,7 +321,7 @@ def _cpu_rows(request: Request, parts: _Parts, experts: Mapping[int, Sequence[in
     yield Row(RAM, "the runner itself", request.runner_bytes)
 
 
-def _homes(request: Request, parts: _Parts, experts: Mapping[int, Sequence[int]], slots: int) -> dict[str, str]:
+def _homes(request: Request, parts: Parts, experts: Mapping[int, Sequence[int]], slots: int) -> dict[str, str]:
     """Each tensor's device."""
     if request.vram is None:
         return dict.fromkeys(parts.group_of, CPU)

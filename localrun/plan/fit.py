@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, replace
 
 from localrun.errors import LocalrunError
-from localrun.placement.placement import gib
+from localrun.placement.memory_table import gib
 from localrun.plan.machine import Machine
 from localrun.plan.memory import plan_memory
 from localrun.plan.shapes import ModelShape

@@ -16,7 +16,7 @@ from math import ceil, comb
 
 from localrun.errors import LocalrunError
 from localrun.limits import PREFILL_CHUNK
-from localrun.placement.placement import EXPERTS, RAM
+from localrun.placement.memory_table import EXPERTS, RAM
 from localrun.plan.link import Link
 from localrun.plan.machine import Machine
 from localrun.plan.memory import Memory, Placement, plan_memory

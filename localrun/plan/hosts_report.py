@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from localrun.limits import PREFILL_CHUNK
-from localrun.placement.placement import RAM, gib
+from localrun.placement.memory_table import RAM, gib
 from localrun.plan.hosts import (
     SHARINGS,
     HostMemory,

@@ -14,14 +14,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from localrun.placement import placement
-from localrun.placement.placement import CTX_STEP, EXPERTS, RAM, Request, Row, gib
+from localrun.placement.memory_table import EXPERTS, MARKS, RAM, Row, gib, shortage, vram_of
+from localrun.placement.placement import CTX_STEP, Request
 from localrun.plan.machine import Machine
 from localrun.plan.shapes import ModelShape, n_bytes
 
 # Of a cache with such a part of the experts, the part of the choices that are found in it: assumed, the means of
 # scripts/simulate_expert_cache.py --counts on OLMoE's routing by kind of text, tokens drawn independently.
 _HITS = (0, 1 / 8, 1 / 4, 1 / 2, 1), (0, 0.30, 0.48, 0.73, 1)
-_BESIDES = ("KV cache", placement.MARKS, "work memory", "reserve", "the runner itself")  # rows that are no weights
+_BESIDES = ("KV cache", MARKS, "work memory", "reserve", "the runner itself")  # rows that are no weights
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Memory:
 
     def shortage(self) -> str:
         """ "386.0 GiB of RAM (60.0 GiB usable)", for each memory that is too small."""
-        return placement.shortage(self.needed, self.available)
+        return shortage(self.needed, self.available)
 
 
 def plan_memory(model: ModelShape, machine: Machine, ctx: int) -> Memory:
@@ -71,7 +72,7 @@ def plan_memory(model: ModelShape, machine: Machine, ctx: int) -> Memory:
         available[RAM] = min(available[RAM], int(machine.gpu.vram_bytes))
     elif machine.gpu is not None:
         cards = range(max(1, len(found.cards)))
-        available |= {placement.vram_of(place): int(machine.gpu.vram_bytes) for place in cards}
+        available |= {vram_of(place): int(machine.gpu.vram_bytes) for place in cards}
     needed = {where: sum(row.n_bytes for row in rows if row.where == where) for where in available}
     rows.append(Row("disk", "the file, but for its vocabulary", n_bytes(model.tensors)))
     rows.append(Row("disk", "of which for multi-token prediction, not loaded", n_bytes(model.groups().get("mtp", []))))
@@ -110,7 +111,7 @@ def _place(model: ModelShape, machine: Machine, ctx: int, expert_cache: bool = F
 def _gpu_rows(found: placement.Placement, machine: Machine) -> Iterator[Row]:
     """What is on each GPU, with the routed experts apart."""
     for place, layers in enumerate(found.layers):
-        where, moe = placement.vram_of(place), [index for index in found.experts if index in layers]
+        where, moe = vram_of(place), [index for index in found.experts if index in layers]
         experts, n_whole = found.n_bytes(where, EXPERTS), _n_whole(found, moe)
         which = f" (layers {layers.start} to {layers.stop - 1})" if len(found.layers) > 1 else ""
         yield Row(where, f"weights on the GPU{which}", _weights(found, where) - experts)
@@ -134,7 +135,7 @@ def _summary(found: placement.Placement, model: ModelShape) -> Placement:
     on_gpu = found.device == placement.GPU
     experts = n_bytes(model.groups().get(EXPERTS, []))
     cards = range(len(found.cards))
-    in_vram = sum(found.n_bytes(placement.vram_of(place), EXPERTS) for place in cards)
+    in_vram = sum(found.n_bytes(vram_of(place), EXPERTS) for place in cards)
     part = in_vram / experts if experts else float(on_gpu)
     return Placement(model.config.num_hidden_layers * on_gpu, on_gpu, part, cards=max(1, len(cards)))
 

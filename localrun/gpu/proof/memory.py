@@ -14,7 +14,8 @@ import gc
 
 from localrun.gpu.proof.subject import Subject, fill
 from localrun.gpu.proof.task import Findings
-from localrun.placement.placement import RESERVE_BYTES, VRAM
+from localrun.placement.memory_table import VRAM
+from localrun.placement.sizes import RESERVE_BYTES
 
 _SLACK = 32 << 20  # of the allocator, from one load to the next
 

@@ -32,7 +32,8 @@ from localrun.models.reader import read_config
 from localrun.models.tensors import GGUFTensors
 from localrun.network.cache import Cache as HostCache
 from localrun.network.moe import MoE
-from localrun.placement.placement import VRAM, Placement, Request, lay_out
+from localrun.placement.memory_table import VRAM
+from localrun.placement.placement import Placement, Request, lay_out
 
 Choices = list[tuple[torch.Tensor, torch.Tensor]]  # ids and weights (T, K), layer by layer
 

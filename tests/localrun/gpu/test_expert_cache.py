@@ -34,7 +34,8 @@ from localrun.gpu.routed import Mode, Routed
 from localrun.gpu.weights import spans_in_ram
 from localrun.models.reader import read_config
 from localrun.models.tensors import GGUFTensors
-from localrun.placement.placement import RAM, Request, lay_out
+from localrun.placement.memory_table import RAM
+from localrun.placement.placement import Request, lay_out
 from quant.matrix import ExpertMatrices
 from quant.threads.pool import Pool
 

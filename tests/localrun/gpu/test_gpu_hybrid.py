@@ -48,7 +48,9 @@ from localrun.models.reader import read_config
 from localrun.models.tensors import GGUFTensors
 from localrun.placement import available
 from localrun.placement.available import Gpu
-from localrun.placement.placement import RAM, Placement, Request, activation_bytes, lay_out
+from localrun.placement.memory_table import RAM
+from localrun.placement.placement import Placement, Request, lay_out
+from localrun.placement.sizes import activation_bytes
 from localrun.serve import job
 from localrun.serve.scheduler import Scheduler
 from quant.decode.program import MOST_TOKENS

@@ -25,7 +25,8 @@ from localrun.models.reader import read_config
 from localrun.placement import available, devices
 from localrun.placement.available import Gpu, NoGpu
 from localrun.placement.devices import DeviceRequest, choose
-from localrun.placement.placement import Placement, gib
+from localrun.placement.memory_table import gib
+from localrun.placement.placement import Placement
 
 GIB = 1 << 30
 CARD = Gpu("Acme 5000", (8, 9), 24 * GIB, 20 * GIB, "570.86", "12.8")

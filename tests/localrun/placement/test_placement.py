@@ -25,7 +25,7 @@ from localrun.errors import LocalrunError
 from localrun.gguf.file import open_gguf
 from localrun.models.config import Config
 from localrun.models.reader import read_config
-from localrun.placement import placement
+from localrun.placement import memory_table, placement, sizes
 from localrun.placement.context_fit import refusal, settings_that_fit
 from localrun.placement.placement import DraftFile, Request, lay_out
 from localrun.plan.shapes import ModelShape, load_model
@@ -79,7 +79,7 @@ CONFIG = Config(
     num_experts_per_tok=2,
     moe_intermediate_size=32,
 )
-BASE = placement.gpu_work_bytes(CONFIG) + placement.RESERVE_BYTES  # of VRAM, whatever the tensors
+BASE = sizes.gpu_work_bytes(CONFIG) + sizes.RESERVE_BYTES  # of VRAM, whatever the tensors
 
 
 def toy(*expert_bytes: int, vram: int, others: int = 0, **changes: Any) -> Request:
@@ -132,7 +132,7 @@ def weight_bytes(found: placement.Placement, *where: str) -> int:
     """Of all rows that are weights, the head that is read twice left out."""
     besides = {
         "KV cache",
-        placement.MARKS,
+        memory_table.MARKS,
         "work memory",
         "reserve",
         "the runner itself",
@@ -205,7 +205,7 @@ def test_a_cache_of_128k_tokens_fits_24_gb() -> None:
 
 @pytest.mark.parametrize(("bits", "n_bytes"), [(16, 61 * 576 * 2), (8, 61 * (512 + 2 * 64 + 4))])
 def test_cache_bits(bits: int, n_bytes: int) -> None:
-    assert placement.gpu_cache_bytes(shape("deepseek-v3").config, bits, 1) == n_bytes
+    assert sizes.gpu_cache_bytes(shape("deepseek-v3").config, bits, 1) == n_bytes
     for batch in (1, 3):
         found = lay_out(request(cache_bits=bits, batch=batch, ctx=100, gpu_experts=0))
         assert found.n_bytes("VRAM", "KV cache") == 100 * batch * n_bytes
@@ -216,7 +216,7 @@ def test_the_cache_of_sparse_attention(bits: int) -> None:
     """Keys of the indexers have 16 bits, whatever the latents have."""
     config = shape("deepseek-v3").config
     sparse = replace(config, index_head_dim=128, index_n_heads=64, index_topk=2048, indexer_types=("full",) * 61)
-    more = placement.gpu_cache_bytes(sparse, bits, 10) - placement.gpu_cache_bytes(config, bits, 10)
+    more = sizes.gpu_cache_bytes(sparse, bits, 10) - sizes.gpu_cache_bytes(config, bits, 10)
     assert placement.runs_on_gpu(sparse) and more == 10 * 61 * 256
 
 
@@ -226,18 +226,18 @@ def test_the_cache_of_pooled_rows() -> None:
     found = lay_out(Request(model.tensors, model.config, 131_072, ram=200 * GIB, vram=24 * GIB, gpu_experts=0))
     assert placement.runs_on_gpu(model.config) and not found.short
     assert found.n_bytes("VRAM", "KV cache") == model.config.kv_bytes(131_072) >= 131_072 * 6880
-    assert found.n_bytes("RAM", placement.MARKS) == placement.mark_bytes(model.config, 131_072) > 0
+    assert found.n_bytes("RAM", memory_table.MARKS) == sizes.mark_bytes(model.config, 131_072) > 0
 
 
 def test_the_cache_of_grouped_attention() -> None:
     model = load_model("llama-3.1-405b")
-    assert placement.gpu_cache_bytes(model.config, 16, 1) == 516_096
+    assert sizes.gpu_cache_bytes(model.config, 16, 1) == 516_096
     assert not placement.runs_on_gpu(model.config) and placement.runs_on_gpu(shape("kimi-k2").config)
     windows = load_model("gpt-oss-20b").config  # in half of 24 layers, of 128 tokens and 2048 more; 2048 bytes a token
     assert placement.runs_on_gpu(windows)
-    assert placement.gpu_cache_bytes(windows, 16, 131_072) == 12 * 2048 * (131_072 + 2176)
+    assert sizes.gpu_cache_bytes(windows, 16, 131_072) == 12 * 2048 * (131_072 + 2176)
     model = load_model("qwen3-30b-a3b")
-    assert placement.runs_on_gpu(model.config) and placement.gpu_cache_bytes(model.config, 16, 1) == 98_304
+    assert placement.runs_on_gpu(model.config) and sizes.gpu_cache_bytes(model.config, 16, 1) == 98_304
     both = {"tensors": model.tensors, "config": model.config, "ctx": 64, "ram": 1 << 40, "vram": 1 << 40}
     assert lay_out(Request(**both)).n_bytes("VRAM", "KV cache") == 64 * 98_304
     with pytest.raises(LocalrunError, match="a cache of 8 bits is for latent attention"):
@@ -418,7 +418,7 @@ def test_layers_are_split_by_what_cards_have_room_for() -> None:
         )
         found = lay_out(asked)
         assert not found.short and [i for here in found.layers for i in here] == list(range(61))
-        used = [found.needed[placement.vram_of(place)] for place in range(len(vram))]
+        used = [found.needed[memory_table.vram_of(place)] for place in range(len(vram))]
         full = [n_bytes / room for n_bytes, room in zip(used, rooms, strict=True)]
         assert max(full) - min(full) < 0.25  # of one layer, and of what each card needs whatever it has
         assert sum(n for n in used) > lay_out(request("deepseek-v3", 24, gpu_experts=0)).needed["VRAM"]

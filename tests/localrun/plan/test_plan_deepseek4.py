@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from localrun.limits import MARK_BYTES
-from localrun.placement.placement import mark_bytes
+from localrun.placement.sizes import mark_bytes
 from localrun.plan import measure, report
 from localrun.plan.fit import find_fit, with_ram
 from localrun.plan.machine import load_machine

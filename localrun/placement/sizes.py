@@ -1,0 +1,61 @@
+"""What caches and work memory take in bytes, on a card and in RAM. Pure: no torch, no files, no devices."""
+
+from localrun.limits import (
+    ATTENTION_WORK_BYTES,
+    GPU_ATTENTION_WORK_BYTES,
+    LONG_PREFILL_CHUNK,
+    MARK_BYTES,
+    MARK_EVERY,
+    MARK_SPARE,
+    PREFILL_CHUNK,
+)
+from localrun.models.config import Config
+from localrun.models.rows import KV_BYTES
+
+# What comes with a CUDA process besides tensors: kernels, graphs, the allocator's rounding. Assumed.
+RESERVE_BYTES = 1 << 28
+_SCALE_BYTES = 4  # of each row of 8-bit values
+
+
+def gpu_cache_bytes(config: Config, bits: int, n_tokens: int, layers: range | None = None) -> int:
+    """Bytes of a cache for so many tokens, of all layers or some.
+
+    Of 8 bits are latents, which have a scale, while rotated keys keep 16.
+    """
+    c, layers = config, range(config.num_hidden_layers) if layers is None else layers
+    if bits == 16:
+        return sum(rows.row_bytes * rows.count(n_tokens) for index in layers for rows in c.rows(index))
+    keys = sum(KV_BYTES * c.index_head_dim for index in layers if c.chooses_rows(index))
+    return n_tokens * (len(layers) * (c.kv_lora_rank + 2 * c.qk_rope_head_dim + _SCALE_BYTES) + keys)
+
+
+def mark_bytes(config: Config, ctx: int) -> int:
+    """Bytes of a cache's marks (network.cache) for so many tokens; 0 where it can go back without."""
+    rings = [rows for index in range(config.num_hidden_layers) for rows in config.rows(index) if rows.window]
+    mark = sum(rows.row_bytes * (rows.window + MARK_SPARE) for rows in rings)
+    return min(MARK_BYTES, mark * (1 + ctx // MARK_EVERY))
+
+
+def work_bytes(config: Config, on_gpu: bool) -> int:
+    """Of the CPU: activations of one chunk, logits of a token, attention. on_gpu: whether all but experts is there."""
+    chunk = LONG_PREFILL_CHUNK if config.rebuilds_keys and not on_gpu else PREFILL_CHUNK
+    return activation_bytes(config, chunk) + 4 * config.vocab_size + ATTENTION_WORK_BYTES
+
+
+def gpu_work_bytes(config: Config, has_head: bool = True) -> int:
+    """Of a card: activations of one chunk, logits of all its tokens where the head is, attention."""
+    logits = 4 * PREFILL_CHUNK * config.vocab_size if has_head else 0
+    return activation_bytes(config) + logits + GPU_ATTENTION_WORK_BYTES
+
+
+def activation_bytes(config: Config, n_tokens: int = PREFILL_CHUNK) -> int:
+    """Of so many tokens at a time, in float32: the widest layer's inputs and outputs, queries."""
+    c = config
+    heads = c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim + c.head_dim)
+    inner = max(c.intermediate_size, c.num_experts_per_tok * c.moe_intermediate_size)
+    return 4 * n_tokens * (4 * c.hidden_size * max(1, c.hc_mult) + heads + 3 * inner)
+
+
+def staging_bytes(config: Config) -> int:
+    """Page-locked RAM: a chunk's hidden vectors and the experts' sums, float32, its choices (int64) and weights."""
+    return PREFILL_CHUNK * (2 * 4 * config.hidden_size + (8 + 4) * config.num_experts_per_tok)
