@@ -31,7 +31,7 @@ import numpy as np
 
 from localrun.bundled import model_path
 from localrun.errors import LocalrunError
-from localrun.gpu.expert_policy import COPY_COST, Policy
+from localrun.gpu.experts.policy import COPY_COST, Policy
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ["docs/speculative.md", "README.md", "localrun/engine.py", "docs/architecture.md"]  # prose, tables, code

@@ -18,10 +18,10 @@ from functools import partial
 import numpy as np
 import torch
 
-from localrun.gpu.cache import AnyCache
+from localrun.gpu.caches.cache import AnyCache
+from localrun.gpu.caches.places import ENTRIES, Places
 from localrun.gpu.device import Cuda, StandIn
-from localrun.gpu.places import ENTRIES, Places
-from localrun.gpu.routed import Mode, Routed
+from localrun.gpu.experts.routed import Mode, Routed
 from localrun.models.config import INDEXED_RATIO
 from localrun.network.model import Network
 from quant.decode.program import MOST_TOKENS

@@ -20,10 +20,10 @@ from localrun.cpu.torch_threads import TorchThreads
 from localrun.gguf.file import GGUFFile
 from localrun.gguf.residency import Resident, let_go
 from localrun.gpu import compiling, prefill
-from localrun.gpu.cache import AnyCache, new_cache
+from localrun.gpu.attention.attention import attention_on
+from localrun.gpu.caches.cache import AnyCache, new_cache
 from localrun.gpu.decode import DecodeStep, Part
 from localrun.gpu.device import Cuda, StandIn
-from localrun.gpu.grouped import attention_on
 from localrun.gpu.means import features, watch
 from localrun.gpu.tuning import Tuning
 from localrun.gpu.ways import HOST_NODES

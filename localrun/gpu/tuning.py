@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import torch
 
-from localrun.gpu.cache import new_cache
+from localrun.gpu.caches.cache import new_cache
 from localrun.gpu.device import Cuda, StandIn
+from localrun.gpu.experts.routed import Mode, Routed
 from localrun.gpu.prefill import LayerTimes, Seconds, best_batches, best_chunks, streaming_threshold
-from localrun.gpu.routed import Mode, Routed
 from localrun.limits import PREFILL_CHUNK
 from localrun.network.model import Network
 from localrun.network.weight_source import Finish

@@ -11,10 +11,10 @@ import torch
 from localrun.gguf.file import GGUFFile
 from localrun.gguf.residency import Span
 from localrun.gpu.device import Cuda, StandIn
-from localrun.gpu.experts import gated
-from localrun.gpu.linear import Embedding, HeadLinear, Linear
-from localrun.gpu.routed import Routed
-from localrun.gpu.routing import choose_experts
+from localrun.gpu.experts.in_vram import gated
+from localrun.gpu.experts.routed import Routed
+from localrun.gpu.experts.router import choose_experts
+from localrun.gpu.matrices.linear import Embedding, HeadLinear, Linear
 from localrun.gpu.streams import mix_streams
 from localrun.models import names
 from localrun.models.config import Config

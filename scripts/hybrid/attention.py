@@ -1,7 +1,7 @@
 """How long a layer's attention over the latent cache takes while decoding: bench_hybrid.py's part for it.
 
-What is timed: the two kernels of localrun.gpu.attention.attend, captured for many layers in one CUDA graph, so neither
-launches nor a warm L2 cache count. Needs torch, Triton, Numba and a GPU.
+What is timed: the two kernels of localrun.gpu.attention.flash_decoding.attend, captured for many layers in one CUDA
+graph, so neither launches nor a warm L2 cache count. Needs torch, Triton, Numba and a GPU.
 """
 
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 
 from hybrid.kernels import captured, seconds
-from localrun.gpu.attention import attend, pieces_for
-from localrun.gpu.cache import DeviceCache, row_bytes
+from localrun.gpu.attention.flash_decoding import attend, pieces_for
+from localrun.gpu.caches.latent import LatentCache, row_bytes
 from localrun.models.config import Config
 
 CONTEXTS = (1024, 8192, 32768, 131072)
@@ -48,7 +48,7 @@ def time_decode(
 
 def _one_context(config: Config, context: int, bits: int, n_tokens: int, n_layers: int) -> dict[str, float]:
     device = torch.device("cuda")
-    cache = DeviceCache(config, context, device, bits, n_layers)
+    cache = LatentCache(config, context, device, bits, n_layers)
     _fill(cache)
     cache.advance(context - n_tokens)
     heads = n_tokens, config.num_attention_heads
@@ -68,7 +68,7 @@ def _one_context(config: Config, context: int, bits: int, n_tokens: int, n_layer
     }  # fmt: skip
 
 
-def _fill(cache: DeviceCache) -> None:
+def _fill(cache: LatentCache) -> None:
     """Rows of a unit normal, as a norm leaves them; in 8 bits, random codes without NaN."""
     if cache.scales is None:
         cache.latents.normal_()

@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import torch
 
-from localrun.gpu import gemm, gemv
-from localrun.gpu.experts import Experts
+from localrun.gpu.experts.in_vram import Experts
 from localrun.gpu.formats.layout import LAYOUTS
-from localrun.gpu.matrix import PADDING, Matrix
+from localrun.gpu.matrices import gemm, gemv
+from localrun.gpu.matrices.matrix import PADDING, Matrix
 
 GEMV_FORMATS = tuple(name for name in LAYOUTS if name != "FP8_E4M3")
 _FLUSH_BYTES = 256 << 20  # written between runs: more than any card's cache holds

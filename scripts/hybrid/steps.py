@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from localrun.gpu.cache import DeviceCache
+from localrun.gpu.caches.latent import LatentCache
 from localrun.gpu.device import StandIn
-from localrun.gpu.host_experts import StepExperts
+from localrun.gpu.experts.on_host import StepExperts
+from localrun.gpu.experts.routed import Mode
 from localrun.gpu.hybrid import HybridModel
 from localrun.gpu.proof.speed import seconds_of_each
-from localrun.gpu.routed import Mode
 from localrun.limits import cut
 from localrun.network.moe import MoE
 from quant.threads import bandwidth
@@ -60,7 +60,7 @@ class Bench:
     def ids(self, n_tokens: int) -> list[int]:
         return self.random.integers(0, self.model.vocab_size, n_tokens).tolist()
 
-    def cache(self, n_cached: int, more: int) -> DeviceCache:
+    def cache(self, n_cached: int, more: int) -> LatentCache:
         """n_cached random rows, as a norm leaves them, and room for more."""
         cache = self.model.new_cache(n_cached + more)
         for rows in (cache.latents, cache.rope_keys):
@@ -96,27 +96,27 @@ class Bench:
             "tokens_per_s": 1e3 * n_tokens / step,
         }
 
-    def _step(self, cache: DeviceCache, n_tokens: int) -> None:
+    def _step(self, cache: LatentCache, n_tokens: int) -> None:
         self.model.forward(self.ids(n_tokens), cache, all_logits=True)
         cache.truncate(self.effort.context)
 
     @torch.inference_mode()
-    def _eager(self, cache: DeviceCache, n_tokens: int) -> None:
+    def _eager(self, cache: LatentCache, n_tokens: int) -> None:
         """The same launch by launch."""
         self._load(cache, n_tokens)
         with self.model.pool.exclusive():
             self.model.step.queue(n_tokens, cache.bits, self._most(cache, n_tokens))
             self.model.device.synchronize()
 
-    def _most(self, cache: DeviceCache, n_tokens: int) -> int:
+    def _most(self, cache: LatentCache, n_tokens: int) -> int:
         return self.model.step.most(cache.length + n_tokens - 1)
 
-    def _load(self, cache: DeviceCache, n_tokens: int) -> None:
+    def _load(self, cache: LatentCache, n_tokens: int) -> None:
         positions = range(cache.length, cache.length + n_tokens)
         self.model.step.load(self.ids(n_tokens), [cache] * n_tokens, positions)
 
     @torch.inference_mode()
-    def _recorded(self, cache: DeviceCache, n_tokens: int) -> Callable[[], None]:
+    def _recorded(self, cache: LatentCache, n_tokens: int) -> Callable[[], None]:
         """A recording of its own, by the device and the network as they are now."""
         model = self.model
         self._load(cache, n_tokens)

@@ -15,9 +15,10 @@ from localrun.cpu.model import NativeModel
 from localrun.cpu.mtp import MTP
 from localrun.cpu.weights import LayerWeights
 from localrun.engine import Engine
-from localrun.gpu import experts, linear, routed
-from localrun.gpu.cache import DeviceCache
+from localrun.gpu.caches.latent import LatentCache
+from localrun.gpu.experts import in_vram, routed
 from localrun.gpu.hybrid import HybridModel
+from localrun.gpu.matrices import linear
 from localrun.gpu.weights import DeviceWeights
 from localrun.network import weight_source
 from localrun.network.cache import Cache
@@ -26,11 +27,11 @@ BEHIND = {
     runtime.Model: (NativeModel, HybridModel, LlamaCppModel),
     runtime.MTPModel: (NativeModel, HybridModel),
     runtime.MTPHead: (MTP,),
-    runtime.KVCache: (Cache, DeviceCache, LlamaCppCache),
+    runtime.KVCache: (Cache, LatentCache, LlamaCppCache),
     runtime.Runner: (Engine,),
     weight_source.WeightSource: (LayerWeights, DeviceWeights),
     weight_source.HeadLinear: (bridge.HeadLinear, linear.HeadLinear),
-    weight_source.RoutedExperts: (bridge.Experts, bridge.SharedExperts, experts.Experts, routed._Layer),
+    weight_source.RoutedExperts: (bridge.Experts, bridge.SharedExperts, in_vram.Experts, routed._Layer),
     weight_source.Attend: (bridge.Attend,),
     weight_source.AttendRebuilt: (bridge.AttendRebuilt,),
 }

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from paths import SCRIPTS
 
-from localrun.gpu.expert_policy import Policy
+from localrun.gpu.experts.policy import Policy
 
 
 @pytest.fixture

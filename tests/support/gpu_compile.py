@@ -26,12 +26,22 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from localrun.gpu import attention, compiling, experts, fp8, gemm, gemv, grouped, indexer, matrix, routing, tiles
-from localrun.gpu import compressed_kernels as compressed
-from localrun.gpu import streams as hyper
-from localrun.gpu.cache import DeviceCache, GroupedCache
-from localrun.gpu.compressed_cache import CompressedCache
+from localrun.gpu import compiling, streams, tiles
+from localrun.gpu.attention import (
+    compressed_decoding,
+    compressed_rows,
+    flash_decoding,
+    grouped,
+    indexer,
+    latent_queries,
+)
+from localrun.gpu.attention.turns import Turns
+from localrun.gpu.caches.compressed import CompressedCache
+from localrun.gpu.caches.grouped import GroupedCache
+from localrun.gpu.caches.latent import LatentCache
+from localrun.gpu.experts import in_vram, router
 from localrun.gpu.formats.layout import LAYOUTS
+from localrun.gpu.matrices import fp8, gemm, gemv, matrix
 from localrun.models.config import SLIDING, Config
 from localrun.network.rope import Rope
 from localrun.network.weight_source import Seen
@@ -112,12 +122,12 @@ def _transposed(name: str) -> Callable[[], object]:
 def _experts(n_tokens: int, gate: str, down: str) -> Callable[[], object]:
     def call() -> None:
         gate_matrix, down_matrix = _matrix(gate, 8, 2048, 7168), _matrix(down, 8, 7168, 2048)
-        between = experts.Between.__new__(experts.Between)
+        between = in_vram.Between.__new__(in_vram.Between)
         between.is_biased = between.is_bounded = gate == "MXFP4"  # as gpt-oss has them
         between.gate = between.up = between.down = torch.zeros(8 * 7168)
         between.activation = 1.702, 7.0, 1.0
         slots = torch.arange(8, dtype=torch.int32)
-        layer = experts.Experts.of(gate_matrix, gate_matrix, down_matrix, slots, between)
+        layer = in_vram.Experts.of(gate_matrix, gate_matrix, down_matrix, slots, between)
         ids = torch.zeros(n_tokens, 8, dtype=torch.int64)
         layer(torch.empty(n_tokens, 7168), ids, torch.empty(n_tokens, 8))
 
@@ -167,9 +177,9 @@ def _attend(model: str, bits: int) -> Callable[[], object]:
 
     def call() -> None:
         c, dtype = _MODELS[model], torch.float32 if bits == 32 else torch.float16
-        cache = DeviceCache(c, 16, torch.device("cpu"), bits)
+        cache = LatentCache(c, 16, torch.device("cpu"), bits)
         latent, rope = torch.empty(1, c.num_attention_heads, 512), torch.empty(1, c.num_attention_heads, 64)
-        attention.attend(latent, rope, cache, 0, c, 0.1, 33, dtype)
+        flash_decoding.attend(latent, rope, cache, 0, c, 0.1, 33, dtype)
 
     return call
 
@@ -194,12 +204,12 @@ def _sparse() -> None:
     c = dataclasses.replace(
         _MODELS["V3"], index_n_heads=64, index_head_dim=128, index_topk=2048, indexer_types=("full",)
     )
-    cache = DeviceCache(c, 16, torch.device("cpu"))
+    cache = LatentCache(c, 16, torch.device("cpu"))
     places = dataclasses.replace(cache.places(1), most=4096)
     indexer.append_keys(torch.empty(1, 128), places, 0)
     indexer.scores_of(torch.empty(1, 64, 128), torch.empty(1, 64), places, 0, torch.float16)
     latent, rope, chosen = torch.empty(1, 128, 512), torch.empty(1, 128, 64), torch.empty(1, 2048, dtype=torch.int32)
-    attention.attend(latent, rope, places, 0, c, 0.1, 33, torch.float16, chosen)
+    flash_decoding.attend(latent, rope, places, 0, c, 0.1, 33, torch.float16, chosen)
 
 
 def _by(kind: str, name: str, call: Callable[[], object]) -> Callable[[], object]:
@@ -230,21 +240,21 @@ def _compressed(bits: int) -> Callable[[], object]:
 
     def call() -> None:
         c, cpu, dtype = _V4, torch.device("cpu"), torch.float32 if bits == 32 else torch.float16
-        turns, cache = routing.Turns(Rope(c), cpu), CompressedCache(c, 4096, cpu, bits)
+        turns, cache = Turns(Rope(c), cpu), CompressedCache(c, 4096, cpu, bits)
         q, sinks, rows = torch.empty(1, 64, 512), torch.empty(64), torch.empty(128, 512, dtype=dtype)
         places = dataclasses.replace(cache.places(1), most=4096)
-        compressed.turned_heads(q, places.positions, turns, 64, 1e-6)
-        compressed.turned_heads(torch.empty(1, 64, 128), places.positions, turns, 64, None)
-        compressed.append_rows(torch.empty(1, 512), torch.empty(512), turns, places, 0, c)
+        compressed_rows.turned_heads(q, places.positions, turns, 64, 1e-6)
+        compressed_rows.turned_heads(torch.empty(1, 64, 128), places.positions, turns, 64, None)
+        compressed_rows.append_rows(torch.empty(1, 512), torch.empty(512), turns, places, 0, c)
         for layer, ratio in ((1, 4), (2, 128)):
-            wide = torch.empty(1, 1024 if ratio == 4 else 512)
-            compressed.append_pooled(wide, wide, torch.empty(ratio, wide.shape[1]), sinks.new_empty(512), turns, places,
-                                     layer, c)  # fmt: skip
+            wide, norm = torch.empty(1, 1024 if ratio == 4 else 512), torch.empty(512)
+            bias = torch.empty(ratio, wide.shape[1])
+            compressed_rows.append_pooled(wide, wide, bias, norm, turns, places, layer, c)
         for layer, chosen in ((0, None), (1, torch.empty(1, 512, dtype=torch.int32)), (1, None), (2, None)):
-            how = compressed.Attending(c, layer, turns, sinks, 0.04, 33, dtype)
-            compressed.attend_at(how, q, places, chosen)
+            how = compressed_decoding.Attending(c, layer, turns, sinks, 0.04, 33, dtype)
+            compressed_decoding.attend_at(how, q, places, chosen)
             seen = Seen(127, rows, c.compress_ratio(layer), chosen, rows, 128)
-            compressed.attend_seen(how, q, places.positions, seen)
+            compressed_decoding.attend_seen(how, q, places.positions, seen)
         indexer.scores_of(torch.empty(1, 64, 128), torch.empty(1, 64), places, 1, dtype, 4)
 
     return call
@@ -252,38 +262,38 @@ def _compressed(bits: int) -> Callable[[], object]:
 
 def _compressed_chosen() -> None:
     c, cpu = _V4, torch.device("cpu")
-    how = compressed.Attending(c, 1, routing.Turns(Rope(c), cpu), torch.empty(64), 0.04, 33, torch.float16)
+    how = compressed_decoding.Attending(c, 1, Turns(Rope(c), cpu), torch.empty(64), 0.04, 33, torch.float16)
     places = CompressedCache(c, 16, cpu).places(1)
-    compressed.attend_at(how, torch.empty(1, 64, 512), places, torch.empty(1, 512, dtype=torch.int32))
+    compressed_decoding.attend_at(how, torch.empty(1, 64, 512), places, torch.empty(1, 512, dtype=torch.int32))
 
 
 def _streams() -> None:
-    x, expand = hyper.mix_streams(torch.empty(1, 24), torch.empty(3), torch.empty(24), torch.empty(1, 4, 4096), _V4)
+    x, expand = streams.mix_streams(torch.empty(1, 24), torch.empty(3), torch.empty(24), torch.empty(1, 4, 4096), _V4)
     expand(x)
 
 
 def _gated() -> None:
     for activation in (SWIGLU, Activation(1.0, 10.0, 0.0)):
-        experts.gated(activation, torch.empty(1, 2048), torch.empty(1, 2048))
+        in_vram.gated(activation, torch.empty(1, 2048), torch.empty(1, 2048))
 
 
 def _hashed_router() -> None:
-    routing.choose_experts(torch.empty(1, 256), None, _V4, torch.empty(1, 6, dtype=torch.int64))
-    routing.choose_experts(torch.empty(1, 256), torch.empty(256), _V4)
+    router.choose_experts(torch.empty(1, 256), None, _V4, torch.empty(1, 6, dtype=torch.int64))
+    router.choose_experts(torch.empty(1, 256), torch.empty(256), _V4)
 
 
 def _queries(model: str, bits: int) -> Callable[[], object]:
     def call() -> None:
         c, cpu = _MODELS[model], torch.device("cpu")
-        cache, turns = DeviceCache(c, 16, cpu, bits), routing.Turns(Rope(c), cpu)
+        cache, turns = LatentCache(c, 16, cpu, bits), Turns(Rope(c), cpu)
         projected = torch.empty(1, c.num_attention_heads * 192)
-        routing.turn_and_append(projected, torch.empty(1, 576), torch.empty(512), turns, cache, 0, c)
+        latent_queries.turn_and_append(projected, torch.empty(1, 576), torch.empty(512), turns, cache, 0, c)
 
     return call
 
 
 def _router() -> None:
-    routing.choose_experts(torch.empty(1, 256), torch.empty(256), _MODELS["V3"])
+    router.choose_experts(torch.empty(1, 256), torch.empty(256), _MODELS["V3"])
 
 
 _OTHERS = {kind: [name for name in names if name != tiles.USUAL] for kind, names in tiles.CANDIDATES.items()}

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from localrun.cpu import bridge
-from localrun.gpu import attention, weights
-from localrun.gpu.gemv import MOST_TOKENS
+from localrun.gpu import weights
+from localrun.gpu.attention import latent
+from localrun.gpu.matrices.gemv import MOST_TOKENS
 from localrun.network import moe
 from quant.matrix import QuantMatrix
 from quant.threads.pool import Pool
@@ -23,7 +24,7 @@ def _each(multiply: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> 
 
 
 class DenseHeads:
-    """As gpu.linear.HeadLinear."""
+    """As gpu.matrices.linear.HeadLinear."""
 
     def __init__(self, weight: QuantMatrix, device: torch.device):
         with closing(Pool(1)) as pool:
@@ -40,14 +41,14 @@ class DenseHeads:
 
 
 class DenseLinear(DenseHeads):
-    """As gpu.linear.Linear."""
+    """As gpu.matrices.linear.Linear."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return _each(lambda x: x @ self._w_Goi[0].T, x)
 
 
 class DenseEmbedding(DenseHeads):
-    """As gpu.linear.Embedding."""
+    """As gpu.matrices.linear.Embedding."""
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         return self._w_Goi[0][ids]
@@ -55,7 +56,7 @@ class DenseEmbedding(DenseHeads):
 
 def use_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models on a device that are loaded from now on have these, and their attention takes the context in one piece."""
-    monkeypatch.setattr(attention, "pieces_for", lambda config, device: 1)
+    monkeypatch.setattr(latent, "pieces_for", lambda config, device: 1)
     monkeypatch.setattr(weights.DeviceWeights, "gated", staticmethod(moe.gated))
     for name, instead in {"Linear": DenseLinear, "HeadLinear": DenseHeads, "Embedding": DenseEmbedding}.items():
         monkeypatch.setattr(weights, name, instead)

@@ -230,7 +230,7 @@ def _attention(change: Callable[..., dict[str, Any]]):
     def install(patch: pytest.MonkeyPatch) -> None:
         import gpu_torch
 
-        from localrun.gpu import attention
+        from localrun.gpu.attention import flash_decoding
 
         names = ("queries", "places", "layer", "config", "scale", "n_pieces", "dtype")
 
@@ -238,7 +238,7 @@ def _attention(change: Callable[..., dict[str, Any]]):
             given = dict(zip(names, arguments, strict=True)) | more
             return gpu_torch.attend_over(**given | change(**given))
 
-        patch.setattr(attention, "attend_over", attend)
+        patch.setattr(flash_decoding, "attend_over", attend)
 
     return install
 
@@ -259,13 +259,13 @@ def _experts(change: Callable[[Any, Any, Any], tuple[Any, Any]]):
     def install(patch: pytest.MonkeyPatch) -> None:
         import gpu_torch
 
-        from localrun.gpu import experts
+        from localrun.gpu.experts import in_vram
 
         class Faulty(gpu_torch.TorchExperts):
             def begin(self, x: Any, ids: Any, weights: Any) -> Any:
                 return super().begin(x, *change(self, ids, weights))
 
-        patch.setattr(experts, "Experts", Faulty)
+        patch.setattr(in_vram, "Experts", Faulty)
 
     return install
 
@@ -286,10 +286,10 @@ def _rows_and_queries(change: Callable[..., Any]):
     def install(patch: pytest.MonkeyPatch) -> None:
         import gpu_torch
 
-        from localrun.gpu import attention
+        from localrun.gpu.attention import latent
 
         original = gpu_torch.turn_and_append
-        patch.setattr(attention, "turn_and_append", lambda *arguments: change(original, *arguments))
+        patch.setattr(latent, "turn_and_append", lambda *arguments: change(original, *arguments))
 
     return install
 
@@ -321,10 +321,10 @@ def _no_shared_experts(patch: pytest.MonkeyPatch) -> None:
 
 
 def _twice(patch: pytest.MonkeyPatch) -> None:
-    from localrun.gpu import host_experts
+    from localrun.gpu.experts import on_host
 
-    join = host_experts.StepExperts._join
-    patch.setattr(host_experts.StepExperts, "_join", lambda self, *arguments: 2 * join(self, *arguments))
+    join = on_host.StepExperts._join
+    patch.setattr(on_host.StepExperts, "_join", lambda self, *arguments: 2 * join(self, *arguments))
 
 
 # ---- the device ------------------------------------------------------------------------------------------------------
@@ -433,8 +433,8 @@ def _race(when: str):
     """Whoever is late is not waited for: the workers ("sleep"), copies to them, or the card ("spin")."""
 
     def install(patch: pytest.MonkeyPatch) -> Callable[[int], Any]:
-        from localrun.gpu import host_experts
         from localrun.gpu.device import StandIn
+        from localrun.gpu.experts import on_host
 
         class Racing(StandIn):
             late = branch = False
@@ -457,7 +457,7 @@ def _race(when: str):
                 if not (self.late and when == "workers"):
                     super().call(function, argument)
 
-        fill, join = host_experts._Staging.fill, host_experts.StepExperts._join
+        fill, join = on_host._Staging.fill, on_host.StepExperts._join
 
         def late_fill(self: Any, *arguments: Any) -> None:
             if not (racing.late and when == "copies"):
@@ -468,8 +468,8 @@ def _race(when: str):
             return out * 0 if racing.late and when == "card" else out
 
         racing = Racing()
-        patch.setattr(host_experts._Staging, "fill", late_fill)
-        patch.setattr(host_experts.StepExperts, "_join", late_join)
+        patch.setattr(on_host._Staging, "fill", late_fill)
+        patch.setattr(on_host.StepExperts, "_join", late_join)
         return lambda card: racing
 
     return install
@@ -629,7 +629,7 @@ def _cache(**methods: Callable[..., Any]):
     """A fault of the cache: these methods in place of its own, each called with its own one first."""
 
     def install(patch: pytest.MonkeyPatch) -> None:
-        from localrun.gpu.expert_cache import ExpertCache
+        from localrun.gpu.experts.cache import ExpertCache
 
         for name, method in methods.items():
             own = getattr(ExpertCache, name)
@@ -657,7 +657,7 @@ def _fails(own: Any, self: Any, *swap: Any) -> None:
 
 def _too_early(patch: pytest.MonkeyPatch) -> None:
     """The table names experts that are still coming."""
-    from localrun.gpu.expert_policy import Policy
+    from localrun.gpu.experts.policy import Policy
 
     swaps = Policy.swaps
 
@@ -670,20 +670,20 @@ def _too_early(patch: pytest.MonkeyPatch) -> None:
 
 
 def _half_copied(patch: pytest.MonkeyPatch) -> None:
-    from localrun.gpu import expert_cache
+    from localrun.gpu.experts import cache
 
-    class Half(expert_cache.Uploader):
+    class Half(cache.Uploader):
         def copy(self, source: Any, destination: Any) -> None:
             half = len(source) // 2
             super().copy(source[:half], destination[:half])
 
-    patch.setattr(expert_cache, "Uploader", Half)
+    patch.setattr(cache, "Uploader", Half)
 
 
 def _kept_table(patch: pytest.MonkeyPatch) -> Callable[[int], Any]:
     """A recorded step keeps the table that it was recorded with."""
     from localrun.gpu.device import StandIn
-    from localrun.gpu.expert_cache import ExpertCache
+    from localrun.gpu.experts.cache import ExpertCache
 
     made: list[Any] = []
     init = ExpertCache.__init__
@@ -712,7 +712,7 @@ def _kept_table(patch: pytest.MonkeyPatch) -> Callable[[int], Any]:
 
 def _on_both_sides(patch: pytest.MonkeyPatch) -> None:
     """The workers compute what lies in VRAM, too."""
-    from localrun.gpu import routed
+    from localrun.gpu.experts import routed
 
     patch.setattr(routed._Others, "begin", lambda self, *inputs: self._experts.begin(*inputs))
 

@@ -16,10 +16,13 @@ import pytest
 import torch
 
 from localrun.cpu import bridge
-from localrun.gpu import attention, experts, gemm, gemv, grouped, indexer, weights
-from localrun.gpu.cache import row_constants
-from localrun.gpu.matrix import Matrix
-from localrun.gpu.places import ENTRIES
+from localrun.gpu import weights
+from localrun.gpu.attention import flash_decoding, grouped, indexer, latent
+from localrun.gpu.caches.context import row_constants
+from localrun.gpu.caches.places import ENTRIES
+from localrun.gpu.experts import in_vram
+from localrun.gpu.matrices import gemm, gemv
+from localrun.gpu.matrices.matrix import Matrix
 from localrun.network.cache import row_widths
 from localrun.network.moe import choose_experts, gated
 from quant.formats import registry
@@ -29,7 +32,7 @@ from quant.threads.pool import Pool
 
 
 def turn_and_append(q_TQ, kv_TW, norm_C, turns, cache, layer, config):
-    """As gpu.routing.turn_and_append."""
+    """As gpu.attention.latent_queries.turn_and_append."""
     c, n_tokens = config, q_TQ.shape[0]
     places = cache.places(n_tokens)
     at, rope = turns.at(places.positions), turns.rope
@@ -41,7 +44,7 @@ def turn_and_append(q_TQ, kv_TW, norm_C, turns, cache, layer, config):
 
 
 def append(k_TGd, v_TX, places, layer, config, window=0):
-    """As gpu.grouped.append; of latent attention too, whose values are latents."""
+    """As gpu.attention.grouped.append; of latent attention too, whose values are latents."""
     for t, position in enumerate(places.positions.tolist()):
         for rows, new in zip(rows_at(places, layer, t, config), (v_TX[t], k_TGd[t].flatten()), strict=True):
             rows[position % len(rows) if window else position] = new
@@ -60,7 +63,7 @@ def rows_at(places, layer: int, token: int, config) -> tuple[torch.Tensor, torch
 
 
 def append_keys(keys_Td, places, layer):
-    """As gpu.indexer.append_keys."""
+    """As gpu.attention.indexer.append_keys."""
     for t, position in enumerate(places.positions.tolist()):
         indexer_keys(places, layer, t, keys_Td.shape[1])[position] = keys_Td[t]
 
@@ -72,7 +75,7 @@ def indexer_keys(places, layer: int, token: int, width: int) -> torch.Tensor:
 
 
 def scores_of(q_TId, weights_TI, places, layer, dtype, ratio=1):
-    """As gpu.indexer.scores_of."""
+    """As gpu.attention.indexer.scores_of."""
     scores, width = torch.full((len(q_TId), places.most // ratio), -torch.inf), q_TId.shape[2]
     for t, position in enumerate(places.positions.tolist()):
         if seen := (position + 1) // ratio:
@@ -93,7 +96,7 @@ def block_at(address: int, n_rows: int, width: int, stride: int, dtype: torch.dt
 
 
 def attend_over(queries, places, layer, config, scale, n_pieces, dtype, window=0, sinks_H=None, chosen_TK=None):
-    """As gpu.attention.attend_over: of each token for itself."""
+    """As gpu.attention.flash_decoding.attend_over: of each token for itself."""
     c, outs = config, []
     groups = 1 if c.attention == "mla" else c.num_key_value_heads
     for t, position in enumerate(places.positions.tolist()):
@@ -114,14 +117,14 @@ def attend_over(queries, places, layer, config, scale, n_pieces, dtype, window=0
 
 
 def choose_of_each(logits_TE, bias_E, config, ids_TK=None):
-    """As gpu.routing.choose_experts: each token has the bits that it has alone."""
+    """As gpu.experts.router.choose_experts: each token has the bits that it has alone."""
     given = [None] * len(logits_TE) if ids_TK is None else ids_TK.split(1)
     each = [choose_experts(x, bias_E, config, ids) for x, ids in zip(logits_TE.split(1), given, strict=True)]
     return tuple(map(torch.cat, zip(*each, strict=True)))
 
 
 class TorchExperts:
-    """As gpu.experts.Experts."""
+    """As gpu.experts.in_vram.Experts."""
 
     def __init__(self, matrices: ExpertMatrices, device: torch.device, here=None):
         here = range(matrices.gate.n_groups) if here is None else here
@@ -134,7 +137,7 @@ class TorchExperts:
         self.slot_of[list(here)] = torch.arange(len(here), dtype=torch.int32)
 
     def begin(self, x, ids, weights):
-        """As gpu.experts.Experts.begin."""
+        """As gpu.experts.in_vram.Experts.begin."""
         out = torch.zeros_like(x)
         for expert, (gate, up, down) in self.w.items():
             share, (for_gate, for_up, for_down) = (weights * (ids == expert)).sum(-1, keepdim=True), self.biases[expert]
@@ -143,8 +146,8 @@ class TorchExperts:
         return lambda: out
 
 
-def begin_from_slots(here: experts.Experts, x, ids, weights):
-    """As gpu.experts.Experts.begin: by the blocks in the slots, which may change; each token as it is alone."""
+def begin_from_slots(here: in_vram.Experts, x, ids, weights):
+    """As gpu.experts.in_vram.Experts.begin: by the blocks in the slots, which may change; each token as it is alone."""
     out, dense = torch.zeros_like(x), functools.cache(functools.partial(_expanded_slot, here))
     between, activation = here.between, Activation(*here.between.activation)
     for t, k in (ids >= 0).nonzero().tolist():
@@ -159,7 +162,7 @@ def begin_from_slots(here: experts.Experts, x, ids, weights):
     return lambda: out
 
 
-def _expanded_slot(here: experts.Experts, slot: int) -> list[torch.Tensor]:
+def _expanded_slot(here: in_vram.Experts, slot: int) -> list[torch.Tensor]:
     """float32 matrices of the expert in a slot."""
     return [_expanded(matrix, slot) for matrix in (here.gate, here.up, here.down)]
 
@@ -172,7 +175,7 @@ def _expanded(matrix: Matrix, group: int) -> torch.Tensor:
 
 
 def multiply(matrix: Matrix, x: torch.Tensor) -> torch.Tensor:
-    """As gpu.gemv.multiply and gpu.gemm.multiply."""
+    """As gpu.matrices.gemv.multiply and gpu.matrices.gemm.multiply."""
     w_Goi = torch.stack([_expanded(matrix, group) for group in range(matrix.n_groups)])
     return torch.einsum("tgi,goi->tgo", x, w_Goi)
 
@@ -180,15 +183,15 @@ def multiply(matrix: Matrix, x: torch.Tensor) -> torch.Tensor:
 def use_torch(patch: pytest.MonkeyPatch) -> None:
     """Models on a device that are loaded from now on have these."""
     gpu_dense.use_dense(patch)
-    patch.setattr(attention, "turn_and_append", turn_and_append)
+    patch.setattr(latent, "turn_and_append", turn_and_append)
     patch.setattr(grouped, "append", append)
     for module in (gemv, gemm):
         patch.setattr(module, "multiply", multiply)
     patch.setattr(indexer, "append_keys", append_keys)
     patch.setattr(indexer, "scores_of", scores_of)
-    for module in (attention, grouped):
+    for module in (flash_decoding, grouped):
         patch.setattr(module, "attend_over", attend_over)
     gpu_torch_compressed.use_torch(patch)
     patch.setattr(weights.DeviceWeights, "choose_experts", staticmethod(choose_of_each))
-    patch.setattr(experts.Experts, "begin", begin_from_slots)
-    patch.setattr(experts, "Experts", TorchExperts)
+    patch.setattr(in_vram.Experts, "begin", begin_from_slots)
+    patch.setattr(in_vram, "Experts", TorchExperts)

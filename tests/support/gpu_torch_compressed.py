@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.nn.functional import rms_norm
 
-from localrun.gpu import compressed_kernels, weights
-from localrun.gpu.compressed_cache import INDEX_OPEN, INDEX_POOLED, OPEN, POOLED, WINDOW, ring_rows
+from localrun.gpu import weights
+from localrun.gpu.attention import compressed_decoding, compressed_rows
+from localrun.gpu.caches.compressed import INDEX_OPEN, INDEX_POOLED, OPEN, POOLED, WINDOW, ring_rows
 from localrun.network import hyper
 
 
@@ -26,7 +27,7 @@ def mix_each(computed, scale, base, streams, config):
 
 
 def turned_heads(q_THW, positions_T, turns, rope_dim, epsilon):
-    """As gpu.compressed_kernels.turned_heads."""
+    """As gpu.attention.compressed_rows.turned_heads."""
     outs = []
     for q_1HW, position in zip(q_THW.split(1), positions_T.split(1), strict=True):
         q_1HW = q_1HW if epsilon is None else rms_norm(q_1HW, q_1HW.shape[2:], None, epsilon)
@@ -35,7 +36,7 @@ def turned_heads(q_THW, positions_T, turns, rope_dim, epsilon):
 
 
 def append_rows(kv_TW, norm_W, turns, places, layer, config):
-    """As gpu.compressed_kernels.append_rows."""
+    """As gpu.attention.compressed_rows.append_rows."""
     for t, position in enumerate(places.positions.tolist()):
         row_1W = rms_norm(kv_TW[t : t + 1], kv_TW.shape[1:], norm_W, config.rms_norm_eps)
         ring, at = _window(places, layer, t, config), turns.at(places.positions[t : t + 1])
@@ -43,7 +44,7 @@ def append_rows(kv_TW, norm_W, turns, places, layer, config):
 
 
 def append_pooled(values, gates, bias, norm_W, turns, places, layer, config, is_index=False):
-    """As gpu.compressed_kernels.append_pooled."""
+    """As gpu.attention.compressed_rows.append_pooled."""
     ratio, n_rows, width = config.compress_ratio(layer), ring_rows(config.rows(layer)[2]), len(norm_W)
     source, target = (INDEX_OPEN, INDEX_POOLED) if is_index else (OPEN, POOLED)
     n_parts = values.shape[1] // width
@@ -66,7 +67,7 @@ def append_pooled(values, gates, bias, norm_W, turns, places, layer, config, is_
 
 
 def attend_at(how, q_THW, places, chosen_TK=None):
-    """As gpu.compressed_kernels.attend_at."""
+    """As gpu.attention.compressed_decoding.attend_at."""
     c, ratio, outs = how.config, how.config.compress_ratio(how.layer), []
     for t, position in enumerate(places.positions.tolist()):
         ring = _window(places, how.layer, t, c)
@@ -80,7 +81,7 @@ def attend_at(how, q_THW, places, chosen_TK=None):
 
 
 def attend_seen(how, q_THW, positions_T, seen):
-    """As gpu.compressed_kernels.attend_seen."""
+    """As gpu.attention.compressed_decoding.attend_seen."""
     c, outs, first = how.config, [], seen.n_before + len(q_THW) - len(seen.window_SW)
     for t, position in enumerate(positions_T.tolist()):
         window = seen.window_SW[max(0, position + 1 - c.sliding_window) - first : position + 1 - first]
@@ -116,8 +117,10 @@ def _rows(places, layer, token, entry, n_rows, width, dtype=None):
 
 def use_torch(patch: pytest.MonkeyPatch) -> None:
     """Models on a device that are loaded from now on have these."""
-    for function in (turned_heads, append_rows, append_pooled, attend_at, attend_seen):
-        patch.setattr(compressed_kernels, function.__name__, function)
+    for function in (turned_heads, append_rows, append_pooled):
+        patch.setattr(compressed_rows, function.__name__, function)
+    for function in (attend_at, attend_seen):
+        patch.setattr(compressed_decoding, function.__name__, function)
     patch.setattr(weights.DeviceWeights, "mix_streams", staticmethod(mix_each))
     head = hyper.HyperHead.__call__
     patch.setattr(hyper.HyperHead, "__call__", lambda self, x: torch.cat([head(self, each) for each in x.split(1)]))

@@ -18,15 +18,15 @@ from dataclasses import replace
 import torch
 from torch.nn.functional import rms_norm
 
-from localrun.gpu import compressed_kernels as kernels
-from localrun.gpu import indexer, streams
-from localrun.gpu.attention import pieces_for
-from localrun.gpu.compressed_cache import CompressedCache
-from localrun.gpu.places import Places
+from localrun.gpu import streams
+from localrun.gpu.attention import compressed_decoding, compressed_rows, indexer
+from localrun.gpu.attention.flash_decoding import pieces_for
+from localrun.gpu.attention.turns import Turns
+from localrun.gpu.caches.compressed import CompressedCache
+from localrun.gpu.caches.places import Places
 from localrun.gpu.proof.bounds import HALF, SINGLE, compare, half_on, softmax
 from localrun.gpu.proof.subject import Subject, fill
 from localrun.gpu.proof.task import Findings
-from localrun.gpu.routing import Turns
 from localrun.network import hyper
 from localrun.network.rope import Rope, compressed_rope
 
@@ -73,7 +73,7 @@ def attention_work(subject: Subject) -> Callable[[], None]:
     def run() -> None:
         for index in turns:
             some = chosen if c.chooses_rows(index) and c.index_topk < places.most // c.compress_ratio(index) else None
-            kernels.attend_at(_how(subject, index, turns[index], sinks), q_1HW, places, some)
+            compressed_decoding.attend_at(_how(subject, index, turns[index], sinks), q_1HW, places, some)
 
     return run
 
@@ -112,7 +112,7 @@ def _rows(subject: Subject, findings: Findings, layer: int, turns: Turns) -> Non
     cache, places = _filled(subject, layer, first + n_tokens, n_tokens)
     blocks, positions = cache.blocks[layer], places.positions.cpu()
     kv, norm = subject.vectors(n_tokens, c.head_dim, 6), 1 + subject.vectors(1, c.head_dim, 7)[0] / 4
-    kernels.append_rows(kv.to(device), norm.to(device), turns, places, layer, c)
+    compressed_rows.append_rows(kv.to(device), norm.to(device), turns, places, layer, c)
     right = _turned(rms_norm(kv.double(), (c.head_dim,), norm.double(), eps), turns, positions)
     found = blocks[0].rows[places.positions % len(blocks[0].rows)]
     compare(findings, what, found, right, _ROWS * right.abs() + _LEAST)
@@ -125,7 +125,7 @@ def _rows(subject: Subject, findings: Findings, layer: int, turns: Turns) -> Non
         ring = blocks[at + 1].rows.cpu().double()
         ring[positions % len(ring)] = torch.cat([values, gates + bias[positions % ratio]], 1).double()
         on_device = (x.to(device) for x in (values, gates, bias, norm))
-        kernels.append_pooled(*on_device, turns, places, layer, c, is_index=at == 3)
+        compressed_rows.append_pooled(*on_device, turns, places, layer, c, is_index=at == 3)
         for end in range(first + 1, first + n_tokens + 1):
             if end % ratio == 0:
                 right = _pooled(ring, end, ratio, n_parts, norm.double(), eps)
@@ -177,10 +177,10 @@ def _choice(subject: Subject, findings: Findings, layer: int, cache: CompressedC
     return chosen
 
 
-def _how(subject: Subject, layer: int, turns: Turns, sinks_H: torch.Tensor) -> kernels.Attending:
+def _how(subject: Subject, layer: int, turns: Turns, sinks_H: torch.Tensor) -> compressed_decoding.Attending:
     c, device = subject.config, subject.device.torch
     n_pieces = pieces_for(c, device)
-    return kernels.Attending(c, layer, turns, sinks_H, c.head_dim**-0.5, n_pieces, half_on(subject))
+    return compressed_decoding.Attending(c, layer, turns, sinks_H, c.head_dim**-0.5, n_pieces, half_on(subject))
 
 
 def _attention(
@@ -197,7 +197,7 @@ def _attention(
     q = subject.vectors(n_tokens * c.num_attention_heads, c.head_dim).view(n_tokens, c.num_attention_heads, -1)
     sinks, ratio = subject.vectors(1, c.num_attention_heads)[0], c.compress_ratio(layer)
     how = _how(subject, layer, turns, sinks.to(device))
-    out = kernels.attend_at(how, q.to(device), places, chosen_TK).cpu()
+    out = compressed_decoding.attend_at(how, q.to(device), places, chosen_TK).cpu()
     blocks = [block.rows.cpu().double() for block in cache.blocks[layer]]
     for t, position in enumerate(places.positions.tolist()):
         seen = torch.arange(max(0, position + 1 - c.sliding_window), position + 1)

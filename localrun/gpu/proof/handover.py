@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from localrun.gpu.device import StandIn
-from localrun.gpu.host_experts import StepExperts
+from localrun.gpu.experts.on_host import StepExperts
 from localrun.gpu.proof.speed import seconds
 from localrun.gpu.proof.subject import Subject
 from localrun.gpu.proof.task import Findings

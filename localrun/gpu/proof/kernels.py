@@ -25,11 +25,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from localrun.gpu import experts as vram
-from localrun.gpu import indexer
-from localrun.gpu.attention import attend, heads_together, pieces_for
-from localrun.gpu.cache import new_cache
-from localrun.gpu.grouped import attend_grouped, attention_on
+from localrun.gpu.attention import indexer
+from localrun.gpu.attention.attention import attention_on
+from localrun.gpu.attention.flash_decoding import attend, heads_together, pieces_for
+from localrun.gpu.attention.grouped import attend_grouped
+from localrun.gpu.caches.cache import new_cache
+from localrun.gpu.experts import in_vram
 from localrun.gpu.proof import compressed
 from localrun.gpu.proof.bounds import HALF, SINGLE, compare, few_bound, finite, half_on, many_bound, softmax
 from localrun.gpu.proof.subject import Subject
@@ -349,7 +350,7 @@ def _experts(subject: Subject, findings: Findings, pool: Pool) -> None:
     c, device = subject.config, subject.device.torch
     matrices = GGUFTensors(subject.file).expert_matrices(subject.moe_layers[0])
     here = sorted({int(i) for i in np.linspace(0, c.n_routed_experts - 1, subject.effort.experts)})
-    layer = vram.Experts(matrices, device, here)
+    layer = in_vram.Experts(matrices, device, here)
     weights = {
         expert: [expanded(pool, w, expert, np.arange(w.n_rows)) for w in (matrices.gate, matrices.up, matrices.down)]
         for expert in here

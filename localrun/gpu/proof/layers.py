@@ -18,13 +18,13 @@ import numpy as np
 import torch
 
 from localrun.cpu.model import NativeModel
-from localrun.gpu.cache import AnyCache
-from localrun.gpu.cache import new_cache as device_cache
+from localrun.gpu.caches.cache import AnyCache
+from localrun.gpu.caches.cache import new_cache as device_cache
+from localrun.gpu.experts.routed import Mode
 from localrun.gpu.hybrid import HybridModel
 from localrun.gpu.proof import compressed
 from localrun.gpu.proof.subject import Subject, given_choices, noted_choices
 from localrun.gpu.proof.task import Findings
-from localrun.gpu.routed import Mode
 from localrun.network.cache import new_cache as host_cache
 from quant.decode.program import MOST_TOKENS
 

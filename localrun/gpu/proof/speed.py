@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from localrun.gpu.device import StandIn
-from localrun.gpu.host_experts import StepExperts
+from localrun.gpu.experts.on_host import StepExperts
 from localrun.gpu.hybrid import HybridModel
 from localrun.gpu.proof.steps import recorded_anew, replaced
 from localrun.gpu.proof.subject import Subject, fill

@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from localrun.gpu.cache import DeviceCache, GroupedCache
+from localrun.gpu.caches.grouped import GroupedCache
+from localrun.gpu.caches.latent import LatentCache
 from localrun.gpu.hybrid import HybridModel
 from localrun.gpu.proof.subject import Subject
 from localrun.gpu.proof.task import Findings
 
 _INTERRUPT_S, _PATIENCE_S = 0.05, 10.0
-Cache = DeviceCache | GroupedCache
+Cache = LatentCache | GroupedCache
 
 
 class Pair:

@@ -21,8 +21,8 @@ import torch
 from localrun.cpu.model import NativeModel
 from localrun.gguf.file import GGUFFile, open_gguf
 from localrun.gguf.residency import Resident
-from localrun.gpu.cache import AnyCache
-from localrun.gpu.compressed_cache import CompressedCache
+from localrun.gpu.caches.cache import AnyCache
+from localrun.gpu.caches.compressed import CompressedCache
 from localrun.gpu.hybrid import HybridModel
 from localrun.gpu.proof.task import Task
 from localrun.gpu.ways import HOST_NODES

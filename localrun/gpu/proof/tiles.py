@@ -14,12 +14,13 @@ from functools import partial
 import torch
 from triton.errors import TritonError
 
-from localrun.gpu import gemm, gemv, tiles
-from localrun.gpu.attention import attend, pieces_for
-from localrun.gpu.cache import new_cache
+from localrun.gpu import tiles
+from localrun.gpu.attention.flash_decoding import attend, pieces_for
+from localrun.gpu.attention.grouped import attend_grouped
+from localrun.gpu.caches.cache import new_cache
 from localrun.gpu.formats.layout import LAYOUTS
-from localrun.gpu.grouped import attend_grouped
-from localrun.gpu.matrix import Matrix, upload
+from localrun.gpu.matrices import gemm, gemv
+from localrun.gpu.matrices.matrix import Matrix, upload
 from localrun.gpu.proof import compressed
 from localrun.gpu.proof.speed import seconds
 from localrun.gpu.proof.subject import Subject, fill

@@ -24,13 +24,13 @@ from tiny_models import SMALLEST as V3
 from localrun.cpu import bridge
 from localrun.cpu.model import NativeModel
 from localrun.gguf.file import open_gguf
-from localrun.gpu import expert_cache
 from localrun.gpu.device import StandIn
-from localrun.gpu.expert_policy import Policy
-from localrun.gpu.experts import Experts
+from localrun.gpu.experts import cache as expert_cache
+from localrun.gpu.experts.in_vram import Experts
+from localrun.gpu.experts.policy import Policy
+from localrun.gpu.experts.routed import Mode, Routed
 from localrun.gpu.hybrid import HybridModel
 from localrun.gpu.prefill import LayerTimes, Seconds
-from localrun.gpu.routed import Mode, Routed
 from localrun.gpu.weights import spans_in_ram
 from localrun.models.reader import read_config
 from localrun.models.tensors import GGUFTensors

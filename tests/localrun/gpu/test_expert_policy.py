@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from localrun.gpu.expert_policy import Policy, Swap
+from localrun.gpu.experts.policy import Policy, Swap
 
 
 def chosen(n_experts: int, *layers: list[int]) -> np.ndarray:

@@ -22,10 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from localrun.gguf.file import open_gguf
-from localrun.gpu import gemm, host_experts
 from localrun.gpu.device import StandIn
+from localrun.gpu.experts import on_host
+from localrun.gpu.experts.routed import Mode
 from localrun.gpu.hybrid import HybridModel
-from localrun.gpu.routed import Mode
+from localrun.gpu.matrices import gemm
 from localrun.models.reader import read_config
 from localrun.placement.placement import Request, lay_out
 
@@ -96,7 +97,7 @@ def opened(
     card = SimpleNamespace(multi_processor_count=100, major=8, minor=9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     path = tiny_deepseek4.shared() if variant in ("deepseek4", "dspark") else tiny_models.shared(variant)
-    monkeypatch.setattr(host_experts.PrefillExperts, "_compute", lambda *args: None)
+    monkeypatch.setattr(on_host.PrefillExperts, "_compute", lambda *args: None)
     with open_gguf(path) as file:
         config, much = read_config(file), 1 << 40
         tensors = tuple(file.tensors.values())

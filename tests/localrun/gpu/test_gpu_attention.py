@@ -26,11 +26,13 @@ from quant.threads.pool import Pool
 
 pytest.importorskip("triton", reason="localrun.gpu needs Triton")
 
-from localrun.gpu import attention, grouped
-from localrun.gpu.attention import LatentAttention, attend
-from localrun.gpu.cache import DeviceCache, new_cache
-from localrun.gpu.places import Places
-from localrun.gpu.routing import Turns
+from localrun.gpu.attention import fused, grouped, latent
+from localrun.gpu.attention.flash_decoding import attend
+from localrun.gpu.attention.latent import LatentAttention
+from localrun.gpu.attention.turns import Turns
+from localrun.gpu.caches.cache import new_cache
+from localrun.gpu.caches.latent import LatentCache
+from localrun.gpu.caches.places import Places
 
 CONFIG = Config(
     architecture="deepseek2", attention="mla", rope="pairs",
@@ -49,9 +51,9 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
-def filled(config: Config, length: int, bits: int, capacity: int | None = None) -> DeviceCache:
+def filled(config: Config, length: int, bits: int, capacity: int | None = None) -> LatentCache:
     """Random rows in layer 1, NaN in all that no token has written."""
-    cache = DeviceCache(config, capacity or length, DEVICE, bits)
+    cache = LatentCache(config, capacity or length, DEVICE, bits)
     rows = random(length, config.kv_lora_rank + config.qk_rope_head_dim, seed=4)
     dtype = np.float32 if bits == 32 else np.float16
     tensor = rows.cpu().numpy().astype(dtype)
@@ -63,7 +65,7 @@ def filled(config: Config, length: int, bits: int, capacity: int | None = None) 
     return cache
 
 
-def places_of(caches: list[DeviceCache], bits: int) -> Places:
+def places_of(caches: list[LatentCache], bits: int) -> Places:
     """A token of each."""
     positions = torch.tensor([cache.length for cache in caches], device=DEVICE)
     table = torch.from_numpy(np.stack([cache.addresses for cache in caches], 1)).to(DEVICE)
@@ -82,7 +84,7 @@ def reference(q_THW: torch.Tensor, rows_SW: torch.Tensor, n_latent: int, scale: 
 
 
 def attended(
-    cache: DeviceCache, config: Config, n_tokens: int, n_pieces: int, dtype: torch.dtype, sharp: float = 1.0
+    cache: LatentCache, config: Config, n_tokens: int, n_pieces: int, dtype: torch.dtype, sharp: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the kernels give for the last n_tokens of a full cache, and the reference over the same rows."""
     length = cache.length
@@ -203,7 +205,7 @@ def test_flat_and_sharp(sharp: float, dtype: torch.dtype, tolerance: float | Non
 def test_many_small_weights_count() -> None:
     """One row with a score of 0, the others with -14: each 8e-7 of it, less than float16's smallest normal number."""
     config = dataclasses.replace(CONFIG, num_attention_heads=1)
-    cache = DeviceCache(config, 2048, DEVICE)
+    cache = LatentCache(config, 2048, DEVICE)
     cache.latents.zero_(), cache.rope_keys.zero_()
     cache.latents[1, 1:, 0], cache.latents[1, 1:, 1] = -14.0, 1000.0
     cache.length = 2047
@@ -277,7 +279,7 @@ def modules(pool: Pool, variant: str) -> tuple[LatentAttention, cpu.LatentAttent
     )
 
 
-def by_chunks(module, x_TD: torch.Tensor, chunks: list[int], cache: Cache | DeviceCache) -> torch.Tensor:
+def by_chunks(module, x_TD: torch.Tensor, chunks: list[int], cache: Cache | LatentCache) -> torch.Tensor:
     outs = []
     for chunk in x_TD.split(chunks):
         outs.append(module(chunk, cache).cpu())
@@ -299,11 +301,11 @@ def test_module(pool: Pool, variant: str, chunks: list[int], absorbing: bool, mo
     device, host = modules(pool, variant)
     c = device.config
     monkeypatch.setattr(device, "_absorbing_is_cheaper", lambda n_tokens: absorbing)
-    monkeypatch.setattr(attention, "CONTEXT", 4)
-    monkeypatch.setattr(attention, "GPU_ATTENTION_WORK_BYTES", 100_000)
+    monkeypatch.setattr(fused, "CONTEXT", 4)
+    monkeypatch.setattr(latent, "GPU_ATTENTION_WORK_BYTES", 100_000)
     x_TD = random(N_TOKENS, c.hidden_size).cpu()
     host_cache = Cache([c.rows(0)], N_TOKENS, np.float32)
-    device_cache = DeviceCache(c, N_TOKENS, DEVICE, bits=32, n_layers=1)
+    device_cache = LatentCache(c, N_TOKENS, DEVICE, bits=32, n_layers=1)
     found = by_chunks(device, x_TD.to(DEVICE), chunks, device_cache)
     # Both are float32 in other orders: sums of up to 288 products, three deep.
     assert_close(found, by_chunks(host, x_TD, chunks, host_cache), EXACT)
@@ -322,7 +324,7 @@ def test_grouped_module(
 ) -> None:
     """By torch: the earlier context 4 tokens at a time, some groups at a time. Rows of others are NaN."""
     monkeypatch.setattr(grouped, "FEW_TOKENS", N_TOKENS if kernel else 0)
-    monkeypatch.setattr(attention, "CONTEXT", 4)
+    monkeypatch.setattr(fused, "CONTEXT", 4)
     monkeypatch.setattr(grouped, "GPU_ATTENTION_WORK_BYTES", 100_000)
     check_grouped(pool, variant, layer, chunks)
 
@@ -391,7 +393,7 @@ def test_module_over_rounded_rows(pool: Pool, bits: int) -> None:
     """Both ways read the same rows: few tokens as many."""
     device, host = modules(pool, "v3")
     c, x_TD = device.config, random(N_TOKENS, device.config.hidden_size)
-    cache = DeviceCache(c, N_TOKENS, DEVICE, bits, n_layers=1)
+    cache = LatentCache(c, N_TOKENS, DEVICE, bits, n_layers=1)
     few = by_chunks(device, x_TD, [11, 4], cache)
     cache.truncate(11)
     device._absorbing_is_cheaper = lambda n_tokens: False
@@ -408,13 +410,13 @@ def test_work_memory_does_not_grow_with_the_context(pool: Pool, monkeypatch: pyt
     device, _ = modules(pool, "v3")
     c = device.config
     sizes: list[tuple[int, int]] = []
-    fused = attention._fused_attention
+    right = fused._fused_attention
     monkeypatch.setattr(
-        attention, "_fused_attention", lambda q, k, v, *rest: sizes.append(k.shape[:2]) or fused(q, k, v, *rest)
+        fused, "_fused_attention", lambda q, k, v, *rest: sizes.append(k.shape[:2]) or right(q, k, v, *rest)
     )
-    monkeypatch.setattr(attention, "CONTEXT", 64)
+    monkeypatch.setattr(fused, "CONTEXT", 64)
     bytes_per_head = (4 * 3 * 64 + 3 * 4 * 8) * 96  # V3's miniature: 64 + 32 values a key
-    monkeypatch.setattr(attention, "GPU_ATTENTION_WORK_BYTES", 3 * bytes_per_head)
+    monkeypatch.setattr(latent, "GPU_ATTENTION_WORK_BYTES", 3 * bytes_per_head)
     device._absorbing_is_cheaper = lambda n_tokens: False
     cache = filled(dataclasses.replace(c, num_hidden_layers=2), 500, 16, 508)
     device.index = 1

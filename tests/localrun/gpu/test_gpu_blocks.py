@@ -8,8 +8,8 @@ import torch
 from gpu_device import DEVICE
 from kernels import random_weight
 
-from localrun.gpu import gemv, matrix
 from localrun.gpu.formats.layout import LAYOUTS
+from localrun.gpu.matrices import gemv, matrix
 from quant.formats import registry
 
 

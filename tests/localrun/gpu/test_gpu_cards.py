@@ -22,7 +22,7 @@ from tiny_models import SMALLEST as V3
 import localrun
 from localrun.gguf.file import open_gguf
 from localrun.gpu import hybrid
-from localrun.gpu.cache import new_cache
+from localrun.gpu.caches.cache import new_cache
 from localrun.gpu.device import StandIn
 from localrun.gpu.hybrid import HybridModel
 from localrun.models.reader import read_config

@@ -29,8 +29,10 @@ import localrun
 from localrun.cpu.model import NativeModel
 from localrun.generate.sampling import Sampling
 from localrun.gguf.file import open_gguf
-from localrun.gpu import compressed_kernels, hybrid, routing, streams, tiles
+from localrun.gpu import hybrid, streams, tiles
+from localrun.gpu.attention import compressed_decoding, compressed_rows
 from localrun.gpu.device import Cuda, StandIn
+from localrun.gpu.experts import router
 from localrun.gpu.hybrid import HybridModel
 from localrun.gpu.prefill import LayerTimes, Seconds
 from localrun.gpu.proof import parts, prove, verdict
@@ -281,19 +283,27 @@ def test_the_stand_in_passes_its_proof(as_published: bool, monkeypatch: pytest.M
 
 
 FAULTS = {
-    "no sinks": ("attend_at", lambda right, how, *rest: right(replace(how, sinks_H=0 * how.sinks_H), *rest)),
-    "no weights by place": ("append_pooled", lambda right, a, b, c, *rest, **more: right(a, b, 0 * c, *rest, **more)),
-    "no norm": ("append_rows", lambda right, kv, norm, *rest: right(kv, 0 * norm + 1, *rest)),
+    "no sinks": (
+        compressed_decoding,
+        "attend_at",
+        lambda right, how, *rest: right(replace(how, sinks_H=0 * how.sinks_H), *rest),
+    ),
+    "no weights by place": (
+        compressed_rows,
+        "append_pooled",
+        lambda right, a, b, c, *rest, **more: right(a, b, 0 * c, *rest, **more),
+    ),
+    "no norm": (compressed_rows, "append_rows", lambda right, kv, norm, *rest: right(kv, 0 * norm + 1, *rest)),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    function, change = FAULTS[name]
+    module, function, change = FAULTS[name]
     with gpu_proofs.kernels_in_torch(monkeypatch):
-        right, findings = getattr(compressed_kernels, function), Findings()
-        monkeypatch.setattr(compressed_kernels, function, partial(change, right))
+        right, findings = getattr(module, function), Findings()
+        monkeypatch.setattr(module, function, partial(change, right))
         parts.carry_out("kernels", task(tiny_deepseek4.shared(), 40), findings)
     assert findings.faults and findings.faults[0].startswith("attention" if name == "no sinks" else "rows")
 
@@ -325,7 +335,7 @@ def test_the_router_by_roots_of_softplus() -> None:
     """Of small scores, too, of which few bits are left beside 1."""
     logits = 8 * random(5, 12)
     logits[0] -= 30
-    ids, weights = routing.choose_experts(logits.to(DEVICE), None, CONFIG)
+    ids, weights = router.choose_experts(logits.to(DEVICE), None, CONFIG)
     right_ids, right = choose_experts(logits, None, CONFIG)
     assert torch.equal(ids.cpu(), right_ids)
     torch.testing.assert_close(weights.cpu(), right, rtol=1e-5, atol=1e-8)

@@ -13,8 +13,8 @@ from expert_cases import gated, random_biases
 from gpu_device import DEVICE
 from kernels import random_weight
 
-from localrun.gpu.experts import Experts
-from localrun.gpu.experts import gated as gated_on_device
+from localrun.gpu.experts.in_vram import Experts
+from localrun.gpu.experts.in_vram import gated as gated_on_device
 from localrun.network import moe
 from quant.formats import registry
 from quant.matrix import ExpertMatrices

@@ -7,8 +7,8 @@ import pytest
 import torch
 from gpu_device import DEVICE
 
-from localrun.gpu import fp8, gemv, matrix
 from localrun.gpu.formats.layout import LAYOUTS
+from localrun.gpu.matrices import fp8, gemv, matrix
 
 
 def random_matrix(n_rows: int, n_cols: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -15,7 +15,7 @@ import torch
 
 from localrun.cpu.bridge import Experts
 from localrun.gpu.device import Cuda, StandIn
-from localrun.gpu.host_experts import PrefillExperts, StepExperts
+from localrun.gpu.experts.on_host import PrefillExperts, StepExperts
 from quant.decode.program import MOST_TOKENS
 from quant.matrix import ExpertMatrices
 from quant.ops import experts as quant_experts

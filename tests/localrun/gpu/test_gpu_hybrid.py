@@ -34,12 +34,13 @@ from localrun.errors import ContextFullError, LocalrunError
 from localrun.generate.drafts import MOST
 from localrun.generate.sampling import Sampling
 from localrun.gguf.file import GGUFFile, open_gguf
-from localrun.gpu import hybrid, routed
+from localrun.gpu import hybrid
 from localrun.gpu.device import Cuda, StandIn
+from localrun.gpu.experts import routed
+from localrun.gpu.experts.routed import Mode, Routed
 from localrun.gpu.hybrid import HybridModel
-from localrun.gpu.matrix import Matrix
+from localrun.gpu.matrices.matrix import Matrix
 from localrun.gpu.prefill import LayerTimes, Seconds
-from localrun.gpu.routed import Mode, Routed
 from localrun.gpu.tuning import Tuning
 from localrun.gpu.weights import spans_in_ram, spans_on_device
 from localrun.models import config as models

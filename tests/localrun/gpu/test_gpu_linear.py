@@ -9,8 +9,8 @@ from cases import slow_but
 from gpu_device import DEVICE, cut, others
 from kernels import random_weight
 
-from localrun.gpu import gemv
-from localrun.gpu.linear import Embedding, HeadLinear, Linear
+from localrun.gpu.matrices import gemv
+from localrun.gpu.matrices.linear import Embedding, HeadLinear, Linear
 from quant.block_format import Format
 from quant.errors import QuantError
 from quant.formats import registry

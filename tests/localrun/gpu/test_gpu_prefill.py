@@ -15,7 +15,7 @@ from localrun.cpu.weights import LayerWeights
 from localrun.errors import LocalrunError
 from localrun.gguf.file import open_gguf
 from localrun.gpu.device import StandIn
-from localrun.gpu.host_experts import PrefillExperts
+from localrun.gpu.experts.on_host import PrefillExperts
 from localrun.gpu.prefill import (
     LayerTimes,
     Seconds,

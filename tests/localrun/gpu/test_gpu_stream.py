@@ -11,8 +11,8 @@ import torch
 from gpu_device import HAS_GPU
 
 from localrun.gpu.device import Cuda, StandIn
-from localrun.gpu.matrix import Matrix
-from localrun.gpu.stream import StreamedExperts, Uploader, host_bytes, work_bytes
+from localrun.gpu.experts.stream import StreamedExperts, Uploader, host_bytes, work_bytes
+from localrun.gpu.matrices.matrix import Matrix
 from quant.matrix import ExpertMatrices
 
 HIDDEN, N_EXPERTS = 64, 4

@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from localrun.gpu.places import Places, block_of
-from localrun.gpu.routing import Turns
+from localrun.gpu.attention.turns import Turns
+from localrun.gpu.caches.places import Places, block_of
 from localrun.limits import GPU_ATTENTION_WORK_BYTES
 from localrun.network.attention import in_groups
 from localrun.network.indexer import Indexer

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from localrun.gpu import compressed_kernels as kernels
-from localrun.gpu.attention import pieces_for
-from localrun.gpu.compressed_cache import CompressedCache
-from localrun.gpu.compressed_kernels import Attending
-from localrun.gpu.indexer import choose_by
-from localrun.gpu.places import Places
-from localrun.gpu.routing import Turns
+from localrun.gpu.attention import compressed_decoding, compressed_rows
+from localrun.gpu.attention.compressed_decoding import Attending
+from localrun.gpu.attention.flash_decoding import pieces_for
+from localrun.gpu.attention.indexer import choose_by
+from localrun.gpu.attention.turns import Turns
+from localrun.gpu.caches.compressed import CompressedCache
+from localrun.gpu.caches.places import Places
 from localrun.models.config import Config
 from localrun.network import compressed
 from localrun.network.compressor import Compressor
@@ -58,21 +58,21 @@ class CompressedAttention(compressed.CompressedAttention):
         """As the network's, of a prompt."""
         c, device = self.config, q_THd.device
         positions_T = torch.arange(seen.n_before, seen.n_before + len(q_THd), device=device)
-        q_THd = kernels.turned_heads(q_THd, positions_T, self.tables, c.qk_rope_head_dim, c.rms_norm_eps)
+        q_THd = compressed_rows.turned_heads(q_THd, positions_T, self.tables, c.qk_rope_head_dim, c.rms_norm_eps)
         is_exact = seen.window_SW.dtype == torch.float32
-        return kernels.attend_seen(self._attending(is_exact), q_THd, positions_T, seen)
+        return compressed_decoding.attend_seen(self._attending(is_exact), q_THd, positions_T, seen)
 
     def _step(self, x_TD: torch.Tensor, places: Places) -> torch.Tensor:
         c, layer, tables, chosen_TK = self.config, self.layer, self.tables, None
         q_TQ, q_THd = self.queries(x_TD)
-        q_THd = kernels.turned_heads(q_THd, places.positions, tables, c.qk_rope_head_dim, c.rms_norm_eps)
-        kernels.append_rows(self.kv_proj(x_TD), self.kv_norm, tables, places, layer, c)
+        q_THd = compressed_rows.turned_heads(q_THd, places.positions, tables, c.qk_rope_head_dim, c.rms_norm_eps)
+        compressed_rows.append_rows(self.kv_proj(x_TD), self.kv_norm, tables, places, layer, c)
         if self.compressor is not None:
             _append(self.compressor, x_TD, tables, places, layer)
         if self.indexer is not None:
             _append(self.indexer.compressor, x_TD, tables, places, layer, is_index=True)
             chosen_TK = self.indexer.choose(x_TD, q_TQ, places)
-        mixed_THd = kernels.attend_at(self._attending(places.is_exact), q_THd, places, chosen_TK)
+        mixed_THd = compressed_decoding.attend_at(self._attending(places.is_exact), q_THd, places, chosen_TK)
         return self.output(mixed_THd)
 
     def _attending(self, is_exact: bool) -> Attending:
@@ -84,7 +84,9 @@ def _append(
     compressor: Compressor, x_TD: torch.Tensor, tables: Turns, places: Places, layer: int, is_index: bool = False
 ) -> None:
     values, gates, bias = compressor.kv_proj(x_TD), compressor.gate_proj(x_TD), compressor.position_bias
-    kernels.append_pooled(values, gates, bias, compressor.kv_norm, tables, places, layer, compressor.config, is_index)
+    compressed_rows.append_pooled(
+        values, gates, bias, compressor.kv_norm, tables, places, layer, compressor.config, is_index
+    )
 
 
 class Indexer(compressed.Indexer):
@@ -108,6 +110,6 @@ class Indexer(compressed.Indexer):
         if not 0 < c.index_topk < places.most // ratio:
             return None
         q_TIi = self.q_b_proj(q_TQ).unflatten(1, (c.index_n_heads, -1))
-        q_TIi = kernels.turned_heads(q_TIi, places.positions, self.rope.tables, c.qk_rope_head_dim, None)
+        q_TIi = compressed_rows.turned_heads(q_TIi, places.positions, self.rope.tables, c.qk_rope_head_dim, None)
         dtype = torch.float32 if places.is_exact else self.dtype
         return choose_by(q_TIi, self.weights_proj(x_TD), places, self.layer, c.index_topk, dtype, ratio)

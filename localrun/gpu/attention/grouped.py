@@ -1,4 +1,4 @@
-"""Grouped-query attention on the device: attention.py's kernels over keys and values of their own.
+"""Grouped-query attention on the device: flash_decoding.py's kernels over keys and values of their own.
 
 A few tokens: a program takes the heads of one group. Many: keys and values go to torch's fused attention as they are,
 some groups and CONTEXT tokens at a time. Where there is a window the kernel takes many tokens, too: each sees few rows.
@@ -8,32 +8,22 @@ d head_dim, V v_head_dim.
 """
 
 import functools
-from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch.nn.functional import pad
 
-from localrun.gpu.attention import (
-    CONTEXT,
-    FEW_TOKENS,
-    LatentAttention,
-    attend_by_pieces,
-    attend_over,
-    heads_together,
-    pieces_for,
-)
-from localrun.gpu.cache import GroupedCache, row_constants
-from localrun.gpu.compressed import CompressedAttention
-from localrun.gpu.places import HasPlaces, Places, block_of, n_rows_of, of_each
-from localrun.gpu.routing import Turns
+from localrun.gpu.attention.flash_decoding import FEW_TOKENS, attend_over, heads_together, pieces_for
+from localrun.gpu.attention.fused import CONTEXT, attend_by_pieces
+from localrun.gpu.attention.turns import Turns
+from localrun.gpu.caches.context import row_constants
+from localrun.gpu.caches.grouped import GroupedCache
+from localrun.gpu.caches.places import HasPlaces, Places, block_of, n_rows_of
 from localrun.limits import GPU_ATTENTION_WORK_BYTES
 from localrun.models.config import Config
 from localrun.network import attention
 from localrun.network.cache import row_widths
-from localrun.network.model import Attention, MakeAttention
-from localrun.network.rope import Rope
 from localrun.network.weight_source import WeightSource
 
 _COLUMNS = 1024  # of rows that a program writes
@@ -147,17 +137,3 @@ class GroupedQueryAttention(attention.GroupedQueryAttention):
             rows_GSd = pad(rows_GSd, (0, q_NTd.shape[-1] - rows_GSd.shape[-1]))
             both.append(rows_GSd.repeat_interleave(heads_together(self.config), 0))
         return both[0], both[1]
-
-
-_KINDS = {"mla": LatentAttention, "gqa": GroupedQueryAttention, "compressed": CompressedAttention}
-
-
-def attention_on(device: torch.device | Sequence[torch.device]) -> MakeAttention:
-    """What makes the layers' attention there, or on a device each, with the same turns for all on it."""
-    turns_of = functools.cache(Turns)
-
-    def make(config: Config, weights: WeightSource, index: int, rope: Rope) -> Attention:
-        here = of_each(device, index + 1)[index]
-        return _KINDS[config.attention](config, weights, index, turns_of(rope, here))
-
-    return make

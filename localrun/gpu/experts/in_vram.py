@@ -16,10 +16,11 @@ import torch
 import triton
 import triton.language as tl
 
-from localrun.gpu import gemm, gemv, tiles
-from localrun.gpu.gemm import tile_products
-from localrun.gpu.gemv import row_sums
-from localrun.gpu.matrix import Matrix, upload
+from localrun.gpu import tiles
+from localrun.gpu.matrices import gemm, gemv
+from localrun.gpu.matrices.gemm import tile_products
+from localrun.gpu.matrices.gemv import row_sums
+from localrun.gpu.matrices.matrix import Matrix, upload
 from localrun.gpu.tiles import Few, Many
 from quant.matrix import ExpertMatrices
 from quant.simd.gated import Activation

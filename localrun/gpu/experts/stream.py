@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from localrun.gpu.device import Cuda, StandIn
-from localrun.gpu.experts import Between
+from localrun.gpu.experts.in_vram import Between
 from localrun.gpu.formats.layout import LAYOUTS
-from localrun.gpu.matrix import Matrix
+from localrun.gpu.matrices.matrix import Matrix
 from localrun.network.weight_source import Finish
 from quant.matrix import ExpertMatrices, QuantMatrix
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from localrun.gpu.places import ENTRIES, Places, Tables, of_each
+from localrun.gpu.caches.places import ENTRIES, Places, Tables, of_each
 from localrun.models.config import Config
 from localrun.models.rows import Rows
 from localrun.network.block import Block
@@ -78,7 +78,7 @@ class CompressedCache(Cache):
         bits: int = 16,
         n_layers: int | None = None,
     ):
-        """As cache.DeviceCache."""
+        """As cache.LatentCache."""
         self.bits = bits
         kinds = [config.rows(i) for i in range(config.num_hidden_layers if n_layers is None else n_layers)]
         devices = of_each(device, len(kinds))

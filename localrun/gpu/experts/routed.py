@@ -9,12 +9,12 @@ from enum import Enum
 
 import torch
 
-from localrun.gpu import experts as vram
 from localrun.gpu.device import Cuda, StandIn
-from localrun.gpu.expert_cache import ExpertCache
-from localrun.gpu.host_experts import PrefillExperts, StepExperts
-from localrun.gpu.matrix import Matrix
-from localrun.gpu.stream import StreamedExperts, Uploader, work_bytes
+from localrun.gpu.experts import in_vram as vram
+from localrun.gpu.experts.cache import ExpertCache
+from localrun.gpu.experts.on_host import PrefillExperts, StepExperts
+from localrun.gpu.experts.stream import StreamedExperts, Uploader, work_bytes
+from localrun.gpu.matrices.matrix import Matrix
 from localrun.network.weight_source import Finish, RoutedExperts
 from quant.matrix import ExpertMatrices
 from quant.threads.pool import Pool

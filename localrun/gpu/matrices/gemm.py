@@ -13,8 +13,8 @@ import triton.language as tl
 from localrun.gpu import tiles
 from localrun.gpu.formats import blocks
 from localrun.gpu.formats.layout import Layout
-from localrun.gpu.gemv import units_of
-from localrun.gpu.matrix import Matrix
+from localrun.gpu.matrices.gemv import units_of
+from localrun.gpu.matrices.matrix import Matrix
 from localrun.gpu.tiles import Many
 
 _WARPS = 4  # of what only moves activations

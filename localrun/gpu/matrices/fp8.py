@@ -12,11 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
-from localrun.gpu import gemm, gemv, tiles
-from localrun.gpu.cache import pack_e4m3
+from localrun.gpu import tiles
+from localrun.gpu.e4m3 import pack_e4m3
 from localrun.gpu.formats.blocks import e4m3_half
 from localrun.gpu.formats.layout import LAYOUTS
-from localrun.gpu.matrix import Matrix
+from localrun.gpu.matrices import gemm, gemv
+from localrun.gpu.matrices.matrix import Matrix
 
 GROUP = 128
 

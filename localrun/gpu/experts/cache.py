@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from localrun.gpu.device import Cuda, StandIn
-from localrun.gpu.expert_policy import Policy, Swap
-from localrun.gpu.experts import Experts
-from localrun.gpu.stream import Uploader, host_bytes
+from localrun.gpu.experts.in_vram import Experts
+from localrun.gpu.experts.policy import Policy, Swap
+from localrun.gpu.experts.stream import Uploader, host_bytes
 from quant.matrix import ExpertMatrices
 
 _MOST_COMING = 8  # copies at a time: as many as are done between two tokens, or a few that are late

@@ -11,7 +11,7 @@ import triton.language as tl
 from localrun.gpu import tiles
 from localrun.gpu.formats import blocks
 from localrun.gpu.formats.layout import Layout
-from localrun.gpu.matrix import Matrix, n_processors
+from localrun.gpu.matrices.matrix import Matrix, n_processors
 from localrun.gpu.tiles import Few, Many
 
 MOST_TOKENS = 8

@@ -5,8 +5,8 @@ Letters: T tokens, G groups (attention heads).
 
 import torch
 
-from localrun.gpu import gemm, gemv
-from localrun.gpu.matrix import Matrix, upload
+from localrun.gpu.matrices import gemm, gemv
+from localrun.gpu.matrices.matrix import Matrix, upload
 from quant.matrix import QuantMatrix
 
 
