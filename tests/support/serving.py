@@ -15,6 +15,7 @@ from localrun.serve.app import application
 from localrun.serve.scheduler import Scheduler
 from localrun.serve.service import Service
 
+CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hello"}]
 REPLY = "Aye, all is well."
 CALL = 'I look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
@@ -48,6 +49,12 @@ def events(text: str) -> list[Any]:
     """The documents of a stream, and "[DONE]"; comments are left out."""
     lines = [line.removeprefix("data: ") for line in text.split("\n") if line.startswith("data: ")]
     return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+def ask(client: TestClient, path: str = CHAT, **body: Any) -> Any:
+    """The answer to a chat or a completion, greedy unless the body says otherwise."""
+    base = {"messages": HELLO} if path == CHAT else {"prompt": "<|im_start|>assistant\n"}
+    return client.post(path, json={**base, "temperature": 0, **body})
 
 
 async def hang_up(app: Starlette, path: str, body: dict[str, Any] | None, after: asyncio.Event) -> list[dict[str, Any]]:
