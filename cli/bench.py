@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli import options
-from cli.output import messages_line, note, print_json, printable, progress_bar, show, size
+from cli.output import messages_line, note, print_json, printable, progress_bar, reading_line, show, size
 from localrun.errors import LocalrunError
 
 if TYPE_CHECKING:
@@ -128,6 +128,8 @@ def _print(document: dict[str, Any]) -> None:
         show(line)
     if "messages" in document:
         show(messages_line(document["messages"]))
+    if "reading" in document:
+        show(reading_line(document["reading"]))
     other = printable(document["against"]["engine"]) if "against" in document else ""
     for test, ratio in document.get("ratio", {}).items():
         best = document["ratio_of_best"][test]

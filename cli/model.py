@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import localrun
 from cli.options import LoadOptions, RankOptions, SamplingOptions, ShareChoice, TemplateOptions, ThinkChoice
-from cli.output import messages_line, note, printable, progress_bar, size, tell
+from cli.output import messages_line, note, printable, progress_bar, reading_line, size, tell
 from localrun.bundled import model_path
 from localrun.text.template_variables import check_names, thinking
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from localrun.generate.session import Session
     from localrun.placement.placement import Placement
     from localrun.ranks.sharing import Ranks
+    from localrun.ranks.world import World
     from localrun.text.chat_template import ChatTemplate
 
 # The numbers among localrun.Sampling's fields: what is told of it, and what a chat can set.
@@ -50,7 +51,7 @@ def open_model(
     exit_if_cut(path)
     with ExitStack() as stack:
         began = time.perf_counter()
-        others, threads = _start_ranks(stack, path, ranks or RankOptions(), options)
+        others, readers, threads = _start_others(stack, path, ranks or RankOptions(), options)
         with progress_bar() as report:
             engine = localrun.load(
                 path,
@@ -69,6 +70,7 @@ def open_model(
                 draft=draft_path,
                 chat_template=chat_template,
                 ranks=others,
+                readers=readers,
                 progress=report,
                 notice=note,
                 placed=_show_placement if verbose else None,
@@ -80,6 +82,31 @@ def open_model(
         yield engine
         if verbose and engine.ranks:
             note(messages_line(engine.rank_figures()))
+        if verbose and engine.readers:
+            note(reading_line(engine.reader_figures()))
+
+
+def _start_others(
+    stack: ExitStack, path: "Path", options: RankOptions, load: LoadOptions
+) -> "tuple[Ranks | None, World | None, int | None]":
+    """Other ranks and readers, if there are to be any, and threads of this process. Raises LocalrunError."""
+    if options.prefill_hosts is None:
+        ranks, threads = _start_ranks(stack, path, options, load)
+        return ranks, None, threads
+    from localrun.ranks.places import reader_places, threads_at
+    from localrun.ranks.start import reading_ranks
+
+    places = reader_places(options.prefill_hosts)
+
+    def start_readers() -> "World":
+        return stack.enter_context(reading_ranks(path, places, load.threads, load.dense_attention))
+
+    # MPI, which starts once, is told to stay inside this machine where all that it starts first for are here.
+    if any(place.host for place in places):
+        readers, (ranks, threads) = start_readers(), _start_ranks(stack, path, options, load)
+    else:
+        (ranks, threads), readers = _start_ranks(stack, path, options, load), start_readers()
+    return ranks, readers, threads_at(places[0], threads)
 
 
 def _start_ranks(

@@ -176,6 +176,15 @@ RankSizes = Annotated[
 RankCopies = Annotated[
     int, typer.Option("--rank-copies", help="With whole experts: most used ones that each rank has besides its own.")
 ]
+PrefillHosts = Annotated[
+    str | None,
+    typer.Option(
+        "--prefill-hosts",
+        metavar="A,B,...",
+        help="Have prompts read there, by the whole model on each, while replies are made here.",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say on stderr what runs where, and how fast.")]
 
@@ -289,7 +298,7 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class RankOptions:
-    """Where other processes hold shares of the routed experts."""
+    """Where other processes hold shares of the routed experts, and which read prompts."""
 
     ranks: NRanks = None
     hosts: Hosts = None
@@ -297,6 +306,7 @@ class RankOptions:
     rank_share: RankShare = ShareChoice.slices
     rank_sizes: RankSizes = None
     rank_copies: RankCopies = 0
+    prefill_hosts: PrefillHosts = None
 
 
 @dataclass(frozen=True)

@@ -210,3 +210,10 @@ def messages_line(figures: dict[str, float]) -> str:
     if "many_overlap" in figures:
         parts.append(f"of prompts {figures['many_overlap']:.0%}")
     return "; ".join(parts)
+
+
+def reading_line(figures: dict[str, float]) -> str:
+    """What other hosts have read so far."""
+    sent = f"rows sent {size(int(figures['bytes_out']))}, received {size(int(figures['bytes_back']))}"
+    took = f"{figures['computing_s']:.2f} s of computing, {figures['on_top_s']:.2f} on top"
+    return f"read on other hosts: {figures['tokens']:.0f} tokens; {sent}; {took}"

@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 from cli import options
 from cli.output import note, print_json, show
 from cli.plan_options import ClusterOptions, ComputeTable, KvTable, Model, PlanOptions, Plot
-from cli.plan_text import cluster_lines, hosts_lines, plan_lines, table_lines
+from cli.plan_text import cluster_lines, hosts_lines, plan_lines, readers_lines, table_lines
 from localrun.errors import LocalrunError
 
 if TYPE_CHECKING:
@@ -61,12 +61,18 @@ def model(
             plot_kv(plot, known_models())
         return
     wanted.check()
-    if wanted.hosts is not None and (wanted.fit is not None or plot is not None):
-        raise LocalrunError("--hosts goes with neither --fit nor --plot")
+    over_hosts = (
+        "--hosts" if wanted.hosts is not None else "--prefill-hosts" if wanted.prefill_hosts is not None else ""
+    )
+    if over_hosts and (wanted.fit is not None or plot is not None):
+        raise LocalrunError(f"{over_hosts} goes with neither --fit nor --plot")
     shape = load_model(model, wanted.type_)
     where = _machine(wanted)
     if wanted.hosts is not None:
         _plan_hosts(shape, where, wanted, as_json)
+        return
+    if wanted.prefill_hosts is not None:
+        _plan_readers(shape, where, wanted, wanted.prefill_hosts, as_json)
         return
     document, shape, where = _plan(shape, where, wanted)
     _print(document, plan_lines, as_json)
@@ -111,6 +117,17 @@ def _plan_hosts(shape: "ModelShape", where: "Machine", wanted: PlanOptions, as_j
         where = _measured(where, shape, wanted)
     document = make_hosts_report(shape, where, between, wanted.ctx, wanted.hosts, wanted.prompt)
     _print(document, hosts_lines, as_json)
+
+
+def _plan_readers(shape: "ModelShape", where: "Machine", wanted: PlanOptions, n_readers: int, as_json: bool) -> None:
+    """Prints whether hosts that read prompts pay. Raises LocalrunError if the model fits in no way."""
+    from localrun.plan.link import load_link
+    from localrun.plan.readers import make_readers_report
+
+    between = load_link(wanted.link or "10GbE")
+    where = _measured(where, shape, wanted)
+    document = make_readers_report(shape, where, between, wanted.ctx, n_readers, wanted.prompt, wanted.reply)
+    _print(document, readers_lines, as_json)
 
 
 def _machine(wanted: PlanOptions) -> "Machine":

@@ -49,12 +49,22 @@ Hosts = Annotated[
         "--hosts", metavar="N", help="Spread the routed experts over up to N such machines.", show_default=False
     ),
 ]
+Readers = Annotated[
+    int | None,
+    typer.Option(
+        "--prefill-hosts",
+        metavar="N",
+        help="Have prompts read by N more such machines: whether that pays, against other uses of them.",
+        show_default=False,
+    ),
+]
+Reply = Annotated[int, typer.Option("--reply", help="With --prefill-hosts: tokens of a reply.")]
 Link = Annotated[
     str | None,
     typer.Option(
         "--link",
         metavar="10GbE|25GbE|100GbE|FILE",
-        help="With --hosts: what lies between them; 10GbE if not given.",
+        help="With --hosts or --prefill-hosts: what lies between them; 10GbE if not given.",
         show_default=False,
     ),
 ]
@@ -77,19 +87,23 @@ class PlanOptions:
     threads: options.Threads = None
     acceptance: Acceptance = 0.85
     hosts: Hosts = None
+    prefill_hosts: Readers = None
+    reply: Reply = 256
     link: Link = None
 
     def check(self) -> None:
         """Raises LocalrunError on numbers out of range, and on options that do not go together."""
-        for name, value in (("-c/--ctx", self.ctx), ("--prompt", self.prompt)):
+        for name, value in (("-c/--ctx", self.ctx), ("--prompt", self.prompt), ("--reply", self.reply)):
             if not 1 <= value <= _MOST_TOKENS:
                 raise LocalrunError(f"{name} {value}; expected 1 to 10^8")
         if not 0 <= self.acceptance <= 1:
             raise LocalrunError(f"--acceptance {self.acceptance}; expected 0 to 1")
         if self.fit is not None and self.type_ is not None:
             raise LocalrunError("--fit chooses the type; leave out --type")
-        if self.hosts is None and self.link is not None:
-            raise LocalrunError("--link goes with --hosts")
+        if self.hosts is not None and self.prefill_hosts is not None:
+            raise LocalrunError("--prefill-hosts compares with --hosts by itself: give one of them")
+        if self.hosts is None and self.prefill_hosts is None and self.link is not None:
+            raise LocalrunError("--link goes with --hosts or --prefill-hosts")
 
 
 ClusterModel = Annotated[

@@ -107,6 +107,29 @@ def _host_line(row: dict[str, Any]) -> str:
     )
 
 
+def readers_lines(document: dict[str, Any]) -> list[str]:
+    """Of plan.readers.make_readers_report."""
+    facts, rows = document["model"], document["rows"]
+    title, link = printable(document["machine"]["title"]), printable(document["link"]["file"]["title"])
+    head = f"{'':<18} {'hosts':>5} {'RAM others':>11} {'first token':>11} {'reply':>7} {'meanwhile':>9}"
+    lines = [
+        f"{printable(facts['name'])}, {facts['type']}, on {rows[-1]['n_hosts']} hosts, each {title}",
+        f"between them {link}",
+        f"a prompt of {document['prompt']}: {size(document['row_bytes'])} of cache, {document['link_s']:.2f} s on the "
+        f"wire, {document['on_top_s']:.3f} s of it not under computing",
+        "",
+        f"{head} {'requests':>9}   s; tokens/s, and while a prompt is read; an hour",
+    ]
+    for row in rows:
+        others = size(row["ram_others"]) if row["ram_others"] else "-"
+        line = f"{row['name']:<18} {row['n_hosts']:>5} {others:>11}"
+        rates = f"{row['tokens_per_s']:>7.2f} {row['meanwhile_per_s']:>9.2f} {row['requests_per_hour']:>9.0f}"
+        lines.append(f"{line} {row['first_token_s']:>11.2f} {rates}" if row["fits"] else f"{line} does not fit")
+    if document["pays"]:
+        lines += ["", f"most requests with replies of {document['reply']} tokens: {document['pays']}"]
+    return lines
+
+
 def table_lines(tables: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
     """Of the known models; tables: kv, compute, or both."""
     if kv := tables.get("kv"):

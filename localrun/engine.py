@@ -32,7 +32,9 @@ from localrun.turn import Turn
 from localrun.workers import n_workers
 
 if TYPE_CHECKING:
+    from localrun.ranks.readers import Readers
     from localrun.ranks.sharing import Ranks
+    from localrun.ranks.world import World
 
 MOST_CTX = 2**31 - 1  # positions are int32
 
@@ -55,6 +57,7 @@ def load(
     draft: str | os.PathLike[str] | None = None,
     chat_template: str | os.PathLike[str] | None = None,
     ranks: "Ranks | None" = None,
+    readers: "World | None" = None,
     progress: Progress | None = None,
     notice: Notice | None = None,
     placed: Callable[[Placement], None] | None = None,
@@ -86,6 +89,7 @@ def load(
         chat_template: a file that holds one, or the name of one: chatml, or those that the model's file has besides
             its own; None for the file's own.
         ranks: other processes, in which localrun.ranks.worker.serve_share() runs, and how they share routed experts.
+        readers: other processes, in which localrun.cpu.reader.serve_reading() runs, to read prompts.
         progress: called as progress(done, total, what) during long steps.
         notice: called with one line for each fact the user should know.
         placed: called with what will be where, before it is loaded; not where llama.cpp runs the model.
@@ -104,8 +108,8 @@ def load(
         refuse("backend", backend, "auto, native or llama.cpp")
     if ctx is not None:
         ctx = whole("ctx", ctx, f"1 to {MOST_CTX} tokens", low=1, high=MOST_CTX)
-    if ranks is not None:
-        backend, where = _among_ranks(backend, where)
+    if ranks is not None or readers is not None:
+        backend, where = _among_ranks(backend, where, shares=ranks is not None)
     if check_setting(speculative) == "off" and draft is not None:
         raise LocalrunError("a draft model, but speculative 'off'; expected auto, or 1 to 4 drafts a step")
     progress, notice = function("progress", progress), function("notice", notice) or (lambda line: None)
@@ -117,7 +121,7 @@ def load(
         file = undo.enter_context(open_gguf(given))
         engine = Engine(
             file, threads, ctx, backend, where, dense_attention, own_drafts, template, progress, notice, placed, ranks,
-            draft_file,
+            draft_file, readers,
         )  # fmt: skip
         undo.pop_all()
         undo.callback(engine.close)
@@ -126,9 +130,12 @@ def load(
     return engine
 
 
-def _among_ranks(backend: str, where: DeviceRequest) -> tuple[str, DeviceRequest]:
-    """The backend and the device of a model whose experts other processes share. Raises LocalrunError."""
-    opening.check_ranks(where)
+def _among_ranks(backend: str, where: DeviceRequest, shares: bool) -> tuple[str, DeviceRequest]:
+    """The backend and the device of a model whose experts other processes share, or whose prompts they read.
+
+    Raises LocalrunError.
+    """
+    (opening.check_ranks if shares else opening.check_readers)(where)
     if backend == "llama.cpp":
         raise LocalrunError("backend 'llama.cpp' runs in one process; several ranks take the native one")
     return "native", replace(where, device=CPU)
@@ -153,6 +160,7 @@ class Engine:
         ctx: tokens that a session can hold.
         threads: worker threads.
         ranks: other processes that have shares of the routed experts; None where all are here.
+        readers: other processes that read prompts; None where this one does.
         speculative: "auto", "off", or how many drafts every step verifies.
         draft_model: the model that makes them, if another does.
         turn: taken around every use of the model.
@@ -175,6 +183,7 @@ class Engine:
         placed: Callable[[Placement], None],
         ranks: "Ranks | None" = None,
         draft_file: DraftFile | None = None,
+        readers: "World | None" = None,
     ):
         self.file, self.threads, self.turn, self._notice = file, threads, Turn(), notice
         self._said_replaced = False
@@ -194,7 +203,7 @@ class Engine:
         if self.config and self.placement:
             choices = proof.choices(self.placement.cards) if proof else {}
             self.model = opening.native_model(
-                file, self.config, self.placement, threads, where.repack, choices, progress, notice, ranks
+                file, self.config, self.placement, threads, where.repack, choices, progress, notice, ranks, readers
             )
         else:
             from localrun.backends.llama_cpp import LlamaCppModel
@@ -203,6 +212,7 @@ class Engine:
         if ranks is None:
             opening.warn_of_memory(file, self.placement, notice)
         self.ranks = ranks
+        self.readers: Readers | None = self.model.readers if readers else None
         self.speculative: str | int = "off"
         self.draft_model: Engine | None = None
         self._mtp_file: GGUFFile | None = None
@@ -243,6 +253,8 @@ class Engine:
         file = open_gguf(path)
         try:
             takes_blocks = is_dspark(file)
+            if takes_blocks and self.readers:
+                raise LocalrunError(f"{path}: DSpark's blocks read what prompts leave here, not on other hosts")
             if not takes_blocks and not is_mtp_only(file):
                 file.close()
                 return False
@@ -357,11 +369,17 @@ class Engine:
                 facts["isa_refused"] = isa.REFUSED
         if self.ranks:
             facts |= {"ranks": self.ranks.world.size, "message": self.ranks.sharing.message}
+        if self.readers:
+            facts["readers"] = len(self.readers)
         return facts
 
     def rank_figures(self) -> dict[str, float]:
         """What was sent to other ranks, and what that cost: Remote.figures; nothing where there are none."""
         return self.model.remote.figures() if self.ranks else {}
+
+    def reader_figures(self) -> dict[str, float]:
+        """What was read elsewhere, and what that cost: Readers.figures; nothing where all is read here."""
+        return self.readers.figures() if self.readers else {}
 
     def close(self) -> None:
         """End the worker threads and free the file, once no thread computes; sessions can't be used afterwards.

@@ -25,6 +25,7 @@ from localrun.runtime import Model
 
 if TYPE_CHECKING:
     from localrun.ranks.sharing import Ranks
+    from localrun.ranks.world import World
 
 _KERNEL_BYTES = 128 << 20  # of address space: loading them takes 65 MB, and LLVM aborts where it has too little
 DEFAULT_CTX = 8192  # tokens, where the model allows as many
@@ -90,6 +91,12 @@ def check_ranks(where: DeviceRequest) -> None:
         )
 
 
+def check_readers(where: DeviceRequest) -> None:
+    """Where other hosts are to read prompts. Raises LocalrunError if something else is asked for that can't be."""
+    if where.wants_gpu:
+        raise LocalrunError(f"device '{where.device}' does not go with prompts that are read on other hosts' CPUs")
+
+
 def draft_file(path: str | os.PathLike[str]) -> DraftFile | None:
     """What a file is that holds layers alone that draft for a model; None of another. Raises GGUFError."""
     with open_gguf(path) as file:
@@ -139,12 +146,14 @@ def native_model(
     progress: Progress | None,
     notice: Notice,
     ranks: Ranks | None = None,
+    readers: World | None = None,
 ) -> Model:
     """Its kernels are got ready first, so that the user sees what takes the time.
 
     Args:
         choices: those of the cards' proof.
         ranks: others that have shares of the experts.
+        readers: others that read prompts.
 
     Raises LocalrunError.
     """
@@ -168,7 +177,8 @@ def native_model(
         return HybridModel(config, file, threads, placement, notice=notice, **choices)
     from localrun.cpu.model import NativeModel
 
-    return NativeModel(config, file, threads, ranks, lambda: warm_up(for_prompts(config, types), None, notice))
+    for_network = lambda: warm_up(for_prompts(config, types), None, notice)  # noqa: E731
+    return NativeModel(config, file, threads, ranks, for_network, readers)
 
 
 def warn_of_memory(file: GGUFFile, placement: Placement | None, notice: Notice) -> None:

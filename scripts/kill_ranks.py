@@ -1,11 +1,12 @@
 """Kill a rank of a chat at a random moment, again and again, and check what the user is left with.
 
-    python scripts/kill_ranks.py [--times 20] [--ranks 3] [--seed 0] [--model FILE]
+    python scripts/kill_ranks.py [--times 20] [--ranks 3 | --readers 1] [--seed 0] [--model FILE]
 
-Each time `localrun chat --ranks N` is fed with messages, and one of its other processes is killed, or stopped so that
-it hangs: while ranks start, load, read a prompt or reply. Then within 10 s there must be one line that names the rank,
-and exit code 1; the conversation must be in the file that the line names, as far as it was shown; and no process of the
-run may be left. The model is a synthetic one unless a file with routed experts is given.
+Each time `localrun chat --ranks N`, or with --prefill-hosts on this machine, is fed with messages, and one of its other
+processes is killed, or stopped so that it hangs: while ranks start, load, read a prompt or reply. Then within 10 s
+there must be one line that names the rank, and exit code 1; the conversation must be in the file that the line names,
+as far as it was shown; and no process of the run may be left. The model is a synthetic one unless a file with routed
+experts is given.
 
 A line a kill on stderr; the last line of stdout is one JSON document. Exit code 1 if something was not so.
 """
@@ -36,6 +37,9 @@ MARK = "LOCALRUN_KILL_RANKS"  # in the environment of all processes of a run
 LIMIT_S, LEFT_S = 10.0, 2.0  # until the line; for killed processes to be gone after that
 KINDS = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
 _MESSAGES = "\n".join(f"tell me of the number {i}" for i in range(400)) + "\n"
+_LONG = "\n".join(f"tell me of the number {i}; " + "and so on, " * 30 for i in range(150)) + "\n"  # a pipe holds it
+_CHILDREN = ("localrun.ranks.rank_child", "localrun.cpu.reader_child")
+_NAMED = r"localrun: .*(rank|reader) \d+"
 
 
 class Wrong(Exception):
@@ -64,9 +68,10 @@ def of_run(mark: str) -> list[psutil.Process]:
 class Chat:
     """One run, fed with messages."""
 
-    def __init__(self, model: Path, n_ranks: int, folder: Path):
+    def __init__(self, model: Path, others: list[str], folder: Path):
+        """others: the options that start them."""
         self.mark, self.folder = uuid.uuid4().hex, folder
-        options = ["--ranks", str(n_ranks), "-t", "1", "-c", "2000", "-n", "40", "--seed", "1"]
+        options = [*others, "-t", "1", "-c", "2000" if "--ranks" in others else "8000", "-n", "40", "--seed", "1"]
         self.out, self.err = folder / f"{self.mark}.out", folder / f"{self.mark}.err"
         with self.out.open("wb") as out, self.err.open("wb") as err:
             self.process = subprocess.Popen(
@@ -75,7 +80,7 @@ class Chat:
                 env=os.environ | {MARK: self.mark, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
             )  # fmt: skip
         with suppress(BrokenPipeError):
-            self.process.stdin.write(_MESSAGES.encode())  # type: ignore[union-attr]
+            self.process.stdin.write((_MESSAGES if "--ranks" in others else _LONG).encode())  # type: ignore[union-attr]
             self.process.stdin.flush()  # type: ignore[union-attr]
 
     def others(self) -> list[psutil.Process]:
@@ -83,7 +88,7 @@ class Chat:
         found = []
         for process in of_run(self.mark):
             with suppress(psutil.Error):
-                if "localrun.ranks.rank_child" in process.cmdline() and "mpiexec" not in process.name():
+                if set(_CHILDREN) & set(process.cmdline()) and "mpiexec" not in process.name():
                     found.append(process)
         return found
 
@@ -109,7 +114,7 @@ class Chat:
 
 def check(chat: Chat, killed_at: float) -> tuple[float, int]:
     """Seconds until the line, and messages that were kept. Raises Wrong."""
-    while not re.search(r"^localrun: .*rank \d+", text := chat.err.read_text("utf-8", "replace"), re.MULTILINE):
+    while not re.search(f"^{_NAMED}", text := chat.err.read_text("utf-8", "replace"), re.MULTILINE):
         if chat.process.poll() is not None or time.monotonic() > killed_at + LIMIT_S:
             raise Wrong(f"no line within {LIMIT_S:g} s, exit code {chat.process.poll()}: {text[-300:]}")
         time.sleep(0.02)
@@ -119,7 +124,7 @@ def check(chat: Chat, killed_at: float) -> tuple[float, int]:
     except subprocess.TimeoutExpired:
         raise Wrong(f"still running {LIMIT_S:g} s after the line") from None
     lines = chat.err.read_text("utf-8", "replace").splitlines()
-    if code != 1 or not lines or not re.match(r"localrun: .*rank \d+", lines[-1]):
+    if code != 1 or not lines or not re.match(_NAMED, lines[-1]):
         raise Wrong(f"exit code {code}, last line {lines[-1:]}")
     if any("Traceback" in line for line in lines):
         raise Wrong(f"a traceback: {lines[-5:]}")
@@ -153,20 +158,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=3)
+    parser.add_argument("--readers", type=int, default=0, help="in place of ranks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", type=Path)
     arguments = parser.parse_args()
+    others = ["--ranks", str(arguments.ranks)]
+    if arguments.readers:
+        others = ["--prefill-hosts", f"localhost:{arguments.readers}"]
     rng, wrong, took, counts = random.Random(arguments.seed), [], [], Counter[str]()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = arguments.model.resolve() if arguments.model else synthetic(folder)
-        first = Chat(model, arguments.ranks, folder)
+        first = Chat(model, others, folder)
         try:
             usual_s = first.wait_for_reply()  # kernels are compiled by now
         finally:
             first.end()
         for number in range(arguments.times):
-            result = one(Chat(model, arguments.ranks, folder), rng, usual_s)
+            result = one(Chat(model, others, folder), rng, usual_s)
             print(f"{number + 1}: {shlex.join(map(str, result.values()))}", file=sys.stderr, flush=True)
             counts[result["kind"]] += 1
             (wrong if "wrong" in result else took).append(result)

@@ -58,7 +58,7 @@ MAY_IMPORT = {
         "models": "errors gguf",
         "placement": "arguments errors hardware limits gguf models",
         "network": "errors limits models",
-        "ranks": "errors hardware gguf models",
+        "ranks": "errors hardware gguf models network",
         "cpu": "hardware limits gguf models network ranks",
         "gpu": "errors files hardware limits gguf models placement network cpu",
         "backends": "errors limits gguf",
@@ -68,7 +68,7 @@ MAY_IMPORT = {
         "opening": "errors hardware gguf models placement ranks cpu gpu runtime",
         "engine": "arguments bundled errors limits gguf models placement ranks backends text turn workers runtime "
         "generate opening",
-        "serve": "arguments errors files limits hardware text generate engine",
+        "serve": "arguments errors files limits hardware ranks text generate engine",
         "measure": "errors files pictures hardware limits gguf models placement network ranks cpu backends generate "
         "engine",
         "convert": "errors files gguf models text",

@@ -31,8 +31,10 @@ if TYPE_CHECKING:
     from localrun.cpu.dspark import Drafter
     from localrun.cpu.mtp import MTP
     from localrun.network.model import MTPBlock, Network
+    from localrun.ranks.readers import Readers
     from localrun.ranks.remote import Remote
     from localrun.ranks.sharing import Ranks
+    from localrun.ranks.world import World
 
 # Prompts this short go through the step: that takes some 0.2 s, importing torch 1 to 2.
 _STEP_TOKENS = 96
@@ -54,6 +56,7 @@ class NativeModel:
             with a drafter, what that reads.
         drafter: what drafts blocks of tokens, once take_dspark() has been called.
         remote: other ranks that have shares of the experts; None where all are here.
+        readers: other processes that read prompts; None where this one does.
     """
 
     def __init__(
@@ -63,12 +66,14 @@ class NativeModel:
         n_threads: int,
         ranks: "Ranks | None" = None,
         warm_up: Callable[[], None] = lambda: None,
+        readers: "World | None" = None,
     ):
         """Lay out the decode step.
 
         Args:
             ranks: others that are to have shares of the experts; raises LocalrunError if one of them can't.
             warm_up: gets the network's kernels, before it is laid out; without it each is compiled when it is used.
+            readers: in which localrun.cpu.reader.serve_reading() runs.
         """
         self.config, self.file, self.vocab_size = config, file, config.vocab_size
         self.remote = self._take_ranks(ranks, n_threads) if ranks else None
@@ -91,6 +96,12 @@ class NativeModel:
         self._network: Network | None = None
         self._warm_up = warm_up
         self._release_torch: weakref.finalize | None = None
+        self.readers = self._take_readers(readers) if readers else None
+
+    def _take_readers(self, world: "World") -> "Readers":
+        from localrun.ranks.readers import Readers
+
+        return Readers(world, self._most_steps + 1, lambda: self.keep_hidden)
 
     def _take_ranks(self, ranks: "Ranks", n_threads: int) -> "Remote":
         from localrun.ranks.remote import Remote
@@ -181,6 +192,8 @@ class NativeModel:
             ContextFullError: the cache has no room for them.
         """
         cache.check_room(len(ids))
+        if self.readers and self.readers.takes(len(ids)) and not (cache.is_exact or all_logits):
+            return self._by_readers(self.readers, ids, cache)
         if cache.is_exact or len(ids) > self._most_steps:
             return self._by_network(ids, cache, all_logits)
         with cache.all_or_none():
@@ -205,6 +218,12 @@ class NativeModel:
             self.hidden = hidden
         return logits
 
+    def _by_readers(self, readers: "Readers", ids: Sequence[int], cache: Cache) -> np.ndarray:
+        logits, hidden = readers.forward(ids, cache)
+        if hidden is not None:
+            self.hidden = hidden
+        return logits
+
     def _by_steps(self, ids: Sequence[int], cache: Cache, all_logits: bool) -> np.ndarray:
         hidden, rows = [], []
         for first in range(0, len(ids), MOST_TOKENS):
@@ -219,8 +238,9 @@ class NativeModel:
 
     def close(self) -> None:
         """End all threads, and what other ranks do."""
-        if self.remote:
-            self.remote.close()
+        for others in (self.remote, self.readers):
+            if others:
+                others.close()
         self._resident.close()
         self._pool.close()
         if self._release_torch is not None:

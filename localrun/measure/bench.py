@@ -224,6 +224,8 @@ def run(
         document["speculation"] = speculation(engine, settings)
     if messages := engine.rank_figures():
         document["messages"] = messages
+    if reading := engine.reader_figures():
+        document["reading"] = reading
     return document
 
 

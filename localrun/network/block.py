@@ -86,6 +86,11 @@ class Block:
         """The rows of positions first to end - 1: of a ring a copy, else a view of those completed."""
         return self.rows[self._places(first, end)]
 
+    def write(self, end: int, rows: np.ndarray) -> None:
+        """Have the last rows of positions before `end` be these; the others stay."""
+        stop = end // self.kind.ratio
+        self.rows[self._places(end - len(rows), end) if self.is_ring else slice(stop - len(rows), stop)] = rows
+
     def put(self, end: int, rows: np.ndarray) -> None:
         """Have the last positions before `end` hold these rows; what was before them is lost."""
         first = end - len(rows) if self.is_ring else 0

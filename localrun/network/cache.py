@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     import torch
 
 
+PART_BYTES = 1 << 27  # that since() gives at a time: MPI counts bytes in 31 bits
+
+
 class Context:
     """How many tokens a cache holds, wherever its rows live.
 
@@ -140,12 +143,14 @@ class Cache(Context):
         is_exact: whether values have 32 bits.
         addresses: int64, of the blocks of rows: layer by layer, and in a layer as its kinds.
         n_rows: int64, rows of these blocks.
+        n_followed: its first tokens that another process's cache holds as well, as that one's side has set it; those
+            that are forgotten no longer count.
     """
 
     def __init__(self, kinds: Sequence[Sequence[Rows]], capacity: int, dtype: type[np.floating]):
         """kinds: of each layer's rows."""
         super().__init__(capacity)
-        self.is_exact = dtype == np.float32
+        self.is_exact, self.n_followed = dtype == np.float32, 0
         self._touched = 0  # positions below it have been written at some time: memory that has been written to stays
         self._blocks = self._new_blocks([kind for layer in kinds for kind in layer], dtype)
         each = iter(self._blocks)
@@ -220,7 +225,7 @@ class Cache(Context):
                 ring.held = 0
         elif not self._holds(length):
             self._go_back(self._marks, length)
-        self.length = length
+        self.length, self.n_followed = length, min(length, self.n_followed)
         self._marks = self._marks_up_to(length)
 
     def _go_back(self, marks: list[_Mark], length: int) -> None:
@@ -241,11 +246,32 @@ class Cache(Context):
         Raises ContextFullError if they don't fit. `length` moves when advance() is called, after the last layer.
         """
         self.check_room(rows[0].shape[0])
-        return tuple(block.extend(self.length, new) for block, new in zip(self._layers[layer], rows, strict=True))
+        return tuple(self.extend(layer, part, new) for part, new in enumerate(rows))
 
     def extend(self, layer: int, part: int, rows: "torch.Tensor") -> "torch.Tensor":
         """The same of one kind of a layer's rows: Block.extend. check_room() must have been asked."""
         return self._layers[layer][part].extend(self.length, rows)
+
+    def since(self, first: int) -> Iterator[tuple[int, int, np.ndarray]]:
+        """What a cache of this kind lacks to go on as this one that holds the first tokens: as write() takes it.
+
+        Of a ring all rows that the next token needs. No array has more than PART_BYTES.
+        """
+        for number, block in enumerate(self._blocks):
+            start = block.kind.first(self.length) if block.is_ring else first
+            rows, ratio = block.get(start, self.length), 1 if block.is_ring else block.kind.ratio
+            n_rows = max(1, PART_BYTES // block.rows.strides[0])
+            for at in range(0, len(rows), n_rows):
+                part = rows[at : at + n_rows]
+                yield number, (start // ratio + at + len(part)) * ratio, part
+
+    def write(self, block: int, end: int, rows: np.ndarray) -> None:
+        """Put another cache's rows of positions before `end` into a block, by its number; tokens do not count yet.
+
+        rows: of the block's type, in any shape. check_room() must have been asked.
+        """
+        own = self._blocks[block]
+        own.write(end, rows.view(own.dtype).reshape(-1, own.rows.shape[1]))
 
     def window(self, layer: int, part: int) -> "torch.Tensor":
         """A ring's rows of tokens before `length` that the next one sees, (tokens, width): a copy."""
@@ -297,7 +323,7 @@ class Cache(Context):
             raise LocalrunError(f"the saved session does not hold {length} tokens of this model")
         for name, block, end in places[: len(names)]:
             block.put(end, tensors[name])
-        self.length, self._touched = length, max(self._touched, length)
+        self.length, self._touched, self.n_followed = length, max(self._touched, length), 0
         self._marks = [_Mark(end, end, [np.array(tensors[f"{name}@{end}"]) for name in rings]) for end in sorted(marks)]
 
 

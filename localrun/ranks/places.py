@@ -60,22 +60,42 @@ def host_places(text: str) -> list[Place]:
     The first rank runs here: it takes one of this machine's if that is among them, and comes besides if it is not.
     Raises LocalrunError.
     """
+    here, others = _parts("--hosts", text)
+    places = [Place(together=max(1, here))] * max(1, here) + others
+    if not 2 <= len(places) <= MOST_RANKS:
+        raise LocalrunError(f"--hosts {text}: {len(places)} ranks; expected 2 to {MOST_RANKS}")
+    return places
+
+
+def reader_places(text: str) -> list[Place]:
+    """This process's place, and those of --prefill-hosts, which are written as those of --hosts.
+
+    A reader on this machine shares its cores with this process. Raises LocalrunError.
+    """
+    if place_in_mpiexec()[1] > 1:
+        raise LocalrunError("--prefill-hosts starts readers by itself; leave it out under mpiexec")
+    here, others = _parts("--prefill-hosts", text)
+    places = [Place(together=1 + here)] * (1 + here) + others
+    if len(places) > MOST_RANKS:
+        raise LocalrunError(f"--prefill-hosts {text}: {len(places) - 1} readers; expected 1 to {MOST_RANKS - 1}")
+    return places
+
+
+def _parts(option: str, text: str) -> tuple[int, list[Place]]:
+    """Ranks on this machine, and the places of the others. Raises LocalrunError."""
     here, others = 0, dict[str, list[Place]]()
     for part in text.split(","):
         match = _HOST.fullmatch(part)
         if match is None or not 1 <= int(match["slots"] or 1) <= MOST_RANKS:
-            raise LocalrunError(f"--hosts {part!r}; expected NAME, NAME:RANKS or NAME=PATH, several with commas")
+            raise LocalrunError(f"{option} {part!r}; expected NAME, NAME:RANKS or NAME=PATH, several with commas")
         slots = int(match["slots"] or 1)
         if _is_here(match["name"]):
             here += slots
         else:
             if match["name"] in others:
-                raise LocalrunError(f"--hosts {text}: {match['name']} is there twice; NAME:RANKS says how many ranks")
+                raise LocalrunError(f"{option} {text}: {match['name']} is there twice; NAME:RANKS says how many ranks")
             others[match["name"]] = [Place(match["name"], match["path"] or "", together=slots)] * slots
-    places = [Place(together=max(1, here))] * max(1, here) + [place for each in others.values() for place in each]
-    if not 2 <= len(places) <= MOST_RANKS:
-        raise LocalrunError(f"--hosts {text}: {len(places)} ranks; expected 2 to {MOST_RANKS}")
-    return places
+    return here, [place for each in others.values() for place in each]
 
 
 def _is_here(name: str) -> bool:

@@ -1,6 +1,7 @@
 """The program of every rank but the first: it comes to the first one, opens its file, and serves its share.
 
-It has no terminal, reads nothing but its invitation, and ends when the first rank's connection does.
+It has no terminal, reads nothing but its invitation, and ends when the first rank's connection does. Readers come the
+same way (localrun.cpu.reader_child).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
@@ -23,14 +25,20 @@ from localrun.ranks.places import Place, prepare, threads_at
 
 if TYPE_CHECKING:
     from localrun.gguf.file import GGUFFile
+    from localrun.ranks.world import World
+
+Serve = Callable[["GGUFFile", "World", dict[str, Any], int], None]  # with the task and threads, until the end
 
 
-def main() -> NoReturn:
-    """The program, for an mpiexec that the first rank has started: its invitation is what comes on stdin."""
+def main(serve: Serve | None = None) -> NoReturn:
+    """The program, for an mpiexec that the first rank has started: its invitation is what comes on stdin.
+
+    serve: what it does with its file; its share of experts' if not given.
+    """
     set_up_mpi(is_inside=False)  # whether it is the first rank has said, in the environment
     MPI = mpi()
     invitation = json.loads(sys.stdin.readline()) if MPI.COMM_WORLD.rank == 0 else None
-    _come(MPI, MPI.COMM_WORLD.bcast(invitation, 0), MPI.COMM_WORLD.rank + 1)
+    _come(MPI, MPI.COMM_WORLD.bcast(invitation, 0), MPI.COMM_WORLD.rank + 1, serve or _serve_share)
 
 
 def main_in_mpiexec() -> NoReturn:
@@ -45,16 +53,16 @@ def main_in_mpiexec() -> NoReturn:
     if invitation is None:
         MPI.Finalize()
         sys.exit(0)
-    _come(MPI, invitation, MPI.COMM_WORLD.rank, stays=True)
+    _come(MPI, invitation, MPI.COMM_WORLD.rank, _serve_share, stays=True)
 
 
-def _come(MPI: Any, invitation: dict[str, Any], rank: int, stays: bool = False) -> NoReturn:
+def _come(MPI: Any, invitation: dict[str, Any], rank: int, serve: Serve, stays: bool = False) -> NoReturn:
     """Do what the first rank asks for. stays: until that one is gone, since mpiexec would end it with this one."""
     connection = Client(tuple(invitation["address"]), authkey=bytes.fromhex(invitation["secret"]))
     watch_tcp(connection)
     send(connection, {"rank": rank, "version": localrun.__version__})
     try:
-        _serve(MPI, connection, receive(connection))
+        _work(MPI, connection, receive(connection), serve)
     except Exception as error:
         with suppress(OSError):
             send(connection, {"error": _reason(error)})
@@ -71,7 +79,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _serve(MPI: Any, connection: Connection, task: dict[str, Any]) -> None:
+def _work(MPI: Any, connection: Connection, task: dict[str, Any], serve: Serve) -> None:
     """Join the others and do what is to be done. What takes time to import is imported once it is known to be here."""
     threading.Thread(target=_live, args=(connection,), daemon=True).start()
     place = Place(cores=tuple(task["cores"]), together=task["together"])
@@ -84,12 +92,16 @@ def _serve(MPI: Any, connection: Connection, task: dict[str, Any]) -> None:
 
         answer(comm)
         return
-    from localrun.ranks.sharing import Sharing
-    from localrun.ranks.worker import serve_share
     from localrun.ranks.world import mpi_world
 
-    sharing = Sharing(**task["sharing"] | {"sizes": tuple(task["sharing"]["sizes"])})
-    serve_share(file, mpi_world(comm, task["names"]), sharing, threads_at(place, task["threads"]))
+    serve(file, mpi_world(comm, task["names"]), task, threads_at(place, task["threads"]))
+
+
+def _serve_share(file: GGUFFile, world: World, task: dict[str, Any], n_threads: int) -> None:
+    from localrun.ranks.sharing import Sharing
+    from localrun.ranks.worker import serve_share
+
+    serve_share(file, world, Sharing(**task["sharing"] | {"sizes": tuple(task["sharing"]["sizes"])}), n_threads)
 
 
 def _same_file(path: Path, expected: str) -> GGUFFile:

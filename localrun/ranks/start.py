@@ -55,15 +55,26 @@ def sharing_ranks(path: Path, places: Sequence[Place], sharing: Sharing, threads
 
     Raises LocalrunError, one line that names the host or the rank, if one of them can't be started.
     """
-    with open_gguf(path) as file:
-        task = {
-            "path": str(path.resolve()),
-            "identity": file.fingerprint(file.without_tensors()),
-            "sharing": vars(sharing),
-            "threads": threads,
-        }
-    with closing(_run(places, task)) as run:
+    with closing(_run(places, _task(path, threads) | {"sharing": vars(sharing)})) as run:
         yield Ranks(run.start(), sharing)
+
+
+@contextmanager
+def reading_ranks(path: Path, places: Sequence[Place], threads: int | None, dense_attention: bool) -> Iterator[World]:
+    """The ranks at these places, but the first, to read prompts for this one (localrun.ranks.readers).
+
+    Raises LocalrunError as sharing_ranks.
+    """
+    task = _task(path, threads) | {"dense_attention": dense_attention}
+    names = ["rank 0", *(f"host {place.host or 'localhost'} (reader {i})" for i, place in enumerate(places[1:], 1))]
+    with closing(_Run(places, task, names, "localrun.cpu.reader_child")) as run:
+        yield run.start()
+
+
+def _task(path: Path, threads: int | None) -> dict[str, Any]:
+    with open_gguf(path) as file:
+        identity = file.fingerprint(file.without_tensors())
+    return {"path": str(path.resolve()), "identity": identity, "threads": threads}
 
 
 @contextmanager
@@ -96,15 +107,22 @@ def end_in_mpiexec(code: int) -> NoReturn:
 
 
 def _run(places: Sequence[Place], task: dict[str, Any]) -> _Run:
-    return _Joined(places, task) if place_in_mpiexec()[1] > 1 else _Run(places, task)
+    names = names_of(places)
+    return _Joined(places, task, names) if place_in_mpiexec()[1] > 1 else _Run(places, task, names)
 
 
 class _Run:
     """The other ranks: mpiexec, a connection to each, the thread that watches them."""
 
-    def __init__(self, places: Sequence[Place], task: dict[str, Any]):
-        """task: what each rank is told to do; one that has a file's path is told its own place's."""
-        self._places, self._task, self._names = places, task, names_of(places)
+    def __init__(
+        self,
+        places: Sequence[Place],
+        task: dict[str, Any],
+        names: Sequence[str],
+        program: str = "localrun.ranks.rank_child",
+    ):
+        """task: what each rank is told to do; one that has a file's path is told its own place's. program: theirs."""
+        self._places, self._task, self._names, self._program = places, task, names, program
         self.world: World | None = None
         self._connections: list[Connection] = []
         self._mpiexec: subprocess.Popen | None = None
@@ -143,7 +161,7 @@ class _Run:
             hosts = [place.host or "localhost" for place in others]
             slots = [f"{host}:{hosts.count(host)}" for host in dict.fromkeys(hosts)]
             command += ["-localhost", invitation["address"][0], "-hosts", ",".join(slots)]
-        command += [sys.executable, "-m", "localrun.ranks.rank_child"]
+        command += [sys.executable, "-m", self._program]
         self._mpiexec = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=self._log, stderr=self._log, start_new_session=True
         )

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from localrun.engine import Engine
 from localrun.generate.reasoning import ReasoningSplitter
@@ -14,6 +14,9 @@ from localrun.generate.reply_text import ReplyText
 from localrun.generate.sampling import Sampling
 from localrun.generate.session import Session, Stats
 from localrun.serve.logprobs import entry
+
+if TYPE_CHECKING:
+    from localrun.ranks.readers import Readers
 
 
 @dataclass
@@ -60,6 +63,7 @@ class Job:
         stopped_by: the stop text that ended it.
         error: what it failed of.
         cancelled: it is to end at the next turn. Any thread may set this.
+        is_elsewhere: what it does at its turns is to look whether another host has read.
     """
 
     ids: list[int]
@@ -78,29 +82,40 @@ class Job:
     error: Exception | None = None
     cancelled: bool = False
     ended: bool = False
+    is_elsewhere: bool = False
 
     @property
     def can_start(self) -> bool:
         """Nothing to wait for."""
         return self.after is None or self.after.has_read or self.after.ended
 
-    def units(self, engine: Engine, session: Session, how_many: Callable[[int], int]) -> Iterator[None]:
+    def units(
+        self, engine: Engine, session: Session, how_many: Callable[[int], int], patience_s: Callable[[], float]
+    ) -> Iterator[None]:
         """The work: at each next() a piece of a chunk of the prompt, or a token.
 
         how_many: tokens to read at the next one, of those that are left of a chunk.
+        patience_s: that a look for what another host reads may take.
         """
         usage, ids = self.usage, self.ids
         session.forget(session.shared(ids))
         usage.prompt_tokens, usage.cached_tokens = len(ids), len(session.ids)
         rest = ids[len(session.ids) :]
         self._has_read(len(session.ids))
-        for n_tokens in _pieces(engine.model.chunks(len(rest)), how_many):
+        readers = engine.readers
+        chunks = [n for chunk in engine.model.chunks(len(rest)) for n in engine.model.chunks(chunk)]
+        whole = (lambda n_left: n_left if readers.takes(n_left) else how_many(n_left)) if readers else how_many
+        for n_tokens in _pieces(chunks, whole):
+            if readers:
+                yield from self._wait_for(readers, rest[:n_tokens], session, patience_s)
             started = time.perf_counter()
             session.advance(rest[:n_tokens])
             rest = rest[n_tokens:]
             usage.prompt_s += time.perf_counter() - started
             self._has_read(len(session.ids))
             yield
+        if readers:
+            yield from self._wait_for(readers, rest, session, patience_s)
         text = ReplyText(engine.tokenizer, self.stop, self.spelled)
         with closing(session.tokens(ids, self.sampling, max_tokens=self.max_tokens)) as tokens:
             for token in tokens:
@@ -119,6 +134,22 @@ class Job:
         if rest_of_text := text.flush():
             self.deliver(rest_of_text)
         self.finish_reason = session.finish_reason
+
+    def _wait_for(
+        self, readers: Readers, ids: list[int], session: Session, patience_s: Callable[[], float]
+    ) -> Iterator[None]:
+        """Units in which another host reads a chunk of the prompt, if that is where it is read."""
+        if not readers.takes(len(ids)):
+            return
+        started, self.is_elsewhere = time.perf_counter(), True
+        try:
+            while not readers.has_read(ids, session.cache, patience_s()):
+                yield
+        except GeneratorExit:
+            readers.drop(session.cache)
+            raise
+        self.usage.prompt_s += time.perf_counter() - started
+        self.is_elsewhere = False
 
     def _count(self, piece: str) -> None:
         """A token that is certain to say this: whether it is one of the thoughts'."""

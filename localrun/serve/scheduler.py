@@ -23,6 +23,7 @@ from localrun.serve.store import Store
 
 MOST_WAITING = 64  # replies
 MOST_PAUSE_S = 1.0  # of a running reply, while others' prompts are read
+_LOOK_S = 0.02  # that a prompt waits for another host to read it before the next one has its turn
 
 
 class QueueFullError(LocalrunError):
@@ -170,7 +171,7 @@ class Scheduler:
             job.error = error
             self._end(job)
             return
-        units = job.units(self._engine, session, self._piece)
+        units = job.units(self._engine, session, self._piece, self._patience_s)
         self._running.append(_Running(job, session, units, time.perf_counter()))
 
     def _round(self) -> None:
@@ -203,14 +204,18 @@ class Scheduler:
 
     def _read(self, reading: _Running) -> None:
         """A chunk of its prompt."""
-        started, before = time.perf_counter(), len(reading.session.ids)
+        started, before, was_elsewhere = time.perf_counter(), len(reading.session.ids), reading.job.is_elsewhere
         self._turn(reading)
-        if self._left_s is not None:
+        if self._left_s is not None and not was_elsewhere:
             self._chunk_size.record(len(reading.session.ids) - before, time.perf_counter() - started)
 
     def _piece(self, n_left: int) -> int:
         """How many tokens of a prompt to read now, of those that are left of what is read at once in an idle hour."""
         return n_left if self._left_s is None else self._chunk_size.next(self._left_s, n_left)
+
+    def _patience_s(self) -> float:
+        """How long a prompt may wait for another host: not at all where replies are running."""
+        return _LOOK_S if self._left_s is None else 0.0
 
     def _turn(self, running: _Running) -> None:
         """One unit of its work, or its end."""

@@ -173,11 +173,11 @@ class Links:
             self._under_way.discard(request)
         return is_done
 
-    def finish(self, request: Request, limit_s: float | None = None) -> None:
-        """Wait for a request to end, by sleeping. Raises LinkError."""
+    def finish(self, request: Request, limit_s: float | None = None, most_pause_s: float = 2e-4) -> None:
+        """Wait for a request to end, by sleeping, up to so long between looks. Raises LinkError."""
         end, pause_s = time.monotonic() + (self.limit_s if limit_s is None else limit_s), 1e-5
         while not self.is_done(request):
             if self.broken[0] or time.monotonic() > end:
                 raise LinkError(BROKEN if self.broken[0] else LATE)
             time.sleep(pause_s)
-            pause_s = min(2e-4, 2 * pause_s)
+            pause_s = min(most_pause_s, 2 * pause_s)

@@ -32,6 +32,7 @@ RUNTIME = [*DEVICE, "-t", "--threads", "-c", "--ctx", "--backend"]
 TEMPLATE = ["--think", "--template-var", "--chat-template", "--show-thinking"]
 DRAFTS = ["--speculative", "--draft"]
 RANKS = ["--ranks", "--hosts", "--rank-messages", "--rank-share", "--rank-sizes", "--rank-copies"]
+RANKS += ["--prefill-hosts"]
 OPTIONS = {
     "chat": [
         *["-n", "--n-tokens", "--system", "--stop", "--plain", *TEMPLATE, *SAMPLING, *RUNTIME, *DRAFTS, *RANKS],

@@ -20,7 +20,7 @@ from localrun.plan.machine import load_machine
 OPTIONS = {
     "model": [
         *["--type", "-c", "--ctx", "--prompt", "--machine", "--fit", "-t", "--threads", "--acceptance"],
-        *["--hosts", "--link", "--kv-table", "--compute-table", "--plot", "--json"],
+        *["--hosts", "--prefill-hosts", "--reply", "--link", "--kv-table", "--compute-table", "--plot", "--json"],
     ],
     "cluster": [
         *["--model", "--device", "--bandwidth", "--tokens", "--hidden", "-c", "--ctx", "--acceptance", "--requests"],
@@ -107,6 +107,24 @@ def test_hosts_without_room(capsys: pytest.CaptureFixture[str]) -> None:
     document = json.loads(out)
     assert document["memory"]["fits"] is False and "rows" not in document
     assert "does not fit 3 hosts, each a desktop" in err and "the first needs" in err and err.count("\n") == 1
+
+
+def test_readers_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "deepseek-v3", "--machine", "10k-server", "--prefill-hosts", "1", "--reply", "512"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and "a prompt of 512: 34.3 MiB of cache, 0.03 s on the wire, 0.001 s of it not under" in out
+    assert [line.split("  ")[0] for line in out.splitlines()[5:8]] == [
+        "one host",
+        "experts shared",
+        "prompts elsewhere",
+    ]
+    assert "most requests with replies of 512 tokens: " in out
+
+
+def test_readers_without_room(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "kimi-k2", "--machine", "desktop", "--prefill-hosts", "1", "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["pays"] is None and "does not fit a desktop" in err and err.count("\n") == 1
 
 
 def test_a_link_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,7 +284,17 @@ ERRORS = {
     "hosts": (["deepseek-v3", "--hosts", "0", "--machine", "laptop"], "--hosts 0; expected 1 to 64"),
     "hosts of none": (["llama-3.1-405b", "--hosts", "2", "--machine", "laptop"], "no routed experts to spread"),
     "link": (["deepseek-v3", "--hosts", "2", "--link", "x", "--machine", "laptop"], "x: no such link file; presets:"),
-    "link alone": (["deepseek-v3", "--link", "10GbE", "--machine", "laptop"], "--link goes with --hosts"),
+    "link alone": (
+        ["deepseek-v3", "--link", "10GbE", "--machine", "laptop"],
+        "--link goes with --hosts or --prefill-hosts",
+    ),
+    "readers": (
+        ["llama-3.1-405b", "--prefill-hosts", "0", "--machine", "laptop"],
+        "--prefill-hosts 0; expected 1 to 63",
+    ),
+    "readers and hosts": (["deepseek-v3", "--hosts", "2", "--prefill-hosts", "1"], "give one of them"),
+    "readers and fit": (["deepseek-v3", "--prefill-hosts", "1", "--fit", "this"], "--prefill-hosts goes with neither"),
+    "reply": (["deepseek-v3", "--reply", "0"], "--reply 0; expected 1 to 10^8"),
     "hosts and fit": (["deepseek-v3", "--hosts", "2", "--fit", "this"], "--hosts goes with neither --fit nor --plot"),
     "not a model": ([__file__, "--machine", "laptop"], "not a GGUF file"),
     "plot's name": (["--kv-table", "--plot", "x.txt"], "x.txt: a picture's name ends in"),

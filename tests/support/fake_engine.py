@@ -130,7 +130,7 @@ class Engine:
         self.template = ChatTemplate(CHATML, bos_token="", eos_token="") if template else None
         self.backend, self.ctx, self.threads, self.config = "native", ctx, 1, None
         self.loaded_with: dict[str, Any] = {}
-        self.placement, self.ranks, self.turn = None, None, Turn()
+        self.placement, self.ranks, self.readers, self.turn = None, None, None, Turn()
         self.draft: Draft | None = None
 
     def __enter__(self) -> "Engine":

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from localrun.gguf.file import open_gguf
+from localrun.cpu.reader import serve_reading
+from localrun.gguf.file import GGUFFile, open_gguf
+from localrun.models.reader import read_config
 from localrun.ranks.sharing import Ranks, Sharing
 from localrun.ranks.worker import serve_share
 from localrun.ranks.world import RankError, World
@@ -94,6 +96,22 @@ def in_process(
     path: Path, n_ranks: int, sharing: Sharing, post: Post | None = None, threads: int = 1
 ) -> Iterator[Ranks]:
     """Ranks 1.. serve shares of a model within; given is what rank 0 loads it with, and must close."""
+    with _living(path, n_ranks, post, lambda file, world: serve_share(file, world, sharing, threads)) as world:
+        yield Ranks(world, sharing)
+
+
+@contextmanager
+def reading_in_process(path: Path, n_readers: int = 1, post: Post | None = None) -> Iterator[World]:
+    """The same of readers: they read prompts within."""
+    with _living(
+        path, 1 + n_readers, post, lambda file, world: serve_reading(file, read_config(file), world, 2)
+    ) as world:
+        yield world
+
+
+@contextmanager
+def _living(path: Path, n_ranks: int, post: Post | None, serve: Callable[[GGUFFile, World], None]) -> Iterator[World]:
+    """Ranks 1.. serve within; given is rank 0's world."""
     post = post or Post()
     names = [f"rank {rank}" for rank in range(n_ranks)]
     worlds = [World(rank, names, post.links(rank)) for rank in range(n_ranks)]
@@ -102,7 +120,7 @@ def in_process(
     def live(world: World) -> None:
         try:
             with open_gguf(path) as file:
-                serve_share(file, world, sharing, threads)
+                serve(file, world)
         except BaseException as error:
             raised.append(error)
             worlds[0].fail(world.rank, str(error))
@@ -111,7 +129,7 @@ def in_process(
     for thread in lives:
         thread.start()
     try:
-        yield Ranks(worlds[0], sharing)
+        yield worlds[0]
     finally:
         for world in worlds[1:]:
             if world.rank in post.dead or post.error:

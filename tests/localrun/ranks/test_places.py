@@ -11,7 +11,7 @@ from cli.main import _run_in_mpiexec
 from localrun import hardware
 from localrun.errors import LocalrunError
 from localrun.hardware import NumaNode
-from localrun.ranks.places import Place, core_list, host_places, local_places, names_of, places_of
+from localrun.ranks.places import Place, core_list, host_places, local_places, names_of, places_of, reader_places
 
 HERE = Place()
 
@@ -49,6 +49,32 @@ def test_hosts(text: str, places: list[Place]) -> None:
     assert names_of(places)[0] == "rank 0"
 
 
+@pytest.mark.parametrize(
+    ("text", "places"),
+    [
+        ("b", [HERE, Place("b")]),
+        ("b=/m/x.gguf,c:2", [HERE, Place("b", "/m/x.gguf"), *[Place("c", together=2)] * 2]),
+        ("localhost", [Place(together=2)] * 2),
+    ],
+)
+def test_readers_are_beside_this_process(text: str, places: list[Place]) -> None:
+    """One on this machine shares its cores with it."""
+    assert reader_places(text) == places
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("b,", "--prefill-hosts ''; expected"),
+        ("b,b", "--prefill-hosts b,b: b is there twice"),
+        ("b:64", "64 readers; expected 1 to 63"),
+    ],
+)
+def test_what_are_no_readers(text: str, message: str) -> None:
+    with pytest.raises(LocalrunError, match=message):
+        reader_places(text)
+
+
 def test_names_say_the_host() -> None:
     assert names_of(host_places("b:2")) == ["rank 0", "host b (rank 1)", "host b (rank 2)"]
 
@@ -82,6 +108,8 @@ def test_under_an_mpiexec_of_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PMI_SIZE", "2")
     with pytest.raises(LocalrunError, match="leave them out under mpiexec"):
         places_of("2", None)
+    with pytest.raises(LocalrunError, match="leave it out under mpiexec"):
+        reader_places("b")
     for args in (["inspect"], ["generate", "--help"], []):
         assert _run_in_mpiexec(args, is_first=False) == 0
     assert _run_in_mpiexec(["inspect", "nothing.gguf"], is_first=True) == 1

@@ -70,6 +70,24 @@ def test_bench_over_hosts(hosts: None) -> None:
     ]
 
 
+def test_prompts_read_on_another_host(hosts: None) -> None:
+    """With the experts shared as well: two MPI worlds of one process."""
+    arguments = ["bench", str(tiny_models.shared("v3")), "-t", "1", "-p", "700", "-n", "4", "-r", "1", "--json"]
+    for others in ([], ["--ranks", "2"], ["--hosts", "127.0.0.3"]):
+        done = command(*arguments, "--prefill-hosts", "127.0.0.2", *others)
+        assert (done.returncode, done.stderr) == (0, "")
+        document = json.loads(done.stdout)
+        assert document["reading"]["tokens"] == 1400 and document["reading"]["bytes_back"] > 0  # one warms up
+        assert ("messages" in document) == bool(others)
+
+
+def test_a_reader_with_another_file(hosts: None) -> None:
+    here, there = tiny_models.shared("v3"), tiny_models.shared("v2-lite")
+    done = command("bench", str(here), "--prefill-hosts", f"127.0.0.2={there}", "-p", "8", "-n", "4")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"localrun: host 127.0.0.2 (reader 1): {there}: is another model than the first rank's\n"
+
+
 def in_mpiexec(*args: str) -> subprocess.CompletedProcess[str]:
     """A command of two processes that the user's mpiexec starts."""
     mpiexec = [str(shutil.which("mpiexec", path=str(Path(sys.executable).parent))), "-n", "2", sys.executable]
@@ -101,20 +119,27 @@ def test_an_mpiexec_without_need() -> None:
     assert (done.returncode, done.stderr) == (0, "") and json.loads(done.stdout)
 
 
-def test_a_rank_is_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("option", "program", "name"),
+    [
+        (["--ranks", "2"], "localrun.ranks.rank_child", "rank 1"),
+        (["--prefill-hosts", "localhost"], "localrun.cpu.reader_child", "host localhost (reader 1)"),
+    ],
+)
+def test_a_rank_is_killed(option: list[str], program: str, name: str) -> None:
     """One line within 10 s, and nothing left; scripts/kill_ranks.py does so at all moments."""
-    arguments = [sys.executable, "-m", "cli.main", "bench", str(tiny_models.shared("v3")), "--ranks", "2", "-t", "1"]
+    arguments = [sys.executable, "-m", "cli.main", "bench", str(tiny_models.shared("v3")), *option, "-t", "1"]
     run = subprocess.Popen([*arguments, "-n", "100", "-r", "1000000"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     children: list[psutil.Process] = []
     while not children:
         assert run.poll() is None
         found = psutil.Process(run.pid).children(recursive=True)
-        children = [p for p in found if "python" in p.name() and "localrun.ranks.rank_child" in p.cmdline()]
+        children = [p for p in found if "python" in p.name() and program in p.cmdline()]
         time.sleep(0.05)
     time.sleep(8)
     children[0].send_signal(signal.SIGKILL)
     began = time.monotonic()
     _, err = run.communicate(timeout=10)
     assert run.returncode == 1 and time.monotonic() - began < 10
-    assert err.splitlines()[-1] == "localrun: rank 1: is gone: it was killed, or the connection is lost"
+    assert err.splitlines()[-1] == f"localrun: {name}: is gone: it was killed, or the connection is lost"
     assert not [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]

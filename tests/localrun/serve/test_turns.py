@@ -93,7 +93,7 @@ def test_a_job_is_done_in_units(engine: Engine, monkeypatch: pytest.MonkeyPatch)
     engine.model.before_step = lambda cache: lengths.append(cache.length)
     job = Job(ids, Sampling(temperature=0), 3, [], {}, pieces.append)
     monkeypatch.setattr(limits, "PREFILL_CHUNK", 20)
-    turns = [len(lengths) for _ in job.units(engine, session, lambda n_left: min(7, n_left))]
+    turns = [len(lengths) for _ in job.units(engine, session, lambda n_left: min(7, n_left), lambda: 0.0)]
     assert lengths == [0, 7, 14, 20, 27, 29, 30] and turns == [1, 2, 3, 4, 5, 6, 7]
     assert [piece for piece in pieces if isinstance(piece, str)] == list(REPLY[:3])
     assert session.ids == [*ids, *REPLY[:2].encode()]
