@@ -8,8 +8,18 @@ lanes, in order, beside the activations' scales and sums.
 import numpy as np
 
 from quant.gemv.activations import QUARTERS, SCALES, SUMS
-from quant.simd.floats import add_odd, even_doubled, f16_lanes, f16_lanes_doubled, fma, splat_f32x8, to_f32, widened
-from quant.simd.ints import dot_biased, dot_u8, pair_sums, pair_sums_wide, zero_i32x16
+from quant.simd.floats import (
+    add_odd,
+    even_doubled,
+    exact_fma,
+    f16_lanes,
+    f16_lanes_doubled,
+    fma,
+    splat_f32x8,
+    to_f32,
+    widened,
+)
+from quant.simd.ints import dot_biased, dots_of_two, pair_sums, pair_sums_wide, zero_i32x16
 from quant.simd.memory import load_f32, load_f32x16, load_i8x64, load_u16, load_u32
 from quant.target.jit import inline
 
@@ -50,9 +60,9 @@ def dots_of_quarters(weights, k_block):
 
     Eight of these products must add up to less than 2^15.
     """
-    q, zero = k_block + QUARTERS, zero_i32x16()
-    even = dot_u8(dot_u8(zero, weights[0], load_i8x64(q)), weights[1], load_i8x64(q + 64))
-    odd = dot_u8(dot_u8(zero, weights[2], load_i8x64(q + 128)), weights[3], load_i8x64(q + 192))
+    q = k_block + QUARTERS
+    even = dots_of_two(weights[0], load_i8x64(q), weights[1], load_i8x64(q + 64))
+    odd = dots_of_two(weights[2], load_i8x64(q + 128), weights[3], load_i8x64(q + 192))
     return to_f32(pair_sums(even, odd))
 
 
@@ -68,7 +78,7 @@ def biased_dots_of_quarters(weights, k_block):
 @inline
 def add_offset(dots, offset, scales, k_block, total):
     """total + scale * (dots - offset * sum(q)) of each block: weights raised by `offset`; exact but for scales."""
-    dots = fma(-offset, load_f32x16(k_block + SUMS), dots)
+    dots = exact_fma(-offset, load_f32x16(k_block + SUMS), dots)
     return fma(dots, even_doubled(scales * load_f32x16(k_block + SCALES)), total)
 
 

@@ -17,10 +17,10 @@ from quant.gemm.repack import SCALES, repacks, two_nibbles
 from quant.gemv import plain
 from quant.gemv.activations import SPLIT, SPLIT_SCALES, SPLIT_SUMS
 from quant.simd.core import i8x32, i32x16
-from quant.simd.floats import e4m3_halved, first_8, fma, halves_f32x8, halves_f32x32, last_8, to_f32
+from quant.simd.floats import e4m3_halved, exact_fma, first_8, fma, halves_f32x8, halves_f32x32, last_8, to_f32
 from quant.simd.ints import (
     dot_i8,
-    dot_u8,
+    dots_of_two,
     lookup_in,
     nibbles,
     packed_i16,
@@ -100,9 +100,8 @@ def _weights(block):
 @inline
 def _two_blocks(w0, w1, w2, w3, q):
     """Their products, in two lanes of 16 bits for each 16 weights; the sums of 8 are below 2^15."""
-    zero = zero_i32x8()
-    first = dot_u8(dot_u8(zero, w0, load_i8x32(q)), w1, load_i8x32(q + 32))
-    return packed_i16(first, dot_u8(dot_u8(zero, w2, load_i8x32(q + 64)), w3, load_i8x32(q + 96)))
+    first = dots_of_two(w0, load_i8x32(q), w1, load_i8x32(q + 32))
+    return packed_i16(first, dots_of_two(w2, load_i8x32(q + 64), w3, load_i8x32(q + 96)))
 
 
 @inline
@@ -113,7 +112,7 @@ def _dots(w, k_block):
 
 @inline
 def _less_raise(dots, sums):
-    return fma(-RAISE, load_f32x8(sums), to_f32(products_i16(dots, _ones())))
+    return exact_fma(-RAISE, load_f32x8(sums), to_f32(products_i16(dots, _ones())))
 
 
 @inline

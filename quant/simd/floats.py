@@ -69,6 +69,11 @@ def emit_fma(builder, a, b, c):
     return call(builder, f"llvm.fma.v{a.type.count}f32", a.type, a, b, c)
 
 
+def _exact_fma(builder, a, b, c):
+    """The same of numbers whose product is a float: where there is no such instruction LLVM calls a function a lane."""
+    return emit_fma(builder, a, b, c) if isa.has("avx2") else builder.fadd(builder.fmul(a, b), c)
+
+
 def emit_maximum(builder, a, b):
     """The greater of two lanes; where one is NaN, the other."""
     return call(builder, f"llvm.maxnum.v{a.type.count}f32", a.type, a, b)
@@ -89,6 +94,7 @@ def _hmax(builder, v):
 
 
 fma = define_for_all(3, emit_fma)  # a*b + c, rounded once
+exact_fma = define_for_all(3, _exact_fma)  # the same where a*b is a float
 maximum = define_for_all(2, emit_maximum)  # of two lanes; where one is NaN, the other
 hsum = define_for_all(1, emit_hsum, lambda vector: types.float32)  # over lanes, in any order
 hmax = define_for_all(1, _hmax, lambda vector: types.float32)  # the greatest lane, but for NaN
@@ -203,7 +209,7 @@ def _add_odd(factor: float):
     """An intrinsic f32x16(total, v): total + factor * v in the odd lanes."""
 
     def emit(builder, total, v):
-        return emit_fma(builder, v, ir.Constant(v.type, [0.0, factor] * 8), total)
+        return _exact_fma(builder, v, ir.Constant(v.type, [0.0, factor] * 8), total)
 
     return define(f32x16, (f32x16, f32x16), emit)
 
@@ -244,9 +250,10 @@ def _interleaved_bytes(builder, even, odd):
 def _half_powers(builder, *words):
     """2^(e-128) in two lanes each, of 8 exponents in the 16-bit lanes of two int64; e below 2 gives a subnormal."""
     e = builder.zext(_halves_doubled(builder, *words), i32x16.ir)
-    normal = builder.shl(builder.sub(e, constant(e.type, 1)), constant(e.type, 23))
-    tiny = builder.shl(constant(e.type, 0x00200000), builder.and_(e, constant(e.type, 1)))
-    return builder.bitcast(builder.select(builder.icmp_unsigned("<", e, constant(e.type, 2)), tiny, normal), f32x16.ir)
+    one, subnormal, exponent = (constant(e.type, value) for value in (1, 21, 23))
+    # (e + 1) * 2^21 is right for 0 and 1, where e - 1 has no exponent; of all others it is the lesser number.
+    tiny, normal = builder.shl(builder.add(e, one), subnormal), builder.shl(builder.sub(e, one), exponent)
+    return builder.bitcast(call(builder, "llvm.smax.v16i32", e.type, normal, tiny), f32x16.ir)
 
 
 def _e4m3_halved(builder, code):

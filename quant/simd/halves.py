@@ -16,30 +16,21 @@ def _is_native() -> bool:
 
 def half_to_float(builder, bits):
     """IEEE half (i16 bits, one or a vector) -> float, exact, subnormals, infinities and NaN included."""
-    if isinstance(bits.type, ir.VectorType):
-        return _halves_to_floats(builder, bits)
+    if not isinstance(bits.type, ir.VectorType):
+        single = builder.insert_element(ir.Constant(ir.VectorType(I16, 1), ir.Undefined), bits, I32(0))
+        return builder.extract_element(half_to_float(builder, single), I32(0))
+    floats, wide = (ir.VectorType(element, bits.type.count) for element in (F32, I32))
     if _is_native():
-        return builder.fpext(builder.bitcast(bits, F16), F32)
+        return builder.fpext(builder.bitcast(bits, ir.VectorType(F16, bits.type.count)), floats)
     # The exponent is moved by a multiplication with 2^112, as in ggml's portable fp16 code.
-    wide = builder.zext(bits, I32)
-    sign = builder.shl(builder.and_(wide, I32(0x8000)), I32(16))
-    magnitude = builder.shl(builder.and_(wide, I32(0x7FFF)), I32(13))
-    value = builder.fmul(builder.bitcast(magnitude, F32), ir.Constant(F32, 2.0**112))
-    special = builder.icmp_unsigned(">=", magnitude, I32(0x7C00 << 13))
-    infinite = builder.or_(magnitude, I32(0x7F800000))
-    magnitude = builder.select(special, infinite, builder.bitcast(value, I32))
-    return builder.bitcast(builder.or_(magnitude, sign), F32)
-
-
-def _halves_to_floats(builder, bits):
-    lanes = bits.type.count
-    if isa.target_has("f16c"):
-        return builder.fpext(builder.bitcast(bits, ir.VectorType(F16, lanes)), ir.VectorType(F32, lanes))
-    floats = ir.Constant(ir.VectorType(F32, lanes), ir.Undefined)
-    for lane in range(lanes):
-        scalar = half_to_float(builder, builder.extract_element(bits, I32(lane)))
-        floats = builder.insert_element(floats, scalar, I32(lane))
-    return floats
+    bits = builder.zext(bits, wide)
+    sign = builder.shl(builder.and_(bits, constant(wide, 0x8000)), constant(wide, 16))
+    magnitude = builder.shl(builder.and_(bits, constant(wide, 0x7FFF)), constant(wide, 13))
+    value = builder.fmul(builder.bitcast(magnitude, floats), constant(floats, 2.0**112))
+    # All bits where it is infinite or NaN, without a comparison: LLVM would narrow and widen its lanes.
+    special = builder.ashr(builder.sub(constant(wide, (0x7C00 << 13) - 1), magnitude), constant(wide, 31))
+    value = builder.or_(builder.bitcast(value, wide), builder.and_(special, constant(wide, 0x7F800000)))
+    return builder.bitcast(builder.or_(value, sign), floats)
 
 
 def float_to_half(builder, x):

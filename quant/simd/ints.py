@@ -11,6 +11,7 @@ activations carry (gemv/activations.py):
 """
 
 from collections.abc import Callable, Sequence
+from operator import add, sub
 
 from llvmlite import ir
 from numba import types
@@ -209,12 +210,33 @@ def _lookup(builder, entries: list[int], index):
         return by_halves(builder, lambda half: _lookup(builder, entries, half), index)
     if isa.has("avx2"):
         return call(builder, "llvm.x86.avx2.pshuf.b", index.type, ir.Constant(index.type, entries * 2), index)
-    found = ir.Constant(index.type, ir.Undefined)
-    for lane in range(count):
-        entry = builder.extract_element(index, I32(lane))
-        value = builder.extract_element(ir.Constant(i8x16.ir, entries), entry)
-        found = builder.insert_element(found, value, I32(lane))
-    return found
+    if count > 16:
+        return by_halves(builder, lambda half: _lookup(builder, entries, half), index)
+    zero = constant(index.type, 0)
+    masks = [
+        builder.sext(builder.icmp_unsigned("!=", builder.and_(index, constant(index.type, bit)), zero), index.type)
+        for bit in (1, 2, 4, 8)
+    ]
+    return _entry_by_bits(builder, entries, index.type, masks)
+
+
+def _entry_by_bits(builder, entries: list[int], vector: ir.VectorType, masks: list):
+    """The entry whose number has these bits, lowest first: by logic, as lane by lane would take several times as long.
+
+    A table of numbers and their negatives, raised or not, takes half as much.
+    """
+    if len(entries) == 1:
+        return constant(vector, entries[0])
+    (*masks, mask), middle = masks, len(entries) // 2
+    first, second = entries[:middle], entries[middle:]
+    low = _entry_by_bits(builder, first, vector, masks)
+    differences, sums = ({step(b, a) & 0xFF for a, b in zip(first, second, strict=True)} for step in (sub, add))
+    if len(differences) == 1:
+        return builder.add(low, builder.and_(mask, constant(vector, *differences)))
+    if len(sums) == 1:  # sum - low is sum + 1 + ~low
+        return builder.add(builder.xor(low, mask), builder.and_(mask, constant(vector, sums.pop() + 1 & 0xFF)))
+    high = _entry_by_bits(builder, second, vector, masks)
+    return builder.xor(low, builder.and_(mask, builder.xor(low, high)))
 
 
 # ---- dot products ----------------------------------------------------------------------------------------------------
@@ -236,13 +258,14 @@ def _dots_avx2(builder, u, x):
 
 
 def _add_dots(builder, total, w, x, widen: Callable):
-    """total + sum of w*x over each 4 lanes, plain LLVM."""
+    """total + sum of w*x over each 4 lanes, plain LLVM: 16 at a time, which fit the registers of any CPU."""
     count = x.type.count
-    wide = ir.VectorType(I32, count)
-    products = builder.mul(widen(w, wide), builder.sext(x, wide))
-    for lane in range(4):
-        total = builder.add(total, shuffle(builder, products, None, range(lane, count, 4)))
-    return total
+    if count > 16:
+        return by_halves(builder, lambda total, w, x: _add_dots(builder, total, w, x, widen), total, w, x)
+    wide = ir.VectorType(I16, count)
+    pairs = emit_dot_i16(builder, constant(ir.VectorType(I32, count // 2), 0), widen(w, wide), builder.sext(x, wide))
+    even, odd = (shuffle(builder, pairs, None, range(first, count // 2, 2)) for first in (0, 1))
+    return builder.add(total, builder.add(even, odd))
 
 
 def emit_dot_u8(builder, total, u, x):
@@ -254,6 +277,18 @@ def emit_dot_u8(builder, total, u, x):
         dots = _dots_avx2 if count == 32 else lambda b, u, x: by_halves(b, lambda u, x: _dots_avx2(b, u, x), u, x)
         return builder.add(total, dots(builder, u, x))
     return _add_dots(builder, total, u, x, builder.zext)
+
+
+def _dots_of_two(builder, u, x, v, y):
+    """Sums of u*x and of v*y over each 4 lanes, as emit_dot_u8's; 8 such products must add up to less than 2^15."""
+    if isa.has("avx2") and not isa.has("avx512_vnni"):
+
+        def half(u, x, v, y):
+            return emit_pairs_i16(builder, builder.add(emit_pairs_u8(builder, u, x), emit_pairs_u8(builder, v, y)))
+
+        return half(u, x, v, y) if u.type.count == 32 else by_halves(builder, half, u, x, v, y)
+    zero = constant(ir.VectorType(I32, u.type.count // 4), 0)
+    return emit_dot_u8(builder, emit_dot_u8(builder, zero, u, x), v, y)
 
 
 def _dot_i8(builder, total, w, x):
@@ -376,6 +411,9 @@ def _half_sum(half: int):
 dot_u8 = _define_dot(emit_dot_u8)
 dot_i8 = _define_dot(_dot_i8)
 dot_biased = _define_dot(_dot_biased)
+dots_of_two = define_typed(
+    4, lambda *args: ({i8x32: i32x8, i8x64: i32x16}[args[0]](*args), _dots_of_two) if len({*args}) == 1 else None
+)
 pair_sums = define(i32x16, (i32x16, i32x16), _pair_sums)
 pair_sums_wide = define(i32x16, (i32x16, i32x16), _pair_sums_wide)
 # Signed lanes + WEIGHT_BIAS:

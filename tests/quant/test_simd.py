@@ -134,18 +134,26 @@ def test_integer_operators(dtype, operators):
     np.testing.assert_array_equal(out, np.array(expected))
 
 
-_value = lookup_in([3, -1, *range(14)], i8x32)
+# Of no order; numbers and their negatives, raised; halves a constant apart: each its own way without byte permutes.
+_TABLES = (
+    np.array([3, -1, *range(14)], np.int8),
+    np.array([12, 13, 15, 20, 9, 40, 7, 1, 12, 11, 9, 4, 15, -16, 17, 23], np.int8),
+    np.array([5, 2, 8, 1, 0, 9, 7, 7, 105, 102, 108, 101, 100, 109, 107, 107], np.int8),
+)
+_irregular, _mirrored, _shifted = (lookup_in(table, i8x32) for table in _TABLES)
 
 
 @kernel("void(int64, int64)")
 def _look_up(x, out):
-    store_i8x32(out, _value(load_i8x32(x)))
+    store_i8x32(out, _irregular(load_i8x32(x)))
+    store_i8x32(out + 32, _mirrored(load_i8x32(x)))
+    store_i8x32(out + 64, _shifted(load_i8x32(x)))
 
 
 def test_lookup():
-    x, out = np.arange(32, dtype=np.uint8) % 16, np.empty(32, np.int8)
+    x, out = np.arange(32, dtype=np.uint8) % 16, np.empty((3, 32), np.int8)
     kernels.call(_look_up, x, out)
-    np.testing.assert_array_equal(out, np.array([3, -1, *range(14)], np.int8)[x])
+    np.testing.assert_array_equal(out, [table[x] for table in _TABLES])
 
 
 def test_float64_is_refused():
