@@ -2,7 +2,7 @@
 
     python scripts/gpu_faults.py [--only WORDS] [--alone]
 
-Needs no card: faults are put into what stands in for one (tests/support/gpu_faults.py). All parts up to the one that
+Needs no card: faults are put into what stands in for one (tests/support/gpu_faults). All parts up to the one that
 fails are run; --alone runs the part that is expected to find it, which is quicker. Exits with 1 if one goes unfound.
 """
 
@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"
 
 import gpu_device  # noqa: F401  before triton
 import pytest
-from gpu_faults import FAULTS, found
+from gpu_faults.every import FAULTS
+from gpu_faults.proving import found
 
 
 def main() -> int:

@@ -50,7 +50,7 @@ class Many:
 
 @dataclass(frozen=True)
 class Attention:
-    """Of a few tokens' attention (attention.py).
+    """Of a few tokens' attention (attention/flash_decoding.py).
 
     Attributes:
         heads: of a program, at the most. 1 does without tensor cores, and reads each row of the cache for every head.

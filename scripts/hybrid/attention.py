@@ -10,6 +10,7 @@ import torch
 
 from hybrid.kernels import captured, seconds
 from localrun.gpu.attention.flash_decoding import attend, pieces_for
+from localrun.gpu.caches.cache import new_cache
 from localrun.gpu.caches.latent import LatentCache, row_bytes
 from localrun.models.config import Config
 
@@ -48,7 +49,7 @@ def time_decode(
 
 def _one_context(config: Config, context: int, bits: int, n_tokens: int, n_layers: int) -> dict[str, float]:
     device = torch.device("cuda")
-    cache = LatentCache(config, context, device, bits, n_layers)
+    cache = new_cache(config, context, device, bits, n_layers)
     _fill(cache)
     cache.advance(context - n_tokens)
     heads = n_tokens, config.num_attention_heads

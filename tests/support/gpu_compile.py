@@ -36,9 +36,7 @@ from localrun.gpu.attention import (
     latent_queries,
 )
 from localrun.gpu.attention.turns import Turns
-from localrun.gpu.caches.compressed import CompressedCache
-from localrun.gpu.caches.grouped import GroupedCache
-from localrun.gpu.caches.latent import LatentCache
+from localrun.gpu.caches.cache import new_cache
 from localrun.gpu.experts import in_vram, router
 from localrun.gpu.formats.layout import LAYOUTS
 from localrun.gpu.matrices import fp8, gemm, gemv, matrix
@@ -177,7 +175,7 @@ def _attend(model: str, bits: int) -> Callable[[], object]:
 
     def call() -> None:
         c, dtype = _MODELS[model], torch.float32 if bits == 32 else torch.float16
-        cache = LatentCache(c, 16, torch.device("cpu"), bits)
+        cache = new_cache(c, 16, torch.device("cpu"), bits)
         latent, rope = torch.empty(1, c.num_attention_heads, 512), torch.empty(1, c.num_attention_heads, 64)
         flash_decoding.attend(latent, rope, cache, 0, c, 0.1, 33, dtype)
 
@@ -189,7 +187,7 @@ def _attend_grouped(model: str, bits: int) -> Callable[[], object]:
 
     def call() -> None:
         c, dtype = _GROUPED[model], torch.float32 if bits == 32 else torch.float16
-        cache, window = GroupedCache(c, 16, torch.device("cpu"), bits), c.window(0)
+        cache, window = new_cache(c, 16, torch.device("cpu"), bits), c.window(0)
         sinks = torch.empty(c.num_attention_heads) if window else None
         keys, values = torch.empty(1, c.num_key_value_heads, c.head_dim), torch.empty(1, cache.values[0].shape[1])
         grouped.append(keys, values, cache.places(1), 0, c, window)
@@ -204,7 +202,7 @@ def _sparse() -> None:
     c = dataclasses.replace(
         _MODELS["V3"], index_n_heads=64, index_head_dim=128, index_topk=2048, indexer_types=("full",)
     )
-    cache = LatentCache(c, 16, torch.device("cpu"))
+    cache = new_cache(c, 16, torch.device("cpu"))
     places = dataclasses.replace(cache.places(1), most=4096)
     indexer.append_keys(torch.empty(1, 128), places, 0)
     indexer.scores_of(torch.empty(1, 64, 128), torch.empty(1, 64), places, 0, torch.float16)
@@ -240,7 +238,7 @@ def _compressed(bits: int) -> Callable[[], object]:
 
     def call() -> None:
         c, cpu, dtype = _V4, torch.device("cpu"), torch.float32 if bits == 32 else torch.float16
-        turns, cache = Turns(Rope(c), cpu), CompressedCache(c, 4096, cpu, bits)
+        turns, cache = Turns(Rope(c), cpu), new_cache(c, 4096, cpu, bits)
         q, sinks, rows = torch.empty(1, 64, 512), torch.empty(64), torch.empty(128, 512, dtype=dtype)
         places = dataclasses.replace(cache.places(1), most=4096)
         compressed_rows.turned_heads(q, places.positions, turns, 64, 1e-6)
@@ -263,7 +261,7 @@ def _compressed(bits: int) -> Callable[[], object]:
 def _compressed_chosen() -> None:
     c, cpu = _V4, torch.device("cpu")
     how = compressed_decoding.Attending(c, 1, Turns(Rope(c), cpu), torch.empty(64), 0.04, 33, torch.float16)
-    places = CompressedCache(c, 16, cpu).places(1)
+    places = new_cache(c, 16, cpu).places(1)
     compressed_decoding.attend_at(how, torch.empty(1, 64, 512), places, torch.empty(1, 512, dtype=torch.int32))
 
 
@@ -285,7 +283,7 @@ def _hashed_router() -> None:
 def _queries(model: str, bits: int) -> Callable[[], object]:
     def call() -> None:
         c, cpu = _MODELS[model], torch.device("cpu")
-        cache, turns = LatentCache(c, 16, cpu, bits), Turns(Rope(c), cpu)
+        cache, turns = new_cache(c, 16, cpu, bits), Turns(Rope(c), cpu)
         projected = torch.empty(1, c.num_attention_heads * 192)
         latent_queries.turn_and_append(projected, torch.empty(1, 576), torch.empty(512), turns, cache, 0, c)
 

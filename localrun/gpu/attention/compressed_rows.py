@@ -190,4 +190,5 @@ def _widths(width: int, rope_dim: int) -> dict[str, int]:
 
 
 def key_type(is_exact: bool) -> tl.dtype:
+    """Of values of rows, in a cache of 32 bits or of 16."""
     return tl.float32 if is_exact else tl.float16

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from localrun.gpu.caches.places import ENTRIES, Places, Tables, of_each
+from localrun.gpu.caches.places import ENTRIES, Places, Tables
 from localrun.models.config import Config
 from localrun.models.rows import Rows
 from localrun.network.block import Block
@@ -70,18 +70,10 @@ class CompressedCache(Cache):
         addresses: int64 (L * ENTRIES,), where blocks are: as a column of a table of Places has it.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        capacity: int,
-        device: torch.device | Sequence[torch.device],
-        bits: int = 16,
-        n_layers: int | None = None,
-    ):
-        """As cache.LatentCache."""
+    def __init__(self, config: Config, capacity: int, devices: Sequence[torch.device], bits: int):
+        """As LatentCache; bits: 16 or 32."""
         self.bits = bits
-        kinds = [config.rows(i) for i in range(config.num_hidden_layers if n_layers is None else n_layers)]
-        devices = of_each(device, len(kinds))
+        kinds = [config.rows(i) for i in range(len(devices))]
         self._devices = [device for device, of_layer in zip(devices, kinds, strict=True) for _ in of_layer]
         super().__init__(kinds, capacity, np.float32 if bits == 32 else np.float16)
         addresses = np.zeros((len(kinds), ENTRIES), np.int64)

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from localrun.gpu.caches.context import Blocks, DeviceContext
-from localrun.gpu.caches.places import of_each
 from localrun.models.config import Config
 from localrun.models.rows import Rows
 
@@ -24,22 +23,15 @@ class GroupedCache(DeviceContext):
         keys, values: of each layer, (rows, G * d) and (rows, G * V), float16 or float32.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        capacity: int,
-        device: torch.device | Sequence[torch.device],
-        bits: int = 16,
-        n_layers: int | None = None,
-    ):
+    def __init__(self, config: Config, capacity: int, devices: Sequence[torch.device], bits: int):
         """As LatentCache; bits: 16 or 32."""
         super().__init__(capacity, bits)
-        self._kinds = [config.rows(i) for i in range(config.num_hidden_layers if n_layers is None else n_layers)]
+        self._kinds = [config.rows(i) for i in range(len(devices))]
         dtype = torch.float32 if self.is_exact else torch.float16
         self.keys, self.values = (
             [
                 torch.empty(kinds[i].count(capacity), kinds[i].width, dtype=dtype, device=here)
-                for kinds, here in zip(self._kinds, of_each(device, len(self._kinds)), strict=True)
+                for kinds, here in zip(self._kinds, devices, strict=True)
             ]
             for i in range(2)
         )

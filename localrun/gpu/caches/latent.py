@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from localrun.gpu.caches.context import Blocks, DeviceContext
-from localrun.gpu.caches.places import of_each
 from localrun.gpu.e4m3 import pack_e4m3
 from localrun.models.config import Config
 
@@ -39,24 +38,11 @@ class LatentCache(DeviceContext):
         indexer_keys: of layers with an indexer, (capacity, d), float16 or float32.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        capacity: int,
-        device: torch.device | Sequence[torch.device],
-        bits: int = 16,
-        n_layers: int | None = None,
-    ):
-        """torch.OutOfMemoryError if a device has no room.
-
-        Args:
-            device: of all layers, or of each.
-            n_layers: num_hidden_layers unless given.
-        """
+    def __init__(self, config: Config, capacity: int, devices: Sequence[torch.device], bits: int):
+        """devices: of each layer. bits: of a value, 8, 16 or 32. torch.OutOfMemoryError if a device has no room."""
         super().__init__(capacity, bits)
-        self._n_layers = config.num_hidden_layers if n_layers is None else n_layers
+        self._n_layers = len(devices)
         self._widths = config.kv_lora_rank, config.qk_rope_head_dim
-        devices = of_each(device, self._n_layers)
         runs = [self._rows_on(here, len(list(layers))) for here, layers in groupby(devices)]
         self.latents, self.rope_keys, self.scales = runs[0] if len(runs) == 1 else map(_joined, zip(*runs, strict=True))
         width, dtype = config.index_head_dim, torch.float32 if self.is_exact else torch.float16

@@ -17,7 +17,7 @@ import triton.language as tl
 
 # Of a layer in a table: addresses of its values (or latents), of its keys (or their rotated parts), and of scales; how
 # many rows there are, in which those of a window go round; the address of the indexer's keys. Of a layer between
-# hyper-connections five addresses: compressed_cache.py.
+# hyper-connections five addresses: compressed.py.
 ENTRIES = 5
 
 

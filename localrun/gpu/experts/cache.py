@@ -3,7 +3,7 @@
 What a recorded step reads is a table in device memory, expert -> slot, a row for each layer: experts in VRAM are
 computed there, all others by the CPU at the same time (routed.py). All lie in RAM as well, so that each can leave VRAM
 at any moment. After a forward pass, when the device has nothing to do, the host reads how often each expert was chosen,
-asks the policy (expert_policy.py) and writes the table anew: with experts whose copies have arrived, without those
+asks the policy (policy.py) and writes the table anew: with experts whose copies have arrived, without those
 whose slots are to be overwritten. Then a thread copies into these slots, on a stream of its own, once the table is
 there. An expert that is still coming is the CPU's, and so is one whose copy failed.
 

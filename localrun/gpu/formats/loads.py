@@ -6,6 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def u16(address):
+    """16 bits at an address, as uint32."""
     return tl.load(address).to(tl.uint32)
 
 
@@ -25,9 +26,11 @@ def f16_pair(word):
 
 @triton.jit
 def float_bits(bits):
+    """The float32 that these 32 bits are."""
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def byte(address):
+    """A byte at an address, as uint32."""
     return tl.load(address).to(tl.uint32)

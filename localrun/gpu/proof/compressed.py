@@ -22,6 +22,7 @@ from localrun.gpu import streams
 from localrun.gpu.attention import compressed_decoding, compressed_rows, indexer
 from localrun.gpu.attention.flash_decoding import pieces_for
 from localrun.gpu.attention.turns import Turns
+from localrun.gpu.caches.cache import new_cache
 from localrun.gpu.caches.compressed import CompressedCache
 from localrun.gpu.caches.places import Places
 from localrun.gpu.proof.bounds import HALF, SINGLE, compare, half_on, softmax
@@ -63,7 +64,7 @@ def layers(subject: Subject) -> dict[int, int]:
 def attention_work(subject: Subject) -> Callable[[], None]:
     """Attention of all the first layers to the last token of the whole context."""
     c, ctx, device = subject.config, subject.task.ctx, subject.device.torch
-    cache = CompressedCache(c, ctx, device)
+    cache = new_cache(c, ctx, device)
     fill(cache, ctx - 1)
     places, q_1HW = cache.places(1), subject.vectors(c.num_attention_heads, c.head_dim)[None].to(device)
     turns = {index: _turns(subject, index) for index in range(c.num_hidden_layers)}
@@ -150,7 +151,7 @@ def _turned(x_TW: torch.Tensor, turns: Turns, positions_T: torch.Tensor, back: b
 
 def _filled(subject: Subject, layer: int, n_cached: int, n_tokens: int) -> tuple[CompressedCache, Places]:
     """A cache of random rows, and the places of the last ones."""
-    cache = CompressedCache(subject.config, n_cached, subject.device.torch, 16, layer + 1)
+    cache = new_cache(subject.config, n_cached, subject.device.torch, 16, layer + 1)
     for i, block in enumerate(cache.blocks[layer]):
         block.rows.copy_(subject.vectors(len(block.rows), block.kind.width, 20 + i))
     cache.advance(n_cached - n_tokens)

@@ -44,7 +44,7 @@ pytestmark = pytest.mark.skipif(HAS_GPU, reason="kernels are not interpreted, so
 MODEL = replace(V3, first_k_dense_replace=0)  # two layers with experts
 CTX = 24
 SLOTS, N_EXPERTS = 3, 8
-# As test_gpu_hybrid.py has it: the device's cache rows have 16 bits. Where experts are adds 1e-5, the order of sums.
+# As gpu_models.py has it: the device's cache rows have 16 bits. Where experts are adds 1e-5, the order of sums.
 STEP_TOLERANCE, MANY_TOLERANCE = 2e-3, 5e-3
 
 
@@ -184,7 +184,7 @@ def test_a_layer_in_each_way(mode: Mode, n_tokens: int) -> None:
 
 @pytest.fixture
 def dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As test_gpu_hybrid.py has it; experts in slots are multiplied by torch, too, from where their blocks lie."""
+    """As conftest.py has it; experts in slots are multiplied by torch, too, from where their blocks lie."""
     use_dense(monkeypatch)
     monkeypatch.setattr(Experts, "begin", begin_from_slots)
 

@@ -53,7 +53,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def filled(config: Config, length: int, bits: int, capacity: int | None = None) -> LatentCache:
     """Random rows in layer 1, NaN in all that no token has written."""
-    cache = LatentCache(config, capacity or length, DEVICE, bits)
+    cache = new_cache(config, capacity or length, DEVICE, bits)
     rows = random(length, config.kv_lora_rank + config.qk_rope_head_dim, seed=4)
     dtype = np.float32 if bits == 32 else np.float16
     tensor = rows.cpu().numpy().astype(dtype)
@@ -205,7 +205,7 @@ def test_flat_and_sharp(sharp: float, dtype: torch.dtype, tolerance: float | Non
 def test_many_small_weights_count() -> None:
     """One row with a score of 0, the others with -14: each 8e-7 of it, less than float16's smallest normal number."""
     config = dataclasses.replace(CONFIG, num_attention_heads=1)
-    cache = LatentCache(config, 2048, DEVICE)
+    cache = new_cache(config, 2048, DEVICE)
     cache.latents.zero_(), cache.rope_keys.zero_()
     cache.latents[1, 1:, 0], cache.latents[1, 1:, 1] = -14.0, 1000.0
     cache.length = 2047
@@ -305,7 +305,7 @@ def test_module(pool: Pool, variant: str, chunks: list[int], absorbing: bool, mo
     monkeypatch.setattr(latent, "GPU_ATTENTION_WORK_BYTES", 100_000)
     x_TD = random(N_TOKENS, c.hidden_size).cpu()
     host_cache = Cache([c.rows(0)], N_TOKENS, np.float32)
-    device_cache = LatentCache(c, N_TOKENS, DEVICE, bits=32, n_layers=1)
+    device_cache = new_cache(c, N_TOKENS, DEVICE, bits=32, n_layers=1)
     found = by_chunks(device, x_TD.to(DEVICE), chunks, device_cache)
     # Both are float32 in other orders: sums of up to 288 products, three deep.
     assert_close(found, by_chunks(host, x_TD, chunks, host_cache), EXACT)
@@ -393,7 +393,7 @@ def test_module_over_rounded_rows(pool: Pool, bits: int) -> None:
     """Both ways read the same rows: few tokens as many."""
     device, host = modules(pool, "v3")
     c, x_TD = device.config, random(N_TOKENS, device.config.hidden_size)
-    cache = LatentCache(c, N_TOKENS, DEVICE, bits, n_layers=1)
+    cache = new_cache(c, N_TOKENS, DEVICE, bits, n_layers=1)
     few = by_chunks(device, x_TD, [11, 4], cache)
     cache.truncate(11)
     device._absorbing_is_cheaper = lambda n_tokens: False

@@ -14,6 +14,7 @@ from localrun.network.cache import Cache
 
 pytest.importorskip("triton", reason="localrun.gpu needs Triton")
 
+from localrun.gpu.caches.cache import new_cache
 from localrun.gpu.caches.context import row_constants
 from localrun.gpu.caches.latent import LatentCache, row_bytes
 from localrun.gpu.caches.places import ENTRIES
@@ -34,13 +35,13 @@ def saved(length: int, dtype: type = np.float16, layers: int = 2) -> dict[str, n
 
 
 def loaded(bits: int, length: int = 5) -> tuple[LatentCache, dict[str, np.ndarray]]:
-    cache, tensors = LatentCache(CONFIG, 8, DEVICE, bits), saved(length, np.float32 if bits == 32 else np.float16)
+    cache, tensors = new_cache(CONFIG, 8, DEVICE, bits), saved(length, np.float32 if bits == 32 else np.float16)
     cache.load(tensors, length)
     return cache, tensors
 
 
 def test_its_length() -> None:
-    cache = LatentCache(CONFIG, 8, DEVICE)
+    cache = new_cache(CONFIG, 8, DEVICE)
     cache.advance(5)
     with pytest.raises(KeyboardInterrupt), cache.all_or_none():
         cache.advance(2)
@@ -76,7 +77,7 @@ def test_what_is_saved_moves_between_devices(bits: int) -> None:
     cache, tensors = loaded(bits)
     there = Cache([CONFIG.rows(0)] * 2, 8, np.float32 if bits == 32 else np.float16)
     there.load(cache.save(), 5)
-    again = LatentCache(CONFIG, 8, DEVICE, bits)
+    again = new_cache(CONFIG, 8, DEVICE, bits)
     again.load(there.save(), 5)
     assert again.length == 5
     for name, rows in tensors.items():
@@ -86,7 +87,7 @@ def test_what_is_saved_moves_between_devices(bits: int) -> None:
 def test_8_bits_save_16_and_keep_what_they_rounded_to() -> None:
     cache, tensors = loaded(8)
     rounded = cache.save()
-    again = LatentCache(CONFIG, 8, DEVICE, 8)
+    again = new_cache(CONFIG, 8, DEVICE, 8)
     again.load(rounded, 5)
     # Codes stay: a row's largest value moves by up to 2^-11 in float16, half a step of E4M3 is 2^-5 or more.
     assert torch.equal(again.latents[:, :5], cache.latents[:, :5])
@@ -116,7 +117,7 @@ def test_8_bit_rows_of_zeros() -> None:
     ],
 )
 def test_other_sessions_are_refused(tensors: dict[str, np.ndarray], length: int, error: type[Exception]) -> None:
-    cache = LatentCache(CONFIG, 8, DEVICE)
+    cache = new_cache(CONFIG, 8, DEVICE)
     with pytest.raises(error):
         cache.load(tensors, length)
     assert cache.length == 0
@@ -124,14 +125,14 @@ def test_other_sessions_are_refused(tensors: dict[str, np.ndarray], length: int,
 
 @pytest.mark.parametrize("bits", BITS)
 def test_all_memory_is_reserved_at_once(bits: int) -> None:
-    cache = LatentCache(CONFIG, 8, DEVICE, bits)
+    cache = new_cache(CONFIG, 8, DEVICE, bits)
     assert cache.n_bytes == 2 * 8 * row_bytes(CONFIG, bits)
     assert row_bytes(CONFIG, bits) == {16: 32, 8: 10 + 12 + 4, 32: 64}[bits]
-    assert LatentCache(CONFIG, 8, DEVICE, bits, n_layers=1).n_bytes == cache.n_bytes // 2
+    assert new_cache(CONFIG, 8, DEVICE, bits, n_layers=1).n_bytes == cache.n_bytes // 2
 
 
 @gpu_device.gpu
 def test_memory_is_the_device_s() -> None:
     before = torch.cuda.memory_allocated()
-    cache = LatentCache(CONFIG, 100_000, DEVICE)
+    cache = new_cache(CONFIG, 100_000, DEVICE)
     assert torch.cuda.memory_allocated() - before >= cache.n_bytes

@@ -13,7 +13,7 @@ from gpu_device import compiled_environment
 from paths import ROOT
 
 # A few for each capability, so that all kernels and ways of reading blocks are among them and a minute is enough; all
-# there are: `python tests/gpu_compile.py --capability 80`.
+# there are: `python tests/support/gpu_compile.py --capability 80`.
 CHOSEN = {
     # With the usual tiles attention over latents takes 68 to 136 KiB there, and products of 64 tokens spill.
     75: [

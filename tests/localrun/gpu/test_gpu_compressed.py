@@ -45,7 +45,7 @@ from localrun.placement import available
 from localrun.placement.placement import Request, lay_out
 from localrun.runtime import KVCache
 
-# As those of test_gpu_hybrid.py, found: 3e-4, 4e-4, 5e-7.
+# As those of gpu_models.py, found: 3e-4, 4e-4, 5e-7.
 STEP_TOLERANCE, MANY_TOLERANCE, EXACT_TOLERANCE = 2e-3, 5e-3, 1e-5
 CTX = 400
 # Half as wide, with fewer experts: for the interpreter.

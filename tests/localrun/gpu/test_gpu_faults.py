@@ -1,13 +1,13 @@
-"""Deliberate faults (tests/support/gpu_faults.py): the proof finds each, names it, and the CPU computes."""
+"""Deliberate faults (tests/support/gpu_faults): the proof finds each, names it, and the CPU computes."""
 
 from __future__ import annotations
 
 import re
 
-import gpu_faults
 import pytest
 from cases import slow_but
-from gpu_faults import FAULTS
+from gpu_faults.every import FAULTS
+from gpu_faults.proving import found
 from gpu_proofs import CARD, GPU, V3
 from tiny_models import shared
 
@@ -27,7 +27,7 @@ def test_there_are_many_and_each_has_a_name() -> None:
 @pytest.mark.parametrize("name", slow_but(_BY_NAME, _QUICK))
 def test_it_is_found_and_named_and_leads_to_the_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fault = _BY_NAME[name]
-    verdict = gpu_faults.found(fault, monkeypatch, alone=True)
+    verdict = found(fault, monkeypatch, alone=True)
     (outcome,) = verdict.outcomes
     assert any(re.fullmatch(fault.line, line) for line in outcome.faults), outcome.faults
     assert verdict.refusal == f"{fault.name_of_cards} failed its proof ({outcome.title}: {outcome.faults[0]})"

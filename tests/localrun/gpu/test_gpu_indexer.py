@@ -18,6 +18,7 @@ from localrun.network.indexer import choose_rows
 pytest.importorskip("triton", reason="localrun.gpu needs Triton")
 
 from localrun.gpu.attention import indexer
+from localrun.gpu.caches.cache import new_cache
 from localrun.gpu.caches.latent import LatentCache
 from localrun.gpu.caches.places import Places
 
@@ -37,7 +38,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def of_several(bits: int, most: int) -> tuple[Places, list[LatentCache]]:
     """A token of each of some caches, whose earlier keys are random, and later ones NaN."""
-    caches = [LatentCache(CONFIG, length + 1 + i, DEVICE, bits) for i, length in enumerate(LENGTHS)]
+    caches = [new_cache(CONFIG, length + 1 + i, DEVICE, bits) for i, length in enumerate(LENGTHS)]
     for i, (cache, length) in enumerate(zip(caches, LENGTHS, strict=True)):
         keys = cache.indexer_keys[1].fill_(float("nan"))
         keys[:length] = random(length, 12, seed=i)
@@ -84,10 +85,10 @@ def test_of_equal_scores_the_first() -> None:
 
 
 def test_what_is_saved() -> None:
-    cache = LatentCache(CONFIG, 9, DEVICE, 8)
+    cache = new_cache(CONFIG, 9, DEVICE, 8)
     rows = {f"{layer}.0": np.ones((5, 26), np.float16) for layer in range(2)}
     rows["1.1"] = np.arange(60, dtype=np.float16).reshape(5, 12)
     cache.load(rows, 5)
     assert sorted(cache.save()) == ["0.0", "1.0", "1.1"] and np.array_equal(cache.save()["1.1"], rows["1.1"])
-    bytes_of = LatentCache(dataclasses.replace(CONFIG, index_topk=0), 9, DEVICE, 8).n_bytes
+    bytes_of = new_cache(dataclasses.replace(CONFIG, index_topk=0), 9, DEVICE, 8).n_bytes
     assert cache.n_bytes == bytes_of + 2 * 12 * 9

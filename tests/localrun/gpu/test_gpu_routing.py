@@ -21,7 +21,7 @@ pytest.importorskip("triton", reason="localrun.gpu needs Triton")
 
 from localrun.gpu.attention.latent_queries import turn_and_append
 from localrun.gpu.attention.turns import Turns
-from localrun.gpu.caches.latent import LatentCache
+from localrun.gpu.caches.cache import new_cache
 from localrun.gpu.caches.places import HasPlaces, Places
 from localrun.gpu.e4m3 import pack_e4m3
 from localrun.gpu.experts import router
@@ -132,7 +132,7 @@ def turned(config: Config, cache: HasPlaces, n_tokens: int, layer: int = 1) -> t
 @pytest.mark.parametrize("name", ROPES)
 def test_turned_and_appended(name: str, n_tokens: int) -> None:
     config = dataclasses.replace(BASE, **ROPES[name])
-    cache = LatentCache(config, 12, DEVICE, bits=32)
+    cache = new_cache(config, 12, DEVICE, bits=32)
     cache.latents.fill_(7), cache.rope_keys.fill_(7)
     cache.advance(3)
     q_nope, q_rope = turned(config, cache, n_tokens)
@@ -154,7 +154,7 @@ def test_rows_of_several_caches() -> None:
     q, kv, norm = (x.to(DEVICE) for x in inputs(config, 2))
     turns, results = Turns(Rope(config), DEVICE), []
     for is_together in (False, True):
-        caches = [LatentCache(config, 4 + i, DEVICE) for i in range(2)]
+        caches = [new_cache(config, 4 + i, DEVICE) for i in range(2)]
         for cache, start in zip(caches, starts, strict=True):
             cache.latents.zero_(), cache.rope_keys.zero_()
             cache.advance(start)
@@ -173,7 +173,7 @@ def test_rows_of_several_caches() -> None:
 
 def test_16_and_8_bits_are_roundings_of_32() -> None:
     config = dataclasses.replace(BASE, kv_lora_rank=200)
-    caches = {bits: LatentCache(config, 8, DEVICE, bits) for bits in (32, 16, 8)}
+    caches = {bits: new_cache(config, 8, DEVICE, bits) for bits in (32, 16, 8)}
     for cache in caches.values():
         turned(config, cache, 6)
     exact_latents, exact_keys = caches[32].latents[1, :6], caches[32].rope_keys[1, :6]
@@ -192,7 +192,7 @@ def test_every_e4m3_code_and_every_tie() -> None:
     row = torch.cat([values, halfway, halfway * 1.0001, halfway * 0.9999])
     row = torch.cat([row, -row])
     config = dataclasses.replace(BASE, kv_lora_rank=len(row), rms_norm_eps=0.0)
-    cache = LatentCache(config, 1, DEVICE, bits=8)
+    cache = new_cache(config, 1, DEVICE, bits=8)
     kv = torch.ones(1, len(row) + 6)  # of ones, the norm leaves ones; its weights are the row
     q = torch.zeros(1, 3 * 11)
     turn_and_append(q.to(DEVICE), kv.to(DEVICE), row.to(DEVICE), Turns(Rope(config), DEVICE), cache, 0, config)
@@ -204,7 +204,7 @@ def test_every_e4m3_code_and_every_tie() -> None:
 def test_far_positions(position: int) -> None:
     """R = 64 as in the published models; the fastest pair turns by a radian a position."""
     config = dataclasses.replace(BASE, num_attention_heads=1, qk_rope_head_dim=64)
-    cache = LatentCache(config, 1, DEVICE, bits=32)
+    cache = new_cache(config, 1, DEVICE, bits=32)
     before = 4 * position * cache.latents.stride(1)  # bytes: its one row is where that of the position would be
     table = torch.from_numpy(cache.addresses[:, None] - before).to(DEVICE)
     _, q_rope = turned(config, Places(torch.tensor([position], device=DEVICE), table, 32, 1 + position), 1)
