@@ -9,7 +9,7 @@ COUNTS, {"counts": {text: [[tokens of each expert] of each layer]}}, from which 
 of what makes one token's experts those of the one before is in them, so that caches look worse than they are.
 
 Policies: static, the most used of the first text; lru, each missed expert replaces the one that was used least
-recently; admitted, lru by localrun's own policy (localrun/gpu/expert_policy.py), which starts from the static ones and
+recently; admitted, lru by localrun's own policy (localrun/gpu/experts/policy.py), which starts from the static ones and
 is given its copies before the next token. A table goes to stderr; the last line of stdout is one JSON document. For
 each text, policy and number of slots: hits, the part of the choices that were found; copies, of experts, for each
 choice; traffic, what a token's experts cost the host's memory beside no cache at all, 1 - hits + 3 copies.
