@@ -4,31 +4,25 @@ The network itself is network/model.py, for any number of tokens; this is the sa
 caches, and is tested against it.
 """
 
-import ctypes
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
-import numpy as np
-
+from localrun.cpu.model_program import ModelProgram
 from localrun.models import names
 from localrun.models.config import Config
 from localrun.models.indexer import KEY_EPS
 from localrun.models.tensors import GGUFTensors
-from localrun.network.cache import Cache, row_widths
-from localrun.network.rope import attention_scale, frequencies, rotation_magnitude
+from localrun.network.cache import row_widths
+from localrun.network.rope import attention_scale
 from localrun.ranks.remote import Remote
 from quant.decode.attention import Heads, attend_phase
 from quant.decode.attention_i16 import fits, integer_attend_phase
 from quant.decode.experts import NOBODY, expert_phases
-from quant.decode.indexer import STATE_BYTES, Indexer, Room, choice_phases, indexer_keys_phase
-from quant.decode.linear import Input, normed, rows_phase
-from quant.decode.program import MOST_TOKENS, Phase, Program
+from quant.decode.indexer import STATE_BYTES, Indexer, choice_phases, indexer_keys_phase
+from quant.decode.linear import Input
 from quant.decode.queries import grouped_queries_phase, latent_queries_phase
 from quant.decode.router import SIGMOID, SOFTMAX, SOFTMAX_AFTER_TOPK, SQRT_SOFTPLUS, Router
-from quant.decode.stream_rows import stream_rows_phase
 from quant.decode.values import project_values_phase
 from quant.matrix import QuantMatrix
 from quant.threads.pool import Pool
@@ -47,52 +41,8 @@ def heads_together(n_heads: int) -> int:
     return max(n for n in range(1, _HEADS_TOGETHER + 1) if n_heads % n == 0)
 
 
-class Layers:
-    """A program whose phases are layers of a model, laid out one after the other. T: quant.decode.program.MOST_TOKENS.
-
-    Phases have names like "blk.3.attn: queries".
-
-    Attributes:
-        x: address of float32 (T, hidden_size), the sums that layers add to; set before the first.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        tensors: GGUFTensors,
-        pool: Pool,
-        embedding: QuantMatrix,
-        cached: Sequence[tuple[int, ...]],
-        remote: Remote | None = None,
-    ):
-        """The tensors must stay mapped.
-
-        Args:
-            cached: widths of the cache rows of each layer.
-            remote: ranks that have shares of the experts, if `tensors` has this one's alone.
-        """
-        self.config, self.tensors, self.pool, self._remote = config, tensors, pool, remote
-        self._slots = [0, *accumulate(len(widths) for widths in cached)]  # of each layer's first block of cache rows
-        self.program = self._new_program(embedding, self._slots[-1])
-        self.x, self._x_width = self.program.x, max(1, config.hc_mult) * config.hidden_size
-        self._room: dict[str, int] = {}  # floats of a token that a vector has room for
-        self._vectors: dict[str, tuple[int, int]] = {}  # addresses and lengths, as used last
-        self._outputs: dict[str, dict[str, tuple[int, int]]] = {}  # by phase: what it writes, "x" or others
-        self._part = ""  # of the model, that phases are added for
-        self._rank_room = Room()
-        self._choice: dict[str, int] = {}  # of the last layer with an indexer, for Heads
-
-    def _new_program(self, embedding: QuantMatrix, n_slots: int) -> Program:
-        config, tensors = self.config, self.tensors
-        factors = tensors.array(names.ROPE_FREQS) if tensors.has(names.ROPE_FREQS) else None
-        return Program(self.pool, embedding, frequencies(config, factors), rotation_magnitude(config), n_slots)
-
-    def _add(self, phase: Phase, name: str, *outputs: str) -> None:
-        """Append a phase of the part at hand, which writes these vectors."""
-        name = f"{self._part}: {name}"
-        x = self.x, self._x_width
-        self._outputs[name] = {output: x if output == "x" else self._vectors[output] for output in outputs}
-        self.program.add(phase, name)
+class Layers(ModelProgram):
+    """Phases that are layers of a model."""
 
     def _layer(self, index: int, cache_layer: int) -> None:
         """Layer `index` of the file, over one layer of the cache."""
@@ -109,120 +59,9 @@ class Layers:
         else:
             self._mlp(index, norm)
 
-    def _head(self, norm: str, head: QuantMatrix) -> None:
-        """The last phase: logits of the normed sums."""
-        self._final, self._logits = self._head_input(norm), np.zeros((MOST_TOKENS, head.n_rows), np.float32)
-        logits = self.program.keep(self._logits)
-        self.program.add(self._rows_phase(self._final, [(head, logits)], is_head=True), "head")
-        self._outputs["head"] = {"logits": (logits, head.n_rows)}
-        self.program.finish()
-
-    def _head_input(self, norm: str) -> Input:
-        return self._normed(self.x, norm)
-
-    def __call__(self, ids: Sequence[int], cache: Cache, n_logits: int) -> np.ndarray:
-        """Evaluate up to MOST_TOKENS ids, which the cache then holds.
-
-        Returns:
-            float32 (n_logits, vocab): the logits after the last ones.
-
-        Raises:
-            ContextFullError: the cache has no room for them.
-        """
-        cache.check_room(len(ids))
-        first = len(ids) - n_logits
-        self._run(ids, cache, head_from=first)
-        cache.advance(len(ids))
-        return self._logits[first : len(ids)].copy()
-
-    def together(self, ids: Sequence[int], caches: Sequence[Cache]) -> np.ndarray:
-        """Evaluate up to MOST_TOKENS ids, each after the tokens of a cache of its own, which then holds it too.
-
-        Returns:
-            float32 (T, vocab): the logits after each, to the bit those that it would have alone.
-
-        Raises:
-            ContextFullError: one of the caches has no room; all are as they were.
-        """
-        for cache in caches:
-            cache.check_room(1)
-        self._rank_room.make(max(cache.capacity for cache in caches))
-        addresses, n_rows = (np.stack([getattr(c, name) for c in caches]) for name in ("addresses", "n_rows"))
-        self._run_program(ids, [cache.length for cache in caches], addresses, cache_rows=n_rows)
-        for cache in caches:
-            cache.advance(1)
-        return self._logits[: len(ids)].copy()
-
-    def _run(self, ids: Sequence[int], cache: Cache, **options: Any) -> None:
-        """A step of tokens that follow each other after the cache's."""
-        self._rank_room.make(cache.capacity)
-        positions = range(cache.length, cache.length + len(ids))
-        self._run_program(ids, positions, cache.addresses, cache_rows=cache.n_rows, **options)
-
-    def _run_program(self, *args: Any, **options: Any) -> None:
-        """A step, as Program.run; raises RankError if other ranks have not done their part."""
-        self.program.run(*args, **options)
-        if self._remote:
-            self._remote.check()
-
-    def run_until(self, phase: str, ids: Sequence[int], cache: Cache) -> dict[str, np.ndarray]:
-        """Evaluate up to MOST_TOKENS ids after the cache's as far as this phase: what it writes, by name, (T, n).
-
-        The cache counts as before. Raises QuantError if no phase is called so.
-        """
-        self._run(ids, cache, until=phase)
-        return {name: self._read(*place, len(ids)) for name, place in self._outputs[phase].items()}
-
-    @staticmethod
-    def _read(address: int, n: int, n_tokens: int) -> np.ndarray:
-        floats = (ctypes.c_float * (n_tokens * n)).from_address(address)
-        return np.array(floats, np.float32).reshape(n_tokens, n)
-
-    def hidden(self, first: int, last: int) -> np.ndarray:
-        """float32 (last - first, hidden_size): what the head reads of the last step's tokens first..last."""
-        return normed(self._final, first, last, self.config.hidden_size)
-
-    def _name(self, index: int, module: str) -> str:
-        """Of a tensor of a layer."""
-        return names.layer(self.config.architecture, index, module)
-
     def _module(self, index: int, module: str) -> str:
         """Of a module of a layer's attention."""
         return self._name(index, f"self_attn.{module}")
-
-    def _array(self, name: str) -> int:
-        """Address of a 1-D tensor in float32."""
-        return self.program.keep(self.tensors.array(name))
-
-    def _normed(self, x: int, name: str) -> Input:
-        """The vector at x after the norm `name`."""
-        return Input(x, self._array(name), self.config.rms_norm_eps)
-
-    def _vector(self, name: str, n: int) -> int:
-        """Address of float32 (T, n) that all layers use in turn under this name."""
-        address, _ = self._vectors.get(name, (0, 0))
-        if self._room.get(name, -1) < n:
-            address, self._room[name] = self.program.vector(n), n
-        self._vectors[name] = address, n
-        return address
-
-    def _rows(self, name: str, input_: Input, matrices: dict[str, QuantMatrix], biases: Sequence[int] = ()) -> None:
-        """A phase of matrices, by the names of the vectors that are their outputs."""
-        places = [(matrix, self._vector(output, matrix.n_rows)) for output, matrix in matrices.items()]
-        self._add(self._rows_phase(input_, places, biases=biases), name, *matrices)
-
-    def _rows_phase(self, input_: Input, places: list[tuple[QuantMatrix, int]], **options: Any) -> Phase:
-        make = stream_rows_phase if input_.streams else rows_phase
-        return make(input_, places, self.pool.n_workers, **options)
-
-    def _bias(self, weight: str) -> int:
-        """Address of what is added to a matrix's products; 0 for nothing."""
-        bias = names.bias(weight)
-        return self._array(bias) if self.tensors.has(bias) else 0
-
-    def _add_to_x(self, name: str, input_: Input, matrix: QuantMatrix, bias: int = 0) -> None:
-        phase = rows_phase(input_, [(matrix, self.x)], self.pool.n_workers, residual=True, biases=[bias])
-        self._add(phase, name, "x")
 
     def _attend(self, heads: Heads, queries: int, v_b: QuantMatrix | None, o_proj: QuantMatrix, bias: int = 0) -> None:
         """From rotated queries to the sum with the residual; bias: of the output.
@@ -238,33 +77,12 @@ class Layers:
         self._add_to_x("output", Input(values), o_proj, bias)
 
     def _latent_attention(self, index: int, cache_layer: int, norm: Input) -> None:
-        c = self.config
+        c, slot = self.config, self._slots[cache_layer]
         name = partial(self._module, index)
         row_width = c.kv_lora_rank + c.qk_rope_head_dim
-        q_width = c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
-        projected, kv = self._vector("projected queries", q_width), self._vector("kv", row_width)
-        kv_a = self.tensors.matrix(name("kv_a_proj_with_mqa"))
-        has_indexer = c.chooses_rows(index)
-        if c.q_lora_rank is None:
-            self._rows("projections", norm, {"projected queries": self.tensors.matrix(name("q_proj")), "kv": kv_a})
-        else:
-            first = {"q_a": self.tensors.matrix(name("q_a_proj")), "kv": kv_a}
-            second = {"projected queries": self.tensors.matrix(name("q_b_proj"))}
-            if has_indexer:
-                first["indexer's keys"] = self.tensors.matrix(name("indexer.wk"))
-                first["indexer's weights"] = self.tensors.matrix(name("indexer.weights_proj"))
-                second["indexer's queries"] = self.tensors.matrix(name("indexer.wq_b"))
-            self._rows("projections", norm, first)
-            q_norm = self._normed(self._vector("q_a", c.q_lora_rank), name("q_a_layernorm"))
-            self._rows("q_b", q_norm, second)
-        is_split = self.tensors.has(name("k_b_proj"))
-        if is_split:
-            k_b, v_b = self.tensors.matrix(name("k_b_proj")), self.tensors.matrix(name("v_b_proj"))
-        else:
-            rows = c.qk_nope_head_dim, c.v_head_dim
-            k_b, v_b = self.tensors.split_matrix(name("kv_b_proj"), c.num_attention_heads, rows)
-        slot = self._slots[cache_layer]
-        if has_indexer:
+        projected, kv = self._latent_projections(index, norm, row_width)
+        k_b, v_b = self._up_projections(index)
+        if c.chooses_rows(index):
             self._choose_rows(index, slot + 1)
         elif index >= c.num_hidden_layers:  # for multi-token prediction: dense
             self._choice = {}
@@ -282,7 +100,7 @@ class Layers:
                 kv,
                 self._array(name("kv_a_layernorm")),
                 k_b,
-                transposed=not is_split,
+                transposed=not self.tensors.has(name("k_b_proj")),
                 n_rope=c.qk_rope_head_dim,
                 query_width=heads.query_width,
                 scale=attention_scale(c),
@@ -293,6 +111,34 @@ class Layers:
             "queries",
         )
         self._attend(heads, queries, v_b, self.tensors.matrix(name("o_proj")))
+
+    def _latent_projections(self, index: int, norm: Input, row_width: int) -> tuple[int, int]:
+        """Addresses of the queries, and of latents with the key behind them, after the phases of their matrices."""
+        c, matrix = self.config, self.tensors.matrix
+        name = partial(self._module, index)
+        q_width = c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
+        projected, kv = self._vector("projected queries", q_width), self._vector("kv", row_width)
+        kv_a = matrix(name("kv_a_proj_with_mqa"))
+        if c.q_lora_rank is None:
+            self._rows("projections", norm, {"projected queries": matrix(name("q_proj")), "kv": kv_a})
+            return projected, kv
+        first, second = {"q_a": matrix(name("q_a_proj")), "kv": kv_a}, {"projected queries": matrix(name("q_b_proj"))}
+        if c.chooses_rows(index):
+            first["indexer's keys"] = matrix(name("indexer.wk"))
+            first["indexer's weights"] = matrix(name("indexer.weights_proj"))
+            second["indexer's queries"] = matrix(name("indexer.wq_b"))
+        self._rows("projections", norm, first)
+        q_norm = self._normed(self._vector("q_a", c.q_lora_rank), name("q_a_layernorm"))
+        self._rows("q_b", q_norm, second)
+        return projected, kv
+
+    def _up_projections(self, index: int) -> tuple[QuantMatrix, QuantMatrix]:
+        """k_b and v_b, a group a head; of one tensor its parts, of which k_b's rows are columns then."""
+        c, name = self.config, partial(self._module, index)
+        if self.tensors.has(name("k_b_proj")):
+            return self.tensors.matrix(name("k_b_proj")), self.tensors.matrix(name("v_b_proj"))
+        rows = c.qk_nope_head_dim, c.v_head_dim
+        return self.tensors.split_matrix(name("kv_b_proj"), c.num_attention_heads, rows)
 
     def _choose_rows(self, index: int, slot: int) -> None:
         """The indexer of a layer: its key to the cache, and the rows that this layer and the next ones attend to."""

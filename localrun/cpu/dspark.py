@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from localrun.cpu.torch_threads import TorchThreads
+from localrun.cpu.torch_threads import torch_at_work
 from localrun.gguf.file import GGUFFile
 from localrun.models.dspark import DSpark
 from localrun.network.cache import Cache, new_cache
@@ -49,9 +49,8 @@ class Drafter:
     @contextmanager
     def _torch(self, n_tokens: int) -> "Iterator[DSparkNetwork]":
         """The network while torch works on so many tokens."""
-        network, config = self._network, self.spark.config
-        # Torch's threads want the cores.
-        with self._pool.passive_wait(), TorchThreads.for_tensors(n_tokens * config.hc_mult * config.hidden_size):
+        network = self._network
+        with torch_at_work(self._pool, self.spark.config, n_tokens):
             yield network
 
     @property

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from localrun.cpu.compressed import decode_step
-from localrun.cpu.torch_threads import TorchThreads
+from localrun.cpu.torch_threads import TorchThreads, torch_at_work
 from localrun.gguf.file import GGUFFile
 from localrun.gguf.residency import Resident
 from localrun.limits import LONG_PREFILL_CHUNK, cut
@@ -211,8 +211,7 @@ class NativeModel:
 
     def _by_network(self, ids: Sequence[int], cache: Cache, all_logits: bool) -> np.ndarray:
         network = self.network
-        # Torch's threads want the cores.
-        with self._pool.passive_wait(), TorchThreads.for_tensors(len(ids) * self.config.hidden_size):
+        with torch_at_work(self._pool, self.config, len(ids)):
             hidden, logits = network.forward(ids, cache, all_logits, self.keep_hidden)
         if self.keep_hidden:
             self.hidden = hidden

@@ -16,7 +16,7 @@ import numpy as np
 
 from localrun.cpu.compressed import StreamLayers
 from localrun.cpu.decode import Layers
-from localrun.cpu.torch_threads import TorchThreads
+from localrun.cpu.torch_threads import torch_at_work
 from localrun.models import names
 from localrun.models.config import Config
 from localrun.models.tensors import GGUFTensors
@@ -117,9 +117,7 @@ class MTP:
         if cache.is_exact or len(next_ids) > most:
             if self._network is None:
                 self._network = self._get_network()
-            n_elements = len(next_ids) * max(1, self.config.hc_mult) * self.config.hidden_size
-            # Torch's threads want the cores.
-            with self._pool.passive_wait(), TorchThreads.for_tensors(n_elements):
+            with torch_at_work(self._pool, self.config, len(next_ids)):
                 return self._network.forward(next_ids, hidden, cache)
         with cache.all_or_none():
             return self._by_steps(next_ids, hidden, cache)

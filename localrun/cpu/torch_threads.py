@@ -6,6 +6,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from localrun.models.config import Config
+from quant.threads.pool import Pool
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
@@ -61,6 +64,17 @@ class TorchThreads:
             yield
         finally:
             torch.set_num_threads(before)
+
+
+@contextmanager
+def torch_at_work(pool: Pool, config: Config, n_tokens: int) -> Iterator[None]:
+    """Within, torch has the cores for so many tokens of a model: the workers do not spin while they wait.
+
+    Small tensors take one of its threads: what goes from layer to layer counts, of streams all of them.
+    """
+    n_elements = n_tokens * max(1, config.hc_mult) * config.hidden_size
+    with pool.passive_wait(), TorchThreads.for_tensors(n_elements):
+        yield
 
 
 def _keep_freed_memory() -> None:
