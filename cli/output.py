@@ -114,6 +114,7 @@ class Notes(logging.Handler):
     """What the packages log, as lines for the user."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """A note on stderr of what a library logs."""
         note(record.getMessage())
 
 

@@ -15,6 +15,7 @@ class CommandCompleter(Completer):
         self._files = PathCompleter(expanduser=True)
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+        """Commands that begin as the line does; behind a command its words. Nothing elsewhere."""
         name, space, rest = document.text_before_cursor.partition(" ")
         if not name.startswith("/") or "\n" in document.text:
             return

@@ -40,6 +40,7 @@ class PlainDisplay:
         self._kind, self._last = "", ""
 
     def push(self, kind: str, text: str) -> None:
+        """Write a piece of text of a kind; of thoughts that are folded, a line on stderr once."""
         if kind == REASONING and self.thoughts != SHOW:
             if not self._kind:
                 tell("thinking ...")
@@ -55,6 +56,7 @@ class PlainDisplay:
         return self._kind == REASONING and self.thoughts == SHOW
 
     def end(self) -> None:
+        """End the reply's last line, and be ready for another."""
         if self._last and self._last != "\n":
             write("\n")
         self._kind = self._last = ""
@@ -79,6 +81,7 @@ class TerminalDisplay:
         self._started = self._draw_at = 0.0
 
     def push(self, kind: str, text: str) -> None:
+        """Take a piece of text of a kind; what has come is drawn as often as drawing takes little of the time."""
         if kind != self._kind:
             self._close()
             self._kind, self._started = kind, time.monotonic()
@@ -90,6 +93,7 @@ class TerminalDisplay:
             self._draw_at = now + max(_PAUSE_S, _SHARE * took)
 
     def end(self) -> None:
+        """Draw what is left, and be ready for another reply."""
         self._close()
         self._draw_at = 0.0
 

@@ -34,6 +34,7 @@ class PlainLines:
         self._mark = codecs.BOM_UTF8  # may stand before the first line
 
     def read(self, prompt: str) -> str | None:
+        """The next line without its end, None where there is no more; one that is no UTF-8 is left out, with a note."""
         while data := self._line():
             try:
                 return decode(data, "the line").rstrip("\r\n")
@@ -82,6 +83,7 @@ class EditedLines:
         )
 
     def read(self, prompt: str) -> str | None:
+        """A line that was edited behind the prompt; None on Ctrl-D. Raises KeyboardInterrupt on Ctrl-C."""
         try:
             return self._session.prompt(prompt)
         except EOFError:  # Ctrl-D

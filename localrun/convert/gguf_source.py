@@ -91,6 +91,7 @@ class GGUFSource:
         return path, offset + start * row_bytes, (stop - start) * row_bytes
 
     def close(self) -> None:
+        """Close the file that was read last."""
         self._reader.close()
 
 

@@ -63,10 +63,12 @@ class Journal:
         os.fsync(self._fd)
 
     def remove(self) -> None:
+        """Close it and remove the file, if there is one."""
         self.close()
         self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
+        """Close the file; more than once is fine."""
         if self._fd >= 0:
             os.close(self._fd)
         self._fd = -1

@@ -50,6 +50,7 @@ class Layout:
 
     @property
     def size(self) -> int:
+        """Bytes of all parts."""
         return sum(part.size for part in self.parts)
 
 

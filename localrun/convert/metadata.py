@@ -30,27 +30,35 @@ class Metadata:
         self.string("general.architecture", architecture)
 
     def set(self, key: str, entry: Entry) -> None:
+        """An entry by its key; one that begins with a point goes behind the architecture's name."""
         self.entries[self.architecture + key if key.startswith(".") else key] = entry
 
     def u32(self, key: str, value: int) -> None:
+        """An entry of uint32."""
         self.set(key, Entry(GGUFValueType.UINT32, int(value)))
 
     def i32(self, key: str, value: int) -> None:
+        """An entry of int32."""
         self.set(key, Entry(GGUFValueType.INT32, int(value)))
 
     def f32(self, key: str, value: float) -> None:
+        """An entry of float32."""
         self.set(key, Entry(GGUFValueType.FLOAT32, float(value)))
 
     def bool(self, key: str, value: bool) -> None:
+        """An entry of a boolean."""
         self.set(key, Entry(GGUFValueType.BOOL, bool(value)))
 
     def bools(self, key: str, values: Sequence[bool]) -> None:
+        """An entry of an array of booleans."""
         self.array(key, GGUFValueType.BOOL, list(values))
 
     def i32s(self, key: str, values: Sequence[int]) -> None:
+        """An entry of an array of int32."""
         self.array(key, GGUFValueType.INT32, list(map(int, values)))
 
     def f32s(self, key: str, values: Sequence[float]) -> None:
+        """An entry of an array of float32."""
         self.array(key, GGUFValueType.FLOAT32, list(map(float, values)))
 
     def string(self, key: str, value: str) -> None:
@@ -87,6 +95,7 @@ class PlannedHeader:
         self.tensors = {tensor.name: tensor for tensor in tensors}
 
     def has(self, key: str) -> bool:
+        """Whether the header will have the key."""
         return key in self.metadata
 
     def _get(self, key: str, default: Any = ...) -> Any:
@@ -95,6 +104,7 @@ class PlannedHeader:
     u32 = f32 = bool = string = _get
 
     def array(self, key: str, item_type: GGUFValueType, default: Any = ...) -> Any:
+        """The values of an array, as GGUFFile.array gives those of a file; their type is not looked at."""
         return self._get(key, default)
 
 

@@ -115,6 +115,7 @@ class Output:
         remove_partial(self._layout, self._journal.path)
 
     def close(self) -> None:
+        """Close all files, and the journal; none is renamed."""
         for fd in self._fds:
             os.close(fd)
         self._fds = []
@@ -127,6 +128,7 @@ def partial_path(path: Path) -> Path:
 
 
 def journal_path(destination: Path) -> Path:
+    """Where the journal of a conversion to that file lies."""
     return destination.with_name(destination.name + ".journal")
 
 

@@ -104,14 +104,17 @@ class Plan:
 
     @property
     def n_weights(self) -> int:
+        """Of all tensors."""
         return sum(target.n_weights for target in self.targets)
 
     @property
     def tensor_bytes(self) -> int:
+        """Bytes of all tensors, as they will be written."""
         return sum(place.n_bytes for place in self.layout.places)
 
     @property
     def bits_per_weight(self) -> float:
+        """The mean over all tensors."""
         return 8 * self.tensor_bytes / self.n_weights
 
 

@@ -102,14 +102,17 @@ class Target:
 
     @property
     def n_cols(self) -> int:
+        """Of the last dimension."""
         return self.shape[-1]
 
     @property
     def n_rows(self) -> int:
+        """Of all dimensions but the last."""
         return prod(self.shape[:-1])
 
     @property
     def n_weights(self) -> int:
+        """Of all dimensions."""
         return prod(self.shape)
 
 

@@ -54,16 +54,19 @@ class NGramDraft(Draft):
         self._places: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)  # the positions after an n-gram
 
     def read(self, ids: Sequence[int]) -> None:
+        """As Draft: note where each run of tokens is, and what follows it."""
         for token in ids[len(self._ids) :]:
             self._places[tuple(self._ids[-self._shortest :])].append(len(self._ids))
             self._ids.append(token)
 
     def forget(self, length: int) -> None:
+        """As Draft: all is forgotten, and read again when it is needed."""
         if length < len(self._ids):
             self._ids.clear()
             self._places.clear()
 
     def propose(self, ids: Sequence[int], n: int) -> list[int]:
+        """As Draft: what followed the longest match of the last tokens; none without one."""
         self.read(ids)
         places = self._places.get(tuple(self._ids[-self._shortest :]), ())[: -self._most_places - 1 : -1]
         if not places:
@@ -101,6 +104,7 @@ class MTPDraft(Draft):
         self._hidden: list[np.ndarray] = []  # of the positions after the cache's last
 
     def evaluated(self, start: int, count: int, among: slice = slice(None)) -> None:
+        """As Draft: keep what the model's head read at the last positions, for the next read()."""
         if start != self._first + self._cache.length + len(self._hidden):
             self._start_at(start)
         kept = [*self._hidden, *self._model.hidden[among][-self._WINDOW :].copy()][-self._WINDOW :]
@@ -109,6 +113,7 @@ class MTPDraft(Draft):
         self._hidden = kept
 
     def forget(self, length: int) -> None:
+        """As Draft: what is kept from there on is dropped; further back the head begins anew."""
         next_position = self._first + self._cache.length
         if length >= next_position:
             del self._hidden[length - next_position :]
@@ -116,10 +121,12 @@ class MTPDraft(Draft):
             self._start_at(length)
 
     def read(self, ids: Sequence[int]) -> None:
+        """As Draft: have the head evaluate the positions whose next token is known by now."""
         if len(ids) - 1 > self._first + self._cache.length:  # the last position waits for the token after it
             self._follow(ids)
 
     def propose(self, ids: Sequence[int], n: int) -> list[int]:
+        """As Draft: the head's likeliest tokens, each from the one before; its cache is as it was afterwards."""
         logits, hidden = self._follow(ids)
         length, drafts = self._cache.length, [int(logits.argmax())]
         try:
@@ -163,6 +170,7 @@ class BlockDraft(Draft):
         self._hidden: list[np.ndarray] = []  # of the positions after the cache's last
 
     def evaluated(self, start: int, count: int, among: slice = slice(None)) -> None:
+        """As Draft: keep what the model left at the last positions, for the next propose()."""
         kept = [*self._hidden, *self._model.hidden[among][-self._WINDOW :].copy()][-self._WINDOW :]
         if start != self._next:
             kept = kept[-min(count, self._WINDOW) :]
@@ -172,6 +180,7 @@ class BlockDraft(Draft):
         self._hidden = kept
 
     def forget(self, length: int) -> None:
+        """As Draft: what is kept from there on is dropped; where the cache cannot go back it is emptied."""
         held = self._first + self._cache.length
         if length >= held:
             del self._hidden[length - held :]
@@ -183,6 +192,7 @@ class BlockDraft(Draft):
             self._first = length
 
     def propose(self, ids: Sequence[int], n: int) -> list[int]:
+        """As Draft: up to a block of tokens at once."""
         if self._hidden:
             self._drafter.keep(np.stack(self._hidden), self._cache)
             self._hidden = []

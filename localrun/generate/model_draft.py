@@ -27,14 +27,17 @@ class ModelDraft(Draft):
         self._start = 0  # the position of its first token
 
     def read(self, ids: Sequence[int]) -> None:
+        """As Draft: the model evaluates them."""
         self._follow(ids)
 
     def forget(self, length: int) -> None:
+        """As Draft: the model's session forgets them."""
         self._session.forget(max(0, length - self._start))
         if length < self._start:
             self._start = 0
 
     def propose(self, ids: Sequence[int], n: int) -> list[int]:
+        """As Draft: the model's likeliest tokens, one after the other."""
         if len(ids) - self._start - len(self._session.ids) > self._window:
             self._start_at(len(ids) - self._window)
         drafts = [int(self._follow(ids).argmax())]

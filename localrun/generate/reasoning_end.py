@@ -43,9 +43,11 @@ class NoReasoning:
     is_over, may_begin = True, ()
 
     def restrict(self, logits: np.ndarray) -> None:
+        """Not called: reasoning is over from the beginning."""
         raise AssertionError("there is no reasoning")
 
     def takes(self, token: int) -> bool:
+        """False: no token belongs to reasoning."""
         return False
 
 
@@ -66,6 +68,7 @@ class _Tags:
 
     @property
     def is_over(self) -> bool:
+        """Whether the answer has begun."""
         return self._close is None and not self._must_open
 
     @cached_property
@@ -91,6 +94,7 @@ class _Tags:
         return [id for id, piece in pieces if piece.partition(last)[2].strip()]
 
     def restrict(self, logits: np.ndarray) -> None:
+        """Rule out, in place, what would end the reply or reasoning otherwise than by its tag: float32 (vocab,)."""
         if self._must_open:
             kept = logits[list(self._opening)]
             logits[:] = -np.inf
@@ -101,6 +105,7 @@ class _Tags:
             logits[self._beyond] = -np.inf
 
     def takes(self, token: int) -> bool:
+        """Whether a token that was drawn belongs to reasoning, its tags included."""
         may_begin, self.may_begin = self.may_begin, ()
         if self._close is not None:
             text = self._text + _letters(self._tokenizer.piece(token, special=True))
@@ -130,6 +135,7 @@ class _Channels:
         self._is_start = True
 
     def restrict(self, logits: np.ndarray) -> None:
+        """Rule out, in place, the reply's end, and at its start all but a channel: float32 (vocab,)."""
         if self._is_start:
             channel = self._tokenizer.controls[CHANNEL]
             kept = logits[channel]
@@ -138,6 +144,7 @@ class _Channels:
         logits[list(self._tokenizer.eog_ids)] = -np.inf
 
     def takes(self, token: int) -> bool:
+        """Whether a token that was drawn comes before the answer's text."""
         if self.is_over:
             return False
         self._is_start, mark = False, self._marks.get(token)

@@ -26,6 +26,7 @@ class ReplyText:
 
     @property
     def found(self) -> bool:
+        """Whether a stop text has come."""
         return self._text.found
 
     @property

@@ -145,6 +145,7 @@ class GGUFFile:
         self.close()
 
     def has(self, key: str) -> bool:
+        """Whether the file has a value for the key."""
         return key in self._values
 
     def u32(self, key: str, default: Any = REQUIRED) -> int:
@@ -152,12 +153,15 @@ class GGUFFile:
         return self._scalar(key, GGUFValueType.UINT32, default)
 
     def f32(self, key: str, default: Any = REQUIRED) -> float:
+        """A float32. Raises LocalrunError if it is of another type, or missing without a default."""
         return self._scalar(key, GGUFValueType.FLOAT32, default)
 
     def bool(self, key: str, default: Any = REQUIRED) -> bool:
+        """A boolean; errors as f32."""
         return self._scalar(key, GGUFValueType.BOOL, default)
 
     def string(self, key: str, default: Any = REQUIRED) -> str:
+        """A text; errors as f32."""
         return self._scalar(key, GGUFValueType.STRING, default)
 
     def array(self, key: str, item_type: GGUFValueType, default: Any = REQUIRED) -> list[str] | np.ndarray:

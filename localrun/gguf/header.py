@@ -64,6 +64,7 @@ class Scalar:
 
     @property
     def type_name(self) -> str:
+        """As errors and `inspect` have it."""
         return self.type.name.lower()
 
 
@@ -78,6 +79,7 @@ class Array:
 
     @property
     def type_name(self) -> str:
+        """As errors and `inspect` have it."""
         return f"array of {self.type.name.lower()}"
 
     @cached_property

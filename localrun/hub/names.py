@@ -63,10 +63,12 @@ class Model:
 
     @property
     def n_bytes(self) -> int:
+        """Of all its files."""
         return sum(file.n_bytes for file in self.files)
 
     @property
     def is_whole(self) -> bool:
+        """Whether all parts are there."""
         return len(self.files) == self.n_parts
 
 

@@ -105,18 +105,21 @@ class Native:
         self._held: list[int] = []
 
     def hold(self, ids: Sequence[int]) -> None:
+        """Have the cache hold these tokens, and be able to go back to here; what it has of them stays."""
         self._cache.truncate(n_common(self._held, ids))
         self._held = list(ids)
         self.prompt(ids[self._cache.length :])
         self._cache.mark()
 
     def prompt(self, ids: Sequence[int]) -> float:
+        """Seconds that these tokens take as a prompt, in the model's chunks."""
         length, start = self._cache.length, time.perf_counter()
         for n_tokens in self._model.chunks(len(ids)):
             self._model.forward(ids[self._cache.length - length :][:n_tokens], self._cache)
         return time.perf_counter() - start
 
     def generate(self, ids: Sequence[int]) -> list[float]:
+        """Seconds that each of these tokens takes in a step of its own."""
         seconds = []
         for token in ids:
             start = time.perf_counter()
@@ -163,6 +166,7 @@ class Roof:
             stream.read(self._pool, address, n_bytes // 256 * 256)
 
     def measure(self) -> None:
+        """Read the longest stretch of weights twice, up to ROOF_BYTES; the bandwidth goes to `measured`."""
         address, n_bytes = max(self._runs, key=lambda run: run[1])
         self.measured.append(stream.read_bandwidth(self._pool, address, min(n_bytes, ROOF_BYTES), passes=2))
 
@@ -172,6 +176,7 @@ class Roof:
         return {"best": round(best), "median": round(statistics.median(found.median for found in self.measured))}
 
     def close(self) -> None:
+        """End the workers."""
         self._pool.close()
 
 
@@ -291,6 +296,7 @@ class _Test:
         return f"{'tg' if self.one_by_one else 'pp'}{len(self.ids)}{behind}"
 
     def time(self, runner: TimedEngine, rates: Rates) -> None:
+        """Run it once, behind the context that it has and after a pause; its seconds go to `rates`."""
         runner.hold(self.held)
         time.sleep(IDLE_S)
         rates.add(len(self.ids), runner.generate(self.ids) if self.one_by_one else [runner.prompt(self.ids)])

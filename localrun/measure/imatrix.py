@@ -151,6 +151,7 @@ class _ObservedWeights(LayerWeights):
         self._inputs = inputs
 
     def linear(self, name: str) -> Linear:
+        """As LayerWeights, with its inputs noted; those of embedding and head are not."""
         if name in (names.LM_HEAD, names.EMBED_TOKENS):
             return super().linear(name)
         twin = name.replace("indexer.attn_q_b", "attn_q_b")
@@ -166,9 +167,11 @@ class _ObservedWeights(LayerWeights):
         return _ObservedLinear(super().linear(name), holder, self._inputs)
 
     def heads(self, name: str, n_groups: int | None = None) -> HeadLinear:
+        """As LayerWeights, with its inputs noted."""
         return _ObservedHeads(super().heads(name, n_groups), name, self._inputs, is_plain=n_groups is not None)
 
     def split_heads(self, name: str, n_heads: int, rows: tuple[int, int]) -> tuple[HeadLinear, HeadLinear]:
+        """As LayerWeights; _ObservedCache notes the inputs."""
         self._inputs.expect(1, self.file.tensors[name].shape[-1], name)  # its input is seen by the cache
         return super().split_heads(name, n_heads, rows)
 
@@ -176,6 +179,7 @@ class _ObservedWeights(LayerWeights):
         """Nothing: the inputs of down would be inside of one call."""
 
     def experts(self, index: int) -> Experts:
+        """As LayerWeights, with the inputs of each expert's matrices noted."""
         name = partial(names.layer, self.architecture, index)
         fused = name("mlp.experts.gate_up_proj")
         parts = [name(f"mlp.experts.{part}_proj") for part in ("gate", "up")]
@@ -218,6 +222,7 @@ class _ObservedExperts(Experts):
         inputs.expect(self.experts.down.n_groups, self.experts.down.n_cols, down)
 
     def begin(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """As Experts: float32 (T, D), computed before it is asked for."""
         out = torch.zeros_like(x)
         for expert in ids.unique().tolist():
             tokens, places = (ids == expert).nonzero(as_tuple=True)
@@ -251,6 +256,7 @@ class _ObservedCache(Cache):
         self._config, self._inputs = config, inputs
 
     def append(self, layer: int, *rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """As Cache, with latents noted."""
         name = names.layer(self._config.architecture, layer, "self_attn.kv_b_proj")
         if name in self._inputs.squares:
             self._inputs.add(name, rows[0][:, None, : self._config.kv_lora_rank])

@@ -114,6 +114,7 @@ class OneRow(Plain):
     """A vector that the checkpoint has as a matrix of one row."""
 
     def tensors(self, module: str, shape: Shape) -> Iterator[tuple[str, Shape]]:
+        """As Plain.tensors: a matrix of one row."""
         yield self.name, (1, *shape)
 
 
@@ -127,6 +128,7 @@ class Stacked(Plain):
     """Matrices of all experts, one behind another; the name has a place for {expert}."""
 
     def tensors(self, module: str, shape: Shape) -> Iterator[tuple[str, Shape]]:
+        """As Plain.tensors: one for each expert."""
         return ((self.name.format(expert=expert), shape[1:]) for expert in range(shape[0]))
 
 
@@ -141,6 +143,7 @@ class Fused(Plain):
     step: int = 1
 
     def tensors(self, module: str, shape: Shape) -> Iterator[tuple[str, Shape]]:
+        """As Plain.tensors: one of all experts, inputs first, that holds the outputs of `step` modules."""
         experts, outputs, *inputs = shape
         yield self.name, (experts, *inputs, self.step * outputs)
 
@@ -164,10 +167,12 @@ Source = Plain | HeadRows
 
 
 def always(_: Config) -> bool:
+    """For layers that all have."""
     return True
 
 
 def never(_: Config) -> bool:
+    """For layers that none has."""
     return False
 
 
@@ -214,6 +219,7 @@ class Tensor:
 
 
 def no_fields(*_: Any) -> Fields:
+    """Of a part that has none."""
     return {}
 
 

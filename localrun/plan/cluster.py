@@ -76,6 +76,7 @@ class ExpertParallel:
 
     @property
     def token_without_overlap_s(self) -> float:
+        """Seconds of all layers, one batch at a time."""
         return self.n_layers * self.layer_without_overlap_s
 
     def tokens_per_device_s(self) -> float:

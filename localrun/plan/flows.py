@@ -34,6 +34,7 @@ class Fabric:
 
     @property
     def nodes(self) -> int:
+        """Of all leaf switches."""
         return self.leaves * self.nodes_per_leaf
 
     @property

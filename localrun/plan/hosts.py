@@ -41,6 +41,7 @@ class HostMemory:
 
     @property
     def fits(self) -> bool:
+        """Whether all hosts have room."""
         return self.first.fits and self.others <= self.available
 
 
@@ -63,6 +64,7 @@ class Spread:
 
     @property
     def tokens_per_s(self) -> float:
+        """Of replies, all together."""
         return self.speed.tokens_per_s
 
 

@@ -50,6 +50,7 @@ class Memory:
 
     @property
     def fits(self) -> bool:
+        """Whether no memory is too small."""
         return all(self.needed[where] <= self.available[where] for where in self.needed)
 
     def shortage(self) -> str:

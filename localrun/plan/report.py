@@ -107,6 +107,7 @@ def _speeds(model: ModelShape, machine: Machine, ctx: int, prompt: int, acceptan
 
 
 def memory_facts(memory: Memory) -> dict[str, Any]:
+    """A memory table as JSON has it; bytes."""
     return {
         "fits": memory.fits,
         "rows": [asdict(row) for row in memory.rows],

@@ -38,6 +38,7 @@ class Tensor:
 
     @property
     def n_weights(self) -> int:
+        """Of all dimensions."""
         return prod(self.shape)
 
     @property
@@ -135,6 +136,7 @@ class ModelShape:
 
     @property
     def is_moe(self) -> bool:
+        """Whether it has routed experts."""
         return self.config.n_routed_experts > 0
 
     @property
@@ -144,6 +146,7 @@ class ModelShape:
 
     @property
     def n_weights(self) -> int:
+        """Of all tensors."""
         return sum(tensor.n_weights for tensor in self.tensors)
 
 

@@ -48,10 +48,12 @@ class Speed:
 
     @property
     def seconds(self) -> float:
+        """Of a step, less what happens at the same time as something else."""
         return sum(phase.seconds for phase in self.phases) - self.hidden_s
 
     @property
     def tokens_per_s(self) -> float:
+        """Of a step's tokens."""
         return self.tokens / self.seconds
 
     def split(self) -> dict[str, float]:

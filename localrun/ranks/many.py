@@ -34,6 +34,7 @@ class Part:
 
     @property
     def sent_bytes(self) -> int:
+        """Of a message to this rank; nothing goes where it has no token."""
         return self._header.nbytes + self._message.nbytes if self.tokens.size else 0
 
     def start(self, links: Links, rank: int) -> list[Request]:

@@ -84,6 +84,7 @@ class Request(Counted, kw_only=True):
     inference_geo: str | None = None
 
     def chat(self) -> Chat:
+        """The same request in OpenAI's form. Raises APIError."""
         chat = super().chat()
         chat.max_tokens, chat.stop, chat.stream = self.max_tokens, self.stop_sequences, self.stream
         chat.temperature, chat.top_p, chat.top_k = self.temperature, self.top_p, self.top_k

@@ -91,12 +91,15 @@ class Endpoints:
         self._kept = KeptResponses()
 
     async def health(self, request: Request) -> Response:
+        """GET /health: it is there."""
         return _json({"status": "ok"})
 
     async def metrics(self, request: Request) -> Response:
+        """GET /metrics: counters in Prometheus' text format."""
         return Response(metrics_text(self._service.scheduler), media_type="text/plain; version=0.0.4")
 
     async def models(self, request: Request) -> Response:
+        """GET /v1/models: the one that is loaded."""
         model = {
             "id": self._service.name,
             "object": "model",
@@ -111,11 +114,13 @@ class Endpoints:
         return _json({"object": "list", "data": [model]})
 
     async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions (OpenAI)."""
         body = await _body(request, Chat)
         replies, parsers = await self._service.chat(body)
         return await self._answer(request, body, replies, ChatForm(parsers))
 
     async def completion(self, request: Request) -> Response:
+        """POST /v1/completions (OpenAI): texts or ids go on as they are."""
         body = await _body(request, Completion)
         body.check()
         sampling = await self._service.sampling(body)
@@ -131,6 +136,7 @@ class Endpoints:
         return await _whole(request, replies, openai.whole(replies, form, self._service.name))
 
     async def response(self, request: Request) -> Response:
+        """POST /v1/responses (OpenAI), kept unless store is false."""
         body = await _body(request, responses.Request)
         earlier = self._earlier(body.previous_response_id)
         replies, (parser,) = await self._service.chat(body.chat(earlier))
@@ -150,6 +156,7 @@ class Endpoints:
         return items
 
     async def kept_response(self, request: Request) -> Response:
+        """GET or DELETE /v1/responses/ID: one that is kept; 404 if it is not."""
         id = request.path_params["id"]
         if request.query_params.get("stream") == "true":
             raise unsupported("stream", "a stream of a response that is over")
@@ -162,6 +169,7 @@ class Endpoints:
         return _json(document)
 
     async def message(self, request: Request) -> Response:
+        """POST /v1/messages (Anthropic)."""
         body = await _body(request, anthropic.Request)
         replies, (parser,) = await self._service.chat(body.chat())
         asked = (replies, parser, self._service.name, body.stop_sequences or ())
@@ -170,10 +178,12 @@ class Endpoints:
         return await _whole(request, replies, anthropic.whole(*asked))
 
     async def count_tokens(self, request: Request) -> Response:
+        """POST /v1/messages/count_tokens (Anthropic)."""
         body = await _body(request, anthropic.Counted)
         return _json({"input_tokens": len(await self._service.chat_ids(body.chat()))})
 
     async def tokenize(self, request: Request) -> Response:
+        """POST /tokenize: a text's ids."""
         body, tokenizer = await _body(request, Text), self._service.engine.tokenizer
         ids = await self._service.in_thread(
             lambda: tokenizer.encode(body.content, add_special=body.add_special, parse_special=body.parse_special)
@@ -181,11 +191,13 @@ class Endpoints:
         return _json({"tokens": ids})
 
     async def detokenize(self, request: Request) -> Response:
+        """POST /detokenize: ids' text, control tokens as they are spelled."""
         body, tokenizer = await _body(request, Tokens), self._service.engine.tokenizer
         text = await self._service.in_thread(lambda: tokenizer.decode(body.tokens, special=True))
         return _json({"content": text})
 
     async def apply_template(self, request: Request) -> Response:
+        """POST /apply-template: the text that a conversation becomes."""
         return _json({"prompt": await self._service.chat_text(await _body(request, Conversation))})
 
 

@@ -141,6 +141,7 @@ class Chat(Generation, kw_only=True):
 
     @property
     def told_logprobs(self) -> int | None:
+        """top_logprobs, where logprobs are asked for."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
@@ -149,6 +150,7 @@ class Chat(Generation, kw_only=True):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     def check(self) -> None:
+        """Raises APIError on what is not understood, or does not go together."""
         super().check()
         if self.functions:
             raise unsupported("functions")
@@ -225,9 +227,11 @@ class Completion(Generation, kw_only=True):
 
     @property
     def told_logprobs(self) -> int | None:
+        """The number that logprobs is here."""
         return self.logprobs
 
     def constraint(self) -> Constraint | None:
+        """What the reply has to be, from its first token on. Raises APIError."""
         constraint = super().constraint()
         return constraint and replace(constraint, after_reasoning=False)
 
@@ -237,6 +241,7 @@ class Completion(Generation, kw_only=True):
         return self.max_tokens or 16
 
     def check(self) -> None:
+        """Raises APIError on what is not understood."""
         super().check()
         for name in ("echo", "suffix"):
             if getattr(self, name):

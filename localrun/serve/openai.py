@@ -56,12 +56,15 @@ class ChatForm:
         self._parsers = parsers
 
     def first(self, index: int) -> Iterator[Document]:
+        """What a stream begins with for a reply: its role."""
         yield self._delta(index, {"role": "assistant", "content": ""}, None)
 
     def parts(self, index: int, piece: str | None) -> Iterator[Part]:
+        """What a piece of a reply's text becomes: thoughts, content, calls. None: the text has ended."""
         return self._parsers[index].parts(piece)
 
     def delta(self, index: int, part: Part | None, reason: str | None) -> Document:
+        """A part, or a reply's end by its reason, as a stream has it."""
         delta: Document = {}
         if isinstance(part, CallStart):
             function = {"name": part.name, "arguments": ""}
@@ -73,6 +76,7 @@ class ChatForm:
         return self._delta(index, delta, reason)
 
     def choice(self, index: int, reply: Reply, reason: str) -> Document:
+        """A whole reply."""
         content = reply.content or (None if reply.calls else "")
         message: Document = {"role": "assistant", "content": content, "refusal": None}
         if reply.reasoning is not None:
@@ -85,6 +89,7 @@ class ChatForm:
         return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
 
     def finish_reason(self, index: int, job: Job) -> str:
+        """Why a reply ended: tool_calls where it called a function."""
         reason = finish_reason(job)
         return "tool_calls" if reason == "stop" and self._parsers[index].has_calls else reason
 
@@ -99,19 +104,24 @@ class TextForm:
     logprobs = staticmethod(of_text)
 
     def first(self, index: int) -> Iterator[Document]:
+        """Nothing."""
         yield from ()
 
     def parts(self, index: int, piece: str | None) -> Iterator[Part]:
+        """The piece as it is."""
         if piece:
             yield CONTENT, piece
 
     def delta(self, index: int, part: Part | None, reason: str | None) -> Document:
+        """As ChatForm.delta."""
         return {"index": index, "text": part[1] if part else "", "logprobs": None, "finish_reason": reason}
 
     def choice(self, index: int, reply: Reply, reason: str) -> Document:
+        """A whole reply."""
         return {"index": index, "text": reply.content, "logprobs": None, "finish_reason": reason}
 
     def finish_reason(self, index: int, job: Job) -> str:
+        """Why a reply ended: stop or length."""
         return finish_reason(job)
 
 

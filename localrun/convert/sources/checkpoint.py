@@ -58,10 +58,12 @@ class SourceTensor:
 
     @property
     def n_cols(self) -> int:
+        """Of the last dimension; 1 for a scalar."""
         return self.shape[-1] if self.shape else 1
 
     @property
     def n_rows(self) -> int:
+        """Of all dimensions but the last."""
         return prod(self.shape[:-1])
 
 
@@ -235,6 +237,7 @@ class Checkpoint:
         return True
 
     def close(self) -> None:
+        """Close the shard that was read last."""
         self._reader.close()
 
 

@@ -32,11 +32,13 @@ class PackedInts:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Rows and columns of the matrix: a word of 32 bits holds eight columns."""
         rows, words = self.packed.shape
         return rows, 8 * words
 
     @property
     def n_bytes(self) -> int:
+        """Of the words and their scales, in the checkpoint."""
         return self.packed.n_bytes + self.scale.n_bytes
 
 

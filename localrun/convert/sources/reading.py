@@ -59,6 +59,7 @@ class Reader:
         return self._open_file[1]
 
     def close(self) -> None:
+        """Close the file that is open, if one is."""
         if self._open_file is not None:
             self._open_file[1].close()
         self._open_file = None

@@ -27,6 +27,7 @@ _SHARED = ("tie_word_embeddings", "quantization_config", "bos_token_id", "eos_to
 
 
 def has_text_part(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json has that of its text model within it."""
     return isinstance(config.get(_KEY), dict)
 
 

@@ -29,6 +29,7 @@ class JSONForm(Form):
     bare: re.Pattern[str] | None = None
 
     def call(self, source: Source, calls: Calls) -> Reading[bool]:
+        """Read a call where one begins: its parts are yielded as they come. Whether one did."""
         found = yield from source.match(self.header)
         if not found:
             return False
@@ -36,6 +37,7 @@ class JSONForm(Form):
         return True
 
     def bare_call(self, source: Source, calls: Calls) -> Reading[bool]:
+        """The same of one without its marks, where a model leaves them out, if a function of the name was offered."""
         if self.bare is None or (yield from source.next_letter()) not in ("{", "[", "`"):
             return False
         found = yield from source.match(self.bare)
@@ -48,6 +50,7 @@ class JSONForm(Form):
         return True
 
     def arguments(self, parameters: Mapping[str, Any] | None, grammar: Grammar) -> str:
+        """The grammar of arguments of that schema. Raises LocalrunError if it is not one of objects."""
         schema = {"type": "object", **(parameters or {})}
         if schema["type"] != "object":
             raise LocalrunError("the schema is not of an object")

@@ -38,6 +38,7 @@ class XMLForm(Form):
     tail: re.Pattern[str]
 
     def call(self, source: Source, calls: Calls) -> Reading[bool]:
+        """Read a call where one begins, a tag a parameter: its parts are yielded as JSON. Whether one did."""
         header = yield from source.match(self.header)
         if not header:
             return False
