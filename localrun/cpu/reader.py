@@ -9,7 +9,7 @@ from contextlib import closing
 
 import numpy as np
 
-from localrun.cpu.torch_threads import TorchThreads
+from localrun.cpu.torch_threads import TorchThreads, torch_at_work
 from localrun.cpu.warmup import for_prompts, warm_up
 from localrun.gguf.file import GGUFFile
 from localrun.gguf.residency import Resident
@@ -67,8 +67,7 @@ class _Reader:
 
     def _read(self, ids: list[int], cache: _SentCache, wants_hidden: bool) -> None:
         began, cache.end = time.perf_counter_ns(), cache.length + len(ids)
-        few = TorchThreads.for_tensors(len(ids) * self._config.hidden_size)
-        with self._pool.passive_wait(), few:
+        with torch_at_work(self._pool, self._config, len(ids)):
             hidden, logits = self._network.forward(ids, cache, all_hidden=wants_hidden)
         busy_ns = time.perf_counter_ns() - began
         if wants_hidden:

@@ -14,7 +14,7 @@ from typing import Any
 
 from localrun.errors import LocalrunError
 from localrun.limits import PREFILL_CHUNK
-from localrun.placement.placement import RAM, gib
+from localrun.placement.memory_table import RAM, gib
 from localrun.plan.hosts import MOST_HOSTS, SLICES, decode_over, host_memory, prefill_over
 from localrun.plan.link import Link
 from localrun.plan.machine import Machine
