@@ -70,10 +70,9 @@ class TorchThreads:
 def torch_at_work(pool: Pool, config: Config, n_tokens: int) -> Iterator[None]:
     """Within, torch has the cores for so many tokens of a model: the workers do not spin while they wait.
 
-    Small tensors take one of its threads: what goes from layer to layer counts, of streams all of them.
+    Small tensors take one of its threads: (n_tokens, hidden_size) counts, as few operations are on a token's streams.
     """
-    n_elements = n_tokens * max(1, config.hc_mult) * config.hidden_size
-    with pool.passive_wait(), TorchThreads.for_tensors(n_elements):
+    with pool.passive_wait(), TorchThreads.for_tensors(n_tokens * config.hidden_size):
         yield
 
 
