@@ -63,7 +63,7 @@ def open_model(
                 gpu_experts=options.gpu_experts,
                 expert_usage=None if others and others.sharing.usage else options.expert_usage,
                 cache_bits=int(options.cache_bits.value),
-                repack=options.repack,
+                repack=options.repack and others is None,
                 unproven=options.unproven,
                 dense_attention=options.dense_attention,
                 speculative=options.speculative,
@@ -123,11 +123,11 @@ def _start_ranks(
     from localrun.ranks.start import places_in_mpiexec, sharing_ranks
 
     places = places_of(options.ranks, options.hosts) if is_given else places_in_mpiexec()
-    usage = load.expert_usage if options.rank_share is ShareChoice.experts else None
+    usage = None if options.rank_share is ShareChoice.slices else load.expert_usage
     by_speed = options.rank_sizes == "auto"
     sharing = Sharing(
         options.rank_messages.value, () if by_speed else _sizes(options.rank_sizes), options.rank_share.value,
-        None if usage is None else str(usage), options.rank_copies, by_speed,
+        None if usage is None else str(usage), options.rank_copies, by_speed, load.repack,
     )  # fmt: skip
     ranks = stack.enter_context(sharing_ranks(path, places, sharing, threads))
     return ranks, threads_at(places[0], threads)

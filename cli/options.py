@@ -49,6 +49,7 @@ class MessageChoice(str, Enum):
 class ShareChoice(str, Enum):
     """What each rank has of the routed experts."""
 
+    auto = "auto"
     slices = "slices"
     experts = "experts"
 
@@ -162,7 +163,10 @@ RankMessages = Annotated[
 ]
 RankShare = Annotated[
     ShareChoice,
-    typer.Option("--rank-share", help="Each rank has a slice of every expert, or whole ones, by --expert-usage."),
+    typer.Option(
+        "--rank-share",
+        help="Each rank has a slice of every expert, or whole ones, by --expert-usage; auto: slices if that can be.",
+    ),
 ]
 RankSizes = Annotated[
     str | None,
@@ -303,7 +307,7 @@ class RankOptions:
     ranks: NRanks = None
     hosts: Hosts = None
     rank_messages: RankMessages = MessageChoice.bf16
-    rank_share: RankShare = ShareChoice.slices
+    rank_share: RankShare = ShareChoice.auto
     rank_sizes: RankSizes = None
     rank_copies: RankCopies = 0
     prefill_hosts: PrefillHosts = None

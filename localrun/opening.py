@@ -84,11 +84,10 @@ def check_no_gpu(where: DeviceRequest, notice: Notice) -> None:
 
 def check_ranks(where: DeviceRequest) -> None:
     """Where experts are to be shared among ranks. Raises LocalrunError if something else is asked for that can't be."""
-    if where.wants_gpu or where.repack:
-        wrong = "--repack" if where.repack else f"device '{where.device}'"
-        raise LocalrunError(
-            f"{wrong} does not go with several ranks, which compute on CPUs, in rows as the file has them"
-        )
+    if where.wants_gpu:
+        raise LocalrunError(f"device '{where.device}' does not go with several ranks, which compute on CPUs")
+    if where.repack:
+        raise LocalrunError("several ranks lay out their own shares: Sharing(repack=True) in place of repack")
 
 
 def check_readers(where: DeviceRequest) -> None:
@@ -159,7 +158,7 @@ def native_model(
     """
     tensors = [tensor for name, tensor in file.tensors.items() if not INTEGERS.fullmatch(name)]
     types = {tensor.type.name for tensor in tensors}
-    if repack:
+    if repack or (ranks and ranks.sharing.repack):
         types |= {interleaved(tensor.type.name, tensor.shape) for tensor in tensors}
     left = hardware.free_addresses()
     if left < _KERNEL_BYTES:

@@ -101,7 +101,7 @@ class QuantMatrix:
             raise QuantError(f"{f.name}: columns {start}..{start + count} of {self.n_cols} in blocks of {block}")
         size = f.rows * f.block_bytes  # of a block in all rows that lie interleaved
         whole = np.lib.stride_tricks.as_strided(
-            _bytes_at(self.address, self.n_groups * self.group_bytes),
+            bytes_at(self.address, self.n_groups * self.group_bytes),
             (self.n_groups, self.n_rows // f.rows, self.n_cols // block, size),
             (self.group_bytes, f.rows * self.row_bytes, size, 1),
         )
@@ -109,7 +109,8 @@ class QuantMatrix:
         return quant_matrix(own.reshape(-1), f, (self.n_groups, self.n_rows, count))
 
 
-def _bytes_at(address: int, n_bytes: int) -> np.ndarray:
+def bytes_at(address: int, n_bytes: int) -> np.ndarray:
+    """uint8 (n_bytes,): memory that must stay."""
     return np.ctypeslib.as_array((ctypes.c_uint8 * n_bytes).from_address(address))
 
 

@@ -174,8 +174,9 @@ class NativeModel:
         return True
 
     def prepare(self) -> None:
-        """Import torch, and lay out the network."""
-        self.network  # noqa: B018 (it is made when it is asked for)
+        """Import torch, and lay out the network, unless others read prompts."""
+        if not self.readers:
+            self.network  # noqa: B018 (it is made when it is asked for)
 
     def chunks(self, n_tokens: int) -> list[int]:
         """How many of a prompt's n_tokens to evaluate at a time."""

@@ -18,7 +18,7 @@ from localrun.gguf.file import GGUFFile
 from localrun.models.config import Config
 from localrun.ranks import many
 from localrun.ranks.owners import assign, owners_of
-from localrun.ranks.sharing import EXPERTS, Ranks, Share
+from localrun.ranks.sharing import EXPERTS, Ranks, Share, settled
 from localrun.ranks.speed import with_sizes
 from localrun.ranks.world import RankError
 from quant.decode.exchange import N_TIMES, Exchange
@@ -48,7 +48,7 @@ class Remote:
         n_threads: of this rank.
         """
         self._world, self._others = ranks.world, range(1, ranks.world.size)
-        sharing = with_sizes(ranks.world, ranks.sharing, n_threads)
+        sharing = with_sizes(ranks.world, settled(ranks.sharing, file, config, ranks.world), n_threads)
         owners = owners_of(file, config, ranks.world, sharing) if sharing.share == EXPERTS else None
         self.share = Share(file, config, ranks.world, sharing, owners)
         self._numbers = {index: number for number, index in enumerate(self.share.layers)}

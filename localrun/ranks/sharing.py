@@ -2,6 +2,9 @@
 
 By slices every rank has some inner columns of each expert: rows of gate and up, columns of down. What shares give adds
 up to what the experts give. By experts every rank has whole ones (owners.py).
+
+Both send the same messages, and a token waits for the rank with most of its experts, on which slices never have more
+than their part: so slices it is where experts have blocks enough for all ranks, and nothing is said about whole ones.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 
@@ -17,6 +20,7 @@ import numpy as np
 
 from localrun import hardware
 from localrun.errors import LocalrunError
+from localrun.gguf import types as tensor_types
 from localrun.gguf.file import GGUFFile
 from localrun.gguf.residency import Span, let_go
 from localrun.models import names
@@ -24,9 +28,11 @@ from localrun.models.config import Config
 from localrun.models.tensors import GGUFTensors
 from localrun.ranks.world import World
 from quant.decode.messages import TYPES
-from quant.matrix import ExpertMatrices, QuantMatrix
+from quant.formats import registry
+from quant.formats.interleave import interleave
+from quant.matrix import ExpertMatrices, QuantMatrix, bytes_at, quant_matrix
 
-SLICES, EXPERTS = "slices", "experts"
+SLICES, EXPERTS, AUTO = "slices", "experts", "auto"
 _PARTS = ("gate", "up", "gate_up", "down")
 
 
@@ -37,10 +43,11 @@ class Sharing:
     Attributes:
         message: how vectors travel: "bf16", "f32" or "fp8".
         sizes: of the ranks' shares, in any unit; none for equal ones.
-        share: SLICES or EXPERTS.
+        share: SLICES, EXPERTS, or AUTO for what the model and the others of these say (settled).
         usage: an importance matrix, whose counts say how experts are divided; rank 0 alone reads it.
         copies: experts of each layer that a rank has beside its own, of those that are used most.
         by_speed: whether sizes are to be what ranks measure.
+        repack: whether each rank lays its slices out anew, 16 rows side by side, in RAM of its own.
     """
 
     message: str = "bf16"
@@ -49,10 +56,13 @@ class Sharing:
     usage: str | os.PathLike[str] | None = None
     copies: int = 0
     by_speed: bool = False
+    repack: bool = False
 
     def __post_init__(self) -> None:
-        if self.share not in (SLICES, EXPERTS):
-            raise LocalrunError(f"experts shared by {self.share!r}; expected {SLICES} or {EXPERTS}")
+        if self.share not in (SLICES, EXPERTS, AUTO):
+            raise LocalrunError(f"experts shared by {self.share!r}; expected {SLICES}, {EXPERTS} or {AUTO}")
+        if self.share == EXPERTS and self.repack:
+            raise LocalrunError("whole experts are read where the file has them; --repack goes with slices")
         if self.share == SLICES and (self.usage is not None or self.copies):
             raise LocalrunError("slices of experts have no use for counts or copies; share whole experts")
         if self.message not in TYPES:
@@ -75,6 +85,17 @@ class Ranks:
 
     world: World
     sharing: Sharing = Sharing()
+
+
+def settled(sharing: Sharing, file: GGUFFile, config: Config, world: World) -> Sharing:
+    """The sharing with a way to share. All ranks come to the same."""
+    if sharing.share != AUTO:
+        return sharing
+    tensors = GGUFTensors(file)
+    layers = (tensors.expert_matrices(index) for index in expert_layers(file, config))
+    fits = all(whole.gate.n_rows // whole.inner_unit >= world.size for whole in layers)
+    is_whole = sharing.usage is not None or sharing.copies > 0 or not fits
+    return replace(sharing, share=EXPERTS if is_whole else SLICES)
 
 
 def cuts(n: int, unit: int, sizes: Sequence[float]) -> list[tuple[int, int]]:
@@ -106,9 +127,9 @@ def expert_layers(file: GGUFFile, config: Config) -> list[int]:
 class Share:
     """The part of each layer's experts that one rank has.
 
-    Of slices, rows of gate and up stay in the file's map. Columns of down are copied into memory of the rank's own: a
-    page of the file has columns of all ranks (one of DeepSeek-V3's rows of down is shorter than a page), and would be
-    resident on each of them. Whole experts stay in the map.
+    Of slices, rows of gate and up stay in the file's map, unless they are to be interleaved. Columns of down are copied
+    into memory of the rank's own: a page of the file has columns of all ranks (one of DeepSeek-V3's rows of down is
+    shorter than a page), and would be resident on each of them. Whole experts stay in the map.
 
     Attributes:
         layers: the matrices, by the layer's index, in the order in which messages count layers.
@@ -129,23 +150,35 @@ class Share:
             raise LocalrunError(f"messages of type {sharing.message} take multiples of {self.type.columns} columns")
         self._file, self._config, self._rank, self.owners = file, config, world.rank, owners
         self.layers = {index: tensors.expert_matrices(index) for index in indices}
+        self._repack = sharing.repack
         if owners is None:
             self._cut(world, sizes)
 
     def _cut(self, world: World, sizes: Sequence[float]) -> None:
-        """Keep this rank's slice of each layer. Raises LocalrunError if there is no room for columns of down."""
+        """Keep this rank's slice of each layer. Raises LocalrunError if there is no room for what is copied of it."""
         own = {
             index: cuts(whole.gate.n_rows, whole.inner_unit, sizes)[world.rank] for index, whole in self.layers.items()
         }
-        downs = ((self.layers[index].down, count) for index, (_, count) in own.items())
-        needed = sum(down.n_groups * down.group_bytes * count // down.n_cols for down, count in downs)
+        n_inner = {index: whole.gate.n_rows for index, whole in self.layers.items()}
+        needed = sum(
+            matrix.n_groups * matrix.n_rows * matrix.row_bytes * own[index][1] // n_inner[index]
+            for index, whole in self.layers.items()
+            for matrix in ((whole.gate, whole.up, whole.down) if self._repack else (whole.down,))
+        )
         if needed > (free := hardware.free_ram()):
             gib = f"{needed / 2**30:.1f} GiB of RAM, of which {free / 2**30:.1f} are free"
-            raise LocalrunError(f"this rank's columns of the experts' down projections take {gib}")
+            what = (
+                "slices of the experts, laid out anew," if self._repack else "columns of the experts' down projections"
+            )
+            raise LocalrunError(f"this rank's {what} take {gib}")
 
         def slice_of(index: int) -> ExpertMatrices:
             whole = self.layers[index]
             part = whole.inner(*own[index])
+            if self._repack:
+                laid = (interleaved(matrix) for matrix in (part.gate, part.up, part.down))
+                part = ExpertMatrices(*laid, part.biases, part.activation)
+                let_go(_spans_of(whole.gate) + _spans_of(whole.up))
             let_go(_spans_of(whole.down))
             return part
 
@@ -156,7 +189,13 @@ class Share:
     def spans(self) -> list[Span]:
         """The parts of the file's map that the share is read from."""
         if self.owners is None:
-            return [span for own in self.layers.values() for matrix in (own.gate, own.up) for span in _spans_of(matrix)]
+            plain = (
+                m
+                for own in self.layers.values()
+                for m in (own.gate, own.up)
+                if not (self._repack and m.format.rows > 1)
+            )
+            return [span for matrix in plain for span in _spans_of(matrix)]
         here = (self.owners >> self._rank & 1).astype(bool)
         return [
             span
@@ -173,6 +212,19 @@ class Share:
         shared = {name(index, f"mlp.experts.{part}_proj") for index in self.layers for part in _PARTS}
         beside = (tensor for name, tensor in self._file.tensors.items() if name not in shared)
         return [(tensor.data.ctypes.data, tensor.n_bytes) for tensor in beside] + self.spans
+
+
+def interleaved(matrix: QuantMatrix) -> QuantMatrix:
+    """The same with 16 rows side by side, in memory of its own; itself where its type or shape has no such form."""
+    shape = matrix.n_groups, matrix.n_rows, matrix.n_cols
+    name, size = tensor_types.interleaved(matrix.format.name, shape), matrix.n_rows * matrix.row_bytes
+    if name == matrix.format.name:
+        return matrix
+    format_, out = registry.get(name), np.empty((matrix.n_groups, size), np.uint8)
+    for group in range(matrix.n_groups):
+        plain = bytes_at(matrix.address + matrix.group_bytes * group, size)
+        interleave(format_, plain, matrix.n_rows, matrix.row_bytes, out[group])
+    return quant_matrix(out.reshape(-1), format_, shape)
 
 
 def _spans_of(matrix: QuantMatrix) -> list[Span]:

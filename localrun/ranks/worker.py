@@ -13,7 +13,7 @@ from localrun.gguf.residency import Resident
 from localrun.models.reader import read_config
 from localrun.ranks import many
 from localrun.ranks.remote import READY, START_S
-from localrun.ranks.sharing import EXPERTS, Share, Sharing
+from localrun.ranks.sharing import EXPERTS, Share, Sharing, settled
 from localrun.ranks.speed import with_sizes
 from localrun.ranks.world import World
 from quant.decode.exchange import Served
@@ -36,7 +36,7 @@ def serve_share(file: GGUFFile, world: World, sharing: Sharing, n_threads: int) 
         RankError: rank 0 can't be reached any more.
     """
     config = read_config(file)
-    sharing, owners = with_sizes(world, sharing, n_threads), None
+    sharing, owners = with_sizes(world, settled(sharing, file, config, world), n_threads), None
     if sharing.share == EXPERTS:
         owners = np.frombuffer(world.receive(0, START_S), np.int64).reshape(-1, config.n_routed_experts)
     share = Share(file, config, world, sharing, owners)

@@ -21,9 +21,10 @@ COUNTS = Path("counts.gguf")
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, Sharing("bf16")),
-        ({"rank_messages": MessageChoice.fp8, "rank_sizes": "2,1.5"}, Sharing("fp8", (2.0, 1.5))),
-        ({"rank_sizes": "auto"}, Sharing(by_speed=True)),
+        ({}, Sharing("bf16", share="auto", usage=str(COUNTS))),
+        ({"rank_share": ShareChoice.slices}, Sharing("bf16")),
+        ({"rank_messages": MessageChoice.fp8, "rank_sizes": "2,1.5"}, Sharing("fp8", (2.0, 1.5), "auto", str(COUNTS))),
+        ({"rank_sizes": "auto", "rank_share": ShareChoice.slices}, Sharing(by_speed=True)),
         (
             {"rank_share": ShareChoice.experts, "rank_copies": 3},
             Sharing("bf16", (), "experts", str(COUNTS), 3),

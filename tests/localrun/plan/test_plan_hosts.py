@@ -9,6 +9,7 @@ from itertools import combinations
 import pytest
 from toy_machine import toy
 
+from localrun.plan.cluster import expert_parallel
 from localrun.plan.hosts import busiest_share, decode_over, host_memory, messages, prefill_over
 from localrun.plan.hosts_report import make_hosts_report
 from localrun.plan.link import Link, load_link
@@ -16,6 +17,7 @@ from localrun.plan.machine import load_machine
 from localrun.plan.report import make_report
 from localrun.plan.shapes import ModelShape, load_model, n_bytes
 from localrun.plan.speed import decode_speed
+from quant.decode.message_sizes import HEADER_BYTES, PAIR_BYTES, TILE, back_bytes, message_bytes
 
 LINK = Link("toy", "toy", round_trip_s=1e-3, message_s=1e-4, bytes_per_s=1e9)
 
@@ -30,6 +32,15 @@ def test_a_tokens_messages(v3: ModelShape) -> None:
     found = messages(v3, n_hosts=3)
     assert (found.out_bytes, found.back_bytes) == (64 + 7168 * 2 + 8 * 12, 64 + 7168 * 2)
     assert (found.per_layer, found.bytes_per_token) == (4, 58 * 2 * (found.out_bytes + found.back_bytes))
+
+
+def test_what_a_cluster_is_planned_with_is_what_ranks_send(v3: ModelShape) -> None:
+    """For each destination a vector in FP8 there and in BF16 back; running ranks send headers, choices and scales more
+    (test_ranks.py counts what they send), and once for all experts of a rank."""
+    planned = expert_parallel(v3, 1.0, n_tokens=1).bytes_per_step / (8 + 1)
+    sent = message_bytes("fp8", 7168, 8, 1) + back_bytes("fp8", 7168, 1)
+    assert sent - 2 * HEADER_BYTES - 8 * PAIR_BYTES - 4 * 7168 // TILE == planned
+    assert sent / planned == pytest.approx(1.02, abs=0.001)
 
 
 @pytest.mark.parametrize(("n_experts", "per_token", "n_ranks"), [(8, 3, 2), (9, 4, 3), (7, 2, 3), (6, 6, 2), (8, 3, 1)])

@@ -30,7 +30,7 @@ from localrun.generate.sampling import Sampling
 from localrun.gguf.file import open_gguf
 from localrun.models.reader import read_config
 from localrun.ranks import speed
-from localrun.ranks.sharing import EXPERTS, SLICES, Ranks, Share, Sharing
+from localrun.ranks.sharing import AUTO, EXPERTS, SLICES, Ranks, Share, Sharing
 from localrun.ranks.world import RankError, World
 from quant.batch import MOST_TOKENS
 from quant.decode.message_sizes import back_bytes, message_bytes
@@ -218,12 +218,44 @@ def test_shares_by_speed(monkeypatch: pytest.MonkeyPatch) -> None:
         assert error(model.logits(ids), expected) < ROUNDING_TOLERANCE
 
 
+@pytest.mark.parametrize("mix", ["Q8_0", "Q4_0"])
+def test_each_rank_lays_out_its_slices(mix: str) -> None:
+    """--repack: 16 rows side by side; that alone changes sums' order, as in one process."""
+    path, ids = tiny_models.shared("v3-odd", type=tiny_models.MIXES[mix]), tiny_models.prompt("v3-odd")
+    expected = both_ways(path, ids)
+    with shared(path, 3, Sharing("f32", repack=True)) as model:
+        own = model.model.remote.share.layers[1]
+        assert {matrix.format.name for matrix in (own.gate, own.up, own.down)} == {f"{mix}_R16"}
+        assert not set(model.model.remote.share.spans)  # nothing of the map is read
+        found = by_steps(model, ids), model.logits(ids)
+    for one, other in zip(found, expected, strict=True):
+        assert error(one, other) < QUANTIZED_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("variant", "n_ranks", "choices", "share"),
+    [
+        ("v3-odd", 3, {}, SLICES),
+        ("v3-odd", 4, {}, EXPERTS),  # of 96 columns in blocks of 32
+        ("v3-odd", 2, {"copies": 2}, EXPERTS),
+    ],
+)
+def test_the_way_to_share_follows_from_the_model(variant: str, n_ranks: int, choices: dict, share: str) -> None:
+    """Slices, unless there are too few blocks, or something is said that only whole experts have a use for."""
+    ids = tiny_models.prompt(variant)
+    with shared(tiny_models.shared(variant), n_ranks, Sharing("f32", share=AUTO, **choices)) as model:
+        assert (model.model.remote.share.owners is None) == (share == SLICES)
+        found = model.logits(ids)
+    with localrun.load(tiny_models.shared(variant), threads=2, ctx=160) as model:
+        assert error(found, model.logits(ids)) < ROUNDING_TOLERANCE
+
+
 def test_what_cannot_be_shared_is_refused() -> None:
     post = Post()
     with in_process(tiny_models.shared("v3-odd"), 1, Sharing(), post) as ranks:
         for options, line in (
             ({"device": "cuda"}, "several ranks"),
-            ({"repack": True}, "--repack"),
+            ({"repack": True}, "lay out their own shares"),
             ({"backend": "llama.cpp"}, "llama.cpp"),
         ):
             with pytest.raises(LocalrunError, match=line):
@@ -236,10 +268,12 @@ def test_what_cannot_be_shared_is_refused() -> None:
         Sharing("f16")
     with pytest.raises(LocalrunError, match="must be above 0"):
         Sharing(sizes=(1.0, 0.0))
-    with pytest.raises(LocalrunError, match="'rows'; expected slices or experts"):
+    with pytest.raises(LocalrunError, match="'rows'; expected slices, experts or auto"):
         Sharing(share="rows")
     with pytest.raises(LocalrunError, match="no use for counts or copies"):
         Sharing(copies=1)
+    with pytest.raises(LocalrunError, match="--repack goes with slices"):
+        Sharing(share=EXPERTS, repack=True)
 
 
 @pytest.mark.slow

@@ -81,6 +81,16 @@ def test_prompts_read_on_another_host(hosts: None) -> None:
         assert ("messages" in document) == bool(others)
 
 
+def test_a_reply_to_a_prompt_that_is_read_elsewhere() -> None:
+    """It is the one to a prompt that is read here."""
+    prompt = "Once upon a time, there was a little girl named Lily. " * 20
+    arguments = ["generate", "miniature", "--raw", "-p", prompt, "-n", "30", "--temp", "0", "-t", "1"]
+    here, there = command(*arguments), command(*arguments, "--prefill-hosts", "localhost", "-v")
+    assert here.returncode == there.returncode == 0, there.stderr
+    assert there.stdout == here.stdout
+    assert "read on other hosts: " in there.stderr and "read on other hosts: 0 tokens" not in there.stderr
+
+
 def test_a_reader_with_another_file(hosts: None) -> None:
     here, there = tiny_models.shared("v3"), tiny_models.shared("v2-lite")
     done = command("bench", str(here), "--prefill-hosts", f"127.0.0.2={there}", "-p", "8", "-n", "4")
@@ -104,7 +114,10 @@ def test_an_mpiexec_of_the_users() -> None:
     ("args", "line"),
     [
         (["bench", "nowhere.gguf"], "localrun: nowhere.gguf: no such file"),  # before the others are told anything
-        (["bench", "miniature", "-t", "1"], "localrun: experts of 256 inner columns"),  # while they get ready to serve
+        (
+            ["bench", "miniature", "-t", "1", "--rank-share", "slices"],
+            "localrun: experts of 256 inner columns",
+        ),  # while they get ready to serve
     ],
 )
 def test_the_users_mpiexec_ends_with_an_error(args: list[str], line: str) -> None:
