@@ -21,6 +21,7 @@ import localrun
 from localrun.engine import Engine
 from localrun.errors import LocalrunError
 from localrun.generate.sampling import Sampling
+from localrun.models import config
 from localrun.network import cache as caches
 from localrun.ranks.readers import Readers
 from localrun.ranks.sharing import Sharing
@@ -44,9 +45,10 @@ def reading(path: Path, n_readers: int = 1, post: Post | None = None) -> Iterato
 
 
 def conversation(model: Engine) -> tuple[list[np.ndarray], list[list[int]]]:
-    """Logits and rows of a prompt of two chunks, one behind its reply, one that turns off, and one that has nothing."""
+    """Logits and rows of a prompt of two chunks, one behind its reply, one that turns off, a short one that does, one
+    behind that, and one that has nothing in common."""
     rng, session, found, replies = np.random.default_rng(3), model.session("off"), [], []
-    for kept, n_new in ((0, 512 + LONG), (700, LONG), (300, LONG), (0, LONG)):
+    for kept, n_new in ((0, 512 + LONG), (700, LONG), (300, LONG), (200, 5), (700, LONG), (0, LONG)):
         ids = session.ids[:kept] + rng.integers(0, model.model.vocab_size, n_new).tolist()
         replies.append(list(session.tokens(ids, GREEDY, max_tokens=5)))
         found += [session.advance(replies[-1][-1:]), *rows_of(session.cache)]
@@ -68,7 +70,29 @@ def test_what_is_read_elsewhere_is_as_if_read_here(variant: str) -> None:
         assert model.model._network is None  # nothing was read here
     assert found_replies == replies
     assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert figures["chunks"] >= 5 and figures["tokens"] >= 512 + 4 * LONG
+    assert figures["chunks"] >= 6 and figures["tokens"] >= 512 + 4 * LONG
+
+
+def test_rings_that_have_gone_on_are_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With little to spare, a reader's have lost what is gone back to; so have those here, which have their marks."""
+    monkeypatch.setattr(config, "WINDOW_SPARE", 24)
+    path, rng = tiny_models.shared("gpt-oss"), np.random.default_rng(4)
+    first, second, third = (rng.integers(0, 100, LONG).tolist() for _ in range(3))
+
+    def read(model: Engine) -> list[np.ndarray]:
+        session = model.session("off")
+        session.advance(first)
+        session.cache.mark()
+        found = [session.advance(second)]
+        session.forget(LONG)
+        session.advance(third[: LONG - len(session.ids)] or third[:1])
+        return [*found, session.advance(third), *rows_of(session.cache)]
+
+    with localrun.load(path, threads=2, ctx=CTX) as model:
+        expected = read(model)
+    with reading(path) as model:
+        found = read(model)
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_drafts_of_the_models_own_layer_read_what_comes_back() -> None:
@@ -184,11 +208,10 @@ def test_a_prompt_that_is_cancelled_while_it_is_away(monkeypatch: pytest.MonkeyP
         scheduler = _scheduler(model)
         try:
             first, second = _job(ids), _job(ids[1:])
-            scheduler.submit([first])
-            _until(lambda: first.is_elsewhere)
+            scheduler.submit([first, second])
+            _until(lambda: first.is_elsewhere and second.is_elsewhere)
             first.cancelled = True
             _until(lambda: first.ended)
-            scheduler.submit([second])
             is_open.set()
             _until(lambda: second.ended)
         finally:
