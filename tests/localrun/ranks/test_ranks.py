@@ -295,7 +295,7 @@ EVERY = [
     *["v2-lite", "v2", "v3", "kimi-k2", "moonlight", "deepseek32", "glm-dsa", "deepseek4", "qwen3moe", "mixtral"],
     *["glm4moe", "glm4moe-air", "minimax-m2", "hy_v3", "bailingmoe2", "gpt-oss"],
 ]
-# Largest errors by message, of logits' range, from choices of experts that a rounded vector tips (seen: see below).
+# Largest errors by message, of logits' range: rounded vectors tip choices of experts, up to 0.062 and 0.32 here.
 MESSAGE_TOLERANCES = {"f32": ROUNDING_TOLERANCE, "bf16": 0.1, "fp8": 0.5}
 
 
@@ -320,7 +320,6 @@ def test_every_architecture_both_ways_to_share(variant: str) -> None:
                 assert error(found_step, step) < SESSION_TOLERANCE, (n_ranks, share, sizes)
     for message in ("bf16", "fp8") if config.hidden_size % 128 == 0 else ("bf16",):
         found_step, found_many = both_ways(path, ids, n_ranks=2, sharing=Sharing(message, share=EXPERTS))
-        print(variant, message, error(found_step, step), error(found_many, many))
         assert error(found_step, step) < MESSAGE_TOLERANCES[message]
         assert error(found_many, many) < MESSAGE_TOLERANCES[message]
 
