@@ -9,7 +9,6 @@ import tiny_models
 from speculating import CTX
 
 import localrun
-import localrun.generate.session
 from localrun.engine import Engine
 
 

@@ -13,7 +13,6 @@ from forced_draft import ForcedDraft
 from speculating import CTX, GREEDY, N_VOCAB, SETTINGS, plain, prompt
 
 import localrun
-import localrun.generate.session
 from localrun.engine import Engine
 from localrun.errors import LocalrunError
 from localrun.generate.drafts import MTPDraft, NGramDraft

@@ -14,7 +14,6 @@ from forced_draft import ForcedDraft
 from speculating import CTX, GREEDY, N_VOCAB, SETTINGS, forced, plain, prompt
 
 import localrun
-import localrun.generate.session
 from localrun.bundled import MINIATURE
 from localrun.engine import Engine
 from localrun.generate.drafts import Draft, MTPDraft, NGramDraft
