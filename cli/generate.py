@@ -124,10 +124,8 @@ def generate(
             if as_json:
                 print_json(_document(engine, session, collected(parts), load_s, usual.sampling))
             else:
-                _show(parts, session, template.show_thinking, verbose)
+                _show(parts, session, usual, template.show_thinking, verbose)
             is_cut = session.finish_reason in CUT_REASONS
-            if constraint and session.finish_reason == "length" and not as_json:
-                note(f"the reply was cut after {limit} tokens and is not whole; -n allows more")
     if fail_on_cut and is_cut:
         raise typer.Exit(CUT)
 
@@ -139,7 +137,8 @@ def _reply(session: "Session", prompts: "Prompts", text: str, usual: "Usual") ->
     return prompts.parts(ids, stream(session, ids, usual.sampling, usual.limit, stops, prompts.spelled))
 
 
-def _show(parts: Iterator["Part"], session: "Session", thoughts: bool, verbose: bool) -> None:
+def _show(parts: Iterator["Part"], session: "Session", usual: "Usual", thoughts: bool, verbose: bool) -> None:
+    """Write the reply as it comes; then on stderr what has cut it, if something has, and how fast it was."""
     from cli.terminal.display import FOLD, SHOW, PlainDisplay
 
     display = PlainDisplay(SHOW if thoughts else FOLD)
@@ -150,6 +149,8 @@ def _show(parts: Iterator["Part"], session: "Session", thoughts: bool, verbose: 
         note(f"the context of {session.engine.ctx} tokens is full")
     if verbose:
         note(timing_line(session))
+    if usual.sampling.constraint and session.finish_reason == "length":
+        note(f"the reply was cut after {usual.limit} tokens and is not whole; -n allows more")
 
 
 def _seed(given: int | None, work: "Batch | None") -> int:
