@@ -87,6 +87,7 @@ VALUES_AT = 64
 
 @inline
 def bytes_of_partial(padded_width):
+    """Of a PARTIAL with its values, float32 (padded_width,)."""
     return VALUES_AT + 4 * padded_width
 
 
@@ -302,6 +303,7 @@ class Heads:
 
     @property
     def n_heads(self) -> int:
+        """Of queries."""
         return self.n_groups * self.per_group
 
     @property

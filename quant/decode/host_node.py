@@ -76,6 +76,7 @@ class ExpertNodes:
 
     @property
     def function(self) -> int:
+        """Address of what a graph calls, with that of a node's arguments."""
         return _run.address
 
     def argument(self, layer: int, n_tokens: int) -> int:

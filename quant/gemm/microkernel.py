@@ -48,6 +48,7 @@ def _tile(kind: int):
     """An intrinsic void(weights, tokens, sums, n_k_blocks, n_tokens): sums[t] f32[32] += weights . tokens[t]."""
 
     def emit_for(builder, n: int, weights, tokens, sums, n_k_blocks, ahead) -> None:
+        """For n tokens. ahead: address of the next line to fetch and of how many a k-block takes, int64 each."""
         at = [[builder.add(sums, I64(4 * ROWS * t + 64 * part)) for t in range(n)] for part in range(PARTS)]
         totals = [[load(builder, a, VF32) for a in row] for row in at]
         stride = builder.mul(load(builder, builder.add(ahead, I64(8)), I64), I64(64))

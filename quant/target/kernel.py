@@ -26,6 +26,7 @@ class Kernel:
 
     @property
     def address(self) -> int:
+        """Of the machine code, which is compiled or loaded now if it has not been."""
         return self.compiled.address
 
     @property

@@ -68,11 +68,13 @@ class KernelCompiler(CompilerBase):
 
     @staticmethod
     def new_library(codegen: Any, name: str) -> JITCodeLibrary:
+        """An empty one, whose object code can be kept."""
         library = codegen.create_library(name)
         library.enable_object_caching()  # to be kept
         return library
 
     def define_pipelines(self) -> list[Any]:
+        """Numba's passes that kernels need, in their order."""
         context = self.state.typingctx
         self.state.typingctx = _remembering.setdefault(id(context), _RememberingContext(context))
         self.state.new_library = self.new_library
