@@ -212,6 +212,8 @@ def _lookup(builder, entries: list[int], index):
         return call(builder, "llvm.x86.avx2.pshuf.b", index.type, ir.Constant(index.type, entries * 2), index)
     if count > 16:
         return by_halves(builder, lambda half: _lookup(builder, entries, half), index)
+    if isa.has(isa.NEON):
+        return call(builder, "llvm.aarch64.neon.tbl1.v16i8", index.type, ir.Constant(index.type, entries), index)
     zero = constant(index.type, 0)
     masks = [
         builder.sext(builder.icmp_unsigned("!=", builder.and_(index, constant(index.type, bit)), zero), index.type)
@@ -252,6 +254,13 @@ def emit_pairs_i16(builder, v):
     return call(builder, "llvm.x86.avx2.pmadd.wd", i32x8.ir, v, constant(v.type, 1))
 
 
+def _dots_neon(builder, name: str, total, a, b):
+    """total + sum of a*b over each 4 lanes, 16 bytes at a time: sdot of signed bytes, usdot of unsigned and signed."""
+    if a.type.count > 16:
+        return by_halves(builder, lambda *parts: _dots_neon(builder, name, *parts), total, a, b)
+    return call(builder, f"llvm.aarch64.neon.{name}.v4i32.v16i8", total.type, total, a, b)
+
+
 def _dots_avx2(builder, u, x):
     """Sums of u*x over each 4 of 32 lanes; 2*128*127 = 32512 fits the saturating 16-bit sum."""
     return emit_pairs_i16(builder, emit_pairs_u8(builder, u, x))
@@ -269,8 +278,10 @@ def _add_dots(builder, total, w, x, widen: Callable):
 
 
 def emit_dot_u8(builder, total, u, x):
-    """total + sum of u*x over each 4 lanes; u unsigned, and at most 128 below AVX-512, x signed, not below -127."""
+    """total + sum of u*x over each 4 lanes; u unsigned, below 128 but for AVX-512, x signed, not below -127."""
     count = x.type.count
+    if isa.has(isa.NEON):
+        return _dots_neon(builder, "usdot" if isa.target_has("i8mm") else "sdot", total, u, x)
     if isa.has("avx512_vnni"):
         return call(builder, f"llvm.x86.avx512.vpdpbusd.{8 * count}", total.type, total, u, x)
     if isa.has("avx2"):
@@ -293,6 +304,8 @@ def _dots_of_two(builder, u, x, v, y):
 
 def _dot_i8(builder, total, w, x):
     """total + sum of w*x over each 4 lanes, both signed, x not below -127: |w| times x with w's sign."""
+    if isa.has(isa.NEON):
+        return _dots_neon(builder, "sdot", total, w, x)
     negative = builder.icmp_signed("<", w, constant(w.type, 0))
     magnitude = builder.select(negative, builder.neg(w), w)
     return emit_dot_u8(builder, total, magnitude, builder.select(negative, builder.neg(x), x))
@@ -302,6 +315,8 @@ def _dot_biased(builder, total, w, x):
     """total + sum of w*x over each 4 lanes; w = the weight + WEIGHT_BIAS, x signed, not below -127."""
     if WEIGHT_BIAS:
         return emit_dot_u8(builder, total, w, x)
+    if isa.has(isa.NEON):
+        return _dots_neon(builder, "sdot", total, w, x)
     if isa.has("avx2"):
 
         def half(w, x):

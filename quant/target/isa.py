@@ -1,4 +1,4 @@
-"""Which instructions the kernels may use: amx > avx512_vnni > avx2 > generic.
+"""Which instructions the kernels may use: amx > avx512_vnni > avx2 > generic, or on ARM neon_dotprod > generic.
 
 A level is taken only if LLVM reports all its features for this CPU (it asks CPUID and, through XGETBV, the operating
 system) and Numba compiles for a target that has them: a 512-bit intrinsic in a narrower build aborts the process.
@@ -19,6 +19,7 @@ from numba import config
 from quant.errors import QuantError
 from quant.target import amx
 
+NEON = "neon_dotprod"
 FEATURES = {
     "generic": frozenset(),
     "avx2": frozenset({"avx2", "fma", "f16c", "bmi2"}),
@@ -27,6 +28,7 @@ FEATURES = {
     ),
 }
 FEATURES["amx"] = FEATURES["avx512_vnni"] | {"amx-tile", "amx-int8"}
+FEATURES[NEON] = frozenset({"neon", "dotprod"})
 LEVELS = tuple(FEATURES)
 EMULATED = "amx_emulated"
 
@@ -93,6 +95,8 @@ LEVEL, REFUSED = _choose()
 
 def has(level: str) -> bool:
     """Whether this process may use the instructions of `level`; emulated ones count."""
+    if NEON in (level, LEVEL):
+        return level in ("generic", LEVEL)
     return LEVELS.index("amx" if LEVEL == EMULATED else LEVEL) >= LEVELS.index(level)
 
 

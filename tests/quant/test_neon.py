@@ -1,0 +1,100 @@
+"""Level neon_dotprod: its kernels' instructions, and where an emulator of ARM is installed their results.
+
+Nothing here has been run by an ARM CPU. On Debian: apt install qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import kernels
+import numpy as np
+import pytest
+from paths import SUPPORT
+
+from quant.batch import MAX_BATCH
+from quant.formats import registry
+from quant.target import isa
+
+GCC, QEMU = "aarch64-linux-gnu-gcc", "qemu-aarch64"
+emulated = pytest.mark.skipif(not (shutil.which(GCC) and shutil.which(QEMU)), reason=f"needs {GCC} and {QEMU}")
+x86 = pytest.mark.skipif("sse2" not in isa.host_features(), reason="compiled across, from x86")
+# One of each kind: unsigned nibbles with minima, signed bytes, a table, 6 bits, 2 bits, a grid, no integers.
+FORMATS = ("Q4_K", "Q8_0", "MXFP4", "Q6_K", "Q2_K", "IQ2_XXS", "F16")
+N_ROWS = 5
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, str]]]:
+    """By features: the folder with object files, and assembly by format."""
+    found = {}
+    for features in ("dotprod", "dotprod,i8mm"):
+        folder = tmp_path_factory.mktemp(features)
+        command = [sys.executable, str(SUPPORT / "neon_kernels.py"), features, str(folder), *FORMATS]
+        environment = os.environ | {"LOCALRUN_CACHE": str(folder), "LOCALRUN_ISA": ""}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[features] = folder, json.loads(done.stdout)
+    return found
+
+
+def count(assembly: str) -> Counter[str]:
+    """Instructions by name."""
+    return Counter(re.findall(r"^\t([a-z]\w*)\t", assembly, re.MULTILINE))
+
+
+@x86
+@pytest.mark.parametrize("features", ["dotprod", "dotprod,i8mm"])
+def test_products_of_bytes_are_dot_instructions(features: str, compiled: dict) -> None:
+    for name, assembly in compiled[features][1].items():
+        found = count(assembly)
+        dots = found["sdot"] + found["usdot"]
+        assert (dots > 8) == registry.get(name).integer, name
+        assert found["usdot"] == 0 or "i8mm" in features, name
+        if name in ("Q4_K", "Q8_0", "MXFP4", "Q6_K"):  # what LLVM makes of products that it must widen
+            assert found["smull"] + found["smlal"] + found["umull"] < dots / 4, name
+    assert count(compiled[features][1]["MXFP4"])["tbl"] > 8  # the table of 16 values
+
+
+@x86
+@emulated
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("features", ["dotprod", "dotprod,i8mm"])
+def test_results_are_this_cpus(features: str, name: str, compiled: dict, tmp_path: Path) -> None:
+    random, format_ = np.random.default_rng(5), registry.get(name)
+    data = kernels.random_blocks(name, (N_ROWS, kernels.COLS), random)
+    x = random.standard_normal((MAX_BATCH, kernels.COLS), np.float32)
+    q8 = np.stack([kernels.record(row, format_) for row in x])
+    objects = [str(compiled[features][0] / f"{name}.{part}.o") for part in ("gemv", "gemv_batch")]
+    program = tmp_path / "program"
+    subprocess.run([GCC, "-static", "-O1", str(SUPPORT / "neon_run.c"), *objects, "-o", str(program)], check=True)
+    sizes = map(str, (N_ROWS, kernels.COLS, data.nbytes, q8.shape[1], len(q8)))
+    command = [QEMU, "-cpu", "max", str(program), *sizes]
+    done = subprocess.run(command, input=data.tobytes() + q8.tobytes(), capture_output=True, timeout=120, check=True)
+    found = np.frombuffer(done.stdout, np.float32).reshape(2, len(q8), N_ROWS)
+    expected = kernels.rounded(x, format_).astype(np.float64) @ kernels.oracle(name, data).astype(np.float64).T
+    # Integer sums are exact; float32 sums of 1,536 products and their blocks' scales err by some 1e-7 each.
+    size = np.abs(kernels.rounded(x, format_)) @ np.abs(kernels.oracle(name, data)).T
+    assert (np.abs(found - expected) / size).max() < 2e-6
+    assert kernels.same_bits(found[0], found[1]) or not format_.integer  # as of any level: a few tokens as one by one
+
+
+def test_the_level_is_no_step_of_x86() -> None:
+    assert not isa.has(isa.NEON)
+    assert isa.LEVELS[-1] == isa.NEON and isa.detect() != isa.NEON
+
+
+def test_where_the_level_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    for features, level in (({"neon"}, "generic"), ({"neon", "dotprod"}, isa.NEON), ({"neon", "i8mm"}, "generic")):
+        monkeypatch.setattr(isa, "host_features", lambda features=features: frozenset(features))
+        monkeypatch.setattr(isa, "_target_features", lambda features=features: frozenset(features))
+        assert isa.detect() == level
+    monkeypatch.setattr(isa, "LEVEL", isa.NEON)
+    assert [level for level in isa.LEVELS if isa.has(level)] == ["generic", isa.NEON]
