@@ -106,6 +106,32 @@ def numa_nodes(root: Path = ROOT) -> list[NumaNode]:
     return sorted(nodes, key=lambda node: node.index)
 
 
+def core_list(text: str) -> Iterator[int]:
+    """The numbers in Linux's way to write them: "0-3,8" -> 0, 1, 2, 3, 8."""
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        yield from range(int(first), int(last or first) + 1)
+
+
+def usable_nodes(root: Path = ROOT) -> dict[int, tuple[int, ...]]:
+    """Hardware threads that this process may run on, by NUMA node that it may have memory of.
+
+    Empty unless there are several such nodes: numactl, taskset or a control group's cpuset may leave one.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return {}
+    mine, memory = os.sched_getaffinity(0), ""
+    for line in _lines(root / "proc/self/status"):
+        if line.startswith("Mems_allowed_list:"):
+            memory = line.partition(":")[2].strip()
+    nodes = {}
+    for node in numa_nodes(root):
+        cores = tuple(core for core in core_list(node.cores) if core in mine)
+        if cores and (not memory or node.index in core_list(memory)):
+            nodes[node.index] = cores
+    return nodes if len(nodes) > 1 else {}
+
+
 @dataclass(frozen=True)
 class HugePages:
     """Transparent huge pages ("always", "madvise", "never", "" if the system has none), and reserved ones."""

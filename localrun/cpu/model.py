@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from localrun import hardware
 from localrun.cpu.compressed import decode_step
 from localrun.cpu.torch_threads import TorchThreads, torch_at_work
 from localrun.gguf.file import GGUFFile
-from localrun.gguf.residency import Resident
+from localrun.gguf.residency import Near, Resident, within
 from localrun.limits import LONG_PREFILL_CHUNK, cut
 from localrun.models import names
 from localrun.models.config import Config
@@ -77,10 +78,16 @@ class NativeModel:
         """
         self.config, self.file, self.vocab_size = config, file, config.vocab_size
         self.remote = self._take_ranks(ranks, n_threads) if ranks else None
-        self._resident = Resident(file, self.remote.share.all_spans if self.remote else None)
-        self._pool = Pool(n_threads)
+        nodes = hardware.usable_nodes()
+        self._pool = Pool(n_threads, tuple(nodes.values()))
         self._tensors = GGUFTensors(file, self.remote.own if self.remote else None)
         self._step = decode_step(config, self._tensors, self._pool, self.remote)
+        # What the step copied or was given by other ranks is not in the file's map, which is all that is brought near.
+        near = [
+            Near(node, cores, within(self._step.program.spans(i), file.spans))
+            for i, (node, cores) in enumerate(nodes.items())
+        ]
+        self._resident = Resident(file, self.remote.share.all_spans if self.remote else None, near)
         affordable = _STEP_BYTES // weight_bytes_per_token(file, config)
         is_latent = config.attention == "mla"
         least_steps = _LEAST_STEPS if is_latent else MOST_TOKENS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from localrun import hardware
@@ -45,7 +45,7 @@ def places_of(ranks: str | None, hosts: str | None) -> list[Place]:
 def local_places(text: str) -> list[Place]:
     """Those of --ranks: a number, or "numa" for one on each NUMA node. Raises LocalrunError."""
     if text == "numa":
-        nodes = [tuple(core_list(node.cores)) for node in hardware.numa_nodes()]
+        nodes = [tuple(hardware.core_list(node.cores)) for node in hardware.numa_nodes()]
         if len(nodes) < 2:
             raise LocalrunError("--ranks numa: this machine has one NUMA node; give a number of ranks")
         return [Place(cores=cores) for cores in nodes]
@@ -106,13 +106,6 @@ def _is_here(name: str) -> bool:
 def names_of(places: Sequence[Place]) -> list[str]:
     """What messages call ranks: "host b (rank 2)"."""
     return [f"host {p.host} (rank {rank})" if p.host else f"rank {rank}" for rank, p in enumerate(places)]
-
-
-def core_list(text: str) -> Iterator[int]:
-    """The numbers in Linux's way to write them: "0-3,8" -> 0, 1, 2, 3, 8."""
-    for part in filter(None, text.split(",")):
-        first, _, last = part.partition("-")
-        yield from range(int(first), int(last or first) + 1)
 
 
 def threads_at(place: Place, threads: int | None) -> int:

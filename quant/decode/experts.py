@@ -3,12 +3,12 @@
 The router's logits come from a rows phase before them; router.py says how experts are chosen and grouped.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from quant.decode.linear import Input, item_rows, multiply, set_token, token_tables
-from quant.decode.program import HEADER, MOST_TOKENS, PHASE, Phase, padded, tokens_of
+from quant.decode.program import HEADER, MOST_TOKENS, PHASE, Part, Phase, padded, tokens_of
 from quant.decode.router import CHOICE, ROUTER, Choice, Router, choose, is_here
 from quant.decode.streams import NO_STREAMS, STREAMS, Streams, write_streams
 from quant.gemv.activations import q8_bytes, write_q8
@@ -270,8 +270,11 @@ def _gate_up_phase(
         gate_bias=biases["gate_bias"], up_bias=biases["up_bias"],
         send=told.send, exchange=told.exchange, layer=told.layer, gate=gate.struct, up=up.struct,
     )  # fmt: skip
-    n_items = 2 * top_k * -(-inner // rows) + (told.send != 0)
-    return Phase(_prepare_gate_up, _run_gate_up, n_items, arguments, choice + router.choice_bytes, per_token=True)
+    per_matrix, work_bytes = -(-inner // rows), choice + router.choice_bytes
+    phase = Phase(_prepare_gate_up, _run_gate_up, 2 * top_k * per_matrix, arguments, work_bytes, per_token=True)
+    if told.send:  # its item comes first: rows of several ranks are not shared out by NUMA node
+        return replace(phase, n_items=phase.n_items + 1)
+    return replace(phase, period=per_matrix, weights=(Part(gate, rows), Part(up, rows)))
 
 
 def _down_phase(
@@ -298,4 +301,6 @@ def _down_phase(
         down_bias=experts.bias_addresses["down_bias"],
         down=down.struct, shared_down=shared_down.struct if shared_down else MATRIX.zeros(),
     )  # fmt: skip
-    return Phase(_prepare_down, _run_down, -(-hidden // rows), arguments, choice + router.choice_bytes)
+    parts = [Part(matrix, rows) for matrix in (down, shared_down) if matrix]
+    work_bytes = choice + router.choice_bytes
+    return Phase(_prepare_down, _run_down, -(-hidden // rows), arguments, work_bytes, weights=parts)

@@ -15,6 +15,7 @@ from quant.decode.program import (
     MOST_TOKENS,
     PHASE,
     PHASE_BYTES,
+    Part,
     Phase,
     padded,
     program_of,
@@ -247,11 +248,12 @@ def rows_phase(
     residual = residual or into is not None
     q8 = padded(4 * n_cols)
     temporary = q8 + q8_bytes(n_cols)
-    packed, n_items, most_rows = [], 0, 0
+    packed, parts, n_items, most_rows = [], [], 0, 0
     for (weight, out), bias in zip(matrices, biases or [0] * len(matrices), strict=True):
         rows = item_rows(weight, n_bytes, n_workers, 16 if into else 8)
         fields = {"n_rows": weight.n_rows, "item_rows": rows, "first_item": n_items, "bias": bias, "out": out}
         packed.append(ROWS_MATRIX.pack(matrix=weight.struct, integer=weight.format.integer, **fields))
+        parts.append(Part(weight, rows, n_items))
         n_items += -(-weight.n_rows // rows)
         most_rows = max(most_rows, rows)
     token_bytes = temporary + padded(max(4 * most_rows * residual, WEIGHTS_BYTES))
@@ -262,7 +264,7 @@ def rows_phase(
         residual=residual, is_head=is_head, streams=streams.struct if streams else NO_STREAMS,
         kept=input_.x if input_.streams else 0, n_matrices=len(matrices), matrices=packed,
     )  # fmt: skip
-    return Phase(_preparation(input_), _run, n_items, arguments, token_bytes * MOST_TOKENS)
+    return Phase(_preparation(input_), _run, n_items, arguments, token_bytes * MOST_TOKENS, weights=parts)
 
 
 def _preparation(input_: Input) -> Kernel:

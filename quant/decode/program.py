@@ -15,7 +15,7 @@ does for each the same operations in the same order as for a token alone, so tha
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,7 @@ from quant.simd.vectors import copy
 from quant.target.jit import inline, kernel
 from quant.target.kernel import Kernel
 from quant.threads.atomics import atomic_add, atomic_load, call_2, call_3, wait_for
+from quant.threads.numa import LINE, NUMA, own_items
 from quant.threads.pool import Pool, aligned_bytes, worker_bytes
 from quant.threads.work_items import work_items
 
@@ -61,14 +62,16 @@ PROGRAM = struct(
     n_slots=i64,  # blocks of cache rows of a context
     cache=pointer(i64),  # their addresses, (MOST_TOKENS, n_slots)
     cache_rows=pointer(i64),  # rows of each; a position's is the remainder
+    numa=NUMA,
 )
 
 # What a phase's arguments begin with.
 PHASE = struct(
     "Phase",
-    taken=atomic,
     done=atomic,
+    taken=address,  # a counter for each NUMA node, LINE bytes apart
     n_items=i64,  # of this step
+    period=i64,  # of them are a row that is shared out by node: the same rows of weights at the same places
     items=i64,  # of one token, and one split of its context
     per_token=boolean,
     per_split=boolean,
@@ -145,7 +148,8 @@ def reset(program, n_tokens, n_splits):
         if phase.per_split:
             n_items *= n_splits
         phase.n_items = n_items
-        store_i64(phase.taken, 0)
+        for node in range(program.numa.n_nodes):
+            store_i64(phase.taken + LINE * node, 0)
         store_i64(phase.done, 0)
 
 
@@ -159,21 +163,35 @@ def _begin(address):
     reset(program, program.n_tokens, n_splits)
 
 
+@inline
+def _run_items(at, node, period, first, n_own, end, work):
+    """Items of one node until there are none: n_own from `first` on in each row of `period`, `end` in all; how many."""
+    phase, finished = PHASE(at), 0
+    for i in work_items(phase.taken + LINE * node, end):
+        call_3(phase.run, at, i // n_own * period + first + i % n_own, work)
+        finished += 1
+    return finished
+
+
 @kernel("void(int64, int64)")
 def _step(address, worker):
     """The job: all phases in order."""
     program = PROGRAM(address)
-    work = program.work + program.work_bytes * worker
+    work, numa = program.work + program.work_bytes * worker, program.numa
     for p in range(program.n_phases):
         at = program.phases + PHASE_BYTES * p
         phase = PHASE(at)
-        n_items = phase.n_items
-        if atomic_load(phase.taken) < n_items:
-            call_2(phase.prepare, at, work)
-            finished = 0
-            for item in work_items(phase.taken, n_items):
-                call_3(phase.run, at, item, work)
-                finished += 1
+        n_items, period, is_prepared, finished = phase.n_items, phase.period, False, 0
+        for i in range(numa.n_nodes):
+            node = (numa.node_of[worker] + i) % numa.n_nodes
+            first, n_own = own_items(numa, period, node)
+            end = n_own * (n_items // period)
+            if atomic_load(phase.taken + LINE * node) < end:
+                if not is_prepared:
+                    call_2(phase.prepare, at, work)
+                    is_prepared = True
+                finished += _run_items(at, node, period, first, n_own, end, work)
+        if finished > 0:
             atomic_add(phase.done, finished)
         wait_for(phase.done, n_items)
 
@@ -192,6 +210,24 @@ def padded(n_bytes: int) -> int:
     return -(-n_bytes // 64) * 64
 
 
+@dataclass(frozen=True)
+class Part:
+    """Rows that items of a phase read, of each group of a matrix: item first_item + i of a period reads rows
+    item_rows * i and so on."""
+
+    matrix: QuantMatrix
+    item_rows: int
+    first_item: int = 0
+
+    def spans(self, first: int, count: int) -> Iterator[tuple[int, int]]:
+        """(address, bytes) of what `count` items from `first` on read."""
+        m, ends = self.matrix, (first - self.first_item, first - self.first_item + count)
+        start, end = (min(max(item, 0) * self.item_rows, m.n_rows) for item in ends)
+        if start < end:
+            for group in range(m.n_groups):
+                yield m.address + m.group_bytes * group + m.row_bytes * start, m.row_bytes * (end - start)
+
+
 @dataclass
 class Phase:
     """What a worker does between two points where all must have arrived.
@@ -203,6 +239,8 @@ class Phase:
         arguments: a packed struct whose first field is a PHASE, from HEADER.
         work_bytes: memory that a worker needs for it.
         name: what a user calls it, "blk.3.attn: queries".
+        period: items that come again and again with other matrices of the same rows; 0 for n_items.
+        weights: what items read that is the same in every step.
     """
 
     prepare: Kernel
@@ -213,6 +251,8 @@ class Phase:
     per_token: bool = False
     per_split: bool = False
     name: str = ""
+    period: int = 0
+    weights: Sequence[Part] = ()
 
 
 class Phases:
@@ -262,13 +302,28 @@ class Phases:
         per_worker = self.work_bytes
         work = self.keep(aligned_bytes(per_worker * self.pool.n_workers) if work is None else work)
         rows = aligned_bytes(PHASE_BYTES * len(self._phases)).view(np.int64).reshape(len(self._phases), -1)
-        for row, phase in zip(rows, self._phases, strict=True):
+        spread = self.pool.spread
+        taken = self.keep(aligned_bytes(LINE * spread.n_nodes * len(rows)))
+        for i, (row, phase) in enumerate(zip(rows, self._phases, strict=True)):
             row[: len(phase.arguments)] = phase.arguments
             PHASE.write(
-                row, items=phase.n_items, per_token=phase.per_token, per_split=phase.per_split,
+                row, taken=taken + LINE * spread.n_nodes * i, period=max(1, phase.period or phase.n_items),
+                items=phase.n_items, per_token=phase.per_token, per_split=phase.per_split,
                 prepare=phase.prepare.address, run=phase.run.address, program=self.address,
             )  # fmt: skip
-        PROGRAM.write(self._program, n_phases=len(rows), phases=self.keep(rows), work=work, work_bytes=per_worker)
+        PROGRAM.write(
+            self._program, n_phases=len(rows), phases=self.keep(rows), work=work, work_bytes=per_worker,
+            numa=spread.struct,
+        )  # fmt: skip
+
+    def spans(self, node: int) -> list[tuple[int, int]]:
+        """(address, bytes) of the weights that a NUMA node's workers read first."""
+        return [
+            span
+            for phase in self._phases
+            for part in phase.weights
+            for span in part.spans(*self.pool.spread.own(phase.period or phase.n_items, node))
+        ]
 
 
 class Program(Phases):

@@ -14,7 +14,7 @@ the GPU meanwhile should sleep, not spin: there are n_workers threads that compu
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -32,6 +32,7 @@ from quant.threads.atomics import (
     wait_for,
     wake_all,
 )
+from quant.threads.numa import Spread
 
 CONTROL = struct(
     "PoolControl",
@@ -122,8 +123,9 @@ def worker_bytes(n_bytes: int) -> int:
     return (-(-n_bytes // _PAGE) + 1) * _PAGE
 
 
-def _live(block: np.ndarray, worker: int) -> None:
+def _live(block: np.ndarray, worker: int, spread: Spread) -> None:
     """A worker's thread. It holds the control block, which must not be freed while anybody looks at it."""
+    spread.settle(worker)
     _work.ctypes(block.ctypes.data, worker)
 
 
@@ -135,13 +137,23 @@ def _end(block: np.ndarray, threads: list[threading.Thread]) -> None:
 
 
 class Pool:
-    """`n_workers` threads, the caller included. One job at a time; close(), or losing the pool, ends the threads."""
+    """`n_workers` threads, the caller included. One job at a time; close(), or losing the pool, ends the threads.
 
-    def __init__(self, n_workers: int):
-        """Start the workers. Raises QuantError if n_workers < 1, or if so many can't be started: then none is left."""
+    Attributes:
+        spread: the workers over NUMA nodes. The caller counts as one of the first node's, and stays where it is.
+    """
+
+    def __init__(self, n_workers: int, cores: Sequence[Sequence[int]] = ()):
+        """Start the workers.
+
+        Args:
+            cores: of each NUMA node, to keep workers there; empty to let the system choose.
+
+        Raises QuantError if n_workers < 1, or if so many can't be started: then none is left.
+        """
         if n_workers < 1:
             raise QuantError(f"{n_workers} threads asked for; at least 1 is needed")
-        self.n_workers = n_workers
+        self.n_workers, self.spread = n_workers, Spread(n_workers, cores)
         self._block = CONTROL.zeros()
         self.control = self._block.ctypes.data
         _set_spins.ctypes(self.control, _SPINS)
@@ -150,7 +162,8 @@ class Pool:
         self._threads: list[threading.Thread] = []
         self._finalizer = weakref.finalize(self, _end, self._block, self._threads)
         for worker in range(1, n_workers):
-            thread = threading.Thread(target=_live, args=(self._block, worker), daemon=True, name=f"localrun-{worker}")
+            arguments = self._block, worker, self.spread
+            thread = threading.Thread(target=_live, args=arguments, daemon=True, name=f"localrun-{worker}")
             try:
                 thread.start()
             except RuntimeError:

@@ -19,12 +19,19 @@ ITEM_BYTES = 1 << 19
 
 
 def rows_of_item(row_bytes: int, n_rows: int, n_workers: int, multiple: int, per_worker: int = 4) -> int:
-    """Rows of weights that an item should have: a multiple, and so few that each worker gets per_worker items or more.
+    """Rows of weights that an item should have: a multiple, and so few that each worker gets per_worker items or more,
+    then up to half as many where workers end more evenly: with many of them a phase is a few rounds of items.
 
     n_rows: of all matrices that the workers share.
     """
-    rows = min(ITEM_BYTES // row_bytes, n_rows // (per_worker * n_workers))
-    return max(multiple, rows // multiple * multiple)
+    most = max(multiple, min(ITEM_BYTES // row_bytes, n_rows // (per_worker * n_workers)) // multiple * multiple)
+    fewer = range(most, most // 2, -multiple)
+    return max(fewer, key=lambda rows: evenness(-(-n_rows // rows), n_workers))
+
+
+def evenness(n_items: int, n_workers: int) -> float:
+    """What part of the workers' time has work, where all items take as long: in hundredths, to prefer large items."""
+    return round(n_items / (n_workers * -(-n_items // n_workers)), 2) if n_items else 1.0
 
 
 class _WorkItems(types.SimpleIteratorType):

@@ -191,3 +191,36 @@ def test_ulimit_is_a_limit() -> None:
     )
     free = int(done.stdout)
     assert 2_000_000 * 1024 - 1.5 * GIB < free < 2_000_000 * 1024  # less what Python and NumPy have mapped
+
+
+def two_nodes(root: Path, **files: str) -> Path:
+    """Two nodes with memory and cores, one of memory alone, one of cores alone; the process may have memory of all."""
+    base, sizes = "sys/devices/system/node/node", {"0": "0-1,8", "1": "2-3,9", "2": "", "3": "4"}
+    nodes = {}
+    for name, cores in sizes.items():
+        nodes |= {
+            f"{base}{name}/cpulist": cores,
+            f"{base}{name}/meminfo": f"Node {name} MemTotal: {int(name != '3')} kB",
+        }
+    return tree(root, nodes | files)
+
+
+@pytest.mark.parametrize(
+    ("mine", "status", "expected"),
+    [
+        (range(16), "", {0: (0, 1, 8), 1: (2, 3, 9)}),
+        ({1, 3, 9}, "Mems_allowed_list:\t0-3", {0: (1,), 1: (3, 9)}),
+        ({0, 1, 8}, "", {}),  # taskset, a cpuset, or a rank of --ranks numa: one node is left
+        (range(16), "Name:\tx\nMems_allowed_list:\t1", {}),  # numactl --membind=1
+    ],
+)
+def test_nodes_that_may_be_used(
+    mine: set[int], status: str, expected: dict[int, tuple[int, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(mine))
+    assert hardware.usable_nodes(two_nodes(tmp_path, **{"proc/self/status": status})) == expected
+
+
+def test_one_node_is_none() -> None:
+    """Here, where the tests run, unless it is a machine of several."""
+    assert len(hardware.usable_nodes()) != 1

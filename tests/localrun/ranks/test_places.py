@@ -11,7 +11,7 @@ from cli.main import _run_in_mpiexec
 from localrun import hardware
 from localrun.errors import LocalrunError
 from localrun.hardware import NumaNode
-from localrun.ranks.places import Place, core_list, host_places, local_places, names_of, places_of, reader_places
+from localrun.ranks.places import Place, host_places, local_places, names_of, places_of, reader_places
 
 HERE = Place()
 
@@ -117,7 +117,7 @@ def test_under_an_mpiexec_of_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_core_lists() -> None:
     """As /sys writes them."""
-    assert list(core_list("0-2,8")) == [0, 1, 2, 8] and list(core_list("")) == []
+    assert list(hardware.core_list("0-2,8")) == [0, 1, 2, 8] and list(hardware.core_list("")) == []
     online = Path("/sys/devices/system/cpu/online")
     if online.exists():
-        assert 0 in core_list(online.read_text().strip())
+        assert 0 in hardware.core_list(online.read_text().strip())

@@ -1,0 +1,175 @@
+"""Workers on NUMA nodes, made up where this machine has one: whose items are whose, and that nothing else changes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Sequence
+from contextlib import closing
+
+import kernels
+import numpy as np
+import pytest
+from programs import small_program
+
+from quant.decode.experts import expert_phases
+from quant.decode.linear import Input, rows_phase
+from quant.decode.program import HEADER, NOTHING, PHASE, STEP, Part, Phase, Program
+from quant.decode.program import _begin as begin
+from quant.decode.router import Choice
+from quant.matrix import ExpertMatrices, QuantMatrix
+from quant.simd.struct import atomic, pointer, struct
+from quant.simd.struct import i64 as word
+from quant.target.jit import kernel
+from quant.threads.atomics import atomic_add
+from quant.threads.numa import Spread
+from quant.threads.pool import Pool
+from quant.threads.work_items import evenness, rows_of_item
+
+HERE = sorted(os.sched_getaffinity(0))
+NODES = (HERE, HERE, HERE)  # three nodes by name: memory is the same from each
+LOG = struct("ItemsLog", phase=PHASE, n=atomic, items=pointer(word))
+
+
+@kernel("void(int64, int64, int64)")
+def _log(phase, item, work):
+    log = LOG(phase)
+    log.items[atomic_add(log.n, 1)] = item
+
+
+def items_in_order(n_workers: int, cores: Sequence[Sequence[int]], worker: int, n_items: int, period: int) -> list[int]:
+    """What a worker takes that is alone."""
+    with closing(Pool(n_workers, cores)) as pool:
+        program = small_program(pool)
+        items = np.full(n_items, -1, np.int64)
+        log = LOG.pack(phase=HEADER, n=0, items=items.ctypes.data)
+        program.add(Phase(NOTHING, _log, n_items, log, 0, period=period))
+        program.finish()
+        begin.ctypes(program.address)
+        STEP.ctypes(program.address, worker)
+        return items.tolist()
+
+
+def test_workers_are_spread_by_cores() -> None:
+    spread = Spread(64, (range(48), range(48, 64)))
+    assert spread.before.tolist() == [0, 48, 64] and np.bincount(spread.node_of).tolist() == [48, 16]
+    assert spread.own(100, 0) == (0, 75) and spread.own(100, 1) == (75, 25)
+    assert Spread(3).n_nodes == 1 and Spread(3).own(7, 0) == (0, 7) and Spread(3).node_of.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("n_workers", "period"), [(1, 5), (2, 1), (5, 16), (64, 7), (128, 1000)])
+def test_every_item_is_one_nodes(n_workers: int, period: int) -> None:
+    spread = Spread(n_workers, NODES)
+    owned = [first + i for node in range(3) for first, count in [spread.own(period, node)] for i in range(count)]
+    assert owned == list(range(period))
+
+
+def test_a_worker_takes_its_own_nodes_items_first() -> None:
+    """Node 1 of two has items 2 and 3 of each row of four; it then helps the other."""
+    assert items_in_order(2, NODES[:2], 1, 8, 4) == [2, 3, 6, 7, 0, 1, 4, 5]
+    assert items_in_order(2, NODES[:2], 0, 8, 4) == [0, 1, 4, 5, 2, 3, 6, 7]
+    assert items_in_order(2, (), 1, 8, 4) == list(range(8))
+
+
+def step_results(pool: Pool, weights: list[QuantMatrix], experts: ExpertMatrices, x: np.ndarray) -> np.ndarray:
+    """Rows of two matrices, then experts with a sum, of three tokens."""
+    program, hidden = small_program(pool, x), x.shape[1]
+    ids, gates = np.array([[0, 2], [3, 1], [2, 3]]), np.full((3, 2), 0.5, np.float32)
+    rows = [program.vector(weight.n_rows) for weight in weights]
+    out, gate_out, up_out = (program.vector(2 * max(hidden, experts.gate.n_rows)) for _ in range(3))
+    full_ids, full_gates = np.full((8, 2), -1), np.zeros((8, 2), np.float32)
+    full_ids[:3], full_gates[:3] = ids, gates
+    choice = Choice(program.keep(full_ids), program.keep(full_gates), 4, 2)
+    program.add(rows_phase(Input(program.x), list(zip(weights, rows, strict=True)), pool.n_workers))
+    for phase in expert_phases(Input(program.x), choice, experts, gate_out, up_out, None, out, pool.n_workers, True):
+        program.add(phase)
+    program.finish()
+    results = []
+    for _ in range(3):
+        program.run([0, 1, 2], [0, 1, 2], np.zeros(1, np.int64))
+        parts = [kernels.floats(at, 3 * weight.n_rows) for at, weight in zip(rows, weights, strict=True)]
+        results.append(np.concatenate([*parts, kernels.floats(out, 3 * hidden)]).copy())
+    assert all(kernels.same_bits(result, results[0]) for result in results)
+    check_spans(program, [*weights, experts.gate, experts.up, experts.down])
+    return results[0]
+
+
+def check_spans(program: Program, matrices: list[QuantMatrix]) -> None:
+    """Together the nodes have every byte of every matrix once."""
+    spans = sorted(span for node in range(program.pool.spread.n_nodes) for span in program.spans(node))
+    assert all(start + size <= other for (start, size), (other, _) in itertools.pairwise(spans))
+    expected = sum(matrix.n_groups * matrix.n_rows * matrix.row_bytes for matrix in matrices)
+    assert sum(size for _, size in spans) == expected
+
+
+@pytest.mark.parametrize("n_workers", [2, 5, 64])
+def test_steps_are_the_same_on_any_nodes(n_workers: int) -> None:
+    """64 workers on few cores: late ones find nothing left, and phases end all the same."""
+    random = np.random.default_rng(3)
+    weights = [kernels.random_weight(type_, (rows, 512), random)[0] for type_, rows in (("Q4_K", 304), ("Q8_0", 64))]
+    shapes = ("Q4_K", (4, 256, 512)), ("Q4_K", (4, 256, 512)), ("Q6_K", (4, 512, 256))
+    experts = ExpertMatrices(*(kernels.random_weight(type_, shape, random)[0] for type_, shape in shapes))
+    x = random.standard_normal((3, 512), np.float32)
+    with closing(Pool(1)) as pool:
+        expected = step_results(pool, weights, experts, x)
+    assert np.isfinite(expected).all() and np.any(expected)
+    for cores in ((), NODES[:2], NODES):
+        with closing(Pool(n_workers, cores)) as pool:
+            assert kernels.same_bits(step_results(pool, weights, experts, x), expected)
+
+
+def test_spans_are_the_rows_of_the_items() -> None:
+    weight, _ = kernels.random_weight("Q8_0", (40, 64), np.random.default_rng(0))
+    part, row = Part(weight, 16, first_item=2), weight.row_bytes  # items 2, 3 and 4
+    assert list(part.spans(0, 2)) == [] == list(part.spans(5, 3))
+    assert list(part.spans(0, 3)) == [(weight.address, 16 * row)]
+    assert list(part.spans(3, 9)) == [(weight.address + 16 * row, 24 * row)]
+
+
+def test_an_item_of_a_rows_phase_reads_one_matrix() -> None:
+    random = np.random.default_rng(0)
+    weights = [kernels.random_weight("Q8_0", (rows, 64), random)[0] for rows in (40, 8, 100)]
+    phase = rows_phase(Input(0), [(weight, 0) for weight in weights], 2)
+    found = [[(part.matrix, span) for part in phase.weights for span in part.spans(i, 1)] for i in range(phase.n_items)]
+    assert [len(each) for each in found] == [1] * phase.n_items
+    assert [sum(each[0][0] is weight for each in found) > 0 for weight in weights] == [True] * 3
+    assert sum(each[0][1][1] for each in found) == sum(weight.n_rows * weight.row_bytes for weight in weights)
+
+
+@pytest.mark.skipif(len(HERE) < 2, reason="needs two cores to tell where a thread may run")
+def test_workers_stay_on_their_nodes_cores() -> None:
+    before, until = os.sched_getaffinity(0), time.monotonic() + 10
+    with closing(Pool(2, (HERE[:1], HERE[1:]))) as pool:
+        (thread,) = pool._threads
+        while os.sched_getaffinity(thread.native_id) == before and time.monotonic() < until:
+            time.sleep(0.001)  # its first act, which nobody waits for
+        assert os.sched_getaffinity(thread.native_id) == set(HERE[1:])
+    assert os.sched_getaffinity(0) == before  # the caller's is its own
+
+
+# DeepSeek-V3's phases as rows_of_item sees them: rows of all matrices, bytes of one, multiple, items a worker.
+_4, _6 = 144 / 256, 210 / 256
+PHASES = [
+    *((2112, 7168 * _4, 8, 4), (24576, 1536 * _4, 8, 4), (7168, 16384 * _4, 8, 4), (4096, 7168 * _4, 8, 4)),
+    *((32768, 7168 * _4, 8, 4), (7168, 2048 * _6, 16, 8), (129280, 7168 * _6, 8, 4)),
+]
+
+
+@pytest.mark.parametrize(
+    ("n_workers", "least"), [(2, 0.99), (16, 0.98), (32, 0.98), (64, 0.98), (96, 0.94), (128, 0.94)]
+)
+def test_items_share_out_evenly(n_workers: int, least: float) -> None:
+    """What part of the workers' time has work in a step of V3, by bytes. Above 64 down's vectors of 16 rows are few."""
+    even = total = 0.0
+    for n_rows, row_bytes, multiple, per_worker in PHASES:
+        rows = rows_of_item(int(row_bytes), n_rows, n_workers, multiple, per_worker)
+        assert rows % multiple == 0
+        even += n_rows * row_bytes * evenness(-(-n_rows // rows), n_workers)
+        total += n_rows * row_bytes
+    assert even / total >= least
+
+
+def test_items_of_nothing() -> None:
+    """Experts that nobody chose."""
+    assert rows_of_item(100, 0, 4, 8) == 8
