@@ -22,6 +22,7 @@ from cli.output import show
 from cli.perplexity import perplexity
 from cli.plan import app as plan
 from cli.serve import serve
+from cli.tune import tune
 
 app = typer.Typer(
     name="localrun",
@@ -32,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (chat, generate, serve, inspect, perplexity, convert, imatrix, bench, doctor):
+for command in (chat, generate, serve, inspect, perplexity, convert, imatrix, bench, doctor, tune):
     app.command()(command)
 app.add_typer(plan, name="plan")
 for name, command in (("pull", pull), ("list", list_), ("remove", remove), ("completion", completion)):

@@ -78,7 +78,8 @@ def load(
             or "cache:N" for as many of each layer as fit, or N, which change with what is used, while all stay in RAM.
         expert_usage: an importance matrix (localrun imatrix): the experts that its text used most go to the GPU first.
         cache_bits: of the values that the GPU keeps of each token: 16, or 8, which changes the text a little.
-        repack: lay the rows of routed experts out anew in RAM as far as it is free, which makes replies faster.
+        repack: lay the rows of routed experts out anew in RAM as far as it is free, where that makes replies
+            faster on this CPU.
         unproven: with device "cuda": use the card without its proof, or in spite of it.
         dense_attention: attend to all tokens where the model would choose some of them by an indexer: for comparison,
             as the model was not trained so, and long contexts take longer.
@@ -114,6 +115,7 @@ def load(
         raise LocalrunError("a draft model, but speculative 'off'; expected auto, or 1 to 4 drafts a step")
     progress, notice = function("progress", progress), function("notice", notice) or (lambda line: None)
     placed = function("placed", placed) or (lambda placement: None)
+    where = opening.repacking_if_it_pays(where, notice)
     threads, own_drafts = n_workers(threads), speculative != "off" and draft is None
     draft_file = None if draft is None else opening.draft_file(draft)
     template = None if chat_template is None else path_text("chat_template", chat_template)

@@ -82,6 +82,19 @@ def check_no_gpu(where: DeviceRequest, notice: Notice) -> None:
         notice("llama.cpp runs this model, on the CPU: options for the GPU have no effect")
 
 
+def repacking_if_it_pays(where: DeviceRequest, notice: Notice) -> DeviceRequest:
+    """Without --repack, and with a line that says so, where it would gain nothing."""
+    if not where.repack:
+        return where
+    from localrun.cpu.repack import no_gain
+
+    why = no_gain()
+    if not why:
+        return where
+    notice(f"--repack has no effect: {why}")
+    return replace(where, repack=False)
+
+
 def check_ranks(where: DeviceRequest) -> None:
     """Where experts are to be shared among ranks. Raises LocalrunError if something else is asked for that can't be."""
     if where.wants_gpu:

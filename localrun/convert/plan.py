@@ -53,6 +53,8 @@ class Options:
         split_max_bytes: the most a part's tensors may take; 0 for one file.
         allow_requantize: pack anew what has been packed before.
         pack: interleave rows (tensor_types.py), for this runner only.
+        interleaving_pays: whether that makes replies faster here; else a pack leaves rows, and a GGUF's types, as they
+            are.
         pre: the pre-tokenizer's name, where it is not recognised.
         unit_bytes: float32 bytes that are read, packed and written at once.
     """
@@ -66,6 +68,7 @@ class Options:
     split_max_bytes: int = 0
     allow_requantize: bool = False
     pack: bool = False
+    interleaving_pays: bool = True
     pre: str | None = None
     unit_bytes: int = UNIT_BYTES
 
@@ -136,7 +139,7 @@ def make_plan(source_path: Path, destination: Path, options: Options) -> Plan:
         raise LocalrunError(f"{source_path}: holds no tensors to convert")
     importances = Importances(options.imatrix, model.targets) if options.imatrix else None
     mix, types = _choose(source, model, importances, options)
-    if options.pack:
+    if options.pack and options.interleaving_pays:
         types = interleave(model.targets, types)
     model.warnings.extend(read_back_vocabulary(model.metadata, source_path))
     layout = make_layout(destination, model.metadata, model.targets, types, options.split_max_bytes)

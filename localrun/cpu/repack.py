@@ -18,9 +18,17 @@ from localrun.models import names
 from localrun.models.config import Config
 from quant.formats import registry
 from quant.formats.interleave import interleave
+from quant.target import tuning
 
 _PARTS = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
 _SPARE = 1 << 29  # bytes left for all that comes later
+
+
+def no_gain() -> str:
+    """Why interleaving is of no use on this CPU; "" where it is."""
+    if tuning.current().interleaving_pays:
+        return ""
+    return f"on this CPU ({tuning.cpu()}) replies are no faster with interleaved rows"
 
 
 def repack_experts(

@@ -61,6 +61,7 @@ def examine(path: Path | None) -> Iterator[Finding]:
     yield _python()
     yield _packages()
     yield _cpu()
+    yield _tuning()
     yield _cores()
     yield _load()
     yield _numa()
@@ -131,6 +132,21 @@ def _cpu() -> Finding:
     return Finding("cpu", text, data, advice)
 
 
+def _tuning() -> Finding:
+    """What kernels were told of this CPU, and by whom."""
+    try:
+        from quant.target import tuning
+    except (QuantError, *_NOT_LOADED):
+        return Finding("tuning", "not looked at", None)  # the line before says why
+    found = tuning.found()
+    sources = {"tuned": "measured here", "table": "of the table", "default": "nothing is known of this CPU"}
+    advice = "localrun tune MODEL measures what is best here, in a minute" if found.source == "default" else ""
+    text = f"{tuning.cpu()}: {sources[found.source]}"
+    text += "" if found.tuning.interleaving_pays else "; interleaved rows (--repack, --pack) do not pay"
+    data = {"cpu": tuning.cpu(), "source": found.source, "tuning": tuning.as_json(found.tuning)}
+    return Finding("tuning", text, data, advice)
+
+
 def _cores() -> Finding:
     physical, logical, usable = hardware.physical_cores(), os.cpu_count() or 1, hardware.usable_cores()
     smt, quota = logical > physical, hardware.cpu_quota()
@@ -155,8 +171,10 @@ def _numa() -> Finding:
     nodes = hardware.numa_nodes()
     data = [{"index": node.index, "cores": node.cores, "ram_bytes": node.ram_bytes} for node in nodes]
     text = "; ".join(f"node {node.index}: cores {node.cores}, {_gib(node.ram_bytes)}" for node in nodes) or "not known"
-    advice = "numactl --interleave=all localrun ... spreads weights over all nodes" if len(nodes) > 1 else ""
-    return Finding("numa", text, data, advice)
+    usable = hardware.usable_nodes()
+    if len(nodes) > 1:
+        text += "; workers and weights stay on each" if usable else "; one of them may be used"
+    return Finding("numa", text, data)
 
 
 def _ram() -> Finding:

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import numpy as np
 
 from quant.batch import MAX_BATCH
-from quant.block_format import EXPAND, GEMV, GEMV_BATCH, LARGEST_BF16, QUANTIZE, Format
-from quant.gemv.plain import later, prefetch_both, prefetch_start, specialize
+from quant.block_format import EXPAND, LARGEST_BF16, QUANTIZE, Format
+from quant.gemv.plain import later, prefetch_both, prefetch_start, row_loops
 from quant.simd.floats import fma, hsum, zero_f32x16
 from quant.simd.memory import (
     bits_to_f32,
@@ -41,7 +41,7 @@ def _load_bf16(address):
 
 
 # What specialize() gives the two templates below; _kernels() describes them.
-SIZE = 4
+SIZE, NEAR = 4, 0
 load_16 = load_1 = None
 
 
@@ -51,7 +51,7 @@ def _gemv(w, n_rows, n_cols, q8, out):
         row = w + SIZE * n_cols * r
         even, odd = zero_f32x16(), zero_f32x16()
         for i in range(0, n_cols - 31, 32):
-            prefetch_both(later(row + SIZE * i, last), 0, 32 * SIZE)
+            prefetch_both(later(row + SIZE * i, last, NEAR), 0, 32 * SIZE)
             even = fma(load_16(row + SIZE * i), load_f32x16(q8 + 4 * i), even)
             odd = fma(load_16(row + SIZE * (i + 16)), load_f32x16(q8 + 4 * (i + 16)), odd)
         tail = np.float32(0.0)
@@ -68,7 +68,7 @@ def _gemv_batch(w, n_rows, n_cols, q8_rows, outs, offset, n_tokens):
             store_f32x16(sums + 64 * t, zero_f32x16())
         for first in range(0, n_cols // 32 * 32, _TURN):
             last = min(first + _TURN, n_cols // 32 * 32)
-            prefetch_both(later(row + SIZE * first, last_line), 0, _TURN * SIZE)
+            prefetch_both(later(row + SIZE * first, last_line, NEAR), 0, _TURN * SIZE)
             for t in range(n_tokens):
                 x, own = load_i64(q8_rows + 8 * t), sums + 128 * t
                 even, odd = load_f32x16(own), load_f32x16(own + 64)
@@ -88,10 +88,7 @@ def _gemv_batch(w, n_rows, n_cols, q8_rows, outs, offset, n_tokens):
 def _kernels(name: str, size: int, load_16: Callable, load_1: Callable):
     """gemv and gemv_batch of a format with `size` bytes a number, that these two load as float32."""
     names = {"SIZE": size, "load_16": load_16, "load_1": load_1}
-    return (
-        kernel(GEMV)(specialize(_gemv, f"gemv_{name}", **names)),
-        kernel(GEMV_BATCH)(specialize(_gemv_batch, f"gemv_batch_{name}", **names)),
-    )
+    return row_loops(name, _gemv, _gemv_batch, names)
 
 
 _f32_gemv, _f32_gemv_batch = _kernels("F32", 4, load_f32x16, load_f32)

@@ -18,7 +18,6 @@ nothing, or over each half. Dot products start there, those with minima at BIAS.
 
 import numpy as np
 
-from quant.batch import PACKED_FROM, PACKED_FROM_INTERLEAVED
 from quant.block_format import Format, PanelFormat
 from quant.gemm.microkernel import TILES
 from quant.gemm.microkernel_amx import SCRATCH_END, configure, release
@@ -51,7 +50,7 @@ from quant.simd.memory import (
 )
 from quant.simd.rows16 import VECTOR_ROWS
 from quant.simd.struct import address, i64, struct
-from quant.target import isa
+from quant.target import isa, tuning
 from quant.target.jit import inline
 from quant.threads.atomics import call_3, call_5
 from quant.threads.pool import worker_bytes
@@ -68,7 +67,8 @@ def find(format_: Format) -> PanelFormat | None:
 
 def tokens_from(*formats: Format) -> int:
     """The number of tokens from which on products with matrices of these formats go through panels."""
-    return PACKED_FROM_INTERLEAVED if all(format_.rows > 1 for format_ in formats) else PACKED_FROM
+    chosen = tuning.current()
+    return chosen.packed_from_interleaved if all(format_.rows > 1 for format_ in formats) else chosen.packed_from
 
 
 PACKED_MATRIX = struct(

@@ -14,12 +14,12 @@ from numba.core import cgutils
 from quant.batch import MAX_BATCH
 from quant.block_format import GEMV, GEMV_BATCH
 from quant.gemv.activations import IN_ORDER, K_BLOCK_BYTES, SCALES, SUMS_16, k_blocks_at
-from quant.gemv.plain import AHEAD, NEAR, prefetch_start, specialize
+from quant.gemv.plain import AHEAD, prefetch_start, specialize
 from quant.simd.core import F32, I8, I32, I64, constant, define, f32x16, i8x64, i32x16, load, splat, store
 from quant.simd.memory import emit_load_f16x16, emit_prefetch
 from quant.simd.register_tile import register_tile, switch
 from quant.simd.rows16 import VECTOR_ROWS
-from quant.target import isa
+from quant.target import isa, tuning
 from quant.target.jit import kernel
 
 BYTES, WORDS, FLOATS = i8x64.ir, i32x16.ir, f32x16.ir
@@ -46,7 +46,7 @@ def as_bytes(builder, words):
 
 
 class Block:
-    """The code of loads from one block of 16 rows. Each line read asks for those AHEAD and NEAR."""
+    """The code of loads from one block of 16 rows. Each line read asks for those AHEAD and near."""
 
     def __init__(self, builder, address, ahead, near) -> None:
         self.builder, self._address, self._ahead, self._near = builder, address, ahead, near
@@ -108,21 +108,21 @@ class Token:
 AddBlock = Callable[[Block, list[Token], list], list]
 
 
-def _emit_rows(block_bytes: int, add_block: AddBlock, builder, w, n_rows, n_cols, q8_rows, outs) -> None:
+def _emit_rows(block_bytes: int, add_block: AddBlock, builder, w, n_rows, n_cols, near, q8_rows, outs) -> None:
     """outs[t][r] = row r . q8_rows[t]; lists of as many values as there are tokens."""
     n_k_blocks, n_groups = builder.lshr(n_cols, I64(8)), builder.lshr(n_rows, I64(4))
     size = I64(VECTOR_ROWS * block_bytes)
     last = builder.add(w, builder.mul(size, builder.sub(builder.mul(n_k_blocks, n_groups), I64(1))))
     here = cgutils.alloca_once_value(builder, w)
 
-    def later(p, distance: int):
+    def later(p, distance):
         """The address `distance` behind p, or that of the last block where it is over."""
-        q = builder.add(p, I64(distance))
+        q = builder.add(p, distance)
         return builder.select(builder.icmp_signed("<", q, last), q, last)
 
     def add(index, totals):
         p = builder.load(here)
-        block = Block(builder, p, later(p, AHEAD), later(p, NEAR))
+        block = Block(builder, p, later(p, I64(AHEAD)), later(p, near))
         at = builder.mul(index, I64(K_BLOCK_BYTES))
         tokens = [Token(builder, builder.add(q8, at)) for q8 in q8_rows]
         totals = [add_block(block, tokens, totals[0])]
@@ -136,45 +136,45 @@ def _emit_rows(block_bytes: int, add_block: AddBlock, builder, w, n_rows, n_cols
 
 
 def _one(block_bytes: int, add_block: AddBlock):
-    """An intrinsic void(w, n_rows, n_cols, k_blocks, out)."""
+    """An intrinsic void(w, n_rows, n_cols, near, k_blocks, out)."""
 
-    def emit(builder, w, n_rows, n_cols, k_blocks, out) -> None:
-        _emit_rows(block_bytes, add_block, builder, w, n_rows, n_cols, [k_blocks], [out])
+    def emit(builder, w, n_rows, n_cols, near, k_blocks, out) -> None:
+        _emit_rows(block_bytes, add_block, builder, w, n_rows, n_cols, near, [k_blocks], [out])
 
-    return define(types.void, (types.int64,) * 5, emit)
+    return define(types.void, (types.int64,) * 6, emit)
 
 
 def _batch(block_bytes: int, add_block: AddBlock):
-    """An intrinsic void(w, n_rows, n_cols, q8_rows, outs, skipped, offset, n_tokens), up to TOGETHER."""
+    """An intrinsic void(w, n_rows, n_cols, near, q8_rows, outs, skipped, offset, n_tokens), up to TOGETHER."""
 
-    def emit(builder, w, n_rows, n_cols, q8_rows, outs, skipped, offset, n_tokens) -> None:
+    def emit(builder, w, n_rows, n_cols, near, q8_rows, outs, skipped, offset, n_tokens) -> None:
         def emit_for(n: int) -> None:
             tables = [
                 [builder.add(load(builder, builder.add(table, I64(8 * t)), I64), behind) for t in range(n)]
                 for table, behind in ((q8_rows, skipped), (outs, offset))
             ]
-            _emit_rows(block_bytes, add_block, builder, w, n_rows, n_cols, *tables)
+            _emit_rows(block_bytes, add_block, builder, w, n_rows, n_cols, near, *tables)
 
         switch(builder, n_tokens, TOGETHER, emit_for)
 
-    return define(types.void, (types.int64,) * 8, emit)
+    return define(types.void, (types.int64,) * 9, emit)
 
 
 # What specialize() gives the two templates below.
-BLOCK_BYTES = 0
+BLOCK_BYTES = NEAR = 0
 one = batch = None
 
 
 def _gemv(w, n_rows, n_cols, q8, out):
     prefetch_start(w, n_rows * (n_cols // 256) * BLOCK_BYTES)
-    one(w, n_rows, n_cols, q8 + k_blocks_at(n_cols), out)
+    one(w, n_rows, n_cols, NEAR, q8 + k_blocks_at(n_cols), out)
 
 
 def _gemv_batch(w, n_rows, n_cols, q8_rows, outs, offset, n_tokens):
     prefetch_start(w, n_rows * (n_cols // 256) * BLOCK_BYTES)
     for t in range(0, n_tokens, TOGETHER):
         tokens = min(TOGETHER, n_tokens - t)
-        batch(w, n_rows, n_cols, q8_rows + 8 * t, outs + 8 * t, k_blocks_at(n_cols), offset, tokens)
+        batch(w, n_rows, n_cols, NEAR, q8_rows + 8 * t, outs + 8 * t, k_blocks_at(n_cols), offset, tokens)
 
 
 def kernels(name: str, block_bytes: int, add_block: AddBlock):
@@ -186,6 +186,7 @@ def kernels(name: str, block_bytes: int, add_block: AddBlock):
         add_block: (block, tokens, totals f32x16) -> totals, for 256 columns of 16 rows. Emits code.
     """
     names = {"BLOCK_BYTES": block_bytes, "one": _one(block_bytes, add_block), "batch": _batch(block_bytes, add_block)}
+    names["NEAR"] = tuning.found().tuning.near_interleaved
     return (
         kernel(GEMV)(specialize(_gemv, f"gemv_{name}", **names)),
         kernel(GEMV_BATCH)(specialize(_gemv_batch, f"gemv_batch_{name}", **names)),

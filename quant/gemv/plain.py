@@ -22,11 +22,12 @@ from quant.simd.memory import (
     store_f32x8,
     store_f32x16,
 )
+from quant.target import tuning
 from quant.target.jit import inline, kernel
+from quant.target.kernel import Kernel
 
 AHEAD = 8192  # bytes between the weights in use and those on their way from RAM to L2
-NEAR = 3456  # and those on their way to L1: behind arithmetic in the queues, loads come too late for that
-NEAR_OF_ROW = 768  # the same of each of four rows
+NEAR_OF_ROW = 768  # and those on their way to L1, of each of four rows; of one row NEAR, which depends on the CPU
 _sums = stack(64 * MAX_BATCH)
 
 
@@ -40,8 +41,9 @@ def specialize(template: Callable, name: str, **names: object) -> Callable:
     return copy
 
 
-# What specialize() gives the two templates below; kernels() describes them.
-STRIDE, TOGETHER, SINGLE = 256, 4, 32
+# What specialize() gives the two templates below; kernels() describes them. NEAR: bytes between the weights in use and
+# those on their way to L1: behind arithmetic in the queues, loads come too late for that.
+STRIDE, TOGETHER, SINGLE, NEAR = 256, 4, 32, 0
 weights = add_k_block = add_block = dots = add_dots = None
 zero_total = load_total = store_total = None
 
@@ -58,9 +60,9 @@ def prefetch_start(w, n_bytes):
 
 
 @inline
-def later(w, last):
-    """The two addresses to prefetch while the weights at w are in use: AHEAD and NEAR of w, but not beyond `last`."""
-    return min(w + AHEAD, last), min(w + NEAR, last)
+def later(w, last, near):
+    """The two addresses to prefetch while the weights at w are in use: AHEAD and near of w, but not beyond `last`."""
+    return min(w + AHEAD, last), min(w + near, last)
 
 
 @inline
@@ -90,23 +92,28 @@ def prefetch_four(rows, at, row_bytes, last, stride):
         prefetch_near(rows[3] + near + byte)
 
 
+def with_near(kernel_: Kernel, near: int) -> Kernel:
+    """A row loop with another NEAR, to measure it."""
+    return kernel(kernel_.signature)(specialize(kernel_.function, f"{kernel_.__name__}_near_{near}", NEAR=near))
+
+
 def _gemv(w, n_rows, n_cols, q8, out):
     n_k_blocks, k_blocks = n_cols // 256, q8 + k_blocks_at(n_cols)
     block, last = w, prefetch_start(w, n_rows * (n_cols * STRIDE // 256))
     for r in range(n_rows):
         total = zero_f32x16()
         for b in range(0, n_k_blocks // TOGETHER * TOGETHER, TOGETHER):
-            addresses = later(block, last)
+            addresses = later(block, last, NEAR)
             for j in range(TOGETHER):
                 prefetch_both(addresses, STRIDE * j, STRIDE * (j + 1))
                 total = add_k_block(weights(block), k_blocks + K_BLOCK_BYTES * (b + j), total)
                 block += STRIDE
         for b in range(n_k_blocks // TOGETHER * TOGETHER, n_k_blocks):
-            prefetch_both(later(block, last), 0, STRIDE)
+            prefetch_both(later(block, last, NEAR), 0, STRIDE)
             total = add_k_block(weights(block), k_blocks + K_BLOCK_BYTES * b, total)
             block += STRIDE
         for i in range(256 // SINGLE * n_k_blocks, n_cols // SINGLE):
-            prefetch_both(later(block, last), 0, STRIDE * SINGLE // 256)
+            prefetch_both(later(block, last, NEAR), 0, STRIDE * SINGLE // 256)
             total = add_block(block, q8, n_cols, i, total)
             block += STRIDE * SINGLE // 256
         store_f32(out + 4 * r, hsum(total))
@@ -149,14 +156,14 @@ def _gemv_batch(w, n_rows, n_cols, q8_rows, outs, offset, n_tokens):
         for t in range(n_tokens):
             store_total(sums + 64 * t, zero_total())
         for b in range(n_k_blocks):
-            prefetch_both(later(block, last), 0, STRIDE)
+            prefetch_both(later(block, last, NEAR), 0, STRIDE)
             decoded = weights(block)
             for t in range(n_tokens):
                 k_block = load_i64(q8_rows + 8 * t) + k_blocks + K_BLOCK_BYTES * b
                 store_total(sums + 64 * t, add_k_block(decoded, k_block, load_total(sums + 64 * t)))
             block += STRIDE
         for i in range(256 // SINGLE * n_k_blocks, n_cols // SINGLE):
-            prefetch_both(later(block, last), 0, STRIDE * SINGLE // 256)
+            prefetch_both(later(block, last, NEAR), 0, STRIDE * SINGLE // 256)
             for t in range(n_tokens):
                 total = add_block(block, load_i64(q8_rows + 8 * t), n_cols, i, load_total(sums + 64 * t))
                 store_total(sums + 64 * t, total)
@@ -231,7 +238,13 @@ def four_rows(
 
 
 def _specialized(name: str, gemv: Callable, names: dict[str, object]):
+    return row_loops(name, gemv, _gemv_batch, names)
+
+
+def row_loops(name: str, gemv: Callable, gemv_batch: Callable, names: dict[str, object]):
+    """Kernels of two templates, with this CPU's NEAR."""
+    chosen = tuning.found().tuning
     return (
-        kernel(GEMV)(specialize(gemv, f"gemv_{name}", **names)),
-        kernel(GEMV_BATCH)(specialize(_gemv_batch, f"gemv_batch_{name}", **names)),
+        kernel(GEMV)(specialize(gemv, f"gemv_{name}", **names, NEAR=chosen.near_one)),
+        kernel(GEMV_BATCH)(specialize(gemv_batch, f"gemv_batch_{name}", **names, NEAR=chosen.near_few)),
     )

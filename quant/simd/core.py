@@ -81,6 +81,7 @@ def define_typed(arity: int, typed: Callable):
         lambda context, a, b, c, d, e, f: typer(a, b, c, d, e, f),
         lambda context, a, b, c, d, e, f, g: typer(a, b, c, d, e, f, g),
         lambda context, a, b, c, d, e, f, g, h: typer(a, b, c, d, e, f, g, h),
+        lambda context, a, b, c, d, e, f, g, h, i: typer(a, b, c, d, e, f, g, h, i),
     )
     return intrinsic(typers[arity])
 

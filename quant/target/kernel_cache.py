@@ -29,7 +29,8 @@ from numba import config
 from numba.core import registry
 from numba.core.compiler import CompileResult
 
-from quant.target import isa
+from quant.target import isa, tuning
+from quant.target.cache_base import cache_base
 
 _PACKAGE = Path(__file__).resolve().parents[1]  # quant: an edit anywhere in it may change any kernel
 _DIGEST_BYTES = hashlib.sha256().digest_size
@@ -53,13 +54,14 @@ class Folder:
 
 
 def _fingerprint() -> str:
-    """A name that changes whenever compiled kernels could: sources, compiler, what it compiles for, ISA level."""
+    """A name that changes whenever compiled kernels could: sources, compiler, what it compiles for, tuning, level."""
     digest = hashlib.sha256()
     for path in sorted(_PACKAGE.rglob("*.py")):
         digest.update(path.relative_to(_PACKAGE).as_posix().encode())
         digest.update(path.read_bytes())
     target = registry.cpu_target.target_context.codegen().magic_tuple()  # triple, CPU, its features
-    digest.update(f"{numba.__version__} {sys.version_info[:2]} {config.BOUNDSCHECK} {target}".encode())
+    distances = tuning.found().tuning.compiled_in
+    digest.update(f"{numba.__version__} {sys.version_info[:2]} {config.BOUNDSCHECK} {target} {distances}".encode())
     return f"{digest.hexdigest()[:16]}-{isa.LEVEL}"
 
 
@@ -73,10 +75,10 @@ def _refusal(status: os.stat_result) -> str:
 @functools.cache
 def folder() -> Folder:
     """In $LOCALRUN_CACHE, else in the user's cache. Made here if it can be."""
-    base = os.environ.get("LOCALRUN_CACHE") or os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    path = Path(base) / "localrun" / "kernels" / _fingerprint()
-    if base.startswith("~"):
-        return Folder(path, "there is no home folder")
+    base, name = cache_base(), Path("kernels") / _fingerprint()
+    if base is None:
+        return Folder(name, "there is no home folder")
+    path = base / name
     try:
         path.mkdir(mode=0o755, parents=True, exist_ok=True)
         return Folder(path, _refusal(path.stat()))

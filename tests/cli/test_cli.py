@@ -53,6 +53,7 @@ OPTIONS = {
         *["-p", "--n-prompt", "-n", "--n-tokens", "-d", "--depth", "--sweep", "-r", "--repetitions", *DEVICE],
         *["-t", "--threads", *DRAFTS, *RANKS, "--against", "--plot", "--json", "-v", "--verbose"],
     ],
+    "tune": ["-t", "--threads", "--json"],
     "doctor": ["--gpu", "--report", "--ranks", "--hosts", "--link", "-t", "--threads", "-c", "--ctx", "--json"],
     "inspect": ["--verify", "--mix", "--json"],
     "convert": [

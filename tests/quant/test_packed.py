@@ -38,7 +38,7 @@ def test_repacked_blocks_are_the_weights(name):
 @pytest.mark.parametrize("shape", [(1, 100, 512), (3, 64, 1280), (1, 33, 256), (2, 5, 256)])
 @pytest.mark.parametrize("name", NAMES)
 def test_multiply(pool, name, shape, n_tokens, monkeypatch):
-    monkeypatch.setattr(packed, "PACKED_FROM", 1)
+    monkeypatch.setattr(packed, "tokens_from", lambda *formats: 1)
     rng = np.random.default_rng(n_tokens)
     weight, values = kernels.random_weight(name, shape, rng)
     x = rng.standard_normal((n_tokens, shape[0], shape[2])).astype(np.float32)

@@ -189,7 +189,7 @@ def test_repacked_blocks_are_the_weights(name: str) -> None:
 def test_multiply(
     pool: Pool, name: str, panels: bool, shape: tuple[int, ...], n_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed, "PACKED_FROM_INTERLEAVED", 1 if panels else 100)
+    monkeypatch.setattr(packed, "tokens_from", lambda *formats: 1 if panels else 100)
     rng = np.random.default_rng(n_tokens)
     _, weight, values = both_weights(name, shape, rng)
     x = rng.standard_normal((n_tokens, shape[0], shape[2])).astype(np.float32)

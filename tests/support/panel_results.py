@@ -52,7 +52,7 @@ def experts_of_a_layer(pool: Pool, types: list[tuple[str, str, str]]) -> dict[st
 
 
 if __name__ == "__main__":
-    packed.PACKED_FROM = 1
+    packed.tokens_from = lambda *formats: 1
     pool, chosen = Pool(2), sys.argv[2:]
     experts_ = [types for types in EXPERTS if set(types) <= set(chosen)]
     np.savez(sys.argv[1], **products(pool, chosen), **experts_of_a_layer(pool, experts_))

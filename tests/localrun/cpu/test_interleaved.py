@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,12 +25,20 @@ from localrun.errors import GGUFError, LocalrunError
 from localrun.generate.saved import fingerprint
 from localrun.gguf import types as tensor_types
 from localrun.gguf.file import open_gguf
+from quant.target import tuning
 
 # Integer dot products are the same in both layouts; sums of blocks in float32 are in another order, and a difference of
 # 1e-7 can tip the rounding of an activation to 8 bits in the next layer (docs/lab-notes.md): as for quantised models
 # in chunks.
 TOLERANCE = 1e-2
 EXPERTS = "blk.1.ffn_up_exps.weight"
+
+
+@pytest.fixture(autouse=True)
+def _paying() -> Iterator[None]:
+    """Interleaved rows are made on this CPU, too."""
+    with tuning.using(replace(tuning.current(), interleaving_pays=True)):
+        yield
 
 
 @pytest.fixture(scope="module", name="plain")
@@ -249,6 +258,22 @@ def test_only_what_fits_is_repacked(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             done = {n for n, t in model.file.tensors.items() if t.type.name.endswith("_R16")}
         assert len(done) == 3 * count
         assert any(line.startswith(f"--repack: experts of {count} of 2 layers; ") for line in lines)
+
+
+def test_where_it_does_not_pay_rows_stay_as_they_are(
+    plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    why, lines = f"on this CPU ({tuning.cpu()}) replies are no faster with interleaved rows", []
+    with tuning.using(replace(tuning.current(), interleaving_pays=False)):
+        with localrun.load(plain, threads=1, ctx=64, repack=True, notice=lines.append) as model:
+            assert not any(isinstance(t.type, tensor_types.InterleavedType) for t in model.file.tensors.values())
+        assert f"--repack has no effect: {why}" in lines
+        assert run(["convert", str(plain), str(tmp_path / "x.gguf"), "--pack"]) == 0
+    assert f"localrun: --pack has no effect: {why}" in capsys.readouterr().err
+    with open_gguf(plain) as before, open_gguf(tmp_path / "x.gguf") as after:
+        assert {name: t.type for name, t in after.tensors.items()} == {
+            name: t.type for name, t in before.tensors.items()
+        }
 
 
 def test_nothing_to_repack(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,11 +19,24 @@ from localrun.measure import doctor
 from localrun.measure.doctor import Finding
 from localrun.placement import available
 from localrun.placement.available import Gpu, NoGpu
-from quant.target import kernel_cache
+from quant.target import kernel_cache, tuning
 from quant.target.kernel_cache import Folder
 
 NAMES = [
-    *["python", "packages", "cpu", "cores", "load", "numa", "ram", "huge pages", "kernel cache", "memory", "gpu"],
+    *[
+        "python",
+        "packages",
+        "cpu",
+        "tuning",
+        "cores",
+        "load",
+        "numa",
+        "ram",
+        "huge pages",
+        "kernel cache",
+        "memory",
+        "gpu",
+    ],
     "disk",
 ]
 
@@ -163,11 +176,15 @@ def test_cores(logical: int, quota: int | None, allowed: int, advice: str, monke
 
 
 def test_two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "numa_nodes", lambda: [NumaNode(0, "0-7", 2**34), NumaNode(1, "8-15", 2**34)])
+    monkeypatch.setattr(
+        hardware, "numa_nodes", lambda root=None: [NumaNode(0, "0-7", 2**34), NumaNode(1, "8-15", 2**34)]
+    )
     found = doctor._numa()
-    assert found.text == "node 0: cores 0-7, 16.0 GiB; node 1: cores 8-15, 16.0 GiB"
-    assert "numactl" in found.advice
-    monkeypatch.setattr(hardware, "numa_nodes", lambda: [])
+    nodes = "node 0: cores 0-7, 16.0 GiB; node 1: cores 8-15, 16.0 GiB"
+    assert found.text.startswith(nodes) and not found.advice
+    monkeypatch.setattr(hardware, "usable_nodes", lambda: {0: (0,), 1: (8,)})
+    assert doctor._numa().text.endswith("; workers and weights stay on each")
+    monkeypatch.setattr(hardware, "numa_nodes", lambda root=None: [])
     assert doctor._numa() == Finding("numa", "not known", [])
 
 
@@ -295,3 +312,16 @@ def test_libraries_that_cannot_be_loaded_are_named(
     for name in ("packages", "cpu", "kernel cache", "memory"):
         assert found[name]["status"] == "warning", name
     assert found["packages"]["advice"].endswith("pip install --force-reinstall llama-cpp-python")
+
+
+@pytest.mark.parametrize(
+    ("source", "advised", "said"),
+    [("tuned", False, "measured here"), ("table", False, "of the table"), ("default", True, "nothing is known")],
+)
+def test_the_tuning_in_use(source: str, advised: bool, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = tuning.Tuning(interleaving_pays=source == "table")
+    monkeypatch.setattr(tuning, "_of_this_cpu", lambda: tuning.Found(chosen, source))
+    found = doctor._tuning()
+    assert said in found.text and ("do not pay" in found.text) == (source != "table")
+    assert ("localrun tune" in found.advice) == advised
+    assert found.data == {"cpu": tuning.cpu(), "source": source, "tuning": tuning.as_json(chosen)}
