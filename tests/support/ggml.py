@@ -157,6 +157,11 @@ def vec_dot(kind: GGMLQuantizationType, row: np.ndarray, activations: np.ndarray
     return np.float32(result.value)
 
 
+def vec_dot_address(kind: GGMLQuantizationType) -> int:
+    """Of the function that vec_dot calls: void(int n, float *s, size_t bs, void *x, bx, void *y, by, int n_rows)."""
+    return _traits(kind).vec_dot
+
+
 def _traits(kind: GGMLQuantizationType) -> _TypeTraitsCpu:
     return cpu().ggml_get_type_traits_cpu(int(kind)).contents
 
