@@ -16,10 +16,11 @@ from quant.formats import codebooks
 from quant.formats.grids import entry_of, fields_of, grid_format, load_fields, odd_numbers, signed_values, store_turned
 from quant.gemm.microkernel_k_block import K_BLOCK_BYTES, SYMMETRIC, TWO_SCALES
 from quant.gemm.repack import SCALES as K_BLOCK_SCALES
-from quant.gemv.activations import EVERY_EIGHTH, SCALES_OF_32, STARTS_32
+from quant.gemv.activations import EVEN_SUMS, EVERY_EIGHTH, NINEFOLD_SUMS, ODD_SUMS, SCALES_OF_32, STARTS_32
 from quant.simd.floats import fma, lookup_f32, splat_f32x16, to_f32
 from quant.simd.ints import dot_u8, join, shifted, where_bits, zero_i32x16
 from quant.simd.memory import (
+    f16_in_halves,
     f16_to_f32,
     load_f16_everywhere,
     load_f16_in_halves,
@@ -39,16 +40,22 @@ from quant.simd.permutes import (
     bits_from,
     both_of_table,
     bytes_of,
-    eights_in_turn,
-    fours_in_turn,
-    interleave_high,
-    interleave_low,
     mask_of,
     table_of,
     widened_words,
-    with_bit,
+    with_bits,
 )
 from quant.simd.rows16 import gather, half_to_f32, transpose
+from quant.simd.words import (
+    add_words,
+    add_words_where,
+    dot_words,
+    fields_of_words,
+    odd_of_twice,
+    pair_products,
+    widened_bytes,
+    words_without,
+)
 from quant.target.jit import inline, kernel
 
 LAYOUT_S = block_layout(50, d="<f2", qs="32u1", qh="8<u2")
@@ -107,10 +114,14 @@ def _d_s(block):
 
 
 @inline
-def _d_m(block):
+def _bits_of_d(block):
     words = load_i64(block + SCALES)
-    d = words >> 12 & 15 | words >> 24 & 0xF0 | words >> 36 & 0xF00 | words >> 48 & 0xF000
-    return splat_f32x16(f16_to_f32(d))
+    return words >> 12 & 15 | words >> 24 & 0xF0 | words >> 36 & 0xF00 | words >> 48 & 0xF000
+
+
+@inline
+def _d_m(block):
+    return splat_f32x16(f16_to_f32(_bits_of_d(block)))
 
 
 @inline
@@ -156,15 +167,16 @@ def _fields_m(block):
 # ---- where bytes can be permuted -------------------------------------------------------------------------------------
 
 # As in iq2.py a group's first four weights make a byte, its others another, the fourth field shifted down by 2. Delta's
-# sign is bit 3, or of the first weight, whose field that is in, bit 5.
+# sign is bit 4, or of the second weight, whose field that is in, bit 2. Three bits of an index and delta's sign are
+# bits 1 to 4 of a byte: a mask of the lowest bit would take a shift.
 _PLACES = 2, 0, 1, 3
 _UP, _DOWN = (-7, 1, 9), (-9, -1, 7)
 _first, _second, _third, _fourth = (
-    table_of(signed_values(_UP, shift, 2, sign, _DOWN)) for shift, sign in ((2, 5), (4, 3), (0, 3), (4, 3))
+    table_of(signed_values(_UP, shift, 2, sign, _DOWN)) for shift, sign in ((2, 4), (4, 2), (0, 4), (4, 2))
 )
-_delta_3, _delta_5 = with_bit(3), with_bit(5)
-_first_half, _first_halves = (lookup(fields_of("IQ1_S", _PLACES, 2)) for lookup in (table_of, both_of_table))
-_up_2, _down_2, _up_4, _down_4 = shifted(2, 2), shifted(-2, -2), shifted(4, 4), shifted(-4, -4)
+_delta_2, _delta_4 = with_bits(1 << 2), with_bits(1 << 4)
+_first_halves = both_of_table(fields_of("IQ1_S", _PLACES, 2))
+_up_3, _down_2, _down_4 = shifted(3, 3), shifted(-2, -2), shifted(-4, -4)
 
 
 def _runs() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -187,7 +199,7 @@ _number, _change, _fields = (table_of(table) for table in _runs())
 @inline
 def _second_half(index, upper):
     """Fields of groups' last four weights."""
-    sixteen = _down_4(index) & 15 | _up_4(upper) & 112
+    sixteen = _down_4(index) & 15 | _up_3(upper) & 112
     number = _number(sixteen)
     return _fields(where_bits(at_least_mask(index & 15, _change(sixteen)), number + 1, number))
 
@@ -195,23 +207,12 @@ def _second_half(index, upper):
 @inline
 def _fourths(codes, deltas):
     """Weights + 128 of a block: every fourth column from 0, 1, 2 and 3 on."""
-    return (
-        _first(_delta_5(codes, _up_2(deltas))),
-        _second(_delta_3(codes, deltas)),
-        _third(_delta_3(codes, deltas)),
-        _fourth(_delta_3(_down_2(codes), deltas)),
-    )
+    most = _delta_4(codes, deltas)
+    return _first(most), _second(_delta_2(codes, _down_2(deltas))), _third(most), _fourth(_down_2(most))
 
 
 _odd = odd_numbers(3, 0.125)
-_ninth, _tenth, _eleventh = mask_of([1]), mask_of([2]), mask_of([4])
-
-
-@inline
-def _halves(index, upper):
-    """Codes of the first and the second halves of groups: index, its upper 3 bits."""
-    low = _first_half(index, _ninth(upper), _tenth(upper), _eleventh(upper))
-    return low, _second_half(index, upper)
+_ninth, _tenth, _eleventh = mask_of([2]), mask_of([4]), mask_of([8])
 
 
 @inline
@@ -219,19 +220,9 @@ def _masks(upper):
     return _ninth(upper), _tenth(upper), _eleventh(upper)
 
 
-@inline
-def _two_blocks(low, high, deltas):
-    """Of bytes of groups, 8 of one block and 8 of another in turn: codes of halves, delta's sign in bit 3."""
-    return (
-        _fourths(interleave_low(low, high), interleave_low(deltas, deltas)),
-        _fourths(interleave_high(low, high), interleave_high(deltas, deltas)),
-    )
-
-
-_nibbles = bits_from(range(0, 32, 4))
-_threes_of_rows = bits_from([at + 3 * i for at in (0, 32) for i in range(4)])
+_threes_of_rows = bits_from([at + 3 * i - 1 for at in (0, 32) for i in range(4)])
 # By 3 bits of s and delta's sign: 2*s + 1; what the sum of -128*q is to be multiplied by.
-_4TH, _16TH, _64TH = (np.float32(4.0**-i) for i in (1, 2, 3))
+_FOURTH = np.float32(0.25)
 _scale_s = lookup_f32([2 * s + 1 for s in range(8)] * 2)
 _eighths = lookup_f32([7 / 1024] * 8 + [9 / 1024] * 8)
 
@@ -247,65 +238,113 @@ def _index_s(a, b):
 def _four_s(a, b, c, d):
     first, upper, qh = _index_s(a, b)
     second, more_upper, more_qh = _index_s(c, d)
+    high, more_high = _second_half(first, upper), _second_half(second, more_upper)
     low = _first_halves(first, second, _masks(upper), _masks(more_upper))
-    pair = low[0], _second_half(first, upper), qh, load_f16_in_halves(a + D, b + D)
-    return pair, (low[1], _second_half(second, more_upper), more_qh, load_f16_in_halves(c + D, d + D))
+    pair = low[0], high, qh, load_f16_in_halves(a + D, b + D)
+    return pair, (low[1], more_high, more_qh, load_f16_in_halves(c + D, d + D))
 
 
 @inline
 def _add_s(weights, k_block, total):
     """weights: of two blocks codes of groups' halves, qh, d. A lane adds up 32 columns of one block.
 
-    A code's fields are multiplied where they are, as w + 1 times 1, 4, 16 and 64.
+    A code's fields are multiplied by twos, as w + 1 times 1 and 4.
     """
     low, high, qh, d = weights
-    q, zero = k_block + EVERY_EIGHTH, zero_i32x16()
-    dots_0 = dot_u8(dot_u8(zero, low & 12, load_i8x64(q)), high & 12, load_i8x64(q + 256))
-    dots_1 = dot_u8(dot_u8(zero, low & 48, load_i8x64(q + 64)), high & 48, load_i8x64(q + 320))
-    dots_2 = dot_u8(dot_u8(zero, low & 3, load_i8x64(q + 128)), high & 3, load_i8x64(q + 384))
-    dots_3 = dot_u8(dot_u8(zero, low & 192, load_i8x64(q + 192)), high & 192, load_i8x64(q + 448))
-    dots = fma(to_f32(dots_1), _16TH, fma(to_f32(dots_3), _64TH, to_f32(dots_2)))
-    dots = fma(to_f32(dots_0), _4TH, dots)
+    q, zero, low_2, high_2 = k_block + EVERY_EIGHTH, zero_i32x16(), _down_4(low), _down_4(high)
+    fours = dot_u8(dot_u8(zero, low & 12, load_i8x64(q)), high & 12, load_i8x64(q + 256))
+    fours = dot_u8(dot_u8(fours, low_2 & 12, load_i8x64(q + 192)), high_2 & 12, load_i8x64(q + 448))
+    ones = dot_u8(dot_u8(zero, low & 3, load_i8x64(q + 128)), high & 3, load_i8x64(q + 384))
+    ones = dot_u8(dot_u8(ones, low_2 & 3, load_i8x64(q + 64)), high_2 & 3, load_i8x64(q + 320))
+    dots = fma(to_f32(fours), _FOURTH, to_f32(ones))
     # The 1 in w + 1 and delta: the sum of q times -7/8 or -9/8. A start is -128 of it.
     sums = to_f32(load_i32x16(k_block + STARTS_32))
     dots = fma(_eighths(qh >> 12), sums, dots)
     return fma(dots, _scale_s(qh >> 12) * d * load_f32x16(k_block + SCALES_OF_32), total)
 
 
+_nibbles_of_words = bits_from([at + i for at in range(0, 64, 16) for i in (-1, 3)])
+_even_up, _odd_up = words_without(1 << 3), words_without(1 << 7)
+_threes = fields_of_words([i // 4 for i in range(32)], [3 * (i % 4) for i in range(32)])
+
+
 @inline
-def _index_m(a, b):
-    """Of two blocks' groups, 8 in turn: indices, nibbles of upper bits and delta's sign."""
-    index = eights_in_turn(load_i8x32(a + QS_M), load_i8x32(b + QS_M))
-    return index, _nibbles(fours_in_turn(load_i8x16(a + QH_M), load_i8x16(b + QH_M)))
+def _scales_m(a, b):
+    """Of two blocks 2*s + 1 of each 16 weights, as words."""
+    s = _threes(load_i64(a + SCALES), load_i64(b + SCALES))
+    return odd_of_twice(add_words(s, s))
+
+
+@inline
+def _pair_m(a, b, index, low, upper, nibbles):
+    """What _add_m takes."""
+    d = f16_in_halves(_bits_of_d(a) | _bits_of_d(b) << 16)
+    return low, _second_half(index, upper), _even_up(nibbles), _odd_up(nibbles), _scales_m(a, b), d
 
 
 @inline
 def _four_m(a, b, c, d):
-    first, upper = _index_m(a, b)
-    second, more_upper = _index_m(c, d)
+    first, second = join(load_i8x32(a + QS_M), load_i8x32(b + QS_M)), join(load_i8x32(c + QS_M), load_i8x32(d + QS_M))
+    nibbles = widened_bytes(join(load_i8x16(a + QH_M), load_i8x16(b + QH_M)))
+    more_nibbles = widened_bytes(join(load_i8x16(c + QH_M), load_i8x16(d + QH_M)))
+    upper, more_upper = _nibbles_of_words(nibbles), _nibbles_of_words(more_nibbles)
     low = _first_halves(first, second, _masks(upper), _masks(more_upper))
-    a, b = _two_blocks(low[0], _second_half(first, upper), upper)
-    c, d = _two_blocks(low[1], _second_half(second, more_upper), more_upper)
-    return a, b, c, d
-
-
-# Of 16 rows' words of 16 bits:
-_last_of_rows = bits_from([at + 12 for at in (0, 32) for _ in range(4)])
-_nibbles_of_rows = bits_from([at + 4 * i for at in (0, 32) for i in range(4)])
+    pair = _pair_m(a, b, first, low[0], upper, nibbles)
+    return pair, _pair_m(c, d, second, low[1], more_upper, more_nibbles)
 
 
 @inline
-def _store_k_block(index, upper, deltas, out):
+def _add_m(weights, k_block, total):
+    """weights: of two blocks codes of groups' halves, where delta is up, scales, d. A word adds up 16 columns.
+
+    A code's fields are multiplied by twos, as w + 1 times 1 and 4. Words hold sums of 8*w + 1 or -1, below 2**15.
+    """
+    low, high, even_up, odd_up, scales, d = weights
+    q, low_2, high_2 = k_block + EVERY_EIGHTH, _down_4(low), _down_4(high)
+    fours = add_words(pair_products(low & 12, load_i8x64(q)), pair_products(high & 12, load_i8x64(q + 256)))
+    fours = add_words(fours, pair_products(low_2 & 12, load_i8x64(q + 192)))
+    fours = add_words(fours, pair_products(high_2 & 12, load_i8x64(q + 448)))
+    ones = add_words(pair_products(low & 3, load_i8x64(q + 128)), pair_products(high & 3, load_i8x64(q + 384)))
+    ones = add_words(ones, pair_products(low_2 & 3, load_i8x64(q + 64)))
+    ones = add_words(ones, pair_products(high_2 & 3, load_i8x64(q + 320)))
+    ones = add_words(ones, ones)
+    sums = add_words(add_words(ones, ones), fours)
+    # The 1 in w + 1 and delta: the sum of q times -9, or -7 where delta is up.
+    rest = add_words_where(load_i8x64(k_block + NINEFOLD_SUMS), load_i8x64(k_block + EVEN_SUMS), even_up)
+    rest = add_words_where(rest, load_i8x64(k_block + ODD_SUMS), odd_up)
+    dots = dot_words(add_words(add_words(sums, sums), rest), scales)
+    return fma(to_f32(dots) * DELTA, d * load_f32x16(k_block + SCALES_OF_32), total)
+
+
+# Of 16 rows' words of 16 bits:
+_last_of_rows = bits_from([at + 11 for at in (0, 32) for _ in range(4)])
+_nibbles_of_rows = bits_from([at + 4 * i - 1 for at in (0, 32) for i in range(4)])
+
+
+@inline
+def _store_k_block(low, high, deltas, out):
     """32 columns of 16 rows; byte 4r+i is group i of row r."""
-    low, high = _halves(bytes_of(index), upper)
     store_turned(_fourths(low, deltas), 128, out)
     store_turned(_fourths(high, deltas), 128, out + 64)
 
 
 @inline
-def _store_s(index, qh, d, out):
+def _store_k_blocks(index, next_index, upper, next_upper, deltas, next_deltas, out):
+    """Two at a time: they share loads of the table."""
+    index, next_index = bytes_of(index), bytes_of(next_index)
+    low = _first_halves(index, next_index, _masks(upper), _masks(next_upper))
+    _store_k_block(low[0], _second_half(index, upper), deltas, out)
+    _store_k_block(low[1], _second_half(next_index, next_upper), next_deltas, out + K_BLOCK_BYTES)
+
+
+@inline
+def _store_s(index, next_index, qh, d, out):
+    """Two k-blocks of words of indices, and of qh."""
     store_f32x16(out + K_BLOCK_SCALES, _odd(qh >> 12) * d)
-    _store_k_block(index, _threes_of_rows(bytes_of(qh)), _last_of_rows(bytes_of(qh)), out)
+    store_f32x16(out + K_BLOCK_BYTES + K_BLOCK_SCALES, _odd(qh >> 28) * d)
+    qh, next_qh = bytes_of(qh), bytes_of(qh >> 16)
+    upper, next_upper = _threes_of_rows(qh), _threes_of_rows(next_qh)
+    _store_k_blocks(index, next_index, upper, next_upper, _last_of_rows(qh), _last_of_rows(next_qh), out)
 
 
 @kernel(REPACK, "avx512_vnni")
@@ -316,19 +355,19 @@ def _repack_s(rows, n_blocks, out):
         for i in range(2):
             i0, i1, i2, i3 = transpose(rows, block + QS_S + 16 * i)
             first, second = gather(rows, block + QH_S + 8 * i), gather(rows, block + QH_S + 8 * i + 4)
-            _store_s(i0, first, d, out)
-            _store_s(i1, first >> 16, d, out + K_BLOCK_BYTES)
-            _store_s(i2, second, d, out + 2 * K_BLOCK_BYTES)
-            _store_s(i3, second >> 16, d, out + 3 * K_BLOCK_BYTES)
+            _store_s(i0, i1, first, d, out)
+            _store_s(i2, i3, second, d, out + 2 * K_BLOCK_BYTES)
             out += 4 * K_BLOCK_BYTES
 
 
 @inline
-def _store_m(index, qh, s, d, out):
-    store_f32x16(out + K_BLOCK_SCALES, _odd(s) * d)
-    store_f32x16(out + K_BLOCK_SCALES + 64, _odd(s >> 3) * d)
-    nibbles = _nibbles_of_rows(bytes_of(qh))
-    _store_k_block(index, nibbles, nibbles, out)
+def _store_m(index, next_index, qh, s, d, out):
+    """Two k-blocks of words of indices, of qh, and of s."""
+    for half in range(2):
+        store_f32x16(out + K_BLOCK_SCALES + 64 * half, _odd(s >> 3 * half) * d)
+        store_f32x16(out + K_BLOCK_BYTES + K_BLOCK_SCALES + 64 * half, _odd(s >> 3 * half + 6) * d)
+    nibbles, next_nibbles = _nibbles_of_rows(bytes_of(qh)), _nibbles_of_rows(bytes_of(qh >> 16))
+    _store_k_blocks(index, next_index, nibbles, next_nibbles, nibbles, next_nibbles, out)
 
 
 @kernel(REPACK, "avx512_vnni")
@@ -341,10 +380,8 @@ def _repack_m(rows, n_blocks, out):
         for i in range(2):
             i0, i1, i2, i3 = transpose(rows, block + QS_M + 16 * i)
             first, second = gather(rows, block + QH_M + 8 * i), gather(rows, block + QH_M + 8 * i + 4)
-            _store_m(i0, first, s, d, out)
-            _store_m(i1, first >> 16, s >> 6, d, out + K_BLOCK_BYTES)
-            _store_m(i2, second, s >> 16, d, out + 2 * K_BLOCK_BYTES)
-            _store_m(i3, second >> 16, s >> 22, d, out + 3 * K_BLOCK_BYTES)
+            _store_m(i0, i1, first, s, d, out)
+            _store_m(i2, i3, second, s >> 16, d, out + 2 * K_BLOCK_BYTES)
             s, out = next_s, out + 4 * K_BLOCK_BYTES
 
 
@@ -355,6 +392,6 @@ IQ1_S = grid_format(
 )  # fmt: skip
 IQ1_M = grid_format(
     "IQ1_M", LAYOUT_M, unpack_m, group=_group_m, bits=_bits_m, marked=_lower, d=_d_m, fields=_fields_m, n_bits=3,
-    unit=0.125, kind=TWO_SCALES, offset=9, four_rows=_four_m,
+    unit=0.125, kind=TWO_SCALES, offset=9, four_rows=_four_m, add=_add_m,
     repack=_repack_m,
 )  # fmt: skip

@@ -59,7 +59,7 @@ from quant.simd.permutes import (
     odd_words,
     spread_bytes,
     table_of,
-    with_bit,
+    with_bits,
 )
 from quant.simd.rows16 import gather, half_to_f32, transpose
 from quant.target.jit import inline, kernel
@@ -189,13 +189,13 @@ def _fields_s(block):
 
 _values = np.unique(codebooks.grid("IQ2_S"))
 # A group's first four weights make a byte, its others another; the fourth field is shifted down by 2. Signs are 4 bits
-# of a byte, one of which takes the place of a bit of another field.
+# of a byte: two by two they take the place of another field.
 _PLACES = 2, 0, 1, 3
 _first, _second, _third, _fourth = (
-    table_of(signed_values(_values, shift, 2, sign)) for shift, sign in ((2, 0), (4, 1), (0, 2), (4, 3))
+    table_of(signed_values(_values, shift, 2, sign)) for shift, sign in ((2, 0), (4, 1), (0, 2), (4, 1))
 )
 _odd = odd_numbers(4, UNIT)
-_sign_0, _sign_1, _sign_2, _sign_3 = (with_bit(sign) for sign in range(4))
+_first_signs, _last_signs = with_bits(0b0011), with_bits(0b1100)
 _signs_of_sevens = table_of(codebooks.ksigns())
 _sevens = bits_from([0, 7, 14, 21, 32, 39, 46, 53])
 
@@ -206,8 +206,6 @@ def _codes_of(name: str, lookup: Callable = table_of):
 
 
 _low_xxs, _high_xxs = _codes_of("IQ2_XXS")
-_low_xs, _high_xs = _codes_of("IQ2_XS")
-_low_s, _high_s = _codes_of("IQ2_S")
 _lows_xs, _highs_xs = _codes_of("IQ2_XS", both_of_table)
 _lows_s, _highs_s = _codes_of("IQ2_S", both_of_table)
 _move_2 = shifted(-2, -2)
@@ -218,12 +216,8 @@ _move_1 = shifted(-1, -1)
 @inline
 def _fourths(codes, signs):
     """Weights + 128 of a block: every fourth column from 0, 1, 2 and 3 on."""
-    return (
-        _first(_sign_0(codes, signs)),
-        _second(_sign_1(codes, signs)),
-        _third(_sign_2(codes, signs)),
-        _fourth(_sign_3(_move_2(codes), signs)),
-    )
+    first, last = _first_signs(codes, signs), _last_signs(codes, signs)
+    return _first(first), _second(first), _third(last), _fourth(_move_2(last))
 
 
 @inline
@@ -336,11 +330,20 @@ def _store_scales(nibbles, d, out):
 
 
 @inline
-def _store_xs(first, second, out):
-    """A k-block of two 16-bit fields a word."""
-    index, upper = even_of_8(first, second), odd_of_8(first, second)
-    ninth = _ninth_bits(upper)
-    _store_k_block(_low_xs(index, ninth), _high_xs(index, ninth), _signs_of_sevens(_move_1(upper)), out)
+def _fields_of_xs(first, second):
+    """Of two 16-bit fields a word: the indices' lower 8 bits, their ninth ones, signs."""
+    upper = odd_of_8(first, second)
+    return even_of_8(first, second), (_ninth_bits(upper),), _signs_of_sevens(_move_1(upper))
+
+
+@inline
+def _store_xs(first, second, third, fourth, out):
+    """Two k-blocks of two 16-bit fields a word."""
+    index, masks, signs = _fields_of_xs(first, second)
+    next_index, next_masks, next_signs = _fields_of_xs(third, fourth)
+    low, high = _lows_xs(index, next_index, masks, next_masks), _highs_xs(index, next_index, masks, next_masks)
+    _store_k_block(low[0], high[0], signs, out)
+    _store_k_block(low[1], high[1], next_signs, out + K_BLOCK_BYTES)
 
 
 @kernel(REPACK, "avx512_vnni")
@@ -352,20 +355,23 @@ def _repack_xs(rows, n_blocks, out):
             nibbles = gather(rows, block + SCALES_XS + 4 * i)
             for k in range(2):
                 first, second, third, fourth = transpose(rows, block + QS + 32 * i + 16 * k)
-                _store_xs(first, second, out)
-                _store_xs(third, fourth, out + K_BLOCK_BYTES)
+                _store_xs(first, second, third, fourth, out)
                 _store_scales(nibbles, d, out)
                 _store_scales(nibbles >> 8, d, out + K_BLOCK_BYTES)
                 nibbles, out = nibbles >> 16, out + 2 * K_BLOCK_BYTES
 
 
 @inline
-def _store_s(index, signs, upper, nibbles, d, out):
-    """A k-block of words of indices and signs, and in the lowest bytes their upper bits and two nibbles of ls."""
-    index, upper = bytes_of(index), first_of_4(upper)
-    ninth, tenth = _ninth_of_4(upper), _tenth_of_4(upper)
+def _store_s(index, next_index, signs, next_signs, upper, nibbles, d, out):
+    """Two k-blocks of words of indices and signs, and in the lowest bytes their upper bits and two nibbles of ls."""
+    index, next_index = bytes_of(index), bytes_of(next_index)
+    first, second = first_of_4(upper), first_of_4(upper >> 8)
+    masks, next_masks = (_ninth_of_4(first), _tenth_of_4(first)), (_ninth_of_4(second), _tenth_of_4(second))
+    low, high = _lows_s(index, next_index, masks, next_masks), _highs_s(index, next_index, masks, next_masks)
     _store_scales(nibbles, d, out)
-    _store_k_block(_low_s(index, ninth, tenth), _high_s(index, ninth, tenth), bytes_of(signs), out)
+    _store_scales(nibbles >> 8, d, out + K_BLOCK_BYTES)
+    _store_k_block(low[0], high[0], bytes_of(signs), out)
+    _store_k_block(low[1], high[1], bytes_of(next_signs), out + K_BLOCK_BYTES)
 
 
 @kernel(REPACK, "avx512_vnni")
@@ -377,10 +383,8 @@ def _repack_s(rows, n_blocks, out):
             i0, i1, i2, i3 = transpose(rows, block + QS + 16 * i)
             s0, s1, s2, s3 = transpose(rows, block + SIGNS_S + 16 * i)
             upper, nibbles = gather(rows, block + QH + 4 * i), gather(rows, block + SCALES_S + 4 * i)
-            _store_s(i0, s0, upper, nibbles, d, out)
-            _store_s(i1, s1, upper >> 8, nibbles >> 8, d, out + K_BLOCK_BYTES)
-            _store_s(i2, s2, upper >> 16, nibbles >> 16, d, out + 2 * K_BLOCK_BYTES)
-            _store_s(i3, s3, upper >> 24, nibbles >> 24, d, out + 3 * K_BLOCK_BYTES)
+            _store_s(i0, i1, s0, s1, upper, nibbles, d, out)
+            _store_s(i2, i3, s2, s3, upper >> 16, nibbles >> 16, d, out + 2 * K_BLOCK_BYTES)
             out += 4 * K_BLOCK_BYTES
 
 

@@ -27,7 +27,7 @@ from quant.formats.grids import (
 from quant.gemm.microkernel_k_block import K_BLOCK_BYTES, SIGNED_BYTES
 from quant.gemm.repack import SCALES as K_BLOCK_SCALES
 from quant.simd.memory import load_f16_everywhere, load_i8x32, load_i8x64, load_i64, load_u8, load_u32, store_f32x16
-from quant.simd.permutes import bits_from, bytes_of, first_of_4, fours_apart, mask_of, table_of, with_bit
+from quant.simd.permutes import bits_from, bytes_of, first_of_4, fours_apart, mask_of, table_of, with_bits
 from quant.simd.rows16 import gather, half_to_f32, transpose
 from quant.target.jit import inline, kernel
 
@@ -128,7 +128,7 @@ def _tables(name: str):
 _even_xxs, _odd_xxs, _first_xxs, _second_xxs, _third_xxs, _fourth_xxs = _tables("IQ3_XXS")
 _even_s, _odd_s, _first_s, _second_s, _third_s, _fourth_s = _tables("IQ3_S")
 _times_xxs, _times_s = odd_numbers(4, 0.25), odd_numbers(4, 1.0)
-_sign_1, _sign_2, _sign_3, _sign_4 = (with_bit(sign) for _, sign in _FIELDS)
+_sign_1, _sign_2, _sign_3, _sign_4 = (with_bits(1 << sign) for _, sign in _FIELDS)
 _signs_of_sevens = table_of(codebooks.ksigns())
 _sevens = bits_from([0, 0, 7, 7, 14, 14, 21, 21])
 _halves_of_bytes = bits_from([16 * i + at for i in range(4) for at in (-1, 3)])

@@ -24,7 +24,10 @@ in vectors:
     every eighth i8[8][2][32] @2240: columns 0 8 16 ..., 1 9 17 ... and so on, each twice, as is what follows:
     starts of 32 i32[2][8] @2752: -128 * sum(q) of each block
     scales of 32 f32[2][8] @2816: d of each block
-The three from 1024 on and the last three only where formats of grid entries read them (simd/permutes.py).
+    ninefold sums i16[2][16] @2880: -9 * sum(q) of each 16 columns
+    even sums i16[2][16] @2944: 2 * sum(q) of the first 8 of each 16 columns
+    odd sums i16[2][16] @3008: the same of the last 8
+The three from 1024 on and the last six only where formats of grid entries read them (simd/permutes.py).
 Each 32 columns have a scale of their own in float32; llama.cpp's Q8_0 keeps it in 16 bits and its Q8_K shares one
 among 256, so this rounding is at least as fine as either. For integer formats x holds the rounded values, d*q, so
 that a matrix product over x and an integer one over q differ in float rounding alone.
@@ -47,15 +50,17 @@ from quant.simd.memory import (
     store_i32,
 )
 from quant.simd.permutes import CAN_PERMUTE
+from quant.simd.words import twice_sums_of_8
 from quant.target.jit import inline
 
 Q8_BLOCK = 32  # columns that share a scale
-K_BLOCK_BYTES = 2880  # no multiple of a large power of two: k-blocks would share a few sets of the L1 cache
+K_BLOCK_BYTES = 3136  # no multiple of a large power of two: k-blocks would share a few sets of the L1 cache
 NIBBLES, QUARTERS, SCALES, SUMS, SCALES_16, SUMS_16, IN_ORDER = 0, 256, 512, 576, 640, 704, 768
 EVERY_FOURTH, STARTS, SCALES_OF_16 = 1024, 1280, 1344
 EIGHTHS, CRUMB_SCALES, CRUMB_STARTS, PACKED_SCALES, PACKED_SUMS = 1408, 1664, 1728, 1792, 1824
 SPLIT, SPLIT_SCALES, SPLIT_SUMS = 1856, 2112, 2176
 EVERY_EIGHTH, STARTS_32, SCALES_OF_32 = 2240, 2752, 2816
+NINEFOLD_SUMS, EVEN_SUMS, ODD_SUMS = 2880, 2944, 3008
 
 
 def q8_bytes(n_cols: int) -> int:
@@ -123,6 +128,10 @@ def _write_in_k_block(k_block, j, q, d, first, second):
             store_every_eighth(k_block + EVERY_EIGHTH + twice + 4 * j, q)
             store_i32(k_block + STARTS_32 + twice + 4 * j, np.int64(first + second) * -128)
             store_f32(k_block + SCALES_OF_32 + twice + 4 * j, d)
+            at = k_block + twice + 4 * j
+            store_i32(at + NINEFOLD_SUMS, (np.int64(first) * -9 & 0xFFFF) | np.int64(second) * -9 << 16)
+            store_i32(at + EVEN_SUMS, twice_sums_of_8(q))
+            store_i32(at + ODD_SUMS, twice_sums_of_8(q) >> 32)
     _write_for_packed_dots(k_block, j, q, d, int(first), int(second))
     _write_split(k_block, j, q, d, first, second)
 

@@ -215,6 +215,14 @@ load_f16_in_halves = define(  # of two addresses: the half at each in one half o
     (types.int64, types.int64),
     lambda b, p, q: half_to_float(b, shuffle(b, *(_f16_lanes(b, at, 8) for at in (p, q)), range(16))),
 )
+
+
+def _f16_in_halves(builder, both):
+    words = builder.bitcast(builder.trunc(both, I32), ir.VectorType(I16, 2))
+    return half_to_float(builder, shuffle(builder, words, None, [0] * 8 + [1] * 8))
+
+
+f16_in_halves = define(f32x16, (types.int64,), _f16_in_halves)  # two halves in 32 bits: each in one half of the lanes
 load_f16_in_8 = define(f32x8, (types.int64,), _f16_everywhere(8))  # the same in 8 lanes
 
 # ---- caches, and memory of a kernel's own ----------------------------------------------------------------------------

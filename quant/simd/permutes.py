@@ -122,15 +122,10 @@ def _alternate(first: int) -> Callable:
     return lambda builder, v, w: shuffle(builder, v, w, range(first, 32, 2))
 
 
-def _in_turn(kind: ir.VectorType, copies: int) -> Callable:
-    """Elements of a and of b in turn, `copies` of each."""
-
-    def emit(builder, a, b):
-        n = kind.count
-        lanes = [i + side for i in range(n) for side in (0, n) for _ in range(copies)]
-        return builder.bitcast(shuffle(builder, builder.bitcast(a, kind), builder.bitcast(b, kind), lanes), i8x64.ir)
-
-    return emit
+def _in_turn(builder, a, b):
+    """Eights of a and of b in turn."""
+    a, b = (builder.bitcast(v, ir.VectorType(I64, 4)) for v in (a, b))
+    return builder.bitcast(shuffle(builder, a, b, [0, 4, 1, 5, 2, 6, 3, 7]), i8x64.ir)
 
 
 def _spread_bytes(builder, a, b):
@@ -141,11 +136,11 @@ def _spread_bytes(builder, a, b):
     return shuffle(builder, both, None, lanes)
 
 
-def with_bit(bit: int) -> Callable:
-    """An intrinsic i8x64(v, w): each byte of v, but for one bit, which is that of w."""
+def with_bits(bits: int) -> Callable:
+    """An intrinsic i8x64(v, w): each byte of v, but for these bits, which are those of w."""
 
     def emit(builder, v, w):
-        mask, v, w = (builder.bitcast(x, _QWORDS) for x in (_constant([1 << bit] * 64), v, w))
+        mask, v, w = (builder.bitcast(x, _QWORDS) for x in (_constant([bits] * 64), v, w))
         # One instruction: where the mask is set the second operand, else the third. LLVM makes two of the operators'.
         found = call(builder, "llvm.x86.avx512.pternlog.q.512", _QWORDS, mask, w, v, I32(0xCA))
         return builder.bitcast(found, i8x64.ir)
@@ -199,8 +194,7 @@ even_bytes = define(i8x64, (i8x64, i8x64), _in_quarters(range(0, 16, 2), range(0
 odd_bytes = define(i8x64, (i8x64, i8x64), _in_quarters(range(1, 16, 2), range(1, 16, 2), 8))
 interleave_low = define(i8x64, (i8x64, i8x64), _interleaved(0))  # bytes 0..7 of v's and w's quarters in turn
 interleave_high = define(i8x64, (i8x64, i8x64), _interleaved(8))
-eights_in_turn = define(i8x64, (i8x32, i8x32), _in_turn(ir.VectorType(I64, 4), 1))
-fours_in_turn = define(i8x64, (i8x16, i8x16), _in_turn(ir.VectorType(I32, 4), 2))  # each four twice
+eights_in_turn = define(i8x64, (i8x32, i8x32), _in_turn)
 fours_apart = define(  # 4 bytes to the start of each 8, nothing behind them
     i8x64, (i8x32,), lambda b, v: b.bitcast(b.zext(b.bitcast(v, ir.VectorType(I32, 8)), _QWORDS), i8x64.ir)
 )
