@@ -51,7 +51,7 @@ from quant.simd.memory import (
     store_i32x16,
     store_i64,
 )
-from quant.simd.rows16 import gather, half_to_f32, transpose
+from quant.simd.rows16 import gather, half_to_f32, transpose, transpose_8
 from quant.target.jit import inline, kernel
 
 BLOCK = 256
@@ -291,15 +291,10 @@ def _repack_3(rows, n_blocks, out):
     for b in range(n_blocks):
         block = BYTES_3 * b
         _repack_scales(rows, block + SCALES_3, out + K_BLOCK_SCALES)
-        for i in range(2):
-            h0, h1, h2, h3 = transpose(rows, block + HMASK + 16 * i)
-            for half in range(2):
-                w0, w1, w2, w3 = transpose(rows, block + QS_3 + 32 * half + 16 * i)
-                to = out + 4 * K_BLOCK_BYTES * half + 256 * i
-                _store_threes(w0, h0, half, to)
-                _store_threes(w1, h1, half, to + 64)
-                _store_threes(w2, h2, half, to + 128)
-                _store_threes(w3, h3, half, to + 192)
+        thirds = transpose_8(rows, block + HMASK)
+        for half in range(2):
+            for e, words in enumerate(transpose_8(rows, block + QS_3 + 32 * half)):
+                _store_threes(words, thirds[e], half, out + 4 * K_BLOCK_BYTES * half + 64 * e)
         out += 8 * K_BLOCK_BYTES
 
 

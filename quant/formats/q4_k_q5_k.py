@@ -217,15 +217,11 @@ def _repack_5(rows, n_blocks, out):
     for b in range(n_blocks):
         block = BYTES_5 * b
         _repack_scales(rows, block, out + K_BLOCK_SCALES)
-        for half in range(2):
-            h0, h1, h2, h3 = transpose(rows, block + QH + 16 * half)
-            for quarter in range(4):
-                w0, w1, w2, w3 = transpose(rows, block + QS_5 + 32 * quarter + 16 * half)
-                to = out + 2 * K_BLOCK_BYTES * quarter + 256 * half
-                store_fives(w0, h0, quarter, to)
-                store_fives(w1, h1, quarter, to + 64)
-                store_fives(w2, h2, quarter, to + 128)
-                store_fives(w3, h3, quarter, to + 192)
+        fifths = transpose_8(rows, block + QH)
+        for quarter in range(4):
+            to = out + 2 * K_BLOCK_BYTES * quarter
+            for i, words in enumerate(transpose_8(rows, block + QS_5 + 32 * quarter)):
+                store_fives(words, fifths[i], quarter, to + 64 * i)
         out += 8 * K_BLOCK_BYTES
 
 

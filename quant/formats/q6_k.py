@@ -46,7 +46,7 @@ from quant.simd.memory import (
     store_i8x32,
     store_i32x16,
 )
-from quant.simd.rows16 import gather, half_to_f32, sign_extend_i8, transpose
+from quant.simd.rows16 import gather, half_to_f32, sign_extend_i8, transpose, transpose_8
 from quant.target.jit import inline, kernel
 
 BLOCK = 256
@@ -154,14 +154,10 @@ def _repack(rows, n_blocks, out):
         _store_signed(s2, d, out + K_BLOCK_SCALES + 4 * K_BLOCK_BYTES)
         _store_signed(s3, d, out + K_BLOCK_SCALES + 6 * K_BLOCK_BYTES)
         for half in range(2):
-            for i in range(2):
-                h0, h1, h2, h3 = transpose(rows, block + QH + 32 * half + 16 * i)
-                for k in range(2):
-                    w0, w1, w2, w3 = transpose(rows, block + QL + 64 * half + 32 * k + 16 * i)
-                    store_sixes(w0, h0, k, out + 256 * i)
-                    store_sixes(w1, h1, k, out + 256 * i + 64)
-                    store_sixes(w2, h2, k, out + 256 * i + 128)
-                    store_sixes(w3, h3, k, out + 256 * i + 192)
+            highs = transpose_8(rows, block + QH + 32 * half)
+            for k in range(2):
+                for i, words in enumerate(transpose_8(rows, block + QL + 64 * half + 32 * k)):
+                    store_sixes(words, highs[i], k, out + 64 * i)
             out += 4 * K_BLOCK_BYTES
 
 

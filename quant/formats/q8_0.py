@@ -28,7 +28,7 @@ from quant.simd.memory import (
     store_i8x32,
     store_i32x16,
 )
-from quant.simd.rows16 import transpose
+from quant.simd.rows16 import transpose_8
 from quant.target.jit import inline, kernel
 
 BLOCK = 32
@@ -87,9 +87,8 @@ def _expand(w, n_blocks, out):
 def _repack(rows, n_blocks, out):
     for b in range(n_blocks):
         store_d(rows, BLOCK_BYTES * b + D, out)
-        for half in range(2):
-            for e, words in enumerate(transpose(rows, BLOCK_BYTES * b + QS + 16 * half)):
-                store_i32x16(out + 256 * half + 64 * e, words ^ 0x80808080)
+        for e, words in enumerate(transpose_8(rows, BLOCK_BYTES * b + QS)):
+            store_i32x16(out + 64 * e, words ^ 0x80808080)
         out += K_BLOCK_BYTES
 
 

@@ -4,7 +4,7 @@ Integer dot products of 32 columns, multiplied by the weights' scale and the tok
 stay in registers over all columns of the panels (gemm/microkernel_k_block.py). Layout of both panels: gemm/packed.py.
 
 With VNNI: 6 tokens, bound by the two vector ports: 8 vpdpbusd and 2 or 3 float operations for 32 columns. With AVX2
-4 tokens and 8 rows at a time, the products of 8 bits added in 16 bits as long as they fit (docs/lab-notes.md). With
+3 tokens and 8 rows at a time, the products of 8 bits added in 16 bits as long as they fit (docs/lab-notes.md). With
 AMX 12 tokens, whose dot products are AMX tiles' (gemm/microkernel_amx.py): what remains are 3 or 4 vector operations.
 """
 

@@ -13,8 +13,8 @@ from quant.target import isa
 ROWS = 32
 LANES = 16 if isa.has("avx512_vnni") else 8  # rows of a vector
 # Vectors side by side share the loads of a token's words. The totals and as many dot products fill 24 of 32 registers;
-# with AVX2 12 of 16, sums in 16 bits included.
-PARTS, VECTOR_TOKENS = (2, 6) if isa.has("avx512_vnni") else (1, 4)
+# with AVX2, sums in 16 bits included, 9 of 16: with a fourth token they spill.
+PARTS, VECTOR_TOKENS = (2, 6) if isa.has("avx512_vnni") else (1, 3)
 # With AMX dot products come from memory, and the totals have the 24 registers for themselves. A few tokens leave most
 # of a tile's rows idle.
 if isa.has("amx"):
@@ -123,15 +123,21 @@ class KBlock:
                 scaled = emit_fma(b, scales[part], b.bitcast(dots[part][t], VF32), starts[part])
                 totals[part][t] = emit_fma(b, scaled, d, totals[part][t])
 
+    def keep_order(self) -> None:
+        """Of the compiler alone: no load from behind here is brought before it, as that would spill totals."""
+        self.builder.fence("seq_cst", "singlethread")
+
     def add(self, totals: list) -> None:
         """Add this k-block to the totals."""
         if self.kind == TWO_SCALES:
             for half in range(2):
+                self.keep_order()
                 starts = [self.word(1 + half, t, VI32) for t in range(self.n)]
                 dots = self.dots(starts, range(16 * half, 16 * half + 16))
                 self.add_scaled(totals, dots, self.row_floats(half))
             return
         n_minima = {AFFINE: 1, TWO_MINIMA: 2}.get(self.kind, 0)
+        self.keep_order()
         starts = [constant(VI32, BIAS) if n_minima else self.word(1, t, VI32) for t in range(self.n)]
         self.add_scaled(totals, self.dots(starts, range(K_BLOCK)), self.row_floats(0))
         for i in range(1, 1 + n_minima):

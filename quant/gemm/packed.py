@@ -10,7 +10,7 @@ weight is scale * (u - offset) - minimum. The vectors by the kind of the format:
     TWO_SCALES    scale of columns 0-15, of columns 16-31   one for every 16
     TWO_MINIMA    scale, -minimum of columns 0-15, of 16-31 one minimum for every 16; offset 0; three vectors, 704 bytes
 
-A token panel holds the tokens of one product in blocks of 6 (4 with AVX2, 12 with AMX), but for the last one. A block
+A token panel holds the tokens of one product in blocks of 6 (3 with AVX2, 12 with AMX), but for the last one. A block
 of n takes 44*n bytes a k-block: q i8[n][32] | d f32[n] | two words [n]. The words of AFFINE: s f32 = d * sum of q, and
 nothing; of TWO_MINIMA the same over each half. Of the others: BIAS - offset * sum of q, i32, over all 32 columns and
 nothing, or over each half. Dot products start there, those with minima at BIAS.
