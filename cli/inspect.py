@@ -116,8 +116,10 @@ def _kv(document: dict[str, Any]) -> str:
     n_bytes, fixed = document["kv_bytes_per_token"], document["kv_window_bytes"]
     if n_bytes is None:
         return "not known"
+    fewer = document["kv_bytes_per_token_in_8_bits"]
+    in_8_bits = f" ({fewer:,} with --cache-bits 8)" if fewer else ""
     what = "windows, and what is pooled next" if document["config"]["compress_ratios"] else "layers with a window"
-    return f"{n_bytes:,} bytes a token" + (f", and {size(fixed)} of {what}" if fixed else "")
+    return f"{n_bytes:,} bytes a token{in_8_bits}" + (f", and {size(fixed)} of {what}" if fixed else "")
 
 
 def _shares(document: dict[str, Any]) -> list[str]:

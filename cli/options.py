@@ -114,7 +114,7 @@ DenseAttention = Annotated[
     bool, typer.Option("--dense-attention", help="Attend to all tokens where an indexer would choose some.")
 ]
 CacheBitsChoice = Annotated[
-    CacheBits, typer.Option("--cache-bits", help="Of the GPU's cache; 8 halves it and changes the text a little.")
+    CacheBits, typer.Option("--cache-bits", help="Of the cache's values; 8 halves it and changes the text a little.")
 ]
 Threads = Annotated[
     int | None,

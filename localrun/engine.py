@@ -77,7 +77,7 @@ def load(
         gpu_experts: routed experts of each layer that go to the GPU; "auto" for those of as many layers as fit; "cache"
             or "cache:N" for as many of each layer as fit, or N, which change with what is used, while all stay in RAM.
         expert_usage: an importance matrix (localrun imatrix): the experts that its text used most go to the GPU first.
-        cache_bits: of the values that the GPU keeps of each token: 16, or 8, which changes the text a little.
+        cache_bits: of the values that are kept of each token: 16, or 8, which changes the text a little.
         repack: lay the rows of routed experts out anew in RAM as far as it is free, where that makes replies
             faster on this CPU.
         unproven: with device "cuda": use the card without its proof, or in spite of it.
@@ -366,7 +366,8 @@ class Engine:
             "weight_bytes": sum(tensor.n_bytes for tensor in self.file.tensors.values()),
         }
         if self.config:
-            facts |= {"isa": isa.LEVEL, "kv_bytes_per_token": self.config.kv_bytes_per_token}
+            bits = self.placement.cache_bits if self.placement else 16
+            facts |= {"isa": isa.LEVEL, "kv_bytes_per_token": self.config.kv_token_bytes(bits)}
             if isa.REFUSED:
                 facts["isa_refused"] = isa.REFUSED
         if self.ranks:

@@ -80,6 +80,8 @@ def check_no_gpu(where: DeviceRequest, notice: Notice) -> None:
         raise LocalrunError(f"device '{where.device}': llama.cpp runs this model, on the CPU; use --device cpu")
     if where.asks_for_gpu:
         notice("llama.cpp runs this model, on the CPU: options for the GPU have no effect")
+    if where.cache_bits != 16:
+        raise LocalrunError("llama.cpp runs this model, with a cache of 16 bits; leave out --cache-bits 8")
 
 
 def repacking_if_it_pays(where: DeviceRequest, notice: Notice) -> DeviceRequest:
@@ -107,6 +109,8 @@ def check_readers(where: DeviceRequest) -> None:
     """Where other hosts are to read prompts. Raises LocalrunError if something else is asked for that can't be."""
     if where.wants_gpu:
         raise LocalrunError(f"device '{where.device}' does not go with prompts that are read on other hosts' CPUs")
+    if where.cache_bits != 16:
+        raise LocalrunError("--cache-bits 8: hosts that read prompts send rows of 16 bits; leave it out")
 
 
 def draft_file(path: str | os.PathLike[str]) -> DraftFile | None:
@@ -139,8 +143,9 @@ def place(
     placement = choose(where, file, config, ctx, own_drafts, notice, proof, draft_file)
     needed, free = placement.n_bytes(RAM, "KV cache"), hardware.free_ram()
     if needed > free:
-        in_windows = config.kv_bytes(ctx) - ctx * config.kv_bytes_per_token
-        most = max(0, free - in_windows) // config.kv_bytes_per_token
+        per_token = config.kv_token_bytes(placement.cache_bits)
+        in_windows = config.kv_bytes(ctx, placement.cache_bits) - ctx * per_token
+        most = max(0, free - in_windows) // per_token
         raise LocalrunError(
             f"a context of {ctx} tokens takes {needed / 2**30:.1f} GiB of RAM and {free / 2**30:.1f} GiB are "
             f"free; -c {most} would fit"
@@ -177,7 +182,8 @@ def native_model(
     if left < _KERNEL_BYTES:
         need, have = _KERNEL_BYTES >> 20, left >> 20
         raise LocalrunError(f"the kernels need {need} MiB of address space, and {have} are left; raise ulimit -v")
-    warm_up(for_steps(config, types), progress, notice)
+    bits = 16 if placement.device == GPU else placement.cache_bits  # of what runs here
+    warm_up(for_steps(config, types, bits), progress, notice)
     if repack:
         from localrun.cpu.repack import repack_experts
 
@@ -189,8 +195,8 @@ def native_model(
         return HybridModel(config, file, threads, placement, notice=notice, **choices)
     from localrun.cpu.model import NativeModel
 
-    for_network = lambda: warm_up(for_prompts(config, types), None, notice)  # noqa: E731
-    return NativeModel(config, file, threads, ranks, for_network, readers)
+    for_network = lambda: warm_up(for_prompts(config, types, bits), None, notice)  # noqa: E731
+    return NativeModel(config, file, threads, ranks, for_network, readers, bits)
 
 
 def warn_of_memory(file: GGUFFile, placement: Placement | None, notice: Notice) -> None:

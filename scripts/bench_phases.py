@@ -1,6 +1,6 @@
 """Where a decode step's time goes, phase by phase, at several lengths of context, over caches of random rows.
 
-    python scripts/bench_phases.py MODEL.gguf [-c 1024,131072] [-r ROUNDS] [-t THREADS]
+    python scripts/bench_phases.py MODEL.gguf [-c 1024,131072] [-r ROUNDS] [-t THREADS] [--cache-bits 8]
 
 Behind each phase stands one more that notes the time, which costs a microsecond or two. Contexts take turns; of each
 phase the shortest time counts. What an indexer chooses among random rows says nothing, but costs as much as among real
@@ -41,9 +41,9 @@ _MONOTONIC = 1  # Linux's CLOCK_MONOTONIC
 _clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.int64))
 
 
-def filled(config: Config, n_tokens: int, n_more: int = 1) -> Cache:
+def filled(config: Config, n_tokens: int, n_more: int = 1, bits: int = 16) -> Cache:
     """A cache with n_tokens tokens of random rows, and room for n_more."""
-    cache, random, rows = new_cache(config, n_tokens + n_more), np.random.default_rng(0), {}
+    cache, random, rows = new_cache(config, n_tokens + n_more, bits=bits), np.random.default_rng(0), {}
     for layer in range(config.num_hidden_layers):
         for part, kind in enumerate(config.rows(layer)):
             values = random.standard_normal((kind.count(n_tokens), kind.width), dtype=np.float32)
@@ -123,13 +123,14 @@ def main() -> None:
     parser.add_argument("-c", "--contexts", default="1024,131072", help="tokens in the cache, with commas")
     parser.add_argument("-r", "--rounds", type=int, default=5)
     parser.add_argument("-t", "--threads", type=int, default=hardware.usable_cores())
+    parser.add_argument("--cache-bits", type=int, choices=(16, 8), default=16)
     arguments = parser.parse_args()
     contexts = [int(n) for n in arguments.contexts.split(",")]
     with open_gguf(arguments.model) as file, closing(Pool(arguments.threads)) as pool:
         config = read_config(file)
         with noting_times() as times:
-            step = decode_step(config, GGUFTensors(file), pool)
-        caches = {n: filled(config, n) for n in contexts}
+            step = decode_step(config, GGUFTensors(file), pool, cache_bits=arguments.cache_bits)
+        caches = {n: filled(config, n, bits=arguments.cache_bits) for n in contexts}
         for cache in caches.values():
             step.run_until(step.program.names[0], [1], cache)  # makes room for the choices of an indexer
         found = measure(step, times, caches, arguments.rounds)

@@ -235,8 +235,9 @@ class Repl:
     def _stats(self, _rest: str) -> None:
         session = self._conversation.session
         tell(timing_line(session))
-        config = session.engine.config
-        cache = f", {size(config.kv_bytes(len(session.ids)))}" if config else ""
+        config, placement = session.engine.config, session.engine.placement
+        bits = placement.cache_bits if placement else 16
+        cache = f", {size(config.kv_bytes(len(session.ids), bits))}" if config else ""
         note(f"the context holds {len(session.ids)} of {session.engine.ctx} tokens{cache}")
 
 

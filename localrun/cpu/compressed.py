@@ -183,9 +183,17 @@ class CompressedStep(StreamLayers, DecodeStep):
 
 
 def decode_step(
-    config: Config, tensors: GGUFTensors, pool: Pool, remote: Remote | None = None, watched: tuple[int, ...] = ()
+    config: Config,
+    tensors: GGUFTensors,
+    pool: Pool,
+    remote: Remote | None = None,
+    watched: tuple[int, ...] = (),
+    cache_bits: int = 16,
 ) -> DecodeStep:
-    """The step of a model's kind. The tensors must stay mapped. remote: as Layers has it; watched: CompressedStep."""
+    """The step of a model's kind. The tensors must stay mapped.
+
+    remote, cache_bits: as Layers has them; watched: CompressedStep, whose caches have 16 bits.
+    """
     if config.attention == "compressed":
         return CompressedStep(config, tensors, pool, remote, watched)
-    return DecodeStep(config, tensors, pool, remote)
+    return DecodeStep(config, tensors, pool, remote, cache_bits)

@@ -16,8 +16,8 @@ from localrun.models.tensors import GGUFTensors
 from localrun.network.cache import row_widths
 from localrun.network.rope import attention_scale
 from localrun.ranks.remote import Remote
+from quant.decode import attention_i8, attention_i16
 from quant.decode.attention import Heads, attend_phase
-from quant.decode.attention_i16 import fits, integer_attend_phase
 from quant.decode.experts import NOBODY, expert_phases
 from quant.decode.indexer import STATE_BYTES, Indexer, choice_phases, indexer_keys_phase
 from quant.decode.linear import Input
@@ -70,9 +70,13 @@ class Layers(ModelProgram):
         """
         partials = self._vector("partials", heads.partials_bytes // 4)
         values = self._vector("heads' values", o_proj.n_cols)
-        in_integers = v_b is not None and v_b.format.integer and fits(heads)
-        attend = (integer_attend_phase if in_integers else attend_phase)(heads, queries, partials)
-        self._add(attend, "attend", "partials")
+        make = attend_phase
+        if v_b is not None and v_b.format.integer:
+            if attention_i16.fits(heads):
+                make = attention_i16.integer_attend_phase
+            elif attention_i8.fits(heads):
+                make = attention_i8.byte_attend_phase
+        self._add(make(heads, queries, partials), "attend", "partials")
         self._add(project_values_phase(heads, partials, v_b, values), "values", "heads' values")
         self._add_to_x("output", Input(values), o_proj, bias)
 
@@ -86,11 +90,13 @@ class Layers(ModelProgram):
             self._choose_rows(index, slot + 1)
         elif index >= c.num_hidden_layers:  # for multi-token prediction: dense
             self._choice = {}
-        together = heads_together(c.num_attention_heads)
+        together, in_bytes = heads_together(c.num_attention_heads), self._cache_bits == 8
+        row_bytes, n_codes = c.rows(index)[0].row_bytes(self._cache_bits), c.kv_lora_rank * in_bytes
         heads = Heads(
             n_groups=c.num_attention_heads // together, per_group=together,
             key_width=row_width, value_width=c.kv_lora_rank, key_slot=slot, value_slot=slot,
-            key_row=2 * row_width, value_row=2 * row_width, key_group=0, value_group=0, **self._choice,
+            key_row=row_bytes, value_row=row_bytes, key_group=0, value_group=0, key_codes=n_codes, value_codes=n_codes,
+            **self._choice,
         )  # fmt: skip
         queries = self._vector("queries", heads.n_heads * heads.query_width)
         self._add(
@@ -106,6 +112,8 @@ class Layers(ModelProgram):
                 scale=attention_scale(c),
                 epsilon=c.rms_norm_eps,
                 slot=slot,
+                row_bytes=row_bytes,
+                in_bytes=in_bytes,
             ),
             "queries",
             "queries",
@@ -188,11 +196,13 @@ class Layers(ModelProgram):
         biases = [self._bias(name(f"{part}_proj")) for part in "qkv"]
         self._rows("projections", norm, {"projected queries": q_proj, "keys": k_proj, "values": v_proj}, biases)
         q_norm, k_norm = (self._array(name(f"{part}_norm")) if c.qk_norm else 0 for part in "qk")
-        sinks = name("sinks")
+        sinks, in_bytes = name("sinks"), self._cache_bits == 8
+        key_row, value_row = (kind.row_bytes(self._cache_bits) for kind in c.rows(index))
         heads = Heads(
             n_groups=groups, per_group=c.num_attention_heads // groups,
             key_width=c.head_dim, value_width=c.v_head_dim, key_slot=slot, value_slot=slot + 1,
-            key_row=2 * key_width, value_row=2 * value_width, key_group=2 * c.head_dim, value_group=2 * c.v_head_dim,
+            key_row=key_row, value_row=value_row, key_group=key_row // groups, value_group=value_row // groups,
+            key_codes=c.head_dim * in_bytes, value_codes=c.v_head_dim * in_bytes,
             window=c.window(index), sinks=self._array(sinks) if self.tensors.has(sinks) else 0,
         )  # fmt: skip
         queries = self._vector("queries", heads.n_heads * heads.query_width)
@@ -215,6 +225,9 @@ class Layers(ModelProgram):
                 query_width=heads.query_width,
                 scale=attention_scale(c),
                 slot=slot,
+                row_bytes=key_row,
+                value_bytes=value_row,
+                in_bytes=in_bytes,
             ),
             "queries",
             "queries",
@@ -279,11 +292,13 @@ class Layers(ModelProgram):
 class DecodeStep(Layers):
     """The step of one model. Its buffers hold a few tokens, so one step at a time."""
 
-    def __init__(self, config: Config, tensors: GGUFTensors, pool: Pool, remote: Remote | None = None):
-        """The tensors must stay mapped. remote: as Layers has it."""
+    def __init__(
+        self, config: Config, tensors: GGUFTensors, pool: Pool, remote: Remote | None = None, cache_bits: int = 16
+    ):
+        """The tensors must stay mapped. remote, cache_bits: as Layers has them."""
         n_layers = config.num_hidden_layers
         cached = [row_widths(config, index) for index in range(n_layers)]
-        super().__init__(config, tensors, pool, tensors.matrix(names.EMBED_TOKENS), cached, remote)
+        super().__init__(config, tensors, pool, tensors.matrix(names.EMBED_TOKENS), cached, remote, cache_bits)
         for index in range(n_layers):
             self._layer(index, index)
         self._head(names.NORM, tensors.matrix(names.lm_head(tensors.has)))

@@ -68,6 +68,7 @@ class NativeModel:
         ranks: "Ranks | None" = None,
         warm_up: Callable[[], None] = lambda: None,
         readers: "World | None" = None,
+        cache_bits: int = 16,
     ):
         """Lay out the decode step.
 
@@ -75,13 +76,15 @@ class NativeModel:
             ranks: others that are to have shares of the experts; raises LocalrunError if one of them can't.
             warm_up: gets the network's kernels, before it is laid out; without it each is compiled when it is used.
             readers: in which localrun.cpu.reader.serve_reading() runs.
+            cache_bits: of a cached value, 16 or 8.
         """
         self.config, self.file, self.vocab_size = config, file, config.vocab_size
         self.remote = self._take_ranks(ranks, n_threads) if ranks else None
         nodes = hardware.usable_nodes()
         self._pool = Pool(n_threads, tuple(nodes.values()))
         self._tensors = GGUFTensors(file, self.remote.own if self.remote else None)
-        self._step = decode_step(config, self._tensors, self._pool, self.remote)
+        self._cache_bits = cache_bits
+        self._step = decode_step(config, self._tensors, self._pool, self.remote, cache_bits=cache_bits)
         # What the step copied or was given by other ranks is not in the file's map, which is all that is brought near.
         near = [
             Near(node, cores, within(self._step.program.spans(i), file.spans))
@@ -173,8 +176,8 @@ class NativeModel:
         return MTPBlock(self.config, weights, network.rope)
 
     def new_cache(self, capacity: int, exact: bool = False) -> Cache:
-        """An empty cache for up to `capacity` tokens, of 16-bit values or, if exact, of 32-bit ones."""
-        return new_cache(self.config, capacity, exact)
+        """An empty cache for up to `capacity` tokens, of the model's bits or, if exact, of 32-bit values."""
+        return new_cache(self.config, capacity, exact, self._cache_bits)
 
     def can_forget(self) -> bool:
         """Always."""

@@ -41,13 +41,16 @@ class ModelProgram:
         embedding: QuantMatrix,
         cached: Sequence[tuple[int, ...]],
         remote: Remote | None = None,
+        cache_bits: int = 16,
     ):
         """The tensors must stay mapped.
 
         Args:
             cached: widths of the cache rows of each layer.
             remote: ranks that have shares of the experts, if `tensors` has this one's alone.
+            cache_bits: of a cached value, 16 or 8.
         """
+        self._cache_bits = cache_bits
         self.config, self.tensors, self.pool, self._remote = config, tensors, pool, remote
         self._slots = [0, *accumulate(len(widths) for widths in cached)]  # of each layer's first block of cache rows
         self.program = self._new_program(embedding, self._slots[-1])

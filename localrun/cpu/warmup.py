@@ -40,9 +40,10 @@ class Kernels:
     occasion: str = "first run on this machine"
 
 
-def for_steps(config: Config, types: Collection[str]) -> Kernels:
+def for_steps(config: Config, types: Collection[str], cache_bits: int = 16) -> Kernels:
     """What a decode step needs of a model with tensors of these types: short prompts, and every reply."""
-    attention = "attention_i16" if _attends_in_integers(config, types) else "attention"
+    in_integers = "attention_i16" if cache_bits == 16 else "attention_i8"
+    attention = in_integers if _attends_in_integers(config, types) else "attention"
     queries = "_run_latent" if config.attention == "mla" else "_run_grouped"
     modules = {f"quant.decode.{attention}": "attention", "quant.decode.values": "heads"}
     if config.n_routed_experts:
@@ -57,7 +58,7 @@ def for_steps(config: Config, types: Collection[str]) -> Kernels:
     return Kernels({name: f"decoding: {what}" for name, what in modules.items()}, sorted(types), _STEP_PARTS)
 
 
-def for_prompts(config: Config, types: Collection[str]) -> Kernels:
+def for_prompts(config: Config, types: Collection[str], cache_bits: int = 16) -> Kernels:
     """What the network for any number of tokens needs besides."""
     from quant.ops.attention_i16 import LEVEL
     from quant.target import isa
@@ -76,6 +77,8 @@ def for_prompts(config: Config, types: Collection[str]) -> Kernels:
         modules = {name: what for name, what in modules.items() if not name.endswith(".experts")}
     if in_integers and config.attention == "mla":
         modules["quant.ops.rebuild_i16"] = "rebuilding of keys"
+    if cache_bits == 8:
+        modules["quant.gemv.rows_i8"] = "rows of the cache"
     if config.index_topk:
         modules["quant.ops.indexer"] = "choices of many tokens"
     if config.index_topk or config.compress_ratios:

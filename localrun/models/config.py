@@ -5,7 +5,7 @@ Read from a GGUF by localrun.models.reader, from a config.json by localrun.conve
 
 from dataclasses import dataclass
 
-from localrun.models.rows import KV_BYTES, Rows
+from localrun.models.rows import GROUP, KV_BYTES, Rows
 
 # Tokens that a sliding layer keeps behind its window, so that the end of a text can be taken back: drafts, a chunk of a
 # prompt, and a reply, whose reasoning chat templates drop from the next prompt. Of gpt-oss-20b they take 50 MB.
@@ -147,11 +147,12 @@ class Config:
         """
         window = self.window(index)
         if self.attention == "mla":
-            latent, key = Rows(self.kv_lora_rank + self.qk_rope_head_dim), Rows(self.index_head_dim)
+            latent = Rows(self.kv_lora_rank + self.qk_rope_head_dim, group=self.kv_lora_rank)
+            key = Rows(self.index_head_dim)
             return (latent, key) if self.chooses_rows(index) else (latent,)
         if self.attention == "gqa":
-            widths = self.num_key_value_heads * self.head_dim, self.num_key_value_heads * self.v_head_dim
-            return tuple(Rows(width, window=window, spare=WINDOW_SPARE) for width in widths)
+            widths, n_heads = (self.head_dim, self.v_head_dim), self.num_key_value_heads
+            return tuple(Rows(n_heads * each, window=window, spare=WINDOW_SPARE, group=each) for each in widths)
         rows, ratio = Rows(self.head_dim, window=window, spare=OPEN_SPARE), self.compress_ratio(index)
         indexed = _pooled(self.index_head_dim, ratio) if ratio == INDEXED_RATIO else ()
         return rows, *(_pooled(self.head_dim, ratio) if ratio else ()), *indexed
@@ -162,18 +163,31 @@ class Config:
         return self.attention == "mla" and not self.index_topk
 
     @property
+    def why_not_8_bits(self) -> str:
+        """Why the CPU keeps no cache of 8 bits; "" if it does."""
+        if self.attention == "compressed":
+            return "pooled rows and windows of DeepSeek-V4 keep 16"
+        if any(rows.group % GROUP for rows in self.rows(0)):
+            return f"its heads' values are no multiple of {GROUP}"
+        return ""
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of cache that one token more takes in all layers, where windows are full."""
-        return sum(rows.row_bytes // rows.ratio for rows in self._all_rows() if not rows.window)
+        return self.kv_token_bytes()
+
+    def kv_token_bytes(self, bits: int = 16) -> int:
+        """The same of a cache of so many bits."""
+        return sum(rows.row_bytes(bits) // rows.ratio for rows in self._all_rows() if not rows.window)
 
     @property
     def kv_window_bytes(self) -> int:
         """Bytes of cache that layers with a window take, once they are full."""
-        return sum(rows.row_bytes * (rows.window + rows.spare) for rows in self._all_rows() if rows.window)
+        return sum(rows.row_bytes() * (rows.window + rows.spare) for rows in self._all_rows() if rows.window)
 
-    def kv_bytes(self, n_tokens: int) -> int:
-        """Bytes of a cache for so many tokens."""
-        return sum(rows.row_bytes * rows.count(n_tokens) for rows in self._all_rows())
+    def kv_bytes(self, n_tokens: int, bits: int = 16) -> int:
+        """Bytes of a cache of so many bits for so many tokens."""
+        return sum(rows.row_bytes(bits) * rows.count(n_tokens) for rows in self._all_rows())
 
     def kv_bytes_read(self, n_tokens: float) -> float:
         """Bytes of the cache that one token's attention reads where so many are in it."""

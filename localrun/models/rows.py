@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 KV_BYTES = 2  # of a value of the cache
+GROUP = 16  # values in 8 bits that share a scale are a multiple of it
+_SCALE_BYTES = 4  # of a group of values in 8 bits
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,8 @@ class Rows:
         spare: rows more in the ring.
         pools: what the window begins at is a multiple of this: tokens that are pooled together.
         is_exact: whether values have 32 bits in any cache.
+        group: values that share a scale in a cache of 8 bits; what is left behind whole groups keeps 16 bits, and all
+            where it is 0.
     """
 
     width: int
@@ -24,6 +28,7 @@ class Rows:
     spare: int = 0
     pools: int = 1
     is_exact: bool = False
+    group: int = 0
 
     def count(self, n_tokens: int) -> int:
         """Rows of so many tokens, which a cache of that capacity has room for."""
@@ -33,7 +38,9 @@ class Rows:
         """The first position whose row the token at `position` needs."""
         return max(0, (position // self.pools + 1) * self.pools - self.window) if self.window else 0
 
-    @property
-    def row_bytes(self) -> int:
-        """Of a cache that is not exact."""
+    def row_bytes(self, bits: int = 16) -> int:
+        """Of a cache of so many bits, 16 or 8."""
+        if bits == 8 and self.group:
+            n_groups, rest = divmod(self.width, self.group)
+            return n_groups * (self.group + _SCALE_BYTES) + KV_BYTES * rest
         return self.width * (4 if self.is_exact else KV_BYTES)

@@ -75,6 +75,7 @@ def summary_of(file: GGUFFile) -> dict[str, Any]:
         "tensor_bytes": n_bytes,
         "bits_per_weight": round(8 * n_bytes / weights, 3) if weights else None,
         "kv_bytes_per_token": config.kv_bytes_per_token if config else None,
+        "kv_bytes_per_token_in_8_bits": config.kv_token_bytes(8) if config and not config.why_not_8_bits else None,
         "kv_window_bytes": config.kv_window_bytes if config else None,
         "config": asdict(config) if config else None,
         "groups": _groups(tensors),

@@ -71,16 +71,24 @@ class Block:
         """
         import torch
 
-        rows = self.tensor
+        rows, new = self.tensor, self._stored(new)
         if not self.is_ring:
             start = length // self.kind.ratio
             rows[start : start + len(new)] = new
-            return rows[: start + len(new)]
+            return self._read(rows[: start + len(new)])
         end = length + len(new)  # of a long chunk new rows go over what its first tokens see
-        seen = torch.cat([rows[self._places(self.kind.first(length), length)], new.to(rows.dtype)])
+        seen = torch.cat([rows[self._places(self.kind.first(length), length)], new])
         kept = min(len(new), len(rows))
         rows[self._places(end - kept, end)] = seen[len(seen) - kept :]
-        return seen
+        return self._read(seen)
+
+    def _stored(self, new: "torch.Tensor") -> "torch.Tensor":
+        """Rows as the memory has them."""
+        return new.to(self.tensor.dtype)
+
+    def _read(self, rows: "torch.Tensor") -> "torch.Tensor":
+        """Rows of the memory as others see them."""
+        return rows
 
     def get(self, first: int, end: int) -> np.ndarray:
         """The rows of positions first to end - 1: of a ring a copy, else a view of those completed."""
@@ -108,14 +116,68 @@ class Block:
         return min(-(-written // self._page) * self._page, self.rows.nbytes)
 
 
-def new_blocks(kinds: Sequence[Rows], capacity: int, dtype: type[np.floating]) -> list[Block]:
+class ByteBlock(Block):
+    """The same in 8 bits (quant/gemv/rows_i8.py), of a kind that has groups; others see float16.
+
+    Attributes:
+        rows: uint8 (rows, bytes).
+    """
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of values, as others see them."""
+        return np.dtype(np.float16)
+
+    def get(self, first: int, end: int) -> np.ndarray:
+        """As Block.get; a copy, which put() makes the same bytes of."""
+        return self._expanded(super().get(first, end))
+
+    def put(self, end: int, rows: np.ndarray) -> None:
+        """As Block.put."""
+        super().put(end, self._packed(rows))
+
+    def _stored(self, new: "torch.Tensor") -> "torch.Tensor":
+        import torch
+
+        return torch.from_numpy(self._packed(new.numpy()))
+
+    def _read(self, rows: "torch.Tensor") -> "torch.Tensor":
+        import torch
+
+        return torch.from_numpy(self._expanded(rows.numpy()))
+
+    def _packed(self, rows: np.ndarray) -> np.ndarray:
+        from quant.gemv.rows_i8 import pack_rows
+
+        rows, kind = np.ascontiguousarray(rows, np.float32), self.kind
+        packed = np.empty((len(rows), self.rows.shape[1]), np.uint8)
+        pack_rows.ctypes(rows.ctypes.data, len(rows), kind.width, kind.group, packed.ctypes.data)
+        return packed
+
+    def _expanded(self, packed: np.ndarray) -> np.ndarray:
+        from quant.gemv.rows_i8 import expand_rows
+
+        packed, kind = np.ascontiguousarray(packed), self.kind
+        rows = np.empty((len(packed), kind.width), np.float16)
+        expand_rows.ctypes(packed.ctypes.data, len(packed), kind.width, kind.group, rows.ctypes.data)
+        return rows
+
+
+def new_blocks(kinds: Sequence[Rows], capacity: int, dtype: type[np.floating], bits: int = 16) -> list[Block]:
     """A block of each kind, for up to `capacity` tokens.
+
+    bits: 8 to have groups in bytes, where kinds have some; others have values of `dtype`.
 
     Their memory is fresh, and goes back to the system with them. malloc's would be what blocks before them have written
     to, all of it resident: many short conversations would take the memory of as many full ones.
     """
-    shapes = [(kind.count(capacity), kind.width) for kind in kinds]
-    dtypes = [np.dtype(np.float32 if kind.is_exact else dtype) for kind in kinds]
+    in_bytes = [bits == 8 and kind.group > 0 for kind in kinds]
+    widths = [kind.row_bytes(8) if packed else kind.width for kind, packed in zip(kinds, in_bytes, strict=True)]
+    shapes = [(kind.count(capacity), width) for kind, width in zip(kinds, widths, strict=True)]
+    dtypes = [
+        np.dtype(np.uint8 if packed else np.float32 if kind.is_exact else dtype)
+        for kind, packed in zip(kinds, in_bytes, strict=True)
+    ]
     sizes = [rows * width * each.itemsize for (rows, width), each in zip(shapes, dtypes, strict=True)]
     starts = np.cumsum([0, *(-(-size // _PAGE) * _PAGE for size in sizes)]).tolist()
     memory = mmap.mmap(-1, max(_PAGE, starts.pop()), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -124,4 +186,5 @@ def new_blocks(kinds: Sequence[Rows], capacity: int, dtype: type[np.floating]) -
         memory.madvise(mmap.MADV_HUGEPAGE if is_large else mmap.MADV_NOHUGEPAGE)
     arrays = [np.ndarray(*of, memory, start) for *of, start in zip(shapes, dtypes, starts, strict=True)]
     page = _LARGE_PAGE if is_large else _PAGE
-    return [Block(kind, rows, page) for kind, rows in zip(kinds, arrays, strict=True)]
+    types = [ByteBlock if packed else Block for packed in in_bytes]
+    return [type_(kind, rows, page) for type_, kind, rows in zip(types, kinds, arrays, strict=True)]

@@ -147,10 +147,10 @@ class Cache(Context):
             that are forgotten no longer count.
     """
 
-    def __init__(self, kinds: Sequence[Sequence[Rows]], capacity: int, dtype: type[np.floating]):
-        """kinds: of each layer's rows."""
+    def __init__(self, kinds: Sequence[Sequence[Rows]], capacity: int, dtype: type[np.floating], bits: int = 16):
+        """kinds: of each layer's rows; bits: 8 for groups of them in bytes."""
         super().__init__(capacity)
-        self.is_exact, self.n_followed = dtype == np.float32, 0
+        self.is_exact, self.n_followed, self._bits = dtype == np.float32, 0, bits
         self._touched = 0  # positions below it have been written at some time: memory that has been written to stays
         self._blocks = self._new_blocks([kind for layer in kinds for kind in layer], dtype)
         each = iter(self._blocks)
@@ -162,7 +162,7 @@ class Cache(Context):
 
     def _new_blocks(self, kinds: Sequence[Rows], dtype: type[np.floating]) -> list[Block]:
         """One of each kind."""
-        return new_blocks(kinds, self.capacity, dtype)
+        return new_blocks(kinds, self.capacity, dtype, self._bits)
 
     @property
     def n_bytes(self) -> int:
@@ -329,7 +329,7 @@ class Cache(Context):
 
 def _fits(rows: np.ndarray | None, block: Block, end: int) -> bool:
     """Whether these are a block's rows of the tokens before `end`: of a ring as many as there are, if enough."""
-    if rows is None or rows.ndim != 2 or rows.dtype != block.dtype or rows.shape[1] != block.rows.shape[1]:
+    if rows is None or rows.ndim != 2 or rows.dtype != block.dtype or rows.shape[1] != block.kind.width:
         return False
     if not block.is_ring:
         return len(rows) == block.kind.count(end)
@@ -341,7 +341,7 @@ def row_widths(config: Config, index: int | None = None) -> tuple[int, ...]:
     return tuple(kind.width for kind in config.rows(config.num_hidden_layers if index is None else index))
 
 
-def new_cache(config: Config, capacity: int, exact: bool = False) -> Cache:
-    """An empty cache for up to `capacity` tokens of a model, of 16-bit values or, if exact, of 32-bit ones."""
+def new_cache(config: Config, capacity: int, exact: bool = False, bits: int = 16) -> Cache:
+    """An empty cache for up to `capacity` tokens of a model, of values of 16 or 8 bits or, if exact, of 32."""
     kinds = [config.rows(index) for index in range(config.num_hidden_layers)]
-    return Cache(kinds, capacity, np.float32 if exact else np.float16)
+    return Cache(kinds, capacity, *((np.float32, 32) if exact else (np.float16, bits)))

@@ -27,9 +27,10 @@ def settings_that_fit(request: Request) -> list[str]:
     """Options, each of which alone would make it fit; those that change least come first."""
     options = [_fewer_experts(request), _more_vram(request), _auto_experts(request), _shorter(request)]
     if request.vram is not None:
-        if request.cache_bits == 16 and _fits(replace(request, cache_bits=8)):
+        if request.cache_bits == 16 and request.config.attention == "mla" and _fits(replace(request, cache_bits=8)):
             options.append("--cache-bits 8")
-        if _fits(replace(request, vram=None, gpu_experts="auto", cache_bits=16)):
+        bits = 16 if request.config.why_not_8_bits else request.cache_bits
+        if _fits(replace(request, vram=None, gpu_experts="auto", cache_bits=bits)):
             options.append("--device cpu")
     return [option for option in options if option]
 

@@ -28,7 +28,7 @@ EXPECTED = "auto, cpu, cuda or cuda:N"
 DEVICES = re.compile("auto|cpu|cuda(:[0-9]{1,3})?")
 _ALIKE = 1 << 28  # bytes of free VRAM by which cards do not differ: those that are alike are always the same ones
 _MOST_DIGITS = 20  # of a number of experts; Python reads 4,300
-_OPTIONS = "--vram, --gpu-experts, --expert-usage and --cache-bits"
+_OPTIONS = "--vram, --gpu-experts and --expert-usage"
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class DeviceRequest:
     @property
     def asks_for_gpu(self) -> bool:
         """Whether there is an option that only a GPU heeds."""
-        return (self.vram, self.gpu_experts, self.cache_bits, self.expert_usage) != (None, "auto", 16, None)
+        return (self.vram, self.gpu_experts, self.expert_usage) != (None, "auto", None)
 
 
 def choose(
@@ -128,14 +128,15 @@ def choose(
     usage = None if where.expert_usage is None else _usage(where.expert_usage, file, config)
     drafts = draft_file is not None or (drafts and names.has_mtp(file, config))
     tensors = tuple(file.tensors.values())
-    on_cpu = Request(tensors, config, ctx, hardware.free_ram(), mtp=drafts, draft_file=draft_file)
+    on_cpu = Request(
+        tensors, config, ctx, hardware.free_ram(), mtp=drafts, draft_file=draft_file, cache_bits=where.cache_bits
+    )
     if where.device == "cpu":
         return lay_out(on_cpu)
     if file.is_interleaved or where.repack:
         reason, is_news = _ON_CPU, bool(available.card())
     else:
-        base = replace(on_cpu, gpu_experts=where.n_experts, cache_bits=where.cache_bits)
-        base = replace(base, usage=usage, expert_cache=where.caches_experts)
+        base = replace(on_cpu, gpu_experts=where.n_experts, usage=usage, expert_cache=where.caches_experts)
         found = _on_cards(where, base, proof)
         if isinstance(found, Placement):
             return found
@@ -162,6 +163,8 @@ def _on_cards(where: DeviceRequest, base: Request, proof: Proof) -> Placement | 
     """
     if reason := why_not_on_gpu(base.config):
         return reason, False
+    if base.cache_bits == 8 and base.config.attention != "mla":
+        return "a cache of 8 bits is for latent attention there", False
     cards: list[available.Gpu] = []
     missing: list[tuple[str, bool]] = []
     failures: list[str] = []

@@ -63,7 +63,7 @@ class Request:
         cards: CUDA's numbers of them all.
         gpu_experts: routed experts of each layer to keep in VRAM, or "auto" for as many as there is room for.
         expert_cache: whether they are a cache: all experts stay in RAM, and which of them VRAM holds too may change.
-        cache_bits: of a cached value on the GPU: 16 or 8. In RAM it has 16.
+        cache_bits: of a cached value: 16 or 8.
         usage: how often each expert was chosen, by layer.
         mtp: whether the layer for multi-token prediction makes drafts; else it stays on the disk.
         draft_file: what makes them, where that has a file of its own.
@@ -194,7 +194,7 @@ def lay_out(request: Request) -> Placement:
         device=CPU if request.vram is None else GPU,
         ctx=request.ctx,
         batch=request.batch,
-        cache_bits=16 if request.vram is None else request.cache_bits,
+        cache_bits=request.cache_bits,
         tensors=MappingProxyType(_homes(request, parts, experts, slots)),
         experts=MappingProxyType(experts),
         expert_slots=slots,
@@ -225,7 +225,9 @@ def _check(request: Request, parts: Parts) -> None:
     if request.cache_bits not in (8, 16):
         raise LocalrunError(f"a cache of {request.cache_bits} bits; expected 16 or 8")
     if request.cache_bits == 8 and request.vram is not None and request.config.attention != "mla":
-        raise LocalrunError("a cache of 8 bits is for latent attention; keys and values of others have 16")
+        raise LocalrunError("a cache of 8 bits on a GPU is for latent attention; keys and values of others have 16")
+    if request.cache_bits == 8 and request.vram is None and (reason := request.config.why_not_8_bits):
+        raise LocalrunError(f"--cache-bits 8: {reason}; leave it out")
     if request.ctx < 1 or request.batch < 1:
         raise LocalrunError(f"{request.batch} contexts of {request.ctx} tokens; expected 1 or more of each")
     for layer, counts in (request.usage or {}).items():
@@ -314,7 +316,7 @@ def _cpu_rows(request: Request, parts: Parts, experts: Mapping[int, Sequence[int
         yield Row(RAM, MTP, n_bytes)
         yield Row(RAM, DRAFTS_HEAD, head if on_gpu else 0)
     if not on_gpu:
-        yield Row(RAM, "KV cache", request.batch * c.kv_bytes(request.ctx))
+        yield Row(RAM, "KV cache", request.batch * c.kv_bytes(request.ctx, request.cache_bits))
     if not on_gpu or c.attention == "compressed":  # of other caches on a device there are none
         yield Row(RAM, MARKS, request.batch * mark_bytes(c, request.ctx))
     yield Row(RAM, "work memory", work_bytes(c, on_gpu) + (staging_bytes(c) if on_gpu else 0))

@@ -24,7 +24,7 @@ def gpu_cache_bytes(config: Config, bits: int, n_tokens: int, layers: range | No
     """
     c, layers = config, range(config.num_hidden_layers) if layers is None else layers
     if bits == 16:
-        return sum(rows.row_bytes * rows.count(n_tokens) for index in layers for rows in c.rows(index))
+        return sum(rows.row_bytes() * rows.count(n_tokens) for index in layers for rows in c.rows(index))
     keys = sum(KV_BYTES * c.index_head_dim for index in layers if c.chooses_rows(index))
     return n_tokens * (len(layers) * (c.kv_lora_rank + 2 * c.qk_rope_head_dim + _SCALE_BYTES) + keys)
 
@@ -32,7 +32,7 @@ def gpu_cache_bytes(config: Config, bits: int, n_tokens: int, layers: range | No
 def mark_bytes(config: Config, ctx: int) -> int:
     """Bytes of a cache's marks (network.cache) for so many tokens; 0 where it can go back without."""
     rings = [rows for index in range(config.num_hidden_layers) for rows in config.rows(index) if rows.window]
-    mark = sum(rows.row_bytes * (rows.window + MARK_SPARE) for rows in rings)
+    mark = sum(rows.row_bytes() * (rows.window + MARK_SPARE) for rows in rings)
     return min(MARK_BYTES, mark * (1 + ctx // MARK_EVERY))
 
 

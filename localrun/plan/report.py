@@ -40,6 +40,7 @@ def model_facts(model: ModelShape) -> dict[str, Any]:
         "tensor_bytes": n_bytes(model.tensors),
         "bits_per_weight": round(8 * n_bytes(model.tensors) / model.n_weights, 3),
         "kv_bytes_per_token": c.kv_bytes_per_token,
+        "kv_bytes_per_token_in_8_bits": None if c.why_not_8_bits else c.kv_token_bytes(8),
         "kv_window_bytes": c.kv_window_bytes,
         "parts": parts,
     }

@@ -69,7 +69,7 @@ def slots_for(engine: Engine, wanted: int | None) -> int:
     """
     if engine.config is None or engine.device != "cpu":  # the first one's memory is all that was reckoned with
         return whole("slots", 1 if wanted is None else wanted, f"1 to {MOST_SLOTS}", low=1, high=MOST_SLOTS)
-    fits = max(1, hardware.free_ram() // (engine.ctx * engine.config.kv_bytes_per_token))
+    fits = max(1, hardware.free_ram() // (engine.ctx * engine.config.kv_token_bytes(engine.placement.cache_bits)))
     slots = whole(
         "slots", min(_USUAL_SLOTS, fits) if wanted is None else wanted, f"1 to {MOST_SLOTS}", low=1, high=MOST_SLOTS
     )

@@ -32,6 +32,7 @@ from quant.decode.program import (
     tokens_of,
 )
 from quant.gemm.float_tile import LANES, multiply
+from quant.gemv.rows_i8 import expand_row
 from quant.simd.core import F32, I64, define, load, splat, store
 from quant.simd.floats import exp, hmax, hsum, maximum, splat_f32x16, zero_f32x16
 from quant.simd.memory import load_f32x16, load_i32, load_i64, store_f32, store_f32x16, store_i64
@@ -68,10 +69,12 @@ ATTEND = struct(
     query_width=i64,
     key_slot=i64,
     key_width=i64,  # values
+    key_codes=i64,  # the first of them, which are bytes (gemv/rows_i8.py); 0 for none
     key_row=i64,  # bytes of a cache row
     key_group=i64,  # bytes from one group's part of it to the next one's
     value_slot=i64,
     value_width=i64,
+    value_codes=i64,
     value_row=i64,
     value_group=i64,
     padded_width=i64,  # of a value, in whole vectors
@@ -130,10 +133,14 @@ def find_rows(a, token, slot, row_bytes, group_bytes, first, n_rows, found):
 
 
 @inline
-def _expand_rows(found, n_rows, width, padded_width, out):
+def _expand_rows(found, n_rows, n_codes, width, padded_width, out):
     """Rows at these addresses, in float32, padded_width apart."""
     for i in range(n_rows):
-        expand_f16(load_i64(found + 8 * i), width, padded_width, out + 4 * padded_width * i)
+        row, to = load_i64(found + 8 * i), out + 4 * padded_width * i
+        if n_codes > 0:
+            expand_row(row, n_codes, width, padded_width, to)
+        else:
+            expand_f16(row, width, padded_width, to)
 
 
 _SUM_HEADS = 8
@@ -233,7 +240,7 @@ def _attend_split(a, group, token, split, work):
     for first in range(begin, end, _TOKENS):
         n_tokens = min(_TOKENS, end - first)
         find_rows(a, token, a.key_slot, a.key_row, a.key_group * group, first, n_tokens, found)
-        _expand_rows(found, n_tokens, a.key_width, query_width, work)
+        _expand_rows(found, n_tokens, a.key_codes, a.key_width, query_width, work)
         multiply(work, n_tokens, query_width, n_heads, queries, outs, 0)
         for h in range(n_heads):
             at = partials + partial_bytes * h
@@ -242,7 +249,7 @@ def _attend_split(a, group, token, split, work):
         if not same_rows:
             row_bytes = 4 * padded_width
             find_rows(a, token, a.value_slot, a.value_row, a.value_group * group, first, n_tokens, found)
-            _expand_rows(found, n_tokens, a.value_width, padded_width, work)
+            _expand_rows(found, n_tokens, a.value_codes, a.value_width, padded_width, work)
         _add_weighted_sums(
             n_heads, scores, work, row_bytes, n_tokens, padded_width, partials + VALUES_AT, partial_bytes
         )
@@ -268,6 +275,7 @@ class Heads:
         key_slot, value_slot: blocks of cache rows; the same where values are the first part of keys.
         key_row, value_row: bytes of a cache row.
         key_group, value_group: bytes from one group's part of a row to the next one's.
+        key_codes, value_codes: first values of a key and of a value that are bytes (gemv/rows_i8.py); 0 for none.
         window: rows that a token sees, at most; 0 for all.
         chosen, chosen_bytes: address of int32 rows of a token that sees more, and bytes to the next token's; or 0.
         sinks: address of float32 (heads,), a logit more in each head's softmax; or 0.
@@ -286,6 +294,8 @@ class Heads:
     value_row: int
     key_group: int
     value_group: int
+    key_codes: int = 0
+    value_codes: int = 0
     window: int = 0
     chosen: int = 0
     chosen_bytes: int = 0
@@ -333,9 +343,10 @@ def attend_phase(heads: Heads, queries: int, partials: int) -> Phase:
     arguments = ATTEND.pack(
         phase=HEADER, n_groups=heads.n_groups, per_group=heads.per_group,
         queries=queries, query_width=heads.query_width,
-        key_slot=heads.key_slot, key_width=heads.key_width, key_row=heads.key_row, key_group=heads.key_group,
-        value_slot=heads.value_slot, value_width=heads.value_width, value_row=heads.value_row,
-        value_group=heads.value_group, padded_width=padded_width, seen=heads.seen,
+        key_slot=heads.key_slot, key_width=heads.key_width, key_codes=heads.key_codes, key_row=heads.key_row,
+        key_group=heads.key_group, value_slot=heads.value_slot, value_width=heads.value_width,
+        value_codes=heads.value_codes, value_row=heads.value_row, value_group=heads.value_group,
+        padded_width=padded_width, seen=heads.seen,
         chosen=heads.chosen, chosen_bytes=heads.chosen_bytes, partials=partials,
     )  # fmt: skip
     work_bytes = 4 * _TOKENS * (max(heads.query_width, padded_width) + heads.per_group + 2) + 16 * heads.per_group

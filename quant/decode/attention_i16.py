@@ -30,7 +30,7 @@ from quant.target import isa
 from quant.target.jit import inline, kernel
 
 LEVEL = "avx512_vnni"
-FEWEST_HEADS, _MOST_HEADS = 8, 16  # that share rows: to be worth rounding them; lanes
+FEWEST_HEADS, MOST_HEADS = 8, 16  # that share rows: to be worth rounding them; lanes
 _ROWS = 64  # of the cache at a time, a multiple of 16
 _LOG2_E = math.log2(math.e)
 
@@ -127,7 +127,7 @@ def _run_attend(phase, item, work):
 def fits(heads: Heads) -> bool:
     """Whether rows are key and value of so many heads that rounding them pays, and the CPU has the products."""
     is_shared = heads.key_slot == heads.value_slot and not heads.key_group and heads.key_width >= heads.value_width
-    return isa.has(LEVEL) and is_shared and FEWEST_HEADS <= heads.per_group <= _MOST_HEADS
+    return isa.has(LEVEL) and is_shared and not heads.key_codes and FEWEST_HEADS <= heads.per_group <= MOST_HEADS
 
 
 def integer_attend_phase(heads: Heads, queries: int, partials: int) -> Phase:

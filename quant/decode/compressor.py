@@ -165,7 +165,7 @@ def _run(phase, item, work):
         for t in range(tokens_of(a)):
             rms_norm(a.kv + 4 * a.width * t, a.kv_norm, a.epsilon, a.width, work)
             _rotate_last(a, work, a.width, rotations_of(a, t, a.first_frequency))
-            store_row_f16(work, a.width, cache_row_of(a, a.slot, a.width, t))
+            store_row_f16(work, a.width, cache_row_of(a, a.slot, 2 * a.width, t))
     elif item < 3 + MOST_TOKENS:
         _set_index_queries(a, item - 3, work)
     else:

@@ -140,7 +140,7 @@ def _run_queries(phase, item, work):
     head_dim = i.head_dim
     layer_norm(a.keys + 4 * head_dim * t, a.norm, a.norm_bias, a.epsilon, head_dim, work)
     rotate(work, a, t, work, a.stride, a.gap)
-    store_row_f16(work, head_dim, cache_row_of(a, i.slot, head_dim, t))
+    store_row_f16(work, head_dim, cache_row_of(a, i.slot, 2 * head_dim, t))
     if not has_to_choose(a, t):
         return
     for h in range(i.n_heads):

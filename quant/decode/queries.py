@@ -9,6 +9,7 @@ import numpy as np
 from quant.decode.linear import multiply, set_token, token_tables
 from quant.decode.program import HEADER, MOST_TOKENS, NOTHING, PHASE, Phase, cache_block, padded, program_of, tokens_of
 from quant.gemv.activations import q8_bytes, write_q8
+from quant.gemv.rows_i8 import SCALE_BYTES, pack_group
 from quant.matrix import MATRIX, QuantMatrix, check_single_rows, row_address
 from quant.simd.memory import load_f32, store_f16, store_f32
 from quant.simd.struct import address, address_of, boolean, f32, i64, struct
@@ -28,6 +29,8 @@ _BOTH = {
     "n_rope": i64,
     "slot": i64,  # which block of cache rows
     "row_width": i64,
+    "row_bytes": i64,
+    "in_bytes": boolean,  # whether groups of a row's values are (gemv/rows_i8.py)
     "epsilon": f32,  # of norms
 }
 LATENT = struct(
@@ -49,6 +52,7 @@ GROUPED = struct(
     keys=address,  # float32 (MOST_TOKENS, n_key_heads, head_width)
     values=address,
     value_width=i64,  # of all key heads together
+    value_bytes=i64,  # of a row of them
     q_norm=address,  # 0 for none
     k_norm=address,
     norms_rows=boolean,  # all heads of a token as one vector, not each by itself
@@ -97,10 +101,10 @@ def turn(x, rotations, n_rope, direction, out, stride, gap):
 
 
 @inline
-def cache_row_of(a, slot, width, t):
-    """Address of token t's row of f16 in a block of cache rows of this width."""
+def cache_row_of(a, slot, row_bytes, t):
+    """Address of token t's row in a block of cache rows of so many bytes."""
     block, n_rows = cache_block(a, slot, t)
-    return block + 2 * width * (program_of(a).positions[t] % n_rows)
+    return block + row_bytes * (program_of(a).positions[t] % n_rows)
 
 
 @inline
@@ -108,6 +112,16 @@ def store_row_f16(x, n, row):
     """float32 (n,) as f16."""
     for i in range(n):
         store_f16(row + 2 * i, load_f32(x + 4 * i))
+
+
+@inline
+def _store_group(a, x, n, row):
+    """The same, or a group of bytes; returns the address behind it."""
+    if a.in_bytes:
+        pack_group(x, n, row)
+        return row + n + SCALE_BYTES
+    store_row_f16(x, n, row)
+    return row + 2 * n
 
 
 @inline
@@ -138,11 +152,11 @@ def _into_latent_transposed(a, head, work):
 def _store_latent(a, t, work):
     """Token t's cache row: the normed latent, the rotated key behind it."""
     latent, width = a.latent, a.row_width
-    kv, row = a.kv + 4 * width * t, cache_row_of(a, a.slot, width, t)
+    kv, row = a.kv + 4 * width * t, cache_row_of(a, a.slot, a.row_bytes, t)
     rms_norm(kv, a.kv_norm, a.epsilon, latent, work)
-    store_row_f16(work, latent, row)
+    key = _store_group(a, work, latent, row)
     rotate(kv + 4 * latent, a, t, work, 2, 1)
-    store_row_f16(work, a.n_rope, row + 2 * latent)
+    store_row_f16(work, a.n_rope, key)
 
 
 @kernel("void(int64, int64, int64)")
@@ -181,12 +195,12 @@ def _norm_and_rotate(a, row, n_heads, head, norm, t, out):
 @inline
 def _store_keys_and_values(a, t, work):
     """Token t's cache rows: keys, normed and rotated, and values."""
-    width, n_key_heads, n_values = a.head_width, a.n_key_heads, a.value_width
-    row = cache_row_of(a, a.slot, a.row_width, t)
+    width, n_key_heads, n_values = a.head_width, a.n_key_heads, a.value_width // a.n_key_heads
+    row, values = cache_row_of(a, a.slot, a.row_bytes, t), cache_row_of(a, a.slot + 1, a.value_bytes, t)
     for g in range(n_key_heads):
         _norm_and_rotate(a, a.keys + 4 * a.row_width * t, n_key_heads, g, a.k_norm, t, work)
-        store_row_f16(work, width, row + 2 * width * g)
-    store_row_f16(a.values + 4 * n_values * t, n_values, cache_row_of(a, a.slot + 1, n_values, t))
+        row = _store_group(a, work, width, row)
+        values = _store_group(a, a.values + 4 * (a.value_width * t + n_values * g), n_values, values)
 
 
 @kernel("void(int64, int64, int64)")
@@ -215,6 +229,8 @@ def latent_queries_phase(
     scale: float,
     epsilon: float,
     slot: int,
+    row_bytes: int,
+    in_bytes: bool,
 ) -> Phase:
     """MLA's queries and cache rows. T: MOST_TOKENS.
 
@@ -223,7 +239,8 @@ def latent_queries_phase(
         queries: address of float32 (T, H, query_width), where queries in latent space go, times `scale`.
         kv: address of float32 (T, C + R), the projected latent and rotated key; kv_norm: of the norm's weight (C,).
         k_b: (H, C, P), or with `transposed` (H, P, C).
-        slot: which block of cache rows is the layer's.
+        slot: which block of cache rows is the layer's; row_bytes: of a row.
+        in_bytes: whether latents are, a group a row, rather than of 16 bits.
 
     Raises:
         QuantError: a transposed k_b with interleaved rows.
@@ -234,6 +251,7 @@ def latent_queries_phase(
     arguments = LATENT.pack(
         phase=HEADER, projected=projected, head_width=nope + n_rope, n_heads=k_b.n_groups,
         queries=queries, query_width=query_width, scale=scale, n_rope=n_rope, slot=slot, row_width=latent + n_rope,
+        row_bytes=row_bytes, in_bytes=in_bytes,
         epsilon=epsilon, nope=nope, latent=latent, kv=kv, kv_norm=kv_norm, q8_bytes=q8_bytes(nope),
         k_b=k_b.struct, k_b_integer=k_b.format.integer, k_b_transposed=transposed,
     )  # fmt: skip
@@ -260,6 +278,9 @@ def grouped_queries_phase(
     query_width: int,
     scale: float,
     slot: int,
+    row_bytes: int,
+    value_bytes: int,
+    in_bytes: bool,
 ) -> Phase:
     """GQA's queries and cache rows: keys in block `slot`, values in the next. T: MOST_TOKENS.
 
@@ -270,14 +291,16 @@ def grouped_queries_phase(
         q_norm, k_norm: addresses of float32 (head_dim,), the weights of each head's norm; 0 for none.
         norms_rows: whether all heads of a token are normed as one vector: q_norm is (H * head_dim,) then, k_norm
             (G * head_dim,).
+        row_bytes, value_bytes: of a row of keys, of values.
+        in_bytes: whether both are, a group a head, rather than of 16 bits.
         by_halves: whether dimension i is rotated against i + n_rope / 2, not against its neighbour.
     """
     stride, gap = (1, n_rope // 2) if by_halves else (2, 1)
     arguments = GROUPED.pack(
         phase=HEADER, projected=projected, head_width=head_dim, n_heads=n_heads,
         queries=queries, query_width=query_width, scale=scale, n_rope=n_rope, slot=slot,
-        row_width=n_key_heads * head_dim, epsilon=epsilon,
-        n_key_heads=n_key_heads, keys=keys, values=values, value_width=value_width,
+        row_width=n_key_heads * head_dim, row_bytes=row_bytes, in_bytes=in_bytes, epsilon=epsilon,
+        n_key_heads=n_key_heads, keys=keys, values=values, value_width=value_width, value_bytes=value_bytes,
         q_norm=q_norm, k_norm=k_norm, norms_rows=norms_rows, stride=stride, gap=gap,
     )  # fmt: skip
     return Phase(NOTHING, _run_grouped, n_heads + 1, arguments, padded(4 * head_dim))

@@ -51,7 +51,9 @@ def pad16(n: int) -> int:
 # ---- products --------------------------------------------------------------------------------------------------------
 
 
-def _tile(builder, size: tuple[int, int], a, row_stride, column_stride, b, b_stride, n_pairs, finish: Callable) -> None:
+def emit_tile(
+    builder, size: tuple[int, int], a, row_stride, column_stride, b, b_stride, n_pairs, finish: Callable
+) -> None:
     """Emits finish(r, totals): the vectors sum over pairs k of a[r][k] . b[k], float32, for `size` rows and vectors.
 
     Strides in bytes: of a's rows, and from one pair of columns to the next.
@@ -93,7 +95,7 @@ def _scaled(n: int):
             for half, total in enumerate(totals):
                 store(builder, builder.add(to, I64(64 * half)), builder.fmul(total, scale))
 
-        _tile(builder, (n, 2), a, row_stride, I64(4), b, I64(ROW), n_pairs, finish)
+        emit_tile(builder, (n, 2), a, row_stride, I64(4), b, I64(ROW), n_pairs, finish)
 
     return define(types.void, (types.int64,) * 7, emit)
 
@@ -113,7 +115,7 @@ def _folded(n: int):
                 kept = builder.fmul(load(builder, at, f32x16.ir), old[half])
                 store(builder, at, emit_fma(builder, total, new[half], kept))
 
-        _tile(builder, (n, 2), a, I64(4), row_stride, b, I64(ROW), n_pairs, finish)
+        emit_tile(builder, (n, 2), a, I64(4), row_stride, b, I64(ROW), n_pairs, finish)
 
     return define(types.void, (types.int64,) * 6, emit)
 
@@ -132,7 +134,7 @@ def _folded_rows(n: int, n_vectors: int):
                 at = builder.add(to, I64(64 * i))
                 store(builder, at, emit_fma(builder, total, new, builder.fmul(load(builder, at, f32x16.ir), old)))
 
-        _tile(builder, (n, n_vectors), weights, I64(4), I64(64), b, b_stride, n_pairs, finish)
+        emit_tile(builder, (n, n_vectors), weights, I64(4), I64(64), b, b_stride, n_pairs, finish)
 
     return define(types.void, (types.int64,) * 7, emit)
 
@@ -142,7 +144,7 @@ def _scaled_16(builder, a, row_stride, scales, b, n_pairs, c) -> None:
         scale = splat(builder, load(builder, builder.add(scales, I64(4 * r)), F32), f32x16.ir)
         store(builder, builder.add(c, I64(64 * r)), builder.fmul(totals[0], scale))
 
-    _tile(builder, (16, 1), a, row_stride, I64(4), b, I64(64), n_pairs, finish)
+    emit_tile(builder, (16, 1), a, row_stride, I64(4), b, I64(64), n_pairs, finish)
 
 
 # Few sizes: each is compiled, and what is left of a block of rows is little.

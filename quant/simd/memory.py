@@ -101,6 +101,7 @@ load_f32x8, load_f32x16, load_f32x32 = _load(f32x8), _load(f32x16), _load(f32x32
 store_i8x16, store_i8x32, store_i32x8, store_i32x16 = _store(i8x16), _store(i8x32), _store(i32x8), _store(i32x16)
 store_f32x8, store_f32x16, store_f32x32 = _store(f32x8), _store(f32x16), _store(f32x32)
 store_i8x64 = _store(i8x64)
+store_low_i8x16 = define(types.void, (types.int64, i32x16), lambda b, p, v: store(b, p, b.trunc(v, i8x16.ir)))
 store_low_i16x16 = define(  # of each lane the lower 16 bits
     types.void, (types.int64, i32x16), lambda b, p, v: store(b, p, b.trunc(v, ir.VectorType(I16, 16)))
 )

@@ -102,7 +102,7 @@ def test_the_cpu_if_asked_for(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) 
     assert placement.device == "cpu" and set(placement.needed) == {"RAM"} and notices == []
 
 
-WITHOUT_EFFECT = "--vram, --gpu-experts, --expert-usage and --cache-bits have no effect; computing on the CPU"
+WITHOUT_EFFECT = "--vram, --gpu-experts and --expert-usage have no effect; computing on the CPU"
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,6 @@ def test_a_card_is_not_tried_in_vain(variant: str, where: dict[str, Any], gpu: M
         ({"unproven": True}, "--unproven uses a card that has not proven itself: it is for --device cuda"),
         ({"device": "cpu", "vram": 8}, "leave them out with --device cpu"),
         ({"device": "cpu", "gpu_experts": "0"}, "leave them out with --device cpu"),
-        ({"device": "cpu", "cache_bits": 8}, "leave them out with --device cpu"),
         ({"device": "cpu", "expert_usage": "x"}, "leave them out with --device cpu"),
     ],
 )

@@ -177,7 +177,7 @@ def test_what_drafts_from_a_file_of_its_own_is_in_ram(needs_head: bool) -> None:
 def test_without_a_gpu_all_is_in_ram() -> None:
     found = lay_out(request(vram_gib=None, cache_bits=8))
     assert set(found.tensors.values()) == {"cpu"} and found.device == "cpu" and list(found.needed) == ["RAM"]
-    assert found.n_bytes("RAM", "KV cache") == 4096 * 70_272 and found.cache_bits == 16
+    assert found.n_bytes("RAM", "KV cache") == 4096 * 61 * (512 + 4 + 2 * 64) and found.cache_bits == 8
 
 
 # --- bytes
@@ -240,8 +240,10 @@ def test_the_cache_of_grouped_attention() -> None:
     assert placement.runs_on_gpu(model.config) and sizes.gpu_cache_bytes(model.config, 16, 1) == 98_304
     both = {"tensors": model.tensors, "config": model.config, "ctx": 64, "ram": 1 << 40, "vram": 1 << 40}
     assert lay_out(Request(**both)).n_bytes("VRAM", "KV cache") == 64 * 98_304
-    with pytest.raises(LocalrunError, match="a cache of 8 bits is for latent attention"):
+    with pytest.raises(LocalrunError, match="a cache of 8 bits on a GPU is for latent attention"):
         lay_out(Request(**both, cache_bits=8))
+    on_cpu = lay_out(Request(**both | {"vram": None}, cache_bits=8))
+    assert on_cpu.n_bytes("RAM", "KV cache") == 64 * 48 * 2 * 4 * (128 + 4)
 
 
 # --- experts in VRAM
@@ -385,6 +387,7 @@ def test_nothing_fits() -> None:
         ({"gpu_experts": -1}, "-1 experts"),
         ({"gpu_experts": "all"}, "all experts"),
         ({"cache_bits": 4}, "a cache of 4 bits; expected 16 or 8"),
+        ({"cache_bits": 8, "config": shape("deepseek-v4-flash").config, "vram": None}, "of DeepSeek-V4 keep 16; leave"),
         ({"ctx": 0}, "1 contexts of 0 tokens"),
         ({"batch": 0}, "0 contexts"),
         ({"usage": {0: [1] * 256}}, "256 counts for layer 0"),
