@@ -1,7 +1,6 @@
 """localrun tune: what follows from figures, and a whole run with small layers. The figures themselves are no test's."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,11 +14,10 @@ from quant.target import tuning
 
 
 @pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name, value in {"HIDDEN": 512, "INNER": 256, "TOP_K": 2, "_CACHES": 0, "_TRY_S": 0.0}.items():
         monkeypatch.setattr(tune, name, value)
     monkeypatch.setenv("LOCALRUN_CACHE", str(tmp_path))
-    return
 
 
 def test_a_distance_must_gain_more_than_noise() -> None:
