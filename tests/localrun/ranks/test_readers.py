@@ -24,7 +24,7 @@ from localrun.generate.sampling import Sampling
 from localrun.models import config
 from localrun.network import cache as caches
 from localrun.ranks.readers import Readers
-from localrun.ranks.sharing import Sharing
+from localrun.ranks.sharing import Ranks, Sharing
 from localrun.ranks.world import RankError
 from localrun.serve.job import Job
 from localrun.serve.scheduler import Scheduler
@@ -236,7 +236,12 @@ def test_a_reader_that_is_gone() -> None:
 
 def test_what_does_not_go_with_readers() -> None:
     with reading_in_process(V3) as world:
-        for options, line in (({"device": "cuda"}, "device 'cuda' does not go"), ({"backend": "llama.cpp"}, "backend")):
+        for options, line in (
+            ({"device": "cuda"}, "device 'cuda' does not go"),
+            ({"backend": "llama.cpp"}, "backend"),
+            ({"cache_bits": 8}, "rows of 16 bits"),
+            ({"cache_bits": 8, "ranks": Ranks(world)}, "rows of 16 bits"),  # before anything is shared
+        ):
             with pytest.raises(LocalrunError, match=line):
                 localrun.load(V3, readers=world, **options)
         localrun.load(V3, threads=1, readers=world).close()
