@@ -125,7 +125,10 @@ def _start_ranks(
 
     places = places_of(options.ranks, options.hosts) if is_given else places_in_mpiexec()
     usage = None if options.rank_share is ShareChoice.slices else load.expert_usage
-    by_speed = options.rank_sizes == "auto"
+    by_speed, repack = options.rank_sizes == "auto", load.repack
+    if repack and (why := no_gain()):
+        note(f"--repack has no effect: {why}")
+        repack = False
     repack = load.repack
     if repack and (why := no_gain()):
         note(f"--repack has no effect: {why}")

@@ -11,6 +11,7 @@ import pytest
 
 from cli.model import _start_ranks
 from cli.options import LoadOptions, MessageChoice, RankOptions, ShareChoice
+from localrun.cpu import repack
 from localrun.errors import LocalrunError
 from localrun.ranks import start
 from localrun.ranks.sharing import Ranks, Sharing
@@ -41,6 +42,22 @@ def test_options_are_a_sharing(options: dict[str, Any], expected: Sharing, monke
         load = LoadOptions(expert_usage=COUNTS, threads=1)
         ranks, threads = _start_ranks(stack, Path("model.gguf"), RankOptions(ranks="2", **options), load)
     assert (ranks.sharing, threads) == (expected, 1)
+
+
+@pytest.mark.parametrize(("why", "expected"), [("", True), ("no gain here", False)])
+def test_slices_are_laid_out_anew_where_that_pays(
+    why: str, expected: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @contextmanager
+    def started(path: Path, places: list, sharing: Sharing, threads: int | None) -> Iterator[Ranks]:
+        yield Ranks(None, sharing)
+
+    monkeypatch.setattr(start, "sharing_ranks", started)
+    monkeypatch.setattr(repack, "no_gain", lambda: why)
+    with ExitStack() as stack:
+        ranks, _ = _start_ranks(stack, Path("model.gguf"), RankOptions(ranks="2"), LoadOptions(repack=True, threads=1))
+    assert ranks.sharing.repack is expected
+    assert why in capsys.readouterr().err
 
 
 def test_sizes_that_are_no_numbers() -> None:
