@@ -113,39 +113,55 @@ class KBlock:
                 sums[t] = b.add(sums[t], emit_pairs_i16(b, emit_pairs_u8(b, magnitude, x)))
         return sums
 
-    def add_scaled(self, totals: list, dots: list, scales: list) -> None:
-        """totals[part][t] += (dots[part][t] - BIAS) * scales[part] * d[t]"""
+    def scaled(self, dots: list, scales: list) -> list:
+        """[part][t]: (dots - BIAS) * scales."""
         b = self.builder
         starts = [b.fmul(scale, constant(VF32, -BIAS_FLOAT)) for scale in scales]
-        for t in range(self.n):
-            d = self.word(0, t, VF32)
-            for part in range(PARTS):
-                scaled = emit_fma(b, scales[part], b.bitcast(dots[part][t], VF32), starts[part])
-                totals[part][t] = emit_fma(b, scaled, d, totals[part][t])
+        return [
+            [emit_fma(b, scale, b.bitcast(dot, VF32), start) for dot in row]
+            for row, scale, start in zip(dots, scales, starts, strict=True)
+        ]
 
-    def keep_order(self) -> None:
-        """Of the compiler alone: no load from behind here is brought before it, as that would spill totals."""
+    def dots_of_half(self, half: int) -> list:
+        """[part][t] of TWO_SCALES. The fence is the compiler's: words loaded before it would spill totals."""
         self.builder.fence("seq_cst", "singlethread")
+        starts = [self.word(1 + half, t, VI32) for t in range(self.n)]
+        return self.dots(starts, range(16 * half, 16 * half + 16))
+
+    def scaled_halves(self) -> list:
+        """[part][t] of TWO_SCALES: both halves' dot products, each times its scale.
+
+        The second half's are exact in float32 without what they are too large by. Zen 5 has ports for that addition
+        which products leave idle; elsewhere there are as many operations as with a scale and a token's scale a half.
+        """
+        b, first = self.builder, self.scaled(self.dots_of_half(0), self.row_floats(0))
+        dots, scales = self.dots_of_half(1), self.row_floats(1)
+        return [
+            [
+                emit_fma(b, scale, b.fadd(b.bitcast(dot, VF32), constant(VF32, -BIAS_FLOAT)), before)
+                for dot, before in zip(row, row_before, strict=True)
+            ]
+            for row, scale, row_before in zip(dots, scales, first, strict=True)
+        ]
 
     def add(self, totals: list) -> None:
         """Add this k-block to the totals."""
-        if self.kind == TWO_SCALES:
-            for half in range(2):
-                self.keep_order()
-                starts = [self.word(1 + half, t, VI32) for t in range(self.n)]
-                dots = self.dots(starts, range(16 * half, 16 * half + 16))
-                self.add_scaled(totals, dots, self.row_floats(half))
-            return
         n_minima = {AFFINE: 1, TWO_MINIMA: 2}.get(self.kind, 0)
-        self.keep_order()
-        starts = [constant(VI32, BIAS) if n_minima else self.word(1, t, VI32) for t in range(self.n)]
-        self.add_scaled(totals, self.dots(starts, range(K_BLOCK)), self.row_floats(0))
+        if self.kind == TWO_SCALES:
+            products = self.scaled_halves()
+        else:
+            starts = [constant(VI32, BIAS) if n_minima else self.word(1, t, VI32) for t in range(self.n)]
+            products = self.scaled(self.dots(starts, range(K_BLOCK)), self.row_floats(0))
+        self.add_times(0, products, totals)
         for i in range(1, 1 + n_minima):
-            minima = self.row_floats(i)
-            for t in range(self.n):
-                s = self.word(i, t, VF32)
-                for part in range(PARTS):
-                    totals[part][t] = emit_fma(self.builder, minima[part], s, totals[part][t])
+            self.add_times(i, [[minimum] * self.n for minimum in self.row_floats(i)], totals)
+
+    def add_times(self, field: int, products: list, totals: list) -> None:
+        """totals[part][t] += products[part][t] * a word of token t."""
+        for t in range(self.n):
+            word = self.word(field, t, VF32)
+            for part in range(PARTS):
+                totals[part][t] = emit_fma(self.builder, products[part][t], word, totals[part][t])
 
 
 class KBlocks:
