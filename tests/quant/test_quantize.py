@@ -124,6 +124,16 @@ def test_importance_lowers_the_error_where_it_matters(name):
     assert ours <= 1.01 * libggmls  # measured: 0.95 to 1.005; the same search where it is not a better one
 
 
+@pytest.mark.parametrize("name", quick(GRIDS[2:]))  # IQ1 loses so much that half of it is not enough
+def test_weights_of_grids_keep_their_norm(name):
+    x = weights("gaussian", (200, COLS))
+    blocks = packed(name, x, np.ones(COLS, np.float32))
+    values = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[name]).astype(np.float64)
+    counts = np.sqrt(np.mean(x**2) + x**2)  # about as errors count
+    # With the least error it would be lower by as much as is lost.
+    assert np.sum(counts * values**2) == pytest.approx(np.sum(counts * x**2), rel=0.01)
+
+
 @pytest.mark.parametrize("name", quick(IMPORTANCE))
 def test_extreme_importances(name):
     """None at all, none for some blocks, and one column that is everything: still packed well, or exactly there."""
