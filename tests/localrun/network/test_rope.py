@@ -147,6 +147,17 @@ def test_rotation_by_halves() -> None:
     torch.testing.assert_close(found.double(), apart, rtol=0, atol=3e-6)  # as above
 
 
+@pytest.mark.parametrize("rope", ["pairs", "halves"])
+def test_rotation_of_a_part_of_each_head(rope: str) -> None:
+    """As of the same values apart: queries come as slices of longer rows."""
+    x = torch.randn(5, 3, 96, generator=torch.Generator().manual_seed(0))
+    turner = Rope(dataclasses.replace(LLAMA, rope=rope))
+    for part in (x[..., :64], x[..., 32:]):
+        found = turner.rotate(part, turner.turns(9, 5))
+        assert found.is_contiguous()
+        assert torch.equal(found, turner.rotate(part.contiguous(), turner.turns(9, 5)))
+
+
 def test_yarn_of_grouped_queries_is_longer_vectors_and_no_other_scale() -> None:
     """As in llama.cpp and transformers: 1 + 0.1 ln factor on queries and keys alike."""
     config = dataclasses.replace(LLAMA, rope_scaling=yarn(factor=4.0, mscale=None))
