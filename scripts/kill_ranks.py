@@ -71,7 +71,7 @@ class Chat:
     def __init__(self, model: Path, others: list[str], folder: Path):
         """others: the options that start them."""
         self.mark, self.folder = uuid.uuid4().hex, folder
-        options = [*others, "-t", "1", "-c", "2000" if "--ranks" in others else "60000", "-n", "40", "--seed", "1"]
+        options = [*others, "-t", "1", "-c", "60000", "-n", "40", "--seed", "1"]
         self.out, self.err = folder / f"{self.mark}.out", folder / f"{self.mark}.err"
         with self.out.open("wb") as out, self.err.open("wb") as err:
             self.process = subprocess.Popen(
