@@ -3,7 +3,7 @@
 They attend to a window of what they keep of each token that the model has evaluated, made of what the model's target
 layers left of it, and to the block: the last token and noise, all of whose positions see each other. Where a token
 stands, the logits of the next one come out; the Markov head adds to them what the token before says, from draft to
-draft.
+draft. The confidence head says how likely the model is to take a draft; the first that it rather won't ends the block.
 
 Letters: T tokens, F values of all target layers, D hidden_size, H heads, d head_dim, S rows attended to.
 Source: llama.cpp 0c1e57098, src/models/dflash.cpp (graph_dsv4) and src/models/deepseek4.cpp.
@@ -22,6 +22,8 @@ from localrun.network.compressed import CompressedAttention
 from localrun.network.model import HyperLayer, hyper_head
 from localrun.network.rope import Rope
 from localrun.network.weight_source import WeightSource
+
+LEAST_CONFIDENCE = 0.5  # a draft that is rather refused costs its verification
 
 
 class BlockAttention(CompressedAttention):
@@ -68,6 +70,7 @@ class DSparkNetwork:
         self.layers = [HyperLayer(config, weights, index, self.attention[index]) for index in indices]
         self.hc_head, self.norm = hyper_head(config, weights), weights.vector(names.NORM)
         self.markov_w1, self.markov_w2 = weights.embedding(dspark.MARKOV_W1), weights.linear(dspark.MARKOV_W2)
+        self.conf_proj = weights.linear(dspark.CONFIDENCE) if weights.has(dspark.CONFIDENCE) else None
 
     @torch.inference_mode()
     def keep(self, features_TF: np.ndarray, cache: Cache) -> None:
@@ -80,17 +83,26 @@ class DSparkNetwork:
 
     @torch.inference_mode()
     def draft(self, last: int, n: int, cache: Cache) -> list[int]:
-        """n tokens, block_size at most, that may follow the cache's and the token `last`."""
+        """Up to n tokens, block_size at most, that may follow the cache's and the token `last`; fewer by confidence."""
         spark, drafts = self.spark, [last]
         ids_T = torch.tensor([last] + [spark.noise_token] * (spark.block_size - 1))
         x_TnD = self.embed_tokens(ids_T)[:, None].repeat(1, spark.config.hc_mult, 1)
         for layer in self.layers:
             x_TnD = layer(x_TnD, cache)
-        logits_TV = self.lm_head(self._normed(self.hc_head(x_TnD[:n]), self.norm))
-        for logits_V in logits_TV:
-            bias_1V = self.markov_w2(self.markov_w1(torch.tensor(drafts[-1:])))
-            drafts.append(int((logits_V + bias_1V[0]).argmax()))
+        read_TD = self.hc_head(x_TnD[:n])
+        logits_TV = self.lm_head(self._normed(read_TD, self.norm))
+        for read_D, logits_V in zip(read_TD, logits_TV, strict=True):
+            before_1R = self.markov_w1(torch.tensor(drafts[-1:]))
+            if self._confidence(read_D, before_1R) < LEAST_CONFIDENCE:
+                break
+            drafts.append(int((logits_V + self.markov_w2(before_1R)[0]).argmax()))
         return drafts[1:]
+
+    def _confidence(self, read_D: torch.Tensor, before_1R: torch.Tensor) -> float:
+        """That the model takes a draft, by what the head reads, not normed, and by the token before; 1 if unknown."""
+        if self.conf_proj is None:
+            return 1.0
+        return float(self.conf_proj(torch.cat([read_D[None], before_1R], 1)).sigmoid())
 
     def _normed(self, x_TD: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return rms_norm(x_TD, (self.spark.config.hidden_size,), weight, self.spark.config.rms_norm_eps)

@@ -70,8 +70,19 @@ class Reference:
             previous = int(np.argmax(row))
         return rows
 
+    def confidences(self, features_TF: Array, last: int) -> Array:
+        """(BLOCK,), of the drafts."""
+        before = [last, *self.biased_logits(features_TF, last).argmax(1)[:-1]]
+        inputs = np.concatenate([self._read(features_TF, last), self.w["markov_w1.weight"][before]], 1)
+        return _sigmoid(inputs @ self.w["conf_proj.weight"][0])
+
     def logits(self, features_TF: Array, last: int) -> Array:
         """(BLOCK, vocab), without the Markov head: after the tokens that left these features, and the last one."""
+        rows = [self._rms(x, self.w["output_norm.weight"]) for x in self._read(features_TF, last)]
+        return np.stack(rows) @ self.target["output.weight"].T
+
+    def _read(self, features_TF: Array, last: int) -> Array:
+        """(BLOCK, D), what the head reads, before its norm."""
         ids = [last] + [NOISE] * (BLOCK - 1)
         kept = self._rms(features_TF @ self.w["fc.weight"].T, self.w["enc.output_norm.weight"])
         streams = np.repeat(self.target["token_embd.weight"][ids][:, None], 4, 1)
@@ -83,7 +94,7 @@ class Reference:
         for stream in streams:
             mixed = self.w["output_hc_fn.weight"] @ self._rms(stream.ravel()) * self.w["output_hc_scale.weight"]
             weights = _sigmoid(mixed + self.w["output_hc_base.weight"]) + self.m.hc_eps
-            out.append(self.target["output.weight"] @ self._rms(weights @ stream, self.w["output_norm.weight"]))
+            out.append(weights @ stream)
         return np.stack(out)
 
     def _rms(self, x: Array, weight: Array | float = 1.0) -> Array:

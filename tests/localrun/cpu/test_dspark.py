@@ -16,6 +16,7 @@ import localrun
 from localrun.cpu import warmup
 from localrun.engine import Engine
 from localrun.errors import LocalrunError
+from localrun.network import dspark
 from localrun.network.cache import Cache
 
 GREEDY = localrun.Sampling(temperature=0.0)
@@ -50,8 +51,9 @@ def test_the_reference_is_llama_cpps(tmp_path: Path) -> None:
     assert error(found, expected) < TOLERANCE
 
 
-def test_a_block_is_the_references(engine: Engine) -> None:
-    """Its logits and drafts; over few tokens, and over more than the window's, kept in pieces."""
+def test_a_block_is_the_references(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its logits, drafts and confidences; over few tokens, and over more than the window's, kept in pieces."""
+    monkeypatch.setattr(dspark, "LEAST_CONFIDENCE", 0.0)
     features = features_of(N_TOKENS)
     reference, network = tiny_dspark.Reference(tiny.SHARED), engine.model.drafter._network
     seen: list[np.ndarray] = []
@@ -67,6 +69,12 @@ def test_a_block_is_the_references(engine: Engine) -> None:
             assert error(seen[-1].numpy(), reference.logits(features[:n].astype(np.float64), 9)) < TOLERANCE
             assert drafts == reference.biased_logits(features[:n].astype(np.float64), 9).argmax(1).tolist()
             assert network.draft(9, 2, cache) == drafts[:2] and cache.length == n
+            confidences = reference.confidences(features[:n].astype(np.float64), 9)
+            for least in confidences:
+                for nearly in (least - TOLERANCE, least + TOLERANCE):
+                    monkeypatch.setattr(dspark, "LEAST_CONFIDENCE", nearly)
+                    assert network.draft(9, 5, cache) == drafts[: [*(confidences < nearly), True].index(True)]
+            monkeypatch.setattr(dspark, "LEAST_CONFIDENCE", 0.0)
     finally:
         network.lm_head = head
 
@@ -106,8 +114,12 @@ def plain(engine: Engine, ids: list[int], n: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_replies_are_those_without_drafts(engine: Engine, tmp_path: Path) -> None:
-    """Over turns that go back, and a saved session; drafts are the reference's where nothing was missed."""
+@pytest.mark.parametrize("least", [0.0, dspark.LEAST_CONFIDENCE])
+def test_replies_are_those_without_drafts(
+    engine: Engine, tmp_path: Path, least: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over turns that go back, and a saved session; whether or not blocks end where confidence is low."""
+    monkeypatch.setattr(dspark, "LEAST_CONFIDENCE", least)
     session, ids = engine.session(), tiny.token_ids(90)
     assert session.speculation.draft.name == "dspark"
     for n in (60, 20, 90):
