@@ -242,10 +242,10 @@ class Comparison:
                 layer.attn_hc = partial(self._watched_streams, layer.attn_hc)
 
     def _watched_streams(
-        self, mix: Callable[[torch.Tensor], tuple[torch.Tensor, Return]], x: torch.Tensor
+        self, mix: Callable[..., tuple[torch.Tensor, Return]], *arguments: torch.Tensor
     ) -> tuple[torch.Tensor, Return]:
         """A hyper-connection that notes the streams behind attention."""
-        read, expand = mix(x)
+        read, expand = mix(*arguments)
 
         def noted(y: torch.Tensor) -> torch.Tensor:
             out = expand(y)

@@ -30,30 +30,31 @@ class HyperConnection:
         self.fn = weights.linear(name("fn"))
         self.base, self.scale = weights.vector(name("base")), weights.vector(name("scale"))
 
-    def __call__(self, streams_TnD: torch.Tensor) -> tuple[torch.Tensor, Return]:
-        """float32 (T, n, D) -> what the sublayer reads, (T, D), and where its output goes."""
-        return self.mix_streams(self._computed(streams_TnD), self.scale, self.base, streams_TnD, self.config)
-
-    def _computed(self, streams_TnD: torch.Tensor) -> torch.Tensor:
-        """float32 (T, outputs of fn) of all streams as one normed vector."""
-        x = streams_TnD.flatten(1)
-        return self.fn(rms_norm(x, x.shape[1:], None, self.config.rms_norm_eps))
+    def __call__(self, streams_TnD: torch.Tensor, norm_D: torch.Tensor) -> tuple[torch.Tensor, Return]:
+        """float32 (T, n, D) -> what the sublayer reads, (T, D), normed by these weights, and where its output goes."""
+        computed_Tm = self.fn(streams_TnD.flatten(1))
+        return self.mix_streams(computed_Tm, self.scale, self.base, streams_TnD, norm_D, self.config)
 
 
 class HyperHead(HyperConnection):
-    """What the model's head reads of the streams."""
+    """What the model's head reads of the streams, before its norm."""
 
     def __call__(self, streams_TnD: torch.Tensor) -> torch.Tensor:
         """float32 (T, n, D) -> (T, D)."""
-        pre_Tn = (self._computed(streams_TnD) * self.scale + self.base).sigmoid() + self.config.hc_eps
-        return _weighed(pre_Tn, streams_TnD)
+        computed_Tn = _as_of_normed(self.fn(streams_TnD.flatten(1)), streams_TnD, self.config)
+        return _weighed((computed_Tn * self.scale + self.base).sigmoid() + self.config.hc_eps, streams_TnD)
 
 
 def mix_streams(
-    computed_Tm: torch.Tensor, scale: torch.Tensor, base_m: torch.Tensor, streams_TnD: torch.Tensor, config: Config
+    computed_Tm: torch.Tensor,
+    scale: torch.Tensor,
+    base_m: torch.Tensor,
+    streams_TnD: torch.Tensor,
+    norm_D: torch.Tensor,
+    config: Config,
 ) -> tuple[torch.Tensor, Return]:
     """As HyperConnection, of what fn has computed, (T, 2 n + n * n), and the scales of the three parts of it."""
-    n = config.hc_mult
+    n, computed_Tm = config.hc_mult, _as_of_normed(computed_Tm, streams_TnD, config)
     parts, bases = computed_Tm.split([n, n, n * n], -1), base_m.split([n, n, n * n])
     pre, post, mixed = (x * factor + base for x, factor, base in zip(parts, scale, bases, strict=True))
     pre_Tn, post_Tn = pre.sigmoid() + config.hc_eps, 2 * post.sigmoid()
@@ -62,7 +63,12 @@ def mix_streams(
     def expand(y_TD: torch.Tensor) -> torch.Tensor:
         return post_Tn[..., None] * y_TD[:, None] + mix_Tnn.mT @ streams_TnD
 
-    return _weighed(pre_Tn, streams_TnD), expand
+    return rms_norm(_weighed(pre_Tn, streams_TnD), norm_D.shape, norm_D, config.rms_norm_eps), expand
+
+
+def _as_of_normed(computed_Tm: torch.Tensor, streams_TnD: torch.Tensor, config: Config) -> torch.Tensor:
+    """What fn would compute of all streams as one normed vector: as it is linear, the norm's factor may come last."""
+    return computed_Tm * (streams_TnD.square().mean((1, 2)) + config.rms_norm_eps).rsqrt()[:, None]
 
 
 def _doubly_stochastic(mixed_Tnn: torch.Tensor, config: Config) -> torch.Tensor:

@@ -62,11 +62,10 @@ class HyperLayer(Layer):
 
     def begin(self, x_TnD: torch.Tensor, cache: Cache, ids_T: torch.Tensor | None = None) -> Finish:
         """As Layer.begin."""
-        norm = partial(rms_norm, normalized_shape=(self.config.hidden_size,), eps=self.config.rms_norm_eps)
-        x_TD, expand = self.attn_hc(x_TnD)
-        x_TnD = expand(self.self_attn(norm(x_TD, weight=self.input_layernorm), cache))
-        x_TD, expand = self.ffn_hc(x_TnD)
-        finish = self.mlp.begin(norm(x_TD, weight=self.post_attention_layernorm), ids_T)
+        x_TD, expand = self.attn_hc(x_TnD, self.input_layernorm)
+        x_TnD = expand(self.self_attn(x_TD, cache))
+        x_TD, expand = self.ffn_hc(x_TnD, self.post_attention_layernorm)
+        finish = self.mlp.begin(x_TD, ids_T)
         return lambda: expand(finish())
 
 

@@ -211,9 +211,10 @@ class WeightSource(Protocol):
         scale: torch.Tensor,
         base_m: torch.Tensor,
         streams_TnD: torch.Tensor,
+        norm_D: torch.Tensor,
         config: Config,
     ) -> tuple[torch.Tensor, Module]:
-        """What a sublayer reads of streams, and where its output goes: localrun.network.hyper.mix_streams."""
+        """What a sublayer reads of streams, normed, and where its output goes: localrun.network.hyper.mix_streams."""
 
     def choose_experts(
         self, logits_TE: torch.Tensor, bias_E: torch.Tensor | None, config: Config, ids_TK: torch.Tensor | None = None

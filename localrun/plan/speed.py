@@ -11,14 +11,13 @@ from dataclasses import dataclass, replace
 
 from localrun.limits import PREFILL_CHUNK
 from localrun.models.config import Config
+from localrun.plan import launches
 from localrun.plan.machine import Cpu, Gpu, Machine
 from localrun.plan.memory import Placement
 from localrun.plan.shapes import ModelShape, Tensor
 from quant.batch import ATTENTION_TOKENS, PACKED_FROM
 
-# Kernels that a card runs for a layer between hyper-connections, as a part of those of a layer without: counted, of
-# DeepSeek-V4 45 in the mean, of V3 25.
-_STREAM_LAUNCHES = 1.8
+_SHARED_LAUNCHES = "launches of shared experts"
 
 
 @dataclass(frozen=True)
@@ -130,8 +129,7 @@ def _step(
             phases.append(_cpu_phase(machine.cpu, group, tensors, model, count, 1 - on_gpu))
     phases += _attention(model, machine, share, ctx, n_tokens, is_prompt)
     if gpu and share:
-        between = layer_s(gpu) * (_STREAM_LAUNCHES if c.hc_mult else 1)
-        phases.append(Phase("launches", "GPU", between * placement.layers))
+        phases += _launches(c, layer_s(gpu), share)
     if share < 1:
         between = layer_s(machine.cpu) * c.num_hidden_layers
         if is_prompt:
@@ -146,9 +144,24 @@ def _step(
     return Speed(n_tokens, tuple(phases), 0.0 if is_prompt else _hidden_s(phases, placement.slots > 0))
 
 
+def _launches(config: Config, layer_s: float, share: float) -> list[Phase]:
+    """Of the layers on the GPU: those of shared experts, and all others."""
+    counts = [launches.of_layer(config, index) for index in range(config.num_hidden_layers)]
+    n_shared = launches.SHARED * sum(
+        count is not None and config.n_shared_experts > 0 and index >= config.first_k_dense_replace
+        for index, count in enumerate(counts)
+    )
+    total = sum(launches.OF_LAYER_S if count is None else count for count in counts)
+    seconds = layer_s * share / launches.OF_LAYER_S
+    return [
+        Phase("launches", "GPU", (total - n_shared) * seconds),
+        Phase(_SHARED_LAUNCHES, "GPU", n_shared * seconds),
+    ]
+
+
 def _hidden_s(phases: list[Phase], is_cache: bool) -> float:
     """The GPU's shared experts run while the CPU runs the routed ones, and so do those of a layer that it caches."""
-    parts = ("shared experts", "routed experts") if is_cache else ("shared experts",)
+    parts = {"shared experts", _SHARED_LAUNCHES} | ({"routed experts"} if is_cache else set())
     shared = sum(p.seconds for p in phases if p.part in parts and p.device == "GPU")
     routed = sum(p.seconds for p in phases if p.part == "routed experts" and p.device == "CPU")
     return min(shared, routed)

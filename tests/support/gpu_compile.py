@@ -101,8 +101,8 @@ def _matrix(name: str, n_groups: int, n_rows: int, n_cols: int) -> matrix.Matrix
     return matrix.Matrix(layout, torch.empty(16, dtype=torch.uint8), n_groups, n_rows, n_cols, scales)
 
 
-def _few(name: str, n_tokens: int) -> Callable[[], object]:
-    return lambda: gemv.multiply(_matrix(name, 1, 2048, 7168), torch.empty(n_tokens, 1, 7168))
+def _few(name: str, n_tokens: int, n_rows: int = 2048) -> Callable[[], object]:
+    return lambda: gemv.multiply(_matrix(name, 1, n_rows, 7168), torch.empty(n_tokens, 1, 7168))
 
 
 def _many(name: str, n_tokens: int) -> Callable[[], object]:
@@ -243,11 +243,12 @@ def _compressed(bits: int) -> Callable[[], object]:
         places = dataclasses.replace(cache.places(1), most=4096)
         compressed_rows.turned_heads(q, places.positions, turns, 64, 1e-6)
         compressed_rows.turned_heads(torch.empty(1, 64, 128), places.positions, turns, 64, None)
-        compressed_rows.append_rows(torch.empty(1, 512), torch.empty(512), turns, places, 0, c)
-        for layer, ratio in ((1, 4), (2, 128)):
-            wide, norm = torch.empty(1, 1024 if ratio == 4 else 512), torch.empty(512)
-            bias = torch.empty(ratio, wide.shape[1])
-            compressed_rows.append_pooled(wide, wide, bias, norm, turns, places, layer, c)
+        for layer, widths in ((0, ()), (1, ((1024, 512), (256, 128))), (2, ((512, 512),))):
+            openings = []
+            for width, of_row in widths:
+                wide, bias = torch.empty(1, width), torch.empty(c.compress_ratio(layer), width)
+                openings.append(compressed_rows.Opening(wide, wide, bias, torch.empty(of_row)))
+            compressed_rows.append(torch.empty(1, 512), torch.empty(512), openings, turns, places, layer, c)
         for layer, chosen in ((0, None), (1, torch.empty(1, 512, dtype=torch.int32)), (1, None), (2, None)):
             how = compressed_decoding.Attending(c, layer, turns, sinks, 0.04, 33, dtype)
             compressed_decoding.attend_at(how, q, places, chosen)
@@ -266,7 +267,8 @@ def _compressed_chosen() -> None:
 
 
 def _streams() -> None:
-    x, expand = streams.mix_streams(torch.empty(1, 24), torch.empty(3), torch.empty(24), torch.empty(1, 4, 4096), _V4)
+    computed, scale, base, given = torch.empty(1, 24), torch.empty(3), torch.empty(24), torch.empty(1, 4, 4096)
+    x, expand = streams.mix_streams(computed, scale, base, given, torch.empty(4096), _V4)
     expand(x)
 
 
@@ -297,6 +299,7 @@ def _router() -> None:
 _OTHERS = {kind: [name for name in names if name != tiles.USUAL] for kind, names in tiles.CANDIDATES.items()}
 VARIANTS: dict[str, Callable[[], object]] = {
     **{f"{name} {n} tokens": _few(name, n) for name in LAYOUTS for n in (1, 2, 4, 5, 8)},
+    **{f"{name} {n} tokens, split": _few(name, n, 24) for name in LAYOUTS for n in (1, 8)},
     **{f"{name} {n} tokens": _many(name, n) for name in LAYOUTS for n in (16, 64)},
     **{f"{name} rows": _rows(name) for name in LAYOUTS},
     **{f"{name} transposed": _transposed(name) for name in LAYOUTS},

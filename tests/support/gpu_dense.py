@@ -11,7 +11,7 @@ import torch
 
 from localrun.cpu import bridge
 from localrun.gpu import weights
-from localrun.gpu.attention import latent
+from localrun.gpu.attention import compressed, latent
 from localrun.gpu.matrices.gemv import MOST_TOKENS
 from localrun.network import moe
 from quant.matrix import QuantMatrix
@@ -47,6 +47,16 @@ class DenseLinear(DenseHeads):
         return _each(lambda x: x @ self._w_Goi[0].T, x)
 
 
+class DenseJoined:
+    """As gpu.linear.Joined."""
+
+    def __init__(self, linears: list[DenseLinear]):
+        self._linears = linears
+
+    def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [linear(x) for linear in self._linears]
+
+
 class DenseEmbedding(DenseHeads):
     """As gpu.matrices.linear.Embedding."""
 
@@ -58,5 +68,6 @@ def use_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models on a device that are loaded from now on have these, and their attention takes the context in one piece."""
     monkeypatch.setattr(latent, "pieces_for", lambda config, device: 1)
     monkeypatch.setattr(weights.DeviceWeights, "gated", staticmethod(moe.gated))
+    monkeypatch.setattr(compressed, "Joined", DenseJoined)
     for name, instead in {"Linear": DenseLinear, "HeadLinear": DenseHeads, "Embedding": DenseEmbedding}.items():
         monkeypatch.setattr(weights, name, instead)

@@ -15,10 +15,10 @@ from localrun.gpu.caches.compressed import INDEX_OPEN, INDEX_POOLED, OPEN, POOLE
 from localrun.network import hyper
 
 
-def mix_each(computed, scale, base, streams, config):
+def mix_each(computed, scale, base, streams, norm, config):
     """As gpu.streams.mix_streams: each token has the bits that it has alone."""
     parts = zip(computed.split(1), streams.split(1), strict=True)
-    mixed = [hyper.mix_streams(some, scale, base, stream, config) for some, stream in parts]
+    mixed = [hyper.mix_streams(some, scale, base, stream, norm, config) for some, stream in parts]
 
     def expand(y_TD):
         return torch.cat([each(y) for (_, each), y in zip(mixed, y_TD.split(1), strict=True)])
@@ -35,18 +35,20 @@ def turned_heads(q_THW, positions_T, turns, rope_dim, epsilon):
     return torch.cat(outs)
 
 
-def append_rows(kv_TW, norm_W, turns, places, layer, config):
-    """As gpu.attention.compressed_rows.append_rows."""
+def append(kv_TW, norm_W, openings, turns, places, layer, config):
+    """As gpu.attention.compressed_rows.append."""
     for t, position in enumerate(places.positions.tolist()):
         row_1W = rms_norm(kv_TW[t : t + 1], kv_TW.shape[1:], norm_W, config.rms_norm_eps)
         ring, at = _window(places, layer, t, config), turns.at(places.positions[t : t + 1])
         ring[position % len(ring)] = turns.rope.rotate_last(row_1W[:, None], at)[0, 0]
+    entries = (OPEN, POOLED), (INDEX_OPEN, INDEX_POOLED)
+    for opening, (source, target) in zip(openings, entries, strict=False):
+        _append_pooled(opening, source, target, turns, places, layer, config)
 
 
-def append_pooled(values, gates, bias, norm_W, turns, places, layer, config, is_index=False):
-    """As gpu.attention.compressed_rows.append_pooled."""
+def _append_pooled(opening, source, target, turns, places, layer, config):
+    values, gates, bias, norm_W = opening.values_TX, opening.gates_TX, opening.bias, opening.norm_W
     ratio, n_rows, width = config.compress_ratio(layer), ring_rows(config.rows(layer)[2]), len(norm_W)
-    source, target = (INDEX_OPEN, INDEX_POOLED) if is_index else (OPEN, POOLED)
     n_parts = values.shape[1] // width
     opens = []
     for t, position in enumerate(places.positions.tolist()):
@@ -117,7 +119,7 @@ def _rows(places, layer, token, entry, n_rows, width, dtype=None):
 
 def use_torch(patch: pytest.MonkeyPatch) -> None:
     """Models on a device that are loaded from now on have these."""
-    for function in (turned_heads, append_rows, append_pooled):
+    for function in (turned_heads, append):
         patch.setattr(compressed_rows, function.__name__, function)
     for function in (attend_at, attend_seen):
         patch.setattr(compressed_decoding, function.__name__, function)

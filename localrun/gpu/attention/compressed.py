@@ -6,17 +6,19 @@ Letters: T tokens, H heads, d head_dim, D hidden_size, I the indexer's heads, i 
 from typing import Any
 
 import torch
+from torch.nn.functional import rms_norm
 
 from localrun.gpu.attention import compressed_decoding, compressed_rows
 from localrun.gpu.attention.compressed_decoding import Attending
+from localrun.gpu.attention.compressed_rows import Opening
 from localrun.gpu.attention.flash_decoding import pieces_for
 from localrun.gpu.attention.indexer import choose_by
 from localrun.gpu.attention.turns import Turns
 from localrun.gpu.caches.compressed import CompressedCache
 from localrun.gpu.caches.places import Places
+from localrun.gpu.matrices.linear import Joined
 from localrun.models.config import Config
 from localrun.network import compressed
-from localrun.network.compressor import Compressor
 from localrun.network.weight_source import Seen, WeightSource
 
 
@@ -42,6 +44,12 @@ class CompressedAttention(compressed.CompressedAttention):
         self.dtype = torch.float32 if device.type == "cpu" else torch.float16
         super().__init__(config, weights, index, DeviceRope(turns))
         self.n_pieces = pieces_for(config, device)
+        both = self.compressor, None if self.indexer is None else self.indexer.compressor
+        self._compressors = [each for each in both if each is not None]
+        readers = [self.q_a_proj, self.kv_proj]
+        for each in self._compressors:
+            readers += [each.kv_proj, each.gate_proj]
+        self._first = Joined(readers if self.indexer is None else [*readers, self.indexer.weights_proj])
 
     def new_indexer(self, *arguments: Any) -> "Indexer":
         """Over keys on the device."""
@@ -64,29 +72,23 @@ class CompressedAttention(compressed.CompressedAttention):
 
     def _step(self, x_TD: torch.Tensor, places: Places) -> torch.Tensor:
         c, layer, tables, chosen_TK = self.config, self.layer, self.tables, None
-        q_TQ, q_THd = self.queries(x_TD)
+        q_TQ, kv_TW, *pooling = self._first(x_TD)
+        q_TQ = rms_norm(q_TQ, (c.q_lora_rank,), self.q_a_norm, c.rms_norm_eps)
+        q_THd = self.q_b_proj(q_TQ).unflatten(1, (c.num_attention_heads, -1))
         q_THd = compressed_rows.turned_heads(q_THd, places.positions, tables, c.qk_rope_head_dim, c.rms_norm_eps)
-        compressed_rows.append_rows(self.kv_proj(x_TD), self.kv_norm, tables, places, layer, c)
-        if self.compressor is not None:
-            _append(self.compressor, x_TD, tables, places, layer)
+        openings = [
+            Opening(values, gates, each.position_bias, each.kv_norm)
+            for each, values, gates in zip(self._compressors, pooling[::2], pooling[1::2], strict=False)
+        ]
+        compressed_rows.append(kv_TW, self.kv_norm, openings, tables, places, layer, c)
         if self.indexer is not None:
-            _append(self.indexer.compressor, x_TD, tables, places, layer, is_index=True)
-            chosen_TK = self.indexer.choose(x_TD, q_TQ, places)
+            chosen_TK = self.indexer.choose(pooling[-1], q_TQ, places)
         mixed_THd = compressed_decoding.attend_at(self._attending(places.is_exact), q_THd, places, chosen_TK)
         return self.output(mixed_THd)
 
     def _attending(self, is_exact: bool) -> Attending:
         dtype = torch.float32 if is_exact else self.dtype
         return Attending(self.config, self.layer, self.tables, self.sinks, self.scale, self.n_pieces, dtype)
-
-
-def _append(
-    compressor: Compressor, x_TD: torch.Tensor, tables: Turns, places: Places, layer: int, is_index: bool = False
-) -> None:
-    values, gates, bias = compressor.kv_proj(x_TD), compressor.gate_proj(x_TD), compressor.position_bias
-    compressed_rows.append_pooled(
-        values, gates, bias, compressor.kv_norm, tables, places, layer, compressor.config, is_index
-    )
 
 
 class Indexer(compressed.Indexer):
@@ -102,9 +104,9 @@ class Indexer(compressed.Indexer):
     ) -> torch.Tensor | None:
         """As the network's, of a prompt; rows that a token does not see come last."""
         self.compressor(x_TD, cache, compressed.KEYS)
-        return self.choose(x_TD, q_TQ, cache.places(len(x_TD), x_TD.device))
+        return self.choose(self.weights_proj(x_TD), q_TQ, cache.places(len(x_TD), x_TD.device))
 
-    def choose(self, x_TD: torch.Tensor, q_TQ: torch.Tensor, places: Places) -> torch.Tensor | None:
+    def choose(self, weights_TI: torch.Tensor, q_TQ: torch.Tensor, places: Places) -> torch.Tensor | None:
         """int32 (T, K) of tokens whose keys are in the cache; None if all attend to all that they see."""
         c, ratio = self.config, self.compressor.ratio
         if not 0 < c.index_topk < places.most // ratio:
@@ -112,4 +114,4 @@ class Indexer(compressed.Indexer):
         q_TIi = self.q_b_proj(q_TQ).unflatten(1, (c.index_n_heads, -1))
         q_TIi = compressed_rows.turned_heads(q_TIi, places.positions, self.rope.tables, c.qk_rope_head_dim, None)
         dtype = torch.float32 if places.is_exact else self.dtype
-        return choose_by(q_TIi, self.weights_proj(x_TD), places, self.layer, c.index_topk, dtype, ratio)
+        return choose_by(q_TIi, weights_TI, places, self.layer, c.index_topk, dtype, ratio)

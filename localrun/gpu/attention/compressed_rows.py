@@ -6,6 +6,9 @@ Letters: T tokens, H heads, W head_dim, R qk_rope_head_dim, m parts of a token (
 Source: network/compressed.py and network/compressor.py, which have the same in torch.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +18,8 @@ from localrun.gpu.caches.compressed import INDEX_OPEN, INDEX_POOLED, OPEN, POOLE
 from localrun.gpu.caches.places import Places, block_of
 from localrun.models.config import Config
 
-_WINDOW = tl.constexpr(WINDOW)
+_WINDOW, _OPEN, _POOLED = tl.constexpr(WINDOW), tl.constexpr(OPEN), tl.constexpr(POOLED)
+_INDEX_OPEN, _INDEX_POOLED = tl.constexpr(INDEX_OPEN), tl.constexpr(INDEX_POOLED)
 
 _HEADS = 4  # a program turns
 _COLUMNS = 1024  # of rows that a program writes
@@ -60,12 +64,11 @@ def _store_row(row, x, even, odd, norm, fine, coarse, position, epsilon, W: tl.c
 
 
 @triton.jit
-def row_kernel(kv, norm, positions, table, entry_stride, token_stride, fine, coarse, epsilon, W: tl.constexpr,
+def _write_row(kv, norm, table, entry_stride, token_stride, fine, coarse, position, token, epsilon, W: tl.constexpr,
                R: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_PAIRS: tl.constexpr, KEY: tl.constexpr,
                N_ROWS: tl.constexpr):  # fmt: skip
-    """Program (token): its row to the window's ring of N_ROWS."""
-    token, column, pair = tl.program_id(0), tl.arange(0, BLOCK_W), tl.arange(0, BLOCK_PAIRS)
-    position = tl.load(positions + token)
+    """A token's row to the window's ring of N_ROWS."""
+    column, pair = tl.arange(0, BLOCK_W), tl.arange(0, BLOCK_PAIRS)
     kv += token.to(tl.int64) * W
     x = tl.load(kv + column, mask=column < W, other=0.0)
     inside, last = pair < R // 2, W - R + 2 * pair
@@ -75,16 +78,41 @@ def row_kernel(kv, norm, positions, table, entry_stride, token_stride, fine, coa
 
 
 @triton.jit
-def open_kernel(values, gates, bias, positions, table, entry_stride, token_stride, WIDTH: tl.constexpr,
-                BLOCK: tl.constexpr, ENTRY: tl.constexpr, RATIO: tl.constexpr, N_ROWS: tl.constexpr):  # fmt: skip
-    """Program (token, columns): these of what rows will be pooled of to its ring, values and behind them weights."""
-    token, column = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    position, inside = tl.load(positions + token), column < WIDTH
+def _open(values, gates, bias, table, entry_stride, token_stride, position, token, block, ENTRY: tl.constexpr,
+          WIDTH: tl.constexpr, BLOCK: tl.constexpr, RATIO: tl.constexpr, N_ROWS: tl.constexpr):  # fmt: skip
+    """Columns of what rows will be pooled of to its ring: values, and behind them weights."""
+    column = block * BLOCK + tl.arange(0, BLOCK)
+    inside = column < WIDTH
     row = block_of(table, ENTRY, token, entry_stride, token_stride, tl.float32, 4) + position % N_ROWS * 2 * WIDTH
     tl.store(row + column, tl.load(values + token * WIDTH + column, mask=inside, other=0.0), mask=inside)
     gate = tl.load(gates + token * WIDTH + column, mask=inside, other=0.0)
     gate += tl.load(bias + position % RATIO * WIDTH + column, mask=inside, other=0.0)
     tl.store(row + WIDTH + column, gate, mask=inside)
+
+
+@triton.jit
+def append_kernel(kv, norm, values, gates, bias, index_values, index_gates, index_bias, positions, table, entry_stride,
+                  token_stride, fine, coarse, epsilon, W: tl.constexpr, R: tl.constexpr, BLOCK_W: tl.constexpr,
+                  BLOCK_PAIRS: tl.constexpr, KEY: tl.constexpr, N_ROWS: tl.constexpr, OPEN_ROWS: tl.constexpr,
+                  RATIO: tl.constexpr, WIDTH: tl.constexpr, INDEX_WIDTH: tl.constexpr,
+                  BLOCK: tl.constexpr):  # fmt: skip
+    """Program (token, part): its row to the window's ring of N_ROWS; or columns of what rows are pooled of, WIDTH wide,
+    to the ring of OPEN_ROWS; or of the indexer's. Widths are 0 where there is none.
+    """
+    token, part = tl.program_id(0), tl.program_id(1)
+    position = tl.load(positions + token)
+    n_blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    if part == 0:
+        _write_row(kv, norm, table, entry_stride, token_stride, fine, coarse, position, token, epsilon, W, R, BLOCK_W,
+                   BLOCK_PAIRS, KEY, N_ROWS)  # fmt: skip
+    elif part <= n_blocks:
+        if WIDTH > 0:
+            _open(values, gates, bias, table, entry_stride, token_stride, position, token, part - 1, _OPEN, WIDTH,
+                  BLOCK, RATIO, OPEN_ROWS)  # fmt: skip
+    else:
+        if INDEX_WIDTH > 0:
+            _open(index_values, index_gates, index_bias, table, entry_stride, token_stride, position, token,
+                  part - 1 - n_blocks, _INDEX_OPEN, INDEX_WIDTH, BLOCK, RATIO, OPEN_ROWS)  # fmt: skip
 
 
 @triton.jit
@@ -112,22 +140,39 @@ def _pooled(rows, end, column, inside, W: tl.constexpr, BLOCK: tl.constexpr, RAT
 
 
 @triton.jit
-def pool_kernel(norm, positions, table, entry_stride, token_stride, fine, coarse, epsilon, W: tl.constexpr,
-                R: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_PAIRS: tl.constexpr, KEY: tl.constexpr,
-                FROM: tl.constexpr, TO: tl.constexpr, RATIO: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr,
-                N_ROWS: tl.constexpr):  # fmt: skip
-    """Program (token): the row that is pooled where it is the last of RATIO tokens; their rows are in the ring."""
+def _pool(norm, token, end, table, entry_stride, token_stride, fine, coarse, epsilon, W: tl.constexpr, R: tl.constexpr,
+          BLOCK_W: tl.constexpr, BLOCK_PAIRS: tl.constexpr, KEY: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr,
+          RATIO: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr, N_ROWS: tl.constexpr):  # fmt: skip
+    """The row that is pooled of RATIO tokens before `end`, to its place."""
+    column, pair = tl.arange(0, BLOCK_W), tl.arange(0, BLOCK_PAIRS)
+    rows = block_of(table, FROM, token, entry_stride, token_stride, tl.float32, 4)
+    inside, last = pair < R // 2, W - R + 2 * pair
+    x = _pooled(rows, end, column, column < W, W, BLOCK_W, RATIO, PARTS, SLOTS, N_ROWS)
+    even = _pooled(rows, end, last, inside, W, BLOCK_PAIRS, RATIO, PARTS, SLOTS, N_ROWS)
+    odd = _pooled(rows, end, last + 1, inside, W, BLOCK_PAIRS, RATIO, PARTS, SLOTS, N_ROWS)
+    row = block_of(table, TO, token, entry_stride, token_stride, KEY, 4) + (end // RATIO - 1) * W
+    _store_row(row, x, even, odd, norm, fine, coarse, end - RATIO, epsilon, W, R, BLOCK_W, BLOCK_PAIRS, KEY)
+
+
+@triton.jit
+def pool_kernel(norm, index_norm, positions, table, entry_stride, token_stride, fine, coarse, epsilon, W: tl.constexpr,
+                INDEX_W: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_INDEX_W: tl.constexpr, R: tl.constexpr,
+                BLOCK_PAIRS: tl.constexpr, KEY: tl.constexpr, RATIO: tl.constexpr, PARTS: tl.constexpr,
+                SLOTS: tl.constexpr, N_ROWS: tl.constexpr):  # fmt: skip
+    """Program (token, 0 or 1): where it is the last of RATIO tokens the row that is pooled, or the indexer's, W wide
+    each; what they are pooled of is in the rings.
+    """
     token = tl.program_id(0)
     end = tl.load(positions + token) + 1
     if end % RATIO == 0:
-        column, pair = tl.arange(0, BLOCK_W), tl.arange(0, BLOCK_PAIRS)
-        rows = block_of(table, FROM, token, entry_stride, token_stride, tl.float32, 4)
-        inside, last = pair < R // 2, W - R + 2 * pair
-        x = _pooled(rows, end, column, column < W, W, BLOCK_W, RATIO, PARTS, SLOTS, N_ROWS)
-        even = _pooled(rows, end, last, inside, W, BLOCK_PAIRS, RATIO, PARTS, SLOTS, N_ROWS)
-        odd = _pooled(rows, end, last + 1, inside, W, BLOCK_PAIRS, RATIO, PARTS, SLOTS, N_ROWS)
-        row = block_of(table, TO, token, entry_stride, token_stride, KEY, 4) + (end // RATIO - 1) * W
-        _store_row(row, x, even, odd, norm, fine, coarse, end - RATIO, epsilon, W, R, BLOCK_W, BLOCK_PAIRS, KEY)
+        if tl.program_id(1) == 0:
+            _pool(norm, token, end, table, entry_stride, token_stride, fine, coarse, epsilon, W, R, BLOCK_W,
+                  BLOCK_PAIRS, KEY, _OPEN, _POOLED, RATIO, PARTS, SLOTS, N_ROWS)  # fmt: skip
+        else:
+            if INDEX_W > 0:
+                _pool(index_norm, token, end, table, entry_stride, token_stride, fine, coarse, epsilon, INDEX_W, R,
+                      BLOCK_INDEX_W, BLOCK_PAIRS, KEY, _INDEX_OPEN, _INDEX_POOLED, RATIO, PARTS, SLOTS,
+                      N_ROWS)  # fmt: skip
 
 
 def turned_heads(
@@ -143,45 +188,54 @@ def turned_heads(
     return out_THW
 
 
-def append_rows(
-    kv_TW: torch.Tensor, norm_W: torch.Tensor, turns: Turns, places: Places, layer: int, config: Config
-) -> None:
-    """Rows of the window, as they are projected, float32 (T, W): normed and turned to the tokens' places."""
-    c = config
-    row_kernel[(len(kv_TW),)](
-        kv_TW.contiguous(), norm_W, *places.of_layer(layer), turns.fine, turns.coarse, c.rms_norm_eps,
-        **_widths(c.head_dim, c.qk_rope_head_dim), KEY=key_type(places.is_exact),
-        N_ROWS=ring_rows(c.rows(layer)[0]), num_warps=4,
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Opening:
+    """What a compressor's rows are pooled of, as it is projected.
+
+    Attributes:
+        values_TX, gates_TX: float32 (T, m * W).
+        bias: of the gates, (ratio, m * W).
+        norm_W: of the rows.
+    """
+
+    values_TX: torch.Tensor
+    gates_TX: torch.Tensor
+    bias: torch.Tensor
+    norm_W: torch.Tensor
 
 
-def append_pooled(
-    values_TX: torch.Tensor,
-    gates_TX: torch.Tensor,
-    bias: torch.Tensor,
+def append(
+    kv_TW: torch.Tensor,
     norm_W: torch.Tensor,
+    openings: Sequence[Opening],
     turns: Turns,
     places: Places,
     layer: int,
     config: Config,
-    is_index: bool = False,
 ) -> None:
-    """What rows are pooled of, as it is projected, float32 (T, m * W), and the rows that are complete by that.
-
-    bias: of weights, (ratio, m * W). is_index: of the layer's indexer.
+    """All that tokens leave in a layer's cache: rows of the window, as they are projected, float32 (T, W), normed and
+    turned; what rows are pooled of, and the rows that are complete by that. openings: the layer's, its indexer's.
     """
-    c, width, n_parts = config, len(norm_W), values_TX.shape[1] // len(norm_W)
-    ratio, n_rows = c.compress_ratio(layer), ring_rows(c.rows(layer)[2])
-    of_layer, source = places.of_layer(layer), INDEX_OPEN if is_index else OPEN
-    open_kernel[len(values_TX), triton.cdiv(n_parts * width, _COLUMNS)](
-        values_TX.contiguous(), gates_TX.contiguous(), bias, *of_layer, n_parts * width, _COLUMNS, source, ratio,
-        n_rows, num_warps=4,
+    c, n_tokens, is_exact, of_layer = config, len(kv_TW), places.is_exact, places.of_layer(layer)
+    rows = c.rows(layer)
+    widths = [opening.values_TX.shape[1] for opening in openings] + [0] * (2 - len(openings))
+    inputs = [x.contiguous() for each in openings for x in (each.values_TX, each.gates_TX, each.bias)]
+    inputs += [norm_W] * (6 - len(inputs))  # not read
+    ratio, n_rows = (c.compress_ratio(layer), ring_rows(rows[2])) if openings else (1, 1)
+    shared = {"KEY": key_type(is_exact), "RATIO": ratio, "num_warps": 4}
+    append_kernel[n_tokens, 1 + sum(triton.cdiv(width, _COLUMNS) for width in widths)](
+        kv_TW.contiguous(), norm_W, *inputs, *of_layer, turns.fine, turns.coarse, c.rms_norm_eps,
+        **_widths(c.head_dim, c.qk_rope_head_dim), N_ROWS=ring_rows(rows[0]), OPEN_ROWS=n_rows, WIDTH=widths[0],
+        INDEX_WIDTH=widths[1], BLOCK=_COLUMNS, **shared,
     )  # fmt: skip
-    pool_kernel[(len(values_TX),)](
-        norm_W, *of_layer, turns.fine, turns.coarse, c.rms_norm_eps, **_widths(width, c.qk_rope_head_dim),
-        KEY=key_type(places.is_exact), FROM=source, TO=INDEX_POOLED if is_index else POOLED, RATIO=ratio,
-        PARTS=n_parts, SLOTS=_SLOTS, N_ROWS=n_rows, num_warps=4,
-    )  # fmt: skip
+    if openings:
+        norms = [opening.norm_W for opening in openings] + [norm_W] * (2 - len(openings))
+        index_width = len(norms[1]) if len(openings) > 1 else 0
+        pool_kernel[n_tokens, len(openings)](
+            *norms, *of_layer, turns.fine, turns.coarse, c.rms_norm_eps, **_widths(len(norms[0]), c.qk_rope_head_dim),
+            INDEX_W=index_width, BLOCK_INDEX_W=triton.next_power_of_2(max(1, index_width)),
+            PARTS=widths[0] // len(norms[0]), SLOTS=_SLOTS, N_ROWS=n_rows, **shared,
+        )  # fmt: skip
 
 
 def _widths(width: int, rope_dim: int) -> dict[str, int]:

@@ -1,5 +1,8 @@
 """y = W x for 1 to 8 tokens: every weight is read once for all. Sums in float32, in a fixed order.
 
+Where columns are split among programs, the one that is done last sums what all have left, in the parts' order: a launch
+less, and the same sums whoever it is.
+
 Also what reads rows without multiplying (embedding, dense) and the product with a transposed matrix. One matrix, or one
 a group (attention heads). Letters: T tokens, G groups, R rows and U units (formats/blocks.py) of a tile.
 """
@@ -117,11 +120,15 @@ def _sum(total):
 
 @triton.jit
 def _multiply(
-    w, scales, x, out, n_rows, n_cols, n_units, stride, group_bytes, scale_stride,
+    w, scales, x, out, partial, done, n_rows, n_cols, n_units, stride, group_bytes, scale_stride,
     FORMAT: tl.constexpr, BYTES: tl.constexpr, WORD: tl.constexpr, T: tl.constexpr, R: tl.constexpr,
     U: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """out[part, t, g, r] = W[g, r] . x[t, g] over a part of the columns. Grid: tiles of rows, parts, groups."""
+    """out[t, g, r] = W[g, r] . x[t, g]. Grid: tiles of rows, parts of the columns, groups.
+
+    partial: float32 (SPLIT, T, G, rows) for parts' sums, done: int32 (G, tiles), zeros before and after; neither is
+    used where SPLIT is 1.
+    """
     row0, part, group, n_groups = tl.program_id(0) * R, tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     n_here = tl.minimum(n_rows - row0, R)
     i = tl.arange(0, R)
@@ -134,9 +141,25 @@ def _multiply(
         w, tl.minimum(i, n_here - 1), first, last, stride, n_cols, scales, x + group * n_cols, n_groups * n_cols,
         FORMAT, WORD, T, R, U,
     )  # fmt: skip
-    per_token = n_groups * n_rows
-    at = out + (part * T * n_groups + group) * n_rows + row0 + i
-    here = i < n_here
+    per_token, at, here = n_groups * n_rows, group * n_rows + row0 + i, i < n_here
+    if SPLIT == 1:
+        _store(out + at, per_token, here, y0, y1, y2, y3, y4, y5, y6, y7, T)
+    else:
+        _store(partial + part * T * per_token + at, per_token, here, y0, y1, y2, y3, y4, y5, y6, y7, T)
+        tl.debug_barrier()  # all of the program's threads have stored before it counts itself
+        done += group * tl.num_programs(0) + tl.program_id(0)
+        if tl.atomic_add(done, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:
+            tl.store(done, 0)
+            for t in tl.static_range(T):
+                total = tl.zeros((R,), tl.float32)
+                for other in tl.static_range(SPLIT):  # past the L1 cache, which others' stores do not reach
+                    total += tl.load(partial + (other * T + t) * per_token + at, mask=here, cache_modifier=".cg")
+                tl.store(out + t * per_token + at, total, mask=here)
+
+
+@triton.jit
+def _store(at, per_token, here, y0, y1, y2, y3, y4, y5, y6, y7, T: tl.constexpr):
+    """Of T tokens."""
     tl.store(at, y0, mask=here)
     if T > 1:
         tl.store(at + per_token, y1, mask=here)
@@ -229,13 +252,16 @@ def multiply(matrix: Matrix, x: torch.Tensor) -> torch.Tensor:
     tile = tiles.of(x.device).few
     rows, units = tile_rows(tile, n_tokens), units_of(tile, layout)
     n_parts = parts(matrix, x.device)
-    out = torch.empty(n_parts, n_tokens, matrix.n_groups, matrix.n_rows, device=x.device)
+    out = torch.empty(n_tokens, matrix.n_groups, matrix.n_rows, device=x.device)
+    partial, done = out, matrix.data
+    if n_parts > 1:
+        partial, done = torch.empty(n_parts, *out.shape, device=x.device), matrix.done
     _multiply[-(-matrix.n_rows // rows), n_parts, matrix.n_groups](
-        matrix.data, matrix.scale_pointer, x, out, matrix.n_rows, matrix.n_cols, matrix.n_units, matrix.stride,
-        matrix.group_bytes, matrix.scale_stride, layout.name, layout.block_bytes, layout.word, n_tokens, rows, units,
-        n_parts, num_warps=tile.warps,
+        matrix.data, matrix.scale_pointer, x, out, partial, done, matrix.n_rows, matrix.n_cols, matrix.n_units,
+        matrix.stride, matrix.group_bytes, matrix.scale_stride, layout.name, layout.block_bytes, layout.word, n_tokens,
+        rows, units, n_parts, num_warps=tile.warps,
     )  # fmt: skip
-    return out[0] if n_parts == 1 else out.sum(0)
+    return out
 
 
 def expand_rows(matrix: Matrix, rows: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -3,10 +3,13 @@
 Letters: T tokens, G groups (attention heads).
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 
 from localrun.gpu.matrices import gemm, gemv
-from localrun.gpu.matrices.matrix import Matrix, upload
+from localrun.gpu.matrices.matrix import PADDING, Matrix, upload
 from quant.matrix import QuantMatrix
 
 
@@ -27,6 +30,36 @@ class Linear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """float32 (T, in) -> (T, out)."""
         return multiply(self.matrix, x[:, None]).squeeze(1)
+
+
+class Joined:
+    """Matrices that read one input: those of a format lie one after the other, and few tokens take one launch each."""
+
+    def __init__(self, linears: Sequence[Linear]):
+        """Moves their blocks; they stay what they are."""
+        formats = dict.fromkeys(linear.matrix.layout.name for linear in linears)
+        self._members = [[i for i, each in enumerate(linears) if each.matrix.layout.name == name] for name in formats]
+        self._stacks = [_stack([linears[i] for i in members]) for members in self._members]
+        self._sizes = [linear.matrix.n_rows for linear in linears]
+
+    def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """float32 (T, in) -> of each (T, out); of several tokens these are columns of something wider."""
+        found: dict[int, torch.Tensor] = {}
+        for members, matrix in zip(self._members, self._stacks, strict=True):
+            rows = multiply(matrix, x[:, None]).squeeze(1).split([self._sizes[i] for i in members], 1)
+            found |= zip(members, rows, strict=True)
+        return [found[i] for i in range(len(found))]
+
+
+def _stack(linears: Sequence[Linear]) -> Matrix:
+    """All rows as one matrix; each linear's are a part of its memory from then on."""
+    matrices = [linear.matrix for linear in linears]
+    data = torch.cat([matrix.data[: matrix.group_bytes] for matrix in matrices] + [matrices[-1].data[-PADDING:]])
+    first = 0
+    for linear, matrix in zip(linears, matrices, strict=True):
+        linear.matrix = replace(matrix, data=data[first:])
+        first += matrix.group_bytes
+    return replace(matrices[0], data=data, n_rows=sum(matrix.n_rows for matrix in matrices))
 
 
 class HeadLinear:

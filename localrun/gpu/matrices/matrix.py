@@ -53,6 +53,11 @@ class Matrix:
         return 0 if self.scales is None else self.scales.shape[-1]
 
     @cached_property
+    def done(self) -> torch.Tensor:
+        """Counters for programs that share rows (gemv.py), zeros: of one stream's launches, one after the other."""
+        return torch.zeros(self.n_groups * self.n_rows, dtype=torch.int32, device=self.data.device)
+
+    @cached_property
     def scale_pointer(self) -> torch.Tensor:
         """What kernels take for scales, or for the format's grid."""
         if self.layout.name in codebooks.SHAPES:

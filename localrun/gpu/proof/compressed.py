@@ -20,6 +20,7 @@ from torch.nn.functional import rms_norm
 
 from localrun.gpu import streams
 from localrun.gpu.attention import compressed_decoding, compressed_rows, indexer
+from localrun.gpu.attention.compressed_rows import Opening
 from localrun.gpu.attention.flash_decoding import pieces_for
 from localrun.gpu.attention.turns import Turns
 from localrun.gpu.caches.cache import new_cache
@@ -93,13 +94,15 @@ def _streams(subject: Subject, findings: Findings, n_tokens: int) -> None:
     computed, scale = subject.vectors(n_tokens, n * (n + 2), 1), subject.vectors(1, 3, 2)[0]
     base, y = subject.vectors(1, n * (n + 2), 3)[0], subject.vectors(n_tokens, width, 4)
     given = subject.vectors(n_tokens, n * width, 5).unflatten(1, (n, width))
-    on_device = (x.to(device) for x in (computed, scale, base, given))
+    norm = 1 + subject.vectors(1, width, 6)[0] / 4
+    on_device = (x.to(device) for x in (computed, scale, base, given, norm))
     found, expand = streams.mix_streams(*on_device, c)
     expanded = expand(y.to(device))
-    inputs = [x.double() for x in (computed, scale, base)]
-    right, right_expand = hyper.mix_streams(*inputs, given.double(), c)
-    size, size_expand = hyper.mix_streams(*inputs, given.double().abs(), c)
-    compare(findings, what, found, right, _STREAMS * size)
+    inputs, norm = [x.double() for x in (computed, scale, base)], norm.double()
+    right, right_expand = hyper.mix_streams(*inputs, given.double(), norm, c)
+    size, size_expand = hyper.mix_streams(*inputs, given.double().abs(), norm, c)
+    # Mixed magnitudes are up to 1.7 times as long as what is mixed, by which the norm shortens them.
+    compare(findings, what, found, right, 2 * _STREAMS * size)
     compare(findings, f"{what}, behind", expanded, right_expand(y.double()), _STREAMS * size_expand(y.double().abs()))
 
 
@@ -113,26 +116,26 @@ def _rows(subject: Subject, findings: Findings, layer: int, turns: Turns) -> Non
     cache, places = _filled(subject, layer, first + n_tokens, n_tokens)
     blocks, positions = cache.blocks[layer], places.positions.cpu()
     kv, norm = subject.vectors(n_tokens, c.head_dim, 6), 1 + subject.vectors(1, c.head_dim, 7)[0] / 4
-    compressed_rows.append_rows(kv.to(device), norm.to(device), turns, places, layer, c)
+    openings, rings = [], []
+    for at, width in ((1, c.head_dim), (3, c.index_head_dim)):
+        if at < len(blocks):
+            n_parts = blocks[at + 1].kind.width // (2 * width)
+            values, gates = (subject.vectors(n_tokens, n_parts * width, 8 + i) for i in range(2))
+            bias, of_rows = subject.vectors(ratio, n_parts * width, 10), 1 + subject.vectors(1, width, 11)[0] / 4
+            ring = blocks[at + 1].rows.cpu().double()
+            ring[positions % len(ring)] = torch.cat([values, gates + bias[positions % ratio]], 1).double()
+            rings.append((blocks[at].rows, ring, n_parts, of_rows.double()))
+            openings.append(Opening(*(x.to(device) for x in (values, gates, bias, of_rows))))
+    compressed_rows.append(kv.to(device), norm.to(device), openings, turns, places, layer, c)
     right = _turned(rms_norm(kv.double(), (c.head_dim,), norm.double(), eps), turns, positions)
     found = blocks[0].rows[places.positions % len(blocks[0].rows)]
     compare(findings, what, found, right, _ROWS * right.abs() + _LEAST)
-    for at, width in ((1, c.head_dim), (3, c.index_head_dim)):
-        if at >= len(blocks):
-            continue
-        n_parts = blocks[at + 1].kind.width // (2 * width)
-        values, gates = (subject.vectors(n_tokens, n_parts * width, 8 + i) for i in range(2))
-        bias, norm = subject.vectors(ratio, n_parts * width, 10), 1 + subject.vectors(1, width, 11)[0] / 4
-        ring = blocks[at + 1].rows.cpu().double()
-        ring[positions % len(ring)] = torch.cat([values, gates + bias[positions % ratio]], 1).double()
-        on_device = (x.to(device) for x in (values, gates, bias, norm))
-        compressed_rows.append_pooled(*on_device, turns, places, layer, c, is_index=at == 3)
+    for rows, ring, n_parts, of_rows in rings:
         for end in range(first + 1, first + n_tokens + 1):
             if end % ratio == 0:
-                right = _pooled(ring, end, ratio, n_parts, norm.double(), eps)
+                right = _pooled(ring, end, ratio, n_parts, of_rows, eps)
                 right = _turned(right[None], turns, torch.tensor([end - ratio]))
-                found = blocks[at].rows[end // ratio - 1][None]
-                compare(findings, f"{what}, pooled", found, right, _ROWS * right.abs() + _LEAST)
+                compare(findings, f"{what}, pooled", rows[end // ratio - 1][None], right, _ROWS * right.abs() + _LEAST)
 
 
 def _pooled(ring: torch.Tensor, end: int, ratio: int, n_parts: int, norm: torch.Tensor, epsilon: float) -> torch.Tensor:

@@ -28,14 +28,17 @@ CHOSEN = {
         *["attention V4 16 bits", "streams V4", "router V4", "gated"],
     ],
     89: [
-        *["Q8_0 5 tokens", "experts 1 tokens, Q4_K Q6_K", "MXFP4 1 tokens", "Q5_K rows"],
+        *["Q8_0 5 tokens", "experts 1 tokens, Q4_K Q6_K", "MXFP4 1 tokens", "Q5_K rows", "Q8_0 8 tokens, split"],
         *["attention V3 16 bits", "attention V3 8 bits", "attention V2-Lite 16 bits", "attention V2-Lite 8 bits"],
         *["router V3", "attention GLM-4.5 16 bits", "attention gpt-oss 16 bits", "sparse attention V3.2"],
         *["attention V4 to chosen rows", "streams V4"],
     ],
-    120: ["Q4_K 1 tokens", "F16 4 tokens", "attention V3 16 bits", "router V3", "attention gpt-oss 16 bits"],
+    120: [
+        *["Q4_K 1 tokens", "F16 4 tokens", "BF16 1 tokens, split"],
+        *["attention V3 16 bits", "router V3", "attention gpt-oss 16 bits"],
+    ],
     90: [
-        *["Q4_K 64 tokens", "FP8 products", "F16 4 tokens", "attention V3 16 bits"],
+        *["Q4_K 64 tokens", "FP8 products", "F16 4 tokens", "attention V3 16 bits", "Q4_K 1 tokens, split"],
         *["experts 1 tokens, MXFP4 MXFP4", "experts 64 tokens, MXFP4 MXFP4", "sparse attention V3.2"],
         *["experts 64 tokens, Q4_K Q6_K, eight warps", "Q6_K 64 tokens, three stages", "Q4_K 1 tokens, low"],
         *["attention V4 16 bits", "streams V4", "router V4", "gated"],

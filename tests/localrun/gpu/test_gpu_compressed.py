@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import gpu_launches
 import gpu_proofs
 import numpy as np
 import pytest
@@ -43,6 +44,7 @@ from localrun.network import hyper
 from localrun.network.moe import choose_experts
 from localrun.placement import available
 from localrun.placement.placement import Request, lay_out
+from localrun.plan import launches
 from localrun.runtime import KVCache
 
 # As those of gpu_models.py, found: 3e-4, 4e-4, 5e-7.
@@ -290,10 +292,10 @@ FAULTS = {
     ),
     "no weights by place": (
         compressed_rows,
-        "append_pooled",
-        lambda right, a, b, c, *rest, **more: right(a, b, 0 * c, *rest, **more),
+        "append",
+        lambda right, kv, norm, of, *rest: right(kv, norm, [replace(each, bias=0 * each.bias) for each in of], *rest),
     ),
-    "no norm": (compressed_rows, "append_rows", lambda right, kv, norm, *rest: right(kv, 0 * norm + 1, *rest)),
+    "no norm": (compressed_rows, "append", lambda right, kv, norm, *rest: right(kv, 0 * norm + 1, *rest)),
 }
 
 
@@ -324,9 +326,10 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_streams_are_mixed_as_the_networks() -> None:
     computed, scale, base = random(3, 24), random(3, seed=1), random(24, seed=2)
     given, y = random(3, 4, 40, seed=3), random(3, 40, seed=4)
-    right, right_expand = hyper.mix_streams(computed, scale, base, given, CONFIG)
-    found, expand = streams.mix_streams(*(x.to(DEVICE) for x in (computed, scale, base, given)), CONFIG)
-    # Both add up four products of float32 in an order of their own.
+    inputs = computed, scale, base, given, 1 + random(40, seed=5) / 4
+    right, right_expand = hyper.mix_streams(*inputs, CONFIG)
+    found, expand = streams.mix_streams(*(x.to(DEVICE) for x in inputs), CONFIG)
+    # Both add up four products of float32 in an order of their own, and squares for two norms.
     torch.testing.assert_close(found.cpu(), right, rtol=0, atol=1e-6)
     torch.testing.assert_close(expand(y.to(DEVICE)).cpu(), right_expand(y), rtol=0, atol=2e-6)
 
@@ -339,3 +342,12 @@ def test_the_router_by_roots_of_softplus() -> None:
     right_ids, right = choose_experts(logits, None, CONFIG)
     assert torch.equal(ids.cpu(), right_ids)
     torch.testing.assert_close(weights.cpu(), right, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.skipif(HAS_GPU, reason="counts in Triton's interpreter")
+def test_a_layers_launches_are_what_the_planner_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But that all matrices here are of one type: what compressors project is no product of its own."""
+    with opened(SMALL) as (model, _):
+        for index, found in enumerate(gpu_launches.of_layers(model, monkeypatch)):
+            expected = launches.of_layer(model.config, index) - (model.config.compress_ratio(index) > 0)
+            assert found.total() == expected, (index, found)

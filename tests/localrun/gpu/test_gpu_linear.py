@@ -10,7 +10,7 @@ from gpu_device import DEVICE, cut, others
 from kernels import random_weight
 
 from localrun.gpu.matrices import gemv
-from localrun.gpu.matrices.linear import Embedding, HeadLinear, Linear
+from localrun.gpu.matrices.linear import Embedding, HeadLinear, Joined, Linear
 from quant.block_format import Format
 from quant.errors import QuantError
 from quant.formats import registry
@@ -92,6 +92,26 @@ def test_wide_matrices_of_few_rows_are_split(rng: np.random.Generator) -> None:
     linear, x = Linear(weight, DEVICE), rng.standard_normal((1, 256 * 9))
     assert gemv.parts(linear.matrix, DEVICE) > 2
     assert_close(linear(on_device(x)), values, x, "oi,ti->to", FEW)
+
+
+def test_sums_of_parts_are_there_again_and_again(rng: np.random.Generator) -> None:
+    """Whoever is last leaves the counters as it has found them."""
+    linear = Linear(random_weight("Q8_0", (40, 1024), rng)[0], DEVICE)
+    x = on_device(rng.standard_normal((3, 1024)))
+    assert gemv.parts(linear.matrix, DEVICE) > 1
+    right = linear(x)
+    assert all(torch.equal(linear(x), right) for _ in range(2)) and not linear.matrix.done.any()
+
+
+@pytest.mark.parametrize("n_tokens", [1, 3, 12])
+def test_matrices_of_one_input_together(n_tokens: int, rng: np.random.Generator) -> None:
+    """Of two formats in turn, and as they are by themselves from then on."""
+    weights = [random_weight(name, (rows, 256), rng) for name, rows in (("Q8_0", 7), ("F16", 5), ("Q8_0", 40))]
+    linears, x = [Linear(weight, DEVICE) for weight, _ in weights], rng.standard_normal((n_tokens, 256))
+    joined = Joined(linears)
+    for found, linear, (_, values) in zip(joined(on_device(x)), linears, weights, strict=True):
+        for y in (found, linear(on_device(x))):
+            assert_close(y, values, x, "oi,ti->to", FEW if n_tokens < 9 else MANY)
 
 
 TILES = [(kind, name, type_) for kind in ("few", "many") for name in others(kind) for type_ in ("Q4_K", "Q6_K", "F16")]

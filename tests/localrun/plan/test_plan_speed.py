@@ -127,8 +127,8 @@ def test_the_split_adds_up(v3: ModelShape) -> None:
 def test_shared_experts_hide_behind_the_routed_ones(v3: ModelShape) -> None:
     machine = load_machine("10k-server")
     speed = decode_speed(v3, machine, plan_memory(v3, machine, 4096).placement, 512)
-    shared = next(phase for phase in speed.phases if phase.part == "shared experts")
-    assert shared.device == "GPU" and speed.hidden_s == pytest.approx(shared.seconds)
+    shared = [phase.seconds for phase in speed.phases if "shared experts" in phase.part and phase.device == "GPU"]
+    assert len(shared) == 2 and all(shared) and speed.hidden_s == pytest.approx(sum(shared))  # with their launches
 
 
 def test_a_cache_of_experts_takes_its_hits_off_the_cpu(v3: ModelShape) -> None:
