@@ -28,5 +28,5 @@ def of_layer(config: Config, index: int) -> int | None:
     # The first projections, compressors' by themselves; the queries' norm and projection, turns, rows, pooled rows,
     # attention and its sum, output in groups and together.
     attention = (2 if ratio else 1) + 4 + (1 if ratio else 0) + 4
-    hashed = 2 if index < c.num_hash_layers else 0  # ids from the table
+    hashed = 1 if index < c.num_hash_layers else 0  # ids from the table
     return attention + 2 * 3 + hashed + feed_forward  # streams: their product, what is read of them, their mixture
