@@ -284,7 +284,7 @@ class Comparison:
                 yield phase, {"logits": error(found["logits"], self._logits(x))}, None
                 return
             if phase == "head: streams":
-                products = self._stream_products(found[STREAMS], x)
+                products = self._stream_products(found[STREAMS])
                 self.network.hc_head(x)
                 expected = self._weights.seen["output_hc_fn.weight"]
                 yield phase, {STREAMS: error(products, expected)}, None
@@ -296,7 +296,7 @@ class Comparison:
                 attended = self._attended(layer, x)
             sublayer = "attn" if ".attn" in phase else "ffn"
             errors = {
-                name: self._error(name, value, layer, sublayer, n_cached, x, attended, after)
+                name: self._error(name, value, layer, sublayer, n_cached, attended, after)
                 for name, value in found.items()
             }
             if "x" in found:
@@ -319,17 +319,15 @@ class Comparison:
     def _name(self, layer: int, module: str) -> str:
         return names.layer(self.config.architecture, layer, module)
 
-    def _stream_products(self, value: np.ndarray, streams: np.ndarray | torch.Tensor) -> np.ndarray:
-        """The step's, stream by stream and of streams as they are, as the network's: of all as one normed vector."""
-        x = np.asarray(streams).reshape(len(value), -1)
-        rms = np.sqrt(np.mean(x * x, 1, keepdims=True) + self.config.rms_norm_eps)
-        return value.reshape(len(value), self.config.hc_mult, -1).sum(1) / rms
+    def _stream_products(self, value: np.ndarray) -> np.ndarray:
+        """The step's, of each stream alone, as the network's: of all as one vector."""
+        return value.reshape(len(value), self.config.hc_mult, -1).sum(1)
 
     def _error(
         self, name: str, value: np.ndarray, layer: int, sublayer: str, n_cached: list[int],
-        before: torch.Tensor, attended: np.ndarray, after: np.ndarray,
+        attended: np.ndarray, after: np.ndarray,
     ) -> float:  # fmt: skip
-        """Of a phase's vectors against the network's. before, attended, after: sums around the sublayers.
+        """Of a phase's vectors against the network's. attended, after: sums behind the sublayers.
 
         attended is the network's until attention has been compared, and the step's then.
         """
@@ -337,8 +335,7 @@ class Comparison:
         if name == "x":
             return error(value, attended if sublayer == "attn" else after)
         if name == STREAMS:
-            products = self._stream_products(value, before if sublayer == "attn" else attended)
-            return error(products, seen[self._name(layer, f"{sublayer}_hc.fn")])
+            return error(self._stream_products(value), seen[self._name(layer, f"{sublayer}_hc.fn")])
         if name == CHOSEN:
             ratio = max(1, self.config.compress_ratio(layer))
             return chosen_error(value.view(np.int32), seen.get(CHOSEN), [n // ratio for n in n_cached])

@@ -85,7 +85,7 @@ MAY_IMPORT = {
         "streams": "",
         "matrices": "tiles e4m3 formats",
         "caches": "e4m3",
-        "attention": "tiles e4m3 caches",
+        "attention": "tiles e4m3 matrices caches",
         "experts": "tiles formats device matrices",
         "weights": "device streams matrices experts",
         "prefill": "",

@@ -110,8 +110,10 @@ class Rope:
         import torch
 
         if not (self._by_halves if by_halves is None else by_halves):
-            pairs = torch.view_as_complex(x_THR.unflatten(-1, (-1, 2)))
-            return torch.view_as_real(pairs * turns).flatten(-2)
+            pairs = x_THR.unflatten(-1, (-1, 2))
+            if any(n % 2 for n in (*pairs.stride()[:-1], pairs.storage_offset())):  # what a complex view needs
+                pairs = pairs.clone(memory_format=torch.contiguous_format)
+            return torch.view_as_real(torch.view_as_complex(pairs) * turns).flatten(-2)
         # Complex numbers of two halves would have to be put together and taken apart: two to five times as slow.
         cos, sin = turns.real.contiguous(), turns.imag.contiguous()
         (a, b), turned = x_THR.chunk(2, -1), torch.empty_like(x_THR)
