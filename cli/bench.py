@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli import options
-from cli.output import messages_line, note, print_json, printable, progress_bar, reading_line, show, size
+from cli.figures import messages_line, reading_line
+from cli.output import note, print_json, printable, progress_bar, show, size
 from localrun.errors import LocalrunError
 
 if TYPE_CHECKING:

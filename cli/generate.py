@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli import options
+from cli.figures import timing_line
 from cli.output import note, print_json, rate
 from cli.text import check_text, read_text
 from localrun.errors import LocalrunError
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from localrun.generate.constraint import Constraint
     from localrun.generate.reasoning import Part
     from localrun.generate.sampling import Sampling
-    from localrun.generate.session import Session, Stats
+    from localrun.generate.session import Session
 
 
 Prompt = Annotated[str | None, typer.Option("-p", "--prompt", metavar="TEXT", help="The prompt.")]
@@ -168,25 +169,6 @@ def _check_raw(raw: bool, system: str | None, template: options.TemplateOptions)
     }
     for name in (name for name, is_given in given.items() if raw and is_given):
         raise typer.BadParameter(f"{name} needs the chat template, which --raw leaves out")
-
-
-def timing_line(session: "Session") -> str:
-    """How many tokens the last reply read and wrote, and how fast."""
-    stats = session.stats
-    read = rate(stats.prompt_tokens - stats.reused_tokens, stats.prefill_s)
-    reused = f" ({stats.reused_tokens} reused)" if stats.reused_tokens else ""
-    wrote = rate(stats.generated_tokens, stats.decode_s)
-    prompt = f"prompt {stats.prompt_tokens} tokens{reused} {read} t/s"
-    return f"[ {prompt} | reply {stats.generated_tokens} tokens {wrote} t/s{_drafts(stats)} ]"
-
-
-def _drafts(stats: "Stats") -> str:
-    """What drafts did for the reply, if there were any."""
-    if not stats.drafted_tokens:
-        return ""
-    accepted = f"{stats.accepted_tokens} of {stats.drafted_tokens} drafts accepted"
-    gain = f", {stats.speed_up:.2f} times plain speed" if stats.speed_up else ""
-    return f" | {accepted}, {stats.tokens_per_step:.2f} tokens a step{gain}"
 
 
 def _prompt(prompt: str | None, file: str | None) -> str:

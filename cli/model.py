@@ -8,8 +8,9 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import localrun
+from cli.figures import messages_line, reading_line
 from cli.options import LoadOptions, RankOptions, SamplingOptions, ShareChoice, TemplateOptions, ThinkChoice
-from cli.output import messages_line, note, printable, progress_bar, reading_line, size, tell
+from cli.output import note, printable, progress_bar, size, tell
 from localrun.bundled import model_path
 from localrun.text.template_variables import check_names, thinking
 

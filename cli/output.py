@@ -199,22 +199,3 @@ def size(n_bytes: int) -> str:
         return f"{n_bytes} B"
     exponent = min((n_bytes.bit_length() - 1) // 10, 3)
     return f"{n_bytes / 1024**exponent:.1f} {('KiB', 'MiB', 'GiB')[exponent - 1]}"
-
-
-def messages_line(figures: dict[str, float]) -> str:
-    """What messages between ranks took so far."""
-    sent = f"sent {size(int(figures['bytes_out']))}, received {size(int(figures['bytes_back']))}"
-    parts = [f"messages between ranks: {sent}"]
-    if "overlap" in figures:
-        us = f"{figures['message_us_median']:.0f} us a layer (median; 90%: {figures['message_us_p90']:.0f})"
-        parts.append(f"{us}, {figures['overlap']:.0%} of the others' time under work of its own")
-    if "many_overlap" in figures:
-        parts.append(f"of prompts {figures['many_overlap']:.0%}")
-    return "; ".join(parts)
-
-
-def reading_line(figures: dict[str, float]) -> str:
-    """What other hosts have read so far."""
-    sent = f"rows sent {size(int(figures['bytes_out']))}, received {size(int(figures['bytes_back']))}"
-    took = f"{figures['computing_s']:.2f} s of computing, {figures['on_top_s']:.2f} on top"
-    return f"read on other hosts: {figures['tokens']:.0f} tokens; {sent}; {took}"

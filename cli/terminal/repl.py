@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cli.explain import explain
-from cli.generate import timing_line
+from cli.figures import timing_line
 from cli.model import SETTINGS, max_tokens, template_settings
 from cli.options import ThinkChoice
 from cli.output import copy, is_screen, note, printable, rate, size, tell, tell_text

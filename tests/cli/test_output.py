@@ -14,8 +14,9 @@ import pytest
 from fake_engine import Engine
 from paths import ROOT
 
+from cli.figures import messages_line
 from cli.main import run
-from cli.output import brief, messages_line, note, print_json, printable, visible, write
+from cli.output import brief, note, print_json, printable, visible, write
 from cli.text import read_text
 from localrun.errors import LocalrunError
 
