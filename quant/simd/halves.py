@@ -34,7 +34,7 @@ def half_to_float(builder, bits):
 
 
 def float_to_half(builder, x):
-    """float32 vector -> IEEE halves' bits, to nearest, ties to even; beyond the range -> infinity."""
+    """float32 vector -> IEEE halves' bits, to nearest, ties to even; beyond the range -> infinity; NaN -> NaN."""
     narrow = ir.VectorType(I16, x.type.count)
     if _is_native():
         return builder.bitcast(builder.fptrunc(x, ir.VectorType(F16, x.type.count)), narrow)
@@ -44,7 +44,9 @@ def float_to_half(builder, x):
     odd = builder.and_(builder.lshr(magnitude, constant(wide, 13)), constant(wide, 1))
     rounded = builder.add(builder.add(magnitude, constant(wide, 0xFFF - (112 << 23))), odd)
     normal = builder.lshr(rounded, constant(wide, 13))
-    normal = call(builder, f"llvm.umin.v{wide.count}i32", wide, normal, constant(wide, 0x7C00))
+    nan = builder.icmp_unsigned(">", magnitude, constant(wide, 0x7F800000))
+    most = builder.select(nan, constant(wide, 0x7E00), constant(wide, 0x7C00))
+    normal = call(builder, f"llvm.umin.v{wide.count}i32", wide, normal, most)
     # A subnormal is a multiple of 2^-24, the last place of numbers from 0.5 on.
     shifted = builder.fadd(builder.bitcast(magnitude, x.type), constant(x.type, 0.5))
     subnormal = builder.sub(builder.bitcast(shifted, wide), constant(wide, 0x3F000000))
