@@ -104,13 +104,10 @@ def convert(
     from localrun.convert import Options, make_plan
     from localrun.convert.mixes import parse_mix, parse_override
     from localrun.convert.run import check_destination
-    from localrun.cpu.repack import no_gain
+    from localrun.cpu.repack import interleaving_pays
     from localrun.workers import n_workers
 
     threads = n_workers(threads)
-    why_not = no_gain() if pack else ""
-    if why_not:
-        note(f"--pack has no effect: {why_not}")
     chosen = Options(
         mix=None if type_ is None else parse_mix(type_),
         overrides=[parse_override(text) for text in tensor_types or []],
@@ -121,7 +118,7 @@ def convert(
         split_max_bytes=_parse_size(split_max_size) if split_max_size else 0,
         allow_requantize=allow_requantize,
         pack=pack,
-        interleaving_pays=not why_not,
+        interleaving_pays=not pack or interleaving_pays("--pack", note),
         pre=pre,
     )
     exit_if_cut(source)

@@ -119,21 +119,14 @@ def _start_ranks(
     is_given, threads = options.ranks is not None or options.hosts is not None, load.threads
     if not is_given and place_in_mpiexec()[1] == 1:
         return None, threads
-    from localrun.cpu.repack import no_gain
+    from localrun.cpu.repack import interleaving_pays
     from localrun.ranks.places import places_of, threads_at
     from localrun.ranks.sharing import Sharing
     from localrun.ranks.start import places_in_mpiexec, sharing_ranks
 
     places = places_of(options.ranks, options.hosts) if is_given else places_in_mpiexec()
     usage = None if options.rank_share is ShareChoice.slices else load.expert_usage
-    by_speed, repack = options.rank_sizes == "auto", load.repack
-    if repack and (why := no_gain()):
-        note(f"--repack has no effect: {why}")
-        repack = False
-    repack = load.repack
-    if repack and (why := no_gain()):
-        note(f"--repack has no effect: {why}")
-        repack = False
+    by_speed, repack = options.rank_sizes == "auto", load.repack and interleaving_pays("--repack", note)
     sharing = Sharing(
         options.rank_messages.value, () if by_speed else _sizes(options.rank_sizes), options.rank_share.value,
         None if usage is None else str(usage), options.rank_copies, by_speed, repack,

@@ -88,13 +88,9 @@ def repacking_if_it_pays(where: DeviceRequest, notice: Notice) -> DeviceRequest:
     """Without --repack, and with a line that says so, where it would gain nothing."""
     if not where.repack:
         return where
-    from localrun.cpu.repack import no_gain
+    from localrun.cpu.repack import interleaving_pays
 
-    why = no_gain()
-    if not why:
-        return where
-    notice(f"--repack has no effect: {why}")
-    return replace(where, repack=False)
+    return replace(where, repack=interleaving_pays("--repack", notice))
 
 
 def check_ranks(where: DeviceRequest) -> None:

@@ -31,6 +31,14 @@ def no_gain() -> str:
     return f"on this CPU ({tuning.cpu()}) replies are no faster with interleaved rows"
 
 
+def interleaving_pays(option: str, notice: Callable[[str], None]) -> bool:
+    """Whether interleaving is of use on this CPU; if not, notice is told that the option has no effect."""
+    why_not = no_gain()
+    if why_not:
+        notice(f"{option} has no effect: {why_not}")
+    return not why_not
+
+
 def repack_experts(
     file: GGUFFile,
     config: Config,

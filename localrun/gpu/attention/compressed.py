@@ -11,7 +11,7 @@ from torch.nn.functional import rms_norm
 from localrun.gpu.attention import compressed_decoding, compressed_rows
 from localrun.gpu.attention.compressed_decoding import Attending
 from localrun.gpu.attention.compressed_rows import Opening
-from localrun.gpu.attention.flash_decoding import pieces_for
+from localrun.gpu.attention.flash_decoding import dtype_of_products, pieces_for
 from localrun.gpu.attention.indexer import choose_by
 from localrun.gpu.attention.turns import Turns
 from localrun.gpu.caches.compressed import CompressedCache
@@ -40,8 +40,7 @@ class CompressedAttention(compressed.CompressedAttention):
     def __init__(self, config: Config, weights: WeightSource, index: int, turns: Turns):
         """As gpu.attention.LatentAttention."""
         self.tables, device = turns, turns.fine.device
-        # The stand-in for a device is compared with the CPU's network, which multiplies in 32 bits.
-        self.dtype = torch.float32 if device.type == "cpu" else torch.float16
+        self.dtype = dtype_of_products(device)
         super().__init__(config, weights, index, DeviceRope(turns))
         self.n_pieces = pieces_for(config, device)
         both = self.compressor, None if self.indexer is None else self.indexer.compressor

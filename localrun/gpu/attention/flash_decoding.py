@@ -263,6 +263,12 @@ def pieces_for(config: Config, device: torch.device) -> int:
     return min(128, triton.cdiv(tile.programs * n_processors, _head_blocks(config, tile)))
 
 
+def dtype_of_products(device: torch.device) -> torch.dtype:
+    """Of attention's products on a device."""
+    # The stand-in for a device is compared with the CPU's network, which multiplies in 32 bits.
+    return torch.float32 if device.type == "cpu" else torch.float16
+
+
 def attend(
     q_latent_THC: torch.Tensor,
     q_rope_THR: torch.Tensor,

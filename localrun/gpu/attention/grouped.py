@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch.nn.functional import pad
 
-from localrun.gpu.attention.flash_decoding import FEW_TOKENS, attend_over, heads_together, pieces_for
+from localrun.gpu.attention.flash_decoding import FEW_TOKENS, attend_over, dtype_of_products, heads_together, pieces_for
 from localrun.gpu.attention.fused import CONTEXT, attend_by_pieces
 from localrun.gpu.attention.turns import Turns
 from localrun.gpu.caches.context import row_constants
@@ -86,7 +86,7 @@ class GroupedQueryAttention(attention.GroupedQueryAttention):
         self.turns = turns
         device = turns.fine.device
         self.n_pieces = pieces_for(config, device)
-        self.dtype = torch.float32 if device.type == "cpu" else torch.float16
+        self.dtype = dtype_of_products(device)
         self.together = config.rows(index)[0].spare + 1  # tokens whose rows go over nothing that one of them sees
 
     def __call__(self, x_TD: torch.Tensor, cache: GroupedCache | Places) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import pad
 
 from localrun.gpu.attention import fused
-from localrun.gpu.attention.flash_decoding import attend, pieces_for
+from localrun.gpu.attention.flash_decoding import attend, dtype_of_products, pieces_for
 from localrun.gpu.attention.indexer import choose
 from localrun.gpu.attention.latent_queries import turn_and_append
 from localrun.gpu.attention.turns import Turns
@@ -36,8 +36,7 @@ class LatentAttention(attention.LatentAttention):
         self.turns = turns
         device = turns.fine.device
         self.n_pieces = pieces_for(config, device)
-        # The stand-in for a device is compared with the CPU's network, which multiplies in 32 bits.
-        self.dtype = torch.float32 if device.type == "cpu" else torch.float16
+        self.dtype = dtype_of_products(device)
 
     def __call__(self, x_TD: torch.Tensor, cache: LatentCache | Places) -> torch.Tensor:
         """float32 (T, D) of the tokens after the cache's, or at places -> (T, D); writes their rows.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from localrun.gpu.attention.flash_decoding import dtype_of_products
 from localrun.gpu.proof.subject import Subject
 from localrun.gpu.proof.task import Findings
 
@@ -46,8 +47,8 @@ def finite(findings: Findings, what: str, found: torch.Tensor) -> None:
 
 
 def half_on(subject: Subject) -> torch.dtype:
-    """Of attention's products: as gpu.attention chooses."""
-    return torch.float32 if subject.device.torch.type == "cpu" else torch.float16
+    """Of attention's products."""
+    return dtype_of_products(subject.device.torch)
 
 
 def softmax(

@@ -15,7 +15,7 @@ import torch
 from triton.errors import TritonError
 
 from localrun.gpu import tiles
-from localrun.gpu.attention.flash_decoding import attend, pieces_for
+from localrun.gpu.attention.flash_decoding import attend, dtype_of_products, pieces_for
 from localrun.gpu.attention.grouped import attend_grouped
 from localrun.gpu.caches.cache import new_cache
 from localrun.gpu.formats.layout import LAYOUTS
@@ -115,7 +115,7 @@ def _attention(subject: Subject) -> Work:
     c, device, task = replace(subject.config, index_topk=0), subject.device.torch, subject.task
     cache = new_cache(c, task.ctx, device, task.cache_bits)
     fill(cache, task.ctx - 1)
-    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    dtype = dtype_of_products(device)
     layers, pieces = range(c.num_hidden_layers), pieces_for(c, device)
     if c.attention == "mla":
         widths = c.kv_lora_rank, c.qk_rope_head_dim

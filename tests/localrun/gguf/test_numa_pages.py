@@ -120,3 +120,4 @@ def test_closing_ends_the_threads_of_nodes() -> None:
         resident = Resident(file, None, near)
         resident.wait()
         resident.close()
+        assert not resident._thread.is_alive()
