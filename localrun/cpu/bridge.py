@@ -4,8 +4,7 @@ Weights stay in the file's map, in their blocks; nothing here keeps a dequantise
 network/weight_source.py. Letters: T tokens, G groups (attention heads), D hidden_size.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -148,14 +147,14 @@ class Attend:
         (n_cached, n_groups, depth), shared = k_SGd.shape, q_THd.shape[1] // k_SGd.shape[1]
         for first, count in in_groups(n_groups, _rounded_bytes(n_cached, depth, v_SGV.shape[-1]), ATTENTION_WORK_BYTES):
             groups, heads = slice(first, first + count), slice(shared * first, shared * (first + count))
-            with _rounded(count, n_cached, depth, v_SGV.shape[-1]) as rounded:
-                keys, values = _strides(k_SGd[:, groups]), _strides(v_SGV[:, groups])
-                integer_attention.round_cache(self.pool, keys, values, count, rounded)
-                integer_attention.attend(
-                    self.pool, [(_strides(q_THd[:, heads]), depth)], rounded, _strides(out_THV[:, heads]),
-                    n_heads=shared * count, shared=shared, n_tokens=q_THd.shape[0], scale=scale, window=window,
-                    sinks=0 if sinks_H is None else sinks_H[heads].data_ptr(),
-                )  # fmt: skip
+            rounded = _rounded(self.pool, count, n_cached, depth, v_SGV.shape[-1])
+            keys, values = _strides(k_SGd[:, groups]), _strides(v_SGV[:, groups])
+            integer_attention.round_cache(self.pool, keys, values, count, rounded)
+            integer_attention.attend(
+                self.pool, [(_strides(q_THd[:, heads]), depth)], rounded, _strides(out_THV[:, heads]),
+                n_heads=shared * count, shared=shared, n_tokens=q_THd.shape[0], scale=scale, window=window,
+                sinks=0 if sinks_H is None else sinks_H[heads].data_ptr(),
+            )  # fmt: skip
 
 
 class AttendRebuilt:
@@ -184,25 +183,24 @@ class AttendRebuilt:
             k, v = k_b.dense(first, count), v_b.dense(first, count)
             keys = rebuild_i16.Projection(k.data_ptr(), n_nope, k_b_transposed)
             values = rebuild_i16.Projection(v.data_ptr(), width)
-            with _rounded(count, n_cached, depth, width) as rounded:
-                rebuild_i16.rebuild(
-                    self.pool, rows_SW.data_ptr(), 2 * rows_SW.stride(0), n_latent, keys, values, count, rounded
-                )
-                integer_attention.attend(
-                    self.pool, [(_strides(part[:, heads]), part.shape[-1]) for part in parts], rounded,
-                    _strides(out_THV[:, heads]), n_heads=count, shared=1, n_tokens=n_tokens, scale=scale,
-                )  # fmt: skip
+            rounded = _rounded(self.pool, count, n_cached, depth, width)
+            rebuild_i16.rebuild(
+                self.pool, rows_SW.data_ptr(), 2 * rows_SW.stride(0), n_latent, keys, values, count, rounded
+            )
+            integer_attention.attend(
+                self.pool, [(_strides(part[:, heads]), part.shape[-1]) for part in parts], rounded,
+                _strides(out_THV[:, heads]), n_heads=count, shared=1, n_tokens=n_tokens, scale=scale,
+            )  # fmt: skip
 
 
 def _rounded_bytes(n_rows: int, depth: int, width: int) -> int:
     return integer_attention.Rounded(0, n_rows, depth, width).head_bytes
 
 
-@contextmanager
-def _rounded(n_heads: int, n_rows: int, depth: int, width: int) -> Iterator[integer_attention.Rounded]:
-    """Room for rounded keys and values."""
-    memory = torch.empty(n_heads * _rounded_bytes(n_rows, depth, width), dtype=torch.uint8)
-    yield integer_attention.Rounded(memory.data_ptr(), n_rows, depth, width)
+def _rounded(pool: Pool, n_heads: int, n_rows: int, depth: int, width: int) -> integer_attention.Rounded:
+    """Room for rounded keys and values, until it is asked for again: new pages would cost as much as rebuilding."""
+    address = pool.buffer("rounded rows", n_heads * _rounded_bytes(n_rows, depth, width))
+    return integer_attention.Rounded(address, n_rows, depth, width)
 
 
 class AttendChosen:
