@@ -38,7 +38,7 @@ from quant.threads.pool import Pool
 ROUND_S = 0.1  # for numbers of tokens that take less than that
 IDLE_S = 0.2  # until the threads of the engine before sleep; kt-kernel's spin for a while
 
-Run = Callable[[np.ndarray, np.ndarray, np.ndarray], None]  # of x (T, D), ids (T, K), weights (T, K)
+Run = Callable[[np.ndarray, np.ndarray, np.ndarray], object]  # of x (T, D), ids (T, K), weights (T, K)
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,12 @@ class Layer:
     n_routed_experts: int
     num_experts_per_tok: int
     type: str
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int, int]]:
+        """Experts, rows and columns of the matrices."""
+        n, inner, hidden = self.n_routed_experts, self.moe_intermediate_size, self.hidden_size
+        return {"gate": (n, inner, hidden), "up": (n, inner, hidden), "down": (n, hidden, inner)}
 
     @property
     def expert_weights(self) -> int:
@@ -93,12 +99,11 @@ class Ours:
     """quant.ops.experts over random weights."""
 
     def __init__(self, layer: Layer, pool: Pool) -> None:
-        n, inner, hidden = layer.n_routed_experts, layer.moe_intermediate_size, layer.hidden_size
+        n = layer.n_routed_experts
         self._pool, weights = pool, Weights(pool)
         self.memory = np.empty(n * layer.expert_bytes, np.uint8)
-        shapes = {"gate": (n, inner, hidden), "up": (n, inner, hidden), "down": (n, hidden, inner)}
         matrices, at = [], 0
-        for name, shape in shapes.items():
+        for name, shape in layer.shapes.items():
             start = at
             at += n * layer.expert_bytes // 3
             self._fill(self.memory[start:at], Tensor(name, shape, shape[-1] ** -0.5), weights, layer.type)
@@ -121,9 +126,10 @@ class Ours:
         for matrix in matrices:
             matrix[:] = interleave(registry.get(type_), matrix, shape[1], len(matrix) // shape[1]).reshape(-1)
 
-    def __call__(self, x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> None:
+    def __call__(self, x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
         out = np.empty_like(x)
         experts.run(self._pool, self._experts, x.ctypes.data, ids, weights, out.ctypes.data)
+        return out
 
 
 class KtKernel:

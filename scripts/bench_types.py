@@ -1,11 +1,13 @@
-"""Speed of the types' kernels: one MoE layer of DeepSeek-V3's width, and one core against libggml's dot products.
+"""Speed of the types' kernels: one MoE layer of DeepSeek-V3's width, also by libggml, and both's dot products.
 
     python scripts/bench_types.py [--types Q2_K IQ2_XXS] [--tokens 1,256] [--experts 32] [-t N] [-r ROUNDS]
 
 The layer is bench_experts.py's, with fewer experts, so that all types fit; a type at a time, reading in turn with it.
-"of Q4_K": its TFLOPS over those of Q4_K in the same run. "ggml": how many times as fast as vec_dot of the libggml that
-llama-cpp-python carries: one thread, the same rows of 7168 columns, which stay in its cache, in turn. How fast that is
-depends on how it was built. It is called row by row from compiled code, as ggml does: a call by ctypes takes 4 us.
+"of Q4_K": its TFLOPS over those of Q4_K in the same run. "ggml": how many times as fast as the libggml that
+llama-cpp-python carries does the same layer by a graph of its own (ggml_layer.py), for one token, in turn, on as many
+threads. "vec_dot": as its dot product: one thread, rows of 7168 columns, which stay in the cache, in turn. How fast
+libggml is depends on how it was built. vec_dot is called row by row from compiled code, as ggml does: a call by ctypes
+takes 4 us.
 A table goes to stderr; stdout is one JSON document.
 """
 
@@ -22,6 +24,7 @@ from typing import Any
 
 import numpy as np
 from bench_experts import Layer, Ours, compare, results
+from ggml_layer import GgmlExperts
 from llvmlite import ir
 from numba import types
 
@@ -64,19 +67,35 @@ def _vec_dots(function, n_rows, n_cols, rows, row_bytes, x, out):
 
 
 def layer_speed(type_: str, options: argparse.Namespace, pool: Pool) -> dict[str, Any]:
-    """Figures of one type by number of tokens, as bench_experts.results gives them, and the reading rate."""
+    """Figures of one type by number of tokens, as bench_experts.results gives them, and the reading rate.
+
+    "ggml": those of one token in turn with libggml.
+    """
     layer = Layer(7168, 2048, options.experts, 8, type_)
     ours, reads = Ours(layer, pool), []
+    theirs = GgmlExperts(type_, [*layer.shapes.values()], np.split(ours.memory, 3), 8, options.threads)
 
     def read() -> None:
         reads.append(bandwidth.read_bandwidth(pool, ours.memory.ctypes.data, ours.memory.nbytes, passes=2))
 
+    _check(ours, theirs, layer)
+    of_one = compare({"localrun": ours, "ggml": theirs}, layer, [1], options.rounds, read)
     times = compare({"localrun": ours}, layer, options.counts, options.rounds, read)
+    theirs.close()
     roof = {"best": max(r.best for r in reads), "median": statistics.median(r.median for r in reads)}
-    return {"read": roof, "tokens": results(times, layer, roof)}
+    return {"read": roof, "tokens": results(times, layer, roof), "ggml": results(of_one, layer, roof)[1]}
 
 
-def against_ggml(type_: str) -> dict[str, float]:
+def _check(ours: Ours, theirs: GgmlExperts, layer: Layer) -> None:
+    """Both round activations to 8 bits, each its own way: far apart they would not have read the same weights."""
+    random = np.random.default_rng(0)
+    x = random.standard_normal((1, layer.hidden_size), np.float32)
+    ids = random.permutation(layer.n_routed_experts)[None, : layer.num_experts_per_tok]
+    weights = random.random(ids.shape, np.float32)
+    assert np.corrcoef(ours(x, ids, weights)[0], theirs(x, ids, weights))[0, 1] > 0.99, layer.type
+
+
+def against_vec_dot(type_: str) -> dict[str, float]:
     """Nanoseconds for 256 weights, ours and libggml's, and how many times as fast ours are; in turn, best of all."""
     format_, random = registry.get(type_), np.random.default_rng(0)
     row_bytes = format_.row_bytes(COLS)
@@ -92,8 +111,7 @@ def against_ggml(type_: str) -> dict[str, float]:
         "ggml": lambda: kernels.call(_vec_dots, function, n_rows, COLS, raw, row_bytes, theirs_x, outs[1]),
     }
     seconds = {name: min(times) for name, times in _in_turn(runs).items()}
-    # Both round activations to 8 bits, each its own way: far apart they would not have read the same weights.
-    assert np.corrcoef(outs)[0, 1] > 0.99, type_
+    assert np.corrcoef(outs)[0, 1] > 0.99, type_  # as in _check
     ns = {name: 1e9 * value * 256 / COLS / n_rows for name, value in seconds.items()}
     return ns | {"ratio": ns["ggml"] / ns["ours"]}
 
@@ -111,7 +129,7 @@ def _in_turn(runs: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
 def header(counts: list[int]) -> str:
     """Of the table."""
     columns = [f"{'ms, ' + str(count):>9}" for count in counts]
-    return f"type    {''.join(columns)}   GB/s  of read  of {YARDSTICK}   ggml"
+    return f"type    {''.join(columns)}   GB/s  of read  of {YARDSTICK}   ggml  vec_dot"
 
 
 def row(type_: str, found: dict[str, dict[str, Any]], counts: list[int]) -> str:
@@ -120,7 +138,8 @@ def row(type_: str, found: dict[str, dict[str, Any]], counts: list[int]) -> str:
     flops, theirs = (found[name]["tokens"][counts[-1]]["localrun"]["tflops"]["best"] for name in (type_, YARDSTICK))
     ms = "".join(f" {tokens[count]['localrun']['ms']['best']:>8.2f}" for count in counts)
     rates = f" {one['gb_per_s']['best']:>6.1f} {one['fraction_of_read']['best']:>8.0%}"
-    return f"{type_:<8}{ms}{rates} {flops / theirs:>7.2f} {found[type_]['ggml']['ratio']:>6.1f}"
+    ratios = f"{found[type_]['ggml']['localrun']['ratio']['best']:>6.2f} {found[type_]['vec_dot']['ratio']:>8.1f}"
+    return f"{type_:<8}{ms}{rates} {flops / theirs:>7.2f} {ratios}"
 
 
 def main() -> None:
@@ -136,7 +155,7 @@ def main() -> None:
     pool, found = Pool(options.threads), {}
     print(header(options.counts), file=sys.stderr)
     for type_ in (YARDSTICK, *(name for name in options.types if name != YARDSTICK)):
-        found[type_] = layer_speed(type_, options, pool) | {"ggml": against_ggml(type_)}
+        found[type_] = layer_speed(type_, options, pool) | {"vec_dot": against_vec_dot(type_)}
         print(row(type_, found, options.counts), file=sys.stderr, flush=True)
     pool.close()
     print(json.dumps({"isa": isa.LEVEL, "types": found, "machine": machine()}))
