@@ -28,10 +28,15 @@ def end_at_once() -> None:
         signal.signal(signal.SIGINT, _end)
 
 
-def _end(_signal: int, _frame: FrameType | None) -> None:
+def show_cursor() -> None:
+    """Leave the line of a progress bar, which hides the cursor."""
     with suppress(OSError):
         if os.isatty(2):
-            os.write(2, b"\x1b[?25h\n")  # progress bars hide the cursor
+            os.write(2, b"\x1b[?25h\n")
+
+
+def _end(_signal: int, _frame: FrameType | None) -> None:
+    show_cursor()
     os._exit(INTERRUPTED)
 
 

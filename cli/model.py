@@ -3,12 +3,13 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import localrun
 from cli.figures import messages_line, reading_line
+from cli.interrupt import show_cursor
 from cli.options import LoadOptions, RankOptions, SamplingOptions, ShareChoice, TemplateOptions, ThinkChoice
 from cli.output import note, printable, progress_bar, size, tell
 from localrun.bundled import model_path
@@ -53,7 +54,7 @@ def open_model(
     with ExitStack() as stack:
         began = time.perf_counter()
         others, readers, threads = _start_others(stack, path, ranks or RankOptions(), options)
-        with progress_bar() as report:
+        with _ending_at_loss(others.world if others else None, readers), progress_bar() as report:
             engine = localrun.load(
                 path,
                 device=options.device,
@@ -85,6 +86,19 @@ def open_model(
             note(messages_line(engine.rank_figures()))
         if verbose and engine.readers:
             note(reading_line(engine.reader_figures()))
+
+
+def _ending_at_loss(*worlds: "World | None") -> AbstractContextManager[None]:
+    """A block in which a rank that is lost ends the program with a line, at once."""
+    if not any(worlds):
+        return nullcontext()
+    from localrun.ranks.loss import ending_at_loss
+
+    def say(line: str) -> None:
+        show_cursor()
+        note(line)
+
+    return ending_at_loss([world for world in worlds if world], say)
 
 
 def _start_others(

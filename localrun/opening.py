@@ -179,7 +179,13 @@ def native_model(
         need, have = _KERNEL_BYTES >> 20, left >> 20
         raise LocalrunError(f"the kernels need {need} MiB of address space, and {have} are left; raise ulimit -v")
     bits = 16 if placement.device == GPU else placement.cache_bits  # of what runs here
-    warm_up(for_steps(config, types, bits), progress, notice)
+    worlds = [ranks.world if ranks else None, readers]
+
+    def check() -> None:
+        for world in filter(None, worlds):
+            world.check()
+
+    warm_up(for_steps(config, types, bits), progress, notice, check)
     if repack:
         from localrun.cpu.repack import repack_experts
 
@@ -191,7 +197,7 @@ def native_model(
         return HybridModel(config, file, threads, placement, notice=notice, **choices)
     from localrun.cpu.model import NativeModel
 
-    for_network = lambda: warm_up(for_prompts(config, types, bits), None, notice)  # noqa: E731
+    for_network = lambda: warm_up(for_prompts(config, types, bits), None, notice, check)  # noqa: E731
     return NativeModel(config, file, threads, ranks, for_network, readers, bits)
 
 

@@ -100,12 +100,18 @@ def _attends_in_integers(config: Config, types: Collection[str]) -> bool:
     return has_integers and heads_together(config.num_attention_heads) >= FEWEST_HEADS
 
 
-def warm_up(kernels: Kernels, progress: Callable[[int, int, str], None] | None, notice: Callable[[str], None]) -> None:
+def warm_up(
+    kernels: Kernels,
+    progress: Callable[[int, int, str], None] | None,
+    notice: Callable[[str], None],
+    check: Callable[[], None] = lambda: None,
+) -> None:
     """Compile kernels, or load them from the cache.
 
     Args:
         progress: called as progress(done, total, what).
         notice: called with one line if all are to be compiled and there is no progress to show it by.
+        check: called before each; what it raises ends this.
     """
     from quant.target import jit
 
@@ -115,10 +121,12 @@ def warm_up(kernels: Kernels, progress: Callable[[int, int, str], None] | None, 
         notice(f"{kernels.occasion}: compiling the kernels, which takes a while")
     with _children(len(missing), kernels):
         for done, (kernel, what) in enumerate(missing):
+            check()
             if progress is not None:
                 progress(done, len(missing), f"Compiling: {what}")
             jit.keep_unless_taken(kernel)
         for done, (kernel, what) in enumerate(wanted):
+            check()
             if progress is not None:
                 progress(done, len(wanted), f"Kernels: {what}")
             kernel.compiled  # noqa: B018 (waits for the one that is at it)

@@ -186,8 +186,7 @@ class Readers:
 
     def _begin(self, ids: Sequence[int], cache: Cache) -> _Reader | None:
         """One that begins with these, if any is free: that which follows the cache, else one that follows no other."""
-        if self._world.failure:
-            raise self._world.failure
+        self._world.check()
         self.drop(cache)
         free = [reader for reader in self._readers if reader.is_free]
         if not free:

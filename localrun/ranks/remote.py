@@ -93,8 +93,7 @@ class Remote:
         """After a step, or before: raises RankError if a rank did not answer. Nothing can be computed from then on."""
         if self._exchange.failure:
             self._world.note(self._world.error(*self._exchange.failure))
-        if self._world.failure:
-            raise self._world.failure
+        self._world.check()
 
     # ---- many tokens -------------------------------------------------------------------------------------------------
 

@@ -143,6 +143,7 @@ class _Run:
             callers.close()
         self.comm = self._settle()
         self.world = mpi_world(self.comm, self._names)
+        self.world.end = self.close
         self._wait(lambda: True, 0)  # a rank may have been lost before there was a world to tell
         return self.world
 

@@ -7,7 +7,7 @@ functions. Rank 0 is where the user is.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -39,11 +39,15 @@ class World:
         names: of all, for messages: "host b (rank 1)".
         links: what messages go through.
         failure: what made it useless, if something did.
+        at_failure: called with that, by the thread that has found out that a rank is gone.
+        end: has the other ranks' processes end, whatever state they are in.
     """
 
     def __init__(self, rank: int, names: Sequence[str], links: Links):
         self.rank, self.size, self.names, self.links = rank, len(names), tuple(names), links
         self.failure: RankError | None = None
+        self.at_failure: Callable[[RankError], None] = lambda error: None
+        self.end: Callable[[], None] = lambda: None
 
     @property
     def limit_s(self) -> float:
@@ -56,8 +60,14 @@ class World:
 
     def fail(self, rank: int, text: str) -> None:
         """From any thread: the rank is gone. All waits for any rank end with this text, soon."""
-        self.note(RankError(rank, text))
+        error = self.note(RankError(rank, text))
         self.links.broken[0] = 1
+        self.at_failure(error)
+
+    def check(self) -> None:
+        """Raises what made it useless."""
+        if self.failure:
+            raise self.failure
 
     def note(self, error: RankError) -> RankError:
         """Remember an error as what made the world useless, unless there was one before: that is given."""

@@ -156,3 +156,19 @@ def test_a_rank_is_killed(option: list[str], program: str, name: str) -> None:
     assert run.returncode == 1 and time.monotonic() - began < 10
     assert err.splitlines()[-1] == f"localrun: {name}: is gone: it was killed, or the connection is lost"
     assert not [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_is_lost_while_kernels_are_compiled(kind: signal.Signals, tmp_path: Path) -> None:
+    """With an empty cache that goes on for long after."""
+    environment = os.environ | {"LOCALRUN_CACHE": str(tmp_path)}
+    arguments = [sys.executable, "-m", "cli.main", "bench", str(tiny_models.shared("v3")), "--ranks", "2", "-t", "1"]
+    run = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
+    while not any(tmp_path.rglob("*.kernel")):
+        assert run.poll() is None
+        time.sleep(0.05)
+    found = psutil.Process(run.pid).children(recursive=True)
+    next(p for p in found if "localrun.ranks.rank_child" in p.cmdline() and "python" in p.name()).send_signal(kind)
+    _, err = run.communicate(timeout=10)
+    assert run.returncode == 1 and err.splitlines()[-1].startswith("localrun: rank 1: ")
+    assert not [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]

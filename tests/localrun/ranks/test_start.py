@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks_in_process import Post
 
 import localrun
+from localrun.cpu.warmup import Kernels, warm_up
 from localrun.errors import LocalrunError
-from localrun.ranks import control, start
+from localrun.ranks import control, loss, start
 from localrun.ranks.control import ALIVE, READY, Callers, Watch
 from localrun.ranks.places import host_places, local_places
+from localrun.ranks.world import RankError, World
 
 NAMES = ["rank 0", "host b (rank 1)", "host c (rank 2)"]
 
@@ -112,6 +115,50 @@ def test_nothing_is_said_after_the_end(watched: Any) -> None:
     second.close()
     time.sleep(0.1)
     assert not said
+
+
+# --- who is lost while the model is opened
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A world, and what is done and said when one of its ranks is lost."""
+    done, world = list[Any](), World(0, NAMES, Post().links(0))
+    world.end = lambda: done.append("ended")
+    monkeypatch.setattr(loss, "_NOTICE_S", 0.1)
+    monkeypatch.setattr(loss.os, "_exit", done.append)
+    return world, done
+
+
+def test_a_rank_lost_in_a_block_that_goes_on(opened: Any) -> None:
+    """As if it compiled: the process ends, once."""
+    world, done = opened
+    with loss.ending_at_loss([world], done.append):
+        world.fail(1, "host b (rank 1): is gone")
+        world.fail(2, "host c (rank 2): is gone")
+        until(lambda: 1 in done)
+    time.sleep(0.2)
+    assert done[:3] == ["ended", "host b (rank 1): is gone", 1]
+
+
+def test_a_rank_lost_in_a_block_that_finds_out(opened: Any) -> None:
+    """The block's own error tells the user."""
+    world, done = opened
+    with pytest.raises(RankError, match="is gone"), loss.ending_at_loss([world], done.append):
+        world.fail(1, "host b (rank 1): is gone")
+        world.check()
+    time.sleep(0.2)
+    assert not done
+    with pytest.raises(RankError, match="is gone"), loss.ending_at_loss([world], done.append):
+        raise AssertionError("it was lost before")
+
+
+def test_kernels_are_compiled_for_nobody(opened: Any) -> None:
+    """Where an engine is there already, what is lost is found between two kernels."""
+    world, _ = opened
+    world.fail(1, "host b (rank 1): is gone")
+    with pytest.raises(RankError, match="is gone"):
+        warm_up(Kernels({"quant.threads.pool": "pool"}, [], []), None, lambda line: None, world.check)
 
 
 # --- a stub for mpiexec
