@@ -125,6 +125,8 @@ def _time_messages(ranks: str | None, hosts: str | None, link: str | None, as_js
     from localrun.ranks.start import echoing_ranks
 
     places = places_of(ranks, hosts)
+    if len(places) == 1:
+        raise LocalrunError("one rank sends no messages that could be timed; give two or more")
     target = None if link is None else user_path(link)
     if target is not None:
         check_place(target)

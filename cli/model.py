@@ -139,6 +139,8 @@ def _start_ranks(
     from localrun.ranks.start import places_in_mpiexec, sharing_ranks
 
     places = places_of(options.ranks, options.hosts) if is_given else places_in_mpiexec()
+    if len(places) == 1:  # no other to share with
+        return None, threads
     usage = None if options.rank_share is ShareChoice.slices else load.expert_usage
     by_speed, repack = options.rank_sizes == "auto", load.repack and interleaving_pays("--repack", note)
     sharing = Sharing(

@@ -105,8 +105,6 @@ def check_readers(where: DeviceRequest) -> None:
     """Where other hosts are to read prompts. Raises LocalrunError if something else is asked for that can't be."""
     if where.wants_gpu:
         raise LocalrunError(f"device '{where.device}' does not go with prompts that are read on other hosts' CPUs")
-    if where.cache_bits != 16:
-        raise LocalrunError("--cache-bits 8: hosts that read prompts send rows of 16 bits; leave it out")
 
 
 def draft_file(path: str | os.PathLike[str]) -> DraftFile | None:

@@ -1,12 +1,16 @@
-"""What `localrun plan --hosts 2` predicts beside what `localrun bench` measures with two ranks of one thread.
+"""What `localrun plan` predicts beside what is measured: two ranks of one thread, one process of one thread and of two.
 
-    python scripts/compare_ranks.py MODEL [--network 10gbit ...] [-p 512] [-n 64] [-r 3] [--rounds 2]
+    python scripts/compare_ranks.py MODEL [--network memory tcp 10gbit ...] [-p 512] [-n 64] [-r 3] [--machine FILE]
 
-In turn, for each network: `doctor` times messages, `plan` reckons with them and with this machine's rates of one
-thread, `bench` runs one rank and two. Without --network ranks send through memory. With it the other rank has a network
-namespace of its own, joined to this one by a veth pair that tc's tbf holds to the rate (needs root, ip and tc); UCX is
-told to use TCP. The last line of stdout is one JSON document: tokens/s of prompt and reply, predicted and measured, how
-far off the prediction is, and how many times as fast two ranks are as one, of one thread and of two.
+For each network `doctor` times messages, and one process has all three engines over the file, which take turns; what
+plan reckons with those messages and with this machine's own rates comes from its parts (localrun.plan). memory: ranks
+send through it; tcp: through sockets of this machine; else a rate as tc writes it: the other rank has a network
+namespace of its own, joined to this one by a veth pair that tbf holds to the rate (needs root, ip and tc).
+
+Ranks of one machine share its memory, which hosts do not: what all compute at once is reckoned with the rates that a
+core has while another works, everything else with those of a core alone. FILE keeps the rates, and is read if it is
+there. The last line of stdout is one JSON document, by network: of prompt and reply tokens/s predicted, measured, and
+their ratio; messages of the replies; how many times as fast two ranks are as one process.
 """
 
 from __future__ import annotations
@@ -17,15 +21,36 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
+import localrun
+from localrun.engine import Engine
+from localrun.measure.bench import machine as this_one
+from localrun.placement.memory_table import EXPERTS
+from localrun.plan.hosts import host_memory, messages, spread
+from localrun.plan.link import Link, load_link
+from localrun.plan.machine import Machine, parse_machine
+from localrun.plan.measure import describe
+from localrun.plan.shapes import ModelShape, load_model
+from localrun.plan.speed import Speed, decode_speed, prefill_speed
+from localrun.ranks.places import places_of
+from localrun.ranks.sharing import Sharing
+from localrun.ranks.start import sharing_ranks
+
 ROOT = Path(__file__).resolve().parents[1]
 NAMESPACE, HERE, THERE = "localrun-rank", "localrun0", "localrun1"
 ADDRESS, OTHER = "10.77.0.1", "10.77.0.2"
+RANKS, ONE, TWO = "two ranks", "one thread", "two threads"
+_BEFORE = 16  # tokens of the context that replies go on from
+_TCP = {"UCX_TLS": "self,tcp"}
 _SSH = f"""#!/bin/sh
 # What mpiexec calls to reach a host.
 shift 2
@@ -55,7 +80,7 @@ def network(rate: str, folder: Path) -> Iterator[dict[str, str]]:
     try:
         for step in steps:
             subprocess.run(step, check=True)
-        yield {"HYDRA_LAUNCHER": "ssh", "HYDRA_LAUNCHER_EXEC": str(program), "UCX_TLS": "self,tcp"}
+        yield {"HYDRA_LAUNCHER": "ssh", "HYDRA_LAUNCHER_EXEC": str(program)} | _TCP
     finally:
         subprocess.run(["ip", "link", "del", HERE], check=False)
         subprocess.run(["ip", "netns", "del", NAMESPACE], check=False)
@@ -63,63 +88,146 @@ def network(rate: str, folder: Path) -> Iterator[dict[str, str]]:
 
 def command(environment: dict[str, str], *args: str) -> dict[str, Any]:
     """What a command prints with --json."""
+    return _last_line(environment, "-m", "cli.main", *args, "--json")
+
+
+def _last_line(environment: dict[str, str], *args: str) -> dict[str, Any]:
+    """Of a Python program's output, as JSON."""
     done = subprocess.run(
-        [sys.executable, "-m", "cli.main", *args, "--json"],
-        stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT, env=os.environ | environment,
-    )  # fmt: skip
-    return json.loads(done.stdout)
+        [sys.executable, *args], stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT, env=os.environ | environment
+    )
+    return json.loads(done.stdout.splitlines()[-1] if args[0] != "-m" else done.stdout)
 
 
-def compare(
-    arguments: argparse.Namespace, where: list[str], environment: dict[str, str], folder: Path
-) -> dict[str, Any]:
-    """Medians over the rounds: of prompt and reply, predicted and measured."""
-    model, lengths = str(Path(arguments.model).resolve()), ["-p", str(arguments.p), "-n", str(arguments.n)]
-    found: dict[str, list[float]] = {}
-    for _ in range(arguments.rounds):
-        link = str(folder / "link.json")
-        timed = command(environment, "doctor", *where, "--link", link)
-        plan = command({}, "plan", model, "-t", "1", "--hosts", "2", "--link", link, "--prompt", str(arguments.p))
-        planned = next(row for row in plan["rows"] if row["sharing"] == "slices")
-        runs = {
-            "two_ranks": command(environment, "bench", model, *lengths, "-r", str(arguments.r), "-t", "1", *where),
-            "one_thread": command({}, "bench", model, *lengths, "-r", str(arguments.r), "-t", "1"),
-            "two_threads": command({}, "bench", model, *lengths, "-r", str(arguments.r), "-t", "2"),
+# ---- what is measured ------------------------------------------------------------------------------------------------
+
+
+def measure(path: Path, places: tuple[str | None, str | None], n_prompt: int, n_reply: int, rounds: int) -> Any:
+    """Medians of tokens/s by engine, and what the replies' messages took. The first round brings weights in."""
+    found: dict[str, dict[str, list[float]]] = {}
+    with ExitStack() as stack:
+        ranks = stack.enter_context(sharing_ranks(path, places_of(*places), Sharing(), 1))
+        of = {RANKS: {"threads": 1, "ranks": ranks}, ONE: {"threads": 1}, TWO: {"threads": 2}}
+        ctx, alone = _BEFORE + max(n_prompt, n_reply), {"device": "cpu", "backend": "native"}
+        engines = {
+            name: stack.enter_context(localrun.load(path, ctx=ctx, **(alone if "ranks" not in own else {}) | own))
+            for name, own in of.items()
         }
-        figures = {"layer_us": 1e6 * timed["ranks"][0]["layer_s"]}
-        for what, test, key in (("prompt", f"pp{arguments.p}", "prefill"), ("reply", f"tg{arguments.n}", "decode")):
-            figures[f"{what}_predicted"] = planned[key]["tokens_per_s"]
-            figures |= {f"{what}_{name}": run["results"][test]["median"] for name, run in runs.items()}
-        figures["message_us"] = runs["two_ranks"]["messages"]["message_us_median"]
-        for name, value in figures.items():
-            found.setdefault(name, []).append(value)
-    result = {name: round(median(values), 3) for name, values in found.items()}
-    for what in ("prompt", "reply"):
-        two = result[f"{what}_two_ranks"]
-        result[f"{what}_off_percent"] = round(100 * (result[f"{what}_predicted"] / two - 1), 1)
-        for one in ("one_thread", "two_threads"):
-            result[f"{what}_times_{one}"] = round(two / result[f"{what}_{one}"], 3)
-    return result
+        ids = np.random.default_rng(0).integers(0, engines[ONE].model.vocab_size, ctx).tolist()
+        for number in range(rounds + 1):
+            for name, engine in engines.items():
+                rates = _rates(engine, ids, n_prompt, n_reply)
+                for what, rate in rates.items() if number else ():
+                    found.setdefault(name, {}).setdefault(what, []).append(rate)
+        times, figures = engines[RANKS].model.remote.times, engines[RANKS].rank_figures()
+    names = ("sent", "own", "waited", "busiest_other")
+    return {
+        "rates": {name: {what: median(each) for what, each in rates.items()} for name, rates in found.items()},
+        "messages": figures
+        | {f"{name}_us": round(float(np.median(each)) / 1e3, 1) for name, each in zip(names, times.T, strict=True)},
+    }
+
+
+def _rates(engine: Engine, ids: list[int], n_prompt: int, n_reply: int) -> dict[str, float]:
+    session, found = engine.session("off"), {}
+    if n_prompt:
+        began = time.perf_counter()
+        session.advance(ids[:n_prompt])
+        found["prompt"] = n_prompt / (time.perf_counter() - began)
+    session.forget(0)
+    session.advance(ids[:_BEFORE])
+    steps = []
+    for token in ids[_BEFORE : _BEFORE + n_reply]:
+        began = time.perf_counter()
+        session.advance([token])
+        steps.append(time.perf_counter() - began)
+    return found | {"reply": 1 / median(steps)}
+
+
+# ---- what is predicted -----------------------------------------------------------------------------------------------
+
+
+def machines(shape: ModelShape, kept: Path | None) -> dict[str, Machine]:
+    """This machine with one thread and with two, and as one of two ranks has it while both compute."""
+    if kept is not None and kept.exists():
+        found = json.loads(kept.read_text())
+    else:
+        found = {name: describe(shape, threads) for name, threads in ((ONE, 1), (TWO, 2))}
+        if kept is not None:
+            kept.write_text(json.dumps(found))
+    one, two = (parse_machine(found[name], name, str(kept)) for name in (ONE, TWO))
+    cpu = replace(
+        two.cpu, cores=1, read_bytes_per_s=two.cpu.read_bytes_per_s / 2, layer_s=one.cpu.layer_s,
+        chunk_layer_s=one.cpu.chunk_layer_s,
+    )  # fmt: skip
+    return {ONE: one, TWO: two, RANKS: replace(two, cpu=cpu)}
+
+
+def predict(shape: ModelShape, by_name: dict[str, Machine], link: Link, n_prompt: int, n_reply: int) -> Any:
+    """Tokens/s by engine, and of ranks the milliseconds by part and how long a layer waits for messages."""
+    placement, found = host_memory(shape, by_name[ONE], 512, 2).first.placement, {}
+    for what, speed in (
+        ("prompt", lambda machine: prefill_speed(shape, machine, placement, max(1, n_prompt))),
+        ("reply", lambda machine: decode_speed(shape, machine, placement, _BEFORE + n_reply / 2)),
+    ):
+        of = {name: speed(machine) for name, machine in by_name.items()}
+        routed = {phase.part: phase for phase in of[RANKS].phases}[EXPERTS]
+        phases = tuple(routed if phase.part == EXPERTS else phase for phase in of[ONE].phases)
+        of[RANKS] = spread(Speed(of[ONE].tokens, phases), shape, 2, link, 1 / 2)
+        for name, each in of.items():
+            found.setdefault(name, {})[what] = each.tokens_per_s
+        found[RANKS][f"{what}_layer_waits_us"] = round(1e6 * of[RANKS].messages_s / shape.n_moe_layers, 1)
+        found[RANKS][f"{what}_ms"] = {p.part: round(1e3 * p.seconds, 2) for p in of[RANKS].speed.phases}
+    return found
+
+
+def compare(arguments: argparse.Namespace, name: str, by_name: dict[str, Machine], shape: ModelShape) -> dict[str, Any]:
+    """One network's figures."""
+    lengths = [str(n) for n in (arguments.p, arguments.n, arguments.r)]
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        where, environment = ["--ranks", "2"], {"memory": {}, "tcp": _TCP}.get(name)
+        if environment is None:
+            where, environment = ["--hosts", OTHER], stack.enter_context(network(name, Path(folder)))
+        timed = command(environment, "doctor", *where, "--link", f"{folder}/link.json")
+        done = _last_line(environment, __file__, arguments.model, *where, "--measure", *lengths)
+        predicted = predict(shape, by_name, load_link(f"{folder}/link.json"), arguments.p, arguments.n)
+    found, rates = {"doctor_layer_us": round(1e6 * timed["ranks"][0]["layer_s"], 1)}, done["rates"]
+    for what in ("prompt", "reply") if arguments.p else ("reply",):
+        for engine, measured in rates.items():
+            reckoned = predicted[engine][what]
+            found[f"{what}, {engine}"] = {
+                "predicted": round(reckoned, 3),
+                "measured": round(measured[what], 3),
+                "ratio": round(reckoned / measured[what], 3),
+            }
+        for engine in (ONE, TWO):
+            found[f"{what}, times {engine}"] = round(rates[RANKS][what] / rates[engine][what], 3)
+    own = {key: value for key, value in predicted[RANKS].items() if key not in ("prompt", "reply")}
+    return found | {"token_bytes": messages(shape, 2).bytes_per_token, "messages": done["messages"], "plan": own}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--network", nargs="*", default=[], metavar="RATE", help="as tc writes it: 1gbit, 10gbit")
+    parser.add_argument("--network", nargs="*", default=["memory"], metavar="NAME", help="memory, tcp, or 10gbit")
     parser.add_argument("-p", type=int, default=512)
     parser.add_argument("-n", type=int, default=64)
     parser.add_argument("-r", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--machine", type=Path, metavar="FILE")
+    parser.add_argument("--measure", nargs=3, type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--ranks", help=argparse.SUPPRESS)
+    parser.add_argument("--hosts", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    document: dict[str, Any] = {"model": arguments.model, "memory": {}}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        document["memory"] = compare(arguments, ["--ranks", "2"], {}, folder)
-        print(f"memory: {document['memory']}", file=sys.stderr)
-        for rate in arguments.network:
-            with network(rate, folder) as environment:
-                document[rate] = compare(arguments, ["--hosts", OTHER], environment, folder)
-            print(f"{rate}: {document[rate]}", file=sys.stderr)
+    if arguments.measure:
+        places = arguments.ranks, arguments.hosts
+        print(json.dumps(measure(Path(arguments.model), places, *arguments.measure)))
+        return
+    arguments.model, shape = str(Path(arguments.model).resolve()), load_model(arguments.model, None)
+    by_name = machines(shape, arguments.machine)
+    document: dict[str, Any] = {"machine": this_one(), "model": arguments.model}
+    for name in arguments.network:
+        document[name] = compare(arguments, name, by_name, shape)
+        print(f"{name}: {document[name]}", file=sys.stderr)
     print(json.dumps(document))
 
 

@@ -249,14 +249,18 @@ class Layers(ModelProgram):
         self._experts(index, norm, *self._router(index, norm), self.x)
 
     def _router(self, index: int, norm: Input) -> tuple[Router, tuple[int, int, QuantMatrix] | None]:
-        """The router, and what expert_phases takes of the shared expert, after the phase of their matrices."""
+        """The router, and what expert_phases takes of the shared expert, after the phase of their matrices.
+
+        Where other ranks wait for the router, the shared expert's come behind (_experts).
+        """
         c = self.config
         gate_name = self._name(index, "mlp.gate")
         first, shared = {"router": self.tensors.matrix(gate_name)}, None
-        if self.tensors.has(self._name(index, "mlp.shared_experts.gate_proj")):
-            gate, up, down = self._gate_up_down(index, "mlp.shared_experts")
-            first |= {"shared gate": gate, "shared up": up}
-            shared = self._vector("shared gate", gate.n_rows), self._vector("shared up", up.n_rows), down
+        if rows := self._shared_rows(index):
+            if not self._tells(index):
+                first |= rows
+            vectors = (self._vector(name, matrix.n_rows) for name, matrix in rows.items())
+            shared = *vectors, self.tensors.matrix(self._name(index, "mlp.shared_experts.down_proj"))
         self._rows("router", norm, first, [self._bias(gate_name)] + [0] * (len(first) - 1))
         bias_name = self._name(index, "mlp.gate.e_score_correction_bias")
         bias = self._array(bias_name) if self.tensors.has(bias_name) else 0
@@ -267,6 +271,17 @@ class Layers(ModelProgram):
             self._remote.owners(index) if self._remote else 0,
         )  # fmt: skip
         return router, shared
+
+    def _shared_rows(self, index: int) -> dict[str, QuantMatrix]:
+        """The shared expert's first two matrices, by what they give; none of a layer without one."""
+        if not self.tensors.has(self._name(index, "mlp.shared_experts.gate_proj")):
+            return {}
+        gate, up, _ = self._gate_up_down(index, "mlp.shared_experts")
+        return {"shared gate": gate, "shared up": up}
+
+    def _tells(self, index: int) -> bool:
+        """Whether other ranks have shares of a layer's experts."""
+        return self._remote is not None and self._remote.has(index)
 
     def _experts(
         self, index: int, input_: Input, router: Router, shared: tuple[int, int, QuantMatrix] | None, out: int,
@@ -284,6 +299,8 @@ class Layers(ModelProgram):
             into=into if others is NOBODY else None, told=others, **options,
         )  # fmt: skip
         self._add(gate_up, "experts' gate, up", "experts' gate", "experts' up")
+        if shared and others is not NOBODY:  # messages are under way meanwhile
+            self._rows("shared gate, up", input_, self._shared_rows(index))
         self._add(down, "experts' down", "x")
         if others is not NOBODY:
             self._add(self._remote.collect_phase(out, into), "other ranks' sums", "x")

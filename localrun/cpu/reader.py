@@ -30,7 +30,7 @@ def serve_reading(file: GGUFFile, config: Config, world: World, n_threads: int) 
     Raises RankError: rank 0 can't be reached any more.
     """
     types = {tensor.type.name for name, tensor in file.tensors.items() if not INTEGERS.fullmatch(name)}
-    warm_up(for_prompts(config, types), None, lambda line: None)
+    warm_up(for_prompts(config, types, cache_bits=8), None, lambda line: None)  # caches of either bits may come
     TorchThreads.hold(n_threads)
     try:
         with closing(Pool(n_threads)) as pool, closing(Resident(file)), ThreadPoolExecutor(1) as sender:
@@ -56,8 +56,8 @@ class _Reader:
             assert part.kind == ASK
             numbers = part.content.view(np.int64).tolist()
             asked, ids = Asked(*numbers[:_FIELDS]), numbers[_FIELDS:]
-            if cache is None or cache.capacity != asked.capacity:
-                cache = _SentCache(self._config, asked.capacity, self._send)
+            if cache is None or (cache.capacity, cache.bits) != (asked.capacity, asked.bits):
+                cache = _SentCache(self._config, asked.capacity, asked.bits, self._send)
             cache.length = asked.length
             cache.check_room(len(ids))
             for _ in range(asked.n_parts):
@@ -88,9 +88,9 @@ class _SentCache(Cache):
         end: tokens that it is to hold once all layers have theirs.
     """
 
-    def __init__(self, config: Config, capacity: int, send_rows: Callable[[int, np.ndarray, int], None]):
+    def __init__(self, config: Config, capacity: int, bits: int, send_rows: Callable[[int, np.ndarray, int], None]):
         kinds = [config.rows(index) for index in range(config.num_hidden_layers)]
-        super().__init__(kinds, capacity, np.float16)
+        super().__init__(kinds, capacity, np.float16, bits)
         numbers = iter(range(len(self._blocks)))
         self._numbers = [[next(numbers) for _ in layer] for layer in kinds]
         self._send_rows, self.end = send_rows, 0
@@ -100,7 +100,7 @@ class _SentCache(Cache):
         found = super().extend(layer, part, rows)
         block = self._layers[layer][part]
         first = max(self.length, self.end - len(block.rows)) if block.is_ring else self.length
-        new = block.get(first, self.end)
+        new = block.stored(first, self.end)
         if len(new):
             self._send_rows(self._numbers[layer][part], new, self.end)
         return found

@@ -94,8 +94,12 @@ class Block:
         """The rows of positions first to end - 1: of a ring a copy, else a view of those completed."""
         return self.rows[self._places(first, end)]
 
+    def stored(self, first: int, end: int) -> np.ndarray:
+        """The same as the memory has them."""
+        return self.rows[self._places(first, end)]
+
     def write(self, end: int, rows: np.ndarray) -> None:
-        """Have the last rows of positions before `end` be these; the others stay."""
+        """Have the last rows of positions before `end` be these, which stored() gave; the others stay."""
         stop = end // self.kind.ratio
         self.rows[self._places(end - len(rows), end) if self.is_ring else slice(stop - len(rows), stop)] = rows
 

@@ -141,6 +141,7 @@ class Cache(Context):
 
     Attributes:
         is_exact: whether values have 32 bits.
+        bits: of values of those rows that may be bytes.
         addresses: int64, of the blocks of rows: layer by layer, and in a layer as its kinds.
         n_rows: int64, rows of these blocks.
         n_followed: its first tokens that another process's cache holds as well, as that one's side has set it; those
@@ -150,7 +151,7 @@ class Cache(Context):
     def __init__(self, kinds: Sequence[Sequence[Rows]], capacity: int, dtype: type[np.floating], bits: int = 16):
         """kinds: of each layer's rows; bits: 8 for groups of them in bytes."""
         super().__init__(capacity)
-        self.is_exact, self.n_followed, self._bits = dtype == np.float32, 0, bits
+        self.is_exact, self.n_followed, self.bits = dtype == np.float32, 0, bits
         self._touched = 0  # positions below it have been written at some time: memory that has been written to stays
         self._blocks = self._new_blocks([kind for layer in kinds for kind in layer], dtype)
         each = iter(self._blocks)
@@ -162,7 +163,7 @@ class Cache(Context):
 
     def _new_blocks(self, kinds: Sequence[Rows], dtype: type[np.floating]) -> list[Block]:
         """One of each kind."""
-        return new_blocks(kinds, self.capacity, dtype, self._bits)
+        return new_blocks(kinds, self.capacity, dtype, self.bits)
 
     @property
     def n_bytes(self) -> int:
@@ -259,7 +260,7 @@ class Cache(Context):
         """
         for number, block in enumerate(self._blocks):
             start = block.kind.first(self.length) if block.is_ring else first
-            rows, ratio = block.get(start, self.length), 1 if block.is_ring else block.kind.ratio
+            rows, ratio = block.stored(start, self.length), 1 if block.is_ring else block.kind.ratio
             n_rows = max(1, PART_BYTES // block.rows.strides[0])
             for at in range(0, len(rows), n_rows):
                 part = rows[at : at + n_rows]
@@ -268,10 +269,10 @@ class Cache(Context):
     def write(self, block: int, end: int, rows: np.ndarray) -> None:
         """Put another cache's rows of positions before `end` into a block, by its number; tokens do not count yet.
 
-        rows: of the block's type, in any shape. check_room() must have been asked.
+        rows: as the block's memory has them, in any shape. check_room() must have been asked.
         """
         own = self._blocks[block]
-        own.write(end, rows.view(own.dtype).reshape(-1, own.rows.shape[1]))
+        own.write(end, rows.view(own.rows.dtype).reshape(-1, own.rows.shape[1]))
 
     def window(self, layer: int, part: int) -> "torch.Tensor":
         """A ring's rows of tokens before `length` that the next one sees, (tokens, width): a copy."""

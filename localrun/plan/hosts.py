@@ -125,18 +125,18 @@ def decode_over(
     c = model.config
     alone = decode_speed(model, machine, placement, ctx)
     if sharing == SHARED_EXPERTS:
-        return _spread(alone, model, n_hosts, link, busiest_share(c.n_routed_experts, c.num_experts_per_tok, n_hosts))
-    return _spread(alone, model, n_hosts, link, 1 / n_hosts)
+        return spread(alone, model, n_hosts, link, busiest_share(c.n_routed_experts, c.num_experts_per_tok, n_hosts))
+    return spread(alone, model, n_hosts, link, 1 / n_hosts)
 
 
 def prefill_over(
     model: ModelShape, machine: Machine, placement: Placement, n_tokens: int, n_hosts: int, link: Link
 ) -> Spread:
     """A prompt; the same for both ways to share, since many tokens choose of all ranks alike."""
-    return _spread(prefill_speed(model, machine, placement, n_tokens), model, n_hosts, link, 1 / n_hosts)
+    return spread(prefill_speed(model, machine, placement, n_tokens), model, n_hosts, link, 1 / n_hosts)
 
 
-def _spread(alone: Speed, model: ModelShape, n_hosts: int, link: Link, part: float) -> Spread:
+def spread(alone: Speed, model: ModelShape, n_hosts: int, link: Link, part: float) -> Spread:
     """One machine's time with `part` of the routed experts' and what messages add to it.
 
     While messages are under way the first rank computes the shared experts.

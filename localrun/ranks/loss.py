@@ -1,4 +1,4 @@
-"""A rank that is lost while the first one opens the model: long in compilers and copies, it would find out afterwards."""
+"""A rank that is lost while the first one opens the model, which, long in compilers and copies, would find out late."""
 
 from __future__ import annotations
 

@@ -49,8 +49,8 @@ def local_places(text: str) -> list[Place]:
         if len(nodes) < 2:
             raise LocalrunError("--ranks numa: this machine has one NUMA node; give a number of ranks")
         return [Place(cores=cores) for cores in nodes]
-    if not text.isascii() or not text.isdigit() or not 2 <= int(text[:9]) <= MOST_RANKS:
-        raise LocalrunError(f"--ranks {text}; expected numa, or 2 to {MOST_RANKS}")
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= MOST_RANKS:
+        raise LocalrunError(f"--ranks {text}; expected numa, or 1 to {MOST_RANKS}")
     return [Place(together=int(text))] * int(text)
 
 
@@ -62,8 +62,8 @@ def host_places(text: str) -> list[Place]:
     """
     here, others = _parts("--hosts", text)
     places = [Place(together=max(1, here))] * max(1, here) + others
-    if not 2 <= len(places) <= MOST_RANKS:
-        raise LocalrunError(f"--hosts {text}: {len(places)} ranks; expected 2 to {MOST_RANKS}")
+    if len(places) > MOST_RANKS:
+        raise LocalrunError(f"--hosts {text}: {len(places)} ranks; expected 1 to {MOST_RANKS}")
     return places
 
 

@@ -39,13 +39,14 @@ class Asked(NamedTuple):
     """What ASK begins with, int64; the chunk's ids follow.
 
     Attributes:
-        capacity: of the cache.
+        capacity, bits: of the cache.
         length: tokens before the chunk.
         n_parts: of rows that follow.
         wants_hidden: whether `hidden` is to come back.
     """
 
     capacity: int
+    bits: int
     length: int
     n_parts: int
     wants_hidden: int
@@ -194,7 +195,7 @@ class Readers:
         reader = min(free, key=lambda reader: 0 if reader.cache() is cache else 1 + (reader.cache() is not None))
         first = cache.n_followed if reader.cache() is cache else 0
         rows = list(cache.since(first)) if first < cache.length or reader.position != cache.length else []
-        asked = Asked(cache.capacity, cache.length, len(rows), self._wants_hidden())
+        asked = Asked(cache.capacity, cache.bits, cache.length, len(rows), self._wants_hidden())
         reader.cache, reader.position, reader.ids, reader.is_dropped = weakref.ref(cache), -1, list(ids), False
         reader.job = self._threads.submit(self._read, reader.rank, asked, reader.ids, rows)
         return reader

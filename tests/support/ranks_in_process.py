@@ -30,13 +30,14 @@ class Post:
     Attributes:
         dead: ranks whose messages don't arrive, nor those to them.
         error: what isend returns to rank 0 from now on, without sending.
-        n_sent: bytes by sender and receiver.
+        n_sent, n_messages: bytes and messages by sender and receiver.
     """
 
     def __init__(self) -> None:
         self.dead: set[int] = set()
         self.error = 0
         self.n_sent: Counter[tuple[int, int]] = Counter()
+        self.n_messages: Counter[tuple[int, int]] = Counter()
         self._lock = threading.Lock()
         self._sent: Counter[Key] = Counter()
         self._asked: Counter[Key] = Counter()
@@ -55,6 +56,7 @@ class Post:
             if not {rank, to} & self.dead:
                 self._content[key, self._sent[key]] = (at, n_bytes) if is_long else ctypes.string_at(at, n_bytes)
                 self.n_sent[rank, to] += n_bytes
+                self.n_messages[rank, to] += 1
             self._begin(request, key, self._sent, 0, 0)
             if not is_long:
                 ctypes.c_int64.from_address(request).value = 0

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import hf_checkpoints as hf
 import numpy as np
 import pytest
 import tiny_deepseek4
@@ -25,6 +26,7 @@ from ranks_in_process import Post, in_process
 
 import localrun
 from localrun import hardware
+from localrun.convert import Options, convert, make_plan
 from localrun.engine import Engine
 from localrun.errors import LocalrunError
 from localrun.generate.sampling import Sampling
@@ -34,7 +36,7 @@ from localrun.ranks import speed
 from localrun.ranks.sharing import AUTO, EXPERTS, SLICES, Ranks, Share, Sharing
 from localrun.ranks.world import RankError, World
 from quant.batch import MOST_TOKENS
-from quant.decode.message_sizes import back_bytes, message_bytes
+from quant.decode.message_sizes import HEADER_BYTES, back_bytes, message_bytes
 
 EXACT = Sharing("f32")
 GREEDY = Sampling(temperature=0.0)
@@ -44,9 +46,11 @@ BF16_TOLERANCE = 5e-3
 
 
 @contextmanager
-def shared(path: Path, n_ranks: int = 2, sharing: Sharing = EXACT, post: Post | None = None) -> Iterator[Engine]:
+def shared(
+    path: Path, n_ranks: int = 2, sharing: Sharing = EXACT, post: Post | None = None, cache_bits: int = 16
+) -> Iterator[Engine]:
     with in_process(path, n_ranks, sharing, post) as ranks:
-        model = localrun.load(path, threads=2, ctx=160, ranks=ranks)
+        model = localrun.load(path, threads=2, ctx=160, ranks=ranks, cache_bits=cache_bits)
         with model:
             yield model
 
@@ -139,6 +143,53 @@ def test_steps_of_many_kinds() -> None:
         assert list(model.session(3).tokens(texts[0], GREEDY, max_tokens=24)) == plain
 
 
+@pytest.mark.parametrize("share", [SLICES, EXPERTS])
+def test_a_world_of_one(share: str) -> None:
+    """It has all the experts, and nobody to send anything to: bits are those of one process."""
+    path, ids = tiny_models.shared("v3-odd"), tiny_models.prompt("v3-odd")
+    found = both_ways(path, ids, n_ranks=1, sharing=Sharing("fp8", share=share))
+    assert all(np.array_equal(a, b) for a, b in zip(found, both_ways(path, ids), strict=True))
+    with shared(path, 1, Sharing(share=share)) as model:
+        model.model.forward(ids[:1], model.model.new_cache(8))
+        figures = model.rank_figures()
+    assert (figures["bytes_out"], figures["bytes_back"]) == (0, 0) and figures["exchanges"] == 3
+
+
+# A row that a sum's last place tips is a 127th of its largest value off: up to 1.5e-3 and 2.4e-3 of the range here.
+@pytest.mark.parametrize("variant", slow_but(["v3-odd", "glm4moe"], {"v3-odd"}))
+def test_a_cache_of_8_bits(variant: str) -> None:
+    path, ids = tiny_models.shared(variant), tiny_models.token_ids(variant, 130)
+
+    def ways(model: Engine) -> list[np.ndarray]:
+        session = model.session("off")
+        return [session.advance(ids[:120]), *(session.advance([token]) for token in ids[120:])]
+
+    with localrun.load(path, threads=2, ctx=160, cache_bits=8) as model:
+        expected = ways(model)
+    with shared(path, 2, cache_bits=8) as model:
+        for found, logits in zip(ways(model), expected, strict=True):
+            assert error(found, logits) < QUANTIZED_TOLERANCE
+
+
+def test_bytes_of_deepseek_v3() -> None:
+    """docs/hosts.md says them."""
+    assert message_bytes("bf16", 7168, 8, n_tokens=1) == 14_496 and back_bytes("bf16", 7168, n_tokens=1) == 14_400
+
+
+@pytest.mark.parametrize("message", ["f32", "bf16", "fp8"])
+def test_bytes_of_prompts_are_those_of_the_formula(message: str) -> None:
+    """A header and one message a layer out, one without a header back."""
+    n, post, config = 120, Post(), tiny_models.VARIANTS["v3-odd"]
+    n_layers = config.num_hidden_layers - 1
+    with shared(tiny_models.shared("v3-odd"), 2, Sharing(message), post) as model:
+        before, n_before = post.n_sent.copy(), post.n_messages.copy()
+        model.model.forward(list(range(n)), model.model.new_cache(n))
+        assert post.n_sent[0, 1] - before[0, 1] == n_layers * message_bytes(message, 256, 4, n)
+        assert post.n_sent[1, 0] - before[1, 0] == n_layers * (back_bytes(message, 256, n) - HEADER_BYTES)
+        assert post.n_messages[0, 1] - n_before[0, 1] == 2 * n_layers
+        assert post.n_messages[1, 0] - n_before[1, 0] == n_layers
+
+
 @pytest.mark.parametrize("message", ["f32", "bf16", "fp8"])
 def test_bytes_are_those_of_the_formula(message: str) -> None:
     """Two messages a layer and rank: one out, one back."""
@@ -146,7 +197,7 @@ def test_bytes_are_those_of_the_formula(message: str) -> None:
     hidden, top_k, n_layers = config.hidden_size, config.num_experts_per_tok, config.num_hidden_layers - 1
     with shared(path, 3, Sharing(message), post) as model:
         cache = model.model.new_cache(32)
-        before = post.n_sent.copy()
+        before, n_before = post.n_sent.copy(), post.n_messages.copy()
         for n_tokens in (1, 3):
             model.model.forward(list(range(n_tokens)), cache)
         expected = sum(message_bytes(message, hidden, top_k, n) for n in (1, 3)) * n_layers
@@ -155,6 +206,8 @@ def test_bytes_are_those_of_the_formula(message: str) -> None:
         for rank in (1, 2):
             assert post.n_sent[0, rank] - before[0, rank] == expected
             assert post.n_sent[rank, 0] - before[rank, 0] == expected_back
+            for way in ((0, rank), (rank, 0)):
+                assert post.n_messages[way] - n_before[way] == 2 * n_layers
         assert (found["exchanges"], found["bytes_out"]) == (2 * n_layers, 2 * expected)
         assert found["bytes_back"] == 2 * expected_back and 0 < found["overlap"] < 1
         assert model.model.remote.times.any(1).all() and len(model.model.remote.times) == 2 * n_layers
@@ -295,19 +348,38 @@ def test_greedy_replies_are_those_of_one_process(share: str) -> None:
 # A variant of each architecture with experts that tiny_models writes, V2-Lite's and Kimi-K2's choices among them.
 EVERY = [
     *["v2-lite", "v2", "v3", "kimi-k2", "moonlight", "deepseek32", "glm-dsa", "deepseek4", "qwen3moe", "mixtral"],
-    *["glm4moe", "glm4moe-air", "minimax-m2", "hy_v3", "bailingmoe2", "gpt-oss"],
+    *["glm4moe", "glm4moe-air", "minimax-m2", "hy_v3", "bailingmoe2", "gpt-oss", "dots1", "ernie4_5-moe"],
 ]
-# Largest errors by message, of logits' range: rounded vectors tip choices of experts, up to 0.062 and 0.32 here.
-MESSAGE_TOLERANCES = {"f32": ROUNDING_TOLERANCE, "bf16": 0.1, "fp8": 0.5}
+CHECKPOINTS = {"dots1": ("Dots1", hf.DOTS1), "ernie4_5-moe": ("Ernie4_5_Moe", hf.ERNIE4_5_MOE)}  # converted, of those
+
+
+def file_of(variant: str, folder: Path) -> Path:
+    if variant == "deepseek4":
+        return tiny_deepseek4.shared()
+    if variant not in CHECKPOINTS:
+        return tiny_models.shared(variant)
+    path = folder / "model.gguf"
+    convert(make_plan(hf.save(hf.make(*CHECKPOINTS[variant]), folder / "model"), path, Options(mix="F32")))
+    return path
+
+
+# Errors by message, of logits' range: of the median token up to 3e-3 and 0.03 (of 26 layers 0.066) here; of those for
+# which rounded vectors tip a choice among these few experts, up to 0.113 and 0.32.
+MESSAGE_TOLERANCES = {"bf16": (5e-3, 0.2), "fp8": (0.1, 0.5)}
+
+
+def check_rounded(found: np.ndarray, expected: np.ndarray, message: str) -> None:
+    most, worst = MESSAGE_TOLERANCES[message]
+    assert error(found, expected) < worst
+    assert np.median(np.abs(found - expected).max(1)) / np.ptp(expected) < most
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", EVERY)
-def test_every_architecture_both_ways_to_share(variant: str) -> None:
+def test_every_architecture_both_ways_to_share(variant: str, tmp_path: Path) -> None:
     """Two to four ranks, as many as there are blocks of columns, equal and odd shares; every type of message."""
-    is_v4 = variant == "deepseek4"
-    path = tiny_deepseek4.shared() if is_v4 else tiny_models.shared(variant)
-    ids = list(range(40)) if is_v4 else tiny_models.prompt(variant)
+    path = file_of(variant, tmp_path)
+    ids = list(range(40)) if variant in (*CHECKPOINTS, "deepseek4") else tiny_models.prompt(variant)
     step, many = both_ways(path, ids)
     with open_gguf(path) as file:
         config = read_config(file)
@@ -320,10 +392,11 @@ def test_every_architecture_both_ways_to_share(variant: str) -> None:
                 found_step, found_many = both_ways(path, ids, n_ranks=n_ranks, sharing=Sharing("f32", sizes, share))
                 assert error(found_many, many) < ROUNDING_TOLERANCE, (n_ranks, share, sizes)
                 assert error(found_step, step) < SESSION_TOLERANCE, (n_ranks, share, sizes)
-    for message in ("bf16", "fp8") if config.hidden_size % 128 == 0 else ("bf16",):
-        found_step, found_many = both_ways(path, ids, n_ranks=2, sharing=Sharing(message, share=EXPERTS))
-        assert error(found_step, step) < MESSAGE_TOLERANCES[message]
-        assert error(found_many, many) < MESSAGE_TOLERANCES[message]
+    for message in ("bf16", "fp8"):
+        for share in (SLICES, EXPERTS) if n_blocks > 1 else (EXPERTS,):
+            found_step, found_many = both_ways(path, ids, n_ranks=2, sharing=Sharing(message, share=share))
+            check_rounded(found_step, step, message)
+            check_rounded(found_many, many, message)
 
 
 @pytest.mark.slow
