@@ -19,7 +19,18 @@ from numba.core import cgutils
 from quant.gemm.lanes import LOWEST, ROW
 from quant.simd.core import F32, I32, I64, constant, define, f32x16, i32x16, load, splat, store
 from quant.simd.exact import at_most, sqrt
-from quant.simd.floats import emit_fma, exp2, fma, hmax, hsum, maximum, scaled_to_i16, splat_f32x16, zero_f32x16
+from quant.simd.floats import (
+    emit_fma,
+    exp2,
+    fma,
+    greater,
+    hmax,
+    hsum,
+    maximum,
+    scaled_to_i16,
+    splat_f32x16,
+    zero_f32x16,
+)
 from quant.simd.ints import emit_dot_i16
 from quant.simd.memory import (
     load_f16x16,
@@ -223,7 +234,7 @@ def round_16(rows, stride, depth, out, out_stride, scales):
     """
     largest, squares = zero_f32x16(), zero_f32x16()
     for c in range(depth):
-        largest = maximum(largest, abs(load_f32x16(rows + stride * c)))
+        largest = greater(abs(load_f32x16(rows + stride * c)), largest)
     inverse = 1 / (largest + np.float32(_TINY))
     for c in range(depth):
         v = load_f32x16(rows + stride * c) * inverse
@@ -319,7 +330,7 @@ def _value_scale(x, n, scale):
     largest, total = zero_f32x16(), zero_f32x16()
     for i in range(0, n, 16):
         v = load_f32x16(x + 4 * i)
-        largest, total = maximum(largest, abs(v)), total + v
+        largest, total = greater(abs(v), largest), total + v
     most = hmax(largest) + np.float32(_TINY) + np.float32(0.0) * hsum(total)  # NaN, if there is one
     store_f32(scale, most * np.float32(1 / MOST_VALUE))
     return splat_f32x16(np.float32(MOST_VALUE) / most)
@@ -367,7 +378,7 @@ def weigh(scores, stride, n_rows, row_scales, scale, largest, total, most_sum, w
     """
     before, most = load_f32x16(largest), splat_f32x16(np.float32(LOWEST))
     for at in range(scores, scores + stride * n_rows, stride):
-        most = maximum(most, load_f32x16(at))
+        most = greater(load_f32x16(at), most)
     most = maximum(before, most * scale)
     store_f32x16(largest, most)
     summed, weighed, heaviest = zero_f32x16(), zero_f32x16(), zero_f32x16()
@@ -376,7 +387,7 @@ def weigh(scores, stride, n_rows, row_scales, scale, largest, total, most_sum, w
         summed += weight
         weight = weight * load_f32(row_scales + 4 * j)
         weighed += weight
-        heaviest = maximum(heaviest, weight)
+        heaviest = greater(weight, heaviest)
         store_f32x16(scores + stride * j, weight)
     factor = exp2(before - most)
     store_f32x16(total, fma(load_f32x16(total), factor, summed))

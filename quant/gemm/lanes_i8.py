@@ -13,7 +13,7 @@ from quant.gemm.lanes import LOWEST
 from quant.gemm.lanes_i16 import emit_tile
 from quant.simd.core import F32, I32, I64, constant, define, f32x16, i8x64, i32x16, load, shuffle, splat, store
 from quant.simd.exact import rint, where
-from quant.simd.floats import emit_fma, exp2, fma, maximum, scaled_to_i16, splat_f32x16, zero_f32x16
+from quant.simd.floats import emit_fma, exp2, fma, greater, maximum, scaled_to_i16, splat_f32x16, zero_f32x16
 from quant.simd.ints import emit_dot_u8, zero_i32x16
 from quant.simd.memory import load_f32, load_f32x16, store_f32x16, store_i32x16
 from quant.simd.register_tile import register_tile
@@ -201,7 +201,7 @@ def round_bytes(rows, depth, out, start, scale):
     largest, total = zero_f32x16(), zero_f32x16()
     for c in range(depth):
         v = load_f32x16(rows + LANE_ROW * c)
-        largest, total = maximum(largest, abs(v)), total + v
+        largest, total = greater(abs(v), largest), total + v
     factor = np.float32(_MOST_BYTE) / (largest + np.float32(_TINY))
     store_f32x16(scale, largest * np.float32(1 / _MOST_BYTE) + total * np.float32(0.0))  # NaN, if there is one
     sums = zero_i32x16()
@@ -231,7 +231,7 @@ def weigh_bytes(scores, n_rows, row_scales, largest, total, weights, steps):
     """
     before, most = load_f32x16(largest), splat_f32x16(np.float32(LOWEST))
     for at in range(scores, scores + LANE_ROW * n_rows, LANE_ROW):
-        most = maximum(most, load_f32x16(at))
+        most = greater(load_f32x16(at), most)
     most = maximum(before, most)
     store_f32x16(largest, most)
     summed, weighed, heaviest = zero_f32x16(), zero_f32x16(), zero_f32x16()
@@ -240,7 +240,7 @@ def weigh_bytes(scores, n_rows, row_scales, largest, total, weights, steps):
         summed += weight
         weight = weight * load_f32(row_scales + 4 * j)
         weighed += weight
-        heaviest = maximum(heaviest, weight)
+        heaviest = greater(weight, heaviest)
         store_f32x16(scores + LANE_ROW * j, weight)
     padded = (n_rows + 3) // 4 * 4
     for j in range(n_rows, padded):

@@ -25,7 +25,7 @@ from numba import types
 from quant.batch import ATTENTION_TOKENS
 from quant.gemm.lanes import ADDRESSES, LOWEST, ROW, add_matmul, clear, pack_lanes
 from quant.simd.core import I64, constant, define, f32x16, splat
-from quant.simd.floats import as_f32, exp, maximum, splat_f32x16
+from quant.simd.floats import as_f32, exp, greater, splat_f32x16
 from quant.simd.memory import load_f32, load_f32x16, store_f32, store_f32x16
 from quant.simd.rows16 import transpose_strided
 from quant.simd.struct import address, array, atomic, f32, i64, struct
@@ -115,8 +115,8 @@ def fold_in(scores, n_rows, state, width):
     low_before, high_before = load_f32x16(state + MAXIMUM), load_f32x16(state + MAXIMUM + 64)
     low_most, high_most = low_before, high_before
     for at in range(scores, scores + ROW * n_rows, ROW):
-        low_most = maximum(low_most, load_f32x16(at))
-        high_most = maximum(high_most, load_f32x16(at + 64))
+        low_most = greater(load_f32x16(at), low_most)
+        high_most = greater(load_f32x16(at + 64), high_most)
     store_f32x16(state + MAXIMUM, low_most)
     store_f32x16(state + MAXIMUM + 64, high_most)
     low_factor = exp(low_before - low_most)

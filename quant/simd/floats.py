@@ -79,6 +79,10 @@ def emit_maximum(builder, a, b):
     return call(builder, f"llvm.maxnum.v{a.type.count}f32", a.type, a, b)
 
 
+def _greater(builder, a, b):
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
 def emit_hsum(builder, v):
     """Sum over lanes, in any order (float rounding of the order is accepted everywhere)."""
     name = f"llvm.vector.reduce.fadd.v{v.type.count}f32"
@@ -96,6 +100,8 @@ def _hmax(builder, v):
 fma = define_for_all(3, emit_fma)  # a*b + c, rounded once
 exact_fma = define_for_all(3, _exact_fma)  # the same where a*b is a float
 maximum = define_for_all(2, emit_maximum)  # of two lanes; where one is NaN, the other
+# The same where the second is never NaN: one instruction, not three that a loop's next turn would wait for.
+greater = define_for_all(2, _greater)
 hsum = define_for_all(1, emit_hsum, lambda vector: types.float32)  # over lanes, in any order
 hmax = define_for_all(1, _hmax, lambda vector: types.float32)  # the greatest lane, but for NaN
 
@@ -126,29 +132,40 @@ def _exp(builder, x):
 
 exp = define_for_all(1, _exp)
 
-# 2^r = 1 + r * p(r) on |r| <= 1/2, relative error 9e-8: a fit of our own to the least largest error.
+# 2^r = 1 + r * p(r), fits of our own to the least largest relative error: on |r| <= 1/2 9e-8, on 0 <= r <= 1 8e-8.
 _EXP2 = (1.3264727e-3, 9.6715126e-3, 5.5507337e-2, 2.4022242e-1, 6.9314698e-1)
+_EXP2_OF_FRACTION = (1.8671298e-3, 9.0170308e-3, 5.5799913e-2, 2.4016445e-1, 6.9315131e-1)
 
 
 def _exp2(builder, x):
-    """2^x to float32 rounding, for x <= 126; below -126, -infinity included, 0. NaN stays NaN."""
+    """2^x to float32 rounding, for x <= 126; below -126, -infinity included, 0 or next to it. NaN stays NaN."""
+    if x.type.count == 16 and isa.has("avx512_vnni"):
+        return _exp2_scaled(builder, x)
     vector = x.type
     low = builder.fcmp_ordered("<", x, constant(vector, -126.0))
     bounded = builder.select(low, constant(vector, -126.0), x)
     n = call(builder, f"llvm.rint.v{vector.count}f32", vector, bounded)
-    r = builder.fsub(bounded, n)
-    p = constant(vector, _EXP2[0])
-    for coefficient in (*_EXP2[1:], 1.0):
-        p = emit_fma(builder, p, r, constant(vector, coefficient))
-    if vector.count == 16 and isa.has("avx512_vnni"):
-        mask, nearest = ir.Constant(ir.IntType(16), -1), I32(4)
-        y = call(builder, "llvm.x86.avx512.mask.scalef.ps.512", vector, p, n, p, mask, nearest)
-    else:
-        integers = ir.VectorType(I32, vector.count)
-        n = builder.select(builder.fcmp_ordered("ord", n, n), n, constant(vector, 0.0))
-        power = builder.shl(builder.add(builder.fptosi(n, integers), constant(integers, 127)), constant(integers, 23))
-        y = builder.fmul(p, builder.bitcast(power, vector))
-    return builder.select(low, constant(vector, 0.0), y)
+    p = _polynomial(builder, builder.fsub(bounded, n), (*_EXP2, 1.0))
+    integers = ir.VectorType(I32, vector.count)
+    n = builder.select(builder.fcmp_ordered("ord", n, n), n, constant(vector, 0.0))
+    power = builder.shl(builder.add(builder.fptosi(n, integers), constant(integers, 127)), constant(integers, 23))
+    return builder.select(low, constant(vector, 0.0), builder.fmul(p, builder.bitcast(power, vector)))
+
+
+def _exp2_scaled(builder, x):
+    """The same by instructions that take floats apart: no bounds to keep, as what overflows is 0 or infinite."""
+    mask, now, floor = ir.Constant(ir.IntType(16), -1), I32(4), I32(9)  # a fraction is what is left of rounding down
+    r = call(builder, "llvm.x86.avx512.mask.reduce.ps.512", x.type, x, floor, x, mask, now)
+    p = _polynomial(builder, r, (*_EXP2_OF_FRACTION, 1.0))
+    return call(builder, "llvm.x86.avx512.mask.scalef.ps.512", x.type, p, x, p, mask, now)
+
+
+def _polynomial(builder, x, coefficients):
+    """The highest power's first."""
+    p = constant(x.type, coefficients[0])
+    for coefficient in coefficients[1:]:
+        p = emit_fma(builder, p, x, constant(x.type, coefficient))
+    return p
 
 
 exp2 = define_for_all(1, _exp2)
