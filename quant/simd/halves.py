@@ -62,9 +62,11 @@ def bfloat_to_float(builder, bits):
 
 
 def float_to_bfloat(builder, x):
-    """float32 vector -> its upper halves' bits, to nearest, ties to even."""
+    """float32 vector -> its upper halves' bits, to nearest, ties to even; NaN -> NaN."""
     wide = ir.VectorType(I32, x.type.count)
     bits = builder.bitcast(x, wide)
     odd = builder.and_(builder.lshr(bits, constant(wide, 16)), constant(wide, 1))
     rounded = builder.add(builder.add(bits, constant(wide, 0x7FFF)), odd)
+    quiet = builder.or_(bits, constant(wide, 1 << 22))  # the lower half may have been all that told it from infinity
+    rounded = builder.select(builder.fcmp_unordered("uno", x, x), quiet, rounded)
     return builder.trunc(builder.lshr(rounded, constant(wide, 16)), ir.VectorType(I16, x.type.count))

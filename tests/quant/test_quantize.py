@@ -8,6 +8,7 @@ from typing import Any
 
 import ggml
 import gguf
+import kernels
 import numpy as np
 import pytest
 from cases import slow_but
@@ -87,6 +88,20 @@ def test_half_floats_are_rounded_as_numpy_rounds():
     x = np.concatenate([bits.view(np.float32), halves, middles, *near])
     x = x[np.abs(x) <= registry.get("F16").largest][None]
     assert np.array_equal(packed("F16", x).view(np.float16), x.astype(np.float16))
+
+
+@pytest.mark.levels
+@pytest.mark.parametrize("name", ["F16", "BF16"])
+@pytest.mark.parametrize("n_cols", [1, 16])
+def test_nan_stays_nan(name, n_cols):
+    """Whichever bits of a float32 say so; infinity stays infinity."""
+    for bits in (0x7F800001, 0x7F80FFFF, 0x7FFFFFFF, 0x7FC00000, 0xFF800001, 0xFFFFFFFF, 0x7F800000, 0xFF800000):
+        x = np.full((1, n_cols), np.uint32(bits)).view(np.float32)
+        out = np.zeros((1, 2 * n_cols), np.uint8)
+        kernels.call(registry.get(name).quantize, x, 0, n_cols, out, 0)
+        found = registry.get(name).unpack(out)
+        assert np.isnan(found).all() == np.isnan(x).all() and (np.signbit(found) == np.signbit(x)).all()
+        assert np.isinf(found).all() == np.isinf(x).all()
 
 
 @pytest.mark.levels
