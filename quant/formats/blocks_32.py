@@ -8,6 +8,7 @@ lanes, in order, beside the activations' scales and sums.
 import numpy as np
 
 from quant.gemv.activations import QUARTERS, SCALES, SUMS
+from quant.simd.dots import dot_biased, dots_of_two, pair_sums, pair_sums_wide
 from quant.simd.floats import (
     add_odd,
     even_doubled,
@@ -19,7 +20,7 @@ from quant.simd.floats import (
     to_f32,
     widened,
 )
-from quant.simd.ints import dot_biased, dots_of_two, pair_sums, pair_sums_wide, zero_i32x16
+from quant.simd.ints import zero_i32x16
 from quant.simd.memory import load_f32, load_f32x16, load_i8x64, load_u16, load_u32
 from quant.target.jit import inline
 

@@ -30,8 +30,9 @@ from quant.gemv.activations import (
 )
 from quant.gemv.plain import specialize
 from quant.simd.core import I32, I64, constant, define, f32x16, i8x64, i32x16, load, shuffle
+from quant.simd.dots import WEIGHT_BIAS, dot_biased, dot_u8, pair_sums_wide
 from quant.simd.floats import fma, halves_f32x32, lookup_f32, picked, to_f32
-from quant.simd.ints import WEIGHT_BIAS, dot_biased, dot_u8, pair_sums_wide, where_bits, zero_i32x16
+from quant.simd.ints import where_bits, zero_i32x16
 from quant.simd.memory import (
     emit_table,
     load_f32,

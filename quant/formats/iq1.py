@@ -17,8 +17,9 @@ from quant.formats.grids import entry_of, fields_of, grid_format, load_fields, o
 from quant.gemm.microkernel_k_block import K_BLOCK_BYTES, SYMMETRIC, TWO_SCALES
 from quant.gemm.repack import SCALES as K_BLOCK_SCALES
 from quant.gemv.activations import EVEN_SUMS, EVERY_EIGHTH, NINEFOLD_SUMS, ODD_SUMS, SCALES_OF_32, STARTS_32
+from quant.simd.dots import dot_u8
 from quant.simd.floats import fma, lookup_f32, splat_f32x16, to_f32
-from quant.simd.ints import dot_u8, join, shifted, where_bits, zero_i32x16
+from quant.simd.ints import join, shifted, where_bits, zero_i32x16
 from quant.simd.memory import (
     f16_in_halves,
     f16_to_f32,

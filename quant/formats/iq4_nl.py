@@ -14,9 +14,10 @@ from quant.gemm.microkernel_k_block import SIGNED_BYTES
 from quant.quantize.levels import averages, inverse_of, midpoints
 from quant.quantize.search import TINY, first_wins_ties, write_importance, write_squares
 from quant.simd.core import i8x32, i8x64
+from quant.simd.dots import WEIGHT_BIAS
 from quant.simd.exact import best_lane, constants, count_below, lane, signed_largest, step_function, sum_tree, where
 from quant.simd.floats import fma, splat_f32x16, to_f32, zero_f32x16
-from quant.simd.ints import WEIGHT_BIAS, lookup_in
+from quant.simd.ints import lookup_in
 from quant.simd.memory import load_f16, load_f32, load_f32x32, store_f16
 from quant.target.jit import inline, kernel
 

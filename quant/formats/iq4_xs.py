@@ -17,9 +17,10 @@ from quant.gemm.repack import SCALES, repacks, two_nibbles
 from quant.gemv import plain
 from quant.quantize.search import TINY, everywhere, mean, sum_squares, write_importance, write_squares
 from quant.simd.core import i8x32, i32x16
+from quant.simd.dots import WEIGHT_BIAS
 from quant.simd.exact import best_lane, clamp, constants, greatest, join_nibbles, lane, where
 from quant.simd.floats import fma, interleaved_bytes, to_f32, zero_f32x16
-from quant.simd.ints import WEIGHT_BIAS, even_quarters, lookup_in, nibbles, odd_quarters
+from quant.simd.ints import even_quarters, lookup_in, nibbles, odd_quarters
 from quant.simd.memory import (
     load_f16,
     load_f16_everywhere,

@@ -25,9 +25,10 @@ from quant.gemm.repack import repacks, store_d, store_d_and_m, store_fives, stor
 from quant.gemv import plain
 from quant.gemv.plain import specialize
 from quant.simd.core import i32x16
+from quant.simd.dots import dot_i8, dot_u8
 from quant.simd.exact import gather_bits, join_nibbles
 from quant.simd.floats import to_f32
-from quant.simd.ints import dot_i8, dot_u8, lookup_in, nibbles, set_where, spread_bits, zero_i32x8
+from quant.simd.ints import lookup_in, nibbles, set_where, spread_bits, zero_i32x8
 from quant.simd.memory import (
     load_f16,
     load_i8x16,

@@ -17,18 +17,9 @@ from quant.gemm.repack import SCALES, repacks, two_nibbles
 from quant.gemv import plain
 from quant.gemv.activations import SPLIT, SPLIT_SCALES, SPLIT_SUMS
 from quant.simd.core import i8x32, i32x16
+from quant.simd.dots import dot_i8, dots_of_two, packed_i16, pairs_of, products_i16
 from quant.simd.floats import e4m3_halved, exact_fma, first_8, fma, halves_f32x8, halves_f32x32, last_8, to_f32
-from quant.simd.ints import (
-    dot_i8,
-    dots_of_two,
-    lookup_in,
-    nibbles,
-    packed_i16,
-    pairs_of,
-    products_i16,
-    swapped_eights,
-    zero_i32x8,
-)
+from quant.simd.ints import lookup_in, nibbles, swapped_eights, zero_i32x8
 from quant.simd.memory import (
     load_f32,
     load_f32x8,

@@ -13,8 +13,9 @@ from quant.gemm.microkernel_k_block import K_BLOCK_BYTES, SYMMETRIC
 from quant.gemm.repack import SCALES, repacks
 from quant.gemv import plain
 from quant.gemv.activations import SCALES_16, SUMS_16
+from quant.simd.dots import dot_i8
 from quant.simd.floats import f16_lanes_doubled, fma, to_f32
-from quant.simd.ints import dot_i8, set_where, spread_bits, zero_i8x64, zero_i32x8, zero_i32x16
+from quant.simd.ints import set_where, spread_bits, zero_i8x64, zero_i32x8, zero_i32x16
 from quant.simd.memory import (
     load_f16,
     load_f32x16,

@@ -20,18 +20,10 @@ from quant.gemv import plain
 from quant.gemv.activations import PACKED_SCALES, PACKED_SUMS
 from quant.quantize.search import mean, sum_squares
 from quant.quantize.sixteens import fit_lines, fit_scales, levels, prepare, store_lines
+from quant.simd.dots import bytes_twice, dot_i16, products_i16, shifted_i16
 from quant.simd.exact import to_i8x16
 from quant.simd.floats import even_in_8, fma, halves_f32x32, odd_in_8, to_f32, zero_f32x16
-from quant.simd.ints import (
-    bytes_twice,
-    crumbs,
-    crumbs_in_place,
-    dot_i16,
-    moved_bits,
-    products_i16,
-    shifted_i16,
-    zero_i8x32,
-)
+from quant.simd.ints import crumbs, crumbs_in_place, moved_bits, zero_i8x32
 from quant.simd.memory import (
     load_16_twice,
     load_eight_everywhere,

@@ -21,9 +21,10 @@ from quant.gemv.plain import specialize
 from quant.quantize.levels import inverse_of
 from quant.quantize.lines import fit_lines
 from quant.quantize.search import mean
+from quant.simd.dots import dot_u8, pair_sums
 from quant.simd.exact import round_between
 from quant.simd.floats import fma, interleaved_bytes, picked, subtract_odd, to_f32
-from quant.simd.ints import dot_u8, pair_sums, shifted, zero_i8x32, zero_i32x16
+from quant.simd.ints import shifted, zero_i8x32, zero_i32x16
 from quant.simd.memory import (
     load_f16,
     load_f16_pair,

@@ -15,8 +15,8 @@ from quant.gemm.repack import SCALES as K_BLOCK_SCALES
 from quant.gemm.repack import repacks, store_nibbles
 from quant.gemv.interleaved import FLOATS, WORDS, AddBlock, Block, Token, as_bytes, masked, merged
 from quant.simd.core import constant
+from quant.simd.dots import emit_dot_u8
 from quant.simd.floats import emit_fma
-from quant.simd.ints import emit_dot_u8
 from quant.simd.memory import load_f16x16, load_i32x16, load_i64
 from quant.target import isa
 from quant.target.jit import Kernel, inline

@@ -24,9 +24,10 @@ from quant.quantize.search import (
     write_importance,
     write_squares,
 )
+from quant.simd.dots import dot_u8, pair_sums, pair_sums_wide
 from quant.simd.exact import best_lane, clamp, constants, lane, round_between, signed_largest
 from quant.simd.floats import fma, halves_f32x32, to_f32, zero_f32x16
-from quant.simd.ints import dot_u8, pair_sums, pair_sums_wide, shifted, zero_i32x16
+from quant.simd.ints import shifted, zero_i32x16
 from quant.simd.memory import (
     load_f16,
     load_f16_everywhere,

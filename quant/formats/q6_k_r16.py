@@ -13,8 +13,8 @@ from quant.gemm.repack import SCALES as K_BLOCK_SCALES
 from quant.gemm.repack import repacks
 from quant.gemv.interleaved import FLOATS, WORDS, Block, Token, as_bytes, masked, merged
 from quant.simd.core import constant
+from quant.simd.dots import emit_dot_u8
 from quant.simd.floats import emit_fma
-from quant.simd.ints import emit_dot_u8
 from quant.simd.memory import load_f16x16, load_i8x16_picked, load_i32x16, load_i64, store_f32x16
 
 QL, QH, SCALES, D = ROWS * q6_k.QL, ROWS * q6_k.QH, ROWS * q6_k.SCALES, ROWS * q6_k.D

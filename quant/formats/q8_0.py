@@ -13,9 +13,10 @@ from quant.gemm.repack import repacks, store_d
 from quant.gemv import plain
 from quant.gemv.activations import IN_ORDER, SCALES, SUMS
 from quant.quantize.levels import inverse_of
+from quant.simd.dots import WEIGHT_BIAS, biased, dot_biased, dot_i8, pair_sums_wide
 from quant.simd.exact import greatest, round_away_to_i8
 from quant.simd.floats import fma, picked, to_f32
-from quant.simd.ints import WEIGHT_BIAS, biased, dot_biased, dot_i8, pair_sums_wide, zero_i32x8, zero_i32x16
+from quant.simd.ints import zero_i32x8, zero_i32x16
 from quant.simd.memory import (
     load_f16,
     load_f32x16,

@@ -9,8 +9,9 @@ fewer operations where a scale of 4 or 6 bits is a number of its own.
 """
 
 from quant.gemv.activations import EIGHTHS, IN_ORDER
+from quant.simd.dots import dot_u8, packed_i16, pair_sums
 from quant.simd.floats import to_f32
-from quant.simd.ints import crumb_sums, dot_u8, packed_i16, pair_sums, picked_with_zeros, zero_i32x8, zero_i32x16
+from quant.simd.ints import crumb_sums, picked_with_zeros, zero_i32x8, zero_i32x16
 from quant.simd.memory import load_i8x32, load_i8x64
 from quant.target.jit import inline
 

@@ -18,9 +18,10 @@ from quant.gemm.repack import SCALES, repacks
 from quant.gemv import plain
 from quant.gemv.activations import CRUMB_SCALES, CRUMB_STARTS, EIGHTHS, SCALES_16, SUMS_16
 from quant.quantize.levels import inverse_of
+from quant.simd.dots import dot_u8
 from quant.simd.exact import greatest, round_away_to_i8
 from quant.simd.floats import fma, maximum, to_f32
-from quant.simd.ints import crumbs_in_place, dot_u8, join, ternary_digit, ternary_rest, zero_i8x32
+from quant.simd.ints import crumbs_in_place, join, ternary_digit, ternary_rest, zero_i8x32
 from quant.simd.memory import (
     load_eight_everywhere,
     load_f16,

@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from quant.simd.core import I8, I16, I32, I64, call, load, pointer, splat, store
-from quant.simd.ints import emit_dot_u8
+from quant.simd.dots import emit_dot_u8
 from quant.target.amx import CONFIG_BYTES, MOST_BYTES, MOST_ROWS, TILES, Tiles
 
 _ROW_BYTES_AT, _ROWS_AT = 16, 48  # in a configuration

@@ -18,9 +18,10 @@ from numba.core import cgutils
 
 from quant.gemm.lanes import LANES, ROW
 from quant.simd.core import I32, I64, define, f32x16, i8x64, i32x16, load, splat, store
+from quant.simd.dots import emit_dot_u8
 from quant.simd.exact import sqrt
 from quant.simd.floats import fma, hmax, hsum, maximum, to_f32, zero_f32x16
-from quant.simd.ints import emit_dot_u8, zero_i32x16
+from quant.simd.ints import zero_i32x16
 from quant.simd.memory import (
     load_f16x16,
     load_f32,

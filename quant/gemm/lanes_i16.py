@@ -18,6 +18,7 @@ from numba.core import cgutils
 
 from quant.gemm.lanes import LOWEST, ROW
 from quant.simd.core import F32, I32, I64, constant, define, f32x16, i32x16, load, splat, store
+from quant.simd.dots import emit_dot_i16
 from quant.simd.exact import at_most, sqrt
 from quant.simd.floats import (
     emit_fma,
@@ -31,7 +32,6 @@ from quant.simd.floats import (
     splat_f32x16,
     zero_f32x16,
 )
-from quant.simd.ints import emit_dot_i16
 from quant.simd.memory import (
     load_f16x16,
     load_f32,

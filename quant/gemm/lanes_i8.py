@@ -12,9 +12,10 @@ from numba import types
 from quant.gemm.lanes import LOWEST
 from quant.gemm.lanes_i16 import emit_tile
 from quant.simd.core import F32, I32, I64, constant, define, f32x16, i8x64, i32x16, load, shuffle, splat, store
+from quant.simd.dots import emit_dot_u8
 from quant.simd.exact import rint, where
 from quant.simd.floats import emit_fma, exp2, fma, greater, maximum, scaled_to_i16, splat_f32x16, zero_f32x16
-from quant.simd.ints import emit_dot_u8, zero_i32x16
+from quant.simd.ints import zero_i32x16
 from quant.simd.memory import load_f32, load_f32x16, store_f32x16, store_i32x16
 from quant.simd.register_tile import register_tile
 from quant.target.jit import inline

@@ -6,8 +6,8 @@ Integer dot products, scaled and added to float32 totals. Layout of both panels:
 from llvmlite import ir
 
 from quant.simd.core import F32, I8, I32, I64, call, constant, load, splat
+from quant.simd.dots import emit_dot_u8, emit_pairs_i16, emit_pairs_u8
 from quant.simd.floats import emit_fma
-from quant.simd.ints import emit_dot_u8, emit_pairs_i16, emit_pairs_u8
 from quant.target import isa
 
 ROWS = 32

@@ -9,8 +9,9 @@ import numpy as np
 from llvmlite import ir
 
 from quant.simd.core import I16, I32, call, constant, define, f32x16, f32x32, i8x32, shuffle
+from quant.simd.dots import dot_u8
 from quant.simd.floats import as_f32, maximum, round_to_i8, splat_f32x32, to_f32
-from quant.simd.ints import dot_u8, ones_i8x32, zero_i32x8
+from quant.simd.ints import ones_i8x32, zero_i32x8
 from quant.simd.memory import load_f32, load_f32x16, load_f32x32, store_f32x16, store_i8x32, store_i32x8, store_i32x16
 from quant.simd.rows16 import transpose_strided
 from quant.target import isa

@@ -35,8 +35,9 @@ that a matrix product over x and an integer one over q differ in float rounding 
 
 import numpy as np
 
+from quant.simd.dots import sum_first_i8, sum_second_i8
 from quant.simd.floats import hmax, round_to_i8, to_f32
-from quant.simd.ints import CRUMBS_IN_PLACE, first_half, second_half, sum_first_i8, sum_second_i8, swapped_eights
+from quant.simd.ints import CRUMBS_IN_PLACE, first_half, second_half, swapped_eights
 from quant.simd.memory import (
     load_f32,
     load_f32x32,

@@ -6,7 +6,7 @@ from llvmlite import ir
 from numba import types
 
 from quant.simd.core import I1, I16, I32, I64, call, constant, define, i8x32, i8x64, i32x8, i32x16, shuffle
-from quant.simd.ints import emit_dot_i16, emit_dot_u8
+from quant.simd.dots import emit_dot_i16, emit_dot_u8
 
 _WORDS = ir.VectorType(I16, 32)
 
