@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from quant.decode.linear import Input, item_rows, multiply, set_token, token_tables
-from quant.decode.program import HEADER, MOST_TOKENS, PHASE, Part, Phase, padded, tokens_of
+from quant.decode.parts import Part
+from quant.decode.program import HEADER, MOST_TOKENS, PHASE, Phase, padded, tokens_of
 from quant.decode.router import CHOICE, ROUTER, Choice, Router, choose, is_here
 from quant.decode.streams import NO_STREAMS, STREAMS, Streams, write_streams
 from quant.gemv.activations import q8_bytes, write_q8
@@ -19,9 +20,6 @@ from quant.simd.struct import address, boolean, f32, i64, struct
 from quant.simd.vectors import copy, rms_norm, scale_add
 from quant.target.jit import inline, kernel
 from quant.threads.atomics import call_2
-from quant.threads.work_items import rows_of_item
-
-_DOWN_ITEMS_PER_WORKER = 8
 
 # A worker's memory: of each token its vector and that one's q8 row, then a CHOICE.
 GATE_UP = struct(
@@ -259,8 +257,7 @@ def _gate_up_phase(
 ) -> Phase:  # fmt: skip
     gate, up, biases, top_k = experts.gate, experts.up, experts.bias_addresses, router.num_experts_per_tok
     hidden, inner = gate.n_cols, gate.n_rows
-    interleaved = max(gate, up, key=lambda matrix: matrix.format.rows)
-    rows = item_rows(interleaved, 2 * top_k * inner * gate.row_bytes, n_workers)
+    rows = min(item_rows([gate, up] * top_k, n_workers))
     q8, token_bytes = padded(4 * hidden), padded(4 * hidden) + q8_bytes(hidden)
     choice = MOST_TOKENS * token_bytes
     arguments = GATE_UP.pack(
@@ -286,8 +283,7 @@ def _down_phase(
     hidden, inner = down.n_rows, down.n_cols
     shared_gate_out, shared_up_out, shared_down = shared or (0, 0, None)
     shared_inner = shared_down.n_cols if shared_down else 0
-    # Whole vectors: scale_add rounds once in them and twice behind, and where items end must not change results.
-    rows = rows_of_item(down.row_bytes, hidden, n_workers, 16, _DOWN_ITEMS_PER_WORKER)
+    (rows,) = item_rows([down], n_workers)
     per_pair = q8_bytes(max(inner, shared_inner))
     temporary = per_pair * MOST_TOKENS * (top_k + 1)
     choice = temporary + padded(4 * max(rows * MOST_TOKENS * top_k, inner, shared_inner))

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from quant.batch import MAX_BATCH
+from quant.decode.parts import Part
 from quant.decode.program import (
     HEADER,
     MOST_TOKENS,
     PHASE,
     PHASE_BYTES,
-    Part,
     Phase,
     padded,
     program_of,
@@ -37,7 +37,7 @@ from quant.simd.vectors import copy, rms_norm, scale_add, swiglu
 from quant.target.jit import inline, kernel
 from quant.target.kernel import Kernel
 from quant.threads.atomics import call_5, call_7
-from quant.threads.work_items import rows_of_item
+from quant.threads.work_items import rows_of_items
 
 # A worker's memory has token_bytes a token: its vector, its q8 row, then rows that are to be added to the residual, or
 # the weights of its streams.
@@ -220,9 +220,10 @@ class Input:
     streams: Streams | None = None
 
 
-def item_rows(weight: QuantMatrix, n_bytes: int, n_workers: int, multiple: int = 8) -> int:
-    """Rows of a work item in a phase of n_bytes of weights, a multiple of that and of interleaved rows."""
-    return rows_of_item(weight.row_bytes, n_bytes // weight.row_bytes, n_workers, max(multiple, weight.format.rows))
+def item_rows(matrices: Sequence[QuantMatrix], n_workers: int) -> tuple[int, ...]:
+    """Rows of a work item of each group of these matrices, in a phase of all of them."""
+    sizes = tuple((matrix.n_rows, matrix.row_bytes) for matrix in matrices)
+    return rows_of_items(sizes, n_workers, max(matrix.format.rows for matrix in matrices))
 
 
 def rows_phase(
@@ -244,13 +245,12 @@ def rows_phase(
     n_cols = matrices[0][0].n_cols
     if len(matrices) > MOST_MATRICES or any(weight.n_cols != n_cols for weight, _ in matrices):
         raise QuantError(f"{len(matrices)} matrices do not share a phase")
-    n_bytes, streams = sum(weight.n_rows * weight.row_bytes for weight, _ in matrices), into or input_.streams
-    residual = residual or into is not None
+    residual, streams = residual or into is not None, into or input_.streams
     q8 = padded(4 * n_cols)
     temporary = q8 + q8_bytes(n_cols)
     packed, parts, n_items, most_rows = [], [], 0, 0
-    for (weight, out), bias in zip(matrices, biases or [0] * len(matrices), strict=True):
-        rows = item_rows(weight, n_bytes, n_workers, 16 if into else 8)
+    divided = item_rows([weight for weight, _ in matrices], n_workers)
+    for (weight, out), bias, rows in zip(matrices, biases or [0] * len(matrices), divided, strict=True):
         fields = {"n_rows": weight.n_rows, "item_rows": rows, "first_item": n_items, "bias": bias, "out": out}
         packed.append(ROWS_MATRIX.pack(matrix=weight.struct, integer=weight.format.integer, **fields))
         parts.append(Part(weight, rows, n_items))

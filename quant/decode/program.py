@@ -15,12 +15,13 @@ does for each the same operations in the same order as for a token alone, so tha
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from quant.batch import MOST_TOKENS
+from quant.decode.parts import GroupPart, Part
 from quant.errors import QuantError
 from quant.matrix import QuantMatrix, check_single_rows
 from quant.simd.memory import store_i64
@@ -210,24 +211,6 @@ def padded(n_bytes: int) -> int:
     return -(-n_bytes // 64) * 64
 
 
-@dataclass(frozen=True)
-class Part:
-    """Rows that items of a phase read, of each group of a matrix: item first_item + i of a period reads rows
-    item_rows * i and so on."""
-
-    matrix: QuantMatrix
-    item_rows: int
-    first_item: int = 0
-
-    def spans(self, first: int, count: int) -> Iterator[tuple[int, int]]:
-        """(address, bytes) of what `count` items from `first` on read."""
-        m, ends = self.matrix, (first - self.first_item, first - self.first_item + count)
-        start, end = (min(max(item, 0) * self.item_rows, m.n_rows) for item in ends)
-        if start < end:
-            for group in range(m.n_groups):
-                yield m.address + m.group_bytes * group + m.row_bytes * start, m.row_bytes * (end - start)
-
-
 @dataclass
 class Phase:
     """What a worker does between two points where all must have arrived.
@@ -252,7 +235,7 @@ class Phase:
     per_split: bool = False
     name: str = ""
     period: int = 0
-    weights: Sequence[Part] = ()
+    weights: Sequence[Part | GroupPart] = ()
 
 
 class Phases:

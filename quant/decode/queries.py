@@ -7,6 +7,7 @@ DeepSeek-V2, arXiv 2405.04434, section 2.1.2); GQA only norms (Qwen3) and rotate
 import numpy as np
 
 from quant.decode.linear import multiply, set_token, token_tables
+from quant.decode.parts import GroupPart
 from quant.decode.program import HEADER, MOST_TOKENS, NOTHING, PHASE, Phase, cache_block, padded, program_of, tokens_of
 from quant.gemv.activations import q8_bytes, write_q8
 from quant.gemv.rows_i8 import SCALE_BYTES, pack_group
@@ -256,7 +257,7 @@ def latent_queries_phase(
         k_b=k_b.struct, k_b_integer=k_b.format.integer, k_b_transposed=transposed,
     )  # fmt: skip
     work_bytes = max(MOST_TOKENS * q8_bytes(nope), padded(4 * max(latent, n_rope)))
-    return Phase(NOTHING, _run_latent, k_b.n_groups + 1, arguments, work_bytes)
+    return Phase(NOTHING, _run_latent, k_b.n_groups + 1, arguments, work_bytes, weights=[GroupPart(k_b)])
 
 
 def grouped_queries_phase(

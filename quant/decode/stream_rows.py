@@ -15,6 +15,7 @@ from quant.decode.linear import (
     set_token,
     token_tables,
 )
+from quant.decode.parts import Part
 from quant.decode.program import HEADER, NOTHING, PHASE, Phase, tokens_of
 from quant.decode.streams import N_STREAMS, Streams, sublayer_input
 from quant.errors import QuantError
@@ -118,9 +119,10 @@ def groups_phase(matrix: QuantMatrix, q8: int, out: int, n_workers: int) -> Phas
 
     q8: address of rows (MOST_TOKENS, G), which phases before have written.
     """
-    rows = item_rows(matrix, matrix.n_groups * matrix.n_rows * matrix.row_bytes, n_workers)
+    rows, *_ = item_rows([matrix] * matrix.n_groups, n_workers)
     arguments = GROUPS.pack(
         phase=HEADER, matrix=matrix.struct, n_groups=matrix.n_groups, n_rows=matrix.n_rows, n_cols=matrix.n_cols,
         item_rows=rows, q8=q8, q8_bytes=q8_bytes(matrix.n_cols), out=out,
     )  # fmt: skip
-    return Phase(NOTHING, _run_groups, matrix.n_groups * -(-matrix.n_rows // rows), arguments, 0)
+    per_group, parts = -(-matrix.n_rows // rows), [Part(matrix, rows)]
+    return Phase(NOTHING, _run_groups, matrix.n_groups * per_group, arguments, 0, period=per_group, weights=parts)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from quant.simd.floats import exp, fma, maximum, picked
+from quant.simd.floats import exp, fma, fma_f32, maximum, picked
 from quant.simd.memory import load_f32, load_f32x16, store_f32, store_f32x16
 from quant.simd.struct import address, f32, i64, pointer, struct
 from quant.simd.vectors import rms_factor
@@ -136,10 +136,7 @@ def sublayer_input(s, t, width, out, weights):
 
 @inline
 def write_streams(s, t, first, n, width, y):
-    """Columns first.. of token t's streams, after the sublayer's output there, float32 (n,).
-
-    n must be a multiple of 16 but at the end, where rounding differs.
-    """
+    """Columns first.. of token t's streams, after the sublayer's output there, float32 (n,)."""
     weights, row = s.weights + WEIGHTS_BYTES * t, 4 * width
     x, whole = s.x + N_STREAMS * row * t + 4 * first, n // 16 * 16
     for i in range(0, 4 * whole, 64):
@@ -155,5 +152,5 @@ def write_streams(s, t, first, n, width, y):
         p, q, r, z = load_f32(x + i), load_f32(x + row + i), load_f32(x + 2 * row + i), load_f32(x + 3 * row + i)
         for j in range(N_STREAMS):
             w = weights + 4 * j
-            v = value * load_f32(w + 16) + p * load_f32(w + 32) + q * load_f32(w + 48)
-            store_f32(x + row * j + i, v + r * load_f32(w + 64) + z * load_f32(w + 80))
+            v = fma_f32(q, load_f32(w + 48), fma_f32(p, load_f32(w + 32), value * load_f32(w + 16)))
+            store_f32(x + row * j + i, fma_f32(z, load_f32(w + 80), fma_f32(r, load_f32(w + 64), v)))

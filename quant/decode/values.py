@@ -11,6 +11,7 @@ import numpy as np
 
 from quant.decode.attention import PARTIAL, SEEN, VALUES_AT, Heads, seen_by
 from quant.decode.linear import multiply, set_token, token_tables
+from quant.decode.parts import GroupPart
 from quant.decode.program import (
     HEADER,
     MAX_SPLITS,
@@ -156,4 +157,5 @@ def project_values_phase(
         has_v_b=v_b is not None, v_b_integer=bool(v_b and v_b.format.integer),
         v_b=v_b.struct if v_b else MATRIX.zeros(),
     )  # fmt: skip
-    return Phase(NOTHING, _run_project_values, heads.n_heads, arguments, token_bytes * MOST_TOKENS)
+    parts = [GroupPart(v_b)] if v_b else []
+    return Phase(NOTHING, _run_project_values, heads.n_heads, arguments, token_bytes * MOST_TOKENS, weights=parts)

@@ -22,8 +22,6 @@ from quant.target.jit import inline, kernel
 from quant.threads.pool import Pool, worker_bytes
 from quant.threads.work_items import rows_of_item, work_items
 
-_ITEMS_PER_WORKER = 8
-
 # A pair is a token and one of its experts; pairs are in the order of experts. Tables hold addresses by pair.
 EXPERTS = struct(
     "Experts",
@@ -138,7 +136,7 @@ def _run_down(arguments, worker):
 
 def _item_rows(matrix: QuantMatrix, n_rows: int, n_workers: int) -> int:
     """Rows of a work item, of n_rows in all: a multiple of 32, so that groups of activations stay whole."""
-    return rows_of_item(matrix.row_bytes, n_rows, n_workers, 32, _ITEMS_PER_WORKER)
+    return rows_of_item(matrix.row_bytes, n_rows, n_workers, 32)
 
 
 def run(pool: Pool, experts: ExpertMatrices, x: int, ids: np.ndarray, weights: np.ndarray, out: int) -> None:

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from quant.simd.floats import exp, fma, hsum, zero_f32x16
+from quant.simd.floats import exp, fma, fma_f32, hsum, zero_f32x16
 from quant.simd.memory import load_f16, load_f16x16, load_f32, load_f32x16, store_f32, store_f32x16
 from quant.target.jit import inline
 
@@ -88,12 +88,12 @@ def swiglu(gate, up, n, out):
 
 @inline
 def scale_add(factor, x, n, out):
-    """out += factor * x, float32 (n,)."""
+    """out += factor * x, float32 (n,): rounded once, so that where a piece of a row ends changes nothing."""
     whole = n // 16 * 16
     for i in range(0, whole, 16):
         store_f32x16(out + 4 * i, fma(np.float32(factor), load_f32x16(x + 4 * i), load_f32x16(out + 4 * i)))
     for i in range(whole, n):
-        store_f32(out + 4 * i, load_f32(out + 4 * i) + factor * load_f32(x + 4 * i))
+        store_f32(out + 4 * i, fma_f32(np.float32(factor), load_f32(x + 4 * i), load_f32(out + 4 * i)))
 
 
 @inline

@@ -15,7 +15,8 @@ from programs import small_program
 
 from quant.decode.experts import expert_phases
 from quant.decode.linear import Input, rows_phase
-from quant.decode.program import HEADER, NOTHING, PHASE, STEP, Part, Phase, Program
+from quant.decode.parts import GroupPart, Part
+from quant.decode.program import HEADER, NOTHING, PHASE, STEP, Phase, Program
 from quant.decode.program import _begin as begin
 from quant.decode.router import Choice
 from quant.matrix import ExpertMatrices, QuantMatrix
@@ -25,7 +26,7 @@ from quant.target.jit import kernel
 from quant.threads.atomics import atomic_add
 from quant.threads.numa import Spread
 from quant.threads.pool import Pool
-from quant.threads.work_items import evenness, rows_of_item
+from quant.threads.work_items import busiest, rows_of_item
 
 HERE = sorted(os.sched_getaffinity(0))
 NODES = (HERE, HERE, HERE)  # three nodes by name: memory is the same from each
@@ -75,7 +76,7 @@ def test_a_worker_takes_its_own_nodes_items_first() -> None:
 def step_results(pool: Pool, weights: list[QuantMatrix], experts: ExpertMatrices, x: np.ndarray) -> np.ndarray:
     """Rows of two matrices, then experts with a sum, of three tokens."""
     program, hidden = small_program(pool, x), x.shape[1]
-    ids, gates = np.array([[0, 2], [3, 1], [2, 3]]), np.full((3, 2), 0.5, np.float32)
+    ids, gates = np.array([[0, 2], [3, 1], [2, 3]]), np.array([[0.3, 0.7]] * 3, np.float32)
     rows = [program.vector(weight.n_rows) for weight in weights]
     out, gate_out, up_out = (program.vector(2 * max(hidden, experts.gate.n_rows)) for _ in range(3))
     full_ids, full_gates = np.full((8, 2), -1), np.zeros((8, 2), np.float32)
@@ -107,7 +108,8 @@ def check_spans(program: Program, matrices: list[QuantMatrix]) -> None:
 def test_steps_are_the_same_on_any_nodes(n_workers: int) -> None:
     """64 workers on few cores: late ones find nothing left, and phases end all the same."""
     random = np.random.default_rng(3)
-    weights = [kernels.random_weight(type_, (rows, 512), random)[0] for type_, rows in (("Q4_K", 304), ("Q8_0", 64))]
+    rows = {"Q4_K": 304, "Q8_0": 64, "Q2_K": 301, "IQ2_XS": 203}
+    weights = [kernels.random_weight(type_, (n, 512), random)[0] for type_, n in rows.items()]
     shapes = ("Q4_K", (4, 256, 512)), ("Q4_K", (4, 256, 512)), ("Q6_K", (4, 512, 256))
     experts = ExpertMatrices(*(kernels.random_weight(type_, shape, random)[0] for type_, shape in shapes))
     x = random.standard_normal((3, 512), np.float32)
@@ -125,6 +127,13 @@ def test_spans_are_the_rows_of_the_items() -> None:
     assert list(part.spans(0, 2)) == [] == list(part.spans(5, 3))
     assert list(part.spans(0, 3)) == [(weight.address, 16 * row)]
     assert list(part.spans(3, 9)) == [(weight.address + 16 * row, 24 * row)]
+
+
+def test_an_item_may_read_a_group() -> None:
+    weight, _ = kernels.random_weight("Q8_0", (3, 40, 64), np.random.default_rng(0))
+    part, size = GroupPart(weight), 40 * weight.row_bytes
+    assert list(part.spans(1, 9)) == [(weight.address + size, size), (weight.address + 2 * size, size)]
+    assert list(part.spans(3, 1)) == []  # an item of something else
 
 
 def test_an_item_of_a_rows_phase_reads_one_matrix() -> None:
@@ -148,26 +157,15 @@ def test_workers_stay_on_their_nodes_cores() -> None:
     assert os.sched_getaffinity(0) == before  # the caller's is its own
 
 
-# DeepSeek-V3's phases as rows_of_item sees them: rows of all matrices, bytes of one, multiple, items a worker.
-_4, _6 = 144 / 256, 210 / 256
-PHASES = [
-    *((2112, 7168 * _4, 8, 4), (24576, 1536 * _4, 8, 4), (7168, 16384 * _4, 8, 4), (4096, 7168 * _4, 8, 4)),
-    *((32768, 7168 * _4, 8, 4), (7168, 2048 * _6, 16, 8), (129280, 7168 * _6, 8, 4)),
-]
-
-
-@pytest.mark.parametrize(
-    ("n_workers", "least"), [(2, 0.99), (16, 0.98), (32, 0.98), (64, 0.98), (96, 0.94), (128, 0.94)]
-)
-def test_items_share_out_evenly(n_workers: int, least: float) -> None:
-    """What part of the workers' time has work in a step of V3, by bytes. Above 64 down's vectors of 16 rows are few."""
-    even = total = 0.0
-    for n_rows, row_bytes, multiple, per_worker in PHASES:
-        rows = rows_of_item(int(row_bytes), n_rows, n_workers, multiple, per_worker)
-        assert rows % multiple == 0
-        even += n_rows * row_bytes * evenness(-(-n_rows // rows), n_workers)
-        total += n_rows * row_bytes
-    assert even / total >= least
+@pytest.mark.parametrize("n_workers", [1, 3, 16])
+def test_the_busiest_worker(n_workers: int) -> None:
+    """As if each item were given to who is free first."""
+    runs = [(5, 7), (1, 30), (40, 2), (9, 9)]
+    loads = [0] * n_workers
+    for count, cost in runs:
+        for _ in range(count):
+            loads[loads.index(min(loads))] += cost
+    assert busiest(runs, n_workers) == max(loads)
 
 
 def test_items_of_nothing() -> None:

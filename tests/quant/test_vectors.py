@@ -195,6 +195,17 @@ def test_scale_add(n: int) -> None:
     assert np.all(np.abs(unguarded(out) - expected) <= bound)
 
 
+@pytest.mark.levels
+def test_sums_are_the_same_in_pieces() -> None:
+    """Where a worker's rows end changes no bit."""
+    x, out, factor = random(40), random(40, seed=1), np.float32([0.3])
+    whole = out.copy()
+    kernels.call(_scale_add, factor, x, 40, whole)
+    for first, n in [(0, 7), (7, 1), (8, 20), (28, 12)]:
+        kernels.call(_scale_add, factor, x[first:], n, out[first:])
+    assert kernels.same_bits(out, whole)
+
+
 @pytest.mark.parametrize("n", LENGTHS)
 def test_scale(n: int) -> None:
     x, factor = random(n, seed=n), np.float32([0.3])
