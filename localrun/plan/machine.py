@@ -16,6 +16,7 @@ from localrun.files import user_path
 from localrun.gpu.proof.verdict import measured_handover
 from localrun.plan.fields import Fields
 from localrun.plan.known import load_data, read_json
+from quant.batch import PACKED_FROM, PACKED_FROM_INTERLEAVED
 
 TRANSFER_BYTES = 8  # a DDR channel is 64 bits wide
 
@@ -49,6 +50,8 @@ class Cpu:
         kernels: of one core.
         attention_decode_flops, attention_prefill_flops: of all cores, for scores and sums over the cache.
         activation_bytes_per_s: of the small operations between the matrices of a prompt.
+        packed_from, packed_from_interleaved: tokens of a matrix from which on its rows are repacked, and where rows
+            are interleaved.
         layer_s, chunk_layer_s: what a layer takes besides its arithmetic, a token and a chunk of a prompt.
         process_bytes: of the runner itself.
     """
@@ -63,6 +66,8 @@ class Cpu:
     layer_s: float
     chunk_layer_s: float
     process_bytes: float
+    packed_from: int = PACKED_FROM
+    packed_from_interleaved: int = PACKED_FROM_INTERLEAVED
 
     def kernel(self, type_: str, n_cols: int) -> Kernel:
         """The rates for a type, measured with the nearest number of columns. Raises LocalrunError if there are none."""
@@ -183,6 +188,8 @@ def _cpu(fields: Fields) -> Cpu:
         layer_s=fields.number("layer_s", at_least=0.0),
         chunk_layer_s=fields.number("chunk_layer_s", at_least=0.0),
         process_bytes=fields.number("process_bytes", at_least=0.0),
+        packed_from=fields.count("packed_from", PACKED_FROM),
+        packed_from_interleaved=fields.count("packed_from_interleaved", PACKED_FROM_INTERLEAVED),
     )
     fields.refuse_unread()
     return cpu

@@ -37,6 +37,8 @@ _MANY_WEIGHTS = 1 << 26  # that they are multiplied with, at most
 _ACTIVATION_BYTES = 1 << 25  # more than a core's own caches
 _TRY_S = 0.2  # each figure: the median of several runs within this time
 _MEASURED = "measured by localrun plan"
+_TUNING = {"tuned": "localrun tune", "table": "measured on CPUs of this kind", "default": "measured on another CPU"}
+_FROM = "packed_from", "packed_from_interleaved"  # of tuning and of a machine
 
 
 def this_machine(model: ModelShape, threads: int | None = None) -> Machine:
@@ -47,9 +49,10 @@ def this_machine(model: ModelShape, threads: int | None = None) -> Machine:
 
 def describe(model: ModelShape, threads: int) -> dict[str, Any]:
     """The same as a JSON document, to be kept in a file."""
+    from quant.target import tuning
     from quant.threads.pool import Pool
 
-    pool = Pool(threads)
+    pool, chosen, source = Pool(threads), tuning.current(), _TUNING[tuning.found().source]
     try:
         # No more memory than the model has: where caches help it, they help its rates.
         size = n_bytes(model.tensors)
@@ -67,6 +70,7 @@ def describe(model: ModelShape, threads: int) -> dict[str, Any]:
             "memory": {"read_bytes_per_s": {"value": read, "source": f"{_MEASURED}: quant.threads.bandwidth"}},
             "kernels": kernels,
             "process_bytes": {"value": _process_bytes(), "source": _MEASURED},
+            **{name: {"value": getattr(chosen, name), "source": source} for name in _FROM},
             **{name: {"value": value, "source": _MEASURED} for name, value in rates.items()},
         },
     }

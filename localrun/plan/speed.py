@@ -15,7 +15,8 @@ from localrun.plan import launches
 from localrun.plan.machine import Cpu, Gpu, Machine
 from localrun.plan.memory import Placement
 from localrun.plan.shapes import ModelShape, Tensor
-from quant.batch import ATTENTION_TOKENS, PACKED_FROM
+from quant.batch import ATTENTION_TOKENS
+from quant.formats.registry import INTERLEAVED
 
 _SHARED_LAUNCHES = "launches of shared experts"
 
@@ -194,7 +195,9 @@ def _cpu_phase(cpu: Cpu, group: str, tensors: list[Tensor], model: ModelShape, n
 def _kernel_s(cpu: Cpu, tensor: Tensor, n_bytes: float, weights: float, n_tokens: float) -> float:
     """Arithmetic of a matrix on all cores: the decoding kernel for few tokens, expansion and products for many."""
     rates = cpu.kernel(tensor.type, tensor.shape[-1])
-    if n_tokens < PACKED_FROM:  # the decoding kernels, taken as once each
+    if n_tokens < (
+        cpu.packed_from_interleaved if tensor.type in INTERLEAVED else cpu.packed_from
+    ):  # the decoding kernels, taken as once each
         return n_bytes * n_tokens / (rates.gemv * cpu.cores)
     return weights / (rates.expand * cpu.cores) + 2 * weights * n_tokens / (rates.gemm * cpu.cores)
 

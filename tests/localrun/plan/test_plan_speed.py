@@ -8,11 +8,13 @@ from dataclasses import replace
 import pytest
 from toy_machine import TYPES, toy
 
+from localrun.plan import measure
 from localrun.plan.machine import load_machine, parse_machine
 from localrun.plan.memory import Placement, cached_experts, plan_memory
 from localrun.plan.report import make_report
 from localrun.plan.shapes import ModelShape, load_model
 from localrun.plan.speed import attention_flops, decode_speed, experts_touched, mtp_speed, prefill_speed
+from quant.target import tuning
 
 CPU_ONLY = Placement(0, head=False, experts=False)
 
@@ -93,6 +95,23 @@ def test_prompts_read_each_expert_once_a_chunk(lite: ModelShape) -> None:
     one, two = (prefill_speed(lite, machine, CPU_ONLY, n) for n in (512, 1024))
     assert two.seconds == pytest.approx(2 * one.seconds, rel=0.01)  # the cache is read once more, no more
     assert one.tokens_per_s > 10 * decode_speed(lite, machine, CPU_ONLY, 0).tokens_per_s
+
+
+def test_rows_are_repacked_from_the_machines_own_number_of_tokens(lite: ModelShape) -> None:
+    slow_steps = [toy(gemv=1e9, **kwargs) for kwargs in ({}, {"packed_from": 5}, {"packed_from_interleaved": 5})]
+    seconds = [decode_speed(lite, machine, CPU_ONLY, 0, n_tokens=4).seconds for machine in slow_steps]
+    assert seconds[1] > 1.5 * seconds[0] and seconds[2] == seconds[0]  # Q4_K's rows are not interleaved
+
+
+def test_this_machines_number_is_its_tunings(lite: ModelShape, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = {"type": "Q4_K", "n_cols": 1024, "gemv": 1e9, "expand": 1e9, "gemm": 1e9}
+    layer = {"attention_decode_flops": 1e9, "attention_prefill_flops": 1e9, "activation_bytes_per_s": 1e9}
+    monkeypatch.setattr(measure, "_read_bandwidth", lambda *_: 1e9)
+    monkeypatch.setattr(measure, "kernel_rates", lambda *_, **__: rates)
+    monkeypatch.setattr(measure, "_probe", lambda *_: layer | {"layer_s": 0.0, "chunk_layer_s": 0.0})
+    with tuning.using(tuning.Tuning(packed_from=7, packed_from_interleaved=9)):
+        cpu = measure.this_machine(lite, 2).cpu
+    assert (cpu.packed_from, cpu.packed_from_interleaved) == (7, 9)
 
 
 def test_prompts_by_arithmetic(lite: ModelShape) -> None:
