@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -110,7 +109,7 @@ def load(
     if ctx is not None:
         ctx = whole("ctx", ctx, f"1 to {MOST_CTX} tokens", low=1, high=MOST_CTX)
     if ranks is not None or readers is not None:
-        backend, where = _among_ranks(backend, where, ranks is not None, readers is not None)
+        backend, where = opening.among_ranks(backend, where, ranks is not None, readers is not None)
     if check_setting(speculative) == "off" and draft is not None:
         raise LocalrunError("a draft model, but speculative 'off'; expected auto, or 1 to 4 drafts a step")
     progress, notice = function("progress", progress), function("notice", notice) or (lambda line: None)
@@ -130,20 +129,6 @@ def load(
         engine.speculate(speculative, draft, progress, notice)
         undo.pop_all()
     return engine
-
-
-def _among_ranks(backend: str, where: DeviceRequest, shares: bool, reads: bool) -> tuple[str, DeviceRequest]:
-    """The backend and the device of a model whose experts other processes share, or whose prompts they read.
-
-    Raises LocalrunError.
-    """
-    if shares:
-        opening.check_ranks(where)
-    if reads:
-        opening.check_readers(where)
-    if backend == "llama.cpp":
-        raise LocalrunError("backend 'llama.cpp' runs in one process; several ranks take the native one")
-    return "native", replace(where, device=CPU)
 
 
 def _model_path(name: str, given: Any) -> Path:

@@ -20,7 +20,7 @@ from localrun.models.names import INTEGERS, check_tensors, check_types
 from localrun.models.reader import context_length, read_config
 from localrun.placement.devices import DeviceRequest, choose
 from localrun.placement.memory_table import RAM
-from localrun.placement.placement import GPU, DraftFile, Placement
+from localrun.placement.placement import CPU, GPU, DraftFile, Placement
 from localrun.runtime import Model
 
 if TYPE_CHECKING:
@@ -105,6 +105,20 @@ def check_readers(where: DeviceRequest) -> None:
     """Where other hosts are to read prompts. Raises LocalrunError if something else is asked for that can't be."""
     if where.wants_gpu:
         raise LocalrunError(f"device '{where.device}' does not go with prompts that are read on other hosts' CPUs")
+
+
+def among_ranks(backend: str, where: DeviceRequest, shares: bool, reads: bool) -> tuple[str, DeviceRequest]:
+    """The backend and the device of a model whose experts other processes share, or whose prompts they read.
+
+    Raises LocalrunError.
+    """
+    if shares:
+        check_ranks(where)
+    if reads:
+        check_readers(where)
+    if backend == "llama.cpp":
+        raise LocalrunError("backend 'llama.cpp' runs in one process; several ranks take the native one")
+    return "native", replace(where, device=CPU)
 
 
 def draft_file(path: str | os.PathLike[str]) -> DraftFile | None:

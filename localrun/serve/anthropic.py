@@ -14,9 +14,10 @@ from typing import Annotated, Any
 from msgspec import Meta, Struct
 
 from localrun.generate.reasoning import REASONING
-from localrun.serve.bodies import Chat, Message
+from localrun.serve.bodies import Chat
 from localrun.serve.errors import APIError, invalid, unsupported
 from localrun.serve.job import Job
+from localrun.serve.messages import Message
 from localrun.serve.reply import Reply, ReplyParser
 from localrun.serve.service import Replies
 from localrun.serve.tools.source import Arguments, CallStart, Part

@@ -18,9 +18,10 @@ from localrun.engine import Engine
 from localrun.errors import ContextFullError, LocalrunError
 from localrun.generate.reasoning import ReasoningSplitter, open_tag, spelled_tags
 from localrun.generate.sampling import Sampling
-from localrun.serve.bodies import Chat, Conversation, Generation, chat_messages
+from localrun.serve.bodies import Chat, Conversation, Generation
 from localrun.serve.errors import APIError, failed, invalid
 from localrun.serve.job import Job, Progress
+from localrun.serve.messages import chat_messages
 from localrun.serve.reply import ReplyParser
 from localrun.serve.scheduler import QueueFullError, Scheduler
 from localrun.serve.tools.conversation import Dialect

@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 from localrun.generate.sampling import Sampling
 from localrun.serve import bodies
 from localrun.serve.billing import without_billing
-from localrun.serve.bodies import chat_messages
+from localrun.serve.messages import chat_messages
 
 BILLING = "x-anthropic-billing-header"
 
