@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _STEP_PARTS, _PROMPT_PARTS = ("gemv", "gemv_batch", "expand"), ("repack",)  # of each tensor type's kernels
 _CHILD_BYTES = 1 << 30  # a process that compiles takes half of it
-_WORTH_A_CHILD = 4  # kernels: a child takes as long to start as one or two take
+WORTH_A_CHILD = 4  # kernels: a child takes as long to start as one or two take
 _PATIENCE_S = 0.5
 
 
@@ -161,7 +161,7 @@ def _children(n_missing: int, kernels: Kernels) -> Iterator[None]:
     """
     from quant.target import kernel_cache
 
-    most = min(hardware.usable_cores() - 1, n_missing // _WORTH_A_CHILD, hardware.free_ram() // _CHILD_BYTES)
+    most = min(hardware.usable_cores() - 1, n_missing // WORTH_A_CHILD, hardware.free_ram() // _CHILD_BYTES)
     children: list[subprocess.Popen[bytes]] = []
     try:
         if not kernel_cache.folder().refusal:
