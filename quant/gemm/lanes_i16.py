@@ -376,10 +376,13 @@ def weigh(scores, stride, n_rows, row_scales, scale, largest, total, most_sum, w
     Returns:
         What takes earlier sums to the same scale, and what takes sums of the rounded weights to it.
     """
-    before, most = load_f32x16(largest), splat_f32x16(np.float32(LOWEST))
-    for at in range(scores, scores + stride * n_rows, stride):
-        most = greater(load_f32x16(at), most)
-    most = maximum(before, most * scale)
+    before, even = load_f32x16(largest), splat_f32x16(np.float32(LOWEST))
+    odd, in_2 = even, n_rows // 2 * 2  # apart: or each row would wait for the one before
+    for at in range(scores, scores + stride * in_2, 2 * stride):
+        even, odd = greater(load_f32x16(at), even), greater(load_f32x16(at + stride), odd)
+    if in_2 < n_rows:
+        even = greater(load_f32x16(scores + stride * in_2), even)
+    most = maximum(before, greater(even, odd) * scale)
     store_f32x16(largest, most)
     summed, weighed, heaviest = zero_f32x16(), zero_f32x16(), zero_f32x16()
     for j in range(n_rows):

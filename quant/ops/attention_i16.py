@@ -33,7 +33,6 @@ from quant.ops.attention import (
     ITEMS_PER_WORKER,
     MAXIMUM,
     MIXED,
-    MOST_BLOCKS,
     PART,
     ROWS,
     SUM,
@@ -44,7 +43,7 @@ from quant.ops.attention import (
     hide_past,
 )
 from quant.simd.floats import splat_f32x16
-from quant.simd.memory import load_f32, load_f32x16, store_f32x16
+from quant.simd.memory import load_f32, load_f32x16, prefetch, store_f32x16
 from quant.simd.struct import address, array, atomic, f32, i64, struct
 from quant.simd.vectors import expand_f16
 from quant.target.jit import inline, kernel
@@ -52,6 +51,7 @@ from quant.threads.pool import Pool, worker_bytes
 from quant.threads.work_items import work_items
 
 LEVEL = "avx512_vnni"  # below it there are no products to gain by
+MOST_BLOCKS = 8  # of a work item: their states and two chunks of keys and values fit into 1 MB
 _LOG2_E = math.log2(math.e)
 
 ROUNDED = struct(
@@ -236,6 +236,17 @@ def _add_keys(a, head, first, begin, state, scores):
 
 
 @inline
+def _fetch(a, head, begin, end, part, n_parts):
+    """Bring a part of the keys and values begin..end into L2."""
+    rounded, n_pairs = a.rounded, (end - begin) // 2
+    keys = rounded.address + rounded.head_bytes * (head // a.shared)
+    values = keys + rounded.values + rounded.value_pair * (begin // 2)
+    for first, row in ((keys + rounded.key_row * begin, 2 * rounded.key_row), (values, rounded.value_pair)):
+        for at in range(first + row * (n_pairs * part // n_parts), first + row * (n_pairs * (part + 1) // n_parts), 64):
+            prefetch(at)
+
+
+@inline
 def _run_item(a, head, first, last, scratch):
     """Tokens first..last of one head, in blocks: a chunk of keys and values serves all of them while it is in L2."""
     state_bytes = a.state_bytes
@@ -243,9 +254,13 @@ def _run_item(a, head, first, last, scratch):
     for token in range(first, last, ATTENTION_TOKENS):
         state = states + state_bytes * ((token - first) // ATTENTION_TOKENS)
         _begin_block(a, head, token, states + state_bytes * MOST_BLOCKS, state)
-    for begin in range(first_seen(a, first) // 2 * 2, a.n_before + last, CHUNK):
-        for token in range(first, last, ATTENTION_TOKENS):
-            _add_keys(a, head, token, begin, states + state_bytes * ((token - first) // ATTENTION_TOKENS), scratch)
+    n_blocks, end = (last - first + ATTENTION_TOKENS - 1) // ATTENTION_TOKENS, a.n_before + last
+    for begin in range(first_seen(a, first) // 2 * 2, end, CHUNK):
+        following = min(begin + CHUNK, end)
+        for block in range(n_blocks):
+            _fetch(a, head, following, min(following + CHUNK, end), block, n_blocks)
+            token = first + ATTENTION_TOKENS * block
+            _add_keys(a, head, token, begin, states + state_bytes * block, scratch)
     for token in range(first, last, ATTENTION_TOKENS):
         end_block(a, head, token, states + state_bytes * ((token - first) // ATTENTION_TOKENS))
 
