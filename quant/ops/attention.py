@@ -205,12 +205,15 @@ def end_block(a, head, first, state):
 
 @inline
 def _run_item(a, head, first, last, scratch):
-    """Tokens first..last of one head, in blocks: a chunk of keys and values serves all of them while it is in L2."""
+    """Tokens first..last of one head, in blocks: a chunk of keys and values serves all of them while it is in L2.
+
+    Chunks begin at the same rows whatever the item, whose length depends on the number of workers.
+    """
     scores, state_bytes = scratch + ADDRESSES, a.state_bytes
     states = scores + ROW * CHUNK
     for token in range(first, last, ATTENTION_TOKENS):
         begin_block(a, head, token, scratch, states + state_bytes * ((token - first) // ATTENTION_TOKENS))
-    for begin in range(first_seen(a, first), a.n_before + last, CHUNK):
+    for begin in range(first_seen(a, first) // CHUNK * CHUNK, a.n_before + last, CHUNK):
         for token in range(first, last, ATTENTION_TOKENS):
             _add_keys(a, head, token, begin, states + state_bytes * ((token - first) // ATTENTION_TOKENS), scores)
     for token in range(first, last, ATTENTION_TOKENS):

@@ -255,7 +255,7 @@ def _run_item(a, head, first, last, scratch):
         state = states + state_bytes * ((token - first) // ATTENTION_TOKENS)
         _begin_block(a, head, token, states + state_bytes * MOST_BLOCKS, state)
     n_blocks, end = (last - first + ATTENTION_TOKENS - 1) // ATTENTION_TOKENS, a.n_before + last
-    for begin in range(first_seen(a, first) // 2 * 2, end, CHUNK):
+    for begin in range(first_seen(a, first) // CHUNK * CHUNK, end, CHUNK):
         following = min(begin + CHUNK, end)
         for block in range(n_blocks):
             _fetch(a, head, following, min(following + CHUNK, end), block, n_blocks)

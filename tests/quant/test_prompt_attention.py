@@ -115,6 +115,17 @@ def test_the_number_of_workers_changes_nothing(pool: Pool) -> None:
     assert torch.equal(one, attended(pool, parts, v_SGV, 0.2))
 
 
+@pytest.mark.parametrize("type_", [torch.float32, torch.float16])
+def test_the_number_of_workers_changes_nothing_with_a_window(pool: Pool, type_: torch.dtype) -> None:
+    """More workers take fewer tokens at a time, whose window begins elsewhere."""
+    parts, v_SGV = inputs(600, 900, 1, 1, (16,), 16)
+    parts, v_SGV = [(q, k.to(type_)) for q, k in parts], v_SGV.to(type_)
+    single = Pool(1)
+    one = attended(single, parts, v_SGV, 0.2, window=300)
+    single.close()
+    assert torch.equal(one, attended(pool, parts, v_SGV, 0.2, window=300))
+
+
 # ---- over a 16-bit cache, in 16-bit integers where the CPU has their products ----------------------------------------
 
 # Keys, queries and weights keep 12 bits or more of what is typical of a row. With the 8 of bfloat16 errors are ten

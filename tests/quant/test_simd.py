@@ -7,7 +7,7 @@ from numba.core.errors import TypingError
 
 from quant.simd.core import i8x32
 from quant.simd.exact import at_least, at_most, clamp, where
-from quant.simd.floats import fma, hmax, hsum, maximum
+from quant.simd.floats import fma, greater, hmax, hsum, maximum
 from quant.simd.ints import lookup_in
 from quant.simd.memory import (
     load_f32,
@@ -66,17 +66,19 @@ def _nan_rules(x, y, out):
     a, b = load_f32x16(x), load_f32x16(y)
     store_f32x16(out, at_least(a, 2))
     store_f32x16(out + 64, maximum(a, b))
-    store_f32(out + 128, hmax(a))
+    store_f32x16(out + 128, greater(a, b))
+    store_f32(out + 192, hmax(a))
 
 
 def test_nan_lanes():
     a, b = np.arange(16, dtype=np.float32), np.full(16, 5, np.float32)
     a[[3, 15]] = np.nan
-    out = np.empty(33, np.float32)
+    out = np.empty(49, np.float32)
     kernels.call(_nan_rules, a, b, out)
     np.testing.assert_array_equal(out[:16], np.where(a > 2, a, np.float32(2)))
     np.testing.assert_array_equal(out[16:32], np.fmax(a, b))
-    assert out[32] == 14
+    np.testing.assert_array_equal(out[32:48], np.fmax(a, b))
+    assert out[48] == 14
 
 
 @kernel("void(int64, int64)")

@@ -6,6 +6,7 @@ import pytest
 
 from quant.simd import floats, vectors
 from quant.simd.memory import bits_to_f32, load_f32, load_f32x16, store_f32, store_f32x16
+from quant.target import isa
 from quant.target.jit import kernel
 
 pytestmark = pytest.mark.levels
@@ -21,6 +22,12 @@ ROUNDING = 2.0**-24
 def _exp(x, n, out):
     for i in range(0, n, 16):
         store_f32x16(out + 4 * i, floats.exp(load_f32x16(x + 4 * i)))
+
+
+@kernel("void(int64, int64, int64)", "avx512_vnni")
+def _exp2(x, n, out):
+    for i in range(0, n, 16):
+        store_f32x16(out + 4 * i, floats.exp2(load_f32x16(x + 4 * i)))
 
 
 @kernel("void(int64, int64, int64, int64, int64)")
@@ -111,6 +118,22 @@ def test_exp_at_the_ends() -> None:
     most = np.float32(np.exp(88))
     expected = np.array([0, 0, 0, np.exp(-87), 1, 1, most, most, most, most, np.nan], np.float32)
     np.testing.assert_allclose(found, expected, rtol=2 * ROUNDING, atol=0)
+
+
+@pytest.mark.skipif(not isa.has("avx512_vnni"), reason="its instructions are AVX-512's")
+def test_exp2() -> None:
+    """A million arguments; whole numbers and their neighbours, where the fraction begins anew; the ends."""
+    rng, whole = np.random.default_rng(0), np.arange(-120, 120, dtype=np.float32)
+    around = [np.nextafter(whole, np.float32(end)) for end in (-np.inf, np.inf)]
+    x = np.concatenate([rng.uniform(-126, 126, 1_000_000), rng.uniform(-1e-3, 1e-3, 10_000), whole, *around])
+    x = x.astype(np.float32)[: x.size // 16 * 16]
+    out = guarded(x.size)
+    kernels.call(_exp2, x, x.size, out)
+    # The polynomial's error, and two roundings of what is between 1 and 2.
+    assert np.max(np.abs(unguarded(out) / np.exp2(x.astype(np.float64)) - 1)) < 3e-6 + 2 * ROUNDING
+    ends, out = np.resize(np.array([-np.inf, -1e38, -200, 0, np.nan], np.float32), 16), guarded(16)
+    kernels.call(_exp2, ends, 16, out)
+    np.testing.assert_array_equal(out[:5], np.array([0, 0, 0, 1, np.nan], np.float32))
 
 
 def test_lanes_do_not_meet() -> None:
