@@ -14,7 +14,7 @@ from quant.gemm.lanes_i16 import ROWS as TILE_ROWS
 from quant.gemm.lanes_i16 import multiply, pad16, round_lanes, round_row
 from quant.ops.attention import CHUNK
 from quant.ops.attention_i16 import LEVEL, ROUNDED, Rounded, keep_rows
-from quant.simd.memory import load_f32, load_f32x16, store_f32, store_f32x16
+from quant.simd.memory import load_f32, load_f32x16, prefetch, store_f32, store_f32x16
 from quant.simd.struct import address, array, atomic, boolean, i64, struct
 from quant.simd.vectors import expand_f16
 from quant.target.jit import inline, kernel
@@ -91,6 +91,9 @@ def _rebuild_rows(a, head, first, n, scratch):
     scales, row = scratch, scratch + 4 * 16
     latents, floats = row + 4 * padded, row + 4 * padded + 2 * padded * TILE_ROWS
     for r in range(n):
+        ahead = a.latents + a.latent_row * (first + TILE_ROWS + r)
+        for at in range(ahead, ahead + 2 * n_latent, 64):
+            prefetch(at)
         expand_f16(a.latents + a.latent_row * (first + r), n_latent, padded, row)
         round_row(row, padded, latents + 2 * padded * r, scales + 4 * r)
     for i in range(both):
