@@ -1,8 +1,9 @@
 """How much is done at a time: bounds on work memory, which placement reckons with and whoever works keeps to."""
 
 PREFILL_CHUNK = 512  # tokens of a prompt evaluated at a time: enough to use the cores well, and a bound on work memory
-# Of a longer prompt than this, where each chunk rebuilds the keys and values of all tokens before it: latent attention.
-LONG_PREFILL_CHUNK = 2048
+# The same where each chunk rebuilds the keys and values of all tokens before it, with latent attention: the first of
+# these that the prompt is longer than.
+LONG_PREFILL_CHUNKS = 4096, 2048
 # Keys and values that attention rebuilds at a time: heads are handled in groups that fit.
 ATTENTION_WORK_BYTES = 1 << 26
 GPU_ATTENTION_WORK_BYTES = 1 << 28  # fills the largest card with 512 tokens of V3

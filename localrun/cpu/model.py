@@ -17,7 +17,7 @@ from localrun.cpu.compressed import decode_step
 from localrun.cpu.torch_threads import TorchThreads, torch_at_work
 from localrun.gguf.file import GGUFFile
 from localrun.gguf.residency import Near, Resident, within
-from localrun.limits import LONG_PREFILL_CHUNK, cut
+from localrun.limits import LONG_PREFILL_CHUNKS, cut
 from localrun.models import names
 from localrun.models.config import Config
 from localrun.models.dspark import read_dspark
@@ -190,8 +190,8 @@ class NativeModel:
 
     def chunks(self, n_tokens: int) -> list[int]:
         """How many of a prompt's n_tokens to evaluate at a time."""
-        is_long = self.config.rebuilds_keys and n_tokens > LONG_PREFILL_CHUNK
-        return cut(n_tokens, LONG_PREFILL_CHUNK if is_long else None)
+        long = LONG_PREFILL_CHUNKS if self.config.rebuilds_keys else ()
+        return cut(n_tokens, next((size for size in long if n_tokens > size), None))
 
     def forward(self, ids: Sequence[int], cache: Cache, all_logits: bool = False) -> np.ndarray:
         """Evaluate ids after the cache's tokens; the cache then holds them too.

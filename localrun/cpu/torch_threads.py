@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from localrun.models.config import Config
 from quant.threads.pool import Pool
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 class TorchThreads:
@@ -77,8 +77,11 @@ def torch_at_work(pool: Pool, config: Config, n_tokens: int) -> Iterator[None]:
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep freed tensors' memory for the next ones: new pages cost more than most operations on them."""
+    """Have glibc keep freed tensors' memory for the next ones: new pages cost more than most operations on them.
+
+    Of any size, so none has pages of its own, which go when it is freed; up to what a chunk of a prompt takes.
+    """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
-        libc.mallopt(_M_TRIM_THRESHOLD, 256 << 20)
-        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most there is
+        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+        libc.mallopt(_M_MMAP_MAX, 0)

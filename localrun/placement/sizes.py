@@ -3,7 +3,7 @@
 from localrun.limits import (
     ATTENTION_WORK_BYTES,
     GPU_ATTENTION_WORK_BYTES,
-    LONG_PREFILL_CHUNK,
+    LONG_PREFILL_CHUNKS,
     MARK_BYTES,
     MARK_EVERY,
     MARK_SPARE,
@@ -38,7 +38,7 @@ def mark_bytes(config: Config, ctx: int) -> int:
 
 def work_bytes(config: Config, on_gpu: bool) -> int:
     """Of the CPU: activations of one chunk, logits of a token, attention. on_gpu: whether all but experts is there."""
-    chunk = LONG_PREFILL_CHUNK if config.rebuilds_keys and not on_gpu else PREFILL_CHUNK
+    chunk = LONG_PREFILL_CHUNKS[0] if config.rebuilds_keys and not on_gpu else PREFILL_CHUNK
     return activation_bytes(config, chunk) + 4 * config.vocab_size + ATTENTION_WORK_BYTES
 
 

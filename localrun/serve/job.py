@@ -103,7 +103,7 @@ class Job:
         rest = ids[len(session.ids) :]
         self._has_read(len(session.ids))
         readers = engine.readers
-        chunks = [n for chunk in engine.model.chunks(len(rest)) for n in engine.model.chunks(chunk)]
+        chunks = _least_chunks(engine, len(rest))
         whole = (lambda n_left: n_left if readers.takes(n_left) else how_many(n_left)) if readers else how_many
         for n_tokens in _pieces(chunks, whole):
             if readers:
@@ -168,6 +168,12 @@ class Job:
     def _has_read(self, n_tokens: int) -> None:
         usage = self.usage
         self.deliver(Progress(usage.prompt_tokens, usage.cached_tokens, n_tokens, usage.prompt_s))
+
+
+def _least_chunks(engine: Engine, n_tokens: int) -> list[int]:
+    """The chunks of a prompt, each cut as a prompt of its own is until none is cut further: others wait for them."""
+    chunks = engine.model.chunks(n_tokens)
+    return chunks if len(chunks) < 2 else [n for chunk in chunks for n in _least_chunks(engine, chunk)]
 
 
 def _pieces(chunks: Sequence[int], how_many: Callable[[int], int]) -> Iterator[int]:
