@@ -1,9 +1,8 @@
 """How much is done at a time: bounds on work memory, which placement reckons with and whoever works keeps to."""
 
 PREFILL_CHUNK = 512  # tokens of a prompt evaluated at a time: enough to use the cores well, and a bound on work memory
-# The same where each chunk rebuilds the keys and values of all tokens before it, with latent attention: the first of
-# these that the prompt is longer than.
-LONG_PREFILL_CHUNKS = 4096, 2048
+# Where each chunk rebuilds the keys and values of all tokens before it, with latent attention.
+LONG_PREFILL_CHUNKS = 8192, 4096, 2048, 1024
 # Keys and values that attention rebuilds at a time: heads are handled in groups that fit.
 ATTENTION_WORK_BYTES = 1 << 26
 GPU_ATTENTION_WORK_BYTES = 1 << 28  # fills the largest card with 512 tokens of V3
@@ -11,6 +10,11 @@ GPU_ATTENTION_WORK_BYTES = 1 << 28  # fills the largest card with 512 tokens of 
 # Marks of a cache that cannot go back to every length: tokens between two, at most, unless they take more bytes than
 # these, and tokens that may be gone back from one that was asked for.
 MARK_EVERY, MARK_BYTES, MARK_SPARE = 1024, 1 << 28, 32
+
+
+def long_chunk(n_tokens: int) -> int:
+    """Tokens at a time of a prompt whose chunks rebuild keys: half of it at most, so that progress shows."""
+    return next((size for size in LONG_PREFILL_CHUNKS if 2 * size <= n_tokens), PREFILL_CHUNK)
 
 
 def cut(n_tokens: int, size: int | None = None) -> list[int]:

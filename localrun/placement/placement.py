@@ -319,7 +319,7 @@ def _cpu_rows(request: Request, parts: Parts, experts: Mapping[int, Sequence[int
         yield Row(RAM, "KV cache", request.batch * c.kv_bytes(request.ctx, request.cache_bits))
     if not on_gpu or c.attention == "compressed":  # of other caches on a device there are none
         yield Row(RAM, MARKS, request.batch * mark_bytes(c, request.ctx))
-    yield Row(RAM, "work memory", work_bytes(c, on_gpu) + (staging_bytes(c) if on_gpu else 0))
+    yield Row(RAM, "work memory", work_bytes(c, on_gpu, request.ctx) + (staging_bytes(c) if on_gpu else 0))
     yield Row(RAM, "the runner itself", request.runner_bytes)
 
 

@@ -3,11 +3,11 @@
 from localrun.limits import (
     ATTENTION_WORK_BYTES,
     GPU_ATTENTION_WORK_BYTES,
-    LONG_PREFILL_CHUNKS,
     MARK_BYTES,
     MARK_EVERY,
     MARK_SPARE,
     PREFILL_CHUNK,
+    long_chunk,
 )
 from localrun.models.config import Config
 from localrun.models.rows import KV_BYTES
@@ -36,9 +36,12 @@ def mark_bytes(config: Config, ctx: int) -> int:
     return min(MARK_BYTES, mark * (1 + ctx // MARK_EVERY))
 
 
-def work_bytes(config: Config, on_gpu: bool) -> int:
-    """Of the CPU: activations of one chunk, logits of a token, attention. on_gpu: whether all but experts is there."""
-    chunk = LONG_PREFILL_CHUNKS[0] if config.rebuilds_keys and not on_gpu else PREFILL_CHUNK
+def work_bytes(config: Config, on_gpu: bool, ctx: int) -> int:
+    """Of the CPU: activations of one chunk of a context, logits of a token, attention.
+
+    on_gpu: whether all but experts is there.
+    """
+    chunk = long_chunk(ctx) if config.rebuilds_keys and not on_gpu else PREFILL_CHUNK
     return activation_bytes(config, chunk) + 4 * config.vocab_size + ATTENTION_WORK_BYTES
 
 

@@ -129,10 +129,10 @@ def test_prefill_chunks_of_any_size(engine: Engine, chunk: int, monkeypatch: pyt
 
 def test_long_prompts_in_longer_chunks(engine: Engine) -> None:
     """Of latent attention, which rebuilds keys for each."""
-    is_latent = bool(engine.config.kv_lora_rank)
-    assert engine.model.chunks(8197) == [*([4096] * 2 if is_latent else [512] * 16), 5]
-    assert engine.model.chunks(4096) == ([2048] * 2 if is_latent else [512] * 8)
-    assert engine.model.chunks(2048) == [512] * 4
+    for n_tokens, size in ((2047, 512), (2048, 1024), (8197, 4096), (50_000, 8192)):
+        size = size if engine.config.kv_lora_rank else 512
+        n_full, rest = divmod(n_tokens, size)
+        assert engine.model.chunks(n_tokens) == [size] * n_full + [rest] * (rest > 0)
 
 
 CHUNKS = {"at once": [40], "one by one": [1] * 40, "uneven": [1, 7, 2, 30], "prompt first": [38, 1, 1]}
