@@ -24,6 +24,9 @@ from quant.ops import rebuild_i16
 from quant.target import isa
 from quant.threads.pool import Pool
 
+# Values of the tokens that go through a matrix together: of more the panels fit no cache, and come from memory for
+# every few rows.
+_TOGETHER = 1 << 22
 IN_INTEGERS = isa.has(integer_attention.LEVEL)  # attention over a 16-bit cache
 
 
@@ -42,7 +45,8 @@ class Linear:
         """float32 (T, in) -> (T, out)."""
         x = _as_rows(x)
         out = torch.empty(x.shape[0], self.weight.n_rows)
-        quant_linear.multiply(self.pool, self.weight, x.data_ptr(), x.shape[0], out.data_ptr())
+        for first, count in in_groups(x.shape[0], self.weight.n_cols, _TOGETHER):
+            quant_linear.multiply(self.pool, self.weight, x[first:].data_ptr(), count, out[first:].data_ptr())
         return out
 
 
@@ -54,9 +58,11 @@ class JoinedMLP:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """float32 (T, D) -> (T, D)."""
-        x, n_tokens = _as_rows(x), x.shape[0]
-        out, ids, weights = torch.empty_like(x), np.zeros((n_tokens, 1), np.int64), np.ones((n_tokens, 1), np.float32)
-        quant_experts.run(self.pool, self.matrices, x.data_ptr(), ids, weights, out.data_ptr())
+        x = _as_rows(x)
+        out = torch.empty_like(x)
+        for first, count in in_groups(*x.shape, _TOGETHER):
+            ids, weights = np.zeros((count, 1), np.int64), np.ones((count, 1), np.float32)
+            quant_experts.run(self.pool, self.matrices, x[first:].data_ptr(), ids, weights, out[first:].data_ptr())
         return out
 
 
