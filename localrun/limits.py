@@ -11,6 +11,9 @@ GPU_ATTENTION_WORK_BYTES = 1 << 28  # fills the largest card with 512 tokens of 
 # these, and tokens that may be gone back from one that was asked for.
 MARK_EVERY, MARK_BYTES, MARK_SPARE = 1024, 1 << 28, 32
 
+# Between two looks for what another process takes long to send: threads of this one compute meanwhile.
+READER_PAUSE_S = 1e-3
+
 
 def long_chunk(n_tokens: int) -> int:
     """Tokens at a time of a prompt whose chunks rebuild keys: half of it at most, so that progress shows."""

@@ -2,8 +2,8 @@
 
 A request is a prompt and a reply. One host, or several that share the experts, do one after the other, and a reply that
 runs while another prompt is read gets a token a pause (serve --max-pause). Readers, each with the whole model on its
-CPU, do it beside the first host's replies; the rows of the cache travel while the layers behind are computed, so that
-what is on top is a chunk's last layer, and the wire's time where that is longer than the computing.
+CPU, do it beside the first host's replies; the rows of the cache travel while the rest is computed, so that what is on
+top is a chunk's question and logits, and the wire's time where that is longer than the computing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from math import ceil
 from typing import Any
 
 from localrun.errors import LocalrunError
-from localrun.limits import PREFILL_CHUNK
+from localrun.limits import PREFILL_CHUNK, READER_PAUSE_S
 from localrun.placement.memory_table import RAM, gib
 from localrun.plan.hosts import MOST_HOSTS, SLICES, decode_over, host_memory, prefill_over
 from localrun.plan.link import Link
@@ -52,11 +52,15 @@ class Way:
 
 
 def on_top_s(model: ModelShape, link: Link, n_tokens: int, computing_s: float) -> float:
-    """Seconds that a prompt takes beyond its computing, where another host reads it."""
+    """Seconds that a prompt takes beyond its computing, where another host reads it.
+
+    Of each chunk two messages of two parts, which either side finds half a pause late on average, and the logits. A
+    layer's rows travel while its feed-forward part is computed.
+    """
     c, n_chunks = model.config, ceil(n_tokens / PREFILL_CHUNK)
-    n_bytes = c.kv_bytes_per_token * n_tokens
-    last = n_bytes / c.num_hidden_layers + 4 * c.vocab_size * n_chunks
-    return n_chunks * link.round_trip_s + last / link.bytes_per_s + max(0.0, n_bytes / link.bytes_per_s - computing_s)
+    n_bytes, logits = c.kv_bytes_per_token * n_tokens, 4 * c.vocab_size
+    each = READER_PAUSE_S + 2 * link.round_trip_s + logits / link.bytes_per_s
+    return n_chunks * each + max(0.0, n_bytes / link.bytes_per_s - computing_s)
 
 
 def ways(

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from localrun.limits import READER_PAUSE_S
 from localrun.network.cache import Cache
 from localrun.ranks.remote import READY, START_S
 from localrun.ranks.world import RankError, World
@@ -32,7 +33,7 @@ ASK, LOGITS, HIDDEN, END = -1, -2, -3, -4  # kinds of parts besides rows
 _HEAD_TAG, _CONTENT_TAG = 11, 12
 _LAYER_S = 900.0  # that a layer may take: its weights may have to come from a disk
 _END_S = 1.0
-_PAUSE_S = 1e-3  # between looks for what takes long to come: other threads of this process compute
+_MOVING_S = 5e-5  # between looks while bytes are on their way: looking is what moves them
 
 
 class Asked(NamedTuple):
@@ -68,18 +69,18 @@ def send(world: World, rank: int, kind: int, content: np.ndarray, end: int = 0) 
         requests = [world.links.start_send(head, rank, _HEAD_TAG)]
         requests += [world.links.start_send(content, rank, _CONTENT_TAG)] if content.nbytes else []
         for request in requests:
-            world.links.finish(request, _END_S if kind == END else None)
+            world.links.finish(request, _END_S if kind == END else None, _MOVING_S)
 
 
 def receive(world: World, rank: int, limit_s: float = math.inf) -> Part:
     """The next part, which may take so long to come; its content is uint8. Raises RankError."""
     head, links = np.zeros(3, np.int64), world.links
     with world.reaching(rank):
-        links.finish(links.start_receive(head, rank, _HEAD_TAG), limit_s, _PAUSE_S)
+        links.finish(links.start_receive(head, rank, _HEAD_TAG), limit_s, READER_PAUSE_S)
         kind, n_bytes, end = head.tolist()
         content = np.empty(n_bytes, np.uint8)
         if n_bytes:
-            links.finish(links.start_receive(content, rank, _CONTENT_TAG))
+            links.finish(links.start_receive(content, rank, _CONTENT_TAG), None, _MOVING_S)
     return Part(kind, end, content)
 
 

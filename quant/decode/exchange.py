@@ -24,7 +24,18 @@ from quant.simd.struct import address, i64, pointer, struct
 from quant.simd.vectors import scale_add
 from quant.target.jit import inline, kernel
 from quant.threads.atomics import call_1, call_3
-from quant.threads.links import LATE, LINKS, SPIN_NS, LinkError, Links, clock_ns, finish, start_receive, start_send
+from quant.threads.links import (
+    BROKEN,
+    LATE,
+    LINKS,
+    SPIN_NS,
+    LinkError,
+    Links,
+    clock_ns,
+    finish,
+    start_receive,
+    start_send,
+)
 from quant.threads.pool import Pool, aligned_bytes
 
 N_TIMES = 4096  # exchanges whose times are kept
@@ -114,6 +125,8 @@ def _send(phase, work):
     """The first item of gate and up: what this worker has prepared, to all other ranks."""
     a = GATE_UP(phase)
     e, choice, n_tokens = EXCHANGE(a.exchange), CHOICE(work + a.choice), tokens_of(a)
+    if load_i64(e.links.broken) != 0:
+        _fail(e, 1, BROKEN)
     if e.failed != 0:
         return
     e.began = clock_ns()

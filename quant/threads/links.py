@@ -125,7 +125,8 @@ class Links:
 
     Attributes:
         limit_s: the longest wait for a message that a step is to get.
-        broken: int64 (1,): not 0 once no message is worth waiting for, which ends all waits.
+        broken: int64 (1,): not 0 once no message is worth waiting for, which ends all waits; none is begun then either,
+            since MPICH's MPI_Isend writes to a null pointer where it finds the other to be gone.
     """
 
     def __init__(
@@ -157,6 +158,8 @@ class Links:
         return self._start(self._irecv, array, rank, tag)
 
     def _start(self, function: Callable[..., int], array: np.ndarray, rank: int, tag: int) -> Request:
+        if self.broken[0]:
+            raise LinkError(BROKEN)
         request = Request(np.zeros(_REQUEST_WORDS, np.int64), array)
         byte, comm, at = self._fields["byte"], self._fields["comm"], request.words.ctypes.data
         if code := function(array.ctypes.data, array.nbytes, byte, rank, tag, comm, at):

@@ -134,7 +134,7 @@ def _living(path: Path, n_ranks: int, post: Post | None, serve: Callable[[GGUFFi
         yield worlds[0]
     finally:
         for world in worlds[1:]:
-            if world.rank in post.dead or post.error:
+            if post.dead or post.error or worlds[0].failure:  # as where connections close
                 world.fail(0, "over")
         for thread in lives:
             thread.join(10)

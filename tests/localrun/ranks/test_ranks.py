@@ -244,6 +244,20 @@ def test_somebody_knows_that_a_rank_is_gone() -> None:
             model.model.forward([2], cache)
 
 
+def test_nothing_is_sent_once_a_rank_is_gone() -> None:
+    """No step, no prompt, no end: MPI may crash where the other is gone."""
+    post = Post()
+    with shared(tiny_models.shared("v3-odd"), 3, post=post) as model:
+        cache = model.model.new_cache(160)
+        model.model.forward([1], cache)
+        before = post.n_messages.copy()
+        model.ranks.world.fail(1, "host b (rank 1): was killed")
+        for n_tokens in (1, 120):
+            with pytest.raises(RankError, match="was killed"):
+                model.model.forward([2] * n_tokens, cache)
+    assert all(post.n_messages[0, rank] == before[0, rank] for rank in (1, 2))
+
+
 def test_an_error_of_mpi_names_the_rank() -> None:
     post = Post()
     with shared(tiny_models.shared("v3-odd"), post=post) as model:
