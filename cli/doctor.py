@@ -130,7 +130,7 @@ def _time_messages(ranks: str | None, hosts: str | None, link: str | None, as_js
     target = None if link is None else user_path(link)
     if target is not None:
         check_place(target)
-    with echoing_ranks(places) as comm:
+    with echoing_ranks(places, note) as comm:
         found = measure_links(comm, names_of(places))
     document = link_document(found, f"measured: {hosts or f'{len(places)} ranks of this machine'}")
     if target is not None:

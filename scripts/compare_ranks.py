@@ -8,9 +8,10 @@ send through it; tcp: through sockets of this machine; else a rate as tc writes 
 namespace of its own, joined to this one by a veth pair that tbf holds to the rate (needs root, ip and tc).
 
 Ranks of one machine share its memory, which hosts do not: what all compute at once is reckoned with the rates that a
-core has while another works, everything else with those of a core alone. FILE keeps the rates, and is read if it is
-there. The last line of stdout is one JSON document, by network: of prompt and reply tokens/s predicted, measured, and
-their ratio; messages of the replies; how many times as fast two ranks are as one process.
+process has while another one measures the same, everything else with those of one alone. FILE keeps the rates, and is
+read if it is there. The last line of stdout is one JSON document, by network: of prompt and reply tokens/s predicted,
+measured (the best round, its median step), and their ratio; messages of the replies; how many times as fast two ranks
+are as one process.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -49,6 +50,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NAMESPACE, HERE, THERE = "localrun-rank", "localrun0", "localrun1"
 ADDRESS, OTHER = "10.77.0.1", "10.77.0.2"
 RANKS, ONE, TWO = "two ranks", "one thread", "two threads"
+_BURST_S = 560e-6  # of the rate that tbf lets pass at once: at 1 Gbit/s just more than TCP gives a veth at a time
 _BEFORE = 16  # tokens of the context that replies go on from
 _TCP = {"UCX_TLS": "self,tcp"}
 _SSH = f"""#!/bin/sh
@@ -58,11 +60,18 @@ exec ip netns exec {NAMESPACE} sh -c "$*"
 """
 
 
+def _bits_per_s(rate: str) -> float:
+    found = re.fullmatch(r"(\d+)([kmg])bit", rate)
+    if found is None:
+        sys.exit(f"--network {rate}: expected memory, tcp, or a rate such as 10gbit")
+    return float(found[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}[found[2]]
+
+
 @contextmanager
 def network(rate: str, folder: Path) -> Iterator[dict[str, str]]:
     """A namespace whose only way out has this rate; the environment in which mpiexec starts ranks there."""
-    inside = ["ip", "netns", "exec", NAMESPACE]
-    shape = ["root", "tbf", "rate", rate, "burst", "1mb", "latency", "50ms"]
+    inside, burst = ["ip", "netns", "exec", NAMESPACE], round(_bits_per_s(rate) / 8 * _BURST_S)
+    shape = ["root", "tbf", "rate", rate, "burst", str(burst), "latency", "50ms"]
     steps = [
         ["ip", "netns", "add", NAMESPACE],
         ["ip", "link", "add", HERE, "type", "veth", "peer", "name", THERE, "netns", NAMESPACE],
@@ -103,7 +112,7 @@ def _last_line(environment: dict[str, str], *args: str) -> dict[str, Any]:
 
 
 def measure(path: Path, places: tuple[str | None, str | None], n_prompt: int, n_reply: int, rounds: int) -> Any:
-    """Medians of tokens/s by engine, and what the replies' messages took. The first round brings weights in."""
+    """Tokens/s by engine in the best round, and what the replies' messages took. The first round brings weights in."""
     found: dict[str, dict[str, list[float]]] = {}
     with ExitStack() as stack:
         ranks = stack.enter_context(sharing_ranks(path, places_of(*places), Sharing(), 1))
@@ -122,7 +131,7 @@ def measure(path: Path, places: tuple[str | None, str | None], n_prompt: int, n_
         times, figures = engines[RANKS].model.remote.times, engines[RANKS].rank_figures()
     names = ("sent", "own", "waited", "busiest_other")
     return {
-        "rates": {name: {what: median(each) for what, each in rates.items()} for name, rates in found.items()},
+        "rates": {name: {what: max(each) for what, each in rates.items()} for name, rates in found.items()},
         "messages": figures
         | {f"{name}_us": round(float(np.median(each)) / 1e3, 1) for name, each in zip(names, times.T, strict=True)},
     }
@@ -147,20 +156,20 @@ def _rates(engine: Engine, ids: list[int], n_prompt: int, n_reply: int) -> dict[
 # ---- what is predicted -----------------------------------------------------------------------------------------------
 
 
-def machines(shape: ModelShape, kept: Path | None) -> dict[str, Machine]:
-    """This machine with one thread and with two, and as one of two ranks has it while both compute."""
+def machines(model: str, kept: Path | None) -> dict[str, Machine]:
+    """This machine as one thread has it, and as it has it while another process measures the same."""
     if kept is not None and kept.exists():
         found = json.loads(kept.read_text())
     else:
-        found = {name: describe(shape, threads) for name, threads in ((ONE, 1), (TWO, 2))}
+        program = [sys.executable, __file__, model, "--describe"]
+        found = {}
+        for name, n in ((ONE, 1), (RANKS, 2)):
+            running = [subprocess.Popen(program, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(n)]
+            printed = [process.communicate()[0] for process in running]
+            found[name] = json.loads(printed[0].splitlines()[-1])
         if kept is not None:
             kept.write_text(json.dumps(found))
-    one, two = (parse_machine(found[name], name, str(kept)) for name in (ONE, TWO))
-    cpu = replace(
-        two.cpu, cores=1, read_bytes_per_s=two.cpu.read_bytes_per_s / 2, layer_s=one.cpu.layer_s,
-        chunk_layer_s=one.cpu.chunk_layer_s,
-    )  # fmt: skip
-    return {ONE: one, TWO: two, RANKS: replace(two, cpu=cpu)}
+    return {name: parse_machine(each, name, str(kept)) for name, each in found.items()}
 
 
 def predict(shape: ModelShape, by_name: dict[str, Machine], link: Link, n_prompt: int, n_reply: int) -> Any:
@@ -193,12 +202,12 @@ def compare(arguments: argparse.Namespace, name: str, by_name: dict[str, Machine
         predicted = predict(shape, by_name, load_link(f"{folder}/link.json"), arguments.p, arguments.n)
     found, rates = {"doctor_layer_us": round(1e6 * timed["ranks"][0]["layer_s"], 1)}, done["rates"]
     for what in ("prompt", "reply") if arguments.p else ("reply",):
-        for engine, measured in rates.items():
-            reckoned = predicted[engine][what]
+        for engine in (RANKS, ONE):
+            reckoned, measured = predicted[engine][what], rates[engine][what]
             found[f"{what}, {engine}"] = {
                 "predicted": round(reckoned, 3),
-                "measured": round(measured[what], 3),
-                "ratio": round(reckoned / measured[what], 3),
+                "measured": round(measured, 3),
+                "ratio": round(reckoned / measured, 3),
             }
         for engine in (ONE, TWO):
             found[f"{what}, times {engine}"] = round(rates[RANKS][what] / rates[engine][what], 3)
@@ -214,6 +223,7 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=64)
     parser.add_argument("-r", type=int, default=3)
     parser.add_argument("--machine", type=Path, metavar="FILE")
+    parser.add_argument("--describe", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--measure", nargs=3, type=int, help=argparse.SUPPRESS)
     parser.add_argument("--ranks", help=argparse.SUPPRESS)
     parser.add_argument("--hosts", help=argparse.SUPPRESS)
@@ -223,7 +233,10 @@ def main() -> None:
         print(json.dumps(measure(Path(arguments.model), places, *arguments.measure)))
         return
     arguments.model, shape = str(Path(arguments.model).resolve()), load_model(arguments.model, None)
-    by_name = machines(shape, arguments.machine)
+    if arguments.describe:
+        print(json.dumps(describe(shape, 1)))
+        return
+    by_name = machines(arguments.model, arguments.machine)
     document: dict[str, Any] = {"machine": this_one(), "model": arguments.model}
     for name in arguments.network:
         document[name] = compare(arguments, name, by_name, shape)

@@ -30,6 +30,7 @@ import localrun
 from localrun.errors import LocalrunError
 from localrun.gguf.file import open_gguf
 from localrun.ranks.control import Callers, Watch, own_address, receive, send, watch_tcp
+from localrun.ranks.loss import ending_at_loss
 from localrun.ranks.mpi import join, mpi, mpiexec, place_in_mpiexec, set_up_mpi
 from localrun.ranks.places import Place, names_of, prepare
 from localrun.ranks.sharing import Ranks, Sharing
@@ -78,10 +79,12 @@ def _task(path: Path, threads: int | None) -> dict[str, Any]:
 
 
 @contextmanager
-def echoing_ranks(places: Sequence[Place]) -> Iterator[MPI.Intracomm]:
-    """The communicator of ranks that answer messages (localrun.ranks.echo). Raises LocalrunError as sharing_ranks."""
-    with closing(_run(places, {})) as run:
-        run.start()
+def echoing_ranks(places: Sequence[Place], say: Callable[[str], None]) -> Iterator[MPI.Intracomm]:
+    """The communicator of ranks that answer messages (localrun.ranks.echo). Raises LocalrunError as sharing_ranks.
+
+    say: gets a line if one is lost, which ends this process: it would wait for ever.
+    """
+    with closing(_run(places, {})) as run, ending_at_loss([run.start()], say):
         yield run.comm
 
 
@@ -144,6 +147,7 @@ class _Run:
         self.comm = self._settle()
         self.world = mpi_world(self.comm, self._names)
         self.world.end = self.close
+        self.world.links.watch([connection.fileno() for connection in self._connections])
         self._wait(lambda: True, 0)  # a rank may have been lost before there was a world to tell
         return self.world
 

@@ -7,6 +7,7 @@ functions. Rank 0 is where the user is.
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 LIMIT_S = 10.0
+_WORD_S = 2.0  # until who watches says why a connection has closed
 
 
 class RankError(LocalrunError):
@@ -76,6 +78,9 @@ class World:
 
     def error(self, rank: int, code: int) -> RankError:
         """What to raise of links' error with a rank."""
+        until = time.monotonic() + _WORD_S
+        while code == BROKEN and not (self.failure or self.links.broken[0]) and time.monotonic() < until:
+            time.sleep(0.01)
         if code == BROKEN and self.failure:
             return self.failure
         if code == LATE:

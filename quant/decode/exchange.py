@@ -33,6 +33,7 @@ from quant.threads.links import (
     Links,
     clock_ns,
     finish,
+    is_broken,
     start_receive,
     start_send,
 )
@@ -125,7 +126,7 @@ def _send(phase, work):
     """The first item of gate and up: what this worker has prepared, to all other ranks."""
     a = GATE_UP(phase)
     e, choice, n_tokens = EXCHANGE(a.exchange), CHOICE(work + a.choice), tokens_of(a)
-    if load_i64(e.links.broken) != 0:
+    if is_broken(e.links):
         _fail(e, 1, BROKEN)
     if e.failed != 0:
         return

@@ -7,9 +7,10 @@ Source of signatures: MPI 4.1, sections 3.7.2 and 3.7.3. Handles are int or poin
 """
 
 import ctypes
+import select
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numba
@@ -29,9 +30,21 @@ LATE, BROKEN = -1, -2
 _PATIENCE, _CLOCK_TURNS = 200, 64  # looks before a core is offered to others; looks between two looks at the clock
 SPIN_NS, _SLEEP_US, _IDLE_US = 20_000_000, 200, 1000
 _REQUEST_WORDS = 34  # of a Request
+_POLLFD = np.dtype([("fd", np.int32), ("events", np.int16), ("revents", np.int16)])
 _MONOTONIC = 6 if sys.platform == "darwin" else 1
 
-LINKS = struct("Links", isend=address, irecv=address, test=address, byte=i64, comm=i64, limit_ns=i64, broken=address)
+LINKS = struct(
+    "Links",
+    isend=address,
+    irecv=address,
+    test=address,
+    byte=i64,
+    comm=i64,
+    limit_ns=i64,
+    broken=address,
+    peers=address,  # struct pollfd (n_peers): sockets that close with the other processes
+    n_peers=i64,
+)
 
 
 def _call_address(n_arguments: int):
@@ -46,6 +59,7 @@ def _call_address(n_arguments: int):
 
 _call_3, _call_7 = _call_address(3), _call_address(7)
 _clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.int64))
+_poll = types.ExternalFunction("poll", types.int32(types.int64, types.int64, types.int32))
 _usleep = types.ExternalFunction("usleep", types.int32(types.uint32))
 _time, _flag, _status = stack(16), stack(8), stack(256)  # an MPI_Status has some 20 to 40 bytes
 
@@ -56,6 +70,14 @@ def clock_ns():
     at = _time()
     _clock_gettime(numba.int32(_MONOTONIC), at)
     return 1_000_000_000 * load_i64(at) + load_i64(at + 8)
+
+
+@inline
+def is_broken(links):
+    """Whether no message is worth sending: MPICH's MPI_Isend writes to a null pointer where it finds the other gone."""
+    if load_i64(links.broken) != 0:
+        return True
+    return links.n_peers > 0 and _poll(links.peers, links.n_peers, numba.int32(0)) > 0
 
 
 @inline
@@ -125,8 +147,7 @@ class Links:
 
     Attributes:
         limit_s: the longest wait for a message that a step is to get.
-        broken: int64 (1,): not 0 once no message is worth waiting for, which ends all waits; none is begun then either,
-            since MPICH's MPI_Isend writes to a null pointer where it finds the other to be gone.
+        broken: int64 (1,): not 0 once no message is worth waiting for, which ends all waits.
     """
 
     def __init__(
@@ -137,13 +158,28 @@ class Links:
         self._fields = {"isend": isend, "irecv": irecv, "test": test, "byte": byte, "comm": comm}
         start, look = (ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_int64] * n) for n in (7, 3))
         self._isend, self._irecv, self._test = start(isend), start(irecv), look(test)
+        self._peers, self._look = np.zeros(0, _POLLFD), ctypes.CDLL(None).poll
         self._kept: list[object] = []
         self._under_way: set[Request] = set()
 
     @property
     def struct(self) -> np.ndarray:
         """As kernels see them."""
-        return LINKS.pack(**self._fields, limit_ns=int(1e9 * self.limit_s), broken=self.broken.ctypes.data)
+        return LINKS.pack(
+            **self._fields, limit_ns=int(1e9 * self.limit_s), broken=self.broken.ctypes.data,
+            peers=self._peers.ctypes.data, n_peers=len(self._peers),
+        )  # fmt: skip
+
+    def watch(self, sockets: Sequence[int]) -> None:
+        """Begin no message once one of these has been closed at its other end. Before a struct is made."""
+        closed = getattr(select, "POLLRDHUP", 0)  # elsewhere than on Linux POLLHUP, which needs not be asked for
+        self._peers = np.array([(socket, closed, 0) for socket in sockets], _POLLFD)
+
+    @property
+    def _is_broken(self) -> bool:
+        """As is_broken()."""
+        peers, n_peers = ctypes.c_void_p(self._peers.ctypes.data), ctypes.c_ulong(len(self._peers))
+        return bool(self.broken[0]) or self._look(peers, n_peers, 0) > 0
 
     def keep(self, memory: object) -> None:
         """Hold what kernels send from and receive into."""
@@ -158,7 +194,7 @@ class Links:
         return self._start(self._irecv, array, rank, tag)
 
     def _start(self, function: Callable[..., int], array: np.ndarray, rank: int, tag: int) -> Request:
-        if self.broken[0]:
+        if self._is_broken:
             raise LinkError(BROKEN)
         request = Request(np.zeros(_REQUEST_WORDS, np.int64), array)
         byte, comm, at = self._fields["byte"], self._fields["comm"], request.words.ctypes.data

@@ -6,8 +6,10 @@ messages. Tolerances on logits are fractions of their range.
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -256,6 +258,23 @@ def test_nothing_is_sent_once_a_rank_is_gone() -> None:
             with pytest.raises(RankError, match="was killed"):
                 model.model.forward([2] * n_tokens, cache)
     assert all(post.n_messages[0, rank] == before[0, rank] for rank in (1, 2))
+
+
+@pytest.mark.parametrize("n_tokens", [1, 120], ids=["step", "many"])
+def test_nothing_is_sent_once_a_connection_has_closed(n_tokens: int) -> None:
+    """Before anybody has said so: what has watched it is waited for."""
+    post, (here, there) = Post(), socket.socketpair()
+    with in_process(tiny_models.shared("v3-odd"), 2, Sharing(), post) as ranks, here:
+        ranks.world.links.watch([here.fileno()])
+        with localrun.load(tiny_models.shared("v3-odd"), threads=1, ctx=240, ranks=ranks) as model:
+            cache = model.model.new_cache(240)
+            model.model.forward([1] * n_tokens, cache)
+            before = post.n_messages.copy()
+            there.close()
+            threading.Timer(0.2, lambda: ranks.world.fail(1, "host b (rank 1): was killed")).start()
+            with pytest.raises(RankError, match="was killed"):
+                model.model.forward([1] * n_tokens, cache)
+        assert post.n_messages[0, 1] == before[0, 1]
 
 
 def test_an_error_of_mpi_names_the_rank() -> None:

@@ -176,7 +176,7 @@ def stub(monkeypatch: pytest.MonkeyPatch, folder: Path, script: str, come_s: flo
 
 def refused(text: str) -> str:
     """What is said when ranks at these hosts are to be started."""
-    with pytest.raises(LocalrunError) as error, start.echoing_ranks(host_places(text)):
+    with pytest.raises(LocalrunError) as error, start.echoing_ranks(host_places(text), print):
         pass
     return str(error.value)
 
@@ -219,7 +219,7 @@ def test_another_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         control.send(connection, {"rank": 1, "version": "0.0.1"})
 
     threading.Thread(target=come, daemon=True).start()
-    with pytest.raises(LocalrunError) as error, start.echoing_ranks(local_places("2")):
+    with pytest.raises(LocalrunError) as error, start.echoing_ranks(local_places("2"), print):
         pass
     assert str(error.value) == f"rank 1: has localrun 0.0.1; here it is {localrun.__version__}"
 
@@ -228,6 +228,6 @@ def test_without_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "mpi4py", None)  # as if it were not installed
     with (
         pytest.raises(LocalrunError, match=r"pip install 'localrun\[cluster\]'"),
-        start.echoing_ranks(local_places("2")),
+        start.echoing_ranks(local_places("2"), print),
     ):
         pass
