@@ -27,6 +27,7 @@ from quant.decode.attention import Heads, attend_phase
 from quant.decode.attention_i16 import integer_attend_phase
 from quant.decode.program import Program
 from quant.formats import registry
+from quant.gemv.rows_i16 import pack_scaled_rows, row_bytes
 from quant.matrix import quant_matrix
 from quant.threads.pool import Pool, aligned_bytes
 
@@ -63,9 +64,11 @@ def steps(config: Config, pool: Pool, n_cached: int) -> dict[str, Callable[[], o
     heads = Heads(
         n_groups=config.num_attention_heads // together, per_group=together,
         key_width=row_width, value_width=config.kv_lora_rank, key_slot=0, value_slot=0,
-        key_row=2 * row_width, value_row=2 * row_width, key_group=0, value_group=0,
+        key_row=row_bytes(row_width), value_row=row_bytes(row_width), key_group=0, value_group=0, is_scaled=True,
     )  # fmt: skip
-    rows = random.standard_normal((n_cached, row_width)).astype(np.float16)
+    values = random.standard_normal((n_cached, row_width), dtype=np.float32)
+    rows = np.empty((n_cached, row_bytes(row_width)), np.uint8)
+    pack_scaled_rows.ctypes(values.ctypes.data, n_cached, row_width, rows.ctypes.data)
     embedding = quant_matrix(np.zeros(64, np.uint8), registry.get("F32"), (1, 16))
     programs = {}
     for bits, make in (("32", attend_phase), ("16", integer_attend_phase)):

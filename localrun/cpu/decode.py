@@ -91,12 +91,14 @@ class Layers(ModelProgram):
         elif index >= c.num_hidden_layers:  # for multi-token prediction: dense
             self._choice = {}
         together, in_bytes = heads_together(c.num_attention_heads), self._cache_bits == 8
-        row_bytes, n_codes = c.rows(index)[0].row_bytes(self._cache_bits), c.kv_lora_rank * in_bytes
+        kind = c.rows(index)[0]
+        row_bytes, n_codes = kind.stored_bytes(self._cache_bits), c.kv_lora_rank * in_bytes
+        is_scaled = kind.is_scaled and not in_bytes
         heads = Heads(
             n_groups=c.num_attention_heads // together, per_group=together,
             key_width=row_width, value_width=c.kv_lora_rank, key_slot=slot, value_slot=slot,
             key_row=row_bytes, value_row=row_bytes, key_group=0, value_group=0, key_codes=n_codes, value_codes=n_codes,
-            **self._choice,
+            is_scaled=is_scaled, **self._choice,
         )  # fmt: skip
         queries = self._vector("queries", heads.n_heads * heads.query_width)
         self._add(
@@ -114,6 +116,7 @@ class Layers(ModelProgram):
                 slot=slot,
                 row_bytes=row_bytes,
                 in_bytes=in_bytes,
+                is_scaled=is_scaled,
             ),
             "queries",
             "queries",
@@ -197,7 +200,7 @@ class Layers(ModelProgram):
         self._rows("projections", norm, {"projected queries": q_proj, "keys": k_proj, "values": v_proj}, biases)
         q_norm, k_norm = (self._array(name(f"{part}_norm")) if c.qk_norm else 0 for part in "qk")
         sinks, in_bytes = name("sinks"), self._cache_bits == 8
-        key_row, value_row = (kind.row_bytes(self._cache_bits) for kind in c.rows(index))
+        key_row, value_row = (kind.stored_bytes(self._cache_bits) for kind in c.rows(index))
         heads = Heads(
             n_groups=groups, per_group=c.num_attention_heads // groups,
             key_width=c.head_dim, value_width=c.v_head_dim, key_slot=slot, value_slot=slot + 1,

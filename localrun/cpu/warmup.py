@@ -43,9 +43,11 @@ class Kernels:
 def for_steps(config: Config, types: Collection[str], cache_bits: int = 16) -> Kernels:
     """What a decode step needs of a model with tensors of these types: short prompts, and every reply."""
     in_integers = "attention_i16" if cache_bits == 16 else "attention_i8"
-    attention = in_integers if _attends_in_integers(config, types) else "attention"
+    is_in_integers = _attends_in_integers(config, types)
+    attention = in_integers if is_in_integers else "attention"
     queries = "_run_latent" if config.attention == "mla" else "_run_grouped"
     modules = {f"quant.decode.{attention}": "attention", "quant.decode.values": "heads"}
+    modules |= {"quant.decode.attention_lanes": "queries"} if is_in_integers else {}
     if config.n_routed_experts:
         modules |= {"quant.decode.router": "router", "quant.decode.experts": "experts"}
     modules |= {"quant.decode.indexer": "choices"} if config.index_topk else {}
@@ -77,8 +79,8 @@ def for_prompts(config: Config, types: Collection[str], cache_bits: int = 16) ->
         modules = {name: what for name, what in modules.items() if not name.endswith(".experts")}
     if in_integers and config.attention == "mla":
         modules["quant.ops.rebuild_i16"] = "rebuilding of keys"
-    if cache_bits == 8:
-        modules["quant.gemv.rows_i8"] = "rows of the cache"
+    if cache_bits == 8 or config.rows(0)[0].is_scaled:
+        modules[f"quant.gemv.rows_i{cache_bits}"] = "rows of the cache"
     if config.index_topk:
         modules["quant.ops.indexer"] = "choices of many tokens"
     if config.index_topk or config.compress_ratios:
@@ -89,7 +91,7 @@ def for_prompts(config: Config, types: Collection[str], cache_bits: int = 16) ->
 def _attends_in_integers(config: Config, types: Collection[str]) -> bool:
     """Whether a step's attention does, as far as this tells: v_b's type decides, which here are all of the file's."""
     from localrun.cpu.decode import heads_together
-    from quant.decode.attention_i16 import FEWEST_HEADS
+    from quant.decode.attention_lanes import FEWEST_HEADS
     from quant.formats import registry
     from quant.ops.attention_i16 import LEVEL
     from quant.target import isa

@@ -147,7 +147,8 @@ class Config:
         """
         window = self.window(index)
         if self.attention == "mla":
-            latent = Rows(self.kv_lora_rank + self.qk_rope_head_dim, group=self.kv_lora_rank)
+            width = self.kv_lora_rank + self.qk_rope_head_dim
+            latent = Rows(width, group=self.kv_lora_rank, is_scaled=width % GROUP == 0)
             key = Rows(self.index_head_dim)
             return (latent, key) if self.chooses_rows(index) else (latent,)
         if self.attention == "gqa":

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 KV_BYTES = 2  # of a value of the cache
-GROUP = 16  # values in 8 bits that share a scale are a multiple of it
-_SCALE_BYTES = 4  # of a group of values in 8 bits
+GROUP = 16  # values that share a scale are a multiple of it
+_SCALE_BYTES = 4  # of a group of values in 8 bits, or of a row of integers
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Rows:
         is_exact: whether values have 32 bits in any cache.
         group: values that share a scale in a cache of 8 bits; what is left behind whole groups keeps 16 bits, and all
             where it is 0.
+        is_scaled: whether a cache of 16 bits on the CPU has integers with a scale a row (quant/gemv/rows_i16.py).
     """
 
     width: int
@@ -29,6 +30,7 @@ class Rows:
     pools: int = 1
     is_exact: bool = False
     group: int = 0
+    is_scaled: bool = False
 
     def count(self, n_tokens: int) -> int:
         """Rows of so many tokens, which a cache of that capacity has room for."""
@@ -39,8 +41,12 @@ class Rows:
         return max(0, (position // self.pools + 1) * self.pools - self.window) if self.window else 0
 
     def row_bytes(self, bits: int = 16) -> int:
-        """Of a cache of so many bits, 16 or 8."""
+        """Of a cache of so many bits, 16 or 8; the scale of a row of integers, one part in 300, is left out."""
         if bits == 8 and self.group:
             n_groups, rest = divmod(self.width, self.group)
             return n_groups * (self.group + _SCALE_BYTES) + KV_BYTES * rest
         return self.width * (4 if self.is_exact else KV_BYTES)
+
+    def stored_bytes(self, bits: int = 16) -> int:
+        """Of a row in memory, from one to the next, on the CPU."""
+        return self.row_bytes(bits) + (_SCALE_BYTES if self.is_scaled and bits == 16 else 0)

@@ -120,8 +120,8 @@ class Block:
         return min(-(-written // self._page) * self._page, self.rows.nbytes)
 
 
-class ByteBlock(Block):
-    """The same in 8 bits (quant/gemv/rows_i8.py), of a kind that has groups; others see float16.
+class PackedBlock(Block):
+    """Rows in another form than values side by side; others see float16.
 
     Attributes:
         rows: uint8 (rows, bytes).
@@ -151,36 +151,69 @@ class ByteBlock(Block):
         return torch.from_numpy(self._expanded(rows.numpy()))
 
     def _packed(self, rows: np.ndarray) -> np.ndarray:
-        from quant.gemv.rows_i8 import pack_rows
-
-        rows, kind = np.ascontiguousarray(rows, np.float32), self.kind
+        rows = np.ascontiguousarray(rows, np.float32)
         packed = np.empty((len(rows), self.rows.shape[1]), np.uint8)
-        pack_rows.ctypes(rows.ctypes.data, len(rows), kind.width, kind.group, packed.ctypes.data)
+        self._pack(rows.ctypes.data, len(rows), packed.ctypes.data)
         return packed
 
     def _expanded(self, packed: np.ndarray) -> np.ndarray:
+        packed = np.ascontiguousarray(packed)
+        rows = np.empty((len(packed), self.kind.width), np.float16)
+        self._expand(packed.ctypes.data, len(packed), rows.ctypes.data)
+        return rows
+
+    def _pack(self, rows: int, n_rows: int, packed: int) -> None:
+        """From float32 (n_rows, width) at one address to rows at another."""
+        raise NotImplementedError
+
+    def _expand(self, packed: int, n_rows: int, rows: int) -> None:
+        """From there to float16."""
+        raise NotImplementedError
+
+
+class ByteBlock(PackedBlock):
+    """Rows in 8 bits (quant/gemv/rows_i8.py), of a kind that has groups."""
+
+    def _pack(self, rows: int, n_rows: int, packed: int) -> None:
+        from quant.gemv.rows_i8 import pack_rows
+
+        pack_rows.ctypes(rows, n_rows, self.kind.width, self.kind.group, packed)
+
+    def _expand(self, packed: int, n_rows: int, rows: int) -> None:
         from quant.gemv.rows_i8 import expand_rows
 
-        packed, kind = np.ascontiguousarray(packed), self.kind
-        rows = np.empty((len(packed), kind.width), np.float16)
-        expand_rows.ctypes(packed.ctypes.data, len(packed), kind.width, kind.group, rows.ctypes.data)
-        return rows
+        expand_rows.ctypes(packed, n_rows, self.kind.width, self.kind.group, rows)
+
+
+class ScaledBlock(PackedBlock):
+    """Rows of integers with a scale each (quant/gemv/rows_i16.py)."""
+
+    def _pack(self, rows: int, n_rows: int, packed: int) -> None:
+        from quant.gemv.rows_i16 import pack_scaled_rows
+
+        pack_scaled_rows.ctypes(rows, n_rows, self.kind.width, packed)
+
+    def _expand(self, packed: int, n_rows: int, rows: int) -> None:
+        from quant.gemv.rows_i16 import expand_scaled_rows
+
+        expand_scaled_rows.ctypes(packed, n_rows, self.kind.width, rows)
 
 
 def new_blocks(kinds: Sequence[Rows], capacity: int, dtype: type[np.floating], bits: int = 16) -> list[Block]:
     """A block of each kind, for up to `capacity` tokens.
 
-    bits: 8 to have groups in bytes, where kinds have some; others have values of `dtype`.
+    bits: 8 to have groups in bytes, where kinds have some, 16 to have integers; others have values of `dtype`.
 
     Their memory is fresh, and goes back to the system with them. malloc's would be what blocks before them have written
     to, all of it resident: many short conversations would take the memory of as many full ones.
     """
-    in_bytes = [bits == 8 and kind.group > 0 for kind in kinds]
-    widths = [kind.row_bytes(8) if packed else kind.width for kind, packed in zip(kinds, in_bytes, strict=True)]
+    types = [_block_type(kind, dtype, bits) for kind in kinds]
+    is_packed = [issubclass(type_, PackedBlock) for type_ in types]
+    widths = [kind.stored_bytes(bits) if packed else kind.width for kind, packed in zip(kinds, is_packed, strict=True)]
     shapes = [(kind.count(capacity), width) for kind, width in zip(kinds, widths, strict=True)]
     dtypes = [
         np.dtype(np.uint8 if packed else np.float32 if kind.is_exact else dtype)
-        for kind, packed in zip(kinds, in_bytes, strict=True)
+        for kind, packed in zip(kinds, is_packed, strict=True)
     ]
     sizes = [rows * width * each.itemsize for (rows, width), each in zip(shapes, dtypes, strict=True)]
     starts = np.cumsum([0, *(-(-size // _PAGE) * _PAGE for size in sizes)]).tolist()
@@ -190,5 +223,10 @@ def new_blocks(kinds: Sequence[Rows], capacity: int, dtype: type[np.floating], b
         memory.madvise(mmap.MADV_HUGEPAGE if is_large else mmap.MADV_NOHUGEPAGE)
     arrays = [np.ndarray(*of, memory, start) for *of, start in zip(shapes, dtypes, starts, strict=True)]
     page = _LARGE_PAGE if is_large else _PAGE
-    types = [ByteBlock if packed else Block for packed in in_bytes]
     return [type_(kind, rows, page) for type_, kind, rows in zip(types, kinds, arrays, strict=True)]
+
+
+def _block_type(kind: Rows, dtype: type[np.floating], bits: int) -> type[Block]:
+    if bits == 8 and kind.group:
+        return ByteBlock
+    return ScaledBlock if bits == 16 and kind.is_scaled and dtype == np.float16 else Block

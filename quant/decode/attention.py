@@ -33,11 +33,12 @@ from quant.decode.program import (
 )
 from quant.gemm.float_tile import LANES, multiply
 from quant.gemv.rows_i8 import expand_row
+from quant.gemv.rows_i16 import expand_scaled_row
 from quant.simd.core import F32, I64, define, load, splat, store
 from quant.simd.floats import exp, hmax, hsum, maximum, splat_f32x16, zero_f32x16
 from quant.simd.memory import load_f32x16, load_i32, load_i64, store_f32, store_f32x16, store_i64
 from quant.simd.register_tile import add_products, register_tile
-from quant.simd.struct import address, f32, i64, struct
+from quant.simd.struct import address, boolean, f32, i64, struct
 from quant.simd.vectors import expand_f16, scale
 from quant.target.jit import inline, kernel
 
@@ -72,6 +73,7 @@ ATTEND = struct(
     key_codes=i64,  # the first of them, which are bytes (gemv/rows_i8.py); 0 for none
     key_row=i64,  # bytes of a cache row
     key_group=i64,  # bytes from one group's part of it to the next one's
+    is_scaled=boolean,  # whether rows are integers with a scale (gemv/rows_i16.py), key and value
     value_slot=i64,
     value_width=i64,
     value_codes=i64,
@@ -126,18 +128,22 @@ def find_rows(a, token, slot, row_bytes, group_bytes, first, n_rows, found):
             store_i64(found + 8 * i, rows + row_bytes * row)
     block, n_in_block = cache_block(a, slot, token)
     is_chosen, rows = a.chosen != 0 and a.seen.ratio == 0 and n_hidden > 0, block + group_bytes
-    for i in range(max(0, n_pooled - first), n_rows):
-        in_order = (n_hidden + first + i - n_pooled) % n_in_block
+    begin = max(0, n_pooled - first)
+    in_order = (n_hidden + first + begin - n_pooled) % n_in_block
+    for i in range(begin, n_rows):
         row = load_i32(chosen + 4 * (first + i)) if is_chosen else in_order
         store_i64(found + 8 * i, rows + row_bytes * row)
+        in_order = in_order + 1 if in_order + 1 < n_in_block else 0
 
 
 @inline
-def _expand_rows(found, n_rows, n_codes, width, padded_width, out):
+def _expand_rows(found, n_rows, is_scaled, n_codes, width, padded_width, out):
     """Rows at these addresses, in float32, padded_width apart."""
     for i in range(n_rows):
         row, to = load_i64(found + 8 * i), out + 4 * padded_width * i
-        if n_codes > 0:
+        if is_scaled:
+            expand_scaled_row(row, width, to)
+        elif n_codes > 0:
             expand_row(row, n_codes, width, padded_width, to)
         else:
             expand_f16(row, width, padded_width, to)
@@ -240,7 +246,7 @@ def _attend_split(a, group, token, split, work):
     for first in range(begin, end, _TOKENS):
         n_tokens = min(_TOKENS, end - first)
         find_rows(a, token, a.key_slot, a.key_row, a.key_group * group, first, n_tokens, found)
-        _expand_rows(found, n_tokens, a.key_codes, a.key_width, query_width, work)
+        _expand_rows(found, n_tokens, a.is_scaled, a.key_codes, a.key_width, query_width, work)
         multiply(work, n_tokens, query_width, n_heads, queries, outs, 0)
         for h in range(n_heads):
             at = partials + partial_bytes * h
@@ -249,19 +255,26 @@ def _attend_split(a, group, token, split, work):
         if not same_rows:
             row_bytes = 4 * padded_width
             find_rows(a, token, a.value_slot, a.value_row, a.value_group * group, first, n_tokens, found)
-            _expand_rows(found, n_tokens, a.value_codes, a.value_width, padded_width, work)
+            _expand_rows(found, n_tokens, False, a.value_codes, a.value_width, padded_width, work)
         _add_weighted_sums(
             n_heads, scores, work, row_bytes, n_tokens, padded_width, partials + VALUES_AT, partial_bytes
         )
+
+
+@inline
+def items_of(a, item):
+    """An item's group and token, and its splits as a range: one, or more if there are more than items."""
+    group, rest, n_tokens = item % a.n_groups, item // a.n_groups, tokens_of(a)
+    token, at_once = rest % n_tokens, a.phase.n_items // (a.n_groups * n_tokens)
+    return group, token, rest // n_tokens, splits_of(seen_by(a, token)), at_once
 
 
 @kernel("void(int64, int64, int64)")
 def _run_attend(phase, item, work):
     """One group of a token's heads over one split, or more if there are more than items."""
     a = ATTEND(phase)
-    group, rest, n_tokens = item % a.n_groups, item // a.n_groups, tokens_of(a)
-    token, at_once = rest % n_tokens, a.phase.n_items // (a.n_groups * n_tokens)
-    for split in range(rest // n_tokens, splits_of(seen_by(a, token)), at_once):
+    group, token, first, end, step = items_of(a, item)
+    for split in range(first, end, step):
         _attend_split(a, group, token, split, work)
 
 
@@ -276,6 +289,7 @@ class Heads:
         key_row, value_row: bytes of a cache row.
         key_group, value_group: bytes from one group's part of a row to the next one's.
         key_codes, value_codes: first values of a key and of a value that are bytes (gemv/rows_i8.py); 0 for none.
+        is_scaled: whether rows, which are key and value, are integers with a scale (gemv/rows_i16.py).
         window: rows that a token sees, at most; 0 for all.
         chosen, chosen_bytes: address of int32 rows of a token that sees more, and bytes to the next token's; or 0.
         sinks: address of float32 (heads,), a logit more in each head's softmax; or 0.
@@ -296,6 +310,7 @@ class Heads:
     value_group: int
     key_codes: int = 0
     value_codes: int = 0
+    is_scaled: bool = False
     window: int = 0
     chosen: int = 0
     chosen_bytes: int = 0
@@ -344,7 +359,8 @@ def attend_phase(heads: Heads, queries: int, partials: int) -> Phase:
         phase=HEADER, n_groups=heads.n_groups, per_group=heads.per_group,
         queries=queries, query_width=heads.query_width,
         key_slot=heads.key_slot, key_width=heads.key_width, key_codes=heads.key_codes, key_row=heads.key_row,
-        key_group=heads.key_group, value_slot=heads.value_slot, value_width=heads.value_width,
+        key_group=heads.key_group, is_scaled=heads.is_scaled,
+        value_slot=heads.value_slot, value_width=heads.value_width,
         value_codes=heads.value_codes, value_row=heads.value_row, value_group=heads.value_group,
         padded_width=padded_width, seen=heads.seen,
         chosen=heads.chosen, chosen_bytes=heads.chosen_bytes, partials=partials,

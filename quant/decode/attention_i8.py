@@ -13,25 +13,36 @@ Sums of products are exact; softmax and sums over chunks are in float32. A head'
 
 from dataclasses import replace
 
-import numpy as np
-
 from quant.decode.attention import (
     ATTEND,
-    PARTIAL,
     VALUES_AT,
     Heads,
     attend_phase,
     bytes_of_partial,
     find_rows,
+    items_of,
     padded_lanes,
-    seen_by,
 )
-from quant.decode.attention_i16 import FEWEST_HEADS, LEVEL, MOST_HEADS
-from quant.decode.program import MAX_SPLITS, MOST_TOKENS, Phase, padded, split_length, splits_of, tokens_of
-from quant.gemm.lanes import ADDRESSES, LOWEST, pack_16
+from quant.decode.attention_lanes import (
+    FACTORS,
+    FEWEST_HEADS,
+    LARGEST,
+    LEVEL,
+    MOST_HEADS,
+    STATE_BYTES,
+    TOTAL,
+    begin_heads,
+    behind_flags,
+    end_heads,
+    flags_bytes,
+    no_queries,
+    pack_queries,
+    take_flag,
+)
+from quant.decode.program import MOST_TOKENS, Phase
+from quant.gemm.lanes import ADDRESSES, LANE_ROW
 from quant.gemm.lanes_i8 import (
     COLUMNS,
-    LANE_ROW,
     ROWS,
     add_pairs,
     add_scores,
@@ -40,17 +51,16 @@ from quant.gemm.lanes_i8 import (
     take_four_rows,
     weigh_bytes,
 )
-from quant.gemm.lanes_i16 import round_16, round_row
+from quant.gemm.lanes_i16 import LENGTH_OF_LANES, round_16, round_row
 from quant.gemv.rows_i8 import SCALE_BYTES
-from quant.simd.floats import splat_f32x16, zero_f32x16
-from quant.simd.memory import load_f32, load_i64, store_f32, store_f32x16, store_i64
+from quant.simd.floats import zero_f32x16
+from quant.simd.memory import load_f32, load_i64, store_f32, store_f32x16
 from quant.simd.vectors import expand_f16
 from quant.target import isa
 from quant.target.jit import inline, kernel
 
 _CHUNK = 128  # rows of the cache at a time, a multiple of ROWS
 _BLOCK = 128  # columns of a query that share a scale
-_LOG2_E = np.float32(1.4426950408889634)
 
 # Work memory: packed queries of each token and group with flags of which there are; then, of a chunk, fixed sizes.
 _SCORES, _WEIGHTS, _SCALES, _FOUND = LANE_ROW * _CHUNK, LANE_ROW // 2 * _CHUNK, 4 * _CHUNK, 8 * _CHUNK
@@ -73,36 +83,22 @@ def _fours_bytes(width):
 
 
 @inline
-def _flags_bytes(n_groups):
-    return (8 * MOST_TOKENS * n_groups + 63) // 64 * 64
-
-
-@kernel("void(int64, int64)", LEVEL)
-def _no_queries(phase, work):
-    """To prepare: none of the queries are packed."""
-    a = ATTEND(phase)
-    for i in range(MOST_TOKENS * a.n_groups):
-        store_i64(work + 8 * i, 0)
-
-
-@inline
 def _queries(a, group, token, work, scratch):
-    """A group's packed queries. The first split that a worker has of them packs them."""
-    n_codes, n_rest, depth = a.key_codes, a.key_width - a.key_codes, a.query_width
+    """A group's packed queries."""
+    n_codes, n_rest = a.key_codes, a.key_width - a.key_codes
     index = a.n_groups * token + group
-    at = work + _flags_bytes(a.n_groups) + _query_bytes(n_codes, n_rest) * index
-    if load_i64(work + 8 * index) != 0:
+    at = behind_flags(a, work) + _query_bytes(n_codes, n_rest) * index
+    if not take_flag(work, index):
         return at
-    store_i64(work + 8 * index, 1)
-    n_heads, rows = a.per_group, scratch + ADDRESSES
-    pack_16(a.queries + 4 * depth * n_heads * index, 4 * depth, 0, n_heads, depth, _LOG2_E, scratch, rows, LANE_ROW)
+    rows = scratch + ADDRESSES
+    pack_queries(a, index, scratch, rows)
     pairs = at + 16 * n_codes
     starts = pairs + LANE_ROW * ((n_rest + 1) // 2)
     for first in range(0, n_codes, _BLOCK):
         n, of_block = min(_BLOCK, n_codes - first), starts + 2 * LANE_ROW * (first // _BLOCK)
         round_bytes(rows + LANE_ROW * first, n, at + 16 * first, of_block, of_block + LANE_ROW)
     scale = starts + 2 * LANE_ROW * _blocks(n_codes)
-    round_16(rows + LANE_ROW * n_codes, LANE_ROW, n_rest, pairs, LANE_ROW, scale)
+    round_16(rows + LANE_ROW * n_codes, LANE_ROW, n_rest, LENGTH_OF_LANES, pairs, LANE_ROW, scale)
     return at
 
 
@@ -137,10 +133,9 @@ def _add_rows(a, queries, found, n, codes, rest, fours, scores):
 @inline
 def _attend_split(a, group, token, split, work):
     """One group of a token's heads over one split."""
-    n_heads, n_codes, all_heads = a.per_group, a.key_codes, a.n_groups * a.per_group
-    n_rest, width = a.key_width - n_codes, a.padded_width
+    n_heads, n_codes, n_rest = a.per_group, a.key_codes, a.key_width - a.key_codes
     each = _query_bytes(n_codes, n_rest)
-    fours = work + _flags_bytes(a.n_groups) + each * MOST_TOKENS * a.n_groups
+    fours = behind_flags(a, work) + each * MOST_TOKENS * a.n_groups
     queries = _queries(a, group, token, work, fours)
     stride = _fours_bytes(n_codes)
     codes = fours + stride * (_CHUNK // 4)
@@ -148,21 +143,12 @@ def _attend_split(a, group, token, split, work):
     weights = scores + _SCORES
     scales = weights + _WEIGHTS
     found = scales + _SCALES
-    factors, largest, total, steps = found + _FOUND, found + _FOUND + 128, found + _FOUND + 192, found + _FOUND + 256
-    rest = steps + 64
-
-    store_f32x16(largest, splat_f32x16(np.float32(LOWEST)))
-    store_f32x16(total, zero_f32x16())
-    partial_bytes = bytes_of_partial(width)
-    partials = a.partials + partial_bytes * (all_heads * (MAX_SPLITS * token + split) + n_heads * group)
-    for h in range(n_heads):
-        for i in range(0, width, 16):
-            store_f32x16(partials + partial_bytes * h + VALUES_AT + 4 * i, zero_f32x16())
-
-    n_seen = seen_by(a, token)
-    length = split_length(n_seen)
-    end = min(n_seen, length * (split + 1))
-    for first in range(length * split, end, _CHUNK):
+    state = found + _FOUND
+    steps = state + STATE_BYTES
+    rest = steps + LANE_ROW
+    partial_bytes = bytes_of_partial(a.padded_width)
+    partials, begin, end = begin_heads(a, group, token, split, state)
+    for first in range(begin, end, _CHUNK):
         n = min(_CHUNK, end - first)
         find_rows(a, token, a.key_slot, a.key_row, a.key_group * group, first, n, found)
         for i in range(0, n, ROWS):
@@ -170,25 +156,22 @@ def _attend_split(a, group, token, split, work):
             _add_rows(a, queries, found + 8 * i, few, codes, rest, fours + stride * (i // 4), scores + LANE_ROW * i)
             for j in range(few):
                 store_f32(scales + 4 * (i + j), load_f32(rest + 4 * j))
-        old, new = weigh_bytes(scores, n, scales, largest, total, weights, steps)
-        store_f32x16(factors, old)
-        store_f32x16(factors + 64, new)
+        old, new = weigh_bytes(scores, n, scales, state + LARGEST, state + TOTAL, weights, steps)
+        store_f32x16(state + FACTORS, old)
+        store_f32x16(state + FACTORS + LANE_ROW, new)
         fold_bytes(
-            n_heads, weights, steps, fours, stride, (n + 3) // 4, factors, partials + VALUES_AT, partial_bytes, n_codes
-        )
-    for h in range(n_heads):
-        partial = PARTIAL(partials + partial_bytes * h)
-        partial.maximum = load_f32(largest + 4 * h) * np.float32(1 / _LOG2_E)
-        partial.sum = load_f32(total + 4 * h)
+            n_heads, weights, steps, fours, stride, (n + 3) // 4, state + FACTORS, partials + VALUES_AT, partial_bytes,
+            n_codes,
+        )  # fmt: skip
+    end_heads(a, partials, state)
 
 
 @kernel("void(int64, int64, int64)", LEVEL)
 def _run_attend(phase, item, work):
     """One group of a token's heads over one split, or more if there are more than items."""
     a = ATTEND(phase)
-    group, rest, n_tokens = item % a.n_groups, item // a.n_groups, tokens_of(a)
-    token, at_once = rest % n_tokens, a.phase.n_items // (a.n_groups * n_tokens)
-    for split in range(rest // n_tokens, splits_of(seen_by(a, token)), at_once):
+    group, token, first, end, step = items_of(a, item)
+    for split in range(first, end, step):
         _attend_split(a, group, token, split, work)
 
 
@@ -205,10 +188,10 @@ def byte_attend_phase(heads: Heads, queries: int, partials: int) -> Phase:
     n_codes, n_rest = heads.key_codes, heads.key_width - heads.key_codes
     n_blocks = -(-n_codes // _BLOCK)
     query_bytes = 16 * n_codes + LANE_ROW * (-(-n_rest // 2) + 2 * n_blocks + 1)
-    packed = padded(8 * MOST_TOKENS * heads.n_groups) + query_bytes * MOST_TOKENS * heads.n_groups
+    packed = flags_bytes(heads.n_groups) + query_bytes * MOST_TOKENS * heads.n_groups
     of_rest = 8 * ROWS + padded_lanes(n_rest) * (4 + 2 * ROWS)
     of_chunk = (4 * n_codes + 64) * (_CHUNK // 4) + n_codes * ROWS
-    scratch = of_chunk + _SCORES + _WEIGHTS + _SCALES + _FOUND + 320 + of_rest
+    scratch = of_chunk + _SCORES + _WEIGHTS + _SCALES + _FOUND + STATE_BYTES + LANE_ROW + of_rest
     work_bytes = packed + max(scratch, ADDRESSES + LANE_ROW * heads.query_width)
     phase = attend_phase(heads, queries, partials)
-    return replace(phase, prepare=_no_queries, run=_run_attend, work_bytes=work_bytes)
+    return replace(phase, prepare=no_queries, run=_run_attend, work_bytes=work_bytes)

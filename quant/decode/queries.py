@@ -11,6 +11,7 @@ from quant.decode.parts import GroupPart
 from quant.decode.program import HEADER, MOST_TOKENS, NOTHING, PHASE, Phase, cache_block, padded, program_of, tokens_of
 from quant.gemv.activations import q8_bytes, write_q8
 from quant.gemv.rows_i8 import SCALE_BYTES, pack_group
+from quant.gemv.rows_i16 import pack_row
 from quant.matrix import MATRIX, QuantMatrix, check_single_rows, row_address
 from quant.simd.memory import load_f32, store_f16, store_f32
 from quant.simd.struct import address, address_of, boolean, f32, i64, struct
@@ -37,6 +38,7 @@ _BOTH = {
 LATENT = struct(
     "LatentQueries",
     **_BOTH,
+    is_scaled=boolean,  # whether a row's values are integers with a scale (gemv/rows_i16.py)
     nope=i64,
     latent=i64,
     kv=address,  # float32 (MOST_TOKENS, latent + n_rope)
@@ -153,11 +155,13 @@ def _into_latent_transposed(a, head, work):
 def _store_latent(a, t, work):
     """Token t's cache row: the normed latent, the rotated key behind it."""
     latent, width = a.latent, a.row_width
-    kv, row = a.kv + 4 * width * t, cache_row_of(a, a.slot, a.row_bytes, t)
+    kv, row, key = a.kv + 4 * width * t, cache_row_of(a, a.slot, a.row_bytes, t), work + 4 * latent
     rms_norm(kv, a.kv_norm, a.epsilon, latent, work)
-    key = _store_group(a, work, latent, row)
-    rotate(kv + 4 * latent, a, t, work, 2, 1)
-    store_row_f16(work, a.n_rope, key)
+    rotate(kv + 4 * latent, a, t, key, 2, 1)
+    if a.is_scaled:
+        pack_row(work, width, row)
+    else:
+        store_row_f16(key, a.n_rope, _store_group(a, work, latent, row))
 
 
 @kernel("void(int64, int64, int64)")
@@ -232,6 +236,7 @@ def latent_queries_phase(
     slot: int,
     row_bytes: int,
     in_bytes: bool,
+    is_scaled: bool,
 ) -> Phase:
     """MLA's queries and cache rows. T: MOST_TOKENS.
 
@@ -242,6 +247,7 @@ def latent_queries_phase(
         k_b: (H, C, P), or with `transposed` (H, P, C).
         slot: which block of cache rows is the layer's; row_bytes: of a row.
         in_bytes: whether latents are, a group a row, rather than of 16 bits.
+        is_scaled: whether rows are integers with a scale (gemv/rows_i16.py).
 
     Raises:
         QuantError: a transposed k_b with interleaved rows.
@@ -252,11 +258,11 @@ def latent_queries_phase(
     arguments = LATENT.pack(
         phase=HEADER, projected=projected, head_width=nope + n_rope, n_heads=k_b.n_groups,
         queries=queries, query_width=query_width, scale=scale, n_rope=n_rope, slot=slot, row_width=latent + n_rope,
-        row_bytes=row_bytes, in_bytes=in_bytes,
+        row_bytes=row_bytes, in_bytes=in_bytes, is_scaled=is_scaled,
         epsilon=epsilon, nope=nope, latent=latent, kv=kv, kv_norm=kv_norm, q8_bytes=q8_bytes(nope),
         k_b=k_b.struct, k_b_integer=k_b.format.integer, k_b_transposed=transposed,
     )  # fmt: skip
-    work_bytes = max(MOST_TOKENS * q8_bytes(nope), padded(4 * max(latent, n_rope)))
+    work_bytes = max(MOST_TOKENS * q8_bytes(nope), padded(4 * (latent + n_rope)))
     return Phase(NOTHING, _run_latent, k_b.n_groups + 1, arguments, work_bytes, weights=[GroupPart(k_b)])
 
 

@@ -18,7 +18,7 @@ from quant.target import isa
 from quant.target.jit import inline
 
 LANES = 32
-ROW = 4 * LANES  # bytes
+ROW, LANE_ROW = 4 * LANES, 64  # bytes; of 16 lanes
 ADDRESSES = 16 * 8  # scratch for those of 16 rows
 # Less than any score. Minus infinity would not do: a token may see nothing of a chunk, and infinity from itself is NaN.
 LOWEST = float(np.finfo(np.float32).min)

@@ -17,7 +17,7 @@ from numba import types
 from numba.core import cgutils
 
 from quant.gemm.lanes import LOWEST, ROW
-from quant.simd.core import F32, I32, I64, constant, define, f32x16, i32x16, load, splat, store
+from quant.simd.core import F32, I32, I64, constant, define, f32x16, i8x64, i32x16, load, shuffle, splat, store
 from quant.simd.dots import emit_dot_i16
 from quant.simd.exact import at_most, sqrt
 from quant.simd.floats import (
@@ -33,6 +33,7 @@ from quant.simd.floats import (
     zero_f32x16,
 )
 from quant.simd.memory import (
+    emit_prefetch,
     load_f16x16,
     load_f32,
     load_f32x16,
@@ -47,7 +48,8 @@ from quant.target.jit import inline
 
 LENGTH, LENGTH_OF_LANES = 32767.0, 65472.0  # of rows, whose largest column is not looked for; of lanes
 ROWS = 12  # of a product at a time: their totals fill 24 of 32 registers
-_HEADS = 8  # of weights, where they are rows
+_AHEAD = 32  # bytes
+_HEADS, COLUMNS = 8, 32  # of weights where they are rows, and of what they weigh, at a time
 # Of values, of a sum of weights, and of one: the first two have a product of less than 2^31. Rows of LENGTH as values
 # leave less for sums.
 MOST_VALUE, MOST_SUM, MOST_WEIGHT, MOST_SUM_OF_ROWS = 2.0**13 - 1, 2.0**18 - 256, 2.0**15 - 1, 2.0**16 - 64
@@ -131,38 +133,75 @@ def _folded(n: int):
     return define(types.void, (types.int64,) * 6, emit)
 
 
-def _folded_rows(n: int, n_vectors: int):
-    """The same of fold_rows(), for so many vectors of columns."""
+def emit_unpacked(builder, a, b, size: int, half: int):
+    """Of each quarter of two vectors of bytes its lower or upper half, `size` bytes of either in turn."""
+    firsts = [16 * quarter + 8 * half + unit for quarter in range(4) for unit in range(0, 8, size)]
+    return shuffle(builder, a, b, [side + first + i for first in firsts for side in (0, 64) for i in range(size)])
 
-    def emit(builder, weights, b, b_stride, n_pairs, factors, c, c_stride) -> None:
-        def finish(r, totals):
+
+def _folded_rows(n: int):
+    """The same of fold_rows(), for _COLUMNS."""
+
+    def emit(builder, weights, rows, row_stride, n_pairs, ahead, factors, c, c_stride) -> None:
+        zero = constant(i32x16.ir, 0)
+
+        def add(index, totals):
+            emit_prefetch(builder, builder.add(ahead, builder.mul(index, I64(_AHEAD))), 2)
+            at = builder.add(rows, builder.mul(row_stride, builder.mul(index, I64(2))))
+            both = [load(builder, each, i8x64.ir) for each in (at, builder.add(at, row_stride))]
+            columns = [emit_unpacked(builder, *both, 2, half) for half in range(2)]
+            at, sums = builder.add(weights, builder.mul(index, I64(64))), []
+            for r, row_totals in enumerate(totals):
+                pair = splat(builder, load(builder, builder.add(at, I64(4 * r)), I32), i32x16.ir)
+                each = zip(row_totals, columns, strict=True)
+                sums.append([emit_dot_i16(builder, total, pair, column) for total, column in each])
+            return sums
+
+        totals = register_tile(builder, n_pairs, [[zero] * 2 for _ in range(n)], add)
+        for r, (low, high) in enumerate(totals):
             old, new = (
                 splat(builder, load(builder, builder.add(factors, I64(64 * i + 4 * r)), F32), f32x16.ir)
                 for i in range(2)
             )
             to = builder.add(c, builder.mul(c_stride, I64(r)))
-            for i, total in enumerate(totals):
+            for i in range(2):  # as unpacking left them: quarters of `low` and of `high` in turn are in order
+                quarters = [16 * side + 4 * quarter for quarter in (2 * i, 2 * i + 1) for side in (0, 1)]
+                lanes = [first + j for first in quarters for j in range(4)]
+                total = builder.sitofp(shuffle(builder, low, high, lanes), f32x16.ir)
                 at = builder.add(to, I64(64 * i))
                 store(builder, at, emit_fma(builder, total, new, builder.fmul(load(builder, at, f32x16.ir), old)))
 
-        emit_tile(builder, (n, n_vectors), weights, I64(4), I64(64), b, b_stride, n_pairs, finish)
-
-    return define(types.void, (types.int64,) * 7, emit)
+    return define(types.void, (types.int64,) * 8, emit)
 
 
-def _scaled_16(builder, a, row_stride, scales, b, n_pairs, c) -> None:
-    def finish(r, totals):
+def _scaled_16(builder, a, row_stride, scales, b, n_pairs, ahead, c) -> None:
+    """Two pairs at a time."""
+    zero, n = constant(i32x16.ir, 0), range(16)
+    firsts = [builder.add(a, builder.mul(row_stride, I64(r))) for r in n]
+
+    def add(index, totals):
+        emit_prefetch(builder, builder.add(ahead, builder.mul(index, I64(64))), 2)
+        for pair in range(2):
+            lanes = load(builder, builder.add(b, builder.add(builder.mul(index, I64(128)), I64(64 * pair))), i32x16.ir)
+            column = builder.add(builder.mul(index, I64(8)), I64(4 * pair))
+            rows = (load(builder, builder.add(first, column), I32) for first in firsts)
+            each = zip(totals, rows, strict=True)
+            totals = [[emit_dot_i16(builder, total, lanes, splat(builder, row, i32x16.ir))] for (total,), row in each]
+        return totals
+
+    totals = register_tile(builder, builder.lshr(n_pairs, I64(1)), [[zero]] * 16, add)
+    for r, (total,) in enumerate(totals):
         scale = splat(builder, load(builder, builder.add(scales, I64(4 * r)), F32), f32x16.ir)
-        store(builder, builder.add(c, I64(64 * r)), builder.fmul(totals[0], scale))
-
-    emit_tile(builder, (16, 1), a, row_stride, I64(4), b, I64(64), n_pairs, finish)
+        store(builder, builder.add(c, I64(64 * r)), builder.fmul(builder.sitofp(total, f32x16.ir), scale))
 
 
 # Few sizes: each is compiled, and what is left of a block of rows is little.
 _multiply_12, _multiply_4, _multiply_1 = map(_scaled, (ROWS, 4, 1))
 _fold_12, _fold_4, _fold_1 = map(_folded, (ROWS, 4, 1))
-_fold_8_by_32, _fold_1_by_32, _fold_8_by_16, _fold_1_by_16 = (_folded_rows(n, m) for m in (2, 1) for n in (_HEADS, 1))
-multiply_16 = define(types.void, (types.int64,) * 6, _scaled_16)  # 16 rows of multiply(), of 16 lanes
+_fold_8_rows, _fold_1_row = map(_folded_rows, (_HEADS, 1))
+# (a, row_stride, scales, b, n_pairs, ahead, c): 16 rows of multiply(), of 16 lanes and an even number of pairs; brings
+# 32 bytes a pair from `ahead` on into L2.
+multiply_16 = define(types.void, (types.int64,) * 7, _scaled_16)
 
 
 @inline
@@ -193,28 +232,26 @@ def fold_columns(n_columns, a, row_stride, b, n_pairs, factors, c):
 
 
 @inline
-def fold_rows(n_rows, weights, b, b_stride, n_pairs, factors, c, c_stride, width):
-    """c[r] = factors[0][r] * c[r] + factors[1][r] * sum over pairs k of weights[k][r] . b[k], float32 (n_rows, width).
+def fold_rows(n_heads, weights, rows, row_stride, n_pairs, ahead, factors, c, c_stride, width):
+    """c[h] = factors[0][h] * c[h] + factors[1][h] * sum over rows r of weights[r][h] * rows[r], float32.
 
     Args:
-        weights: pairs of 16 lanes, of which the first n_rows are used.
-        b: pairs of rows, their int16 in turn, b_stride bytes apart.
+        weights: of two rows, pairs of 16 lanes, of which the first n_heads are used.
+        rows: int16, row_stride bytes apart, two for each of n_pairs.
+        ahead: _AHEAD bytes from there on are brought into L2 for each pair, _HEADS and COLUMNS.
         factors: two rows of 16 float32.
-        width: a multiple of 16.
+        c: (n_heads, width), c_stride bytes apart.
+        width: a multiple of COLUMNS.
     """
-    in_8, in_32 = n_rows // _HEADS * _HEADS, width // 32 * 32
-    for i in range(0, in_32, 32):
-        at, to = b + 4 * i, c + 4 * i
-        for r in range(0, in_8, _HEADS):
-            _fold_8_by_32(weights + 4 * r, at, b_stride, n_pairs, factors + 4 * r, to + c_stride * r, c_stride)
-        for r in range(in_8, n_rows):
-            _fold_1_by_32(weights + 4 * r, at, b_stride, n_pairs, factors + 4 * r, to + c_stride * r, c_stride)
-    if in_32 < width:
-        at, to = b + 4 * in_32, c + 4 * in_32
-        for r in range(0, in_8, _HEADS):
-            _fold_8_by_16(weights + 4 * r, at, b_stride, n_pairs, factors + 4 * r, to + c_stride * r, c_stride)
-        for r in range(in_8, n_rows):
-            _fold_1_by_16(weights + 4 * r, at, b_stride, n_pairs, factors + 4 * r, to + c_stride * r, c_stride)
+    in_8 = n_heads // _HEADS * _HEADS
+    for i in range(0, width, COLUMNS):
+        at, to = rows + 2 * i, c + 4 * i
+        for h in range(0, in_8, _HEADS):
+            _fold_8_rows(weights + 4 * h, at, row_stride, n_pairs, ahead, factors + 4 * h, to + c_stride * h, c_stride)
+            ahead += _AHEAD * n_pairs
+        for h in range(in_8, n_heads):
+            _fold_1_row(weights + 4 * h, at, row_stride, n_pairs, ahead, factors + 4 * h, to + c_stride * h, c_stride)
+            ahead += _AHEAD * n_pairs
 
 
 # ---- rounding --------------------------------------------------------------------------------------------------------
@@ -227,10 +264,10 @@ def paired(first, second):
 
 
 @inline
-def round_16(rows, stride, depth, out, out_stride, scales):
+def round_16(rows, stride, depth, length, out, out_stride, scales):
     """16 vectors side by side, float32 rows `stride` bytes apart, a row a column: pairs at out, float32 (16,) scales.
 
-    They may be of any size: what is squared is at most 1.
+    They may be of any size: what is squared is at most 1. length: to which they are brought, at most.
     """
     largest, squares = zero_f32x16(), zero_f32x16()
     for c in range(depth):
@@ -239,9 +276,9 @@ def round_16(rows, stride, depth, out, out_stride, scales):
     for c in range(depth):
         v = load_f32x16(rows + stride * c) * inverse
         squares = fma(v, v, squares)
-    length = sqrt(squares) + np.float32(_TINY)
-    factor = at_most(np.float32(LENGTH_OF_LANES) / length, splat_f32x16(np.float32(LENGTH)))
-    store_f32x16(scales, largest / factor + length * np.float32(0.0) + np.float32(_TINY))  # NaN, if there is one
+    root = sqrt(squares) + np.float32(_TINY)
+    factor = at_most(np.float32(length) / root, splat_f32x16(np.float32(LENGTH)))
+    store_f32x16(scales, largest / factor + root * np.float32(0.0) + np.float32(_TINY))  # NaN, if there is one
     factor = inverse * factor
     for k in range(depth // 2):
         a = scaled_to_i16(load_f32x16(rows + 2 * stride * k), factor)
@@ -256,7 +293,7 @@ def round_16(rows, stride, depth, out, out_stride, scales):
 def round_lanes(rows, depth, out, scales):
     """The same of 32 vectors."""
     for half in range(2):
-        round_16(rows + 64 * half, ROW, depth, out + 64 * half, ROW, scales + 64 * half)
+        round_16(rows + 64 * half, ROW, depth, LENGTH_OF_LANES, out + 64 * half, ROW, scales + 64 * half)
 
 
 @inline

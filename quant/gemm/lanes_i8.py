@@ -9,8 +9,8 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 
-from quant.gemm.lanes import LOWEST
-from quant.gemm.lanes_i16 import emit_tile
+from quant.gemm.lanes import LANE_ROW, LOWEST
+from quant.gemm.lanes_i16 import emit_tile, emit_unpacked
 from quant.simd.core import F32, I32, I64, constant, define, f32x16, i8x64, i32x16, load, shuffle, splat, store
 from quant.simd.dots import emit_dot_u8
 from quant.simd.exact import rint, where
@@ -23,7 +23,6 @@ from quant.target.jit import inline
 ROWS = 16  # of scores at a time
 HEADS = 4  # of weighted sums at a time
 COLUMNS = 64  # that rows have a multiple of
-LANE_ROW = 64  # bytes of 16 lanes
 # Weights of a head have one byte where the largest is at most so many times their mean: then one byte's rounding, up to
 # 1/510 of the largest, is below a thirtieth of the mean, and either sign.
 FLAT = 16.0
@@ -34,12 +33,6 @@ _ONE = 1.0
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
-def _unpacked(builder, a, b, size: int, half: int):
-    """Of each quarter of two vectors of bytes its lower or upper half, `size` bytes of either in turn."""
-    firsts = [16 * quarter + 8 * half + unit for quarter in range(4) for unit in range(0, 8, size)]
-    return shuffle(builder, a, b, [side + first + i for first in firsts for side in (0, 64) for i in range(size)])
-
-
 def _take_four(builder, first, second, third, fourth, codes, stride, fours) -> None:
     rows = [load(builder, at, i8x64.ir) for at in (first, second, third, fourth)]
     for i, row in enumerate(rows):
@@ -48,9 +41,9 @@ def _take_four(builder, first, second, third, fourth, codes, stride, fours) -> N
     signed = (builder.bitcast(builder.xor(row, constant(row.type, _RAISED)), i32x16.ir) for row in rows)
     a, b, c, d = (builder.bitcast(shuffle(builder, row, None, order), i8x64.ir) for row in signed)
     for half in range(2):
-        low, high = _unpacked(builder, a, b, 1, half), _unpacked(builder, c, d, 1, half)
+        low, high = emit_unpacked(builder, a, b, 1, half), emit_unpacked(builder, c, d, 1, half)
         for i in range(2):
-            store(builder, builder.add(fours, I64(64 * (2 * half + i))), _unpacked(builder, low, high, 2, i))
+            store(builder, builder.add(fours, I64(64 * (2 * half + i))), emit_unpacked(builder, low, high, 2, i))
 
 
 _take_four_by_64 = define(types.void, (types.int64,) * 7, _take_four)

@@ -97,6 +97,9 @@ def _store(vector):
 
 load_i8x16, load_i8x32, load_i8x64, load_i32x16 = _load(i8x16), _load(i8x32), _load(i8x64), _load(i32x16)
 load_i32x8 = _load(i32x8)
+load_i16x16 = define(  # 16 of 16 bits with sign, as lanes of 32
+    i32x16, (types.int64,), lambda b, p: b.sext(load(b, p, ir.VectorType(I16, 16)), i32x16.ir)
+)
 load_f32x8, load_f32x16, load_f32x32 = _load(f32x8), _load(f32x16), _load(f32x32)
 store_i8x16, store_i8x32, store_i32x8, store_i32x16 = _store(i8x16), _store(i8x32), _store(i32x8), _store(i32x16)
 store_f32x8, store_f32x16, store_f32x32 = _store(f32x8), _store(f32x16), _store(f32x32)

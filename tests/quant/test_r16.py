@@ -302,5 +302,5 @@ def test_single_rows_cannot_be_read(pool: Pool) -> None:
     with pytest.raises(QuantError, match="Q4_K_R16: rows that are interleaved cannot be read one by one"):
         latent_queries_phase(
             0, 0, 0, 0, weight, transposed=True, n_rope=64, query_width=320, scale=1.0, epsilon=1e-6, slot=0,
-            row_bytes=640, in_bytes=False,
+            row_bytes=640, in_bytes=False, is_scaled=False,
         )  # fmt: skip

@@ -17,6 +17,7 @@ from quant.decode.attention import Heads, attend_phase
 from quant.decode.attention_i16 import fits, integer_attend_phase
 from quant.decode.program import MAX_SPLITS, MIN_SPLIT, Program
 from quant.decode.values import project_values_phase
+from quant.gemv.rows_i16 import expand_scaled_rows, pack_scaled_rows, row_bytes
 from quant.matrix import QuantMatrix
 from quant.threads.pool import Pool, aligned_bytes
 
@@ -48,6 +49,12 @@ class Shape:
             key_group=0 if self.latent else 2 * self.key_width, value_group=0 if self.latent else 2 * self.value_width,
         )  # fmt: skip
 
+    @property
+    def scaled(self) -> Heads:
+        """Over rows of integers with a scale."""
+        n_bytes = row_bytes(self.key_width)
+        return replace(self.heads, is_scaled=True, key_row=n_bytes, value_row=n_bytes)
+
     def random(self, n_cached: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """queries float32 (H, key_width), keys float16 (S, groups, key_width), values float16 (S, groups, V)."""
         rng, groups = np.random.default_rng([n_cached, seed]), 1 if self.latent else self.n_groups
@@ -55,6 +62,21 @@ class Shape:
         keys = rng.standard_normal((n_cached, groups, self.key_width)).astype(np.float16)
         values = rng.standard_normal((n_cached, groups, self.value_width)).astype(np.float16)
         return queries.astype(np.float32), keys, keys[..., : self.value_width] if self.latent else values
+
+
+def pack(rows: np.ndarray) -> np.ndarray:
+    """(S, 1, width) as integers with scales, float16 (S, bytes / 2) by their bytes, of which NaN is NaN's scale."""
+    rows = np.ascontiguousarray(rows.reshape(len(rows), -1), np.float32)
+    packed = np.zeros((len(rows), row_bytes(rows.shape[1])), np.uint8)
+    pack_scaled_rows.ctypes(rows.ctypes.data, len(rows), rows.shape[1], packed.ctypes.data)
+    return packed.view(np.float16)
+
+
+def unpack(rows: np.ndarray) -> np.ndarray:
+    """What pack() keeps of rows (S, 1, width), float16."""
+    packed, found = pack(rows), np.empty(rows.shape, np.float16)
+    expand_scaled_rows.ctypes(packed.ctypes.data, len(rows), rows.shape[-1], found.ctypes.data)
+    return found
 
 
 def attend(
@@ -75,15 +97,20 @@ def attend_few(
     window: int = 0,
     ring: int = 0,
     sinks: np.ndarray | None = None,
+    is_scaled: bool = False,
     in_integers: bool = False,
+    chosen: np.ndarray | None = None,
 ) -> np.ndarray:
     """float32 (T, H, V): the same for the last T tokens, whose queries are (T, H, key_width).
 
-    ring: rows of the cache's blocks, if they are fewer than there are tokens.
+    ring: rows of the cache's blocks, if they are fewer than there are tokens. is_scaled: rows are integers with a
+    scale. chosen: int32 (T, window), rows that are seen.
     """
     make_phase = integer_attend_phase if in_integers else attend_phase
-    heads, n_cached, n_tokens = shape.heads, len(keys), len(queries)
+    heads, n_cached, n_tokens = shape.scaled if is_scaled else shape.heads, len(keys), len(queries)
     heads = replace(heads, window=window, sinks=0 if sinks is None else sinks.ctypes.data)
+    if chosen is not None:
+        heads = replace(heads, chosen=chosen.ctypes.data, chosen_bytes=chosen.strides[0])
     embedding, _ = kernels.random_weight("F32", (1, 1, 16), np.random.default_rng(0))
     program = Program(pool, embedding, np.ones(1), 1.0, 3)
     query_address = program.vector(heads.n_heads * heads.query_width)
@@ -98,10 +125,12 @@ def attend_few(
     program.add(project_values_phase(heads, partials.ctypes.data, v_b, out_address))
     program.finish()
     n_rows = ring or n_cached + 1
-    blocks = [np.full((n_rows + GUARD, rows[0].size), np.nan, np.float16) for rows in (keys, values)]
-    kept = np.arange(max(0, n_cached - (window + n_tokens - 1)) if window else 0, n_cached)
-    for block, rows in zip(blocks, (keys, values), strict=True):
-        block[kept % n_rows] = rows.reshape(n_cached, -1)[kept]
+    parts = [pack(rows) if is_scaled else rows.reshape(n_cached, -1) for rows in (keys, values)]
+    blocks = [np.full((n_rows + GUARD, part.shape[1]), np.nan, np.float16) for part in parts]
+    is_last = window and chosen is None
+    kept = np.arange(max(0, n_cached - (window + n_tokens - 1)) if is_last else 0, n_cached)
+    for block, part in zip(blocks, parts, strict=True):
+        block[kept % n_rows] = part[kept]
     cache = np.array([0, *(block.ctypes.data for block in blocks)], np.int64)
     program.run([0] * n_tokens, range(n_cached - n_tokens, n_cached), cache, cache_rows=np.array([1, n_rows, n_rows]))
     assert np.all(np.isnan(out[-GUARD:]))
@@ -230,46 +259,93 @@ def test_values_are_lifted_out_of_latent_space(pool: Pool, type_: str, tolerance
     assert error(attend(pool, MLA, *case, weight), wanted) < tolerance
 
 
-# ---- in 16-bit integers ----------------------------------------------------------------------------------------------
+# ---- over rows of integers -------------------------------------------------------------------------------------------
 
-# Rows of 576 columns and their queries keep some 11 bits of what is typical of them: scores of size 2 and the weights'
-# logarithms are off by up to 2e-3, of many rows at once by less.
+# Queries of 576 columns keep some 11 bits of what is typical of them: scores of size 2 and logarithms of weights are
+# off by up to 2e-3, of many rows at once by less.
 INTEGER_TOLERANCE = 2e-3
+LANES = {
+    "16 heads": SHAPES["16 heads"],
+    "V3's widths": SHAPES["V3's widths"],
+    "2 groups of 10": SHAPES["2 groups of 10"],
+    "9 heads": Shape(True, 1, 9, 112, 96),
+}
 IN_INTEGERS = [
-    ("16 heads", 1, 0, 0), ("16 heads", 2 * FULL + 1, 0, 0), ("V3's widths", 200, 0, 0), ("2 groups of 10", 65, 0, 0),
-    ("odd widths", 129, 0, 0), ("narrower than a vector", 66, 0, 0), ("16 heads", 4100, 2500, 3000),
-    ("odd widths", 300, 128, 132),
+    ("16 heads", 1, 0, 0), ("16 heads", 2 * FULL + 1, 0, 0), ("V3's widths", 200, 0, 0), ("V3's widths", 160, 0, 0),
+    ("2 groups of 10", 65, 0, 0), ("9 heads", 129, 0, 0), ("16 heads", 4100, 2500, 3000), ("9 heads", 300, 128, 132),
 ]  # fmt: skip
 
 
+def few(shape: Shape, n_cached: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Queries of up to three tokens (T, H, key_width), keys and values as a cache of integers has them."""
+    queries, keys, _ = shape.random(n_cached)
+    keys = unpack(keys)
+    return np.stack([queries, -queries, np.zeros_like(queries)][-n_cached:]), keys, keys[..., : shape.value_width]
+
+
 @pytest.mark.parametrize(("name", "n_cached", "window", "ring"), IN_INTEGERS)
-def test_in_integers(pool: Pool, name: str, n_cached: int, window: int, ring: int) -> None:
-    """Against float64; and tokens together are tokens alone, to the bit."""
-    shape = SHAPES[name]
-    if not fits(shape.heads):
+@pytest.mark.parametrize("in_integers", [False, True], ids=["in float32", "in integers"])
+def test_rows_of_integers(pool: Pool, name: str, n_cached: int, window: int, ring: int, in_integers: bool) -> None:
+    """Against float64 over what the rows hold; and tokens together are tokens alone, to the bit."""
+    shape = LANES[name]
+    if in_integers and not fits(shape.scaled):
         pytest.skip("the CPU has no products of 16-bit integers")
-    queries, keys, values = shape.random(n_cached)
-    queries = np.stack([queries, -queries, np.zeros_like(queries)][-n_cached:])
-    options = {"window": window, "ring": ring, "in_integers": True}
+    queries, keys, values = few(shape, n_cached)
+    options = {"window": window, "ring": ring, "in_integers": in_integers, "is_scaled": True}
     together = attend_few(pool, shape, queries, keys, values, **options)
     for t, found in enumerate(together):
         last = n_cached - len(queries) + 1 + t
         seen = slice(max(0, last - window) if window else 0, last)
-        assert error(found, expected(shape, queries[t], keys[seen], values[seen])) < INTEGER_TOLERANCE
+        wanted = expected(shape, queries[t], keys[seen], values[seen])
+        assert error(found, wanted) < (INTEGER_TOLERANCE if in_integers else TOLERANCE)
         alone = attend_few(pool, shape, queries[t : t + 1], keys[:last], values[:last], **options)
         assert np.array_equal(found, alone[0])
 
 
-def test_integers_let_nan_and_large_numbers_through(pool: Pool) -> None:
-    shape = SHAPES["16 heads"]
-    if not fits(shape.heads):
+@pytest.mark.parametrize("window", [64, 200])
+def test_chosen_rows_of_integers(pool: Pool, window: int) -> None:
+    """Rows that lie anywhere, for each of three tokens others; some of them follow each other."""
+    shape = LANES["2 groups of 10"]
+    if not fits(shape.scaled):
         pytest.skip("the CPU has no products of 16-bit integers")
-    queries, keys, values = shape.random(100)
+    queries, keys, values = few(shape, 1000)
+    random = np.random.default_rng(8)
+    chosen = np.stack([np.sort(random.choice(990, window, replace=False)) for _ in queries]).astype(np.int32)
+    chosen[1, 60:] = np.arange(700, 700 + window - 60)
+    options = {"window": window, "is_scaled": True, "in_integers": True, "chosen": chosen}
+    for t, found in enumerate(attend_few(pool, shape, queries, keys, values, **options)):
+        assert error(found, expected(shape, queries[t], keys[chosen[t]], values[chosen[t]])) < INTEGER_TOLERANCE
+
+
+def test_integers_let_nan_and_large_numbers_through(pool: Pool) -> None:
+    shape, options = LANES["16 heads"], {"is_scaled": True, "in_integers": True}
+    if not fits(shape.scaled):
+        pytest.skip("the CPU has no products of 16-bit integers")
+    queries, keys, _ = shape.random(100)
     keys[7], keys[9], queries = 6e4, 0, queries * np.float32(1e30)
-    found = attend_few(pool, shape, queries[None], keys, values, in_integers=True)[0]
+    keys = unpack(keys)
+    values = keys[..., : shape.value_width]
+    found = attend_few(pool, shape, queries[None], keys, values, **options)[0]
     assert error(found, expected(shape, queries, keys, values)) < INTEGER_TOLERANCE
     keys[70, 0, 40] = np.nan  # of the key alone
-    assert np.isnan(attend_few(pool, shape, queries[None], keys, values, in_integers=True)).all()
+    assert np.isnan(attend_few(pool, shape, queries[None], keys, values, **options)).all()
+
+
+def test_workers_do_not_change_sums_of_integers() -> None:
+    shape, answers = LANES["16 heads"], []
+    if not fits(shape.scaled):
+        pytest.skip("the CPU has no products of 16-bit integers")
+    case = few(shape, 1000)
+    for n_workers in (1, 2, 3, 7):
+        with closing(Pool(n_workers)) as pool:
+            answers += [attend_few(pool, shape, *case, is_scaled=True, in_integers=True) for _ in range(3)]
+    assert all(np.array_equal(answers[0], answer) for answer in answers[1:])
+
+
+def test_where_integers_do_not_fit() -> None:
+    heads = LANES["16 heads"].scaled
+    for changes in ({"is_scaled": False}, {"per_group": 4}, {"per_group": 32}, {"value_width": 48}):
+        assert not fits(replace(heads, **changes))
 
 
 # ---- scores of any size ----------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from caches import kinds
 
 import localrun
 from localrun.errors import ContextFullError, LocalrunError
+from localrun.models.rows import Rows
 from localrun.network.cache import Cache
 
 
@@ -138,6 +139,37 @@ def test_more_than_fits_is_refused(cache: Cache) -> None:
     with pytest.raises(ContextFullError, match="the saved session has 5 tokens; the context holds 4"):
         small.load(cache.save(), 5)
     assert small.length == 1 and small.save()["0.0"][0, 0] == 40
+
+
+@pytest.mark.parametrize("window", [0, 8])
+def test_rows_of_integers_come_back_as_they_were(window: int) -> None:
+    """Saved, copied, and sent to another process's cache as float16, also those of a ring that has gone round."""
+    kind = [[Rows(48, is_scaled=True, window=window, spare=4), Rows(16, window=window, spare=4)]] * 2
+    cache, loaded, copy, sent = (Cache(kind, 40, np.float16) for _ in range(4))
+    random = torch.Generator().manual_seed(0)
+    for count in (5, 1, 9, 3, 1, 1):
+        new = [[torch.randn(count, width, generator=random) for width in (48, 16)] for _ in range(2)]
+        seen = [cache.append(layer, *parts) for layer, parts in enumerate(new)]
+        cache.advance(count)
+    assert {each.dtype for parts in seen for each in parts} == {torch.float16}
+    # Half a step of less than 2 / 65472 of a row's length, which is 7 or so; float16 before it, of up to 4.
+    torch.testing.assert_close(seen[1][0][-1:].float(), new[1][0], rtol=2**-11, atol=2e-4)
+    assert cache._blocks[0].rows.shape[1] == 48 * 2 + 4 and cache._blocks[1].rows.dtype == np.float16
+    loaded.load(cache.save(), cache.length)
+    copy.copy(cache, cache.length)
+    sent.check_room(cache.length)
+    for block, end, part in cache.since(0):
+        sent.write(block, end, np.frombuffer(part.tobytes(), np.uint8))
+    first = cache.length - window + 1 if window else 0  # that the next token needs
+    places = np.arange(first, cache.length) % len(cache._blocks[0].rows)
+    for other in (loaded, copy, sent):
+        blocks = zip(cache._blocks, other._blocks, strict=True)
+        assert all(np.array_equal(ours.rows[places], theirs.rows[places]) for ours, theirs in blocks)
+
+
+def test_exact_rows_are_no_integers() -> None:
+    kind = [[Rows(48, is_scaled=True)]]
+    assert Cache(kind, 4, np.float32)._blocks[0].rows.dtype == np.float32
 
 
 @pytest.mark.parametrize("variant", ["v3", "v2-lite", "v3-legacy-kv-b", "v3-nextn", "llama", "llama-mha"])
