@@ -27,7 +27,7 @@ from quant.decode.attention_lanes import (
 )
 from quant.decode.program import MOST_TOKENS, Phase, padded
 from quant.gemm.lanes import ADDRESSES, LANE_ROW
-from quant.gemm.lanes_i16 import COLUMNS, LENGTH, MOST_SUM_OF_ROWS, fold_rows, multiply_16, round_16, weigh
+from quant.gemm.lanes_i16 import AHEAD, COLUMNS, LENGTH, MOST_SUM_OF_ROWS, fold_rows, multiply_16, round_16, weigh
 from quant.simd.memory import load_f32, load_f32x16, load_i64, store_f32, store_f32x16
 from quant.simd.vectors import copy
 from quant.target import isa
@@ -86,18 +86,19 @@ def _attend_split(a, group, token, split, work):
         n = min(_CHUNK, end - first)
         find_rows(a, token, a.key_slot, row_bytes, 0, first, n, found)
         rows = _rows(found, n, row_bytes, room)
-        behind = rows if rows == room else rows + row_bytes * n
+        ahead = rows if rows == room else rows + row_bytes * n  # mostly the next chunk
         for i in range(n):
             store_f32(scales + 4 * i, load_f32(rows + row_bytes * i + 2 * depth))
         for i in range(0, n, _TILE):
-            at, ahead = rows + row_bytes * i, behind + depth // 2 * 32 * (i // _TILE)
+            at = rows + row_bytes * i
             multiply_16(at, row_bytes, scales + 4 * i, queries, depth // 2, ahead, scores + LANE_ROW * i)
+            ahead += AHEAD * (depth // 2)
         old, new = weigh(scores, LANE_ROW, n, scales, scale, state + LARGEST, state + TOTAL, MOST_SUM_OF_ROWS, weights)
         store_f32x16(state + FACTORS, old)
         store_f32x16(state + FACTORS + LANE_ROW, new)
         fold_rows(
-            n_heads, weights, rows, row_bytes, (n + 1) // 2, behind + depth // 2 * 32 * (n // _TILE), state + FACTORS,
-            partials + VALUES_AT, bytes_of_partial(width), width,
+            n_heads, weights, rows, row_bytes, (n + 1) // 2, ahead, state + FACTORS, partials + VALUES_AT,
+            bytes_of_partial(width), width,
         )  # fmt: skip
     end_heads(a, partials, state)
 

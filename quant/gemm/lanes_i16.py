@@ -46,9 +46,10 @@ from quant.simd.memory import (
 from quant.simd.register_tile import register_tile
 from quant.target.jit import inline
 
-LENGTH, LENGTH_OF_LANES = 32767.0, 65472.0  # of rows, whose largest column is not looked for; of lanes
+# Of rows, whose largest column is not looked for, and of lanes; the other way round for gemv/rows_i16.py's.
+LENGTH, LENGTH_OF_LANES = 32767.0, 65472.0
 ROWS = 12  # of a product at a time: their totals fill 24 of 32 registers
-_AHEAD = 32  # bytes
+AHEAD = 32  # bytes brought into L2 for each pair of a step's products: as many as may be needed soon
 _HEADS, COLUMNS = 8, 32  # of weights where they are rows, and of what they weigh, at a time
 # Of values, of a sum of weights, and of one: the first two have a product of less than 2^31. Rows of LENGTH as values
 # leave less for sums.
@@ -140,13 +141,13 @@ def emit_unpacked(builder, a, b, size: int, half: int):
 
 
 def _folded_rows(n: int):
-    """The same of fold_rows(), for _COLUMNS."""
+    """The same of fold_rows(), for so many heads and COLUMNS."""
 
     def emit(builder, weights, rows, row_stride, n_pairs, ahead, factors, c, c_stride) -> None:
         zero = constant(i32x16.ir, 0)
 
         def add(index, totals):
-            emit_prefetch(builder, builder.add(ahead, builder.mul(index, I64(_AHEAD))), 2)
+            emit_prefetch(builder, builder.add(ahead, builder.mul(index, I64(AHEAD))), 2)
             at = builder.add(rows, builder.mul(row_stride, builder.mul(index, I64(2))))
             both = [load(builder, each, i8x64.ir) for each in (at, builder.add(at, row_stride))]
             columns = [emit_unpacked(builder, *both, 2, half) for half in range(2)]
@@ -180,7 +181,7 @@ def _scaled_16(builder, a, row_stride, scales, b, n_pairs, ahead, c) -> None:
     firsts = [builder.add(a, builder.mul(row_stride, I64(r))) for r in n]
 
     def add(index, totals):
-        emit_prefetch(builder, builder.add(ahead, builder.mul(index, I64(64))), 2)
+        emit_prefetch(builder, builder.add(ahead, builder.mul(index, I64(2 * AHEAD))), 2)
         for pair in range(2):
             lanes = load(builder, builder.add(b, builder.add(builder.mul(index, I64(128)), I64(64 * pair))), i32x16.ir)
             column = builder.add(builder.mul(index, I64(8)), I64(4 * pair))
@@ -199,8 +200,8 @@ def _scaled_16(builder, a, row_stride, scales, b, n_pairs, ahead, c) -> None:
 _multiply_12, _multiply_4, _multiply_1 = map(_scaled, (ROWS, 4, 1))
 _fold_12, _fold_4, _fold_1 = map(_folded, (ROWS, 4, 1))
 _fold_8_rows, _fold_1_row = map(_folded_rows, (_HEADS, 1))
-# (a, row_stride, scales, b, n_pairs, ahead, c): 16 rows of multiply(), of 16 lanes and an even number of pairs; brings
-# 32 bytes a pair from `ahead` on into L2.
+# (a, row_stride, scales, b, n_pairs, ahead, c): 16 rows of multiply(), of 16 lanes and an even number of pairs; AHEAD
+# bytes a pair from `ahead` on are brought into L2.
 multiply_16 = define(types.void, (types.int64,) * 7, _scaled_16)
 
 
@@ -238,7 +239,7 @@ def fold_rows(n_heads, weights, rows, row_stride, n_pairs, ahead, factors, c, c_
     Args:
         weights: of two rows, pairs of 16 lanes, of which the first n_heads are used.
         rows: int16, row_stride bytes apart, two for each of n_pairs.
-        ahead: _AHEAD bytes from there on are brought into L2 for each pair, _HEADS and COLUMNS.
+        ahead: an address, from which on memory is brought into L2.
         factors: two rows of 16 float32.
         c: (n_heads, width), c_stride bytes apart.
         width: a multiple of COLUMNS.
@@ -248,10 +249,10 @@ def fold_rows(n_heads, weights, rows, row_stride, n_pairs, ahead, factors, c, c_
         at, to = rows + 2 * i, c + 4 * i
         for h in range(0, in_8, _HEADS):
             _fold_8_rows(weights + 4 * h, at, row_stride, n_pairs, ahead, factors + 4 * h, to + c_stride * h, c_stride)
-            ahead += _AHEAD * n_pairs
+            ahead += AHEAD * n_pairs
         for h in range(in_8, n_heads):
             _fold_1_row(weights + 4 * h, at, row_stride, n_pairs, ahead, factors + 4 * h, to + c_stride * h, c_stride)
-            ahead += _AHEAD * n_pairs
+            ahead += AHEAD * n_pairs
 
 
 # ---- rounding --------------------------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ def test_experts_may_be_shared_as_well() -> None:
 def test_rows_that_a_reader_has_are_not_sent_again(cache_bits: int) -> None:
     """After a reply the reply's alone; of another conversation all; of one that another reader follows none."""
     with reading(V3, n_readers=2, cache_bits=cache_bits) as model:
-        row = sum(kind.row_bytes(cache_bits) for layer in range(4) for kind in model.config.rows(layer))
+        row = sum(kind.stored_bytes(cache_bits) for layer in range(4) for kind in model.config.rows(layer))
         first, second = model.session("off"), model.session("off")
         sent = []
         for session, n_steps in ((first, 0), (first, 7), (second, 9), (first, 3), (second, 0)):
