@@ -27,6 +27,7 @@ from quant.decode.program import (
     Phase,
     cache_block,
     cached_by,
+    program_of,
     split_length,
     splits_of,
     tokens_of,
@@ -262,11 +263,25 @@ def _attend_split(a, group, token, split, work):
 
 
 @inline
+def _neighbours(i, n, n_workers):
+    """A permutation of 0..n-1: if workers take i in turn, what a worker gets follows each other."""
+    worker = i % n_workers
+    return worker * (n // n_workers) + min(worker, n % n_workers) + i // n_workers
+
+
+@inline
 def items_of(a, item):
-    """An item's group and token, and its splits as a range: one, or more if there are more than items."""
+    """An item's group and token, and its splits as a range: one, or more if there are more than items.
+
+    Of one token and group a worker gets splits that follow each other: what it brings into its cache behind one is the
+    next one's.
+    """
     group, rest, n_tokens = item % a.n_groups, item // a.n_groups, tokens_of(a)
     token, at_once = rest % n_tokens, a.phase.n_items // (a.n_groups * n_tokens)
-    return group, token, rest // n_tokens, splits_of(seen_by(a, token)), at_once
+    first, n_splits = rest // n_tokens, splits_of(seen_by(a, token))
+    if a.n_groups * n_tokens == 1 and first < n_splits <= at_once:
+        first = _neighbours(first, n_splits, program_of(a).n_workers)
+    return group, token, first, n_splits, at_once
 
 
 @kernel("void(int64, int64, int64)")

@@ -45,6 +45,7 @@ PROGRAM = struct(
     phases=address,  # PHASE_BYTES apart
     work=address,
     work_bytes=i64,
+    n_workers=i64,
     embedding=address,
     embedding_row_bytes=i64,
     embedding_blocks=i64,  # of a row
@@ -296,7 +297,7 @@ class Phases:
             )  # fmt: skip
         PROGRAM.write(
             self._program, n_phases=len(rows), phases=self.keep(rows), work=work, work_bytes=per_worker,
-            numa=spread.struct,
+            n_workers=self.pool.n_workers, numa=spread.struct,
         )  # fmt: skip
 
     def spans(self, node: int) -> list[tuple[int, int]]:
