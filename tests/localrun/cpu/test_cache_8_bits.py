@@ -17,8 +17,6 @@ from localrun.errors import LocalrunError
 from localrun.generate.sampling import Sampling
 from localrun.models.rows import Rows
 from localrun.network.cache import Cache
-from localrun.opening import check_readers
-from localrun.placement.devices import DeviceRequest
 
 GREEDY = Sampling(temperature=0.0)
 # Rows of 8 bits that differ by a step now and then, where float32 sums differ by 1e-7: one of 127 steps of one value.
@@ -164,11 +162,6 @@ def test_sessions(variant: str, tmp_path: Path) -> None:
 def test_pooled_rows_keep_sixteen() -> None:
     with pytest.raises(LocalrunError, match="--cache-bits 8: pooled rows and windows of DeepSeek-V4 keep 16; leave it"):
         localrun.load(tiny_deepseek4.shared(), ctx=64, device="cpu", cache_bits=8)
-
-
-def test_hosts_that_read_prompts_send_sixteen() -> None:
-    with pytest.raises(LocalrunError, match="--cache-bits 8: hosts that read prompts send rows of 16 bits; leave it"):
-        check_readers(DeviceRequest(cache_bits=8))
 
 
 def test_heads_of_odd_widths_keep_sixteen() -> None:
