@@ -318,7 +318,8 @@ def _measure(
     for runner in runners.values():
         time.sleep(IDLE_S)
         runner.hold([])
-        runner.prompt(prompt or reply[:WARM_UP_TOKENS])
+        if prompt:
+            runner.prompt(prompt)
         runner.hold([])
         runner.generate((reply or prompt)[:WARM_UP_TOKENS])
     for done in range(total - 1):  # depth by depth, which is read once

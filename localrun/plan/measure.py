@@ -104,10 +104,10 @@ def _typical_s(*runs: Callable[[], None], threads: int = 1) -> list[float]:
 
 
 def _read_bandwidth(pool: Any, size: int) -> float:
-    """Bytes/s of all workers reading this much memory again and again."""
+    """Bytes/s of all workers reading this much memory again and again, in pages as a model's file is mapped."""
     from quant.threads import bandwidth
 
-    memory = bandwidth.buffer(pool, min(size, hardware.free_ram() // 4))
+    memory = bandwidth.buffer(pool, min(size, hardware.free_ram() // 4), as_mapped=True)
     passes = max(3, _PASSED_BYTES // memory.nbytes)
     return bandwidth.read_bandwidth(pool, memory.ctypes.data, memory.nbytes, passes).median
 

@@ -4,8 +4,10 @@ The kernel does nothing but load 64 bytes at a time; loads are combined by exclu
 Prefetching 4 KB ahead, as the weight kernels do, reads 3% more than without (docs/lab-notes.md).
 """
 
+import mmap
 import statistics
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,11 +69,21 @@ def _fill(arguments, worker):
             store_i64(p, p)
 
 
-def buffer(pool: Pool, n_bytes: int) -> np.ndarray:
-    """uint8 (n_bytes,) to read from, 64-byte aligned, every page in RAM and near the worker that first wrote to it."""
-    array = aligned_bytes(n_bytes)
+def buffer(pool: Pool, n_bytes: int, as_mapped: bool = False) -> np.ndarray:
+    """uint8 (n_bytes,) to read from, 64-byte aligned, every page in RAM and near the worker that first wrote to it.
+
+    as_mapped: in small pages, as a file's map has them, which are read more slowly than large ones.
+    """
+    array = _small_pages(n_bytes) if as_mapped else aligned_bytes(n_bytes)
     pool.run(_fill.address, READ.pack(counter=0, address=array.ctypes.data, n_bytes=n_bytes // 64 * 64, results=0))
     return array
+
+
+def _small_pages(n_bytes: int) -> np.ndarray:
+    memory = mmap.mmap(-1, n_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError, AttributeError):  # a system without large pages
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
 
 
 def read(pool: Pool, address: int, n_bytes: int) -> int:

@@ -1,8 +1,10 @@
 """The stream-read kernel: every word is read once, by any number of workers, and the rate is a rate."""
 
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,12 +34,23 @@ def test_a_rest_is_refused_not_skipped(pool: Pool) -> None:
         bandwidth.read_bandwidth(pool, 0, 255)
 
 
-def test_no_page_of_the_buffer_is_like_another(pool: Pool) -> None:
-    array = bandwidth.buffer(pool, (1 << 20) + 100)
+@pytest.mark.parametrize("as_mapped", [False, True])
+def test_no_page_of_the_buffer_is_like_another(pool: Pool, as_mapped: bool) -> None:
+    array = bandwidth.buffer(pool, (1 << 20) + 100, as_mapped)
     assert array.ctypes.data % 64 == 0 and array.nbytes == (1 << 20) + 100
     pages = array[: 1 << 20].reshape(-1, 4096)
     assert len(np.unique(pages, axis=0)) == 256
     assert (pages.view(np.int64)[:, ::8] != 0).all()  # every line written to
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="smaps is Linux's")
+def test_pages_as_of_a_map_are_small(pool: Pool) -> None:
+    array = bandwidth.buffer(pool, 64 << 20, as_mapped=True)
+    found = re.findall(
+        r"^([0-9a-f]+)-([0-9a-f]+) .*?^AnonHugePages: +(\d+)", Path("/proc/self/smaps").read_text(), re.M | re.S
+    )
+    own = [int(kib) for start, end, kib in found if int(start, 16) <= array.ctypes.data < int(end, 16)]
+    assert own == [0]
 
 
 @pytest.mark.serial

@@ -91,6 +91,18 @@ def test_a_reply_to_a_prompt_that_is_read_elsewhere() -> None:
     assert "read on other hosts: " in there.stderr and "read on other hosts: 0 tokens" not in there.stderr
 
 
+@pytest.mark.parametrize("option", [["--ranks", "1"], ["--hosts", "localhost"]])
+def test_one_rank_is_a_plain_run(option: list[str]) -> None:
+    arguments = ["generate", "miniature", "--raw", "-p", "Once upon a time", "-n", "30", "--temp", "0", "-t", "1"]
+    alone, found = command(*arguments), command(*arguments, *option)
+    assert (found.returncode, found.stdout, found.stderr) == (0, alone.stdout, alone.stderr)
+
+
+def test_one_rank_has_nobody_to_time_messages_with() -> None:
+    done = command("doctor", "--ranks", "1")
+    assert (done.returncode, done.stdout) == (1, "") and done.stderr.count("\n") == 1
+
+
 def test_a_reader_with_another_file(hosts: None) -> None:
     here, there = tiny_models.shared("v3"), tiny_models.shared("v2-lite")
     done = command("bench", str(here), "--prefill-hosts", f"127.0.0.2={there}", "-p", "8", "-n", "4")
