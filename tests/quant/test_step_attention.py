@@ -5,6 +5,8 @@ Letters: H heads, G groups of heads that share keys, S tokens in the cache, V va
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from contextlib import closing
 from dataclasses import dataclass, replace
 
@@ -79,6 +81,17 @@ def unpack(rows: np.ndarray) -> np.ndarray:
     return found
 
 
+def before_the_edge(rows: np.ndarray) -> np.ndarray:
+    """A copy behind which is a page that can't be read."""
+    size = -(-rows.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    page = np.frombuffer(memory, np.uint8).ctypes.data + size
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(page), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    copy = np.frombuffer(memory, rows.dtype, rows.size, size - rows.nbytes).reshape(rows.shape)
+    copy[:] = rows
+    return copy
+
+
 def attend(
     pool: Pool, shape: Shape, queries: np.ndarray, keys: np.ndarray, values: np.ndarray, v_b: QuantMatrix | None = None
 ) -> np.ndarray:
@@ -100,11 +113,12 @@ def attend_few(
     is_scaled: bool = False,
     in_integers: bool = False,
     chosen: np.ndarray | None = None,
+    at_edge: bool = False,
 ) -> np.ndarray:
     """float32 (T, H, V): the same for the last T tokens, whose queries are (T, H, key_width).
 
     ring: rows of the cache's blocks, if they are fewer than there are tokens. is_scaled: rows are integers with a
-    scale. chosen: int32 (T, window), rows that are seen.
+    scale. chosen: int32 (T, window), rows that are seen. at_edge: behind the last row no memory can be read.
     """
     make_phase = integer_attend_phase if in_integers else attend_phase
     heads, n_cached, n_tokens = shape.scaled if is_scaled else shape.heads, len(keys), len(queries)
@@ -124,13 +138,15 @@ def attend_few(
     program.add(make_phase(heads, query_address, program.keep(partials)))
     program.add(project_values_phase(heads, partials.ctypes.data, v_b, out_address))
     program.finish()
-    n_rows = ring or n_cached + 1
+    n_rows = n_cached if at_edge else ring or n_cached + 1
     parts = [pack(rows) if is_scaled else rows.reshape(n_cached, -1) for rows in (keys, values)]
     blocks = [np.full((n_rows + GUARD, part.shape[1]), np.nan, np.float16) for part in parts]
     is_last = window and chosen is None
     kept = np.arange(max(0, n_cached - (window + n_tokens - 1)) if is_last else 0, n_cached)
     for block, part in zip(blocks, parts, strict=True):
         block[kept % n_rows] = part[kept]
+    if at_edge:
+        blocks = [before_the_edge(block[:n_rows]) for block in blocks]
     cache = np.array([0, *(block.ctypes.data for block in blocks)], np.int64)
     program.run([0] * n_tokens, range(n_cached - n_tokens, n_cached), cache, cache_rows=np.array([1, n_rows, n_rows]))
     assert np.all(np.isnan(out[-GUARD:]))
@@ -300,6 +316,17 @@ def test_rows_of_integers(pool: Pool, name: str, n_cached: int, window: int, rin
         assert error(found, wanted) < (INTEGER_TOLERANCE if in_integers else TOLERANCE)
         alone = attend_few(pool, shape, queries[t : t + 1], keys[:last], values[:last], **options)
         assert np.array_equal(found, alone[0])
+
+
+@pytest.mark.parametrize("n_cached", [1, 15, 17, 63, 65])
+def test_nothing_is_read_behind_the_last_row(pool: Pool, n_cached: int) -> None:
+    """Tiles have 16 rows, sums two: it would end this process."""
+    shape = LANES["9 heads"]
+    if not fits(shape.scaled):
+        pytest.skip("the CPU has no products of 16-bit integers")
+    queries, keys, values = few(shape, n_cached)
+    found = attend_few(pool, shape, queries[-1:], keys, values, is_scaled=True, in_integers=True, at_edge=True)
+    assert error(found[0], expected(shape, queries[-1], keys, values)) < INTEGER_TOLERANCE
 
 
 @pytest.mark.parametrize("window", [64, 200])
