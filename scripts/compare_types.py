@@ -3,16 +3,18 @@
     python scripts/compare_types.py [MODEL=TEXT ...] [--types Q2_K IQ2_XXS] [--tokens 2048] [-t 2]
 
 Each MODEL is unpacked to F16; importances come from the first part of its TEXT, what is measured from the part after
-it. All files run on the native backend, with 8-bit activations as always. A table goes to stderr; the last line of
-stdout is one JSON document: for each model and type perplexity, its error, how far ours is from llama.cpp's and that
-difference's own error (both predict the same tokens), Kullback-Leibler divergence from the F16 file (nats a token), the
-same first choice, bits a weight, and seconds.
+it. Like is compared with like: where a mix gives a tensor more bits here than in llama.cpp, ours is packed in
+llama.cpp's type. All files run on the native backend, with 8-bit activations as always. A table goes to stderr; the
+last line of stdout is one JSON document: for each model and type perplexity, its error, how far ours is from
+llama.cpp's and that difference's own error (both predict the same tokens), Kullback-Leibler divergence from the F16
+file (nats a token), the same first choice, bits a weight, seconds, and tensors whose types would differ.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import time
@@ -29,7 +31,8 @@ from localrun.bundled import model_path
 from localrun.convert import Options, convert, make_plan
 from localrun.convert.gguf_source import GGUFSource, read_model
 from localrun.convert.imatrix import Importances
-from localrun.convert.mixes import parse_mix
+from localrun.convert.mixes import Override, parse_mix
+from localrun.convert.plan import Plan
 from localrun.errors import LocalrunError
 from localrun.measure.imatrix import Importance, collect, write
 
@@ -43,7 +46,7 @@ TYPES = [
     *["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M"],
 ]
 CHUNK = 512  # tokens; predictions count from its second half on
-MADE = "localrun", "llama.cpp"
+MADE = "llama.cpp", "localrun"
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,11 @@ def compare(type_: str, work: Work, arguments: argparse.Namespace) -> dict[str, 
         rows, nats = {}, {}
         for who, path in paths.items():
             started = time.perf_counter()
-            pack(who, path, type_, work, arguments)
+            if who == "localrun":
+                same = differing(type_, work, paths["llama.cpp"])
+                convert(plan(path, type_, work, same), threads=arguments.threads)
+            else:
+                pack_by_llama_cpp(path, type_, work, arguments)
             seconds = time.perf_counter() - started
             figures, nats[who] = measure(path, work, arguments)
             rows[who] = figures | {"pack_s": round(seconds, 2)}
@@ -149,7 +156,7 @@ def compare(type_: str, work: Work, arguments: argparse.Namespace) -> dict[str, 
         return {
             "relative_difference": float(np.exp(apart.mean()) - 1),
             "difference_error": float(apart.std() / (len(apart) - 1) ** 0.5),
-            "differing_types": differing(*paths.values()),
+            "differing_types": differing(type_, work, paths["llama.cpp"]),
         } | rows
     except (LocalrunError, llama_quantize.QuantizeError) as error:
         return {"error": str(error).splitlines()[-1]}
@@ -158,19 +165,26 @@ def compare(type_: str, work: Work, arguments: argparse.Namespace) -> dict[str, 
             path.unlink(missing_ok=True)
 
 
-def pack(who: str, path: Path, type_: str, work: Work, arguments: argparse.Namespace) -> None:
-    if who == "localrun":
-        convert(make_plan(work.f16, path, Options(mix=type_, imatrix=work.imatrix)), threads=arguments.threads)
-        return
+def plan(path: Path, type_: str, work: Work, types: dict[str, list[str]]) -> Plan:
+    """How we pack; types: of tensors that are to have another than their mix says (differing)."""
+    overrides = [
+        Override(re.compile(f"^{re.escape(name)}$"), theirs, name, True) for name, (_, theirs) in types.items()
+    ]
+    return make_plan(work.f16, path, Options(mix=type_, overrides=overrides, imatrix=work.imatrix))
+
+
+def pack_by_llama_cpp(path: Path, type_: str, work: Work, arguments: argparse.Namespace) -> None:
     found = Importances(work.imatrix, read_model(GGUFSource(work.f16)).targets)
     means = {name: np.nan_to_num(values, nan=1.0) for name, values in found.items()}  # as llama-quantize fills them
     llama_quantize.quantize(work.f16, path, type_, means, arguments.threads)
 
 
-def differing(ours: Path, theirs: Path) -> dict[str, list[str]]:
-    """Tensors whose types differ: the small ones that stay at Q8_0 here."""
-    types = [{t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors} for path in (ours, theirs)]
-    return {name: [types[0][name], other] for name, other in types[1].items() if types[0][name] != other}
+def differing(type_: str, work: Work, path: Path) -> dict[str, list[str]]:
+    """Tensors whose types our mix and llama.cpp's file differ in, with both: small ones that stay at Q8_0 here."""
+    ours = plan(path.with_suffix(".plan"), type_, work, {})
+    types = {target.name: each for target, each in zip(ours.targets, ours.types, strict=True)}
+    theirs = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    return {name: [types[name], other] for name, other in theirs.items() if types[name] != other}
 
 
 def table(model: str, rows: dict[str, dict[str, Any]]) -> list[str]:

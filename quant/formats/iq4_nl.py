@@ -1,7 +1,7 @@
 """IQ4_NL: 4-bit weights on a non-linear grid, x = d*VALUES[q]. 32 weights in 18 bytes, 4.5 bits each.
 
-Quantising: ggml tries 15 scales that bring the largest weight near the lowest level; here 16 compete with 16 that bring
-it near the highest.
+Quantising: ggml tries 15 scales that bring the largest weight near the lowest level; here 16, farther apart, compete
+with 16 that bring it near the highest.
 Source: ggml src/ggml-common.h @d99724f, block_iq4_nl and kvalues_iq4nl; quantize_row_iq4_nl_impl in ggml-quants.c.
 """
 
@@ -64,8 +64,9 @@ def _raised_of_even(block):
 _index = count_below(midpoints(VALUES))
 nearest_level = step_function(VALUES.astype(np.float64))
 _LOWEST, _HIGHEST = int(VALUES[0]), int(VALUES[-1])
-_TO_HIGHEST = constants([_HIGHEST + step for step in (0, -1, 1, -2, 2, -3, 3, -4, 4, -5, 5, -6, 6, -7, 7, -9)])
-_TO_LOWEST = constants([_LOWEST + step for step in (0, -1, 1, -2, 2, -3, 3, -4, 4, -5, 5, -6, 6, -7, 7, 9)])
+_FARTHER = [1.05**k for k in (0, -1, 1, -2, 2, -3, 3, -4, 4, -5, 5, -6, 6, -7, 7, -8)]
+_TO_HIGHEST = constants([_HIGHEST * factor for factor in _FARTHER])
+_TO_LOWEST = constants([_LOWEST * factor for factor in _FARTHER])
 _store_codes = stores_codes(LAYOUT)
 
 

@@ -16,12 +16,13 @@ from quant.target.jit import inline
 
 TINY = 1e-10  # groups of weights below it are not searched: their scales vanish in 16 bits (2^-25 rounds to 0)
 
-# The candidates: steps, in tenths, by which the largest weight lands beyond the last level; and for lines where level 0
-# begins, as a part of the minimum, since beside a large outlier the other weights are best near one level.
-_AROUND = constants([0, -1, 1, -2, 2, -3, 3, -4, 4, -5, 5, -6, 6, -7, 7, -9])
-_OUTWARD = constants([0, -12, -9, -6, -4, -2, 2, 4, 6, 9, 0, 4, 0, 4, 0, -6])
+# The candidates: where the largest weight lands, as a multiple of the last level, far beyond it as well, since a weight
+# that counts may be a small one of its group; and for lines where level 0 begins, as a part of the minimum, since
+# beside a large outlier the other weights are best near one level.
+_LANDINGS = constants([1.08**k for k in (0, -1, 1, -2, 2, -3, 3, -4, 4, -5, 5, -6, 6, -7, 7, -8)])
+_OUTWARD = constants([1, 0.92, 0.95, 0.97, 0.985, 1.015, 1.03, 1.06, 1.1, 1.17, 1, 1.04, 1, 1.04, 1, 1.2])
 _OF_MINIMUM = constants([1] * 10 + [0.75] * 2 + [0.4] * 2 + [0] * 2)
-_TENTH, _MILLIONTH, _TEN_THOUSANDTH = np.float32(0.1), np.float32(1e-6), np.float32(1e-4)
+_LEAST, _TEN_THOUSANDTH = np.float32(3e-4), np.float32(1e-4)
 first_wins_ties = constants([1 + 2**-18] + [1] * 15)  # factors: float32 noise must not beat the first candidate
 
 
@@ -60,13 +61,13 @@ def mean(x, n):
 def write_importance(x, importance, n, variance, average, w):
     """w = importance * sqrt(variance + x^2), as ggml weights errors when it has an importance matrix.
 
-    average: the importances' mean, to which they are related so that no product leaves float32's range; a millionth
-    of it is added, so that a group of unimportant weights is still packed well.
+    average: the importances' mean, to which they are related so that no product leaves float32's range; a part of
+    it is added, so that a group of unimportant weights is still packed well.
     """
     factor = np.float32(1.0) / average if average > 0 else np.float32(0.0)
     for i in range(0, n, 16):
         values = load_f32x16(x + 4 * i)
-        relative = fma(load_f32x16(importance + 4 * i), factor, _MILLIONTH)
+        relative = fma(load_f32x16(importance + 4 * i), factor, _LEAST)
         store_f32x16(w + 4 * i, relative * sqrt(fma(values, values, variance)))
 
 
@@ -94,7 +95,7 @@ def write_magnitudes(x, n, w):
 @inline
 def fit_scale(x, w, n, n_max, largest):
     """The scale s with the least error of s*q, q integers in -n_max..n_max-1; `largest` is of largest magnitude."""
-    inverse = fma(_AROUND(), _TENTH, n_max) * (np.float32(-1.0) / largest)
+    inverse = _LANDINGS() * (np.float32(-n_max) / largest)
     scale, _, gain = refit_scale(everywhere, x, w, n, n_max, inverse)
     return lane(scale, best_lane(gain * first_wins_ties()))
 
@@ -123,7 +124,7 @@ def fit_scale_min(x, w, n, n_max, low, high, at_zero):
     """
     part = _OF_MINIMUM() * low
     offset = where(part < high, part, low)
-    inverse = fma(_OUTWARD(), _TENTH, n_max) / (high - offset)
+    inverse = _OUTWARD() * np.float32(n_max) / (high - offset)
     scale, minimum, _ = refit_line(everywhere, x, w, n, n_max, inverse, offset, at_zero)
     scale, minimum, gain = refit_line(everywhere, x, w, n, n_max, 1 / scale, minimum, at_zero)
     best = best_lane(gain * first_wins_ties())

@@ -136,7 +136,17 @@ def test_importance_lowers_the_error_where_it_matters(name):
     ours = rms_error(name, packed(name, x, importance), x, importance)
     libggmls = rms_error(name, theirs(name, x, importance), x, importance)
     assert ours < 0.95 * without  # measured: 0.72 to 0.87
-    assert ours <= 1.01 * libggmls  # measured: 0.95 to 1.005; the same search where it is not a better one
+    assert ours <= libggmls  # measured: 0.91 to 0.99
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q5_0", "IQ4_NL", "IQ4_XS", "Q6_K", "Q3_K"])
+def test_columns_that_count_most_are_kept_better_than_by_libggml(name):
+    """As behind a norm, where a few columns hold nearly all of what comes in; their weights are like all others."""
+    x, importance = weights("gaussian", (200, COLS)), np.ones(COLS, np.float32)
+    importance[np.random.default_rng(4).choice(COLS, COLS // 64, replace=False)] = 1000
+    ours, libggmls = packed(name, x, importance), theirs(name, x, importance)
+    # measured: 0.75 to 0.85; 0.82 to 1.0 where the largest weight always lands near the last level
+    assert rms_error(name, ours, x, importance) <= 0.88 * rms_error(name, libggmls, x, importance)
 
 
 @pytest.mark.parametrize("name", quick(GRIDS[2:]))  # IQ1 loses so much that half of it is not enough

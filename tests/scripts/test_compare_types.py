@@ -15,7 +15,7 @@ def test_the_miniature_in_three_bits(capsys: pytest.CaptureFixture[str]) -> None
     sizes = {"tokens": 1024, "imatrix_tokens": 1024, "threads": 1}
     found = script["run"]("miniature", script["TEXT"], argparse.Namespace(types=["Q3_K_S"], **sizes))
     row = found["types"]["Q3_K_S"]
-    assert row["localrun"]["bits_per_weight"] == pytest.approx(row["llama.cpp"]["bits_per_weight"], abs=0.5)
+    assert row["localrun"]["bits_per_weight"] == row["llama.cpp"]["bits_per_weight"] < 3.7  # of the same types
     assert {name.split(".")[2] for name in row["differing_types"]} == {"attn_k_b", "attn_v_b"}
     for who in ("localrun", "llama.cpp"):
         # 3.4 bits change much less than another model would, and more than nothing
