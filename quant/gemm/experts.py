@@ -28,10 +28,10 @@ from quant.matrix import ExpertMatrices, row_address
 from quant.simd.floats import fma, splat_f32x16, zero_f32x16
 from quant.simd.gated import ACTIVATION, gated
 from quant.simd.memory import load_f32x16, store_f32x16
-from quant.simd.struct import address, atomic, f32, i64, pointer, struct
+from quant.simd.struct import address, f32, i64, pointer, struct
 from quant.simd.vectors import scale_add
 from quant.target.jit import inline, kernel
-from quant.threads.atomics import atomic_add
+from quant.threads.numa import ITEMS, Items, take
 from quant.threads.pool import Pool, worker_bytes
 
 UP_ROWS = ROWS  # rows of gate and of up in a work item: one k-block of down's token panels
@@ -42,8 +42,8 @@ EXPERTS = struct(
     gate=PACKED_MATRIX,
     up=PACKED_MATRIX,
     down=PACKED_MATRIX,
-    up_taken=atomic,
-    down_taken=atomic,
+    up_items=ITEMS,
+    down_items=ITEMS,
     hidden=i64,
     inner=i64,
     n_tokens=i64,
@@ -137,7 +137,7 @@ def _run_up_item(a, item, upcoming, items, work, sums, scratch):
     expert, begin = a.active[group], a.start[group]
     n_tokens = a.start[group + 1] - begin
     next_expert, next_first, n_ahead = expert, first, 0
-    if upcoming < items * a.n_active:
+    if upcoming >= 0:
         next_expert, next_first, n_ahead = a.active[upcoming // items], upcoming % items * UP_ROWS, UP_ROWS
     up_out, skipped = sums + 4 * UP_ROWS * n_tokens, TOKEN_BYTES * (hidden // K_BLOCK) * begin
     for i in range(2):
@@ -155,9 +155,9 @@ def _run_up(arguments, worker):
     a = EXPERTS(arguments)
     work, sums = a.work + a.work_bytes * worker, a.sums + a.sums_bytes * worker
     scratch, items = a.scratch + SCRATCH_BYTES * worker, a.inner // UP_ROWS
-    item = atomic_add(a.up_taken, 1)
-    while item < items * a.n_active:
-        upcoming = atomic_add(a.up_taken, 1)
+    item = take(a.up_items, worker)
+    while item >= 0:
+        upcoming = take(a.up_items, worker)
         _run_up_item(a, item, upcoming, items, work, sums, scratch)
         item = upcoming
 
@@ -176,9 +176,9 @@ def _add_weighted(a, expert, begin, n_tokens, first, n_rows, sums):
 
 
 @inline
-def _run_down_item(a, first, upcoming, sums, scratch):
-    """Output rows first.. of every token: the weighted sum of its experts' down rows."""
-    hidden, inner, n_active = a.hidden, a.inner, a.n_active
+def _run_down_item(a, item, upcoming, sums, scratch):
+    """Output rows of every token: the weighted sum of its experts' down rows."""
+    hidden, inner, n_active, first = a.hidden, a.inner, a.n_active, DOWN_ROWS * item
     n_rows = min(DOWN_ROWS, hidden - first)
     for t in range(a.n_tokens):
         for r in range(0, n_rows, 16):
@@ -188,7 +188,7 @@ def _run_down_item(a, first, upcoming, sums, scratch):
         tokens = a.down_tokens + TOKEN_BYTES * (inner // K_BLOCK) * begin
         next_first, following = first, group + 1
         if following == n_active:
-            following, next_first = 0, upcoming
+            following, next_first = 0, DOWN_ROWS * upcoming if upcoming >= 0 else hidden
         ahead = row_address(a.down.matrix, a.active[following], next_first)
         ahead_bytes = a.down.matrix.row_bytes * min(DOWN_ROWS, max(0, hidden - next_first))
         multiply_panels(a.down, expert, first, n_rows, inner, tokens, end - begin, sums, scratch, ahead, ahead_bytes)
@@ -200,11 +200,11 @@ def _run_down(arguments, worker):
     """The third job of run()."""
     a = EXPERTS(arguments)
     sums, scratch = a.sums + a.sums_bytes * worker, a.scratch + SCRATCH_BYTES * worker
-    first = atomic_add(a.down_taken, DOWN_ROWS)
-    while first < a.hidden:
-        upcoming = atomic_add(a.down_taken, DOWN_ROWS)
-        _run_down_item(a, first, upcoming, sums, scratch)
-        first = upcoming
+    item = take(a.down_items, worker)
+    while item >= 0:
+        upcoming = take(a.down_items, worker)
+        _run_down_item(a, item, upcoming, sums, scratch)
+        item = upcoming
 
 
 def run(
@@ -226,10 +226,13 @@ def run(
             write_panels(pool, format_, x, n_tokens, hidden, pairs.token, pairs.start, inputs[key])
     gate_tokens, up_tokens = (inputs[format_.kind, format_.offset] for format_ in formats[:2])
     gate, up, down = map(packed_matrix, (experts.gate, experts.up, experts.down), formats)
+    per_expert, n_down = inner // UP_ROWS, -(-hidden // DOWN_ROWS)
+    up_items = Items(pool.spread, per_expert * pairs.experts.size, per_expert)
+    down_items = Items(pool.spread, n_down, n_down)
     sums_bytes = worker_bytes(4 * max(2 * UP_ROWS, DOWN_ROWS) * pairs.most)
     work_bytes = worker_bytes(WORK_BYTES + row_bytes(UP_ROWS * pairs.most))
     arguments = EXPERTS.pack(
-        gate=gate, up=up, down=down, up_taken=0, down_taken=0,
+        gate=gate, up=up, down=down, up_items=up_items.struct, down_items=down_items.struct,
         hidden=hidden, inner=inner, n_tokens=n_tokens, n_active=pairs.experts.size,
         active=pairs.experts.ctypes.data, start=pairs.start.ctypes.data,
         token=pairs.token.ctypes.data, weight=pairs.weight.ctypes.data,

@@ -19,9 +19,9 @@ from quant.gemm.packed import (
 )
 from quant.matrix import QuantMatrix, row_address
 from quant.simd.memory import load_f32, load_f32x16, store_f32, store_f32x16
-from quant.simd.struct import address, atomic, i64, struct
+from quant.simd.struct import address, i64, struct
 from quant.target.jit import inline, kernel
-from quant.threads.atomics import atomic_add
+from quant.threads.numa import ITEMS, Items, take
 from quant.threads.pool import Pool, worker_bytes
 
 ITEM_ROWS = 64  # rows of a work item
@@ -29,7 +29,7 @@ ITEM_ROWS = 64  # rows of a work item
 MULTIPLY = struct(
     "PackedMultiply",
     weights=PACKED_MATRIX,
-    counter=atomic,
+    items=ITEMS,
     n_groups=i64,
     n_rows=i64,
     n_cols=i64,
@@ -60,14 +60,15 @@ def _store_sums(sums, n_tokens, n_rows, out, stride):
 def _multiply(arguments, worker):
     """The job of multiply(). The next item is taken before this one is done, so that it can be prefetched."""
     a = MULTIPLY(arguments)
-    n_rows, n_cols, n_tokens, counter = a.n_rows, a.n_cols, a.n_tokens, a.counter
+    n_rows, n_cols, n_tokens = a.n_rows, a.n_cols, a.n_tokens
     sums, scratch = a.sums + a.sums_bytes * worker, a.scratch + SCRATCH_BYTES * worker
     items = (n_rows + ITEM_ROWS - 1) // ITEM_ROWS
-    n_items, item = a.n_groups * items, atomic_add(counter, 1)
-    while item < n_items:
-        upcoming = atomic_add(counter, 1)
-        ahead = row_address(a.weights.matrix, upcoming // items, ITEM_ROWS * (upcoming % items))
-        ahead_bytes = a.weights.matrix.row_bytes * ITEM_ROWS if upcoming < n_items else 0
+    item = take(a.items, worker)
+    while item >= 0:
+        upcoming = take(a.items, worker)
+        following = max(upcoming, 0)
+        ahead = row_address(a.weights.matrix, following // items, ITEM_ROWS * (following % items))
+        ahead_bytes = a.weights.matrix.row_bytes * ITEM_ROWS if upcoming >= 0 else 0
         group, first = item // items, item % items * ITEM_ROWS
         count = min(ITEM_ROWS, n_rows - first)
         tokens = a.tokens + TOKEN_BYTES * (n_cols // K_BLOCK) * n_tokens * group
@@ -83,9 +84,11 @@ def multiply(pool: Pool, matrix: QuantMatrix, format_: PanelFormat, x: int, n_to
     start = np.arange(0, n_inputs + 1, n_tokens)
     tokens = pool.buffer("panels", tokens_bytes(matrix.n_cols, n_inputs))
     write_panels(pool, format_, x, n_inputs, matrix.n_cols, source, start, tokens)
+    n_items = n_groups * -(-matrix.n_rows // ITEM_ROWS)
+    items = Items(pool.spread, n_items, n_items)
     sums_bytes = worker_bytes(4 * ITEM_ROWS * n_tokens)
     arguments = MULTIPLY.pack(
-        weights=packed_matrix(matrix, format_), counter=0,
+        weights=packed_matrix(matrix, format_), items=items.struct,
         n_groups=n_groups, n_rows=matrix.n_rows, n_cols=matrix.n_cols, n_tokens=n_tokens, tokens=tokens, out=out,
         sums=pool.buffer("sums", sums_bytes * pool.n_workers), sums_bytes=sums_bytes,
         scratch=pool.buffer("scratch", SCRATCH_BYTES * pool.n_workers),

@@ -19,6 +19,7 @@ from quant.simd.memory import store_f32
 from quant.simd.struct import address, atomic, boolean, f32, i64, pointer, struct
 from quant.simd.vectors import scale_add
 from quant.target.jit import inline, kernel
+from quant.threads.numa import ITEMS, Items, take
 from quant.threads.pool import Pool, worker_bytes
 from quant.threads.work_items import rows_of_item, work_items
 
@@ -29,8 +30,8 @@ EXPERTS = struct(
     up=MATRIX,
     down=MATRIX,
     tokens_taken=atomic,
-    up_taken=atomic,
-    down_taken=atomic,
+    up_items=ITEMS,
+    down_items=ITEMS,
     up_integer=boolean,  # what gate and up read
     down_integer=boolean,
     hidden=i64,
@@ -116,9 +117,11 @@ def _run_up(arguments, worker):
     a = EXPERTS(arguments)
     scratch, rows = a.scratch + a.scratch_bytes * worker, a.up_rows
     items = (a.inner + rows - 1) // rows
-    for item in work_items(a.up_taken, items * a.n_active):
+    item = take(a.up_items, worker)
+    while item >= 0:
         first = item % items * rows
         _gate_and_up(a, item // items, first, min(rows, a.inner - first), scratch)
+        item = take(a.up_items, worker)
 
 
 @kernel("void(int64, int64)")
@@ -130,8 +133,10 @@ def _run_down(arguments, worker):
     sums_table = a.sums_table + most * worker
     for i in range(most):
         sums_table[i] = sums + 4 * rows * i
-    for first in work_items(a.down_taken, a.hidden, rows):
-        _sum_down(a, first, min(rows, a.hidden - first), scratch, sums, sums_table)
+    item = take(a.down_items, worker)
+    while item >= 0:
+        _sum_down(a, rows * item, min(rows, a.hidden - rows * item), scratch, sums, sums_table)
+        item = take(a.down_items, worker)
 
 
 def _item_rows(matrix: QuantMatrix, n_rows: int, n_workers: int) -> int:
@@ -168,6 +173,9 @@ def _run(pool: Pool, experts: ExpertMatrices, x: int, n_tokens: int, pairs: Pair
     per_worker = max(scratch_bytes(gate), scratch_bytes(down))
     up_rows = _item_rows(gate, inner * n_active, pool.n_workers)
     down_rows = _item_rows(down, hidden, pool.n_workers)
+    per_expert, n_down = -(-inner // up_rows), -(-hidden // down_rows)
+    up_items = Items(pool.spread, per_expert * n_active, per_expert)
+    down_items = Items(pool.spread, n_down, n_down)
     sums_bytes = worker_bytes(4 * down_rows * pairs.most)
     pair = np.arange(n_pairs, dtype=np.int64)
     x_table, inner_table, gate_table, up_table = np.stack(
@@ -175,7 +183,8 @@ def _run(pool: Pool, experts: ExpertMatrices, x: int, n_tokens: int, pairs: Pair
          up_out + 4 * inner * pair]
     )  # fmt: skip
     arguments = EXPERTS.pack(
-        gate=gate.struct, up=up.struct, down=down.struct, tokens_taken=0, up_taken=0, down_taken=0,
+        gate=gate.struct, up=up.struct, down=down.struct, tokens_taken=0,
+        up_items=up_items.struct, down_items=down_items.struct,
         up_integer=gate.format.integer or up.format.integer, down_integer=down.format.integer,
         hidden=hidden, inner=inner, n_tokens=n_tokens, n_active=n_active,
         active=pairs.experts.ctypes.data, start=pairs.start.ctypes.data,

@@ -17,13 +17,14 @@ from quant.simd.memory import load_f32, load_f32x16, store_f32x16
 from quant.simd.struct import address, atomic, boolean, i64, pointer, struct
 from quant.target.jit import kernel
 from quant.threads.atomics import call_3
+from quant.threads.numa import ITEMS, Items, take
 from quant.threads.pool import Pool, worker_bytes
 from quant.threads.work_items import rows_of_item, work_items
 
 MULTIPLY = struct(
     "Multiply",
     matrix=MATRIX,
-    counter=atomic,
+    items=ITEMS,
     integer=boolean,
     n_groups=i64,
     n_rows=i64,
@@ -60,11 +61,13 @@ def _multiply(arguments, worker):
     n_rows, n_tokens, item_rows = a.n_rows, a.n_tokens, a.item_rows
     scratch = a.scratch + a.scratch_bytes * worker
     items = (n_rows + item_rows - 1) // item_rows
-    for item in work_items(a.counter, a.n_groups * items):
+    item = take(a.items, worker)
+    while item >= 0:
         group, first = item // items, item % items * item_rows
         q8, outs = a.q8_table + n_tokens * group, a.out_table + n_tokens * group
         count = min(item_rows, n_rows - first)
         multiply_rows(a.matrix, group, first, count, a.n_cols, n_tokens, q8, outs, 4 * first, scratch)
+        item = take(a.items, worker)
 
 
 def item_rows(pool: Pool, matrix: QuantMatrix, n_tokens: int) -> int:
@@ -88,12 +91,15 @@ def multiply(pool: Pool, matrix: QuantMatrix, x: int, n_tokens: int, out: int) -
         return
     n_inputs = n_tokens * matrix.n_groups
     per_row, per_worker = q8_bytes(matrix.n_cols), scratch_bytes(matrix)
+    rows = item_rows(pool, matrix, n_tokens)
+    n_items = matrix.n_groups * -(-matrix.n_rows // rows)
+    items = Items(pool.spread, n_items, n_items)
     arguments = MULTIPLY.pack(
-        matrix=matrix.struct, counter=0, integer=matrix.format.integer,
+        matrix=matrix.struct, items=items.struct, integer=matrix.format.integer,
         n_groups=matrix.n_groups, n_rows=matrix.n_rows, n_cols=matrix.n_cols, n_tokens=n_tokens, x=x, out=out,
         q8_bytes=per_row, q8=pool.buffer("q8", per_row * n_inputs),
         q8_table=pool.buffer("q8 table", 8 * n_inputs), out_table=pool.buffer("out table", 8 * n_inputs),
-        item_rows=item_rows(pool, matrix, n_tokens),
+        item_rows=rows,
         scratch=pool.buffer("scratch", per_worker * pool.n_workers), scratch_bytes=per_worker,
     )  # fmt: skip
     _prepare.ctypes(arguments.ctypes.data)

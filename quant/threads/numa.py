@@ -1,4 +1,4 @@
-"""Workers by NUMA node: which node a worker is on, and which part of a row of work items is a node's own.
+"""Workers by NUMA node: which node a worker is on, which part of a row of work items is a node's own, and who takes it.
 
 Items that are the same rows of weights in every step belong to the same node in every step, so that their pages can lie
 there. A worker takes its own node's items first, then helps the others: where a node has less to do, or its workers
@@ -13,13 +13,16 @@ from functools import cached_property
 
 import numpy as np
 
-from quant.simd.struct import i64, pointer, struct
+from quant.simd.struct import address, i64, pointer, struct
 from quant.target.jit import inline
+from quant.threads.atomics import atomic_add, atomic_load
 
 LINE = 64  # bytes from one node's counter to the next
 
 # What a job knows of it.
 NUMA = struct("Numa", n_nodes=i64, node_of=pointer(i64), before=pointer(i64))
+# Work items of a job, in rows of `period` that are shared out by node. taken: a counter a node, LINE bytes apart.
+ITEMS = struct("Items", numa=NUMA, taken=address, n_items=i64, period=i64)
 
 
 @dataclass(frozen=True)
@@ -72,3 +75,35 @@ def own_items(numa, period, node):
     n_workers = numa.before[numa.n_nodes]
     first = period * numa.before[node] // n_workers
     return first, period * numa.before[node + 1] // n_workers - first
+
+
+class Items:
+    """The work items of one job, none taken. Lives as long as the job.
+
+    Attributes:
+        struct: as kernels see them.
+    """
+
+    def __init__(self, spread: Spread, n_items: int, period: int):
+        """period: items that come again and again, with other matrices of the same rows; divides n_items."""
+        self._taken = np.zeros(spread.n_nodes * LINE // 8, np.int64)
+        numa, taken = spread.struct, self._taken.ctypes.data
+        self.struct = ITEMS.pack(numa=numa, taken=taken, n_items=n_items, period=max(1, period))
+
+
+@inline
+def take(items, worker):
+    """The next item of ITEMS for this worker, one of its own node's while there are any; -1 if none is left."""
+    numa, period = items.numa, items.period
+    if numa.n_nodes == 1:
+        taken = atomic_add(items.taken, 1)
+        return taken if taken < items.n_items else -1
+    for i in range(numa.n_nodes):
+        node = (numa.node_of[worker] + i) % numa.n_nodes
+        first, n_own = own_items(numa, period, node)
+        counter, end = items.taken + LINE * node, n_own * (items.n_items // period)
+        if atomic_load(counter) < end:
+            taken = atomic_add(counter, 1)
+            if taken < end:
+                return taken // n_own * period + first + taken % n_own
+    return -1

@@ -20,16 +20,18 @@ from quant.decode.program import HEADER, NOTHING, PHASE, STEP, Phase, Program
 from quant.decode.program import _begin as begin
 from quant.decode.router import Choice
 from quant.matrix import ExpertMatrices, QuantMatrix
+from quant.ops.experts import run as run_experts
 from quant.simd.struct import atomic, pointer, struct
 from quant.simd.struct import i64 as word
 from quant.target.jit import kernel
 from quant.threads.atomics import atomic_add
-from quant.threads.numa import Spread
+from quant.threads.numa import ITEMS, Items, Spread, take
 from quant.threads.pool import Pool
 from quant.threads.work_items import busiest, rows_of_item
 
 HERE = sorted(os.sched_getaffinity(0))
 NODES = (HERE, HERE, HERE)  # three nodes by name: memory is the same from each
+TAKEN = struct("TakenItems", items=ITEMS, n=word, out=pointer(word))
 LOG = struct("ItemsLog", phase=PHASE, n=atomic, items=pointer(word))
 
 
@@ -119,6 +121,45 @@ def test_steps_are_the_same_on_any_nodes(n_workers: int) -> None:
     for cores in ((), NODES[:2], NODES):
         with closing(Pool(n_workers, cores)) as pool:
             assert kernels.same_bits(step_results(pool, weights, experts, x), expected)
+
+
+@kernel("void(int64, int64)")
+def _take_all(arguments, worker):
+    a = TAKEN(arguments)
+    item = take(a.items, worker)
+    while item >= 0:
+        a.out[a.n] = item
+        a.n = a.n + 1
+        item = take(a.items, worker)
+
+
+@pytest.mark.parametrize(
+    ("worker", "cores", "expected"),
+    [(0, NODES[:2], [0, 1, 4, 5, 2, 3, 6, 7]), (1, NODES[:2], [2, 3, 6, 7, 0, 1, 4, 5]), (1, (), list(range(8)))],
+)
+def test_a_prompts_items_are_its_nodes_first(worker: int, cores: Sequence[Sequence[int]], expected: list[int]) -> None:
+    items, out = Items(Spread(2, cores), 8, 4), np.full(9, -1, np.int64)
+    kernels.call(_take_all, TAKEN.pack(items=items.struct, n=0, out=out.ctypes.data), worker)
+    assert out.tolist() == [*expected, -1]
+
+
+@pytest.mark.parametrize("n_tokens", [2, 40])
+@pytest.mark.parametrize("n_workers", [3, 64])
+def test_prompts_are_the_same_on_any_nodes(n_workers: int, n_tokens: int) -> None:
+    random = np.random.default_rng(4)
+    weight = kernels.random_weight("Q4_K", (2, 301, 512), random)[0]
+    shapes = ("Q4_K", (4, 160, 512)), ("Q4_K", (4, 160, 512)), ("Q8_0", (4, 512, 160))
+    matrices = [kernels.random_weight(type_, shape, random)[0] for type_, shape in shapes]
+    x = random.standard_normal((n_tokens, 2, 512), np.float32)
+    ids, gates = random.integers(0, 4, (n_tokens, 2)), random.random((n_tokens, 2), np.float32)
+    found = []
+    for n, cores in [(1, ()), (n_workers, ()), (n_workers, NODES[:2]), (n_workers, NODES)]:
+        with closing(Pool(n, cores)) as pool:
+            out = np.full((n_tokens, 512), np.nan, np.float32)
+            inputs = np.ascontiguousarray(x[:, 0])
+            run_experts(pool, ExpertMatrices(*matrices), inputs.ctypes.data, ids, gates, out.ctypes.data)
+            found.append(np.concatenate([kernels.multiply(pool, weight, x).ravel(), out.ravel()]))
+    assert np.isfinite(found[0]).all() and all(kernels.same_bits(each, found[0]) for each in found)
 
 
 def test_spans_are_the_rows_of_the_items() -> None:
