@@ -14,7 +14,7 @@ from numba import types
 from quant.block_format import EXPAND, REPACK, Format, PanelFormat
 from quant.formats import codebooks
 from quant.formats.grids_quantize import quantizer
-from quant.gemm.microkernel_k_block import K_BLOCK_BYTES, SIGNED_BYTES, TWO_SCALES
+from quant.gemm.microkernel_k_block import K_BLOCK_BYTES, LEVEL, SIGNED_BYTES, TWO_SCALES
 from quant.gemm.repack import SCALES as K_BLOCK_SCALES
 from quant.gemv import pairs, plain
 from quant.gemv.activations import (
@@ -270,7 +270,7 @@ def grid_format(
     unit: float,
     kind: int,
     offset: int,
-    level: str = "avx2",
+    level: str = LEVEL,
     four_rows: Callable,
     add: Callable | None = None,
     repack: Kernel,

@@ -6,6 +6,7 @@ stay in registers over all columns of the panels (gemm/microkernel_k_block.py). 
 With VNNI: 6 tokens, bound by the two vector ports: 8 vpdpbusd and 2 or 3 float operations for 32 columns. With AVX2
 3 tokens and 8 rows at a time, the products of 8 bits added in 16 bits as long as they fit (docs/lab-notes.md). With
 AMX 12 tokens, whose dot products are AMX tiles' (gemm/microkernel_amx.py): what remains are 3 or 4 vector operations.
+On ARM 6 tokens and 8 rows at a time, by sdot or usdot.
 """
 
 from itertools import chain
@@ -18,6 +19,7 @@ from quant.gemm.microkernel_k_block import (
     AFFINE,
     AHEAD,
     LANES,
+    LEVEL,
     PARTS,
     PASSES,
     ROWS,
@@ -49,7 +51,7 @@ def _tile(kind: int):
 
     def emit_for(builder, n: int, weights, tokens, sums, n_k_blocks, ahead) -> None:
         """For n tokens. ahead: address of the next line to fetch and of how many a k-block takes, int64 each."""
-        at = [[builder.add(sums, I64(4 * ROWS * t + 64 * part)) for t in range(n)] for part in range(PARTS)]
+        at = [[builder.add(sums, I64(4 * ROWS * t + 4 * LANES * part)) for t in range(n)] for part in range(PARTS)]
         totals = [[load(builder, a, VF32) for a in row] for row in at]
         stride = builder.mul(load(builder, builder.add(ahead, I64(8)), I64), I64(64))
         first_line = load(builder, ahead, I64)
@@ -70,10 +72,9 @@ def _tile(kind: int):
             with cgutils.for_range(builder, I64(PASSES)) as group:
                 part = builder.mul(builder.lshr(group.index, I64(1)), I64(part_bytes(kind)))
                 half = builder.mul(builder.and_(group.index, I64(1)), I64(32))
-                w, row_sums = builder.add(weights, builder.add(part, half)), builder.mul(group.index, I64(4 * LANES))
-                emit_for(
-                    builder, n, w, tokens, builder.add(sums, row_sums), n_k_blocks, builder.add(weights, I64(AHEAD))
-                )
+                w = builder.add(weights, builder.add(part, half))
+                row_sums = builder.add(sums, builder.mul(group.index, I64(4 * LANES * PARTS)))
+                emit_for(builder, n, w, tokens, row_sums, n_k_blocks, builder.add(weights, I64(AHEAD)))
 
         switch(builder, n_tokens, TOKENS, emit_block)
 
@@ -81,11 +82,11 @@ def _tile(kind: int):
 
 
 TILE = "void(int64, int64, int64, int64, int64)"
-# By kind; none below AVX2, where their instructions would abort the process. Blocks of more than
+# By kind; none below LEVEL, where their instructions would abort the process. Blocks of more than
 # VECTOR_TOKENS are for callers between microkernel_amx.configure() and release().
 TILES: dict[int, Kernel] = {}
 
-if isa.has("avx2"):
+if isa.has(LEVEL):
     _minimum, _offset, _halves, _bytes = _tile(AFFINE), _tile(SYMMETRIC), _tile(TWO_SCALES), _tile(SIGNED_BYTES)
     _minima = _tile(TWO_MINIMA)
 

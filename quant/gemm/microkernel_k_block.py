@@ -6,15 +6,16 @@ Integer dot products, scaled and added to float32 totals. Layout of both panels:
 from llvmlite import ir
 
 from quant.simd.core import F32, I8, I32, I64, call, constant, load, splat
-from quant.simd.dots import emit_dot_u8, emit_pairs_i16, emit_pairs_u8
+from quant.simd.dots import emit_dot_i8, emit_dot_u8, emit_pairs_i16, emit_pairs_u8
 from quant.simd.floats import emit_fma
 from quant.target import isa
 
 ROWS = 32
-LANES = 16 if isa.has("avx512_vnni") else 8  # rows of a vector
+LEVEL = isa.NEON if isa.has(isa.NEON) else "avx2"  # the lowest that there is a micro-kernel for
+LANES = 16 if isa.has("avx512_vnni") else 8 if isa.has("avx2") else 4  # rows of a vector
 # Vectors side by side share the loads of a token's words. The totals and as many dot products fill 24 of 32 registers;
 # with AVX2, sums in 16 bits included, 9 of 16: with a fourth token they spill.
-PARTS, VECTOR_TOKENS = (2, 6) if isa.has("avx512_vnni") else (1, 3)
+PARTS, VECTOR_TOKENS = (1, 3) if LANES == 8 else (2, 6)
 # With AMX dot products come from memory, and the totals have the 24 registers for themselves. A few tokens leave most
 # of a tile's rows idle.
 if isa.has("amx"):
@@ -51,7 +52,7 @@ class KBlock:
 
     def __init__(self, builder, kind: int, n: int, weights, tokens):
         self.builder, self.kind, self.n, self.weights, self.tokens = builder, kind, n, weights, tokens
-        self.part_bytes = part_bytes(kind)
+        self.between = part_bytes(kind) if LANES == 16 else 4 * LANES  # bytes from a part's rows to the next one's
 
     def word(self, field: int, t: int, vector: ir.VectorType):
         """A word of token t in every lane: field 0 is d, 1 and 2 are the two others."""
@@ -60,7 +61,7 @@ class KBlock:
 
     def row_floats(self, i: int) -> list:
         """Vector i of scales and minima, of each part."""
-        places = [self.part_bytes * part + 16 * K_BLOCK + 64 * i for part in range(PARTS)]
+        places = [self.between * part + 16 * K_BLOCK + 64 * i for part in range(PARTS)]
         return [load(self.builder, self.builder.add(self.weights, I64(place)), VF32) for place in places]
 
     def columns(self, k: int, t: int):
@@ -70,19 +71,24 @@ class KBlock:
 
     def row_bytes(self, k: int, part: int):
         """The weights of columns k..k+3."""
-        return load(self.builder, self.builder.add(self.weights, I64(self.part_bytes * part + 16 * k)), VI8)
+        return load(self.builder, self.builder.add(self.weights, I64(self.between * part + 16 * k)), VI8)
 
     def dots(self, starts: list, columns: range) -> list:
         """[part][t]: starts[t] + weights . q over some columns, in 32 bits."""
-        if not isa.has("avx512_vnni"):
+        if LANES == 8:
             return [self.dots_avx2(starts, columns)]
-        sums = [list(starts) for _ in range(PARTS)]
+        add, sums = emit_dot_u8, [list(starts) for _ in range(PARTS)]
+        is_signed = self.kind == SIGNED_BYTES and isa.has(isa.NEON)  # whose signed products are of all CPUs
+        if is_signed:
+            add, sums = emit_dot_i8, [[constant(VI32, BIAS)] * self.n for _ in range(PARTS)]
         for k in columns[::4]:
             w = [self.row_bytes(k, part) for part in range(PARTS)]
+            if is_signed:
+                w = [self.builder.xor(v, constant(VI8, 0x80)) for v in w]
             for t in range(self.n):
                 x = self.columns(k, t)
                 for part in range(PARTS):
-                    sums[part][t] = emit_dot_u8(self.builder, sums[part][t], w[part], x)
+                    sums[part][t] = add(self.builder, sums[part][t], w[part], x)
         return sums
 
     def dots_avx2(self, starts: list, columns: range) -> list:

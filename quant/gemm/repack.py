@@ -5,14 +5,14 @@ Layout of a k-block: packed.py.
 """
 
 from quant.block_format import REPACK
-from quant.gemm.microkernel_k_block import K_BLOCK, K_BLOCK_BYTES
+from quant.gemm.microkernel_k_block import K_BLOCK, K_BLOCK_BYTES, LEVEL
 from quant.simd.memory import store_f32x16, store_i32x16
 from quant.simd.rows16 import gather, half_to_f32, high_nibbles, transpose, with_fifth_bits
 from quant.target.jit import inline, kernel
 
 SCALES = 16 * K_BLOCK  # where a k-block's scales begin
 
-repacks = kernel(REPACK, "avx2")  # decorator: micro-kernels need AVX2, and so does what is here
+repacks = kernel(REPACK, LEVEL)  # decorator: what makes panels is for micro-kernels
 
 
 @inline

@@ -96,7 +96,7 @@ def _dots_of_two(builder, u, x, v, y):
     return emit_dot_u8(builder, emit_dot_u8(builder, zero, u, x), v, y)
 
 
-def _dot_i8(builder, total, w, x):
+def emit_dot_i8(builder, total, w, x):
     """total + sum of w*x over each 4 lanes, both signed, x not below -127: |w| times x with w's sign."""
     if isa.has(isa.NEON):
         return _dots_neon(builder, "sdot", total, w, x)
@@ -218,7 +218,7 @@ def _half_sum(half: int):
 
 
 dot_u8 = _define_dot(emit_dot_u8)
-dot_i8 = _define_dot(_dot_i8)
+dot_i8 = _define_dot(emit_dot_i8)
 dot_biased = _define_dot(_dot_biased)
 dots_of_two = define_typed(
     4, lambda *args: ({i8x32: i32x8, i8x64: i32x16}[args[0]](*args), _dots_of_two) if len({*args}) == 1 else None

@@ -1,7 +1,8 @@
 """Kernels of level neon_dotprod, compiled for ARM on any machine.
 
-python neon_kernels.py FEATURES FOLDER [FORMAT ...] writes FORMAT.o with the functions gemv and gemv_batch for each
-format, and prints {format: assembly} as JSON. FEATURES: LLVM's names with commas, such as dotprod,i8mm.
+python neon_kernels.py FEATURES FOLDER [FORMAT ...] writes FORMAT.FUNCTION.o of each format: gemv, gemv_batch, and where
+there are panels repack and tile. It prints {format: {function: assembly}} as JSON. FEATURES: LLVM's names with commas,
+such as dotprod,i8mm.
 """
 
 import json
@@ -17,6 +18,8 @@ FEATURES = frozenset(["neon", *sys.argv[1].split(",")])
 isa.LEVEL, isa.host_features, isa._target_features = isa.NEON, lambda: FEATURES, lambda: FEATURES
 
 from quant.formats import registry  # noqa: E402
+from quant.gemm import packed  # noqa: E402
+from quant.gemm.microkernel import TILES  # noqa: E402
 from quant.target import jit  # noqa: E402
 from quant.target.kernel import Kernel  # noqa: E402
 
@@ -51,14 +54,17 @@ def main() -> None:
     )
     assembly = {}
     for name in sys.argv[3:]:
-        format_, texts = registry.get(name), []
-        for exported, kernel in (("gemv", format_.gemv), ("gemv_batch", format_.gemv_batch)):
+        format_, texts = registry.get(name), {}
+        made = {"gemv": format_.gemv, "gemv_batch": format_.gemv_batch}
+        if panels := packed.find(format_):
+            made |= {"repack": panels.repack, "tile": TILES[panels.kind]}
+        for exported, kernel in made.items():
             code, function = ir_of(kernel)
             module = module_for_arm(code.replace(function, exported), machine)
             module.verify()
             Path(sys.argv[2], f"{name}.{exported}.o").write_bytes(machine.emit_object(module))
-            texts.append(machine.emit_assembly(module))
-        assembly[name] = "\n".join(texts)
+            texts[exported] = machine.emit_assembly(module)
+        assembly[name] = texts
     print(json.dumps(assembly))
 
 
