@@ -90,8 +90,9 @@ def hosts_lines(document: dict[str, Any]) -> list[str]:
     lines += [_host_line(row) for row in document["rows"]]
     pays = document["pays"]
     shared = f", shared by {pays['sharing']}" if pays["sharing"] else ""
-    if document["machine"]["file"].get("gpu"):
-        lines.append("ranks compute on CPUs: of more than one host the card is left out")
+    if gpu := document["machine"]["file"].get("gpu"):
+        is_left_out = gpu.get("unified")
+        lines.append("several hosts compute on CPUs alone" if is_left_out else "only the first host's card computes")
     return [*lines, "", f"what pays for decoding: {pays['n_hosts']} host{'s'[: pays['n_hosts'] - 1]}{shared}"]
 
 

@@ -88,7 +88,8 @@ def load(
             prediction, or where it has none, for what followed the same tokens before.
         chat_template: a file that holds one, or the name of one: chatml, or those that the model's file has besides
             its own; None for the file's own.
-        ranks: other processes, in which localrun.ranks.worker.serve_share() runs, and how they share routed experts.
+        ranks: other processes, in which localrun.ranks.worker.serve_share() runs, and how they share routed experts:
+            those in RAM; a card of this process has the rest of the network, and whole layers of experts.
         readers: other processes, in which localrun.cpu.reader.serve_reading() runs, to read prompts.
         progress: called as progress(done, total, what) during long steps.
         notice: called with one line for each fact the user should know.
@@ -183,7 +184,9 @@ class Engine:
         self.placement: Placement | None = None
         if self.config:
             proof = opening.proof_of(file, self.config, threads, self.ctx, where, notice)
-            self.placement = opening.place(file, self.config, self.ctx, where, proof, own_drafts, notice, draft_file)
+            self.placement = opening.place(
+                file, self.config, self.ctx, where, proof, own_drafts, notice, draft_file, ranks
+            )
             placed(self.placement)
         else:
             opening.check_no_gpu(where, notice)

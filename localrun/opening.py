@@ -95,8 +95,11 @@ def repacking_if_it_pays(where: DeviceRequest, notice: Notice) -> DeviceRequest:
 
 def check_ranks(where: DeviceRequest) -> None:
     """Where experts are to be shared among ranks. Raises LocalrunError if something else is asked for that can't be."""
-    if where.wants_gpu:
-        raise LocalrunError(f"device '{where.device}' does not go with several ranks, which compute on CPUs")
+    if where.n_experts not in ("auto", 0) or where.caches_experts or where.expert_usage is not None:
+        raise LocalrunError(
+            "with several ranks VRAM takes routed experts of whole layers: leave out --expert-usage, and --gpu-experts "
+            "but for auto or 0"
+        )
     if where.repack:
         raise LocalrunError("several ranks lay out their own shares: Sharing(repack=True) in place of repack")
 
@@ -114,11 +117,12 @@ def among_ranks(backend: str, where: DeviceRequest, shares: bool, reads: bool) -
     """
     if shares:
         check_ranks(where)
-    if reads:
-        check_readers(where)
     if backend == "llama.cpp":
         raise LocalrunError("backend 'llama.cpp' runs in one process; several ranks take the native one")
-    return "native", replace(where, device=CPU)
+    if reads:
+        check_readers(where)
+        where = replace(where, device=CPU)
+    return "native", where
 
 
 def draft_file(path: str | os.PathLike[str]) -> DraftFile | None:
@@ -146,9 +150,11 @@ def place(
     own_drafts: bool,
     notice: Notice,
     draft_file: DraftFile | None = None,
+    ranks: Ranks | None = None,
 ) -> Placement:
     """What goes where. Raises LocalrunError if the GPU was asked for in vain, or the cache does not fit."""
-    placement = choose(where, file, config, ctx, own_drafts, notice, proof, draft_file)
+    share = ranks.own_part(config.n_routed_experts) if ranks else 1.0
+    placement = choose(where, file, config, ctx, own_drafts, notice, proof, draft_file, share)
     needed, free = placement.n_bytes(RAM, "KV cache"), hardware.free_ram()
     if needed > free:
         per_token = config.kv_token_bytes(placement.cache_bits)
@@ -206,7 +212,7 @@ def native_model(
         from localrun.gpu.hybrid import HybridModel
 
         warm_up(for_prompts(config, types), progress, notice)
-        return HybridModel(config, file, threads, placement, notice=notice, **choices)
+        return HybridModel(config, file, threads, placement, notice=notice, ranks=ranks, **choices)
     from localrun.cpu.model import NativeModel
 
     for_network = lambda: warm_up(for_prompts(config, types, bits), None, notice, check)  # noqa: E731

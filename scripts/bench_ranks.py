@@ -69,7 +69,9 @@ def measure(args: argparse.Namespace) -> None:
     ctx, n = _BEFORE + args.prompt + args.steps, comm.size
     with ExitStack() as stack:
         engines = {
-            f"{n} ranks of 1 thread": localrun.load(args.model, threads=1, ctx=ctx, ranks=Ranks(world, sharing)),
+            f"{n} ranks of 1 thread": localrun.load(
+                args.model, threads=1, ctx=ctx, device="cpu", ranks=Ranks(world, sharing)
+            ),
             f"1 rank of {n} threads": localrun.load(args.model, threads=n, ctx=ctx, device="cpu", backend="native"),
             "1 rank of 1 thread": localrun.load(args.model, threads=1, ctx=ctx, device="cpu", backend="native"),
         }

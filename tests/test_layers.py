@@ -60,7 +60,7 @@ MAY_IMPORT = {
         "network": "errors limits models",
         "ranks": "errors hardware gguf models network",
         "cpu": "hardware limits gguf models network ranks",
-        "gpu": "errors files hardware limits gguf models placement network cpu",
+        "gpu": "errors files hardware limits gguf models placement network ranks cpu",
         "backends": "errors limits gguf",
         "text": "arguments errors files gguf backends",
         "runtime": "gguf text turn",

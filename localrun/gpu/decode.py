@@ -24,6 +24,7 @@ from localrun.gpu.device import Cuda, StandIn
 from localrun.gpu.experts.routed import Mode, Routed
 from localrun.models.config import INDEXED_RATIO
 from localrun.network.model import Network
+from localrun.ranks.remote import Remote
 from quant.decode.program import MOST_TOKENS
 from quant.threads.pool import CONTROL, Pool
 
@@ -49,9 +50,9 @@ class DecodeStep:
         recorded: number of tokens, bits of their caches' values, Places.most, part -> what queues that part of a step.
     """
 
-    def __init__(self, parts: Sequence[Part], pool: Pool, network: Network):
-        """network: of modules on the parts' devices."""
-        self._parts, self._pool, self._network = parts, pool, network
+    def __init__(self, parts: Sequence[Part], pool: Pool, network: Network, remote: Remote | None = None):
+        """network: of modules on the parts' devices. remote: other ranks that have shares of the experts."""
+        self._parts, self._pool, self._network, self._remote = parts, pool, network, remote
         self._jobs = ctypes.c_int64.from_address(pool.control + CONTROL.offset("generation"))  # of the workers, so far
         c, pinned = network.config, parts[0].device.pinned
         shape = 2 + ENTRIES * c.num_hidden_layers, MOST_TOKENS  # ids, positions, a table of Places
@@ -71,6 +72,9 @@ class DecodeStep:
         Returns:
             Of each: what the head reads, float32 (T, D), or of streams what they are before, (T, n * D), or their
             means behind watched layers; and logits (T, vocab).
+
+        Raises:
+            RankError: another rank has not done its part.
         """
         results = self._run(ids, [cache] * len(ids), range(cache.length, cache.length + len(ids)))
         cache.advance(len(ids))
@@ -79,7 +83,7 @@ class DecodeStep:
     def together(self, ids: Sequence[int], caches: Sequence[AnyCache]) -> tuple[np.ndarray, np.ndarray]:
         """Evaluate up to MOST_TOKENS ids, each after those of a cache of its own, which then holds it too.
 
-        The caches have room, and values of as many bits. Returns: as a call.
+        The caches have room, and values of as many bits. Returns and raises as a call.
         """
         results = self._run(ids, caches, [cache.length for cache in caches])
         for cache in caches:
@@ -99,6 +103,8 @@ class DecodeStep:
                         self._replay(*kind, index)()
                     finally:  # until then, host nodes use the workers and the graph its buffers, whatever happened here
                         part.device.synchronize(lambda: self._jobs.value)
+        if self._remote:
+            self._remote.check()
         hidden = self._means[:, :n_tokens] if self._network.watched else self._hidden[-1][None, :n_tokens]
         return np.concatenate(list(hidden.numpy()), 1), self._logits[:n_tokens].numpy().copy()
 

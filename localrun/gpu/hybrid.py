@@ -2,7 +2,8 @@
 
 What localrun.cpu.model.NativeModel is to the engine, with a placement. A few tokens are a recorded step (decode.py);
 more go through the layers in one or two micro-batches (prefill.py). On several cards each has a run of layers, one
-after the other. What drafts, the layer for multi-token prediction or DSpark's blocks, stays on the CPU.
+after the other. What drafts, the layer for multi-token prediction or DSpark's blocks, stays on the CPU. Other ranks may
+have shares of the experts in RAM, of which devices learn nothing.
 
 Letters: T tokens, D hidden_size.
 """
@@ -35,6 +36,8 @@ from localrun.models.mtp_file import read_mtp_config
 from localrun.models.tensors import GGUFTensors
 from localrun.network.model import Network
 from localrun.placement.placement import Placement
+from localrun.ranks.remote import Remote
+from localrun.ranks.sharing import Ranks
 from quant.decode.program import MOST_TOKENS
 from quant.threads.pool import Pool
 
@@ -72,6 +75,7 @@ class HybridModel:
         network: the modules on devices.
         step: what evaluates a few tokens.
         pool: the workers of routed experts in RAM.
+        remote: other ranks that have shares of the experts; None where all are here.
         parts, tunings: each device with its layers, and how prompts go through these.
         device, routed, tuning: the first device's, and only one's where there are no more.
     """
@@ -86,6 +90,7 @@ class HybridModel:
         notice: Callable[[str], None] = lambda line: None,
         choices: Sequence[Mapping[str, Any]] = (),
         workers: int | None = None,
+        ranks: Ranks | None = None,
     ):
         """Uploads what the placement gives to the devices. The file must stay open.
 
@@ -94,9 +99,10 @@ class HybridModel:
             notice: told when kernels are compiled, now or later, and when a cache of experts stands still.
             choices: of each GPU, "handover" of a step's work to the workers (ways.py), and "tiles", names by kind.
             workers: threads that compute, if not n_threads.
+            ranks: others that are to have shares of the experts, but of layers that VRAM holds.
 
         Raises:
-            LocalrunError: the GPU can't be used, or has no room.
+            LocalrunError: the GPU can't be used, or has no room; or a rank can't have its share.
         """
         self.config, self.file, self.vocab_size = config, file, config.vocab_size
         self.most_together, self.least_chunk = MOST_TOKENS, MOST_TOKENS + 1
@@ -113,16 +119,22 @@ class HybridModel:
         self._mtp: MTP | None = None
         self._mtp_file, self._n_mtp = file, config.num_nextn_predict_layers
         self._holds_torch = False
+        in_vram = [index for index, ids in placement.experts.items() if ids]
+        self.remote = Remote(file, config, ranks, n_threads, in_vram) if ranks else None
         self.pool = Pool(workers or n_threads)
         try:
             self._load()
         except BaseException:
+            if self.remote:
+                self.remote.close()
             self.pool.close()
             raise
 
     def _load(self) -> None:
         with self.device.errors():
-            weights = DeviceWeights(self.file, self.config, self._placement, self.devices, self.pool, self._notice)
+            weights = DeviceWeights(
+                self.file, self.config, self._placement, self.devices, self.pool, self._notice, self.remote
+            )
             self.network = Network(self.config, weights, attention_on(weights.devices))
             self._of_layers, layers = tuple(weights.devices), self._placement.layers
             self.parts = [Part(*each) for each in zip(self.devices, layers, weights.routed, strict=True)]
@@ -136,10 +148,11 @@ class HybridModel:
                 with device.errors():
                     device.synchronize()
         let_go(spans_on_device(self._tensors, self._placement))
-        self.resident = Resident(self.file, spans_in_ram(self._tensors, self.config, self._placement))
+        share = self.remote.share if self.remote else None
+        self.resident = Resident(self.file, spans_in_ram(self._tensors, self.config, self._placement, share))
 
     def _new_step(self) -> DecodeStep:
-        return DecodeStep(self.parts, self.pool, self.network)
+        return DecodeStep(self.parts, self.pool, self.network, self.remote)
 
     @property
     def mtp(self) -> "MTP | None":
@@ -148,7 +161,9 @@ class HybridModel:
         if self._mtp is None and names.has_mtp(self._mtp_file, config):
             from localrun.cpu.mtp import MTP
 
-            self._mtp = MTP(config, GGUFTensors(self._mtp_file), self.pool, self._mtp_block)
+            remote = self._mtp_remote
+            tensors = GGUFTensors(self._mtp_file, remote.own if remote else None)
+            self._mtp = MTP(config, tensors, self.pool, self._mtp_block, remote)
         return self._mtp
 
     def take_mtp(self, file: GGUFFile) -> None:
@@ -166,19 +181,24 @@ class HybridModel:
         with self.device.errors():
             self.step = self._new_step()
 
+    @property
+    def _mtp_remote(self) -> Remote | None:
+        """As NativeModel has it."""
+        return self.remote if self._mtp_file is self.file else None
+
     def _mtp_block(self) -> "MTPBlock":
         from localrun.network.model import MTPBlock
 
-        return MTPBlock(self.config, self._on_cpu(self._mtp_file), self.network.rope)
+        return MTPBlock(self.config, self._on_cpu(self._mtp_file, self._mtp_remote), self.network.rope)
 
-    def _on_cpu(self, file: GGUFFile) -> "LayerWeights":
+    def _on_cpu(self, file: GGUFFile, remote: Remote | None = None) -> "LayerWeights":
         """What drafts, for any number of tokens: its file's tensors, or the model's."""
         from localrun.cpu.weights import LayerWeights
 
         if not self._holds_torch:
             TorchThreads.hold(self.pool.n_workers)
             self._holds_torch = True
-        return LayerWeights(file, self.pool)
+        return LayerWeights(file, self.pool, remote)
 
     def new_cache(self, capacity: int, exact: bool = False) -> AnyCache:
         """An empty cache for up to `capacity` tokens, of 16 or 8 bits as placed or, if exact, of 32."""
@@ -209,7 +229,7 @@ class HybridModel:
 
         Raises:
             ContextFullError: the cache has no room for them.
-            LocalrunError: the device failed.
+            LocalrunError: the device failed, or another rank (RankError).
         """
         cache.check_room(len(ids))
         with self.device.errors(), cache.all_or_none():
@@ -286,11 +306,13 @@ class HybridModel:
             part.routed.settle(n_tokens)
 
     def close(self) -> None:
-        """End all threads, but of a device that is stuck: they may never come back."""
+        """End all threads, but of a device that is stuck: they may never come back; and what other ranks do."""
         self.resident.close()
         if not any(device.is_stuck for device in self.devices):
             for part in self.parts:
                 part.routed.close()
             self.pool.close()
+        if self.remote:
+            self.remote.close()
         if self._holds_torch:
             TorchThreads.release()

@@ -22,6 +22,8 @@ from localrun.models.tensors import GGUFTensors
 from localrun.network.weight_source import RoutedExperts
 from localrun.placement.memory_table import DRAFTS_HEAD, MTP, RAM
 from localrun.placement.placement import CPU, GPU, Placement
+from localrun.ranks.remote import Remote
+from localrun.ranks.sharing import Share
 from quant.matrix import ExpertMatrices
 from quant.threads.pool import Pool
 
@@ -45,21 +47,23 @@ class DeviceWeights(GGUFTensors):
         devices: Sequence[Cuda | StandIn],
         pool: Pool,
         notice: Callable[[str], None],
+        remote: Remote | None = None,
     ):
         """Uploads the experts that go to devices. The file must stay open.
 
         Args:
             devices: those of the placement's cards.
             notice: as HybridModel has it.
+            remote: other ranks that have shares of the experts.
         """
-        super().__init__(file)
+        super().__init__(file, remote.own if remote else None)
         top_k, is_cache = config.num_experts_per_tok, placement.expert_slots > 0
         self.devices: list[torch.device] = []
         self.routed: list[Routed] = []
         for device, here in zip(devices, placement.layers, strict=True):
             self.devices += [device.torch] * len(here)
             layers = {i: self.expert_matrices(i) for i in here if has_experts(self, i)}
-            self.routed.append(Routed(device, pool, layers, placement.experts, top_k, is_cache, notice))
+            self.routed.append(Routed(device, pool, layers, placement.experts, top_k, is_cache, notice, remote))
 
     def _home(self, name: str) -> torch.device:
         """Of a tensor that is no embedding."""
@@ -112,13 +116,13 @@ def spans_on_device(tensors: GGUFTensors, placement: Placement) -> list[Span]:
     return [(files[name].data.ctypes.data, files[name].n_bytes) for name in homes if homes[name] == GPU]
 
 
-def spans_in_ram(tensors: GGUFTensors, config: Config, placement: Placement) -> list[Span]:
-    """The parts of the file's map that are used once all has been uploaded."""
-    drafts = placement.n_bytes(RAM, MTP) > 0
+def spans_in_ram(tensors: GGUFTensors, config: Config, placement: Placement, share: Share | None = None) -> list[Span]:
+    """The parts of the file's map that are used once all has been uploaded. share: this rank's, of some experts."""
+    drafts, shared = placement.n_bytes(RAM, MTP) > 0, share.names if share else ()
     spans = [
         (tensor.data.ctypes.data, tensor.n_bytes)
         for name, tensor in tensors.file.tensors.items()
-        if placement.tensors[name] == CPU and (drafts or not names.is_nextn(name, config))
+        if placement.tensors[name] == CPU and name not in shared and (drafts or not names.is_nextn(name, config))
     ]
     if placement.n_bytes(RAM, DRAFTS_HEAD) > 0:  # the model's own, which is on the device as well
         head = tensors.file.tensors[names.lm_head(tensors.has)]
@@ -126,7 +130,7 @@ def spans_in_ram(tensors: GGUFTensors, config: Config, placement: Placement) -> 
     for index, ids in placement.experts.items():
         if 0 < len(ids) < placement.n_experts and not placement.expert_slots:
             spans += _expert_spans(tensors.expert_matrices(index), set(ids))
-    return spans
+    return spans + (share.spans if share else [])
 
 
 def _expert_spans(experts: ExpertMatrices, elsewhere: set[int]) -> list[Span]:

@@ -110,6 +110,7 @@ def choose(
     notice: Notice,
     proof: Proof | None = None,
     draft_file: DraftFile | None = None,
+    share: float = 1.0,
 ) -> Placement:
     """Where the model's parts go: on a GPU and in RAM if there is one that takes them, or several; else all in RAM.
 
@@ -119,6 +120,7 @@ def choose(
         proof: of cards; asked only where there are some that could run the model, and tried only where they have room.
             None to use them unproven.
         draft_file: of layers that draft for the model, if there is one.
+        share: as Request has it.
 
     Raises:
         LocalrunError: the GPU was asked for and cannot be used, or has too little memory; says what would fit. Or the
@@ -129,8 +131,9 @@ def choose(
     drafts = draft_file is not None or (drafts and names.has_mtp(file, config))
     tensors = tuple(file.tensors.values())
     on_cpu = Request(
-        tensors, config, ctx, hardware.free_ram(), mtp=drafts, draft_file=draft_file, cache_bits=where.cache_bits
-    )
+        tensors, config, ctx, hardware.free_ram(), mtp=drafts, draft_file=draft_file, cache_bits=where.cache_bits,
+        share=share,
+    )  # fmt: skip
     if where.device == "cpu":
         return lay_out(on_cpu)
     if file.is_interleaved or where.repack:

@@ -40,7 +40,8 @@ class Parts:
         groups: bytes of each, without routed experts and multi-token prediction.
         of_layers: the same of each layer.
         moe: the layers with routed experts, ascending.
-        mtp, mtp_head: bytes of multi-token prediction, and of the model's head or embedding where that reads it.
+        mtp, mtp_experts, mtp_head: bytes of multi-token prediction, of its routed experts, and of the model's head or
+            embedding where that reads it.
         is_tied: whether one tensor is embedding and head.
     """
 
@@ -48,7 +49,7 @@ class Parts:
         self.group_of: dict[str, str] = {}
         self.groups: dict[str, int] = {}
         self.of_layers: dict[int, dict[str, int]] = {}
-        self.mtp, self.is_tied = 0, False
+        self.mtp, self.mtp_experts, self.is_tied = 0, 0, False
         moe: dict[int, int] = {}
         sizes = {tensor.name: tensor.n_bytes for tensor in tensors}
         for name, n_bytes in sizes.items():
@@ -57,6 +58,7 @@ class Parts:
             self.group_of[name] = group
             if group == "mtp":
                 self.mtp += n_bytes
+                self.mtp_experts += n_bytes if group_of(name) == EXPERTS else 0
             elif group == EXPERTS:
                 moe[layer] = moe.get(layer, 0) + n_bytes
             else:

@@ -5,6 +5,9 @@ routed experts stay in RAM. What VRAM is left takes whole experts: the most used
 known, else all experts of a layer, layer by layer. A tensor has one home, or two that share its experts: no weight lies
 twice in RAM. Or what is left is a cache of as many experts of each layer, all of which stay in RAM then.
 
+Where several ranks share the experts, VRAM takes whole layers alone, which are left out of the shares: no other rank
+has anything of a layer that a card computes, and of the others each has its share in RAM.
+
 Of several cards each has a run of layers with their cache, in order, as many as make all of them equally full; the
 first one has the embedding, the last one the head. What is left of a card takes experts of its own layers.
 
@@ -18,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from math import ceil
 from types import MappingProxyType
 from typing import Any
 
@@ -68,6 +72,7 @@ class Request:
         mtp: whether the layer for multi-token prediction makes drafts; else it stays on the disk.
         draft_file: what makes them, where that has a file of its own.
         runner_bytes: RAM of the program itself that ram still includes.
+        share: the part of routed experts in RAM that is here, where several ranks share them.
     """
 
     tensors: tuple[TensorLike, ...]
@@ -86,6 +91,7 @@ class Request:
     mtp: bool = False
     draft_file: DraftFile | None = None
     runner_bytes: int = 0
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -308,9 +314,9 @@ def _cpu_rows(request: Request, parts: Parts, experts: Mapping[int, Sequence[int
         for group, n_bytes in parts.groups.items():
             yield Row(RAM, _LABELS.get(group, group), n_bytes)
     in_vram = 0 if slots else _expert_bytes(parts.moe, experts)
-    yield Row(RAM, EXPERTS, sum(layer.n_bytes for layer in parts.moe) - in_vram)
+    yield Row(RAM, EXPERTS, ceil(request.share * (sum(layer.n_bytes for layer in parts.moe) - in_vram)))
     if request.mtp:
-        n_bytes, head = parts.mtp, parts.mtp_head
+        n_bytes, head = parts.mtp - int((1 - request.share) * parts.mtp_experts), parts.mtp_head
         if request.draft_file:
             n_bytes, head = request.draft_file.n_bytes, request.draft_file.needs_head * parts.groups.get("head", 0)
         yield Row(RAM, MTP, n_bytes)

@@ -50,7 +50,7 @@ def make_hosts_report(
         "n_hosts": n_hosts,
         "link": {"name": link.name, "file": link.document()},
         "memory": memory_facts(memory.first) | {"others": memory.others, "fits": memory.fits},
-        "messages": asdict(messages(model, n_hosts)),
+        "messages": asdict(messages(model, n_hosts, memory.first.placement.experts)),
         "refusal": refused or None,
     }
     if refused:

@@ -58,9 +58,12 @@ class Memory:
         return shortage(self.needed, self.available)
 
 
-def plan_memory(model: ModelShape, machine: Machine, ctx: int) -> Memory:
-    """The table for a context of ctx tokens. Never raises for lack of room: see Memory.fits."""
-    found = _place(model, machine, ctx)
+def plan_memory(model: ModelShape, machine: Machine, ctx: int, share: float = 1.0) -> Memory:
+    """The table for a context of ctx tokens. Never raises for lack of room: see Memory.fits.
+
+    share: the part of routed experts in RAM that is here, the rest being other hosts'.
+    """
+    found = _place(model, machine, ctx, share=share)
     in_ram = machine.gpu is None or machine.gpu.unified
     rows = list(_gpu_rows(found, machine)) if found.device == placement.GPU else []
     if in_ram:
@@ -91,12 +94,15 @@ def cached_experts(model: ModelShape, machine: Machine, ctx: int) -> Placement |
     return replace(_summary(found, model), experts=float(np.interp(share, *_HITS)), slots=found.expert_slots)
 
 
-def _place(model: ModelShape, machine: Machine, ctx: int, expert_cache: bool = False) -> placement.Placement:
+def _place(
+    model: ModelShape, machine: Machine, ctx: int, expert_cache: bool = False, share: float = 1.0
+) -> placement.Placement:
     """Where everything goes: without the GPU if it has too little memory."""
     gpu = machine.gpu
     request = Request(
-        model.tensors, model.config, ctx, int(machine.ram_bytes), runner_bytes=int(machine.cpu.process_bytes)
-    )
+        model.tensors, model.config, ctx, int(machine.ram_bytes), runner_bytes=int(machine.cpu.process_bytes),
+        share=share,
+    )  # fmt: skip
     alone = placement.lay_out(request)
     if gpu is None or not (gpu.unified or placement.runs_on_gpu(model.config)):
         return alone

@@ -6,7 +6,7 @@ come one after another, so times add up; what runs at the same time on CPU and G
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from localrun.limits import PREFILL_CHUNK
@@ -19,6 +19,7 @@ from quant.batch import ATTENTION_TOKENS
 from quant.formats.registry import INTERLEAVED
 
 _SHARED_LAUNCHES = "launches of shared experts"
+MESSAGES = "messages"  # the part of which hosts wait for others
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def _step(
     if gpu and share and model.is_moe and placement.experts < 1:
         n_layers = model.n_moe_layers * (1 if placement.slots else 1 - placement.experts)  # with experts in RAM
         phases.append(Phase("waiting", "", (gpu.handover_s + moved) * n_layers * share))
-    return Speed(n_tokens, tuple(phases), 0.0 if is_prompt else _hidden_s(phases, placement.slots > 0))
+    return Speed(n_tokens, tuple(phases), 0.0 if is_prompt else beside_s(phases, placement.slots > 0))
 
 
 def _launches(config: Config, layer_s: float, share: float) -> list[Phase]:
@@ -160,11 +161,14 @@ def _launches(config: Config, layer_s: float, share: float) -> list[Phase]:
     ]
 
 
-def _hidden_s(phases: list[Phase], is_cache: bool) -> float:
-    """The GPU's shared experts run while the CPU runs the routed ones, and so do those of a layer that it caches."""
+def beside_s(phases: Sequence[Phase], is_cache: bool = False) -> float:
+    """The GPU's shared experts run while the CPU runs the routed ones, and so do those of a layer that it caches.
+
+    Or while it waits for other hosts'.
+    """
     parts = {"shared experts", _SHARED_LAUNCHES} | ({"routed experts"} if is_cache else set())
     shared = sum(p.seconds for p in phases if p.part in parts and p.device == "GPU")
-    routed = sum(p.seconds for p in phases if p.part == "routed experts" and p.device == "CPU")
+    routed = sum(p.seconds for p in phases if (p.part, p.device) in (("routed experts", "CPU"), (MESSAGES, "")))
     return min(shared, routed)
 
 

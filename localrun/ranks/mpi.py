@@ -15,6 +15,8 @@ from localrun.errors import LocalrunError
 
 # Of MPICH's UCX: no lines on stderr about peers that are gone; inside one machine no network, so that nothing listens.
 _QUIET, _INSIDE = {"UCX_LOG_LEVEL": "fatal"}, {"UCX_TLS": "self,sm"}
+# Of MPICH: messages lie in RAM, and where a host node of a card sends them, nobody may ask CUDA for that.
+_IN_RAM = {"MPIR_CVAR_ENABLE_GPU": "0"}
 _MISSING = "several ranks need MPI: pip install 'localrun[cluster]'"
 
 
@@ -28,7 +30,7 @@ def set_up_mpi(is_inside: bool) -> None:
     except ImportError:
         raise LocalrunError(_MISSING) from None
     mpi4py.rc.thread_level, mpi4py.rc.finalize = "multiple", False
-    for name, value in (_QUIET | (_INSIDE if is_inside else {})).items():
+    for name, value in (_QUIET | _IN_RAM | (_INSIDE if is_inside else {})).items():
         os.environ.setdefault(name, value)
 
 

@@ -18,17 +18,18 @@ from localrun.ranks.world import World
 from quant.decode.router import MOST_RANKS
 
 
-def owners_of(file: GGUFFile, config: Config, world: World, sharing: Sharing) -> np.ndarray:
+def owners_of(file: GGUFFile, config: Config, world: World, sharing: Sharing, layers: Sequence[int]) -> np.ndarray:
     """int64 (layers, E): bits of the ranks that have each expert, in the order in which messages count layers.
 
     Raises LocalrunError: more ranks than experts or bits, or an importance matrix of another model.
     """
-    n_experts, layers = config.n_routed_experts, expert_layers(file, config)
+    n_experts = config.n_routed_experts
     if world.size > min(n_experts, MOST_RANKS):
         raise LocalrunError(f"{world.size} ranks for {n_experts} experts; at most {min(n_experts, MOST_RANKS)}")
     counts = dict.fromkeys(layers, [1] * n_experts)
     if sharing.usage is not None:
-        counts |= read_usage(sharing.usage, [i for i in layers if i < config.num_hidden_layers], n_experts)
+        counted = [index for index in expert_layers(file, config) if index < config.num_hidden_layers]
+        counts |= read_usage(sharing.usage, counted, n_experts)
     sizes = sharing.sizes_of(world)
     return np.stack([divide(counts[index], sizes, sharing.copies) for index in layers])
 

@@ -7,22 +7,24 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 
 import numpy as np
 
+from localrun.errors import LocalrunError
 from localrun.gguf.file import GGUFFile
 from localrun.models.config import Config
 from localrun.ranks import many
 from localrun.ranks.owners import assign, owners_of
-from localrun.ranks.sharing import EXPERTS, Ranks, Share, settled
+from localrun.ranks.sharing import EXPERTS, Ranks, Share, expert_layers, settled
 from localrun.ranks.speed import with_sizes
 from localrun.ranks.world import RankError
 from quant.decode.exchange import N_TIMES, Exchange
 from quant.decode.experts import NOBODY, Told
+from quant.decode.host_node import OtherRanks
 from quant.decode.message_sizes import HEADER_BYTES
 from quant.decode.messages import END, HEADER, TO
 from quant.decode.program import Phase
@@ -42,15 +44,22 @@ class Remote:
         share: this rank's own.
     """
 
-    def __init__(self, file: GGUFFile, config: Config, ranks: Ranks, n_threads: int):
+    def __init__(self, file: GGUFFile, config: Config, ranks: Ranks, n_threads: int, in_vram: Collection[int] = ()):
         """Waits until all are ready. Raises LocalrunError: the model can't be shared so, or a rank is gone.
 
-        n_threads: of this rank.
+        Args:
+            n_threads: of this rank.
+            in_vram: layers whose experts are all here, on a card: they are not shared.
         """
         self._world, self._others = ranks.world, range(1, ranks.world.size)
+        layers = [index for index in expert_layers(file, config) if index not in in_vram]
+        if in_vram and not any(index < config.num_hidden_layers for index in layers):
+            raise LocalrunError("VRAM holds all routed experts: there is nothing for other ranks; leave them out")
+        for rank in self._others:
+            self._world.send(rank, np.array(layers, np.int64).tobytes())
         sharing = with_sizes(ranks.world, settled(ranks.sharing, file, config, ranks.world), n_threads)
-        owners = owners_of(file, config, ranks.world, sharing) if sharing.share == EXPERTS else None
-        self.share = Share(file, config, ranks.world, sharing, owners)
+        owners = owners_of(file, config, ranks.world, sharing, layers) if sharing.share == EXPERTS else None
+        self.share = Share(file, config, ranks.world, sharing, layers, owners)
         self._numbers = {index: number for number, index in enumerate(self.share.layers)}
         self._exchange = Exchange(
             self._world.links, len(self._others), self.share.type, self.share.hidden, self.share.top_k,
@@ -84,6 +93,12 @@ class Remote:
         if self.share.owners is None or not self.has(index):
             return 0
         return self.share.owners[self._numbers[index]].ctypes.data
+
+    def others(self, index: int) -> OtherRanks | None:
+        """The same of a layer for ExpertNodes; none, of a layer that is not shared."""
+        if not self.has(index):
+            return None
+        return OtherRanks(self.told(index), self.owners(index), self._exchange.collect_phase)
 
     def collect_phase(self, out: int, into: Streams | None) -> Phase:
         """As Exchange.collect_phase."""

@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 
 import numpy as np
@@ -86,6 +86,14 @@ class Ranks:
     world: World
     sharing: Sharing = Sharing()
 
+    def own_part(self, n_experts: int) -> float:
+        """Of a shared layer's bytes, about what this rank has: shares by speed are measured later.
+
+        Raises LocalrunError as Sharing.sizes_of.
+        """
+        sizes = self.sharing.sizes_of(self.world)
+        return min(1.0, sizes[self.world.rank] / sum(sizes) + self.sharing.copies / max(1, n_experts))
+
 
 def settled(sharing: Sharing, file: GGUFFile, config: Config, world: World) -> Sharing:
     """The sharing with a way to share. All ranks come to the same."""
@@ -139,17 +147,23 @@ class Share:
     """
 
     def __init__(
-        self, file: GGUFFile, config: Config, world: World, sharing: Sharing, owners: np.ndarray | None = None
-    ):
-        """owners: what rank 0 has told. Raises LocalrunError if the model's experts can't be shared so."""
-        tensors, indices, sizes = GGUFTensors(file), expert_layers(file, config), sharing.sizes_of(world)
-        if not indices:
+        self, file: GGUFFile, config: Config, world: World, sharing: Sharing, layers: Sequence[int],
+        owners: np.ndarray | None = None,
+    ):  # fmt: skip
+        """Raises LocalrunError if the model's experts can't be shared so.
+
+        Args:
+            layers: those that are shared, by what rank 0 says.
+            owners: what it says of whole experts.
+        """
+        tensors, sizes = GGUFTensors(file), sharing.sizes_of(world)
+        if not layers:
             raise LocalrunError(f"{file.path}: has no routed experts that several ranks could share")
         self.type, self.top_k, self.hidden = TYPES[sharing.message], config.num_experts_per_tok, config.hidden_size
         if self.hidden % self.type.columns:
             raise LocalrunError(f"messages of type {sharing.message} take multiples of {self.type.columns} columns")
         self._file, self._config, self._rank, self.owners = file, config, world.rank, owners
-        self.layers = {index: tensors.expert_matrices(index) for index in indices}
+        self.layers = {index: tensors.expert_matrices(index) for index in layers}
         self._repack = sharing.repack
         if owners is None:
             self._cut(world, sizes)
@@ -205,12 +219,16 @@ class Share:
             if is_own
         ]
 
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Of the tensors that are shared."""
+        name = partial(names.layer, self._config.architecture)
+        return frozenset(name(index, f"mlp.experts.{part}_proj") for index in self.layers for part in _PARTS)
+
     @property
     def all_spans(self) -> list[Span]:
         """The same, and all tensors that are not shared."""
-        name = partial(names.layer, self._config.architecture)
-        shared = {name(index, f"mlp.experts.{part}_proj") for index in self.layers for part in _PARTS}
-        beside = (tensor for name, tensor in self._file.tensors.items() if name not in shared)
+        beside = (tensor for name, tensor in self._file.tensors.items() if name not in self.names)
         return [(tensor.data.ctypes.data, tensor.n_bytes) for tensor in beside] + self.spans
 
 

@@ -36,10 +36,11 @@ def serve_share(file: GGUFFile, world: World, sharing: Sharing, n_threads: int) 
         RankError: rank 0 can't be reached any more.
     """
     config = read_config(file)
+    layers = np.frombuffer(world.receive(0, START_S), np.int64).tolist()
     sharing, owners = with_sizes(world, settled(sharing, file, config, world), n_threads), None
     if sharing.share == EXPERTS:
         owners = np.frombuffer(world.receive(0, START_S), np.int64).reshape(-1, config.n_routed_experts)
-    share = Share(file, config, world, sharing, owners)
+    share = Share(file, config, world, sharing, layers, owners)
     resident = Resident(file, share.spans)
     try:
         with closing(Pool(n_threads)) as pool:

@@ -1,15 +1,17 @@
 """Routed experts as C functions for threads that are not ours: a GPU's driver calls one a layer, as a node of a graph.
 
 The choice of experts is made elsewhere and lies in memory, as do the inputs. Such a call runs a program of the layer's
-two phases on the workers, as worker 0, and returns when the sum is there: no Python, no GIL, no lock. Whoever may cause
-such calls holds Pool.exclusive() meanwhile.
+two phases on the workers, as worker 0, and returns when the sum is there: no Python, no GIL, no lock. Where other ranks
+have shares of a layer, they are told in its first phase, and a third one adds their sums. Whoever may cause such calls
+holds Pool.exclusive() meanwhile.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from quant.decode.experts import expert_phases
+from quant.decode.experts import NOBODY, Told, expert_phases
 from quant.decode.linear import Input
-from quant.decode.program import MOST_TOKENS, PROGRAM, STEP, Phases, reset
+from quant.decode.program import MOST_TOKENS, PROGRAM, STEP, Phase, Phases, reset
 from quant.decode.router import Choice
 from quant.errors import QuantError
 from quant.matrix import ExpertMatrices
@@ -31,6 +33,21 @@ def _run(node):
     dispatch(a.control, a.job, a.program)
 
 
+@dataclass(frozen=True)
+class OtherRanks:
+    """Those that have shares of a layer.
+
+    Attributes:
+        told: what they are told.
+        owners: as Router has them.
+        collect: gives the phase that adds their sums to float32 (T, D) at an address.
+    """
+
+    told: Told
+    owners: int
+    collect: Callable[[int], Phase]
+
+
 class ExpertNodes:
     """The experts of some layers over the same buffers, which layers use one after the other. T: MOST_TOKENS.
 
@@ -39,8 +56,9 @@ class ExpertNodes:
     """
 
     def __init__(
-        self, pool: Pool, layers: Sequence[ExpertMatrices], top_k: int, x: int, ids: int, weights: int, out: int
-    ):
+        self, pool: Pool, layers: Sequence[ExpertMatrices], top_k: int, x: int, ids: int, weights: int, out: int,
+        others: Sequence[OtherRanks | None] = (),
+    ):  # fmt: skip
         """The pool, the weights and the buffers must stay.
 
         Args:
@@ -48,6 +66,7 @@ class ExpertNodes:
             ids: address of int64 (T, top_k); pairs with -1 are left out.
             weights: address of float32 (T, top_k).
             out: address of float32 (T, D) for the weighted sum.
+            others: of each layer; none where all experts are here.
 
         Raises:
             QuantError: layers of different widths.
@@ -58,11 +77,17 @@ class ExpertNodes:
         most_inner = max(layer.gate.n_rows for layer in layers)
         gate_out, up_out = (aligned_bytes(4 * MOST_TOKENS * top_k * most_inner) for _ in range(2))
         self._programs = [Phases(pool) for _ in layers]
-        for program, experts in zip(self._programs, layers, strict=True):
-            choice = Choice(ids, weights, experts.gate.n_groups, top_k)
+        for program, experts, ranks in zip(self._programs, layers, others or [None] * len(layers), strict=True):
+            choice = Choice(ids, weights, experts.gate.n_groups, top_k, ranks.owners if ranks else 0)
             between = program.keep(gate_out), program.keep(up_out)
-            for phase in expert_phases(Input(x), choice, experts, *between, None, out, pool.n_workers, replaces=True):
+            told = ranks.told if ranks else NOBODY
+            phases = expert_phases(
+                Input(x), choice, experts, *between, None, out, pool.n_workers, replaces=True, told=told
+            )
+            for phase in phases:
                 program.add(phase)
+            if ranks:
+                program.add(ranks.collect(out))
         work = aligned_bytes(max(program.work_bytes for program in self._programs) * pool.n_workers)
         for program in self._programs:
             program.finish(work)

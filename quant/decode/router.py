@@ -249,6 +249,9 @@ def _assign(r, c, n_tokens):
     for rank in range(MOST_RANKS):
         store_i64(loads + 8 * rank, 0)
     for pair in range(r.top_k * n_tokens):
+        if not is_here(r, c, pair):  # of a choice made before; below 0 it would be another rank's
+            c.ids[pair] = r.n_experts
+            continue
         rank = _rank_of(r, c, pair, loads)
         if rank > 0:
             c.ids[pair] = elsewhere(r, c.ids[pair], rank)
@@ -359,12 +362,14 @@ class Choice:
     Attributes:
         ids: address of int64 (T, K); a pair whose id is no expert's, as -1, counts as not chosen.
         weights: address of float32 (T, K).
+        owners: as Router has them.
     """
 
     ids: int
     weights: int
     n_routed_experts: int
     num_experts_per_tok: int
+    owners: int = 0
 
     @property
     def struct(self) -> np.ndarray:
@@ -372,7 +377,7 @@ class Choice:
         return ROUTER.pack(
             logits=0, has_bias=False, bias=0, table=0, ids=self.ids, weights=self.weights,
             n_experts=self.n_routed_experts, top_k=self.num_experts_per_tok, n_group=1, topk_group=1,
-            scoring=PRECOMPUTED, normalise=False, factor=1.0, owners=0,
+            scoring=PRECOMPUTED, normalise=False, factor=1.0, owners=self.owners,
             choose=_choose.address,
         )  # fmt: skip
 

@@ -22,6 +22,18 @@ def _assigned(router, memory, n_tokens):
     _assign(r, c, n_tokens)
 
 
+def assigned(ids: np.ndarray, owners: np.ndarray) -> np.ndarray:
+    """int64 (pairs,): what the choice of (T, K) ids becomes."""
+    weights, memory = np.ones(ids.shape, np.float32), np.zeros(1 << 16, np.uint8)
+    router = ROUTER.pack(
+        logits=0, has_bias=False, bias=0, table=0, ids=ids.ctypes.data, weights=weights.ctypes.data,
+        n_experts=N_EXPERTS, top_k=TOP_K, n_group=1, topk_group=1, scoring=PRECOMPUTED, normalise=False,
+        factor=1.0, owners=owners.ctypes.data, choose=0,
+    )  # fmt: skip
+    kernels.call(_assigned, router, memory, len(ids))
+    return memory[CHOICE.size :].view(np.int64)[: ids.size].copy()
+
+
 def expected_ranks(ids: np.ndarray, owners: np.ndarray, n_ranks: int) -> list[int]:
     """An expert's pairs go together; else to whom has fewest experts so far, of those that have it."""
     found: dict[int, int] = {}
@@ -41,16 +53,15 @@ def test_pairs_go_to_who_has_fewest(n_ranks: int, n_tokens: int) -> None:
     for _ in range(20):
         owners = rng.integers(1, 1 << n_ranks, N_EXPERTS)
         ids = np.stack([rng.permutation(N_EXPERTS)[:TOP_K] for _ in range(n_tokens)]).astype(np.int64)
-        weights, memory = np.ones(ids.shape, np.float32), np.zeros(1 << 16, np.uint8)
-        router = ROUTER.pack(
-            logits=0, has_bias=False, bias=0, table=0, ids=ids.ctypes.data, weights=weights.ctypes.data,
-            n_experts=N_EXPERTS, top_k=TOP_K, n_group=1, topk_group=1, scoring=PRECOMPUTED, normalise=False,
-            factor=1.0, owners=owners.ctypes.data, choose=0,
-        )  # fmt: skip
-        kernels.call(_assigned, router, memory, n_tokens)
-        chosen = memory[CHOICE.size :].view(np.int64)[: ids.size].copy()
+        chosen = assigned(ids, owners)
         expected = np.array(expected_ranks(ids, owners, n_ranks))
         assert np.array_equal(np.where(chosen >= 0, chosen, -1), np.where(expected == 0, ids.ravel(), -1))
         value = -1 - chosen
         assert np.array_equal(1 + value[chosen < 0] // N_EXPERTS, expected[chosen < 0])
         assert np.array_equal(value[chosen < 0] % N_EXPERTS, ids.ravel()[chosen < 0])
+
+
+def test_pairs_without_an_expert_are_nobodys() -> None:
+    """Below 0 they would be another rank's."""
+    owners, ids = np.full(N_EXPERTS, 2), np.array([[3, -1, 5, N_EXPERTS, 7, -99]], np.int64)
+    assert assigned(ids, owners).tolist() == [-4, N_EXPERTS, -6, N_EXPERTS, -8, N_EXPERTS]

@@ -4,20 +4,29 @@ Of a recorded step of a few tokens (StepExperts), or of a prompt, beside the dev
 network/weight_source.py's RoutedExperts for each layer. Letters: T tokens, K experts per token, D hidden_size.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from localrun.gpu.device import Cuda, StandIn
 from localrun.network.weight_source import Finish
-from quant.decode.host_node import ExpertNodes
+from quant.decode.host_node import ExpertNodes, OtherRanks
 from quant.decode.program import MOST_TOKENS
 from quant.matrix import ExpertMatrices
 from quant.ops import experts as quant_experts
 from quant.threads.pool import Pool
+
+# x (T, D), ids and weights (T, K) -> ids of what this rank is to compute, and what adds other ranks' sums to its own.
+BeginOthers = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, Callable[[np.ndarray], None]]]
+
+
+def _begin_nobody(x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, Callable[..., None]]:
+    """BeginOthers, of experts that are all here."""
+    return ids, lambda sums: None
 
 
 class _Staging:
@@ -58,12 +67,15 @@ class StepExperts:
     layers use the same host memory, one after the other. Steps run within Pool.exclusive().
     """
 
-    def __init__(self, device: Cuda | StandIn, pool: Pool, layers: Mapping[int, ExpertMatrices], top_k: int) -> None:
-        """layers: by index, all of one width; their tensors must stay mapped."""
+    def __init__(
+        self, device: Cuda | StandIn, pool: Pool, layers: Mapping[int, ExpertMatrices], top_k: int,
+        others: Sequence[OtherRanks | None] = (),
+    ) -> None:  # fmt: skip
+        """layers: by index, all of one width; their tensors must stay mapped. others: as ExpertNodes has them."""
         self._device = device
         self._staging = _Staging(device, MOST_TOKENS, next(iter(layers.values())).gate.n_cols, top_k)
         buffers = (getattr(self._staging, name).data_ptr() for name in ("x", "ids", "weights", "out"))
-        self._nodes = ExpertNodes(pool, list(layers.values()), top_k, *buffers)
+        self._nodes = ExpertNodes(pool, list(layers.values()), top_k, *buffers, others)
         self._places = {index: place for place, index in enumerate(layers)}
 
     def layer(self, index: int) -> _LayerExperts:
@@ -90,17 +102,19 @@ class PrefillExperts:
     def __init__(self, device: Cuda | StandIn, pool: Pool):
         self._device, self._pool = device, pool
         self._thread = ThreadPoolExecutor(1, "localrun-experts")
-        self._jobs: list[Future[None]] = []
+        self._jobs: list[Future[Callable[[np.ndarray], None]]] = []
         self._free: list[_Staging] = []
 
-    def layer(self, experts: ExpertMatrices) -> _LayerExperts:
-        """The experts of a layer, whose tensors must stay mapped."""
-        return _LayerExperts(self._begin, experts)
+    def layer(self, experts: ExpertMatrices, begin_others: BeginOthers = _begin_nobody) -> _LayerExperts:
+        """The experts of a layer, whose tensors must stay mapped. begin_others: has other ranks compute shares."""
+        return _LayerExperts(self._begin, (experts, begin_others))
 
-    def _begin(self, experts: ExpertMatrices, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Finish:
+    def _begin(
+        self, layer: tuple[ExpertMatrices, BeginOthers], x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> Finish:
         staging = self._take(x, ids)
         staging.fill(x, ids, weights)
-        job = self._thread.submit(self._compute, experts, staging, x.shape[0], self._device.mark())
+        job = self._thread.submit(self._compute, *layer, staging, x.shape[0], self._device.mark())
         self._jobs = [other for other in self._jobs if not other.done()] + [job]
         return partial(self._collect, job, staging, x)
 
@@ -109,15 +123,22 @@ class PrefillExperts:
         self._free = [staging for staging in self._free if staging.holds(x, ids)]
         return self._free.pop() if self._free else _Staging(self._device, *x.shape, ids.shape[1])
 
-    def _compute(self, experts: ExpertMatrices, staging: _Staging, n_tokens: int, copied: Callable[[], None]) -> None:
+    def _compute(
+        self, experts: ExpertMatrices, begin_others: BeginOthers, staging: _Staging, n_tokens: int,
+        copied: Callable[[], None],
+    ) -> Callable[[np.ndarray], None]:  # fmt: skip
+        """This rank's part; what comes back waits for the others', so that the thread goes on with the next batch."""
         copied()
-        ids, weights = staging.ids[:n_tokens].numpy(), staging.weights[:n_tokens].numpy()
-        quant_experts.run(self._pool, experts, staging.x.data_ptr(), ids, weights, staging.out.data_ptr())
+        x, ids, weights = (rows[:n_tokens].numpy() for rows in (staging.x, staging.ids, staging.weights))
+        ids, add_others = begin_others(x, ids, weights)
+        quant_experts.run(self._pool, experts, x.ctypes.data, ids, weights, staging.out.data_ptr())
+        return add_others
 
-    def _collect(self, job: Future[None], staging: _Staging, x: torch.Tensor) -> torch.Tensor:
-        job.result()
+    def _collect(self, job: Future[Callable[[np.ndarray], None]], staging: _Staging, x: torch.Tensor) -> torch.Tensor:
+        add_others, sums = job.result(), staging.out[: x.shape[0]]
+        add_others(sums.numpy())
         out = torch.empty_like(x)
-        out.copy_(staging.out[: x.shape[0]], non_blocking=True)
+        out.copy_(sums, non_blocking=True)
         self._free.append(staging)
         return out
 

@@ -6,6 +6,7 @@ Letters: T tokens, D hidden_size, E experts, K experts per token.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
+from functools import partial
 
 import torch
 
@@ -16,6 +17,7 @@ from localrun.gpu.experts.on_host import PrefillExperts, StepExperts
 from localrun.gpu.experts.stream import StreamedExperts, Uploader, work_bytes
 from localrun.gpu.matrices.matrix import Matrix
 from localrun.network.weight_source import Finish, RoutedExperts
+from localrun.ranks.remote import Remote
 from quant.matrix import ExpertMatrices
 from quant.threads.pool import Pool
 
@@ -36,7 +38,7 @@ class Routed:
     Attributes:
         mode: of the next begin().
         layers: those that have experts.
-        in_ram: layer -> its experts, of those that have some in RAM.
+        in_ram: layer -> its experts, of those that have some in RAM; of shared ones this rank's part.
         cache: what changes the experts in VRAM, if they are a cache of those in RAM, which are all then.
         streamable: bytes of VRAM that streaming takes for its work; 0 if no layer lies in RAM whole.
     """
@@ -50,6 +52,7 @@ class Routed:
         top_k: int,
         is_cache: bool = False,
         notice: Callable[[str], None] = lambda line: None,
+        remote: Remote | None = None,
     ):
         """Uploads.
 
@@ -58,14 +61,16 @@ class Routed:
             in_vram: layer -> ids to upload.
             is_cache: whether they are only the first of those that come to VRAM.
             notice: as ExpertCache has it.
+            remote: other ranks that have shares of layers; nothing of such a layer is in VRAM.
         """
         self.mode = Mode.PREFILL
-        self._device, self.layers = device, layers.keys()
+        self._device, self._remote, self.layers = device, remote, layers.keys()
         self.in_ram = {i: experts for i, experts in layers.items() if len(in_vram[i]) < experts.gate.n_groups}
         self.cache = ExpertCache(device, layers, in_vram, notice) if is_cache else None
         self._vram = self.cache.in_vram if self.cache is not None else self._upload(layers, in_vram)
         self._whole = [experts for i, experts in self.in_ram.items() if self.is_whole(i)]
-        self._steps = StepExperts(device, pool, self.in_ram, top_k) if self.in_ram else None
+        others = [remote.others(i) for i in self.in_ram] if remote else ()
+        self._steps = StepExperts(device, pool, self.in_ram, top_k, others) if self.in_ram else None
         self._prefill = PrefillExperts(device, pool) if self.in_ram else None
         self._streamed: StreamedExperts | None = None
         self.streamable = max(map(work_bytes, self._whole), default=0)
@@ -81,8 +86,12 @@ class Routed:
         return _Layer(self, index)
 
     def is_whole(self, index: int) -> bool:
-        """Whether all of a layer's experts are in RAM."""
-        return index in self.in_ram and (index not in self._vram or self.cache is not None)
+        """Whether all of a layer's experts are in this rank's RAM."""
+        is_here = index in self.in_ram and (index not in self._vram or self.cache is not None)
+        return is_here and not self._is_shared(index)
+
+    def _is_shared(self, index: int) -> bool:
+        return self._remote is not None and self._remote.has(index)
 
     def allow_streaming(self) -> None:
         """Set the work memory for Mode.STREAM aside."""
@@ -106,7 +115,8 @@ class Routed:
             here: RoutedExperts = self._steps.layer(index)
         else:
             assert self._prefill is not None
-            here = self._prefill.layer(experts)
+            begin_others = (partial(self._remote.begin_many, index),) if self._is_shared(index) else ()
+            here = self._prefill.layer(experts, *begin_others)
         return _Others(here, self._vram[index].slot_of) if index in self._vram else here
 
     def start(self) -> None:

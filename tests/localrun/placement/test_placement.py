@@ -174,6 +174,19 @@ def test_what_drafts_from_a_file_of_its_own_is_in_ram(needs_head: bool) -> None:
         assert found.n_bytes("RAM", "head, for multi-token prediction") == head
 
 
+@pytest.mark.parametrize("vram_gib", [None, 24])
+def test_of_shared_experts_a_rank_has_its_part(vram_gib: float | None) -> None:
+    """But of layers in VRAM all, of which other ranks have nothing; of what drafts its part, too."""
+    whole, part = (lay_out(request(vram_gib=vram_gib, mtp=True, share=share)) for share in (1.0, 0.25))
+    assert part.experts == whole.experts and any(whole.experts.values()) == (vram_gib is not None)
+    assert part.n_bytes("VRAM", "routed experts") == whole.n_bytes("VRAM", "routed experts")
+    in_ram = whole.n_bytes("RAM", "routed experts")
+    assert part.n_bytes("RAM", "routed experts") == pytest.approx(in_ram / 4, abs=1)
+    drafts = sum(t.n_bytes for t in shape("deepseek-v3").groups()["mtp"] if "_exps" in t.name)
+    saved = [each.n_bytes("RAM", "multi-token prediction") for each in (whole, part)]
+    assert saved[0] - saved[1] == pytest.approx(0.75 * drafts, abs=1)
+
+
 def test_without_a_gpu_all_is_in_ram() -> None:
     found = lay_out(request(vram_gib=None, cache_bits=8))
     assert set(found.tensors.values()) == {"cpu"} and found.device == "cpu" and list(found.needed) == ["RAM"]

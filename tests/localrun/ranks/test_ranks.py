@@ -291,7 +291,7 @@ def test_a_rank_without_room_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "free_ram", lambda: 1000)
     path, world = tiny_models.shared("v3-odd"), World(1, ["here", "host b (rank 1)"], Post().links(1))
     with open_gguf(path) as file, pytest.raises(LocalrunError, match=r"^this rank's columns .* 0\.0 are free$"):
-        Share(file, read_config(file), world, EXACT)
+        Share(file, read_config(file), world, EXACT, [1])
 
 
 def test_shares_by_speed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,7 +342,7 @@ def test_what_cannot_be_shared_is_refused() -> None:
     post = Post()
     with in_process(tiny_models.shared("v3-odd"), 1, Sharing(), post) as ranks:
         for options, line in (
-            ({"device": "cuda"}, "several ranks"),
+            ({"device": "cuda", "gpu_experts": 2}, "several ranks"),
             ({"repack": True}, "lay out their own shares"),
             ({"backend": "llama.cpp"}, "llama.cpp"),
         ):
