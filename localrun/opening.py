@@ -211,7 +211,7 @@ def native_model(
     if placement.device == GPU:
         from localrun.gpu.hybrid import HybridModel
 
-        warm_up(for_prompts(config, types), progress, notice)
+        warm_up(for_prompts(config, types), progress, notice, check)
         return HybridModel(config, file, threads, placement, notice=notice, ranks=ranks, **choices)
     from localrun.cpu.model import NativeModel
 

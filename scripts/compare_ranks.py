@@ -116,7 +116,7 @@ def measure(path: Path, places: tuple[str | None, str | None], n_prompt: int, n_
     found: dict[str, dict[str, list[float]]] = {}
     with ExitStack() as stack:
         ranks = stack.enter_context(sharing_ranks(path, places_of(*places), Sharing(), 1))
-        of = {RANKS: {"threads": 1, "ranks": ranks}, ONE: {"threads": 1}, TWO: {"threads": 2}}
+        of = {RANKS: {"threads": 1, "ranks": ranks, "device": "cpu"}, ONE: {"threads": 1}, TWO: {"threads": 2}}
         ctx, alone = _BEFORE + max(n_prompt, n_reply), {"device": "cpu", "backend": "native"}
         engines = {
             name: stack.enter_context(localrun.load(path, ctx=ctx, **(alone if "ranks" not in own else {}) | own))
