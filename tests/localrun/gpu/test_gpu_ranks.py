@@ -106,7 +106,7 @@ FAST = {CASES[0], CASES[3], CASES[4], CASES[9]}
 @pytest.mark.usefixtures("in_torch")
 @pytest.mark.parametrize(("name", "n_ranks", "share"), slow_but(CASES, FAST))
 def test_logits_are_those_of_one_process(name: str, n_ranks: int, share: str) -> None:
-    ids = tiny_deepseek4.token_ids(CTX) if name == "V4" else ids_of(40, name)
+    ids = list(range(40)) if name == "V4" else ids_of(40, name)  # as test_ranks.py: in others a choice may tip
     with opened(path_of(name)) as model:
         step, many = both_ways(model, ids)
     with opened(path_of(name), n_ranks, Sharing("f32", share=share)) as model:
@@ -151,8 +151,6 @@ def test_layers_in_vram_are_not_shared(share: str) -> None:
         whole = model.file.tensors["blk.2.ffn_gate_exps.weight"].n_bytes
         assert 0.3 * 2 * whole < sum(n_bytes for _, n_bytes in spans) < 0.7 * 3 * whole
     assert error(found_many, many) < ROUNDING_TOLERANCE and error(found_step, step) < SESSION_TOLERANCE
-    with pytest.raises(LocalrunError, match="VRAM holds all routed experts"), opened(path, 2, in_vram=(1, 2)):
-        pass
 
 
 @pytest.mark.usefixtures("in_torch")
@@ -312,10 +310,18 @@ def test_what_is_placed_is_this_ranks_part() -> None:
 
 
 @pytest.mark.usefixtures("in_torch", "gpu")
-@pytest.mark.parametrize("options", [{"gpu_experts": 2}, {"gpu_experts": "cache"}, {"expert_usage": "counts.gguf"}])
-def test_parts_of_layers_in_vram_are_refused(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"gpu_experts": 2}, "routed experts of whole layers"),
+        ({"gpu_experts": "cache"}, "routed experts of whole layers"),
+        ({"expert_usage": "counts.gguf"}, "routed experts of whole layers"),
+        ({}, "VRAM holds all routed experts"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(options: dict[str, Any], line: str) -> None:
     path = path_of("V3")
-    with in_process(path, 1, EXACT) as ranks, pytest.raises(LocalrunError, match=r"VRAM takes .* of whole layers"):
+    with in_process(path, 1, EXACT) as ranks, pytest.raises(LocalrunError, match=line):
         localrun.load(path, device="cuda", unproven=True, ranks=ranks, **options)
 
 
