@@ -112,7 +112,7 @@ def test_hosts_without_room(capsys: pytest.CaptureFixture[str]) -> None:
 def test_readers_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", "deepseek-v3", "--machine", "10k-server", "--prefill-hosts", "1", "--reply", "512"]) == 0
     out, err = capsys.readouterr()
-    assert err == "" and "a prompt of 512: 34.3 MiB of cache, 0.03 s on the wire, 0.001 s of it not under" in out
+    assert err == "" and "a prompt of 512: 34.3 MiB of cache, 0.03 s on the wire, 0.002 s of it not under" in out
     assert [line.split("  ")[0] for line in out.splitlines()[5:8]] == [
         "one host",
         "experts shared",

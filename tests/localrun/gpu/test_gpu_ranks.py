@@ -53,11 +53,13 @@ ROUNDING_TOLERANCE = 3e-6  # as in test_ranks.py: of the order of sums
 BF16_TOLERANCE = 5e-3  # the same: 2^-9 of each vector on layers' way out and back
 # Inner columns in blocks of 32 enough for three ranks.
 SHAPES = {name: replace(MODELS[name], moe_intermediate_size=96) for name in MODELS if name not in ("Mixtral", "Ling")}
+# Its indexer takes all rows: which of equal scores torch takes may depend on the last place of others.
+V4 = replace(tiny_deepseek4.SHARED, index_topk=64)
 DRAFTING = "with a layer for multi-token prediction"
 
 
 def path_of(name: str, type_: str = "F32") -> Path:
-    return tiny_deepseek4.shared() if name == "V4" else tiny_models.shared(SHAPES[name], type=type_)
+    return tiny_deepseek4.shared(V4) if name == "V4" else tiny_models.shared(SHAPES[name], type=type_)
 
 
 @contextmanager
@@ -106,16 +108,18 @@ FAST = {CASES[0], CASES[3], CASES[4], CASES[9]}
 @pytest.mark.usefixtures("in_torch")
 @pytest.mark.parametrize(("name", "n_ranks", "share"), slow_but(CASES, FAST))
 def test_logits_are_those_of_one_process(name: str, n_ranks: int, share: str) -> None:
-    ids = list(range(40)) if name == "V4" else ids_of(40, name)  # as test_ranks.py: in others a choice may tip
+    ids = tiny_deepseek4.token_ids(40) if name == "V4" else ids_of(40, name)
     with opened(path_of(name)) as model:
         step, many = both_ways(model, ids)
+        first = model.forward(ids[:8], model.new_cache(8))
     with opened(path_of(name), n_ranks, Sharing("f32", share=share)) as model:
         found_step, found_many = both_ways(model, ids)
+        found_first = model.forward(ids[:8], model.new_cache(8))
         assert (model.remote.share.owners is None) == (share == SLICES) and model.remote.figures()["exchanges"] > 0
     assert error(found_many, many) < ROUNDING_TOLERANCE
     assert error(found_step, step) < SESSION_TOLERANCE  # rows of the cache are rounded to 16 bits
     # Or nothing is shared.
-    assert not np.array_equal(found_many, many) and not np.array_equal(found_step, step)
+    assert not np.array_equal(found_many, many) and not np.array_equal(found_first, first)
 
 
 @pytest.mark.usefixtures("in_torch")
