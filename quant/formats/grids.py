@@ -59,15 +59,32 @@ GROUPS = 32
 
 
 def entry_of(values: np.ndarray) -> Callable:
-    """An intrinsic int64(int64 i): entry i of int8 (entries, 8 or 4), its bytes + WEIGHT_BIAS."""
+    """An intrinsic int64(int64 i): entry i of int8 (entries, 8), its bytes + WEIGHT_BIAS."""
+    load_entry = _entries(values)
+    return define(types.int64, (types.int64,), load_entry)
+
+
+def two_entries_of(values: np.ndarray) -> Callable:
+    """An intrinsic int64(int64 i, int64 j): entries i and j of int8 (entries, 4), their bytes + WEIGHT_BIAS.
+
+    They meet in a vector, where a load and an insertion are one instruction; shifts and ors of words take more.
+    """
+    load_entry, pair = _entries(values), ir.VectorType(I32, 2)
+
+    def emit(builder, i, j):
+        both = builder.insert_element(ir.Constant(pair, ir.Undefined), load_entry(builder, i), I32(0))
+        return builder.bitcast(builder.insert_element(both, load_entry(builder, j), I32(1)), I64)
+
+    return define(types.int64, (types.int64, types.int64), emit)
+
+
+def _entries(values: np.ndarray) -> Callable:
+    """emit(builder, i): entry i of the table as one integer."""
     raised = np.ascontiguousarray(values.astype(np.int16) + WEIGHT_BIAS).astype(np.uint8)
-    word = ir.IntType(8 * raised.shape[1])
-
-    def emit(builder, index):
-        found = load(builder, builder.add(emit_table(builder, raised), builder.mul(index, I64(raised.shape[1]))), word)
-        return found if word == I64 else builder.zext(found, I64)
-
-    return define(types.int64, (types.int64,), emit)
+    size = raised.shape[1]
+    return lambda builder, i: load(
+        builder, builder.add(emit_table(builder, raised), builder.mul(i, I64(size))), ir.IntType(8 * size)
+    )
 
 
 def load_fields(element: int, words: Sequence[int], shifts: Sequence[int]) -> Callable:

@@ -208,9 +208,7 @@ def _codes_of(name: str, lookup: Callable = table_of):
 _low_xxs, _high_xxs = _codes_of("IQ2_XXS")
 _lows_xs, _highs_xs = _codes_of("IQ2_XS", both_of_table)
 _lows_s, _highs_s = _codes_of("IQ2_S", both_of_table)
-_move_2 = shifted(-2, -2)
-_move_4 = shifted(-4, -4)
-_move_1 = shifted(-1, -1)
+_move_1, _move_2, _move_4 = (shifted(-n, -n) for n in (1, 2, 4))
 
 
 @inline
@@ -390,16 +388,13 @@ def _repack_s(rows, n_blocks, out):
 
 IQ2_XXS = grid_format(
     "IQ2_XXS", LAYOUT_XXS, unpack_xxs, group=_group_xxs, bits=_bits_xxs, marked=negative, d=_d, fields=_fields_xxs,
-    n_bits=4, unit=UNIT, kind=SIGNED_BYTES, offset=128, four_rows=_four_xxs, add=add_eighths,
-    repack=_repack_xxs,
+    n_bits=4, unit=UNIT, kind=SIGNED_BYTES, offset=128, four_rows=_four_xxs, add=add_eighths, repack=_repack_xxs,
 )  # fmt: skip
 IQ2_XS = grid_format(
     "IQ2_XS", LAYOUT_XS, unpack_xs, group=_group_xs, bits=_bits_xs, marked=negative, d=_d, fields=_fields_xs, n_bits=4,
-    unit=UNIT, kind=TWO_SCALES, offset=43, four_rows=_four_xs,
-    repack=_repack_xs, level="avx512_vnni",
+    unit=UNIT, kind=TWO_SCALES, offset=43, four_rows=_four_xs, repack=_repack_xs, level="avx512_vnni",
 )  # fmt: skip
 IQ2_S = grid_format(
     "IQ2_S", LAYOUT_S, unpack_s, group=_group_s, bits=_bits_s, marked=negative, d=_d, fields=_fields_s, n_bits=4,
-    unit=UNIT, kind=TWO_SCALES, offset=43, four_rows=_four_s,
-    repack=_repack_s, level="avx512_vnni",
+    unit=UNIT, kind=TWO_SCALES, offset=43, four_rows=_four_s, repack=_repack_s, level="avx512_vnni",
 )  # fmt: skip

@@ -13,7 +13,6 @@ import numpy as np
 from quant.block_format import REPACK, block_layout, offsets
 from quant.formats import codebooks
 from quant.formats.grids import (
-    entry_of,
     fields_of,
     four_sevens,
     grid_format,
@@ -22,6 +21,7 @@ from quant.formats.grids import (
     odd_numbers,
     signed_values,
     store_turned,
+    two_entries_of,
     with_eighth_bits,
 )
 from quant.gemm.microkernel_k_block import K_BLOCK_BYTES, SIGNED_BYTES
@@ -70,13 +70,13 @@ def _d(block):
     return load_f16_everywhere(block + D)
 
 
-_entry_xxs, _entry_s = entry_of(codebooks.grid("IQ3_XXS")), entry_of(codebooks.grid("IQ3_S"))
+_entries_xxs, _entries_s = (two_entries_of(codebooks.grid(name)) for name in ("IQ3_XXS", "IQ3_S"))
 
 
 @inline
 def _group_xxs(block, g):
     qs = block + QS + 2 * g
-    return _entry_xxs(load_u8(qs)) | _entry_xxs(load_u8(qs + 1)) << 32
+    return _entries_xxs(load_u8(qs), load_u8(qs + 1))
 
 
 @inline
@@ -88,8 +88,7 @@ def _bits_xxs(block, k):
 @inline
 def _group_s(block, g):
     qs, ninth = block + QS + 2 * g, load_u8(block + QH + g // 4) >> 2 * (g % 4)
-    first, second = load_u8(qs) | (ninth & 1) << 8, load_u8(qs + 1) | (ninth & 2) << 7
-    return _entry_s(first) | _entry_s(second) << 32
+    return _entries_s(load_u8(qs) | (ninth & 1) << 8, load_u8(qs + 1) | (ninth & 2) << 7)
 
 
 @inline

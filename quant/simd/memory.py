@@ -169,15 +169,6 @@ def load_i8x16_picked(lanes: Sequence[int]):
     return define(f32x16, (types.int64,), emit)
 
 
-def load_u8x16_picked(lanes: Sequence[int]):
-    """An intrinsic i32x16(address): 16 unsigned bytes in this order."""
-
-    def emit(builder, address):
-        return builder.zext(shuffle(builder, load(builder, address, i8x16.ir), None, lanes), i32x16.ir)
-
-    return define(i32x16, (types.int64,), emit)
-
-
 def load_words_picked(lanes: Sequence[int]):
     """An intrinsic i8x16(address, stride): the bytes of 4 words, `stride` bytes apart, in this order."""
     words = _strided(ir.VectorType(I8, 4), 4)
