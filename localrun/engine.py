@@ -115,12 +115,12 @@ def load(
         raise LocalrunError("a draft model, but speculative 'off'; expected auto, or 1 to 4 drafts a step")
     progress, notice = function("progress", progress), function("notice", notice) or (lambda line: None)
     placed = function("placed", placed) or (lambda placement: None)
-    where = opening.repacking_if_it_pays(where, notice)
     threads, own_drafts = n_workers(threads), speculative != "off" and draft is None
     draft_file = None if draft is None else opening.draft_file(draft)
     template = None if chat_template is None else path_text("chat_template", chat_template)
     with ExitStack() as undo:
         file = undo.enter_context(open_gguf(given))
+        where = opening.repacking_if_it_pays(where, file, notice)
         engine = Engine(
             file, threads, ctx, backend, where, dense_attention, own_drafts, template, progress, notice, placed, ranks,
             draft_file, readers,

@@ -11,7 +11,7 @@ from localrun import hardware
 from localrun.cpu.warmup import for_prompts, for_steps, warm_up
 from localrun.errors import LocalrunError, UnsupportedModelError
 from localrun.gguf.file import GGUFFile, open_gguf
-from localrun.gguf.types import interleaved
+from localrun.gguf.types import laid_out
 from localrun.gpu.proof.prove import Proof, task_of
 from localrun.models.config import Config
 from localrun.models.dspark import is_dspark
@@ -84,13 +84,13 @@ def check_no_gpu(where: DeviceRequest, notice: Notice) -> None:
         raise LocalrunError("llama.cpp runs this model, with a cache of 16 bits; leave out --cache-bits 8")
 
 
-def repacking_if_it_pays(where: DeviceRequest, notice: Notice) -> DeviceRequest:
+def repacking_if_it_pays(where: DeviceRequest, file: GGUFFile, notice: Notice) -> DeviceRequest:
     """Without --repack, and with a line that says so, where it would gain nothing."""
     if not where.repack:
         return where
-    from localrun.cpu.repack import interleaving_pays
+    from localrun.cpu.repack import repacking_pays
 
-    return replace(where, repack=interleaving_pays("--repack", notice))
+    return replace(where, repack=repacking_pays(file, notice))
 
 
 def check_ranks(where: DeviceRequest) -> None:
@@ -191,7 +191,10 @@ def native_model(
     tensors = [tensor for name, tensor in file.tensors.items() if not INTEGERS.fullmatch(name)]
     types = {tensor.type.name for tensor in tensors}
     if repack or (ranks and ranks.sharing.repack):
-        types |= {interleaved(tensor.type.name, tensor.shape) for tensor in tensors}
+        from quant.target import tuning
+
+        pays = tuning.current().interleaving_pays
+        types |= {laid_out(tensor.type.name, tensor.shape, pays) for tensor in tensors}
     left = hardware.free_addresses()
     if left < _KERNEL_BYTES:
         need, have = _KERNEL_BYTES >> 20, left >> 20

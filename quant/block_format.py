@@ -78,6 +78,8 @@ class Format:
         panels: how blocks become packed panels; None if prompts go through float32. Ask gemm.packed.find() for it.
         quantize: void(x, importance, n_blocks, out, scratch): one row of float32 at x, its columns' importances
             (float32, or address 0 for none), tensor.SCRATCH_BYTES of work memory. None if there is none.
+        widen: void(blocks, n_blocks, out): blocks of the plain format to wider ones of this layout. None but for rows
+            that are interleaved with such blocks.
         largest: the largest magnitude of a weight that quantize takes: float16's where values or scales are kept in it.
     """
 
@@ -93,6 +95,7 @@ class Format:
     panels: PanelFormat | None = None
     quantize: Kernel | None = None
     largest: float = LARGEST_F16
+    widen: Kernel | None = None
 
     @property
     def block_bytes(self) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 
 from quant.block_format import ROWS, Format, PanelFormat
 from quant.errors import QuantError
+from quant.formats import registry
 from quant.gemv.interleaved import AddBlock, kernels
 from quant.simd.memory import load_i64, load_u8, load_u16, load_u32, store_i8, store_i16, store_i32, store_i32x16
 from quant.simd.rows16 import transpose_strided
@@ -139,9 +140,26 @@ def interleave(
     Raises:
         QuantError: the sizes do not fit, or n_rows is no multiple of 16.
     """
+    if format_.widen:
+        plain, row_bytes = _widened(format_, plain, n_rows, row_bytes)
     return _reordered(format_, plain, n_rows, row_bytes, False, out)
 
 
+def _widened(format_: Format, plain: np.ndarray, n_rows: int, row_bytes: int) -> tuple[np.ndarray, int]:
+    """The rows in blocks of the format's own, and bytes of a row."""
+    size = registry.get(format_.name.removesuffix(f"_R{ROWS}")).block_bytes
+    n_blocks, rest = divmod(row_bytes, size)
+    if rest or plain.dtype != np.uint8 or not plain.flags.c_contiguous or plain.nbytes != n_rows * row_bytes:
+        raise QuantError(
+            f"{format_.name}: {n_rows} rows of {row_bytes} contiguous bytes do not fit; {plain.nbytes} found"
+        )
+    wide = np.empty(n_rows * n_blocks * format_.block_bytes, np.uint8)
+    format_.widen.ctypes(plain.ctypes.data, n_rows * n_blocks, wide.ctypes.data)
+    return wide, n_blocks * format_.block_bytes
+
+
 def deinterleave(format_: Format, interleaved: np.ndarray, n_rows: int, row_bytes: int) -> np.ndarray:
-    """The reverse of interleave: the same arguments, results and errors."""
+    """The reverse of interleave: the same arguments, results and errors; none for widened blocks."""
+    if format_.widen:
+        raise QuantError(f"{format_.name}: rows are not put back")
     return _reordered(format_, interleaved, n_rows, row_bytes, True)

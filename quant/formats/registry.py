@@ -15,6 +15,7 @@ class Entry(NamedTuple):
 
     module: str
     interleaved: str = ""  # the module of the same format with 16 rows interleaved
+    widened: str = ""  # the module of a wider one with 16 rows interleaved
     quantizes: bool = True  # whether there is a kernel that makes blocks from float32
 
 
@@ -39,8 +40,8 @@ _ENTRIES = {
     "TQ1_0": Entry("tq1_0_tq2_0"),
     "TQ2_0": Entry("tq1_0_tq2_0"),
     "Q1_0": Entry("q1_0", quantizes=False),
-    "IQ1_S": Entry("iq1"),
-    "IQ1_M": Entry("iq1"),
+    "IQ1_S": Entry("iq1", widened="iq1_r16"),
+    "IQ1_M": Entry("iq1", widened="iq1_r16"),
     "IQ2_XXS": Entry("iq2"),
     "IQ2_XS": Entry("iq2"),
     "IQ2_S": Entry("iq2"),
@@ -48,10 +49,12 @@ _ENTRIES = {
     "IQ3_S": Entry("iq3"),
 }
 _INTERLEAVED = {f"{name}_R{ROWS}": entry.interleaved for name, entry in _ENTRIES.items() if entry.interleaved}
-_MODULES = {name: entry.module for name, entry in _ENTRIES.items()} | _INTERLEAVED
+_WIDENED = {f"{name}_R{ROWS}": entry.widened for name, entry in _ENTRIES.items() if entry.widened}
+_MODULES = {name: entry.module for name, entry in _ENTRIES.items()} | _INTERLEAVED | _WIDENED
 
 NAMES = tuple(_ENTRIES)
 INTERLEAVED = tuple(_INTERLEAVED)  # names of our own: 16 rows of the format before _R16
+WIDENED = tuple(_WIDENED)  # the same, but made in RAM alone: a block takes more bytes than in a file
 QUANTIZABLE = tuple(name for name, entry in _ENTRIES.items() if entry.quantizes)
 
 

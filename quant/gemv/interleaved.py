@@ -15,7 +15,7 @@ from quant.batch import MAX_BATCH
 from quant.block_format import GEMV, GEMV_BATCH
 from quant.gemv.activations import IN_ORDER, K_BLOCK_BYTES, SCALES, SUMS_16, k_blocks_at
 from quant.gemv.plain import AHEAD, prefetch_start, specialize
-from quant.simd.core import F32, I8, I32, I64, constant, define, f32x16, i8x64, i32x16, load, splat, store
+from quant.simd.core import F32, I8, I16, I32, I64, constant, define, f32x16, i8x64, i32x16, load, splat, store
 from quant.simd.memory import emit_load_f16x16, emit_prefetch
 from quant.simd.register_tile import register_tile, switch
 from quant.simd.rows16 import VECTOR_ROWS
@@ -71,6 +71,10 @@ class Block:
         """A 16-bit float of each row, as float32."""
         self._prefetch(offset)
         return emit_load_f16x16(self.builder, self.builder.add(self._address, I64(offset)))
+
+    def shorts(self, offset: int):
+        """A 16-bit word of each row, in 32 bits."""
+        return self.builder.zext(self._load(offset, ir.VectorType(I16, VECTOR_ROWS)), WORDS)
 
     def signed_bytes(self, offset: int):
         """A signed byte of each row, as float32."""

@@ -133,6 +133,9 @@ def _store_every(n: int):
 store_every_fourth, store_every_eighth = _store_every(4), _store_every(8)
 load_f16x16 = define(f32x16, (types.int64,), emit_load_f16x16)
 load_bf16x16 = define(f32x16, (types.int64,), lambda b, p: bfloat_to_float(b, load(b, p, ir.VectorType(I16, 16))))
+load_u16x16 = define(  # as 32-bit lanes
+    i32x16, (types.int64,), lambda b, p: b.zext(load(b, p, ir.VectorType(I16, 16)), i32x16.ir)
+)
 store_f16x16 = define(types.void, (types.int64, f32x16), lambda b, p, x: store(b, p, float_to_half(b, x)))
 store_bf16x16 = define(types.void, (types.int64, f32x16), lambda b, p, x: store(b, p, float_to_bfloat(b, x)))
 

@@ -24,13 +24,14 @@ def test_sizes_are_ggmls(name):
     assert (format_.block, format_.block_bytes) == gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
 
 
-@pytest.mark.parametrize("name", (*registry.NAMES, *registry.INTERLEAVED))
+@pytest.mark.parametrize("name", (*registry.NAMES, *registry.INTERLEAVED, *registry.WIDENED))
 def test_the_registry_says_what_a_format_has(name):
     """So that nobody has to import the formats to ask."""
     format_ = registry.get(name)
     assert format_.name == name
     assert (format_.quantize is not None) == (name in registry.QUANTIZABLE)
-    assert (format_.rows > 1) == (format_.expand is None) == (name in registry.INTERLEAVED)
+    assert (format_.rows > 1) == (format_.expand is None) == (name not in registry.NAMES)
+    assert (format_.widen is not None) == (name in registry.WIDENED)
 
 
 @pytest.mark.parametrize("name", registry.NAMES)

@@ -14,6 +14,7 @@ from packed_layout import unpacked
 from programs import rows_by_step
 from step_layers import SMALL, Layer
 
+from localrun.gguf import types as tensor_types
 from quant.block_format import halves
 from quant.decode.program import MOST_TOKENS, Program
 from quant.decode.queries import latent_queries_phase
@@ -29,6 +30,7 @@ from quant.threads.pool import Pool, aligned_bytes
 pytestmark = pytest.mark.levels
 
 NAMES = registry.INTERLEAVED
+WITH_WIDENED = (*NAMES, *registry.WIDENED)
 
 
 def plain(name: str) -> str:
@@ -78,7 +80,7 @@ def test_words_lie_side_by_side(name: str) -> None:
                 assert np.array_equal(out[at : at + word_bytes], raw[row, source : source + word_bytes])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITH_WIDENED)
 def test_unpack_is_bit_equal_to_gguf(name: str) -> None:
     raw = any_bytes(plain(name), np.random.default_rng(1))[:48]
     with np.errstate(all="ignore"):
@@ -99,6 +101,19 @@ def test_rows_are_put_back(name: str) -> None:
     assert interleaved(name, raw[:0]).shape == (0, raw.shape[1])
 
 
+@pytest.mark.parametrize("name", registry.WIDENED)
+def test_widened_rows_are_not_put_back(name: str) -> None:
+    """Files hold none: what else is refused says so."""
+    format_, row = registry.get(name), registry.get(plain(name)).block_bytes
+    assert interleaved(name, np.zeros((16, row), np.uint8)).shape == (16, format_.block_bytes)
+    with pytest.raises(QuantError, match=f"{name}: rows are not put back"):
+        interleave.deinterleave(format_, np.zeros((16, format_.block_bytes), np.uint8), 16, format_.block_bytes)
+    with pytest.raises(QuantError, match=f"{name}: 16 rows of {row + 1} contiguous bytes do not fit"):
+        interleave.interleave(format_, np.zeros((16, row + 1), np.uint8), 16, row + 1)
+    with pytest.raises(ValueError, match="is no type of files"):
+        tensor_types.from_number(tensor_types.from_name(name))
+
+
 def test_sizes_that_do_not_fit_are_refused() -> None:
     data = np.zeros((32, 288), np.uint8)
     with pytest.raises(QuantError, match="Q4_K_R16: 24 rows of 288 bytes are no multiples of 16 and 144"):
@@ -115,7 +130,7 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
 
 @pytest.mark.parametrize("rows", [16, 48])
 @pytest.mark.parametrize("n_cols", [256, COLS])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITH_WIDENED)
 def test_products_of_each_token(name: str, n_cols: int, rows: int) -> None:
     """Of one token by gemv, of 1 to 5 by gemv_batch: near the true ones, the same bits, and nothing beside them."""
     rng, format_ = np.random.default_rng(rows), registry.get(name)
@@ -138,14 +153,14 @@ def test_products_of_each_token(name: str, n_cols: int, rows: int) -> None:
 
 @pytest.mark.parametrize("sign", [-1, 1])
 @pytest.mark.parametrize("fill", [0, 255])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITH_WIDENED)
 def test_products_are_exact_at_the_extremes_of_the_integers(name: str, fill: int, sign: int) -> None:
     """All bits of the quants set or clear against activations of one sign: no 16-bit sum may saturate."""
     format_, rng = registry.get(name), np.random.default_rng(0)
-    raw = kernels.random_blocks(plain(name), (16, COLS), rng)
-    blocks, scales = raw.reshape(-1, format_.block_bytes), raw.reshape(-1, format_.block_bytes).copy()
+    raw, of_file = kernels.random_blocks(plain(name), (16, COLS), rng), registry.get(plain(name))
+    blocks, scales = raw.reshape(-1, of_file.block_bytes), raw.reshape(-1, of_file.block_bytes).copy()
     blocks[:] = fill
-    for at in kernels.scales_of(format_):
+    for at in kernels.scales_of(of_file):
         blocks[:, at] = scales[:, at]
     x, out = np.full(COLS, sign * 3, np.float32), np.empty(16, np.float32)
     kernels.call(format_.gemv, interleaved(name, raw), 16, COLS, kernels.record(x, format_), out)
@@ -166,7 +181,7 @@ def test_nan_reaches_its_row_only(name: str) -> None:
 
 
 @pytest.mark.skipif(packed.find(registry.get("Q4_K")) is None, reason="no integer tile at this ISA level")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITH_WIDENED)
 def test_repacked_blocks_are_the_weights(name: str) -> None:
     raw, format_ = (
         kernels.random_blocks(plain(name), (16, 768), np.random.default_rng(0)),
@@ -185,7 +200,7 @@ def test_repacked_blocks_are_the_weights(name: str) -> None:
 @pytest.mark.parametrize("n_tokens", [1, 2, 3, 7, 20])
 @pytest.mark.parametrize("shape", [(1, 16, 256), (3, 48, 1280), (1, 400, 512)])
 @pytest.mark.parametrize("panels", [True, False], ids=["panels", "no panels"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITH_WIDENED)
 def test_multiply(
     pool: Pool, name: str, panels: bool, shape: tuple[int, ...], n_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,7 +245,7 @@ def test_an_expert_of_many_tokens_among_others(pool: Pool) -> None:
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["instead", "added"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITH_WIDENED)
 def test_rows_of_a_step(name: str, residual: bool) -> None:
     """Beside a plain matrix, by any number of workers."""
     rng = np.random.default_rng(0)

@@ -14,17 +14,19 @@ import numpy as np
 import pytest
 import tiny_models
 from cases import slow_but
-from conversions import plan_for
+from conversions import plan_for, write_imatrix
 
 import localrun
 from cli.main import run
 from localrun import hardware
 from localrun.bundled import model_path
 from localrun.convert import convert
+from localrun.convert.mixes import parse_override
 from localrun.errors import GGUFError, LocalrunError
 from localrun.generate.saved import fingerprint
 from localrun.gguf import types as tensor_types
-from localrun.gguf.file import open_gguf
+from localrun.gguf.file import Tensor, open_gguf
+from quant.formats import registry
 from quant.target import tuning
 
 # Integer dot products are the same in both layouts; sums of blocks in float32 are in another order, and a difference of
@@ -234,6 +236,42 @@ def test_repacked_experts(plain: Path, packed: Path) -> None:
         stepped = np.array([model.model.forward([token], cache)[0] for token in ids])
     assert far(found, logits(plain, ids)) < TOLERANCE
     assert far(stepped, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("type_", ["IQ1_S", "IQ1_M"])
+def test_widened_experts(type_: str, tmp_path: Path) -> None:
+    """Even where interleaving does not pay, and then no others."""
+    ids, plain, lines = tiny_models.prompt("wide"), tmp_path / "plain.gguf", []
+    overrides = [parse_override(f"ffn_(gate|up)_exps={type_}")]
+    source = tiny_models.shared("wide")
+    with open_gguf(source) as file:
+        shapes = {n: t.shape for n, t in file.tensors.items() if n.endswith(("gate_exps.weight", "up_exps.weight"))}
+    importances = {name: np.ones((shape[0], shape[2])) for name, shape in shapes.items()}
+    counts = {name: np.ones((shape[0], 1)) for name, shape in shapes.items()}
+    imatrix = write_imatrix(tmp_path / "i.gguf", importances, counts)
+    convert(plan_for(source, plain, "Q4_K_M", overrides=overrides, imatrix=imatrix))
+    expected = logits(plain, ids)
+    with (
+        tuning.using(replace(tuning.current(), interleaving_pays=False)),
+        localrun.load(plain, device="cpu", threads=2, ctx=256, repack=True, notice=lines.append) as model,
+    ):
+        laid_out = {name: t for name, t in model.file.tensors.items() if t.type.name.endswith("_R16")}
+        found, cache = model.logits(ids), model.new_cache()
+        stepped = np.array([model.model.forward([token], cache)[0] for token in ids])
+    with open_gguf(plain) as file:
+        assert {name for name, t in file.tensors.items() if t.type.name == type_} == set(laid_out)
+        for name, tensor in laid_out.items():
+            assert np.array_equal(unpacked(tensor), unpacked(file.tensors[name]))
+    assert laid_out
+    assert not any("no effect" in line for line in lines)
+    assert far(found, expected) < TOLERANCE
+    assert far(stepped, expected) < TOLERANCE
+
+
+def unpacked(tensor: Tensor) -> np.ndarray:
+    """float32, of its shape."""
+    format_ = registry.get(tensor.type.name)
+    return format_.unpack(tensor.data.reshape(*tensor.shape[:2], -1)).reshape(tensor.shape)
 
 
 def test_sessions_are_good_for_both(plain: Path, tmp_path: Path) -> None:
