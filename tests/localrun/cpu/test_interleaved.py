@@ -22,6 +22,7 @@ from localrun import hardware
 from localrun.bundled import model_path
 from localrun.convert import convert
 from localrun.convert.mixes import parse_override
+from localrun.engine import Engine
 from localrun.errors import GGUFError, LocalrunError
 from localrun.generate.saved import fingerprint
 from localrun.gguf import types as tensor_types
@@ -224,18 +225,14 @@ def test_rows_that_are_read_singly_must_be_plain(packed: Path, tmp_path: Path) -
 def test_repacked_experts(plain: Path, packed: Path) -> None:
     ids = tiny_models.prompt("wide")
     with localrun.load(plain, device="cpu", threads=2, ctx=256) as model:
-        cache = model.new_cache()
-        expected = np.array([model.model.forward([token], cache)[0] for token in ids])
+        expected = stepped(model, ids)
     with localrun.load(plain, device="cpu", threads=2, ctx=256, repack=True) as model:
         types = {name: tensor.type.name for name, tensor in model.file.tensors.items() if "_exps" in name}
         assert types
         assert all(type_.endswith("_R16") for type_ in types.values())
         assert not any(t.type.name.endswith("_R16") for n, t in model.file.tensors.items() if "_exps" not in n)
-        found = model.logits(ids)
-        cache = model.new_cache()
-        stepped = np.array([model.model.forward([token], cache)[0] for token in ids])
-    assert far(found, logits(plain, ids)) < TOLERANCE
-    assert far(stepped, expected) < TOLERANCE
+        assert far(model.logits(ids), logits(plain, ids)) < TOLERANCE
+        assert far(stepped(model, ids), expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("type_", ["IQ1_S", "IQ1_M"])
@@ -250,22 +247,27 @@ def test_widened_experts(type_: str, tmp_path: Path) -> None:
     counts = {name: np.ones((shape[0], 1)) for name, shape in shapes.items()}
     imatrix = write_imatrix(tmp_path / "i.gguf", importances, counts)
     convert(plan_for(source, plain, "Q4_K_M", overrides=overrides, imatrix=imatrix))
-    expected = logits(plain, ids)
+    with localrun.load(plain, device="cpu", threads=2, ctx=256) as model:
+        expected, of_steps = model.logits(ids), stepped(model, ids)
     with (
         tuning.using(replace(tuning.current(), interleaving_pays=False)),
         localrun.load(plain, device="cpu", threads=2, ctx=256, repack=True, notice=lines.append) as model,
     ):
         laid_out = {name: t for name, t in model.file.tensors.items() if t.type.name.endswith("_R16")}
-        found, cache = model.logits(ids), model.new_cache()
-        stepped = np.array([model.model.forward([token], cache)[0] for token in ids])
+        assert far(model.logits(ids), expected) < TOLERANCE
+        assert far(stepped(model, ids), of_steps) < TOLERANCE
     with open_gguf(plain) as file:
         assert {name for name, t in file.tensors.items() if t.type.name == type_} == set(laid_out)
         for name, tensor in laid_out.items():
             assert np.array_equal(unpacked(tensor), unpacked(file.tensors[name]))
     assert laid_out
     assert not any("no effect" in line for line in lines)
-    assert far(found, expected) < TOLERANCE
-    assert far(stepped, expected) < TOLERANCE
+
+
+def stepped(model: Engine, ids: list[int]) -> np.ndarray:
+    """Logits, a token at a time."""
+    cache = model.new_cache()
+    return np.array([model.model.forward([token], cache)[0] for token in ids])
 
 
 def unpacked(tensor: Tensor) -> np.ndarray:
