@@ -118,8 +118,9 @@ def test_logits_are_those_of_one_process(name: str, n_ranks: int, share: str) ->
         assert (model.remote.share.owners is None) == (share == SLICES) and model.remote.figures()["exchanges"] > 0
     assert error(found_many, many) < ROUNDING_TOLERANCE
     assert error(found_step, step) < SESSION_TOLERANCE  # rows of the cache are rounded to 16 bits
-    # Or nothing is shared.
-    assert not np.array_equal(found_many, many) and not np.array_equal(found_first, first)
+    assert not np.array_equal(found_many, many)  # or nothing is shared
+    if (n_ranks, share) != (2, EXPERTS):  # of two experts a token, the order of whose sum is all the same
+        assert not np.array_equal(found_first, first)
 
 
 @pytest.mark.usefixtures("in_torch")
