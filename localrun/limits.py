@@ -2,7 +2,7 @@
 
 PREFILL_CHUNK = 512  # tokens of a prompt evaluated at a time: enough to use the cores well, and a bound on work memory
 # Where each chunk rebuilds the keys and values of all tokens before it, with latent attention.
-LONG_PREFILL_CHUNKS = 8192, 4096, 2048, 1024
+LONG_PREFILL_CHUNKS = 4096, 2048, 1024
 # Keys and values that attention rebuilds at a time: heads are handled in groups that fit.
 ATTENTION_WORK_BYTES = 1 << 26
 GPU_ATTENTION_WORK_BYTES = 1 << 28  # fills the largest card with 512 tokens of V3

@@ -116,7 +116,7 @@ def test_unified_memory_is_counted_once(lite: ModelShape) -> None:
 def test_refusal_proposes_a_shorter_context(lite: ModelShape) -> None:
     laptop = with_ram(load_machine("laptop"), 12)
     text = refusal(lite, laptop, 160_000)
-    assert "needs 16.1 GiB of RAM" in text and "(12.0 GiB usable)" in text
+    assert "needs 15.4 GiB of RAM" in text and "(12.0 GiB usable)" in text
     ctx = int(text.split("--ctx ")[1].split()[0])
     assert plan_memory(lite, laptop, ctx).fits and not plan_memory(lite, laptop, ctx + 256).fits
 
