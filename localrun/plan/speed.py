@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from localrun.limits import PREFILL_CHUNK
+from localrun.limits import PREFILL_CHUNK, long_chunk
 from localrun.models.config import Config
 from localrun.plan import launches
 from localrun.plan.machine import Cpu, Gpu, Machine
@@ -84,11 +84,13 @@ def decode_speed(model: ModelShape, machine: Machine, placement: Placement, ctx:
 def prefill_speed(
     model: ModelShape, machine: Machine, placement: Placement, n_tokens: int = PREFILL_CHUNK, ctx: float = 0
 ) -> Speed:
-    """A prompt of n_tokens after ctx others, in chunks of at most PREFILL_CHUNK."""
+    """A prompt of n_tokens after ctx others, in chunks as they are evaluated."""
+    rebuilds = model.config.rebuilds_keys and not placement.layers
+    most = long_chunk(n_tokens) if rebuilds else PREFILL_CHUNK
     phases: list[Phase] = []
     done = 0
     while done < n_tokens:
-        count = min(PREFILL_CHUNK, n_tokens - done)
+        count = min(most, n_tokens - done)
         seen = ctx + done + (count + min(count, ATTENTION_TOKENS)) / 2  # on average, by blocks of tokens
         chunk = _step(model, machine, placement, seen, count, layer_s=_chunk_layer_s, is_prompt=True)
         phases = _merged(phases, list(chunk.phases))
