@@ -133,7 +133,6 @@ def _start_ranks(
     is_given, threads = options.ranks is not None or options.hosts is not None, load.threads
     if not is_given and place_in_mpiexec()[1] == 1:
         return None, threads
-    from localrun.cpu.repack import interleaving_pays
     from localrun.ranks.places import places_of, threads_at
     from localrun.ranks.sharing import Sharing
     from localrun.ranks.start import places_in_mpiexec, sharing_ranks
@@ -142,13 +141,21 @@ def _start_ranks(
     if len(places) == 1:  # no other to share with
         return None, threads
     usage = None if options.rank_share is ShareChoice.slices else load.expert_usage
-    by_speed, repack = options.rank_sizes == "auto", load.repack and interleaving_pays("--repack", note)
+    by_speed, repack = options.rank_sizes == "auto", load.repack and _repacking_pays(path)
     sharing = Sharing(
         options.rank_messages.value, () if by_speed else _sizes(options.rank_sizes), options.rank_share.value,
         None if usage is None else str(usage), options.rank_copies, by_speed, repack,
     )  # fmt: skip
     ranks = stack.enter_context(sharing_ranks(path, places, sharing, threads))
     return ranks, threads_at(places[0], threads)
+
+
+def _repacking_pays(path: "Path") -> bool:
+    from localrun.cpu.repack import repacking_pays
+    from localrun.gguf.file import open_gguf
+
+    with open_gguf(path) as file:
+        return repacking_pays(file, note)
 
 
 def _sizes(text: str | None) -> tuple[float, ...]:

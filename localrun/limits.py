@@ -1,4 +1,5 @@
-"""How much is done at a time: bounds on work memory, which placement reckons with and whoever works keeps to."""
+"""How much is done at a time, and pauses: bounds on work memory, which placement and plans reckon with and whoever
+works keeps to."""
 
 PREFILL_CHUNK = 512  # tokens of a prompt evaluated at a time: enough to use the cores well, and a bound on work memory
 # Where each chunk rebuilds the keys and values of all tokens before it, with latent attention.

@@ -30,7 +30,8 @@ def serve_reading(file: GGUFFile, config: Config, world: World, n_threads: int) 
     Raises RankError: rank 0 can't be reached any more.
     """
     types = {tensor.type.name for name, tensor in file.tensors.items() if not INTEGERS.fullmatch(name)}
-    warm_up(for_prompts(config, types, cache_bits=8), None, lambda line: None)  # caches of either bits may come
+    for bits in (16, 8):  # caches of either may come
+        warm_up(for_prompts(config, types, bits), None, lambda line: None)
     TorchThreads.hold(n_threads)
     try:
         with closing(Pool(n_threads)) as pool, closing(Resident(file)), ThreadPoolExecutor(1) as sender:

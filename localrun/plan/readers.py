@@ -80,12 +80,13 @@ def ways(
         found.append(_in_turn(SHARED, n_hosts, memory.others, memory.fits, reading, step, reply))
     reader = replace(machine, gpu=None)
     there = plan_memory(model, reader, ctx)
+    here_s = decode_speed(model, reader, there.placement, short).seconds  # the first host's card is left out, too
     computing_s = prefill_speed(model, reader, there.placement, prompt).seconds
     on_top = on_top_s(model, link, prompt, computing_s)
     reading_s = computing_s + on_top
-    per_hour = 3600 / max(reading_s / n_readers, reply * step_s)
-    fits = alone.fits and there.fits
-    found.append(Way(READING, n_hosts, there.needed[RAM], fits, reading_s, 1 / step_s, 1 / step_s, per_hour, on_top))
+    per_hour = 3600 / max(reading_s / n_readers, reply * here_s)
+    rate = 1 / here_s
+    found.append(Way(READING, n_hosts, there.needed[RAM], there.fits, reading_s, rate, rate, per_hour, on_top))
     return found
 
 

@@ -201,9 +201,8 @@ def _cpu_phase(cpu: Cpu, group: str, tensors: list[Tensor], model: ModelShape, n
 def _kernel_s(cpu: Cpu, tensor: Tensor, n_bytes: float, weights: float, n_tokens: float) -> float:
     """Arithmetic of a matrix on all cores: the decoding kernel for few tokens, expansion and products for many."""
     rates = cpu.kernel(tensor.type, tensor.shape[-1])
-    if n_tokens < (
-        cpu.packed_from_interleaved if tensor.type in INTERLEAVED else cpu.packed_from
-    ):  # the decoding kernels, taken as once each
+    packed_from = cpu.packed_from_interleaved if tensor.type in INTERLEAVED else cpu.packed_from
+    if n_tokens < packed_from:  # the decoding kernels, taken as once each
         return n_bytes * n_tokens / (rates.gemv * cpu.cores)
     return weights / (rates.expand * cpu.cores) + 2 * weights * n_tokens / (rates.gemm * cpu.cores)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import psutil
 
@@ -29,21 +29,22 @@ def ending_at_loss(worlds: Sequence[World], say: Callable[[str], None]) -> Itera
         with turn:
             if over.is_set():
                 return
-            for world in worlds:
-                world.end()
-            for process in psutil.Process().children(recursive=True):  # that compile
-                with suppress(psutil.Error):
-                    process.kill()
-            say(str(error))
-            os._exit(1)
+            with ExitStack() as last:  # whatever comes before
+                last.callback(os._exit, 1)
+                last.callback(say, str(error))
+                for world in worlds:
+                    world.end()
+                for process in psutil.Process().children(recursive=True):  # that compile
+                    with suppress(psutil.Error):
+                        process.kill()
 
     def begin(error: RankError) -> None:  # in another thread: the one that calls this is waited for by world.end()
         threading.Thread(target=end, args=(error,), daemon=True, name="localrun-loss").start()
 
-    for world in worlds:
-        world.at_failure = begin
-        world.check()
     try:
+        for world in worlds:
+            world.at_failure = begin
+            world.check()
         yield
     finally:
         with turn:  # or there would be two lines

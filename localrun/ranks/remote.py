@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -16,6 +16,7 @@ import numpy as np
 
 from localrun.errors import LocalrunError
 from localrun.gguf.file import GGUFFile
+from localrun.limits import PREFILL_CHUNK
 from localrun.models.config import Config
 from localrun.ranks import many
 from localrun.ranks.owners import assign, owners_of
@@ -35,6 +36,7 @@ from quant.threads.links import LinkError, Request
 READY = b"ready"
 START_S, _END_S = 900.0, 1.0  # that ranks may take to copy their share and compile kernels; to hear of the end
 _AT_ONCE = 2  # batches of a prompt that are on their way
+_Sums = list[tuple[np.ndarray, np.ndarray]]  # of each rank: int64 tokens of a batch, and their float32 sums
 
 
 class Remote:
@@ -54,7 +56,9 @@ class Remote:
         self._world, self._others = ranks.world, range(1, ranks.world.size)
         layers = [index for index in expert_layers(file, config) if index not in in_vram]
         if in_vram and not any(index < config.num_hidden_layers for index in layers):
-            raise LocalrunError("VRAM holds all routed experts: there is nothing for other ranks; leave them out")
+            raise LocalrunError(
+                "VRAM holds all routed experts: others have nothing to do; run without them, or with --device cpu"
+            )
         for rank in self._others:
             self._world.send(rank, np.array(layers, np.int64).tobytes())
         sharing = with_sizes(ranks.world, settled(ranks.sharing, file, config, ranks.world), n_threads)
@@ -117,14 +121,20 @@ class Remote:
     ) -> tuple[np.ndarray, Callable[[np.ndarray], None]]:
         """Have the others start on a layer's experts of float32 x_TD, int64 ids_TK and float32 weights_TK.
 
+        PREFILL_CHUNK tokens to a message, which bounds their work memory and how long they are not heard of.
+
         Returns: what this rank is to compute, as ids_TK; what waits for the others' sums and adds them to float32
         (T, D). Raises RankError, as that does.
         """
         self.check()
         number = self._numbers[index]
         ids = self._ids_by_rank(number, ids_TK)
-        job = self._threads.submit(self._exchange_many, number, x_TD, ids[1:], weights_TK)
-        return ids[0], partial(self._add_many, job, time.perf_counter())
+        jobs = []
+        for piece in (slice(first, first + PREFILL_CHUNK) for first in range(0, len(x_TD), PREFILL_CHUNK)):
+            others = [ids_of_rank[piece] for ids_of_rank in ids[1:]]
+            job = self._threads.submit(self._exchange_many, number, x_TD[piece], others, weights_TK[piece])
+            jobs.append((piece, job))
+        return ids[0], partial(self._add_many, jobs, time.perf_counter())
 
     def _ids_by_rank(self, number: int, ids_TK: np.ndarray) -> list[np.ndarray]:
         """What each rank is to compute, as ids_TK; of slices all are to compute all."""
@@ -133,9 +143,7 @@ class Remote:
         ranks_TK = assign(ids_TK, self.share.owners[number])
         return [np.where(ranks_TK == rank, ids_TK, -1) for rank in range(self._world.size)]
 
-    def _exchange_many(
-        self, number: int, x_TD: np.ndarray, ids: list[np.ndarray], weights_TK: np.ndarray
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _exchange_many(self, number: int, x_TD: np.ndarray, ids: list[np.ndarray], weights_TK: np.ndarray) -> _Sums:
         """The tokens that each of the others had anything to do for, and their sums, in the order of ranks."""
         parts = [self._part(number, x_TD, ids_TK, weights_TK) for ids_TK in ids]
         requests: list[tuple[int, Request]] = []
@@ -156,11 +164,12 @@ class Remote:
             x_TD, ids_TK, weights_TK = x_TD[tokens], ids_TK[tokens], weights_TK[tokens]
         return many.Part(self.share.type, number, tokens, x_TD, ids_TK, weights_TK)
 
-    def _add_many(self, job: Future[list[tuple[np.ndarray, np.ndarray]]], began: float, out_TD: np.ndarray) -> None:
+    def _add_many(self, jobs: Sequence[tuple[slice, Future[_Sums]]], began: float, out_TD: np.ndarray) -> None:
         asked = time.perf_counter()
         try:
-            for tokens, sums_TD in job.result():
-                out_TD[tokens] += sums_TD
+            for piece, job in jobs:
+                for tokens, sums_TD in job.result():
+                    out_TD[piece][tokens] += sums_TD
         except RankError as error:
             raise self._world.note(error) from None
         self._many_s += asked - began, time.perf_counter() - asked

@@ -10,7 +10,7 @@ than their part: so slices it is where experts have blocks enough for all ranks,
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -27,10 +27,12 @@ from localrun.models import names
 from localrun.models.config import Config
 from localrun.models.tensors import GGUFTensors
 from localrun.ranks.world import World
+from quant.block_format import Format
 from quant.decode.messages import TYPES
 from quant.formats import registry
 from quant.formats.interleave import interleave
 from quant.matrix import ExpertMatrices, QuantMatrix, bytes_at, quant_matrix
+from quant.target import tuning
 
 SLICES, EXPERTS, AUTO = "slices", "experts", "auto"
 _PARTS = ("gate", "up", "gate_up", "down")
@@ -47,7 +49,7 @@ class Sharing:
         usage: an importance matrix, whose counts say how experts are divided; rank 0 alone reads it.
         copies: experts of each layer that a rank has beside its own, of those that are used most.
         by_speed: whether sizes are to be what ranks measure.
-        repack: whether each rank lays its slices out anew, 16 rows side by side, in RAM of its own.
+        repack: whether each rank lays its slices out anew as --repack does, in RAM of its own.
     """
 
     message: str = "bf16"
@@ -135,9 +137,9 @@ def expert_layers(file: GGUFFile, config: Config) -> list[int]:
 class Share:
     """The part of each layer's experts that one rank has.
 
-    Of slices, rows of gate and up stay in the file's map, unless they are to be interleaved. Columns of down are copied
-    into memory of the rank's own: a page of the file has columns of all ranks (one of DeepSeek-V3's rows of down is
-    shorter than a page), and would be resident on each of them. Whole experts stay in the map.
+    Of slices, rows of gate and up stay in the file's map, unless they are to be laid out anew. Columns of down are
+    copied into memory of the rank's own: a page of the file has columns of all ranks (one of DeepSeek-V3's rows of down
+    is shorter than a page), and would be resident on each of them. Whole experts stay in the map.
 
     Attributes:
         layers: the matrices, by the layer's index, in the order in which messages count layers.
@@ -175,9 +177,9 @@ class Share:
         }
         n_inner = {index: whole.gate.n_rows for index, whole in self.layers.items()}
         needed = sum(
-            matrix.n_groups * matrix.n_rows * matrix.row_bytes * own[index][1] // n_inner[index]
+            n_bytes * own[index][1] // n_inner[index]
             for index, whole in self.layers.items()
-            for matrix in ((whole.gate, whole.up, whole.down) if self._repack else (whole.down,))
+            for n_bytes in self._copied_bytes(whole)
         )
         if needed > (free := hardware.free_ram()):
             gib = f"{needed / 2**30:.1f} GiB of RAM, of which {free / 2**30:.1f} are free"
@@ -190,14 +192,23 @@ class Share:
             whole = self.layers[index]
             part = whole.inner(*own[index])
             if self._repack:
-                laid = (interleaved(matrix) for matrix in (part.gate, part.up, part.down))
+                laid = [laid_out(matrix) for matrix in (part.gate, part.up, part.down)]
+                for matrix, new in ((whole.gate, laid[0]), (whole.up, laid[1])):
+                    if new.format.rows > 1:
+                        let_go(_spans_of(matrix))
                 part = ExpertMatrices(*laid, part.biases, part.activation)
-                let_go(_spans_of(whole.gate) + _spans_of(whole.up))
             let_go(_spans_of(whole.down))
             return part
 
         with ThreadPoolExecutor() as readers:  # of a disk, most of the time
             self.layers = dict(zip(own, readers.map(slice_of, own), strict=True))
+
+    def _copied_bytes(self, whole: ExpertMatrices) -> Iterator[int]:
+        """Of what a rank with all of a layer would have in memory of its own, matrix by matrix."""
+        for matrix in (whole.gate, whole.up, whole.down):
+            format_ = _laid_out(matrix) if self._repack else matrix.format
+            if matrix is whole.down or format_.name != matrix.format.name:
+                yield matrix.n_groups * matrix.n_rows * format_.row_bytes(matrix.n_cols)
 
     @property
     def spans(self) -> list[Span]:
@@ -232,15 +243,20 @@ class Share:
         return [(tensor.data.ctypes.data, tensor.n_bytes) for tensor in beside] + self.spans
 
 
-def interleaved(matrix: QuantMatrix) -> QuantMatrix:
-    """The same with 16 rows side by side, in memory of its own; itself where its type or shape has no such form."""
+def _laid_out(matrix: QuantMatrix) -> Format:
+    """What --repack makes of it on this CPU; its own format if that stays."""
     shape = matrix.n_groups, matrix.n_rows, matrix.n_cols
-    name, size = tensor_types.interleaved(matrix.format.name, shape), matrix.n_rows * matrix.row_bytes
-    if name == matrix.format.name:
+    return registry.get(tensor_types.laid_out(matrix.format.name, shape, tuning.current().interleaving_pays))
+
+
+def laid_out(matrix: QuantMatrix) -> QuantMatrix:
+    """The same as --repack lays it out, in memory of its own; itself where it stays as it is."""
+    format_, shape = _laid_out(matrix), (matrix.n_groups, matrix.n_rows, matrix.n_cols)
+    if format_.name == matrix.format.name:
         return matrix
-    format_, out = registry.get(name), np.empty((matrix.n_groups, size), np.uint8)
+    out = np.empty((matrix.n_groups, matrix.n_rows * format_.row_bytes(matrix.n_cols)), np.uint8)
     for group in range(matrix.n_groups):
-        plain = bytes_at(matrix.address + matrix.group_bytes * group, size)
+        plain = bytes_at(matrix.address + matrix.group_bytes * group, matrix.n_rows * matrix.row_bytes)
         interleave(format_, plain, matrix.n_rows, matrix.row_bytes, out[group])
     return quant_matrix(out.reshape(-1), format_, shape)
 

@@ -54,8 +54,10 @@ def sharing_ranks(path: Path, places: Sequence[Place], sharing: Sharing, threads
     Args:
         threads: of each rank; None for its part of the cores that it may use.
 
-    Raises LocalrunError, one line that names the host or the rank, if one of them can't be started.
+    Raises LocalrunError, one line that names the host or the rank, if one of them can't be started, or there are none.
     """
+    if len(places) < 2:
+        raise LocalrunError("one place has nobody to share experts with; give two or more")
     with closing(_run(places, _task(path, threads) | {"sharing": vars(sharing)})) as run:
         yield Ranks(run.start(), sharing)
 

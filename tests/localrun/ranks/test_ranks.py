@@ -34,11 +34,14 @@ from localrun.errors import LocalrunError
 from localrun.generate.sampling import Sampling
 from localrun.gguf.file import open_gguf
 from localrun.models.reader import read_config
-from localrun.ranks import speed
-from localrun.ranks.sharing import AUTO, EXPERTS, SLICES, Ranks, Share, Sharing
+from localrun.ranks import remote, speed
+from localrun.ranks.sharing import AUTO, EXPERTS, SLICES, Ranks, Share, Sharing, laid_out
 from localrun.ranks.world import RankError, World
 from quant.batch import MOST_TOKENS
 from quant.decode.message_sizes import HEADER_BYTES, back_bytes, message_bytes
+from quant.formats import registry
+from quant.matrix import quant_matrix
+from quant.target import tuning
 
 EXACT = Sharing("f32")
 GREEDY = Sampling(temperature=0.0)
@@ -310,7 +313,8 @@ def test_each_rank_lays_out_its_slices() -> None:
     wide = replace(tiny_models.VARIANTS["wide"], moe_intermediate_size=512)
     path, ids = tiny_models.shared(wide, type=tiny_models.MIXES["Q4_K_M"]), tiny_models.token_ids("wide", 40)
     expected = both_ways(path, ids)
-    with shared(path, 2, Sharing("f32", repack=True)) as model:
+    pays = tuning.using(replace(tuning.current(), interleaving_pays=True))
+    with pays, shared(path, 2, Sharing("f32", repack=True)) as model:
         own = model.model.remote.share.layers[1]
         assert [matrix.format.name for matrix in (own.gate, own.up, own.down)] == ["Q4_K_R16", "Q4_K_R16", "Q6_K_R16"]
         assert own.down.n_cols == own.gate.n_rows == 256
@@ -318,6 +322,30 @@ def test_each_rank_lays_out_its_slices() -> None:
         found = by_steps(model, ids), model.logits(ids)
     for one, other in zip(found, expected, strict=True):
         assert error(one, other) < QUANTIZED_TOLERANCE
+
+
+@pytest.mark.parametrize("share", [SLICES, EXPERTS])
+def test_a_long_chunk_goes_in_several_messages(share: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, ids, sent = tiny_models.shared("v3"), tiny_models.token_ids("v3", 40), []
+    with localrun.load(path, threads=2, ctx=160) as model:
+        expected = model.logits(ids)
+    monkeypatch.setattr(remote, "PREFILL_CHUNK", 16)
+    part = remote.many.Part
+    monkeypatch.setattr(remote.many, "Part", lambda *of: sent.append(len(of[2])) or part(*of))
+    with shared(path, 2, Sharing("f32", share=share)) as model:
+        found = model.logits(ids)
+    assert error(found, expected) < ROUNDING_TOLERANCE
+    assert len(sent) > 1 and max(sent) <= 16
+
+
+@pytest.mark.parametrize("type_", ["IQ1_S", "IQ1_M", "Q4_K"])
+def test_what_is_widened_is_so_on_every_cpu(type_: str) -> None:
+    shape, format_ = (2, 32, 512), registry.get(type_)
+    data = np.random.default_rng(7).integers(0, 256, 2 * 32 * format_.row_bytes(512), np.uint8)
+    with tuning.using(replace(tuning.current(), interleaving_pays=False)):
+        laid = laid_out(quant_matrix(data, format_, shape))
+    assert laid.format.name == (type_ if type_ == "Q4_K" else f"{type_}_R16")
+    assert (laid.n_groups, laid.n_rows, laid.n_cols) == shape and laid.row_bytes == laid.format.row_bytes(512)
 
 
 @pytest.mark.parametrize(
