@@ -16,6 +16,7 @@ GEMV = "void(int64, int64, int64, int64, int64)"
 GEMV_BATCH = "void(int64, int64, int64, int64, int64, int64, int64)"
 EXPAND = "void(int64, int64, int64)"
 REPACK = "void(int64, int64, int64)"
+WIDEN = "void(int64, int64, int64)"
 QUANTIZE = "void(int64, int64, int64, int64, int64)"
 
 ROWS = 16  # rows that lie interleaved in the formats that have it so

@@ -43,7 +43,7 @@ class Kernels:
 def for_steps(config: Config, types: Collection[str], cache_bits: int = 16) -> Kernels:
     """What a decode step needs of a model with tensors of these types: short prompts, and every reply."""
     in_integers = "attention_i16" if cache_bits == 16 else "attention_i8"
-    is_in_integers = _attends_in_integers(config, types)
+    is_in_integers = _attends_in_integers(config, types, cache_bits)
     attention = in_integers if is_in_integers else "attention"
     queries = "_run_latent" if config.attention == "mla" else "_run_grouped"
     modules = {f"quant.decode.{attention}": "attention", "quant.decode.values": "heads"}
@@ -88,15 +88,19 @@ def for_prompts(config: Config, types: Collection[str], cache_bits: int = 16) ->
     return Kernels(modules, sorted(types), _PROMPT_PARTS, "first long prompt on this machine")
 
 
-def _attends_in_integers(config: Config, types: Collection[str]) -> bool:
+def _attends_in_integers(config: Config, types: Collection[str], cache_bits: int) -> bool:
     """Whether a step's attention does, as far as this tells: v_b's type decides, which here are all of the file's."""
     from localrun.cpu.decode import heads_together
     from quant.decode.attention_lanes import FEWEST_HEADS
     from quant.formats import registry
+    from quant.gemm import lanes_i8, lanes_i16
     from quant.ops.attention_i16 import LEVEL
     from quant.target import isa
 
     if config.attention != "mla" or config.compress_ratios or not isa.has(LEVEL):
+        return False
+    columns = lanes_i8.COLUMNS if cache_bits == 8 else lanes_i16.COLUMNS
+    if config.kv_lora_rank % columns or (cache_bits == 16 and not config.rows(0)[0].is_scaled):
         return False
     has_integers = any(registry.get(name).integer for name in types)
     return has_integers and heads_together(config.num_attention_heads) >= FEWEST_HEADS

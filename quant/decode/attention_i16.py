@@ -27,7 +27,8 @@ from quant.decode.attention_lanes import (
 )
 from quant.decode.program import MOST_TOKENS, Phase, padded
 from quant.gemm.lanes import ADDRESSES, LANE_ROW
-from quant.gemm.lanes_i16 import AHEAD, COLUMNS, LENGTH, MOST_SUM_OF_ROWS, fold_rows, multiply_16, round_16, weigh
+from quant.gemm.lanes_i16 import AHEAD, COLUMNS, fold_rows, multiply_16
+from quant.gemm.rounding_i16 import LENGTH, MOST_SUM_OF_ROWS, round_16, weigh
 from quant.simd.memory import load_f32, load_f32x16, load_i64, store_f32, store_f32x16
 from quant.simd.vectors import copy
 from quant.target import isa

@@ -51,7 +51,7 @@ from quant.gemm.lanes_i8 import (
     take_four_rows,
     weigh_bytes,
 )
-from quant.gemm.lanes_i16 import LENGTH_OF_LANES, round_16, round_row
+from quant.gemm.rounding_i16 import LENGTH_OF_LANES, round_16, round_row
 from quant.gemv.rows_i8 import SCALE_BYTES
 from quant.simd.floats import zero_f32x16
 from quant.simd.memory import load_f32, load_i64, store_f32, store_f32x16

@@ -126,8 +126,8 @@ def _send(phase, work):
     """The first item of gate and up: what this worker has prepared, to all other ranks."""
     a = GATE_UP(phase)
     e, choice, n_tokens = EXCHANGE(a.exchange), CHOICE(work + a.choice), tokens_of(a)
-    if is_broken(e.links):
-        _fail(e, 1, BROKEN)
+    if e.failed == 0 and is_broken(e.links):
+        _fail(e, 1, BROKEN)  # for some rank: which one, World.error waits for
     if e.failed != 0:
         return
     e.began = clock_ns()

@@ -257,7 +257,7 @@ def _gate_up_phase(
 ) -> Phase:  # fmt: skip
     gate, up, biases, top_k = experts.gate, experts.up, experts.bias_addresses, router.num_experts_per_tok
     hidden, inner = gate.n_cols, gate.n_rows
-    rows = min(item_rows([gate, up] * top_k, n_workers))
+    rows = min(item_rows([gate, up] * top_k, n_workers))  # one size for gate and up: items are numbered alike
     q8, token_bytes = padded(4 * hidden), padded(4 * hidden) + q8_bytes(hidden)
     choice = MOST_TOKENS * token_bytes
     arguments = GATE_UP.pack(

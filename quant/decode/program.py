@@ -30,7 +30,7 @@ from quant.simd.vectors import copy
 from quant.target.jit import inline, kernel
 from quant.target.kernel import Kernel
 from quant.threads.atomics import atomic_add, atomic_load, call_2, call_3, wait_for
-from quant.threads.numa import LINE, NUMA, own_items
+from quant.threads.numa import LINE, NUMA, item_at, own_items
 from quant.threads.pool import Pool, aligned_bytes, worker_bytes
 from quant.threads.work_items import work_items
 
@@ -170,7 +170,7 @@ def _run_items(at, node, period, first, n_own, end, work):
     """Items of one node until there are none: n_own from `first` on in each row of `period`, `end` in all; how many."""
     phase, finished = PHASE(at), 0
     for i in work_items(phase.taken + LINE * node, end):
-        call_3(phase.run, at, i // n_own * period + first + i % n_own, work)
+        call_3(phase.run, at, item_at(i, first, n_own, period), work)
         finished += 1
     return finished
 

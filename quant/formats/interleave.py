@@ -127,15 +127,16 @@ def _reordered(
 def interleave(
     format_: Format, plain: np.ndarray, n_rows: int, row_bytes: int, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """The rows of a plain format as those of an interleaved one: uint8 (n_rows, row_bytes).
+    """The rows of a plain format as those of an interleaved one: uint8 (n_rows, bytes of a row in `format_`).
 
-    Any 16 rows from a multiple of 16 on can be done by themselves. Takes no memory but the result's, and leaves the
-    GIL to others.
+    Any 16 rows from a multiple of 16 on can be done by themselves. Takes no memory but the result's, and as much again
+    where blocks are widened; leaves the GIL to others.
 
     Args:
         format_: the interleaved one.
         plain: uint8, contiguous, n_rows * row_bytes.
-        out: where the result goes if not to new memory: uint8, contiguous, as many bytes.
+        row_bytes: of a plain row.
+        out: where the result goes if not to new memory: uint8, contiguous, of its size.
 
     Raises:
         QuantError: the sizes do not fit, or n_rows is no multiple of 16.

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 from numba import types
 
-from quant.block_format import ROWS, Format, PanelFormat, block_layout, offsets
+from quant.block_format import ROWS, WIDEN, Format, PanelFormat, block_layout, offsets
 from quant.formats import codebooks
 from quant.formats import iq1 as plain
 from quant.formats.interleave import interleaved
@@ -42,32 +42,33 @@ LAYOUT_S = block_layout(70, qs="64u1", scales="4u1", d="<f2")
 LAYOUT_M = block_layout(76, qs="64u1", scales="8u1", deltas="<u2", d="<f2")
 LAYOUT_S_BYTES, LAYOUT_M_BYTES = LAYOUT_S.itemsize, LAYOUT_M.itemsize
 OFFSET = 9
-WIDEN = "void(int64, int64, int64)"
+
+
+def _nibbles(raw: np.ndarray) -> np.ndarray:
+    """uint8 (..., 8 or 16): scales of blocks (...)."""
+    return np.stack([raw["scales"] & 15, raw["scales"] >> 4], -1).reshape(*raw.shape, -1)
 
 
 def _unpack(raw: np.ndarray, sign: np.ndarray, d: np.ndarray) -> np.ndarray:
     """float32 (..., 256): sign (..., 32), whether delta is negative; d (...) float32."""
     codes = raw["qs"].reshape(*raw.shape, 16, 1, 4) >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3
-    nibbles = np.stack([raw["scales"] & 15, raw["scales"] >> 4], -1).reshape(*raw.shape, -1)
     w = codes.reshape(*raw.shape, 32, 8).astype(np.float32) - 1 + np.where(sign, -plain.DELTA, plain.DELTA)[..., None]
-    scale = d[..., None] * (2 * (nibbles & 7) + 1).astype(np.float32)
+    scale = d[..., None] * (2 * (_nibbles(raw) & 7) + 1).astype(np.float32)
     return (scale[..., None] * w.reshape(*scale.shape, -1)).reshape(*raw.shape, 256)
 
 
 def unpack_s(blocks: np.ndarray) -> np.ndarray:
     """uint8 (..., n*70) -> float32 (..., n*256), bit-equal to those of the plain blocks."""
     raw = blocks.view(LAYOUT_S)
-    nibbles = np.stack([raw["scales"] & 15, raw["scales"] >> 4], -1).reshape(*raw.shape, 8)
-    x = _unpack(raw, np.repeat(nibbles > 7, 4, -1), raw["d"].astype(np.float32))
+    x = _unpack(raw, np.repeat(_nibbles(raw) > 7, 4, -1), raw["d"].astype(np.float32))
     return x.reshape(*blocks.shape[:-1], -1)
 
 
 def unpack_m(blocks: np.ndarray) -> np.ndarray:
     """uint8 (..., n*76) -> float32 (..., n*256), bit-equal to those of the plain blocks."""
     raw = blocks.view(LAYOUT_M)
-    nibbles = np.stack([raw["scales"] & 15, raw["scales"] >> 4], -1).reshape(*raw.shape, 16)
     last = raw["deltas"][..., None] >> np.arange(16, dtype=np.uint16) & 1
-    sign = np.stack([nibbles > 7, last == 1], -1).reshape(*raw.shape, 32)
+    sign = np.stack([_nibbles(raw) > 7, last == 1], -1).reshape(*raw.shape, 32)
     return _unpack(raw, sign, raw["d"].astype(np.float32)).reshape(*blocks.shape[:-1], -1)
 
 

@@ -78,7 +78,8 @@ class KBlock:
         if LANES == 8:
             return [self.dots_avx2(starts, columns)]
         add, sums = emit_dot_u8, [list(starts) for _ in range(PARTS)]
-        is_signed = self.kind == SIGNED_BYTES and isa.has(isa.NEON)  # whose signed products are of all CPUs
+        # Weights of 8 bits: sdot, which all CPUs of this level have; as unsigned they would need usdot (i8mm).
+        is_signed = self.kind == SIGNED_BYTES and isa.has(isa.NEON)
         if is_signed:
             add, sums = emit_dot_i8, [[constant(VI32, BIAS)] * self.n for _ in range(PARTS)]
         for k in columns[::4]:

@@ -25,7 +25,6 @@ from quant.simd.memory import (
 )
 from quant.target.jit import inline, kernel
 
-MULTIPLE = 16  # of values in a row
 SCALE_BYTES = 4
 LENGTH = 65472.0  # of a row's codes: times that of a query's, 2^15 - 1, less than 2^31
 _MOST = 32767
@@ -55,7 +54,7 @@ def _scale_for(row, n):
 
 @inline
 def pack_row(x, n, out):
-    """n float32 as a row.
+    """n float32, a multiple of 16, as a row.
 
     Values that are rounded may ask for twice the scale, and those that this one rounds for the first one again, by
     which they are whole, too: so what comes of them is a row whose values ask for its own scale.
@@ -74,7 +73,7 @@ def pack_row(x, n, out):
 
 @inline
 def expand_scaled_row(row, n, out):
-    """float32 (n,) of a row."""
+    """float32 (n,) of a row; n: a multiple of 16."""
     scale = load_f32(row + 2 * n)
     for i in range(0, n, 16):
         store_f32x16(out + 4 * i, to_f32(load_i16x16(row + 2 * i)) * scale)
@@ -82,14 +81,14 @@ def expand_scaled_row(row, n, out):
 
 @kernel("void(int64, int64, int64, int64)")
 def pack_scaled_rows(x, n_rows, width, out):
-    """float32 (n_rows, width) as rows."""
+    """float32 (n_rows, width) as rows; width: a multiple of 16."""
     for i in range(n_rows):
         pack_row(x + 4 * width * i, width, out + (2 * width + SCALE_BYTES) * i)
 
 
 @kernel("void(int64, int64, int64, int64)")
 def expand_scaled_rows(rows, n_rows, width, out):
-    """float16 (n_rows, width) of rows."""
+    """float16 (n_rows, width) of rows; width: a multiple of 16."""
     for _ in range(n_rows):
         scale = load_f32(rows + 2 * width)
         for i in range(0, width, 16):

@@ -34,7 +34,7 @@ from quant.threads.pool import Pool, worker_bytes
 from quant.threads.work_items import work_items
 
 CHUNK = 256  # keys and values at a time: in L2 with the blocks of a work item
-MOST_BLOCKS, ITEMS_PER_WORKER = 4, 8  # of a work item; at least, so that workers end together
+_MOST_BLOCKS, ITEMS_PER_WORKER = 4, 8  # of a work item; at least, so that workers end together
 
 # Where a block's state begins with which row.
 MAXIMUM, SUM, MIXED = 0, ROW, 2 * ROW
@@ -271,7 +271,7 @@ def attend(
         sinks: address of float32 (H,), a logit more in each head's softmax, without a value; or 0.
     """
     blocks = -(-n_tokens // ATTENTION_TOKENS)
-    item_blocks = max(1, min(MOST_BLOCKS, blocks * n_heads // (ITEMS_PER_WORKER * pool.n_workers)))
+    item_blocks = max(1, min(_MOST_BLOCKS, blocks * n_heads // (ITEMS_PER_WORKER * pool.n_workers)))
     state_bytes = ROW * state_rows(width, sum(depth for _, _, depth in parts))
     scratch_bytes = worker_bytes(ADDRESSES + ROW * CHUNK + item_blocks * state_bytes)
     arguments = ATTEND.pack(

@@ -1,7 +1,7 @@
 """Attention of many tokens over a 16-bit cache, in 16-bit integers: about twice as fast as attention.py's float32.
 
-Keys and values are rounded first (gemm/lanes_i16.py): those of the cache, or, of latent attention, those of each head,
-rebuilt from the cache by products of the same kind. A row of keys and a query each have a scale; so does a row of
+Keys and values are rounded first (gemm/rounding_i16.py): those of the cache, or, of latent attention, those of each
+head, rebuilt from the cache by products of the same kind. A row of keys and a query each have a scale; so does a row of
 values, which goes into the weights of the softmax before these are rounded, for every chunk of keys anew. Softmax and
 sums are in float32; sums of products are exact. What is rounded is so by itself, whatever comes with it: a token's
 result depends neither on the other tokens nor on the number of workers.
@@ -18,16 +18,8 @@ import numpy as np
 
 from quant.batch import ATTENTION_TOKENS
 from quant.gemm.lanes import ADDRESSES, LOWEST, ROW, clear, pack_lanes
-from quant.gemm.lanes_i16 import (
-    MOST_SUM,
-    fold_columns,
-    multiply,
-    pad16,
-    round_lanes,
-    round_row,
-    round_values,
-    weigh,
-)
+from quant.gemm.lanes_i16 import fold_columns, multiply, pad16
+from quant.gemm.rounding_i16 import MOST_SUM, round_lanes, round_row, round_values, weigh
 from quant.ops.attention import (
     CHUNK,
     ITEMS_PER_WORKER,
@@ -51,7 +43,7 @@ from quant.threads.pool import Pool, worker_bytes
 from quant.threads.work_items import work_items
 
 LEVEL = "avx512_vnni"  # below it there are no products to gain by
-MOST_BLOCKS = 8  # of a work item: their states and two chunks of keys and values fit into 1 MB
+_MOST_BLOCKS = 8  # of a work item: their states and two chunks of keys and values fit into 1 MB
 _LOG2_E = math.log2(math.e)
 
 ROUNDED = struct(
@@ -253,7 +245,7 @@ def _run_item(a, head, first, last, scratch):
     states = scratch + ROW * (CHUNK + CHUNK // 2 + 2)
     for token in range(first, last, ATTENTION_TOKENS):
         state = states + state_bytes * ((token - first) // ATTENTION_TOKENS)
-        _begin_block(a, head, token, states + state_bytes * MOST_BLOCKS, state)
+        _begin_block(a, head, token, states + state_bytes * _MOST_BLOCKS, state)
     n_blocks, end = (last - first + ATTENTION_TOKENS - 1) // ATTENTION_TOKENS, a.n_before + last
     for begin in range(first_seen(a, first) // CHUNK * CHUNK, end, CHUNK):
         following = min(begin + CHUNK, end)
@@ -299,10 +291,10 @@ def attend(
         window, sinks: as attention.attend.
     """
     blocks = -(-n_tokens // ATTENTION_TOKENS)
-    item_blocks = max(1, min(MOST_BLOCKS, blocks * n_heads // (ITEMS_PER_WORKER * pool.n_workers)))
+    item_blocks = max(1, min(_MOST_BLOCKS, blocks * n_heads // (ITEMS_PER_WORKER * pool.n_workers)))
     depth, width = rounded.depth, rounded.width
     state_bytes = ROW * (2 + width + 1 + -(-depth // 2))
-    states = MOST_BLOCKS * state_bytes + ADDRESSES + ROW * depth
+    states = _MOST_BLOCKS * state_bytes + ADDRESSES + ROW * depth
     scratch_bytes = worker_bytes(ROW * (CHUNK + CHUNK // 2 + 2) + states)
     nowhere = Rows(0, 0, 0).struct
     arguments = ATTEND.pack(

@@ -5,7 +5,7 @@ rows of a window. Rows of the context stand for one token (latent attention) or 
 for one. A work item is one token and some of its heads, which are the lanes of all vectors; the rows are gathered a
 chunk at a time, in float32. The rest is ops/attention.py's, with heads in the place of tokens, and without a future to
 hide. Where a machine has products of 16-bit integers, rows of float16 are rounded to such when they are gathered, and
-queries and weights too (gemm/lanes_i16.py): twice as many products an instruction.
+queries and weights too (gemm/rounding_i16.py): twice as many products an instruction.
 
 Queries may come as they are projected: then each is normed without a weight, and its last values are rotated. What
 comes out is turned back by the token's position then, as values carry their own (DeepSeek-V4).
@@ -17,7 +17,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from quant.gemm.lanes import ADDRESSES, LANES, ROW, add_matmul, clear
-from quant.gemm.lanes_i16 import MOST_SUM_OF_ROWS, fold_columns, multiply, round_lanes, round_two_rows, weigh
+from quant.gemm.lanes_i16 import fold_columns, multiply
+from quant.gemm.rounding_i16 import MOST_SUM_OF_ROWS, round_lanes, round_two_rows, weigh
 from quant.ops.attention import MAXIMUM, MIXED, PART, ROWS, SUM, Rows, begin_block, end_block, fold_in, state_rows
 from quant.simd.exact import sqrt
 from quant.simd.floats import fma, zero_f32x16

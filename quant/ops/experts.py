@@ -171,7 +171,8 @@ def _run(pool: Pool, experts: ExpertMatrices, x: int, n_tokens: int, pairs: Pair
     x_q8, inner_q8 = pool.buffer("q8", x_bytes * n_tokens), pool.buffer("inner q8", inner_bytes * n_pairs)
     gate_out, up_out = (pool.buffer(name, 4 * inner * n_pairs) for name in ("gate out", "up out"))
     per_worker = max(scratch_bytes(gate), scratch_bytes(down))
-    up_rows = _item_rows(gate, inner * n_active, pool.n_workers)
+    of_node = -(-inner // pool.spread.n_nodes // 32) * 32  # rows of an expert: each node has some
+    up_rows = min(_item_rows(gate, inner * n_active, pool.n_workers), of_node)
     down_rows = _item_rows(down, hidden, pool.n_workers)
     per_expert, n_down = -(-inner // up_rows), -(-hidden // down_rows)
     up_items = Items(pool.spread, per_expert * n_active, per_expert)

@@ -81,6 +81,9 @@ def item_rows(pool: Pool, matrix: QuantMatrix, n_tokens: int) -> int:
 def multiply(pool: Pool, matrix: QuantMatrix, x: int, n_tokens: int, out: int) -> None:
     """out[t, g] = matrix[g] @ x[t, g].
 
+    Of several groups NUMA nodes have whole ones, as heads' matrices lie for steps. Of V4's grouped outputs steps
+    share out each group's rows (decode/stream_rows.py), so that here some are read from another node.
+
     Args:
         x: address of float32 (n_tokens, n_groups, n_cols).
         out: address of float32 (n_tokens, n_groups, n_rows).

@@ -11,7 +11,8 @@ import numpy as np
 
 from quant.gemm.lanes import ADDRESSES, LANES, ROW, clear, pack_lanes
 from quant.gemm.lanes_i16 import ROWS as TILE_ROWS
-from quant.gemm.lanes_i16 import multiply, pad16, round_lanes, round_row
+from quant.gemm.lanes_i16 import multiply, pad16
+from quant.gemm.rounding_i16 import round_lanes, round_row
 from quant.ops.attention import CHUNK
 from quant.ops.attention_i16 import LEVEL, ROUNDED, Rounded, keep_rows
 from quant.simd.memory import load_f32, load_f32x16, prefetch, store_f32, store_f32x16

@@ -61,8 +61,8 @@ def mean(x, n):
 def write_importance(x, importance, n, variance, average, w):
     """w = importance * sqrt(variance + x^2), as ggml weights errors when it has an importance matrix.
 
-    average: the importances' mean, to which they are related so that no product leaves float32's range; a part of
-    it is added, so that a group of unimportant weights is still packed well.
+    average: the importances' mean, to which they are related so that no product leaves float32's range; 3e-4 of
+    it (_LEAST) is added, so that a group of unimportant weights is still packed well.
     """
     factor = np.float32(1.0) / average if average > 0 else np.float32(0.0)
     for i in range(0, n, 16):

@@ -110,8 +110,8 @@ def _store_shared(values, counts, top, low, high, d_at):
 
 # ---- lines: d*sc*q - dmin*m ------------------------------------------------------------------------------------------
 
-# The candidates: steps by which the largest weight lands beyond the last level; where level 0 begins, as a part of the
-# minimum.
+# The candidates: levels by which the largest weight lands beyond the last one (search.py's are multiples of the last);
+# where level 0 begins, as a part of the minimum.
 _OUTWARD = _floats(0, -0.9, -0.6, -0.3, 0.3, 0.7, 0, 0.4, 0, 1.2, 2)
 _OF_MINIMUM = _floats(1, 1, 1, 1, 1, 1, 0.7, 0.4, 0, 1, 0.7)
 
@@ -200,8 +200,8 @@ def fit_lines(scratch, n_max, d_at):
 
 # ---- scales: d*sc*q --------------------------------------------------------------------------------------------------
 
-# The candidates: where the weight of largest magnitude lands, near the lowest or the highest level or beyond, since a
-# weight that counts may be a small one of its sub-block.
+# The candidates: the level on which the weight of largest magnitude lands (search.py has multiples of the last one),
+# near the lowest or the highest or beyond, since a weight that counts may be a small one of its sub-block.
 _LANDINGS = _floats(-4, -4.4, -3.7, -5, 3, 3.4, -6, 4, -7.2, 4.8, -9, 6)
 _NEAR = _floats(0, 1, -1)
 

@@ -98,7 +98,8 @@ def _hmax(builder, v):
 
 
 fma = define_for_all(3, emit_fma)  # a*b + c, rounded once
-fma_f32 = define(types.float32, (types.float32,) * 3, lambda b, *abc: call(b, "llvm.fma.f32", F32, *abc))  # of numbers
+# The same of two scalars and a third.
+fma_f32 = define(types.float32, (types.float32,) * 3, lambda b, *abc: call(b, "llvm.fma.f32", F32, *abc))
 exact_fma = define_for_all(3, _exact_fma)  # the same where a*b is a float
 maximum = define_for_all(2, emit_maximum)  # of two lanes; where one is NaN, the other
 # The same where the second is never NaN: one instruction, not three that a loop's next turn would wait for.

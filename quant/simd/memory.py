@@ -57,7 +57,6 @@ load_u32 = define(types.int64, (types.int64,), lambda b, p: b.zext(load(b, p, I3
 load_i32 = define(types.int64, (types.int64,), lambda b, p: b.sext(load(b, p, I32), I64))
 load_i64 = define(types.int64, (types.int64,), lambda b, p: load(b, p, I64))
 load_f32 = define(types.float32, (types.int64,), lambda b, p: load(b, p, F32))
-load_f64 = define(types.float64, (types.int64,), lambda b, p: load(b, p, ir.DoubleType()))
 load_f16 = define(types.float32, (types.int64,), lambda b, p: half_to_float(b, load(b, p, I16)))
 f16_to_f32 = define(types.float32, (types.int64,), lambda b, v: half_to_float(b, b.trunc(v, I16)))
 bits_to_f32 = define(types.float32, (types.int64,), lambda b, v: b.bitcast(b.trunc(v, I32), F32))

@@ -77,6 +77,12 @@ def own_items(numa, period, node):
     return first, period * numa.before[node + 1] // n_workers - first
 
 
+@inline
+def item_at(i, first, n_own, period):
+    """The i-th item of a node that owns n_own from `first` on in each row of `period`."""
+    return i // n_own * period + first + i % n_own
+
+
 class Items:
     """The work items of one job, none taken. Lives as long as the job.
 
@@ -105,5 +111,5 @@ def take(items, worker):
         if atomic_load(counter) < end:
             taken = atomic_add(counter, 1)
             if taken < end:
-                return taken // n_own * period + first + taken % n_own
+                return item_at(taken, first, n_own, period)
     return -1

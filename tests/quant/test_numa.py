@@ -162,6 +162,25 @@ def test_prompts_are_the_same_on_any_nodes(n_workers: int, n_tokens: int) -> Non
     assert np.isfinite(found[0]).all() and all(kernels.same_bits(each, found[0]) for each in found)
 
 
+@pytest.mark.parametrize("n_nodes", [1, 2, 3])
+def test_each_node_has_rows_of_small_experts(n_nodes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though an item might have more rows than an expert."""
+    periods, random = [], np.random.default_rng(5)
+
+    def items(spread: Spread, n_items: int, period: int) -> Items:
+        periods.append(period)
+        return Items(spread, n_items, period)
+
+    monkeypatch.setattr("quant.ops.experts.Items", items)
+    shapes = (24, 96, 512), (24, 96, 512), (24, 512, 96)
+    matrices = [kernels.random_weight("Q8_0", shape, random)[0] for shape in shapes]
+    x, out = random.standard_normal((12, 512), np.float32), np.zeros((12, 512), np.float32)
+    ids, gates = np.arange(24).reshape(12, 2), np.ones((12, 2), np.float32)
+    with closing(Pool(3, NODES[:n_nodes])) as pool:
+        run_experts(pool, ExpertMatrices(*matrices), x.ctypes.data, ids, gates, out.ctypes.data)
+    assert periods[0] >= n_nodes
+
+
 def test_spans_are_the_rows_of_the_items() -> None:
     weight, _ = kernels.random_weight("Q8_0", (40, 64), np.random.default_rng(0))
     part, row = Part(weight, 16, first_item=2), weight.row_bytes  # items 2, 3 and 4

@@ -21,6 +21,7 @@ from quant.decode.program import MAX_SPLITS, MIN_SPLIT, Program
 from quant.decode.values import project_values_phase
 from quant.gemv.rows_i16 import expand_scaled_rows, pack_scaled_rows, row_bytes
 from quant.matrix import QuantMatrix
+from quant.target import isa
 from quant.threads.pool import Pool, aligned_bytes
 
 pytestmark = pytest.mark.levels
@@ -318,9 +319,9 @@ def test_rows_of_integers(pool: Pool, name: str, n_cached: int, window: int, rin
         assert np.array_equal(found, alone[0])
 
 
-@pytest.mark.parametrize("n_cached", [1, 15, 17, 63, 65])
+@pytest.mark.parametrize("n_cached", [1, 15, 16, 17, 63, 64, 65, 128])
 def test_nothing_is_read_behind_the_last_row(pool: Pool, n_cached: int) -> None:
-    """Tiles have 16 rows, sums two: it would end this process."""
+    """Tiles of 16 rows, and sums of two, are of copies or lie in place: what lies behind would end this process."""
     shape = LANES["9 heads"]
     if not fits(shape.scaled):
         pytest.skip("the CPU has no products of 16-bit integers")
@@ -371,6 +372,7 @@ def test_workers_do_not_change_sums_of_integers() -> None:
 
 def test_where_integers_do_not_fit() -> None:
     heads = LANES["16 heads"].scaled
+    assert fits(heads) == isa.has("avx512_vnni")
     for changes in ({"is_scaled": False}, {"per_group": 4}, {"per_group": 32}, {"value_width": 48}):
         assert not fits(replace(heads, **changes))
 

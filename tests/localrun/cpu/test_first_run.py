@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zlib
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from localrun.cpu import warmup
 from localrun.cpu.model import NativeModel
 from localrun.gguf.file import open_gguf
 from localrun.models.reader import read_config
-from quant.target import kernel_cache
+from quant.target import isa, kernel_cache
 
 # All kernels of a model's steps; or one module's, without a model that would need the others.
 PROGRAMS = {
@@ -65,6 +66,15 @@ def test_a_reply_needs_no_other_kernels_than_its_list(variant: str) -> None:
         phases = model.model._step.program._phases
         needed = {kernel.__name__: id(kernel) for phase in phases for kernel in (phase.prepare, phase.run)}
         assert not [name for name, kernel in needed.items() if kernel not in known]
+
+
+@pytest.mark.parametrize(("latent", "rope", "bits"), [(64, 16, {8, 16}), (32, 16, {16}), (48, 16, set()), (64, 8, {8})])
+def test_attention_in_integers_is_listed_where_rows_fit(latent: int, rope: int, bits: set[int]) -> None:
+    with open_gguf(tiny_models.shared("v2-lite")) as file:
+        config = replace(read_config(file), num_attention_heads=16, kv_lora_rank=latent, qk_rope_head_dim=rope)
+    for n_bits in (8, 16):
+        listed = f"quant.decode.attention_i{n_bits}" in warmup.for_steps(config, {"Q8_0"}, n_bits).modules
+        assert listed == (n_bits in bits and isa.has("avx512_vnni"))
 
 
 def test_the_networks_kernels_come_when_it_does() -> None:
