@@ -127,9 +127,11 @@ def find_rows(a, token, slot, row_bytes, group_bytes, first, n_rows, found):
         for i in range(min(n_rows, n_pooled - first)):
             row = load_i32(chosen + 4 * (first + i)) if is_chosen else first + i
             store_i64(found + 8 * i, rows + row_bytes * row)
+    begin = max(0, n_pooled - first)
+    if begin >= n_rows:  # all are pooled
+        return
     block, n_in_block = cache_block(a, slot, token)
     is_chosen, rows = a.chosen != 0 and a.seen.ratio == 0 and n_hidden > 0, block + group_bytes
-    begin = max(0, n_pooled - first)
     in_order = (n_hidden + first + begin - n_pooled) % n_in_block
     for i in range(begin, n_rows):
         row = load_i32(chosen + 4 * (first + i)) if is_chosen else in_order
