@@ -170,7 +170,6 @@ def _add_keys(a, head, first, begin, state, scores):
     """Keys and values begin.. of a chunk, as far as the block of tokens first.. sees them."""
     n_before, width, shared = a.n_before, a.width, head // a.shared
     end = min(begin + CHUNK, n_before + min(first + ATTENTION_TOKENS, a.n_tokens))
-    begin = max(begin, first_seen(a, first))
     n_rows = end - begin
     if n_rows <= 0:
         return
@@ -207,15 +206,17 @@ def end_block(a, head, first, state):
 def _run_item(a, head, first, last, scratch):
     """Tokens first..last of one head, in blocks: a chunk of keys and values serves all of them while it is in L2.
 
-    Chunks begin at the same rows whatever the item, whose length depends on the number of workers.
+    A block's chunks begin where it looks first, whatever the item, whose length follows from the number of workers.
+    Where a window and a block fit a chunk, a token's sums are the same in any piece of a prompt.
     """
     scores, state_bytes = scratch + ADDRESSES, a.state_bytes
     states = scores + ROW * CHUNK
     for token in range(first, last, ATTENTION_TOKENS):
         begin_block(a, head, token, scratch, states + state_bytes * ((token - first) // ATTENTION_TOKENS))
-    for begin in range(first_seen(a, first) // CHUNK * CHUNK, a.n_before + last, CHUNK):
+    for ahead in range(0, a.n_before + last - first_seen(a, first), CHUNK):
         for token in range(first, last, ATTENTION_TOKENS):
-            _add_keys(a, head, token, begin, states + state_bytes * ((token - first) // ATTENTION_TOKENS), scores)
+            state = states + state_bytes * ((token - first) // ATTENTION_TOKENS)
+            _add_keys(a, head, token, first_seen(a, token) + ahead, state, scores)
     for token in range(first, last, ATTENTION_TOKENS):
         end_block(a, head, token, states + state_bytes * ((token - first) // ATTENTION_TOKENS))
 

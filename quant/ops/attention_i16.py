@@ -203,7 +203,6 @@ def _add_keys(a, head, first, begin, state, scores):
     """Keys and values begin.. of a chunk (even), as far as the block of tokens first.. sees them."""
     n_before, width = a.n_before, a.width
     end = min(begin + CHUNK, n_before + min(first + ATTENTION_TOKENS, a.n_tokens))
-    begin = max(begin, first_seen(a, first) // 2 * 2)
     n_rows = end - begin
     if n_rows <= 0:
         return
@@ -240,18 +239,23 @@ def _fetch(a, head, begin, end, part, n_parts):
 
 @inline
 def _run_item(a, head, first, last, scratch):
-    """Tokens first..last of one head, in blocks: a chunk of keys and values serves all of them while it is in L2."""
+    """Tokens first..last of one head, in blocks: a chunk of keys and values serves all of them while it is in L2.
+
+    A block's chunks begin as in ops/attention.py, at even rows.
+    """
     state_bytes = a.state_bytes
     states = scratch + ROW * (CHUNK + CHUNK // 2 + 2)
     for token in range(first, last, ATTENTION_TOKENS):
         state = states + state_bytes * ((token - first) // ATTENTION_TOKENS)
         _begin_block(a, head, token, states + state_bytes * _MOST_BLOCKS, state)
     n_blocks, end = (last - first + ATTENTION_TOKENS - 1) // ATTENTION_TOKENS, a.n_before + last
-    for begin in range(first_seen(a, first) // CHUNK * CHUNK, end, CHUNK):
-        following = min(begin + CHUNK, end)
+    from_first = first_seen(a, first) // 2 * 2
+    for ahead in range(0, end - from_first, CHUNK):
+        following = min(from_first + ahead + CHUNK, end)
         for block in range(n_blocks):
             _fetch(a, head, following, min(following + CHUNK, end), block, n_blocks)
             token = first + ATTENTION_TOKENS * block
+            begin = first_seen(a, token) // 2 * 2 + ahead
             _add_keys(a, head, token, begin, states + state_bytes * block, scratch)
     for token in range(first, last, ATTENTION_TOKENS):
         end_block(a, head, token, states + state_bytes * ((token - first) // ATTENTION_TOKENS))

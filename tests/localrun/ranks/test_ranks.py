@@ -110,10 +110,14 @@ def test_whole_experts(variant: str, n_ranks: int, sizes: tuple[float, ...], cop
     ("variant", "mix"), slow_but([("v3-odd", "Q8_0"), ("v3-odd", "Q4_0"), ("gpt-oss", "MXFP4_MOE")], {})
 )
 def test_quantised_logits(variant: str, mix: str) -> None:
-    """Blocks of 32 columns: what is rounded to 8 bits is rounded alike, but where a sum's last place tips it."""
+    """Blocks of 32 columns: what is rounded to 8 bits is rounded alike, but where a sum's last place tips it.
+
+    Of the median token; what is tipped may tip a choice of experts, too (0.28 of the range at one token of 40).
+    """
     path, ids = tiny_models.shared(variant, type=tiny_models.MIXES[mix]), tiny_models.prompt(variant)
     for found, expected in zip(both_ways(path, ids, n_ranks=3), both_ways(path, ids), strict=True):
-        assert error(found, expected) < QUANTIZED_TOLERANCE
+        assert np.median(np.abs(found - expected).max(1)) / np.ptp(expected) < QUANTIZED_TOLERANCE / 3
+        assert error(found, expected) < 0.5
 
 
 def test_rounded_messages() -> None:
