@@ -7,6 +7,7 @@ it took counts, not the process. Options and JSON: tools/llama-bench of https://
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from localrun.files import user_path
 from localrun.gguf.file import GGUFFile
 
 _LONGEST = 200  # characters of a reason
+_RESULT = re.compile(r'\{[^{}]*"samples_ns"[^{}]*\}')  # ik_llama.cpp's writes lines of other kinds between
 
 
 class LlamaBench:
@@ -62,7 +64,7 @@ class LlamaBench:
         except OSError as error:
             raise LocalrunError(f"{command[0]}: cannot be run: {error.strerror}") from None
         try:
-            return sum(json.loads(done.stdout)[0]["samples_ns"]) / 1e9
+            return sum(json.loads(_RESULT.findall(done.stdout)[0])["samples_ns"]) / 1e9
         except (ValueError, LookupError, TypeError):
             said = (done.stderr.strip().splitlines() or ["nothing"])[-1][:_LONGEST]
             raise LocalrunError(f"{command[0]}: ended with {done.returncode} and no result; it said: {said}") from None

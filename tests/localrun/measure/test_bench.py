@@ -219,7 +219,8 @@ with open(__file__ + ".log", "a") as log:
 if "-d" in args and args.get("-old"):
     sys.exit("error: unknown argument: -d")
 n_tokens = int(args["-p"]) + int(args["-n"])
-print(json.dumps([{{"n_depth": args.get("-d"), "samples_ns": [n_tokens * 1_000_000]}}]))
+print("[", "=== Adjusted tensors {{of one kind}} ===", sep="\\n")  # as ik_llama.cpp's does
+print(json.dumps({{"n_depth": args.get("-d"), "samples_ns": [n_tokens * 1_000_000]}}), "]", sep="\\n")
 """
 
 
