@@ -10,7 +10,6 @@ import math
 import numpy as np
 
 from quant.gemm.lanes import LOWEST, ROW
-from quant.gemv import rows_i16
 from quant.simd.exact import at_most, sqrt
 from quant.simd.floats import (
     exp2,
@@ -36,8 +35,7 @@ from quant.simd.memory import (
 from quant.target.jit import inline
 
 # Of rows, whose largest column is not looked for, and of lanes; the other way round for gemv/rows_i16.py's.
-LENGTH, LENGTH_OF_LANES = 32767.0, rows_i16.LENGTH
-assert LENGTH * LENGTH_OF_LANES < 2**31  # products of the two in int32
+LENGTH, LENGTH_OF_LANES = 32767.0, 65472.0  # whose products fit int32
 # Of values, of a sum of weights, and of one: the first two have a product of less than 2^31. Rows of LENGTH as values
 # leave less for sums.
 MOST_VALUE, MOST_SUM, MOST_WEIGHT, MOST_SUM_OF_ROWS = 2.0**13 - 1, 2.0**18 - 256, 2.0**15 - 1, 2.0**16 - 64

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from quant.gemm import rounding_i16
 from quant.gemv.rows_i16 import LENGTH, expand_scaled_rows, pack_scaled_rows, row_bytes
 
 pytestmark = pytest.mark.levels
@@ -86,3 +87,7 @@ def test_what_is_no_number_stays_so() -> None:
     x[0, 5], x[1, 7] = np.nan, np.inf
     found = expanded(packed(x), 64)
     assert np.all(np.isnan(found[:2])) and np.all(np.isfinite(found[2]))
+
+
+def test_products_of_whole_lengths_fit_int32() -> None:
+    assert LENGTH == rounding_i16.LENGTH_OF_LANES and LENGTH * rounding_i16.LENGTH < 2**31

@@ -46,6 +46,7 @@ from localrun.placement.placement import GPU
 from localrun.ranks.sharing import EXPERTS, SLICES, Sharing
 from localrun.ranks.world import RankError
 from quant.ops import experts as quant_experts
+from quant.target import tuning
 
 EXACT = Sharing("f32")
 CTX = 160
@@ -175,7 +176,8 @@ def test_rounded_messages_and_blocks() -> None:
     with opened(path) as model:
         expected = both_ways(model, ids)
     for repack in (False, True):
-        with opened(path, 2, Sharing("f32", repack=repack)) as model:
+        pays = tuning.using(replace(tuning.current(), interleaving_pays=True))
+        with pays, opened(path, 2, Sharing("f32", repack=repack)) as model:
             assert model.remote.share.layers[1].gate.format.name == ("Q4_K_R16" if repack else "Q4_K")
             for one, other in zip(both_ways(model, ids), expected, strict=True):
                 assert error(one, other) < QUANTIZED_TOLERANCE
