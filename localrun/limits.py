@@ -16,9 +16,10 @@ MARK_EVERY, MARK_BYTES, MARK_SPARE = 1024, 1 << 28, 32
 READER_PAUSE_S = 1e-3
 
 
-def long_chunk(n_tokens: int) -> int:
-    """Tokens at a time of a prompt whose chunks rebuild keys: half of it at most, so that progress shows."""
-    return next((size for size in LONG_PREFILL_CHUNKS if 2 * size <= n_tokens), PREFILL_CHUNK)
+def prefill_chunk(n_tokens: int, rebuilds_keys: bool) -> int:
+    """Tokens at a time of a prompt: where chunks rebuild keys half of it at most, so that progress shows."""
+    sizes = LONG_PREFILL_CHUNKS if rebuilds_keys else ()
+    return next((size for size in sizes if 2 * size <= n_tokens), PREFILL_CHUNK)
 
 
 def cut(n_tokens: int, size: int | None = None) -> list[int]:

@@ -17,7 +17,7 @@ from localrun.cpu.compressed import decode_step
 from localrun.cpu.torch_threads import TorchThreads, torch_at_work
 from localrun.gguf.file import GGUFFile
 from localrun.gguf.residency import Near, Resident, within
-from localrun.limits import cut, long_chunk
+from localrun.limits import cut, prefill_chunk
 from localrun.models import names
 from localrun.models.config import Config
 from localrun.models.dspark import read_dspark
@@ -190,7 +190,7 @@ class NativeModel:
 
     def chunks(self, n_tokens: int) -> list[int]:
         """How many of a prompt's n_tokens to evaluate at a time."""
-        return cut(n_tokens, long_chunk(n_tokens) if self.config.rebuilds_keys else None)
+        return cut(n_tokens, prefill_chunk(n_tokens, self.config.rebuilds_keys))
 
     def forward(self, ids: Sequence[int], cache: Cache, all_logits: bool = False) -> np.ndarray:
         """Evaluate ids after the cache's tokens; the cache then holds them too.

@@ -7,7 +7,7 @@ from localrun.limits import (
     MARK_EVERY,
     MARK_SPARE,
     PREFILL_CHUNK,
-    long_chunk,
+    prefill_chunk,
 )
 from localrun.models.config import Config
 from localrun.models.rows import KV_BYTES
@@ -41,7 +41,7 @@ def work_bytes(config: Config, on_gpu: bool, ctx: int) -> int:
 
     on_gpu: whether all but experts is there.
     """
-    chunk = long_chunk(ctx) if config.rebuilds_keys and not on_gpu else PREFILL_CHUNK
+    chunk = prefill_chunk(ctx, config.rebuilds_keys and not on_gpu)
     return activation_bytes(config, chunk) + 4 * config.vocab_size + ATTENTION_WORK_BYTES
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from localrun.limits import PREFILL_CHUNK, long_chunk
+from localrun.limits import PREFILL_CHUNK, prefill_chunk
 from localrun.models.config import Config
 from localrun.plan import launches
 from localrun.plan.machine import Cpu, Gpu, Machine
@@ -85,8 +85,7 @@ def prefill_speed(
     model: ModelShape, machine: Machine, placement: Placement, n_tokens: int = PREFILL_CHUNK, ctx: float = 0
 ) -> Speed:
     """A prompt of n_tokens after ctx others, in chunks as they are evaluated."""
-    rebuilds = model.config.rebuilds_keys and not placement.layers
-    most = long_chunk(n_tokens) if rebuilds else PREFILL_CHUNK
+    most = prefill_chunk(n_tokens, model.config.rebuilds_keys and not placement.layers)
     phases: list[Phase] = []
     done = 0
     while done < n_tokens:
