@@ -79,12 +79,16 @@ class NativeModel:
             cache_bits: of a cached value, 16 or 8.
         """
         self.config, self.file, self.vocab_size = config, file, config.vocab_size
-        self.remote = self._take_ranks(ranks, n_threads) if ranks else None
-        nodes = hardware.usable_nodes()
-        self._pool = Pool(n_threads, tuple(nodes.values()))
-        self._tensors = GGUFTensors(file, self.remote.own if self.remote else None)
-        self._cache_bits = cache_bits
-        self._step = decode_step(config, self._tensors, self._pool, self.remote, cache_bits=cache_bits)
+        nodes, self._cache_bits = hardware.usable_nodes(), cache_bits
+        with ExitStack() as undo:
+            self.remote = self._take_ranks(ranks, n_threads) if ranks else None
+            if self.remote:
+                undo.callback(self.remote.close)
+            self._pool = Pool(n_threads, tuple(nodes.values()))
+            undo.callback(self._pool.close)
+            self._tensors = GGUFTensors(file, self.remote.own if self.remote else None)
+            self._step = decode_step(config, self._tensors, self._pool, self.remote, cache_bits=cache_bits)
+            undo.pop_all()
         # What the step copied or was given by other ranks is not in the file's map, which is all that is brought near.
         near = [
             Near(node, cores, within(self._step.program.spans(i), file.spans))

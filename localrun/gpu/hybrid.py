@@ -120,15 +120,14 @@ class HybridModel:
         self._mtp_file, self._n_mtp = file, config.num_nextn_predict_layers
         self._holds_torch = False
         in_vram = [index for index, ids in placement.experts.items() if ids]
-        self.remote = Remote(file, config, ranks, n_threads, in_vram) if ranks else None
-        self.pool = Pool(workers or n_threads)
-        try:
-            self._load()
-        except BaseException:
+        with ExitStack() as undo:
+            self.remote = Remote(file, config, ranks, n_threads, in_vram) if ranks else None
             if self.remote:
-                self.remote.close()
-            self.pool.close()
-            raise
+                undo.callback(self.remote.close)
+            self.pool = Pool(workers or n_threads)
+            undo.callback(self.pool.close)
+            self._load()
+            undo.pop_all()
 
     def _load(self) -> None:
         with self.device.errors():

@@ -121,13 +121,14 @@ class Readers:
     """Ranks that read prompts for this process. One thread at a time uses it, but for figures().
 
     Args:
+        world: theirs and this process's.
         least: tokens of a chunk that goes to them; fewer are evaluated here.
         wants_hidden: whether `hidden` is needed of each token, with every chunk.
     """
 
     def __init__(self, world: World, least: int, wants_hidden: Callable[[], bool]):
         """Waits until all are ready. Raises RankError."""
-        self._world, self._least, self._wants_hidden = world, least, wants_hidden
+        self.world, self._least, self._wants_hidden = world, least, wants_hidden
         self._readers = [_Reader(rank) for rank in range(1, world.size)]
         self._threads = ThreadPoolExecutor(len(self._readers), "localrun-readers")
         self._lock, self._figures = threading.Lock(), np.zeros(len(_FIGURES))
@@ -164,7 +165,7 @@ class Readers:
                 wait(self._jobs, return_when=FIRST_COMPLETED)
             answer = reader.job.result()
         except RankError as error:
-            raise self._world.note(error) from None
+            raise self.world.note(error) from None
         except BaseException:
             self.drop(cache)
             raise
@@ -188,7 +189,7 @@ class Readers:
 
     def _begin(self, ids: Sequence[int], cache: Cache) -> _Reader | None:
         """One that begins with these, if any is free: that which follows the cache, else one that follows no other."""
-        self._world.check()
+        self.world.check()
         self.drop(cache)
         free = [reader for reader in self._readers if reader.is_free]
         if not free:
@@ -204,11 +205,11 @@ class Readers:
     def _read(self, rank: int, asked: Asked, ids: list[int], rows: list[tuple[int, int, np.ndarray]]) -> _Answer:
         """In a thread of the reader's."""
         began, answer = time.perf_counter(), _Answer()
-        send(self._world, rank, ASK, np.array([*asked, *ids], np.int64))
+        send(self.world, rank, ASK, np.array([*asked, *ids], np.int64))
         for block, end, content in rows:
-            send(self._world, rank, block, content, end)
+            send(self.world, rank, block, content, end)
         while answer.logits is None:
-            part = receive(self._world, rank, _LAYER_S)
+            part = receive(self.world, rank, _LAYER_S)
             if part.kind >= 0:
                 answer.rows.append(part)
                 continue
@@ -229,13 +230,13 @@ class Readers:
 
     def close(self) -> None:
         """Tell the readers that there is nothing more to do."""
-        broken = self._world.links.broken
+        broken = self.world.links.broken
         before, broken[0] = int(broken[0]), 1  # ends the wait for a chunk that nobody wants
         self._threads.shutdown()
         broken[0] = before
         for reader in self._readers:
             with suppress(RankError):  # one that is gone need not be told
-                send(self._world, reader.rank, END, np.zeros(0, np.uint8))
+                send(self.world, reader.rank, END, np.zeros(0, np.uint8))
 
 
 _FIGURES = ("chunks", "tokens", "bytes_out", "bytes_back", "computing_s", "on_top_s")

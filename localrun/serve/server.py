@@ -16,6 +16,7 @@ from localrun import hardware
 from localrun.arguments import whole
 from localrun.engine import Engine
 from localrun.errors import LocalrunError
+from localrun.ranks.world import RankError
 from localrun.serve.app import application
 from localrun.serve.scheduler import MOST_PAUSE_S, Scheduler
 from localrun.serve.service import Service
@@ -107,7 +108,7 @@ def serve(
         variables: of the chat template, where a request sets none.
         ready: called once connections are taken.
 
-    Raises RankError: the model needs a rank that is gone; its running replies have ended with that error.
+    Raises RankError: a rank or a reader is gone; running replies that need it have ended with that error.
     """
     engine.prepare()
     scheduler = Scheduler(engine, slots, cache_bytes, most_pause_s=most_pause_s, store=store)
@@ -118,13 +119,19 @@ def serve(
         config = uvicorn.Config(
             app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=_KEEP_ALIVE_S, ws="none"
         )
-        server = _Server(config, ready, lambda: engine.ranks is not None and engine.ranks.world.failure is not None)
+        server = _Server(config, ready, lambda: _failure(engine) is not None)
         server.run(sockets=[listener])
         is_hurried = server.force_exit
     finally:
         scheduler.close(keep=not is_hurried)
-    if engine.ranks is not None and engine.ranks.world.failure is not None:
-        raise engine.ranks.world.failure
+    if failure := _failure(engine):
+        raise failure
+
+
+def _failure(engine: Engine) -> RankError | None:
+    """Of the ranks that share its experts, or of those that read its prompts."""
+    worlds = [others.world for others in (engine.ranks, engine.readers) if others]
+    return next((world.failure for world in worlds if world.failure), None)
 
 
 class _Server(uvicorn.Server):

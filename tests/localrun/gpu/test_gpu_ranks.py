@@ -262,8 +262,9 @@ def test_an_error_here_leaves_the_ranks_in_step(raised: BaseException, monkeypat
 
 
 @pytest.mark.usefixtures("in_torch")
-def test_an_error_while_loading_ends_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hybrid, "DecodeStep", lambda *arguments: pytest.fail("no room"))
+@pytest.mark.parametrize("what", ["Pool", "DecodeStep"])
+def test_an_error_while_loading_ends_all_threads(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hybrid, what, lambda *arguments: pytest.fail("no room"))
     before = set(threading.enumerate())
     with pytest.raises(pytest.fail.Exception, match="no room"), opened(path_of("V3"), 2):
         pass

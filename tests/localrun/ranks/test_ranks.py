@@ -29,6 +29,7 @@ from ranks_in_process import Post, in_process
 import localrun
 from localrun import hardware
 from localrun.convert import Options, convert, make_plan
+from localrun.cpu import model as cpu_model
 from localrun.engine import Engine
 from localrun.errors import LocalrunError
 from localrun.generate.sampling import Sampling
@@ -291,6 +292,15 @@ def test_an_error_of_mpi_names_the_rank() -> None:
             post.error = 15
             with pytest.raises(RankError, match=r"^rank 1: the connection is lost \(MPI's error 15\)$"):
                 model.model.forward(list(range(n_tokens)), model.model.new_cache(160))
+
+
+@pytest.mark.parametrize("what", ["Pool", "decode_step"])
+def test_an_error_while_loading_ends_all_threads(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_model, what, lambda *arguments, **options: pytest.fail("no room"))
+    before = set(threading.enumerate())
+    with pytest.raises(pytest.fail.Exception, match="no room"), shared(tiny_models.shared("v3-odd")):
+        pass
+    assert set(threading.enumerate()) == before
 
 
 def test_a_rank_without_room_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

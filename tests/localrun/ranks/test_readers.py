@@ -232,7 +232,7 @@ def test_a_reader_that_is_gone() -> None:
         session = model.session("off")
         session.advance([1, 2, 3])
         post.dead.add(1)
-        threading.Timer(0.3, lambda: model.readers._world.fail(1, "host b (reader 1): was killed")).start()
+        threading.Timer(0.3, lambda: model.readers.world.fail(1, "host b (reader 1): was killed")).start()
         for _ in range(2):
             began = time.monotonic()
             with pytest.raises(RankError, match=r"^host b \(reader 1\): was killed$"):

@@ -311,9 +311,11 @@ def test_closing_cancels_what_is_left(engine: Engine) -> None:
     asyncio.run(run())
 
 
-def test_a_server_ends_when_a_rank_is_lost(engine: Engine) -> None:
+@pytest.mark.parametrize("others", ["ranks", "readers"])
+def test_a_server_ends_when_a_rank_is_lost(engine: Engine, others: str) -> None:
     """By itself, with the error that says which; a waiting client does not hold it up."""
-    engine.ranks = SimpleNamespace(world=SimpleNamespace(failure=None))
+    world = SimpleNamespace(failure=None)
+    setattr(engine, others, SimpleNamespace(world=world))
     raised: list[RankError] = []
 
     def serve(listener: Any, ready: threading.Event) -> None:
@@ -327,6 +329,6 @@ def test_a_server_ends_when_a_rank_is_lost(engine: Engine) -> None:
         thread = threading.Thread(target=serve, args=(listener, ready))
         thread.start()
         assert ready.wait(60)
-        lost = engine.ranks.world.failure = RankError(1, "host b (rank 1): is gone")
+        lost = world.failure = RankError(1, "host b (rank 1): is gone")
         thread.join(5)
         assert not thread.is_alive() and raised == [lost]
