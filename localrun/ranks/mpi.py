@@ -14,7 +14,9 @@ from typing import Any
 from localrun.errors import LocalrunError
 
 # Of MPICH's UCX: no lines on stderr about peers that are gone; inside one machine no network, so that nothing listens.
-_QUIET, _INSIDE = {"UCX_LOG_LEVEL": "fatal"}, {"UCX_TLS": "self,sm"}
+# Long messages by shared memory, not by reading the sender's (CMA): UCX aborts where the sender is gone, or where a
+# container forbids it, and its copies take half the time (2 MB 57 us, by CMA 153).
+_QUIET, _INSIDE, _BETWEEN = {"UCX_LOG_LEVEL": "fatal"}, {"UCX_TLS": "self,posix,sysv"}, {"UCX_TLS": "^cma"}
 # Of MPICH: messages lie in RAM, and where a host node of a card sends them, nobody may ask CUDA for that.
 _IN_RAM = {"MPIR_CVAR_ENABLE_GPU": "0"}
 _MISSING = "several ranks need MPI: pip install 'localrun[cluster]'"
@@ -30,7 +32,7 @@ def set_up_mpi(is_inside: bool) -> None:
     except ImportError:
         raise LocalrunError(_MISSING) from None
     mpi4py.rc.thread_level, mpi4py.rc.finalize = "multiple", False
-    for name, value in (_QUIET | _IN_RAM | (_INSIDE if is_inside else {})).items():
+    for name, value in (_QUIET | _IN_RAM | (_INSIDE if is_inside else _BETWEEN)).items():
         os.environ.setdefault(name, value)
 
 
