@@ -15,7 +15,7 @@ import numpy as np
 from localrun import hardware
 from localrun.gguf import types as tensor_types
 from localrun.gguf.file import GGUFFile, Tensor
-from localrun.gguf.residency import let_go
+from localrun.gguf.residency import let_go, own_memory
 from localrun.models import names
 from localrun.models.config import Config
 from quant.formats import registry
@@ -107,7 +107,7 @@ def _repack(file: GGUFFile, tensor: Tensor, workers: Executor) -> None:
     format_ = registry.get(type_.name)
     n_experts, n_rows, _ = tensor.shape
     plain = tensor.data.reshape(n_experts, -1)
-    out = np.empty((n_experts, _bytes_laid_out(tensor) // n_experts), np.uint8)
+    out = own_memory(_bytes_laid_out(tensor)).reshape(n_experts, -1)
 
     def one(expert: int) -> None:
         interleave(format_, plain[expert], n_rows, plain.shape[1] // n_rows, out[expert])

@@ -51,6 +51,7 @@ class TorchThreads:
         cls._holders -= 1
         if cls._holders == 0:
             torch.set_num_threads(cls._before)
+            _give_freed_memory_back()
 
     @classmethod
     @contextmanager
@@ -81,7 +82,18 @@ def _keep_freed_memory() -> None:
 
     Of any size, so none has pages of its own, which go when it is freed; up to what a chunk of a prompt takes.
     """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    libc = _libc()
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
         libc.mallopt(_M_MMAP_MAX, 0)
+
+
+def _give_freed_memory_back() -> None:
+    """What was kept so."""
+    libc = _libc()
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(ctypes.c_size_t(0))
+
+
+def _libc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if sys.platform == "linux" else None

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+import numpy as np
+
 from localrun import hardware
 from localrun.gguf.file import GGUFFile
 from localrun.gguf.numa_pages import move_to_node
@@ -102,6 +104,14 @@ def let_go(spans: Sequence[Span]) -> None:
         if first < end:
             at, count = ctypes.c_void_p(first * mmap.PAGESIZE), ctypes.c_size_t((end - first) * mmap.PAGESIZE)
             libc.madvise(at, count, ctypes.c_int(_DONTNEED))
+
+
+def own_memory(n_bytes: int) -> np.ndarray:
+    """uint8 (n_bytes,) of zeros that go back to the system with their last view; malloc keeps memory for the next."""
+    memory = mmap.mmap(-1, n_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError, AttributeError):  # a system without large pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
 
 
 def within(spans: Sequence[Span], maps: Sequence[Span]) -> list[Span]:

@@ -22,7 +22,7 @@ from localrun import hardware
 from localrun.errors import LocalrunError
 from localrun.gguf import types as tensor_types
 from localrun.gguf.file import GGUFFile
-from localrun.gguf.residency import Span, let_go
+from localrun.gguf.residency import Span, let_go, own_memory
 from localrun.models import names
 from localrun.models.config import Config
 from localrun.models.tensors import GGUFTensors
@@ -254,7 +254,7 @@ def laid_out(matrix: QuantMatrix) -> QuantMatrix:
     format_, shape = _laid_out(matrix), (matrix.n_groups, matrix.n_rows, matrix.n_cols)
     if format_.name == matrix.format.name:
         return matrix
-    out = np.empty((matrix.n_groups, matrix.n_rows * format_.row_bytes(matrix.n_cols)), np.uint8)
+    out = own_memory(matrix.n_groups * matrix.n_rows * format_.row_bytes(matrix.n_cols)).reshape(matrix.n_groups, -1)
     for group in range(matrix.n_groups):
         plain = bytes_at(matrix.address + matrix.group_bytes * group, matrix.n_rows * matrix.row_bytes)
         interleave(format_, plain, matrix.n_rows, matrix.row_bytes, out[group])
