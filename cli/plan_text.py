@@ -85,7 +85,7 @@ def hosts_lines(document: dict[str, Any]) -> list[str]:
     if document["refusal"]:
         return lines
     prompt = f"prompt of {document['prompt']}"
-    head = f"{'hosts':<6} {'sharing':<8} {'RAM first':>11} {'RAM others':>11} {'decode':>9} {'messages':>9}"
+    head = f"{'hosts':<6} {'sharing':<14} {'RAM first':>11} {'RAM others':>11} {'decode':>9} {'messages':>9}"
     lines += ["", f"{head} {prompt:>16} {'messages':>9}   tokens/s; part of the time that messages take"]
     lines += [_host_line(row) for row in document["rows"]]
     pays = document["pays"]
@@ -98,7 +98,7 @@ def hosts_lines(document: dict[str, Any]) -> list[str]:
 
 def _host_line(row: dict[str, Any]) -> str:
     others = size(row["ram_others"]) if row["ram_others"] else "-"
-    line = f"{row['n_hosts']:<6} {row['sharing'] or '-':<8} {size(row['ram_first']):>11} {others:>11}"
+    line = f"{row['n_hosts']:<6} {row['sharing'] or '-':<14} {size(row['ram_first']):>11} {others:>11}"
     if not row["fits"]:
         return f"{line} does not fit"
     decode, prefill = row["decode"], row["prefill"]

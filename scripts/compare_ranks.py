@@ -36,7 +36,7 @@ import localrun
 from localrun.engine import Engine
 from localrun.measure.bench import machine as this_one
 from localrun.placement.memory_table import EXPERTS
-from localrun.plan.hosts import host_memory, messages, spread
+from localrun.plan.hosts import Parts, host_memory, messages, spread
 from localrun.plan.link import Link, load_link
 from localrun.plan.machine import Machine, parse_machine
 from localrun.plan.measure import describe
@@ -182,7 +182,7 @@ def predict(shape: ModelShape, by_name: dict[str, Machine], link: Link, n_prompt
         of = {name: speed(machine) for name, machine in by_name.items()}
         routed = {phase.part: phase for phase in of[RANKS].phases}[EXPERTS]
         phases = tuple(routed if phase.part == EXPERTS else phase for phase in of[ONE].phases)
-        of[RANKS] = spread(Speed(of[ONE].tokens, phases), shape, 2, link, 1 / 2)
+        of[RANKS] = spread(Speed(of[ONE].tokens, phases), shape, 2, link, Parts(1 / 2, 1 / 2))
         for name, each in of.items():
             found.setdefault(name, {})[what] = each.tokens_per_s
         found[RANKS][f"{what}_layer_waits_us"] = round(1e6 * of[RANKS].messages_s / shape.n_moe_layers, 1)

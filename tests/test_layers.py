@@ -58,7 +58,7 @@ MAY_IMPORT = {
         "models": "errors gguf",
         "placement": "arguments errors hardware limits gguf models",
         "network": "errors limits models",
-        "ranks": "errors hardware limits gguf models network",
+        "ranks": "errors hardware limits gguf models placement network",
         "cpu": "hardware limits gguf models network ranks",
         "gpu": "errors files hardware limits gguf models placement network ranks cpu",
         "backends": "errors limits gguf",

@@ -121,7 +121,8 @@ class HybridModel:
         self._holds_torch = False
         in_vram = [index for index, ids in placement.experts.items() if ids]
         with ExitStack() as undo:
-            self.remote = Remote(file, config, ranks, n_threads, in_vram) if ranks else None
+            on_cards = range(config.num_hidden_layers)
+            self.remote = Remote(file, config, ranks, n_threads, in_vram, on_cards) if ranks else None
             if self.remote:
                 undo.callback(self.remote.close)
             self.pool = Pool(workers or n_threads)

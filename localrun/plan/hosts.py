@@ -5,6 +5,8 @@ its CPU to compute; but layers whose experts have room in the first one's VRAM a
 for each remote rank: hidden states with the router's choice go out, sums come back. Two ways to share:
 
 slices: a rank has 1/N of every expert's inner columns, so that all have the same to do.
+slices by time (--rank-sizes auto): blocks of them so that all are done at once, the first rank with the shared experts
+as well, the others with their messages.
 experts: a rank has 1/N of the experts, so that a token waits for the rank that it chose most experts of.
 
 Hosts are alike, and each like the machine that the plan is for.
@@ -14,23 +16,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import ceil, comb
+from math import ceil, comb, lcm
 
 from localrun.errors import LocalrunError
 from localrun.limits import PREFILL_CHUNK
+from localrun.models.names import layer_of
 from localrun.placement.memory_table import EXPERTS, RAM
+from localrun.placement.slices import by_time
 from localrun.plan.link import Link
 from localrun.plan.machine import Machine
 from localrun.plan.memory import Memory, Placement, plan_memory
-from localrun.plan.shapes import ModelShape, n_bytes
+from localrun.plan.shapes import ModelShape, Tensor, n_bytes
 from localrun.plan.speed import MESSAGES, Phase, Speed, beside_s, decode_speed, prefill_speed
 from quant.decode.message_sizes import back_bytes, message_bytes
+from quant.formats import registry
 
-SLICES, SHARED_EXPERTS = "slices", "experts"
-SHARINGS = (SLICES, SHARED_EXPERTS)
+SLICES, BY_TIME, SHARED_EXPERTS = "slices", "slices by time", "experts"
+SHARINGS = (SLICES, BY_TIME, SHARED_EXPERTS)
 MESSAGE = "bf16"  # how vectors travel unless --rank-messages says otherwise
-DISK = "disk"
+DISK, SHARED = "disk", "shared experts"
 MOST_HOSTS = 64
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Of the experts that are shared: the first rank's part, and the largest that another one has."""
+
+    first: float
+    others: float
 
 
 @dataclass(frozen=True)
@@ -70,14 +83,18 @@ class Spread:
         return self.speed.tokens_per_s
 
 
-def host_memory(model: ModelShape, machine: Machine, ctx: int, n_hosts: int) -> HostMemory:
-    """Whether each host has room. Raises LocalrunError for a model without routed experts, or too many hosts."""
+def host_memory(model: ModelShape, machine: Machine, ctx: int, n_hosts: int, parts: Parts | None = None) -> HostMemory:
+    """Whether each host has room, with these parts or equal ones.
+
+    Raises LocalrunError for a model without routed experts, or too many hosts.
+    """
     if not model.is_moe:
         raise LocalrunError(f"{model.name} has no routed experts to spread over hosts")
     if not 1 <= n_hosts <= MOST_HOSTS:
         raise LocalrunError(f"--hosts {n_hosts}; expected 1 to {MOST_HOSTS}")
-    first = plan_memory(model, _ranked(machine, n_hosts), ctx, 1 / n_hosts)
-    share = ceil(n_bytes(model.groups()[EXPERTS]) * (1 - first.placement.experts) / n_hosts)
+    parts = parts or Parts(1 / n_hosts, 1 / n_hosts)
+    first = plan_memory(model, _ranked(machine, n_hosts), ctx, parts.first)
+    share = ceil(n_bytes(model.groups()[EXPERTS]) * (1 - first.placement.experts) * parts.others)
     rows = tuple(row for row in first.rows if row.where != DISK)  # every host has the whole file
     return HostMemory(replace(first, rows=rows), share + int(machine.cpu.process_bytes), first.available[RAM])
 
@@ -119,29 +136,76 @@ def decode_over(
     model: ModelShape, machine: Machine, placement: Placement, ctx: float, n_hosts: int, link: Link, sharing: str
 ) -> Spread:
     """One token with ctx others in the cache; placement is the first host's."""
-    c, part = model.config, 1 / n_hosts
+    c, alone = model.config, decode_speed(model, machine, placement, ctx)
     if sharing == SHARED_EXPERTS:
-        part = busiest_share(c.n_routed_experts, c.num_experts_per_tok, n_hosts)
-    alone = decode_speed(model, machine, placement, ctx)
-    return spread(alone, model, n_hosts, link, part, placement.experts, beside_s)
+        busiest = busiest_share(c.n_routed_experts, c.num_experts_per_tok, n_hosts)
+        parts = Parts(busiest, busiest)
+    else:
+        parts = slices_of(alone, model, n_hosts, link, placement.experts, sharing)
+    return spread(alone, model, n_hosts, link, parts, placement.experts, beside_s)
 
 
 def prefill_over(
-    model: ModelShape, machine: Machine, placement: Placement, n_tokens: int, n_hosts: int, link: Link
-) -> Spread:
-    """A prompt; the same for both ways to share, since many tokens choose of all ranks alike."""
-    alone = prefill_speed(model, machine, placement, n_tokens)
-    return spread(alone, model, n_hosts, link, 1 / n_hosts, placement.experts)
+    model: ModelShape, machine: Machine, placement: Placement, n_tokens: int, n_hosts: int, link: Link,
+    parts: Parts | None = None,
+) -> Spread:  # fmt: skip
+    """A prompt, with these slices or equal ones; whole experts are like these, as many tokens choose of all alike."""
+    alone, parts = prefill_speed(model, machine, placement, n_tokens), parts or Parts(1 / n_hosts, 1 / n_hosts)
+    return spread(alone, model, n_hosts, link, parts, placement.experts)
+
+
+def slices_of(alone: Speed, model: ModelShape, n_hosts: int, link: Link, in_vram: float, sharing: str) -> Parts:
+    """Those of SLICES, or BY_TIME as ranks choose them (localrun.ranks.division); alone: one token's time."""
+    if sharing == SLICES or n_hosts == 1 or in_vram == 1:
+        return Parts(1 / n_hosts, 1 / n_hosts)
+    sent, per_layer_s = messages(model, n_hosts), {}
+    for part in (EXPERTS, SHARED):
+        seconds = sum(phase.seconds for phase in alone.phases if (phase.part, phase.device) == (part, "CPU"))
+        per_layer_s[part] = seconds / model.n_moe_layers
+    exchange_s = link.exchange_s(sent.out_bytes, sent.back_bytes, n_hosts - 1)
+    before_s = [per_layer_s[SHARED], *[exchange_s] * (n_hosts - 1)]
+    of_layers, in_all = layers_of(model), sum(layer.n_bytes for layer in layers_of(model))
+    counts = [0.0] * n_hosts
+    for layer in of_layers:
+        routed_s = per_layer_s[EXPERTS] / (1 - in_vram) * layer.n_bytes * len(of_layers) / in_all
+        blocks = by_time(layer.n_blocks, [routed_s / layer.n_blocks] * n_hosts, before_s)
+        counts = [
+            n + layer.n_bytes / in_all * of_rank / layer.n_blocks for n, of_rank in zip(counts, blocks, strict=True)
+        ]
+    return Parts(counts[0], max(counts[1:]))
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Routed experts of a layer: blocks of inner columns, which slices are cut by, and bytes."""
+
+    n_blocks: int
+    n_bytes: int
+
+
+def layers_of(model: ModelShape) -> list[_Layer]:
+    """Those with routed experts, in order."""
+    tensors: dict[int, list[Tensor]] = {}
+    for tensor in model.groups()[EXPERTS]:
+        if tensor.is_matrix and len(tensor.shape) == 3:
+            tensors.setdefault(layer_of(tensor.name), []).append(tensor)
+    found = []
+    for _, of_layer in sorted(tensors.items()):
+        formats = [(tensor, registry.get(tensor.type)) for tensor in of_layer]
+        down, format_ = next((tensor, format_) for tensor, format_ in formats if "_down_" in tensor.name)
+        unit = lcm(32, format_.block, *(other.rows for tensor, other in formats if tensor is not down))
+        found.append(_Layer(down.shape[-1] // unit, n_bytes(of_layer)))
+    return found
 
 
 def spread(
-    alone: Speed, model: ModelShape, n_hosts: int, link: Link, part: float, in_vram: float = 0.0,
+    alone: Speed, model: ModelShape, n_hosts: int, link: Link, parts: Parts, in_vram: float = 0.0,
     beside: Callable[[Sequence[Phase]], float] = lambda phases: 0.0,
 ) -> Spread:  # fmt: skip
-    """One machine's time with `part` of the CPU's routed experts and what messages add to it.
+    """One machine's time with its part of the CPU's routed experts, and what waiting for others adds to it.
 
-    While messages are under way the first rank computes the shared experts: on its CPU, or on a card, which has the
-    time of the routed ones as well.
+    While messages are under way, and others compute, the first rank computes the shared experts as well: on its CPU, or
+    on a card, which has the time of the routed ones and of waiting.
 
     Args:
         in_vram: the part of the routed experts that is not shared.
@@ -152,10 +216,15 @@ def spread(
     n_exchanges = model.n_moe_layers * (1 - in_vram) * ceil(alone.tokens / PREFILL_CHUNK)
     n_bytes = messages(model, n_hosts, in_vram).bytes_per_token * alone.tokens
     under_way = link.exchange_s(0, 0, n_hosts - 1) * n_exchanges + n_bytes / link.bytes_per_s
-    before = sum(phase.seconds for phase in alone.phases if (phase.part, phase.device) == ("shared experts", "CPU"))
+    routed, before = (
+        sum(phase.seconds for phase in alone.phases if (phase.part, phase.device) == (part, "CPU"))
+        for part in (EXPERTS, SHARED)
+    )
     shared = [
-        replace(p, seconds=p.seconds * part) if (p.part, p.device) == (EXPERTS, "CPU") else p for p in alone.phases
+        replace(p, seconds=p.seconds * parts.first) if (p.part, p.device) == (EXPERTS, "CPU") else p
+        for p in alone.phases
     ]
-    phases = [*shared, Phase(MESSAGES, "", max(0.0, under_way - before))]
+    waiting = under_way + (parts.others - parts.first) * routed - before
+    phases = [*shared, Phase(MESSAGES, "", max(0.0, waiting))]
     speed = Speed(alone.tokens, tuple(phases), beside(phases))
     return Spread(speed, speed.seconds - Speed(alone.tokens, tuple(shared), beside(shared)).seconds)

@@ -8,6 +8,7 @@ from typing import Any
 from localrun.limits import PREFILL_CHUNK
 from localrun.placement.memory_table import RAM, gib
 from localrun.plan.hosts import (
+    BY_TIME,
     SHARINGS,
     HostMemory,
     Spread,
@@ -15,11 +16,13 @@ from localrun.plan.hosts import (
     host_memory,
     messages,
     prefill_over,
+    slices_of,
 )
 from localrun.plan.link import Link
 from localrun.plan.machine import Machine
 from localrun.plan.report import SHORT_CTX, memory_facts, model_facts
 from localrun.plan.shapes import ModelShape
+from localrun.plan.speed import decode_speed
 
 LEAST_GAIN = 1.05  # a host more pays if a token comes this many times as fast
 
@@ -61,13 +64,15 @@ def make_hosts_report(
 
 def _rows(model: ModelShape, machine: Machine, link: Link, ctx: int, n_hosts: int, prompt: int) -> list[dict[str, Any]]:
     """A row for each way to share; one for a single host."""
-    memory, short = host_memory(model, machine, ctx, n_hosts), min(SHORT_CTX, ctx)
-    placement = memory.first.placement
-    reading = prefill_over(model, machine, placement, min(prompt, ctx), n_hosts, link)
-    return [
-        _row(n_hosts, sharing, memory, decode_over(model, machine, placement, short, n_hosts, link, sharing), reading)
-        for sharing in SHARINGS[: 1 if n_hosts == 1 else None]
-    ]
+    placement, short = host_memory(model, machine, ctx, n_hosts).first.placement, min(SHORT_CTX, ctx)
+    alone, rows = decode_speed(model, machine, placement, short), []
+    for sharing in SHARINGS[: 1 if n_hosts == 1 else None]:
+        parts = slices_of(alone, model, n_hosts, link, placement.experts, sharing) if sharing == BY_TIME else None
+        memory = host_memory(model, machine, ctx, n_hosts, parts)
+        decoding = decode_over(model, machine, placement, short, n_hosts, link, sharing)
+        reading = prefill_over(model, machine, placement, min(prompt, ctx), n_hosts, link, parts)
+        rows.append(_row(n_hosts, sharing, memory, decoding, reading))
+    return rows
 
 
 def _row(n_hosts: int, sharing: str, memory: HostMemory, decoding: Spread, reading: Spread) -> dict[str, Any]:
@@ -97,6 +102,6 @@ def _paying(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for row in (row for row in rows if row["fits"]):
         gain = row["decode"]["tokens_per_s"] / best["decode"]["tokens_per_s"] if best else LEAST_GAIN
         same = best and row["n_hosts"] == best["n_hosts"]
-        if gain >= (1.0 if same else LEAST_GAIN):
+        if gain > 1 if same else gain >= LEAST_GAIN:
             best = row
     return {"n_hosts": best["n_hosts"], "sharing": best["sharing"]}

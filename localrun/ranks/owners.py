@@ -18,8 +18,12 @@ from localrun.ranks.world import World
 from quant.decode.router import MOST_RANKS
 
 
-def owners_of(file: GGUFFile, config: Config, world: World, sharing: Sharing, layers: Sequence[int]) -> np.ndarray:
+def owners_of(
+    file: GGUFFile, config: Config, world: World, sharing: Sharing, sizes: Sequence[float], layers: Sequence[int]
+) -> np.ndarray:
     """int64 (layers, E): bits of the ranks that have each expert, in the order in which messages count layers.
+
+    sizes: of the ranks' shares.
 
     Raises LocalrunError: more ranks than experts or bits, or an importance matrix of another model.
     """
@@ -30,7 +34,6 @@ def owners_of(file: GGUFFile, config: Config, world: World, sharing: Sharing, la
     if sharing.usage is not None:
         counted = [index for index in expert_layers(file, config) if index < config.num_hidden_layers]
         counts |= read_usage(sharing.usage, counted, n_experts)
-    sizes = sharing.sizes_of(world)
     return np.stack([divide(counts[index], sizes, sharing.copies) for index in layers])
 
 

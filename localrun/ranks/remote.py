@@ -14,14 +14,13 @@ from functools import partial
 
 import numpy as np
 
-from localrun.errors import LocalrunError
 from localrun.gguf.file import GGUFFile
 from localrun.limits import PREFILL_CHUNK
 from localrun.models.config import Config
 from localrun.ranks import many
-from localrun.ranks.owners import assign, owners_of
-from localrun.ranks.sharing import EXPERTS, Ranks, Share, expert_layers, settled
-from localrun.ranks.speed import with_sizes
+from localrun.ranks.division import decide
+from localrun.ranks.owners import assign
+from localrun.ranks.sharing import Ranks, Share
 from localrun.ranks.world import RankError
 from quant.decode.exchange import N_TIMES, Exchange
 from quant.decode.experts import NOBODY, Told
@@ -46,34 +45,26 @@ class Remote:
         share: this rank's own.
     """
 
-    def __init__(self, file: GGUFFile, config: Config, ranks: Ranks, n_threads: int, in_vram: Collection[int] = ()):
+    def __init__(
+        self, file: GGUFFile, config: Config, ranks: Ranks, n_threads: int, in_vram: Collection[int] = (),
+        on_cards: range = range(0),
+    ):  # fmt: skip
         """Waits until all are ready. Raises LocalrunError: the model can't be shared so, or a rank is gone.
 
         Args:
-            n_threads: of this rank.
-            in_vram: layers whose experts are all here, on a card: they are not shared.
+            n_threads, in_vram, on_cards: as decide() has them.
         """
         self._world, self._others = ranks.world, range(1, ranks.world.size)
-        layers = [index for index in expert_layers(file, config) if index not in in_vram]
-        if in_vram and not any(index < config.num_hidden_layers for index in layers):
-            raise LocalrunError(
-                "VRAM holds all routed experts: others have nothing to do; run without them, or with --device cpu"
-            )
-        for rank in self._others:
-            self._world.send(rank, np.array(layers, np.int64).tobytes())
-        sharing = with_sizes(ranks.world, settled(ranks.sharing, file, config, ranks.world), n_threads)
-        owners = owners_of(file, config, ranks.world, sharing, layers) if sharing.share == EXPERTS else None
-        self.share = Share(file, config, ranks.world, sharing, layers, owners)
+        division = decide(file, config, ranks, n_threads, in_vram, on_cards)
+        self.share = Share(file, config, ranks.world, ranks.sharing, division)
         self._numbers = {index: number for number, index in enumerate(self.share.layers)}
         self._exchange = Exchange(
             self._world.links, len(self._others), self.share.type, self.share.hidden, self.share.top_k,
-            differ=owners is not None,
+            differ=division.owners is not None,
         )  # fmt: skip
         self._threads = ThreadPoolExecutor(_AT_ONCE, "localrun-ranks")
         self._in_order = threading.Lock()
         self._many_bytes, self._many_s = np.zeros(2, np.int64), np.zeros(2)  # sent, received; computing, waiting
-        for rank in self._others if owners is not None else ():
-            self._world.send(rank, owners.tobytes())
         for rank in self._others:
             if self._world.receive(rank, START_S) != READY:
                 raise RankError(rank, f"{self._world.names[rank]}: does not say that it is ready")

@@ -48,7 +48,7 @@ class Sharing:
         share: SLICES, EXPERTS, or AUTO for what the model and the others of these say (settled).
         usage: an importance matrix, whose counts say how experts are divided; rank 0 alone reads it.
         copies: experts of each layer that a rank has beside its own, of those that are used most.
-        by_speed: whether sizes are to be what ranks measure.
+        by_speed: whether sizes are to follow from what ranks measure: slices so that all are done at once.
         repack: whether each rank lays its slices out anew as --repack does, in RAM of its own.
     """
 
@@ -97,6 +97,21 @@ class Ranks:
         return min(1.0, sizes[self.world.rank] / sum(sizes) + self.sharing.copies / max(1, n_experts))
 
 
+@dataclass(frozen=True)
+class Division:
+    """Who has what, as rank 0 has decided (division.py).
+
+    Attributes:
+        layers: those that are shared, in the order in which messages count them.
+        blocks: of slices, int64 (layers, N): blocks of inner columns that each rank has; None of whole experts.
+        owners: of whole experts, int64 (layers, E): bits of the ranks that have each; None of slices.
+    """
+
+    layers: tuple[int, ...]
+    blocks: np.ndarray | None = None
+    owners: np.ndarray | None = None
+
+
 def settled(sharing: Sharing, file: GGUFFile, config: Config, world: World) -> Sharing:
     """The sharing with a way to share. All ranks come to the same."""
     if sharing.share != AUTO:
@@ -108,22 +123,30 @@ def settled(sharing: Sharing, file: GGUFFile, config: Config, world: World) -> S
     return replace(sharing, share=EXPERTS if is_whole else SLICES)
 
 
-def cuts(n: int, unit: int, sizes: Sequence[float]) -> list[tuple[int, int]]:
-    """First column and number of columns of each share of n columns, as near to these sizes as whole units allow.
-
-    The last has what is left over. Raises LocalrunError if there are fewer units than shares.
-    """
-    n_units, n_shares = n // unit, len(sizes)
-    if n_units < n_shares:
+def n_blocks(n: int, unit: int, n_shares: int) -> int:
+    """Whole units of n columns. Raises LocalrunError if there are fewer than shares."""
+    found = n // unit
+    if found < n_shares:
         raise LocalrunError(
-            f"experts of {n} inner columns in blocks of {unit} can't be shared by {n_shares} ranks; at most {n_units}"
+            f"experts of {n} inner columns in blocks of {unit} can't be shared by {n_shares} ranks; at most {found}"
         )
-    ends = np.round(np.cumsum(sizes) / np.sum(sizes) * n_units).astype(int)
-    for i in range(n_shares):  # a unit at least for each
+    return found
+
+
+def by_sizes(n_blocks: int, sizes: Sequence[float]) -> list[int]:
+    """Blocks of each share, one at least, as near to these sizes as whole ones allow."""
+    n_shares = len(sizes)
+    ends = np.round(np.cumsum(sizes) / np.sum(sizes) * n_blocks).astype(int)
+    for i in range(n_shares):
         ends[i] = max(ends[i], ends[i - 1] + 1 if i else 1)
     for i in range(n_shares - 1, -1, -1):
-        ends[i] = min(ends[i], n_units - (n_shares - 1 - i))
-    borders = [0, *(int(end) * unit for end in ends[:-1]), n]
+        ends[i] = min(ends[i], n_blocks - (n_shares - 1 - i))
+    return np.diff(ends, prepend=0).tolist()
+
+
+def cuts(n: int, unit: int, blocks: Sequence[int]) -> list[tuple[int, int]]:
+    """First column and number of columns of each share of n columns; the last has what is left over."""
+    borders = [0, *(int(end) * unit for end in np.cumsum(blocks)[:-1]), n]
     return [(first, end - first) for first, end in pairwise(borders)]
 
 
@@ -148,32 +171,23 @@ class Share:
         hidden, top_k: columns of these, experts per token.
     """
 
-    def __init__(
-        self, file: GGUFFile, config: Config, world: World, sharing: Sharing, layers: Sequence[int],
-        owners: np.ndarray | None = None,
-    ):  # fmt: skip
-        """Raises LocalrunError if the model's experts can't be shared so.
-
-        Args:
-            layers: those that are shared, by what rank 0 says.
-            owners: what it says of whole experts.
-        """
-        tensors, sizes = GGUFTensors(file), sharing.sizes_of(world)
-        if not layers:
-            raise LocalrunError(f"{file.path}: has no routed experts that several ranks could share")
+    def __init__(self, file: GGUFFile, config: Config, world: World, sharing: Sharing, division: Division):
+        """Raises LocalrunError if the model's experts can't be shared so."""
+        tensors = GGUFTensors(file)
         self.type, self.top_k, self.hidden = TYPES[sharing.message], config.num_experts_per_tok, config.hidden_size
         if self.hidden % self.type.columns:
             raise LocalrunError(f"messages of type {sharing.message} take multiples of {self.type.columns} columns")
-        self._file, self._config, self._rank, self.owners = file, config, world.rank, owners
-        self.layers = {index: tensors.expert_matrices(index) for index in layers}
+        self._file, self._config, self._rank, self.owners = file, config, world.rank, division.owners
+        self.layers = {index: tensors.expert_matrices(index) for index in division.layers}
         self._repack = sharing.repack
-        if owners is None:
-            self._cut(world, sizes)
+        if division.blocks is not None:
+            self._cut(division.blocks)
 
-    def _cut(self, world: World, sizes: Sequence[float]) -> None:
+    def _cut(self, blocks: np.ndarray) -> None:
         """Keep this rank's slice of each layer. Raises LocalrunError if there is no room for what is copied of it."""
         own = {
-            index: cuts(whole.gate.n_rows, whole.inner_unit, sizes)[world.rank] for index, whole in self.layers.items()
+            index: cuts(whole.gate.n_rows, whole.inner_unit, of_ranks)[self._rank]
+            for (index, whole), of_ranks in zip(self.layers.items(), blocks, strict=True)
         }
         n_inner = {index: whole.gate.n_rows for index, whole in self.layers.items()}
         needed = sum(

@@ -1,19 +1,35 @@
-"""Shares by speed: each rank measures how fast it reads memory, which is what a token's experts take time for."""
+"""Shares by time: ranks measure how fast they read memory, which a token's experts take time for, and messages."""
 
 from __future__ import annotations
 
+import time
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from localrun.ranks.sharing import Sharing
 from localrun.ranks.world import World
+from quant.decode.messages import CONTROL
 from quant.threads.bandwidth import buffer, read_bandwidth
+from quant.threads.links import Request
 from quant.threads.pool import Pool
 
 _BYTES = 1 << 28  # several times the caches
 _LIMIT_S = 900.0  # a rank may have kernels to compile first
+_N_EXCHANGES, _SPIN_S = 50, 0.1
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What rank 0 knows of all.
+
+    Attributes:
+        speeds: bytes a second of each rank.
+        exchange_s: of each other rank, a layer's messages there and back, which it does not compute meanwhile.
+    """
+
+    speeds: tuple[float, ...]
+    exchange_s: tuple[float, ...]
 
 
 def read_speed(n_threads: int) -> float:
@@ -23,19 +39,48 @@ def read_speed(n_threads: int) -> float:
         return read_bandwidth(pool, memory.ctypes.data, _BYTES, passes=1).median
 
 
-def with_sizes(world: World, sharing: Sharing, n_threads: int) -> Sharing:
-    """The sharing; where sizes are to be by speed, with those that all ranks have measured. All must call it.
+def measure(world: World, n_threads: int, n_bytes: int, n_bytes_back: int) -> Rates:
+    """On rank 0, while the others are in be_measured(): all read at once, then all send. Raises RankError."""
+    own, others = read_speed(n_threads), range(1, world.size)
+    speeds = [own, *(float(np.frombuffer(world.receive(rank, _LIMIT_S))[0]) for rank in others)]
+    for rank in others:
+        world.send(rank, b"")  # all have done with reading
+    seconds = np.array([_exchange(world, n_bytes, n_bytes_back) for _ in range(_N_EXCHANGES)])
+    return Rates(tuple(speeds), tuple(np.median(seconds, 0).tolist()))
 
-    Raises RankError.
-    """
-    if not sharing.by_speed:
-        return sharing
-    own, others = np.array([read_speed(n_threads)]), range(1, world.size)
-    if world.rank:
-        world.send(0, own.tobytes())
-        speeds = np.frombuffer(world.receive(0, _LIMIT_S))
-    else:
-        speeds = np.concatenate([own, *(np.frombuffer(world.receive(rank, _LIMIT_S)) for rank in others)])
-        for rank in others:
-            world.send(rank, speeds.tobytes())
-    return replace(sharing, sizes=tuple(speeds.tolist()), by_speed=False)
+
+def be_measured(world: World, n_threads: int, n_bytes: int, n_bytes_back: int) -> None:
+    """On another rank. Raises RankError."""
+    world.send(0, np.array([read_speed(n_threads)]).tobytes())
+    world.receive(0, _LIMIT_S)
+    there, back = np.zeros(n_bytes, np.uint8), np.zeros(n_bytes_back, np.uint8)
+    for _ in range(_N_EXCHANGES):
+        with world.reaching(0):
+            _finish(world, world.links.start_receive(there, 0, CONTROL))
+            _finish(world, world.links.start_send(back, 0, CONTROL))
+
+
+def _exchange(world: World, n_bytes: int, n_bytes_back: int) -> list[float]:
+    """Seconds until each of the others has answered."""
+    others, links, began = range(1, world.size), world.links, time.perf_counter()
+    sent, requests, found = np.zeros(n_bytes, np.uint8), [], []
+    for rank in others:
+        with world.reaching(rank):
+            received = links.start_receive(np.zeros(n_bytes_back, np.uint8), rank, CONTROL)
+            requests.append((links.start_send(sent, rank, CONTROL), received))
+    for rank, pair in zip(others, requests, strict=True):
+        with world.reaching(rank):
+            for request in pair:
+                _finish(world, request)
+        found.append(time.perf_counter() - began)
+    return found
+
+
+def _finish(world: World, request: Request) -> None:
+    """As Links.finish, which would sleep longer than a message takes. Raises LinkError."""
+    until = time.monotonic() + _SPIN_S
+    while time.monotonic() < until:
+        if world.links.is_done(request):
+            return
+        time.sleep(0)
+    world.links.finish(request)

@@ -12,9 +12,9 @@ from localrun.gguf.file import GGUFFile
 from localrun.gguf.residency import Resident
 from localrun.models.reader import read_config
 from localrun.ranks import many
-from localrun.ranks.remote import READY, START_S
-from localrun.ranks.sharing import EXPERTS, Share, Sharing, settled
-from localrun.ranks.speed import with_sizes
+from localrun.ranks.division import hear
+from localrun.ranks.remote import READY
+from localrun.ranks.sharing import Share, Sharing
 from localrun.ranks.world import World
 from quant.decode.exchange import Served
 from quant.decode.message_sizes import HEADER_BYTES, message_bytes
@@ -36,11 +36,7 @@ def serve_share(file: GGUFFile, world: World, sharing: Sharing, n_threads: int) 
         RankError: rank 0 can't be reached any more.
     """
     config = read_config(file)
-    layers = np.frombuffer(world.receive(0, START_S), np.int64).tolist()
-    sharing, owners = with_sizes(world, settled(sharing, file, config, world), n_threads), None
-    if sharing.share == EXPERTS:
-        owners = np.frombuffer(world.receive(0, START_S), np.int64).reshape(-1, config.n_routed_experts)
-    share = Share(file, config, world, sharing, layers, owners)
+    share = Share(file, config, world, sharing, hear(file, config, world, sharing, n_threads))
     resident = Resident(file, share.spans)
     try:
         with closing(Pool(n_threads)) as pool:

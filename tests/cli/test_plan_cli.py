@@ -97,7 +97,13 @@ def test_hosts_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert err == "" and out.startswith("DeepSeek-V3 671B, Q4_K_M, on 2 hosts, each a 10,000-dollar server")
     assert "a layer: 2 messages, 14,496 bytes to each other host and 14,400 back; a token: 1.6 MB" in out
-    assert [line.split()[:2] for line in out.splitlines()[18:21]] == [["1", "-"], ["2", "slices"], ["2", "experts"]]
+    ways = [line[:21].split(maxsplit=1) for line in out.splitlines()[18:22]]
+    assert [[way.strip() for way in each] for each in ways] == [
+        ["1", "-"],
+        ["2", "slices"],
+        ["2", "slices by time"],
+        ["2", "experts"],
+    ]
     assert "only the first host's card computes" in out and "what pays for decoding: " in out
 
 

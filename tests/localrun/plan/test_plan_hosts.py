@@ -7,16 +7,30 @@ from dataclasses import replace
 from itertools import combinations
 
 import pytest
+import tiny_models
 from toy_machine import toy
 
+from localrun.gguf.file import open_gguf
+from localrun.models.reader import read_config
+from localrun.models.tensors import GGUFTensors
 from localrun.plan.cluster import expert_parallel
-from localrun.plan.hosts import busiest_share, decode_over, host_memory, messages, prefill_over
+from localrun.plan.hosts import (
+    busiest_share,
+    decode_over,
+    host_memory,
+    layers_of,
+    messages,
+    prefill_over,
+    slices_of,
+    spread,
+)
 from localrun.plan.hosts_report import make_hosts_report
 from localrun.plan.link import Link, load_link
 from localrun.plan.machine import load_machine
 from localrun.plan.report import make_report
 from localrun.plan.shapes import ModelShape, load_model, n_bytes
-from localrun.plan.speed import decode_speed
+from localrun.plan.speed import Phase, Speed, decode_speed
+from localrun.ranks.sharing import expert_layers
 from quant.decode.message_sizes import HEADER_BYTES, PAIR_BYTES, TILE, back_bytes, message_bytes
 
 LINK = Link("toy", "toy", round_trip_s=1e-3, message_s=1e-4, bytes_per_s=1e9)
@@ -66,8 +80,38 @@ def test_decoding_by_hand(v3: ModelShape) -> None:
     whole = decode_over(v3, machine, placement, 64, 2, LINK, "experts")
     more = (busiest_share(256, 8, 2) - 1 / 2) * seconds["routed experts"]
     assert whole.speed.seconds == pytest.approx(found.speed.seconds + more)
+    by_time = decode_over(v3, machine, placement, 64, 2, LINK, "slices by time")
+    assert by_time.speed.seconds < found.speed.seconds
     hidden = decode_over(v3, toy(read=1e9), placement, 64, 2, LINK, "slices")
     assert hidden.messages_s == 0  # shared experts take longer
+
+
+@pytest.mark.parametrize(("exchange_s", "blocks"), [(0.0, [2, 4]), (1.0, [3, 3]), (2.0, [4, 2]), (9.0, [5, 1])])
+def test_slices_by_time(exchange_s: float, blocks: list[int]) -> None:
+    """Routed experts of 6 blocks that take 3 s a layer, and a shared one that takes 1 s."""
+    model = load_model("deepseek-v2-lite")
+    layer = [replace(t, shape=(*t.shape[:-1], 6 * 256), type="Q4_K") for t in model.tensors if "_down_exps" in t.name]
+    model = replace(model, tensors=tuple(layer))
+    n_layers = model.n_moe_layers
+    phases = tuple(Phase(part, "CPU", s * n_layers) for part, s in (("routed experts", 3.0), ("shared experts", 1.0)))
+    alone, link = Speed(1, phases), Link("toy", "toy", exchange_s, 0.0, 1e18)
+    found = slices_of(alone, model, 2, link, 0.0, "slices by time")
+    assert (6 * found.first, 6 * found.others) == pytest.approx(blocks)
+    both = spread(alone, model, 2, link, found)
+    took = max(blocks[0] / 2 + 1, blocks[1] / 2 + exchange_s)
+    assert both.speed.seconds == pytest.approx(n_layers * took)
+    memory = host_memory(model, toy(), 512, 2, found)
+    assert memory.others - toy().cpu.process_bytes == pytest.approx(n_bytes(layer) * blocks[1] / 6, abs=1)
+
+
+@pytest.mark.parametrize(("variant", "type_"), [("v3-odd", "F32"), ("gpt-oss", "MXFP4"), ("v3-fused-gate-up", "Q8_0")])
+def test_slices_are_cut_where_ranks_cut_them(variant: str, type_: str) -> None:
+    path = tiny_models.shared(variant, type=type_)
+    with open_gguf(path) as file:
+        config, tensors = read_config(file), GGUFTensors(file)
+        layers = [tensors.expert_matrices(index) for index in expert_layers(file, config)]
+    blocks = [whole.gate.n_rows // whole.inner_unit for whole in layers]
+    assert [layer.n_blocks for layer in layers_of(load_model(str(path), None))] == blocks and blocks
 
 
 def test_more_hosts_take_turns_on_the_firsts_adapter() -> None:
@@ -103,7 +147,7 @@ def test_one_host_is_the_plan_of_a_machine(v3: ModelShape) -> None:
     with_card, on_cpu = ([row["decode"]["tokens_per_s"] for row in each["rows"][:2]] for each in (report, without))
     for one, two in (with_card, on_cpu):
         assert two / one > 1.3  # 10 GbE: what peers' arithmetic gives two hosts
-    assert report["pays"] == {"n_hosts": 3, "sharing": "slices"}
+    assert report["pays"] == {"n_hosts": 3, "sharing": "slices by time"}  # 5% on two hosts, 3% on three
 
 
 def test_a_card_on_the_first_host_by_hand(v3: ModelShape) -> None:

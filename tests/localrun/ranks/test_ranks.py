@@ -36,7 +36,7 @@ from localrun.generate.sampling import Sampling
 from localrun.gguf.file import open_gguf
 from localrun.models.reader import read_config
 from localrun.ranks import remote, speed
-from localrun.ranks.sharing import AUTO, EXPERTS, SLICES, Ranks, Share, Sharing, laid_out
+from localrun.ranks.sharing import AUTO, EXPERTS, SLICES, Division, Ranks, Share, Sharing, laid_out
 from localrun.ranks.world import RankError, World
 from quant.batch import MOST_TOKENS
 from quant.decode.message_sizes import HEADER_BYTES, back_bytes, message_bytes
@@ -308,18 +308,33 @@ def test_a_rank_without_room_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "free_ram", lambda: 1000)
     path, world = tiny_models.shared("v3-odd"), World(1, ["here", "host b (rank 1)"], Post().links(1))
     with open_gguf(path) as file, pytest.raises(LocalrunError, match=r"^this rank's columns .* 0\.0 are free$"):
-        Share(file, read_config(file), world, EXACT, [1])
+        Share(file, read_config(file), world, EXACT, Division((1,), np.array([[1, 2]])))
 
 
-def test_shares_by_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All ranks cut alike by what each has measured."""
+@pytest.mark.parametrize(
+    ("here", "there", "exchange_s", "rows"),
+    [
+        (7e9, 2e9, 0.0, 64),  # of 96, in blocks of 32
+        (1e9, 1e9, 0.0, 32),  # rank 0 has the shared expert as well
+        (1e9, 1e9, 1.0, 64),  # the other would be done after all
+    ],
+)
+def test_shares_by_time(
+    here: float, there: float, exchange_s: float, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All ranks cut alike by what each has measured; whole experts are divided by speeds alone."""
     path, ids = tiny_models.shared("v3-odd"), tiny_models.prompt("v3-odd")
     with localrun.load(path, threads=2, ctx=160) as model:
         expected = model.logits(ids)
-    monkeypatch.setattr(speed, "read_speed", {1: 2e9, 2: 7e9}.__getitem__)  # rank 0 has two threads
+    monkeypatch.setattr(speed, "read_speed", {1: there, 2: here}.__getitem__)  # rank 0 has two threads
+    exchange = speed._exchange
+    monkeypatch.setattr(speed, "_exchange", lambda *arguments: [exchange_s for _ in exchange(*arguments)])
     with shared(path, sharing=Sharing("f32", by_speed=True)) as model:
-        assert model.model.remote.share.layers[1].gate.n_rows == 64  # of 96, in blocks of 32
+        assert model.model.remote.share.layers[1].gate.n_rows == rows
         assert error(model.logits(ids), expected) < ROUNDING_TOLERANCE
+    with shared(path, sharing=Sharing("f32", share=EXPERTS, by_speed=True)) as model:
+        n_here = int((model.model.remote.share.owners == 1).sum(1)[0])
+        assert n_here == round(here / (here + there) * model.config.n_routed_experts)
 
 
 def test_each_rank_lays_out_its_slices() -> None:

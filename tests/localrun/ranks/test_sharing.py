@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from localrun.errors import LocalrunError
+from localrun.placement.slices import by_time
 from localrun.ranks.owners import assign, divide
-from localrun.ranks.sharing import cuts
+from localrun.ranks.sharing import by_sizes, cuts, n_blocks
 from quant.errors import QuantError
 from quant.formats import registry
 from quant.formats.interleave import interleave
@@ -33,14 +34,14 @@ HIDDEN, INNER, N_EXPERTS, N_TOKENS, TOP_K = 512, 768, 4, 3, 2
     ],
 )
 def test_cuts(n: int, unit: int, sizes: tuple[float, ...], expected: list[int]) -> None:
-    found = cuts(n, unit, sizes)
+    found = cuts(n, unit, by_sizes(n_blocks(n, unit, len(sizes)), sizes))
     assert [count for _, count in found] == expected
     assert [first for first, _ in found] == [sum(expected[:i]) for i in range(len(sizes))]
 
 
 def test_too_few_blocks() -> None:
     with pytest.raises(LocalrunError, match=r"experts of 768 inner columns in blocks of 256 .* 4 ranks; at most 3"):
-        cuts(768, 256, (1, 1, 1, 1))
+        n_blocks(768, 256, 4)
 
 
 def matrices(type_: str, rng: np.random.Generator) -> ExpertMatrices:
@@ -76,7 +77,7 @@ def test_shares_add_up(pool: Pool, type_: str) -> None:
     expected = sums(pool, whole, x, ids, weights)
     unit = whole.inner_unit
     assert unit == (256 if type_.startswith("Q4_K") else 32)
-    parts = [whole.inner(first, count) for first, count in cuts(INNER, unit, (1, 2))]
+    parts = [whole.inner(first, count) for first, count in cuts(INNER, unit, by_sizes(INNER // unit, (1, 2)))]
     assert [part.gate.n_rows for part in parts] == [256, 512] and parts[0].down.n_cols == 256
     assert parts[1].gate.address == whole.gate.address + 256 * whole.gate.row_bytes  # rows stay where they are
     found = sum(sums(pool, part, x, ids, weights) for part in parts)
@@ -133,3 +134,19 @@ def test_columns_are_whole_blocks() -> None:
     for first, count in ((0, 100), (128, 256), (512, 512), (-256, 256)):
         with pytest.raises(QuantError, match="of 768 in blocks of 256"):
             matrix.columns(first, count)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_slices_by_time_end_as_early_as_can_be(seed: int) -> None:
+    """Against every way to share 9 blocks among 3 ranks."""
+    rng = np.random.default_rng(seed)
+    block_s, before_s = rng.uniform(0.5, 2, 3), rng.uniform(0, 4, 3)
+    found = by_time(9, block_s.tolist(), before_s.tolist())
+    ends = {(a, b, 9 - a - b): 0.0 for a in range(1, 8) for b in range(1, 9 - a)}
+    ends = {counts: (before_s + np.array(counts) * block_s).max() for counts in ends}
+    assert sum(found) == 9 and ends[tuple(found)] == min(ends.values())
+
+
+def test_alike_ranks_have_equal_slices() -> None:
+    """Though the first has a shared expert of a block more: 5 and 4 take no longer than 4 and 5."""
+    assert by_time(8, [1.0, 1.0], [1.0, 0.0]) == [4, 4]
