@@ -1,5 +1,7 @@
 """What caches and work memory take in bytes, on a card and in RAM. Pure: no torch, no files, no devices."""
 
+from math import ceil
+
 from localrun.limits import (
     ATTENTION_WORK_BYTES,
     GPU_ATTENTION_WORK_BYTES,
@@ -15,6 +17,9 @@ from localrun.models.rows import KV_BYTES
 # What comes with a CUDA process besides tensors: kernels, graphs, the allocator's rounding. Assumed.
 RESERVE_BYTES = 1 << 28
 _SCALE_BYTES = 4  # of each row of 8-bit values
+# Of a value: in a panel of tokens, rounded for that, in a row of quantised activations (quant.gemm, quant.gemv); tokens
+# of an expert below which its rows are multiplied one by one (a test holds all of these against quant).
+_PANEL_BYTES, _ROUNDED_BYTES, _Q8_BYTES, _MOST_FEW = 44 / 32, 1.5, 17.5, 8
 
 
 def gpu_cache_bytes(config: Config, bits: int, n_tokens: int, layers: range | None = None) -> int:
@@ -43,6 +48,21 @@ def work_bytes(config: Config, on_gpu: bool, ctx: int) -> int:
     """
     chunk = prefill_chunk(ctx, config.rebuilds_keys and not on_gpu)
     return activation_bytes(config, chunk) + 4 * config.vocab_size + ATTENTION_WORK_BYTES
+
+
+def rank_work_bytes(config: Config, part: float) -> int:
+    """Of a rank that has a part of all experts' columns: a prompt's message and sums, and what its products work on.
+
+    A worker takes up to 0.2 MB besides. Work memory is kept: rows of few tokens and panels of many are there at once.
+    """
+    c, n_tokens = config, PREFILL_CHUNK
+    inner, n_pairs = part * c.moe_intermediate_size, n_tokens * c.num_experts_per_tok
+    n_few = min(n_pairs, _MOST_FEW * c.n_routed_experts)
+    travelling = n_tokens * (2 * 2 * c.hidden_size + 12 * c.num_experts_per_tok)  # in BF16 there and back
+    unpacked = n_tokens * (2 * 4 * c.hidden_size + 12 * c.num_experts_per_tok)  # float32 there and back
+    panels = _PANEL_BYTES * n_pairs * (c.hidden_size + inner) + _ROUNDED_BYTES * n_tokens * c.hidden_size
+    rows = n_few * (_Q8_BYTES + 2 * 4) * inner + _Q8_BYTES * c.hidden_size * n_few / c.num_experts_per_tok
+    return ceil(travelling + unpacked + panels + rows)
 
 
 def gpu_work_bytes(config: Config, has_head: bool = True) -> int:

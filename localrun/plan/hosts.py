@@ -22,6 +22,7 @@ from localrun.errors import LocalrunError
 from localrun.limits import PREFILL_CHUNK
 from localrun.models.names import layer_of
 from localrun.placement.memory_table import EXPERTS, RAM
+from localrun.placement.sizes import rank_work_bytes
 from localrun.placement.slices import by_time
 from localrun.plan.link import Link
 from localrun.plan.machine import Machine
@@ -96,7 +97,8 @@ def host_memory(model: ModelShape, machine: Machine, ctx: int, n_hosts: int, par
     first = plan_memory(model, _ranked(machine, n_hosts), ctx, parts.first)
     share = ceil(n_bytes(model.groups()[EXPERTS]) * (1 - first.placement.experts) * parts.others)
     rows = tuple(row for row in first.rows if row.where != DISK)  # every host has the whole file
-    return HostMemory(replace(first, rows=rows), share + int(machine.cpu.process_bytes), first.available[RAM])
+    others = share + rank_work_bytes(model.config, parts.others) + int(machine.cpu.process_bytes)
+    return HostMemory(replace(first, rows=rows), others, first.available[RAM])
 
 
 def _ranked(machine: Machine, n_hosts: int) -> Machine:

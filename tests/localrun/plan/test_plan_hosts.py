@@ -13,6 +13,7 @@ from toy_machine import toy
 from localrun.gguf.file import open_gguf
 from localrun.models.reader import read_config
 from localrun.models.tensors import GGUFTensors
+from localrun.placement.sizes import rank_work_bytes
 from localrun.plan.cluster import expert_parallel
 from localrun.plan.hosts import (
     busiest_share,
@@ -101,7 +102,8 @@ def test_slices_by_time(exchange_s: float, blocks: list[int]) -> None:
     took = max(blocks[0] / 2 + 1, blocks[1] / 2 + exchange_s)
     assert both.speed.seconds == pytest.approx(n_layers * took)
     memory = host_memory(model, toy(), 512, 2, found)
-    assert memory.others - toy().cpu.process_bytes == pytest.approx(n_bytes(layer) * blocks[1] / 6, abs=1)
+    work = rank_work_bytes(model.config, blocks[1] / 6)
+    assert memory.others - toy().cpu.process_bytes == pytest.approx(n_bytes(layer) * blocks[1] / 6 + work, abs=1)
 
 
 @pytest.mark.parametrize(("variant", "type_"), [("v3-odd", "F32"), ("gpt-oss", "MXFP4"), ("v3-fused-gate-up", "Q8_0")])
@@ -131,7 +133,7 @@ def test_memory_of_all_hosts_is_the_models(v3: ModelShape) -> None:
     machine = toy()
     alone, shared = host_memory(v3, machine, 512, 1), host_memory(v3, machine, 512, 4)
     experts = n_bytes(v3.groups()["routed experts"])
-    assert shared.others == pytest.approx(experts / 4, abs=1)
+    assert shared.others == pytest.approx(experts / 4 + rank_work_bytes(v3.config, 1 / 4), abs=1)
     saved = alone.first.needed["RAM"] - shared.first.needed["RAM"]
     assert saved == pytest.approx(3 * experts / 4, abs=1000)
     assert not host_memory(v3, replace(machine, ram_bytes=1e11), 512, 4).fits
@@ -178,9 +180,10 @@ def test_layers_that_vram_holds_send_nothing() -> None:
     memory = host_memory(lite, machine, 4096, 2)
     part, experts = memory.first.placement.experts, n_bytes(lite.groups()["routed experts"])
     assert 0.1 < part < 0.9
-    assert memory.others - machine.cpu.process_bytes == pytest.approx(experts * (1 - part) / 2, abs=1)
-    in_all = [memory.first.needed["RAM"] + memory.others, host_memory(lite, machine, 4096, 1).first.needed["RAM"]]
-    assert in_all[0] - machine.cpu.process_bytes == pytest.approx(in_all[1], abs=2)
+    others = memory.others - machine.cpu.process_bytes - rank_work_bytes(lite.config, 1 / 2)
+    assert others == pytest.approx(experts * (1 - part) / 2, abs=1)
+    in_all = [memory.first.needed["RAM"] + others, host_memory(lite, machine, 4096, 1).first.needed["RAM"]]
+    assert in_all[0] == pytest.approx(in_all[1], abs=2)
     whole = messages(lite, 2)
     assert messages(lite, 2, part).bytes_per_token == pytest.approx(whole.bytes_per_token * (1 - part), abs=1)
     found = decode_over(lite, machine, memory.first.placement, 64, 2, LINK, "slices")

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from types import SimpleNamespace
+
 import kernels
 import numpy as np
 import pytest
 
 from localrun.errors import LocalrunError
+from localrun.limits import PREFILL_CHUNK
+from localrun.placement.sizes import rank_work_bytes
 from localrun.placement.slices import by_time
+from localrun.ranks import many
 from localrun.ranks.owners import assign, divide
 from localrun.ranks.sharing import by_sizes, cuts, n_blocks
+from quant.decode.messages import TYPES
 from quant.errors import QuantError
 from quant.formats import registry
 from quant.formats.interleave import interleave
@@ -150,3 +157,27 @@ def test_slices_by_time_end_as_early_as_can_be(seed: int) -> None:
 def test_alike_ranks_have_equal_slices() -> None:
     """Though the first has a shared expert of a block more: 5 and 4 take no longer than 4 and 5."""
     assert by_time(8, [1.0, 1.0], [1.0, 0.0]) == [4, 4]
+
+
+@pytest.mark.parametrize("type_", ["Q4_K", "Q8_0"])
+def test_work_memory_of_a_prompt(type_: str) -> None:
+    """What is counted is what is taken, but for what comes with each worker."""
+    rng, config = (
+        np.random.default_rng(0),
+        SimpleNamespace(
+            hidden_size=HIDDEN, moe_intermediate_size=INNER, n_routed_experts=N_EXPERTS, num_experts_per_tok=TOP_K
+        ),
+    )
+    slice_ = matrices(type_, rng).inner(0, INNER // 3)
+    with closing(Pool(1)) as own:
+        for n_tokens in (7, PREFILL_CHUNK):  # less than 4 of an expert are multiplied by rows
+            x = rng.standard_normal((n_tokens, HIDDEN)).astype(np.float32)
+            ids = np.stack([rng.permutation(N_EXPERTS)[:TOP_K] for _ in range(n_tokens)])
+            weights = np.ones((n_tokens, TOP_K), np.float32)
+            out = sums(own, slice_, x, ids, weights)
+        of_workers = ("sums", "sums table", "scratch", "work", "rounding")
+        taken = sum(n_bytes for name, (_, n_bytes, _) in own._buffers.items() if name not in of_workers)
+        message, back = many.pack(TYPES["bf16"], x, ids, weights), many.pack_sums(TYPES["bf16"], out)
+        taken += sum(array.nbytes for array in (x, ids, weights, out, message, back))
+    found = rank_work_bytes(config, 1 / 3)
+    assert 0.9 * found < taken <= found
