@@ -113,12 +113,12 @@ def test_whole_experts(variant: str, n_ranks: int, sizes: tuple[float, ...], cop
 def test_quantised_logits(variant: str, mix: str) -> None:
     """Blocks of 32 columns: what is rounded to 8 bits is rounded alike, but where a sum's last place tips it.
 
-    Of the median token; what is tipped may tip a choice of experts, too (0.28 of the range at one token of 40).
+    Experts are chosen by the token alone: a tipped choice could be 0.28 of the range off.
     """
-    path, ids = tiny_models.shared(variant, type=tiny_models.MIXES[mix]), tiny_models.prompt(variant)
+    steady = replace(tiny_models.VARIANTS[variant], steady_routing=True)
+    path, ids = tiny_models.shared(steady, type=tiny_models.MIXES[mix]), tiny_models.prompt(variant)
     for found, expected in zip(both_ways(path, ids, n_ranks=3), both_ways(path, ids), strict=True):
-        assert np.median(np.abs(found - expected).max(1)) / np.ptp(expected) < QUANTIZED_TOLERANCE / 3
-        assert error(found, expected) < 0.5
+        assert error(found, expected) < QUANTIZED_TOLERANCE / 3
 
 
 def test_rounded_messages() -> None:
@@ -467,7 +467,7 @@ def check_rounded(found: np.ndarray, expected: np.ndarray, message: str) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", EVERY)
 def test_every_architecture_both_ways_to_share(variant: str, tmp_path: Path) -> None:
-    """Two to four ranks, as many as there are blocks of columns, equal and odd shares; every type of message."""
+    """Two to four ranks, as many as there are blocks of columns, equal shares and odd ones in turn; all messages."""
     path = file_of(variant, tmp_path)
     ids = list(range(40)) if variant in (*CHECKPOINTS, "deepseek4") else tiny_models.prompt(variant)
     step, many = both_ways(path, ids)
@@ -475,13 +475,13 @@ def test_every_architecture_both_ways_to_share(variant: str, tmp_path: Path) -> 
         config = read_config(file)
     n_blocks = config.moe_intermediate_size // 32
     for n_ranks in (2, 3, 4):
-        for share in (SLICES, EXPERTS):
+        odd = tuple(float(1 + rank) for rank in range(n_ranks))
+        for share, sizes in ((SLICES, ()), (EXPERTS, odd)) if n_ranks % 2 else ((SLICES, odd), (EXPERTS, ())):
             if share == SLICES and n_ranks > n_blocks:
                 continue
-            for sizes in ((), tuple(float(1 + rank) for rank in range(n_ranks))):
-                found_step, found_many = both_ways(path, ids, n_ranks=n_ranks, sharing=Sharing("f32", sizes, share))
-                assert error(found_many, many) < ROUNDING_TOLERANCE, (n_ranks, share, sizes)
-                assert error(found_step, step) < SESSION_TOLERANCE, (n_ranks, share, sizes)
+            found_step, found_many = both_ways(path, ids, n_ranks=n_ranks, sharing=Sharing("f32", sizes, share))
+            assert error(found_many, many) < ROUNDING_TOLERANCE, (n_ranks, share, sizes)
+            assert error(found_step, step) < SESSION_TOLERANCE, (n_ranks, share, sizes)
     for message in ("bf16", "fp8"):
         for share in (SLICES, EXPERTS) if n_blocks > 1 else (EXPERTS,):
             found_step, found_many = both_ways(path, ids, n_ranks=2, sharing=Sharing(message, share=share))
