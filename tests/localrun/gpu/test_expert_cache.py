@@ -266,7 +266,7 @@ def test_closing_drops_what_is_coming() -> None:
         threading.Timer(0.1, device.free.release).start()
         model.routed.cache.close()
         assert [job.cancelled() for job in coming] == [False] + [True] * (len(coming) - 1)
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before
 
 
 @pytest.mark.slow

@@ -97,7 +97,7 @@ def test_closing_ends_all_threads() -> None:
         model.forward(ids_of(9), model.new_cache(CTX))
         model.mtp.forward(ids_of(40), np.zeros((40, 64), np.float32), model.mtp.new_cache(CTX))
         assert len(threading.enumerate()) > len(before)
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before
 
 
 def test_an_error_while_loading_ends_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,4 +105,4 @@ def test_an_error_while_loading_ends_all_threads(monkeypatch: pytest.MonkeyPatch
     before = set(threading.enumerate())
     with pytest.raises(pytest.fail.Exception, match="no room"), opened():
         pass
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before

@@ -233,7 +233,7 @@ def test_a_rank_that_does_not_answer(n_tokens: int, by_words: bool) -> None:
     if device._coordinator is not None:
         device._coordinator.close()
         device._coordinator._thread.join(5)
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before
 
 
 @pytest.mark.usefixtures("in_torch")
@@ -268,7 +268,7 @@ def test_an_error_while_loading_ends_all_threads(what: str, monkeypatch: pytest.
     before = set(threading.enumerate())
     with pytest.raises(pytest.fail.Exception, match="no room"), opened(path_of("V3"), 2):
         pass
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before
 
 
 # ---- through the engine ----------------------------------------------------------------------------------------------
