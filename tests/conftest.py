@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import gc
 import os
 import re
 import signal
@@ -24,6 +25,9 @@ import pytest
 
 from localrun.hardware import usable_cores
 from quant.threads.pool import Pool
+
+# Modules and tests, a million objects, live as long as the process: each search for garbage would go through them.
+gc.disable()
 
 # A suite that is started in the background inherits SIGINT ignored, and so would the processes that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -98,6 +102,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = sample
     turns = {"first": 0, "serial": 2}
     items.sort(key=lambda item: next((turn for mark, turn in turns.items() if item.get_closest_marker(mark)), 1))
+
+
+def pytest_collection_finish() -> None:
+    """Searches for garbage from now on, more rarely, and not among what is there."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000)
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """Or libraries would report leaks when the process ends."""
+    gc.unfreeze()
 
 
 @functools.cache
