@@ -1,17 +1,18 @@
 """What `localrun plan` predicts beside what is measured: two ranks of one thread, one process of one thread and of two.
 
-    python scripts/compare_ranks.py MODEL [--network memory tcp 10gbit ...] [-p 512] [-n 64] [-r 3] [--machine FILE]
+    python scripts/compare_ranks.py MODEL [--network memory tcp 10gbit ...] [-p 512] [-n 64] [-r 3]
 
-For each network `doctor` times messages, and one process has all three engines over the file, which take turns; what
-plan reckons with those messages and with this machine's own rates comes from its parts (localrun.plan). memory: ranks
+For each network `doctor` times messages, and one process has all three engines over the file, which take turns. What a
+shared machine can do changes within minutes, so its rates are measured anew before each round, and what plan reckons
+with them and those messages (localrun.plan) is compared with that round alone. memory: ranks
 send through it; tcp: through sockets of this machine; else a rate as tc writes it: the other rank has a network
 namespace of its own, joined to this one by a veth pair that tbf holds to the rate (needs root, ip and tc).
 
 Ranks of one machine share its memory, which hosts do not: what all compute at once is reckoned with the rates that a
-process has while another one measures the same, everything else with those of one alone. FILE keeps the rates, and is
-read if it is there. The last line of stdout is one JSON document, by network: of prompt and reply tokens/s predicted,
-measured (the best round, its median step), and their ratio; messages of the replies; how many times as fast two ranks
-are as one process.
+process has while another one measures the same, everything else with those of one alone. The last line of stdout is
+one JSON document, by network: of prompt and reply the median over rounds of tokens/s predicted, measured (a round's
+median step), and of their ratio, with the rounds' ratios; messages of the replies; how many times as fast two ranks are
+as one process; seconds that it took.
 """
 
 from __future__ import annotations
@@ -112,8 +113,11 @@ def _last_line(environment: dict[str, str], *args: str) -> dict[str, Any]:
 
 
 def measure(path: Path, places: tuple[str | None, str | None], n_prompt: int, n_reply: int, rounds: int) -> Any:
-    """Tokens/s by engine in the best round, and what the replies' messages took. The first round brings weights in."""
-    found: dict[str, dict[str, list[float]]] = {}
+    """By round this machine's rates, and tokens/s by engine; what the replies' messages took.
+
+    A round before them brings weights in.
+    """
+    found: list[dict[str, Any]] = []
     with ExitStack() as stack:
         ranks = stack.enter_context(sharing_ranks(path, places_of(*places), Sharing(), 1))
         of = {RANKS: {"threads": 1, "ranks": ranks, "device": "cpu"}, ONE: {"threads": 1}, TWO: {"threads": 2}}
@@ -124,14 +128,13 @@ def measure(path: Path, places: tuple[str | None, str | None], n_prompt: int, n_
         }
         ids = np.random.default_rng(0).integers(0, engines[ONE].model.vocab_size, ctx).tolist()
         for number in range(rounds + 1):
-            for name, engine in engines.items():
-                rates = _rates(engine, ids, n_prompt, n_reply)
-                for what, rate in rates.items() if number else ():
-                    found.setdefault(name, {}).setdefault(what, []).append(rate)
+            described = describe_machines(path) if number else {}
+            rates = {name: _rates(engine, ids, n_prompt, n_reply) for name, engine in engines.items()}
+            found += [{"machines": described, "rates": rates}] if number else []
         times, figures = engines[RANKS].model.remote.times, engines[RANKS].rank_figures()
     names = ("sent", "own", "waited", "busiest_other")
     return {
-        "rates": {name: {what: max(each) for what, each in rates.items()} for name, rates in found.items()},
+        "rounds": found,
         "messages": figures
         | {f"{name}_us": round(float(np.median(each)) / 1e3, 1) for name, each in zip(names, times.T, strict=True)},
     }
@@ -156,20 +159,14 @@ def _rates(engine: Engine, ids: list[int], n_prompt: int, n_reply: int) -> dict[
 # ---- what is predicted -----------------------------------------------------------------------------------------------
 
 
-def machines(model: str, kept: Path | None) -> dict[str, Machine]:
-    """This machine as one thread has it, and as it has it while another process measures the same."""
-    if kept is not None and kept.exists():
-        found = json.loads(kept.read_text())
-    else:
-        program = [sys.executable, __file__, model, "--describe"]
-        found = {}
-        for name, n in ((ONE, 1), (RANKS, 2)):
-            running = [subprocess.Popen(program, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(n)]
-            printed = [process.communicate()[0] for process in running]
-            found[name] = json.loads(printed[0].splitlines()[-1])
-        if kept is not None:
-            kept.write_text(json.dumps(found))
-    return {name: parse_machine(each, name, str(kept)) for name, each in found.items()}
+def describe_machines(model: Path) -> dict[str, Any]:
+    """This machine as one thread has it, and as it has it while another process measures the same, as JSON."""
+    program, found = [sys.executable, __file__, str(model), "--describe"], {}
+    for name, n in ((ONE, 1), (RANKS, 2)):
+        running = [subprocess.Popen(program, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(n)]
+        printed = [process.communicate()[0] for process in running]
+        found[name] = json.loads(printed[0].splitlines()[-1])
+    return found
 
 
 def predict(shape: ModelShape, by_name: dict[str, Machine], link: Link, n_prompt: int, n_reply: int) -> Any:
@@ -190,8 +187,9 @@ def predict(shape: ModelShape, by_name: dict[str, Machine], link: Link, n_prompt
     return found
 
 
-def compare(arguments: argparse.Namespace, name: str, by_name: dict[str, Machine], shape: ModelShape) -> dict[str, Any]:
+def compare(arguments: argparse.Namespace, name: str, shape: ModelShape) -> dict[str, Any]:
     """One network's figures."""
+    began = time.perf_counter()
     lengths = [str(n) for n in (arguments.p, arguments.n, arguments.r)]
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         where, environment = ["--ranks", "2"], {"memory": {}, "tcp": _TCP}.get(name)
@@ -199,20 +197,28 @@ def compare(arguments: argparse.Namespace, name: str, by_name: dict[str, Machine
             where, environment = ["--hosts", OTHER], stack.enter_context(network(name, Path(folder)))
         timed = command(environment, "doctor", *where, "--link", f"{folder}/link.json")
         done = _last_line(environment, __file__, arguments.model, *where, "--measure", *lengths)
-        predicted = predict(shape, by_name, load_link(f"{folder}/link.json"), arguments.p, arguments.n)
-    found, rates = {"doctor_layer_us": round(1e6 * timed["ranks"][0]["layer_s"], 1)}, done["rates"]
+        link, rounds = load_link(f"{folder}/link.json"), done["rounds"]
+    predicted = []
+    for each in rounds:
+        by_name = {of: parse_machine(document, of, "this machine") for of, document in each["machines"].items()}
+        predicted.append(predict(shape, by_name, link, arguments.p, arguments.n))
+    found: dict[str, Any] = {"doctor_layer_us": round(1e6 * timed["ranks"][0]["layer_s"], 1)}
     for what in ("prompt", "reply") if arguments.p else ("reply",):
         for engine in (RANKS, ONE):
-            reckoned, measured = predicted[engine][what], rates[engine][what]
+            pairs = [(p[engine][what], r["rates"][engine][what]) for p, r in zip(predicted, rounds, strict=True)]
+            ratios = [reckoned / measured for reckoned, measured in pairs]
             found[f"{what}, {engine}"] = {
-                "predicted": round(reckoned, 3),
-                "measured": round(measured, 3),
-                "ratio": round(reckoned / measured, 3),
+                "predicted": round(median(reckoned for reckoned, _ in pairs), 3),
+                "measured": round(median(measured for _, measured in pairs), 3),
+                "ratio": round(median(ratios), 3),
+                "ratios": [round(ratio, 3) for ratio in ratios],
             }
         for engine in (ONE, TWO):
-            found[f"{what}, times {engine}"] = round(rates[RANKS][what] / rates[engine][what], 3)
-    own = {key: value for key, value in predicted[RANKS].items() if key not in ("prompt", "reply")}
-    return found | {"token_bytes": messages(shape, 2).bytes_per_token, "messages": done["messages"], "plan": own}
+            times = [each["rates"][RANKS][what] / each["rates"][engine][what] for each in rounds]
+            found[f"{what}, times {engine}"] = round(median(times), 3)
+    own = {key: value for key, value in predicted[-1][RANKS].items() if key not in ("prompt", "reply")}
+    found |= {"token_bytes": messages(shape, 2).bytes_per_token, "messages": done["messages"], "plan": own}
+    return found | {"seconds": round(time.perf_counter() - began, 1)}
 
 
 def main() -> None:
@@ -222,7 +228,6 @@ def main() -> None:
     parser.add_argument("-p", type=int, default=512)
     parser.add_argument("-n", type=int, default=64)
     parser.add_argument("-r", type=int, default=3)
-    parser.add_argument("--machine", type=Path, metavar="FILE")
     parser.add_argument("--describe", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--measure", nargs=3, type=int, help=argparse.SUPPRESS)
     parser.add_argument("--ranks", help=argparse.SUPPRESS)
@@ -236,10 +241,9 @@ def main() -> None:
     if arguments.describe:
         print(json.dumps(describe(shape, 1)))
         return
-    by_name = machines(arguments.model, arguments.machine)
     document: dict[str, Any] = {"machine": this_one(), "model": arguments.model}
     for name in arguments.network:
-        document[name] = compare(arguments, name, by_name, shape)
+        document[name] = compare(arguments, name, shape)
         print(f"{name}: {document[name]}", file=sys.stderr)
     print(json.dumps(document))
 
