@@ -11,8 +11,9 @@ namespace of its own, joined to this one by a veth pair that tbf holds to the ra
 Ranks of one machine share its memory, which hosts do not: what all compute at once is reckoned with the rates that a
 process has while another one measures the same, everything else with those of one alone. The last line of stdout is
 one JSON document, by network: of prompt and reply the median over rounds of tokens/s predicted, measured (a round's
-median step), and of their ratio, with the rounds' ratios; messages of the replies; how many times as fast two ranks are
-as one process; seconds that it took.
+median step), and of their ratio, with the rounds' ratios and the part of the time that the engine's first thread had
+its core (what is predicted has it all the time); messages of the replies; how many times as fast two ranks are as one
+process; seconds that it took.
 """
 
 from __future__ import annotations
@@ -143,17 +144,18 @@ def measure(path: Path, places: tuple[str | None, str | None], n_prompt: int, n_
 def _rates(engine: Engine, ids: list[int], n_prompt: int, n_reply: int) -> dict[str, float]:
     session, found = engine.session("off"), {}
     if n_prompt:
-        began = time.perf_counter()
+        began, on_core = time.perf_counter(), time.thread_time()
         session.advance(ids[:n_prompt])
-        found["prompt"] = n_prompt / (time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        found |= {"prompt": n_prompt / seconds, "prompt on core": (time.thread_time() - on_core) / seconds}
     session.forget(0)
     session.advance(ids[:_BEFORE])
-    steps = []
+    steps, on_core = [], time.thread_time()
     for token in ids[_BEFORE : _BEFORE + n_reply]:
         began = time.perf_counter()
         session.advance([token])
         steps.append(time.perf_counter() - began)
-    return found | {"reply": 1 / median(steps)}
+    return found | {"reply": 1 / median(steps), "reply on core": (time.thread_time() - on_core) / sum(steps)}
 
 
 # ---- what is predicted -----------------------------------------------------------------------------------------------
@@ -212,6 +214,7 @@ def compare(arguments: argparse.Namespace, name: str, shape: ModelShape) -> dict
                 "measured": round(median(measured for _, measured in pairs), 3),
                 "ratio": round(median(ratios), 3),
                 "ratios": [round(ratio, 3) for ratio in ratios],
+                "on_core": [round(each["rates"][engine][f"{what} on core"], 2) for each in rounds],
             }
         for engine in (ONE, TWO):
             times = [each["rates"][RANKS][what] / each["rates"][engine][what] for each in rounds]
