@@ -1,6 +1,6 @@
 """Every low-bit type by one table: files of localrun convert and of llama.cpp's quantiser, of the same F16 and imatrix.
 
-    python scripts/compare_types.py [MODEL=TEXT ...] [--types Q2_K IQ2_XXS] [--tokens 2048] [-t 2]
+    python scripts/compare_types.py [MODEL=TEXT ...] [--types Q2_K IQ2_XXS] [--tokens 2048] [-t 2] [--mirrored]
 
 Each MODEL is unpacked to F16; importances come from the first part of its TEXT, what is measured from the part after
 it. Like is compared with like: where a mix gives a tensor more bits here than in llama.cpp, ours is packed in
@@ -8,6 +8,10 @@ llama.cpp's type. All files run on the native backend, with 8-bit activations as
 last line of stdout is one JSON document: for each model and type perplexity, its error, how far ours is from
 llama.cpp's and that difference's own error (both predict the same tokens), Kullback-Leibler divergence from the F16
 file (nats a token), the same first choice, bits a weight, seconds, and tensors whose types would differ.
+
+With --mirrored also how much of each file's loss beyond F16's is due to its errors' size and how much to their signs,
+in nats: half the sum and half the difference of it and the loss with all errors turned around. A model is not at its
+best on every text, so errors change its loss to first order, down as well as up, but not its divergence.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -152,6 +157,8 @@ def compare(type_: str, work: Work, arguments: argparse.Namespace) -> dict[str, 
             seconds = time.perf_counter() - started
             figures, nats[who] = measure(path, work, arguments)
             rows[who] = figures | {"pack_s": round(seconds, 2)}
+            if arguments.mirrored:
+                rows[who] |= size_and_sign(path, nats[who], work, arguments)
         apart = nats["localrun"] - nats["llama.cpp"]
         return {
             "relative_difference": float(np.exp(apart.mean()) - 1),
@@ -171,6 +178,32 @@ def plan(path: Path, type_: str, work: Work, types: dict[str, list[str]]) -> Pla
         Override(re.compile(f"^{re.escape(name)}$"), theirs, name, True) for name, (_, theirs) in types.items()
     ]
     return make_plan(work.f16, path, Options(mix=type_, overrides=overrides, imatrix=work.imatrix))
+
+
+def mirror(packed: Path, f16: Path) -> Path:
+    """An F16 file whose weights are as far from those of `f16` as those of `packed`, on the other side."""
+    path = f16.with_name("mirrored.gguf")
+    shutil.copy(f16, path)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(packed).tensors}
+    reader = gguf.GGUFReader(path, "r+")
+    for tensor in reader.tensors:
+        found = tensors[tensor.name]
+        if found.tensor_type != tensor.tensor_type:
+            values = gguf.quants.dequantize(found.data, found.tensor_type).reshape(tensor.data.shape)
+            tensor.data[...] = 2 * tensor.data.astype(np.float32) - values
+    reader.data.flush()
+    return path
+
+
+def size_and_sign(packed: Path, nats: np.ndarray, work: Work, arguments: argparse.Namespace) -> dict[str, float]:
+    """What the size and what the signs of a file's errors add to F16's loss; nats: its own losses."""
+    path = mirror(packed, work.f16)
+    _, mirrored = measure(path, work, arguments)
+    path.unlink()
+    rows = zip(work.reference, work.chunks, strict=True)
+    f16 = [-log_p[np.arange(len(log_p)), chunk[CHUNK // 2 + 1 :]] for log_p, chunk in rows]
+    size = (nats + mirrored) / 2 - np.concatenate(f16)
+    return {"by_size": float(size.mean()), "by_sign": float((nats - mirrored).mean() / 2)}
 
 
 def pack_by_llama_cpp(path: Path, type_: str, work: Work, arguments: argparse.Namespace) -> None:
@@ -232,6 +265,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="that are measured with")
     parser.add_argument("--imatrix-tokens", type=int, default=4096, help="that importances are collected from")
     parser.add_argument("-t", "--threads", type=int, default=2)
+    parser.add_argument("--mirrored", action="store_true", help="tell the errors' size from their signs")
     arguments = parser.parse_args()
     found = {}
     for name in arguments.models:
