@@ -21,14 +21,15 @@ from numba import types
 from quant.decode.program import (
     HEADER,
     MAX_SPLITS,
-    MIN_SPLIT,
     NOTHING,
     PHASE,
     Phase,
     cache_block,
     cached_by,
+    chunk_length,
+    most_splits,
     program_of,
-    split_length,
+    split_begin,
     splits_of,
     tokens_of,
 )
@@ -43,9 +44,10 @@ from quant.simd.struct import address, boolean, f32, i64, struct
 from quant.simd.vectors import expand_f16, scale
 from quant.target.jit import inline, kernel
 
-_TOKENS = MIN_SPLIT  # cache rows that are expanded and multiplied at a time
+_TOKENS = 64  # cache rows that are expanded and multiplied at a time
 _NEVER = float("-inf")
 NO_LIMIT = 1 << 40
+SPLIT_UNIT = 4  # rows: of bytes, products take four
 
 
 def padded_lanes(n: int) -> int:
@@ -238,16 +240,16 @@ def _attend_split(a, group, token, split, work):
     """One group of a token's heads over one split; work: expanded rows, scores, two tables of addresses."""
     n_groups, n_heads, query_width, padded_width = a.n_groups, a.per_group, a.query_width, a.padded_width
     n_seen = seen_by(a, token)
-    length, partial_bytes, all_heads = split_length(n_seen), bytes_of_partial(padded_width), n_groups * n_heads
+    partial_bytes, all_heads = bytes_of_partial(padded_width), n_groups * n_heads
     head = all_heads * (MAX_SPLITS * token + split) + n_heads * group
     partials, scores = a.partials + partial_bytes * head, work + 4 * _TOKENS * max(query_width, padded_width)
-    begin = length * split
-    end = min(n_seen, begin + length)
+    begin, end = split_begin(n_seen, split, SPLIT_UNIT), split_begin(n_seen, split + 1, SPLIT_UNIT)
+    length = chunk_length(end - begin, _TOKENS)
     queries, outs = _start_heads(a, all_heads * token + n_heads * group, partials, scores)
     same_rows = a.value_slot == a.key_slot
     found = outs + 8 * n_heads
-    for first in range(begin, end, _TOKENS):
-        n_tokens = min(_TOKENS, end - first)
+    for first in range(begin, end, length):
+        n_tokens = min(length, end - first)
         find_rows(a, token, a.key_slot, a.key_row, a.key_group * group, first, n_tokens, found)
         _expand_rows(found, n_tokens, a.is_scaled, a.key_codes, a.key_width, query_width, work)
         multiply(work, n_tokens, query_width, n_heads, queries, outs, 0)
@@ -386,5 +388,5 @@ def attend_phase(heads: Heads, queries: int, partials: int) -> Phase:
     n_items, most_seen = heads.n_groups, heads.window + heads.most_pooled * (heads.ratio > 0)
     is_bounded = heads.window > 0 and most_seen < NO_LIMIT
     if is_bounded:  # as many splits as there can be: mostly few
-        n_items *= min(MAX_SPLITS, -(-most_seen // MIN_SPLIT))
+        n_items *= most_splits(most_seen)
     return Phase(NOTHING, _run_attend, n_items, arguments, work_bytes, per_token=True, per_split=not is_bounded)

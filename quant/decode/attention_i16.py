@@ -3,7 +3,7 @@
 Arguments, splits and results are attention.py's, rows are gemv/rows_i16.py's. Up to 16 heads are the lanes of queries,
 scores and weights, and the rows of weighted sums. Products take rows where they lie: of scores a row's pair of columns
 is repeated in all lanes, of sums two rows are put into each other. Where a chunk's rows do not follow each other, or
-are no whole tiles, they are copied first. Softmax and sums over chunks are in float32.
+are an odd number or less than a tile, they are copied first. Softmax and sums over chunks are in float32.
 """
 
 from dataclasses import replace
@@ -25,7 +25,7 @@ from quant.decode.attention_lanes import (
     pack_queries,
     take_flag,
 )
-from quant.decode.program import MOST_TOKENS, Phase, padded
+from quant.decode.program import MOST_TOKENS, Phase, chunk_length, padded
 from quant.gemm.lanes import ADDRESSES, LANE_ROW
 from quant.gemm.lanes_i16 import AHEAD, COLUMNS, fold_rows, multiply_16
 from quant.gemm.rounding_i16 import LENGTH, MOST_SUM_OF_ROWS, round_16, weigh
@@ -34,7 +34,7 @@ from quant.simd.vectors import copy
 from quant.target import isa
 from quant.target.jit import inline, kernel
 
-_CHUNK, _TILE = 64, 16  # rows of the cache at a time, and of scores
+_CHUNK, _TILE = 96, 16  # rows of the cache at a time, and of scores
 
 # Work memory: packed queries of each token and group with flags of which there are; then, of a chunk, fixed sizes.
 _SCORES, _WEIGHTS, _SCALES, _FOUND = LANE_ROW * _CHUNK, LANE_ROW // 2 * _CHUNK, 4 * _CHUNK, 8 * _CHUNK
@@ -60,8 +60,8 @@ def _queries(a, group, token, work, scratch):
 
 @inline
 def _rows(found, n, row_bytes, room):
-    """The address of n rows, whole tiles of which follow each other: of the first one, or of copies."""
-    first, in_place = load_i64(found), n % _TILE == 0
+    """The address of n rows that follow each other, a tile and pairs: of the first one, or of copies."""
+    first, in_place = load_i64(found), n % 2 == 0 and n >= _TILE
     for i in range(n):
         in_place = in_place and load_i64(found + 8 * i) == first + row_bytes * i
     if in_place:
@@ -83,16 +83,18 @@ def _attend_split(a, group, token, split, work):
     found, state = scales + _SCALES, scales + _SCALES + _FOUND
     scale = load_f32x16(queries + LANE_ROW * (depth // 2))
     partials, begin, end = begin_heads(a, group, token, split, state)
-    for first in range(begin, end, _CHUNK):
-        n = min(_CHUNK, end - first)
+    length = chunk_length(end - begin, _CHUNK)
+    for first in range(begin, end, length):
+        n = min(length, end - first)
         find_rows(a, token, a.key_slot, row_bytes, 0, first, n, found)
         rows = _rows(found, n, row_bytes, room)
         ahead = rows if rows == room else rows + row_bytes * n  # mostly the next chunk
         for i in range(n):
             store_f32(scales + 4 * i, load_f32(rows + row_bytes * i + 2 * depth))
         for i in range(0, n, _TILE):
-            at = rows + row_bytes * i
-            multiply_16(at, row_bytes, scales + 4 * i, queries, depth // 2, ahead, scores + LANE_ROW * i)
+            j = max(0, min(i, n - _TILE))  # the last tile has rows before it again
+            at = rows + row_bytes * j
+            multiply_16(at, row_bytes, scales + 4 * j, queries, depth // 2, ahead, scores + LANE_ROW * j)
             ahead += AHEAD * (depth // 2)
         old, new = weigh(scores, LANE_ROW, n, scales, scale, state + LARGEST, state + TOTAL, MOST_SUM_OF_ROWS, weights)
         store_f32x16(state + FACTORS, old)

@@ -39,7 +39,7 @@ from quant.decode.attention_lanes import (
     pack_queries,
     take_flag,
 )
-from quant.decode.program import MOST_TOKENS, Phase
+from quant.decode.program import MOST_TOKENS, Phase, chunk_length
 from quant.gemm.lanes import ADDRESSES, LANE_ROW
 from quant.gemm.lanes_i8 import (
     COLUMNS,
@@ -54,7 +54,7 @@ from quant.gemm.lanes_i8 import (
 from quant.gemm.rounding_i16 import LENGTH_OF_LANES, round_16, round_row
 from quant.gemv.rows_i8 import SCALE_BYTES
 from quant.simd.floats import zero_f32x16
-from quant.simd.memory import load_f32, load_i64, store_f32, store_f32x16
+from quant.simd.memory import load_f32, load_i64, prefetch, store_f32, store_f32x16
 from quant.simd.vectors import expand_f16
 from quant.target import isa
 from quant.target.jit import inline, kernel
@@ -103,8 +103,11 @@ def _queries(a, group, token, work, scratch):
 
 
 @inline
-def _add_rows(a, queries, found, n, codes, rest, fours, scores):
-    """Scores of up to ROWS rows at these addresses, and their columns at `fours`. rest: scratch of ROWS."""
+def _add_rows(a, queries, found, n, ahead, codes, rest, fours, scores):
+    """Scores of up to ROWS rows at these addresses, and their columns at `fours`. rest: scratch of ROWS.
+
+    What lies `ahead` bytes behind the rows is brought into L2.
+    """
     n_codes, n_rest, stride = a.key_codes, a.key_width - a.key_codes, _fours_bytes(a.key_codes)
     pairs = queries + 16 * n_codes
     starts = pairs + LANE_ROW * ((n_rest + 1) // 2)
@@ -118,6 +121,8 @@ def _add_rows(a, queries, found, n, codes, rest, fours, scores):
         take_four_rows(first, second, third, fourth, n_codes, codes + n_codes * i, n_codes, to)
     for i in range(n):
         row = load_i64(found + 8 * i)
+        for line in range(row + ahead, row + ahead + a.key_row, 64):
+            prefetch(line)
         store_f32(of_codes + 4 * i, load_f32(row + n_codes))
         expand_f16(row + n_codes + SCALE_BYTES, n_rest, padded_rest, halves)
         round_row(halves, padded_rest, rounded + 2 * padded_rest * i, of_rest + 4 * i)
@@ -148,12 +153,16 @@ def _attend_split(a, group, token, split, work):
     rest = steps + LANE_ROW
     partial_bytes = bytes_of_partial(a.padded_width)
     partials, begin, end = begin_heads(a, group, token, split, state)
-    for first in range(begin, end, _CHUNK):
-        n = min(_CHUNK, end - first)
+    length = chunk_length(end - begin, _CHUNK)
+    for first in range(begin, end, length):
+        n = min(length, end - first)
         find_rows(a, token, a.key_slot, a.key_row, a.key_group * group, first, n, found)
+        ahead = a.key_row * n  # the next chunk, mostly
+        if load_i64(found + 8 * (n - 1)) != load_i64(found) + ahead - a.key_row:
+            ahead = 0
         for i in range(0, n, ROWS):
-            few = min(ROWS, n - i)
-            _add_rows(a, queries, found + 8 * i, few, codes, rest, fours + stride * (i // 4), scores + LANE_ROW * i)
+            few, to = min(ROWS, n - i), fours + stride * (i // 4)
+            _add_rows(a, queries, found + 8 * i, few, ahead, codes, rest, to, scores + LANE_ROW * i)
             for j in range(few):
                 store_f32(scales + 4 * (i + j), load_f32(rest + 4 * j))
         old, new = weigh_bytes(scores, n, scales, state + LARGEST, state + TOTAL, weights, steps)

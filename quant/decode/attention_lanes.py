@@ -8,8 +8,8 @@ import math
 
 import numpy as np
 
-from quant.decode.attention import ATTEND, PARTIAL, VALUES_AT, bytes_of_partial, seen_by
-from quant.decode.program import MAX_SPLITS, MOST_TOKENS, padded, split_length
+from quant.decode.attention import ATTEND, PARTIAL, SPLIT_UNIT, VALUES_AT, bytes_of_partial, seen_by
+from quant.decode.program import MAX_SPLITS, MOST_TOKENS, padded, split_begin
 from quant.gemm.lanes import LANE_ROW, LOWEST, pack_16
 from quant.simd.floats import splat_f32x16, zero_f32x16
 from quant.simd.memory import load_f32, load_i64, store_f32x16, store_i64
@@ -69,8 +69,7 @@ def begin_heads(a, group, token, split, state):
         for i in range(0, width, 16):
             store_f32x16(partials + stride * h + VALUES_AT + 4 * i, zero_f32x16())
     n_seen = seen_by(a, token)
-    length = split_length(n_seen)
-    return partials, length * split, min(n_seen, length * (split + 1))
+    return partials, split_begin(n_seen, split, SPLIT_UNIT), split_begin(n_seen, split + 1, SPLIT_UNIT)
 
 
 @inline

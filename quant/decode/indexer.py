@@ -22,7 +22,7 @@ from quant.decode.program import (
     cache_block,
     cached_by,
     padded,
-    split_length,
+    split_begin,
     splits_of,
     tokens_of,
 )
@@ -54,6 +54,7 @@ ROOM = struct("Room", ranks=address, positions=address, capacity=i64)  # uint32 
 # Of a token: behind a histogram of its ranks' first digits. The keys' largest scale in each split lies behind it.
 STATE = struct("ChoosingState", n_chosen=i64, n_within=i64, margin=f32)
 _SCALES_AT = HISTOGRAM_BYTES + 64
+_UNIT = 64  # keys of a split, a multiple: ranks are written in whole vectors
 STATE_BYTES = _SCALES_AT + 4 * MAX_SPLITS
 # What all phases know. T: MOST_TOKENS.
 INDEXER = struct(
@@ -182,8 +183,8 @@ def _rank_exactly(a, t, first, positions, n_keys, work, ranks):
 def _rank_split(a, t, split, work):
     """Ranks of one token's keys in one split of the context, and a histogram; work: a histogram, and of scores."""
     i, n_seen = a.indexer, _seen_by(a, t)
-    first = split_length(n_seen) * split
-    n_keys, ranks = min(split_length(n_seen), n_seen - first), _ranks(i, t) + 4 * first
+    first = split_begin(n_seen, split, _UNIT)
+    n_keys, ranks = split_begin(n_seen, split + 1, _UNIT) - first, _ranks(i, t) + 4 * first
     if i.by_bytes:
         largest = _rank_bytes(a, t, first, n_keys, work + HISTOGRAM_BYTES, ranks)
         store_f32(_histogram(i, t) + _SCALES_AT + 4 * split, largest)

@@ -35,7 +35,9 @@ from quant.threads.pool import Pool, aligned_bytes, worker_bytes
 from quant.threads.work_items import work_items
 
 MAX_SPLITS = 32  # parts of the context that attention hands out
-MIN_SPLIT = 64  # tokens of a split, at least; splits are multiples of it
+MIN_SPLIT = 64  # tokens of a split of a short context, at most
+_FEW_SPLITS = MAX_SPLITS // 2  # of longer ones, up to _FEW_UP_TO
+_FEW_UP_TO = MAX_SPLITS * 3 // 4 * MIN_SPLIT  # tokens
 _ENDLESS = 1 << 62
 
 # The phases, the workers' memory, then what all phases know of the step.
@@ -112,15 +114,32 @@ def cache_block(a, slot, t):
 
 
 @inline
-def split_length(n_cached):
-    """Tokens of a split of a context of n_cached."""
-    return (n_cached + MAX_SPLITS * MIN_SPLIT - 1) // (MAX_SPLITS * MIN_SPLIT) * MIN_SPLIT
+def splits_of(n_cached):
+    """Splits of a context of n_cached: of long ones a power of two, as numbers of workers mostly are.
+
+    All of them cost two workers more than they save where splits are short, so first there are half as many.
+    """
+    if n_cached > _FEW_UP_TO:
+        return MAX_SPLITS
+    return min(_FEW_SPLITS, (n_cached + MIN_SPLIT - 1) // MIN_SPLIT)
+
+
+def most_splits(n_cached: int) -> int:
+    """The same in Python."""
+    return MAX_SPLITS if n_cached > _FEW_UP_TO else min(_FEW_SPLITS, -(-n_cached // MIN_SPLIT))
 
 
 @inline
-def splits_of(n_cached):
-    """Splits of a context of n_cached."""
-    return (n_cached + split_length(n_cached) - 1) // split_length(n_cached)
+def split_begin(n_cached, split, unit):
+    """The first token of a split; they are whole units of tokens, as equally long as can be."""
+    return min(n_cached, (n_cached + unit - 1) // unit * split // splits_of(n_cached) * unit)
+
+
+@inline
+def chunk_length(n, most):
+    """Rows to take at a time, at most a multiple of 16: as few times as can be, in multiples of 16, equally many."""
+    count = (n + most - 1) // most
+    return (n + 16 * count - 1) // (16 * count) * 16
 
 
 @inline

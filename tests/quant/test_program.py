@@ -21,7 +21,9 @@ from quant.decode.program import (
     PHASE,
     Phase,
     Program,
-    split_length,
+    chunk_length,
+    most_splits,
+    split_begin,
     splits_of,
 )
 from quant.errors import QuantError
@@ -97,32 +99,50 @@ def test_units_of_every_piece_and_token_run_once(pool: Pool, n_cached: int, n_to
     program.add(Phase(NOTHING, _sum_before, 3, arguments_of(NONE, out), 64, per_token=True, per_split=True))
     program.finish()
     run(program, n_cached - n_tokens, n_tokens)
-    n_units = 3 * n_tokens * max(pieces(n_cached - t)[1] for t in range(n_tokens))
+    n_units = 3 * n_tokens * max(most_splits(n_cached - t) for t in range(n_tokens))
     assert out.tolist() == [*range(1, n_units + 1), *[0] * (len(out) - n_units)]
 
 
-@kernel("void(int64, int64)")
-def _pieces(n_cached, out):
-    store_i64(out, split_length(n_cached))
-    store_i64(out + 8, splits_of(n_cached))
+@kernel("void(int64, int64, int64)")
+def _pieces(n_cached, unit, out):
+    store_i64(out, splits_of(n_cached))
+    for split in range(splits_of(n_cached) + 1):
+        store_i64(out + 8 * split + 8, split_begin(n_cached, split, unit))
 
 
-def pieces(n_cached: int) -> tuple[int, int]:
-    """The length of a context's pieces, and how many there are."""
-    out = np.zeros(2, np.int64)
-    kernels.call(_pieces, n_cached, out)
-    return int(out[0]), int(out[1])
+def pieces(n_cached: int, unit: int = 1) -> list[int]:
+    """Where a context's pieces begin, and the end of the last one."""
+    out = np.zeros(MAX_SPLITS + 2, np.int64)
+    kernels.call(_pieces, n_cached, unit, out)
+    return out[1 : out[0] + 2].tolist()
 
 
 @pytest.mark.levels
-def test_pieces_cover_the_context() -> None:
-    """They are whole tiles, and no more than there is memory for."""
+@pytest.mark.parametrize("unit", [1, 4, MIN_SPLIT])
+def test_pieces_cover_the_context(unit: int) -> None:
+    """They are whole units, none longer by more than one, and no more than there is memory for."""
     full = MAX_SPLITS * MIN_SPLIT
-    for n_cached in [*range(1, 200), *range(full - 3, full + 4), *range(full, 6 * full, 61), 10**5, 10**6]:
-        chunk, n_splits = pieces(n_cached)
-        assert chunk >= MIN_SPLIT and chunk % MIN_SPLIT == 0
-        assert n_splits <= MAX_SPLITS
-        assert chunk * (n_splits - 1) < n_cached <= chunk * n_splits
+    for n_cached in [*range(1, 200), *range(1, 3 * full, 61), full // 2 + 1, 3 * full // 4 + 1, 10**5, 10**6]:
+        begins = pieces(n_cached, unit)
+        assert begins[0] == 0 and begins[-1] == n_cached
+        assert len(begins) - 1 == most_splits(n_cached) <= MAX_SPLITS
+        assert all(begin % unit == 0 for begin in begins[:-1])
+        lengths = np.diff(-(-np.array(begins) // unit))
+        assert lengths.max() - lengths.min() <= 1 and lengths.min() >= (unit < MIN_SPLIT)
+
+
+@kernel("void(int64, int64, int64)")
+def _chunk_length(n, most, out):
+    store_i64(out, chunk_length(n, most))
+
+
+def test_chunks_are_few_and_whole_tiles() -> None:
+    out = np.zeros(1, np.int64)
+    for n in [*range(1, 300), 1000, 4097]:
+        for most in (64, 128):
+            kernels.call(_chunk_length, n, most, out)
+            assert out[0] % 16 == 0 and out[0] <= most
+            assert -(-n // out[0]) == -(-n // most)
 
 
 def test_a_step_can_end_with_a_phase(pool: Pool) -> None:
