@@ -173,7 +173,7 @@ RankSizes = Annotated[
     typer.Option(
         "--rank-sizes",
         metavar="auto|A,B,...",
-        help="Shares of ranks relative to each other; auto: so that all take as long. Equal if not given.",
+        help="Shares of ranks relative to each other; auto: so that all are done at once. Equal if not given.",
         show_default=False,
     ),
 ]

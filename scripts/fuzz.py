@@ -187,7 +187,8 @@ def said(error: BaseException) -> str:
 def origin(error: BaseException) -> str:
     """Where it was raised, the last line of our own code."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if {"localrun", "quant", "cli"} & set(Path(frame.filename).parts[-4:-1])]
+    packages = [Path(__file__).resolve().parents[1] / name for name in ("localrun", "quant", "cli")]
+    own = [frame for frame in frames if any(Path(frame.filename).is_relative_to(package) for package in packages)]
     frame = (own or frames)[-1]
     return f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}"
 

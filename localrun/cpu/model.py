@@ -80,21 +80,6 @@ class NativeModel:
         """
         self.config, self.file, self.vocab_size = config, file, config.vocab_size
         nodes, self._cache_bits = hardware.usable_nodes(), cache_bits
-        with ExitStack() as undo:
-            self.remote = self._take_ranks(ranks, n_threads) if ranks else None
-            if self.remote:
-                undo.callback(self.remote.close)
-            self._pool = Pool(n_threads, tuple(nodes.values()))
-            undo.callback(self._pool.close)
-            self._tensors = GGUFTensors(file, self.remote.own if self.remote else None)
-            self._step = decode_step(config, self._tensors, self._pool, self.remote, cache_bits=cache_bits)
-            undo.pop_all()
-        # What the step copied or was given by other ranks is not in the file's map, which is all that is brought near.
-        near = [
-            Near(node, cores, within(self._step.program.spans(i), file.spans))
-            for i, (node, cores) in enumerate(nodes.items())
-        ]
-        self._resident = Resident(file, self.remote.share.all_spans if self.remote else None, near)
         affordable = _STEP_BYTES // weight_bytes_per_token(file, config)
         is_latent = config.attention == "mla"
         least_steps = _LEAST_STEPS if is_latent else MOST_TOKENS
@@ -110,7 +95,26 @@ class NativeModel:
         self._network: Network | None = None
         self._warm_up = warm_up
         self._release_torch: weakref.finalize | None = None
-        self.readers = self._take_readers(readers) if readers else None
+        with ExitStack() as undo:
+            self.remote = self._take_ranks(ranks, n_threads) if ranks else None
+            if self.remote:
+                undo.callback(self.remote.close)
+            self._pool = Pool(n_threads, tuple(nodes.values()))
+            undo.callback(self._pool.close)
+            self._tensors = GGUFTensors(file, self.remote.own if self.remote else None)
+            self._step = decode_step(config, self._tensors, self._pool, self.remote, cache_bits=cache_bits)
+            self._resident = self._keep_resident(nodes)
+            undo.callback(self._resident.close)
+            self.readers = self._take_readers(readers) if readers else None
+            undo.pop_all()
+
+    def _keep_resident(self, nodes: dict[int, tuple[int, ...]]) -> Resident:
+        # What the step copied or was given by other ranks is not in the file's map, which is all that is brought near.
+        near = [
+            Near(node, cores, within(self._step.program.spans(i), self.file.spans))
+            for i, (node, cores) in enumerate(nodes.items())
+        ]
+        return Resident(self.file, self.remote.share.all_spans if self.remote else None, near)
 
     def _take_readers(self, world: "World") -> "Readers":
         from localrun.ranks.readers import Readers

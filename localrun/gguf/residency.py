@@ -107,8 +107,14 @@ def let_go(spans: Sequence[Span]) -> None:
 
 
 def own_memory(n_bytes: int) -> np.ndarray:
-    """uint8 (n_bytes,) of zeros that go back to the system with their last view; malloc keeps memory for the next."""
-    memory = mmap.mmap(-1, n_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    """uint8 (n_bytes,) of zeros that go back to the system with their last view; malloc keeps memory for the next.
+
+    Raises MemoryError.
+    """
+    try:
+        memory = mmap.mmap(-1, n_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(str(error)) from None
     with suppress(OSError, AttributeError):  # a system without large pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8)

@@ -9,11 +9,13 @@ from localrun.limits import PREFILL_CHUNK
 from localrun.placement.memory_table import RAM, gib
 from localrun.plan.hosts import (
     BY_TIME,
+    SHARED_EXPERTS,
     SHARINGS,
     HostMemory,
     Spread,
     decode_over,
     host_memory,
+    layers_of,
     messages,
     prefill_over,
     slices_of,
@@ -63,10 +65,11 @@ def make_hosts_report(
 
 
 def _rows(model: ModelShape, machine: Machine, link: Link, ctx: int, n_hosts: int, prompt: int) -> list[dict[str, Any]]:
-    """A row for each way to share; one for a single host."""
+    """A row for each way to share that there are blocks for; one for a single host."""
     placement, short = host_memory(model, machine, ctx, n_hosts).first.placement, min(SHORT_CTX, ctx)
     alone, rows = decode_speed(model, machine, placement, short), []
-    for sharing in SHARINGS[: 1 if n_hosts == 1 else None]:
+    can_slice = all(layer.n_blocks >= n_hosts for layer in layers_of(model))
+    for sharing in SHARINGS[:1] if n_hosts == 1 else SHARINGS if can_slice else (SHARED_EXPERTS,):
         parts = slices_of(alone, model, n_hosts, link, placement.experts, sharing) if sharing == BY_TIME else None
         memory = host_memory(model, machine, ctx, n_hosts, parts)
         decoding = decode_over(model, machine, placement, short, n_hosts, link, sharing)

@@ -64,17 +64,24 @@ def be_measured(world: World, n_threads: int, n_bytes: int, n_bytes_back: int) -
 def _exchange(world: World, n_bytes: int, n_bytes_back: int) -> list[float]:
     """Seconds until each of the others has answered."""
     others, links, began = range(1, world.size), world.links, time.perf_counter()
-    sent, requests, found = np.zeros(n_bytes, np.uint8), [], []
+    sent, pending, found = np.zeros(n_bytes, np.uint8), {}, {}
     for rank in others:
         with world.reaching(rank):
             received = links.start_receive(np.zeros(n_bytes_back, np.uint8), rank, CONTROL)
-            requests.append((links.start_send(sent, rank, CONTROL), received))
-    for rank, pair in zip(others, requests, strict=True):
+            pending[rank] = (links.start_send(sent, rank, CONTROL), received)
+    until = time.monotonic() + _SPIN_S
+    while len(found) < len(pending) and time.monotonic() < until:
+        for rank in pending.keys() - found.keys():
+            with world.reaching(rank):
+                if links.is_done(pending[rank][1]):
+                    found[rank] = time.perf_counter() - began
+        time.sleep(0)
+    for rank, pair in pending.items():
         with world.reaching(rank):
             for request in pair:
                 _finish(world, request)
-        found.append(time.perf_counter() - began)
-    return found
+        found.setdefault(rank, time.perf_counter() - began)
+    return [found[rank] for rank in others]
 
 
 def _finish(world: World, request: Request) -> None:

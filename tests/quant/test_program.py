@@ -139,7 +139,7 @@ def _chunk_length(n, most, out):
 def test_chunks_are_few_and_whole_tiles() -> None:
     out = np.zeros(1, np.int64)
     for n in [*range(1, 300), 1000, 4097]:
-        for most in (64, 128):
+        for most in (64, 96, 128):
             kernels.call(_chunk_length, n, most, out)
             assert out[0] % 16 == 0 and out[0] <= most
             assert -(-n // out[0]) == -(-n // most)

@@ -300,7 +300,7 @@ def test_an_error_while_loading_ends_all_threads(what: str, monkeypatch: pytest.
     before = set(threading.enumerate())
     with pytest.raises(pytest.fail.Exception, match="no room"), shared(tiny_models.shared("v3-odd")):
         pass
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before
 
 
 def test_a_rank_without_room_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
