@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 
@@ -39,7 +38,7 @@ from localrun.network.hyper import Return
 from localrun.network.model import HyperLayer, Network
 from localrun.network.weight_source import Seen, Turned
 from quant.decode.attention import PARTIAL, VALUES_AT
-from quant.decode.program import MAX_SPLITS, MOST_TOKENS, splits_of
+from quant.decode.program import MAX_SPLITS, MOST_TOKENS, most_splits
 from quant.threads.pool import Pool
 
 # An input whose rounding to 8 bits tips the other way changes a sum of some hundred terms by a 127th of one: below
@@ -199,19 +198,13 @@ def error(found: np.ndarray, expected: np.ndarray) -> float:
     return difference if np.isfinite(difference) else float("inf")
 
 
-@numba.njit
-def _n_splits(n_cached: int) -> int:
-    """splits_of, which exists inside compiled functions alone."""
-    return splits_of(n_cached)
-
-
 def _combined(partials: np.ndarray, n_heads: int, n_seen: list[int], sinks: np.ndarray | None) -> np.ndarray:
     """float32 (T, H * width): attention's results of all splits, put together. n_seen: rows, of each token."""
     partials = partials.reshape(len(partials), MAX_SPLITS, n_heads, -1)
     largest, sums = partials[..., PARTIAL.offset("maximum") // 4], partials[..., PARTIAL.offset("sum") // 4]
     values, out = partials[..., VALUES_AT // 4 :], []
     for t in range(len(partials)):
-        used = slice(0, _n_splits(n_seen[t]))
+        used = slice(0, most_splits(n_seen[t]))
         most = largest[t, used].max(0)
         weights = np.exp(largest[t, used] - most)
         total = np.sum(weights * sums[t, used], 0) + (0 if sinks is None else np.exp(sinks - most))

@@ -8,15 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from localrun.ranks.world import World
+from localrun.ranks.world import LOOK_S, World
 from quant.decode.messages import CONTROL
 from quant.threads.bandwidth import buffer, read_bandwidth
-from quant.threads.links import Request
 from quant.threads.pool import Pool
 
 _BYTES = 1 << 28  # several times the caches
 _LIMIT_S = 900.0  # a rank may have kernels to compile first
-_N_EXCHANGES, _SPIN_S = 50, 0.1
+_N_EXCHANGES = 50
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,8 @@ def be_measured(world: World, n_threads: int, n_bytes: int, n_bytes_back: int) -
     there, back = np.zeros(n_bytes, np.uint8), np.zeros(n_bytes_back, np.uint8)
     for _ in range(_N_EXCHANGES):
         with world.reaching(0):
-            _finish(world, world.links.start_receive(there, 0, CONTROL))
-            _finish(world, world.links.start_send(back, 0, CONTROL))
+            world.watch(world.links.start_receive(there, 0, CONTROL))
+            world.watch(world.links.start_send(back, 0, CONTROL))
 
 
 def _exchange(world: World, n_bytes: int, n_bytes_back: int) -> list[float]:
@@ -69,7 +68,7 @@ def _exchange(world: World, n_bytes: int, n_bytes_back: int) -> list[float]:
         with world.reaching(rank):
             received = links.start_receive(np.zeros(n_bytes_back, np.uint8), rank, CONTROL)
             pending[rank] = (links.start_send(sent, rank, CONTROL), received)
-    until = time.monotonic() + _SPIN_S
+    until = time.monotonic() + LOOK_S
     while len(found) < len(pending) and time.monotonic() < until:
         for rank in pending.keys() - found.keys():
             with world.reaching(rank):
@@ -79,16 +78,6 @@ def _exchange(world: World, n_bytes: int, n_bytes_back: int) -> list[float]:
     for rank, pair in pending.items():
         with world.reaching(rank):
             for request in pair:
-                _finish(world, request)
+                world.watch(request)
         found.setdefault(rank, time.perf_counter() - began)
     return [found[rank] for rank in others]
-
-
-def _finish(world: World, request: Request) -> None:
-    """As Links.finish, which would sleep longer than a message takes. Raises LinkError."""
-    until = time.monotonic() + _SPIN_S
-    while time.monotonic() < until:
-        if world.links.is_done(request):
-            return
-        time.sleep(0)
-    world.links.finish(request)

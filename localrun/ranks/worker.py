@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import closing
 
 import numpy as np
@@ -20,11 +19,9 @@ from quant.decode.exchange import Served
 from quant.decode.message_sizes import HEADER_BYTES, message_bytes
 from quant.decode.messages import BACK_MANY, END, HEADER, MANY, TO_MANY
 from quant.ops import experts as quant_experts
-from quant.threads.links import Request
 from quant.threads.pool import Pool
 
 _IDLE_S = 1.0
-_LOOK_S = 0.1  # before it sleeps between looks
 _MANY_TOKENS = 64  # for kernels of many tokens to be compiled
 
 
@@ -84,17 +81,8 @@ class _Worker:
         size = message_bytes(share.type.name, share.hidden, share.top_k, n_tokens) - HEADER_BYTES
         message = np.empty(size, np.uint8)
         with self._world.reaching(0):
-            self._wait(links.start_receive(message, 0, TO_MANY))
-            self._wait(links.start_send(self._sums_of(layer, n_tokens, message), 0, BACK_MANY))
-
-    def _wait(self, request: Request) -> None:
-        """Until a long message is there, or gone: looking is what moves it, and this rank has nothing else to do."""
-        until = time.monotonic() + _LOOK_S
-        while time.monotonic() < until:
-            if self._world.links.is_done(request):
-                return
-            time.sleep(0)
-        self._world.links.finish(request)
+            self._world.watch(links.start_receive(message, 0, TO_MANY))
+            self._world.watch(links.start_send(self._sums_of(layer, n_tokens, message), 0, BACK_MANY))
 
     def _sums_of(self, layer: int, n_tokens: int, message: np.ndarray) -> np.ndarray:
         """What to send back of a message of many tokens."""

@@ -16,10 +16,12 @@ import numpy as np
 
 from localrun.errors import LocalrunError
 from quant.decode.messages import CONTROL
-from quant.threads.links import BROKEN, LATE, LinkError, Links
+from quant.threads.links import BROKEN, LATE, LinkError, Links, Request
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+LOOK_S = 0.1  # before it sleeps between looks at a message
 
 LIMIT_S = 10.0
 _WORD_S = 2.0  # until who watches says why a connection has closed
@@ -94,6 +96,15 @@ class World:
             yield
         except LinkError as error:
             raise self.error(rank, error.code) from None
+
+    def watch(self, request: Request) -> None:
+        """Until a message has moved: looking is what moves it, and there is nothing else to do. Raises LinkError."""
+        until = time.monotonic() + LOOK_S
+        while time.monotonic() < until:
+            if self.links.is_done(request):
+                return
+            time.sleep(0)
+        self.links.finish(request)
 
     def send(self, rank: int, data: bytes, limit_s: float | None = None) -> None:
         """Send some bytes, in order. Raises RankError."""
