@@ -114,7 +114,10 @@ class Findings:
             self.faults.append(line)
 
     def bounded(self, what: str, error: float, bound: float) -> None:
-        """A fault unless error <= bound. figures["errors"] keeps the largest part of its bound that any error has."""
+        """A fault unless error <= bound.
+
+        figures["part_of_the_bound"] keeps the largest part of its bound that any error has; None if one was no number.
+        """
         if math.isnan(error):
             self.fault(f"{what}: the result is not a number")
         elif error > bound:
@@ -122,7 +125,8 @@ class Findings:
         part = float(error / bound) if bound else 0.0
         kind = what.split(",")[0]
         errors = self.figures.setdefault("part_of_the_bound", {})
-        errors[kind] = round(max(errors.get(kind, 0.0), part), 4) if math.isfinite(part) else None
+        before = errors.get(kind, 0.0)
+        errors[kind] = round(max(before, part), 4) if before is not None and math.isfinite(part) else None
 
     def same(self, what: str, is_same: bool) -> None:
         """A fault unless they are the same to the bit."""

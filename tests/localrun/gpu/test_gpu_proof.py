@@ -79,13 +79,15 @@ def test_a_bound_that_is_crossed_is_a_fault() -> None:
     findings.bounded("Q4_K, 1 tokens", 1.0, 1.0)
     assert not findings.faults
     findings.bounded("Q4_K, 8 tokens", 2.0, 1.0)
-    findings.bounded("Q6_K, 8 tokens", float("nan"), 1.0)
+    findings.bounded("Q6_K, 1 tokens", float("nan"), 1.0)
+    findings.bounded("Q6_K, 8 tokens", 0.5, 1.0)
     findings.bounded("Q8_0, 8 tokens", float("inf"), 1.0)
     assert findings.faults == [
         "Q4_K, 8 tokens: off by 2, and rounding explains 1",
-        "Q6_K, 8 tokens: the result is not a number",
+        "Q6_K, 1 tokens: the result is not a number",
         "Q8_0, 8 tokens: off by inf, and rounding explains 1",
     ]
+    assert findings.figures["part_of_the_bound"] == {"Q4_K": 2.0, "Q6_K": None, "Q8_0": None}
 
 
 def test_a_task_comes_back_from_json() -> None:
