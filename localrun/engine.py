@@ -182,26 +182,32 @@ class Engine:
         self.backend = "native" if self.config else "llama.cpp"
         self.ctx = opening.choose_ctx(file, ctx, notice)
         self.placement: Placement | None = None
-        if self.config:
-            proof = opening.proof_of(file, self.config, threads, self.ctx, where, notice)
-            self.placement = opening.place(
-                file, self.config, self.ctx, where, proof, own_drafts, notice, draft_file, ranks
-            )
-            placed(self.placement)
-        else:
-            opening.check_no_gpu(where, notice)
-        self.device = self.placement.device if self.placement else CPU
-        self.tokenizer = Tokenizer(file.path, file)
-        self.template: ChatTemplate | None = templates.chat_template(file, self.tokenizer, template)
-        if self.config and self.placement:
-            choices = proof.choices(self.placement.cards) if proof else {}
-            self.model = opening.native_model(
-                file, self.config, self.placement, threads, where.repack, choices, progress, notice, ranks, readers
-            )
-        else:
-            from localrun.backends.llama_cpp import LlamaCppModel
+        with ExitStack() as undo:
+            remote = None
+            if self.config:
+                proof = opening.proof_of(file, self.config, threads, self.ctx, where, notice)
+                self.placement = opening.place(
+                    file, self.config, self.ctx, where, proof, own_drafts, notice, draft_file, ranks
+                )
+                if ranks:
+                    remote = opening.told(file, self.config, self.placement, threads, ranks)
+                    undo.callback(remote.close)
+                placed(self.placement)
+            else:
+                opening.check_no_gpu(where, notice)
+            self.device = self.placement.device if self.placement else CPU
+            self.tokenizer = Tokenizer(file.path, file)
+            self.template: ChatTemplate | None = templates.chat_template(file, self.tokenizer, template)
+            if self.config and self.placement:
+                choices = proof.choices(self.placement.cards) if proof else {}
+                self.model = opening.native_model(
+                    file, self.config, self.placement, threads, where.repack, choices, progress, notice, remote, readers
+                )
+            else:
+                from localrun.backends.llama_cpp import LlamaCppModel
 
-            self.model = LlamaCppModel(file.path, self.ctx, threads, progress, file)
+                self.model = LlamaCppModel(file.path, self.ctx, threads, progress, file)
+            undo.pop_all()
         if ranks is None:
             opening.warn_of_memory(file, self.placement, notice)
         self.ranks = ranks

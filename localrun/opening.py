@@ -24,6 +24,7 @@ from localrun.placement.placement import CPU, GPU, DraftFile, Placement
 from localrun.runtime import Model
 
 if TYPE_CHECKING:
+    from localrun.ranks.remote import Remote
     from localrun.ranks.sharing import Ranks
     from localrun.ranks.world import World
 
@@ -167,6 +168,16 @@ def place(
     return placement
 
 
+def told(file: GGUFFile, config: Config, placement: Placement, threads: int, ranks: Ranks) -> Remote:
+    """Other ranks, told what each is to have of the experts: they get ready while this one does. Raises LocalrunError.
+
+    Whoever has it closes it, unless a model does.
+    """
+    from localrun.ranks.remote import Remote
+
+    return Remote(file, config, ranks, threads, placement)
+
+
 def native_model(
     file: GGUFFile,
     config: Config,
@@ -176,21 +187,21 @@ def native_model(
     choices: Mapping[str, Any],
     progress: Progress | None,
     notice: Notice,
-    ranks: Ranks | None = None,
+    remote: Remote | None = None,
     readers: World | None = None,
 ) -> Model:
     """Its kernels are got ready first, so that the user sees what takes the time.
 
     Args:
         choices: those of the cards' proof.
-        ranks: others that have shares of the experts.
+        remote: other ranks, which know what each is to have of the experts.
         readers: others that read prompts.
 
     Raises LocalrunError.
     """
     tensors = [tensor for name, tensor in file.tensors.items() if not INTEGERS.fullmatch(name)]
     types = {tensor.type.name for tensor in tensors}
-    if repack or (ranks and ranks.sharing.repack):
+    if repack or (remote and remote.ranks.sharing.repack):
         from quant.target import tuning
 
         pays = tuning.current().interleaving_pays
@@ -200,7 +211,7 @@ def native_model(
         need, have = _KERNEL_BYTES >> 20, left >> 20
         raise LocalrunError(f"the kernels need {need} MiB of address space, and {have} are left; raise ulimit -v")
     bits = 16 if placement.device == GPU else placement.cache_bits  # of what runs here
-    worlds = [ranks.world if ranks else None, readers]
+    worlds = [remote.ranks.world if remote else None, readers]
 
     def check() -> None:
         for world in filter(None, worlds):
@@ -215,11 +226,11 @@ def native_model(
         from localrun.gpu.hybrid import HybridModel
 
         warm_up(for_prompts(config, types), progress, notice, check)
-        return HybridModel(config, file, threads, placement, notice=notice, ranks=ranks, **choices)
+        return HybridModel(config, file, threads, placement, notice=notice, remote=remote, **choices)
     from localrun.cpu.model import NativeModel
 
     for_network = lambda: warm_up(for_prompts(config, types, bits), None, notice, check)  # noqa: E731
-    return NativeModel(config, file, threads, ranks, for_network, readers, bits)
+    return NativeModel(config, file, threads, remote, for_network, readers, bits)
 
 
 def warn_of_memory(file: GGUFFile, placement: Placement | None, notice: Notice) -> None:

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from localrun.network.model import MTPBlock, Network
     from localrun.ranks.readers import Readers
     from localrun.ranks.remote import Remote
-    from localrun.ranks.sharing import Ranks
     from localrun.ranks.world import World
 
 # Prompts this short go through the step: that takes some 0.2 s, importing torch 1 to 2.
@@ -65,7 +64,7 @@ class NativeModel:
         config: Config,
         file: GGUFFile,
         n_threads: int,
-        ranks: "Ranks | None" = None,
+        remote: "Remote | None" = None,
         warm_up: Callable[[], None] = lambda: None,
         readers: "World | None" = None,
         cache_bits: int = 16,
@@ -73,7 +72,7 @@ class NativeModel:
         """Lay out the decode step.
 
         Args:
-            ranks: others that are to have shares of the experts; raises LocalrunError if one of them can't.
+            remote: others that are to have shares of the experts; raises LocalrunError if one of them can't.
             warm_up: gets the network's kernels, before it is laid out; without it each is compiled when it is used.
             readers: in which localrun.cpu.reader.serve_reading() runs.
             cache_bits: of a cached value, 16 or 8.
@@ -95,10 +94,10 @@ class NativeModel:
         self._network: Network | None = None
         self._warm_up = warm_up
         self._release_torch: weakref.finalize | None = None
+        self.remote = remote
+        if remote:
+            remote.get_ready()
         with ExitStack() as undo:
-            self.remote = self._take_ranks(ranks, n_threads) if ranks else None
-            if self.remote:
-                undo.callback(self.remote.close)
             self._pool = Pool(n_threads, tuple(nodes.values()))
             undo.callback(self._pool.close)
             self._tensors = GGUFTensors(file, self.remote.own if self.remote else None)
@@ -120,11 +119,6 @@ class NativeModel:
         from localrun.ranks.readers import Readers
 
         return Readers(world, self._most_steps + 1, lambda: self.keep_hidden)
-
-    def _take_ranks(self, ranks: "Ranks", n_threads: int) -> "Remote":
-        from localrun.ranks.remote import Remote
-
-        return Remote(self.file, self.config, ranks, n_threads)
 
     @property
     def network(self) -> "Network":

@@ -37,7 +37,6 @@ from localrun.models.tensors import GGUFTensors
 from localrun.network.model import Network
 from localrun.placement.placement import Placement
 from localrun.ranks.remote import Remote
-from localrun.ranks.sharing import Ranks
 from quant.decode.program import MOST_TOKENS
 from quant.threads.pool import Pool
 
@@ -90,7 +89,7 @@ class HybridModel:
         notice: Callable[[str], None] = lambda line: None,
         choices: Sequence[Mapping[str, Any]] = (),
         workers: int | None = None,
-        ranks: Ranks | None = None,
+        remote: Remote | None = None,
     ):
         """Uploads what the placement gives to the devices. The file must stay open.
 
@@ -99,7 +98,7 @@ class HybridModel:
             notice: told when kernels are compiled, now or later, and when a cache of experts stands still.
             choices: of each GPU, "handover" of a step's work to the workers (ways.py), and "tiles", names by kind.
             workers: threads that compute, if not n_threads.
-            ranks: others that are to have shares of the experts, but of layers that VRAM holds.
+            remote: others that are to have shares of the experts, but of layers that VRAM holds.
 
         Raises:
             LocalrunError: the GPU can't be used, or has no room; or a rank can't have its share.
@@ -119,12 +118,10 @@ class HybridModel:
         self._mtp: MTP | None = None
         self._mtp_file, self._n_mtp = file, config.num_nextn_predict_layers
         self._holds_torch = False
-        in_vram = [index for index, ids in placement.experts.items() if ids]
+        self.remote = remote
+        if remote:
+            remote.get_ready()
         with ExitStack() as undo:
-            on_cards = range(config.num_hidden_layers)
-            self.remote = Remote(file, config, ranks, n_threads, in_vram, on_cards) if ranks else None
-            if self.remote:
-                undo.callback(self.remote.close)
             self.pool = Pool(workers or n_threads)
             undo.callback(self.pool.close)
             self._load()

@@ -1,8 +1,8 @@
-"""Who has what of the routed experts: rank 0 decides, and tells the others before anything is copied."""
+"""Who has what of the routed experts: rank 0 decides, and tells the others before it compiles or copies anything."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from localrun.models.config import Config
 from localrun.models.names import layer_of
 from localrun.models.summary import group_of
 from localrun.models.tensors import GGUFTensors
+from localrun.placement.placement import Placement
 from localrun.placement.slices import by_time
 from localrun.ranks.owners import owners_of
 from localrun.ranks.sharing import EXPERTS, Division, Ranks, Sharing, by_sizes, expert_layers, n_blocks, settled
@@ -19,20 +20,15 @@ from localrun.ranks.speed import Rates, be_measured, measure
 from localrun.ranks.world import World
 from quant.decode.message_sizes import back_bytes, message_bytes
 
-_TOLD_S = 900.0  # until rank 0 knows: it may have kernels to compile first
 
-
-def decide(
-    file: GGUFFile, config: Config, ranks: Ranks, n_threads: int, in_vram: Collection[int], on_cards: range
-) -> Division:
+def decide(file: GGUFFile, config: Config, ranks: Ranks, n_threads: int, placement: Placement) -> Division:
     """On rank 0. Raises LocalrunError: the model can't be shared so, or a rank is gone.
 
     Args:
         n_threads: of this rank.
-        in_vram: layers whose experts are all here, on a card: they are not shared.
-        on_cards: layers that run on cards, but for their experts in RAM.
+        placement: of this rank; layers whose experts are all in VRAM are not shared.
     """
-    world = ranks.world
+    world, in_vram = ranks.world, [index for index, ids in placement.experts.items() if ids]
     layers = [index for index in expert_layers(file, config) if index not in in_vram]
     if in_vram and not any(index < config.num_hidden_layers for index in layers):
         raise LocalrunError(
@@ -47,10 +43,10 @@ def decide(
         sizes = rates.speeds if rates else sharing.sizes_of(world)
         table = owners_of(file, config, world, sharing, sizes, layers)
     else:
-        table = _blocks(file, config, world, sharing, rates, layers, on_cards)
+        table = _blocks(file, config, world, sharing, rates, layers, placement)
     for rank in range(1, world.size):
-        world.send(rank, np.array(layers, np.int64).tobytes())
-        world.send(rank, table.tobytes())
+        for content in (np.array(layers, np.int64), table):
+            world.send(rank, content.tobytes())
     return _division(sharing, layers, table)
 
 
@@ -59,7 +55,7 @@ def hear(file: GGUFFile, config: Config, world: World, sharing: Sharing, n_threa
     sharing = settled(sharing, file, config, world)
     if sharing.by_speed:
         be_measured(world, n_threads, *_sizes(sharing, config))
-    layers, table = (np.frombuffer(world.receive(0, _TOLD_S), np.int64) for _ in range(2))
+    layers, table = (np.frombuffer(world.receive(0), np.int64) for _ in range(2))
     return _division(sharing, layers.tolist(), table.reshape(len(layers), -1))
 
 
@@ -76,10 +72,11 @@ def _sizes(sharing: Sharing, config: Config) -> tuple[int, int]:
 
 def _blocks(
     file: GGUFFile, config: Config, world: World, sharing: Sharing, rates: Rates | None, layers: Sequence[int],
-    on_cards: range,
+    placement: Placement,
 ) -> np.ndarray:  # fmt: skip
     """int64 (layers, N): by sizes, or so that all ranks are done with a token's layer at once."""
     tensors, shared = GGUFTensors(file), dict.fromkeys(layers, 0)
+    on_cards = {index for here in placement.layers for index in here}
     for tensor in file.tensors.values():
         index = layer_of(tensor.name)
         if index in shared and index not in on_cards and group_of(tensor.name) == "shared experts":

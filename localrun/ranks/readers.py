@@ -26,12 +26,11 @@ import numpy as np
 
 from localrun.limits import READER_PAUSE_S
 from localrun.network.cache import Cache
-from localrun.ranks.remote import READY, START_S
-from localrun.ranks.world import RankError, World
+from localrun.ranks.remote import READY
+from localrun.ranks.world import START_S, RankError, World
 
 ASK, LOGITS, HIDDEN, END = -1, -2, -3, -4  # kinds of parts besides rows
 _HEAD_TAG, _CONTENT_TAG = 11, 12
-_LAYER_S = 900.0  # that a layer may take: its weights may have to come from a disk
 _END_S = 1.0
 _MOVING_S = 5e-5  # between looks while bytes are on their way: looking is what moves them
 
@@ -133,7 +132,7 @@ class Readers:
         self._threads = ThreadPoolExecutor(len(self._readers), "localrun-readers")
         self._lock, self._figures = threading.Lock(), np.zeros(len(_FIGURES))
         for reader in self._readers:
-            if world.receive(reader.rank, START_S) != READY:
+            if world.receive(reader.rank) != READY:
                 raise RankError(reader.rank, f"{world.names[reader.rank]}: does not say that it is ready")
 
     def __len__(self) -> int:
@@ -209,7 +208,7 @@ class Readers:
         for block, end, content in rows:
             send(self.world, rank, block, content, end)
         while answer.logits is None:
-            part = receive(self.world, rank, _LAYER_S)
+            part = receive(self.world, rank, START_S)
             if part.kind >= 0:
                 answer.rows.append(part)
                 continue

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -17,6 +17,7 @@ import numpy as np
 from localrun.gguf.file import GGUFFile
 from localrun.limits import PREFILL_CHUNK
 from localrun.models.config import Config
+from localrun.placement.placement import Placement
 from localrun.ranks import many
 from localrun.ranks.division import decide
 from localrun.ranks.owners import assign
@@ -33,40 +34,49 @@ from quant.matrix import ExpertMatrices
 from quant.threads.links import LinkError, Request
 
 READY = b"ready"
-START_S, _END_S = 900.0, 1.0  # that ranks may take to copy their share and compile kernels; to hear of the end
+_END_S = 1.0  # that ranks may take to hear of the end
 _AT_ONCE = 2  # batches of a prompt that are on their way
 _Sums = list[tuple[np.ndarray, np.ndarray]]  # of each rank: int64 tokens of a batch, and their float32 sums
 
 
 class Remote:
-    """The ranks beside this one, ready with their shares of a file's experts.
+    """The ranks beside this one, with their shares of a file's experts.
 
     Attributes:
-        share: this rank's own.
+        ranks: they, and how they share.
+        share: this rank's own; none before get_ready().
     """
 
-    def __init__(
-        self, file: GGUFFile, config: Config, ranks: Ranks, n_threads: int, in_vram: Collection[int] = (),
-        on_cards: range = range(0),
-    ):  # fmt: skip
-        """Waits until all are ready. Raises LocalrunError: the model can't be shared so, or a rank is gone.
+    share: Share
+
+    def __init__(self, file: GGUFFile, config: Config, ranks: Ranks, n_threads: int, placement: Placement):
+        """Tells them what each is to have: they copy it and compile while this rank does. To be closed.
 
         Args:
-            n_threads, in_vram, on_cards: as decide() has them.
+            n_threads, placement: as decide() has them.
+
+        Raises LocalrunError: the model can't be shared so, or a rank is gone.
         """
+        self.ranks, self._file, self._config = ranks, file, config
         self._world, self._others = ranks.world, range(1, ranks.world.size)
-        division = decide(file, config, ranks, n_threads, in_vram, on_cards)
-        self.share = Share(file, config, ranks.world, ranks.sharing, division)
-        self._numbers = {index: number for number, index in enumerate(self.share.layers)}
-        self._exchange = Exchange(
-            self._world.links, len(self._others), self.share.type, self.share.hidden, self.share.top_k,
-            differ=division.owners is not None,
-        )  # fmt: skip
+        self._division = decide(file, config, ranks, n_threads, placement)
+        self._numbers = {index: number for number, index in enumerate(self._division.layers)}
         self._threads = ThreadPoolExecutor(_AT_ONCE, "localrun-ranks")
         self._in_order = threading.Lock()
         self._many_bytes, self._many_s = np.zeros(2, np.int64), np.zeros(2)  # sent, received; computing, waiting
+
+    def get_ready(self) -> None:
+        """Copy this rank's share, and wait until all others have theirs.
+
+        Raises LocalrunError: there is no room for it, or a rank is gone.
+        """
+        self.share = Share(self._file, self._config, self._world, self.ranks.sharing, self._division)
+        self._exchange = Exchange(
+            self._world.links, len(self._others), self.share.type, self.share.hidden, self.share.top_k,
+            differ=self._division.owners is not None,
+        )  # fmt: skip
         for rank in self._others:
-            if self._world.receive(rank, START_S) != READY:
+            if self._world.receive(rank) != READY:
                 raise RankError(rank, f"{self._world.names[rank]}: does not say that it is ready")
 
     def own(self, index: int, whole: ExpertMatrices) -> ExpertMatrices:

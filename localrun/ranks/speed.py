@@ -14,7 +14,6 @@ from quant.threads.bandwidth import buffer, read_bandwidth
 from quant.threads.pool import Pool
 
 _BYTES = 1 << 28  # several times the caches
-_LIMIT_S = 900.0  # a rank may have kernels to compile first
 _N_EXCHANGES = 50
 
 
@@ -41,7 +40,7 @@ def read_speed(n_threads: int) -> float:
 def measure(world: World, n_threads: int, n_bytes: int, n_bytes_back: int) -> Rates:
     """On rank 0, while the others are in be_measured(): all read at once, then all send. Raises RankError."""
     own, others = read_speed(n_threads), range(1, world.size)
-    speeds = [own, *(float(np.frombuffer(world.receive(rank, _LIMIT_S))[0]) for rank in others)]
+    speeds = [own, *(float(np.frombuffer(world.receive(rank))[0]) for rank in others)]
     for rank in others:
         world.send(rank, b"")  # all have done with reading
     seconds = np.array([_exchange(world, n_bytes, n_bytes_back) for _ in range(_N_EXCHANGES)])
@@ -52,7 +51,7 @@ def measure(world: World, n_threads: int, n_bytes: int, n_bytes_back: int) -> Ra
 def be_measured(world: World, n_threads: int, n_bytes: int, n_bytes_back: int) -> None:
     """On another rank. Raises RankError."""
     world.send(0, np.array([read_speed(n_threads)]).tobytes())
-    world.receive(0, _LIMIT_S)
+    world.receive(0)
     there, back = np.zeros(n_bytes, np.uint8), np.zeros(n_bytes_back, np.uint8)
     for _ in range(_N_EXCHANGES):
         with world.reaching(0):

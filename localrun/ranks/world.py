@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 LOOK_S = 0.1  # before it sleeps between looks at a message
 
 LIMIT_S = 10.0
+START_S = 900.0  # until a rank looks at messages: it may have to read a disk or compile kernels first
 _WORD_S = 2.0  # until who watches says why a connection has closed
 
 
@@ -106,22 +107,22 @@ class World:
             time.sleep(0)
         self.links.finish(request)
 
-    def send(self, rank: int, data: bytes, limit_s: float | None = None) -> None:
-        """Send some bytes, in order. Raises RankError."""
+    def send(self, rank: int, data: bytes) -> None:
+        """Send some bytes, in order. Raises RankError, within START_S."""
         size, content = np.array([len(data)], np.int64), np.frombuffer(data, np.uint8).copy()
         with self.reaching(rank):
             requests = [self.links.start_send(array, rank, CONTROL) for array in (size, content) if array.size]
             for request in requests:
-                self.links.finish(request, limit_s)
+                self.links.finish(request, START_S)
 
-    def receive(self, rank: int, limit_s: float | None = None) -> bytes:
-        """What the rank has sent. Raises RankError."""
+    def receive(self, rank: int) -> bytes:
+        """What the rank has sent. Raises RankError, within START_S."""
         size = np.zeros(1, np.int64)
         with self.reaching(rank):
-            self.links.finish(self.links.start_receive(size, rank, CONTROL), limit_s)
+            self.links.finish(self.links.start_receive(size, rank, CONTROL), START_S)
             content = np.zeros(int(size[0]), np.uint8)
             if content.size:
-                self.links.finish(self.links.start_receive(content, rank, CONTROL), limit_s)
+                self.links.finish(self.links.start_receive(content, rank, CONTROL), START_S)
         return content.tobytes()
 
 

@@ -43,6 +43,7 @@ from localrun.models.tensors import GGUFTensors
 from localrun.placement.memory_table import EXPERTS as ROUTED
 from localrun.placement.memory_table import RAM, VRAM
 from localrun.placement.placement import GPU
+from localrun.ranks.remote import Remote
 from localrun.ranks.sharing import EXPERTS, SLICES, Sharing
 from localrun.ranks.world import RankError
 from quant.ops import experts as quant_experts
@@ -83,7 +84,9 @@ def opened(
             for name, home in placement.tensors.items()
         }
         placement = replace(placement, experts=experts, tensors=homes)
-        with closing(HybridModel(config, file, 2, placement, device or new_device(), ranks=ranks)) as model:
+        # The model closes it as well, if it comes to be.
+        remote = stack.enter_context(closing(Remote(file, config, ranks, 2, placement))) if ranks else None
+        with closing(HybridModel(config, file, 2, placement, device or new_device(), remote=remote)) as model:
             model.tuning.few = 1 << 30  # nothing is measured
             yield model
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import hf_checkpoints as hf
 import numpy as np
@@ -27,7 +28,7 @@ from closeness import QUANTIZED_TOLERANCE, SESSION_TOLERANCE, error
 from ranks_in_process import Post, in_process
 
 import localrun
-from localrun import hardware
+from localrun import engine, hardware, opening
 from localrun.convert import Options, convert, make_plan
 from localrun.cpu import model as cpu_model
 from localrun.engine import Engine
@@ -294,9 +295,31 @@ def test_an_error_of_mpi_names_the_rank() -> None:
                 model.model.forward(list(range(n_tokens)), model.model.new_cache(160))
 
 
-@pytest.mark.parametrize("what", ["Pool", "decode_step"])
-def test_an_error_while_loading_ends_all_threads(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_model, what, lambda *arguments, **options: pytest.fail("no room"))
+@pytest.mark.parametrize("by_speed", [False, True])
+def test_others_get_ready_while_this_rank_does(by_speed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have their shares and kernels before this one asks for its first kernel, if it takes so long."""
+    is_ready, send, warm_up = threading.Event(), World.send, opening.warm_up
+
+    def sent(world: World, rank: int, data: bytes) -> None:
+        send(world, rank, data)
+        if data == remote.READY:
+            is_ready.set()
+
+    def after_others(*arguments: object) -> None:
+        assert is_ready.wait(60), "rank 1 waits for rank 0's kernels"
+        warm_up(*arguments)
+
+    monkeypatch.setattr(World, "send", sent)
+    monkeypatch.setattr(opening, "warm_up", after_others)
+    with shared(tiny_models.shared("v3-odd"), sharing=Sharing("f32", by_speed=by_speed)) as model:
+        model.model.forward([1], model.model.new_cache(8))
+
+
+@pytest.mark.parametrize(
+    ("module", "what"), [(engine, "Tokenizer"), (opening, "warm_up"), (cpu_model, "Pool"), (cpu_model, "decode_step")]
+)
+def test_an_error_while_loading_ends_all_threads(module: Any, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, what, lambda *arguments, **options: pytest.fail("no room"))
     before = set(threading.enumerate())
     with pytest.raises(pytest.fail.Exception, match="no room"), shared(tiny_models.shared("v3-odd")):
         pass

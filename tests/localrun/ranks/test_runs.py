@@ -171,17 +171,34 @@ def test_a_rank_is_killed(option: list[str], program: str, name: str) -> None:
     assert not [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
-@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_rank_is_lost_while_kernels_are_compiled(kind: signal.Signals, tmp_path: Path) -> None:
-    """With an empty cache that goes on for long after."""
-    environment = os.environ | {"LOCALRUN_CACHE": str(tmp_path)}
+def compiling(folder: Path) -> tuple[subprocess.Popen[str], list[psutil.Process], psutil.Process]:
+    """A first run with two ranks, once it has compiled something: with an empty cache that goes on for long after.
+
+    Returns: the first rank, all that it has started, the other rank.
+    """
+    environment = os.environ | {"LOCALRUN_CACHE": str(folder)}
     arguments = [sys.executable, "-m", "cli.main", "bench", str(tiny_models.shared("v3")), "--ranks", "2", "-t", "1"]
     run = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
-    while not any(tmp_path.rglob("*.kernel")):
+    while not any(folder.rglob("*.kernel")):
         assert run.poll() is None
         time.sleep(0.05)
     found = psutil.Process(run.pid).children(recursive=True)
-    next(p for p in found if "localrun.ranks.rank_child" in p.cmdline() and "python" in p.name()).send_signal(kind)
+    return run, found, next(p for p in found if "localrun.ranks.rank_child" in p.cmdline() and "python" in p.name())
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_is_lost_while_kernels_are_compiled(kind: signal.Signals, tmp_path: Path) -> None:
+    run, found, other = compiling(tmp_path)
+    other.send_signal(kind)
     _, err = run.communicate(timeout=10)
     assert run.returncode == 1 and err.splitlines()[-1].startswith("localrun: rank 1: ")
     assert not [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_the_user_ends_it_while_kernels_are_compiled(tmp_path: Path) -> None:
+    """Both ranks are at it; what they have begun ends when they are gone."""
+    run, found, _ = compiling(tmp_path)
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=10)
+    assert run.returncode == 130 and "Traceback" not in err
+    assert not psutil.wait_procs(found, timeout=10)[1]
