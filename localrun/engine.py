@@ -192,6 +192,7 @@ class Engine:
                 if ranks:
                     remote = opening.told(file, self.config, self.placement, threads, ranks)
                     undo.callback(remote.close)
+                    self.placement = self.placement.with_share(remote.own_part)
                 placed(self.placement)
             else:
                 opening.check_no_gpu(where, notice)

@@ -154,7 +154,7 @@ def place(
     ranks: Ranks | None = None,
 ) -> Placement:
     """What goes where. Raises LocalrunError if the GPU was asked for in vain, or the cache does not fit."""
-    share = ranks.own_part(config.n_routed_experts) if ranks else 1.0
+    share = 1 / ranks.world.size if ranks else 1.0  # about: who has what is decided once this is known
     placement = choose(where, file, config, ctx, own_drafts, notice, proof, draft_file, share)
     needed, free = placement.n_bytes(RAM, "KV cache"), hardware.free_ram()
     if needed > free:

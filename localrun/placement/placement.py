@@ -107,8 +107,10 @@ class Placement:
         rows: the memory table.
         available: bytes that may be used, by memory.
         cards: CUDA's numbers of those that are used, and the layers of each.
+        request: what was to be placed.
     """
 
+    request: Request
     device: str
     ctx: int
     batch: int
@@ -136,6 +138,10 @@ class Placement:
     def short_of_vram(self) -> bool:
         """Whether a card's memory is too small."""
         return any(where != RAM for where in self.short)
+
+    def with_share(self, share: float) -> Placement:
+        """The same with this part of the routed experts in RAM here: what is in VRAM does not depend on it."""
+        return lay_out(replace(self.request, share=share))
 
     def spare(self, place: int) -> int:
         """Bytes that nothing has of the card at a place in `cards`."""
@@ -197,6 +203,7 @@ def lay_out(request: Request) -> Placement:
     rows += _cpu_rows(request, parts, experts, slots)
     available[RAM] = request.ram
     return Placement(
+        request=request,
         device=CPU if request.vram is None else GPU,
         ctx=request.ctx,
         batch=request.batch,

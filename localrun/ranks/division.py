@@ -15,7 +15,17 @@ from localrun.models.tensors import GGUFTensors
 from localrun.placement.placement import Placement
 from localrun.placement.slices import by_time
 from localrun.ranks.owners import owners_of
-from localrun.ranks.sharing import EXPERTS, Division, Ranks, Sharing, by_sizes, expert_layers, n_blocks, settled
+from localrun.ranks.sharing import (
+    EXPERTS,
+    Division,
+    Ranks,
+    Sharing,
+    by_sizes,
+    expert_layers,
+    n_blocks,
+    n_bytes,
+    settled,
+)
 from localrun.ranks.speed import Rates, be_measured, measure
 from localrun.ranks.world import World
 from quant.decode.message_sizes import back_bytes, message_bytes
@@ -88,8 +98,7 @@ def _blocks(
         if rates is None:
             rows.append(by_sizes(n, sharing.sizes_of(world)))
             continue
-        in_all = sum(m.n_groups * m.n_rows * m.row_bytes for m in (whole.gate, whole.up, whole.down))
-        of_a_token = in_all * config.num_experts_per_tok / config.n_routed_experts
+        of_a_token = n_bytes(whole) * config.num_experts_per_tok / config.n_routed_experts
         before_s = [shared[index] / rates.speeds[0], *rates.exchange_s]
         rows.append(by_time(n, [of_a_token / n / speed for speed in rates.speeds], before_s))
     return np.array(rows, np.int64)

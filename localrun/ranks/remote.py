@@ -17,11 +17,12 @@ import numpy as np
 from localrun.gguf.file import GGUFFile
 from localrun.limits import PREFILL_CHUNK
 from localrun.models.config import Config
+from localrun.models.tensors import GGUFTensors
 from localrun.placement.placement import Placement
 from localrun.ranks import many
 from localrun.ranks.division import decide
 from localrun.ranks.owners import assign
-from localrun.ranks.sharing import Ranks, Share
+from localrun.ranks.sharing import Ranks, Share, n_bytes
 from localrun.ranks.world import RankError
 from quant.decode.exchange import N_TIMES, Exchange
 from quant.decode.experts import NOBODY, Told
@@ -64,6 +65,13 @@ class Remote:
         self._threads = ThreadPoolExecutor(_AT_ONCE, "localrun-ranks")
         self._in_order = threading.Lock()
         self._many_bytes, self._many_s = np.zeros(2, np.int64), np.zeros(2)  # sent, received; computing, waiting
+
+    @property
+    def own_part(self) -> float:
+        """Of the bytes of the model's layers that are shared, what this rank has."""
+        tensors, parts = GGUFTensors(self._file), self._division.parts(self._world.rank)
+        sizes = {i: n_bytes(tensors.expert_matrices(i)) for i in self._numbers if i < self._config.num_hidden_layers}
+        return sum(sizes[i] * parts[self._numbers[i]] for i in sizes) / sum(sizes.values())
 
     def get_ready(self) -> None:
         """Copy this rank's share, and wait until all others have theirs.

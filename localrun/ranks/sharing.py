@@ -88,14 +88,6 @@ class Ranks:
     world: World
     sharing: Sharing = Sharing()
 
-    def own_part(self, n_experts: int) -> float:
-        """Of a shared layer's bytes, about what this rank has: shares by speed are measured later.
-
-        Raises LocalrunError as Sharing.sizes_of.
-        """
-        sizes = self.sharing.sizes_of(self.world)
-        return min(1.0, sizes[self.world.rank] / sum(sizes) + self.sharing.copies / max(1, n_experts))
-
 
 @dataclass(frozen=True)
 class Division:
@@ -110,6 +102,17 @@ class Division:
     layers: tuple[int, ...]
     blocks: np.ndarray | None = None
     owners: np.ndarray | None = None
+
+    def parts(self, rank: int) -> list[float]:
+        """Of each layer's experts, what a rank has."""
+        if self.blocks is not None:
+            return (self.blocks[:, rank] / self.blocks.sum(1)).tolist()
+        return (self.owners >> rank & 1).mean(1).tolist()
+
+
+def n_bytes(whole: ExpertMatrices) -> int:
+    """Of a layer's experts, but for biases."""
+    return sum(matrix.n_groups * matrix.n_rows * matrix.row_bytes for matrix in (whole.gate, whole.up, whole.down))
 
 
 def settled(sharing: Sharing, file: GGUFFile, config: Config, world: World) -> Sharing:

@@ -312,7 +312,7 @@ def test_what_is_placed_is_this_ranks_part() -> None:
     """In the table; experts of VRAM are whole layers, which others have nothing of."""
     path = path_of("V2-Lite")
     with loaded(path) as one, loaded(path, 2) as engine:
-        assert engine.placement.n_bytes(RAM, ROUTED) == one.placement.n_bytes(RAM, ROUTED) / 2
+        assert engine.placement.n_bytes(RAM, ROUTED) == one.placement.n_bytes(RAM, ROUTED) * 2 / 3  # of three blocks
         assert engine.placement.n_bytes(VRAM, ROUTED) == 0
     with loaded(path, 3, Sharing("f32", (2.0, 1.0, 1.0), EXPERTS, copies=1), device="cpu", unproven=False,
                 gpu_experts="auto") as engine:  # fmt: skip

@@ -50,7 +50,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     hybrid.__spec__ = importlib.machinery.ModuleSpec(hybrid.__name__, None)
 
     class HybridModel(NativeModel):
-        def __init__(self, config: Any, file: Any, n_threads: int, placement: Placement, notice: Any, ranks: None):
+        def __init__(self, config: Any, file: Any, n_threads: int, placement: Placement, notice: Any, remote: None):
             super().__init__(config, file, n_threads)
             hybrid.placement = placement
 

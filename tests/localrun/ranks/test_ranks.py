@@ -6,6 +6,7 @@ messages. Tolerances on logits are fractions of their range.
 
 from __future__ import annotations
 
+import math
 import socket
 import subprocess
 import sys
@@ -36,6 +37,9 @@ from localrun.errors import LocalrunError
 from localrun.generate.sampling import Sampling
 from localrun.gguf.file import open_gguf
 from localrun.models.reader import read_config
+from localrun.models.summary import group_of
+from localrun.placement.memory_table import EXPERTS as ROUTED
+from localrun.placement.memory_table import RAM
 from localrun.ranks import remote, speed
 from localrun.ranks.sharing import AUTO, EXPERTS, SLICES, Division, Ranks, Share, Sharing, laid_out
 from localrun.ranks.world import RankError, World
@@ -334,6 +338,11 @@ def test_a_rank_without_room_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         Share(file, read_config(file), world, EXACT, Division((1,), np.array([[1, 2]])))
 
 
+def experts_of(model: Engine) -> int:
+    """Bytes of all the file's routed experts."""
+    return sum(tensor.n_bytes for name, tensor in model.file.tensors.items() if group_of(name) == ROUTED)
+
+
 @pytest.mark.parametrize(
     ("here", "there", "exchange_s", "rows"),
     [
@@ -354,10 +363,12 @@ def test_shares_by_time(
     monkeypatch.setattr(speed, "_exchange", lambda *arguments: [exchange_s for _ in exchange(*arguments)])
     with shared(path, sharing=Sharing("f32", by_speed=True)) as model:
         assert model.model.remote.share.layers[1].gate.n_rows == rows
+        assert model.placement.n_bytes(RAM, ROUTED) == math.ceil(rows / 96 * experts_of(model))  # what -v shows
         assert error(model.logits(ids), expected) < ROUNDING_TOLERANCE
     with shared(path, sharing=Sharing("f32", share=EXPERTS, by_speed=True)) as model:
-        n_here = int((model.model.remote.share.owners == 1).sum(1)[0])
-        assert n_here == round(here / (here + there) * model.config.n_routed_experts)
+        n_here, n_experts = int((model.model.remote.share.owners == 1).sum(1)[0]), model.config.n_routed_experts
+        assert n_here == round(here / (here + there) * n_experts)
+        assert model.placement.n_bytes(RAM, ROUTED) == math.ceil(n_here / n_experts * experts_of(model))
 
 
 def test_each_rank_lays_out_its_slices() -> None:
