@@ -82,44 +82,32 @@ def round_lanes(rows, depth, out, scales):
 
 
 @inline
-def _factor(squares, scale):
-    length = np.float32(math.sqrt(hsum(squares))) + np.float32(_TINY)
+def _columns(row, i, is_f16):
+    """16 columns of a row of float16 or float32, from the i-th on."""
+    return load_f16x16(row + 2 * i) if is_f16 else load_f32x16(row + 4 * i)
+
+
+@inline
+def _row_factor(row, n, is_f16, scale):
+    """What takes a row of n columns, a multiple of 16, to LENGTH; stores what takes it back."""
+    even, odd = zero_f32x16(), zero_f32x16()  # sums of squares, apart: or each would wait for the one before
+    for i in range(0, n // 32 * 32, 32):
+        u, v = _columns(row, i, is_f16), _columns(row, i + 16, is_f16)
+        even, odd = fma(u, u, even), fma(v, v, odd)
+    if n % 32:
+        u = _columns(row, n - 16, is_f16)
+        even = fma(u, u, even)
+    length = np.float32(math.sqrt(hsum(even + odd))) + np.float32(_TINY)
     store_f32(scale, length * np.float32(1 / LENGTH))
     return splat_f32x16(np.float32(LENGTH) / length)
 
 
 @inline
-def _row_factor(x, n, scale):
-    """What takes a row of n float32, a multiple of 16, to LENGTH; stores what takes it back."""
-    even, odd = zero_f32x16(), zero_f32x16()  # sums of squares, apart: or each would wait for the one before
-    for i in range(0, n // 32 * 32, 32):
-        u, v = load_f32x16(x + 4 * i), load_f32x16(x + 4 * i + 64)
-        even, odd = fma(u, u, even), fma(v, v, odd)
-    if n % 32:
-        u = load_f32x16(x + 4 * (n - 16))
-        even = fma(u, u, even)
-    return _factor(even + odd, scale)
-
-
-@inline
 def round_row(x, n, out, scale):
     """A row of n float32, a multiple of 16, to int16; its float32 scale to an address."""
-    factor = _row_factor(x, n, scale)
+    factor = _row_factor(x, n, False, scale)
     for i in range(0, n, 16):
         store_low_i16x16(out + 2 * i, scaled_to_i16(load_f32x16(x + 4 * i), factor))
-
-
-@inline
-def _half_row_factor(row, n, scale):
-    """The same of a row of n float16."""
-    even, odd = zero_f32x16(), zero_f32x16()
-    for i in range(0, n // 32 * 32, 32):
-        u, v = load_f16x16(row + 2 * i), load_f16x16(row + 2 * i + 32)
-        even, odd = fma(u, u, even), fma(v, v, odd)
-    if n % 32:
-        u = load_f16x16(row + 2 * (n - 16))
-        even = fma(u, u, even)
-    return _factor(even + odd, scale)
 
 
 @inline
@@ -128,7 +116,7 @@ def round_two_rows(x, y, n, out, width, pairs, scales):
 
     Converting them twice takes less time than keeping them in float32.
     """
-    first, second = _half_row_factor(x, n, scales), _half_row_factor(y, n, scales + 4)
+    first, second = _row_factor(x, n, True, scales), _row_factor(y, n, True, scales + 4)
     for i in range(0, n // 32 * 32, 32):
         a, b = scaled_to_i16(load_f16x16(x + 2 * i), first), scaled_to_i16(load_f16x16(y + 2 * i), second)
         c, d = scaled_to_i16(load_f16x16(x + 2 * i + 32), first), scaled_to_i16(load_f16x16(y + 2 * i + 32), second)
