@@ -28,7 +28,7 @@ from quant.decode.program import (
 )
 from quant.decode.queries import cache_row_of, rotate, store_row_f16
 from quant.gemm import index_bytes
-from quant.gemm.index_bytes import KEYS_TOGETHER, pack_keys, pack_query, panel_bytes, query_bytes
+from quant.gemm.index_bytes import KEYS_TOGETHER, TILE, pack_keys, pack_query, panel_bytes, query_bytes
 from quant.gemm.indexer import (
     BEHIND,
     HISTOGRAM_BYTES,
@@ -54,7 +54,6 @@ ROOM = struct("Room", ranks=address, positions=address, capacity=i64)  # uint32 
 # Of a token: behind a histogram of its ranks' first digits. The keys' largest scale in each split lies behind it.
 STATE = struct("ChoosingState", n_chosen=i64, n_within=i64, margin=f32)
 _SCALES_AT = HISTOGRAM_BYTES + 64
-_UNIT = 64  # keys of a split, a multiple: ranks are written in whole vectors
 STATE_BYTES = _SCALES_AT + 4 * MAX_SPLITS
 # What all phases know. T: MOST_TOKENS.
 INDEXER = struct(
@@ -181,10 +180,13 @@ def _rank_exactly(a, t, first, positions, n_keys, work, ranks):
 
 @inline
 def _rank_split(a, t, split, work):
-    """Ranks of one token's keys in one split of the context, and a histogram; work: a histogram, and of scores."""
+    """Ranks of one token's keys in one split of the context, whole tiles, and a histogram.
+
+    work: a histogram, and of scores.
+    """
     i, n_seen = a.indexer, _seen_by(a, t)
-    first = split_begin(n_seen, split, _UNIT)
-    n_keys, ranks = split_begin(n_seen, split + 1, _UNIT) - first, _ranks(i, t) + 4 * first
+    first = split_begin(n_seen, split, TILE)
+    n_keys, ranks = split_begin(n_seen, split + 1, TILE) - first, _ranks(i, t) + 4 * first
     if i.by_bytes:
         largest = _rank_bytes(a, t, first, n_keys, work + HISTOGRAM_BYTES, ranks)
         store_f32(_histogram(i, t) + _SCALES_AT + 4 * split, largest)
@@ -199,13 +201,11 @@ def _rank_split(a, t, split, work):
 
 @kernel("void(int64, int64, int64)")
 def _run_ranks(phase, item, work):
-    """One split of a token's context, or more: of fewer rows than tokens there may be more splits."""
+    """One split of a token's keys. Items are for as many as the longest context has, which are no fewer."""
     a = CHOOSING(phase)
-    n_tokens = tokens_of(a)
-    t, at_once = item % n_tokens, a.phase.n_items // n_tokens
-    if has_to_choose(a, t):
-        for split in range(item // n_tokens, splits_of(_seen_by(a, t)), at_once):
-            _rank_split(a, t, split, work)
+    t, split = item % tokens_of(a), item // tokens_of(a)
+    if has_to_choose(a, t) and split < splits_of(_seen_by(a, t)):
+        _rank_split(a, t, split, work)
 
 
 @inline

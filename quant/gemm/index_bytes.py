@@ -39,7 +39,7 @@ from quant.target.jit import inline
 
 MARGINS = 2  # with heads that are not alike, some tens of the root mean square
 KEYS_TOGETHER = 96  # keys that are brought into shape and multiplied at a time
-_ROWS = 12  # keys at a time: their totals fill 24 of 32 registers
+TILE = 12  # keys at a time: their totals fill 24 of 32 registers
 _WHOLE = np.float32(1.5 * 2**23)  # the lowest bits of a sum with it are the nearest whole number
 _WHOLE_BITS = int(_WHOLE.view(np.int32))
 _RAISED = np.float32(1.5 * 2**23 + 128)  # the same, with 128 added
@@ -148,7 +148,7 @@ def _tile(builder, n: int, keys, head_dim, queries, out) -> None:
             store(builder, builder.add(out, I64(ROW * r + 64 * half)), total)
 
 
-_multiply = define(types.void, (types.int64,) * 5, lambda b, n, *of: switch(b, n, _ROWS, lambda i: _tile(b, i, *of)))
+_multiply = define(types.void, (types.int64,) * 5, lambda b, n, *of: switch(b, n, TILE, lambda i: _tile(b, i, *of)))
 
 
 @inline
@@ -159,8 +159,8 @@ def score(query, n_heads, head_dim, panel, n, scores):
     sums = products + KEYS_TOGETHER * ROW
     for block in range((n_heads + LANES - 1) // LANES):
         queries = query + query_block * block
-        for i in range(0, n, _ROWS):
-            _multiply(min(_ROWS, n - i), keys + head_dim * i, head_dim, queries, products + ROW * i)
+        for i in range(0, n, TILE):
+            _multiply(min(TILE, n - i), keys + head_dim * i, head_dim, queries, products + ROW * i)
         weights = queries + query_block - ROW
         low, high = load_f32x16(weights), load_f32x16(weights + 64)
         for i in range(n):

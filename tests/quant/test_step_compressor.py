@@ -214,6 +214,7 @@ CASES = {
     "windows of 128": Case(128, False, 16, 270),
     "windows of 4, chosen": Case(4, True, 16, 60),
     "a long window": Case(4, True, 150, 180),
+    "more rows than tokens": Case(8, False, 150, 180),  # so that a step has more pieces than items
 }
 
 
@@ -255,11 +256,12 @@ def test_contexts_together_are_contexts_alone() -> None:
             lengths = [lengths[0] + 1, lengths[1] + 1, lengths[2] + 3]
 
 
-def test_every_split_of_pooled_rows_is_ranked() -> None:
-    """8,195 tokens are 26 splits, their 2,048 rows 32."""
-    random, position, heads, width = np.random.default_rng(3), 8194, 12, 32
+@pytest.mark.parametrize("n_tokens", [8195, 5000, 2500])
+def test_every_split_of_pooled_rows_is_ranked(n_tokens: int) -> None:
+    """As many as tokens have splits, 32 for 2,048 rows, or fewer: 16 for 1,250, 10 for 625."""
+    random, n_rows, heads, width = np.random.default_rng(3), n_tokens // 4, 12, 32
     keys = random.standard_normal((3000, width)).astype(np.float16)
-    keys[1900:] *= 2  # those to choose are among the last
+    keys[n_rows - 60 :] *= 2  # those to choose are among the last; what lies behind is not seen
     queries, weights = random.standard_normal((heads, width), np.float32), random.standard_normal(heads, np.float32)
     embedding, _ = kernels.random_weight("F32", (1, 1, 16), random)
     with closing(Pool(2)) as pool:
@@ -279,7 +281,7 @@ def test_every_split_of_pooled_rows_is_ranked() -> None:
         program.finish()
         floats(places["queries"], heads, width)[:] = queries
         floats(places["weights"], heads)[:] = weights
-        program.run([0], [position], np.array([keys.ctypes.data]), cache_rows=np.array([len(keys)]))
+        program.run([0], [n_tokens - 1], np.array([keys.ctypes.data]), cache_rows=np.array([len(keys)]))
         chosen = floats(places["chosen"], TOP_K).view(np.int32).tolist()
-    scores = weights @ np.maximum(queries.astype(float) @ keys[:2048].astype(float).T, 0)
+    scores = weights @ np.maximum(queries.astype(float) @ keys[:n_rows].astype(float).T, 0)
     assert sorted(chosen) == sorted(np.argsort(-scores)[:TOP_K].tolist())
