@@ -157,7 +157,9 @@ def _attend_split(a, group, token, split, work):
     for first in range(begin, end, length):
         n = min(length, end - first)
         find_rows(a, token, a.key_slot, a.key_row, a.key_group * group, first, n, found)
-        ahead = a.key_row * n  # the next chunk, mostly
+        # The next chunk; behind a split's last one it is the next split's first. Where groups of heads are several and
+        # workers more than these, that is for another worker (items_of), and in vain: two cores do not show the cost.
+        ahead = a.key_row * n
         if load_i64(found + 8 * (n - 1)) != load_i64(found) + ahead - a.key_row:
             ahead = 0
         for i in range(0, n, ROWS):

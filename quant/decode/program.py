@@ -35,9 +35,9 @@ from quant.threads.pool import Pool, aligned_bytes, worker_bytes
 from quant.threads.work_items import work_items
 
 MAX_SPLITS = 32  # parts of the context that attention hands out
-MIN_SPLIT = 64  # tokens of a split of a short context, at most
-_FEW_SPLITS = MAX_SPLITS // 2  # of longer ones, up to _FEW_UP_TO
-_FEW_UP_TO = MAX_SPLITS * 3 // 4 * MIN_SPLIT  # tokens
+FEW_SPLITS = MAX_SPLITS // 2  # of contexts of up to FEW_UP_TO tokens, at most
+MIN_SPLIT = 64  # tokens: as long as splits are few, a context has another one for each so many
+FEW_UP_TO = MAX_SPLITS * 3 // 4 * MIN_SPLIT  # tokens; a split has at least 3/4 of MIN_SPLIT behind it
 _ENDLESS = 1 << 62
 
 # The phases, the workers' memory, then what all phases know of the step.
@@ -117,16 +117,17 @@ def cache_block(a, slot, t):
 def splits_of(n_cached):
     """Splits of a context of n_cached: of long ones a power of two, as numbers of workers mostly are.
 
-    All of them cost two workers more than they save where splits are short, so first there are half as many.
+    All of them cost two workers more than they save where splits are short, so first there are half as many. A longer
+    context never has fewer.
     """
-    if n_cached > _FEW_UP_TO:
+    if n_cached > FEW_UP_TO:
         return MAX_SPLITS
-    return min(_FEW_SPLITS, (n_cached + MIN_SPLIT - 1) // MIN_SPLIT)
+    return min(FEW_SPLITS, (n_cached + MIN_SPLIT - 1) // MIN_SPLIT)
 
 
 def most_splits(n_cached: int) -> int:
     """The same in Python."""
-    return MAX_SPLITS if n_cached > _FEW_UP_TO else min(_FEW_SPLITS, -(-n_cached // MIN_SPLIT))
+    return MAX_SPLITS if n_cached > FEW_UP_TO else min(FEW_SPLITS, -(-n_cached // MIN_SPLIT))
 
 
 @inline
@@ -137,7 +138,10 @@ def split_begin(n_cached, split, unit):
 
 @inline
 def chunk_length(n, most):
-    """Rows to take at a time, at most a multiple of 16: as few times as can be, in multiples of 16, equally many."""
+    """Rows of a chunk of n rows, whole tiles of 16: the least with as few chunks as with `most`, a multiple of 16.
+
+    The last chunk has what is left.
+    """
     count = (n + most - 1) // most
     return (n + 16 * count - 1) // (16 * count) * 16
 

@@ -9,10 +9,12 @@ import naive
 import numpy as np
 import pytest
 from kernels import floats
-from programs import LATE, add_late, rows_by_step, small_program
+from programs import LATE, add_late, pieces, rows_by_step, small_program
 
 from quant.decode.linear import MOST_MATRICES, Input, normed, rows_phase
 from quant.decode.program import (
+    FEW_SPLITS,
+    FEW_UP_TO,
     HEADER,
     MAX_SPLITS,
     MIN_SPLIT,
@@ -23,8 +25,6 @@ from quant.decode.program import (
     Program,
     chunk_length,
     most_splits,
-    split_begin,
-    splits_of,
 )
 from quant.errors import QuantError
 from quant.simd.memory import store_i64
@@ -92,7 +92,7 @@ def test_a_phase_sees_all_of_the_one_before(n_workers: int) -> None:
 
 @pytest.mark.levels
 @pytest.mark.parametrize("n_tokens", range(1, MOST_TOKENS + 1))
-@pytest.mark.parametrize("n_cached", [5, 63, 64, 65, 4096, 4097, 10**5])
+@pytest.mark.parametrize("n_cached", [5, 63, 64, 65, FEW_UP_TO, FEW_UP_TO + 3, 10**5])
 def test_units_of_every_piece_and_token_run_once(pool: Pool, n_cached: int, n_tokens: int) -> None:
     """n_cached: what the last token sees. The longest of the contexts says how many pieces."""
     program, out = small_program(pool), np.zeros(3 * MAX_SPLITS * MOST_TOKENS + 1, np.int64)
@@ -103,26 +103,12 @@ def test_units_of_every_piece_and_token_run_once(pool: Pool, n_cached: int, n_to
     assert out.tolist() == [*range(1, n_units + 1), *[0] * (len(out) - n_units)]
 
 
-@kernel("void(int64, int64, int64)")
-def _pieces(n_cached, unit, out):
-    store_i64(out, splits_of(n_cached))
-    for split in range(splits_of(n_cached) + 1):
-        store_i64(out + 8 * split + 8, split_begin(n_cached, split, unit))
-
-
-def pieces(n_cached: int, unit: int = 1) -> list[int]:
-    """Where a context's pieces begin, and the end of the last one."""
-    out = np.zeros(MAX_SPLITS + 2, np.int64)
-    kernels.call(_pieces, n_cached, unit, out)
-    return out[1 : out[0] + 2].tolist()
-
-
 @pytest.mark.levels
 @pytest.mark.parametrize("unit", [1, 4, MIN_SPLIT])
 def test_pieces_cover_the_context(unit: int) -> None:
     """They are whole units, none longer by more than one, and no more than there is memory for."""
-    full = MAX_SPLITS * MIN_SPLIT
-    for n_cached in [*range(1, 200), *range(1, 3 * full, 61), full // 2 + 1, 3 * full // 4 + 1, 10**5, 10**6]:
+    edges = [n + i for n in (FEW_SPLITS * MIN_SPLIT, FEW_UP_TO, MAX_SPLITS * MIN_SPLIT) for i in (0, 1)]
+    for n_cached in [*range(1, 200), *range(1, 6000, 61), *edges, 10**5, 10**6]:
         begins = pieces(n_cached, unit)
         assert begins[0] == 0 and begins[-1] == n_cached
         assert len(begins) - 1 == most_splits(n_cached) <= MAX_SPLITS
@@ -131,18 +117,26 @@ def test_pieces_cover_the_context(unit: int) -> None:
         assert lengths.max() - lengths.min() <= 1 and lengths.min() >= (unit < MIN_SPLIT)
 
 
+def test_how_many_pieces() -> None:
+    """By hand; and never fewer of more tokens: whoever hands them out by the longest of contexts counts on that."""
+    by_hand = {1: 1, 64: 1, 65: 2, 960: 15, 961: 16, 1024: 16, 1025: 16, 1536: 16, 1537: 32, 10**6: 32}
+    assert {n: most_splits(n) for n in by_hand} == by_hand
+    counts = [len(pieces(n)) for n in range(1, 2500)]
+    assert counts == sorted(counts)
+
+
 @kernel("void(int64, int64, int64)")
 def _chunk_length(n, most, out):
     store_i64(out, chunk_length(n, most))
 
 
 def test_chunks_are_few_and_whole_tiles() -> None:
+    """The first length that makes as few of them as the longest one."""
     out = np.zeros(1, np.int64)
     for n in [*range(1, 300), 1000, 4097]:
         for most in (64, 96, 128):
             kernels.call(_chunk_length, n, most, out)
-            assert out[0] % 16 == 0 and out[0] <= most
-            assert -(-n // out[0]) == -(-n // most)
+            assert out[0] == next(length for length in range(16, most + 1, 16) if -(-n // length) == -(-n // most))
 
 
 def test_a_step_can_end_with_a_phase(pool: Pool) -> None:

@@ -17,7 +17,7 @@ from kernels import floats
 
 from quant.decode.attention import Heads, attend_phase
 from quant.decode.attention_i16 import fits, integer_attend_phase
-from quant.decode.program import MAX_SPLITS, MIN_SPLIT, Program
+from quant.decode.program import FEW_SPLITS, FEW_UP_TO, MIN_SPLIT, Program
 from quant.decode.values import project_values_phase
 from quant.gemv.rows_i16 import expand_scaled_rows, pack_scaled_rows, row_bytes
 from quant.matrix import QuantMatrix
@@ -176,8 +176,8 @@ def error(found: np.ndarray, wanted: np.ndarray) -> float:
 
 
 MLA, GQA = Shape(True, 1, 8, 80, 64), Shape(False, 2, 3, 32, 32)
-FULL = MAX_SPLITS * MIN_SPLIT  # from here on pieces get longer
-LENGTHS = [1, 2, 63, 64, 65, 127, 128, 129, FULL - 1, FULL, FULL + 1, 4096, 4097, 5000, 2 * FULL + 1]
+LONGER = FEW_SPLITS * MIN_SPLIT  # from here on pieces get longer, until there are more behind FEW_UP_TO
+LENGTHS = [1, 2, 63, 64, 65, 127, 128, 129, *(n + i for n in (LONGER, FEW_UP_TO) for i in (-1, 0, 1)), 4096, 4097, 5000]
 SHAPES = {
     "1 head": Shape(True, 1, 1, 48, 32),
     "3 heads": Shape(True, 1, 3, 48, 32),
@@ -220,7 +220,7 @@ def test_workers_do_not_change_the_result(shape: Shape) -> None:
 
 
 @pytest.mark.parametrize("type_", [None, "F16", "Q8_0"])
-@pytest.mark.parametrize("n_cached", [5, 66, FULL + 2, 2 * FULL + 3])  # pieces' lengths and number differ by token
+@pytest.mark.parametrize("n_cached", [5, 66, LONGER + 2, FEW_UP_TO + 2, 4099])  # pieces differ by token
 @pytest.mark.parametrize("shape", [MLA, GQA, SHAPES["GQA, odd widths"]], ids=["MLA", "GQA", "GQA, odd widths"])
 def test_tokens_together_are_tokens_alone(pool: Pool, shape: Shape, n_cached: int, type_: str | None) -> None:
     rng, v_b = np.random.default_rng(6), None
@@ -288,8 +288,9 @@ LANES = {
     "9 heads": Shape(True, 1, 9, 112, 96),
 }
 IN_INTEGERS = [
-    ("16 heads", 1, 0, 0), ("16 heads", 2 * FULL + 1, 0, 0), ("V3's widths", 200, 0, 0), ("V3's widths", 160, 0, 0),
+    ("16 heads", 1, 0, 0), ("16 heads", 4097, 0, 0), ("V3's widths", 200, 0, 0), ("V3's widths", 160, 0, 0),
     ("2 groups of 10", 65, 0, 0), ("9 heads", 129, 0, 0), ("16 heads", 4100, 2500, 3000), ("9 heads", 300, 128, 132),
+    ("16 heads", LONGER + 1, 0, 0), ("16 heads", FEW_UP_TO + 1, 0, 0), ("2 groups of 10", FEW_UP_TO + 1, 0, 0),
 ]  # fmt: skip
 
 
@@ -319,7 +320,7 @@ def test_rows_of_integers(pool: Pool, name: str, n_cached: int, window: int, rin
         assert np.array_equal(found, alone[0])
 
 
-@pytest.mark.parametrize("n_cached", [1, 15, 16, 17, 63, 64, 65, 128])
+@pytest.mark.parametrize("n_cached", [1, 2, 14, 15, 16, 17, 18, 50, 62, 63, 64, 65, 100, 128])
 def test_nothing_is_read_behind_the_last_row(pool: Pool, n_cached: int) -> None:
     """Tiles of 16 rows, and sums of two, are of copies or lie in place: what lies behind would end this process."""
     shape = LANES["9 heads"]

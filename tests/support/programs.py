@@ -1,18 +1,20 @@
-"""Programs of a few phases for the tests of decode, and workers that come late to theirs."""
+"""Programs of a few phases for the tests of decode, workers that come late to theirs, and pieces of contexts."""
 
 from __future__ import annotations
 
 import dataclasses
 from contextlib import closing
 
+import kernels
 import numpy as np
 from kernels import floats
 from numba import types
 
 from quant.decode.linear import Input, rows_phase
-from quant.decode.program import PHASE, PHASE_BYTES, PROGRAM, Phase, Program
+from quant.decode.program import MAX_SPLITS, PHASE, PHASE_BYTES, PROGRAM, Phase, Program, split_begin, splits_of
 from quant.formats import registry
 from quant.matrix import QuantMatrix, quant_matrix
+from quant.simd.memory import store_i64
 from quant.simd.struct import address, i64, struct
 from quant.target.jit import kernel
 from quant.threads.atomics import atomic_add, atomic_load, call_2, call_3
@@ -44,6 +46,20 @@ def rows_by_step(
         program.run([0], [0], np.zeros(1, np.int64))
         assert all(np.all(vector[-16:] == 0.25) for vector in found)
         return [vector[:-16].copy() for vector in found]
+
+
+@kernel("void(int64, int64, int64)")
+def _pieces(n_cached, unit, out):
+    store_i64(out, splits_of(n_cached))
+    for split in range(splits_of(n_cached) + 1):
+        store_i64(out + 8 * split + 8, split_begin(n_cached, split, unit))
+
+
+def pieces(n_cached: int, unit: int = 1) -> list[int]:
+    """Where a context's splits begin, and the end of the last one, as kernels have it."""
+    out = np.zeros(MAX_SPLITS + 2, np.int64)
+    kernels.call(_pieces, n_cached, unit, out)
+    return out[1 : out[0] + 2].tolist()
 
 
 _sleep = types.ExternalFunction("usleep", types.int32(types.uint32))

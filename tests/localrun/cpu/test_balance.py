@@ -13,13 +13,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiny_models
+from programs import pieces
 
 import localrun
 from localrun.cpu.decode import DecodeStep
 from localrun.models.tensors import GGUFTensors
 from localrun.plan.shapes import load_model
 from quant.decode.attention import SPLIT_UNIT
-from quant.decode.program import MAX_SPLITS, Phase, most_splits
+from quant.decode.program import MAX_SPLITS, Phase
 from quant.threads.pool import Pool
 from quant.threads.work_items import busiest
 
@@ -72,20 +73,13 @@ def test_phases_are_shared_evenly(name: str, n_workers: int) -> None:
     assert {phase: round(even, 3) for phase, even in found.items() if even < EVEN} == {}
 
 
-def split_rows(n_cached: int) -> list[int]:
-    """How many rows each split of a context has."""
-    n_splits = most_splits(n_cached)
-    begins = np.minimum(-(-n_cached // SPLIT_UNIT) * np.arange(n_splits + 1) // n_splits * SPLIT_UNIT, n_cached)
-    return np.diff(begins).tolist()
-
-
 @pytest.mark.parametrize("n_workers", [8, 32, 64, 128])
 @pytest.mark.parametrize("n_groups", [1, 4, 8], ids=["DeepSeek-V2-Lite", "Qwen3-30B", "DeepSeek-V3"])
 def test_contexts_are_shared_evenly(n_groups: int, n_workers: int) -> None:
     """From 1,000 tokens on, where all workers have a split."""
     found = {}
     for n_cached in [*range(1000, 5000, 7), 2112, 8192, 10_000, 32_768, 100_000]:
-        rows = split_rows(n_cached)
+        rows = np.diff(pieces(n_cached, SPLIT_UNIT)).tolist()
         if n_groups * len(rows) >= n_workers:
             most = busiest([(n_groups, n) for n in rows], n_workers)
             found[n_cached] = n_groups * n_cached / n_workers / most

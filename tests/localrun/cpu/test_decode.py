@@ -26,7 +26,7 @@ import localrun
 from localrun.engine import Engine
 from localrun.errors import ContextFullError
 from localrun.network.cache import Cache
-from quant.decode.program import MAX_SPLITS, MIN_SPLIT, MOST_TOKENS, Program
+from quant.decode.program import FEW_UP_TO, MAX_SPLITS, MIN_SPLIT, MOST_TOKENS, Program
 from quant.gemv.rows_i16 import LENGTH
 
 # Between the step and torch on the same cache rows only the order of float32 sums differs: up to 8e-7 here.
@@ -236,13 +236,12 @@ def test_tokens_together_are_tokens_alone_in_every_type(variant: str, mix: str) 
 
 
 @pytest.mark.parametrize("variant", ["v3", "v3-legacy-kv-b", "llama"])
-def test_tokens_together_where_pieces_get_longer(variant: str) -> None:
+def test_tokens_together_where_pieces_get_shorter(variant: str) -> None:
     """Some of a step's tokens have more and shorter pieces than the others."""
-    full = MAX_SPLITS * MIN_SPLIT
     with localrun.load(tiny_models.shared(variant, type=tiny_models.Q4_K_M), threads=2, ctx=64) as model:
-        cache, ids = model.model.new_cache(full + 16), tiny_models.token_ids(variant, full)
-        for first in range(0, full - 10, 509):
-            model.model.forward(ids[first : min(first + 509, full - 10)], cache)
+        cache, ids = model.model.new_cache(FEW_UP_TO + 16), tiny_models.token_ids(variant, FEW_UP_TO - 10)
+        for first in range(0, len(ids), 509):
+            model.model.forward(ids[first : first + 509], cache)
         check_few(model, tiny_models.token_ids(variant, 20, seed=1), cache)
 
 

@@ -22,7 +22,7 @@ from closeness import QUANTIZED_TOLERANCE, SESSION_TOLERANCE, error
 import localrun
 from localrun.cpu.mtp import MTP
 from localrun.errors import ContextFullError
-from quant.decode.program import MAX_SPLITS, MIN_SPLIT, MOST_TOKENS
+from quant.decode.program import FEW_UP_TO, MOST_TOKENS
 
 # Where the order of a sum tips the rounding of a cache row's value to 16 bits, 2^-11 of it: up to 2.1e-5 here.
 ROW_TOLERANCE = 1e-4
@@ -216,14 +216,13 @@ def test_positions_together_are_positions_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("mix", QUANTISED)
-def test_positions_together_are_positions_alone_where_pieces_get_longer(mix: str) -> None:
-    full = MAX_SPLITS * MIN_SPLIT
+def test_positions_together_are_positions_alone_where_pieces_get_shorter(mix: str) -> None:
     with opened(tiny_models.shared("v3-nextn", type=QUANTISED[mix])) as (_, mtp):
-        cache = mtp.new_cache(full + 16)
-        mtp.forward(*positions(full - 2), cache)
+        cache = mtp.new_cache(FEW_UP_TO + 16)
+        mtp.forward(*positions(FEW_UP_TO - 2), cache)
         ids, hidden_TD = positions(MOST_TOKENS, seed=1)
         logits_TV, normed_TD = one_by_one(mtp, ids, hidden_TD, cache)
-        cache.truncate(full - 2)
+        cache.truncate(FEW_UP_TO - 2)
         logits, hidden = mtp.forward(ids, hidden_TD, cache)
         assert np.array_equal(logits, logits_TV[-1:])
         assert np.array_equal(hidden, normed_TD[-1:])
