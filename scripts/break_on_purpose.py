@@ -60,6 +60,21 @@ FAULTS = (
         ("tests/quant/test_step_attention.py",),
     ),
     Fault(
+        "split-KV: all tokens have the first one's parts", "quant/decode/values.py",
+        "splits_of(seen_by(a, token))", "splits_of(seen_by(a, 0))", ("tests/quant/test_step_attention.py",),
+    ),
+    Fault(
+        "split-KV: the last part has what is left over", "quant/decode/program.py",
+        "(n_cached + unit - 1) // unit * split // splits_of(n_cached) * unit",
+        "n_cached // unit // splits_of(n_cached) * unit * split if split < splits_of(n_cached) else n_cached",
+        ("tests/localrun/cpu/test_balance.py",),
+    ),
+    Fault(
+        "split-KV: an item has one part, though there are more", "quant/decode/attention.py",
+        "for split in range(first, end, step):", "for split in range(first, min(end, first + 1)):",
+        ("tests/quant/test_step_compressor.py",),
+    ),
+    Fault(
         "a prompt's mask lets the next token through", "quant/ops/attention.py",
         "n_before + first + 1 - begin", "n_before + first + 2 - begin", ("tests/quant/test_prompt_attention.py",),
     ),
