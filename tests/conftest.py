@@ -104,8 +104,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: next((turn for mark, turn in turns.items() if item.get_closest_marker(mark)), 1))
 
 
-def pytest_collection_finish() -> None:
-    """Searches for garbage from now on, more rarely, and not among what is there."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """Searches for garbage from now on, more rarely, and not among what is there.
+
+    Also in the process that hands tests out to others, which collects none and hears of all.
+    """
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000)
