@@ -85,8 +85,9 @@ def hosts_lines(document: dict[str, Any]) -> list[str]:
     if document["refusal"]:
         return lines
     prompt = f"prompt of {document['prompt']}"
-    head = f"{'hosts':<6} {'sharing':<14} {'RAM first':>11} {'RAM others':>11} {'decode':>9} {'messages':>9}"
-    lines += ["", f"{head} {prompt:>16} {'messages':>9}   tokens/s; part of the time that messages take"]
+    parts = f"{'messages':>9} {'waiting':>8}"
+    head = f"{'hosts':<6} {'sharing':<14} {'RAM first':>11} {'RAM others':>11}"
+    lines += ["", f"{head} {'decode':>9} {parts} {prompt:>16} {parts}   tokens/s; parts of the time"]
     lines += [_host_line(row) for row in document["rows"]]
     pays = document["pays"]
     shared = f", shared by {pays['sharing']}" if pays["sharing"] else ""
@@ -101,11 +102,10 @@ def _host_line(row: dict[str, Any]) -> str:
     line = f"{row['n_hosts']:<6} {row['sharing'] or '-':<14} {size(row['ram_first']):>11} {others:>11}"
     if not row["fits"]:
         return f"{line} does not fit"
-    decode, prefill = row["decode"], row["prefill"]
-    return (
-        f"{line} {decode['tokens_per_s']:>9.2f} {decode['messages_part']:>9.0%} "
-        f"{prefill['tokens_per_s']:>16.2f} {prefill['messages_part']:>9.0%}"
-    )
+    for facts, width in ((row["decode"], 9), (row["prefill"], 16)):
+        waiting = facts["waiting_s"] / facts["seconds"]  # for what others compute
+        line += f" {facts['tokens_per_s']:>{width}.2f} {facts['messages_part']:>9.0%} {waiting:>8.0%}"
+    return line
 
 
 def readers_lines(document: dict[str, Any]) -> list[str]:

@@ -172,7 +172,7 @@ def describe_machines(model: Path) -> dict[str, Any]:
 
 
 def predict(shape: ModelShape, by_name: dict[str, Machine], link: Link, n_prompt: int, n_reply: int) -> Any:
-    """Tokens/s by engine, and of ranks the milliseconds by part and how long a layer waits for messages."""
+    """Tokens/s by engine, and of ranks the milliseconds by part and how long a layer waits for the other."""
     placement, found = host_memory(shape, by_name[ONE], 512, 2).first.placement, {}
     for what, speed in (
         ("prompt", lambda machine: prefill_speed(shape, machine, placement, max(1, n_prompt))),
@@ -184,7 +184,8 @@ def predict(shape: ModelShape, by_name: dict[str, Machine], link: Link, n_prompt
         of[RANKS] = spread(Speed(of[ONE].tokens, phases), shape, 2, link, Parts(1 / 2, 1 / 2))
         for name, each in of.items():
             found.setdefault(name, {})[what] = each.tokens_per_s
-        found[RANKS][f"{what}_layer_waits_us"] = round(1e6 * of[RANKS].messages_s / shape.n_moe_layers, 1)
+        waits_s = of[RANKS].messages_s + of[RANKS].waiting_s
+        found[RANKS][f"{what}_layer_waits_us"] = round(1e6 * waits_s / shape.n_moe_layers, 1)
         found[RANKS][f"{what}_ms"] = {p.part: round(1e3 * p.seconds, 2) for p in of[RANKS].speed.phases}
     return found
 

@@ -13,6 +13,7 @@ from localrun.limits import (
 )
 from localrun.models.config import Config
 from localrun.models.rows import KV_BYTES
+from quant.decode.message_sizes import PAIR_BYTES, back_bytes, message_bytes
 
 # What comes with a CUDA process besides tensors: kernels, graphs, the allocator's rounding. Assumed.
 RESERVE_BYTES = 1 << 28
@@ -50,16 +51,18 @@ def work_bytes(config: Config, on_gpu: bool, ctx: int) -> int:
     return activation_bytes(config, chunk) + 4 * config.vocab_size + ATTENTION_WORK_BYTES
 
 
-def rank_work_bytes(config: Config, part: float) -> int:
+def rank_work_bytes(config: Config, part: float, message: str) -> int:
     """Of a rank that has a part of all experts' columns: a prompt's message and sums, and what its products work on.
 
+    message: how vectors travel.
     A worker takes up to 0.2 MB besides. Work memory is kept: rows of few tokens and panels of many are there at once.
     """
     c, n_tokens = config, PREFILL_CHUNK
     inner, n_pairs = part * c.moe_intermediate_size, n_tokens * c.num_experts_per_tok
     n_few = min(n_pairs, _MOST_FEW * c.n_routed_experts)
-    travelling = n_tokens * (2 * 2 * c.hidden_size + 12 * c.num_experts_per_tok)  # in BF16 there and back
-    unpacked = n_tokens * (2 * 4 * c.hidden_size + 12 * c.num_experts_per_tok)  # float32 there and back
+    travelling = message_bytes(message, c.hidden_size, c.num_experts_per_tok, n_tokens)
+    travelling += back_bytes(message, c.hidden_size, n_tokens)
+    unpacked = n_tokens * (2 * 4 * c.hidden_size + PAIR_BYTES * c.num_experts_per_tok)  # float32 there and back
     panels = _PANEL_BYTES * n_pairs * (c.hidden_size + inner) + _ROUNDED_BYTES * n_tokens * c.hidden_size
     rows = n_few * (_Q8_BYTES + 2 * 4) * inner + _Q8_BYTES * c.hidden_size * n_few / c.num_experts_per_tok
     return ceil(travelling + unpacked + panels + rows)

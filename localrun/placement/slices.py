@@ -1,8 +1,21 @@
-"""Slices of experts by time: how many blocks of inner columns each rank has. Pure: no files, no devices."""
+"""Slices of experts: how many blocks of inner columns each rank has. Pure: no files, no devices."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+import numpy as np
+
+
+def by_sizes(n_blocks: int, sizes: Sequence[float]) -> list[int]:
+    """Blocks of each share, one at least, as near to these sizes as whole ones allow."""
+    n_shares = len(sizes)
+    ends = np.round(np.cumsum(sizes) / np.sum(sizes) * n_blocks).astype(int)
+    for i in range(n_shares):
+        ends[i] = max(ends[i], ends[i - 1] + 1 if i else 1)
+    for i in range(n_shares - 1, -1, -1):
+        ends[i] = min(ends[i], n_blocks - (n_shares - 1 - i))
+    return np.diff(ends, prepend=0).tolist()
 
 
 def by_time(n_blocks: int, block_s: Sequence[float], before_s: Sequence[float]) -> list[int]:

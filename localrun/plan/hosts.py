@@ -4,7 +4,7 @@ The first rank has all but the routed experts, on its card if there is one, and 
 its CPU to compute; but layers whose experts have room in the first one's VRAM are its own. A layer's messages are two
 for each remote rank: hidden states with the router's choice go out, sums come back. Two ways to share:
 
-slices: a rank has 1/N of every expert's inner columns, so that all have the same to do.
+slices: a rank has 1/N of every expert's inner columns, as nearly as whole blocks divide.
 slices by time (--rank-sizes auto): blocks of them so that all are done at once, the first rank with the shared experts
 as well, the others with their messages.
 experts: a rank has 1/N of the experts, so that a token waits for the rank that it chose most experts of.
@@ -18,17 +18,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, comb, lcm
 
+import numpy as np
+
 from localrun.errors import LocalrunError
 from localrun.limits import PREFILL_CHUNK
 from localrun.models.names import layer_of
+from localrun.models.summary import group_of
 from localrun.placement.memory_table import EXPERTS, RAM
 from localrun.placement.sizes import rank_work_bytes
-from localrun.placement.slices import by_time
+from localrun.placement.slices import by_sizes, by_time
 from localrun.plan.link import Link
 from localrun.plan.machine import Machine
 from localrun.plan.memory import Memory, Placement, plan_memory
 from localrun.plan.shapes import ModelShape, Tensor, n_bytes
-from localrun.plan.speed import MESSAGES, Phase, Speed, beside_s, decode_speed, prefill_speed
+from localrun.plan.speed import MESSAGES, OTHERS, Phase, Speed, beside_s, decode_speed, prefill_speed
 from quant.decode.message_sizes import back_bytes, message_bytes
 from quant.formats import registry
 
@@ -73,10 +76,13 @@ class Messages:
 
 @dataclass(frozen=True)
 class Spread:
-    """A prediction; messages_s is the part of its seconds that a rank waits for messages."""
+    """A prediction, and which part of its seconds the first rank waits: for others, which have more to compute than it
+    has, and on top of that because messages take time.
+    """
 
     speed: Speed
     messages_s: float
+    waiting_s: float
 
     @property
     def tokens_per_s(self) -> float:
@@ -93,11 +99,14 @@ def host_memory(model: ModelShape, machine: Machine, ctx: int, n_hosts: int, par
         raise LocalrunError(f"{model.name} has no routed experts to spread over hosts")
     if not 1 <= n_hosts <= MOST_HOSTS:
         raise LocalrunError(f"--hosts {n_hosts}; expected 1 to {MOST_HOSTS}")
-    parts = parts or Parts(1 / n_hosts, 1 / n_hosts)
+    parts = parts or equal_parts(model, n_hosts)
     first = plan_memory(model, _ranked(machine, n_hosts), ctx, parts.first)
-    share = ceil(n_bytes(model.groups()[EXPERTS]) * (1 - first.placement.experts) * parts.others)
+    groups = model.groups()
+    drafting = [tensor for tensor in groups.get("mtp", []) if group_of(tensor.name) == EXPERTS]
+    shared = n_bytes(groups[EXPERTS]) * (1 - first.placement.experts) + n_bytes(drafting)
     rows = tuple(row for row in first.rows if row.where != DISK)  # every host has the whole file
-    others = share + rank_work_bytes(model.config, parts.others) + int(machine.cpu.process_bytes)
+    work = rank_work_bytes(model.config, parts.others, MESSAGE)
+    others = ceil(shared * parts.others) + work + int(machine.cpu.process_bytes)
     return HostMemory(replace(first, rows=rows), others, first.available[RAM])
 
 
@@ -152,29 +161,46 @@ def prefill_over(
     parts: Parts | None = None,
 ) -> Spread:  # fmt: skip
     """A prompt, with these slices or equal ones; whole experts are like these, as many tokens choose of all alike."""
-    alone, parts = prefill_speed(model, machine, placement, n_tokens), parts or Parts(1 / n_hosts, 1 / n_hosts)
+    alone, parts = prefill_speed(model, machine, placement, n_tokens), parts or equal_parts(model, n_hosts)
     return spread(alone, model, n_hosts, link, parts, placement.experts)
 
 
 def slices_of(alone: Speed, model: ModelShape, n_hosts: int, link: Link, in_vram: float, sharing: str) -> Parts:
     """Those of SLICES, or BY_TIME as ranks choose them (localrun.ranks.division); alone: one token's time."""
     if sharing == SLICES or n_hosts == 1 or in_vram == 1:
-        return Parts(1 / n_hosts, 1 / n_hosts)
+        return equal_parts(model, n_hosts)
     sent, per_layer_s = messages(model, n_hosts), {}
     for part in (EXPERTS, SHARED):
         seconds = sum(phase.seconds for phase in alone.phases if (phase.part, phase.device) == (part, "CPU"))
         per_layer_s[part] = seconds / model.n_moe_layers
     exchange_s = link.exchange_s(sent.out_bytes, sent.back_bytes, n_hosts - 1)
     before_s = [per_layer_s[SHARED], *[exchange_s] * (n_hosts - 1)]
-    of_layers, in_all = layers_of(model), sum(layer.n_bytes for layer in layers_of(model))
-    counts = [0.0] * n_hosts
-    for layer in of_layers:
-        routed_s = per_layer_s[EXPERTS] / (1 - in_vram) * layer.n_bytes * len(of_layers) / in_all
-        blocks = by_time(layer.n_blocks, [routed_s / layer.n_blocks] * n_hosts, before_s)
-        counts = [
-            n + layer.n_bytes / in_all * of_rank / layer.n_blocks for n, of_rank in zip(counts, blocks, strict=True)
-        ]
-    return Parts(counts[0], max(counts[1:]))
+    layers, blocks = layers_of(model), []
+    per_byte_s = per_layer_s[EXPERTS] / (1 - in_vram) * len(layers) / sum(layer.n_bytes for layer in layers)
+    for layer in layers:
+        block_s = per_byte_s * layer.n_bytes / layer.n_blocks
+        blocks.append(by_time(layer.n_blocks, [block_s] * n_hosts, before_s))
+    return _parts(layers, blocks)
+
+
+def equal_parts(model: ModelShape, n_hosts: int) -> Parts:
+    """Those of equal slices, of which each rank has whole blocks; of whole experts where there are too few blocks."""
+    if n_hosts == 1 or not can_slice(model, n_hosts):
+        return Parts(1 / n_hosts, 1 / n_hosts)
+    layers = layers_of(model)
+    return _parts(layers, [by_sizes(layer.n_blocks, (1,) * n_hosts) for layer in layers])
+
+
+def can_slice(model: ModelShape, n_hosts: int) -> bool:
+    """Whether there is a block of each expert for each rank."""
+    return all(layer.n_blocks >= n_hosts for layer in layers_of(model))
+
+
+def _parts(layers: Sequence[_Layer], blocks: Sequence[Sequence[int]]) -> Parts:
+    """blocks: of each layer, those of each rank."""
+    of_layers = np.array(blocks) / np.array([[layer.n_blocks] for layer in layers])
+    first, *others = np.average(of_layers, 0, [layer.n_bytes for layer in layers]).tolist()
+    return Parts(first, max(others))
 
 
 @dataclass(frozen=True)
@@ -214,7 +240,7 @@ def spread(
         beside: of phases, seconds in which a card computes beside the CPU; as with one host, of prompts none count.
     """
     if n_hosts == 1:
-        return Spread(alone, 0.0)
+        return Spread(alone, 0.0, 0.0)
     n_exchanges = model.n_moe_layers * (1 - in_vram) * ceil(alone.tokens / PREFILL_CHUNK)
     n_bytes = messages(model, n_hosts, in_vram).bytes_per_token * alone.tokens
     under_way = link.exchange_s(0, 0, n_hosts - 1) * n_exchanges + n_bytes / link.bytes_per_s
@@ -226,7 +252,11 @@ def spread(
         replace(p, seconds=p.seconds * parts.first) if (p.part, p.device) == (EXPERTS, "CPU") else p
         for p in alone.phases
     ]
-    waiting = under_way + (parts.others - parts.first) * routed - before
-    phases = [*shared, Phase(MESSAGES, "", max(0.0, waiting))]
-    speed = Speed(alone.tokens, tuple(phases), beside(phases))
-    return Spread(speed, speed.seconds - Speed(alone.tokens, tuple(shared), beside(shared)).seconds)
+    busier = (parts.others - parts.first) * routed - before
+    waiting = Phase(OTHERS, "", max(0.0, busier))
+    more = Phase(MESSAGES, "", max(0.0, under_way + busier) - waiting.seconds)
+    computing, at_once, speed = (
+        Speed(alone.tokens, tuple(phases), beside(phases))
+        for phases in (shared, [*shared, waiting], [*shared, waiting, more])
+    )
+    return Spread(speed, speed.seconds - at_once.seconds, at_once.seconds - computing.seconds)

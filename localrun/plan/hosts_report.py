@@ -8,14 +8,14 @@ from typing import Any
 from localrun.limits import PREFILL_CHUNK
 from localrun.placement.memory_table import RAM, gib
 from localrun.plan.hosts import (
-    BY_TIME,
     SHARED_EXPERTS,
     SHARINGS,
     HostMemory,
+    Parts,
     Spread,
+    can_slice,
     decode_over,
     host_memory,
-    layers_of,
     messages,
     prefill_over,
     slices_of,
@@ -68,9 +68,10 @@ def _rows(model: ModelShape, machine: Machine, link: Link, ctx: int, n_hosts: in
     """A row for each way to share that there are blocks for; one for a single host."""
     placement, short = host_memory(model, machine, ctx, n_hosts).first.placement, min(SHORT_CTX, ctx)
     alone, rows = decode_speed(model, machine, placement, short), []
-    can_slice = all(layer.n_blocks >= n_hosts for layer in layers_of(model))
-    for sharing in SHARINGS[:1] if n_hosts == 1 else SHARINGS if can_slice else (SHARED_EXPERTS,):
-        parts = slices_of(alone, model, n_hosts, link, placement.experts, sharing) if sharing == BY_TIME else None
+    for sharing in SHARINGS[:1] if n_hosts == 1 else SHARINGS if can_slice(model, n_hosts) else (SHARED_EXPERTS,):
+        parts = slices_of(alone, model, n_hosts, link, placement.experts, sharing)
+        if sharing == SHARED_EXPERTS:
+            parts = Parts(1 / n_hosts, 1 / n_hosts)
         memory = host_memory(model, machine, ctx, n_hosts, parts)
         decoding = decode_over(model, machine, placement, short, n_hosts, link, sharing)
         reading = prefill_over(model, machine, placement, min(prompt, ctx), n_hosts, link, parts)
@@ -96,6 +97,7 @@ def _facts(spread: Spread) -> dict[str, float]:
         "seconds": spread.speed.seconds,
         "messages_s": spread.messages_s,
         "messages_part": round(spread.messages_s / spread.speed.seconds, 4),
+        "waiting_s": spread.waiting_s,
     }
 
 
@@ -104,7 +106,7 @@ def _paying(rows: list[dict[str, Any]]) -> dict[str, Any]:
     best: dict[str, Any] = {}
     for row in (row for row in rows if row["fits"]):
         gain = row["decode"]["tokens_per_s"] / best["decode"]["tokens_per_s"] if best else LEAST_GAIN
-        same = best and row["n_hosts"] == best["n_hosts"]
-        if gain > 1 if same else gain >= LEAST_GAIN:
+        more = row["n_hosts"] - best["n_hosts"] if best else 1
+        if gain >= LEAST_GAIN**more if more else gain > 1:
             best = row
     return {"n_hosts": best["n_hosts"], "sharing": best["sharing"]}

@@ -19,7 +19,7 @@ from quant.batch import ATTENTION_TOKENS
 from quant.formats.registry import INTERLEAVED
 
 _SHARED_LAUNCHES = "launches of shared experts"
-MESSAGES = "messages"  # the part of which hosts wait for others
+MESSAGES, OTHERS = "messages", "other hosts"  # parts in which the first host waits: for bytes; for who computes more
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,8 @@ def beside_s(phases: Sequence[Phase], is_cache: bool = False) -> float:
     """
     parts = {"shared experts", _SHARED_LAUNCHES} | ({"routed experts"} if is_cache else set())
     shared = sum(p.seconds for p in phases if p.part in parts and p.device == "GPU")
-    routed = sum(p.seconds for p in phases if (p.part, p.device) in (("routed experts", "CPU"), (MESSAGES, "")))
+    at_once = {("routed experts", "CPU"), (OTHERS, ""), (MESSAGES, "")}
+    routed = sum(p.seconds for p in phases if (p.part, p.device) in at_once)
     return min(shared, routed)
 
 

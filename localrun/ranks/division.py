@@ -13,19 +13,9 @@ from localrun.models.names import layer_of
 from localrun.models.summary import group_of
 from localrun.models.tensors import GGUFTensors
 from localrun.placement.placement import Placement
-from localrun.placement.slices import by_time
+from localrun.placement.slices import by_sizes, by_time
 from localrun.ranks.owners import owners_of
-from localrun.ranks.sharing import (
-    EXPERTS,
-    Division,
-    Ranks,
-    Sharing,
-    by_sizes,
-    expert_layers,
-    n_blocks,
-    n_bytes,
-    settled,
-)
+from localrun.ranks.sharing import EXPERTS, Division, Ranks, Sharing, expert_layers, n_blocks, n_bytes, settled
 from localrun.ranks.speed import Rates, be_measured, measure
 from localrun.ranks.world import World
 from quant.decode.message_sizes import back_bytes, message_bytes

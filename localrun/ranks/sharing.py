@@ -136,17 +136,6 @@ def n_blocks(n: int, unit: int, n_shares: int) -> int:
     return found
 
 
-def by_sizes(n_blocks: int, sizes: Sequence[float]) -> list[int]:
-    """Blocks of each share, one at least, as near to these sizes as whole ones allow."""
-    n_shares = len(sizes)
-    ends = np.round(np.cumsum(sizes) / np.sum(sizes) * n_blocks).astype(int)
-    for i in range(n_shares):
-        ends[i] = max(ends[i], ends[i - 1] + 1 if i else 1)
-    for i in range(n_shares - 1, -1, -1):
-        ends[i] = min(ends[i], n_blocks - (n_shares - 1 - i))
-    return np.diff(ends, prepend=0).tolist()
-
-
 def cuts(n: int, unit: int, blocks: Sequence[int]) -> list[tuple[int, int]]:
     """First column and number of columns of each share of n columns; the last has what is left over."""
     borders = [0, *(int(end) * unit for end in np.cumsum(blocks)[:-1]), n]

@@ -12,10 +12,10 @@ import pytest
 from localrun.errors import LocalrunError
 from localrun.limits import PREFILL_CHUNK
 from localrun.placement.sizes import rank_work_bytes
-from localrun.placement.slices import by_time
+from localrun.placement.slices import by_sizes, by_time
 from localrun.ranks import many
 from localrun.ranks.owners import assign, divide
-from localrun.ranks.sharing import by_sizes, cuts, n_blocks
+from localrun.ranks.sharing import cuts, n_blocks
 from quant.decode.messages import TYPES
 from quant.errors import QuantError
 from quant.formats import registry
@@ -179,5 +179,5 @@ def test_work_memory_of_a_prompt(type_: str) -> None:
         taken = sum(n_bytes for name, (_, n_bytes, _) in own._buffers.items() if name not in of_workers)
         message, back = many.pack(TYPES["bf16"], x, ids, weights), many.pack_sums(TYPES["bf16"], out)
         taken += sum(array.nbytes for array in (x, ids, weights, out, message, back))
-    found = rank_work_bytes(config, 1 / 3)
+    found = rank_work_bytes(config, 1 / 3, "bf16")
     assert 0.9 * found < taken <= found
