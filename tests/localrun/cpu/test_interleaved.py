@@ -28,12 +28,13 @@ from localrun.generate.saved import fingerprint
 from localrun.gguf import types as tensor_types
 from localrun.gguf.file import Tensor, open_gguf
 from quant.formats import registry
-from quant.target import tuning
+from quant.target import isa, tuning
 
-# Integer dot products are the same in both layouts; sums of blocks in float32 are in another order, and a difference of
-# 1e-7 can tip the rounding of an activation to 8 bits in the next layer (docs/lab-notes.md): of 20 tokens of some files
-# the farthest is 0.8 to 1.1% off.
-TOLERANCE = 2e-2
+# Integer dot products are the same in both layouts; a step's sums of blocks in float32 are in another order. A token
+# alone is 1e-7 off, but where that tips an activation's rounding to 8 bits (one of 20 tokens); through the cache all
+# that follow see it. What lies behind is that of another rounding, as steps and prompts of one file are, which are 0.7
+# to 1.3% apart: of 40 prompts of 20 tokens the farthest token is 0.4 to 1.1% off.
+TOLERANCE, ROUNDING_TOLERANCE = 2e-2, 1e-6
 EXPERTS = "blk.1.ffn_up_exps.weight"
 
 
@@ -70,6 +71,16 @@ def logits(path: Path, ids: list[int], **options: object) -> np.ndarray:
 def far(found: np.ndarray, expected: np.ndarray) -> float:
     """The largest difference as a fraction of the range."""
     return float(np.abs(found - expected).max() / np.ptp(expected))
+
+
+def same(found: np.ndarray, expected: np.ndarray) -> bool:
+    """Whether prompts' logits are: to the bit where both layouts become the same panels."""
+    return np.array_equal(found, expected) if isa.has("avx2") else far(found, expected) < TOLERANCE
+
+
+def close(found: np.ndarray, expected: np.ndarray) -> bool:
+    """Whether most logits of tokens alone are."""
+    return bool(np.median([far(a, b) for a, b in zip(found, expected, strict=True)]) < ROUNDING_TOLERANCE)
 
 
 def interleaved_by_hand(blocks: np.ndarray, words: list[tuple[int, int]]) -> np.ndarray:
@@ -109,7 +120,7 @@ def test_logits_are_the_plain_files(variant: str, tmp_path: Path) -> None:
     plain, ids = converted(variant, tmp_path / "plain.gguf"), tiny_models.prompt(variant)
     convert(plan_for(plain, tmp_path / "packed.gguf", "Q4_K_M", pack=True))
     found = logits(tmp_path / "packed.gguf", ids)
-    assert far(found, logits(plain, ids)) < TOLERANCE
+    assert same(found, logits(plain, ids))
     # llama.cpp rounds activations more coarsely (Q8_K): as in test_logits.py for quantised files
     assert far(found, llama_cpp_oracle.logits(plain, ids)) < 0.05
 
@@ -118,14 +129,14 @@ def test_a_session_of_a_packed_file_steps_and_reads_prompts(plain: Path, packed:
     """Token by token and all at once: the decode step's kernels and the panels'."""
     ids = tiny_models.token_ids("wide", 70)
     greedy = localrun.Sampling(temperature=0.0)
-    rows = []
+    rows, alone = [], []
     for path in (plain, packed):
         with localrun.load(path, device="cpu", threads=2, ctx=256) as model:
-            cache = model.new_cache()
-            stepped = [model.model.forward([token], cache)[0] for token in ids[:20]]
-            rows.append(np.array(stepped))
+            rows.append(stepped(model, ids[:20]))
+            alone.append(singly(model, ids[:20]))
             assert len(list(model.generate(ids, greedy, max_tokens=5))) > 0
     assert far(rows[1], rows[0]) < TOLERANCE
+    assert close(alone[1], alone[0])
 
 
 def test_a_gguf_keeps_its_types(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,14 +236,15 @@ def test_rows_that_are_read_singly_must_be_plain(packed: Path, tmp_path: Path) -
 def test_repacked_experts(plain: Path, packed: Path) -> None:
     ids = tiny_models.prompt("wide")
     with localrun.load(plain, device="cpu", threads=2, ctx=256) as model:
-        expected = stepped(model, ids)
+        expected, alone = stepped(model, ids), singly(model, ids)
     with localrun.load(plain, device="cpu", threads=2, ctx=256, repack=True) as model:
         types = {name: tensor.type.name for name, tensor in model.file.tensors.items() if "_exps" in name}
         assert types
         assert all(type_.endswith("_R16") for type_ in types.values())
         assert not any(t.type.name.endswith("_R16") for n, t in model.file.tensors.items() if "_exps" not in n)
-        assert far(model.logits(ids), logits(plain, ids)) < TOLERANCE
+        assert same(model.logits(ids), logits(plain, ids))
         assert far(stepped(model, ids), expected) < TOLERANCE
+        assert close(singly(model, ids), alone)
 
 
 @pytest.mark.parametrize("type_", ["IQ1_S", "IQ1_M"])
@@ -248,14 +260,15 @@ def test_widened_experts(type_: str, tmp_path: Path) -> None:
     imatrix = write_imatrix(tmp_path / "i.gguf", importances, counts)
     convert(plan_for(source, plain, "Q4_K_M", overrides=overrides, imatrix=imatrix))
     with localrun.load(plain, device="cpu", threads=2, ctx=256) as model:
-        expected, of_steps = model.logits(ids), stepped(model, ids)
+        expected, of_steps, alone = model.logits(ids), stepped(model, ids), singly(model, ids)
     with (
         tuning.using(replace(tuning.current(), interleaving_pays=False)),
         localrun.load(plain, device="cpu", threads=2, ctx=256, repack=True, notice=lines.append) as model,
     ):
         laid_out = {name: t for name, t in model.file.tensors.items() if t.type.name.endswith("_R16")}
-        assert far(model.logits(ids), expected) < TOLERANCE
+        assert same(model.logits(ids), expected)
         assert far(stepped(model, ids), of_steps) < TOLERANCE
+        assert close(singly(model, ids), alone)
     with open_gguf(plain) as file:
         assert {name for name, t in file.tensors.items() if t.type.name == type_} == set(laid_out)
         for name, tensor in laid_out.items():
@@ -268,6 +281,11 @@ def stepped(model: Engine, ids: list[int]) -> np.ndarray:
     """Logits, a token at a time."""
     cache = model.new_cache()
     return np.array([model.model.forward([token], cache)[0] for token in ids])
+
+
+def singly(model: Engine, ids: list[int]) -> np.ndarray:
+    """Logits of each token alone."""
+    return np.array([model.model.forward([token], model.new_cache())[0] for token in ids])
 
 
 def unpacked(tensor: Tensor) -> np.ndarray:

@@ -54,6 +54,9 @@ GREEDY = Sampling(temperature=0.0)
 ROUNDING_TOLERANCE = 3e-6  # of the order of sums: up to 3e-7 here
 # Rounding each vector to 8 bits of mantissa (2^-9 of it) on three layers' way out and back: up to 1.5e-3 here.
 BF16_TOLERANCE = 5e-3
+# Of files whose activations are rounded to 8 bits: where a sum's last place tips a rounding, what lies behind is that
+# of another rounding, up to 6.5e-3 off in 12 prompts of each of three files.
+TIPPED_TOLERANCE = 1e-2
 
 
 @contextmanager
@@ -118,12 +121,16 @@ def test_whole_experts(variant: str, n_ranks: int, sizes: tuple[float, ...], cop
 def test_quantised_logits(variant: str, mix: str) -> None:
     """Blocks of 32 columns: what is rounded to 8 bits is rounded alike, but where a sum's last place tips it.
 
-    Experts are chosen by the token alone: a tipped choice could be 0.28 of the range off.
+    That happens in one of ten tokens alone, then in all that see it. Experts are chosen by the token alone:
+    a tipped choice could be 0.28 of the range off.
     """
     steady = replace(tiny_models.VARIANTS[variant], steady_routing=True)
     path, ids = tiny_models.shared(steady, type=tiny_models.MIXES[mix]), tiny_models.prompt(variant)
-    for found, expected in zip(both_ways(path, ids, n_ranks=3), both_ways(path, ids), strict=True):
-        assert error(found, expected) < QUANTIZED_TOLERANCE / 3
+    with localrun.load(path, threads=2, ctx=160) as one, shared(path, 3) as three:
+        for way in (by_steps, Engine.logits):
+            assert error(way(three, ids), way(one, ids)) < TIPPED_TOLERANCE
+        singly = [[model.model.forward([i], model.model.new_cache(1)) for i in ids] for model in (three, one)]
+    assert np.median([error(*pair) for pair in zip(*singly, strict=True)]) < ROUNDING_TOLERANCE
 
 
 def test_rounded_messages() -> None:
