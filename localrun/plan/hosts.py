@@ -35,8 +35,8 @@ from localrun.plan.speed import MESSAGES, OTHERS, Phase, Speed, beside_s, decode
 from quant.decode.message_sizes import back_bytes, message_bytes
 from quant.formats import registry
 
-SLICES, BY_TIME, SHARED_EXPERTS = "slices", "slices by time", "experts"
-SHARINGS = (SLICES, BY_TIME, SHARED_EXPERTS)
+SLICES, BY_TIME, WHOLE_EXPERTS = "slices", "slices by time", "experts"
+SHARINGS = (SLICES, BY_TIME, WHOLE_EXPERTS)
 MESSAGE = "bf16"  # how vectors travel unless --rank-messages says otherwise
 DISK, SHARED = "disk", "shared experts"
 MOST_HOSTS = 64
@@ -148,7 +148,7 @@ def decode_over(
 ) -> Spread:
     """One token with ctx others in the cache; placement is the first host's."""
     c, alone = model.config, decode_speed(model, machine, placement, ctx)
-    if sharing == SHARED_EXPERTS:
+    if sharing == WHOLE_EXPERTS:
         busiest = busiest_share(c.n_routed_experts, c.num_experts_per_tok, n_hosts)
         parts = Parts(busiest, busiest)
     else:

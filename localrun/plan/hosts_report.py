@@ -8,8 +8,8 @@ from typing import Any
 from localrun.limits import PREFILL_CHUNK
 from localrun.placement.memory_table import RAM, gib
 from localrun.plan.hosts import (
-    SHARED_EXPERTS,
     SHARINGS,
+    WHOLE_EXPERTS,
     HostMemory,
     Parts,
     Spread,
@@ -68,9 +68,9 @@ def _rows(model: ModelShape, machine: Machine, link: Link, ctx: int, n_hosts: in
     """A row for each way to share that there are blocks for; one for a single host."""
     placement, short = host_memory(model, machine, ctx, n_hosts).first.placement, min(SHORT_CTX, ctx)
     alone, rows = decode_speed(model, machine, placement, short), []
-    for sharing in SHARINGS[:1] if n_hosts == 1 else SHARINGS if can_slice(model, n_hosts) else (SHARED_EXPERTS,):
+    for sharing in SHARINGS[:1] if n_hosts == 1 else SHARINGS if can_slice(model, n_hosts) else (WHOLE_EXPERTS,):
         parts = slices_of(alone, model, n_hosts, link, placement.experts, sharing)
-        if sharing == SHARED_EXPERTS:
+        if sharing == WHOLE_EXPERTS:
             parts = Parts(1 / n_hosts, 1 / n_hosts)
         memory = host_memory(model, machine, ctx, n_hosts, parts)
         decoding = decode_over(model, machine, placement, short, n_hosts, link, sharing)

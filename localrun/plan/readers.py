@@ -15,7 +15,7 @@ from typing import Any
 from localrun.errors import LocalrunError
 from localrun.limits import PREFILL_CHUNK, READER_PAUSE_S
 from localrun.placement.memory_table import RAM, gib
-from localrun.plan.hosts import MOST_HOSTS, SHARED_EXPERTS, SLICES, can_slice, decode_over, host_memory, prefill_over
+from localrun.plan.hosts import MOST_HOSTS, SLICES, WHOLE_EXPERTS, can_slice, decode_over, host_memory, prefill_over
 from localrun.plan.link import Link
 from localrun.plan.machine import Machine
 from localrun.plan.memory import plan_memory, refusal
@@ -76,7 +76,7 @@ def ways(
     if model.is_moe:
         memory = host_memory(model, machine, ctx, n_hosts)
         reading = prefill_over(model, machine, memory.first.placement, prompt, n_hosts, link).speed.seconds
-        sharing = SLICES if can_slice(model, n_hosts) else SHARED_EXPERTS
+        sharing = SLICES if can_slice(model, n_hosts) else WHOLE_EXPERTS
         step = decode_over(model, machine, memory.first.placement, short, n_hosts, link, sharing).speed.seconds
         found.append(_in_turn(SHARED, n_hosts, memory.others, memory.fits, reading, step, reply))
     reader = replace(machine, gpu=None)
