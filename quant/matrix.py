@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -31,6 +32,14 @@ MATRIX = struct(
 EXPAND_FROM, EXPAND_FROM_OF_FLOATS = 16, 6
 _NEVER = 1 << 62
 _EXPANDED_BYTES = 1 << 18  # of rows in float32 at a time: beside their inputs in L2
+
+
+Memory = Callable[[int], np.ndarray]  # uint8 of so many bytes
+
+
+def in_array(n_bytes: int) -> np.ndarray:
+    """What NumPy has for it."""
+    return np.empty(n_bytes, np.uint8)
 
 
 @inline
@@ -91,10 +100,10 @@ class QuantMatrix:
         _check_rows(self.format, start, count)
         return replace(self, address=self.address + start * self.row_bytes, n_rows=count)
 
-    def columns(self, start: int, count: int) -> "QuantMatrix":
+    def columns(self, start: int, count: int, memory: Memory = in_array) -> "QuantMatrix":
         """The same rows, restricted to `count` columns from `start`: a copy, since kernels read rows without gaps.
 
-        Raises QuantError unless both are whole blocks.
+        memory: for that. Raises QuantError unless both are whole blocks.
         """
         f, block = self.format, self.format.block
         if start < 0 or start + count > self.n_cols or start % block or count % block:
@@ -105,8 +114,10 @@ class QuantMatrix:
             (self.n_groups, self.n_rows // f.rows, self.n_cols // block, size),
             (self.group_bytes, f.rows * self.row_bytes, size, 1),
         )
-        own = whole[:, :, start // block : (start + count) // block].copy()
-        return quant_matrix(own.reshape(-1), f, (self.n_groups, self.n_rows, count))
+        chosen = whole[:, :, start // block : (start + count) // block]
+        own = memory(chosen.size)
+        own.reshape(chosen.shape)[:] = chosen
+        return quant_matrix(own, f, (self.n_groups, self.n_rows, count))
 
 
 def bytes_at(address: int, n_bytes: int) -> np.ndarray:
@@ -159,10 +170,11 @@ class ExpertMatrices:
         rows = (matrix.format.rows for matrix in (self.gate, self.up))
         return math.lcm(32, self.down.format.block, *rows)
 
-    def inner(self, start: int, count: int) -> "ExpertMatrices":
+    def inner(self, start: int, count: int, memory: Memory = in_array) -> "ExpertMatrices":
         """The share of each expert that columns start.. of `inner` are: sums over shares are the experts' sums.
 
-        Rows of gate and up stay where they are, columns of down are copied. Down's bias goes with the first columns.
+        Rows of gate and up stay where they are, columns of down are copied into `memory`. Down's bias goes with the
+        first columns.
         """
         if (start, count) == (0, self.gate.n_rows):
             return self
@@ -172,7 +184,7 @@ class ExpertMatrices:
             parts = (np.ascontiguousarray(bias[:, start : start + count]) for bias in (gate, up))
             biases = *parts, down if start == 0 else np.zeros_like(down)
         gate, up = self.gate.rows(start, count), self.up.rows(start, count)
-        return replace(self, gate=gate, up=up, down=self.down.columns(start, count), biases=biases)
+        return replace(self, gate=gate, up=up, down=self.down.columns(start, count, memory), biases=biases)
 
     @property
     def bias_addresses(self) -> dict[str, int]:

@@ -196,7 +196,7 @@ class Share:
 
         def slice_of(index: int) -> ExpertMatrices:
             whole = self.layers[index]
-            part = whole.inner(*own[index])
+            part = whole.inner(*own[index], own_memory)
             if self._repack:
                 laid = [laid_out(matrix) for matrix in (part.gate, part.up, part.down)]
                 for matrix, new in ((whole.gate, laid[0]), (whole.up, laid[1])):

@@ -7,6 +7,7 @@ messages. Tolerances on logits are fractions of their range.
 from __future__ import annotations
 
 import math
+import mmap
 import socket
 import subprocess
 import sys
@@ -392,6 +393,15 @@ def test_each_rank_lays_out_its_slices() -> None:
         found = by_steps(model, ids), model.logits(ids)
     for one, other in zip(found, expected, strict=True):
         assert error(one, other) < QUANTIZED_TOLERANCE
+
+
+def test_what_a_rank_copies_goes_back_to_the_system() -> None:
+    """As what --repack makes does: malloc would keep it for this process (test_torch_threads.py)."""
+    with shared(tiny_models.shared("v3-odd")) as model:
+        memory = model.model.remote.share.layers[1].down.owner
+        while isinstance(memory, np.ndarray):
+            memory = memory.base
+        assert isinstance(memoryview(memory).obj, mmap.mmap)
 
 
 @pytest.mark.parametrize("share", [SLICES, EXPERTS])
