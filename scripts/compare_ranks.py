@@ -8,8 +8,8 @@ with them and those messages (localrun.plan) is compared with that round alone. 
 send through it; tcp: through sockets of this machine; else a rate as tc writes it: the other rank has a network
 namespace of its own, joined to this one by a veth pair that tbf holds to the rate (needs root, ip and tc).
 
-Ranks of one machine share its memory, which hosts do not: what all compute at once is reckoned with the rates that a
-process has while another one measures the same, everything else with those of one alone. The last line of stdout is
+Ranks of one machine share its memory, which hosts do not: what both compute at once is reckoned with half of the rates
+that two threads have together, everything else with those of one alone. The last line of stdout is
 one JSON document, by network: of prompt and reply the median over rounds of tokens/s predicted, measured (a round's
 median step), and of their ratio, with the rounds' ratios and the part of the time that the engine's first thread had
 its core (what is predicted has it all the time); messages of the replies; how many times as fast two ranks are as one
@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -118,7 +119,7 @@ def measure(path: Path, places: tuple[str | None, str | None], n_prompt: int, n_
 
     A round before them brings weights in.
     """
-    found: list[dict[str, Any]] = []
+    found, shape = list[dict[str, Any]](), load_model(str(path), None)
     with ExitStack() as stack:
         ranks = stack.enter_context(sharing_ranks(path, places_of(*places), Sharing(), 1))
         of = {RANKS: {"threads": 1, "ranks": ranks, "device": "cpu"}, ONE: {"threads": 1}, TWO: {"threads": 2}}
@@ -129,7 +130,7 @@ def measure(path: Path, places: tuple[str | None, str | None], n_prompt: int, n_
         }
         ids = np.random.default_rng(0).integers(0, engines[ONE].model.vocab_size, ctx).tolist()
         for number in range(rounds + 1):
-            described = describe_machines(path) if number else {}
+            described = {name: describe(shape, n) for name, n in ((ONE, 1), (TWO, 2))} if number else {}
             rates = {name: _rates(engine, ids, n_prompt, n_reply) for name, engine in engines.items()}
             found += [{"machines": described, "rates": rates}] if number else []
         times, figures = engines[RANKS].model.remote.times, engines[RANKS].rank_figures()
@@ -161,16 +162,6 @@ def _rates(engine: Engine, ids: list[int], n_prompt: int, n_reply: int) -> dict[
 # ---- what is predicted -----------------------------------------------------------------------------------------------
 
 
-def describe_machines(model: Path) -> dict[str, Any]:
-    """This machine as one thread has it, and as it has it while another process measures the same, as JSON."""
-    program, found = [sys.executable, __file__, str(model), "--describe"], {}
-    for name, n in ((ONE, 1), (RANKS, 2)):
-        running = [subprocess.Popen(program, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(n)]
-        printed = [process.communicate()[0] for process in running]
-        found[name] = json.loads(printed[0].splitlines()[-1])
-    return found
-
-
 def predict(shape: ModelShape, by_name: dict[str, Machine], link: Link, n_prompt: int, n_reply: int) -> Any:
     """Tokens/s by engine, and of ranks the milliseconds by part and how long a layer waits for the other."""
     placement, found = host_memory(shape, by_name[ONE], 512, 2).first.placement, {}
@@ -179,8 +170,9 @@ def predict(shape: ModelShape, by_name: dict[str, Machine], link: Link, n_prompt
         ("reply", lambda machine: decode_speed(shape, machine, placement, _BEFORE + n_reply / 2)),
     ):
         of = {name: speed(machine) for name, machine in by_name.items()}
-        routed = {phase.part: phase for phase in of[RANKS].phases}[EXPERTS]
-        phases = tuple(routed if phase.part == EXPERTS else phase for phase in of[ONE].phases)
+        routed = next(phase for phase in of[TWO].phases if phase.part == EXPERTS)
+        at_half = replace(routed, seconds=2 * routed.seconds)
+        phases = tuple(at_half if phase.part == EXPERTS else phase for phase in of[ONE].phases)
         of[RANKS] = spread(Speed(of[ONE].tokens, phases), shape, 2, link, Parts(1 / 2, 1 / 2))
         for name, each in of.items():
             found.setdefault(name, {})[what] = each.tokens_per_s
@@ -207,7 +199,7 @@ def compare(arguments: argparse.Namespace, name: str, shape: ModelShape) -> dict
         predicted.append(predict(shape, by_name, link, arguments.p, arguments.n))
     found: dict[str, Any] = {"doctor_layer_us": round(1e6 * timed["ranks"][0]["layer_s"], 1)}
     for what in ("prompt", "reply") if arguments.p else ("reply",):
-        for engine in (RANKS, ONE):
+        for engine in (RANKS, ONE, TWO):
             pairs = [(p[engine][what], r["rates"][engine][what]) for p, r in zip(predicted, rounds, strict=True)]
             ratios = [reckoned / measured for reckoned, measured in pairs]
             found[f"{what}, {engine}"] = {
@@ -232,7 +224,6 @@ def main() -> None:
     parser.add_argument("-p", type=int, default=512)
     parser.add_argument("-n", type=int, default=64)
     parser.add_argument("-r", type=int, default=3)
-    parser.add_argument("--describe", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--measure", nargs=3, type=int, help=argparse.SUPPRESS)
     parser.add_argument("--ranks", help=argparse.SUPPRESS)
     parser.add_argument("--hosts", help=argparse.SUPPRESS)
@@ -242,9 +233,6 @@ def main() -> None:
         print(json.dumps(measure(Path(arguments.model), places, *arguments.measure)))
         return
     arguments.model, shape = str(Path(arguments.model).resolve()), load_model(arguments.model, None)
-    if arguments.describe:
-        print(json.dumps(describe(shape, 1)))
-        return
     document: dict[str, Any] = {"machine": this_one(), "model": arguments.model}
     for name in arguments.network:
         document[name] = compare(arguments, name, shape)

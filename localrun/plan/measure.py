@@ -77,11 +77,14 @@ def describe(model: ModelShape, threads: int) -> dict[str, Any]:
 
 
 def _matrices(model: ModelShape) -> list[tuple[str, int, list[int]]]:
-    """The types and widths of the model's matrices, with the rows of each."""
+    """The types and widths of the model's matrices, with the rows of each; of a layer's experts those of all.
+
+    For a prompt all of them are one job, which a single expert would be too small to measure.
+    """
     rows: dict[tuple[str, int], list[int]] = {}
     for tensor in model.tensors:
         if tensor.is_matrix:
-            rows.setdefault((tensor.type, tensor.shape[-1]), []).append(tensor.shape[-2])
+            rows.setdefault((tensor.type, tensor.shape[-1]), []).append(tensor.n_weights // tensor.shape[-1])
     return [(*key, counts) for key, counts in sorted(rows.items())]
 
 
