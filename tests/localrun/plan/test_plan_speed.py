@@ -114,6 +114,12 @@ def test_this_machines_number_is_its_tunings(lite: ModelShape, monkeypatch: pyte
     assert (cpu.packed_from, cpu.packed_from_interleaved) == (7, 9)
 
 
+def test_rates_of_prompts_are_of_all_experts_of_a_layer(lite: ModelShape) -> None:
+    """One job multiplies them."""
+    rows = [count for _, n_cols, counts in measure._matrices(lite) for count in counts if n_cols == 2048]
+    assert rows.count(64 * 1408) == 2 * 26 and 1408 not in rows  # gate and up
+
+
 def test_prompts_by_arithmetic(lite: ModelShape) -> None:
     kernels = [{"type": t, "n_cols": 1024, "gemv": 1e15, "expand": 1e18, "gemm": 1e10} for t in TYPES]
     machine = toy(read=1e18, kernels=kernels)
