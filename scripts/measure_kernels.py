@@ -43,7 +43,7 @@ def main() -> None:
         known = {row["type"] for row in table_of(isa.LEVEL)["rates"]} if arguments.types is None else {YARDSTICK}
         types = [YARDSTICK, *(name for name in types if name not in known)]
     pool = Pool(1)
-    rates = [kernel_rates(pool, type_, n_cols, [ROWS]) for type_ in types for n_cols in arguments.columns]
+    rates = [kernel_rates(pool, type_, n_cols, [(1, ROWS)]) for type_ in types for n_cols in arguments.columns]
     if arguments.add:
         rates = scaled(rates, table_of(isa.LEVEL)["rates"])
     rounded = [{name: _rounded(value) for name, value in row.items()} for row in rates]

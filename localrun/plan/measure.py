@@ -76,16 +76,14 @@ def describe(model: ModelShape, threads: int) -> dict[str, Any]:
     }
 
 
-def _matrices(model: ModelShape) -> list[tuple[str, int, list[int]]]:
-    """The types and widths of the model's matrices, with the rows of each; of a layer's experts those of all.
-
-    For a prompt all of them are one job, which a single expert would be too small to measure.
-    """
-    rows: dict[tuple[str, int], list[int]] = {}
+def _matrices(model: ModelShape) -> list[tuple[str, int, list[tuple[int, int]]]]:
+    """The types and widths of the model's matrices, with how many lie in one tensor and the rows of each, by tensor."""
+    found: dict[tuple[str, int], list[tuple[int, int]]] = {}
     for tensor in model.tensors:
         if tensor.is_matrix:
-            rows.setdefault((tensor.type, tensor.shape[-1]), []).append(tensor.n_weights // tensor.shape[-1])
-    return [(*key, counts) for key, counts in sorted(rows.items())]
+            *_, n_rows, n_cols = tensor.shape
+            found.setdefault((tensor.type, n_cols), []).append((tensor.n_weights // (n_rows * n_cols), n_rows))
+    return [(*key, shapes) for key, shapes in sorted(found.items())]
 
 
 def _typical_s(*runs: Callable[[], None], threads: int = 1) -> list[float]:
@@ -116,29 +114,39 @@ def _read_bandwidth(pool: Any, size: int) -> float:
 
 
 def _random_blocks(pool: Any, format_: Any, n_rows: int, n_cols: int) -> np.ndarray:
-    """Valid blocks of n_rows rows: a few made-up ones, repeated."""
-    few = made_up_blocks(pool, format_.name, min(n_rows, 64) * n_cols // format_.block, 1.0)
-    return np.resize(few, n_rows * format_.row_bytes(n_cols))
+    """Valid blocks of n_rows rows: a few made-up ones, repeated, in pages as a model's file is mapped."""
+    from quant.threads import bandwidth
+
+    few = made_up_blocks(pool, format_.name, min(n_rows, 64) * n_cols // format_.block, 1.0).reshape(-1)
+    blocks = bandwidth.buffer(pool, n_rows * format_.row_bytes(n_cols), as_mapped=True)
+    for start in range(0, len(blocks), len(few)):
+        part = blocks[start : start + len(few)]
+        part[:] = few[: len(part)]
+    return blocks
 
 
-def kernel_rates(pool: Any, type_: str, n_cols: int, rows: list[int], size: int = _LARGE_BYTES) -> dict[str, Any]:
+def kernel_rates(
+    pool: Any, type_: str, n_cols: int, shapes: list[tuple[int, int]], size: int = _LARGE_BYTES
+) -> dict[str, Any]:
     """The rates of one core for a type, while all of the pool's work: a row of machine.Kernel.
 
     Args:
-        rows: of the model's matrices: in small ones a core waits for the other's last piece, and little shares the
-            rounding of activations.
+        shapes: of the model's tensors, matrices and rows of each. A token is multiplied with one after the other, as
+            experts lie anywhere: in small ones a core waits for the other's last piece. Many are multiplied with all of
+            a tensor in one job, in which the rounding of activations counts for little.
         size: bytes of all matrices that one token is multiplied with.
     """
     from quant.formats import registry
 
     format_ = registry.get(type_)
     large = max(64, size // format_.row_bytes(n_cols))
-    rows = [min(count, large) for count in rows]
+    rows = [min(n_rows, large) for _, n_rows in shapes]
+    together = Counter(min(n * n_rows, large, max(64, _MANY_WEIGHTS // n_cols)) for n, n_rows in shapes)
     matrix = quant_matrix(_random_blocks(pool, format_, large, n_cols), format_, (large, n_cols))
     step, used = _step(pool, matrix, rows)
     (one,) = _typical_s(lambda: step.run([0], [0], np.zeros(1, np.int64)), threads=pool.n_workers)
     weights = few = many = 0.0
-    for n_rows, count in Counter(min(n_rows, max(64, _MANY_WEIGHTS // n_cols)) for n_rows in rows).items():
+    for n_rows, count in together.items():
         part = matrix.rows(0, n_rows)
         times = _typical_s(_product(pool, part, _FEW), _product(pool, part, _MANY), threads=pool.n_workers)
         weights, few, many = weights + count * n_rows * n_cols, few + count * times[0], many + count * times[1]

@@ -114,10 +114,10 @@ def test_this_machines_number_is_its_tunings(lite: ModelShape, monkeypatch: pyte
     assert (cpu.packed_from, cpu.packed_from_interleaved) == (7, 9)
 
 
-def test_rates_of_prompts_are_of_all_experts_of_a_layer(lite: ModelShape) -> None:
-    """One job multiplies them."""
-    rows = [count for _, n_cols, counts in measure._matrices(lite) for count in counts if n_cols == 2048]
-    assert rows.count(64 * 1408) == 2 * 26 and 1408 not in rows  # gate and up
+def test_this_machine_is_measured_with_the_models_matrices(lite: ModelShape) -> None:
+    """All experts of a layer are one tensor, which many tokens are multiplied with in one job."""
+    shapes = [shape for _, n_cols, found in measure._matrices(lite) for shape in found if n_cols == 2048]
+    assert shapes.count((64, 1408)) == 2 * 26 and (1, 102_400) in shapes  # gate and up; the head
 
 
 def test_prompts_by_arithmetic(lite: ModelShape) -> None:
