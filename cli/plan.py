@@ -110,9 +110,9 @@ def _plan(shape: "ModelShape", where: "Machine", wanted: PlanOptions) -> "tuple[
 def _plan_hosts(shape: "ModelShape", where: "Machine", wanted: PlanOptions, as_json: bool) -> None:
     """Prints what several hosts would do. Raises LocalrunError if the model does not fit them."""
     from localrun.plan.hosts_report import hosts_refusal, make_hosts_report
-    from localrun.plan.link import load_link
+    from localrun.plan.link import DEFAULT_LINK, load_link
 
-    between = load_link(wanted.link or "10GbE")
+    between = load_link(wanted.link or DEFAULT_LINK)
     if not hosts_refusal(shape, where, wanted.ctx, wanted.hosts):
         where = _measured(where, shape, wanted)
     document = make_hosts_report(shape, where, between, wanted.ctx, wanted.hosts, wanted.prompt)
@@ -121,10 +121,10 @@ def _plan_hosts(shape: "ModelShape", where: "Machine", wanted: PlanOptions, as_j
 
 def _plan_readers(shape: "ModelShape", where: "Machine", wanted: PlanOptions, n_readers: int, as_json: bool) -> None:
     """Prints whether hosts that read prompts pay. Raises LocalrunError if the model fits in no way."""
-    from localrun.plan.link import load_link
+    from localrun.plan.link import DEFAULT_LINK, load_link
     from localrun.plan.readers import make_readers_report
 
-    between = load_link(wanted.link or "10GbE")
+    between = load_link(wanted.link or DEFAULT_LINK)
     where = _measured(where, shape, wanted)
     document = make_readers_report(shape, where, between, wanted.ctx, n_readers, wanted.prompt, wanted.reply)
     _print(document, readers_lines, as_json)

@@ -185,7 +185,7 @@ class Engine:
         with ExitStack() as undo:
             remote = None
             if self.config:
-                proof = opening.proof_of(file, self.config, threads, self.ctx, where, notice)
+                proof = opening.proof_of(file, self.config, threads, self.ctx, where, notice, ranks)
                 self.placement = opening.place(
                     file, self.config, self.ctx, where, proof, own_drafts, notice, draft_file, ranks
                 )

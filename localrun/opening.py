@@ -12,7 +12,7 @@ from localrun.cpu.warmup import for_prompts, for_steps, warm_up
 from localrun.errors import LocalrunError, UnsupportedModelError
 from localrun.gguf.file import GGUFFile, open_gguf
 from localrun.gguf.types import laid_out
-from localrun.gpu.proof.prove import Proof, task_of
+from localrun.gpu.proof.prove import Others, Proof, task_of
 from localrun.models.config import Config
 from localrun.models.dspark import is_dspark
 from localrun.models.mtp_file import is_mtp_only
@@ -136,10 +136,32 @@ def draft_file(path: str | os.PathLike[str]) -> DraftFile | None:
 
 
 def proof_of(
-    file: GGUFFile, config: Config, threads: int, ctx: int, where: DeviceRequest, notice: Notice
+    file: GGUFFile,
+    config: Config,
+    threads: int,
+    ctx: int,
+    where: DeviceRequest,
+    notice: Notice,
+    ranks: Ranks | None = None,
 ) -> Proof | None:
     """What the card is asked before it is used; None where it is not to be."""
-    return None if where.unproven else Proof(file, config, task_of(file.path, threads, ctx, where), where, notice)
+    if where.unproven:
+        return None
+    others = _others(file, ranks.world.size) if ranks and ranks.world.size > 1 else None
+    return Proof(file, config, task_of(file.path, threads, ctx, where), where, notice, others)
+
+
+def _others(file: GGUFFile, n_ranks: int) -> Others:
+    """What other ranks do for either side, by the model of `plan --hosts`, with the link that it assumes."""
+
+    def seconds(figures: Mapping[str, Any]) -> Mapping[str, float]:
+        from localrun.plan.first_host import over_hosts
+        from localrun.plan.link import DEFAULT_LINK, load_link
+        from localrun.plan.shapes import load_model
+
+        return over_hosts(figures, load_model(str(file.path)), n_ranks, load_link(DEFAULT_LINK))
+
+    return Others(f"{n_ranks - 1} more rank{'s'[: n_ranks - 2]}", seconds)
 
 
 def place(

@@ -65,14 +65,14 @@ MAY_IMPORT = {
         "text": "arguments errors files gguf backends",
         "runtime": "gguf text turn",
         "generate": "arguments errors files text runtime",
-        "opening": "errors hardware gguf models placement ranks cpu gpu runtime",
+        "convert": "errors files gguf models text",
+        "plan": "errors files pictures hardware limits bundled gguf models placement cpu gpu convert",
+        "opening": "errors hardware gguf models placement ranks cpu gpu runtime plan",
         "engine": "arguments bundled errors limits gguf models placement ranks backends text turn workers runtime "
         "generate opening",
         "serve": "arguments errors files limits hardware ranks text generate engine",
         "measure": "errors files pictures hardware limits gguf models placement network ranks cpu backends generate "
         "engine",
-        "convert": "errors files gguf models text",
-        "plan": "errors files pictures hardware limits bundled gguf models placement cpu gpu convert",
     },
     "localrun.gpu": {
         "ways": "",

@@ -9,6 +9,8 @@ from localrun.files import user_path
 from localrun.plan.fields import Fields
 from localrun.plan.known import load_data, read_json
 
+DEFAULT_LINK = "10GbE"
+
 
 @dataclass(frozen=True)
 class Link:

@@ -174,7 +174,7 @@ def beside_s(phases: Sequence[Phase], is_cache: bool = False) -> float:
     return min(shared, routed)
 
 
-def _used(model: ModelShape, group: str, n_tokens: int) -> tuple[float, float]:
+def used(model: ModelShape, group: str, n_tokens: int) -> tuple[float, float]:
     """Of a group's weights: the part that is read, and how many tokens each read weight is multiplied with."""
     if group != "routed experts":
         return 1.0, n_tokens
@@ -184,7 +184,7 @@ def _used(model: ModelShape, group: str, n_tokens: int) -> tuple[float, float]:
 
 
 def _cpu_phase(cpu: Cpu, group: str, tensors: list[Tensor], model: ModelShape, n_tokens: int, share: float) -> Phase:
-    part, each = _used(model, group, n_tokens)
+    part, each = used(model, group, n_tokens)
     memory = kernel = read = 0.0
     seconds = 0.0
     for tensor in tensors:
@@ -208,7 +208,7 @@ def _kernel_s(cpu: Cpu, tensor: Tensor, n_bytes: float, weights: float, n_tokens
 
 
 def _gpu_phase(gpu: Gpu, group: str, tensors: list[Tensor], model: ModelShape, n_tokens: int, share: float) -> Phase:
-    part, each = _used(model, group, n_tokens)
+    part, each = used(model, group, n_tokens)
     n_bytes = sum(tensor.n_bytes for tensor in tensors) * part * share
     flops = 2 * sum(tensor.n_weights for tensor in tensors if len(tensor.shape) > 1) * part * share * each
     in_memory, in_flops = n_bytes / gpu.read_bytes_per_s, flops / gpu.flops

@@ -11,7 +11,7 @@ import tiny_models
 
 from localrun.gguf.file import open_gguf
 from localrun.gpu.proof import verdict
-from localrun.gpu.proof.prove import Proof
+from localrun.gpu.proof.prove import Others, Proof
 from localrun.gpu.proof.task import Effort, Task
 from localrun.gpu.proof.verdict import Identity, Outcome, Verdict
 from localrun.models.reader import read_config
@@ -41,10 +41,10 @@ def identity_of(type_: str, shape: tiny_models.Variant = V3) -> Identity:
         return verdict.identity(CARD, read_config(file), file)
 
 
-def proof(type_: str, where: DeviceRequest, say: Callable[[str], None]) -> Proof:
+def proof(type_: str, where: DeviceRequest, say: Callable[[str], None], others: Others | None = None) -> Proof:
     """As the engine makes it."""
     with open_gguf(tiny_models.shared(V3, type=type_)) as file:
-        made = Proof(file, read_config(file), task(type_), where, say)
+        made = Proof(file, read_config(file), task(type_), where, say, others)
         made(False)  # what the file is asked
         return made
 
@@ -54,6 +54,7 @@ def verdict_of(identity: Identity, fault: str = "", cuda: float | None = 2.0, cp
     times = {} if cuda is None else {"exchange_s": {"cuda": cuda, "cpu": cpu}}
     copies = {"up": 2e10, "down": 2e10, "within": 9e11}
     figures = times | {"step_s": {"cuda": 0.01, "cpu": 0.02}, "copies": copies}
+    figures |= {"prompt_s": {"cuda": 0.5, "cpu": 1.0}, "prompt_tokens": 512}
     outcomes = (
         Outcome("kernels", "kernels", 1.0, (fault,) if fault else ()),
         Outcome("speed", "speed", 1.0, (), figures),

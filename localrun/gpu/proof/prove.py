@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,15 +79,26 @@ def prove(
     return Verdict(identity, time.strftime("%Y-%m-%d"), complete, where, tuple(outcomes))
 
 
+@dataclass(frozen=True)
+class Others:
+    """Ranks that share the experts. seconds: with them, as Verdict.seconds, of the figures of the part "speed"."""
+
+    name: str
+    seconds: Callable[[Mapping[str, Any]], Mapping[str, float]]
+
+
 class Proof:
     """Whether a model may use the card: by its verdict, or by proving where there is none.
 
     What localrun.placement.devices.choose asks.
     """
 
-    def __init__(self, file: GGUFFile, config: Config, task: Task, where: DeviceRequest, say: Say):
-        """say: told a line for each part that is proven."""
+    def __init__(
+        self, file: GGUFFile, config: Config, task: Task, where: DeviceRequest, say: Say, others: Others | None = None
+    ):
+        """say: told a line for each part that is proven. others: what computes with the card, or with the CPU."""
         self._file, self._config, self._task, self._where, self._say = file, config, task, where, say
+        self._others = others
         self._verdicts: dict[tuple[int, ...], Verdict | None] = {}
 
     def __call__(self, may_run: bool, cards: tuple[int, ...] = (0,)) -> str | None:
@@ -101,9 +112,14 @@ class Proof:
                 return None
             if found.refusal:
                 return f"{found.refusal}; localrun doctor --gpu MODEL --report FILE says more"
-            if len(some) == 1 and self._where.device == "auto" and found.disadvantage:
-                return found.disadvantage
+            if len(some) == 1 and self._where.device == "auto" and (reason := self._disadvantage(found)):
+                return reason
         return ""
+
+    def _disadvantage(self, found: Verdict) -> str:
+        if self._others is None or not found.seconds:
+            return found.disadvantage
+        return found.compared(self._others.seconds(found.speed), f" beside {self._others.name}")
 
     def _verdict(self, cards: tuple[int, ...], may_run: bool) -> Verdict | None:
         """Of one card, or of several together, each of which has passed."""

@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -95,6 +96,9 @@ class Outcome:
     choices: dict[str, Any] = field(default_factory=dict)
 
 
+_SIDES = "cuda", "cpu"
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Of a card and a model.
@@ -116,10 +120,14 @@ class Verdict:
         return next((f"{each.title}: {each.faults[0]}" for each in self.outcomes if each.faults), "")
 
     @property
+    def speed(self) -> dict[str, Any]:
+        """The figures of that part."""
+        return next((each.figures for each in self.outcomes if each.name == "speed"), {})
+
+    @property
     def seconds(self) -> dict[str, float]:
         """By "cuda" and "cpu": what PROMPT tokens and a reply of REPLY tokens take; empty where not measured."""
-        found = next((each.figures.get("exchange_s") for each in self.outcomes if each.name == "speed"), None)
-        return found or {}
+        return self.speed.get("exchange_s") or {}
 
     @property
     def choices(self) -> dict[str, Any]:
@@ -138,14 +146,21 @@ class Verdict:
 
     @property
     def disadvantage(self) -> str:
-        """Why the CPU alone is better; "" if it is not. Several cards are not timed."""
-        seconds = self.seconds
+        """Why the CPU alone is better; "" if it is not."""
+        return self.compared(self.seconds)
+
+    def compared(self, seconds: Mapping[str, float], others: str = "") -> str:
+        """Why the CPU is better, of such seconds; "" if it is not. Several cards are not timed.
+
+        others: what computes with either.
+        """
         if self.is_of_several or (seconds and seconds["cuda"] < seconds["cpu"]):
             return ""
         if not seconds:
             return f"{self.identity.card} was not timed against the CPU"
         took = f"{seconds['cuda']:.1f} s against {seconds['cpu']:.1f} s"
-        return f"{self.identity.card} is no faster than the CPU: {took} for {PROMPT} tokens and a reply of {REPLY}"
+        what = f"{self.identity.card} is no faster than the CPU{others}"
+        return f"{what}: {took} for {PROMPT} tokens and a reply of {REPLY}"
 
     def document(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -161,8 +176,10 @@ class Verdict:
             Identity(**document["identity"]), str(document["date"]), bool(document["complete"]),
             dict(document["environment"]), outcomes,
         )  # fmt: skip
-        if any(not isinstance(found.seconds.get(side, 0.0), float | int) for side in ("cuda", "cpu")):
-            raise ValueError("times that are no numbers")
+        if found.seconds:
+            times = [found.speed[what][side] for what in ("exchange_s", "step_s", "prompt_s") for side in _SIDES]
+            if any(not isinstance(each, float | int) or each <= 0 for each in [*times, found.speed["prompt_tokens"]]):
+                raise ValueError("times that are none")
         return found
 
 

@@ -18,16 +18,26 @@ import pytest
 import tiny_models
 from cases import slow_but
 from gpu_proofs import CARD, SMALL, V3, identity_of, verdict_of
+from ranks_in_process import Post
 
 import localrun
 from cli.main import run
+from localrun import opening
 from localrun.errors import LocalrunError
+from localrun.gguf.file import open_gguf
 from localrun.gpu.proof import child, prove, report, verdict
 from localrun.gpu.proof.parts import PARTS
 from localrun.gpu.proof.task import Findings, Task
+from localrun.models.reader import read_config
 from localrun.placement import available
 from localrun.placement.devices import DeviceRequest
+from localrun.plan import first_host
+from localrun.plan.first_host import over_hosts
+from localrun.plan.link import DEFAULT_LINK, load_link
 from localrun.plan.machine import load_machine, with_measured_card
+from localrun.plan.shapes import load_model
+from localrun.ranks.sharing import Ranks
+from localrun.ranks.world import World
 
 
 @pytest.fixture(autouse=True)
@@ -204,6 +214,32 @@ def test_a_verdict_decides(kept: dict[str, Any], for_auto: str, for_cuda: str | 
             assert (proof(device)(may_try) or "").startswith(expected) and bool(proof(device)(may_try)) == bool(
                 expected
             )
+
+
+@pytest.mark.parametrize(("cpu", "slower"), [(2.9, True), (3.1, False)])
+def test_beside_other_ranks_the_cpu_may_be_faster(cpu: float, slower: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card that is so without them: what either side does with them is what counts, for auto."""
+    monkeypatch.setattr(available, "card", lambda *at: CARD)
+    verdict.save(verdict_of(identity_of("F32")))
+    others = prove.Others("1 more rank", lambda figures: {"cuda": 3.0, "cpu": cpu + 0 * figures["step_s"]["cpu"]})
+    took = f"3.0 s against {cpu} s for 512 tokens and a reply of 128"
+    reason = f"{CARD} is no faster than the CPU beside 1 more rank: {took}" if slower else ""
+    assert gpu_proofs.proof("F32", DeviceRequest("auto"), print, others)(False) == reason
+    assert gpu_proofs.proof("F32", DeviceRequest("cuda"), print, others)(False) == ""
+
+
+def test_other_ranks_are_reckoned_as_plan_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the file's shape, and the link that plan takes."""
+    monkeypatch.setattr(available, "card", lambda *at: CARD)
+    path, found = tiny_models.shared(gpu_proofs.V3, type="F32"), verdict_of(identity_of("F32"))
+    verdict.save(found)
+    seconds = over_hosts(found.speed, load_model(str(path)), 2, load_link(DEFAULT_LINK))
+    ranks = Ranks(World(0, ["rank 0", "rank 1"], Post().links(0)))
+    with open_gguf(path) as file:
+        made = opening.proof_of(file, read_config(file), 1, 48, DeviceRequest("auto"), print, ranks)
+        assert made is not None and (made(False) == "") == (seconds["cuda"] < seconds["cpu"])
+        monkeypatch.setattr(first_host, "over_hosts", lambda figures, *rest: {"cuda": seconds["cuda"], "cpu": 0.0})
+        assert f"beside 1 more rank: {seconds['cuda']:.1f} s against 0.0 s" in str(made(False))
 
 
 def test_without_a_verdict_the_card_proves_itself_once(monkeypatch: pytest.MonkeyPatch) -> None:
