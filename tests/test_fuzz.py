@@ -51,7 +51,7 @@ def check(probe, path):
         kept.extend(open(os.devnull) for _ in range(20))
     if what == b"11":
         probe(refuse)
-fuzz.HANG_S = 0.5
+fuzz.HANG_S = 2
 fuzz.fuzz_kinds.kinds = lambda: [
     fuzz.Kind("k", 1.0, lambda seed, number: ("told", str(number).encode()), check)
 ]
@@ -70,5 +70,5 @@ def test_faults_are_counted_and_the_run_goes_on(tmp_path: Path) -> None:
         assert document["counts"]["k"] == {"read": 11, "refused": 1, "fault": 2, "signal": 1, "hang": 1}
         found = {fault["number"]: fault["fault"] for fault in document["faults"]}
         assert found[3].startswith("KeyError at <string>") and found[5] == "ends its process with -11"
-        assert found[7] == "hangs for 0.5 s" and "20 descriptors stay open" in found[15] and len(found) == 4
+        assert found[7] == "hangs for 2 s" and "20 descriptors stay open" in found[15] and len(found) == 4
     assert [path.read_bytes() for path in tmp_path.glob("k-KeyError*/3/input")] == [b"3"]

@@ -31,11 +31,20 @@ def coordinator(limit_s: float = 10.0) -> Coordinator:
 
 
 class Mute(HostWords):
-    """A card that has not come to what finish() queues."""
+    """A card that has not come to what finish() queues.
+
+    Attributes:
+        written: when it has come to what was queued first.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(limit_s)
+        self.written = threading.Event()
 
     def write(self, stream: Any, address: int, value: int) -> None:
         if value != END:
             super().write(stream, address, value)
+            self.written.set()
 
 
 def test_nodes_are_called_one_after_the_other_and_the_card_waits() -> None:
@@ -52,24 +61,24 @@ def test_nodes_are_called_one_after_the_other_and_the_card_waits() -> None:
 
 
 def test_workers_that_wedge_are_an_error_and_the_card_goes_on() -> None:
-    """The card is a thread here; it would wait for two seconds, and is let go after a tenth of one."""
+    """The card is a thread here; it would wait for four seconds, and is let go after a tenth of one."""
     found, went_on = coordinator(0.1), []
 
     def card() -> None:
-        found.hand_over(None, sleep_node(), 2_000_000)
+        found.hand_over(None, sleep_node(), 4_000_000)
         went_on.append(time.monotonic())
         found._set("request", END)
 
-    found._words = Mute(30.0)
+    found._words = words = Mute(30.0)
     found.begin()
     thread = threading.Thread(target=card)
     thread.start()
-    time.sleep(0.05)  # until the node is under way
+    assert words.written.wait(10)
     start = time.monotonic()
     with pytest.raises(LocalrunError, match=r"have not answered each other for 0\.1 s; --device cpu does without"):
         found.finish(None)
     thread.join(5)
-    assert went_on and went_on[0] - start < 1.5
+    assert went_on and went_on[0] - start < 3
     with pytest.raises(LocalrunError, match="have not answered before"):
         found.begin()
 

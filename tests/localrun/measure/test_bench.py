@@ -105,7 +105,7 @@ def test_engines_take_turns(engine: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     for results, limit in ((ours, 500), (theirs, 1000)):
         assert set(results) == {"pp10", "tg4"}
         for result in results.values():
-            assert 0.2 * limit < result["mean"] <= limit  # a busy machine wakes sleepers late
+            assert 0.02 * limit < result["mean"] <= limit  # a busy machine wakes sleepers late
             assert result["median"] <= result["best"] <= limit
             assert result["mean"] == pytest.approx(statistics.mean(result["repetitions"]), rel=1e-3)
             assert result["deviation"] == pytest.approx(statistics.stdev(result["repetitions"]), abs=2e-3)

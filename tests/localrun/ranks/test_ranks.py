@@ -242,14 +242,14 @@ def test_a_rank_that_does_not_answer(n_tokens: int) -> None:
     """An error within the limit that names it; the cache is as before; nothing goes on afterwards."""
     post, ids = Post(), tiny_models.token_ids("v3-odd", n_tokens)
     with in_process(tiny_models.shared("v3-odd"), 3, Sharing(), post) as ranks:
-        ranks.world.limit_s = 0.3
+        ranks.world.limit_s = 1.0  # the other one answers in that time, on a busy machine, too
         with localrun.load(tiny_models.shared("v3-odd"), threads=1, ctx=160, ranks=ranks) as model:
             cache = model.model.new_cache(160)
             model.model.forward([1, 2, 3], cache)
             post.dead.add(2)
             for _ in range(2):
                 began = time.monotonic()
-                with pytest.raises(RankError, match=r"^rank 2: no answer in 0\.3 s$") as raised:
+                with pytest.raises(RankError, match=r"^rank 2: no answer in 1 s$") as raised:
                     model.model.forward(ids, cache)
                 assert (raised.value.rank, cache.length) == (2, 3)
                 assert time.monotonic() - began < 5

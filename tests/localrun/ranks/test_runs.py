@@ -64,10 +64,9 @@ def test_bench_over_hosts(hosts: None) -> None:
     done = command(*arguments, "-p", "8", "-n", "4", "-r", "1", "--json", env=os.environ | {"LOCALRUN_MARK": "bench"})
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["messages"]["exchanges"] > 0
-    time.sleep(1)
-    assert not [
-        p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get("LOCALRUN_MARK") == "bench"
-    ]
+    marked = psutil.process_iter(["environ"])
+    left = [p for p in marked if (p.info["environ"] or {}).get("LOCALRUN_MARK") == "bench"]
+    assert not psutil.wait_procs(left, timeout=20)[1]
 
 
 def test_prompts_read_on_another_host(hosts: None) -> None:
