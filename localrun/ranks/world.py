@@ -79,24 +79,24 @@ class World:
         self.failure = self.failure or error
         return self.failure
 
-    def error(self, rank: int, code: int) -> RankError:
-        """What to raise of links' error with a rank."""
+    def error(self, rank: int, code: int, limit_s: float | None = None) -> RankError:
+        """What to raise of links' error with a rank. limit_s: how long it was waited for, if not the usual limit."""
         until = time.monotonic() + _WORD_S
         while code == BROKEN and not (self.failure or self.links.broken[0]) and time.monotonic() < until:
             time.sleep(0.01)
         if code == BROKEN and self.failure:
             return self.failure
         if code == LATE:
-            return RankError(rank, f"{self.names[rank]}: no answer in {self.limit_s:g} s")
+            return RankError(rank, f"{self.names[rank]}: no answer in {limit_s or self.limit_s:g} s")
         return RankError(rank, f"{self.names[rank]}: the connection is lost (MPI's error {code})")
 
     @contextmanager
-    def reaching(self, rank: int) -> Iterator[None]:
-        """Within, a message that does not get through is a RankError."""
+    def reaching(self, rank: int, limit_s: float | None = None) -> Iterator[None]:
+        """Within, a message that does not get through is a RankError. limit_s: as error() has it."""
         try:
             yield
         except LinkError as error:
-            raise self.error(rank, error.code) from None
+            raise self.error(rank, error.code, limit_s) from None
 
     def watch(self, request: Request) -> None:
         """Until a message has moved: looking is what moves it, and there is nothing else to do. Raises LinkError."""
@@ -110,7 +110,7 @@ class World:
     def send(self, rank: int, data: bytes) -> None:
         """Send some bytes, in order. Raises RankError, within START_S."""
         size, content = np.array([len(data)], np.int64), np.frombuffer(data, np.uint8).copy()
-        with self.reaching(rank):
+        with self.reaching(rank, START_S):
             requests = [self.links.start_send(array, rank, CONTROL) for array in (size, content) if array.size]
             for request in requests:
                 self.links.finish(request, START_S)
@@ -118,7 +118,7 @@ class World:
     def receive(self, rank: int) -> bytes:
         """What the rank has sent. Raises RankError, within START_S."""
         size = np.zeros(1, np.int64)
-        with self.reaching(rank):
+        with self.reaching(rank, START_S):
             self.links.finish(self.links.start_receive(size, rank, CONTROL), START_S)
             content = np.zeros(int(size[0]), np.uint8)
             if content.size:
