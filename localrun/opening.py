@@ -161,7 +161,7 @@ def _others(file: GGUFFile, n_ranks: int) -> Others:
 
         return over_hosts(figures, load_model(str(file.path)), n_ranks, load_link(DEFAULT_LINK))
 
-    return Others(f"{n_ranks - 1} more rank{'s'[: n_ranks - 2]}", seconds)
+    return Others("1 more rank" if n_ranks == 2 else f"{n_ranks - 1} more ranks", seconds)
 
 
 def place(
