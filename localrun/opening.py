@@ -212,7 +212,7 @@ def native_model(
     remote: Remote | None = None,
     readers: World | None = None,
 ) -> Model:
-    """Its kernels are got ready first, so that the user sees what takes the time.
+    """Its kernels are got ready first, so that the user sees what takes the time; then this rank's share of experts.
 
     Args:
         choices: those of the cards' proof.
@@ -245,9 +245,12 @@ def native_model(
 
         repack_experts(file, config, threads, placement.needed[RAM], progress, notice)
     if placement.device == GPU:
+        warm_up(for_prompts(config, types), progress, notice, check)
+    if remote:
+        remote.get_ready()
+    if placement.device == GPU:
         from localrun.gpu.hybrid import HybridModel
 
-        warm_up(for_prompts(config, types), progress, notice, check)
         return HybridModel(config, file, threads, placement, notice=notice, remote=remote, **choices)
     from localrun.cpu.model import NativeModel
 

@@ -72,7 +72,7 @@ class NativeModel:
         """Lay out the decode step.
 
         Args:
-            remote: others that are to have shares of the experts; raises LocalrunError if one of them can't.
+            remote: others that have shares of the experts, and are ready.
             warm_up: gets the network's kernels, before it is laid out; without it each is compiled when it is used.
             readers: in which localrun.cpu.reader.serve_reading() runs.
             cache_bits: of a cached value, 16 or 8.
@@ -95,8 +95,6 @@ class NativeModel:
         self._warm_up = warm_up
         self._release_torch: weakref.finalize | None = None
         self.remote = remote
-        if remote:
-            remote.get_ready()
         with ExitStack() as undo:
             self._pool = Pool(n_threads, tuple(nodes.values()))
             undo.callback(self._pool.close)

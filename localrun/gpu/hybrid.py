@@ -98,10 +98,10 @@ class HybridModel:
             notice: told when kernels are compiled, now or later, and when a cache of experts stands still.
             choices: of each GPU, "handover" of a step's work to the workers (ways.py), and "tiles", names by kind.
             workers: threads that compute, if not n_threads.
-            remote: others that are to have shares of the experts, but of layers that VRAM holds.
+            remote: others that have shares of the experts, but of layers that VRAM holds, and are ready.
 
         Raises:
-            LocalrunError: the GPU can't be used, or has no room; or a rank can't have its share.
+            LocalrunError: the GPU can't be used, or has no room.
         """
         self.config, self.file, self.vocab_size = config, file, config.vocab_size
         self.most_together, self.least_chunk = MOST_TOKENS, MOST_TOKENS + 1
@@ -119,8 +119,6 @@ class HybridModel:
         self._mtp_file, self._n_mtp = file, config.num_nextn_predict_layers
         self._holds_torch = False
         self.remote = remote
-        if remote:
-            remote.get_ready()
         with ExitStack() as undo:
             self.pool = Pool(workers or n_threads)
             undo.callback(self.pool.close)

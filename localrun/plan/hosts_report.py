@@ -69,9 +69,10 @@ def _rows(model: ModelShape, machine: Machine, link: Link, ctx: int, n_hosts: in
     placement, short = host_memory(model, machine, ctx, n_hosts).first.placement, min(SHORT_CTX, ctx)
     alone, rows = decode_speed(model, machine, placement, short), []
     for sharing in SHARINGS[:1] if n_hosts == 1 else SHARINGS if can_slice(model, n_hosts) else (WHOLE_EXPERTS,):
-        parts = slices_of(alone, model, n_hosts, link, placement.experts, sharing)
         if sharing == WHOLE_EXPERTS:
             parts = Parts(1 / n_hosts, 1 / n_hosts)
+        else:
+            parts = slices_of(alone, model, n_hosts, link, placement.experts, sharing)
         memory = host_memory(model, machine, ctx, n_hosts, parts)
         decoding = decode_over(model, machine, placement, short, n_hosts, link, sharing)
         reading = prefill_over(model, machine, placement, min(prompt, ctx), n_hosts, link, parts)

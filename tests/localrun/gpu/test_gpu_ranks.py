@@ -86,6 +86,8 @@ def opened(
         placement = replace(placement, experts=experts, tensors=homes)
         # The model closes it as well, if it comes to be.
         remote = stack.enter_context(closing(Remote(file, config, ranks, 2, placement))) if ranks else None
+        if remote:
+            remote.get_ready()
         with closing(HybridModel(config, file, 2, placement, device or new_device(), remote=remote)) as model:
             model.tuning.few = 1 << 30  # nothing is measured
             yield model
